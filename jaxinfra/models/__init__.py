@@ -1,0 +1,1 @@
+"""What is computed: layers, the transformer, and the zoo of published shapes."""

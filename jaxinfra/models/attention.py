@@ -1,0 +1,112 @@
+"""Multi-head attention with grouped keys, rotary positions, query and key norms, and a cache for decoding.
+
+Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G key/value heads, K head width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfra.models.layers import Linear, Norm, Stack
+from jaxinfra.ops.attention import Kernel, See, attend
+from jaxinfra.ops.rope import rotate
+from jaxinfra.parallel.layout import Layout
+
+
+class KV(NamedTuple):
+    """Keys and values of earlier tokens: of one layer `[B, S, G, K]`, of all `[L, B, S, G, K]`."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand.
+
+    Attributes:
+        tables: rotary cosines and sines `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
+        segments: document ids `[B, T]`; None if rows are whole documents.
+        start: the cache slot of the first token, an int32 scalar; None without a cache.
+    """
+
+    tables: tuple[jax.Array, jax.Array] | None
+    segments: jax.Array | None
+    start: jax.Array | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The sizes and options of one attention layer (see `TransformerConfig`)."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    norm_eps: float
+    norm_offset: float
+    out_scale: float
+    kernel: Kernel | None
+
+
+class Attention(nnx.Module):
+    """Attention over a sequence, or over a cache and the tokens that follow it."""
+
+    def __init__(self, shape: AttentionShape, *, stack: Stack, layout: Layout):
+        self.kernel, self.layout = shape.kernel, layout
+        project = partial(Linear, (shape.width,), direction="inward", bias=shape.qkv_bias, stack=stack, layout=layout)
+        self.query = project((shape.heads, shape.head_dim), ("embed", "heads", None))
+        self.key = project((shape.kv_heads, shape.head_dim), ("embed", "kv_heads", None))
+        self.value = project((shape.kv_heads, shape.head_dim), ("embed", "kv_heads", None))
+        self.out = Linear(
+            (shape.heads, shape.head_dim),
+            (shape.width,),
+            ("heads", None, "embed"),
+            direction="outward",
+            bias=shape.out_bias,
+            stack=stack,
+            layout=layout,
+            scale=shape.out_scale,
+        )
+        norm = partial(
+            Norm,
+            shape.head_dim,
+            kind="rmsnorm",
+            eps=shape.norm_eps,
+            offset=shape.norm_offset,
+            stack=stack,
+            layout=layout,
+        )
+        self.query_norm = norm() if shape.qk_norm else None
+        self.key_norm = norm() if shape.qk_norm else None
+
+    def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
+        """`[B, T, D]` with whole positions to `[B, T, D]` with block positions, and the cache with these tokens."""
+        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK = self.query_norm(q_BTHK, ("batch", "sequence", "heads"))
+            k_BTGK = self.key_norm(k_BTGK, ("batch", "sequence", "kv_heads"))
+        if place.tables is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, *place.tables), rotate(k_BTGK, *place.tables)
+        see_with = partial(attend, see=see, platform=self.layout.platform)
+        if cache is None:
+            segments = None if place.segments is None else (place.segments, place.segments)
+            y_BTHK = see_with(q_BTHK, k_BTGK, v_BTGK, segments=segments, forced=self.kernel)
+            return self.out(y_BTHK), None
+        assert place.start is not None
+        cache = KV(*(_write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
+        q_index = place.start + jnp.arange(x_BTD.shape[1])[None]
+        kv_index = jnp.arange(cache.keys.shape[1])[None]
+        y_BTHK = see_with(q_BTHK, *cache, q_index=q_index, kv_index=kv_index)
+        return self.out(y_BTHK), cache
+
+
+def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, start: jax.Array) -> jax.Array:
+    new_BTGK = new_BTGK.astype(cache_BSGK.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache_BSGK, new_BTGK, start, axis=1)

@@ -1,0 +1,160 @@
+"""The layers that a transformer is made of, as Flax NNX modules.
+
+A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once into a graph
+definition and a tree of specs, and merges arrays in where a step is traced; modules are never mutated.
+
+Shape suffixes: B batch, T length, D residual width, F MLP width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfra.ops.dot import dot
+from jaxinfra.ops.norm import layer_norm, rms_norm
+from jaxinfra.parallel.layout import Layout, Names
+from jaxinfra.parallel.spec import Initializer, ParamSpec, Role, constant, normal
+
+BLOCK: Names = ("batch", "positions")
+"""The spread dimensions of activations between blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """How many layers a parameter is stacked over; 0 for a parameter that stands alone."""
+
+    layers: int = 0
+
+    def declare(
+        self,
+        shape: tuple[int, ...],
+        axes: Names,
+        init: Initializer,
+        role: Role,
+        *,
+        contract: int | None = None,
+    ) -> nnx.Param:
+        """A parameter, stacked; of a matrix, the first `contract` dimensions are contracted, the rest yielded."""
+        lead = 1 if self.layers else 0
+        split = None if contract is None else lead + contract
+        return nnx.Param(
+            ParamSpec(
+                shape=(self.layers, *shape) if self.layers else shape,
+                axes=("layers", *axes) if self.layers else axes,
+                init=init,
+                role=role,
+                in_dims=() if split is None else tuple(range(lead, split)),
+                out_dims=() if split is None else tuple(range(split, lead + len(shape))),
+            )
+        )
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last dimension."""
+
+    def __init__(
+        self, width: int, *, kind: Literal["rmsnorm", "layernorm"], eps: float, offset: float, stack: Stack, layout: Layout
+    ):
+        self.kind, self.eps, self.offset, self.layout = kind, eps, offset, layout
+        self.scale = stack.declare((width,), (None,), constant(1.0 - offset), "norm")
+        self.bias = stack.declare((width,), (None,), constant(0.0), "bias") if kind == "layernorm" else None
+
+    def __call__(self, x: jax.Array, meets: Names = BLOCK) -> jax.Array:
+        """Normalises `x` `[..., width]`; `meets` names its spread dimensions."""
+        scale = self.layout.weight(self.scale[...], (None,), meets)
+        if self.bias is None:
+            return self.layout.local(partial(rms_norm, eps=self.eps, offset=self.offset), x, scale)
+        bias = self.layout.weight(self.bias[...], (None,), meets)
+        return self.layout.local(partial(layer_norm, eps=self.eps), x, scale, bias)
+
+
+class Linear(nnx.Module):
+    """A matrix product with optional bias.
+
+    `inward` weights read the residual stream and yield sharded features; `outward` ones contract sharded features
+    back into the stream, and their partial sums are scattered over its positions.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        axes: Names,
+        *,
+        direction: Literal["inward", "outward"],
+        bias: bool,
+        stack: Stack,
+        layout: Layout,
+        scale: float = 1.0,
+    ):
+        fan_in = 1
+        for size in in_shape:
+            fan_in *= size
+        self.contract, self.direction, self.layout, self.axes = len(in_shape), direction, layout, axes
+        self.weight = stack.declare(
+            (*in_shape, *out_shape), axes, normal(scale * fan_in**-0.5), "matrix", contract=len(in_shape)
+        )
+        out_axes = axes[len(in_shape) :]
+        self.bias_axes = out_axes if direction == "inward" else (None,) * len(out_axes)
+        self.bias = stack.declare(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
+        w = self.layout.weight(self.weight[...], self.axes)
+        if self.direction == "inward":
+            y = dot(x, w, contract=self.contract)
+            return self._add_bias(y, ("batch", "sequence"))
+        partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.layout.mesh_axes(name))
+        y = dot(x, w, contract=self.contract, partial=partial_over)
+        return self._add_bias(self.layout.shard(y, *BLOCK, None), BLOCK)
+
+    def _add_bias(self, y: jax.Array, meets: Names) -> jax.Array:
+        if self.bias is None:
+            return y
+        return self.layout.local(jnp.add, y, self.layout.weight(self.bias[...], self.bias_axes, meets))
+
+
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True), "gelu": jax.nn.gelu}
+
+
+class MLP(nnx.Module):
+    """SwiGLU and GeGLU (Shazeer 2020): `down(act(gate(x)) * up(x))`; GELU: `down(gelu(up(x)))`."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        kind: Literal["swiglu", "geglu", "gelu"],
+        bias: bool,
+        out_scale: float,
+        stack: Stack,
+        layout: Layout,
+    ):
+        inward = partial(
+            Linear, (width,), (hidden,), ("embed", "mlp"), direction="inward", bias=bias, stack=stack, layout=layout
+        )
+        self.kind = kind
+        self.gate = None if kind == "gelu" else inward()
+        self.up = inward()
+        self.down = Linear(
+            (hidden,),
+            (width,),
+            ("mlp", "embed"),
+            direction="outward",
+            bias=bias,
+            stack=stack,
+            layout=layout,
+            scale=out_scale,
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """`[B, T, D]`, whole positions in, block positions out."""
+        act = ACTIVATIONS[self.kind]
+        up_BTF = self.up(x_BTD)
+        hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF
+        return self.down(hidden_BTF)

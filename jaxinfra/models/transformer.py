@@ -1,0 +1,342 @@
+"""One decoder-only transformer that covers the published dense families by configuration.
+
+Layers are stacked and scanned: few arrays, short compiles. Layers of different sight (sliding window or whole
+length) have the same parameters and differ by a branch inside the scan.
+
+Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S cache length.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfra.config import Problem
+from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
+from jaxinfra.models.layers import MLP, Norm, Stack
+from jaxinfra.models.remat import Remat, remat
+from jaxinfra.ops.attention import Kernel, See
+from jaxinfra.ops.rope import Rope, rope_tables
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.spec import normal
+
+type Sight = Literal["global", "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The shape of a decoder.
+
+    Attributes:
+        vocab_size: words.
+        layers: blocks.
+        width: residual width.
+        heads: query heads.
+        kv_heads: key/value heads; None is as many as `heads`.
+        head_dim: width of a head; None is `width / heads`.
+        mlp_dim: hidden width of the MLP.
+        mlp: its kind.
+        norm: kind of the norms.
+        norm_eps: added to the variance.
+        norm_offset: 1.0 where norm weights are stored as a difference from one (Gemma).
+        post_norms: norms after attention and MLP as well as before (Gemma 2).
+        qkv_bias: biases on queries, keys and values.
+        out_bias: a bias on the output of attention.
+        mlp_bias: biases in the MLP.
+        qk_norm: RMSNorm on every query and key head (Qwen3, Gemma 3).
+        sights: what the layers see, repeated over them: "global", or "local" within `window`.
+        window: positions that a local layer sees, itself included.
+        softcap: cap on attention scores.
+        query_scale: factor on queries; None is `head_dim ** -0.5`.
+        rope: rotary positions; None for none.
+        local_rope: those of local layers; None is `rope`.
+        learned_positions: rows of a learned position embedding; None for none (GPT-2).
+        tied: the head is the embedding, transposed.
+        scale_embeddings: embeddings times `sqrt(width)` (Gemma).
+        logit_softcap: cap on the logits.
+        attention: forces an attention kernel; None chooses by platform and shape.
+        remat: what is kept of each layer for the backward pass.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    mlp_dim: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sights: tuple[Sight, ...] = ("global",)
+    window: int | None = None
+    softcap: float | None = None
+    query_scale: float | None = None
+    rope: Rope | None = Rope()
+    local_rope: Rope | None = None
+    learned_positions: int | None = None
+    tied: bool = False
+    scale_embeddings: bool = False
+    logit_softcap: float | None = None
+    attention: Kernel | None = None
+    remat: Remat = "none"
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    def problems(self) -> Iterable[Problem]:
+        """Sizes are positive and divide; every option has what it needs."""
+        for name in ("vocab_size", "layers", "width", "heads", "mlp_dim", "kv_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        if self.head_dim is None and self.heads > 0 and self.width % self.heads:
+            fitting = self.width + self.heads - self.width % self.heads
+            yield Problem(
+                fields=("width", "heads"), message="heads must divide the width", fix=f"use width={fitting} or set head_dim"
+            )
+        if self.groups > 0 and self.heads % self.groups:
+            fitting = max(g for g in range(1, self.groups + 1) if self.heads % g == 0)
+            yield Problem(
+                fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=f"use kv_heads={fitting}"
+            )
+        if not self.sights:
+            yield Problem(fields=("sights",), message="names no layer", fix='use sights=("global",)')
+        if "local" in self.sights and self.window is None:
+            yield Problem(fields=("sights", "window"), message="local layers need a window", fix="use window=4096")
+        for name in ("rope", "local_rope"):
+            rope = getattr(self, name)
+            if rope is not None and int(self.head_width * rope.fraction) % 2:
+                yield Problem(
+                    fields=(f"{name}.fraction", "head_dim"),
+                    message="the rotated part of a head must be even",
+                    fix=f"use {name}.fraction=1.0",
+                )
+
+    def see(self, sight: Sight) -> See:
+        """What a layer of this sight sees."""
+        window = self.window if sight == "local" else None
+        return See(causal=True, window=window, softcap=self.softcap, scale=self.query_scale)
+
+    def rope_of(self, sight: Sight) -> Rope | None:
+        """The rotary positions of a layer of this sight."""
+        return self.local_rope if sight == "local" and self.local_rope is not None else self.rope
+
+    def build(self, layout: Layout) -> "Transformer":
+        """The module, with `ParamSpec`s where arrays will be."""
+        return Transformer(self, layout)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each read from a norm of the residual stream and added back to it."""
+
+    def __init__(self, config: TransformerConfig, layout: Layout, stack: Stack):
+        self.layout = layout
+        norm = partial(
+            Norm,
+            config.width,
+            kind=config.norm,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+            stack=stack,
+            layout=layout,
+        )
+        # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
+        out_scale = (2 * config.layers) ** -0.5
+        shape = AttentionShape(
+            width=config.width,
+            heads=config.heads,
+            kv_heads=config.groups,
+            head_dim=config.head_width,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+            out_scale=out_scale,
+            kernel=config.attention,
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(shape, stack=stack, layout=layout)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
+        self.mlp = MLP(
+            config.width,
+            config.mlp_dim,
+            kind=config.mlp,
+            bias=config.mlp_bias,
+            out_scale=out_scale,
+            stack=stack,
+            layout=layout,
+        )
+        self.mlp_post_norm = norm() if config.post_norms else None
+
+    def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
+        """One layer; `x_BTD` has block positions before and after."""
+        y_BTD, cache = self.attention(self._whole(self.attention_norm(x_BTD)), see, place, cache)
+        x_BTD += y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
+        y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
+        x_BTD += y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
+        return x_BTD, cache
+
+    def _whole(self, x_BTD: jax.Array) -> jax.Array:
+        return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
+
+
+class Cache(NamedTuple):
+    """What decoding remembers.
+
+    Attributes:
+        kv: keys and values of every layer, `[L, B, S, G, K]`.
+        length: tokens in it, an int32 scalar.
+    """
+
+    kv: KV
+    length: jax.Array
+
+
+class Transformer(nnx.Module):
+    """A decoder: words in, hidden states out; `head` makes them logits (see `ops.cross_entropy`)."""
+
+    def __init__(self, config: TransformerConfig, layout: Layout):
+        self.config, self.layout = config, layout
+        alone = Stack()
+        embed = normal(config.width**-0.5)
+        self.embedding = alone.declare((config.vocab_size, config.width), ("vocab", "embed"), embed, "embedding")
+        self.positions = (
+            alone.declare((config.learned_positions, config.width), (None, "embed"), normal(0.01), "embedding")
+            if config.learned_positions
+            else None
+        )
+        self.blocks = Block(config, layout, Stack(layers=config.layers))
+        self.norm = Norm(
+            config.width,
+            kind=config.norm,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+            stack=alone,
+            layout=layout,
+        )
+        self.unembedding = (
+            None
+            if config.tied
+            else alone.declare(
+                (config.width, config.vocab_size), ("embed", "vocab"), normal(config.width**-0.5), "head", contract=1
+            )
+        )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states after the last norm.
+
+        Args:
+            tokens_BT: words, int32.
+            positions_BT: places in their documents; None is `0..T-1`, or on from the cache.
+            segments_BT: document ids; a token sees its own document alone. None: every row is one document.
+            cache: of earlier tokens of the same rows.
+
+        Returns:
+            `[B, T, D]` in the compute dtype, whole positions, and the cache with these tokens if one was given.
+        """
+        config = self.config
+        start = None if cache is None else cache.length
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] + (0 if start is None else start)
+        x_BTD = self._embed(tokens_BT, positions_BT)
+
+        kinds = sorted({config.sights[i % len(config.sights)] for i in range(config.layers)})
+        branches = [self._layer(sight, positions_BT, segments_BT, start) for sight in kinds]
+        index_L = jnp.array([kinds.index(config.sights[i % len(config.sights)]) for i in range(config.layers)])
+
+        def body(x, layer):
+            block, kv, index = layer
+            if len(branches) == 1:
+                return branches[0](block, x, kv)
+            return jax.lax.switch(index, branches, block, x, kv)
+
+        kv = None if cache is None else cache.kv
+        x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, kv, index_L))
+        x_BTD = self.layout.shard(self.norm(x_BTD), "batch", "sequence", None, meets_sharded=True)
+        return x_BTD, None if cache is None else Cache(kv, cache.length + tokens_BT.shape[1])
+
+    def _layer(
+        self, sight: Sight, positions_BT: jax.Array, segments_BT: jax.Array | None, start: jax.Array | None
+    ) -> Callable[[Block, jax.Array, KV | None], tuple[jax.Array, KV | None]]:
+        """One layer of this sight as a function of its parameters, the stream and its part of the cache."""
+        config = self.config
+        rope, dtype = config.rope_of(sight), self.layout.compute_dtype
+        tables = None if rope is None else rope_tables(rope, positions_BT, config.head_width, dtype)
+        place = Place(tables, segments_BT, start)
+
+        def layer(block: Block, x: jax.Array, kv: KV | None) -> tuple[jax.Array, KV | None]:
+            return block(x, config.see(sight), place, kv)
+
+        return remat(layer, config.remat if start is None else "none")
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Rows of the embedding for words (and positions), with block positions."""
+        layout = self.layout
+        x_BTD = self._rows(tokens_BT)
+        if self.positions is not None:
+            table = layout.weight(self.positions[...], (None, "embed"))
+            places = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+            places = jax.reshard(places, layout.spec("batch", "sequence"))
+            x_BTD += table.at[places].get(out_sharding=layout.spec("batch", "sequence", None))
+        if self.config.scale_embeddings:
+            x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
+        return layout.shard(x_BTD, "batch", "positions", None)
+
+    def _rows(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embedding rows; where the vocabulary is sharded, every shard gives its own words and zero for others."""
+        layout = self.layout
+        table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
+        out = layout.spec("batch", "sequence", None)
+        axes = layout.mesh_axes("vocab")
+        if layout.shards("vocab") == 1:
+            table_VD = jax.reshard(table_VD, jax.P(None, None, reduced=jax.typeof(table_VD).sharding.spec.reduced))
+            return table_VD.at[tokens_BT].get(out_sharding=out)
+
+        def local(table, tokens):
+            tokens = tokens - jax.lax.axis_index(axes) * table.shape[0]
+            mine = (tokens >= 0) & (tokens < table.shape[0])
+            rows = table[jnp.where(mine, tokens, 0)]
+            return jax.lax.psum(jnp.where(mine[..., None], rows, 0), axes)
+
+        table_spec, token_spec = (jax.typeof(a).sharding.spec for a in (table_VD, tokens_BT))
+        return jax.shard_map(local, in_specs=(table_spec, token_spec), out_specs=out)(table_VD, tokens_BT)
+
+    def head(self) -> jax.Array:
+        """The weight `[D, V]` that turns hidden states into logits, ready for use."""
+        if self.unembedding is None:
+            return self.layout.weight(self.embedding[...], ("vocab", "embed")).T
+        return self.layout.weight(self.unembedding[...], ("embed", "vocab"))
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for `length` tokens of `batch` rows."""
+        config, layout = self.config, self.layout
+        shape = (config.layers, batch, length, config.groups, config.head_width)
+        spec = layout.spec(None, "batch", None, "kv_heads", None)
+        kv = KV(*(jnp.zeros(shape, layout.compute_dtype, out_sharding=spec) for _ in range(2)))
+        return Cache(kv, jnp.zeros((), jnp.int32))

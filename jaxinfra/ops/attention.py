@@ -1,0 +1,282 @@
+"""Scaled dot-product attention: one description of what may be seen, several kernels that obey it.
+
+`See` describes a mask once: causal, window, soft cap; documents come as segment ids. Every kernel either honours
+the whole description or refuses it by name: none attends across packed documents in silence. `attend` chooses
+the fastest kernel that does not refuse, by platform and shape; a config may force one.
+
+Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K head width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.errors import ConfigError
+
+type Kernel = Literal["reference", "xla", "cudnn", "splash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class See:
+    """Which keys a query sees, and how a score becomes a weight.
+
+    Attributes:
+        causal: query i sees no key after i.
+        window: query i sees no key at or before `i - window`.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        scale: factor on the dot products; None is `1 / sqrt(K)`.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a kernel needs to know of its arguments to accept or refuse them."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    segments: bool
+    indexed: bool
+    dtype: jnp.dtype
+
+
+def visible(see: See, q_index: jax.Array, kv_index: jax.Array, segments: tuple[jax.Array, jax.Array] | None):
+    """The mask as an array: True where a query sees a key.
+
+    Args:
+        see: the description.
+        q_index: place of each query in its row, `[B or 1, T]`.
+        kv_index: place of each key, `[B or 1, S]`.
+        segments: document ids of queries `[B, T]` and keys `[B, S]`; a query sees its own document alone.
+
+    Returns:
+        bool `[B or 1, T, S]`.
+    """
+    distance = q_index[:, :, None] - kv_index[:, None, :]
+    seen = jnp.ones_like(distance, bool)
+    if see.causal:
+        seen &= distance >= 0
+    if see.window is not None:
+        seen &= distance < see.window
+    if segments is not None:
+        seen &= segments[0][:, :, None] == segments[1][:, None, :]
+    return seen
+
+
+def _index(x: jax.Array) -> jax.Array:
+    return jnp.arange(x.shape[1])[None]
+
+
+def reference(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, q_index=None, kv_index=None) -> jax.Array:
+    """The definition, scores and softmax in float32. Runs anywhere; memory grows with `T * S`.
+
+    A query that sees no key gets the mean of all values.
+    """
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    scores_BGRTS *= K**-0.5 if see.scale is None else see.scale
+    if see.softcap is not None:
+        scores_BGRTS = see.softcap * jnp.tanh(scores_BGRTS / see.softcap)
+    q_index = _index(q_BTHK) if q_index is None else q_index
+    kv_index = _index(k_BSGK) if kv_index is None else kv_index
+    seen_BTS = visible(see, q_index, kv_index, segments)
+    scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, -1e30)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS, v_BSGK).reshape(B, T, H, K)
+
+
+def _refuse_nothing(see: See, shape: Shape) -> str | None:
+    return None
+
+
+def _jax_nn(q_BTHK, k_BSGK, v_BSGK, see: See, segments, implementation: Literal["xla", "cudnn"]) -> jax.Array:
+    mask = None
+    if segments is not None:
+        mask = visible(See(causal=False), _index(q_BTHK), _index(k_BSGK), segments)[:, None]
+    window = None if see.window is None else (see.window - 1, 0 if see.causal else k_BSGK.shape[1])
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        mask=mask,
+        scale=see.scale,
+        is_causal=see.causal,
+        local_window_size=window,
+        implementation=implementation,
+    )
+
+
+def _xla(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
+    return _jax_nn(q_BTHK, k_BSGK, v_BSGK, see, segments, "xla")
+
+
+def _refuse_xla(see: See, shape: Shape) -> str | None:
+    if see.softcap is not None:
+        return "it has no soft cap"
+    return "it takes no explicit positions" if shape.indexed else None
+
+
+def _cudnn(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
+    return _jax_nn(q_BTHK, k_BSGK, v_BSGK, see, segments, "cudnn")
+
+
+def _refuse_cudnn(see: See, shape: Shape) -> str | None:
+    if refused := _refuse_xla(see, shape):
+        return refused
+    if shape.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not {jnp.dtype(shape.dtype).name}"
+    if shape.head_dim % 8 or shape.head_dim > 128:
+        return f"its heads are at most 128 wide and a multiple of 8, not {shape.head_dim}"
+    if see.window is not None and not see.causal:
+        return "its window needs a causal mask"
+    return None
+
+
+def splash_block(length: int, largest: int = 512) -> int:
+    """The largest block of splash attention that divides `length`: a multiple of 128, at most `largest`.
+
+    512 compiles for every TPU from v5e on at length 8192; 1024 and above overflow the scratch memory of some.
+    """
+    return next((block for block in range(largest, 0, -128) if length % block == 0), 0)
+
+
+def _splash(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, interpret: bool = False) -> jax.Array:
+    # Pallas takes a second to import: only those who use it pay.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    if see.window is not None:
+        right = 0 if see.causal else S
+        mask = splash_mask.LocalMask((T, S), (see.window - 1, right), 0)
+    else:
+        mask = splash_mask.CausalMask((T, S)) if see.causal else splash_mask.FullMask((T, S))
+    bq, bk = splash_block(T), splash_block(S)
+    kernel = splash.make_splash_mqa(
+        splash_mask.MultiHeadMask([mask] * (H // G)),
+        block_sizes=splash.BlockSizes(
+            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk
+        ),
+        attn_logits_soft_cap=see.softcap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    scale = K**-0.5 if see.scale is None else see.scale
+    q_BGRTK = (q_BTHK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(q_BTHK.dtype)
+    k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
+    ids = None if segments is None else splash.SegmentIds(q=segments[0], kv=segments[1])
+    by_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    out_BGRTK = jax.vmap(by_group, in_axes=(0, 0, 0, None if ids is None else 0))(q_BGRTK, k_BGSK, v_BGSK, ids)
+    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _refuse_splash(see: See, shape: Shape) -> str | None:
+    if shape.indexed:
+        return "it takes no explicit positions"
+    if not splash_block(shape.queries) or not splash_block(shape.keys):
+        return f"its lengths are multiples of 128, not {shape.queries} and {shape.keys}"
+    if shape.head_dim % 64:
+        return f"its heads are a multiple of 64 wide, not {shape.head_dim}"
+    return None
+
+
+KERNELS: dict[str, tuple[Callable[..., jax.Array], Callable[[See, Shape], str | None]]] = {
+    "reference": (reference, _refuse_nothing),
+    "xla": (_xla, _refuse_xla),
+    "cudnn": (_cudnn, _refuse_cudnn),
+    "splash": (_splash, _refuse_splash),
+}
+PREFERRED: dict[str, tuple[str, ...]] = {
+    "tpu": ("splash", "xla", "reference"),
+    "gpu": ("cudnn", "xla", "reference"),
+    "cpu": ("xla", "reference"),
+}
+
+
+def choose(see: See, shape: Shape, platform: str, forced: Kernel | None = None) -> str:
+    """The name of the kernel to use.
+
+    Raises:
+        ConfigError: the forced kernel cannot honour the description, or does not run on this platform.
+    """
+    preferred = PREFERRED[platform]
+    if forced is None:
+        return next(name for name in preferred if KERNELS[name][1](see, shape) is None)
+    runs = forced in preferred
+    reason = KERNELS[forced][1](see, shape) if runs else f"it does not run on {platform}"
+    if reason is not None:
+        raise ConfigError(f"model.attention={forced}: refused: {reason}; use model.attention=none to let it be chosen")
+    return forced
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    see: See,
+    *,
+    platform: str,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    q_index: jax.Array | None = None,
+    kv_index: jax.Array | None = None,
+    forced: Kernel | None = None,
+) -> jax.Array:
+    """Attention by the kernel that fits.
+
+    Every device works on its own sequences and heads: the batch and head dimensions may be sharded, lengths and
+    head width may not.
+
+    Args:
+        q_BTHK: queries.
+        k_BSGK: keys; `H` is a multiple of `G`.
+        v_BSGK: values.
+        see: what may be seen.
+        platform: "cpu", "gpu" or "tpu".
+        segments: document ids of queries and keys.
+        q_index: places of the queries if they are not `0..T-1` (decoding from a cache).
+        kv_index: places of the keys likewise.
+        forced: the kernel that the config asks for.
+
+    Returns:
+        `[B, T, H, K]`, sharded like `q_BTHK`.
+
+    Raises:
+        ConfigError: the forced kernel refuses.
+    """
+    indexed = q_index is not None or kv_index is not None
+    shape = Shape(
+        queries=q_BTHK.shape[1],
+        keys=k_BSGK.shape[1],
+        head_dim=q_BTHK.shape[-1],
+        segments=segments is not None,
+        indexed=indexed,
+        dtype=q_BTHK.dtype,
+    )
+    kernel = KERNELS[choose(see, shape, platform, forced)][0]
+    extra = {"segments": segments} | ({"q_index": q_index, "kv_index": kv_index} if indexed else {})
+
+    def local(q, k, v, extra):
+        return kernel(q, k, v, see, **extra)
+
+    spec = jax.typeof(q_BTHK).sharding.spec
+    extra_specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, extra)
+    kv_spec = jax.typeof(k_BSGK).sharding.spec
+    sharded = jax.shard_map(local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec, check_vma=False)
+    return sharded(q_BTHK, k_BSGK, v_BSGK, extra)
+
+
+def splash_interpreted(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
+    """The splash kernel, interpreted: the numbers that a TPU would give, on any machine, slowly."""
+    return _splash(q_BTHK, k_BSGK, v_BSGK, see, segments, interpret=True)

@@ -1,0 +1,112 @@
+"""The second moment of a matrix kept as one vector of row means and one of column means (Shazeer & Stern 2018).
+
+Rows and columns are those of the matrix product (`blocks`), so stacked layers are never averaged with each other
+and heads count as columns. For a plain matrix it computes what `optax.adafactor` computes.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxinfra.optim.blocks import Block, block, is_spec
+from jaxinfra.parallel.spec import ParamSpec
+
+
+class Factored(NamedTuple):
+    """Means of the squared gradient of a matrix: `row` lacks the column dimensions, `col` the row dimensions."""
+
+    row: jax.Array
+    col: jax.Array
+
+
+class FactoredState(NamedTuple):
+    """Updates made, and for every parameter its second moment: `Factored`, or whole where it is too small."""
+
+    count: jax.Array
+    second: Any
+
+
+def scale_by_factored_rms(
+    specs: Any, *, decay_power: float, min_factored_dim: int, clip_rms: float | None
+) -> optax.GradientTransformation:
+    """Gradients divided by the root of their factored second moment (the paper's Algorithm 4).
+
+    Args:
+        specs: tree of `ParamSpec` like the parameters.
+        decay_power: the moment of update t (from 1) decays by `1 - t ** -decay_power`.
+        min_factored_dim: matrices with fewer rows or columns keep their whole second moment.
+        clip_rms: updates of one matrix are scaled down to this root mean square; None for no limit.
+    """
+    factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs, is_leaf=is_spec)
+    blocks = jax.tree.map(block, specs, is_leaf=is_spec)
+
+    def init(params: optax.Params) -> FactoredState:
+        def zeros(param: jax.Array, is_factored: bool, dims: Block) -> Factored | jax.Array:
+            if not is_factored:
+                return jnp.zeros_like(param)
+            # The shape's own type carries the sharding that is left when dimensions are averaged away.
+            row, col = jax.eval_shape(lambda p: (p.mean(dims.cols), p.mean(dims.rows)), param)
+            return Factored(jnp.zeros_like(row), jnp.zeros_like(col))
+
+        return FactoredState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params, factored, blocks))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, FactoredState]:
+        del params
+        assert isinstance(state, FactoredState)
+        count = state.count + 1
+        decay = 1 - count.astype(jnp.float32) ** -decay_power
+        second = jax.tree.map(lambda g, v, dims: _moment(g, v, dims, decay), updates, state.second, blocks)
+        scaled = jax.tree.map(lambda g, v, dims: _scaled(g, v, dims, clip_rms), updates, second, blocks)
+        return scaled, FactoredState(count, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_param_rms(specs: Any, *, min_rms: float) -> optax.GradientTransformation:
+    """Updates times the root mean square of the matrix that they go to, at least `min_rms` (section 8)."""
+    blocks = jax.tree.map(block, specs, is_leaf=is_spec)
+
+    def one(update: jax.Array, param: jax.Array, dims: Block) -> jax.Array:
+        return update * jnp.maximum(_rms(param, dims), min_rms)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, params, blocks))
+
+
+def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
+    if spec.role in ("norm", "bias"):
+        return False
+    return min(block(spec).matrix_shape(spec.shape)) >= min_factored_dim
+
+
+def _moment(grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array) -> Factored | jax.Array:
+    # The paper's epsilon_1: keeps the root finite where no gradient has ever been.
+    square = jnp.square(grad) + 1e-30
+    if isinstance(old, Factored):
+        return Factored(
+            decay * old.row + (1 - decay) * square.mean(dims.cols),
+            decay * old.col + (1 - decay) * square.mean(dims.rows),
+        )
+    return decay * old + (1 - decay) * square
+
+
+def _scaled(grad: jax.Array, second: Factored | jax.Array, dims: Block, clip_rms: float | None) -> jax.Array:
+    if isinstance(second, Factored):
+        row = jnp.expand_dims(second.row, dims.cols)
+        col = jnp.expand_dims(second.col, dims.rows)
+        update = grad * jax.lax.rsqrt(row / row.mean(dims.rows, keepdims=True)) * jax.lax.rsqrt(col)
+    else:
+        update = grad * jax.lax.rsqrt(second)
+    if clip_rms is None:
+        return update
+    return update / jnp.maximum(_rms(update, dims) / clip_rms, 1.0)
+
+
+def _rms(x: jax.Array, dims: Block) -> jax.Array:
+    """Root mean square of each matrix, with its dimensions kept as 1."""
+    size = math.prod(x.shape[dim] for dim in dims.inside)
+    return jnp.sqrt(jnp.square(x).sum(dims.inside, keepdims=True) / size)

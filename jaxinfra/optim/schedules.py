@@ -1,0 +1,220 @@
+"""Learning rate as a function of the step: constant, linear, cosine, warm-up-stable-decay, inverse square root.
+
+Not for choosing the peak or the length of a run: both are arguments, so that one schedule fits many runs.
+
+Steps count from 0: the update that step t makes uses `lr(t)`. All schedules share these end points:
+
+- With `warmup_steps=w > 0`, `lr(t) = peak_lr * t / w` for t < w: step 0 has rate 0 and **step w is the first with
+  the peak**. With `warmup_steps=0`, step 0 has the peak.
+- Decaying schedules reach `final_fraction * peak_lr` exactly at step `steps`, one after the last update, so no
+  update is spent at the final rate; the last one, step `steps - 1`, is one notch above it.
+- Beyond `steps` the rate stays where it was at `steps`, except for `InverseSqrt`, which has no end.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinfra.config import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The peak from the end of warm-up on.
+
+    Attributes:
+        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
+    """
+
+    warmup_steps: int = 0
+
+    def problems(self) -> Iterable[Problem]:
+        """No negative warm-up."""
+        yield from _warmup_problems(self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A straight line from the peak down.
+
+    Attributes:
+        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
+        final_fraction: the rate at the end of the run, as a fraction of the peak.
+    """
+
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """No negative warm-up, and a final rate between 0 and the peak."""
+        yield from _warmup_problems(self.warmup_steps)
+        yield from _final_problems(self.final_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Half a cosine from the peak down (Loshchilov & Hutter 2017, section 3, without restarts).
+
+    Attributes:
+        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
+        final_fraction: the rate at the end of the run, as a fraction of the peak.
+    """
+
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+
+    def problems(self) -> Iterable[Problem]:
+        """No negative warm-up, and a final rate between 0 and the peak."""
+        yield from _warmup_problems(self.warmup_steps)
+        yield from _final_problems(self.final_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSD:
+    """Warm-up, stable, decay: the peak is kept until a short decay ends the run (Hu et al. 2024, section 4).
+
+    A run can be made longer from any checkpoint of its stable part.
+
+    Attributes:
+        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
+        decay_fraction: the decay takes `round(decay_fraction * steps)` steps at the end of the run.
+        shape: of the decay: "linear", or "sqrt" for one minus a square root (Haegele et al. 2024, section 3).
+        final_fraction: the rate at the end of the run, as a fraction of the peak.
+    """
+
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2
+    shape: Literal["linear", "sqrt"] = "sqrt"
+    final_fraction: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """No negative warm-up, and fractions that are fractions."""
+        yield from _warmup_problems(self.warmup_steps)
+        yield from _final_problems(self.final_fraction)
+        if not 0 < self.decay_fraction <= 1:
+            yield Problem(
+                fields=("decay_fraction",),
+                message="must be above 0 and at most 1: it is the part of the run that decays",
+                fix="use decay_fraction=0.2, or the constant schedule for no decay",
+            )
+
+    def decay_steps(self, steps: int) -> int:
+        """How many of a run's `steps` decay."""
+        return round(self.decay_fraction * steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrt:
+    """`peak_lr * sqrt(w / t)` with `w = max(warmup_steps, 1)` (Vaswani et al. 2017, section 5.3).
+
+    It has no end: the rate goes on falling beyond the last step.
+
+    Attributes:
+        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
+    """
+
+    warmup_steps: int = 0
+
+    def problems(self) -> Iterable[Problem]:
+        """No negative warm-up."""
+        yield from _warmup_problems(self.warmup_steps)
+
+
+type Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
+
+
+def schedule(config: Schedule, *, peak_lr: float, steps: int) -> optax.Schedule:
+    """The learning rate of a run of `steps` steps, as a function of the step.
+
+    The function takes a step, or an array of them, and returns the rate in the same shape. JAX arrays, traced ones
+    too, give float32 JAX arrays; anything else is computed in NumPy's float64 and starts no device.
+    """
+
+    def lr(step: Any) -> Any:
+        xp = jnp if isinstance(step, jax.Array) else np
+        t = xp.asarray(step).astype(xp.float32 if xp is jnp else xp.float64)
+        warmup = xp.minimum(t / max(config.warmup_steps, 1), 1.0) if config.warmup_steps else 1.0
+        return peak_lr * warmup * _decay(config, t, steps, xp)
+
+    return lr
+
+
+def table(config: Schedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
+    """About `rows` pairs (step, rate), evenly spread from step 0 to the last step, and the end of warm-up."""
+    spread = {round(at) for at in np.linspace(0, steps - 1, rows)}
+    chosen = sorted(spread | {min(config.warmup_steps, steps - 1)})
+    lr = schedule(config, peak_lr=peak_lr, steps=steps)
+    return [(step, float(lr(step))) for step in chosen]
+
+
+def plot(config: Schedule, *, peak_lr: float, steps: int, width: int = 60, height: int = 12) -> str:
+    """The schedule drawn in `width` columns and `height` rows of text, from step 0 to the last step."""
+    lr = schedule(config, peak_lr=peak_lr, steps=steps)
+    rates = lr(np.round(np.linspace(0, steps - 1, width)))
+    rows = np.round((1 - rates / peak_lr) * (height - 1)).astype(int)
+    labels = {0: f"{peak_lr:.2e}", height - 1: f"{0:.2e}"}
+    lines = [
+        f"{labels.get(row, ''):>8} |" + "".join("*" if at == row else " " for at in rows).rstrip()
+        for row in range(height)
+    ]
+    last = f"step {steps - 1}"
+    return "\n".join([*lines, " " * 9 + "+" + "-" * width, " " * 10 + "0" + last.rjust(width - 1)])
+
+
+def schedule_problems(config: Schedule, steps: int) -> Iterable[Problem]:
+    """What cannot work in a run of `steps` steps; the fields are relative to the schedule."""
+    if config.warmup_steps and config.warmup_steps >= steps:
+        yield Problem(
+            fields=("warmup_steps",),
+            message=f"the peak rate is reached at step {config.warmup_steps}, after the last step {steps - 1}",
+            fix=f"use warmup_steps={steps // 10}, or more steps",
+        )
+    elif isinstance(config, WSD) and config.warmup_steps + config.decay_steps(steps) > steps:
+        yield Problem(
+            fields=("warmup_steps", "decay_fraction"),
+            message=f"warm-up and {config.decay_steps(steps)} steps of decay do not fit into {steps} steps",
+            fix=f"use decay_fraction={(steps - config.warmup_steps) / steps:.2g} or less",
+        )
+
+
+def _decay(config: Schedule, t: Any, steps: int, xp: ModuleType) -> Any:
+    """The rate after warm-up as a fraction of the peak; 1 during warm-up."""
+    match config:
+        case Constant():
+            return 1.0
+        case InverseSqrt():
+            first = max(config.warmup_steps, 1)
+            return xp.sqrt(first / xp.maximum(t, first))
+        case Linear():
+            left = 1 - _progress(t, config.warmup_steps, steps, xp)
+        case Cosine():
+            left = (1 + xp.cos(np.pi * _progress(t, config.warmup_steps, steps, xp))) / 2
+        case WSD():
+            progress = _progress(t, steps - config.decay_steps(steps), steps, xp)
+            left = 1 - (xp.sqrt(progress) if config.shape == "sqrt" else progress)
+    return config.final_fraction + (1 - config.final_fraction) * left
+
+
+def _progress(t: Any, start: int, stop: int, xp: ModuleType) -> Any:
+    """0 up to step `start`, 1 from step `stop` on, straight in between."""
+    return xp.clip((t - start) / max(stop - start, 1), 0.0, 1.0)
+
+
+def _warmup_problems(warmup_steps: int) -> Iterable[Problem]:
+    if warmup_steps < 0:
+        yield Problem(fields=("warmup_steps",), message="must not be negative", fix="use warmup_steps=0")
+
+
+def _final_problems(final_fraction: float) -> Iterable[Problem]:
+    if not 0 <= final_fraction <= 1:
+        yield Problem(
+            fields=("final_fraction",),
+            message="must lie between 0 and 1: it is a fraction of the peak rate",
+            fix="use final_fraction=0.1",
+        )

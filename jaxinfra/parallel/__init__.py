@@ -1,0 +1,1 @@
+"""Where arrays live: the device mesh, the declaration of parameters, and the rules that place them."""

@@ -1,0 +1,180 @@
+"""Rules from logical axes to mesh axes, and the movements of arrays that follow from them.
+
+A model names the dimensions of its arrays ("batch", "embed", "heads", ...); `Rules` says which mesh axes each
+name is spread over; `Layout` turns names into shardings. To try another sharding, change one field of `Rules`.
+
+How an array's type reads here (JAX explicit sharding): a weight *stored* as `f32[D@fsdp, F@tensor]` is *used* as
+`f32[D, F@tensor]{R: replica, fsdp, context}`: gathered over `fsdp`, and marked as reduced over every axis that
+the activations which it meets are spread over. The mark makes its gradient a partial sum (unreduced) over those
+axes: it is scattered over `fsdp` at once and crosses `replica` only where the train step says so.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxinfra.config import Problem
+from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.mesh import MeshAxis, MeshConfig
+from jaxinfra.parallel.spec import ParamSpec
+
+type Names = tuple[str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which mesh axes each logical axis is spread over; `()` keeps it whole on every device.
+
+    Attributes:
+        batch: sequences of a batch.
+        sequence: positions of a sequence, everywhere.
+        block_sequence: positions, in addition, between blocks: the residual stream of sequence parallelism.
+        layers: stacked layers.
+        embed: the residual width, of parameters alone: activations keep it whole.
+        heads: attention heads.
+        kv_heads: heads of keys and values.
+        mlp: hidden width of the MLP.
+        vocab: rows of the embedding and columns of the head.
+    """
+
+    batch: tuple[MeshAxis, ...] = ("replica", "fsdp", "expert")
+    sequence: tuple[MeshAxis, ...] = ("context",)
+    block_sequence: tuple[MeshAxis, ...] = ("tensor",)
+    layers: tuple[MeshAxis, ...] = ("stage",)
+    embed: tuple[MeshAxis, ...] = ("fsdp",)
+    heads: tuple[MeshAxis, ...] = ("tensor",)
+    kv_heads: tuple[MeshAxis, ...] = ("tensor",)
+    mlp: tuple[MeshAxis, ...] = ("tensor",)
+    vocab: tuple[MeshAxis, ...] = ("tensor",)
+
+    def problems(self) -> Iterable[Problem]:
+        """The batch and the positions of an activation may not share a mesh axis; heads must agree."""
+        spread = (*self.batch, *self.sequence, *self.block_sequence)
+        twice = sorted({axis for axis in spread if spread.count(axis) > 1})
+        if twice:
+            yield Problem(
+                fields=("batch", "sequence", "block_sequence"),
+                message=f"{twice[0]} shards two dimensions of one activation",
+                fix=f"keep {twice[0]} in one of them",
+            )
+        if self.heads != self.kv_heads:
+            yield Problem(
+                fields=("heads", "kv_heads"),
+                message="queries and keys of one head must live on one device",
+                fix="give both the same mesh axes",
+            )
+        for a in self.batch:
+            if a in self.heads + self.mlp + self.vocab:
+                yield Problem(
+                    fields=("batch", "heads", "mlp", "vocab"),
+                    message=f"{a} shards both the batch and the features of one activation",
+                    fix=f"keep {a} in batch alone",
+                )
+
+
+LOGICAL: tuple[str, ...] = tuple(field.name for field in fields(Rules))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Shardings by name, for one model on one mesh.
+
+    Attributes:
+        rules: logical axis to mesh axes.
+        mesh: size of every mesh axis, none of them -1.
+        platform: what runs the program ("cpu", "gpu", "tpu"): kernels are chosen by it.
+        compute_dtype: the dtype that weights are cast to where they are used.
+    """
+
+    rules: Rules = Rules()
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    platform: str = "cpu"
+    compute_dtype: jnp.dtype = jnp.dtype("float32")
+
+    def mesh_axes(self, name: str | None) -> tuple[str, ...]:
+        """The mesh axes of one logical axis."""
+        if name is None:
+            return ()
+        if name == "positions":
+            return (*self.rules.sequence, *self.rules.block_sequence)
+        return getattr(self.rules, name)
+
+    def shards(self, name: str) -> int:
+        """How many shards a logical axis is cut into."""
+        count = 1
+        for axis in self.mesh_axes(name):
+            count *= getattr(self.mesh, axis)
+        return count
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """The sharding of an array whose dimensions have these logical axes ("positions": between blocks)."""
+        return PartitionSpec(*(self.mesh_axes(name) or None for name in names))
+
+    def stored(self, path: str, spec: ParamSpec) -> PartitionSpec:
+        """The sharding in which a parameter is kept.
+
+        Raises:
+            ConfigError: two dimensions of the parameter want one mesh axis, or a dimension does not divide.
+        """
+        seen: dict[str, str | None] = {}
+        for size, name in zip(spec.shape, spec.axes, strict=True):
+            for axis in self.mesh_axes(name):
+                if axis in seen:
+                    raise ConfigError(
+                        f"rules.{name}, rules.{seen[axis]}: both put a dimension of parameter {path} "
+                        f"{spec.shape} on mesh axis {axis}; take it from one of them"
+                    )
+                seen[axis] = name
+            if name is not None and size % self.shards(name):
+                raise ConfigError(
+                    f"rules.{name}={self.mesh_axes(name)}: parameter {path} {spec.shape} has {size} {name}, which "
+                    f"{self.shards(name)} shards do not divide; use another mesh or rules.{name}=()"
+                )
+        return self.spec(*spec.axes)
+
+    def _used(self, names: Names, meets: Names) -> PartitionSpec:
+        """The sharding in which a weight meets an activation whose spread dimensions are `meets`."""
+        over = [axis for name in meets for axis in self.mesh_axes(name)]
+        kept = [tuple(axis for axis in self.mesh_axes(name) if axis not in over) or None for name in names]
+        return PartitionSpec(*kept, reduced=frozenset(over))
+
+    def weight(self, value: jax.Array, names: Names, meets: Names = ("batch", "sequence")) -> jax.Array:
+        """A stored weight made ready for use: cast to the compute dtype, gathered, marked as reduced.
+
+        Args:
+            value: the parameter, or one layer of it.
+            names: its logical axes; a leading "layers" is dropped when `value` is one layer.
+            meets: the spread dimensions of the activation that it is used with.
+        """
+        names = names[len(names) - value.ndim :]
+        return jax.reshard(value.astype(self.compute_dtype), self._used(names, meets))
+
+    def shard(self, x: jax.Array, *names: str | None, meets_sharded: bool = False) -> jax.Array:
+        """An activation moved to the sharding of these logical axes.
+
+        With `meets_sharded` it goes into products with weights that are sharded over the axes of
+        `block_sequence`: it is marked as reduced over them, so its gradient is scattered and not summed whole.
+        """
+        spec = self.spec(*names)
+        if meets_sharded:
+            spec = spec.update(reduced=frozenset(self.rules.block_sequence))
+        return jax.reshard(x, spec)
+
+    def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
+        """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.
+
+        For elementwise work: outside such a region JAX lets reduced weights into matrix products alone.
+        """
+        x_spec, *weight_specs = (jax.typeof(a).sharding.spec for a in (x, *weights))
+        return jax.shard_map(fun, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
+
+    def with_reduced(self, spec: PartitionSpec) -> PartitionSpec:
+        """A parameter's sharding marked so that its gradient stays a partial sum over `replica`."""
+        return spec.update(reduced=frozenset(("replica",)))
+
+    def with_unreduced(self, spec: PartitionSpec) -> PartitionSpec:
+        """The sharding of a gradient that has not crossed `replica` yet."""
+        return spec.update(unreduced=frozenset(("replica",)))

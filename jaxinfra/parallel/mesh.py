@@ -1,0 +1,125 @@
+"""The device mesh: six named axes over the devices, the fastest links innermost.
+
+The axes, from the slowest links to the fastest: `replica` (data parallel between slices, over the data-centre
+network), `stage` (pipeline), `fsdp` (fully sharded data parallel), `expert`, `context` (sequence), `tensor`.
+All six are always there; an axis of size 1 costs nothing. Every axis is of the `Explicit` type: the sharding of
+an array is part of its type, and a mistake is an error while tracing, not a slow program.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jaxinfra.config import Problem
+from jaxinfra.errors import ConfigError
+
+type MeshAxis = Literal["replica", "stage", "fsdp", "expert", "context", "tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The size of every mesh axis; at most one may be -1, which takes the devices that are left.
+
+    Attributes:
+        replica: copies of the parameters, one a slice where there are several; gradients meet once a step.
+        stage: pipeline stages.
+        fsdp: data parallel with parameters, gradients and optimiser state sharded.
+        expert: expert parallel.
+        context: shards of a sequence.
+        tensor: shards of heads, MLP width and vocabulary.
+    """
+
+    replica: int = 1
+    stage: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def problems(self) -> Iterable[Problem]:
+        """At most one -1, no size below 1, and only the axes that a model can use so far."""
+        for axis, size in zip(AXES, self.sizes, strict=True):
+            if size < 1 and size != -1:
+                yield Problem(
+                    fields=(axis,), message="an axis size must be at least 1, or -1 for the rest", fix=f"use {axis}=1"
+                )
+        free = tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
+        if len(free) > 1:
+            yield Problem(fields=free, message="only one mesh axis may be -1", fix=f"give {free[0]} a size")
+        for axis in ("stage", "expert", "context"):
+            if getattr(self, axis) not in (1, -1):
+                yield Problem(
+                    fields=(axis,), message=f"no model uses the {axis} axis yet", fix=f"use {axis}=1 and fsdp or tensor"
+                )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes in the order of `AXES`."""
+        return astuple(self)
+
+    def resolve(self, devices: int) -> "MeshConfig":
+        """The same mesh with -1 replaced, for `devices` devices.
+
+        Raises:
+            ConfigError: the sizes do not multiply to the number of devices.
+        """
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size != 1)
+        fixed = math.prod(size for size in self.sizes if size != -1)
+        free = next((axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1), None)
+        if free is not None and devices % fixed == 0:
+            return replace(self, **{free: devices // fixed})
+        if free is None and fixed == devices:
+            return self
+        if free is None:
+            fix = f"use --devices cpu:{fixed} to emulate them, or mesh.fsdp=-1 to take what is there"
+        else:
+            fix = f"the other axes must divide {devices}"
+        raise ConfigError(f"{named or 'mesh'}: asks for {fixed} devices, {devices} here; {fix}")
+
+
+AXES: tuple[str, ...] = tuple(field.name for field in fields(MeshConfig))
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """Number of TPU slices among the devices (1 where devices do not name theirs)."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of `config` over all of `devices`, explicit axis types, physical neighbours innermost.
+
+    Several slices make the outermost axis: `replica` must be a multiple of their number.
+
+    Raises:
+        ConfigError: the sizes do not fit the devices, or `replica` the slices.
+    """
+    config = config.resolve(len(devices))
+    slices = _slices(devices)
+    if slices > 1:
+        if config.replica % slices:
+            raise ConfigError(
+                f"mesh.replica={config.replica}: {slices} slices need a multiple of {slices}; "
+                f"use mesh.replica={slices}"
+            )
+        inside = (config.replica // slices, *config.sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1, 1, 1), devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return jax.make_mesh(config.sizes, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The same mesh without devices, to trace and lower on. No axis may be -1."""
+    assert -1 not in config.sizes, config
+    return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def permuted(mesh: Mesh, order: Sequence[int]) -> Mesh:
+    """The mesh with its devices in another order: the numbers that it computes must not change."""
+    grid = np.asarray(mesh.devices).reshape(-1)[list(order)].reshape(mesh.devices.shape)
+    return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

@@ -1,0 +1,216 @@
+"""What a person at the terminal sees: derived numbers, progress, and the summary at the end.
+
+Two trackers, for two kinds of output: `Bar` redraws one line on a terminal, `Plain` prints lines that read
+well in a log file. Not the record of a run: that is metrics.jsonl. Invariant: `log` only takes note; the bar
+is drawn by a thread four times a second, whatever the speed of the steps.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from jaxinfra.track.text import Derived, count, duration, number, percent, summary_rows
+
+_REFRESH_PER_S = 4
+_LOG_WIDTH = 110  # characters of a table in a log file, which has no width of its own
+_MIN_BAR = 12  # characters
+
+# Name of the metric: its label, how it is written, and its width in a column.
+_COLUMNS = {
+    "loss": ("loss", "{:.4f}".format, 7),
+    "lr": ("lr", "{:.1e}".format, 7),
+    "grad_norm": ("grad_norm", "{:.2f}".format, 5),
+    "tokens_per_s": ("tok/s", count, 9),
+    "mfu": ("mfu", percent, 5),
+}
+
+
+def stdout_console() -> Console:
+    """Returns a console on standard output; it is interactive on a terminal that can move its cursor."""
+    on_terminal = sys.stdout.isatty()
+    console = Console(width=None if on_terminal else _LOG_WIDTH, highlight=False)
+    console.is_interactive = on_terminal and not console.is_dumb_terminal
+    return console
+
+
+def derived_table(derived: Derived) -> RenderableType:
+    """Lays out the derived numbers of a run, to be printed before its first step."""
+    table = _table("Derived numbers")
+    table.add_column("number")
+    table.add_column("value", justify="right")
+    table.add_column("unit or how", style="dim")
+    for name, (value, how) in derived.items():
+        table.add_row(Text(name), Text(number(value)), Text(how))
+    return table
+
+
+def summary_table(values: Mapping[str, Any]) -> RenderableType:
+    """Lays out the summary of a run, to be printed after its last step."""
+    table = _table("Summary")
+    table.show_header = False
+    table.add_column()
+    table.add_column(overflow="fold")
+    for label, value in summary_rows(values):
+        table.add_row(Text(label), Text(value))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+
+
+class Progress:
+    """The newest value of each metric, the steps done, and the time that the rest will take."""
+
+    def __init__(self, start_step: int, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.done = start_step
+        self.metrics: dict[str, float] = {}
+        self._first: tuple[int, float] | None = None  # steps done and time at the first log
+        self._now_s = 0.0
+
+    def take(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes note of metrics of `step`."""
+        self.done = max(self.done, step + 1)
+        self.metrics = {**self.metrics, **metrics}  # a new dict: the drawing thread may read the old one
+        self._now_s = time.monotonic()
+        if self._first is None:
+            self._first = (self.done, self._now_s)  # compilation is over by now, so it does not count
+
+    def eta_s(self) -> float:
+        """Returns the seconds left at the mean speed since the first log; NaN before there is a speed."""
+        if self._first is None or self.done == self._first[0]:
+            return math.nan
+        s_per_step = (self._now_s - self._first[1]) / (self.done - self._first[0])
+        return s_per_step * (self.total_steps - self.done)
+
+    def steps(self) -> str:
+        """Returns "120/400", as wide at every step."""
+        total = str(self.total_steps)
+        return f"{self.done:>{len(total)}}/{total}"
+
+
+class Plain:
+    """Prints a line with fixed columns at the first step, then every `log_every` steps, and at the last."""
+
+    def __init__(self, console: Console, log_every: int) -> None:
+        self._console = console
+        self._log_every = log_every
+        self._progress = Progress(0, 0)
+        self._printed = 0  # steps done when the last line was printed
+        self._first = True
+
+    def start(
+        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
+    ) -> None:
+        """Prints the derived numbers."""
+        self._progress = Progress(start_step, total_steps)
+        self._console.print(derived_table(derived))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints a line if one is due; evaluations have their own line and are always due."""
+        self._progress.take(step, metrics)
+        if any(name.startswith("eval/") for name in metrics):
+            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self._line(f"step {self._progress.steps()}  {values}")
+        elif self._due(step + 1):
+            self._first, self._printed = False, step + 1
+            self._line(self._columns())
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Prints the summary."""
+        self._console.print(summary_table(values))
+
+    def close(self) -> None:
+        """Does nothing: every line was flushed when it was printed."""
+
+    def _due(self, done: int) -> bool:
+        on_grid = done % self._log_every == 0 or done - self._printed >= self._log_every
+        return self._first or on_grid or done == self._progress.total_steps
+
+    def _columns(self) -> str:
+        metrics = self._progress.metrics
+        cells = [
+            f"{label} {written(metrics[name]):>{width}}"
+            for name, (label, written, width) in _COLUMNS.items()
+            if name in metrics
+        ]
+        eta = f"eta {duration(self._progress.eta_s()):>7}"
+        return "  ".join([f"step {self._progress.steps()}", *cells, eta])
+
+    def _line(self, line: str) -> None:
+        print(line, file=self._console.file, flush=True)
+
+
+class Bar:
+    """Draws one line at the bottom of a terminal; everything else that is printed scrolls above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(0, 0)
+        self._live: Live | None = None
+
+    def start(
+        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
+    ) -> None:
+        """Prints the derived numbers and starts to draw."""
+        self._progress = Progress(start_step, total_steps)
+        self._console.print(derived_table(derived))
+        live = Live(
+            console=self._console,
+            get_renderable=self._draw,
+            refresh_per_second=_REFRESH_PER_S,
+            transient=True,
+        )
+        live.start()
+        self._live = live
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes note; nothing is drawn here."""
+        self._progress.take(step, metrics)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Takes the bar away and prints the summary."""
+        self.close()
+        self._console.print(summary_table(values))
+
+    def close(self) -> None:
+        """Takes the bar away and gives the cursor back."""
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+    def _draw(self) -> RenderableType:
+        cells = [f"{self._progress.steps()}", *self._cells()]
+        room = self._console.width - _MIN_BAR
+        while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > room:
+            del cells[-1]
+        grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        grid.add_column(ratio=1)
+        for _ in cells:
+            grid.add_column(no_wrap=True)
+        bar = ProgressBar(total=max(self._progress.total_steps, 1), completed=self._progress.done)
+        grid.add_row(bar, *(Text(cell) for cell in cells))
+        return grid
+
+    def _cells(self) -> list[str]:
+        """Returns the cells behind the bar; the last ones give way first on a narrow terminal."""
+        metrics = self._progress.metrics
+        cells = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else ["compiling"]
+        cells.append(f"eta {duration(self._progress.eta_s())}")
+        if "tokens_per_s" in metrics:
+            cells.append(f"{count(metrics['tokens_per_s'])} tok/s")
+        if "mfu" in metrics:
+            cells.append(f"mfu {percent(metrics['mfu'])}")
+        if "eval/loss" in metrics:
+            cells.append(f"eval loss {metrics['eval/loss']:.4f}")
+        return cells

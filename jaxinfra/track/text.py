@@ -1,0 +1,103 @@
+"""How numbers are written for people, the same in the console, the tables and the report.
+
+Not for files that programs read: those hold the full value. Every function returns one line.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+type Derived = Mapping[str, tuple[int | float | str, str]]
+"""Derived numbers by name: the value, and its unit or how it was computed."""
+
+_SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def number(value: object) -> str:
+    """Writes integers with thousands separators, floats with five significant digits, all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= 1e5 and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return f"{value:.5g}"
+
+
+def count(value: float) -> str:
+    """Writes a count, whole or fractional, as a whole number with thousands separators."""
+    return f"{value:,.0f}" if math.isfinite(value) else str(value)
+
+
+def percent(fraction: float) -> str:
+    """Writes a fraction of one as a percentage with one decimal."""
+    return f"{100 * fraction:.1f}%"
+
+
+def size(n_bytes: float) -> str:
+    """Writes a number of bytes in the largest binary unit that keeps it at one or more."""
+    if not math.isfinite(n_bytes):
+        return str(n_bytes)
+    power = 0
+    while abs(n_bytes) >= 1024 and power < len(_SIZE_UNITS) - 1:
+        n_bytes, power = n_bytes / 1024, power + 1
+    return f"{n_bytes:.{2 if power else 0}f} {_SIZE_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Writes seconds as m:ss, or h:mm:ss from one hour on; a dash when the time is not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"
+
+
+_SUMMARY = {
+    "status": ("Status", str),
+    "steps": ("Steps", number),
+    "tokens": ("Tokens", number),
+    "wall_s": ("Wall time", duration),
+    "final_loss": ("Final training loss", "{:.4f}".format),
+    "eval_loss": ("Held-out loss", "{:.4f}".format),
+    "bits_per_byte": ("Held-out bits per byte", "{:.4f}".format),
+    "baselines": ("", str),
+    "tokens_per_s_median": ("Tokens/s, median", count),
+    "mfu_median": ("MFU, median", percent),
+    "peak_rss_bytes": ("Peak host memory", size),
+    "checkpoint": ("Checkpoint", str),
+}
+
+
+def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Turns the summary of a run into (label, text) rows.
+
+    Known values come first in a fixed order, values that are None are left out, and each baseline of
+    `baselines` (bits per byte by name) is a row below the model's own. Unknown values follow under their
+    names.
+    """
+    rows: list[tuple[str, str]] = []
+    for key, (label, written) in _SUMMARY.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if key == "baselines":
+            rows += [(f"  {name}, bits per byte", f"{bits:.4f}") for name, bits in value.items()]
+        else:
+            rows.append((label, written(value)))
+    others = {key: value for key, value in values.items() if key not in _SUMMARY and value is not None}
+    return rows + [(key, number(value)) for key, value in others.items()]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings into `{"a.b": leaf}`, in order; an empty mapping has no leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            leaves |= flatten(value, f"{path}.")
+        else:
+            leaves[path] = value
+    return leaves

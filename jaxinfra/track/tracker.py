@@ -1,0 +1,160 @@
+"""What a tracker is, which trackers a run has, and the fan-out that the training loop talks to.
+
+Not for choosing or computing metrics: the loop does that, and hands over Python floats, so that no tracker
+ever waits for a device. Invariant: a tracker never ends a run that has begun. Storage that fails after
+`start` costs log lines, is reported once, and is counted; storage that fails in `start` is an error before
+the first step.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from jaxinfra.track.console import Bar, Plain, stdout_console
+from jaxinfra.track.jsonl import Jsonl
+from jaxinfra.track.tensorboard import TensorBoard
+from jaxinfra.track.text import Derived
+
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """One place where metrics go.
+
+    A step is counted from 0. A run that resumes at step s logs step s next.
+    """
+
+    def start(
+        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
+    ) -> None:
+        """Takes the run record and the derived numbers; forgets what was logged from `start_step` on."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes metrics of one step; a step may be logged in parts (training, then "eval/...")."""
+        ...
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Takes the final values of the run; called at most once, before `close`."""
+        ...
+
+    def close(self) -> None:
+        """Writes out and lets go of everything; a second call does nothing."""
+        ...
+
+
+class Trackers:
+    """Hands everything to each tracker in order; itself a tracker and a context manager that closes."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = tuple(trackers)
+        self._failures = [0] * len(self._trackers)
+
+    def start(
+        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
+    ) -> None:
+        """Starts each tracker.
+
+        Raises:
+            StorageError: a tracker cannot write where it should.
+        """
+        for tracker in self._trackers:
+            tracker.start(record, derived, start_step=start_step, total_steps=total_steps)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hands the metrics of `step` to each tracker; one whose storage fails is reported and counted."""
+        for i, tracker in enumerate(self._trackers):
+            try:
+                tracker.log(step, metrics)
+            except OSError as error:
+                self._failed(i, error)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Hands the final values to each tracker; one whose storage fails is reported and counted."""
+        for i, tracker in enumerate(self._trackers):
+            try:
+                tracker.summary(values)
+            except OSError as error:
+                self._failed(i, error)
+
+    def close(self) -> None:
+        """Closes all trackers, whatever any of them raises, then raises the first error.
+
+        Raises:
+            Exception: the first error that a tracker raised in its `close`.
+        """
+        errors: list[Exception] = []
+        for i, tracker in enumerate(self._trackers):
+            try:
+                tracker.close()
+            except Exception as error:
+                errors.append(error)
+            if self._failures[i] > 1:
+                _log.error("%s: %d calls failed", type(tracker).__name__, self._failures[i])
+                self._failures[i] = 0
+        for error in errors[1:]:
+            _log.error("a further tracker failed to close: %s", error)
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+            _log.exception("a tracker failed to close after the error that ended the run")
+
+    def _failed(self, i: int, error: OSError) -> None:
+        self._failures[i] += 1
+        if self._failures[i] == 1:
+            name = type(self._trackers[i]).__name__
+            _log.error("%s: %s; training goes on, further failures are counted", name, error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """How often metrics are logged, and where they go.
+
+    Attributes:
+        log_every: steps between two logged ones; the metrics of the steps between stay on the device. jsonl:
+        write metrics.jsonl and summary.json, from which the report is made. tensorboard: write TensorBoard
+        event files. console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps,
+        "auto" is the bar on
+            a terminal and plain lines elsewhere, "off" prints nothing.
+    """
+
+    log_every: int = 10
+    jsonl: bool = True
+    tensorboard: bool = True
+    console: Literal["auto", "bar", "plain", "off"] = "auto"
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Says whether step `step`, counted from 0, is one to log: each `log_every`-th, and the last."""
+        return (step + 1) % self.log_every == 0 or step + 1 == total_steps
+
+
+def build(config: TrackConfig, run_dir: Path) -> Trackers:
+    """Makes the trackers of `config`; nothing is opened, drawn or printed before `start`.
+
+    In a run of several processes only one has trackers: the others use `Trackers()`.
+    """
+    trackers: list[Tracker] = []
+    if config.jsonl:
+        trackers.append(Jsonl(run_dir))
+    if config.tensorboard:
+        trackers.append(TensorBoard(run_dir))
+    console = stdout_console()
+    if config.console == "bar" or (config.console == "auto" and console.is_interactive):
+        trackers.append(Bar(console))
+    elif config.console != "off":
+        trackers.append(Plain(console, config.log_every))
+    return Trackers(trackers)
