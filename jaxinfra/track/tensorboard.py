@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.summary import hparams, text
 
 from jaxinfra.errors import StorageError
 from jaxinfra.track.text import Derived, flatten, number
+
+_events: Any = event_pb2  # protobuf makes its classes on import, where no type checker can see them
+_summaries: Any = summary_pb2
 
 _FLUSH_S = 10.0  # TensorBoard itself looks for new data every 30 s
 _HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0, "eval/bits_per_byte": 0.0}
@@ -48,17 +50,17 @@ class TensorBoard:
             suffix = f".{os.getpid()}.{start_step}"  # the library's name alone repeats within one second
             writer = self._writer = EventsWriter(str(self._dir / "events"), suffix)
             if start_step > 0:
-                self._add(start_step, Event(session_log=SessionLog(status=SessionLog.START)))
+                self._add(start_step, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
-            self._add(start_step, Event(summary=text("config", _as_code(config))))
-            self._add(start_step, Event(summary=text("derived", _as_table(derived))))
+            self._add(start_step, summary=text("config", _as_code(config)))
+            self._add(start_step, summary=text("derived", _as_table(derived)))
             leaves = {key: _hparam(value) for key, value in flatten(config).items()}
             for summary in hparams(leaves, _HPARAM_METRICS):
-                self._add(start_step, Event(summary=summary))
+                self._add(start_step, summary=summary)
             writer.flush()
         except OSError as error:
             raise StorageError(
-                f"{self._dir}: cannot be written ({error.strerror}); free space or set track.tensorboard=false"
+                f"{self._dir}: not writable ({error.strerror}); free space or set track.tensorboard=false"
             ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -68,10 +70,10 @@ class TensorBoard:
             OSError: the event could not be written; it is lost to TensorBoard.
         """
         values = [
-            Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
+            _summaries.Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
             for name, value in metrics.items()
         ]
-        self._add(step, Event(summary=Summary(value=values)))
+        self._add(step, summary=_summaries.Summary(value=values))
         if time.monotonic() - self._flushed_s > _FLUSH_S:
             self._flush()
 
@@ -85,12 +87,10 @@ class TensorBoard:
             writer, self._writer = self._writer, None
             writer.close()
 
-    def _add(self, step: int, event: Event) -> None:
+    def _add(self, step: int, **content: Any) -> None:
         if self._writer is None:
             raise RuntimeError("TensorBoard.log was called before start or after close")
-        event.wall_time = time.time()
-        event.step = step
-        self._writer.write_event(event)
+        self._writer.write_event(_events.Event(wall_time=time.time(), step=step, **content))
 
     def _flush(self) -> None:
         if self._writer is not None:
