@@ -1,0 +1,121 @@
+"""One-dimensional integer arrays on disk: zarr 3 through TensorStore, with the errors of this project.
+
+Every chunk carries a CRC-32C that is checked on each read, and a chunk that is missing is an error, never
+zeros. The layout was measured with batches of 64 random windows of 1,025 tokens on two cores: plain chunks of
+8 Ki tokens read 61 million tokens a second from cold chunks and 118 from the cache; 64 Ki gave 36 and 129;
+zstd saved a third of the space and cost a third to two thirds of the cold speed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from jaxinfra.errors import DataError, JaxinfraError, StorageError
+
+CHUNK = 8 * 1024
+SHARD = 16 * 1024 * 1024
+CACHE_BYTES = 256 * 1024 * 1024
+
+_NO_ACCESS = (
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "UNAUTHENTICATED",
+)
+
+
+def cache_context() -> ts.Context:
+    """A cache that arrays opened with it share."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
+def create(path: str, dtype: np.dtype, fill_value: int) -> ts.TensorStore:
+    """Makes an empty array in a new folder; `append` grows it.
+
+    Args:
+        path: local folder or URL.
+        dtype: an integer type.
+        fill_value: a value that no element has; it pads the last chunk.
+    """
+    crc = {"name": "crc32c"}
+    plain = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {"chunk_shape": [CHUNK], "codecs": [plain, crc], "index_codecs": [plain, crc]}
+    spec = _spec(path) | {
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": [0],
+            "data_type": dtype.name,
+            "fill_value": fill_value,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+    return _checked(path, lambda: ts.open(ts.Spec(spec), create=True).result())
+
+
+def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorStore:
+    """Writes values after the end and returns the longer array; fastest when the end is a shard's border."""
+    start = array.shape[0]
+
+    def write() -> ts.TensorStore:
+        longer = array.resize(exclusive_max=[start + len(values)]).result()
+        longer[start : start + len(values)].write(values).result()
+        return longer
+
+    return _checked(path, write)
+
+
+def open_array(path: str, context: ts.Context) -> ts.TensorStore:
+    """Opens an array that will not change any more.
+
+    Raises:
+        DataError: it is missing or its metadata is damaged.
+        StorageError: it may not be read.
+    """
+    spec = _spec(path) | {"recheck_cached_data": False, "recheck_cached_metadata": False}
+    return _checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
+
+
+def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length: int) -> np.ndarray:
+    """Reads `array[s : s + length]` for every start, all at once: [len(starts), length].
+
+    Raises:
+        DataError: a chunk is missing or damaged.
+        StorageError: the storage may not or cannot be read.
+    """
+    out = np.empty((len(starts), length), array.dtype.numpy_dtype)
+
+    def read() -> np.ndarray:
+        futures = [array[start : start + length].read() for start in starts]
+        for row, future in zip(out, futures, strict=True):
+            row[:] = future.result()
+        return out
+
+    return _checked(path, read)
+
+
+def _spec(path: str) -> dict[str, Any]:
+    if "://" in path:
+        kvstore: Any = path
+    else:
+        kvstore = {"driver": "file", "path": str(Path(path).absolute())}
+    return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+
+
+def _checked[T](path: str, call: Callable[[], T]) -> T:
+    """Runs a TensorStore call; its errors are `ValueError`s whose text starts with an absl status code."""
+    try:
+        return call()
+    except (ValueError, OSError) as error:
+        raise _translate(path, error) from error
+
+
+def _translate(path: str, error: Exception) -> JaxinfraError:
+    cause = " ".join(str(error).split(" [tensorstore_spec=")[0].split())
+    if cause.startswith(_NO_ACCESS) or isinstance(error, OSError):
+        return StorageError(f"{path}: {cause}; free some space or mend the access, then start again")
+    return DataError(f"{path}: {cause}; prepare the store again or copy it anew")

@@ -1,0 +1,149 @@
+"""What a token store says of itself: `manifest.json`, written last, so that a store without one is no store.
+
+It holds the recipe, the counts, the hash of every file and the baselines. It knows nothing of arrays.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxinfra.config import decode, diff, encode
+from jaxinfra.data.corpus import Corpus, Split
+from jaxinfra.errors import ConfigError, DataError
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """What one split holds."""
+
+    tokens: int
+    """Token ids, each document with its end."""
+    documents: int
+    bytes: int
+    """Bytes of text."""
+    digest: str
+    """BLAKE2b of the token ids as little-endian integers of the store's type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """Length and hash of one file of the store."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """How well simple models know the held-out text, in bits per byte; None where nothing is held out."""
+
+    xz_bits_per_byte: float | None
+    ngram_bits_per_byte: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is known of a store without opening its arrays."""
+
+    corpus: Corpus
+    source_fingerprint: str
+    """Hash of the names and contents of the files that went in."""
+    source_files: dict[Split, int]
+    not_utf8: tuple[str, ...]
+    """Files left out because they are not UTF-8."""
+    tokenizer_sha256: str
+    vocab_size: int
+    eot_id: int
+    dtype: str
+    splits: dict[Split, SplitInfo]
+    files: dict[str, FileInfo]
+    baselines: Baselines
+    versions: dict[str, str]
+    created: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what a model can see of the store: equal fingerprints give equal batches."""
+        seen = [self.tokenizer_sha256, self.eot_id, self.dtype]
+        seen += [[name, info.digest, info.tokens] for name, info in sorted(self.splits.items())]
+        return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+
+    def bytes_per_token(self, split: Split) -> float:
+        """Mean bytes of text that a token of the split stands for, ends of documents counted as tokens."""
+        return self.splits[split].bytes / max(1, self.splits[split].tokens)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file under its final name at once: to a temporary name, synced, then renamed."""
+        tree = asdict(self) | {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "corpus": encode(self.corpus),
+        }
+        partial = folder / (FILE_NAME + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(tree, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(folder / FILE_NAME)
+
+
+def parse(text: str, path: str) -> Manifest:
+    """Reads the text of a manifest; `path` is for the error.
+
+    Raises:
+        DataError: it is damaged, or of a format that this version does not know.
+    """
+    try:
+        tree: dict[str, Any] = json.loads(text)
+        found = tree.pop("format")
+        if found != FORMAT:
+            raise DataError(
+                f"{path}: store format {found}, this version reads format {FORMAT}; "
+                "update jaxinfra or prepare the store again"
+            )
+        fingerprint = tree.pop("fingerprint")
+        manifest = Manifest(**tree | _typed(tree))
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise DataError(
+            f"{path}: damaged manifest ({error}); prepare the store again or copy it anew"
+        ) from None
+    if fingerprint != manifest.fingerprint:
+        raise DataError(
+            f"{path}: fingerprint {fingerprint} does not fit its contents ({manifest.fingerprint}); "
+            "prepare the store again or copy it anew"
+        )
+    return manifest
+
+
+def check_recipe(manifest: Manifest, corpus: Corpus, path: str) -> None:
+    """Refuses a store that was made from another recipe than the one that is asked for.
+
+    Raises:
+        ConfigError: the recipes differ; the message has both values of each field that does.
+    """
+    differences = diff(manifest.corpus, corpus)
+    if differences:
+        shown = ", ".join(
+            f"data.corpus.{each.path}={each.left!r} there, {each.right!r} here" for each in differences
+        )
+        raise ConfigError(
+            f"data.store={path}: was made from another recipe ({shown}); choose another data.store"
+        )
+
+
+def _typed(tree: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a manifest that are more than JSON values."""
+    return {
+        "corpus": decode(Corpus, tree["corpus"]),
+        "not_utf8": tuple(tree["not_utf8"]),
+        "splits": {name: SplitInfo(**info) for name, info in tree["splits"].items()},
+        "files": {name: FileInfo(**info) for name, info in tree["files"].items()},
+        "baselines": Baselines(**tree["baselines"]),
+    }
