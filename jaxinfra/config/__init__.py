@@ -1,0 +1,36 @@
+"""Typed configs: load a file, apply overrides, check, show, compare, store and replay.
+
+A config is a tree of frozen, keyword-only dataclasses, each in the module of what it configures. This
+package is generic over them: it knows no field of any run, imports no JAX and starts nothing.
+
+    loaded = load("configs/tiny.py", ["train.steps=100", "optim.schedule=cosine"])
+    validate(loaded.run)
+    write_record("run.json", record(loaded, ...))
+"""
+
+from jaxinfra.config.check import Problem, validate
+from jaxinfra.config.codec import decode, encode
+from jaxinfra.config.overrides import apply
+from jaxinfra.config.record import Loaded, read_record, record, write_record
+from jaxinfra.config.source import load
+from jaxinfra.config.view import ABSENT, Difference, diff, dump, fingerprint, format_diff, leaves
+
+__all__ = [
+    "ABSENT",
+    "Difference",
+    "Loaded",
+    "Problem",
+    "apply",
+    "decode",
+    "diff",
+    "dump",
+    "encode",
+    "fingerprint",
+    "format_diff",
+    "leaves",
+    "load",
+    "read_record",
+    "record",
+    "validate",
+    "write_record",
+]

@@ -1,0 +1,70 @@
+"""Problems that a config class finds in itself, and the walk that turns the first one into an error.
+
+A class checks what it can see: its own fields and everything below them. Parts are checked before the whole,
+so a check across fields may rely on the local checks of its parts.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxinfra.config.schema import children, conform, fields_of, is_config
+from jaxinfra.config.text import join, show
+from jaxinfra.errors import ConfigError
+
+_ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something wrong with a config.
+
+    Attributes:
+        fields: dotted paths of the fields at fault, relative to the config object that reports them.
+        message: what is wrong with their values.
+        fix: what to do; a `path=value` in it is relative too and is shown with its full path.
+    """
+
+    fields: tuple[str, ...]
+    message: str
+    fix: str
+
+
+@runtime_checkable
+class _Checked(Protocol):
+    def problems(self) -> Iterable[Problem]: ...
+
+
+def validate(root: Any) -> None:
+    """Checks a whole config: the type of every value, then the `problems()` of every part, depth first.
+
+    Raises:
+        ConfigError: for the first problem, as `path=value, path=value: message; fix`.
+    """
+    root = conform(type(root), root)
+    for path, node in _nodes(type(root), root, ""):
+        if isinstance(node, _Checked):
+            for problem in node.problems():
+                raise ConfigError(_message(node, path, problem))
+
+
+def _nodes(annotation: Any, value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields every config object with its path, parts before the whole."""
+    for name, part_annotation, part in children(annotation, value):
+        yield from _nodes(part_annotation, part, join(path, name))
+    if is_config(type(value)):
+        yield path, value
+
+
+def _message(node: Any, path: str, problem: Problem) -> str:
+    named = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
+    own = {field.name for field in fields_of(type(node))}
+    fix = _ASSIGNED.sub(lambda found: join(path, found[1]) if found[1] in own else found[1], problem.fix)
+    return f"{named}: {problem.message}; {fix}"
+
+
+def _value_at(node: Any, field: str) -> Any:
+    for name in field.split("."):
+        node = node[int(name)] if isinstance(node, tuple) else getattr(node, name)
+    return node

@@ -1,0 +1,160 @@
+"""Config to JSON-able tree and back, each the exact inverse of the other.
+
+Config objects are objects, tuples are lists, enum members are names, floats that JSON has no number for are
+the strings "nan", "inf" and "-inf". The object in a choice carries its snake_case class name under "kind". A
+key that a stored tree lacks takes the default of its field, so that a field can be added without breaking old
+records.
+"""
+
+import enum
+import json
+import math
+from typing import Any, Literal, get_origin
+
+from jaxinfra.config.schema import (
+    KIND,
+    MISMATCH,
+    MISSING,
+    children,
+    choices,
+    conform,
+    describe,
+    fields_of,
+    is_config,
+    is_node,
+    items_of,
+    match,
+    members,
+)
+from jaxinfra.config.text import join, nearest, one_of, same, shorten, show, snake_case
+from jaxinfra.errors import ConfigError
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def encode(root: Any) -> dict[str, Any]:
+    """Returns a config object as a tree of dicts, lists and JSON scalars.
+
+    Raises:
+        ConfigError: a value does not fit its annotation, or its stored form would be ambiguous.
+    """
+    return _encode(type(root), conform(type(root), root), "")
+
+
+def decode[C](cls: type[C], tree: Any) -> C:
+    """Builds a `cls` from the tree that `encode` made of one.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of the wrong type; the message has its path.
+    """
+    return _decode(cls, tree, "")
+
+
+def _encode(annotation: Any, value: Any, path: str) -> Any:
+    if is_config(type(value)):
+        tag = {KIND: snake_case(type(value))} if choices(annotation) else {}
+        return tag | {
+            name: _encode(part_annotation, part, join(path, name))
+            for name, part_annotation, part in children(annotation, value)
+        }
+    if isinstance(value, tuple):
+        items = enumerate(zip(_items_for(annotation, value), value, strict=True))
+        return [_encode(item, part, join(path, index)) for index, (item, part) in items]
+    coded = value
+    if isinstance(value, enum.Enum):
+        coded = value.name
+    elif isinstance(value, float) and not math.isfinite(value):
+        coded = repr(value)
+    if isinstance(coded, str) and not same(_decode_leaf(annotation, coded), value):
+        raise ConfigError(f"{path}={show(value)}: would be stored like a value of another type; use another")
+    return coded
+
+
+def _items_for(annotation: Any, value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the annotations of the items of a tuple that conforms to one member of `annotation`."""
+    fitting = [items_of(member, len(value)) for member in _tuples(annotation) if _fits(member, value)]
+    return fitting[0] or ()
+
+
+def _fits(member: Any, value: tuple[Any, ...]) -> bool:
+    return is_node(member, value) or match(member, value) is not MISMATCH
+
+
+def _tuples(annotation: Any) -> list[Any]:
+    return [member for member in members(annotation) if get_origin(member) is tuple]
+
+
+def _decode(annotation: Any, coded: Any, path: str) -> Any:
+    if isinstance(coded, dict):
+        classes = choices(annotation)
+        if classes:
+            coded = dict(coded)
+            return _decode_fields(_chosen(classes, coded.pop(KIND, MISSING), path), coded, path)
+        if is_config(annotation):
+            return _decode_fields(annotation, coded, path)
+    if isinstance(coded, list) and _tuples(annotation):
+        return _decode_tuple(annotation, coded, path)
+    value = _decode_leaf(annotation, coded)
+    if value is MISMATCH:
+        raise ConfigError(f"{path or 'config'}={_show_json(coded)}: expected {describe(annotation)}")
+    return value
+
+
+def _chosen(classes: dict[str, type], kind: Any, path: str) -> type:
+    if kind is MISSING:
+        raise ConfigError(f"{join(path, KIND)}: missing; expected {one_of(classes)}")
+    if kind not in classes:
+        raise ConfigError(f"{join(path, KIND)}={_show_json(kind)}: expected {one_of(classes)}")
+    return classes[kind]
+
+
+def _decode_fields(cls: type, coded: dict[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in fields_of(cls)}
+    for name in coded:
+        if name not in fields:
+            near = nearest(name, fields)
+            hint = f"did you mean {join(path, near)}?" if near else f"the fields are {', '.join(fields)}"
+            raise ConfigError(f"{join(path, name)}: no such field; {hint}")
+    for field in fields.values():
+        if field.required and field.name not in coded:
+            raise ConfigError(f"{join(path, field.name)}: missing; expected {describe(field.annotation)}")
+    values = {name: _decode(fields[name].annotation, part, join(path, name)) for name, part in coded.items()}
+    try:
+        built = cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path or 'config'}: {cls.__name__} refused its fields: {shorten(str(error))}"
+        ) from error
+    return conform(cls, built, path)
+
+
+def _decode_tuple(annotation: Any, coded: list[Any], path: str) -> tuple[Any, ...]:
+    """Reads a list as the first tuple of the annotation that takes it; the last one reports what is wrong."""
+    problem = ConfigError(f"{path}={_show_json(coded)}: expected {describe(annotation)}")
+    for member in _tuples(annotation):
+        items = items_of(member, len(coded))
+        if items is not None:
+            try:
+                parts = enumerate(zip(items, coded, strict=True))
+                return tuple(_decode(item, part, join(path, index)) for index, (item, part) in parts)
+            except ConfigError as error:
+                problem = error
+    raise problem
+
+
+def _decode_leaf(annotation: Any, coded: Any) -> Any:
+    """Returns the leaf that a JSON scalar stands for, or `MISMATCH`; of a string the narrowest reading."""
+    if isinstance(coded, str):
+        options = members(annotation)
+        if any(get_origin(option) is Literal and match(option, coded) is coded for option in options):
+            return coded
+        for option in options:
+            if isinstance(option, enum.EnumType) and coded in option.__members__:
+                return option.__members__[coded]
+        if float in options and coded in _NOT_FINITE:
+            return _NOT_FINITE[coded]
+    return match(annotation, coded)
+
+
+def _show_json(coded: Any) -> str:
+    return shorten(json.dumps(coded, default=repr))

@@ -1,0 +1,129 @@
+"""From the text of an override to a leaf value, guided by the annotation of its field.
+
+The forms: `1_000` and `4e3` for int, anything that `float` reads for float, `true` and `false`, `none` or
+`null`, bare or quoted strings, an enum member by name or by value, tuples as `(1, 2)`, `[1, 2]` or `1,2`. Of
+several alternatives the narrowest one that fits wins, and `str` comes last.
+"""
+
+import ast
+import enum
+import re
+import types
+from typing import Any, Literal, get_args, get_origin
+
+from jaxinfra.config.schema import MISMATCH, is_config, items_of, members
+
+_INT = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
+_SCIENTIFIC = re.compile(r"([+-]?\d+)(?:\.(\d+))?[eE]\+?(\d{1,2})", re.ASCII)
+_TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.""", re.DOTALL)
+_CLOSING = {"(": ")", "[": "]"}
+
+
+def parse(annotation: Any, text: str) -> Any:
+    """Returns the leaf value that `text` stands for, or `MISMATCH`."""
+    options = members(annotation)
+    only_tuple = all(get_origin(option) is tuple or option is types.NoneType for option in options)
+    for member in sorted(options, key=_breadth):
+        if get_origin(member) is tuple:
+            value = _parse_tuple(member, text, bare=only_tuple)
+        elif member is int and float in options:
+            value = int(text) if _INT.fullmatch(text) else MISMATCH
+        else:
+            value = MISMATCH if is_config(member) else _parse_scalar(member, text)
+        if value is not MISMATCH:
+            return value
+    return MISMATCH
+
+
+def unquote(text: str) -> Any:
+    """Returns the string that `text` stands for, bare or quoted; `MISMATCH` when a quote is not closed."""
+    if text[:1] not in ("'", '"'):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return MISMATCH
+    return value if isinstance(value, str) else MISMATCH
+
+
+def _breadth(member: Any) -> int:
+    """Orders alternatives from the narrowest to the widest."""
+    if get_origin(member) is Literal:
+        return 1
+    if isinstance(member, type) and issubclass(member, enum.Enum):
+        return 2
+    order = {types.NoneType: 0, bool: 3, int: 4, float: 5, str: 7}
+    return order.get(member, 6)
+
+
+def _parse_scalar(member: Any, text: str) -> Any:
+    if get_origin(member) is Literal:
+        return next((arg for arg in get_args(member) if _spells(text, arg)), MISMATCH)
+    if member is types.NoneType:
+        return None if text.lower() in ("none", "null") else MISMATCH
+    if member is bool:
+        return {"true": True, "false": False}.get(text.lower(), MISMATCH)
+    if member is int:
+        return _parse_int(text)
+    if member is float:
+        try:
+            return float(text)
+        except ValueError:
+            return MISMATCH
+    if member is str:
+        return unquote(text)
+    return _parse_enum(member, text)
+
+
+def _spells(text: str, value: Any) -> bool:
+    """Tells whether `text` stands for `value`, read as the type of `value`."""
+    read = _parse_scalar(type(value), text)
+    return type(read) is type(value) and read == value
+
+
+def _parse_int(text: str) -> Any:
+    if _INT.fullmatch(text):
+        return int(text)
+    if found := _SCIENTIFIC.fullmatch(text):
+        digits, fraction, exponent = found[1], (found[2] or "").rstrip("0"), int(found[3])
+        if len(fraction) <= exponent:
+            return int(digits + fraction) * 10 ** (exponent - len(fraction))
+    return MISMATCH
+
+
+def _parse_enum(cls: type[enum.Enum], text: str) -> Any:
+    name = unquote(text)
+    if name in cls.__members__:
+        return cls.__members__[name]
+    return next((member for member in cls if str(member.value) == name), MISMATCH)
+
+
+def _parse_tuple(member: Any, text: str, *, bare: bool) -> Any:
+    """Reads a tuple; without brackets only if `bare`, as a wider union could mean a string by `a,b`."""
+    inside = text[1:-1] if text and text[-1] == _CLOSING.get(text[0]) else None
+    parts = None if inside is None else _split(inside)
+    if parts is None and bare and text:
+        parts = _split(text)
+    items = None if parts is None else items_of(member, len(parts))
+    if parts is None or items is None:
+        return MISMATCH
+    values = tuple(parse(item, part) for item, part in zip(items, parts, strict=True))
+    return MISMATCH if MISMATCH in values else values
+
+
+def _split(text: str) -> list[str] | None:
+    """Splits at the commas outside quotes and brackets; None if brackets do not pair or an item is empty."""
+    parts, waiting = [""], []
+    for token in _TOKEN.findall(text):
+        if token in _CLOSING:
+            waiting.append(_CLOSING[token])
+        elif token in _CLOSING.values() and (not waiting or waiting.pop() != token):
+            return None
+        if token == "," and not waiting:
+            parts.append("")
+        else:
+            parts[-1] += token
+    parts = [part.strip() for part in parts]
+    if not parts[-1]:
+        parts.pop()
+    return None if waiting or not all(parts) else parts

@@ -1,0 +1,171 @@
+"""The record of a run, `run.json`: what was run, from where, with what, so that it can be replayed.
+
+A record holds the whole config, not the path to one, and names the root class; reading it needs neither the
+config file nor the command line. It is written once, at once: a reader sees the old file or the new one.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jaxinfra.config.codec import decode, encode
+from jaxinfra.config.schema import is_config
+from jaxinfra.config.text import show
+from jaxinfra.errors import ConfigError, StorageError
+
+FORMAT = 1
+"""The record format that this version writes; it reads this one and older ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded[C]:
+    """A config with its overrides applied.
+
+    Attributes:
+        run: the root object.
+        source: the file that it came from, as it was named.
+        origins: for each leaf that differs from the default of its class, `file:<path>` or `command line`.
+    """
+
+    run: C
+    source: str
+    origins: dict[str, str]
+
+
+def record(
+    loaded: Loaded[Any],
+    *,
+    command: Sequence[str],
+    versions: dict[str, Any],
+    git: dict[str, Any],
+    devices: list[Any] | dict[str, Any],
+) -> dict[str, Any]:
+    """Returns the JSON-able record of a run.
+
+    Args:
+        loaded: the config that is run.
+        command: the command line, one string an argument.
+        versions: version by package.
+        git: the state of the source tree.
+        devices: what the run runs on.
+    """
+    cls = type(loaded.run)
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "source": loaded.source,
+        "root": f"{cls.__module__}:{cls.__qualname__}",
+        "config": encode(loaded.run),
+        "origins": dict(loaded.origins),
+        "versions": versions,
+        "git": git,
+        "devices": devices,
+    }
+
+
+def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Writes a record in one step: to a temporary file beside `path`, synced, then renamed.
+
+    Raises:
+        StorageError: the file cannot be written; an older one is then untouched.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{target}: cannot be written: {error.strerror}; free space or name another path"
+        ) from error
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a record.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a record, or a newer version wrote it.
+        StorageError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such run record; name a run.json that a run wrote") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a run record, it is not UTF-8 text; restore the file") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from error
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: broken JSON, {error.msg}; restore the file") from error
+    version = found.get("format") if isinstance(found, dict) else None
+    if type(version) is not int:
+        raise ConfigError(f"{path}: not a run record, it has no format; name a run.json that a run wrote")
+    if version > FORMAT:
+        raise ConfigError(
+            f"{path}: format={version} is newer than the {FORMAT} that this version reads; upgrade jaxinfra"
+        )
+    for key in ("root", "config"):
+        if key not in found:
+            raise ConfigError(f"{path}: not a run record, it has no {key}; restore the file")
+    return found
+
+
+def decode_record(path: str | os.PathLike[str], record: dict[str, Any], root: type | None = None) -> Any:
+    """Rebuilds the config object of a record read from `path`.
+
+    Args:
+        path: where the record came from, for messages.
+        record: what `read_record` returned.
+        root: the class that is expected, if the caller knows it; it need not be importable then.
+
+    Raises:
+        ConfigError: the root class cannot be found, or the stored config does not fit it.
+    """
+    named = record["root"]
+    expected = None if root is None else f"{root.__module__}:{root.__qualname__}"
+    cls = root if root is not None and named == expected else _imported(path, named)
+    try:
+        return decode(cls, record["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _imported(path: str | os.PathLike[str], named: Any) -> type:
+    module, _, qualname = named.partition(":") if isinstance(named, str) else ("", "", "")
+    found: Any = None
+    if module and qualname:
+        with contextlib.suppress(ImportError, AttributeError):
+            found = importlib.import_module(module)
+            for name in qualname.split("."):
+                found = getattr(found, name)
+    if not is_config(found):
+        raise ConfigError(
+            f"{path}: root={show(named)} is not an importable config class; "
+            f"keep the root class in a module, not in a config file"
+        )
+    return found
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename durable; it is a write to the directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

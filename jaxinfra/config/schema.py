@@ -1,0 +1,273 @@
+"""What a config class may hold, read from its annotations.
+
+A *config class* is a dataclass. A *leaf* is an int, float, bool, str, None, enum member, one of a `Literal`,
+or a tuple of these. A *node* is a config object or a non-empty tuple of config objects. A field whose
+annotation is a union with a config class in it is a *choice*: members are chosen by snake_case class name.
+
+Nothing here reads or writes text. `conform` holds the invariant that the rest of the package relies on: every
+value in the tree has exactly the type that its annotation says, so an int in a float field becomes a float.
+"""
+
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from jaxinfra.config.text import format_value, join, one_of, show, snake_case
+from jaxinfra.errors import ConfigError
+
+KIND = "kind"
+"""The key that names the chosen class in an encoded tree."""
+
+_SCALARS = (bool, int, float, str, types.NoneType)
+
+
+class _Mark(enum.Enum):
+    MISMATCH = enum.auto()
+
+
+MISMATCH = _Mark.MISMATCH
+"""What a match or a parse returns when the value does not fit; None cannot say so, as it is a leaf value."""
+
+MISSING = dataclasses.MISSING
+"""The default of a field that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigField:
+    """One field of a config class, its annotation resolved."""
+
+    name: str
+    annotation: Any
+    default: Any
+    factory: Any
+
+    @property
+    def required(self) -> bool:
+        """Whether the field must be given."""
+        return self.default is MISSING and self.factory is MISSING
+
+    def make_default(self) -> Any:
+        """Returns the default value, of the exact type of the field, or `MISSING`."""
+        if self.required:
+            return MISSING
+        value = self.default if self.factory is MISSING else self.factory()
+        return conform(self.annotation, value, self.name)
+
+
+@functools.cache
+def fields_of(cls: type) -> tuple[ConfigField, ...]:
+    """Returns the fields that `cls` is built from, in order; derived ones (`init=False`) are left out.
+
+    Raises:
+        ConfigError: an annotation cannot be resolved or says something that a config cannot hold.
+    """
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise ConfigError(
+            f"{cls.__qualname__}: an annotation names {error.name}, which {cls.__module__} does not define; "
+            f"import it there at run time"
+        ) from error
+    given = [field for field in dataclasses.fields(cls) if field.init]
+    for field in given:
+        _require_supported(hints[field.name], f"{cls.__qualname__}.{field.name}")
+    return tuple(
+        ConfigField(
+            name=field.name,
+            annotation=hints[field.name],
+            default=field.default,
+            factory=field.default_factory,
+        )
+        for field in given
+    )
+
+
+def resolve(cls: type, seen: set[type] | None = None) -> None:
+    """Reads the annotations of `cls` and of all config classes below it, once and for all.
+
+    String annotations are looked up in the module of their class. The module of a config file is gone after
+    loading, so this must happen before.
+    """
+    seen = set() if seen is None else seen
+    if cls not in seen:
+        seen.add(cls)
+        for field in fields_of(cls):
+            for part in _config_classes(field.annotation):
+                resolve(part, seen)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """Returns the alternatives of an annotation, nested unions and `type` aliases flattened."""
+    if isinstance(annotation, typing.TypeAliasType):
+        return members(annotation.__value__)
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(dict.fromkeys(part for arg in get_args(annotation) for part in members(arg)))
+    return (types.NoneType if annotation is None else annotation,)
+
+
+def is_config(cls: Any) -> bool:
+    """Tells whether `cls` is a config class."""
+    return isinstance(cls, type) and dataclasses.is_dataclass(cls)
+
+
+def choices(annotation: Any) -> dict[str, type]:
+    """Returns the config classes of a choice by snake_case name; empty when the annotation is no choice."""
+    options = members(annotation)
+    return {snake_case(option): option for option in options if is_config(option)} if len(options) > 1 else {}
+
+
+def items_of(annotation: Any, count: int) -> tuple[Any, ...] | None:
+    """Returns the annotations of `count` items of a tuple annotation, or None when it has another length."""
+    args = get_args(annotation)
+    if len(args) == 2 and args[1] is Ellipsis:
+        return args[:1] * count
+    return args if len(args) == count else None
+
+
+def children(annotation: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, annotation, value) of each part of a node, in order; nothing for a leaf."""
+    if is_config(type(value)):
+        for field in fields_of(type(value)):
+            yield field.name, field.annotation, getattr(value, field.name)
+    elif isinstance(value, tuple):
+        for index, (item, part) in enumerate(zip(_node_items(annotation, len(value)), value, strict=False)):
+            yield str(index), item, part
+
+
+def is_node(annotation: Any, value: Any) -> bool:
+    """Tells whether `value` has parts with paths of their own."""
+    return is_config(type(value)) or (isinstance(value, tuple) and bool(_node_items(annotation, len(value))))
+
+
+def describe(annotation: Any) -> str:
+    """Says what an annotation accepts, in the words of the command line: `int or none`, `cosine or wsd`."""
+    return one_of(words_of(annotation))
+
+
+def words_of(annotation: Any) -> list[str]:
+    """Returns the parts of `describe`: type names, or the words that a closed set consists of."""
+    return [word for member in members(annotation) for word in _words(member)]
+
+
+def conform(annotation: Any, value: Any, path: str = "") -> Any:
+    """Returns `value` with every leaf of the exact type of its annotation.
+
+    Raises:
+        ConfigError: a value does not fit; the message has its path, the value and what was expected.
+    """
+    if any(type(value) is member for member in members(annotation) if is_config(member)):
+        changed = {}
+        for name, part_annotation, part in children(annotation, value):
+            new = conform(part_annotation, part, join(path, name))
+            if new is not part:
+                changed[name] = new
+        return dataclasses.replace(value, **changed) if changed else value
+    if is_node(annotation, value) and isinstance(value, tuple):
+        parts = children(annotation, value)
+        return _same_or(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
+    found = match(annotation, value)
+    if found is MISMATCH:
+        raise ConfigError(f"{path or 'config'}={show(value)}: expected {describe(annotation)}{_found(value)}")
+    return found
+
+
+def match(annotation: Any, value: Any) -> Any:
+    """Returns a leaf value, of the exact type of the annotation, or `MISMATCH`."""
+    options = members(annotation)
+    for member in options:
+        found = _match_member(member, value)
+        if found is not MISMATCH:
+            return found
+    return float(value) if float in options and type(value) is int else MISMATCH
+
+
+def _match_member(member: Any, value: Any) -> Any:
+    if get_origin(member) is tuple:
+        items = items_of(member, len(value)) if isinstance(value, tuple) else None
+        if items is None:
+            return MISMATCH
+        parts = tuple(match(item, part) for item, part in zip(items, value, strict=True))
+        return MISMATCH if MISMATCH in parts else _same_or(value, parts)
+    if get_origin(member) is Literal:
+        fits = any(type(value) is type(arg) and value == arg for arg in get_args(member))
+    else:
+        fits = type(value) is member and not is_config(member)
+    return value if fits else MISMATCH
+
+
+def _same_or(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns `old` itself unless an item differs, so that a tree that conforms comes back as it is."""
+    return old if all(one is other for one, other in zip(old, new, strict=True)) else new
+
+
+def _node_items(annotation: Any, count: int) -> tuple[Any, ...]:
+    """Returns the annotations of the items of a tuple of config objects; () when a tuple would be a leaf."""
+    for member in members(annotation):
+        if get_origin(member) is tuple and any(_config_classes(arg) for arg in get_args(member)):
+            return items_of(member, count) or ()
+    return ()
+
+
+def _config_classes(annotation: Any) -> list[type]:
+    found = []
+    for member in members(annotation):
+        if is_config(member):
+            found.append(member)
+        elif get_origin(member) is tuple:
+            found += [cls for arg in get_args(member) for cls in _config_classes(arg)]
+    return found
+
+
+def _words(member: Any) -> list[str]:
+    if member is bool:
+        return ["true", "false"]
+    if get_origin(member) is Literal:
+        return [arg if isinstance(arg, str) else format_value(arg) for arg in get_args(member)]
+    if get_origin(member) is tuple:
+        args = get_args(member)
+        if args[1:] == (Ellipsis,):
+            return [f"a tuple of {describe(args[0])}"]
+        return [f"a tuple ({', '.join(map(describe, args))})"]
+    if is_config(member):
+        return [snake_case(member)]
+    if issubclass(member, enum.Enum):
+        return [item.name for item in member]
+    return ["none" if member is types.NoneType else member.__name__]
+
+
+def _found(value: Any) -> str:
+    """Names the type of a value whose text does not show it."""
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return "" if plain else f", found {type(value).__name__}"
+
+
+def _require_supported(annotation: Any, where: str) -> None:
+    for member in members(annotation):
+        if get_origin(member) is tuple:
+            for arg in get_args(member):
+                if arg is not Ellipsis:
+                    _require_supported(arg, where)
+        elif get_origin(member) is Literal:
+            if not all(type(arg) in (str, int, bool, types.NoneType) for arg in get_args(member)):
+                raise ConfigError(f"{where}: a Literal may hold str, int, bool and None; found {member}")
+        elif not (member in _SCALARS or is_config(member) or _is_enum(member)):
+            name = member.__name__ if isinstance(member, type) else member
+            raise ConfigError(
+                f"{where}: a config cannot hold {name}; use int, float, bool, str, None, an enum, a Literal, "
+                f"a tuple of these, a dataclass or a union of dataclasses"
+            )
+    classes = [member for member in members(annotation) if is_config(member)]
+    if len(choices(annotation)) < len(classes) > 1:
+        raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
+    for cls in choices(annotation).values():
+        if KIND in (field.name for field in dataclasses.fields(cls)):
+            raise ConfigError(f"{where}: no field of {cls.__qualname__}, a union member, may be named {KIND}")
+
+
+def _is_enum(member: Any) -> bool:
+    return isinstance(member, type) and issubclass(member, enum.Enum)

@@ -1,0 +1,1 @@
+"""Processes and time: what a run lives in while it trains."""

@@ -1,0 +1,56 @@
+"""What a run ran with: the state of the source tree and the versions of packages, for the run record.
+
+Asking must never stop a run: what cannot be found out is None.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+_GIT_TIMEOUT_S = 5.0
+
+
+def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT_S) -> dict[str, Any]:
+    """Returns `{"commit": hash, "dirty": bool}` of the working tree that `directory` is in.
+
+    Args:
+        directory: any directory of the working tree.
+        timeout_s: the most that each of the two calls of git may take.
+
+    Returns:
+        The commit, and whether tracked files differ from it or untracked ones exist. Both are None outside a
+        working tree, before the first commit and without git; `dirty` alone is None when git took too long.
+    """
+    commit = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
+    changes = None if commit is None else _git(directory, timeout_s, "status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Returns the installed version by package name; None for one that is not installed."""
+    return {name: _version(name) for name in names}
+
+
+def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", os.fspath(directory), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=True,
+            # Without this, `status` takes the index lock and can make a commit elsewhere fail.
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

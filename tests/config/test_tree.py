@@ -1,0 +1,261 @@
+"""Validation, views, encoding: what a config holds, shows and survives."""
+
+import dataclasses
+import json
+import math
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from jaxinfra.config import (
+    ABSENT,
+    Difference,
+    apply,
+    decode,
+    diff,
+    dump,
+    encode,
+    fingerprint,
+    format_diff,
+    leaves,
+    validate,
+)
+from jaxinfra.errors import ConfigError
+
+from .trees import WSD, CosineDecay, Leaves, Mesh, Optim, Run, Source, Train, random_run
+
+BASE = Run(name="base")
+
+
+def test_random_runs_survive_json():
+    rng = random.Random(0)
+    for _ in range(300):
+        run = random_run(rng)
+        again = decode(Run, json.loads(json.dumps(encode(run), allow_nan=False)))
+        assert again == run
+        assert dump(again) == dump(run)
+
+
+def test_leaves_given_as_overrides_make_any_run_equal():
+    rng = random.Random(1)
+    for _ in range(200):
+        one, other = random_run(rng), random_run(rng)
+        overrides = [line.replace(" = ", "=", 1) for line in dump(other).splitlines()]
+        assert apply(one, overrides) == other
+        differences = [f"{each.path}={each.right!r}" for each in diff(apply(one, overrides), other)]
+        assert differences == []
+
+
+def test_nan_survives_and_equals_itself_in_a_diff():
+    run = dataclasses.replace(BASE, leaves=Leaves(ratio=math.nan))
+    again = decode(Run, json.loads(json.dumps(encode(run), allow_nan=False)))
+    assert math.isnan(again.leaves.ratio)
+    assert diff(run, again) == []
+
+
+def test_encode_tags_choices_alone():
+    tree = encode(apply(BASE, ["ema=cosine_decay"]))
+    assert tree["optim"]["schedule"] == {"kind": "cosine_decay", "warmup_steps": 10, "end": 0.1}
+    assert tree["ema"]["kind"] == "cosine_decay"
+    assert "kind" not in tree["optim"]
+    assert tree["leaves"]["colour"] == "RED"
+    assert tree["sources"] == [{"store": "web", "weight": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "name: missing; expected str"),
+        ([], "config=[]: expected run"),
+        ({"name": 3}, "name=3: expected str"),
+        ({"name": "x", "trian": {}}, "trian: no such field; did you mean train?"),
+        ({"name": "x", "train": {"qq": 1}}, "train.qq: no such field; the fields are steps, global_batch"),
+        ({"name": "x", "train": {"steps": "1"}}, 'train.steps="1": expected int'),
+        ({"name": "x", "train": {"steps": 1.0}}, "train.steps=1.0: expected int"),
+        ({"name": "x", "train": {"steps": True}}, "train.steps=true: expected int"),
+        ({"name": "x", "train": 3}, "train=3: expected train"),
+        ({"name": "x", "leaves": {"colour": "GREEN"}}, 'leaves.colour="GREEN": expected RED or BLUE'),
+        ({"name": "x", "leaves": {"pairs": [[1, 2]]}}, "leaves.pairs.0.1=2: expected str"),
+        ({"name": "x", "optim": {"betas": [1]}}, "optim.betas=[1]: expected a tuple (float, float)"),
+        ({"name": "x", "sources": [{}]}, "sources.0.store: missing; expected str"),
+        (
+            {"name": "x", "optim": {"schedule": {"end": 1}}},
+            "optim.schedule.kind: missing; expected constant, cosine_decay or wsd",
+        ),
+        (
+            {"name": "x", "optim": {"schedule": {"kind": "step"}}},
+            'optim.schedule.kind="step": expected constant, cosine_decay or wsd',
+        ),
+    ],
+)
+def test_decode_errors(tree, message):
+    with pytest.raises(ConfigError) as caught:
+        decode(Run, tree)
+    assert str(caught.value) == message
+
+
+def test_decode_gives_absent_fields_their_defaults():
+    assert decode(Run, {"name": "x", "train": {"steps": 3}}) == Run(name="x", train=Train(steps=3))
+
+
+def test_an_ambiguous_stored_form_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Ambiguous:
+        value: float | str = 1.0
+
+    assert decode(Ambiguous, encode(Ambiguous(value="fine"))) == Ambiguous(value="fine")
+    with pytest.raises(ConfigError, match=r"^value='inf': would be stored like a value of another type"):
+        encode(Ambiguous(value="inf"))
+
+
+def test_leaves_are_in_field_order_and_name_choices():
+    found = leaves(apply(BASE, ["optim.schedule=wsd"]))
+    paths = list(found)
+    assert paths[:3] == ["name", "train.steps", "train.global_batch"]
+    start = paths.index("optim.schedule")
+    assert paths[start : start + 4] == [
+        "optim.schedule",
+        "optim.schedule.warmup_steps",
+        "optim.schedule.end",
+        "optim.schedule.decay_steps",
+    ]
+    assert found["optim.schedule"] == "wsd"
+    assert found["ema"] is None
+    assert found["sources.0.weight"] == 1.0
+    assert "total" not in found
+    assert leaves(dataclasses.replace(BASE, sources=()))["sources"] == ()
+
+
+def test_dump():
+    assert dump(Optim(betas=(1, 0.95), other=WSD())) == (
+        "peak_lr = 0.0003\n"
+        "schedule = cosine_decay\n"
+        "schedule.warmup_steps = 10\n"
+        "schedule.end = 0.1\n"
+        "other = wsd\n"
+        "other.warmup_steps = 20\n"
+        "other.end = 1\n"
+        "other.decay_steps = 30\n"
+        "betas = (1.0, 0.95)\n"
+    )
+
+
+def test_an_int_in_a_float_field_is_the_float():
+    whole, real = Source(store="web", weight=1), Source(store="web", weight=1.0)
+    assert fingerprint(whole) == fingerprint(real)
+    assert type(leaves(whole)["weight"]) is float
+    assert type(encode(whole)["weight"]) is float
+
+
+def test_diff_shows_absent_paths_beside_their_neighbours():
+    left = apply(BASE, ["train.steps=7"])
+    right = apply(BASE, ["optim.schedule=wsd"])
+    differences = diff(left, right)
+    assert differences == [
+        Difference(path="train.steps", left=7, right=100),
+        Difference(path="optim.schedule", left="cosine_decay", right="wsd"),
+        Difference(path="optim.schedule.end", left=0.1, right=1),
+        Difference(path="optim.schedule.decay_steps", left=ABSENT, right=30),
+    ]
+    assert format_diff(differences) == (
+        "train.steps                 7            -> 100\n"
+        "optim.schedule              cosine_decay -> wsd\n"
+        "optim.schedule.end          0.1          -> 1\n"
+        "optim.schedule.decay_steps  absent       -> 30"
+    )
+    assert format_diff([]) == ""
+
+
+def test_fingerprint_follows_values_except_ignored_ones():
+    other = apply(BASE, ["name=other", "train.steps=7"])
+    assert len(fingerprint(BASE)) == 16
+    assert fingerprint(BASE) == fingerprint(Run(name="base"))
+    assert fingerprint(BASE) != fingerprint(other)
+    assert fingerprint(BASE, ignore=["name", "train"]) == fingerprint(other, ignore=["train", "name"])
+    # A prefix is a whole component: `trai` does not cover `train`.
+    assert fingerprint(BASE, ignore=["name", "trai"]) != fingerprint(other, ignore=["name", "trai"])
+    # Two classes with the same fields and values are still two choices.
+    assert fingerprint(apply(BASE, ["heavy=constant"])) == fingerprint(BASE)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            Run(name="x", optim=Optim(peak_lr=-1.0)),
+            "optim.peak_lr=-1.0: must be positive; use optim.peak_lr=3e-4",
+        ),
+        (
+            Run(name="x", mesh=Mesh(tensor=3)),
+            "mesh.tensor=3, mesh.devices=4: tensor must divide the devices; use mesh.tensor=2",
+        ),
+        (
+            # Parts are checked before the whole.
+            Run(name="x", mesh=Mesh(tensor=3), optim=Optim(peak_lr=0)),
+            "optim.peak_lr=0.0: must be positive; use optim.peak_lr=3e-4",
+        ),
+    ],
+)
+def test_validate_reports_the_first_problem(run, message):
+    with pytest.raises(ConfigError) as caught:
+        validate(run)
+    assert str(caught.value) == message
+
+
+def test_validate_passes_a_sound_run():
+    validate(BASE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 3}, "name=3: expected str"),
+        ({"train": Train(steps=1.5)}, "train.steps=1.5: expected int"),
+        ({"train": Train(steps=True)}, "train.steps=true: expected int"),
+        ({"train": Mesh()}, "train=mesh: expected train, found Mesh"),
+        ({"leaves": Leaves(names=["a"])}, "leaves.names=['a']: expected a tuple of str, found list"),
+        ({"leaves": Leaves(mode="fast")}, "leaves.mode=fast: expected dot, flash or none"),
+        ({"leaves": Leaves(colour="RED")}, "leaves.colour=RED: expected RED or BLUE"),
+        ({"sources": (Source(store=1),)}, "sources.0.store=1: expected str"),
+        ({"optim": Optim(schedule=None)}, "optim.schedule=none: expected constant, cosine_decay or wsd"),
+    ],
+)
+def test_values_of_another_type_than_the_annotation_are_found(change, message):
+    run = dataclasses.replace(BASE, **change)
+    for check in (validate, leaves, encode, lambda run: apply(run, [])):
+        with pytest.raises(ConfigError) as caught:
+            check(run)
+        assert str(caught.value) == message
+
+
+def test_a_subclass_is_not_the_class_that_would_be_read_back():
+    @dataclass(frozen=True, kw_only=True)
+    class Steeper(CosineDecay):
+        power: float = 2.0
+
+    with pytest.raises(
+        ConfigError, match=r"^optim\.schedule=steeper: expected constant, cosine_decay or wsd"
+    ):
+        encode(Run(name="x", optim=Optim(schedule=Steeper())))
+
+
+def test_unsupported_annotations_are_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Holder:
+        table: dict[str, int] = field(default_factory=dict)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Kinded:
+        kind: str = "x"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Chooser:
+        part: Kinded | None = None
+
+    with pytest.raises(ConfigError, match=r"Holder\.table: a config cannot hold dict"):
+        leaves(Holder())
+    with pytest.raises(
+        ConfigError, match=r"Chooser\.part: no field of .*Kinded, a union member, may be named kind"
+    ):
+        leaves(Chooser())
