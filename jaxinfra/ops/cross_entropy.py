@@ -127,7 +127,7 @@ def _forward(x_BTD, w_DV, targets_BT, weights_BT, config: CrossEntropy):
     zero = _zero(w_DV)
     w_spec = jax.typeof(w_DV).sharding.spec
     dw_zero = jnp.zeros(
-        w_DV.shape, jnp.float32, out_sharding=PartitionSpec(*w_spec, unreduced=_partial_sums(w_DV))
+        w_DV.shape, jnp.float32, out_sharding=PartitionSpec(*w_spec.partitions, unreduced=_partial_sums(w_DV))
     )
     pieces = tuple(_chunks(a, config.chunks) for a in (x_BTD, targets_BT, weights_BT))
     (sums, dw_DV), dx = jax.lax.scan(body, ((zero, (zero, zero)), dw_zero), pieces)
@@ -138,8 +138,14 @@ def _backward(config: CrossEntropy, gradients, cotangents):
     dx_BTD, dw_DV = gradients
     g = cotangents[0]
     x_spec, g_spec = jax.typeof(dx_BTD).sharding.spec, jax.typeof(g).sharding.spec
-    times = jax.shard_map(lambda d, g: (d * g).astype(d.dtype), in_specs=(x_spec, g_spec), out_specs=x_spec)
-    return times(dx_BTD, g), dw_DV * g.astype(dw_DV.dtype), None, None
+    g_for_x = jax.reshard(g, g_spec.update(reduced=g_spec.reduced | x_spec.unreduced))
+    in_specs = (x_spec, jax.typeof(g_for_x).sharding.spec)
+
+    def times(d: jax.Array, g: jax.Array) -> jax.Array:
+        return d * jax.lax.pcast(g.astype(d.dtype), tuple(g_spec.reduced), to="varying")
+
+    dx_BTD = jax.shard_map(times, in_specs=in_specs, out_specs=x_spec)(dx_BTD, g_for_x)
+    return dx_BTD, dw_DV * g.astype(dw_DV.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

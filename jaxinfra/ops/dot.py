@@ -6,12 +6,10 @@ on TPU and GPU the reshapes are free.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import PartitionSpec
-
-type Dims = tuple[int, ...]
-
 
 def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str] = frozenset()) -> jax.Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`.
@@ -28,26 +26,33 @@ def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str
     lead, n = x.shape[: x.ndim - contract], w.shape[contract:]
     k = math.prod(w.shape[:contract])
     assert x.shape[x.ndim - contract :] == w.shape[:contract], (x.shape, w.shape)
-    if _rows_are_contiguous(x, len(lead)):
-        rows = x.reshape(math.prod(lead), k)
-        y = _product(rows, w.reshape(k, math.prod(n)), 1, partial)
-        return y.reshape(*lead, *n)
-    y = _product(x.reshape(*lead, k), w.reshape(k, math.prod(n)), len(lead), partial)
-    return y.reshape(*lead, *n)
+    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
+    rows = 1 if _rows_are_contiguous(x, len(lead)) else len(lead)
+    x = _merge(x, (len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
+    y = _product(x, _merge(w, (contract, len(n))), partial)
+    out = PartitionSpec(*x_spec.partitions[: len(lead)], *w_spec.partitions[contract:], unreduced=partial)
+    return y.reshape(*lead, *n, out_sharding=out)
+
+
+def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
+    """Dimensions merged in groups of these sizes; only the first of a group may be sharded."""
+    spec, shape, parts, at = jax.typeof(x).sharding.spec, [], [], 0
+    for size in groups:
+        shape.append(math.prod(x.shape[at : at + size]))
+        parts.append(spec.partitions[at])
+        at += size
+    return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
 
 
 def _rows_are_contiguous(x: jax.Array, lead: int) -> bool:
     """Whether merging the leading dimensions moves no data: only the first may really be sharded."""
     spec, mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    axes = [part if isinstance(part, tuple) else (part,) for part in spec[1:lead] if part]
+    axes = [part if isinstance(part, tuple) else (part,) for part in spec.partitions[1:lead] if part]
     return all(mesh.shape[axis] == 1 for part in axes for axis in part)
 
 
-def _product(x: jax.Array, w: jax.Array, lead: int, partial: frozenset[str]) -> jax.Array:
-    """`x @ w` with the sharding of the rows of `x` and the columns of `w`."""
-    dims = (((lead,), (0,)), ((), ()))
-    out = None
-    if partial:
-        x_spec, w_spec = jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec
-        out = PartitionSpec(*x_spec[:lead], w_spec[1], unreduced=partial)
-    return jax.lax.dot_general(x, w, dims, out_sharding=out)
+def _product(x: jax.Array, w_KN: jax.Array, partial: frozenset[str]) -> jax.Array:
+    """`x @ w_KN`, `[..., K]` to `[..., N]`, with the sharding of the rows of `x` and the columns of `w_KN`."""
+    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w_KN))
+    out = PartitionSpec(*x_spec.partitions[:-1], w_spec.partitions[1], unreduced=partial) if partial else None
+    return jax.lax.dot_general(x, w_KN, (((x.ndim - 1,), (0,)), ((), ())), out_sharding=out)

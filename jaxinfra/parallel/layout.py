@@ -9,6 +9,7 @@ the activations which it meets are spread over. The mark makes its gradient a pa
 axes: it is scattered over `fsdp` at once and crosses `replica` only where the train step says so.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
@@ -94,23 +95,24 @@ class Layout:
     platform: str = "cpu"
     compute_dtype: jnp.dtype = jnp.dtype("float32")
 
+    def _real(self, axes: Iterable[str]) -> tuple[str, ...]:
+        """Those of the mesh axes that have more than one device: others never appear in a type."""
+        return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
+
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes of one logical axis."""
+        """The mesh axes, of more than one device, of a logical axis ("positions": a sequence between blocks)."""
         if name is None:
             return ()
         if name == "positions":
-            return (*self.rules.sequence, *self.rules.block_sequence)
-        return getattr(self.rules, name)
+            return self._real((*self.rules.sequence, *self.rules.block_sequence))
+        return self._real(getattr(self.rules, name))
 
-    def shards(self, name: str) -> int:
+    def shards(self, name: str | None) -> int:
         """How many shards a logical axis is cut into."""
-        count = 1
-        for axis in self.mesh_axes(name):
-            count *= getattr(self.mesh, axis)
-        return count
+        return math.prod(getattr(self.mesh, axis) for axis in self.mesh_axes(name))
 
     def spec(self, *names: str | None) -> PartitionSpec:
-        """The sharding of an array whose dimensions have these logical axes ("positions": between blocks)."""
+        """The sharding of an array whose dimensions have these logical axes."""
         return PartitionSpec(*(self.mesh_axes(name) or None for name in names))
 
     def stored(self, path: str, spec: ParamSpec) -> PartitionSpec:
@@ -160,7 +162,7 @@ class Layout:
         """
         spec = self.spec(*names)
         if meets_sharded:
-            spec = spec.update(reduced=frozenset(self.rules.block_sequence))
+            spec = spec.update(reduced=frozenset(self._real(self.rules.block_sequence)))
         return jax.reshard(x, spec)
 
     def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
@@ -169,12 +171,14 @@ class Layout:
         For elementwise work: outside such a region JAX lets reduced weights into matrix products alone.
         """
         x_spec, *weight_specs = (jax.typeof(a).sharding.spec for a in (x, *weights))
-        return jax.shard_map(fun, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
+
+        def on_device(x: jax.Array, *weights: jax.Array) -> jax.Array:
+            # A reduced weight becomes one value a device; its gradient becomes a partial sum of theirs.
+            pairs = zip(weights, weight_specs, strict=True)
+            return fun(x, *(jax.lax.pcast(w, tuple(s.reduced), to="varying") for w, s in pairs))
+
+        return jax.shard_map(on_device, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
 
     def with_reduced(self, spec: PartitionSpec) -> PartitionSpec:
         """A parameter's sharding marked so that its gradient stays a partial sum over `replica`."""
-        return spec.update(reduced=frozenset(("replica",)))
-
-    def with_unreduced(self, spec: PartitionSpec) -> PartitionSpec:
-        """The sharding of a gradient that has not crossed `replica` yet."""
-        return spec.update(unreduced=frozenset(("replica",)))
+        return spec.update(reduced=frozenset(self._real(("replica",))))

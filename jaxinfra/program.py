@@ -1,0 +1,240 @@
+"""`Program`: all that is compiled of a run, on real devices, an abstract mesh or a described topology.
+
+A run is described once and built once: the step that trains is the one that is lowered in tests, timed in
+benchmarks and planned for hardware that nobody here has. Building a `Program` touches no device.
+
+The train step, in the order of its collectives: parameters are marked as reduced over `replica`; each microbatch
+gathers its weights over `fsdp` layer by layer and scatters their gradients back, and adds them to a buffer that
+is a partial sum over `replica`; after the last microbatch that buffer crosses `replica`, once; then the update.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxinfra.optim.optimizers import build
+from jaxinfra.optim.schedules import schedule
+from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.spec import ParamSpec, param_key
+
+if TYPE_CHECKING:
+    from jaxinfra.run import Run
+
+type Batch = Mapping[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that training changes: saved, restored and donated as one.
+
+    Attributes:
+        step: finished steps, int32.
+        params: nested dict of arrays.
+        opt_state: optax's state, sharded like the parameters.
+        ema: moving average of the parameters in float32, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def _paths(specs: Any) -> Any:
+    """The tree of specs with each leaf replaced by its dotted path."""
+    return jax.tree.map_with_path(lambda path, _: ".".join(str(getattr(k, "key", k)) for k in path), specs)
+
+
+class Program:
+    """The compiled side of a run.
+
+    Attributes:
+        run: the config.
+        mesh: where it runs; an `AbstractMesh` can be lowered on but not run.
+        layout: names to shardings.
+        specs: `ParamSpec` of every parameter, a nested dict.
+        batch: name to `ShapeDtypeStruct` of the global batch.
+        state: the train state as `ShapeDtypeStruct`s.
+    """
+
+    def __init__(self, run: "Run", mesh: Mesh | AbstractMesh, platform: str | None = None):
+        """Declares everything; compiles nothing.
+
+        Args:
+            run: the config, validated.
+            mesh: a mesh with the axes of `MeshConfig`.
+            platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
+
+        Raises:
+            ConfigError: a parameter does not fit the mesh.
+        """
+        self.run, self.mesh = run, mesh
+        if platform is None:
+            platform = "cpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+        self.layout = Layout(
+            rules=run.rules,
+            mesh=MeshConfig(**dict(mesh.shape)),
+            platform=platform,
+            compute_dtype=jnp.dtype(run.precision.compute),
+        )
+        self.graphdef, specs = nnx.split(run.model.build(self.layout))
+        self.specs: dict[str, Any] = nnx.to_pure_dict(specs)
+        self._paths = _paths(self.specs)
+        self._stored = jax.tree.map(self.layout.stored, self._paths, self.specs)
+        self.optimizer = build(run.optim, steps=run.train.steps, specs=self.specs)
+        self._schedule = schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
+
+    # What it works on
+
+    @property
+    def on_mesh(self) -> Any:
+        """A context in which the functions of this program are traced and called."""
+        if isinstance(self.mesh, AbstractMesh):
+            return jax.sharding.use_abstract_mesh(self.mesh)
+        return jax.set_mesh(self.mesh)
+
+    def _sharded(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    @cached_property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of one global batch."""
+        fields = self.run.task.batch(self.run.data, self.run.train.global_batch)
+        return {n: self._sharded(f.shape, f.dtype, self.layout.spec(*f.axes)) for n, f in fields.items()}
+
+    @cached_property
+    def params(self) -> Any:
+        """The parameters as they are stored, as `ShapeDtypeStruct`s."""
+        dtype = jnp.dtype(self.run.precision.params)
+        return jax.tree.map(lambda s, p: self._sharded(s.shape, dtype, p), self.specs, self._stored)
+
+    @cached_property
+    def state(self) -> TrainState:
+        """The train state as `ShapeDtypeStruct`s."""
+        with self.on_mesh:
+            shapes = jax.eval_shape(self._from_params, self.params)
+        return jax.tree.map(lambda a: self._sharded(a.shape, a.dtype, a.sharding.spec if a.sharding else PartitionSpec()), shapes)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum(spec.size for spec in jax.tree.leaves(self.specs))
+
+    # What it does
+
+    def model(self, params: Any) -> Any:
+        """The module with these parameters, for use while tracing."""
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+    @cached_property
+    def init(self) -> Any:
+        """`init(key) -> TrainState`, compiled; the numbers depend on the key, not on the mesh."""
+        return jax.jit(lambda key: self._from_params(self._init_params(key)))
+
+    @cached_property
+    def train_step(self) -> Any:
+        """`train_step(state, batch) -> (state, metrics)`, compiled; the old state is given up."""
+        return jax.jit(self._train_step, donate_argnums=0)
+
+    @cached_property
+    def eval_step(self) -> Any:
+        """`eval_step(params, batch) -> sums`, compiled: the task's sums over the batch, replicated scalars."""
+        return jax.jit(self._eval_step)
+
+    @cached_property
+    def gradients(self) -> Any:
+        """`gradients(params, batch) -> (grads, sums)`, compiled: of the mean loss over the whole batch."""
+        return jax.jit(self._gradients)
+
+    def lower(self) -> Any:
+        """The train step, lowered for `platform` from shapes alone."""
+        with self.on_mesh:
+            traced = self.train_step.trace(self.state, self.batch)
+            platform = {"gpu": "cuda"}.get(self.layout.platform, self.layout.platform)
+            return traced.lower(lowering_platforms=(platform,))
+
+    def _init_params(self, key: jax.Array) -> Any:
+        dtype = jnp.dtype(self.run.precision.params)
+
+        def one(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
+            return spec.init(param_key(key, path), spec.shape, dtype, out)
+
+        return jax.tree.map(one, self._paths, self.specs, self._stored)
+
+    def _from_params(self, params: Any) -> TrainState:
+        ema = None
+        if self.run.optim.ema_decay is not None:
+            ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params), ema=ema
+        )
+
+    def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
+        """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
+
+        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return self.run.task.loss(self.model(params), batch)
+
+        total, pull, sums = jax.vjp(loss, params, has_aux=True)
+        over = jax.typeof(total).sharding.spec.unreduced
+        (grads,) = pull(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=over)))
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    def _gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """The gradient of the mean loss, and the sums; `replica` is crossed once, whatever the accumulation."""
+        marked = jax.tree.map(lambda p, s: jax.reshard(p, self.layout.with_reduced(s)), params, self._stored)
+        count = self.run.train.accumulate
+        if count == 1:
+            sums, grads = self._loss_and_grads(marked, batch)
+        else:
+            first, rest = _split(batch, count)
+            start = self._loss_and_grads(marked, first)
+
+            def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, self._loss_and_grads(marked, microbatch)), None
+
+            (sums, grads), _ = jax.lax.scan(body, start, rest)
+        sums = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+        scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
+        grads = jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, self._stored)
+        return grads, sums
+
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        optim = self.run.optim
+        grads, sums = self._gradients(state.params, batch)
+        grads, norm = clip_by_global_norm(grads, optim.clip_norm)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.params, updates)
+        ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
+        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": self._schedule(state.step)}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+    def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        _, sums = self.run.task.loss(self.model(params), batch)
+        return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+
+
+def _split(batch: Batch, count: int) -> tuple[Batch, Batch]:
+    """The first of `count` microbatches, and the others stacked.
+
+    Microbatch i has the rows r with `r % count == i`: no row leaves its device.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+    pieces = jax.tree.map(split, dict(batch))
+    return jax.tree.map(lambda x: x[0], pieces), jax.tree.map(lambda x: x[1:], pieces)
+
+
+

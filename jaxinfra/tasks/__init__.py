@@ -1,0 +1,1 @@
+"""What a model is trained for: the batch it needs and the loss it is judged by."""

@@ -1,0 +1,92 @@
+"""Causal language modelling: every token predicts the next one of its document."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxinfra.config import Problem
+from jaxinfra.models.transformer import Transformer
+from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy
+from jaxinfra.tasks.task import Field
+
+CHUNK_TOKENS = 1024
+"""Tokens of one device whose logits exist at once: enough rows for the matrix units, 0.5 GiB at 128k words."""
+
+
+class TokenBatches(Protocol):
+    """What the task needs to know of the data."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        ...
+
+    @property
+    def mask_documents(self) -> bool:
+        """Whether a row holds several documents that may not see one another."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """Next-token prediction.
+
+    Attributes:
+        loss_chunks: in how many parts a sequence passes the head; None keeps to `CHUNK_TOKENS` a device.
+        z_loss: weight of the squared log-normaliser (see `CrossEntropy`).
+    """
+
+    loss_chunks: int | None = None
+    z_loss: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """Chunks are counted from one."""
+        if self.loss_chunks is not None and self.loss_chunks < 1:
+            yield Problem(fields=("loss_chunks",), message="must be at least 1", fix="use loss_chunks=none")
+        if self.z_loss < 0:
+            yield Problem(fields=("z_loss",), message="must not be negative", fix="use z_loss=1e-4")
+
+    def batch(self, data: TokenBatches, global_batch: int) -> dict[str, Field]:
+        """Inputs and targets `[B, T]`; with document masks also segments, positions and weights."""
+        shape, axes = (global_batch, data.seq_len), ("batch", "sequence")
+        names = ("inputs", "targets", "segments", "positions") if data.mask_documents else ("inputs", "targets")
+        fields = {name: Field(shape=shape, dtype=jnp.dtype("int32"), axes=axes) for name in names}
+        if data.mask_documents:
+            fields["weights"] = Field(shape=shape, dtype=jnp.dtype("float32"), axes=axes)
+        return fields
+
+    def tokens(self, data: TokenBatches, global_batch: int) -> int:
+        """Positions of one global batch."""
+        return global_batch * data.seq_len
+
+    def loss(self, model: Transformer, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Sums of cross-entropy and z-loss in nats, and of weights, over the tokens of the batch."""
+        inputs_BT = batch["inputs"]
+        hidden_BTD, _ = model(inputs_BT, batch.get("positions"), batch.get("segments"))
+        head_DV = model.head()
+        weights_BT = batch.get("weights")
+        if weights_BT is None:
+            weights_BT = jnp.ones_like(inputs_BT, jnp.float32)
+        config = CrossEntropy(
+            chunks=self._chunks(model, *inputs_BT.shape),
+            z_loss=self.z_loss,
+            softcap=model.config.logit_softcap,
+        )
+        total, (entropy, z_loss) = cross_entropy(hidden_BTD, head_DV, batch["targets"], weights_BT, config)
+        over = jax.typeof(head_DV).sharding.spec.reduced
+        ones_BT = jnp.ones_like(weights_BT)
+        weight = jnp.einsum("bt,bt->", weights_BT, ones_BT, out_sharding=PartitionSpec(unreduced=over))
+        return total, {"loss": entropy, "z_loss": z_loss, "weight": weight}
+
+    def _chunks(self, model: Transformer, batch: int, length: int) -> int:
+        """The fewest chunks of equal length that keep a device at `CHUNK_TOKENS` tokens or below."""
+        if self.loss_chunks is not None:
+            return self.loss_chunks
+        layout = model.layout
+        local = batch * length // (layout.shards("batch") * layout.shards("sequence"))
+        per_shard = length // layout.shards("sequence")
+        return next((n for n in range(1, per_shard) if per_shard % n == 0 and local // n <= CHUNK_TOKENS), per_shard)
