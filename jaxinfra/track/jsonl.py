@@ -12,22 +12,19 @@ the next one can be written.
 import json
 import logging
 import math
-import os
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxinfra.errors import StorageError
-from jaxinfra.track.files import replace_bytes
+from jaxinfra.track.files import Appender, replace_bytes
 from jaxinfra.track.text import Derived
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_PENDING_LINES = 10_000  # about 3 MB of host memory at 300 bytes a line
 
 _log = logging.getLogger(__name__)
 
@@ -37,10 +34,7 @@ class Jsonl:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._fd: int | None = None
-        self._size_bytes = 0
-        self._pending: deque[bytes] = deque()
-        self._dropped = 0
+        self._file: Appender | None = None
         self._zero_s = 0.0
 
     def start(
@@ -55,8 +49,7 @@ class Jsonl:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             elapsed_s = cut(path, start_step)
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            self._size_bytes = os.fstat(self._fd).st_size
+            self._file = Appender(path)
         except OSError as error:
             raise StorageError(
                 f"{path}: cannot be written ({error.strerror}); free space or choose another run directory"
@@ -69,12 +62,10 @@ class Jsonl:
         Raises:
             OSError: it could not be written now; it waits, and the next call tries again.
         """
+        if self._file is None:
+            raise RuntimeError("Jsonl.log was called before start or after close")
         line = {"step": step, "time_s": round(time.monotonic() - self._zero_s, 4), **_encode(metrics)}
-        if len(self._pending) == _PENDING_LINES:
-            self._pending.popleft()
-            self._dropped += 1
-        self._pending.append(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._write()
+        self._file.append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Replaces summary.json by `values`."""
@@ -87,38 +78,13 @@ class Jsonl:
         Raises:
             StorageError: lines were lost; the message says how many.
         """
-        if self._fd is None:
+        if self._file is None:
             return
-        try:
-            self._write()
-        except OSError as error:
-            self._dropped += len(self._pending)
+        file, self._file = self._file, None
+        if lost := file.close():
             raise StorageError(
-                f"{self._run_dir / METRICS}: {self._dropped} lines lost ({error.strerror}); free space there"
-            ) from error
-        finally:
-            os.close(self._fd)
-            self._fd = None
-        if self._dropped:
-            raise StorageError(
-                f"{self._run_dir / METRICS}: {self._dropped} lines lost while the disk was full"
+                f"{self._run_dir / METRICS}: {lost} lines lost to a full disk; free space there"
             )
-
-    def _write(self) -> None:
-        if self._fd is None:
-            raise RuntimeError("Jsonl.log was called before start or after close")
-        if not self._pending:
-            return
-        data = b"".join(self._pending)
-        try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._fd, data[written:])
-        except OSError:
-            os.ftruncate(self._fd, self._size_bytes)  # half a line must not stand before a whole one
-            raise
-        self._size_bytes += len(data)
-        self._pending.clear()
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -21,7 +21,7 @@ def number(value: object) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
-    if abs(value) >= 1e5 and abs(value) < 1e15:
+    if 1e4 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.5g}"
 

@@ -1,0 +1,204 @@
+"""Line charts as HTML figures with inline SVG, drawn here and complete without any script.
+
+Not for reading files or choosing metrics: `report` does that. Invariant: every string that comes from outside
+is escaped, and every spike of the data is visible, however many points there are. All charts of a page share
+the steps of their horizontal axis, so that the script of the page can point at one step in all of them.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from jaxinfra.track.text import number
+
+type Point = tuple[int, float]
+
+WIDTH, HEIGHT = 560, 200  # of the drawing, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 58, 552, 12, 174  # edges of the plot in the drawing
+
+_BUCKETS = 600  # about one for each horizontal unit of the plot
+_LOG_RATIO = 1000  # from this ratio of largest to smallest on, a linear axis hides the small values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a chart: points in the order of their steps, values that are not finite included."""
+
+    label: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What one chart shows.
+
+    Attributes:
+        title: what is measured.
+        unit: of the values as they are drawn, "" for a bare number.
+        series: one to four lines.
+        scale: how values become heights; "auto" takes the logarithm if they span three decades.
+        zero: whether the axis must reach down to zero.
+        divisor: what values are divided by to be in `unit`.
+    """
+
+    title: str
+    unit: str = ""
+    series: tuple[Series, ...]
+    scale: Literal["linear", "auto"] = "linear"
+    zero: bool = False
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    low: float
+    high: float
+    log: bool
+    ticks: tuple[float, ...]
+
+    def y(self, value: float) -> float:
+        low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        return BOTTOM - (BOTTOM - TOP) * (at - low) / (high - low)
+
+
+def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
+    """Thins `points` to at most four for each of `buckets` equal parts, in order.
+
+    Each part keeps its first point, its smallest, its largest, and one that is not finite, so that neither
+    spikes nor gaps are lost. The last point of all stays too.
+    """
+    if len(points) <= 2 * buckets:
+        return list(points)
+    kept: list[Point] = []
+    for bucket in range(buckets):
+        start, stop = (i * len(points) // buckets for i in (bucket, bucket + 1))
+        part = range(start, stop)
+        finite = [i for i in part if math.isfinite(points[i][1])]
+        chosen = {start, *[i for i in part if not math.isfinite(points[i][1])][:1]}
+        if finite:
+            chosen |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
+        kept += [points[i] for i in sorted(chosen)]
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def figure(chart: Chart, steps: tuple[int, int]) -> str:
+    """Draws `chart` over the steps from the first to the last of `steps`, as one HTML `figure`."""
+    lines = [
+        (s.label, [(step, value / chart.divisor) for step, value in downsample(s.points)])
+        for s in chart.series
+    ]
+    lines = [(label, points) for label, points in lines if points]
+    heading = f"<figcaption><h3>{escape(chart.title)}</h3>{_unit(chart.unit)}{_legend(lines)}</figcaption>"
+    if not lines:
+        return f'<figure>{heading}<p class="empty">No values logged.</p></figure>'
+    axis = _axis([value for _, points in lines for _, value in points], chart)
+    body = _grid(axis, steps)
+    for i, (_, points) in enumerate(lines):
+        body += _line(i, points, axis, steps)
+    data = escape(json.dumps(_data(lines, steps), separators=(",", ":")))
+    return (
+        f'<figure data-chart="{data}">{heading}'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)} over steps">'
+        f'{body}<line class="rule" y1="{TOP}" y2="{BOTTOM}"/></svg></figure>'
+    )
+
+
+def _unit(unit: str) -> str:
+    return f'<span class="unit">{escape(unit)}</span>' if unit else ""
+
+
+def _legend(lines: Iterable[tuple[str, Sequence[Point]]]) -> str:
+    """Writes each label with its last value; the script puts the values under the pointer there."""
+    entries = [
+        f'<span class="key s{i}">{escape(label)} <b>{escape(number(points[-1][1]))}</b></span>'
+        for i, (label, points) in enumerate(lines)
+    ]
+    return f'<span class="legend">{"".join(entries)}</span>'
+
+
+def _data(lines: Iterable[tuple[str, Sequence[Point]]], steps: tuple[int, int]) -> dict[str, object]:
+    """Returns what the script needs to find and write the values at a step."""
+    series = [
+        [[step, float(f"{value:.6g}") if math.isfinite(value) else str(value)] for step, value in points]
+        for _, points in lines
+    ]
+    return {"steps": steps, "edges": [LEFT / WIDTH, RIGHT / WIDTH], "width": WIDTH, "series": series}
+
+
+def _x(step: int, steps: tuple[int, int]) -> float:
+    first, last = steps
+    return LEFT + (RIGHT - LEFT) * (step - first) / (last - first) if last > first else (LEFT + RIGHT) / 2
+
+
+def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) -> str:
+    """Draws one series: a path for each unbroken stretch, a dot for a lone point, a mark where it breaks."""
+    parts: list[str] = []
+    stretch: list[str] = []
+    for step, value in [*points, (points[-1][0], math.inf)]:
+        x = _x(step, steps)
+        if math.isfinite(value):
+            stretch.append(f"{x:.1f} {axis.y(value):.1f}")
+            continue
+        if len(stretch) == 1:
+            cx, cy = stretch[0].split()
+            parts.append(f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>')
+        elif stretch:
+            parts.append(f'<path class="s{i}" d="M{"L".join(stretch)}"/>')
+        stretch = []
+    for step, value in points:
+        if not math.isfinite(value):
+            mark = f"M{_x(step, steps):.1f} {TOP}l-3.5 -7h7z"
+            parts.append(f'<path class="broken" d="{mark}"><title>step {step}: {value}</title></path>')
+    return "".join(parts)
+
+
+def _grid(axis: _Axis, steps: tuple[int, int]) -> str:
+    parts: list[str] = []
+    for tick in axis.ticks:
+        y = f"{axis.y(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{_tick(tick)}</text>')
+    first, last = steps
+    for tick in _nice(first, last, 5) if last > first else (float(first),):
+        if tick.is_integer():
+            x = f"{_x(int(tick), steps):.1f}"
+            parts.append(f'<text x="{x}" y="{BOTTOM + 20}" text-anchor="middle">{int(tick):,}</text>')
+    return "".join(parts)
+
+
+def _tick(value: float) -> str:
+    size = abs(value)
+    if size and (size < 1e-3 or size >= 1e6):
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+
+
+def _axis(values: Sequence[float], chart: Chart) -> _Axis:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    if chart.scale == "auto" and low > 0 and high / low >= _LOG_RATIO:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = tuple(10.0**decade for decade in decades[:: math.ceil(len(decades) / 5)])
+        return _Axis(low=10.0 ** decades[0], high=10.0 ** decades[-1], log=True, ticks=ticks)
+    low = min(low, 0.0) if chart.zero else low
+    if high == low:
+        half = abs(low) / 2 or 1.0
+        low, high = low - half, high + half
+    pad = 0.04 * (high - low)
+    low = low if chart.zero and low == 0 else low - pad
+    high += pad
+    return _Axis(low=low, high=high, log=False, ticks=_nice(low, high, 5))
+
+
+def _nice(low: float, high: float, about: int) -> tuple[float, ...]:
+    """Returns about so many values from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    digits = max(0, -math.floor(math.log10(step)))
+    return tuple(round(i * step, digits) for i in range(first, last + 1))

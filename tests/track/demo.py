@@ -1,0 +1,34 @@
+"""A run that only logs, to be started as `python -c` with a real terminal, pipe or full disk behind it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxinfra
+
+ROOT = Path(jaxinfra.__file__).parents[1]
+
+RUN = """
+import sys, time
+from pathlib import Path
+from jaxinfra.track.tracker import TrackConfig, build
+
+mode, run_dir, steps, sleep_s = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+derived = {"parameters": (12_345_678, "count"), "tokens a parameter": (20.0, "tokens / parameters")}
+with build(TrackConfig(console=mode), run_dir) as trackers:
+    trackers.start({"config": {"a": {"b": 1}}}, derived, start_step=0, total_steps=steps)
+    for step in range(steps):
+        time.sleep(sleep_s)
+        metrics = dict(loss=3.5 - step / 100, lr=2.9e-4, grad_norm=0.81, tokens_per_s=41234.4, mfu=0.3121)
+        trackers.log(step, metrics)
+        if step == 19:
+            trackers.log(step, {"eval/loss": 3.25, "eval/bits_per_byte": 1.5})
+            print("printed by the run")
+    trackers.summary({"status": "finished", "bits_per_byte": 1.5, "baselines": {"unigram": 4.5}})
+"""
+
+
+def start(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a new interpreter with captured output."""
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)

@@ -1,0 +1,119 @@
+import io
+import math
+import os
+import pty
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+
+from jaxinfra.track.console import Bar, Plain, Progress
+from track import demo
+
+
+def on_terminal(columns: int, *arguments: object, terminal: str = "xterm-256color") -> str:
+    """Runs the demo on a pseudo-terminal and returns every byte that it wrote there."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": terminal, "COLUMNS": str(columns), "LINES": "40"}
+    command = [sys.executable, "-c", demo.RUN, *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=demo.ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not part:
+            break
+        output += part
+    os.close(ours)
+    assert process.wait() == 0, output.decode()
+    return output.decode()
+
+
+def test_plain_lines_on_a_pipe(tmp_path):
+    result = demo.start(demo.RUN, "auto", tmp_path, 40, 0)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
+    assert [line.split()[:2] for line in lines if "eval" not in line] == [
+        ["step", "1/40"] if done == 1 else ["step", f"{done}/40"] for done in (1, 10, 20, 30, 40)
+    ]
+    expected = (
+        "step 10/40  loss  3.4100  lr 2.9e-04  grad_norm  0.81  tok/s    41,234  mfu 31.2%  eta    0:00"
+    )
+    assert lines[1] == expected
+    assert len({len(line) for line in lines if "eval" not in line}) == 1, "columns must not move"
+    assert "step 20/40  eval/loss 3.2500  eval/bits_per_byte 1.5000" in lines
+    assert "\x1b" not in result.stdout
+    assert re.search(r"parameters +12,345,678 +count", result.stdout)
+    assert re.search(r"Held-out bits per byte +1\.5000\s+unigram, bits per byte +4\.5000", result.stdout)
+
+
+def test_bar_on_a_terminal(tmp_path):
+    output = on_terminal(100, "auto", tmp_path, 40, 0.02)
+    assert "\x1b[?25l" in output and output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    assert re.search(r"\d+/40  loss 3\.\d{4}  eta \d+:\d\d  41,234 tok/s  mfu 31\.2%", output)
+    assert "40/40" in output and "eval loss 3.2500" in output
+    assert "━" in output and "lr 2.9e-04" not in output
+    assert "printed by the run" in output and "Summary" in output
+    frames = output.count("41,234 tok/s")
+    assert frames <= 4 * 2.5 + 3, "at most four frames a second, one for each print, one at the end"
+
+
+def test_bar_fits_a_narrow_terminal(tmp_path):
+    output = on_terminal(44, "auto", tmp_path, 40, 0.01)
+    assert re.search(r"/40  loss 3\.\d{4}", output) and "tok/s" not in output
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(tmp_path):
+    output = on_terminal(120, "auto", tmp_path, 20, 0, terminal="dumb")
+    assert "step 20/20" in output and "\x1b[?25l" not in output
+
+
+def test_off_prints_nothing(tmp_path):
+    result = demo.start(demo.RUN, "off", tmp_path, 20, 0)
+    assert (result.stdout, result.stderr) == ("printed by the run\n", "")
+
+
+def test_log_costs_the_step_little():
+    """A log call between two printed lines only takes note: a few microseconds, 50 are allowed."""
+    metrics = {"loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 4e4, "mfu": 0.3}
+    for tracker in (
+        Bar(terminal := Console(file=io.StringIO(), force_terminal=True)),
+        Plain(terminal, 10_000),
+    ):
+        tracker.start({}, {}, start_step=0, total_steps=10_000)
+        took_s: list[float] = []
+        for step in range(2000):
+            before_s = time.perf_counter()
+            tracker.log(step, metrics)
+            took_s.append(time.perf_counter() - before_s)
+        tracker.close()
+        assert statistics.median(took_s) < 50e-6
+
+
+def test_plain_prints_once_every_log_every_steps_however_often_it_is_told():
+    for every, logged in ((10, range(1, 41)), (10, range(9, 40, 10)), (4, range(0, 41, 4))):
+        console = Console(file=(out := io.StringIO()))
+        plain = Plain(console, every)
+        plain.start({}, {}, start_step=0, total_steps=41)
+        for step in logged:
+            plain.log(step, {"loss": 1.0})
+        assert abs(out.getvalue().count("step ") - 41 / every) <= 2
+
+
+def test_eta_counts_from_the_first_log_after_a_resume():
+    progress = Progress(100, 200)
+    assert math.isnan(progress.eta_s())
+    progress.take(100, {})
+    assert math.isnan(progress.eta_s())
+    time.sleep(0.02)
+    progress.take(101, {})
+    assert 0.02 * 98 <= progress.eta_s() < 20 * 98
+    assert progress.steps() == "102/200"

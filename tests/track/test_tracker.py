@@ -1,0 +1,107 @@
+import pytest
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.track.jsonl import read
+from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.tracker import TrackConfig, Trackers, build
+from track import demo
+
+
+class Noting:
+    """A tracker that notes each call, and raises in `close` or `log` what it is given."""
+
+    def __init__(self, name, notes, close=None, log=None):
+        self.name, self.notes, self.errors = name, notes, {"close": close, "log": log}
+
+    def note(self, call):
+        self.notes.append(f"{self.name}.{call}")
+        if error := self.errors.get(call):
+            raise error
+
+    def start(self, record, derived, *, start_step, total_steps):
+        self.note("start")
+
+    def log(self, step, metrics):
+        self.note("log")
+
+    def summary(self, values):
+        self.note("summary")
+
+    def close(self):
+        self.note("close")
+
+
+def test_calls_keep_the_order_and_all_close_though_one_raises(caplog):
+    notes: list[str] = []
+    first, second = ValueError("first"), ValueError("second")
+    trackers = Trackers(
+        [Noting("a", notes), Noting("b", notes, first), Noting("c", notes, second), Noting("d", notes)]
+    )
+    trackers.start({}, {}, start_step=0, total_steps=1)
+    trackers.log(0, {"loss": 1.0})
+    trackers.summary({})
+    with pytest.raises(ValueError, match="first"):
+        trackers.close()
+    assert notes == [f"{name}.{call}" for call in ("start", "log", "summary", "close") for name in "abcd"]
+    assert "second" in caplog.text
+
+
+def test_the_error_of_the_run_is_not_replaced_by_one_of_a_tracker(caplog):
+    with pytest.raises(KeyError), Trackers([Noting("a", [], ValueError("closing"))]):
+        raise KeyError("of the run")
+    assert "closing" in caplog.text
+
+
+def test_failing_storage_is_said_once_and_the_next_tracker_still_gets_its_metrics(caplog):
+    notes: list[str] = []
+    trackers = Trackers([Noting("a", notes, log=OSError(28, "No space left")), Noting("b", notes)])
+    for step in range(3):
+        trackers.log(step, {})
+    assert notes.count("b.log") == 3
+    assert caplog.text.count("training goes on") == 1
+    trackers.close()
+    assert "3 calls failed" in caplog.text
+
+
+def test_a_mistake_in_a_tracker_is_not_taken_for_failing_storage():
+    with pytest.raises(TypeError):
+        Trackers([Noting("a", [], log=TypeError("a bug"))]).log(0, {})
+
+
+def test_build_opens_nothing_before_start_and_leaves_out_what_is_off(tmp_path):
+    build(TrackConfig(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
+        trackers.start({}, {}, start_step=0, total_steps=2)
+        trackers.log(0, {"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert read(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
+
+
+def test_due_names_each_nth_step_and_the_last():
+    config = TrackConfig(log_every=10)
+    assert [step for step in range(25) if config.due(step, 25)] == [9, 19, 24]
+
+
+def test_a_config_that_never_logs_is_refused():
+    with pytest.raises(ConfigError, match="log_every"):
+        validate(TrackConfig(log_every=0))
+
+
+def test_nothing_here_imports_jax():
+    code = (
+        "import sys; from jaxinfra.track import charts, console, curve, memory, report, tracker;"
+        "sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
+    )
+    assert demo.start(code).returncode == 0
+
+
+def test_rss_grows_with_memory_that_is_touched():
+    code = (
+        "from jaxinfra.track.memory import rss_bytes; before = rss_bytes();"
+        "held = bytearray(b'x') * 50_000_000; print(rss_bytes() - before, len(held))"
+    )
+    grown = int(demo.start(code).stdout.split()[0])
+    assert 45e6 < grown < 60e6
+    assert rss_bytes() > 5e6
