@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 ORDER = 5
-TRAIN_LIMIT_TOKENS = 16 * 1024 * 1024
-"""More training tokens than this are not used: it keeps the peak at about a gigabyte."""
+TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
+"""An n-gram gets at most so many training tokens, evenly spaced pieces of a longer text: 1.5 GB of memory."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class _Level:
     """
 
     codes: np.ndarray  # int64[grams], sorted
-    counts: np.ndarray  # int64[grams]
-    history_counts: np.ndarray  # int64[histories]: how often each history was followed by anything
-    history_types: np.ndarray  # int64[histories]: by how many different tokens
+    counts: np.ndarray  # int32[grams]
+    history_counts: np.ndarray  # int32[histories]: how often each history was followed by anything
+    history_types: np.ndarray  # int32[histories]: by how many different tokens
 
 
 class NGram:
@@ -44,22 +44,23 @@ class NGram:
     def __init__(self, tokens: np.ndarray, *, vocab_size: int, order: int = ORDER):
         """Counts the n-grams of every length up to `order` in tokens[N]."""
         self.vocab_size = vocab_size
-        self.order = order
         self._levels: list[_Level] = []
         last = tokens.astype(np.int64)
         history = np.zeros(len(last), np.int64)
-        histories = 1
+        histories = 1  # before any token there is one history, the empty one
         for _ in range(min(order, len(last))):
             codes, number, counts = np.unique(
                 history * vocab_size + last, return_inverse=True, return_counts=True
             )
             owner = codes // vocab_size
+            followed = np.bincount(owner, weights=counts, minlength=histories)
+            types = np.bincount(owner, minlength=histories)
             self._levels.append(
                 _Level(
                     codes=codes,
-                    counts=counts,
-                    history_counts=np.bincount(owner, weights=counts, minlength=histories).astype(np.int64),
-                    history_types=np.bincount(owner, minlength=histories),
+                    counts=counts.astype(np.int32),
+                    history_counts=followed.astype(np.int32),
+                    history_types=types.astype(np.int32),
                 )
             )
             last, history, histories = last[1:], number[:-1], len(codes)
@@ -84,10 +85,6 @@ class NGram:
             number[known[seen]] = rank[seen]
             history = number[:-1]
         return probability
-
-    def bits(self, tokens: np.ndarray) -> float:
-        """Bits that the model needs for tokens[N]."""
-        return float(-np.log2(self.probabilities(tokens)).sum())
 
 
 def ngram_bits_per_byte(

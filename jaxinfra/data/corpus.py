@@ -104,19 +104,21 @@ def root_folder(corpus: Corpus) -> Path:
 
     Raises:
         ConfigError: there is no such folder.
+        StorageError: it may not be read.
     """
     if corpus.root == STDLIB:
         return Path(sysconfig.get_path("stdlib"))
     root = Path(corpus.root).expanduser()
-    if not root.exists():
-        raise ConfigError(
-            f"data.corpus.root={corpus.root}: no such folder; give the folder that holds the text"
-        )
-    if not root.is_dir():
-        raise ConfigError(
-            f"data.corpus.root={corpus.root}: is a file; give the folder and set data.corpus.pattern"
-        )
-    return root
+    where = f"data.corpus.root={corpus.root}"
+    try:
+        with os.scandir(root):
+            return root
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such folder; give the folder that holds the text") from None
+    except NotADirectoryError:
+        raise ConfigError(f"{where}: is a file; give the folder and set data.corpus.pattern") from None
+    except PermissionError:
+        raise StorageError(f"{where}: permission denied; make the folder readable") from None
 
 
 def scan(corpus: Corpus) -> Source:

@@ -31,9 +31,10 @@ def sample_ids(step: int, *, global_batch: int, windows: int, seed: int) -> np.n
     Raises:
         ValueError: an argument is out of range.
     """
-    if step < 0 or global_batch < 1:
+    if step < 0 or global_batch < 1 or not 1 <= windows <= _MAX_SIZE:
         raise ValueError(
-            f"step={step}, global_batch={global_batch}: expected step >= 0 and global_batch >= 1"
+            f"step={step}, global_batch={global_batch}, windows={windows}: "
+            "expected step >= 0, global_batch >= 1 and 1 to 2**48 windows"
         )
     first = step * global_batch
     if first + global_batch >= 2**63:

@@ -42,6 +42,8 @@ def prepare(corpus: Corpus, out: str | Path, progress: Progress | None = None) -
         out: local folder of the store; its parents are made.
         progress: told about the steps on the way.
 
+    Memory grows with the largest file (it is one document) and not with the corpus.
+
     Raises:
         ConfigError: the recipe does not work, or `out` holds something else; nothing is changed.
         StorageError: a file cannot be read, or the store cannot be written.
@@ -134,8 +136,8 @@ def _baselines(manifest: Manifest, source: Source, work: Path) -> Baselines:
     return Baselines(
         xz_bits_per_byte=xz_bits_per_byte(source.texts(source.files["heldout"])),
         ngram_bits_per_byte=ngram_bits_per_byte(
-            np.concatenate(list(store.stream("train", TRAIN_LIMIT_TOKENS))),
-            np.concatenate(list(store.stream("heldout"))),
+            store.sample("train", TRAIN_LIMIT_TOKENS),
+            store.sample("heldout", heldout.tokens),
             heldout_bytes=heldout.bytes,
             vocab_size=manifest.vocab_size,
             eot_id=manifest.eot_id,

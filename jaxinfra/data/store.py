@@ -10,7 +10,7 @@ names the file, never a silent zero. `StoreWriter` fills a folder; it does not d
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,8 @@ PREPARE = "python -m launch prepare CONFIG"
 TOKENIZER = "tokenizer.json"
 _TOKENS = "tokens"
 _OFFSETS = "offsets"
-_READ = 1024 * 1024
+_READ_BYTES = 1024 * 1024
+_PIECE = arrays.CHUNK
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -115,17 +116,18 @@ class TokenStore:
         if window_NL.size and int(window_NL.max()) >= self.manifest.vocab_size:
             row = int((window_NL >= self.manifest.vocab_size).any(axis=1).argmax())
             raise DataError(
-                f"{self.path / split / _TOKENS}: an id beyond the vocabulary of "
-                f"{self.manifest.vocab_size} in tokens {starts[row]} to {starts[row] + length}; prepare the store again or copy it anew"
+                f"{self.path / split / _TOKENS}: an id beyond the vocabulary of {self.manifest.vocab_size} "
+                f"in tokens {starts[row]} to {starts[row] + length}; copy the store anew"
             )
         return window_NL
 
-    def stream(self, split: Split, limit: int | None = None) -> Iterator[np.ndarray]:
-        """Yields the first `limit` tokens of a split (all when None) in pieces of about a million."""
+    def sample(self, split: Split, limit: int) -> np.ndarray:
+        """All tokens of a split, or about `limit` of them in evenly spaced pieces if it has more."""
         tokens = self.manifest.splits[split].tokens
-        end = tokens if limit is None else min(limit, tokens)
-        for start in range(0, end, _READ):
-            yield self.read(split, [start], min(_READ, end - start))[0]
+        if tokens <= limit:
+            return self.read(split, [0], tokens)[0]
+        pieces = max(1, limit // _PIECE)
+        return self.read(split, np.arange(pieces) * (tokens - _PIECE) // pieces, _PIECE).reshape(-1)
 
     def offsets(self, split: Split) -> np.ndarray:
         """Where each document starts, and the end of the last: int64[documents + 1]."""
@@ -218,7 +220,7 @@ def hash_files(folder: Path) -> dict[str, FileInfo]:
 def _hash_file(path: Path | epath.Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while piece := file.read(_READ):
+        while piece := file.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -116,11 +116,11 @@ class Tokenizer:
         Exact for byte-level vocabularies, whose tokens are spelt with one character a byte.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
-        special = self._backend.get_added_tokens_decoder()
         byte_level = "ByteLevel" in str(self._backend.decoder)
-        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index not in special:
-                lengths[index] = len(token) if byte_level else len(self.decode([index]).encode())
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            lengths[index] = len(token) if byte_level else len(self.decode([index]).encode())
+        for index, added in self._backend.get_added_tokens_decoder().items():
+            lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
 
 

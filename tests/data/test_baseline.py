@@ -1,0 +1,68 @@
+import lzma
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxinfra.data.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
+
+VOCAB = 6
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    """Tokens with some structure; the last of the vocabulary never occurs."""
+    rng = np.random.default_rng(seed)
+    steps = rng.choice([0, 1, 1, 1, 2], count)
+    return (np.cumsum(steps) % (VOCAB - 1)).astype(np.uint16)
+
+
+def naive(train, vocab_size: int, order: int):
+    """The same model with dictionaries, straight from the formula."""
+    train = [int(token) for token in train]
+    grams = Counter(tuple(train[i : i + n]) for n in range(1, order + 1) for i in range(len(train) - n + 1))
+
+    def probability(history: tuple[int, ...], token: int) -> float:
+        shorter = probability(history[1:], token) if history else 1 / vocab_size
+        followers = [grams[(*history, w)] for w in range(vocab_size) if grams[(*history, w)]]
+        if not followers:
+            return shorter
+        count = grams[(*history, token)]
+        return (count + len(followers) * shorter) / (sum(followers) + len(followers))
+
+    return probability
+
+
+@pytest.mark.parametrize("order", [1, 2, 5])
+@pytest.mark.parametrize("length", [1, 3, 200])
+def test_it_equals_the_formula_written_with_dictionaries(order, length):
+    train, text = draw(length, 0), draw(60, 1)
+    text[20] = VOCAB - 1  # never seen in training
+    expected = naive(train, VOCAB, order)
+    words = [int(token) for token in text]
+    wanted = [expected(tuple(words[max(0, i - order + 1) : i]), words[i]) for i in range(len(words))]
+    found = NGram(train, vocab_size=VOCAB, order=order).probabilities(text)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_the_probabilities_of_all_next_tokens_sum_to_one():
+    model = NGram(draw(300, 0), vocab_size=VOCAB)
+    for seed in range(20):
+        history = np.random.default_rng(seed).integers(0, VOCAB, 6).astype(np.uint16)
+        total = sum(model.probabilities(np.append(history, token))[-1] for token in range(VOCAB))
+        assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_bits_per_byte_count_every_heldout_token_from_the_first():
+    train, heldout = draw(500, 0), draw(40, 1)
+    model = naive(np.concatenate([[0], train]), VOCAB, 5)
+    words = [0, *heldout.tolist()]
+    bits = sum(-math.log2(model(tuple(words[max(0, i - 4) : i]), words[i])) for i in range(1, len(words)))
+    found = ngram_bits_per_byte(train, heldout, heldout_bytes=100, vocab_size=VOCAB, eot_id=0)
+    assert found == pytest.approx(bits / 100)
+
+
+def test_xz_is_that_of_the_texts_one_after_the_other():
+    texts = ["def f(x):\n    return x\n" * 50, "naïve\n", "class A: pass\n" * 20]
+    content = "".join(texts).encode()
+    assert xz_bits_per_byte(texts) == 8 * len(lzma.compress(content, preset=6)) / len(content)
