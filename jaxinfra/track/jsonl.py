@@ -104,6 +104,24 @@ def read(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object such as summary.json, "nan" and "inf" turned back into floats.
+
+    Raises:
+        StorageError: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: not found; give the directory of a run that has started") from error
+    except ValueError as error:
+        raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise StorageError(f"{path}: found a {found}, expected a JSON object; restore or delete it")
+    return _decode(value)
+
+
 def cut(path: Path, start_step: int) -> float:
     """Drops the lines of steps >= `start_step`, and lines that cannot be read, by one atomic replacement.
 
@@ -140,7 +158,7 @@ def _parse(line: bytes) -> dict[str, float] | None:
         return None
     if any(isinstance(value, str) and value not in _NOT_FINITE for value in row.values()):
         return None
-    return {key: _NOT_FINITE[value] if isinstance(value, str) else value for key, value in row.items()}
+    return _decode(row)
 
 
 def _encode(value: Any) -> Any:
@@ -149,3 +167,9 @@ def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -59,9 +59,9 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         StorageError: run.json is missing, a file is damaged, or the page cannot be written.
     """
-    record = _read_json(run_dir / RUN)
+    record = jsonl.read_json(run_dir / RUN)
     summary_file, metrics_file = run_dir / jsonl.SUMMARY, run_dir / jsonl.METRICS
-    summary = _read_json(summary_file) if summary_file.exists() else {}
+    summary = jsonl.read_json(summary_file) if summary_file.exists() else {}
     rows = jsonl.read(metrics_file) if metrics_file.exists() else []
     path = run_dir / REPORT
     try:
@@ -97,20 +97,6 @@ def page(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]], summary
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: not found; give the directory of a run that has started") from error
-    except ValueError as error:
-        raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
-    if not isinstance(value, dict):
-        raise StorageError(
-            f"{path}: found a {type(value).__name__}, expected a JSON object; restore or delete it"
-        )
-    return value
-
-
 def _asset(name: str) -> str:
     return (resources.files("jaxinfra.track") / "assets" / name).read_text(encoding="utf-8")
 
@@ -142,10 +128,13 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 def _baselines(summary: Mapping[str, Any]) -> str:
     """Compares the bits per byte of the model with its baselines, best first; nothing without both."""
     own, baselines = summary.get("bits_per_byte"), summary.get("baselines")
-    if not isinstance(own, int | float) or not baselines:
+    if own is None or not baselines:
         return ""
-    values = sorted([("this run", own), *baselines.items()], key=lambda item: item[1])
-    longest = max(value for _, value in values)
+    values = [
+        (name, value) for name, value in [("this run", own), *baselines.items()] if math.isfinite(value)
+    ]
+    values.sort(key=lambda item: item[1])
+    longest = max((value for _, value in values), default=0.0) or 1.0
     rows = [
         f"<tr{' class=own' if name == 'this run' else ''}><td>{escape(name)}</td><td>{value:.4f}</td>"
         f'<td class="bar"><i style="width:{100 * value / longest:.1f}%"></i></td></tr>'

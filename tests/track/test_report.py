@@ -195,6 +195,24 @@ def test_many_points_keep_their_spikes_and_gaps(tmp_path):
     Page(path.read_text())
 
 
+def test_a_run_that_ended_without_finite_values(tmp_path):
+    make(tmp_path, 3, summary=False)
+    with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
+        trackers.start({}, {}, start_step=3, total_steps=3)
+        values = {"final_loss": math.nan, "eval_loss": None, "wall_s": math.inf, "peak_rss_bytes": math.nan}
+        trackers.summary(
+            {**values, "bits_per_byte": math.nan, "baselines": {"unigram": 4.5, "none": math.inf}}
+        )
+    page = Page(write_report(tmp_path).read_text())
+    assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
+        "Wall time": "-",
+        "Final training loss": "nan",
+        "Held-out bits per byte": "nan",
+        "Peak host memory": "nan",
+    }
+    assert "unigram" in page.texts["td"] and "this run" not in page.texts["td"]
+
+
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     make(tmp_path, 3)
     path = tmp_path / "report.html"
