@@ -1,0 +1,255 @@
+import math
+import threading
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxinfra.config import validate
+from jaxinfra.data.loader import (
+    Batches,
+    Prefetcher,
+    TokenData,
+    check_vocab,
+    heldout_batches,
+    heldout_bytes,
+    open_store,
+    process_rows,
+    to_global,
+)
+from jaxinfra.data.order import sample_ids
+from jaxinfra.data.store import TokenStore
+from jaxinfra.errors import ConfigError, DataError
+
+GLOBAL_BATCH = 8
+T = 16
+
+
+@pytest.fixture(scope="module")
+def data(store_path, corpus):
+    return TokenData(store=str(store_path), corpus=corpus, seq_len=T, seed=3)
+
+
+@pytest.fixture(scope="module")
+def store(data):
+    return open_store(data)
+
+
+def batches(data, store, **options):
+    defaults = {"split": "train", "rows": slice(None), "start_step": 0, "steps": 6, "store": store}
+    return Batches(data, **{"global_batch": GLOBAL_BATCH} | defaults | options)
+
+
+def assert_same(left, right):
+    assert list(left) == list(right)
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name])
+
+
+def loader_threads():
+    return {t for t in threading.enumerate() if t.name.startswith(("grain-prefetch", "place-batches"))}
+
+
+def assert_threads_end(before):
+    deadline_s = time.monotonic() + 5
+    while loader_threads() - before:
+        assert time.monotonic() < deadline_s, loader_threads() - before
+        time.sleep(0.01)
+
+
+def test_rows_are_the_windows_of_the_order(data, store):
+    every = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
+    windows = (len(every) - 1) // T
+    for step, batch in batches(data, store):
+        ids = sample_ids(step, global_batch=GLOBAL_BATCH, windows=windows, seed=3)
+        np.testing.assert_array_equal(batch["inputs"], [every[i * T : i * T + T] for i in ids])
+        np.testing.assert_array_equal(batch["targets"], [every[i * T + 1 : i * T + T + 1] for i in ids])
+
+
+def test_every_target_is_seen_exactly_once_an_epoch(data, store):
+    every = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
+    windows = (len(every) - 1) // T
+    seen = [batch["targets"] for _, batch in batches(data, store, global_batch=1, steps=windows)]
+    assert np.array_equal(np.sort(np.ravel(seen)), np.sort(every[1 : windows * T + 1]))
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 6])
+def test_a_run_that_starts_later_reads_the_same_tail(data, store, start):
+    whole = list(batches(data, store))
+    tail = list(batches(data, store, start_step=start, steps=6 - start))
+    assert [step for step, _ in tail] == list(range(start, 6))
+    for (_, left), (_, right) in zip(whole[start:], tail, strict=True):
+        assert_same(left, right)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_rows_of_all_processes_make_up_the_same_batch(data, store, processes):
+    rows = np.array_split(np.random.default_rng(0).permutation(GLOBAL_BATCH), processes)
+    parts = [list(batches(data, store, rows=np.sort(own))) for own in rows]
+    for index, (_, whole) in enumerate(batches(data, store)):
+        for name, expected in whole.items():
+            found = np.empty_like(expected)
+            for own, part in zip(rows, parts, strict=True):
+                found[np.sort(own)] = part[index][1][name]
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_any_step_is_read_without_the_ones_before(data, store):
+    far = batches(data, store, start_step=10**9, steps=10**6)
+    assert len(far) == 10**6
+    step, batch = far[999_999]
+    assert step == 10**9 + 999_999
+    assert batch["inputs"].shape == (GLOBAL_BATCH, T)
+    with pytest.raises(IndexError):
+        far[10**6]
+
+
+def test_heldout_batches_cover_the_windows_once_with_equal_shapes(data, store):
+    every = store.read("heldout", [0], store.manifest.splits["heldout"].tokens)[0]
+    windows = (len(every) - 1) // T
+    size = next(n for n in range(7, 20) if windows % n)
+    found = list(heldout_batches(data, global_batch=size, rows=slice(None), store=store))
+    assert len(found) == -(-windows // size)
+    assert {array.shape for _, batch in found for array in batch.values()} == {(size, T)}
+    inputs = np.concatenate([batch["inputs"] for _, batch in found])
+    weights = np.concatenate([batch["weights"] for _, batch in found])
+    np.testing.assert_array_equal(inputs[:windows].ravel(), every[: windows * T])
+    np.testing.assert_array_equal(weights[:windows], inputs[:windows] != store.manifest.eot_id)
+    assert not weights[windows:].any()
+
+
+def test_heldout_batches_stop_at_the_windows_asked_for(data, store):
+    few = heldout_batches(data, global_batch=4, rows=slice(2, 4), eval_windows=7, store=store)
+    weights = np.stack([batch["weights"].any(axis=1) for _, batch in few])
+    assert weights.tolist() == [[True, True], [True, False]]  # rows 2, 3 of windows 0-3 and 4-7
+
+
+def test_heldout_batches_have_weights_even_without_masks(data, store):
+    plain = replace(data, mask_documents=False)
+    (_, batch), *_ = heldout_batches(plain, global_batch=GLOBAL_BATCH, rows=slice(None), store=store)
+    assert set(batch) == {"inputs", "targets", "weights"}
+    assert batch["weights"].all()
+
+
+def test_heldout_bytes_are_those_of_the_weighted_targets(data, store):
+    tokens = store.read("heldout", [0], 5 * T + 1)[0]
+    targets = [int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.eot_id]
+    expected = len(store.tokenizer.decode(targets).encode())
+    found = heldout_bytes(data, store, eval_windows=5)
+    assert abs(found - expected) <= 2  # the last character may be cut, and then decodes to 3 bytes
+
+
+def test_a_split_that_is_too_short_says_which_length_fits(data, store):
+    tokens = store.manifest.splits["heldout"].tokens
+    with pytest.raises(
+        ConfigError, match=f"the heldout split .* has {tokens}; use data.seq_len={tokens - 1}"
+    ):
+        heldout_batches(replace(data, seq_len=tokens), global_batch=1, rows=slice(None), store=store)
+    heldout_batches(replace(data, seq_len=tokens - 1), global_batch=1, rows=slice(None), store=store)
+    with pytest.raises(ConfigError, match="the train split"):
+        open_store(replace(data, seq_len=10**9))
+
+
+def test_a_store_of_another_recipe_is_refused(data, corpus):
+    other = replace(data, corpus=replace(corpus, heldout_fraction=0.5))
+    with pytest.raises(ConfigError, match=r"data\.corpus\.heldout_fraction=0\.2 there, 0\.5 here"):
+        open_store(other)
+
+
+def test_a_small_vocabulary_of_the_model_is_refused(store):
+    size = store.manifest.vocab_size
+    check_vocab(store, size)
+    with pytest.raises(ConfigError, match=f"model.vocab_size={size - 1}.* {size} tokens"):
+        check_vocab(store, size - 1)
+
+
+@pytest.mark.parametrize("wrong", [{"store": ""}, {"seq_len": 0}, {"prefetch": 0}, {"threads": 0}])
+def test_a_wrong_field_is_named(wrong):
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}="):
+        validate(TokenData(**{"store": "s"} | wrong))
+
+
+def test_damage_met_while_reading_reaches_the_consumer(data, store, monkeypatch):
+    def damaged(self, split, starts, length):
+        raise DataError("shard 3: damaged")
+
+    before = loader_threads()
+    monkeypatch.setattr(TokenStore, "read", damaged)
+    with pytest.raises(DataError, match="shard 3"), Prefetcher(batches(data, store), dict) as placed:
+        next(placed)
+    assert_threads_end(before)
+
+
+def test_global_arrays_hold_the_batch(data, store):
+    sharding = NamedSharding(jax.make_mesh((1,), ("fsdp",)), P("fsdp"))
+    assert process_rows(sharding, GLOBAL_BATCH, T).tolist() == list(range(GLOBAL_BATCH))
+    _, batch = batches(data, store)[0]
+    placed = to_global(batch, dict.fromkeys(batch, sharding), global_batch=GLOBAL_BATCH)
+    assert_same({name: np.asarray(array) for name, array in placed.items()}, batch)
+    assert all(array.sharding == sharding for array in placed.values())
+
+
+def test_prefetching_keeps_the_order_and_ends(data, store):
+    before = loader_threads()
+    with Prefetcher(batches(data, store), lambda batch: batch["inputs"].sum(), depth=3) as placed:
+        found = list(placed)
+        assert list(placed) == []
+    assert found == [(step, batch["inputs"].sum()) for step, batch in batches(data, store)]
+    assert_threads_end(before)
+
+
+def test_prefetching_can_be_left_at_any_time(data, store):
+    before = loader_threads()
+    for taken in (0, 1, 5):
+        placed = Prefetcher(batches(data, store, steps=10**6), lambda batch: batch)
+        for _ in range(taken):
+            next(placed)
+        placed.close()
+        placed.close()
+        with pytest.raises(StopIteration):
+            next(placed)
+    assert_threads_end(before)
+
+
+def test_prefetching_works_ahead_and_measures_only_the_wait():
+    made = []
+
+    def source():
+        for step in range(100):
+            made.append(step)
+            yield step, {}
+
+    with Prefetcher(source(), lambda batch: batch, depth=2) as placed:
+        next(placed)
+        deadline_s = time.monotonic() + 5
+        while len(made) < 4 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(made) == 4  # one taken, two waiting, one that waits to be put
+        waited_s = placed.data_wait_s
+        next(placed)
+        assert placed.data_wait_s - waited_s < 0.05
+
+
+def test_an_error_while_placing_is_raised_after_the_batches_before_it():
+    def place(batch):
+        if batch["x"] == 2:
+            raise ValueError("cannot place")
+        return batch
+
+    placed = Prefetcher(((step, {"x": step}) for step in range(5)), place)
+    assert [next(placed)[0], next(placed)[0]] == [0, 1]
+    with pytest.raises(ValueError, match="cannot place"):
+        next(placed)
+    with pytest.raises(StopIteration):
+        next(placed)
+
+
+def test_ngram_and_model_share_a_scale(store):
+    """A model that gives every token the same chance needs log2(vocabulary) bits a token."""
+    uniform = math.log2(store.manifest.vocab_size) / store.manifest.bytes_per_token("heldout")
+    assert store.manifest.baselines.ngram_bits_per_byte < uniform
