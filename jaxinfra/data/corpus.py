@@ -219,4 +219,4 @@ def _read(path: Path) -> bytes:
 
 def _raise_unreadable(error: OSError) -> None:
     if isinstance(error, PermissionError):
-        raise StorageError(f"{error.filename}: permission denied; make the folder readable") from None
+        raise StorageError(f"{error.filename}: permission denied; make the folder readable")

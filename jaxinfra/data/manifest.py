@@ -72,7 +72,7 @@ class Manifest:
         """Hash of what a model can see of the store: equal fingerprints give equal batches."""
         seen = [self.tokenizer_sha256, self.eot_id, self.dtype]
         seen += [[name, info.digest, info.tokens] for name, info in sorted(self.splits.items())]
-        return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+        return _digest(seen)
 
     def bytes_per_token(self, split: Split) -> float:
         """Mean bytes of text that a token of the split stands for, ends of documents counted as tokens."""
@@ -85,6 +85,7 @@ class Manifest:
             "fingerprint": self.fingerprint,
             "corpus": encode(self.corpus),
         }
+        tree["digest"] = _digest(tree)
         partial = folder / (FILE_NAME + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             json.dump(tree, file, indent=2)
@@ -94,32 +95,28 @@ class Manifest:
         partial.rename(folder / FILE_NAME)
 
 
-def parse(text: str, path: str) -> Manifest:
-    """Reads the text of a manifest; `path` is for the error.
+def parse(content: bytes, path: str) -> Manifest:
+    """Reads the content of a manifest; `path` is for the error.
 
     Raises:
         DataError: it is damaged, or of a format that this version does not know.
     """
     try:
-        tree: dict[str, Any] = json.loads(text)
-        found = tree.pop("format")
+        tree: dict[str, Any] = json.loads(content)
+        found, digest = tree["format"], tree.pop("digest")
         if found != FORMAT:
             raise DataError(
                 f"{path}: store format {found}, this version reads format {FORMAT}; "
                 "update jaxinfra or prepare the store again"
             )
-        fingerprint = tree.pop("fingerprint")
-        manifest = Manifest(**tree | _typed(tree))
+        if digest != _digest(tree):
+            raise ValueError("its digest does not fit its contents")
+        del tree["format"], tree["fingerprint"]
+        return Manifest(**tree | _typed(tree))
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(
             f"{path}: damaged manifest ({error}); prepare the store again or copy it anew"
         ) from None
-    if fingerprint != manifest.fingerprint:
-        raise DataError(
-            f"{path}: fingerprint {fingerprint} does not fit its contents ({manifest.fingerprint}); "
-            "prepare the store again or copy it anew"
-        )
-    return manifest
 
 
 def check_recipe(manifest: Manifest, corpus: Corpus, path: str) -> None:
@@ -136,6 +133,10 @@ def check_recipe(manifest: Manifest, corpus: Corpus, path: str) -> None:
         raise ConfigError(
             f"data.store={path}: was made from another recipe ({shown}); choose another data.store"
         )
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _typed(tree: dict[str, Any]) -> dict[str, Any]:

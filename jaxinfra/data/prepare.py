@@ -37,12 +37,12 @@ _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the e
 def prepare(corpus: Corpus, out: str | Path, progress: Progress | None = None) -> Manifest:
     """Makes the token store `out`, or returns at once when it is already made from the same files.
 
+    Memory grows with the largest file, which is one document, but not with the corpus.
+
     Args:
         corpus: the recipe.
         out: local folder of the store; its parents are made.
         progress: told about the steps on the way.
-
-    Memory grows with the largest file (it is one document) and not with the corpus.
 
     Raises:
         ConfigError: the recipe does not work, or `out` holds something else; nothing is changed.

@@ -6,12 +6,11 @@
     {train,heldout}/offsets  zarr 3, int64[documents + 1]: where each document starts, and the end
 
 Invariants: a folder without a manifest is no store; whatever is damaged, short or missing is an error that
-names the file, never a silent zero. `StoreWriter` fills a folder; it does not decide where the folder is.
+names the file, never a silent zero. `SplitWriter` fills a folder; it does not decide where the folder is.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +42,7 @@ class TokenStore:
     def __init__(self, path: epath.Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
+        self.tokenizer = _read_tokenizer(path / TOKENIZER, manifest)
         self._context = arrays.cache_context()
         self._arrays = {
             (split, name): arrays.open_array(str(path / split / name), self._context)
@@ -66,29 +66,17 @@ class TokenStore:
             DataError: it is damaged or of a newer format.
             StorageError: it may not be read.
         """
-        folder = epath.Path(path)
+        folder = epath.Path(path).expanduser()
         manifest_path = folder / manifests.FILE_NAME
         try:
             if not manifest_path.exists():
                 raise ConfigError(f"data.store={path}: no token store there; make it with: {fix}")
-            manifest = manifests.parse(manifest_path.read_text(), str(manifest_path))
+            manifest = manifests.parse(manifest_path.read_bytes(), str(manifest_path))
             for name, info in manifest.files.items():
                 _check_file(folder / name, info)
+            return cls(folder, manifest)
         except OSError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror}); mend the access") from None
-        store = cls(folder, manifest)
-        if store.tokenizer.sha256 != manifest.tokenizer_sha256:
-            raise DataError(f"{folder / TOKENIZER}: is not the one that made the store; copy the store anew")
-        return store
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the store."""
-        path = self.path / TOKENIZER
-        try:
-            return Tokenizer.from_json(path.read_text(), self.manifest.corpus.end_of_document, name=str(path))
-        except ConfigError as error:
-            raise DataError(f"{error}; copy the store anew") from None
+            raise _unreadable(folder, error) from None
 
     def read(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Reads windows of consecutive tokens.
@@ -139,13 +127,17 @@ class TokenStore:
 
         Raises:
             DataError: a file is damaged; the message names it.
+            StorageError: it may not be read.
         """
         for name, info in self.manifest.files.items():
-            _check_file(self.path / name, info)
-            if _hash_file(self.path / name) != info.digest:
-                raise DataError(
-                    f"{self.path / name}: does not fit its hash in the manifest; copy the store anew"
-                )
+            path = self.path / name
+            try:
+                _check_file(path, info)
+                digest = _hash_file(path)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            if digest != info.digest:
+                raise DataError(f"{path}: does not fit its hash in the manifest; copy the store anew")
 
     def _read(self, split: Split, name: str, starts: np.ndarray, length: int) -> np.ndarray:
         path = str(self.path / split / name)
@@ -208,6 +200,10 @@ class SplitWriter:
         self._waiting, self._waiting_tokens = [tokens[cut:]], len(tokens) - cut
 
 
+def _unreadable(path: epath.Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: cannot be read ({error.strerror or error}); mend the access")
+
+
 def hash_files(folder: Path) -> dict[str, FileInfo]:
     """Length and hash of every file below a folder, by relative name."""
     return {
@@ -223,6 +219,13 @@ def _hash_file(path: Path | epath.Path) -> str:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _read_tokenizer(path: epath.Path, manifest: Manifest) -> Tokenizer:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
+        raise DataError(f"{path}: is not the tokenizer that made the store; copy the store anew")
+    return Tokenizer.from_bytes(content, manifest.corpus.end_of_document, name=str(path))
 
 
 def _check_file(path: epath.Path, info: FileInfo) -> None:

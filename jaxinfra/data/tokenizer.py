@@ -43,18 +43,18 @@ class Tokenizer:
             ConfigError: there is no such file, it is no tokenizer, or it lacks the end of a document.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read as a tokenizer ({error.strerror}); check the path"
             ) from None
-        return cls.from_json(text, end_of_document, name=str(path))
+        return cls.from_bytes(content, end_of_document, name=str(path))
 
     @classmethod
-    def from_json(cls, text: str, end_of_document: str, *, name: str) -> "Tokenizer":
-        """Builds a tokenizer from the text of a tokenizer.json; `name` is for the error."""
+    def from_bytes(cls, content: bytes, end_of_document: str, *, name: str) -> "Tokenizer":
+        """Builds a tokenizer from the content of a tokenizer.json; `name` is for the error."""
         try:
-            backend = Backend.from_str(text)
+            backend = Backend.from_buffer(content)
         except Exception as error:  # the library raises the bare class
             raise ConfigError(f"{name}: is not a tokenizer.json ({_one_line(error)})") from None
         return cls(backend, end_of_document)

@@ -142,6 +142,16 @@ def test_baselines_are_plausible(store_path):
     assert 0.8 < manifest.baselines.xz_bits_per_byte < 2.5
 
 
+@pytest.mark.slow
+def test_the_standard_library_from_files_to_baselines(tmp_path):
+    manifest = prepare(Corpus(), tmp_path / "store")
+    train = manifest.splits["train"]
+    assert manifest.vocab_size == 8192
+    assert 3 < train.bytes / train.tokens < 4.5
+    assert manifest.baselines.ngram_bits_per_byte is not None
+    assert 1.2 < manifest.baselines.ngram_bits_per_byte < 2.2
+
+
 def test_preparing_needs_no_jax():
     code = "import sys, jaxinfra.data.prepare, jaxinfra.data.order; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
