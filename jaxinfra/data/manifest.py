@@ -115,7 +115,7 @@ def parse(content: bytes, path: str) -> Manifest:
         return Manifest(**tree | _typed(tree))
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(
-            f"{path}: damaged manifest ({error}); prepare the store again or copy it anew"
+            f"{path}: damaged manifest ({type(error).__name__}: {error}); prepare the store again or copy it anew"
         ) from None
 
 
