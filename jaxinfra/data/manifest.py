@@ -114,9 +114,8 @@ def parse(content: bytes, path: str) -> Manifest:
         del tree["format"], tree["fingerprint"]
         return Manifest(**tree | _typed(tree))
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise DataError(
-            f"{path}: damaged manifest ({type(error).__name__}: {error}); prepare the store again or copy it anew"
-        ) from None
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: damaged manifest ({cause}); prepare the store again") from None
 
 
 def check_recipe(manifest: Manifest, corpus: Corpus, path: str) -> None:
