@@ -1,7 +1,9 @@
-"""The second moment of a matrix kept as one vector of row means and one of column means (Shazeer & Stern 2018).
+"""Adafactor: the second moment of a matrix as a vector of row means and one of column means.
 
-Rows and columns are those of the matrix product (`blocks`), so stacked layers are never averaged with each other
-and heads count as columns. For a plain matrix it computes what `optax.adafactor` computes.
+After Shazeer & Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost".
+
+Rows and columns are those of the matrix product (`blocks`), so stacked layers are never averaged with each
+other and heads count as columns. For a plain matrix it computes what `optax.adafactor` computes.
 """
 
 import math
@@ -16,16 +18,16 @@ from jaxinfra.parallel.spec import ParamSpec
 
 
 class Factored(NamedTuple):
-    """Means of the squared gradient of a matrix: `row` lacks the column dimensions, `col` the row dimensions."""
+    """Means of a matrix's squared gradient: `row` lacks the column dimensions, `col` the row dimensions."""
 
     row: jax.Array
     col: jax.Array
 
 
 class FactoredState(NamedTuple):
-    """Updates made, and for every parameter its second moment: `Factored`, or whole where it is too small."""
+    """The number of updates made, and each parameter's second moment: `Factored`, or whole if small."""
 
-    count: jax.Array
+    step: jax.Array
     second: Any
 
 
@@ -58,11 +60,11 @@ def scale_by_factored_rms(
     ) -> tuple[optax.Updates, FactoredState]:
         del params
         assert isinstance(state, FactoredState)
-        count = state.count + 1
-        decay = 1 - count.astype(jnp.float32) ** -decay_power
+        step = state.step + 1
+        decay = 1 - step.astype(jnp.float32) ** -decay_power
         second = jax.tree.map(lambda g, v, dims: _moment(g, v, dims, decay), updates, state.second, blocks)
         scaled = jax.tree.map(lambda g, v, dims: _scaled(g, v, dims, clip_rms), updates, second, blocks)
-        return scaled, FactoredState(count, second)
+        return scaled, FactoredState(step, second)
 
     return optax.GradientTransformation(init, update)
 
@@ -83,7 +85,9 @@ def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
     return min(block(spec).matrix_shape(spec.shape)) >= min_factored_dim
 
 
-def _moment(grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array) -> Factored | jax.Array:
+def _moment(
+    grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array
+) -> Factored | jax.Array:
     # The paper's epsilon_1: keeps the root finite where no gradient has ever been.
     square = jnp.square(grad) + 1e-30
     if isinstance(old, Factored):

@@ -1,8 +1,8 @@
 """Which dimensions of a parameter form one matrix, and which only count how many of them are stacked.
 
 Optimisers that look at a whole matrix (Muon, Adafactor) must treat 32 stacked layers as 32 matrices, and a
-projection of shape [layers, embed, heads, head_dim] as `layers` matrices of embed x (heads * head_dim). Everything
-that depends on this reads it from here.
+projection of shape [layers, embed, heads, head_dim] as `layers` matrices of embed x (heads * head_dim).
+Everything that depends on this reads it from here.
 """
 
 import math
@@ -53,8 +53,8 @@ class Block:
 def block(spec: ParamSpec) -> Block:
     """The dimensions of a declared parameter.
 
-    Without declared `in_dims` and `out_dims` the first dimension that is not stacked makes the rows and the rest
-    the columns, so a norm's scale is one row vector per layer.
+    Without declared `in_dims` and `out_dims` the first dimension that is not stacked makes the rows and the
+    rest the columns, so a norm's scale is one row vector per layer.
     """
     if spec.in_dims and spec.out_dims:
         rows, cols = spec.in_dims, spec.out_dims

@@ -1,16 +1,17 @@
 """Muon's orthogonalisation: a momentum matrix replaced by the nearest matrix with singular values near 1.
 
-Newton-Schulz iteration after Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". It
-multiplies whole matrices, which parameters sharded over rows and columns do not have on one device. So the
-stacked layers are spread instead: every device gets whole matrices of some layers (one all-to-all), works alone,
-and the results go back (another). Nothing moves over mesh axes that the parameter is not sharded over.
+Newton-Schulz iteration after Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+It multiplies whole matrices, which parameters sharded over rows and columns do not have on one device. So the
+stacked layers are spread instead: every device gets whole matrices of some layers (one all-to-all a mesh
+axis), works alone, and the results go back the same way. Nothing moves over mesh axes that the parameter is
+not sharded over. A matrix that is not stacked is gathered, and every device does the same work.
 
 Invariant: the numbers do not depend on the mesh, since every matrix is orthogonalised on one device.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -30,8 +31,8 @@ _TINY_NORM = 1e-12
 def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
     """Every matrix of `x_BMN`, of any number of leading dimensions, with singular values pulled towards 1.
 
-    One iteration is `X <- aX + (bA + cA^2)X` with `A = X X^T`: the odd polynomial `as + bs^3 + cs^5` of each singular
-    value. Computes in the dtype of `x_BMN`; an all-zero matrix stays zero.
+    One iteration is `X <- aX + (bA + cA^2)X` with `A = X X^T`: the odd polynomial `as + bs^3 + cs^5` of each
+    singular value. Computes in the dtype of `x_BMN`; an all-zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     wide = x_BMN.shape[-2] <= x_BMN.shape[-1]
@@ -54,10 +55,11 @@ def orthogonalize(
     """Updates replaced by their orthogonalised matrices, scaled for their shape.
 
     Args:
-        blocks: tree of `Block` like the updates, or a function from the updates to it.
+        blocks: tree of `Block` like the updates, with the same masked nodes.
         iterations: of Newton-Schulz.
-        scale: "rms" gives every update about AdamW's root mean square, 0.2, so that both share one learning rate
-            (Liu et al. 2025, section 2.2); "width" multiplies by `sqrt(max(1, cols / rows))` (Jordan et al. 2024).
+        scale: "rms" gives every update about AdamW's root mean square, 0.2, so that both share one learning
+            rate (Liu et al. 2025, section 2.2); "width" multiplies by `sqrt(max(1, cols / rows))` (Jordan et
+            al. 2024).
         dtype: of the matrix products and of what moves between devices.
     """
 
@@ -68,77 +70,112 @@ def orthogonalize(
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        return jax.tree.map(one, updates, blocks(updates) if callable(blocks) else blocks)
+        return jax.tree.map(one, updates, blocks)
 
     return optax.stateless(update)
 
 
 def _orthogonal(x: jax.Array, dims: Block, iterations: int) -> jax.Array:
     """`newton_schulz` of every matrix of one parameter, in the parameter's shape and sharding."""
-    x = x.transpose(dims.order)
+    rows, cols = dims.matrix_shape(x.shape)
+
+    def solve(whole: jax.Array) -> jax.Array:
+        stack = whole.shape[: -len(dims.inside)]
+        return newton_schulz(whole.reshape(*stack, rows, cols), iterations=iterations).reshape(whole.shape)
+
+    return _on_whole_matrices(solve, x.transpose(dims.order), len(dims.batch)).transpose(dims.inverse)
+
+
+def _on_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, stacked: int) -> jax.Array:
+    """`solve(x)` with the dimensions after the first `stacked` unsharded; the result is sharded like `x`."""
     sharding = jax.typeof(x).sharding
-    layers = len(dims.batch)
-    stored = tuple(sharding.spec)
-    gathered, dim, padded = spread(x.shape[:layers], stored, dict(sharding.mesh.shape))
-    length = x.shape[dim] if layers else 0
-    if gathered != stored:
-        if padded > length:
-            x = jnp.pad(x, [(0, padded - length if at == dim else 0) for at in range(x.ndim)])
-        x = jax.reshard(x, PartitionSpec(*gathered))
-    flat = x.reshape(*x.shape[:layers], *_matrix(x.shape[layers:], len(dims.rows)))
-    x = newton_schulz(flat, iterations=iterations).reshape(x.shape)
-    if gathered != stored:
-        x = jax.reshard(x, PartitionSpec(*stored))
-        if padded > length:
-            x = jax.lax.slice_in_dim(x, 0, length, axis=dim)
-    return x.transpose(dims.inverse)
+    sizes = dict(sharding.mesh.shape)
+    outer, inner = tuple(sharding.spec[:stacked]), tuple(sharding.spec[stacked:])
+    # The last axis of a dimension first: each step is then an all-to-all inside small groups.
+    moved = [axis for axes in inner for axis in reversed(_names(axes))]
+    if not moved:
+        return solve(x)
+
+    # Each stacked dimension in two: what is sharded already, and what one shard of it holds. The second is
+    # free to be padded and spread without a matrix leaving its shard of the first.
+    shards = [_shards(_names(axes), sizes) for axes in outer]
+    local = [length // count for length, count in zip(x.shape[:stacked], shards, strict=True)]
+    dim, over = spread(local, moved, sizes)
+    route = _route(outer, inner, moved, dim, over)
+
+    parts = x.reshape(*_alternate(shards, local), *x.shape[stacked:], out_sharding=route[0])
+    shape = parts.shape
+    if over:
+        widths = [(0, 0)] * parts.ndim
+        widths[2 * dim + 1] = (0, -local[dim] % _shards(over, sizes))
+        parts = jnp.pad(parts, widths)
+    for spec in route[1:]:
+        parts = jax.reshard(parts, spec)
+    parts = solve(parts)
+    for spec in reversed(route[:-1]):
+        parts = jax.reshard(parts, spec)
+    parts = parts[tuple(slice(length) for length in shape)]
+    return parts.reshape(x.shape, out_sharding=sharding.spec)
 
 
-def _matrix(shape: Sequence[int], rows: int) -> tuple[int, int]:
-    return math.prod(shape[:rows]), math.prod(shape[rows:])
+def spread(
+    stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[int, tuple[str, ...]]:
+    """The stacked dimension, and the mesh axes to spread it over, so that matrices are whole on each device.
+
+    Of all subsets of `axes`, on any one dimension, the one is taken that leaves the fewest matrices on a
+    device, and of these the smallest: 32 layers on axes of 64 and 8 go over the 64, one layer each and half
+    of the devices none. With nothing stacked, or one matrix, every device gets it.
+
+    Args:
+        stack: sizes of the stacked dimensions.
+        axes: mesh axes to spread over: those that shard the matrices until now.
+        sizes: of the mesh axes.
+    """
+    best, cost = (0, ()), (math.prod(stack), 1)
+    for dim, length in enumerate(stack):
+        for count in range(1, len(axes) + 1):
+            for subset in itertools.combinations(axes, count):
+                shards = _shards(subset, sizes)
+                held = math.prod(stack) // length * math.ceil(length / shards)
+                if (held, shards) < cost:
+                    best, cost = (dim, subset), (held, shards)
+    return best
 
 
 type Axes = str | tuple[str, ...] | None
 
 
-def spread(batch: Sequence[int], stored: Sequence[Axes], sizes: dict[str, int]) -> tuple[tuple[Axes, ...], int, int]:
-    """How matrices sharded like `stored` are laid out whole, each on as few devices as the stack allows.
+def _route(
+    outer: Sequence[Axes], inner: Sequence[Axes], moved: Sequence[str], dim: int, over: Sequence[str]
+) -> list[PartitionSpec]:
+    """The shardings on the way from sharded matrices to spread ones, one mesh axis a step.
 
-    The axes that shard a matrix move to the stacked dimension with the most matrices on a device. Of all subsets of
-    them the one is taken that leaves the fewest matrices a device, and of these the smallest: with 32 layers and
-    axes of 64 and 8, each of 32 devices' groups gets one layer, and 32 stand idle. With nothing stacked every
-    device gets the whole matrix.
-
-    Args:
-        batch: sizes of the stacked dimensions, which come first.
-        stored: mesh axes of every dimension, the stacked ones first.
-        sizes: of the mesh axes.
-
-    Returns:
-        Mesh axes of every dimension; the stacked dimension that they moved to; the length that it must be padded to.
+    Where two axes move at once, XLA's partitioner copies the whole array to every device instead.
     """
-    parts = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in stored]
-    moved = [axis for part in parts[len(batch) :] for axis in part]
-    if not moved:
-        return tuple(stored), 0, batch[0] if batch else 0
-    whole: list[Axes] = [None] * len(parts)
-    if not batch:
-        return tuple(whole), 0, 0
+    matrix = [_names(axes) for axes in inner]
+    stacked: tuple[str, ...] = ()
 
-    def shards(axes: Sequence[str]) -> int:
-        return math.prod(sizes[axis] for axis in axes)
+    def spec() -> PartitionSpec:
+        free = [stacked if at == dim else None for at in range(len(outer))]
+        return PartitionSpec(*_alternate(outer, free), *matrix)
 
-    local = [length // shards(part) for length, part in zip(batch, parts, strict=False)]
-    dim = local.index(max(local))
-    # Only an unsharded dimension can be padded without moving what it holds.
-    subsets = [
-        axes
-        for count in range(len(moved) + 1)
-        for axes in itertools.combinations(moved, count)
-        if not parts[dim] or local[dim] % shards(axes) == 0
-    ]
-    best = min(subsets, key=lambda axes: (math.ceil(local[dim] / shards(axes)), shards(axes)))
-    whole[: len(batch)] = [part or None for part in parts[: len(batch)]]
-    whole[dim] = (*parts[dim], *best) or None
-    each = math.ceil(local[dim] / shards(best))
-    return tuple(whole), dim, each * shards(best) * shards(parts[dim])
+    route = [spec()]
+    # What only has to be gathered comes last, when there is least of it to move.
+    for axis in sorted(moved, key=lambda axis: axis not in over):
+        matrix = [tuple(name for name in names if name != axis) for names in matrix]
+        stacked = (*stacked, axis) if axis in over else stacked
+        route.append(spec())
+    return route
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _shards(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def _alternate[T](first: Sequence[T], second: Sequence[T]) -> list[T]:
+    return [value for pair in zip(first, second, strict=True) for value in pair]

@@ -1,13 +1,13 @@
-"""Learning rate as a function of the step: constant, linear, cosine, warm-up-stable-decay, inverse square root.
+"""The learning rate as a function of the step.
 
 Not for choosing the peak or the length of a run: both are arguments, so that one schedule fits many runs.
 
 Steps count from 0: the update that step t makes uses `lr(t)`. All schedules share these end points:
 
-- With `warmup_steps=w > 0`, `lr(t) = peak_lr * t / w` for t < w: step 0 has rate 0 and **step w is the first with
-  the peak**. With `warmup_steps=0`, step 0 has the peak.
-- Decaying schedules reach `final_fraction * peak_lr` exactly at step `steps`, one after the last update, so no
-  update is spent at the final rate; the last one, step `steps - 1`, is one notch above it.
+- With `warmup_steps=w > 0`, `lr(t) = peak_lr * t / w` for t < w: step 0 has rate 0 and **step w is the first
+  with the peak**. With `warmup_steps=0`, step 0 has the peak.
+- Decaying schedules reach `final_fraction * peak_lr` exactly at step `steps`, one after the last update, so
+  no update is spent at the final rate; the last one, step `steps - 1`, is one notch above it.
 - Beyond `steps` the rate stays where it was at `steps`, except for `InverseSqrt`, which has no end.
 """
 
@@ -130,33 +130,44 @@ type Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
 
 
 def schedule(config: Schedule, *, peak_lr: float, steps: int) -> optax.Schedule:
-    """The learning rate of a run of `steps` steps, as a function of the step.
+    """The learning rate of a run of `steps` steps, as the function of the step that optax wants."""
 
-    The function takes a step, or an array of them, and returns the rate in the same shape. JAX arrays, traced ones
-    too, give float32 JAX arrays; anything else is computed in NumPy's float64 and starts no device.
-    """
-
-    def lr(step: Any) -> Any:
-        xp = jnp if isinstance(step, jax.Array) else np
-        t = xp.asarray(step).astype(xp.float32 if xp is jnp else xp.float64)
-        warmup = xp.minimum(t / max(config.warmup_steps, 1), 1.0) if config.warmup_steps else 1.0
-        return peak_lr * warmup * _decay(config, t, steps, xp)
+    def lr(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        return learning_rate(config, step, peak_lr=peak_lr, steps=steps)
 
     return lr
+
+
+def learning_rate(config: Schedule, step: Any, *, peak_lr: float, steps: int) -> Any:
+    """The learning rate of `step` in a run of `steps` steps.
+
+    Args:
+        config: the schedule.
+        step: an integer or an array of them, a traced one too.
+        peak_lr: the highest rate.
+        steps: of the run.
+
+    Returns:
+        The rate, in the shape of `step`. JAX arrays give float32 JAX arrays; anything else is computed in
+        NumPy's float64 and starts no device.
+    """
+    xp = jnp if isinstance(step, jax.Array) else np
+    t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
+    warmup = xp.minimum(t / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    return peak_lr * warmup * _decay(config, t, steps, xp)
 
 
 def table(config: Schedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
     """About `rows` pairs (step, rate), evenly spread from step 0 to the last step, and the end of warm-up."""
     spread = {round(at) for at in np.linspace(0, steps - 1, rows)}
     chosen = sorted(spread | {min(config.warmup_steps, steps - 1)})
-    lr = schedule(config, peak_lr=peak_lr, steps=steps)
-    return [(step, float(lr(step))) for step in chosen]
+    return [(at, float(learning_rate(config, at, peak_lr=peak_lr, steps=steps))) for at in chosen]
 
 
 def plot(config: Schedule, *, peak_lr: float, steps: int, width: int = 60, height: int = 12) -> str:
     """The schedule drawn in `width` columns and `height` rows of text, from step 0 to the last step."""
-    lr = schedule(config, peak_lr=peak_lr, steps=steps)
-    rates = lr(np.round(np.linspace(0, steps - 1, width)))
+    columns = np.round(np.linspace(0, steps - 1, width))
+    rates = learning_rate(config, columns, peak_lr=peak_lr, steps=steps)
     rows = np.round((1 - rates / peak_lr) * (height - 1)).astype(int)
     labels = {0: f"{peak_lr:.2e}", height - 1: f"{0:.2e}"}
     lines = [
@@ -167,19 +178,25 @@ def plot(config: Schedule, *, peak_lr: float, steps: int, width: int = 60, heigh
     return "\n".join([*lines, " " * 9 + "+" + "-" * width, " " * 10 + "0" + last.rjust(width - 1)])
 
 
-def schedule_problems(config: Schedule, steps: int) -> Iterable[Problem]:
-    """What cannot work in a run of `steps` steps; the fields are relative to the schedule."""
+def schedule_problems(config: Schedule, steps: int, *, path: str = "") -> Iterable[Problem]:
+    """What cannot work in a run of `steps` steps.
+
+    Args:
+        config: the schedule.
+        steps: of the run.
+        path: of the schedule in the config object that reports the problems, such as "optim.schedule.".
+    """
     if config.warmup_steps and config.warmup_steps >= steps:
         yield Problem(
-            fields=("warmup_steps",),
-            message=f"the peak rate is reached at step {config.warmup_steps}, after the last step {steps - 1}",
-            fix=f"use warmup_steps={steps // 10}, or more steps",
+            fields=(f"{path}warmup_steps",),
+            message=f"step {config.warmup_steps} has the peak rate, but the last step is {steps - 1}",
+            fix=f"use {path}warmup_steps={steps // 10}, or more steps",
         )
     elif isinstance(config, WSD) and config.warmup_steps + config.decay_steps(steps) > steps:
         yield Problem(
-            fields=("warmup_steps", "decay_fraction"),
+            fields=(f"{path}warmup_steps", f"{path}decay_fraction"),
             message=f"warm-up and {config.decay_steps(steps)} steps of decay do not fit into {steps} steps",
-            fix=f"use decay_fraction={(steps - config.warmup_steps) / steps:.2g} or less",
+            fix=f"use {path}warmup_steps={steps - config.decay_steps(steps)} or less",
         )
 
 
@@ -187,7 +204,7 @@ def _decay(config: Schedule, t: Any, steps: int, xp: ModuleType) -> Any:
     """The rate after warm-up as a fraction of the peak; 1 during warm-up."""
     match config:
         case Constant():
-            return 1.0
+            return xp.ones_like(t)
         case InverseSqrt():
             first = max(config.warmup_steps, 1)
             return xp.sqrt(first / xp.maximum(t, first))

@@ -1,6 +1,6 @@
-"""What every optimiser shares: clipping by the global norm, averaged weights, the dtype that state is stored in.
+"""What every optimiser shares: clipping by the global norm, averaged weights, the dtype of stored state.
 
-Clipping is a function of its own, not a link of the chain, because the step reports the norm that it computes.
+Clipping is a function of its own, not a link of the chain, because the step reports the norm that it takes.
 """
 
 from typing import Any
@@ -13,8 +13,9 @@ import optax
 def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Array]:
     """Gradients scaled down to a global norm of at most `max_norm`, and the norm that they had.
 
-    Sums in float32 whatever the gradients' dtype. Gradients within the limit come back bit for bit; so do all with
-    `max_norm=None`. A norm that is not finite makes gradients that are not finite: the caller decides what to do.
+    Sums in float32 whatever the gradients' dtype. Gradients within the limit come back bit for bit; so do all
+    with `max_norm=None`. A norm that is not finite makes gradients that are not finite: the caller decides
+    what to do.
 
     Returns:
         The gradients in their own dtypes and shardings, and the norm before clipping: float32 [].
@@ -30,9 +31,9 @@ def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Ar
 def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int) -> Any:
     """The exponential moving average of the parameters, one step on.
 
-    The decay used is `min(decay, (1 + step) / (10 + step))`, so that the first values, which the average starts
-    from, are soon forgotten. Computes in float32 and keeps the average's own dtype: float32, or a large decay
-    would round every change away.
+    The decay used is `min(decay, (1 + step) / (10 + step))`, so that the first values, which the average
+    starts from, are soon forgotten. Computes in float32 and keeps the average's own dtype: float32, or a
+    large decay would round every change away.
 
     Args:
         ema: the average before; a copy of the parameters at the start.
@@ -51,9 +52,9 @@ def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int) -> An
 
 
 def store_state_as(tx: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """`tx` with its floating-point arrays kept in `dtype` between steps; it computes in float32 and so returns.
+    """`tx` with its floating-point state kept in `dtype` between steps, while it computes in float32.
 
-    Scalars and counters are left as they are.
+    Updates come back in float32. Scalars and counters of the state are left as they are.
     """
 
     def cast(tree: Any, to: jnp.dtype) -> Any:

@@ -1,0 +1,335 @@
+"""The optimiser of a run: its config, and the optax chain that follows from it.
+
+Not for clipping and averaged weights: the train step calls `transforms.clip_by_global_norm` before the chain
+and `transforms.ema_update` after it.
+
+Invariants: weight decay is decoupled from the gradient, multiplied by the learning rate (Loshchilov & Hutter
+2019) and goes only to parameters whose role is in `Optim.decay_roles`. Update t (from 0) uses the schedule's
+rate at t.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, assert_never
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxinfra.config import Problem
+from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
+from jaxinfra.optim.blocks import abstract, block, is_matrix, is_spec
+from jaxinfra.optim.muon import orthogonalize
+from jaxinfra.optim.schedules import Cosine, Schedule, learning_rate, schedule
+from jaxinfra.optim.transforms import store_state_as
+from jaxinfra.parallel.spec import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2).
+
+    Attributes:
+        b1: decay of the mean of the gradient.
+        b2: decay of the mean of its square.
+        eps: added to the root of the second mean, after bias correction.
+        weight_decay: fraction of a parameter taken away per unit of learning rate.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def problems(self) -> Iterable[Problem]:
+        """Decays below 1, and an epsilon that keeps the division finite."""
+        yield from _decay_problems(b1=self.b1, b2=self.b2)
+        yield from _weight_decay_problems(self.weight_decay)
+        if self.eps <= 0:
+            yield Problem(fields=("eps",), message="must be above 0", fix="use eps=1e-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor:
+    """Adam's second moment in rows and columns, no first moment (Shazeer & Stern 2018, Algorithm 4).
+
+    Attributes:
+        decay_power: the moment of update t (from 1) decays by `1 - t ** -decay_power`.
+        min_factored_dim: matrices with fewer rows or columns keep their whole second moment.
+        clip_rms: limit on the root mean square of one matrix's update before the rate; None for no limit.
+        scale_by_param: multiply the rate by the parameter's own root mean square, as the paper does; the peak
+            rate is then relative, about 1e-2.
+        min_param_rms: the least root mean square that `scale_by_param` takes.
+        weight_decay: fraction of a parameter taken away per unit of learning rate.
+    """
+
+    decay_power: float = 0.8
+    min_factored_dim: int = 128
+    clip_rms: float | None = 1.0
+    scale_by_param: bool = True
+    min_param_rms: float = 1e-3
+    weight_decay: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """A moment that forgets, and limits above 0."""
+        yield from _weight_decay_problems(self.weight_decay)
+        if not 0 < self.decay_power <= 1:
+            yield Problem(
+                fields=("decay_power",), message="must be above 0 and at most 1", fix="use decay_power=0.8"
+            )
+        if self.min_factored_dim < 2:
+            yield Problem(
+                fields=("min_factored_dim",), message="must be at least 2", fix="use min_factored_dim=128"
+            )
+        if self.clip_rms is not None and self.clip_rms <= 0:
+            yield Problem(
+                fields=("clip_rms",), message="must be above 0", fix="use clip_rms=1.0, or None for no limit"
+            )
+        if self.min_param_rms <= 0:
+            yield Problem(
+                fields=("min_param_rms",),
+                message="must be above 0, or parameters that start at 0 never move",
+                fix="use min_param_rms=1e-3",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion:
+    """The sign of an interpolated momentum (Chen et al. 2023, Algorithm 2).
+
+    Every element moves by the whole rate, so the peak wants to be 3 to 10 times lower than AdamW's and the
+    weight decay as much higher (section 5 there).
+
+    Attributes:
+        b1: weight of the momentum in the update.
+        b2: decay of the momentum.
+        weight_decay: fraction of a parameter taken away per unit of learning rate.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 1.0
+
+    def problems(self) -> Iterable[Problem]:
+        """Decays below 1."""
+        yield from _decay_problems(b1=self.b1, b2=self.b2)
+        yield from _weight_decay_problems(self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent with heavy-ball or Nesterov momentum (Sutskever et al. 2013, section 2).
+
+    Attributes:
+        momentum: `m <- g + momentum * m`; 0 keeps no state.
+        nesterov: step along `g + momentum * m` instead of `m`.
+        weight_decay: fraction of a parameter taken away per unit of learning rate, past the momentum.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """Momentum below 1, and some where Nesterov's needs it."""
+        yield from _decay_problems(momentum=self.momentum)
+        yield from _weight_decay_problems(self.weight_decay)
+        if self.nesterov and self.momentum == 0:
+            yield Problem(
+                fields=("momentum", "nesterov"),
+                message="Nesterov's step without momentum is plain descent",
+                fix="use momentum=0.9 or nesterov=False",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Orthogonalised momentum for hidden matrices, AdamW for all else (Jordan et al. 2024).
+
+    Attributes:
+        momentum: decay of the momentum of matrices.
+        nesterov: orthogonalise `g + momentum * m` instead of `m`.
+        iterations: of Newton-Schulz.
+        scale: "rms" scales updates to AdamW's usual size, so that both halves share one rate (Liu et al.
+            2025); "width" is the original `sqrt(max(1, cols / rows))`, whose peak rate is about 0.02.
+        matmul_dtype: of the Newton-Schulz products; bfloat16 halves what moves between devices.
+        b1: AdamW's, for the rest.
+        b2: AdamW's, for the rest.
+        eps: AdamW's, for the rest.
+        weight_decay: fraction of a parameter taken away per unit of learning rate, in both halves.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    scale: Literal["rms", "width"] = "rms"
+    matmul_dtype: Literal["float32", "bfloat16"] = "float32"
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def problems(self) -> Iterable[Problem]:
+        """Decays below 1, and at least one iteration."""
+        yield from _decay_problems(momentum=self.momentum, b1=self.b1, b2=self.b2)
+        yield from _weight_decay_problems(self.weight_decay)
+        if self.eps <= 0:
+            yield Problem(fields=("eps",), message="must be above 0", fix="use eps=1e-8")
+        if self.iterations < 1:
+            yield Problem(fields=("iterations",), message="must be at least 1", fix="use iterations=5")
+
+
+type Optimizer = AdamW | Adafactor | Lion | SGD | Muon
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """How parameters move.
+
+    Attributes:
+        optimizer: the update rule.
+        schedule: the learning rate's course, as a fraction of the peak.
+        peak_lr: the highest learning rate.
+        clip_norm: limit on the global norm of the gradient; None for no limit.
+        ema_decay: of an averaged copy of the parameters; None keeps none.
+        state_dtype: what the optimiser's arrays are stored in; it computes in float32 either way.
+        decay_roles: parameters of these roles are decayed.
+    """
+
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Cosine()
+    peak_lr: float = 3e-4
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
+
+    def problems(self) -> Iterable[Problem]:
+        """Positive rates and limits, and means that bfloat16 can keep."""
+        if not 0 < self.peak_lr < math.inf:
+            yield Problem(fields=("peak_lr",), message="must be above 0 and finite", fix="use peak_lr=3e-4")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            yield Problem(
+                fields=("clip_norm",),
+                message="must be above 0",
+                fix="use clip_norm=1.0, or None for no limit",
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            yield Problem(
+                fields=("ema_decay",),
+                message="must be at least 0 and below 1",
+                fix="use ema_decay=0.999, or None for none",
+            )
+        if self.state_dtype == "bfloat16":
+            yield from _bfloat16_problems(self.optimizer)
+
+
+def build(optim: Optim, *, steps: int, specs: Any) -> optax.GradientTransformation:
+    """The optax chain of a run of `steps` steps over parameters declared by `specs`, a tree of `ParamSpec`.
+
+    Its `update` needs the parameters and returns float32 updates to add to them (`optax.apply_updates`).
+    State is sharded like the parameters, which may be abstract at `init`. Gradients are not clipped here.
+    """
+    rate = schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
+    decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_spec)
+    links = [_direction(optim.optimizer, specs)]
+    if optim.optimizer.weight_decay:
+        links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
+    links.append(optax.scale_by_learning_rate(rate))
+    return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
+
+
+def numbers(optim: Optim, *, steps: int, specs: Any) -> dict[str, float | int]:
+    """Derived values to show before a run: bytes of state, and the rate's end points. Starts no device.
+
+    Returns:
+        `state_bytes` of the optimiser and the averaged parameters together, all shards;
+        `state_bytes_per_param`; `decayed_params`; `peak_step`, the first with the peak rate; `last_lr`, the
+        rate of the last update.
+    """
+    params = abstract(specs)
+    state = jax.eval_shape(build(optim, steps=steps, specs=specs).init, params)
+    averaged = params if optim.ema_decay is not None else ()
+    total_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, averaged)))
+    declared = jax.tree.leaves(specs, is_leaf=is_spec)
+    last_lr = learning_rate(optim.schedule, steps - 1, peak_lr=optim.peak_lr, steps=steps)
+    return {
+        "state_bytes": total_bytes,
+        "state_bytes_per_param": total_bytes / sum(spec.size for spec in declared),
+        "decayed_params": sum(spec.size for spec in declared if spec.role in optim.decay_roles),
+        "peak_step": optim.schedule.warmup_steps,
+        "last_lr": float(last_lr),
+    }
+
+
+def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation:
+    """The update before weight decay and learning rate."""
+    match optimizer:
+        case AdamW():
+            return optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
+        case Adafactor():
+            scaled = scale_by_factored_rms(
+                specs,
+                decay_power=optimizer.decay_power,
+                min_factored_dim=optimizer.min_factored_dim,
+                clip_rms=optimizer.clip_rms,
+            )
+            if not optimizer.scale_by_param:
+                return scaled
+            return optax.chain(scaled, scale_by_param_rms(specs, min_rms=optimizer.min_param_rms))
+        case Lion():
+            return optax.scale_by_lion(optimizer.b1, optimizer.b2)
+        case SGD():
+            if optimizer.momentum == 0:
+                return optax.identity()
+            return optax.trace(optimizer.momentum, optimizer.nesterov)
+        case Muon():
+            return _muon(optimizer, specs)
+    assert_never(optimizer)
+
+
+def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
+    blocks = jax.tree.map(
+        lambda spec: block(spec) if is_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_spec
+    )
+    # Newton-Schulz does not see the scale of its input, so the sum that `trace` keeps does for the paper's
+    # mean.
+    matrices = optax.chain(
+        optax.trace(muon.momentum, muon.nesterov),
+        orthogonalize(
+            blocks, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)
+        ),
+    )
+    rest = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
+    labels = jax.tree.map(lambda spec: "muon" if is_matrix(spec) else "adamw", specs, is_leaf=is_spec)
+    return optax.partition({"muon": matrices, "adamw": rest}, labels)
+
+
+def _decay_problems(**decays: float) -> Iterable[Problem]:
+    for name, value in decays.items():
+        if not 0 <= value < 1:
+            yield Problem(fields=(name,), message="must be at least 0 and below 1", fix=f"use {name}=0.9")
+
+
+def _weight_decay_problems(weight_decay: float) -> Iterable[Problem]:
+    if weight_decay < 0:
+        yield Problem(fields=("weight_decay",), message="must not be negative", fix="use weight_decay=0")
+
+
+def _bfloat16_problems(optimizer: Optimizer) -> Iterable[Problem]:
+    """Means that would stop moving: bfloat16 rounds changes of less than 2**-8 of a value away."""
+    if isinstance(optimizer, Adafactor):
+        yield Problem(
+            fields=("state_dtype", "optimizer.decay_power"),
+            message="bfloat16 rounds late changes of Adafactor's second moment away, and saves little",
+            fix="use state_dtype=float32",
+        )
+    for name in ("b1", "b2", "momentum"):
+        decay = getattr(optimizer, name, 0.0)
+        if decay > 1 - 2**-8:
+            yield Problem(
+                fields=("state_dtype", f"optimizer.{name}"),
+                message=f"bfloat16 rounds the changes of a mean with {name}={decay} away",
+                fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
+            )

@@ -1,0 +1,134 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.optim.schedules import (
+    WSD,
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    learning_rate,
+    plot,
+    schedule,
+    schedule_problems,
+    table,
+)
+
+PEAK = 0.02
+STEPS = 100
+WARM = 10
+
+# What each schedule gives at the last step, at `steps` and long after, as a fraction of the peak.
+ENDS = {
+    Constant(warmup_steps=WARM): (1.0, 1.0, 1.0),
+    Linear(warmup_steps=WARM, final_fraction=0.1): (0.1 + 0.9 / 90, 0.1, 0.1),
+    Cosine(warmup_steps=WARM, final_fraction=0.1): (
+        0.1 + 0.9 * (1 + math.cos(math.pi * 89 / 90)) / 2,
+        0.1,
+        0.1,
+    ),
+    WSD(warmup_steps=WARM, shape="linear", final_fraction=0.1): (0.1 + 0.9 / 20, 0.1, 0.1),
+    WSD(warmup_steps=WARM, shape="sqrt"): (1 - math.sqrt(19 / 20), 0.0, 0.0),
+    InverseSqrt(warmup_steps=WARM): (math.sqrt(10 / 99), math.sqrt(10 / 100), math.sqrt(10 / 10_000)),
+}
+
+
+@pytest.mark.parametrize("config", ENDS, ids=repr)
+def test_end_points(config):
+    lr = schedule(config, peak_lr=PEAK, steps=STEPS)
+    last, end, beyond = ENDS[config]
+    expected = {0: 0.0, 1: 0.1, WARM - 1: 0.9, WARM: 1.0, STEPS - 1: last, STEPS: end, 10_000: beyond}
+    for step, fraction in expected.items():
+        assert float(lr(step)) == pytest.approx(PEAK * fraction, rel=1e-12, abs=1e-15), step
+    rates = [float(lr(step)) for step in range(STEPS)]
+    assert max(rates) == PEAK and rates.index(PEAK) == WARM
+
+
+@pytest.mark.parametrize("kind", [Constant, Linear, Cosine, WSD, InverseSqrt])
+def test_without_warmup_step_0_has_the_peak(kind):
+    assert float(learning_rate(kind(), 0, peak_lr=PEAK, steps=STEPS)) == PEAK
+
+
+@pytest.mark.parametrize("config", ENDS, ids=repr)
+def test_traced_steps_give_the_same_rates(config):
+    lr = schedule(config, peak_lr=PEAK, steps=STEPS)
+    traced = jax.jit(jax.vmap(lr))(jnp.arange(STEPS + 5, dtype=jnp.int32))
+    assert traced.dtype == jnp.float32
+    np.testing.assert_allclose(traced, lr(np.arange(STEPS + 5)), rtol=2e-5, atol=1e-7 * PEAK)
+
+
+def test_stable_part_of_wsd_ends_where_the_decay_starts():
+    lr = schedule(WSD(warmup_steps=WARM, decay_fraction=0.25, shape="linear"), peak_lr=PEAK, steps=STEPS)
+    assert float(lr(75)) == PEAK
+    assert float(lr(76)) == pytest.approx(PEAK * 24 / 25)
+
+
+def test_cosine_is_the_usual_one():
+    ours = schedule(Cosine(warmup_steps=WARM, final_fraction=0.1), peak_lr=PEAK, steps=STEPS)
+    theirs = optax.warmup_cosine_decay_schedule(0.0, PEAK, WARM, STEPS, end_value=0.1 * PEAK)
+    for step in range(0, STEPS + 5, 7):
+        assert float(ours(step)) == pytest.approx(float(theirs(step)), rel=1e-4)
+
+
+@pytest.mark.parametrize("config", ENDS, ids=repr)
+def test_run_of_one_step(config):
+    assert math.isfinite(float(learning_rate(config, 0, peak_lr=PEAK, steps=1)))
+
+
+def test_table_has_both_ends_and_the_end_of_warmup():
+    rows = table(Cosine(warmup_steps=7), peak_lr=PEAK, steps=STEPS)
+    assert rows[0] == (0, 0.0)
+    assert (7, PEAK) in rows
+    assert rows[-1][0] == STEPS - 1
+    assert [step for step, _ in rows] == sorted({step for step, _ in rows})
+    assert table(Constant(), peak_lr=PEAK, steps=1) == [(0, PEAK)]
+
+
+def test_plot_shows_the_shape():
+    lines = plot(Linear(), peak_lr=PEAK, steps=STEPS, width=12, height=12).splitlines()
+    assert lines[0] == "2.00e-02 |*"
+    assert [line.index("*") for line in lines[:12]] == list(range(10, 22))
+    assert lines[-1].endswith("step 99")
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "field"),
+    [
+        (Cosine(warmup_steps=100), 100, "warmup_steps"),
+        (Constant(warmup_steps=101), 100, "warmup_steps"),
+        (WSD(warmup_steps=50, decay_fraction=0.6), 100, "decay_fraction"),
+    ],
+)
+def test_schedules_that_do_not_fit_the_run(config, steps, field):
+    (problem,) = schedule_problems(config, steps, path="optim.schedule.")
+    assert f"optim.schedule.{field}" in problem.fields
+    assert "optim.schedule.warmup_steps=" in problem.fix
+
+
+@pytest.mark.parametrize(
+    "config", [Cosine(warmup_steps=99), WSD(warmup_steps=50, decay_fraction=0.5), Constant()]
+)
+def test_schedules_that_fit_the_run(config):
+    assert not list(schedule_problems(config, 100))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Constant(warmup_steps=-1),
+        Linear(final_fraction=1.5),
+        Cosine(final_fraction=-0.1),
+        WSD(decay_fraction=0.0),
+    ],
+    ids=repr,
+)
+def test_values_out_of_range_are_refused(config):
+    with pytest.raises(ConfigError, match="fraction|warmup_steps"):
+        validate(config)
