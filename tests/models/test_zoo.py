@@ -1,0 +1,59 @@
+"""The published shapes have the published numbers of parameters."""
+
+import jax
+import pytest
+from flax import nnx
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.zoo import SHAPES, shape
+from jaxinfra.parallel.layout import Layout
+
+PARAMETERS = {
+    "tiny": 115_008,
+    "small": 8_390_912,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    # The text parts: the published totals of these three count the image encoder as well.
+    "gemma-3-4b": 3_880_263_168,
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_counted_exactly_without_an_array(name: str) -> None:
+    validate(shape(name))
+    _, specs = nnx.split(shape(name).build(Layout()))
+    assert sum(spec.size for spec in jax.tree.leaves(nnx.to_pure_dict(specs))) == PARAMETERS[name]
+
+
+def test_an_unknown_name_suggests_a_near_one() -> None:
+    with pytest.raises(ConfigError, match=r'zoo.shape\("Llama3.1-8B"\).*did you mean "llama-3.1-8b"'):
+        shape("Llama3.1-8B")
