@@ -1,0 +1,26 @@
+"""A small language model of Python source, trained in a few minutes on two CPU cores.
+
+The corpus is the standard library of the running Python: always there, no network.
+"""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.ops.rope import Rope
+from jaxinfra.optim.optimizers import Muon, Optim
+from jaxinfra.optim.schedules import WSD
+from jaxinfra.run import Precision, Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="quickstart",
+        model=TransformerConfig(
+            vocab_size=4096, layers=4, width=192, heads=6, mlp_dim=512, rope=Rope(), qk_norm=True
+        ),
+        data=TokenData(store="stores/python-stdlib", corpus=Corpus(vocab_size=4096), seq_len=256),
+        precision=Precision(compute="float32"),
+        optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
+        train=TrainConfig(steps=300, global_batch=16, eval_every=100),
+    )

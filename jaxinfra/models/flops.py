@@ -1,0 +1,36 @@
+"""Floating-point operations of a transformer, for MFU and plans.
+
+A product of `[m, k]` and `[k, n]` counts `2 m k n`; a training step costs three times its forward pass (Kaplan et
+al. 2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts the pairs of positions that the
+mask lets through, so half of the square when causal. Recomputation earns no credit, and norms, rotary positions,
+softmax and the embedding lookup count nothing.
+"""
+
+from jaxinfra.models.transformer import TransformerConfig
+
+
+def matmul_params(config: TransformerConfig) -> int:
+    """Weights that every token is multiplied with: projections, MLP and head, tied or not."""
+    attention = config.width * config.head_width * (2 * config.heads + 2 * config.groups)
+    mlp = config.width * config.mlp_dim * (2 if config.mlp == "gelu" else 3)
+    return config.layers * (attention + mlp) + config.width * config.vocab_size
+
+
+def visible_keys(length: int, window: int | None) -> float:
+    """Keys that a query sees, on average over a causal sequence of `length`, within `window` if there is one."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def flops_per_token(config: TransformerConfig, length: int) -> float:
+    """FLOPs of forward and backward pass a token, in training on sequences of `length`.
+
+    `6 * matmul_params + 12 * sum over layers of heads * head_dim * visible keys`: scores and weighted sum of
+    values are `2 * 2` FLOPs a head feature and visible key, three times for the backward pass.
+    """
+    keys = 0.0
+    for layer in range(config.layers):
+        sight = config.sights[layer % len(config.sights)]
+        keys += visible_keys(length, config.window if sight == "local" else None)
+    return 6 * matmul_params(config) + 12 * config.heads * config.head_width * keys

@@ -1,0 +1,177 @@
+"""`Run`, the typed top of a config, and `train(run)`, which builds everything and reads from top to bottom."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from jaxinfra.checkpoint.checkpoints import CheckpointConfig
+from jaxinfra.config import Loaded, Problem, fingerprint
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.optim.optimizers import Optim
+from jaxinfra.optim.schedules import schedule_problems
+from jaxinfra.parallel.layout import Rules
+from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.tasks.causal_lm import CausalLM
+from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.train.loop import TrainConfig
+
+NOT_NUMERIC = (
+    "name",
+    "root",
+    "mesh",
+    "rules",
+    "checkpoint",
+    "track",
+    "train.accumulate",
+    "train.eval_every",
+    "train.eval_windows",
+    "data.prefetch",
+    "data.threads",
+)
+"""Fields that change where and how fast a run goes, or what is seen of it, but not the numbers it is after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Number formats.
+
+    Attributes:
+        params: what parameters are stored in between steps.
+        compute: what weights and activations are cast to in the model; losses, norms and sums are float32.
+    """
+
+    params: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a run is.
+
+    Attributes:
+        name: of its directory.
+        root: where run directories stand.
+        seed: of the first parameters.
+        model: the shape of the network.
+        task: what it is trained for.
+        data: what it is trained on.
+        precision: number formats.
+        mesh: how the devices are arranged.
+        rules: which arrays are spread over which mesh axes.
+        optim: how parameters move.
+        train: how long, in what batches.
+        checkpoint: when the state is saved.
+        track: where metrics go.
+    """
+
+    name: str
+    root: str = "runs"
+    seed: int = 0
+    model: TransformerConfig
+    task: CausalLM = field(default_factory=CausalLM)
+    data: TokenData
+    precision: Precision = Precision()
+    mesh: MeshConfig = MeshConfig()
+    rules: Rules = Rules()
+    optim: Optim = field(default_factory=Optim)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def _shards(self, axes: Sequence[str]) -> int:
+        return math.prod(getattr(self.mesh, axis) for axis in axes)
+
+    def problems(self) -> Iterable[Problem]:
+        """What only shows where two parts meet. Mesh axes of -1 are left out: resolve them first."""
+        if not self.name or "/" in self.name:
+            yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
+        yield from self._lengths()
+        yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
+        if -1 not in self.mesh.sizes:
+            yield from self._divisions()
+
+    def _lengths(self) -> Iterable[Problem]:
+        longest = self.model.learned_positions
+        if longest is not None and self.data.seq_len > longest:
+            yield Problem(
+                fields=("data.seq_len", "model.learned_positions"),
+                message="sequences are longer than the learned positions",
+                fix=f"use data.seq_len={longest}",
+            )
+        chunks = self.task.loss_chunks
+        if chunks is not None and chunks > 0 and self.data.seq_len % chunks:
+            fitting = next(n for n in range(chunks, 0, -1) if self.data.seq_len % n == 0)
+            yield Problem(
+                fields=("task.loss_chunks", "data.seq_len"),
+                message="chunks must divide the sequence",
+                fix=f"use task.loss_chunks={fitting}",
+            )
+        if self.train.global_batch > 0 and self.train.global_batch % max(self.train.accumulate, 1):
+            yield self._batch_problem(("train.accumulate",), self.train.accumulate)
+
+    def _batch_problem(self, fields: tuple[str, ...], parts: int) -> Problem:
+        fitting = -(-self.train.global_batch // parts) * parts
+        return Problem(
+            fields=("train.global_batch", *fields),
+            message=f"the batch does not divide into {parts} equal parts",
+            fix=f"use train.global_batch={fitting}",
+        )
+
+    def _divisions(self) -> Iterable[Problem]:
+        """Every sharded dimension divides over its mesh axes."""
+        batch = self._shards(self.rules.batch)
+        parts = batch * max(self.train.accumulate, 1)
+        if self.train.global_batch % parts:
+            spread = tuple(f"mesh.{axis}" for axis in self.rules.batch if getattr(self.mesh, axis) > 1)
+            accumulated = ("train.accumulate",) if self.train.accumulate > 1 else ()
+            yield self._batch_problem((*accumulated, *spread), parts)
+        dimensions = (
+            ("model.heads", self.model.heads, self.rules.heads),
+            ("model.kv_heads", self.model.groups, self.rules.kv_heads),
+            ("model.mlp_dim", self.model.mlp_dim, self.rules.mlp),
+            ("model.vocab_size", self.model.vocab_size, self.rules.vocab),
+            ("model.width", self.model.width, self.rules.embed),
+            ("model.layers", self.model.layers, self.rules.layers),
+            ("data.seq_len", self.data.seq_len, (*self.rules.sequence, *self.rules.block_sequence)),
+        )
+        for path, size, axes in dimensions:
+            if size % self._shards(axes):
+                yield self._division_problem(path, size, axes)
+
+    def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
+        shards = self._shards(axes)
+        spread = tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
+        fits = f"mesh.{spread[0]}={math.gcd(size, shards)}"
+        return Problem(
+            fields=(path, *(f"mesh.{axis}" for axis in spread)),
+            message=f"{shards} shards do not divide {size} {path.split('.')[-1]}",
+            fix=f"use {fits}" if len(spread) == 1 else f"use {path}={-(-size // shards) * shards}",
+        )
+
+
+def named(loaded: Loaded[Run]) -> Loaded[Run]:
+    """The run with a name of its own when the command line changes its numbers.
+
+    `python -m launch CONFIG` and `python -m launch CONFIG optim.peak_lr=1e-3` are different runs: the second gets
+    the first's name with a fingerprint of the config behind it, unless the command line names it.
+    """
+    changed = [path for path, origin in loaded.origins.items() if origin == "command line"]
+    numeric = [p for p in changed if not any(p == skip or p.startswith(skip + ".") for skip in NOT_NUMERIC)]
+    if "name" in changed or not numeric:
+        return loaded
+    name = f"{loaded.run.name}-{fingerprint(loaded.run, NOT_NUMERIC)[:6]}"
+    return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": "command line"})
+
+
+def resolved(run: Run, devices: int) -> Run:
+    """The run with its mesh sized for so many devices.
+
+    Raises:
+        ConfigError: the mesh does not fit.
+    """
+    return replace(run, mesh=run.mesh.resolve(devices))
+
+
+__all__ = ["AXES", "NOT_NUMERIC", "Precision", "Run", "named", "resolved"]

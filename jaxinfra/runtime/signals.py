@@ -1,0 +1,34 @@
+"""A wish to stop, made by a signal and obeyed between steps."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class StopRequest:
+    """Inside this context Ctrl-C (SIGINT) and SIGTERM ask to stop instead of stopping.
+
+    The loop looks at `reason` after every step, saves and leaves. A second Ctrl-C interrupts at once; further
+    SIGTERMs change nothing. The handlers that were there before come back on leaving. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        """Name of the signal that asked first, None while nobody has."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(number).name

@@ -1,0 +1,274 @@
+"""One start of a run: from its config to its report, on the devices that are here.
+
+Reads from top to bottom: look at everything that can refuse (mesh, data, directory, space) before anything is
+written or compiled; restore or begin; train; evaluate, save, report.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxinfra
+from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.storage import check_space
+from jaxinfra.config import Loaded, diff, read_record, record, validate, write_record
+from jaxinfra.config.record import decode_record
+from jaxinfra.data.loader import (
+    Batches,
+    Prefetcher,
+    check_vocab,
+    heldout_batches,
+    heldout_bytes,
+    open_store,
+    process_rows,
+    to_global,
+)
+from jaxinfra.data.store import TokenStore
+from jaxinfra.errors import ConfigError, Preempted
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Program, TrainState
+from jaxinfra.run import NOT_NUMERIC, Run, named, resolved
+from jaxinfra.runtime.environment import git_state, package_versions
+from jaxinfra.runtime.peak import peak_flops
+from jaxinfra.runtime.signals import StopRequest
+from jaxinfra.track.jsonl import read, read_json
+from jaxinfra.track.report import write_report
+from jaxinfra.track.tracker import Trackers, build
+from jaxinfra.train.derived import Derived, derived, step_flops, tokens_per_step
+from jaxinfra.train.evaluate import evaluate
+from jaxinfra.train.loop import Hooks, Outcome, Reporter, fit
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """Where a run keeps what it writes.
+
+    Attributes:
+        path: `ROOT/NAME`: run.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, report.html.
+    """
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """The run record."""
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def check(self, run: Run) -> None:
+        """Refuses a directory that another config has begun.
+
+        Raises:
+            ConfigError: its record differs from `run` in something that changes the numbers.
+        """
+        if not self.record.exists():
+            return
+        before = decode_record(self.record, read_record(self.record), Run)
+        changed = [d for d in diff(before, run) if not any(_under(d.path, skip) for skip in NOT_NUMERIC)]
+        if changed:
+            first = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{self.path}: holds a run of another config: {first.path} is {first.left} there and {first.right} "
+                f"here{more}; use name=ANOTHER, or change it back"
+            )
+
+
+def _under(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + ".")
+
+
+def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> dict[str, Any]:
+    """Starts a run or goes on with it, to its end.
+
+    Args:
+        loaded: the config.
+        command: the command line, for the record.
+        prepare_hint: the command that would make the data, for the error when it is missing.
+
+    Returns:
+        The summary, as in summary.json; of a run that was finished before, that of its end.
+
+    Raises:
+        ConfigError: the config cannot work here.
+        Preempted: Ctrl-C or SIGTERM asked to stop; the state is saved.
+        JaxinfraError: see `jaxinfra.errors`.
+    """
+    loaded = named(loaded)
+    validate(loaded.run)
+    run = resolved(loaded.run, len(jax.devices()))
+    validate(run)
+    program = Program(run, make_mesh(run.mesh, jax.devices()))
+    store = open_store(run.data, fix=prepare_hint)
+    check_vocab(store, run.model.vocab_size)
+    directory = RunDirectory(path=Path(run.root) / run.name)
+    directory.check(loaded.run)
+
+    with StopRequest() as stop, Checkpoints(directory.checkpoints, run.checkpoint) as checkpoints:
+        done = checkpoints.latest() or 0
+        if done >= run.train.steps:
+            return _finished_before(directory, done)
+        check_space(directory.path, checkpoints.needed_bytes(program.state))
+        numbers = derived(program, store.manifest.splits["train"].tokens)
+        written = _record(loaded, program, store, command, numbers)
+        write_record(directory.record, written)
+        with build(run.track, directory.path) as trackers:
+            trackers.start(written, numbers, start_step=done, total_steps=run.train.steps)
+            session = _Session(program, store, checkpoints, trackers, stop, written)
+            start_s = time.monotonic()
+            outcome = session.run(done)
+            checkpoints.wait()
+            summary = session.summary(outcome, time.monotonic() - start_s, directory)
+            trackers.summary(summary)
+    write_report(directory.path)
+    if outcome.stopped is not None:
+        raise Preempted(
+            f"{directory.path}: stopped by {outcome.stopped} after step {outcome.done} of {run.train.steps}, saved; "
+            "start the same command to go on"
+        )
+    return summary
+
+
+def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:
+    """The summary of a run that has nothing left to do."""
+    summary = directory.path / "summary.json"
+    found = read_json(summary) if summary.exists() else {}
+    return {**found, "steps": done, "status": "finished before"}
+
+
+def _record(
+    loaded: Loaded[Run], program: Program, store: TokenStore, command: Sequence[str], numbers: Derived
+) -> dict[str, Any]:
+    devices = {
+        "count": len(jax.devices()),
+        "kind": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "processes": jax.process_count(),
+        "mesh": dict(program.mesh.shape),
+    }
+    git = git_state(Path(jaxinfra.__file__).parent)
+    written = record(loaded, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
+    return {**written, "data": store.manifest.fingerprint, "derived": {n: list(v) for n, v in numbers.items()}}
+
+
+class _Session:
+    """What the loop needs from the parts of a run, bound together."""
+
+    def __init__(
+        self,
+        program: Program,
+        store: TokenStore,
+        checkpoints: Checkpoints,
+        trackers: Trackers,
+        stop: StopRequest,
+        written: dict[str, Any],
+    ):
+        self.program, self.run_config, self.store = program, program.run, store
+        self.checkpoints, self.trackers, self.stop, self.written = checkpoints, trackers, stop, written
+        self.shardings = {name: array.sharding for name, array in program.batch.items()}
+        config = self.run_config
+        sharding = next(iter(self.shardings.values()))
+        self.rows = process_rows(sharding, config.train.global_batch, config.data.seq_len)
+        self.heldout_bytes = heldout_bytes(config.data, store, eval_windows=config.train.eval_windows)
+        self.last_eval: dict[str, float] = {}
+        device, dtype = program.mesh.devices.flat[0], jnp.dtype(config.precision.compute)
+        self.peak, self.peak_source = peak_flops(device, dtype, len(jax.local_devices()))
+
+    def run(self, done: int) -> Outcome:
+        """Trains from `done` steps on, and saves the last state."""
+        config, program = self.run_config, self.program
+        with program.on_mesh:
+            state = self._begin(done)
+            batches = Batches(
+                config.data,
+                split="train",
+                global_batch=config.train.global_batch,
+                rows=self.rows,
+                start_step=done,
+                steps=config.train.steps - done,
+                store=self.store,
+            )
+            with Prefetcher(batches, self._place) as ahead:
+                hooks = Hooks(
+                    log=self.trackers,
+                    due=lambda step: config.track.due(step, config.train.steps),
+                    evaluate=self._evaluate,
+                    save=lambda done, state: self.checkpoints.save(done, state, self.written),
+                    stop=lambda: self.stop.reason,
+                )
+                reporter = Reporter(
+                    hooks,
+                    ahead,
+                    tokens_per_step=tokens_per_step(program),
+                    flops_per_step=step_flops(program),
+                    peak=self.peak * program.mesh.size,
+                )
+                outcome = fit(program, state, done, ahead, hooks, reporter)
+            self.checkpoints.save(outcome.done, outcome.state, self.written, force=True)
+        return outcome
+
+    def _begin(self, done: int) -> TrainState:
+        if done:
+            return self.checkpoints.restore(done, self.program.state)
+        return self.program.init(jax.random.key(self.run_config.seed))
+
+    def _place(self, batch: Any) -> dict[str, jax.Array]:
+        return to_global(batch, self.shardings, global_batch=self.run_config.train.global_batch)
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        config = self.run_config
+        batches = heldout_batches(
+            config.data,
+            global_batch=config.train.global_batch,
+            rows=self.rows,
+            eval_windows=config.train.eval_windows,
+            store=self.store,
+        )
+        self.last_eval = evaluate(self.program, state, batches, self._place_heldout, self.heldout_bytes)
+        return self.last_eval
+
+    def _place_heldout(self, batch: Any) -> dict[str, jax.Array]:
+        weights = {"weights": next(iter(self.shardings.values()))}
+        return to_global(batch, weights | self.shardings, global_batch=self.run_config.train.global_batch)
+
+    def summary(self, outcome: Outcome, wall_s: float, directory: RunDirectory) -> dict[str, Any]:
+        """The final values of the run, from its own metrics."""
+        rows = read(directory.path / "metrics.jsonl") if self.run_config.track.jsonl else []
+        losses = [row["loss"] for row in rows if "loss" in row]
+        baselines = self.store.manifest.baselines
+        return {
+            "status": "finished" if outcome.stopped is None else "stopped",
+            "steps": outcome.done,
+            "tokens": outcome.done * tokens_per_step(self.program),
+            "wall_s": wall_s,
+            "final_loss": losses[-1] if losses else None,
+            "eval_loss": self.last_eval.get("eval/loss"),
+            "bits_per_byte": self.last_eval.get("eval/bits_per_byte"),
+            "baselines": {"xz -6": baselines.xz_bits_per_byte, "token 5-gram": baselines.ngram_bits_per_byte},
+            "tokens_per_s_median": _median(rows, "tokens_per_s"),
+            "mfu_median": _median(rows, "mfu"),
+            "peak_flops_per_device": self.peak,
+            "peak_source": self.peak_source,
+            "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
+            "checkpoint": str(directory.checkpoints / str(outcome.done)),
+        }
+
+
+def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
+    found = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+    return median(found) if found else None
+
+

@@ -1,0 +1,1 @@
+"""Training over time: the loop, its clock, evaluation, derived numbers and sampling."""

@@ -1,0 +1,76 @@
+"""The numbers that follow from a config, printed before the first step and by `show`. No device is touched."""
+
+import math
+from typing import Any
+
+import jax
+
+from jaxinfra.models.flops import flops_per_token
+from jaxinfra.program import Program
+from jaxinfra.runtime.peak import CHIP_FLOPS
+
+type Derived = dict[str, tuple[int | float | str, str]]
+
+ASSUMED_MFU = 0.4
+"""Share of the peak that large dense models reach; for estimates of chip-hours before anything has run."""
+
+
+def per_device_bytes(tree: Any) -> int:
+    """Bytes of one device's shards of a tree of `ShapeDtypeStruct`s."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> int:
+        assert leaf.sharding is not None
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def tokens_per_step(program: Program) -> int:
+    """Tokens of one global batch."""
+    return program.run.task.tokens(program.run.data, program.run.train.global_batch)
+
+
+def step_flops(program: Program) -> float:
+    """FLOPs of one step, over all devices (see `models.flops`)."""
+    return tokens_per_step(program) * flops_per_token(program.run.model, program.run.data.seq_len)
+
+
+def derived(program: Program, train_tokens: int | None = None) -> Derived:
+    """Name to value and unit, or how it was computed.
+
+    Args:
+        program: on any mesh, an abstract one too.
+        train_tokens: tokens of the training data, if it is there.
+    """
+    run, state = program.run, program.state
+    devices = math.prod(dict(program.mesh.shape).values())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+    tokens = tokens_per_step(program) * run.train.steps
+    embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
+    flops = step_flops(program) * run.train.steps
+    numbers: Derived = {
+        "devices": (devices, mesh),
+        "parameters": (program.num_params, ""),
+        "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
+        "sequences a device": (run.train.global_batch / devices, f"global batch {run.train.global_batch}"),
+        "microbatches": (run.train.accumulate, "a step"),
+        "tokens a step": (tokens_per_step(program), ""),
+        "steps": (run.train.steps, ""),
+        "tokens": (tokens, "steps x tokens a step"),
+        "tokens a parameter": (tokens / program.num_params, "20 is compute-optimal (Hoffmann et al. 2022)"),
+        "FLOPs a token": (flops / tokens, "6 x matmul parameters + causal attention"),
+        "FLOPs": (flops, "of the whole run"),
+        "parameter bytes a device": (per_device_bytes(state.params), run.precision.params),
+        "gradient bytes a device": (per_device_bytes(state.params) * 4 // _itemsize(run), "float32"),
+        "optimiser bytes a device": (per_device_bytes(state.opt_state), run.optim.state_dtype),
+    }
+    if train_tokens is not None:
+        numbers["epochs"] = (tokens / train_tokens, f"of {train_tokens:,} tokens")
+    for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):
+        hours = flops / (ASSUMED_MFU * CHIP_FLOPS[chip]) / 3600
+        numbers[f"{chip} hours"] = (hours, f"chip-hours if {ASSUMED_MFU:.0%} of {CHIP_FLOPS[chip] / 1e12:.0f} TFLOP/s")
+    return numbers
+
+
+def _itemsize(run: Any) -> int:
+    return 4 if run.precision.params == "float32" else 2

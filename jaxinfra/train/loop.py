@@ -1,0 +1,170 @@
+"""The training loop: dispatch a step, report the one before it while it runs.
+
+No step waits for the host: metrics stay on the devices until they are due, and the only wait is for the step
+before the one that runs. The order of things after a step: report, evaluate, save, stop if asked to.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from jaxinfra.config import Problem
+from jaxinfra.program import Program, TrainState
+from jaxinfra.track.memory import rss_bytes
+from jaxinfra.train.clock import StepClock
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train and in what batches.
+
+    Attributes:
+        steps: updates of the parameters, over the whole run.
+        global_batch: sequences of one step, over all devices.
+        accumulate: microbatches that a step is computed in, one after the other.
+        eval_every: steps between evaluations; there is one at the end as well. None: only that one.
+        eval_windows: held-out sequences to evaluate on; None is all.
+    """
+
+    steps: int = 1000
+    global_batch: int = 32
+    accumulate: int = 1
+    eval_every: int | None = 100
+    eval_windows: int | None = None
+
+    def problems(self) -> Iterable[Problem]:
+        """All are counted from one."""
+        for name in ("steps", "global_batch", "accumulate", "eval_every", "eval_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+
+    def evaluates(self, done: int) -> bool:
+        """Whether there is an evaluation after `done` steps."""
+        return done == self.steps or (self.eval_every is not None and done % self.eval_every == 0)
+
+
+class Log(Protocol):
+    """Where metrics go (see `track.tracker`)."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a step, counted from 0."""
+        ...
+
+
+class Batches(Protocol):
+    """Steps and their batches on the devices, and the time that was waited for them."""
+
+    data_wait_s: float
+
+    def __iter__(self) -> Any: ...
+
+    def __next__(self) -> tuple[int, dict[str, jax.Array]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the loop calls besides the step.
+
+    Attributes:
+        log: takes metrics when they are due.
+        due: whether the metrics of a step are.
+        evaluate: metrics of the state on held-out data.
+        save: offers the state after so many steps to be saved.
+        stop: why to stop now; None goes on.
+    """
+
+    log: Log
+    due: Callable[[int], bool]
+    evaluate: Callable[[TrainState], Mapping[str, float]]
+    save: Callable[[int, TrainState], object]
+    stop: Callable[[], str | None]
+
+
+class Reporter:
+    """Turns the device values of finished steps into metrics."""
+
+    def __init__(self, hooks: Hooks, batches: Batches, *, tokens_per_step: int, flops_per_step: float, peak: float):
+        self._hooks, self._batches = hooks, batches
+        self._tokens_per_step, self._flops_per_step, self._peak = tokens_per_step, flops_per_step, peak
+        self._clock = StepClock()
+        self._waited_s = 0.0
+
+    def finished(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        """Waits for the step, and logs its metrics if they are due."""
+        jax.block_until_ready(values)
+        self._clock.finished()
+        if not self._hooks.due(step):
+            return
+        metrics = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+        step_time_s = self._clock.read()
+        if step_time_s is not None:
+            metrics["step_time_s"] = step_time_s
+            metrics["tokens_per_s"] = self._tokens_per_step / step_time_s
+            metrics["mfu"] = self._flops_per_step / step_time_s / self._peak
+        waited_s = self._batches.data_wait_s
+        metrics["data_wait_s"], self._waited_s = waited_s - self._waited_s, waited_s
+        metrics["rss_bytes"] = rss_bytes()
+        metrics |= device_memory()
+        self._hooks.log.log(step, metrics)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs an evaluation; its time is no step's."""
+        self._clock.pause()
+        self._hooks.log.log(step, metrics)
+
+
+def device_memory() -> dict[str, float]:
+    """Bytes in use on the fullest local device, and its peak; empty where the platform does not tell."""
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
+    return {name: float(max(s[key] for s in stats)) for name, key in names.items() if stats and key in stats[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        state: after the last step.
+        done: steps that it has seen.
+        stopped: why it stopped early, None if it did not.
+    """
+
+    state: TrainState
+    done: int
+    stopped: str | None
+
+
+def fit(program: Program, state: TrainState, done: int, batches: Batches, hooks: Hooks, reporter: Reporter) -> Outcome:
+    """Trains from `done` steps on until the batches end or somebody asks to stop.
+
+    Args:
+        program: the compiled side of the run.
+        state: after `done` steps; given up.
+        done: steps that it has seen.
+        batches: one a step, from step `done` on.
+        hooks: what to do besides.
+        reporter: of the metrics.
+    """
+    config = program.run.train
+    pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    for step, batch in batches:
+        state, values = program.train_step(state, batch)
+        if pending is not None:
+            reporter.finished(*pending)
+        pending, done = (step, values), step + 1
+        if config.evaluates(done):
+            reporter.finished(*pending)
+            pending = None
+            reporter.evaluated(step, hooks.evaluate(state))
+        hooks.save(done, state)
+        if reason := hooks.stop():
+            break
+    else:
+        reason = None
+    if pending is not None:
+        reporter.finished(*pending)
+    return Outcome(state=state, done=done, stopped=reason if done < config.steps else None)

@@ -1,0 +1,46 @@
+"""`python -m launch show CONFIG`: the resolved config and every number that follows from it."""
+
+import argparse
+from collections.abc import Sequence
+
+from launch import config_argument
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and overrides."""
+    config_argument.add(parser)
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints the tree, the derived numbers, the parameters with their shardings, and the learning rate."""
+    import math
+
+    from rich.console import Console
+
+    from jaxinfra.config import dump, validate
+    from jaxinfra.optim.schedules import plot
+    from jaxinfra.parallel.mesh import abstract_mesh
+    from jaxinfra.program import Program
+    from jaxinfra.run import named, resolved
+    from jaxinfra.track.console import derived_table
+    from jaxinfra.train.derived import derived
+    from launch.parameters import parameter_table
+
+    loaded = named(config_argument.loaded(options))
+    validate(loaded.run)
+    count = options.devices.partition(":")[2] if options.devices else ""
+    fixed = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
+    run = resolved(loaded.run, int(count or fixed))
+    validate(run)
+    program = Program(run, abstract_mesh(run.mesh))
+    console = Console(highlight=False, soft_wrap=True)
+    origins = loaded.origins
+    for line in dump(run).splitlines():
+        path = line.partition(" = ")[0]
+        console.print(f"{line}  [dim]# {origins[path]}[/dim]" if path in origins else line, markup=path in origins)
+    console.print(derived_table(derived(program)))
+    console.print(parameter_table(program))
+    rate = run.optim
+    console.print(f"Learning rate over {run.train.steps} steps")
+    console.print(plot(rate.schedule, peak_lr=rate.peak_lr, steps=run.train.steps), markup=False)
+    return 0
