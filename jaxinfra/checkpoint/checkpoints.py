@@ -1,0 +1,276 @@
+"""The checkpoints of a run: when to save, what to keep, and what a failure means.
+
+Not for the format (see `orbax_store`), nor for the position in the data: a run's data follows from its seed
+and its step, so the state and the record are all there is to keep.
+
+Invariants: a step that is listed is whole; an older step is deleted only after a newer one is whole; a
+restored array is bit for bit what was saved, on whatever mesh it was and is.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+from etils import epath
+
+from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
+from jaxinfra.checkpoint.storage import absolute, cause_of, is_storage_failure, make_writable, writing_to
+from jaxinfra.config import Problem
+from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
+
+if TYPE_CHECKING:
+    from jaxinfra.checkpoint.orbax_store import OrbaxStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved and which are kept.
+
+    Attributes:
+        every: steps between two saves.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep, for good, those whose step is a multiple of this.
+        asynchronous: train on while a checkpoint is being written.
+    """
+
+    every: int = 100
+    keep_last: int = 2
+    keep_every: int | None = None
+    asynchronous: bool = True
+
+    def problems(self) -> Iterable[Problem]:
+        """Counts below 1, and a `keep_every` that would keep nothing or less than it says."""
+        for field in ("every", "keep_last", "keep_every"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                yield Problem(fields=(field,), message="must be at least 1", fix=f"use {field}=1")
+        if self.every >= 1 and self.keep_every and self.keep_every % self.every:
+            rounded = -(-self.keep_every // self.every) * self.every
+            yield Problem(
+                fields=("keep_every", "every"),
+                message="keep_every must be a multiple of every: other steps are never saved",
+                fix=f"use keep_every={rounded}",
+            )
+
+
+class Checkpoints:
+    """The checkpoints in one directory, each the state of a run after some step and its record.
+
+    In a run of many processes all of them make and call it alike. A directory has one writer at a time:
+    making one sweeps away what half-written steps left behind. Any number may read (`read_only=True`).
+
+    Use it as a context manager, or call `close`: what is still being written is finished there.
+
+    Args:
+        directory: local path, or `gs://...`; made if it is missing.
+        config: when to save and what to keep.
+        read_only: for sampling or looking: makes, sweeps and deletes nothing.
+
+    Raises:
+        StorageError: the directory cannot be made or written.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, config: CheckpointConfig | None = None, *, read_only: bool = False
+    ) -> None:
+        self.directory = absolute(directory)
+        self.config = config or CheckpointConfig()
+        self._read_only = read_only
+        self._writing: int | None = None
+        if not read_only:
+            make_writable(self.directory)
+        with writing_to(self.directory):
+            self._store = self._open()
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending; one that is still being written is not among them."""
+        return self._store.steps()
+
+    def latest(self) -> int | None:
+        """The newest step that can be restored, None if there is none."""
+        return max(self.steps(), default=None)
+
+    def needed_bytes(self, abstract_state: Any) -> int:
+        """Bytes still to be free for a run with this state: the kept checkpoints and the one being written.
+
+        An upper bound for `check_space` (files are compressed), but for what `keep_every` adds over time.
+        """
+        missing = max(1, self.config.keep_last + 1 - len(self.steps()))
+        return missing * size_bytes(abstract_state)
+
+    def save(self, step: int, state: Any, record: dict[str, Any], *, force: bool = False) -> bool:
+        """Saves `state` if `step` is due, and returns whether it did.
+
+        Returns as soon as the arrays may be changed or donated; the rest happens in the background. Waits for
+        the save before it, if that is still going on. A step that is there already is left as it is.
+
+        Args:
+            step: number of steps that `state` has seen.
+            state: tree of `jax.Array`, each global to all processes and of an ordinary data type.
+            record: goes with the state as JSON.
+            force: save although `step` is not a multiple of `config.every`.
+
+        Raises:
+            StorageError: the save before this one failed, and this one has not begun: call again to retry. Or
+                this one failed at once. The older checkpoints are intact.
+        """
+        assert not self._read_only, "opened with read_only=True"
+        due = force or step % self.config.every == 0
+        # A failure in the background is told at the first call after it, due or not.
+        if due or not self._store.busy():
+            self.wait()
+        if not due or step in self.steps():
+            return False
+        snapshot = json.loads(json.dumps(record))  # checked now, and safe from later changes
+        with self._storage_errors(step):
+            self._store.save(step, state, snapshot)
+        self._writing = step
+        if not self.config.asynchronous:
+            self.wait()
+        return True
+
+    def restore[T](self, step: int, abstract_state: T) -> T:
+        """The whole state of `step`, bit-equal, sharded as asked.
+
+        Args:
+            step: one of `steps()`.
+            abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh. Those on an abstract
+                mesh are taken to be on the mesh of `jax.set_mesh`.
+
+        Raises:
+            CheckpointError: there is no such step, or it cannot be read.
+            ConfigError: the checkpoint is of another model or optimizer; names the first leaf that differs.
+            ValueError: a leaf has no usable sharding.
+        """
+        target = on_devices(abstract_state)
+        with self._reading(step):
+            self._compare(step, self._store.leaves(step), target)
+            return self._store.restore(step, target)
+
+    def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
+        """One named part of the state of `step`, without reading or knowing the rest of it.
+
+        Args:
+            step: one of `steps()`.
+            abstract_params: as in `restore`, for that part.
+            subtree: "params", or "ema" for the averaged ones.
+
+        Raises:
+            CheckpointError: there is no such step, or it cannot be read.
+            ConfigError: the checkpoint has no such part, or a leaf of it differs.
+            ValueError: a leaf has no usable sharding.
+        """
+        target = on_devices({subtree: abstract_params})
+        with self._reading(step):
+            saved = self._store.leaves(step)
+            part = {name: leaf for name, leaf in saved.items() if name.split(".")[0] == subtree}
+            if not part:
+                parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in saved))
+                raise ConfigError(f"{self._path(step)}: has no {subtree}; it has {parts}")
+            self._compare(step, part, target)
+            return self._store.restore(step, target, partial=True)[subtree]
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The record saved with `step`.
+
+        Raises:
+            CheckpointError: there is no such step, or it cannot be read.
+        """
+        with self._reading(step):
+            return self._store.record(step)
+
+    def wait(self) -> None:
+        """Waits until the save under way, if any, is done.
+
+        Raises:
+            StorageError: it failed. The older checkpoints are intact.
+        """
+        step, self._writing = self._writing, None
+        with self._storage_errors(step):
+            self._store.wait()
+
+    def close(self) -> None:
+        """Waits for the save under way and ends its threads.
+
+        Raises:
+            StorageError: that save failed. The older checkpoints are intact.
+        """
+        try:
+            self.wait()
+        finally:
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except JaxinfraError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # what ended the block matters more
+
+    def _open(self) -> "OrbaxStore":
+        # Here, not at the top: whoever only needs the config should not wait for Orbax.
+        from jaxinfra.checkpoint.orbax_store import OrbaxStore
+
+        return OrbaxStore(
+            self.directory,
+            keep_last=self.config.keep_last,
+            keep_every=self.config.keep_every,
+            read_only=self._read_only,
+        )
+
+    @contextmanager
+    def _storage_errors(self, step: int | None) -> Iterator[None]:
+        """Tells of a failed save in one line; the next one starts afresh."""
+        try:
+            yield
+        except Exception as error:
+            self._store.abandon()
+            if not is_storage_failure(error):
+                raise
+            steps = self.steps()
+            what = "deleting older steps" if step in steps else "saving"
+            raise StorageError(
+                f"{self._path(step)}: {what} failed: {cause_of(error)}; intact: {_listed(steps)}; "
+                "mend the storage, the next save tries again"
+            ) from error
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Checks that there is such a step, and tells of one that cannot be read in one line."""
+        steps = self.steps()
+        if step not in steps:
+            raise CheckpointError(f"{self._path(step)}: no such step; there is: {_listed(steps)}")
+        try:
+            yield
+        except (JaxinfraError, jax.errors.JaxRuntimeError):
+            raise  # the latter is the devices' own, like too little memory for the state
+        except Exception as error:
+            others = _listed([other for other in steps if other != step])
+            raise CheckpointError(
+                f"{self._path(step)}: cannot be read: {cause_of(error)}; other steps: {others}"
+            ) from error
+
+    def _compare(self, step: int, saved: dict[str, Any], target: Any) -> None:
+        difference = first_difference(saved, leaves_of(target))
+        if difference is not None:
+            raise ConfigError(
+                f"{self._path(step)}: {difference}; "
+                "use the config that it was saved with, or another directory"
+            )
+
+    def _path(self, step: int | None) -> str:
+        return f"checkpoint {self.directory / str(step)}"
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

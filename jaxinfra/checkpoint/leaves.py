@@ -1,0 +1,90 @@
+"""The leaves of a state by name: compare those of a checkpoint with those of a run, and say where they go.
+
+Not for values: only names, shapes, data types and shardings. A leaf is named by its path, `params.layers.w`,
+which is the same for dicts, tuples and named tuples and is what the checkpoint stores.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """The type of one array.
+
+    Attributes:
+        shape: the whole array's shape.
+        dtype: name of its data type, like "bfloat16".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def leaves_of(tree: Any) -> dict[str, Leaf]:
+    """The leaves of `tree` (of anything with a shape and a dtype) by name, in the order of the tree."""
+    return {
+        _name(path): Leaf(shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype).name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def first_difference(saved: dict[str, Leaf], wanted: dict[str, Leaf]) -> str | None:
+    """What is different about the first leaf that is not the same in both, or None."""
+    for name, leaf in wanted.items():
+        if name not in saved:
+            return f"{name} is {leaf} in this run and not in the checkpoint"
+        if saved[name] != leaf:
+            return f"{name} is {leaf} in this run and {saved[name]} in the checkpoint"
+    for name, leaf in saved.items():
+        if name not in wanted:
+            return f"{name} is {leaf} in the checkpoint and not in this run"
+    return None
+
+
+def size_bytes(tree: Any) -> int:
+    """Bytes of all leaves of `tree` (of anything with a shape and a dtype), each counted once."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def on_devices[T](abstract: T) -> T:
+    """`abstract` with every sharding on real devices.
+
+    `jax.eval_shape` under `jax.set_mesh` gives shardings on an abstract mesh, which names no devices; they
+    become shardings on the mesh that is set.
+
+    Args:
+        abstract: a tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+        ValueError: a leaf has no sharding, or one on an abstract mesh that is not the mesh that is set.
+    """
+    return jax.tree_util.tree_map_with_path(_on_devices, abstract)
+
+
+def _on_devices(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding
+    if sharding is None:
+        raise ValueError(f"{_name(path)}: no sharding; say where the restored array goes")
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
+        return leaf
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.abstract_mesh.shape_tuple != sharding.mesh.shape_tuple:
+        raise ValueError(
+            f"{_name(path)}: sharding on an abstract mesh of {dict(sharding.mesh.shape)}, "
+            f"but the mesh that is set is {dict(mesh.shape)}; restore under jax.set_mesh of that mesh"
+        )
+    concrete = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=concrete)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

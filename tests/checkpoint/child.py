@@ -1,0 +1,102 @@
+"""What must happen in a process of its own: `python -m tests.checkpoint.child <scene> <directory>`."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from jaxinfra.checkpoint.leaves import size_bytes
+from jaxinfra.errors import StorageError
+
+from .states import make_mesh, make_state
+
+
+def random_state(seed: int, rows: int) -> dict[str, Any]:
+    """One leaf: when one of several fails, asyncio complains of the others on stderr."""
+    return {"params": {"w": jax.random.normal(jax.random.key(seed), (rows, 1024))}}
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 1 MB for a while: what a full disk does, without one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_space(directory: Path) -> dict[str, Any]:
+    """Two saves fail in the background; the one after them has space again."""
+    failures = []
+    with Checkpoints(directory, CheckpointConfig(every=10)) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, random_state(step, 1024), {})
+        checkpoints.wait()
+        with small_files():
+            for step in (30, 40):
+                checkpoints.save(step, random_state(step, 1024), {})
+                deadline = time.monotonic() + 30
+                try:
+                    while time.monotonic() < deadline:
+                        checkpoints.save(step + 1, {}, {})  # not due, but tells of the failure
+                except StorageError as error:
+                    failures.append(str(error))
+        left = sorted(path.name for path in directory.iterdir())
+        intact = checkpoints.steps()
+        checkpoints.save(50, random_state(50, 1024), {})
+        checkpoints.wait()
+        return {"failures": failures, "left": left, "intact": intact, "after": checkpoints.steps()}
+
+
+def killed(directory: Path) -> dict[str, Any]:
+    """Dies while the files of step 2 are being written."""
+    checkpoints = Checkpoints(directory, CheckpointConfig(every=1))
+    checkpoints.save(1, random_state(1, 256), {})
+    checkpoints.wait()
+    checkpoints.save(2, random_state(2, 16 * 1024), {})
+    while True:
+        if any(path.is_file() for path in directory.glob("2.*/**/*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def memory(directory: Path) -> dict[str, Any]:
+    """Bytes of a state and of resident memory after each of 60 saves of it."""
+    state = make_state(make_mesh(fsdp=2), width=8192)
+    resident_bytes = []
+    with Checkpoints(directory, CheckpointConfig(every=1)) as checkpoints:
+        for step in range(1, 61):
+            checkpoints.save(step, state, {"step": step})
+            checkpoints.wait()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident_bytes.append(pages * resource.getpagesize())
+    return {"state_bytes": size_bytes(state), "resident_bytes": resident_bytes}
+
+
+def ended(directory: Path) -> dict[str, Any]:
+    """The run ends by an error of its own while a save fails."""
+    try:
+        with small_files(), Checkpoints(directory, CheckpointConfig(every=1)) as checkpoints:
+            checkpoints.save(1, random_state(1, 1024), {})
+            raise KeyError("the cause")
+    except KeyError as error:
+        return {"error": str(error), "notes": error.__notes__}
+
+
+SCENES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    scene.__name__: scene for scene in (no_space, ended, killed, memory)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(SCENES[sys.argv[1]](Path(sys.argv[2]))))

@@ -1,0 +1,321 @@
+"""What a run relies on: a saved state comes back bit for bit, on any mesh, whatever happened meanwhile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore as ts
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from jaxinfra.errors import CheckpointError, ConfigError
+
+from .states import OPTIMIZER, State, abstract, assert_same, make_mesh, make_state, snapshot
+
+
+def test_resumed_training_is_bit_equal(tmp_path):
+    mesh = make_mesh(fsdp=4, tensor=2)
+
+    @jax.jit
+    def train_step(state: State) -> State:
+        gradients = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.1, leaf.dtype), state.params)
+        updates, optimizer = OPTIMIZER.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda leaf, update: leaf + update, state.params, updates)
+        return State(step=state.step + 1, params=params, optimizer=optimizer)
+
+    state = make_state(mesh)
+    with Checkpoints(tmp_path, CheckpointConfig(every=2)) as checkpoints:
+        for _ in range(6):
+            state = train_step(state)
+            checkpoints.save(int(state.step), state, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [4, 6]
+        resumed = checkpoints.restore(4, abstract(state, mesh))
+    for _ in range(2):
+        resumed = train_step(resumed)
+    assert_same(resumed, state)
+
+
+def test_saves_only_due_steps(tmp_path):
+    state = make_state(make_mesh())
+    with Checkpoints(tmp_path, CheckpointConfig(every=3, keep_last=9)) as checkpoints:
+        assert checkpoints.latest() is None
+        saved = [step for step in range(1, 8) if checkpoints.save(step, state, {}, force=step == 7)]
+        checkpoints.wait()
+        assert saved == checkpoints.steps() == [3, 6, 7]
+        assert checkpoints.latest() == 7
+
+
+def test_keeps_the_last_and_every_so_many(tmp_path):
+    state = make_state(make_mesh())
+    config = CheckpointConfig(every=1, keep_last=2, keep_every=4)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 6, 7]
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(9, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 7, 9]
+
+
+def test_the_same_step_twice_is_left_as_it_is(tmp_path):
+    mesh = make_mesh()
+    first, second = make_state(mesh, seed=1), make_state(mesh, seed=2)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        assert checkpoints.save(1, first, {"which": 1})
+        assert not checkpoints.save(1, second, {"which": 2})
+        assert not checkpoints.save(1, second, {"which": 2}, force=True)
+        assert checkpoints.record(1) == {"which": 1}
+        assert_same(checkpoints.restore(1, abstract(first, mesh)), first)
+
+
+def test_an_earlier_step_is_saved_after_going_back(tmp_path):
+    state = make_state(make_mesh())
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=3)) as checkpoints:
+        assert checkpoints.save(5, state, {})
+        assert checkpoints.save(3, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "restored_on"),
+    [
+        ({"fsdp": 1}, {"fsdp": 8}),
+        ({"fsdp": 4, "tensor": 2}, {"fsdp": 2}),
+        ({"fsdp": 8}, {"fsdp": 2, "tensor": 4}),
+    ],
+)
+def test_restores_on_another_mesh(tmp_path, saved_on, restored_on):
+    state = make_state(make_mesh(**saved_on), ema=True)
+    target = abstract(state, make_mesh(**restored_on))
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(1, target)
+    assert_same(restored, state)
+    for found, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
+        assert found.sharding == wanted.sharding
+
+
+def test_abstract_shardings_take_the_mesh_that_is_set(tmp_path):
+    mesh = make_mesh(fsdp=2, tensor=2)
+    state = make_state(mesh)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with jax.set_mesh(mesh):
+            target = jax.eval_shape(lambda state: state, state)
+            restored = checkpoints.restore(1, target)
+        assert_same(restored, state)
+        assert restored.params["embed"].sharding == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+        virtual = NamedSharding(mesh.abstract_mesh, PartitionSpec())
+        for sharding, complaint in ((virtual, "abstract mesh"), (None, "no sharding")):
+            target = jax.tree.map(
+                lambda leaf, place=sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                state,
+            )
+            with pytest.raises(ValueError, match=complaint):
+                checkpoints.restore(1, target)
+
+
+def test_restores_under_a_transfer_guard(tmp_path):
+    mesh = make_mesh(fsdp=8)
+    state = make_state(mesh)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints, jax.transfer_guard("disallow"):
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(1, abstract(state, mesh))
+    assert_same(restored, state)
+
+
+def test_params_and_ema_alone(tmp_path):
+    state = make_state(make_mesh(fsdp=4, tensor=2), ema=True)
+    target = abstract(state.params, make_mesh(fsdp=2))
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore_params(1, target), state.params)
+        assert_same(checkpoints.restore_params(1, target, subtree="ema"), state.ema)
+        with pytest.raises(ConfigError, match="has no average; it has ema, optimizer, params, step"):
+            checkpoints.restore_params(1, target, subtree="average")
+        with pytest.raises(
+            ConfigError, match=r"params\.layers\.in is bfloat16\[16,64\] in the checkpoint and"
+        ):
+            checkpoints.restore_params(
+                1, {"embed": target["embed"], "layers": {"norm": target["layers"]["norm"]}}
+            )
+
+
+def test_params_alone_do_not_read_the_optimizer(tmp_path):
+    size = 1 << 20
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (size,))}}
+    state["optimizer"] = {f"m{i}": jax.random.normal(jax.random.key(i), (size,)) for i in range(1, 5)}
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        before = _bytes_read()
+        checkpoints.restore_params(1, abstract(state["params"], make_mesh()))
+        params_bytes = _bytes_read() - before
+        checkpoints.restore(1, abstract(state, make_mesh()))
+        all_bytes = _bytes_read() - before - params_bytes
+    assert 0 < params_bytes < 0.3 * all_bytes
+
+
+def _bytes_read() -> int:
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+
+
+def test_arrays_may_be_donated_right_after_save(tmp_path):
+    mesh = make_mesh(fsdp=2)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    config = CheckpointConfig(every=1, keep_last=4)
+    under_way = 0
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step in range(1, 5):
+            keys = jax.random.split(jax.random.key(step), 4)
+            state = {
+                f"w{i}": jax.device_put(jax.random.normal(key, (2048, 1024)), sharding)
+                for i, key in enumerate(keys)
+            }
+            state["replicated"] = jax.device_put(state["w0"] + 1, replicated)
+            expected = snapshot(state)
+            checkpoints.save(step, state, {})
+            for _ in range(3):
+                state = overwrite(state)
+            jax.block_until_ready(state)
+            under_way += step not in checkpoints.steps()
+            checkpoints.wait()
+            assert_same(checkpoints.restore(step, abstract(state, mesh)), expected)
+            np.testing.assert_array_equal(state["w0"], -1.0)
+    assert under_way, "the writes were over before the arrays were overwritten: use larger ones"
+
+
+def test_arrays_may_be_deleted_right_after_save(tmp_path):
+    mesh = make_mesh(fsdp=2)
+    state = {"w": jax.random.normal(jax.random.key(0), (2048, 2048))}
+    expected, target = snapshot(state), abstract(state, mesh)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        state["w"].delete()
+        checkpoints.wait()
+        assert_same(checkpoints.restore(1, target), expected)
+
+
+def test_two_saves_in_a_row(tmp_path):
+    mesh = make_mesh(fsdp=2)
+    states = [make_state(mesh, seed=seed, width=256) for seed in (1, 2)]
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        for step, state in enumerate(states, 1):
+            assert checkpoints.save(step, state, {"step": step})
+        checkpoints.wait()
+        for step, state in enumerate(states, 1):
+            assert checkpoints.record(step) == {"step": step}
+            assert_same(checkpoints.restore(step, abstract(state, mesh)), state)
+
+
+def test_a_synchronous_save_is_whole_when_it_returns(tmp_path):
+    state = make_state(make_mesh())
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, asynchronous=False)) as checkpoints:
+        checkpoints.save(1, state, {})
+        assert checkpoints.steps() == [1]
+
+
+def test_the_record_comes_back_as_it_was_when_saved(tmp_path):
+    record = {
+        "config": {"train.steps": 60, "name": "Ω", "lr": 3e-4, "tags": ["a", None, True]},
+        "loss": 1 / 3,
+    }
+    expected = {**record, "config": dict(record["config"])}
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, make_state(make_mesh()), record)
+        record["config"]["train.steps"] = 61
+        checkpoints.wait()
+        assert checkpoints.record(1) == expected
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            checkpoints.save(2, make_state(make_mesh()), {"key": object()})
+        assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"embed": (32, 8)},
+            r"params\.embed is float32\[32,8\] in this run and float32\[32,16\] in the checkpoint",
+        ),
+        ({"bias": (4,)}, r"params\.bias is float32\[4\] in this run and not in the checkpoint"),
+        ({"embed": None}, r"params\.embed is float32\[32,16\] in the checkpoint and not in this run"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, change, complaint):
+    mesh = make_mesh()
+    state = make_state(mesh)
+    params = {**state.params, **{name: jnp.zeros(shape) for name, shape in change.items() if shape}}
+    params = {name: leaf for name, leaf in params.items() if change.get(name, ()) is not None}
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            checkpoints.restore(1, abstract(state._replace(params=params), mesh))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "1") in str(caught.value)
+
+
+def test_another_data_type_or_optimizer_is_refused(tmp_path):
+    mesh = make_mesh()
+    state = make_state(mesh)
+    halved = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), state.params)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with pytest.raises(ConfigError, match=r"params\.embed is float16\[32,16\] in this run and float32"):
+            checkpoints.restore(1, abstract(state._replace(params=halved), mesh))
+        with pytest.raises(
+            ConfigError, match=r"optimizer\.1\.0\.count is int32\[\] in the checkpoint and not"
+        ):
+            checkpoints.restore(1, abstract(state._replace(optimizer=()), mesh))
+
+
+def test_a_missing_step_lists_those_there_are(tmp_path):
+    state = make_state(make_mesh())
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        with pytest.raises(CheckpointError, match="no such step; there is: none"):
+            checkpoints.record(1)
+        for step in (2, 4):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        for read in (checkpoints.restore, checkpoints.restore_params):
+            with pytest.raises(CheckpointError, match=r"3: no such step; there is: 2, 4"):
+                read(3, abstract(state, make_mesh()))
+
+
+def test_reading_changes_nothing(tmp_path):
+    state = make_state(make_mesh())
+    directory = tmp_path / "run"
+    with Checkpoints(directory, read_only=True) as reader:
+        assert reader.steps() == []
+    assert not directory.exists()
+    with Checkpoints(directory, CheckpointConfig(every=1)) as writer:
+        writer.save(1, state, {})
+    half_written = directory / "2.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    with Checkpoints(directory, read_only=True) as reader:
+        assert reader.steps() == [1]
+        with pytest.raises(AssertionError, match="read_only"):
+            reader.save(3, state, {})
+    assert half_written.exists()
+
+
+def test_config_problems():
+    assert not list(CheckpointConfig(every=5, keep_every=15).problems())
+    (problem,) = CheckpointConfig(every=0).problems()
+    assert problem.fields == ("every",)
+    (problem,) = CheckpointConfig(every=10, keep_every=25).problems()
+    assert problem.fields == ("keep_every", "every")
+    assert problem.fix == "use keep_every=30"

@@ -1,0 +1,165 @@
+"""Storage that fails and processes that die: one line of cause, older steps intact, nothing half listed."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from jaxinfra.checkpoint.storage import check_space
+from jaxinfra.errors import CheckpointError, StorageError
+
+from .child import random_state
+from .states import abstract, assert_same, make_mesh, make_state
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_child(scene: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "tests.checkpoint.child", scene, str(directory)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def result_of(child: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    return json.loads(child.stdout)
+
+
+def test_no_space_is_told_once_and_the_next_save_tries_again(tmp_path):
+    directory = tmp_path / "run"
+    result = result_of(run_child("no_space", directory))
+    assert len(result["failures"]) == 2
+    for step, failure in zip((30, 40), result["failures"], strict=True):
+        assert failure == (
+            f"checkpoint {directory}/{step}: saving failed: File too large; intact: 10, 20; "
+            "mend the storage, the next save tries again"
+        )
+    assert result["intact"] == [10, 20]
+    assert set(result["left"]) <= {"10", "20", "40.orbax-checkpoint-tmp"}
+    assert result["after"] == [20, 50]
+    assert sorted(path.name for path in directory.iterdir()) == ["20", "50"]
+
+
+def test_killed_while_saving(tmp_path):
+    child = run_child("killed", tmp_path)
+    assert child.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("2.*"))
+    expected = random_state(1, 256)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        assert checkpoints.steps() == [1]
+        assert_same(checkpoints.restore(1, abstract(expected, make_mesh(fsdp=2))), expected)
+        checkpoints.save(2, expected, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_host_memory_does_not_grow(tmp_path):
+    result = result_of(run_child("memory", tmp_path))
+    settled = result["resident_bytes"][20:]
+    slope_bytes = np.polyfit(range(len(settled)), settled, 1)[0]
+    # Not 0: every translation of a TensorStore spec into JSON leaks some hundred bytes, 20 to 100 kB a save.
+    assert slope_bytes < 0.05 * result["state_bytes"], f"{slope_bytes / 1e3:.0f} kB more for every save"
+
+
+def test_a_directory_that_goes_away(tmp_path):
+    directory = tmp_path / "run"
+    state = make_state(make_mesh())
+    checkpoints = Checkpoints(directory, CheckpointConfig(every=1))
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    directory.rename(tmp_path / "away")
+    directory.touch()
+    with pytest.raises(StorageError, match=r"run/2: saving failed: Not a directory; intact: none"):
+        checkpoints.save(2, state, {})
+        checkpoints.wait()
+    directory.unlink()
+    (tmp_path / "away").rename(directory)
+    assert checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_failure_does_not_hide_what_ended_the_run(tmp_path):
+    result = result_of(run_child("ended", tmp_path))
+    assert result["error"] == "'the cause'"
+    (note,) = result["notes"]
+    assert note.startswith(f"checkpoint {tmp_path}/1: saving failed: File too large; intact: none; ")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "state", "record"])
+def test_a_damaged_step_is_told_in_one_line(tmp_path, damage):
+    mesh = make_mesh(fsdp=2)
+    state = random_state(0, 256)
+    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        if damage == "truncate":
+            for path in (tmp_path / "2" / "state").glob("**/d/*"):
+                os.truncate(path, path.stat().st_size // 2)
+        else:
+            shutil.rmtree(tmp_path / "2" / damage)
+        with pytest.raises(CheckpointError, match=r"2: cannot be read: .*; other steps: 1$") as caught:
+            checkpoints.restore(2, abstract(state, mesh))
+            checkpoints.record(2)
+        assert "\n" not in str(caught.value)
+        assert_same(checkpoints.restore(1, abstract(state, mesh)), state)
+
+
+def test_an_unwritable_directory(tmp_path):
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "run", "/proc/jaxinfra"):
+        with pytest.raises(StorageError, match="cannot be written: ") as caught:
+            Checkpoints(directory)
+        assert str(directory) in str(caught.value)
+
+
+def test_too_little_space(tmp_path):
+    directory = tmp_path / "not" / "there" / "yet"
+    check_space(directory, 1000)
+    check_space("gs://bucket/run", 10**18)
+    with pytest.raises(StorageError, match=r"GB free, checkpoints need 1e\+09 GB; ") as caught:
+        check_space(directory, 10**18)
+    assert str(directory) in str(caught.value)
+    assert not (tmp_path / "not").exists()
+
+
+def test_space_needed_counts_what_is_there(tmp_path):
+    state = {"params": {"w": np.zeros((256, 1024), np.float32)}}
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=2)) as checkpoints:
+        assert checkpoints.needed_bytes(state) == 3 * 2**20
+        for step in (1, 2, 3):
+            checkpoints.save(step, random_state(step, 256), {})
+        checkpoints.wait()
+        assert checkpoints.needed_bytes(state) == 2**20
+
+
+def test_an_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
+    def refuse(path: Any, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    state = make_state(make_mesh())
+    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=1)) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", refuse)
+            checkpoints.save(2, state, {})
+            with pytest.raises(
+                StorageError, match=r"2: deleting older steps failed: Permission denied; intact: 1, 2"
+            ):
+                checkpoints.wait()
+        checkpoints.save(3, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [3]
