@@ -1,0 +1,183 @@
+"""Text from a trained model: a cache of keys and values, one token a step, streamed as it is decoded."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.config import load
+from jaxinfra.data.store import TokenStore
+from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
+from jaxinfra.errors import CheckpointError, ConfigError
+from jaxinfra.models.transformer import Cache, Transformer
+from jaxinfra.ops.dot import dot
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Run
+
+PROMPT_BLOCK = 64
+"""Prompts are padded to a multiple of this, so that prompts of like length share one compiled program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: only so many of the likeliest tokens; 0 is all.
+        top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        seed: of the draws.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"--temperature {self.temperature}: must not be negative; use --temperature 0.8")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k {self.top_k}: must not be negative; use --top-k 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}: must be above 0 and at most 1; use --top-p 1 for all tokens")
+
+
+class Sampler:
+    """A model with its parameters on one device, and its tokenizer."""
+
+    def __init__(self, run: Run, params: Any, tokenizer: Tokenizer):
+        """Takes parameters that are on the mesh of `sampling_program(run)`."""
+        self._program = sampling_program(run)
+        self._params, self._tokenizer = params, tokenizer
+        self._config = run.model
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path) -> Self:
+        """The newest checkpoint of a run; the averaged parameters where the run keeps them.
+
+        Raises:
+            ConfigError: it is no run directory.
+            CheckpointError: it has no checkpoint.
+        """
+        directory = Path(run_dir)
+        if not (directory / "run.json").exists():
+            raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
+        run = load(directory / "run.json", root=Run).run
+        tokenizer = TokenStore.open(run.data.store).tokenizer
+        program = sampling_program(run)
+        folder = directory / "checkpoints"
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
+        with program.on_mesh, Checkpoints(folder, read_only=True) as checkpoints:
+            newest = checkpoints.latest()
+            if newest is None:
+                raise CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
+            subtree = "params" if run.optim.ema_decay is None else "ema"
+            wanted = program.params if subtree == "params" else program.state.ema
+            return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), tokenizer)
+
+    def stream(self, prompt: str, *, max_tokens: int, draw: Draw) -> Iterator[str]:
+        """Yields the continuation piece by piece, as soon as a piece is whole characters.
+
+        Ends after `max_tokens`, or where the model ends the document.
+        """
+        decoder = StreamDecoder(self._tokenizer)
+        for token in self.tokens(self._tokenizer.encode(prompt), max_tokens=max_tokens, draw=draw):
+            if piece := decoder.push(token):
+                yield piece
+        if rest := decoder.flush():
+            yield rest
+
+    def tokens(self, prompt: list[int], *, max_tokens: int, draw: Draw) -> Iterator[int]:
+        """Yields the ids of the continuation, without the one that ends the document.
+
+        Raises:
+            ConfigError: prompt and continuation are longer than the model's learned positions.
+        """
+        ids = [self._tokenizer.eot_id, *prompt]  # a document begins after the end of another
+        slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
+        longest = self._config.learned_positions
+        if longest is not None and slots + max_tokens > longest:
+            raise ConfigError(
+                f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it passes the {longest} learned "
+                f"positions of the model; use --max-tokens {max(longest - slots, 0)} or a shorter prompt"
+            )
+        with self._program.on_mesh:
+            key = jax.random.key(draw.seed)
+            padded = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32)
+            cache = self._prefill_cache(slots + max_tokens)
+            token, cache = self._prefill(self._params, cache, padded, len(ids), key, draw)
+            for count in range(1, max_tokens + 1):
+                found = int(token[0, 0])
+                if found == self._tokenizer.eot_id:
+                    return
+                yield found
+                if count < max_tokens:
+                    step_key = jax.random.fold_in(key, count)
+                    token, cache = self._decode(self._params, cache, token, step_key, draw)
+
+    def _prefill_cache(self, length: int) -> Cache:
+        return self._program.model(self._params).empty_cache(1, length)
+
+    @partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+    def _prefill(self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, draw: Draw):
+        """The first token after `count` tokens of a padded prompt, and the cache of those tokens.
+
+        What the padding wrote into the cache lies behind its end: unseen, and overwritten in time.
+        """
+        model: Transformer = self._program.model(params)
+        hidden_BTD, cache = _with_cache(model, tokens_BT, cache)
+        last_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, count - 1, axis=1, keepdims=False)
+        return _draw(model, last_BD, key, draw), cache._replace(length=jnp.asarray(count, jnp.int32))
+
+    @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+    def _decode(self, params: Any, cache: Cache, token_B1: jax.Array, key: jax.Array, draw: Draw):
+        """The token after `token_B1`, and the cache with it."""
+        model: Transformer = self._program.model(params)
+        hidden_B1D, cache = _with_cache(model, token_B1, cache)
+        return _draw(model, hidden_B1D[:, 0], key, draw), cache
+
+
+def sampling_program(run: Run) -> Program:
+    """The program of a run on the first device alone."""
+    alone = MeshConfig(fsdp=1)
+    return Program(replace(run, mesh=alone), make_mesh(alone, jax.devices()[:1]))
+
+
+def _with_cache(model: Transformer, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    hidden_BTD, cache_after = model(tokens_BT, cache=cache)
+    assert cache_after is not None
+    return hidden_BTD, cache_after
+
+
+def _draw(model: Transformer, hidden_BD: jax.Array, key: jax.Array, draw: Draw) -> jax.Array:
+    """One token a row, int32 `[B, 1]`."""
+    logits_BV = dot(hidden_BD, model.head()).astype(jnp.float32)
+    if (cap := model.config.logit_softcap) is not None:
+        logits_BV = cap * jnp.tanh(logits_BV / cap)
+    if draw.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)[:, None]
+    logits_BV = keep_likeliest(logits_BV / draw.temperature, top_k=draw.top_k, top_p=draw.top_p)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)[:, None]
+
+
+def keep_likeliest(logits_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
+    """Logits with `-inf` for all but the `top_k` likeliest (0: all) whose probability above them is under `top_p`."""
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    if 0 < top_k < logits_BV.shape[-1]:
+        logits_BV = jnp.where(logits_BV < sorted_BV[:, top_k - 1 : top_k], -jnp.inf, logits_BV)
+        sorted_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
+    if top_p < 1:
+        share_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+        kept_B = jnp.sum(before_BV < top_p, axis=-1, keepdims=True)
+        smallest_B = jnp.take_along_axis(sorted_BV, kept_B - 1, axis=-1)
+        logits_BV = jnp.where(logits_BV < smallest_B, -jnp.inf, logits_BV)
+    return logits_BV
