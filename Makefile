@@ -1,0 +1,54 @@
+# Everything that a fresh clone needs; `make help` lists it. PYTHON=/path/to/python3.12 overrides the search.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/python -m launch
+
+# The first Python >= 3.12 on PATH that can make a virtual environment.
+FIND_PYTHON = IFS=:; for version in 3.13 3.12 3.14 3 ""; do for folder in $$PATH; do \
+	candidate=$$folder/python$$version; \
+	[ -x "$$candidate" ] && "$$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	&& echo "$$candidate" && exit; done; done
+ifndef PYTHON
+PYTHON := $(shell $(FIND_PYTHON))
+endif
+
+.PHONY: help quickstart test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "error: no Python >= 3.12 with venv on PATH; install one (Debian: python3 python3-venv) or set PYTHON=/path/to/python" >&2; exit 1; fi
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample; under 5 minutes
+	$(LAUNCH) prepare configs/quickstart.py
+	$(LAUNCH) configs/quickstart.py
+	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
+
+test: lint ## install what tests need, lint, and run the fast tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed-test ## run the long tests
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.installed ## time the train step against a bare JAX loop
+	$(LAUNCH) bench step
+
+clean: ## remove what was installed and built; runs and stores stay
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
