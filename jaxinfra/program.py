@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -79,7 +80,7 @@ class Program:
         """
         self.run, self.mesh = run, mesh
         if platform is None:
-            platform = "cpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+            platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
         self.layout = Layout(
             rules=run.rules,
             mesh=MeshConfig(**dict(mesh.shape)),
@@ -122,7 +123,12 @@ class Program:
         """The train state as `ShapeDtypeStruct`s."""
         with self.on_mesh:
             shapes = jax.eval_shape(self._from_params, self.params)
-        return jax.tree.map(lambda a: self._sharded(a.shape, a.dtype, a.sharding.spec if a.sharding else PartitionSpec()), shapes)
+
+        def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec  # None: a counter of optax
+            return self._sharded(leaf.shape, leaf.dtype, spec)
+
+        return jax.tree.map(concrete, shapes)
 
     @property
     def num_params(self) -> int:
@@ -216,7 +222,7 @@ class Program:
         params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.params, updates)
         ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
         metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
-        metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": self._schedule(state.step)}
+        metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": jnp.asarray(self._schedule(state.step))}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
 from jaxinfra.config import Loaded, Problem, fingerprint
+from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.loader import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import Optim
@@ -143,26 +144,40 @@ class Run:
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
         shards = self._shards(axes)
         spread = tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
-        fits = f"mesh.{spread[0]}={math.gcd(size, shards)}"
+        rounded = f"{path}={-(-size // shards) * shards}"
         return Problem(
             fields=(path, *(f"mesh.{axis}" for axis in spread)),
             message=f"{shards} shards do not divide {size} {path.split('.')[-1]}",
-            fix=f"use {fits}" if len(spread) == 1 else f"use {path}={-(-size // shards) * shards}",
+            fix=f"use {self._smaller(spread[0], math.gcd(size, shards)) if len(spread) == 1 else rounded}",
         )
 
+    def _smaller(self, axis: str, size: int) -> str:
+        """Overrides that shrink a mesh axis and give its devices to data parallelism, the batch rounded up to fit."""
+        spare = getattr(self.mesh, axis) // size
+        into = "fsdp" if axis != "fsdp" and self.model.width % (self.mesh.fsdp * spare) == 0 else "replica"
+        parts = self._shards(self.rules.batch) * max(self.train.accumulate, 1)
+        parts *= spare if axis not in self.rules.batch else 1
+        overrides = [f"mesh.{axis}={size}", f"mesh.{into}={getattr(self.mesh, into) * spare}"]
+        if self.train.global_batch % parts:
+            overrides.append(f"train.global_batch={-(-self.train.global_batch // parts) * parts}")
+        return " ".join(overrides)
 
-def named(loaded: Loaded[Run]) -> Loaded[Run]:
-    """The run with a name of its own when the command line changes its numbers.
+
+def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
+    """The run with a name of its own where the command line changes the numbers of the config file.
 
     `python -m launch CONFIG` and `python -m launch CONFIG optim.peak_lr=1e-3` are different runs: the second gets
     the first's name with a fingerprint of the config behind it, unless the command line names it.
+
+    Args:
+        loaded: the config with the overrides of the command line.
+        file: the config without them.
     """
-    changed = [path for path, origin in loaded.origins.items() if origin == "command line"]
-    numeric = [p for p in changed if not any(p == skip or p.startswith(skip + ".") for skip in NOT_NUMERIC)]
-    if "name" in changed or not numeric:
+    digest = fingerprint(loaded.run, NOT_NUMERIC)
+    if digest == fingerprint(file, NOT_NUMERIC) or loaded.origins["name"] == COMMAND_LINE:
         return loaded
-    name = f"{loaded.run.name}-{fingerprint(loaded.run, NOT_NUMERIC)[:6]}"
-    return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": "command line"})
+    name = f"{loaded.run.name}-{digest[:6]}"
+    return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": COMMAND_LINE})
 
 
 def resolved(run: Run, devices: int) -> Run:

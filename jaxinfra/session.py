@@ -5,6 +5,7 @@ written or compiled; restore or begin; train; evaluate, save, report.
 """
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from jaxinfra.data.store import TokenStore
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
-from jaxinfra.run import NOT_NUMERIC, Run, named, resolved
+from jaxinfra.run import NOT_NUMERIC, Run, resolved
 from jaxinfra.runtime.environment import git_state, package_versions
 from jaxinfra.runtime.peak import peak_flops
 from jaxinfra.runtime.signals import StopRequest
@@ -68,15 +69,20 @@ class RunDirectory:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
-    def check(self, run: Run) -> None:
-        """Refuses a directory that another config has begun.
+    def check(self, run: Run, data: str) -> None:
+        """Refuses a directory that another config has begun, or the same one with other data.
+
+        Args:
+            run: the config.
+            data: fingerprint of the data.
 
         Raises:
-            ConfigError: its record differs from `run` in something that changes the numbers.
+            ConfigError: its record differs in something that changes the numbers.
         """
-        if not self.record.exists():
+        if not os.path.exists(self.record):
             return
-        before = decode_record(self.record, read_record(self.record), Run)
+        found = read_record(self.record)
+        before = decode_record(self.record, found, Run)
         changed = [d for d in diff(before, run) if not any(_under(d.path, skip) for skip in NOT_NUMERIC)]
         if changed:
             first = changed[0]
@@ -84,6 +90,11 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.path}: holds a run of another config: {first.path} is {first.left} there and {first.right} "
                 f"here{more}; use name=ANOTHER, or change it back"
+            )
+        if found.get("data", data) != data:
+            raise ConfigError(
+                f"{self.path}: was begun on a store with fingerprint {found['data']}, {run.data.store} has {data}; "
+                "use name=ANOTHER, or bring the store back"
             )
 
 
@@ -107,15 +118,17 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
         Preempted: Ctrl-C or SIGTERM asked to stop; the state is saved.
         JaxinfraError: see `jaxinfra.errors`.
     """
-    loaded = named(loaded)
     validate(loaded.run)
-    run = resolved(loaded.run, len(jax.devices()))
+    devices = _devices()
+    run = resolved(loaded.run, len(devices))
     validate(run)
-    program = Program(run, make_mesh(run.mesh, jax.devices()))
+    program = Program(run, make_mesh(run.mesh, devices))
     store = open_store(run.data, fix=prepare_hint)
     check_vocab(store, run.model.vocab_size)
+    # Refuses a held-out split that is shorter than one window.
+    heldout_batches(run.data, global_batch=run.train.global_batch, rows=slice(None), store=store)
     directory = RunDirectory(path=Path(run.root) / run.name)
-    directory.check(loaded.run)
+    directory.check(loaded.run, store.manifest.fingerprint)
 
     with StopRequest() as stop, Checkpoints(directory.checkpoints, run.checkpoint) as checkpoints:
         done = checkpoints.latest() or 0
@@ -140,6 +153,19 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
             "start the same command to go on"
         )
     return summary
+
+
+def _devices() -> Sequence[Any]:
+    """The devices of all processes.
+
+    Raises:
+        ConfigError: the platform that was asked for is not here.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(f"{cause}; use --devices cpu, or install JAX for that platform") from error
 
 
 def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:
@@ -184,7 +210,7 @@ class _Session:
         self.rows = process_rows(sharding, config.train.global_batch, config.data.seq_len)
         self.heldout_bytes = heldout_bytes(config.data, store, eval_windows=config.train.eval_windows)
         self.last_eval: dict[str, float] = {}
-        device, dtype = program.mesh.devices.flat[0], jnp.dtype(config.precision.compute)
+        device, dtype = jax.devices()[0], jnp.dtype(config.precision.compute)
         self.peak, self.peak_source = peak_flops(device, dtype, len(jax.local_devices()))
 
     def run(self, done: int) -> Outcome:

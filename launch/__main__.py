@@ -5,6 +5,7 @@ by the command that needs it, after the devices are chosen: `--help` answers at 
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -35,24 +36,57 @@ exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no g
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options that all commands share; each command adds its own."""
+def help_parser() -> argparse.ArgumentParser:
+    """What `--help` prints when no command is named."""
     top = argparse.ArgumentParser(
         prog="python -m launch",
+        usage="python -m launch [COMMAND] ...",
         description="Train JAX models on any mesh from one typed config.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    shared.add_argument(
+    listed = top.add_argument_group("commands (each has its own --help)")
+    for name, summary in COMMANDS.items():
+        listed.add_argument(name, help=summary, nargs="?")
+    return top
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """The arguments of one command, with those that all share."""
+    parser = argparse.ArgumentParser(prog=f"python -m launch {command}", description=COMMANDS[command])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
         "--devices", metavar="PLATFORM[:N]", help="cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
     )
-    for name, summary in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=summary, description=summary, parents=[shared])
-        importlib.import_module(f"launch.{name}").arguments(sub)
-    return top
+    importlib.import_module(f"launch.{command}").arguments(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line; options may stand anywhere after the command.
+
+    Raises:
+        ConfigError: the first word is neither a command nor a config.
+        SystemExit: help was asked for, or the command is used wrongly.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        help_parser().print_help(sys.stdout if argv else sys.stderr)
+        raise SystemExit(0 if argv else 2)
+    command, words = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("train", argv)
+    options = command_parser(command).parse_intermixed_args(words)
+    named = getattr(options, "config", None)
+    if argv[0] not in COMMANDS and named is not None:
+        _require_config_like(named)
+    return argparse.Namespace(command=command, **vars(options))
+
+
+def _require_config_like(word: str) -> None:
+    """Refuses a word that may be meant as a command: no path, no suffix and no file of that name."""
+    if os.path.exists(word) or os.path.basename(word) != word or os.path.splitext(word)[1]:
+        return
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "a config is a file, such as configs/quickstart.py"
+    raise ConfigError(f"{word}: no such command and no such config; the commands are {', '.join(COMMANDS)}; {hint}")
 
 
 def choose_devices(devices: str | None) -> None:
@@ -82,25 +116,20 @@ def keep_compiled() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        argv.insert(0, "train")
-    options = parser().parse_intermixed_args(argv) if argv and argv[0] in ("diff",) else _parse(argv)
+    debug = "--debug" in argv
     try:
+        options = parse(argv)
         choose_devices(options.devices)
         keep_compiled()
         return importlib.import_module(f"launch.{options.command}").run(options, argv)
     except JaxinfraError as error:
-        if options.debug:
+        if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    return parser().parse_args(argv)
 
 
 if __name__ == "__main__":

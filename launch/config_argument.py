@@ -15,12 +15,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def loaded(options: argparse.Namespace) -> "Loaded[Run]":
-    """The config with its overrides.
+    """The config with its overrides, and a name of its own where they change its numbers.
 
     Raises:
         ConfigError: the file or an override is wrong.
     """
     from jaxinfra.config import load
-    from jaxinfra.run import Run
+    from jaxinfra.run import Run, named
 
-    return load(options.config, options.overrides, root=Run)
+    file = load(options.config, root=Run)
+    return named(load(options.config, options.overrides, root=Run), file.run) if options.overrides else file

@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the prompt and its continuation."""
-    from jaxinfra.train.sample import Draw, Sampler
+    from jaxinfra.sample import Draw, Sampler
 
     draw = Draw(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     sampler = Sampler.from_run(options.run_dir)

@@ -16,17 +16,18 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     import math
 
     from rich.console import Console
+    from rich.markup import escape
 
     from jaxinfra.config import dump, validate
     from jaxinfra.optim.schedules import plot
     from jaxinfra.parallel.mesh import abstract_mesh
     from jaxinfra.program import Program
-    from jaxinfra.run import named, resolved
+    from jaxinfra.run import resolved
     from jaxinfra.track.console import derived_table
     from jaxinfra.train.derived import derived
     from launch.parameters import parameter_table
 
-    loaded = named(config_argument.loaded(options))
+    loaded = config_argument.loaded(options)
     validate(loaded.run)
     count = options.devices.partition(":")[2] if options.devices else ""
     fixed = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     origins = loaded.origins
     for line in dump(run).splitlines():
         path = line.partition(" = ")[0]
-        console.print(f"{line}  [dim]# {origins[path]}[/dim]" if path in origins else line, markup=path in origins)
+        origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
+        console.print(escape(line) + origin)
     console.print(derived_table(derived(program)))
     console.print(parameter_table(program))
     rate = run.optim

@@ -59,7 +59,8 @@ class Attention(nnx.Module):
     """Attention over a sequence, or over a cache and the tokens that follow it."""
 
     def __init__(self, shape: AttentionShape, *, stack: Stack, layout: Layout):
-        self.kernel, self.layout = shape.kernel, layout
+        self.kernel: Kernel | None = shape.kernel
+        self.layout = layout
         project = partial(Linear, (shape.width,), direction="inward", bias=shape.qkv_bias, stack=stack, layout=layout)
         self.query = project((shape.heads, shape.head_dim), ("embed", "heads", None))
         self.key = project((shape.kv_heads, shape.head_dim), ("embed", "kv_heads", None))

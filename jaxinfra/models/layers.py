@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfra.models.remat import product
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
 from jaxinfra.parallel.layout import Layout, Names
@@ -106,11 +107,11 @@ class Linear(nnx.Module):
         """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
         w = self.layout.weight(self.weight[...], self.axes)
         if self.direction == "inward":
-            y = dot(x, w, contract=self.contract)
+            y = product(dot(x, w, contract=self.contract))
             return self._add_bias(y, ("batch", "sequence"))
         partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.layout.mesh_axes(name))
         y = dot(x, w, contract=self.contract, partial=partial_over)
-        return self._add_bias(self.layout.shard(y, *BLOCK, None), BLOCK)
+        return self._add_bias(product(self.layout.shard(y, *BLOCK, None)), BLOCK)
 
     def _add_bias(self, y: jax.Array, meets: Names) -> jax.Array:
         if self.bias is None:

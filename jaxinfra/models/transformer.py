@@ -259,16 +259,22 @@ class Transformer(nnx.Module):
 
         Returns:
             `[B, T, D]` in the compute dtype, whole positions, and the cache with these tokens if one was given.
+
+        Raises:
+            ValueError: both segments and a cache: a cache does not know where documents end.
         """
+        if segments_BT is not None and cache is not None:
+            raise ValueError("segments: rows of a cache are one document each; leave segments out")
         config = self.config
         start = None if cache is None else cache.length
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] + (0 if start is None else start)
         x_BTD = self._embed(tokens_BT, positions_BT)
 
-        kinds = sorted({config.sights[i % len(config.sights)] for i in range(config.layers)})
+        layers: list[Sight] = [config.sights[layer % len(config.sights)] for layer in range(config.layers)]
+        kinds: list[Sight] = list(dict.fromkeys(layers))
         branches = [self._layer(sight, positions_BT, segments_BT, start) for sight in kinds]
-        index_L = jnp.array([kinds.index(config.sights[i % len(config.sights)]) for i in range(config.layers)])
+        index_L = jnp.array([kinds.index(sight) for sight in layers])
 
         def body(x, layer):
             block, kv, index = layer
@@ -279,7 +285,9 @@ class Transformer(nnx.Module):
         kv = None if cache is None else cache.kv
         x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, kv, index_L))
         x_BTD = self.layout.shard(self.norm(x_BTD), "batch", "sequence", None, meets_sharded=True)
-        return x_BTD, None if cache is None else Cache(kv, cache.length + tokens_BT.shape[1])
+        if cache is None or kv is None:
+            return x_BTD, None
+        return x_BTD, Cache(kv, cache.length + tokens_BT.shape[1])
 
     def _layer(
         self, sight: Sight, positions_BT: jax.Array, segments_BT: jax.Array | None, start: jax.Array | None

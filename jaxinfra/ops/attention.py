@@ -9,7 +9,7 @@ Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def _splash(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, interpret: bool = F
     q_BGRTK = (q_BTHK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(q_BTHK.dtype)
     k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
     ids = None if segments is None else splash.SegmentIds(q=segments[0], kv=segments[1])
-    by_group = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    by_group = jax.vmap(cast(Callable[..., jax.Array], kernel), in_axes=(0, 0, 0, None))
     out_BGRTK = jax.vmap(by_group, in_axes=(0, 0, 0, None if ids is None else 0))(q_BGRTK, k_BGSK, v_BGSK, ids)
     return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 

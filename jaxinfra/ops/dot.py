@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec
 
+
 def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str] = frozenset()) -> jax.Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`.
 
@@ -24,7 +25,6 @@ def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str
         `[..., *N]` in the dtype of `x`; unreduced over `partial`.
     """
     lead, n = x.shape[: x.ndim - contract], w.shape[contract:]
-    k = math.prod(w.shape[:contract])
     assert x.shape[x.ndim - contract :] == w.shape[:contract], (x.shape, w.shape)
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
     rows = 1 if _rows_are_contiguous(x, len(lead)) else len(lead)

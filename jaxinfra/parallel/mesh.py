@@ -9,7 +9,7 @@ an array is part of its type, and a mistake is an error while tracing, not a slo
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
+
+type Device = Any
+"""A JAX device, whose class has no public type."""
 
 type MeshAxis = Literal["replica", "stage", "fsdp", "expert", "context", "tensor"]
 
@@ -86,12 +89,12 @@ class MeshConfig:
 AXES: tuple[str, ...] = tuple(field.name for field in fields(MeshConfig))
 
 
-def _slices(devices: Sequence[jax.Device]) -> int:
+def _slices(devices: Sequence[Device]) -> int:
     """Number of TPU slices among the devices (1 where devices do not name theirs)."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     """A mesh of `config` over all of `devices`, explicit axis types, physical neighbours innermost.
 
     Several slices make the outermost axis: `replica` must be a multiple of their number.

@@ -5,6 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.parallel.mesh import Device
+
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. Keys are the start of `device_kind`.
 # v4 and v7x chips are given whole by Google; JAX lists v7x as two devices a chip, so half of 2307 TFLOP/s.
 CHIP_FLOPS = {
@@ -22,7 +24,7 @@ CHIP_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device, dtype: jnp.dtype, devices_here: int) -> tuple[float, str]:
+def peak_flops(device: Device, dtype: jnp.dtype, devices_here: int) -> tuple[float, str]:
     """Peak FLOP/s of one device, and where the figure is from.
 
     A CPU's is measured: emulated devices share the cores, so each has its part of the whole.
@@ -40,7 +42,7 @@ def peak_flops(device: jax.Device, dtype: jnp.dtype, devices_here: int) -> tuple
     return measured_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
 
 
-def measured_flops(device: jax.Device, dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
+def measured_flops(device: Device, dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of the fastest of some square matrix products on one device."""
     with jax.default_device(device):
         a = jnp.ones((size, size), dtype)
