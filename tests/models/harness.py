@@ -1,0 +1,139 @@
+"""A small decoder on a mesh, with random values in every parameter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxinfra.models.transformer import Cache, Transformer, TransformerConfig
+from jaxinfra.ops.dot import dot
+from jaxinfra.ops.rope import LinearScaling, Rope
+from jaxinfra.parallel.layout import Layout, Rules
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.spec import ParamSpec
+
+BASE = TransformerConfig(vocab_size=32, layers=3, width=16, heads=4, kv_heads=2, head_dim=8, mlp_dim=24)
+ONE = MeshConfig(fsdp=1)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt-2": {
+        "mlp": "gelu",
+        "norm": "layernorm",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "rope": None,
+        "learned_positions": 12,
+        "tied": True,
+        "kv_heads": None,
+    },
+    "gemma-2": {
+        "mlp": "geglu",
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "sights": ("local", "global"),
+        "window": 4,
+        "softcap": 5.0,
+        "query_scale": 0.2,
+        "tied": True,
+        "scale_embeddings": True,
+        "logit_softcap": 2.0,
+    },
+    "gemma-3": {
+        "mlp": "geglu",
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "qk_norm": True,
+        "sights": ("local", "local", "global"),
+        "window": 3,
+        "layers": 4,
+        "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
+        "local_rope": Rope(theta=50.0),
+        "tied": True,
+        "scale_embeddings": True,
+    },
+}
+"""Together they have every feature that has parameters of its own, and every kind of layer."""
+
+
+def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, BASE.vocab_size, (rows, length), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A decoder without values."""
+
+    config: TransformerConfig
+    layout: Layout
+    mesh: Mesh
+    graphdef: Any
+    specs: dict[str, Any]
+
+    def values(self, seed: int = 0) -> dict[str, Any]:
+        """Values on the host: none of them is that of the initialiser, norms and biases included."""
+        rng = np.random.default_rng(seed)
+        offset = self.config.norm_offset
+
+        def one(spec: ParamSpec) -> np.ndarray:
+            noise = rng.normal(size=spec.shape)
+            if spec.role == "norm":
+                noise = 1.0 - offset + 0.3 * noise
+            elif spec.role == "bias":
+                noise = 0.3 * noise
+            elif spec.role == "matrix":
+                noise = noise * np.prod([spec.shape[d] for d in spec.in_dims]) ** -0.5
+            return noise.astype(np.float32)
+
+        return jax.tree.map(one, self.specs)
+
+    def put(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values on the mesh as they are stored."""
+
+        def one(value: np.ndarray, spec: ParamSpec) -> jax.Array:
+            return jax.device_put(value, NamedSharding(self.mesh, self.layout.stored("", spec)))
+
+        return jax.tree.map(one, values, self.specs)
+
+    def rows(self, array: Any) -> jax.Array:
+        """`[B, T]` on the mesh."""
+        return jax.device_put(array, NamedSharding(self.mesh, self.layout.spec("batch", "sequence")))
+
+    def model(self, params: dict[str, Any]) -> Transformer:
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+    def forward(self) -> Callable[..., tuple[jax.Array, Cache | None]]:
+        """`forward(params, tokens, positions, segments, cache) -> (logits, cache)`, compiled."""
+
+        def run(params, tokens, positions=None, segments=None, cache=None):
+            model = self.model(params)
+            hidden, cache = model(tokens, positions, segments, cache)
+            return dot(hidden, model.head()).astype(jnp.float32), cache
+
+        return jax.jit(run)
+
+    def logits(self, values: dict[str, Any], *arrays: np.ndarray | None) -> np.ndarray:
+        """Logits for tokens, and positions and segments if given."""
+        with jax.set_mesh(self.mesh):
+            placed = (None if a is None else self.rows(a) for a in arrays)
+            return np.asarray(self.forward()(self.put(values), *placed)[0])
+
+
+def build(mesh: MeshConfig = ONE, *, rules: Rules | None = None, dtype: str = "float32", **changes: Any) -> Built:
+    """`BASE` with these fields changed."""
+    config = replace(BASE, **changes)
+    devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
+    layout = Layout(rules=rules or Rules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
+    graphdef, specs = nnx.split(config.build(layout))
+    return Built(config, layout, devices, graphdef, nnx.to_pure_dict(specs))
+
+
+def relative(found: Any, wanted: Any) -> float:
+    """The largest difference, as a part of the largest value."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())

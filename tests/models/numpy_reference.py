@@ -1,0 +1,152 @@
+"""The decoder in NumPy: float64, one token, one head, one layer at a time, straight from the definitions.
+
+It shares nothing with the package but the names of the config's fields and of the parameters.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+Params = dict[str, Any]
+
+
+def normalise(x: np.ndarray, params: Params, kind: str, eps: float, offset: float) -> np.ndarray:
+    if kind == "rmsnorm":
+        return x / math.sqrt((x**2).mean() + eps) * (offset + params["scale"])
+    return (x - x.mean()) / math.sqrt(x.var() + eps) * params["scale"] + params["bias"]
+
+
+def tanh_gelu(x: np.ndarray) -> np.ndarray:
+    """GELU by the tanh formula of Hendrycks and Gimpel 2016: what GPT-2 and Gemma use."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def frequency(pair: int, rotated: int, rope: Any) -> float:
+    base = rope.theta ** (-2 * pair / rotated)
+    scaling = rope.scaling
+    if scaling is None:
+        return base
+    if type(scaling).__name__ == "LinearScaling":
+        return base / scaling.factor
+    wavelength = 2 * math.pi / base
+    if wavelength < scaling.original_length / scaling.high_freq_factor:
+        return base
+    if wavelength > scaling.original_length / scaling.low_freq_factor:
+        return base / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (scaling.original_length / wavelength - low) / (high - low)
+    return (1 - smooth) * base / scaling.factor + smooth * base
+
+
+def rotate(x: np.ndarray, position: int, rope: Any) -> np.ndarray:
+    """One head at one position: features i and i + rotated/2 are one complex number, turned."""
+    rotated = int(len(x) * rope.fraction)
+    half = rotated // 2
+    turned = x.copy()
+    for i in range(half):
+        z = complex(x[i], x[i + half]) * np.exp(1j * position * frequency(i, rotated, rope))
+        turned[i], turned[i + half] = z.real, z.imag
+    return turned
+
+
+def affine(x: np.ndarray, params: Params, contract: int) -> np.ndarray:
+    return np.tensordot(x, params["weight"], axes=contract) + params.get("bias", 0.0)
+
+
+def attend(q_THK, k_TGK, v_TGK, config, window: int | None, segments: np.ndarray | None) -> np.ndarray:
+    T, H, K = q_THK.shape
+    group_of = H // k_TGK.shape[1]
+    scale = 1 / math.sqrt(K) if config.query_scale is None else config.query_scale
+    out = np.zeros_like(q_THK)
+    for i in range(T):
+        seen = [j for j in range(i + 1) if window is None or i - j < window]
+        seen = [j for j in seen if segments is None or segments[i] == segments[j]]
+        for h in range(H):
+            scores = np.array([scale * (q_THK[i, h] @ k_TGK[j, h // group_of]) for j in seen])
+            if config.softcap is not None:
+                scores = config.softcap * np.tanh(scores / config.softcap)
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            out[i, h] = sum(w * v_TGK[j, h // group_of] for w, j in zip(weights, seen, strict=True))
+    return out
+
+
+def attention(x_TD, params: Params, config, sight: str, positions, segments) -> np.ndarray:
+    q_THK, k_TGK, v_TGK = (affine(x_TD, params[name], 1) for name in ("query", "key", "value"))
+    rope = config.local_rope if sight == "local" and config.local_rope is not None else config.rope
+    for name, x_THK in (("query_norm", q_THK), ("key_norm", k_TGK)):
+        for t, h in np.ndindex(x_THK.shape[:2]):
+            if config.qk_norm:
+                x_THK[t, h] = normalise(x_THK[t, h], params[name], "rmsnorm", config.norm_eps, config.norm_offset)
+            if rope is not None:
+                x_THK[t, h] = rotate(x_THK[t, h], positions[t], rope)
+    window = config.window if sight == "local" else None
+    return affine(attend(q_THK, k_TGK, v_TGK, config, window, segments), params["out"], 2)
+
+
+def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
+    hidden = affine(x_TD, params["up"], 1)
+    if kind == "gelu":
+        return affine(tanh_gelu(hidden), params["down"], 1)
+    act = {"swiglu": silu, "geglu": tanh_gelu}[kind]
+    return affine(act(affine(x_TD, params["gate"], 1)) * hidden, params["down"], 1)
+
+
+def decode_row(params: Params, config, tokens, positions, segments) -> np.ndarray:
+    """Hidden states `[T, D]` of one row after the last norm."""
+
+    def norm(x_TD, weights):
+        return np.stack([normalise(x, weights, config.norm, config.norm_eps, config.norm_offset) for x in x_TD])
+
+    x_TD = np.stack([params["embedding"][t] for t in tokens])
+    if config.learned_positions:
+        x_TD = x_TD + np.stack([params["positions"][p] for p in positions])
+    if config.scale_embeddings:
+        x_TD = x_TD * math.sqrt(config.width)
+    for number in range(config.layers):
+        layer = at_layer(params["blocks"], number)
+        sight = config.sights[number % len(config.sights)]
+        normed = norm(x_TD, layer["attention_norm"])
+        y_TD = attention(normed, layer["attention"], config, sight, positions, segments)
+        x_TD = x_TD + (norm(y_TD, layer["attention_post_norm"]) if config.post_norms else y_TD)
+        y_TD = mlp(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config.mlp)
+        x_TD = x_TD + (norm(y_TD, layer["mlp_post_norm"]) if config.post_norms else y_TD)
+    return norm(x_TD, params["norm"])
+
+
+def at_layer(stacked: Params, number: int) -> Params:
+    return {
+        name: at_layer(value, number) if isinstance(value, dict) else value[number] for name, value in stacked.items()
+    }
+
+
+def as_float64(params: Params) -> Params:
+    return {
+        name: as_float64(value) if isinstance(value, dict) else np.asarray(value, np.float64)
+        for name, value in params.items()
+    }
+
+
+def logits(params: Params, config, tokens, positions=None, segments=None) -> np.ndarray:
+    """Logits `[B, T, V]` before the soft cap."""
+    params = as_float64(params)
+    head = params["embedding"].T if config.tied else params["unembedding"]
+    rows = []
+    for b, row in enumerate(np.asarray(tokens)):
+        places = np.arange(len(row)) if positions is None else positions[b]
+        rows.append(decode_row(params, config, row, places, None if segments is None else segments[b]) @ head)
+    return np.stack(rows)
+
+
+def entropies(logits_BTV: np.ndarray, targets_BT: np.ndarray, softcap: float | None) -> np.ndarray:
+    """`-log softmax(capped logits)[target]`, `[B, T]`."""
+    if softcap is not None:
+        logits_BTV = softcap * np.tanh(logits_BTV / softcap)
+    exp = np.exp(logits_BTV - logits_BTV.max(-1, keepdims=True))
+    probabilities = exp / exp.sum(-1, keepdims=True)
+    return -np.log(np.take_along_axis(probabilities, targets_BT[..., None], -1)[..., 0])

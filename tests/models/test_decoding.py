@@ -1,0 +1,64 @@
+"""Decoding with a cache gives the logits of the whole sequence: to 2e-5 of the largest, in float32."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.ops.rope import LinearScaling, Rope
+from jaxinfra.parallel.layout import Rules
+from jaxinfra.parallel.mesh import MeshConfig
+from tests.models.harness import MODELS, ONE, Built, build, relative, tokens
+
+PROMPT, LENGTH, SLOTS = 5, 12, 16
+# One token has no positions to share out between blocks.
+DECODING = Rules(block_sequence=())
+MESHES = {
+    "llama": MeshConfig(fsdp=4),
+    "gemma-3": MeshConfig(fsdp=2, tensor=2),
+    "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
+}
+SIGHTS: dict[str, dict[str, Any]] = {
+    "window": {"sights": ("local",), "window": 3},
+    "one key head": {"kv_heads": 1},
+    "partial rotary": {"rope": Rope(fraction=0.5, scaling=LinearScaling(factor=2.0))},
+}
+
+
+def decode(built: Built, values: dict[str, Any], words: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits `[B, T, V]`: the prompt at once, then token by token."""
+    with jax.set_mesh(built.mesh):
+        forward, params = built.forward(), built.put(values)
+        cache = jax.jit(lambda p: built.model(p).empty_cache(len(words), SLOTS))(params)
+        pieces = []
+        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, words.shape[1]))]:
+            logits, cache = forward(params, built.rows(words[:, start:end]), None, None, cache)
+            pieces.append(np.asarray(logits))
+        assert cache is not None and int(cache.length) == words.shape[1]
+    return np.concatenate(pieces, axis=1)
+
+
+def check(changes: dict[str, Any], mesh: MeshConfig) -> None:
+    built = build(mesh, rules=DECODING, **changes)
+    values, words = built.values(), tokens(4, LENGTH)
+    assert relative(decode(built, values, words, PROMPT), built.logits(values, words)) < 2e-5
+
+
+@pytest.mark.parametrize("changes", [*MODELS.values(), *SIGHTS.values()], ids=[*MODELS, *SIGHTS])
+def test_decoding_is_the_whole_forward(changes: dict[str, Any]) -> None:
+    check(changes, ONE)
+
+
+@pytest.mark.parametrize(("model", "mesh"), MESHES.items(), ids=MESHES)
+def test_decoding_on_a_mesh_is_the_whole_forward(model: str, mesh: MeshConfig) -> None:
+    check(MODELS[model], mesh)
+
+
+def test_rows_of_a_cache_are_one_document_each() -> None:
+    built = build()
+    words = tokens()
+    with jax.set_mesh(built.mesh), pytest.raises(ValueError, match="segments"):
+        params = built.put(built.values())
+        cache = built.model(params).empty_cache(len(words), SLOTS)
+        built.forward()(params, built.rows(words), None, built.rows(np.zeros_like(words)), cache)

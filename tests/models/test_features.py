@@ -1,0 +1,123 @@
+"""Every option of the decoder against the NumPy reference: logits to 2e-5 of the largest, in float32."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.tasks.causal_lm import CausalLM
+from tests.models import numpy_reference
+from tests.models.harness import MODELS, build, relative, tokens
+
+TOLERANCE = 2e-5
+# Wavelengths from 6 to 6,000 positions: with these numbers some are kept, some ramped, some divided.
+STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "every head has its own keys": {"kv_heads": None},
+    "one key head": {"kv_heads": 1},
+    "width by heads": {"head_dim": None},
+    "rope theta": {"rope": Rope(theta=100.0)},
+    "partial rotary": {"rope": Rope(fraction=0.5)},
+    "linear scaling": {"rope": Rope(scaling=LinearScaling(factor=3.0))},
+    "llama-3 scaling": {"rope": Rope(scaling=STRETCHED)},
+    "no positions": {"rope": None},
+    "layernorm": {"norm": "layernorm"},
+    "norm eps": {"norm_eps": 0.1},
+    "norm offset": {"norm_offset": 1.0},
+    "post norms": {"post_norms": True},
+    "geglu": {"mlp": "geglu"},
+    "gelu": {"mlp": "gelu"},
+    "qkv bias": {"qkv_bias": True},
+    "out bias": {"out_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "qk norm": {"qk_norm": True, "norm_offset": 1.0},
+    "softcap": {"softcap": 1.5},
+    "query scale": {"query_scale": 0.9},
+    "window": {"sights": ("local",), "window": 4},
+    "window of one": {"sights": ("local",), "window": 1},
+    "alternating sights": {"sights": ("local", "global"), "window": 3, "layers": 4},
+    "sights do not divide layers": {"sights": ("local", "local", "global"), "window": 3, "layers": 5},
+    "local rope": {
+        "sights": ("local", "global"),
+        "window": 5,
+        "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
+        "local_rope": Rope(theta=50.0),
+    },
+    "tied": {"tied": True},
+    "scaled embeddings": {"scale_embeddings": True},
+    "learned positions": {"rope": None, "learned_positions": 16},
+    **MODELS,
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_logits_are_those_of_the_definition(feature: str) -> None:
+    built = build(**FEATURES[feature])
+    values, words = built.values(), tokens()
+    wanted = numpy_reference.logits(values, built.config, words)
+    assert relative(built.logits(values, words), wanted) < TOLERANCE
+
+
+def test_no_feature_is_without_effect() -> None:
+    """Else its case would prove nothing."""
+    plain = build()
+    for feature, changes in FEATURES.items():
+        changed = build(**changes)
+        if changed.config == plain.config or changed.specs != plain.specs:
+            continue
+        values = changed.values()
+        wanted, without = (numpy_reference.logits(values, b.config, tokens()) for b in (changed, plain))
+        assert relative(without, wanted) > 100 * TOLERANCE, feature
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_logits_do_not_depend_on_the_mesh(changes: dict[str, Any]) -> None:
+    built = build(MeshConfig(replica=2, fsdp=2, tensor=2), **changes)
+    values, words = built.values(), tokens(rows=4)
+    wanted = numpy_reference.logits(values, built.config, words)
+    assert relative(built.logits(values, words), wanted) < TOLERANCE
+
+
+DOCUMENTS = np.array([[0] * 5 + [1] * 7, [3] * 1 + [4] * 2 + [9] * 9], np.int32)
+RESTARTED = np.array([[*range(5), *range(7)], [0, 0, 1, *range(9)]], np.int32)
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_documents_of_a_row_do_not_see_one_another(changes: dict[str, Any]) -> None:
+    built = build(**changes)
+    values, words = built.values(), tokens()
+    found = built.logits(values, words, RESTARTED, DOCUMENTS)
+    wanted = numpy_reference.logits(values, built.config, words, RESTARTED, DOCUMENTS)
+    assert relative(found, wanted) < TOLERANCE
+
+    other = words.copy()
+    other[0, 2] = (other[0, 2] + 1) % built.config.vocab_size
+    changed = built.logits(values, other, RESTARTED, DOCUMENTS)
+    assert np.array_equal(changed[0, 5:], found[0, 5:]) and np.array_equal(changed[1], found[1])
+    assert np.array_equal(changed[0, :2], found[0, :2]) and not np.array_equal(changed[0, 2:5], found[0, 2:5])
+
+
+def test_loss_is_the_entropy_of_the_capped_logits_of_the_definition() -> None:
+    built = build(**MODELS["gemma-2"])
+    values, words, targets = built.values(), tokens(), tokens(seed=1)
+    weights = np.random.default_rng(2).integers(0, 2, words.shape).astype(np.float32)
+    logits = numpy_reference.logits(values, built.config, words, RESTARTED, DOCUMENTS)
+    wanted = (numpy_reference.entropies(logits, targets, 2.0) * weights).sum()
+    batch = {
+        "inputs": words,
+        "targets": targets,
+        "positions": RESTARTED,
+        "segments": DOCUMENTS,
+        "weights": weights,
+    }
+    with jax.set_mesh(built.mesh):
+        task = CausalLM(loss_chunks=3)
+        placed = jax.tree.map(built.rows, batch)
+        total, sums = jax.jit(lambda p, b: task.loss(built.model(p), b))(built.put(values), placed)
+    assert relative(total, wanted) < TOLERANCE and relative(sums["loss"], wanted) < TOLERANCE
+    assert sums["weight"] == weights.sum()

@@ -1,0 +1,143 @@
+"""Gradients against finite differences of the NumPy reference, on meshes, and under every remat policy."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.remat import Remat
+from jaxinfra.optim.optimizers import Optim
+from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run
+from jaxinfra.tasks.causal_lm import CausalLM
+from jaxinfra.train.loop import TrainConfig
+from tests.models import numpy_reference
+from tests.models.harness import BASE, MODELS, ONE, build, relative, tokens
+
+CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
+ROWS, LENGTH = 4, 8
+
+
+def run_of(changes: dict[str, Any], mesh: MeshConfig, accumulate: int = 1) -> Run:
+    return Run(
+        name="test",
+        model=replace(BASE, **{"layers": 2} | changes),
+        task=CausalLM(loss_chunks=2),
+        data=TokenData(store="none", seq_len=LENGTH),
+        precision=Precision(compute="float32"),
+        mesh=mesh,
+        optim=Optim(),
+        train=TrainConfig(global_batch=ROWS, accumulate=accumulate),
+    )
+
+
+def batch_on_host() -> dict[str, np.ndarray]:
+    """Two documents a row, and weights of zero and one."""
+    first = np.arange(LENGTH) < np.array([[2], [8], [5], [1]])
+    return {
+        "inputs": tokens(ROWS, LENGTH),
+        "targets": tokens(ROWS, LENGTH, seed=1),
+        "segments": np.where(first, 0, 1).astype(np.int32),
+        "positions": np.where(first, np.arange(LENGTH), np.arange(LENGTH) - first.sum(1, keepdims=True)).astype(
+            np.int32
+        ),
+        "weights": (np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 5 > 0).astype(np.float32),
+    }
+
+
+def gradients(run: Run, values: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Gradients of the mean loss, and that loss, of the program on the run's mesh."""
+    program = Program(run, make_mesh(run.mesh, jax.devices()[: int(np.prod(run.mesh.sizes))]))
+    batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in batch_on_host().items()}
+    params = jax.tree.map(lambda v, p: jax.device_put(v, p.sharding), values, program.params)
+    with program.on_mesh:
+        grads, sums = program.gradients(params, batch)
+    return jax.tree.map(np.asarray, grads), float(sums["loss"] / sums["weight"])
+
+
+def loss_by_definition(values: dict[str, Any], config: Any) -> float:
+    batch = batch_on_host()
+    logits = numpy_reference.logits(values, config, batch["inputs"], batch["positions"], batch["segments"])
+    entropy = numpy_reference.entropies(logits, batch["targets"], config.logit_softcap)
+    return float((entropy * batch["weights"]).sum() / batch["weights"].sum())
+
+
+def slopes_by_definition(values: dict[str, Any], directions: dict[str, Any], config: Any) -> list[float]:
+    """The derivative of the loss along the direction of each parameter alone, by central differences."""
+    exact = numpy_reference.as_float64(values)
+    leaves, tree = jax.tree.flatten(exact)
+    slopes = []
+    for i, direction in enumerate(jax.tree.leaves(directions)):
+        step = 1e-5 / np.abs(direction).max()
+        ahead, behind = (
+            loss_by_definition(
+                jax.tree.unflatten(tree, [*leaves[:i], leaves[i] + sign * step * direction, *leaves[i + 1 :]]),
+                config,
+            )
+            for sign in (1, -1)
+        )
+        slopes.append((ahead - behind) / (2 * step))
+    return slopes
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_gradients_are_the_slopes_of_the_definition(changes: dict[str, Any]) -> None:
+    """Along the gradient of every parameter the slope is its squared norm, to 1e-4."""
+    values = build(**{"layers": 2} | changes).values()
+    grads, loss = gradients(run_of(changes, ONE), values)
+    config = run_of(changes, ONE).model
+    assert relative(loss, loss_by_definition(values, config)) < 1e-6
+
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
+    norms = [float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(grads)]
+    slopes = slopes_by_definition(values, grads, config)
+    # A bias on keys adds the same to all scores of a query: without rotation it has no effect, and no slope.
+    idle = [path for path, norm in zip(paths, norms, strict=True) if norm < 1e-9]
+    assert idle == (["['blocks']['attention']['key']['bias']"] if config.qkv_bias else [])
+    for path, norm, slope in zip(paths, norms, slopes, strict=True):
+        assert abs(slope - norm) < 1e-4 * norm + 1e-12, path
+
+    on_cube, _ = gradients(run_of(changes, CUBE), values)
+    for path, one, other in zip(paths, jax.tree.leaves(grads), jax.tree.leaves(on_cube), strict=True):
+        assert np.abs(other - one).max() < 2e-5 * np.abs(one).max() + 1e-7, path
+
+
+@functools.cache
+def gemma3_gradients(mesh: MeshConfig, policy: Remat) -> tuple[dict[str, Any], float]:
+    return gradients(run_of(MODELS["gemma-3"] | {"remat": policy}, mesh), build(**MODELS["gemma-3"]).values())
+
+
+@pytest.mark.parametrize(
+    ("policy", "mesh"),
+    [("offload", ONE), ("dots", CUBE), ("full", CUBE), ("offload", CUBE)],
+    ids=["offload-one", "dots-cube", "full-cube", "offload-cube"],
+)
+def test_rematerialisation_keeps_loss_and_gradients(policy: Remat, mesh: MeshConfig) -> None:
+    """To 1e-6: the same numbers are computed, only fused otherwise."""
+    plain, loss = gemma3_gradients(mesh, "none")
+    again, same = gemma3_gradients(mesh, policy)
+    assert loss == pytest.approx(same, rel=1e-6)
+    for (path, one), other in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(again), strict=True):
+        assert relative(other, one) < 1e-6, jax.tree_util.keystr(path)
+
+
+def lowered(policy: Remat, platform: str) -> str:
+    return Program(run_of({"remat": policy}, CUBE), abstract_mesh(CUBE), platform).lower().as_text()
+
+
+def test_policies_compute_again_what_they_say() -> None:
+    products = {policy: lowered(policy, "cpu").count("dot_general") for policy in ("none", "dots", "full")}
+    in_attention, in_layer = 2, 2 + 7
+    assert products["none"] < products["dots"] <= products["none"] + in_attention
+    assert products["dots"] + 5 <= products["full"] <= products["none"] + in_layer
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_offload_moves_to_host_memory(platform: str) -> None:
+    assert "pinned_host" in lowered("offload", platform)
+    assert "pinned_host" not in lowered("dots", platform)
