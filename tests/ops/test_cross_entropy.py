@@ -1,0 +1,140 @@
+"""The chunked loss and its gradients are those of the formula, on one device and on meshes, in little memory."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy, token_losses
+from jaxinfra.parallel.layout import Layout, Rules
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+
+B, T, D, V = 8, 8, 16, 32
+FULL = CrossEntropy(z_loss=0.1, softcap=1.5)
+MESHES = {
+    "one": MeshConfig(fsdp=1),
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(fsdp=1, tensor=4),
+    "cube": MeshConfig(replica=2, fsdp=2, tensor=2),
+}
+
+
+def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(B, T, D)).astype(np.float32)
+    w = (rng.normal(size=(D, V)) / np.sqrt(D)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = rng.choice([0.0, 0.5, 1.0], (B, T)).astype(np.float32)
+    return x, w, targets, weights
+
+
+def by_formula(x, w, targets, weights, config: CrossEntropy) -> dict[str, np.ndarray]:
+    """Sums and gradients in float64, differentiated by hand."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    raw = x @ w
+    capped = raw if config.softcap is None else config.softcap * np.tanh(raw / config.softcap)
+    exp = np.exp(capped)
+    log_z = np.log(exp.sum(-1))
+    target = np.eye(V)[targets]
+    entropy = (weights * (log_z - (capped * target).sum(-1))).sum()
+    z_loss = (weights * config.z_loss * log_z**2).sum()
+    by_log_z = 1 + 2 * config.z_loss * log_z
+    by_capped = weights[..., None] * (by_log_z[..., None] * exp / exp.sum(-1, keepdims=True) - target)
+    by_raw = by_capped if config.softcap is None else by_capped * (1 - (capped / config.softcap) ** 2)
+    return {
+        "entropy": entropy,
+        "z_loss": z_loss,
+        "total": entropy + z_loss,
+        "x": by_raw @ w.T,
+        "w": np.einsum("btd,btv->dv", x, by_raw),
+    }
+
+
+def computed(mesh: MeshConfig, config: CrossEntropy, scale: float = 1.0, dtype: Any = "float32") -> dict[str, Any]:
+    """Sums, and gradients of `scale` times their total, as the model calls it."""
+    devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
+    layout = Layout(rules=Rules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
+
+    def loss(x, w, targets, weights):
+        x = layout.shard(x.astype(dtype), "batch", "sequence", None, meets_sharded=True)
+        total, parts = cross_entropy(x, layout.weight(w, ("embed", "vocab")), targets, weights, config)
+        total, (entropy, z_loss) = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (total, parts))
+        return scale * total, {"total": total, "entropy": entropy, "z_loss": z_loss}
+
+    names = (("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"), ("batch", "sequence"))
+    with jax.set_mesh(devices):
+        placed = [
+            jax.device_put(a, NamedSharding(devices, layout.spec(*n))) for a, n in zip(inputs(), names, strict=True)
+        ]
+        (_, sums), (dx, dw) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*placed)
+    assert dx.sharding.spec == placed[0].sharding.spec and dw.sharding.spec == placed[1].sharding.spec
+    return sums | {"x": dx, "w": dw}
+
+
+def check(found: dict[str, Any], wanted: dict[str, np.ndarray], scale: float, tolerance: float) -> None:
+    for name, value in wanted.items():
+        value = value * scale if name in "xw" else value
+        worst = np.abs(np.asarray(found[name], np.float64) - value).max()
+        assert worst <= tolerance * np.abs(value).max(), (name, worst)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("chunks", [1, 2, 8])
+def test_sums_and_gradients_are_those_of_the_formula(mesh: MeshConfig, chunks: int) -> None:
+    """With z-loss, soft cap, weights of zero, and a scale from outside: to 3e-6 of the largest."""
+    config = replace(FULL, chunks=chunks)
+    check(computed(mesh, config, scale=0.3), by_formula(*inputs(), config), 0.3, 3e-6)
+
+
+@pytest.mark.parametrize("config", [CrossEntropy(chunks=4), CrossEntropy(chunks=4, z_loss=0.1)])
+def test_options_are_options(config: CrossEntropy) -> None:
+    check(computed(MESHES["one"], config), by_formula(*inputs(), config), 1.0, 3e-6)
+
+
+@pytest.mark.parametrize("mesh", [MESHES["one"], MESHES["cube"]], ids=["one", "cube"])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_bfloat16_inputs_lose_no_more_than_their_rounding(mesh: MeshConfig, chunks: int) -> None:
+    """Logits and gradients are rounded to 2**-9; the sums over tokens stay float32."""
+    config = replace(FULL, chunks=chunks)
+    x, w, *rest = inputs()
+    x, w = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (x, w))
+    wanted = by_formula(x, w, *rest, config)
+    found = computed(mesh, config, dtype="bfloat16")
+    check({k: found[k] for k in ("total", "entropy")}, {k: wanted[k] for k in ("total", "entropy")}, 1.0, 1e-3)
+    check({k: found[k] for k in "xw"}, {k: wanted[k] for k in "xw"}, 1.0, 4 * 2**-9)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = jnp.asarray([[[1e4, 0.0, -1e4]]])
+    for target, loss in ((0, 0.0), (1, 1e4), (2, 2e4)):
+        assert token_losses(logits, jnp.full((1, 1), target), CrossEntropy())[0] == loss
+
+
+def temporaries_bytes(fun: Any, *shapes: jax.ShapeDtypeStruct) -> int:
+    step = jax.jit(jax.value_and_grad(fun, argnums=(0, 1)))
+    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_gradients_are_made_without_all_logits() -> None:
+    rows, length, width, words = 2, 512, 16, 8192
+    logits_bytes = 4 * rows * length * words
+    float_, int_ = jnp.dtype("float32"), jnp.dtype("int32")
+    tokens = (rows, length)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((*tokens, width), float_), ((width, words), float_), (tokens, int_), (tokens, float_))
+    ]
+
+    def chunked(x, w, targets, weights):
+        return cross_entropy(x, w, targets, weights, CrossEntropy(chunks=16))[0]
+
+    def plain(x, w, targets, weights):
+        return jnp.sum(token_losses(x @ w, targets, CrossEntropy())[0] * weights)
+
+    with jax.set_mesh(make_mesh(MESHES["one"], jax.devices()[:1])):
+        assert temporaries_bytes(chunked, *shapes) < logits_bytes / 4
+        assert temporaries_bytes(plain, *shapes) > logits_bytes

@@ -1,0 +1,72 @@
+"""`dot` is the contraction it stands for, whatever is sharded."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfra.ops.dot import dot
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+
+RNG = np.random.default_rng(0)
+
+
+def values(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "contract"),
+    [
+        ((2, 3, 4), (4, 5), 1),
+        ((2, 3, 4), (4, 5, 6), 1),
+        ((2, 3, 4, 5), (4, 5, 6), 2),
+        ((3, 4), (4, 5), 1),
+        ((2, 3, 7, 4, 5), (4, 5, 6, 8), 2),
+    ],
+)
+def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], contract: int) -> None:
+    """Values and both gradients, to 2e-6 of the largest."""
+    x, w = values(*x_shape), values(*w_shape)
+    noise = values(*x_shape[: len(x_shape) - contract], *w_shape[contract:])
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
+        y, pull = jax.vjp(lambda x, w: dot(x, w, contract=contract), x, w)
+        dx, dw = pull(noise)
+    lead = len(x_shape) - contract
+    wanted = (
+        np.tensordot(x, w, contract),
+        np.tensordot(noise, w, (range(lead, noise.ndim), range(contract, w.ndim))),
+        np.tensordot(x, noise, (range(lead), range(lead))),
+    )
+    for found, value in zip((y, dx, dw), wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=0, atol=2e-6 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("spread_length", [False, True], ids=["rank 2", "rank 3"])
+@pytest.mark.parametrize("contract", [1, 2])
+def test_partial_sums_are_scattered(contract: int, spread_length: bool) -> None:
+    """Contracted over `tensor`, and scattered over positions, which may be on an axis of their own as well."""
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2), jax.devices())
+    length = "context" if spread_length else None
+    k = (4,) if contract == 1 else (4, 3)
+    x, w = values(2, 8, *k), values(*k, 5)
+    x_spec = PartitionSpec("fsdp", length, "tensor", *(None,) * (contract - 1))
+    w_spec = PartitionSpec("tensor", *(None,) * contract)
+    out = PartitionSpec("fsdp", (length, "tensor") if length else "tensor", None)
+
+    def run(x, w):
+        y = dot(
+            x,
+            jax.reshard(w, w_spec.update(reduced={"fsdp", "context"})),
+            contract=contract,
+            partial=frozenset({"tensor"}),
+        )
+        assert jax.typeof(y).sharding.spec.unreduced == {"tensor"}
+        return jax.reshard(y, out)
+
+    with jax.set_mesh(mesh):
+        placed = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, x_spec), (w, w_spec)))
+        y = jax.jit(run)(*placed)
+    wanted = np.tensordot(x, w, contract)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+    assert y.sharding.spec == out

@@ -1,0 +1,65 @@
+"""Rotary tables and rotation."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, rope_tables, rotate
+
+
+def test_frequencies_are_geometric() -> None:
+    assert Rope(theta=10000.0).frequencies(8) == pytest.approx([1.0, 0.1, 0.01, 0.001])
+    assert Rope(theta=10000.0, fraction=0.5).frequencies(8) == pytest.approx([1.0, 0.01])
+    assert Rope(theta=16.0, scaling=LinearScaling(factor=4.0)).frequencies(4) == pytest.approx([1 / 4, 1 / 16])
+
+
+def test_llama3_scaling_keeps_fast_divides_slow_and_ramps_between() -> None:
+    """The numbers of Llama 3.1 8B: heads of 128, theta of 500,000, 8,192 tokens before stretching."""
+    plain = Rope(theta=500000.0).frequencies(128)
+    scaled = Rope(theta=500000.0, scaling=Llama3Scaling()).frequencies(128)
+    wavelength = 2 * math.pi / plain
+    fast, slow = wavelength < 8192 / 4, wavelength > 8192
+    assert np.array_equal(scaled[fast], plain[fast]) and fast.sum() == 29
+    assert scaled[slow] == pytest.approx(plain[slow] / 8) and slow.sum() == 29
+    between = scaled[~fast & ~slow] / plain[~fast & ~slow]
+    assert np.all(np.diff(between) < 0) and between.min() > 1 / 8 and between.max() < 1
+
+
+@pytest.mark.parametrize("rope", [Rope(), Rope(fraction=0.5), Rope(theta=100.0)])
+def test_rotation_turns_pairs_by_their_angle(rope: Rope) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3, 1000], [0, 0, 7, 8, 9]], np.int32)
+    cos, sin = rope_tables(rope, jnp.asarray(positions), 8, jnp.dtype("float32"))
+    found = np.asarray(rotate(jnp.asarray(x), cos, sin))
+    half = int(8 * rope.fraction) // 2
+    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * positions[..., None, None] * rope.frequencies(8))
+    # An angle of 1,000 radians in float32 is known to 6e-5.
+    np.testing.assert_allclose(found[..., :half], z.real, atol=2e-4)
+    np.testing.assert_allclose(found[..., half : 2 * half], z.imag, atol=2e-4)
+    assert np.array_equal(found[..., 2 * half :], x[..., 2 * half :])
+
+
+def test_scores_depend_on_distance_alone() -> None:
+    rng = np.random.default_rng(1)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 64)), jnp.float32) for _ in range(2))
+
+    def score(q_at: int, k_at: int) -> float:
+        turned = (
+            rotate(x, *rope_tables(Rope(), jnp.full((1, 1), at), 64, jnp.dtype("float32")))
+            for x, at in ((q, q_at), (k, k_at))
+        )
+        return float(jnp.vdot(*turned))
+
+    assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-3)
+    assert score(7, 3) != pytest.approx(score(8, 3), abs=1e-2)
+
+
+@pytest.mark.parametrize(("rope", "field"), [(Rope(theta=0.0), "theta"), (Rope(fraction=1.5), "fraction")])
+def test_impossible_numbers_are_refused(rope: Rope, field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        validate(rope)
