@@ -16,9 +16,7 @@ from jaxinfra.train.loop import TrainConfig
 def config() -> Run:
     return Run(
         name="quickstart",
-        model=TransformerConfig(
-            vocab_size=4096, layers=4, width=192, heads=6, mlp_dim=512, rope=Rope(), qk_norm=True
-        ),
+        model=TransformerConfig(vocab_size=4096, layers=4, width=192, heads=6, mlp_dim=512, rope=Rope(), qk_norm=True),
         data=TokenData(store="stores/python-stdlib", corpus=Corpus(vocab_size=4096), seq_len=256),
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),

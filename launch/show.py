@@ -15,6 +15,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the tree, the derived numbers, the parameters with their shardings, and the learning rate."""
     import math
 
+    from rich.text import Text
+
     from rich.console import Console
     from rich.markup import escape
 
@@ -23,7 +25,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from jaxinfra.parallel.mesh import abstract_mesh
     from jaxinfra.program import Program
     from jaxinfra.run import resolved
-    from jaxinfra.track.console import derived_table
+    from jaxinfra.track.console import derived_table, stdout_console
     from jaxinfra.train.derived import derived
     from launch.parameters import parameter_table
 
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     run = resolved(loaded.run, int(count or fixed))
     validate(run)
     program = Program(run, abstract_mesh(run.mesh))
-    console = Console(highlight=False, soft_wrap=True)
+    console = stdout_console()
     origins = loaded.origins
     for line in dump(run).splitlines():
         path = line.partition(" = ")[0]

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxinfra.models.flops import flops_per_token
 from jaxinfra.program import Program
@@ -23,6 +24,11 @@ def per_device_bytes(tree: Any) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(map(one, jax.tree.leaves(tree)))
+
+
+def gib(n_bytes: float) -> str:
+    """A number of bytes in GiB."""
+    return f"{n_bytes / 2**30:.3f} GiB"
 
 
 def tokens_per_step(program: Program) -> int:
@@ -48,6 +54,7 @@ def derived(program: Program, train_tokens: int | None = None) -> Derived:
     tokens = tokens_per_step(program) * run.train.steps
     embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
     flops = step_flops(program) * run.train.steps
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
     numbers: Derived = {
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
@@ -60,9 +67,9 @@ def derived(program: Program, train_tokens: int | None = None) -> Derived:
         "tokens a parameter": (tokens / program.num_params, "20 is compute-optimal (Hoffmann et al. 2022)"),
         "FLOPs a token": (flops / tokens, "6 x matmul parameters + causal attention"),
         "FLOPs": (flops, "of the whole run"),
-        "parameter bytes a device": (per_device_bytes(state.params), run.precision.params),
-        "gradient bytes a device": (per_device_bytes(state.params) * 4 // _itemsize(run), "float32"),
-        "optimiser bytes a device": (per_device_bytes(state.opt_state), run.optim.state_dtype),
+        "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
+        "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
+        "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
     if train_tokens is not None:
         numbers["epochs"] = (tokens / train_tokens, f"of {train_tokens:,} tokens")
@@ -70,7 +77,3 @@ def derived(program: Program, train_tokens: int | None = None) -> Derived:
         hours = flops / (ASSUMED_MFU * CHIP_FLOPS[chip]) / 3600
         numbers[f"{chip} hours"] = (hours, f"chip-hours if {ASSUMED_MFU:.0%} of {CHIP_FLOPS[chip] / 1e12:.0f} TFLOP/s")
     return numbers
-
-
-def _itemsize(run: Any) -> int:
-    return 4 if run.precision.params == "float32" else 2

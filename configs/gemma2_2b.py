@@ -1,0 +1,27 @@
+"""Gemma 2 2B on 16 TPU v6e chips (4x4): alternating local and global layers, soft caps, a vocabulary of 256,000."""
+
+from dataclasses import replace
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.zoo import shape
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import WSD
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.run import Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="gemma2-2b",
+        model=replace(shape("gemma-2-2b"), remat="full"),
+        data=TokenData(
+            store="stores/text-gemma2",
+            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/gemma2.json"),
+            seq_len=8192,
+        ),
+        mesh=MeshConfig(fsdp=8, tensor=2),
+        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=1000), peak_lr=3e-4),
+        train=TrainConfig(steps=50000, global_batch=64, eval_every=1000, eval_windows=1024),
+    )

@@ -1,0 +1,25 @@
+"""GPT-2 124M on one machine of eight GPUs."""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.zoo import shape
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import WSD
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.run import Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="gpt2-124m",
+        model=shape("gpt2"),
+        data=TokenData(
+            store="stores/text-gpt2",
+            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/gpt2.json"),
+            seq_len=1024,
+        ),
+        mesh=MeshConfig(fsdp=8),
+        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=250), peak_lr=6e-4),
+        train=TrainConfig(steps=20000, global_batch=512, accumulate=4, eval_every=1000, eval_windows=1024),
+    )

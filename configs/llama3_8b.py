@@ -1,0 +1,27 @@
+"""Llama 3.1 8B from scratch on 64 TPU v5p chips (4x4x4), fully sharded, sequences of 8,192 tokens."""
+
+from dataclasses import replace
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.zoo import shape
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import Cosine
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.run import Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="llama3-8b",
+        model=replace(shape("llama-3.1-8b"), remat="full"),
+        data=TokenData(
+            store="stores/text-llama3",
+            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/llama3.json"),
+            seq_len=8192,
+        ),
+        mesh=MeshConfig(fsdp=64),
+        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=2000), peak_lr=3e-4),
+        train=TrainConfig(steps=100000, global_batch=128, eval_every=1000, eval_windows=1024),
+    )

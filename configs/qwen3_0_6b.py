@@ -1,0 +1,27 @@
+"""Qwen3 0.6B on one machine of eight accelerators, with averaged parameters."""
+
+from dataclasses import replace
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.zoo import shape
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import WSD
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.run import Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="qwen3-0.6b",
+        model=replace(shape("qwen3-0.6b"), remat="dots"),
+        data=TokenData(
+            store="stores/text-qwen3",
+            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/qwen3.json"),
+            seq_len=4096,
+        ),
+        mesh=MeshConfig(fsdp=8),
+        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=500), peak_lr=1e-3, ema_decay=0.9995),
+        train=TrainConfig(steps=20000, global_batch=128, eval_every=1000, eval_windows=1024),
+    )
