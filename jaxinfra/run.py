@@ -84,9 +84,13 @@ class Run:
     def _shards(self, axes: Sequence[str]) -> int:
         return math.prod(getattr(self.mesh, axis) for axis in axes)
 
+    def _batch_parts(self) -> int:
+        """Into how many parts a global batch is cut, over devices and over microbatches."""
+        return self._shards(self.rules.batch) * max(self.train.accumulate, 1)
+
     def problems(self) -> Iterable[Problem]:
         """What only shows where two parts meet. Mesh axes of -1 are left out: resolve them first."""
-        if not self.name or "/" in self.name:
+        if self.name in ("", ".", "..") or "/" in self.name:
             yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
         yield from self._lengths()
         yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
@@ -109,25 +113,18 @@ class Run:
                 message="chunks must divide the sequence",
                 fix=f"use task.loss_chunks={fitting}",
             )
-        if self.train.global_batch > 0 and self.train.global_batch % max(self.train.accumulate, 1):
-            yield self._batch_problem(("train.accumulate",), self.train.accumulate)
-
-    def _batch_problem(self, fields: tuple[str, ...], parts: int) -> Problem:
-        fitting = -(-self.train.global_batch // parts) * parts
-        return Problem(
-            fields=("train.global_batch", *fields),
-            message=f"the batch does not divide into {parts} equal parts",
-            fix=f"use train.global_batch={fitting}",
-        )
 
     def _divisions(self) -> Iterable[Problem]:
         """Every sharded dimension divides over its mesh axes."""
-        batch = self._shards(self.rules.batch)
-        parts = batch * max(self.train.accumulate, 1)
+        parts = self._batch_parts()
         if self.train.global_batch % parts:
             spread = tuple(f"mesh.{axis}" for axis in self.rules.batch if getattr(self.mesh, axis) > 1)
             accumulated = ("train.accumulate",) if self.train.accumulate > 1 else ()
-            yield self._batch_problem((*accumulated, *spread), parts)
+            yield Problem(
+                fields=("train.global_batch", *accumulated, *spread),
+                message=f"the batch does not divide into {parts} equal parts",
+                fix=f"use train.global_batch={_rounded_up(self.train.global_batch, parts)}",
+            )
         dimensions = (
             ("model.heads", self.model.heads, self.rules.heads),
             ("model.kv_heads", self.model.groups, self.rules.kv_heads),
@@ -144,7 +141,7 @@ class Run:
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
         shards = self._shards(axes)
         spread = tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
-        rounded = f"{path}={-(-size // shards) * shards}"
+        rounded = f"{path}={_rounded_up(size, shards)}"
         return Problem(
             fields=(path, *(f"mesh.{axis}" for axis in spread)),
             message=f"{shards} shards do not divide {size} {path.split('.')[-1]}",
@@ -155,12 +152,15 @@ class Run:
         """Overrides that shrink a mesh axis and give its devices to data parallelism, the batch rounded up to fit."""
         spare = getattr(self.mesh, axis) // size
         into = "fsdp" if axis != "fsdp" and self.model.width % (self.mesh.fsdp * spare) == 0 else "replica"
-        parts = self._shards(self.rules.batch) * max(self.train.accumulate, 1)
-        parts *= spare if axis not in self.rules.batch else 1
+        parts = self._batch_parts() * (1 if axis in self.rules.batch else spare)
         overrides = [f"mesh.{axis}={size}", f"mesh.{into}={getattr(self.mesh, into) * spare}"]
         if self.train.global_batch % parts:
-            overrides.append(f"train.global_batch={-(-self.train.global_batch // parts) * parts}")
+            overrides.append(f"train.global_batch={_rounded_up(self.train.global_batch, parts)}")
         return " ".join(overrides)
+
+
+def _rounded_up(size: int, parts: int) -> int:
+    return -(-size // parts) * parts
 
 
 def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:

@@ -163,9 +163,12 @@ def _devices() -> Sequence[Any]:
     """
     try:
         return jax.devices()
-    except RuntimeError as error:
-        cause = str(error).splitlines()[0]
-        raise ConfigError(f"{cause}; use --devices cpu, or install JAX for that platform") from error
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for the platform at all
+        cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "JAX has no plugin for it"
+        raise ConfigError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: cannot be used: {' '.join(cause.split())}; "
+            "use --devices cpu, or install JAX for that platform"
+        ) from error
 
 
 def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:

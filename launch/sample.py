@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from jaxinfra.errors import ConfigError
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The run directory, the prompt, and how to draw."""
@@ -19,6 +21,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the prompt and its continuation."""
     from jaxinfra.sample import Draw, Sampler
 
+    if options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {options.max_tokens}: must be at least 1; use --max-tokens 200")
     draw = Draw(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     sampler = Sampler.from_run(options.run_dir)
     print(options.prompt, end="", flush=True)

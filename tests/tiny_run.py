@@ -1,0 +1,180 @@
+"""A run so small that a test can afford it: random words, 2 layers, 12 steps."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.config import load
+from jaxinfra.run import Run
+from jaxinfra.track.jsonl import read
+from launch.__main__ import main
+
+STEPS = 12
+CONFIG = """\
+from jaxinfra.checkpoint.checkpoints import CheckpointConfig
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import Cosine
+from jaxinfra.run import Precision, Run
+from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="tiny",
+        root={runs!r},
+        model=TransformerConfig(vocab_size=304, layers=2, width=32, heads=8, mlp_dim=64),
+        data=TokenData(
+            store={store!r},
+            corpus=Corpus(root={text!r}, pattern="*.txt", heldout_fraction=0.2, vocab_size=300),
+            seq_len=32,
+        ),
+        precision=Precision(compute="float32"),
+        optim=Optim(optimizer=AdamW(), schedule=Cosine(warmup_steps=2), peak_lr=3e-3),
+        train=TrainConfig(steps={steps}, global_batch=8, eval_every=5),
+        checkpoint=CheckpointConfig(every=5),
+        track=TrackConfig(log_every=1, console="plain"),
+    )
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """A config file, and the place where its runs go."""
+
+    config: Path
+    runs: Path
+
+    def launch(self, *arguments: str, command: str = "train", config: Path | None = None) -> Ended:
+        """Runs a command on the config in this process."""
+        words = [] if command == "train" else [command]
+        return launch(*words, str(config or self.config), *arguments)
+
+    def start(self, *arguments: str, devices: int = 1, env: Mapping[str, str] | None = None) -> subprocess.Popen:
+        """Trains in a process of its own."""
+        return start(str(self.config), *arguments, "--devices", f"cpu:{devices}", env=env)
+
+    def loaded(self, *overrides: str) -> Run:
+        return load(self.config, overrides, root=Run).run
+
+    def directory(self, name: str = "tiny") -> Path:
+        return self.runs / name
+
+    def losses(self, name: str = "tiny") -> dict[int, str]:
+        """Loss of every logged step, to the last bit."""
+        rows = read(self.directory(name) / "metrics.jsonl")
+        return {int(row["step"]): row["loss"].hex() for row in rows if "loss" in row}
+
+    def edited(self, old: str, new: str, name: str = "edited.py") -> Path:
+        """A copy of the config file with one text replaced."""
+        text = self.config.read_text()
+        assert text.count(old) == 1, old
+        path = self.config.with_name(name)
+        path.write_text(text.replace(old, new))
+        return path
+
+
+def launch(*arguments: str) -> Ended:
+    """Runs a command line in this process, on its eight devices."""
+    out, err = io.StringIO(), io.StringIO()
+    environment = dict(os.environ)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(arguments)
+    except SystemExit as left:  # argparse, for wrong usage
+        code = left.code if isinstance(left.code, int) else 1
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return Ended(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen:
+    """Starts `python -m launch` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def ended(process: subprocess.Popen, timeout_s: float = 120) -> Ended:
+    """Waits for a process."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout_s} s\n{out}\n{err}") from None
+    return Ended(code=process.returncode, out=out, err=err)
+
+
+def write_text(folder: Path, files: int = 30, words: int = 120) -> None:
+    """Files of words in which the next word often follows from the last: there is something to learn."""
+    draw = random.Random(0)
+    folder.mkdir(parents=True)
+    for number in range(files):
+        text, word = [], 0
+        for _ in range(words):
+            word = (word * 7 + draw.choice((1, 1, 1, 2))) % 61
+            text.append(f"w{word}")
+        (folder / f"{number}.txt").write_text(" ".join(text) + "\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes, and every empty folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        found[str(path.relative_to(folder))] = b"" if path.is_dir() else path.read_bytes()
+    return found
+
+
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `text/` and its prepared `store/`; tests only read it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_text(folder / "text")
+    made = _write_config(folder, folder, STEPS)
+    assert launch("prepare", str(made.config)).code == 0
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_data: Path, tmp_path: Path) -> Tiny:
+    """The tiny config, with a place for runs that is the test's own."""
+    return _write_config(tmp_path, tiny_data, STEPS)
+
+
+def _write_config(folder: Path, data: Path, steps: int) -> Tiny:
+    runs, config = folder / "runs", folder / "tiny.py"
+    text = CONFIG.format(runs=str(runs), store=str(data / "store"), text=str(data / "text"), steps=steps)
+    config.write_text(text)
+    return Tiny(config=config, runs=runs)
