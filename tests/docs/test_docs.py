@@ -1,0 +1,106 @@
+"""Every command that the documentation shows is run, in a fresh copy with a fresh environment."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.config import load
+from jaxinfra.run import Run
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+COMMAND = re.compile(r"^ {4}((?:make|python|pip|jaxinfra)\b.*?)(?:\s{2,}#.*)?$", re.MULTILINE)
+RUN_ELSEWHERE = {
+    "make test": "the command that runs this test",
+    "make test-slow": "the command that runs this test",
+    "python -m launch bench step": "tests/bench",
+    "python tests/golden/write.py": "tests/golden",
+}
+
+
+def commands(page: Path) -> list[str]:
+    return [match[1] for match in COMMAND.finditer(page.read_text())]
+
+
+ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def test_the_pages_show_the_commands_that_matter() -> None:
+    for wanted in ("make quickstart", "make test", 'python -m launch sample runs/quickstart "def main("'):
+        assert wanted in ALL
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if " configs/" in c and " diff " not in c])
+def test_configs_and_overrides_in_commands_are_right(command: str) -> None:
+    words = [word for word in shlex.split(command) if word.startswith("configs/") or "=" in word]
+    load(ROOT / words[0], words[1:], root=Run)
+
+
+def environment() -> dict[str, str]:
+    """What a newcomer has: no virtual environment, nothing of JAX's."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "VIRTUAL_ENV", "PYTHON", "PYTEST", "MAKE"))}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tracked files as they stand, elsewhere."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def run(command: str, folder: Path, budget_s: float) -> tuple[int, str]:
+    """Runs a shell command; past its budget it is asked to stop, as a scheduler would."""
+    path = f"{folder}/.venv/bin:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=folder,
+        env=environment() | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=budget_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_what_the_readme_says(clone: Path) -> None:
+    code, output = run("make quickstart", clone, 1500)
+    assert code == 0, output
+    assert "Held-out bits per byte" in output
+    assert "def main(" in output
+    for command in ALL:
+        if command in RUN_ELSEWHERE or command.startswith(("make quickstart", "pip install")):
+            continue
+        code, output = run(command, clone, 90)
+        assert code == 0 or (code == 75 and "start the same command to go on" in output), (command, output)
+        assert "Traceback" not in output, (command, output)
+
+
+def test_make_says_what_is_missing_without_python(clone: Path) -> None:
+    code, output = run("make quickstart PYTHON=", clone, 60)
+    assert code != 0
+    assert "error: no Python >= 3.12" in output
