@@ -65,6 +65,11 @@ class RunDirectory:
         return self.path / "run.json"
 
     @property
+    def report(self) -> Path:
+        """The page that tells of the run."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
@@ -293,6 +298,7 @@ class _Session:
             "peak_source": self.peak_source,
             "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
             "checkpoint": str(directory.checkpoints / str(outcome.done)),
+            "report": str(directory.report),
         }
 
 

@@ -67,7 +67,10 @@ _SUMMARY = {
     "tokens_per_s_median": ("Tokens/s, median", count),
     "mfu_median": ("MFU, median", percent),
     "peak_rss_bytes": ("Peak host memory", size),
+    "peak_flops_per_device": ("Peak FLOP/s a device", number),
+    "peak_source": ("  where it is from", str),
     "checkpoint": ("Checkpoint", str),
+    "report": ("Report", str),
 }
 
 
