@@ -103,7 +103,7 @@ def test_documents_of_a_row_do_not_see_one_another(changes: dict[str, Any]) -> N
 
 
 def test_loss_is_the_entropy_of_the_capped_logits_of_the_definition() -> None:
-    built = build(**MODELS["gemma-2"])
+    built = build(**MODELS["gemma"])
     values, words, targets = built.values(), tokens(), tokens(seed=1)
     weights = np.random.default_rng(2).integers(0, 2, words.shape).astype(np.float32)
     logits = numpy_reference.logits(values, built.config, words, RESTARTED, DOCUMENTS)
