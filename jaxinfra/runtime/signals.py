@@ -13,9 +13,21 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        """Name of the signal that asked first, None while nobody has."""
+        self._reason: str | None = None
+        self._interrupted = False
         self._before: dict[int, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """Name of the signal that asked first, None while nobody has.
+
+        Raises:
+            KeyboardInterrupt: there was a second Ctrl-C. It was raised before, but Python drops an exception that
+                comes up in a callback of the garbage collector.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
+        return self._reason
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -29,6 +41,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
+        if number == signal.SIGINT and self._reason is not None:
+            self._interrupted = True
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        self._reason = self._reason or signal.Signals(number).name

@@ -1,0 +1,52 @@
+"""What a device can compute at most: from a table, or measured."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxinfra.runtime.peak import CHIP_FLOPS, measured_flops, peak_flops
+
+KINDS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_chips(kind: str) -> None:
+    """The longest start of the name decides: a v5 lite is no v5."""
+    chip = SimpleNamespace(platform="accelerator", device_kind=kind)
+    flops, source = peak_flops(chip, jnp.dtype("bfloat16"), 8)
+    assert flops == KINDS[kind]
+    assert source.startswith("data sheet, bfloat16")
+
+
+def test_no_key_hides_a_later_one() -> None:
+    """Keys are tried in order: one that another begins with must come after it."""
+    keys = list(CHIP_FLOPS)
+    for i, key in enumerate(keys):
+        assert not any(later.startswith(key) for later in keys[i + 1 :]), key
+
+
+def test_cpu_devices_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxinfra.runtime.peak.measured_flops", lambda device, dtype: 80.0)
+    assert peak_flops(jax.devices()[0], jnp.dtype("float32"), 8) == (10.0, "measured, float32 matmul")
+
+
+def test_unknown_chips_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxinfra.runtime.peak.measured_flops", lambda device, dtype: 80.0)
+    chip = SimpleNamespace(platform="gpu", device_kind="Another Chip")
+    assert peak_flops(chip, jnp.dtype("bfloat16"), 8) == (80.0, "measured, bfloat16 matmul on Another Chip")
+
+
+def test_measured() -> None:
+    """No CPU core is outside this range, from a tenth of a GFLOP/s to 10 TFLOP/s."""
+    assert 1e8 < measured_flops(jax.devices()[0], jnp.dtype("float32"), size=256) < 1e13
