@@ -21,7 +21,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.markup import escape
 
     from jaxinfra.config import dump, validate
-    from jaxinfra.optim.schedules import plot
+    from jaxinfra.optim.schedules import plot, table
     from jaxinfra.parallel.mesh import abstract_mesh
     from jaxinfra.program import Program
     from jaxinfra.run import resolved
@@ -44,7 +44,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         console.print(escape(line) + origin)
     console.print(derived_table(derived(program)))
     console.print(parameter_table(program))
-    rate = run.optim
-    console.print(f"Learning rate over {run.train.steps} steps")
-    console.print(plot(rate.schedule, peak_lr=rate.peak_lr, steps=run.train.steps), markup=False)
+    course = {"peak_lr": run.optim.peak_lr, "steps": run.train.steps}
+    console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
+    for step, rate in table(run.optim.schedule, **course):
+        console.print(f"{step:>12,}  {rate:.2e}")
+    console.print(plot(run.optim.schedule, **course), markup=False)
     return 0
