@@ -58,7 +58,14 @@ class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dimension."""
 
     def __init__(
-        self, width: int, *, kind: Literal["rmsnorm", "layernorm"], eps: float, offset: float, stack: Stack, layout: Layout
+        self,
+        width: int,
+        *,
+        kind: Literal["rmsnorm", "layernorm"],
+        eps: float,
+        offset: float,
+        stack: Stack,
+        layout: Layout,
     ):
         self.kind, self.eps, self.offset, self.layout = kind, eps, offset, layout
         self.scale = stack.declare((width,), (None,), constant(1.0 - offset), "norm")

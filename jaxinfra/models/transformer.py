@@ -110,7 +110,9 @@ class TransformerConfig:
         if self.head_dim is None and self.heads > 0 and self.width % self.heads:
             fitting = self.width + self.heads - self.width % self.heads
             yield Problem(
-                fields=("width", "heads"), message="heads must divide the width", fix=f"use width={fitting} or set head_dim"
+                fields=("width", "heads"),
+                message="heads must divide the width",
+                fix=f"use width={fitting} or set head_dim",
             )
         if self.groups > 0 and self.heads % self.groups:
             fitting = max(g for g in range(1, self.groups + 1) if self.heads % g == 0)
