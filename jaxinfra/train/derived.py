@@ -59,7 +59,10 @@ def derived(program: Program, train_tokens: int | None = None) -> Derived:
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
-        "sequences a device": (run.train.global_batch / devices, f"global batch {run.train.global_batch}"),
+        "sequences a device": (
+            run.train.global_batch / program.layout.shards("batch"),
+            f"global batch {run.train.global_batch}",
+        ),
         "microbatches": (run.train.accumulate, "a step"),
         "tokens a step": (tokens_per_step(program), ""),
         "steps": (run.train.steps, ""),

@@ -1,0 +1,93 @@
+"""Numbers that follow from a config, against counts made by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_run import Tiny
+
+from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import resolved
+from jaxinfra.train.derived import derived, per_device_bytes, step_flops, tokens_per_step
+
+
+def test_flops_by_hand() -> None:
+    """Width 8, two heads of 4, one key/value head, MLP of 16, ten words, two layers, three tokens."""
+    config = TransformerConfig(vocab_size=10, layers=2, width=8, heads=2, kv_heads=1, mlp_dim=16)
+    query, key, value, out = 8 * 8, 8 * 4, 8 * 4, 8 * 8
+    gate, up, down = 8 * 16, 8 * 16, 16 * 8
+    weights = 2 * (query + key + value + out + gate + up + down) + 8 * 10
+    assert matmul_params(config) == weights
+    # Token t sees t + 1 keys: scores and values are 2 FLOPs each a head feature, in 2 heads of 4, in 2 layers.
+    forward = 2 * weights * 3 + 2 * 2 * (2 * 4) * 2 * (1 + 2 + 3)
+    assert flops_per_token(config, 3) * 3 == 3 * forward
+
+
+def test_flops_of_options() -> None:
+    base = {"vocab_size": 10, "layers": 4, "width": 8, "heads": 2, "mlp_dim": 16}
+    plain = flops_per_token(TransformerConfig(**base), 6)
+    assert flops_per_token(TransformerConfig(**base, tied=True), 6) == plain
+    assert flops_per_token(TransformerConfig(**base, learned_positions=6), 6) == plain
+    without_gate = flops_per_token(TransformerConfig(**base, mlp="gelu"), 6)
+    assert plain - without_gate == 6 * 4 * 8 * 16
+    local = TransformerConfig(**base, sights=("local", "global"), window=2)
+    # Within a window of 2, six tokens see 1, 2, 2, 2, 2, 2 keys instead of 1 to 6; in two of four layers.
+    assert visible_keys(6, 2) == pytest.approx(11 / 6)
+    assert visible_keys(6, None) == visible_keys(6, 9) == pytest.approx(21 / 6)
+    assert plain - flops_per_token(local, 6) == pytest.approx(12 * 2 * 4 * 2 * (21 - 11) / 6)
+
+
+def test_flops_against_the_compiler() -> None:
+    """Of one layer (a scan of one is unrolled), forward; norms and softmax come on top, and the whole square."""
+    config = TransformerConfig(vocab_size=512, layers=1, width=128, heads=4, mlp_dim=512)
+    batch, length = 2, 64
+    program_of = config.build(Layout())
+    from flax import nnx
+
+    graph, specs = nnx.split(program_of)
+    params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), nnx.to_pure_dict(specs))
+
+    def forward(params: dict, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, nnx.State(params))
+        hidden, _ = model(tokens)
+        return hidden @ model.head()
+
+    mesh = jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        cost = jax.jit(forward).lower(params, tokens).compile().cost_analysis()
+    counted = flops_per_token(config, length) / 3 * batch * length
+    assert cost is not None and cost["flops"] == pytest.approx(counted, rel=0.15)
+
+
+def test_derived_numbers(tiny: Tiny) -> None:
+    run = resolved(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9", "train.accumulate=2"), 8)
+    program = Program(run, abstract_mesh(run.mesh))
+    numbers = {name: value for name, (value, _) in derived(program, train_tokens=1000).items()}
+    block = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert numbers["devices"] == 8
+    assert numbers["parameters"] == 2 * 304 * 32 + 2 * block + 32
+    assert numbers["parameters of blocks"] == 2 * block + 32
+    assert tokens_per_step(program) == numbers["tokens a step"] == 8 * 32
+    assert numbers["tokens"] == 12 * 8 * 32 and numbers["epochs"] == 12 * 8 * 32 / 1000
+    assert numbers["sequences a device"] == 2, "eight sequences over four shards; tensor shards share theirs"
+    assert step_flops(program) == numbers["FLOPs a token"] * 8 * 32
+    assert numbers["FLOPs"] == step_flops(program) * 12
+    hours = numbers["FLOPs"] / (0.4 * 989e12) / 3600
+    assert numbers["NVIDIA H100 hours"] == pytest.approx(hours)
+
+
+def test_bytes_of_a_device(tiny: Tiny) -> None:
+    """The largest part of an array that one device holds, which for even shards is each."""
+    run = resolved(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9"), 8)
+    program = Program(run, abstract_mesh(run.mesh))
+    matrices = 2 * 304 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    norms = 2 * 2 * 32 + 32
+    found = per_device_bytes(program.state.params)
+    assert matrices * 4 // 8 < found <= (matrices // 8 + norms) * 4
+    assert per_device_bytes(program.state.ema) == found
+    moments = per_device_bytes(program.state.opt_state)
+    assert 2 * found <= moments <= 2 * found + 64, "two moments, and counters"

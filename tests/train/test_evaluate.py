@@ -1,0 +1,87 @@
+"""Evaluation against NumPy: every held-out token counts once, also those of the last, shorter batch."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import Tiny
+
+from jaxinfra.data.loader import heldout_batches, heldout_bytes, open_store, to_global
+from jaxinfra.data.store import TokenStore
+from jaxinfra.data.windows import split_inputs_targets
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Program, TrainState
+from jaxinfra.run import Run, resolved
+from jaxinfra.train.evaluate import evaluate
+
+SEQ_LEN, BATCH = 32, 8
+
+
+def build(run: Run, devices: int = 8) -> Program:
+    run = resolved(run, devices)
+    return Program(run, make_mesh(run.mesh, jax.devices()[:devices]))
+
+
+def found(program: Program, state: TrainState, store: TokenStore, windows: int | None = None) -> dict[str, float]:
+    data = program.run.data
+    shardings: dict[str, Any] = {name: array.sharding for name, array in program.batch.items()}
+    shardings.setdefault("weights", shardings["inputs"])
+    batches = heldout_batches(data, global_batch=BATCH, rows=slice(None), eval_windows=windows, store=store)
+    n_bytes = heldout_bytes(data, store, eval_windows=windows)
+    return evaluate(program, state, batches, lambda b: to_global(b, shardings, global_batch=BATCH), n_bytes)
+
+
+def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) -> dict[str, float]:
+    """Log-probabilities in NumPy, window by window, in float64, from the logits of the model on one device."""
+    program, mask = build(run, devices=1), run.data.mask_documents
+
+    @jax.jit
+    def logits(params: Any, batch: Any) -> jax.Array:
+        model = program.model(params)
+        hidden, _ = model(batch["inputs"], batch.get("positions"), batch.get("segments"))
+        return hidden @ model.head()
+
+    eot_id, lengths = store.manifest.eot_id, store.tokenizer.byte_lengths()
+    loss, tokens, n_bytes = 0.0, 0, 0
+    for window in windows:
+        ids = store.read("heldout", np.array([window * SEQ_LEN]), SEQ_LEN + 1)
+        batch = split_inputs_targets(ids, eot_id=eot_id, mask_documents=mask)
+        with program.on_mesh:
+            logits_TV = np.asarray(logits(params, batch), np.float64)[0]
+        log_prob_TV = logits_TV - np.log(np.exp(logits_TV - logits_TV.max()).sum(-1, keepdims=True)) - logits_TV.max()
+        for t in range(SEQ_LEN):
+            if mask and ids[0, t] == eot_id:
+                continue
+            target = int(ids[0, t + 1])
+            loss, tokens, n_bytes = loss - log_prob_TV[t, target], tokens + 1, n_bytes + int(lengths[target])
+    return {"eval/loss": loss / tokens, "eval/bits_per_byte": loss / np.log(2) / n_bytes}
+
+
+@pytest.mark.parametrize("mask", [True, False], ids=["documents apart", "one stream"])
+def test_equals_numpy(tiny: Tiny, mask: bool) -> None:
+    run = tiny.loaded(f"data.mask_documents={str(mask).lower()}")
+    program, store = build(run), open_store(run.data)
+    windows = (store.manifest.splits["heldout"].tokens - 1) // SEQ_LEN
+    assert windows % BATCH, "the last batch must be a shorter one"
+    with program.on_mesh:
+        state = program.init(jax.random.key(0))
+        all_of_them, first = found(program, state, store), found(program, state, store, windows=5)
+    params = jax.tree.map(np.asarray, state.params)
+    assert all_of_them == pytest.approx(reference(run, params, store, range(windows)), rel=1e-5)
+    assert first == pytest.approx(reference(run, params, store, range(5)), rel=1e-5)
+    assert first != pytest.approx(all_of_them, rel=1e-5)
+
+
+def test_averaged_parameters_are_evaluated(tiny: Tiny) -> None:
+    """Where a run keeps an average, that is what will be used, so that is what is measured."""
+    run = tiny.loaded("optim.ema_decay=0.5")
+    program, store = build(run), open_store(run.data)
+    with program.on_mesh:
+        state, other = program.init(jax.random.key(0)), program.init(jax.random.key(1))
+        swapped = replace(state, ema=other.params)
+        plain = replace(other, ema=None)
+        assert found(program, swapped, store) == found(program, plain, store)
+        assert found(program, swapped, store) != found(program, state, store)
