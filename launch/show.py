@@ -15,9 +15,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the tree, the derived numbers, the parameters with their shardings, and the learning rate."""
     import math
 
-    from rich.text import Text
-
-    from rich.console import Console
     from rich.markup import escape
 
     from jaxinfra.config import dump, validate

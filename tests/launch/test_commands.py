@@ -55,7 +55,7 @@ def test_show_touches_no_device(tmp_path: Path, repo_root: Path) -> None:
     assert "devices 64 fsdp 16 x tensor 4" in numbers
     assert "parameters 8,030,261,248" in numbers
     assert "blocks.mlp" in numbers and "tensor" in numbers
-    assert "Learning rate over 1000 steps" in shown.stdout
+    assert "Learning rate over 1,000 steps" in shown.stdout
     assert not (repo_root / "runs" / "llama").exists()
 
 

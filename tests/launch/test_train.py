@@ -12,6 +12,7 @@ def test_whole_run(tiny: Tiny) -> None:
     """It writes all that it promises; a second start says so and changes nothing."""
     ended = tiny.launch()
     assert (ended.code, ended.err) == (0, "")
+    assert "Derived numbers" in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
     directory = tiny.directory()
     assert {path.name for path in directory.iterdir()} == {
         "run.json",
@@ -58,6 +59,11 @@ def test_replay_from_the_record(tiny: Tiny) -> None:
     tiny.config.unlink()
     assert launch(record, "name=second").code == 0
     assert tiny.losses("second") == tiny.losses("first")
+
+
+def test_console_off_prints_nothing(tiny: Tiny) -> None:
+    ended = tiny.launch("track.console=off")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
 
 
 def test_quiet_run(tiny: Tiny) -> None:
