@@ -4,6 +4,7 @@ Reads from top to bottom: look at everything that can refuse (mesh, data, direct
 written or compiled; restore or begin; train; evaluate, save, report.
 """
 
+import logging
 import math
 import os
 import time
@@ -32,7 +33,7 @@ from jaxinfra.data.loader import (
     to_global,
 )
 from jaxinfra.data.store import TokenStore
-from jaxinfra.errors import ConfigError, Preempted
+from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import NOT_NUMERIC, Run, resolved
@@ -45,6 +46,8 @@ from jaxinfra.track.tracker import Trackers, build
 from jaxinfra.train.derived import Derived, derived, step_flops, tokens_per_step
 from jaxinfra.train.evaluate import evaluate
 from jaxinfra.train.loop import Hooks, Outcome, Reporter, fit
+
+_log = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -240,7 +243,7 @@ class _Session:
                     log=self.trackers,
                     due=lambda step: config.track.due(step, config.train.steps),
                     evaluate=self._evaluate,
-                    save=lambda done, state: self.checkpoints.save(done, state, self.written),
+                    save=self._save,
                     stop=lambda: self.stop.reason,
                 )
                 reporter = Reporter(
@@ -251,13 +254,32 @@ class _Session:
                     peak=self.peak * program.mesh.size,
                 )
                 outcome = fit(program, state, done, ahead, hooks, reporter)
-            self.checkpoints.save(outcome.done, outcome.state, self.written, force=True)
+            self._save_last(outcome)
         return outcome
 
     def _begin(self, done: int) -> TrainState:
         if done:
             return self.checkpoints.restore(done, self.program.state)
         return self.program.init(jax.random.key(self.run_config.seed))
+
+    def _save(self, done: int, state: TrainState) -> None:
+        """Saves the state if it is due. A failure costs this checkpoint, not the run: the next save tries again."""
+        try:
+            self.checkpoints.save(done, state, self.written)
+        except StorageError as error:
+            _log.error("%s", error)
+
+    def _save_last(self, outcome: Outcome) -> None:
+        """Saves the state that the run leaves.
+
+        Raises:
+            StorageError: it cannot be saved. What fails first may be the save before it, so it is tried twice.
+        """
+        try:
+            self.checkpoints.save(outcome.done, outcome.state, self.written, force=True)
+        except StorageError as error:
+            _log.error("%s", error)
+            self.checkpoints.save(outcome.done, outcome.state, self.written, force=True)
 
     def _place(self, batch: Any) -> dict[str, jax.Array]:
         return to_global(batch, self.shardings, global_batch=self.run_config.train.global_batch)

@@ -246,6 +246,18 @@ def test_missing_store_names_the_command_that_makes_it(tiny: Tiny, tmp_path: Pat
     assert tiny.launch(store, "train.steps=1", "optim.schedule.warmup_steps=0").code == 0
 
 
+def test_damaged_store(begun: Tiny, tiny_data: Path, tmp_path: Path) -> None:
+    """A file that is missing or cut short is named, before anything runs."""
+    before = contents(begun.runs)
+    for number, damage in enumerate((lambda path: path.unlink(), lambda path: os.truncate(path, 5))):
+        store = tmp_path / f"store{number}"
+        shutil.copytree(tiny_data / "store", store)
+        largest = max((path for path in store.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        damage(largest)
+        refused(begun.launch(f"data.store={store}"), rf"{re.escape(str(largest))}: .*; .*", 78)
+    assert contents(begun.runs) == before
+
+
 def test_config_file(tiny: Tiny, tmp_path: Path) -> None:
     def of(text: str) -> Ended:
         path = tmp_path / "wrong.py"
