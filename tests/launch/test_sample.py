@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import Tiny, launch
+from tiny_run import Tiny, contents, launch
 
+from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.sample import Draw, Sampler, keep_likeliest, sampling_program
 
 GREEDY = Draw(temperature=0.0)
@@ -69,8 +70,6 @@ def test_prompt_longer_than_a_block(sampler: Sampler) -> None:
 
 
 def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> None:
-    from jaxinfra.checkpoint.checkpoints import Checkpoints
-
     program = sampling_program(sampler._program.run)
     with program.on_mesh, Checkpoints(trained / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(12, program.state)
@@ -118,8 +117,6 @@ def test_keep_likeliest() -> None:
 
 def test_command(trained: Path) -> None:
     """Prints the prompt and goes on; the run is only read."""
-    from tiny_run import contents
-
     before = contents(trained)
     words = ("sample", str(trained), PROMPT, "--max-tokens", "8", "--temperature", "0")
     shown = launch(*words)

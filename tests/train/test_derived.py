@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from tiny_run import Tiny
 
 from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
@@ -44,10 +45,7 @@ def test_flops_against_the_compiler() -> None:
     """Of one layer (a scan of one is unrolled), forward; norms and softmax come on top, and the whole square."""
     config = TransformerConfig(vocab_size=512, layers=1, width=128, heads=4, mlp_dim=512)
     batch, length = 2, 64
-    program_of = config.build(Layout())
-    from flax import nnx
-
-    graph, specs = nnx.split(program_of)
+    graph, specs = nnx.split(config.build(Layout()))
     params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), nnx.to_pure_dict(specs))
 
     def forward(params: dict, tokens: jax.Array) -> jax.Array:
