@@ -202,13 +202,16 @@ class Program:
         if count == 1:
             sums, grads = self._loss_and_grads(marked, batch)
         else:
-            first, rest = _split(batch, count)
-            start = self._loss_and_grads(marked, first)
+            microbatches = _split(batch, count)
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            shapes = jax.eval_shape(self._loss_and_grads, marked, first)
+            # From zeros and not from the first microbatch, so that the model is compiled once, inside the loop.
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), shapes)
 
             def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, self._loss_and_grads(marked, microbatch)), None
 
-            (sums, grads), _ = jax.lax.scan(body, start, rest)
+            (sums, grads), _ = jax.lax.scan(body, zeros, microbatches)
         sums = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, self._stored)
@@ -230,8 +233,8 @@ class Program:
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
 
 
-def _split(batch: Batch, count: int) -> tuple[Batch, Batch]:
-    """The first of `count` microbatches, and the others stacked.
+def _split(batch: Batch, count: int) -> Batch:
+    """The batch as `count` microbatches, stacked.
 
     Microbatch i has the rows r with `r % count == i`: no row leaves its device.
     """
@@ -239,8 +242,4 @@ def _split(batch: Batch, count: int) -> tuple[Batch, Batch]:
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
-    pieces = jax.tree.map(split, dict(batch))
-    return jax.tree.map(lambda x: x[0], pieces), jax.tree.map(lambda x: x[1:], pieces)
-
-
-
+    return jax.tree.map(split, dict(batch))

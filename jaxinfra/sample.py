@@ -56,7 +56,7 @@ class Sampler:
         """Takes parameters that are on the mesh of `sampling_program(run)`."""
         self._program = sampling_program(run)
         self._params, self._tokenizer = params, tokenizer
-        self._config = run.model
+        self._config, self._masked = run.model, run.data.mask_documents
 
     @classmethod
     def from_run(cls, run_dir: str | Path) -> Self:
@@ -101,7 +101,8 @@ class Sampler:
         Raises:
             ConfigError: prompt and continuation are longer than the model's learned positions.
         """
-        ids = [self._tokenizer.eot_id, *prompt]  # a document begins after the end of another
+        # A document begins after the end of another. Where training masks documents it never saw that end.
+        ids = prompt if prompt and self._masked else [self._tokenizer.eot_id, *prompt]
         slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
         longest = self._config.learned_positions
         if longest is not None and slots + max_tokens > longest:

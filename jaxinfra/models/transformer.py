@@ -108,7 +108,7 @@ class TransformerConfig:
             if value is not None and value < 1:
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
         if self.head_dim is None and self.heads > 0 and self.width % self.heads:
-            fitting = self.width + self.heads - self.width % self.heads
+            fitting = -(-self.width // (2 * self.heads)) * 2 * self.heads  # rotary positions pair features
             yield Problem(
                 fields=("width", "heads"),
                 message="heads must divide the width",
@@ -129,7 +129,7 @@ class TransformerConfig:
                 yield Problem(
                     fields=(f"{name}.fraction", "head_dim"),
                     message="the rotated part of a head must be even",
-                    fix=f"use {name}.fraction=1.0",
+                    fix=f"use {name}.fraction=1.0" if self.head_width % 2 == 0 else f"use head_dim={self.head_width + 1}",
                 )
 
     def see(self, sight: Sight) -> See:

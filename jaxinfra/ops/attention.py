@@ -273,7 +273,7 @@ def attend(
     spec = jax.typeof(q_BTHK).sharding.spec
     extra_specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, extra)
     kv_spec = jax.typeof(k_BSGK).sharding.spec
-    sharded = jax.shard_map(local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec, check_vma=False)
+    sharded = jax.shard_map(local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec)
     return sharded(q_BTHK, k_BSGK, v_BSGK, extra)
 
 

@@ -57,7 +57,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass(sampler: Sampler) -> Non
     eot_id = sampler._tokenizer.eot_id
     prompt = encoded(sampler, PROMPT)
     found = list(sampler.tokens(prompt, max_tokens=24, draw=GREEDY))
-    expected = greedy_without_cache(sampler, [eot_id, *prompt], 24)
+    expected = greedy_without_cache(sampler, prompt, 24)
     expected = expected[: expected.index(eot_id)] if eot_id in expected else expected
     assert found == expected and len(found) > 2
 
@@ -66,7 +66,7 @@ def test_prompt_longer_than_a_block(sampler: Sampler) -> None:
     """The padding of the prompt is never seen."""
     prompt = encoded(sampler, "w1 w7 w50 w45 w11 " * 8)[:75]
     found = list(sampler.tokens(prompt, max_tokens=4, draw=GREEDY))
-    assert found == greedy_without_cache(sampler, [sampler._tokenizer.eot_id, *prompt], 4)[: len(found)]
+    assert found == greedy_without_cache(sampler, prompt, 4)[: len(found)]
 
 
 def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> None:
