@@ -204,6 +204,10 @@ PREFERRED: dict[str, tuple[str, ...]] = {
     "cpu": ("xla", "reference"),
 }
 
+PLAIN = ("xla", "reference")
+"""The kernels in plain JAX, which knows over which mesh axes their values vary. It cannot look into the others, and
+so sums their gradients over all axes that no sharding names: a copy and a wait on CPUs, even over one device."""
+
 
 def choose(see: See, shape: Shape, platform: str, forced: Kernel | None = None) -> str:
     """The name of the kernel to use.
@@ -264,7 +268,8 @@ def attend(
         indexed=indexed,
         dtype=q_BTHK.dtype,
     )
-    kernel = KERNELS[choose(see, shape, platform, forced)][0]
+    name = choose(see, shape, platform, forced)
+    kernel = KERNELS[name][0]
     extra = {"segments": segments} | ({"q_index": q_index, "kv_index": kv_index} if indexed else {})
 
     def local(q, k, v, extra):
@@ -273,7 +278,9 @@ def attend(
     spec = jax.typeof(q_BTHK).sharding.spec
     extra_specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, extra)
     kv_spec = jax.typeof(k_BSGK).sharding.spec
-    sharded = jax.shard_map(local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec)
+    sharded = jax.shard_map(
+        local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec, check_vma=name in PLAIN
+    )
     return sharded(q_BTHK, k_BSGK, v_BSGK, extra)
 
 
