@@ -89,31 +89,31 @@ class MeshConfig:
 AXES: tuple[str, ...] = tuple(field.name for field in fields(MeshConfig))
 
 
-def _slices(devices: Sequence[Device]) -> int:
-    """Number of TPU slices among the devices (1 where devices do not name theirs)."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
-
-
 def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     """A mesh of `config` over all of `devices`, explicit axis types, physical neighbours innermost.
 
-    Several slices make the outermost axis: `replica` must be a multiple of their number.
+    On TPUs several slices make the outermost axis: `replica` must be a multiple of their number. Elsewhere
+    devices stand in the order of their ids, host after host, and any axis may span hosts.
 
     Raises:
         ConfigError: the sizes do not fit the devices, or `replica` the slices.
     """
     config = config.resolve(len(devices))
-    slices = _slices(devices)
-    if slices > 1:
-        if config.replica % slices:
-            raise ConfigError(
-                f"mesh.replica={config.replica}: {slices} slices need a multiple of {slices}; "
-                f"use mesh.replica={slices}"
-            )
-        inside = (config.replica // slices, *config.sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1, 1, 1), devices)
-        return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    return jax.make_mesh(config.sizes, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    explicit = (AxisType.Explicit,) * len(AXES)
+    if any(device.platform != "tpu" for device in devices):
+        # Not by `jax.make_mesh`: off TPUs it takes every host for a slice and refuses more than one.
+        in_order = np.array(sorted(devices, key=lambda device: device.id), dtype=object)
+        return Mesh(in_order.reshape(config.sizes), AXES, axis_types=explicit)
+    slices = len({device.slice_index for device in devices})
+    if slices == 1:
+        return jax.make_mesh(config.sizes, AXES, explicit, devices=devices)
+    if config.replica % slices:
+        raise ConfigError(
+            f"mesh.replica={config.replica}: {slices} slices need a multiple of {slices}; use mesh.replica={slices}"
+        )
+    inside = (config.replica // slices, *config.sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=explicit)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

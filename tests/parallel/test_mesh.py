@@ -1,0 +1,169 @@
+"""Meshes: sizes that fit the devices, fast links innermost, slices outermost."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.mesh import AXES, MeshConfig, abstract_mesh, make_mesh, permuted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What mesh making asks of a device; eight of them are two slices of 2 x 2, or a box of 2 x 2 x 2."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+SLICES = [Chip(id=i, slice_index=i // 4, coords=(i % 2, i // 2 % 2, 0)) for i in range(8)]
+BOX = [Chip(id=i, slice_index=0, coords=(i % 2, i // 2 % 2, i // 4), device_kind="TPU v5p") for i in range(8)]
+
+
+def grid(config: MeshConfig, devices: list[Any]) -> np.ndarray:
+    """The devices of the mesh as `[replica, fsdp, tensor]`."""
+    return make_mesh(config, devices).devices.squeeze((1, 3, 4))
+
+
+def distance(one: Chip, other: Chip) -> int:
+    """Links between two chips of a slice, without those round a torus."""
+    return sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "fsdp"),
+    [
+        (MeshConfig(), 8, 8),
+        (MeshConfig(tensor=2), 8, 4),
+        (MeshConfig(replica=2, tensor=4), 8, 1),
+        (MeshConfig(fsdp=4, tensor=2), 8, 4),
+        (MeshConfig(fsdp=1), 1, 1),
+    ],
+)
+def test_the_free_axis_takes_what_is_left(config: MeshConfig, devices: int, fsdp: int) -> None:
+    resolved = config.resolve(devices)
+    assert resolved.fsdp == fsdp
+    assert math.prod(resolved.sizes) == devices
+    assert resolved.resolve(devices) == resolved
+
+
+def test_any_axis_may_be_the_free_one() -> None:
+    assert MeshConfig(replica=-1, fsdp=2).resolve(8) == MeshConfig(replica=4, fsdp=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (
+            MeshConfig(fsdp=4),
+            8,
+            "mesh.fsdp=4: asks for 4 devices, 8 here; "
+            "use --devices cpu:4 to emulate them, or mesh.fsdp=-1 to take what is there",
+        ),
+        (
+            MeshConfig(replica=2, fsdp=2, tensor=2),
+            4,
+            "mesh.replica=2, mesh.fsdp=2, mesh.tensor=2: asks for 8 devices, 4 here; "
+            "use --devices cpu:8 to emulate them, or mesh.fsdp=-1 to take what is there",
+        ),
+        (
+            MeshConfig(fsdp=1),
+            2,
+            "mesh: asks for 1 devices, 2 here; "
+            "use --devices cpu:1 to emulate them, or mesh.fsdp=-1 to take what is there",
+        ),
+        (
+            MeshConfig(tensor=3),
+            8,
+            "mesh.fsdp=-1, mesh.tensor=3: asks for 3 devices, 8 here; the other axes must divide 8",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_what_would(config: MeshConfig, devices: int, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.resolve(devices)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(replica=-1), "replica=-1, fsdp=-1: only one mesh axis may be -1; give replica a size"),
+        (MeshConfig(tensor=0), "tensor=0: an axis size must be at least 1, or -1 for the rest; use tensor=1"),
+        (MeshConfig(fsdp=-2), "fsdp=-2: an axis size must be at least 1, or -1 for the rest; use fsdp=1"),
+        (MeshConfig(stage=2), "stage=2: no model uses the stage axis yet; use stage=1 and fsdp or tensor"),
+        (MeshConfig(context=4), "context=4: no model uses the context axis yet; use context=1 and fsdp or tensor"),
+    ],
+)
+def test_sizes_that_no_devices_could_fit_are_problems(config: MeshConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(config)
+    assert str(raised.value) == message
+
+
+def test_axes_are_in_order_and_explicit() -> None:
+    mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2), jax.devices())
+    assert mesh.axis_names == AXES == ("replica", "stage", "fsdp", "expert", "context", "tensor")
+    assert mesh.axis_types == (AxisType.Explicit,) * 6
+    assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()]
+    abstract = abstract_mesh(MeshConfig(replica=2, fsdp=2, tensor=2))
+    assert (abstract.shape, abstract.axis_types) == (mesh.shape, mesh.axis_types)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=4, tensor=2), MeshConfig(replica=2, fsdp=2, tensor=2)])
+def test_the_innermost_axis_joins_neighbours(config: MeshConfig) -> None:
+    for pair in grid(config, BOX).reshape(-1, 2):
+        assert distance(*pair) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(replica=2, fsdp=2, tensor=2),
+        MeshConfig(replica=2, fsdp=4),
+        MeshConfig(replica=4, fsdp=2),
+        MeshConfig(replica=4, fsdp=1, tensor=2),
+        MeshConfig(replica=-1, fsdp=1),
+    ],
+)
+def test_slices_meet_on_replica_alone(config: MeshConfig) -> None:
+    """The first half of the replicas is one slice, whatever the order in which devices come."""
+    shuffled = [SLICES[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
+    for devices in (SLICES, shuffled):
+        halves = np.split(grid(config, devices), 2)
+        assert [{chip.slice_index for chip in half.flat} for half in halves] == [{0}, {1}]
+        assert {chip.id for half in halves for chip in half.flat} == set(range(8))
+
+
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=8), MeshConfig(), MeshConfig(fsdp=4, tensor=2)])
+def test_no_other_axis_may_join_slices(config: MeshConfig) -> None:
+    with pytest.raises(ConfigError) as raised:
+        make_mesh(config, SLICES)
+    assert str(raised.value) == "mesh.replica=1: 2 slices need a multiple of 2; use mesh.replica=2"
+
+
+@pytest.mark.parametrize(("platform", "kind"), [("gpu", "NVIDIA H100"), ("cpu", "cpu")])
+def test_any_axis_may_span_hosts_without_slices(platform: str, kind: str) -> None:
+    """Off TPUs JAX calls a host a slice; the innermost axis still stays inside one."""
+    hosts = [replace(chip, platform=platform, device_kind=kind) for chip in SLICES]
+    devices = grid(MeshConfig(fsdp=4, tensor=2), [hosts[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)])
+    assert [device.id for device in devices.flat] == list(range(8))
+
+
+def test_permuted_keeps_all_but_the_order() -> None:
+    mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2), jax.devices())
+    order = (5, 2, 7, 0, 3, 6, 1, 4)
+    other = permuted(mesh, order)
+    assert tuple(device.id for device in other.devices.flat) == order
+    assert (other.shape, other.axis_types) == (mesh.shape, mesh.axis_types)

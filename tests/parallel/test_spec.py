@@ -1,0 +1,63 @@
+"""The first values of a parameter depend on the seed and on its own path, on nothing else."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.spec import ParamSpec, constant, normal, param_key
+from tests.parity.cases import DOCUMENTS, Case, on_host
+
+MODEL = TransformerConfig(vocab_size=16, layers=2, width=8, heads=2, mlp_dim=16)
+
+
+def first(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
+    program = Case(run=replace(DOCUMENTS, model=replace(MODEL, **changes)), mesh=MeshConfig(fsdp=1)).program()
+    with program.on_mesh:
+        return on_host(program.init(jax.random.key(seed)).params)
+
+
+def test_another_parameter_changes_no_value() -> None:
+    plain, more = first(), first(qkv_bias=True, qk_norm=True, post_norms=True, learned_positions=16)
+    assert len(more) > len(plain)
+    assert {path for path, one in plain.items() if not np.array_equal(one, more[path])} == set()
+
+
+def test_other_seeds_and_other_paths_give_other_values() -> None:
+    plain, other = first(), first(seed=1)
+    drawn = {path for path, one in plain.items() if one.std() > 0}
+    assert len(drawn) == 9
+    for path in drawn:
+        assert not np.array_equal(plain[path], other[path])
+        assert len(np.unique(plain[path])) > 0.99 * plain[path].size
+    gate, up = (plain[f"['blocks']['mlp']['{name}']['weight']"] for name in ("gate", "up"))
+    assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.2
+    layers = plain["['blocks']['mlp']['up']['weight']"]
+    assert not np.array_equal(layers[0], layers[1])
+
+
+def test_the_key_of_a_path_is_its_own() -> None:
+    key = jax.random.key(0)
+    keys = [jax.random.key_data(param_key(key, path)).tolist() for path in ("a", "b", "a.b", "a")]
+    assert keys[0] == keys[3]
+    assert len({tuple(k) for k in keys}) == 3
+
+
+def test_initialisers_give_what_they_say() -> None:
+    drawn = normal(0.5)(jax.random.key(0), (64, 64), jnp.dtype("float32"), None)
+    assert drawn.std() == pytest.approx(0.5, rel=0.05)
+    assert abs(drawn.mean()) < 0.03
+    rounded = normal(0.5)(jax.random.key(0), (64, 64), jnp.dtype("bfloat16"), None)
+    assert np.array_equal(rounded, drawn.astype(jnp.bfloat16))
+    same = constant(1.5)(jax.random.key(0), (3,), jnp.dtype("bfloat16"), None)
+    assert (same.dtype, same.tolist()) == (jnp.bfloat16, [1.5] * 3)
+
+
+def test_every_dimension_has_a_name() -> None:
+    with pytest.raises(AssertionError):
+        ParamSpec(shape=(2, 3), axes=("embed",), init=constant(0.0), role="matrix")
