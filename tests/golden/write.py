@@ -1,0 +1,32 @@
+"""Writes the golden dumps: every config of configs/ as the tree of values that it stands for.
+
+    python tests/golden/write.py
+"""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+CONFIGS = FOLDER.parent.parent / "configs"
+
+
+def dumps() -> dict[str, str]:
+    """The dump of every config by the name of its file."""
+    from jaxinfra.config import dump, load
+    from jaxinfra.run import Run
+
+    return {path.stem: dump(load(path, root=Run).run) for path in sorted(CONFIGS.glob("*.py"))}
+
+
+def main() -> None:
+    wanted = dumps()
+    for path in FOLDER.glob("*.txt"):
+        if path.stem not in wanted:
+            path.unlink()
+    for name, text in wanted.items():
+        (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER.parent.parent))
+    main()

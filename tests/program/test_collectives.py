@@ -1,0 +1,103 @@
+"""What the compiled train step sends over which mesh axes, and how often: gradients cross `replica` once a step.
+
+Read from the text of XLA's CPU compiler, which prints a reduce-scatter as an all-reduce and a slice.
+"""
+
+import functools
+import math
+from collections import Counter
+
+import jax
+import pytest
+
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run
+from jaxinfra.tasks.causal_lm import CausalLM
+from jaxinfra.train.loop import TrainConfig
+from tests.program.hlo import Collective, collectives
+
+CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
+FLAT = MeshConfig(replica=2, fsdp=4)
+SUMS = 3
+"""Scalars of the loss: cross-entropy, z-loss, weight."""
+
+TABLES = {
+    CUBE: """\
+0 loops all-gather fsdp            2 arrays  8192 bytes
+0 loops all-reduce fsdp            9 arrays    36 bytes
+0 loops all-reduce replica        12 arrays 32640 bytes
+0 loops all-reduce replica,fsdp    3 arrays    12 bytes
+0 loops all-reduce tensor          9 arrays    36 bytes
+1 loops all-gather tensor          2 arrays  8192 bytes
+1 loops all-reduce fsdp            2 arrays  8192 bytes
+1 loops all-reduce fsdp,tensor     1 arrays   128 bytes
+1 loops all-reduce tensor          2 arrays  8192 bytes
+2 loops all-gather fsdp            7 arrays 18432 bytes
+2 loops all-gather tensor          4 arrays 16384 bytes
+2 loops all-reduce fsdp            7 arrays 18432 bytes
+2 loops all-reduce fsdp,tensor     2 arrays   256 bytes
+2 loops all-reduce tensor          7 arrays 16576 bytes
+""",
+    FLAT: """\
+0 loops all-gather fsdp            2 arrays 16384 bytes
+0 loops all-reduce fsdp            9 arrays    36 bytes
+0 loops all-reduce replica        12 arrays 32640 bytes
+0 loops all-reduce replica,fsdp    3 arrays    12 bytes
+1 loops all-reduce fsdp            3 arrays 16512 bytes
+2 loops all-gather fsdp            7 arrays 36864 bytes
+2 loops all-reduce fsdp            9 arrays 37120 bytes
+""",
+}
+"""One loop is over microbatches, two are over layers in them. Of a layer, 7 matrices are gathered over fsdp and
+their gradients scattered back; the gradients of its 2 norms are summed. Of the two embeddings, the gathers are out
+of all loops, the scatters once a microbatch. At the top, over fsdp and tensor: the norm of all gradients."""
+
+
+def program(mesh: MeshConfig, accumulate: int) -> Program:
+    run = Run(
+        name="test",
+        model=TransformerConfig(vocab_size=64, layers=3, width=32, heads=8, kv_heads=4, mlp_dim=64),
+        task=CausalLM(loss_chunks=2),
+        data=TokenData(store="none", seq_len=16),
+        precision=Precision(compute="float32"),
+        mesh=mesh,
+        train=TrainConfig(global_batch=32, accumulate=accumulate),
+    )
+    return Program(run, make_mesh(mesh, jax.devices()))
+
+
+@functools.cache
+def sent(mesh: MeshConfig, accumulate: int) -> list[Collective]:
+    built = program(mesh, accumulate)
+    text = built.lower().compile().as_text()
+    return collectives(text, dict(built.mesh.shape))
+
+
+@pytest.mark.parametrize("accumulate", [4, 1])
+@pytest.mark.parametrize("mesh", [CUBE, FLAT], ids=["cube", "flat"])
+def test_gradients_cross_replica_once_a_step(mesh: MeshConfig, accumulate: int) -> None:
+    """No loop crosses it; at the top the float32 gradient of every stored shard does, and the sums of the loss."""
+    params = jax.tree.leaves(program(mesh, accumulate).params)
+    shard_bytes = sorted(4 * math.prod(p.sharding.shard_shape(p.shape)) for p in params)
+    crossing = [one for one in sent(mesh, accumulate) if "replica" in one.axes]
+    assert {one.loops for one in crossing} == {0}
+    arrays = sorted(size for one in crossing for size in one.arrays)
+    assert arrays == [4] * SUMS + shard_bytes
+    assert {one.kind for one in crossing} == {"all-reduce"}
+    assert {one.axes for one in crossing if max(one.arrays) > 4} == {("replica",)}
+
+
+@pytest.mark.parametrize("mesh", [CUBE, FLAT], ids=["cube", "flat"])
+def test_nothing_is_sent_that_the_table_does_not_name(mesh: MeshConfig) -> None:
+    """If a change is meant, or another compiler made it, put the new table in `TABLES`."""
+    arrays, sizes = Counter(), Counter()
+    for one in sent(mesh, 4):
+        key = (one.loops, one.kind, ",".join(one.axes))
+        arrays[key] += len(one.arrays)
+        sizes[key] += sum(one.arrays)
+    rows = (f"{n} loops {kind} {axes:13} {arrays[n, kind, axes]:3} arrays" for n, kind, axes in sorted(arrays))
+    found = "".join(f"{row} {sizes[key]:5} bytes\n" for row, key in zip(rows, sorted(sizes), strict=True))
+    assert found == TABLES[mesh]
