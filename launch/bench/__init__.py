@@ -3,14 +3,28 @@
 import argparse
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 BENCHES = {"step": "the train step, dispatch and start against a bare JAX loop of the same model"}
+CASES = ("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start")
+"""The parts of `bench step`, in the order of its table."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Which benchmark; each adds its own options."""
+    """Which benchmark, how exactly, and on which model."""
     parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {s}" for n, s in BENCHES.items()))
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the config, before options")
+    parser.add_argument("--config", default="configs/bench_small.py", help="the model to time (default %(default)s)")
     parser.add_argument("--pairs", type=int, default=15, help="timed turns of each side (default %(default)s)")
+    parser.add_argument("--only", action="append", choices=CASES, help="measure this part; may be repeated")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the table as JSON, too")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="SCRIPT",
+        help="time this script of a bare step as well: it takes --devices, --fsdp and --dtype, "
+        "and prints a line of JSON with median_step_ms",
+    )
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
