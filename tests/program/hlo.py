@@ -34,7 +34,7 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        axes: the mesh axes that it crosses, in the order of the mesh.
+        axes: the mesh axes that it crosses, in the order of the mesh; none if every device is a group of its own.
         loops: while loops around it.
         arrays: bytes on one device of every array that it yields.
     """
@@ -46,7 +46,7 @@ class Collective:
 
 
 def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
-    """All collectives that cross devices, once for each way from the entry to them.
+    """All collectives, once for each way from the entry to them.
 
     Args:
         text: `compiled.as_text()`.
@@ -59,8 +59,7 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
         if instruction is None or kind not in KINDS:
             continue
         axes = _axes(_groups(line), mesh)
-        if axes:
-            found.append(Collective(kind=kind, axes=axes, loops=loops, arrays=_arrays(instruction["type"])))
+        found.append(Collective(kind=kind, axes=axes, loops=loops, arrays=_arrays(instruction["type"])))
     return found
 
 

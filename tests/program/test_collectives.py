@@ -19,6 +19,7 @@ from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.train.loop import TrainConfig
 from tests.program.hlo import Collective, collectives
 
+ONE = MeshConfig(fsdp=1)
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
 FLAT = MeshConfig(replica=2, fsdp=4)
 SUMS = 3
@@ -66,7 +67,7 @@ def program(mesh: MeshConfig, accumulate: int) -> Program:
         mesh=mesh,
         train=TrainConfig(global_batch=32, accumulate=accumulate),
     )
-    return Program(run, make_mesh(mesh, jax.devices()))
+    return Program(run, make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)]))
 
 
 @functools.cache
@@ -101,3 +102,8 @@ def test_nothing_is_sent_that_the_table_does_not_name(mesh: MeshConfig) -> None:
     rows = (f"{n} loops {kind} {axes:13} {arrays[n, kind, axes]:3} arrays" for n, kind, axes in sorted(arrays))
     found = "".join(f"{row} {sizes[key]:5} bytes\n" for row, key in zip(rows, sorted(sizes), strict=True))
     assert found == TABLES[mesh]
+
+
+def test_one_device_sends_nothing_not_even_to_itself() -> None:
+    """Axes of one device cost nothing."""
+    assert sent(ONE, 4) == []

@@ -59,6 +59,7 @@ def test_collectives_are_found_with_their_axes_and_loops(groups: str, axes: tupl
     assert collectives(TEXT.format(groups=groups), MESH) == [
         Collective(kind="all-gather", axes=axes, loops=1, arrays=(64,)),
         Collective(kind="collective-permute", axes=("tensor",), loops=0, arrays=(16,)),
+        Collective(kind="all-reduce", axes=(), loops=0, arrays=(4,)),
         Collective(kind="all-reduce", axes=("replica",), loops=0, arrays=(4, 48)),
     ]
 
