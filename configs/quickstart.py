@@ -20,5 +20,5 @@ def config() -> Run:
         data=TokenData(store="stores/python-stdlib", corpus=Corpus(vocab_size=4096), seq_len=256),
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
-        train=TrainConfig(steps=300, global_batch=16, eval_every=100),
+        train=TrainConfig(steps=250, global_batch=16, eval_every=125),
     )

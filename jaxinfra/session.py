@@ -309,7 +309,7 @@ class _Session:
             "status": "finished" if outcome.stopped is None else "stopped",
             "steps": outcome.done,
             "tokens": outcome.done * tokens_per_step(self.program),
-            "wall_s": wall_s,
+            "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
             "final_loss": losses[-1] if losses else None,
             "eval_loss": self.last_eval.get("eval/loss"),
             "bits_per_byte": self.last_eval.get("eval/bits_per_byte"),
