@@ -44,6 +44,7 @@ test-slow: $(VENV)/.installed-test ## run the long tests
 
 lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 

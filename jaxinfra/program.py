@@ -180,9 +180,7 @@ class Program:
         ema = None
         if self.run.optim.ema_decay is not None:
             ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params), ema=ema
-        )
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params), ema=ema)
 
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""

@@ -327,5 +327,3 @@ class _Session:
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
     found = [row[name] for row in rows if name in row and math.isfinite(row[name])]
     return median(found) if found else None
-
-

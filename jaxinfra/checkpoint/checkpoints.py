@@ -264,8 +264,7 @@ class Checkpoints:
         difference = first_difference(saved, leaves_of(target))
         if difference is not None:
             raise ConfigError(
-                f"{self._path(step)}: {difference}; "
-                "use the config that it was saved with, or another directory"
+                f"{self._path(step)}: {difference}; use the config that it was saved with, or another directory"
             )
 
     def _path(self, step: int | None) -> str:

@@ -35,15 +35,11 @@ class OrbaxStore:
         read_only: sweep nothing, make nothing.
     """
 
-    def __init__(
-        self, directory: epath.Path, *, keep_last: int, keep_every: int | None, read_only: bool
-    ) -> None:
+    def __init__(self, directory: epath.Path, *, keep_last: int, keep_every: int | None, read_only: bool) -> None:
         self._directory = directory
         self._read_only = read_only
         self._format = ocp.path.step.standard_name_format()
-        self._keep: list[ocp.checkpoint_managers.PreservationPolicy] = [
-            ocp.checkpoint_managers.LatestN(keep_last)
-        ]
+        self._keep: list[ocp.checkpoint_managers.PreservationPolicy] = [ocp.checkpoint_managers.LatestN(keep_last)]
         if keep_every is not None:
             self._keep.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         self._quiet = _Raised()

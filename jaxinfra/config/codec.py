@@ -122,9 +122,7 @@ def _decode_fields(cls: type, coded: dict[str, Any], path: str) -> Any:
     try:
         built = cls(**values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path or 'config'}: {cls.__name__} refused its fields: {shorten(str(error))}"
-        ) from error
+        raise ConfigError(f"{path or 'config'}: {cls.__name__} refused its fields: {shorten(str(error))}") from error
     return conform(cls, built, path)
 
 

@@ -142,9 +142,7 @@ def _switch(old: Any, cls: type, change: _Change) -> Any:
     _require_kept(set(kept), change)
     missing = [field.name for field in fields_of(cls) if field.required and field.name not in kept]
     if missing:
-        raise ConfigError(
-            f"{change.override}: has no default for {', '.join(missing)}; set it in the config file"
-        )
+        raise ConfigError(f"{change.override}: has no default for {', '.join(missing)}; set it in the config file")
     return conform(cls, _built(lambda: cls(**kept), change.override), change.override.path)
 
 
@@ -153,9 +151,7 @@ def _require_kept(kept: set[str], change: _Change) -> None:
     path = change.override.path
     for earlier in change.earlier:
         if is_below(earlier.path, path) and earlier.path.removeprefix(path + ".").split(".")[0] not in kept:
-            raise ConfigError(
-                f"{change.override}: would discard {earlier} before it; put {change.override} first"
-            )
+            raise ConfigError(f"{change.override}: would discard {earlier} before it; put {change.override} first")
 
 
 def _built(build: Any, override: Override) -> Any:

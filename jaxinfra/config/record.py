@@ -89,9 +89,7 @@ def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{target}: cannot be written: {error.strerror}; free space or name another path"
-        ) from error
+        raise StorageError(f"{target}: cannot be written: {error.strerror}; free space or name another path") from error
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -27,9 +27,7 @@ _FUNCTION = "config"
 _counter = itertools.count()
 
 
-def load[C](
-    source: str | os.PathLike[str], overrides: Sequence[str] = (), root: type[C] | None = None
-) -> Loaded[C]:
+def load[C](source: str | os.PathLike[str], overrides: Sequence[str] = (), root: type[C] | None = None) -> Loaded[C]:
     """Returns the config that a file describes, with overrides applied; it is not validated.
 
     Args:

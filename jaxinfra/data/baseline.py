@@ -49,9 +49,7 @@ class NGram:
         history = np.zeros(len(last), np.int64)
         histories = 1  # before any token there is one history, the empty one
         for _ in range(min(order, len(last))):
-            codes, number, counts = np.unique(
-                history * vocab_size + last, return_inverse=True, return_counts=True
-            )
+            codes, number, counts = np.unique(history * vocab_size + last, return_inverse=True, return_counts=True)
             owner = codes // vocab_size
             followed = np.bincount(owner, weights=counts, minlength=histories)
             types = np.bincount(owner, minlength=histories)

@@ -208,9 +208,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except PermissionError:
-        raise StorageError(
-            f"{path}: permission denied; make it readable or leave it out by the pattern"
-        ) from None
+        raise StorageError(f"{path}: permission denied; make it readable or leave it out by the pattern") from None
     except FileNotFoundError:
         raise StorageError(f"{path}: vanished while the corpus was read; start again") from None
     except OSError as error:

@@ -126,12 +126,8 @@ def check_recipe(manifest: Manifest, corpus: Corpus, path: str) -> None:
     """
     differences = diff(manifest.corpus, corpus)
     if differences:
-        shown = ", ".join(
-            f"data.corpus.{each.path}={each.left!r} there, {each.right!r} here" for each in differences
-        )
-        raise ConfigError(
-            f"data.store={path}: was made from another recipe ({shown}); choose another data.store"
-        )
+        shown = ", ".join(f"data.corpus.{each.path}={each.left!r} there, {each.right!r} here" for each in differences)
+        raise ConfigError(f"data.store={path}: was made from another recipe ({shown}); choose another data.store")
 
 
 def _digest(tree: Any) -> str:

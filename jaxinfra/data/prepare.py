@@ -50,9 +50,7 @@ def prepare(corpus: Corpus, out: str | Path, progress: Progress | None = None) -
         DataError: `out` is a damaged store.
     """
     if "://" in str(out):
-        raise ConfigError(
-            f"data.store={out}: a store is prepared in a local folder; copy it there afterwards"
-        )
+        raise ConfigError(f"data.store={out}: a store is prepared in a local folder; copy it there afterwards")
     folder = Path(out).expanduser().absolute()
     tell = progress or (lambda stage, done, total: None)
     source = scan(corpus)
@@ -65,9 +63,7 @@ def prepare(corpus: Corpus, out: str | Path, progress: Progress | None = None) -
             os.rename(work, folder)
     except OSError as error:
         free = f", {_free_bytes(folder.parent):,} bytes free" if folder.parent.exists() else ""
-        raise StorageError(
-            f"data.store={folder}: {error.strerror}{free}; mend it or choose another place"
-        ) from error
+        raise StorageError(f"data.store={folder}: {error.strerror}{free}; mend it or choose another place") from error
     return manifest
 
 
@@ -148,16 +144,12 @@ def _baselines(manifest: Manifest, source: Source, work: Path) -> Baselines:
 def _existing(corpus: Corpus, source: Source, folder: Path) -> Manifest:
     """The manifest of the store that is there, if it is the one asked for."""
     if not (folder / FILE_NAME).exists():
-        raise ConfigError(
-            f"data.store={folder}: holds something that is no token store; choose an empty place"
-        )
+        raise ConfigError(f"data.store={folder}: holds something that is no token store; choose an empty place")
     manifest = TokenStore.open(folder).manifest
     check_recipe(manifest, corpus, str(folder))
     other = f"delete {folder} to prepare it again, or choose another data.store"
     if manifest.source_fingerprint != source.fingerprint:
-        raise ConfigError(
-            f"data.store={folder}: the files in {source.root} have changed since it was made; {other}"
-        )
+        raise ConfigError(f"data.store={folder}: the files in {source.root} have changed since it was made; {other}")
     if corpus.tokenizer is not None and _tokenizer(corpus, source).sha256 != manifest.tokenizer_sha256:
         raise ConfigError(f"data.store={folder}: {corpus.tokenizer} has changed since it was made; {other}")
     return manifest
@@ -173,9 +165,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"data.store={folder}: another process is preparing it; wait for that one"
-            ) from None
+            raise ConfigError(f"data.store={folder}: another process is preparing it; wait for that one") from None
         try:
             for left in work.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -146,9 +146,7 @@ class TokenStore:
     def _check_length(self, split: Split, name: str, expected: int) -> None:
         found = self._arrays[split, name].shape[0]
         if found != expected:
-            raise DataError(
-                f"{self.path / split / name}: {found} elements, the manifest has {expected}; copy it anew"
-            )
+            raise DataError(f"{self.path / split / name}: {found} elements, the manifest has {expected}; copy it anew")
 
 
 class SplitWriter:

@@ -45,9 +45,7 @@ class Tokenizer:
         try:
             content = Path(path).read_bytes()
         except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be read as a tokenizer ({error.strerror}); check the path"
-            ) from None
+            raise ConfigError(f"{path}: cannot be read as a tokenizer ({error.strerror}); check the path") from None
         return cls.from_bytes(content, end_of_document, name=str(path))
 
     @classmethod

@@ -129,7 +129,9 @@ class TransformerConfig:
                 yield Problem(
                     fields=(f"{name}.fraction", "head_dim"),
                     message="the rotated part of a head must be even",
-                    fix=f"use {name}.fraction=1.0" if self.head_width % 2 == 0 else f"use head_dim={self.head_width + 1}",
+                    fix=f"use {name}.fraction=1.0"
+                    if self.head_width % 2 == 0
+                    else f"use head_dim={self.head_width + 1}",
                 )
 
     def see(self, sight: Sight) -> See:

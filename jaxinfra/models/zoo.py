@@ -204,7 +204,5 @@ def shape(name: str) -> TransformerConfig:
     """
     if name not in SHAPES:
         near = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.4) or ["tiny"]
-        raise ConfigError(
-            f'zoo.shape("{name}"): not one of the {len(SHAPES)} shapes; did you mean "{near[0]}"?'
-        )
+        raise ConfigError(f'zoo.shape("{name}"): not one of the {len(SHAPES)} shapes; did you mean "{near[0]}"?')
     return SHAPES[name]

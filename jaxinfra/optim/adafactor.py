@@ -85,9 +85,7 @@ def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
     return min(block(spec).matrix_shape(spec.shape)) >= min_factored_dim
 
 
-def _moment(
-    grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array
-) -> Factored | jax.Array:
+def _moment(grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array) -> Factored | jax.Array:
     # The paper's epsilon_1: keeps the root finite where no gradient has ever been.
     square = jnp.square(grad) + 1e-30
     if isinstance(old, Factored):

@@ -118,9 +118,7 @@ def _on_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, st
     return parts.reshape(x.shape, out_sharding=sharding.spec)
 
 
-def spread(
-    stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]
-) -> tuple[int, tuple[str, ...]]:
+def spread(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     """The stacked dimension, and the mesh axes to spread it over, so that matrices are whole on each device.
 
     Of all subsets of `axes`, on any one dimension, the one is taken that leaves the fewest matrices on a

@@ -75,17 +75,11 @@ class Adafactor:
         """A moment that forgets, and limits above 0."""
         yield from _weight_decay_problems(self.weight_decay)
         if not 0 < self.decay_power <= 1:
-            yield Problem(
-                fields=("decay_power",), message="must be above 0 and at most 1", fix="use decay_power=0.8"
-            )
+            yield Problem(fields=("decay_power",), message="must be above 0 and at most 1", fix="use decay_power=0.8")
         if self.min_factored_dim < 2:
-            yield Problem(
-                fields=("min_factored_dim",), message="must be at least 2", fix="use min_factored_dim=128"
-            )
+            yield Problem(fields=("min_factored_dim",), message="must be at least 2", fix="use min_factored_dim=128")
         if self.clip_rms is not None and self.clip_rms <= 0:
-            yield Problem(
-                fields=("clip_rms",), message="must be above 0", fix="use clip_rms=1.0, or None for no limit"
-            )
+            yield Problem(fields=("clip_rms",), message="must be above 0", fix="use clip_rms=1.0, or None for no limit")
         if self.min_param_rms <= 0:
             yield Problem(
                 fields=("min_param_rms",),
@@ -290,16 +284,12 @@ def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation
 
 
 def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
-    blocks = jax.tree.map(
-        lambda spec: block(spec) if is_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_spec
-    )
+    blocks = jax.tree.map(lambda spec: block(spec) if is_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_spec)
     # Newton-Schulz does not see the scale of its input, so the sum that `trace` keeps does for the paper's
     # mean.
     matrices = optax.chain(
         optax.trace(muon.momentum, muon.nesterov),
-        orthogonalize(
-            blocks, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)
-        ),
+        orthogonalize(blocks, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)),
     )
     rest = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
     labels = jax.tree.map(lambda spec: "muon" if is_matrix(spec) else "adamw", specs, is_leaf=is_spec)

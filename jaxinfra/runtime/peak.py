@@ -54,5 +54,3 @@ def measured_flops(device: Device, dtype: jnp.dtype, size: int = 2048, repeats: 
             product(a, a).block_until_ready()
             times_s.append(time.perf_counter() - start_s)
     return 2 * size**3 / min(times_s)
-
-

@@ -86,10 +86,7 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
 
 def figure(chart: Chart, steps: tuple[int, int]) -> str:
     """Draws `chart` over the steps from the first to the last of `steps`, as one HTML `figure`."""
-    lines = [
-        (s.label, [(step, value / chart.divisor) for step, value in downsample(s.points)])
-        for s in chart.series
-    ]
+    lines = [(s.label, [(step, value / chart.divisor) for step, value in downsample(s.points)]) for s in chart.series]
     lines = [(label, points) for label, points in lines if points]
     heading = f"<figcaption><h3>{escape(chart.title)}</h3>{_unit(chart.unit)}{_legend(lines)}</figcaption>"
     if not lines:

@@ -109,9 +109,7 @@ class Plain:
         self._printed = 0  # steps done when the last line was printed
         self._first = True
 
-    def start(
-        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
-    ) -> None:
+    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Prints the derived numbers."""
         self._progress = Progress(start_step, total_steps)
         self._console.print(derived_table(derived))
@@ -159,9 +157,7 @@ class Bar:
         self._progress = Progress(0, 0)
         self._live: Live | None = None
 
-    def start(
-        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
-    ) -> None:
+    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Prints the derived numbers and starts to draw."""
         self._progress = Progress(start_step, total_steps)
         self._console.print(derived_table(derived))

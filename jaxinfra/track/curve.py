@@ -13,9 +13,7 @@ _BLANK = 0x2800  # U+2800, the braille pattern with no dot raised
 _DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # [row][column], Unicode chapter 21
 
 
-def curve(
-    values: Sequence[float], width: int = 72, height: int = 10, *, steps: tuple[int, int] | None = None
-) -> str:
+def curve(values: Sequence[float], width: int = 72, height: int = 10, *, steps: tuple[int, int] | None = None) -> str:
     """Draws `values`, in order, as `height` lines of braille and one line for the axis below.
 
     Values that are not finite leave a gap. Without a finite value the result is the line "no values to draw".
@@ -39,18 +37,13 @@ def curve(
     margin = max(map(len, labels.values()))
     plot_width = width - margin - 2
     spans = _spans(values, low, high, plot_width * 2, height * 4)
-    lines = [
-        f"{labels.get(row, ''):>{margin}} ┤{_braille(spans, row)}".rstrip(chr(_BLANK))
-        for row in range(height)
-    ]
+    lines = [f"{labels.get(row, ''):>{margin}} ┤{_braille(spans, row)}".rstrip(chr(_BLANK)) for row in range(height)]
     first, last = steps or (0, len(values) - 1)
     axis = f"{first:,}" if first == last else f"{first:,}{f'{last:,}':>{plot_width - len(f'{first:,}')}}"
     return "\n".join([*lines, " " * (margin + 2) + axis])
 
 
-def _spans(
-    values: Sequence[float], low: float, high: float, columns: int, rows: int
-) -> list[tuple[int, int] | None]:
+def _spans(values: Sequence[float], low: float, high: float, columns: int, rows: int) -> list[tuple[int, int] | None]:
     """Returns for each column of dots its (top, bottom) row of dots, joined to the column before, or None."""
     buckets: list[list[float]] = [[] for _ in range(columns)]
     columns_per_value = (columns - 1) / max(len(values) - 1, 1)
@@ -67,8 +60,7 @@ def _spans(
             previous = None if column in gaps else previous
             continue
         top, bottom, start, end = (
-            flat + round((high - value) * rows_per_unit)
-            for value in (max(bucket), min(bucket), bucket[0], bucket[-1])
+            flat + round((high - value) * rows_per_unit) for value in (max(bucket), min(bucket), bucket[0], bucket[-1])
         )
         spans[column] = (top, bottom)
         if previous is not None:

@@ -37,9 +37,7 @@ class Jsonl:
         self._file: Appender | None = None
         self._zero_s = 0.0
 
-    def start(
-        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
-    ) -> None:
+    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Opens the file and drops what a killed run left of steps from `start_step` on.
 
         Raises:
@@ -82,9 +80,7 @@ class Jsonl:
             return
         file, self._file = self._file, None
         if lost := file.close():
-            raise StorageError(
-                f"{self._run_dir / METRICS}: {lost} lines lost to a full disk; free space there"
-            )
+            raise StorageError(f"{self._run_dir / METRICS}: {lost} lines lost to a full disk; free space there")
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -130,9 +130,7 @@ def _baselines(summary: Mapping[str, Any]) -> str:
     own, baselines = summary.get("bits_per_byte"), summary.get("baselines")
     if own is None or not baselines:
         return ""
-    values = [
-        (name, value) for name, value in [("this run", own), *baselines.items()] if math.isfinite(value)
-    ]
+    values = [(name, value) for name, value in [("this run", own), *baselines.items()] if math.isfinite(value)]
     values.sort(key=lambda item: item[1])
     longest = max((value for _, value in values), default=0.0) or 1.0
     rows = [

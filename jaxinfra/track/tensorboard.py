@@ -38,9 +38,7 @@ class TensorBoard:
         self._dir = run_dir / "tensorboard"
         self._file: Appender | None = None
 
-    def start(
-        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
-    ) -> None:
+    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Opens a new event file with the purge mark, the config, the derived numbers and hyperparameters.
 
         Raises:
@@ -100,9 +98,7 @@ class TensorBoard:
 def _framed(body: bytes) -> bytes:
     """Frames a record as TFRecord files do: its length, the masked CRC-32C of that, itself, and its own."""
     length = struct.pack("<Q", len(body))
-    return b"".join(
-        [length, struct.pack("<I", masked_crc32c(length)), body, struct.pack("<I", masked_crc32c(body))]
-    )
+    return b"".join([length, struct.pack("<I", masked_crc32c(length)), body, struct.pack("<I", masked_crc32c(body))])
 
 
 def _as_code(config: Mapping[str, Any]) -> str:

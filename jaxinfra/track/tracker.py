@@ -28,9 +28,7 @@ class Tracker(Protocol):
     A step is counted from 0. A run that resumes at step s logs step s next.
     """
 
-    def start(
-        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
-    ) -> None:
+    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Takes the run record and the derived numbers; forgets what was logged from `start_step` on."""
         ...
 
@@ -54,9 +52,7 @@ class Trackers:
         self._trackers = tuple(trackers)
         self._failures = [0] * len(self._trackers)
 
-    def start(
-        self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int
-    ) -> None:
+    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Starts each tracker.
 
         Raises:

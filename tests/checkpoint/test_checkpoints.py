@@ -141,12 +141,8 @@ def test_params_and_ema_alone(tmp_path):
         assert_same(checkpoints.restore_params(1, target, subtree="ema"), state.ema)
         with pytest.raises(ConfigError, match="has no average; it has ema, optimizer, params, step"):
             checkpoints.restore_params(1, target, subtree="average")
-        with pytest.raises(
-            ConfigError, match=r"params\.layers\.in is bfloat16\[16,64\] in the checkpoint and"
-        ):
-            checkpoints.restore_params(
-                1, {"embed": target["embed"], "layers": {"norm": target["layers"]["norm"]}}
-            )
+        with pytest.raises(ConfigError, match=r"params\.layers\.in is bfloat16\[16,64\] in the checkpoint and"):
+            checkpoints.restore_params(1, {"embed": target["embed"], "layers": {"norm": target["layers"]["norm"]}})
 
 
 def test_params_alone_do_not_read_the_optimizer(tmp_path):
@@ -180,8 +176,7 @@ def test_arrays_may_be_donated_right_after_save(tmp_path):
         for step in range(1, 5):
             keys = jax.random.split(jax.random.key(step), 4)
             state = {
-                f"w{i}": jax.device_put(jax.random.normal(key, (2048, 1024)), sharding)
-                for i, key in enumerate(keys)
+                f"w{i}": jax.device_put(jax.random.normal(key, (2048, 1024)), sharding) for i, key in enumerate(keys)
             }
             state["replicated"] = jax.device_put(state["w0"] + 1, replicated)
             expected = snapshot(state)
@@ -276,9 +271,7 @@ def test_another_data_type_or_optimizer_is_refused(tmp_path):
         checkpoints.wait()
         with pytest.raises(ConfigError, match=r"params\.embed is float16\[32,16\] in this run and float32"):
             checkpoints.restore(1, abstract(state._replace(params=halved), mesh))
-        with pytest.raises(
-            ConfigError, match=r"optimizer\.1\.0\.count is int32\[\] in the checkpoint and not"
-        ):
+        with pytest.raises(ConfigError, match=r"optimizer\.1\.0\.count is int32\[\] in the checkpoint and not"):
             checkpoints.restore(1, abstract(state._replace(optimizer=()), mesh))
 
 

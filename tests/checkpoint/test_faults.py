@@ -156,9 +156,7 @@ def test_an_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", refuse)
             checkpoints.save(2, state, {})
-            with pytest.raises(
-                StorageError, match=r"2: deleting older steps failed: Permission denied; intact: 1, 2"
-            ):
+            with pytest.raises(StorageError, match=r"2: deleting older steps failed: Permission denied; intact: 1, 2"):
                 checkpoints.wait()
         checkpoints.save(3, state, {})
         checkpoints.wait()

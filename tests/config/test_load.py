@@ -45,9 +45,7 @@ def replayable(source="good.py", overrides=()):
 
 
 def test_a_file_with_overrides(write):
-    loaded = load(
-        write(GOOD), ["train.global_batch=16", "optim.schedule=wsd", "optim.schedule.decay_steps=3"]
-    )
+    loaded = load(write(GOOD), ["train.global_batch=16", "optim.schedule=wsd", "optim.schedule.decay_steps=3"])
     assert loaded.run.train == Train(steps=7, global_batch=16)
     assert loaded.run.optim.schedule == WSD(warmup_steps=10, decay_steps=3)
     assert type(loaded.run.optim.peak_lr) is float
@@ -118,8 +116,7 @@ def test_classes_of_the_file_itself_with_string_annotations(write):
         ("def config():\n    raise ValueError\n", "good.py:2: ValueError"),
         (
             "import json\ndef config():\n    return json.loads('{')\n",
-            "good.py:3: JSONDecodeError: Expecting property name enclosed in double quotes: "
-            "line 1 column 2 (char 1)",
+            "good.py:3: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ),
         ("x = 1\n", "good.py: no function config; define def config() that returns the config"),
         ("config = 1\n", "good.py: no function config; define def config() that returns the config"),
@@ -219,9 +216,7 @@ def test_a_failed_write_keeps_the_old_record(write, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        StorageError, match=r"^run\.json: cannot be written: No space left on device; free space"
-    ):
+    with pytest.raises(StorageError, match=r"^run\.json: cannot be written: No space left on device; free space"):
         write_record("run.json", {"format": 1})
     assert read_record("run.json") == content
     assert sorted(os.listdir(tmp_path)) == ["good.py", "run.json"]
@@ -259,9 +254,7 @@ def test_errors_in_a_record(write, text, message):
 
 
 def test_a_missing_record():
-    with pytest.raises(
-        ConfigError, match=r"^nowhere\.json: no such run record; name a run\.json that a run wrote$"
-    ):
+    with pytest.raises(ConfigError, match=r"^nowhere\.json: no such run record; name a run\.json that a run wrote$"):
         read_record("nowhere.json")
 
 

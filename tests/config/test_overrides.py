@@ -105,8 +105,7 @@ def test_text_is_read_by_the_annotation(path, text, expected):
         (["optim.other=3"], "optim.other=3: expected constant, wsd or none"),
         (
             ["train=3"],
-            "train=3: train is not one value but a group of fields; "
-            "set one of train.steps, train.global_batch",
+            "train=3: train is not one value but a group of fields; set one of train.steps, train.global_batch",
         ),
         (
             ["sources=web"],
@@ -134,8 +133,7 @@ def test_text_is_read_by_the_annotation(path, text, expected):
         ),
         (
             ["optim.schedule.decay_steps=3"],
-            "optim.schedule.decay_steps: decay_steps is a field of wsd; "
-            "choose it first with optim.schedule=wsd",
+            "optim.schedule.decay_steps: decay_steps is a field of wsd; choose it first with optim.schedule=wsd",
         ),
         (
             ["optim.other.warmup_steps=3"],
@@ -145,8 +143,7 @@ def test_text_is_read_by_the_annotation(path, text, expected):
         (["ema.end=3"], "ema.end: end is a field of cosine_decay; choose it first with ema=cosine_decay"),
         (
             ["optim.schedule.end=1.0", "optim.schedule=wsd"],
-            "optim.schedule=wsd: would discard optim.schedule.end=1.0 before it; "
-            "put optim.schedule=wsd first",
+            "optim.schedule=wsd: would discard optim.schedule.end=1.0 before it; put optim.schedule=wsd first",
         ),
         (
             ["optim.schedule=wsd", "optim.schedule.decay_steps=ten"],
@@ -192,9 +189,7 @@ def test_string_annotations_are_resolved():
 
 
 def test_an_annotation_that_cannot_be_resolved_is_named():
-    with pytest.raises(
-        ConfigError, match=r"^Unresolved: an annotation names Decimal, which \S*deferred does not"
-    ):
+    with pytest.raises(ConfigError, match=r"^Unresolved: an annotation names Decimal, which \S*deferred does not"):
         config.leaves(Unresolved())
 
 

@@ -234,9 +234,7 @@ def test_a_subclass_is_not_the_class_that_would_be_read_back():
     class Steeper(CosineDecay):
         power: float = 2.0
 
-    with pytest.raises(
-        ConfigError, match=r"^optim\.schedule=steeper: expected constant, cosine_decay or wsd"
-    ):
+    with pytest.raises(ConfigError, match=r"^optim\.schedule=steeper: expected constant, cosine_decay or wsd"):
         encode(Run(name="x", optim=Optim(schedule=Steeper())))
 
 
@@ -255,7 +253,5 @@ def test_unsupported_annotations_are_refused():
 
     with pytest.raises(ConfigError, match=r"Holder\.table: a config cannot hold dict"):
         leaves(Holder())
-    with pytest.raises(
-        ConfigError, match=r"Chooser\.part: no field of .*Kinded, a union member, may be named kind"
-    ):
+    with pytest.raises(ConfigError, match=r"Chooser\.part: no field of .*Kinded, a union member, may be named kind"):
         leaves(Chooser())

@@ -165,9 +165,7 @@ def random_run(rng: random.Random) -> Run:
     return Run(
         name=word(),
         train=Train(steps=rng.randrange(1000)),
-        optim=Optim(
-            peak_lr=real(), schedule=schedule(), other=rng.choice([None, wsd]), betas=(real(), real())
-        ),
+        optim=Optim(peak_lr=real(), schedule=schedule(), other=rng.choice([None, wsd]), betas=(real(), real())),
         leaves=leaves,
         sources=(Source(store=word(), weight=real()),),
         ema=rng.choice([None, CosineDecay(end=real())]),

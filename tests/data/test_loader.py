@@ -145,9 +145,7 @@ def test_heldout_bytes_are_those_of_the_weighted_targets(data, store):
 
 def test_a_split_that_is_too_short_says_which_length_fits(data, store):
     tokens = store.manifest.splits["heldout"].tokens
-    with pytest.raises(
-        ConfigError, match=f"the heldout split .* has {tokens}; use data.seq_len={tokens - 1}"
-    ):
+    with pytest.raises(ConfigError, match=f"the heldout split .* has {tokens}; use data.seq_len={tokens - 1}"):
         heldout_batches(replace(data, seq_len=tokens), global_batch=1, rows=slice(None), store=store)
     heldout_batches(replace(data, seq_len=tokens - 1), global_batch=1, rows=slice(None), store=store)
     with pytest.raises(ConfigError, match="the train split"):

@@ -49,9 +49,7 @@ def test_neighbours_are_torn_apart():
 def test_each_window_is_read_once_an_epoch_whatever_the_batch(windows, global_batch):
     epochs = 4
     steps = -(-windows * epochs // global_batch)
-    ids = np.concatenate(
-        [sample_ids(s, global_batch=global_batch, windows=windows, seed=1) for s in range(steps)]
-    )
+    ids = np.concatenate([sample_ids(s, global_batch=global_batch, windows=windows, seed=1) for s in range(steps)])
     for epoch in range(epochs):
         one = ids[epoch * windows : (epoch + 1) * windows]
         assert np.array_equal(np.sort(one), np.arange(windows))

@@ -15,9 +15,7 @@ from jaxinfra.errors import ConfigError, StorageError
 
 
 def snapshot(folder):
-    return {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()
-    }
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_same_corpus_gives_the_same_store(corpus, store_path, tmp_path):

@@ -179,9 +179,7 @@ def test_a_flipped_bit_in_the_manifest_or_tokenizer_is_found(copy):
 @pytest.mark.parametrize("status", ["PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"])
 def test_storage_that_fails_is_not_called_damage(tmp_path, monkeypatch, status):
     def fail(*arguments, **options):
-        raise ValueError(
-            f"{status}: Error writing local file: No space left on device [tensorstore_spec='{{}}']"
-        )
+        raise ValueError(f"{status}: Error writing local file: No space left on device [tensorstore_spec='{{}}']")
 
     monkeypatch.setattr(arrays.ts, "open", fail)
     with pytest.raises(StorageError, match=f"{status}.*No space left") as caught:

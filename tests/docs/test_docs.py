@@ -51,7 +51,9 @@ def test_configs_and_overrides_in_commands_are_right(command: str) -> None:
 
 def environment() -> dict[str, str]:
     """What a newcomer has: no virtual environment, nothing of JAX's."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "VIRTUAL_ENV", "PYTHON", "PYTEST", "MAKE"))}
+    return {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "VIRTUAL_ENV", "PYTHON", "PYTEST", "MAKE"))
+    }
 
 
 @pytest.fixture(scope="module")

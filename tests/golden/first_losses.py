@@ -1,6 +1,6 @@
 """Trains a tiny decoder for three steps; prints the bits of all losses and of a hash of all parameters.
 
-    python -m tests.golden.first_losses
+python -m tests.golden.first_losses
 """
 
 import hashlib

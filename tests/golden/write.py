@@ -1,6 +1,6 @@
 """Writes the golden dumps: every config of configs/ as the tree of values that it stands for.
 
-    python tests/golden/write.py
+python tests/golden/write.py
 """
 
 import sys

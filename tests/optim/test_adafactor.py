@@ -60,9 +60,7 @@ def is_factored(leaf):
 
 
 def test_plain_matrix_matches_optax():
-    spec = ParamSpec(
-        shape=(12, 20), axes=(None, None), init=normal(1.0), role="matrix", in_dims=(0,), out_dims=(1,)
-    )
+    spec = ParamSpec(shape=(12, 20), axes=(None, None), init=normal(1.0), role="matrix", in_dims=(0,), out_dims=(1,))
     param = jax.random.normal(jax.random.key(0), spec.shape)
     optim = Optim(optimizer=RULE, schedule=Constant(), peak_lr=LR)
     ours = build(optim, steps=5, specs={"w": spec})

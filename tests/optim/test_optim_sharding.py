@@ -86,9 +86,7 @@ def test_abstract_and_real_state_have_one_type(specs, draw, optimizer):
         params = sharded(draw(0))
         described = jax.eval_shape(
             tx.init,
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding), params
-            ),
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding), params),
         )
         state = jax.jit(tx.init)(params)
         updates, after = jax.jit(tx.update)(params, state, params)

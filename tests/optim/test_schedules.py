@@ -112,9 +112,7 @@ def test_schedules_that_do_not_fit_the_run(config, steps, field):
     assert "optim.schedule.warmup_steps=" in problem.fix
 
 
-@pytest.mark.parametrize(
-    "config", [Cosine(warmup_steps=99), WSD(warmup_steps=50, decay_fraction=0.5), Constant()]
-)
+@pytest.mark.parametrize("config", [Cosine(warmup_steps=99), WSD(warmup_steps=50, decay_fraction=0.5), Constant()])
 def test_schedules_that_fit_the_run(config):
     assert not list(schedule_problems(config, 100))
 

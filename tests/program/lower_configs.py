@@ -1,6 +1,6 @@
 """Builds, traces and lowers every config on the abstract mesh that it asks for; prints what came of each.
 
-    python -m tests.program.lower_configs {trace | lower} CONFIG...
+python -m tests.program.lower_configs {trace | lower} CONFIG...
 """
 
 import json

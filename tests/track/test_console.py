@@ -19,9 +19,7 @@ def on_terminal(columns: int, *arguments: object, terminal: str = "xterm-256colo
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": terminal, "COLUMNS": str(columns), "LINES": "40"}
     command = [sys.executable, "-c", demo.RUN, *map(str, arguments)]
-    process = subprocess.Popen(
-        command, cwd=demo.ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-    )
+    process = subprocess.Popen(command, cwd=demo.ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     output = b""
     while True:
@@ -44,9 +42,7 @@ def test_plain_lines_on_a_pipe(tmp_path):
     assert [line.split()[:2] for line in lines if "eval" not in line] == [
         ["step", "1/40"] if done == 1 else ["step", f"{done}/40"] for done in (1, 10, 20, 30, 40)
     ]
-    expected = (
-        "step 10/40  loss  3.4100  lr 2.9e-04  grad_norm  0.81  tok/s    41,234  mfu 31.2%  eta    0:00"
-    )
+    expected = "step 10/40  loss  3.4100  lr 2.9e-04  grad_norm  0.81  tok/s    41,234  mfu 31.2%  eta    0:00"
     assert lines[1] == expected
     assert len({len(line) for line in lines if "eval" not in line}) == 1, "columns must not move"
     assert "step 20/40  eval/loss 3.2500  eval/bits_per_byte 1.5000" in lines

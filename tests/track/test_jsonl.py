@@ -102,11 +102,7 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path):
     assert result.stderr.count("Jsonl: [Errno 27] File too large; training goes on") == 1, result.stderr
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == list(range(400))
     (path,) = (tmp_path / "tensorboard").iterdir()
-    logged = [
-        event.step
-        for event in events(path)
-        if event.summary.value[:1] and event.summary.value[0].simple_value
-    ]
+    logged = [event.step for event in events(path) if event.summary.value[:1] and event.summary.value[0].simple_value]
     assert logged == list(range(400))
 
 

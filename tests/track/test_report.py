@@ -185,8 +185,7 @@ def test_many_points_keep_their_spikes_and_gaps(tmp_path):
     assert any(step == 31_415 for step, _ in kept)
     assert [step for step, _ in kept] == sorted({step for step, _ in kept})
     rows = "".join(
-        f'{{"step": {step}, "loss": {value if value == value else json.dumps("nan")}}}\n'
-        for step, value in points
+        f'{{"step": {step}, "loss": {value if value == value else json.dumps("nan")}}}\n' for step, value in points
     )
     (tmp_path / "run.json").write_text(json.dumps(record()))
     (tmp_path / "metrics.jsonl").write_text(rows)
@@ -200,9 +199,7 @@ def test_a_run_that_ended_without_finite_values(tmp_path):
     with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=3, total_steps=3)
         values = {"final_loss": math.nan, "eval_loss": None, "wall_s": math.inf, "peak_rss_bytes": math.nan}
-        trackers.summary(
-            {**values, "bits_per_byte": math.nan, "baselines": {"unigram": 4.5, "none": math.inf}}
-        )
+        trackers.summary({**values, "bits_per_byte": math.nan, "baselines": {"unigram": 4.5, "none": math.inf}})
     page = Page(write_report(tmp_path).read_text())
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "Wall time": "-",

@@ -8,9 +8,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from jaxinfra.errors import StorageError
 from jaxinfra.track.tensorboard import TensorBoard
 
-RECORD = {
-    "config": {"optim": {"peak_lr": 3e-4, "schedule": "cosine"}, "layers": 4, "shape": [1, 2], "tied": True}
-}
+RECORD = {"config": {"optim": {"peak_lr": 3e-4, "schedule": "cosine"}, "layers": 4, "shape": [1, 2], "tied": True}}
 DERIVED = {"parameters": (1000, "count")}
 
 
@@ -48,26 +46,16 @@ def test_scalars_config_and_hyperparameters_are_read_back(tmp_path):
     run(tmp_path, 0, 3)
     (path,) = (tmp_path / "tensorboard").glob("*tfevents*")
     values = [(event.step, value) for event in events(path) for value in event.summary.value]
-    scalars = [
-        (step, value.tag, value.simple_value) for step, value in values if value.HasField("simple_value")
-    ]
+    scalars = [(step, value.tag, value.simple_value) for step, value in values if value.HasField("simple_value")]
     assert scalars == [
-        (step, tag, value)
-        for step in range(3)
-        for tag, value in (("train/loss", step / 2), ("eval/loss", 3.0))
+        (step, tag, value) for step in range(3) for tag, value in (("train/loss", step / 2), ("eval/loss", 3.0))
     ]
     texts = {value.tag: value.tensor.string_val[0].decode() for _, value in values if value.tensor.string_val}
     assert '    "layers": 4' in texts["config/text_summary"].replace("      ", "    ")
     assert "| parameters | 1,000 | count |" in texts["derived/text_summary"]
-    plugins = [
-        value.metadata.plugin_data.content
-        for _, value in values
-        if value.tag.startswith("_hparams_/session_s")
-    ]
+    plugins = [value.metadata.plugin_data.content for _, value in values if value.tag.startswith("_hparams_/session_s")]
     hparams = HParamsPluginData.FromString(plugins[0]).session_start_info.hparams
-    assert (
-        hparams["optim.peak_lr"].number_value == 3e-4 and hparams["optim.schedule"].string_value == "cosine"
-    )
+    assert hparams["optim.peak_lr"].number_value == 3e-4 and hparams["optim.schedule"].string_value == "cosine"
     assert hparams["shape"].string_value == "[1, 2]" and hparams["tied"].bool_value
 
 

@@ -35,9 +35,7 @@ class Noting:
 def test_calls_keep_the_order_and_all_close_though_one_raises(caplog):
     notes: list[str] = []
     first, second = ValueError("first"), ValueError("second")
-    trackers = Trackers(
-        [Noting("a", notes), Noting("b", notes, first), Noting("c", notes, second), Noting("d", notes)]
-    )
+    trackers = Trackers([Noting("a", notes), Noting("b", notes, first), Noting("c", notes, second), Noting("d", notes)])
     trackers.start({}, {}, start_step=0, total_steps=1)
     trackers.log(0, {"loss": 1.0})
     trackers.summary({})

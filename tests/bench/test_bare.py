@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfra.config import load
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Run
+from launch.bench import bare
+from launch.bench.measure import sizes_of
+
+TINY = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=4",
+    "model.mlp_dim=64",
+    "model.vocab_size=128",
+    "data.seq_len=16",
+    "train.global_batch=4",
+    "mesh.fsdp=1",
+]
+PARAMS = {
+    "attention_norm": ("blocks", "attention_norm", "scale"),
+    "query": ("blocks", "attention", "query", "weight"),
+    "key": ("blocks", "attention", "key", "weight"),
+    "value": ("blocks", "attention", "value", "weight"),
+    "out": ("blocks", "attention", "out", "weight"),
+    "mlp_norm": ("blocks", "mlp_norm", "scale"),
+    "gate": ("blocks", "mlp", "gate", "weight"),
+    "up": ("blocks", "mlp", "up", "weight"),
+    "down": ("blocks", "mlp", "down", "weight"),
+    "embedding": ("embedding",),
+    "norm": ("norm", "scale"),
+    "head": ("unembedding",),
+}
+
+
+def renamed(params):
+    """The nested parameters of a program under the names of the bare step."""
+    found = {}
+    for name, path in PARAMS.items():
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        found[name] = np.asarray(leaf)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(request) -> Run:
+    return load(request.config.rootpath / "configs" / "bench_small.py", TINY, root=Run).run
+
+
+@pytest.fixture(scope="module")
+def tokens_BW(run: Run) -> np.ndarray:
+    shape = (run.train.global_batch, run.data.seq_len + 1)
+    return np.random.default_rng(0).integers(0, run.model.vocab_size, shape, np.int32)
+
+
+@pytest.fixture(scope="module")
+def framework(run: Run, tokens_BW: np.ndarray):
+    """Parameters, loss and gradients by the framework, under the bare step's names."""
+    program = Program(run, make_mesh(run.mesh, jax.devices()[:1]))
+    with program.on_mesh:
+        params = program.init(jax.random.key(0)).params
+        arrays = {"inputs": tokens_BW[:, :-1], "targets": tokens_BW[:, 1:]}
+        batch = {name: jax.device_put(array, program.batch[name].sharding) for name, array in arrays.items()}
+        grads, sums = program.gradients(params, batch)
+    return renamed(params), float(sums["loss"] / sums["weight"]), renamed(grads)
+
+
+@pytest.mark.parametrize("naive", [False, True], ids=["fast", "naive"])
+def test_the_bare_step_does_the_same_work(run: Run, tokens_BW: np.ndarray, framework, naive: bool) -> None:
+    params, loss, grads = framework
+    sizes = sizes_of(run, naive=naive)
+    bare_loss, bare_grads = jax.jit(jax.value_and_grad(bare.loss), static_argnums=2)(params, tokens_BW, sizes)
+    assert float(bare_loss) == pytest.approx(loss, rel=1e-5)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(bare_grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_both_have_the_same_parameters(run: Run, framework) -> None:
+    made = jax.eval_shape(lambda key: bare.init(key, sizes_of(run)), jax.random.key(0))
+    assert {name: a.shape for name, a in made.items()} == {name: a.shape for name, a in framework[0].items()}
+    assert made.keys() == bare.FSDP.keys()
+
+
+def test_sharded_and_whole_bare_steps_agree(run: Run) -> None:
+    sizes = sizes_of(run)
+    losses = []
+    for devices in (1, 4):
+        step, params, state, batch = bare.build(sizes, devices)
+        for _ in range(2):
+            params, state, loss = step(params, state, batch)
+        losses.append(loss)
+    assert jnp.allclose(*losses, rtol=1e-5)

@@ -1,0 +1,77 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.bench import CASES as NAMES
+from launch.bench.children import ChildError, last_line
+from launch.bench.start import first_step_s
+from launch.bench.step import CASES, Row, machine, table
+
+TINY = [
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.mlp_dim=64",
+    "model.vocab_size=512",
+    "data.seq_len=16",
+    "data.corpus.vocab_size=300",
+    "train.global_batch=8",
+]
+TITLES = [
+    "step, float32, one device",
+    "step, float32, fsdp=8, emulated",
+    "step, bfloat16, one device",
+    "bare step, bfloat16, one device: naive products against fast layouts",
+    "step, bfloat16, fsdp=8, emulated",
+    "bare step, bfloat16, fsdp=8, emulated: naive products against fast layouts",
+    "dispatch: call of the step, devices idle",
+    "a turn of the training loop, without the wait for devices",
+    "process start to end of first step, warm compile cache",
+]
+
+
+def test_the_command_line_names_every_case() -> None:
+    assert tuple(CASES) == NAMES
+
+
+def test_the_table_is_markdown() -> None:
+    lines = table([Row(case="a", jaxinfra="1.0 ms", bare="", ratio=None, goal="")]).splitlines()
+    assert lines[0].startswith("| case") and lines[1].startswith("|---") and lines[2].startswith("| a ")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_machine_is_named() -> None:
+    assert all(machine().values())
+
+
+def test_a_failed_child_is_one_line_with_its_reason() -> None:
+    command = [sys.executable, "-c", "raise SystemExit('it broke')"]
+    with pytest.raises(ChildError, match=r"it broke; run it by itself$"):
+        last_line(command, 1)
+
+
+def test_the_first_step_is_timed_and_the_process_ended(tmp_path: Path) -> None:
+    script = "import time\nprint('step 1', flush=True)\ntime.sleep(60)"
+    assert first_step_s([sys.executable, "-c", script], dict(os.environ), tmp_path / "log") < 30
+    with pytest.raises(ChildError, match="it said nothing"):
+        first_step_s([sys.executable, "-c", ""], dict(os.environ), tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark(repo_root: Path, tmp_path: Path) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "out.json"
+    corpus.mkdir()
+    for i in range(12):
+        (corpus / f"{i}.py").write_text("".join(f"value_{i}_{j} = {i * j}\n" for j in range(200)))
+    command = [sys.executable, "-m", "launch", "bench", "step", *TINY, f"data.corpus.root={corpus}"]
+    command += ["--pairs", "1", "--json", str(out)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [row["case"] for row in found["rows"]] == TITLES
+    assert all(f"| {title} " in done.stdout for title in TITLES)
+    assert all(row["ratio"] is None or row["ratio"] > 0 for row in found["rows"])
