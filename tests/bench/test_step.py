@@ -19,6 +19,7 @@ TINY = [
     "model.vocab_size=512",
     "data.seq_len=16",
     "data.corpus.vocab_size=300",
+    "data.corpus.heldout_fraction=0.3",
     "train.global_batch=8",
 ]
 TITLES = [
