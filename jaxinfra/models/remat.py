@@ -1,10 +1,12 @@
 """Rematerialisation by name: what a layer keeps for the backward pass and what is computed again."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+
+from jaxinfra.parallel.layout import GATHERED
 
 type Remat = Literal["none", "dots", "full", "offload"]
 
@@ -20,25 +22,41 @@ def product(y: jax.Array) -> jax.Array:
     return checkpoint_name(y, PRODUCT)
 
 
-def remat[**P, R](layer: Callable[P, R], policy: Remat) -> Callable[P, R]:
-    """`layer` with the given policy.
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy: keeps everything but gathered weights, by their name and as the reshard that yields them.
 
-    - `none`: everything is kept.
+    Activations that are moved have a name of their own, by which they are kept.
+    """
+    return primitive.name != "reshard" and params.get("name") != GATHERED
+
+
+def remat[**P, R](layer: Callable[P, R], policy: Remat, *, gathers: bool) -> Callable[P, R]:
+    """`layer`, which is scanned over, with the given policy.
+
+    - `none`: everything is kept but gathered weights, which are gathered again: kept, they would be the whole model
+      on every device.
     - `dots`: results of matrix products with weights are kept; the rest is computed again.
     - `full`: only the input of the layer is kept.
     - `offload`: as `dots`, but what is kept waits in host memory.
+
+    Args:
+        layer: the function.
+        policy: one of these names.
+        gathers: whether the weights of the layer are sharded and have to be gathered.
     """
     policies = jax.checkpoint_policies
-    if policy == "none":
+    if policy == "none" and not gathers:
         return layer
-    if policy == "full":
-        return jax.checkpoint(layer, policy=policies.nothing_saveable)
-    if policy == "dots":
-        return jax.checkpoint(layer, policy=policies.save_only_these_names(PRODUCT))
-    offload = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[PRODUCT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    return jax.checkpoint(layer, policy=offload)
+    chosen = {
+        "none": _all_but_gathered,
+        "full": policies.nothing_saveable,
+        "dots": policies.save_only_these_names(PRODUCT),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[PRODUCT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[policy]
+    # A scan keeps forward and backward apart by itself: nothing there could be merged that should not be.
+    return jax.checkpoint(layer, policy=chosen, prevent_cse=False)

@@ -305,7 +305,8 @@ class Transformer(nnx.Module):
         def layer(block: Block, x: jax.Array, kv: KV | None) -> tuple[jax.Array, KV | None]:
             return block(x, config.see(sight), place, kv)
 
-        return remat(layer, config.remat if start is None else "none")
+        gathers = self.layout.shards("embed") > 1
+        return remat(layer, config.remat if start is None else "none", gathers=gathers)
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rows of the embedding for words (and positions), with block positions."""

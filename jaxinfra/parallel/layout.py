@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxinfra.config import Problem
@@ -23,6 +24,12 @@ from jaxinfra.parallel.mesh import MeshAxis, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
 
 type Names = tuple[str | None, ...]
+
+GATHERED = "gathered"
+"""The name by which rematerialisation knows a weight that was gathered: no layer keeps it for its backward pass."""
+
+MOVED = "moved"
+"""The name of an activation that was moved to another sharding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +159,7 @@ class Layout:
             meets: the spread dimensions of the activation that it is used with.
         """
         names = names[len(names) - value.ndim :]
-        return jax.reshard(value.astype(self.compute_dtype), self._used(names, meets))
+        return checkpoint_name(jax.reshard(value.astype(self.compute_dtype), self._used(names, meets)), GATHERED)
 
     def shard(self, x: jax.Array, *names: str | None, meets_sharded: bool = False) -> jax.Array:
         """An activation moved to the sharding of these logical axes.
@@ -163,7 +170,7 @@ class Layout:
         spec = self.spec(*names)
         if meets_sharded:
             spec = spec.update(reduced=frozenset(self._real(self.rules.block_sequence)))
-        return jax.reshard(x, spec)
+        return checkpoint_name(jax.reshard(x, spec), MOVED)
 
     def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
         """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.
