@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.parallel.layout import GATHERED
 
-type Remat = Literal["none", "dots", "full", "offload"]
+type Remat = Literal["none", "weights", "dots", "full", "offload"]
 
 PRODUCT = "product"
 
@@ -23,32 +23,27 @@ def product(y: jax.Array) -> jax.Array:
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """A policy: keeps everything but gathered weights, by their name and as the reshard that yields them.
+    """A policy: keeps everything but gathered weights, in every form: as moved, by their name, and reshaped.
 
-    Activations that are moved have a name of their own, by which they are kept.
+    Activations that are moved have a name of their own, by which they are kept; to reshape one again costs nothing.
     """
-    return primitive.name != "reshard" and params.get("name") != GATHERED
+    return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED
 
 
-def remat[**P, R](layer: Callable[P, R], policy: Remat, *, gathers: bool) -> Callable[P, R]:
+def remat[**P, R](layer: Callable[P, R], policy: Remat) -> Callable[P, R]:
     """`layer`, which is scanned over, with the given policy.
 
-    - `none`: everything is kept but gathered weights, which are gathered again: kept, they would be the whole model
-      on every device.
+    - `none`: everything is kept; under fsdp gathered weights too, in the end the whole model on every device.
+    - `weights`: everything is kept but gathered weights, which are gathered again.
     - `dots`: results of matrix products with weights are kept; the rest is computed again.
     - `full`: only the input of the layer is kept.
     - `offload`: as `dots`, but what is kept waits in host memory.
-
-    Args:
-        layer: the function.
-        policy: one of these names.
-        gathers: whether the weights of the layer are sharded and have to be gathered.
     """
     policies = jax.checkpoint_policies
-    if policy == "none" and not gathers:
+    if policy == "none":
         return layer
     chosen = {
-        "none": _all_but_gathered,
+        "weights": _all_but_gathered,
         "full": policies.nothing_saveable,
         "dots": policies.save_only_these_names(PRODUCT),
         "offload": policies.save_and_offload_only_these_names(

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxinfra.config import Problem
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
@@ -305,8 +306,7 @@ class Transformer(nnx.Module):
         def layer(block: Block, x: jax.Array, kv: KV | None) -> tuple[jax.Array, KV | None]:
             return block(x, config.see(sight), place, kv)
 
-        gathers = self.layout.shards("embed") > 1
-        return remat(layer, config.remat if start is None else "none", gathers=gathers)
+        return remat(layer, config.remat if start is None else "none")
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rows of the embedding for words (and positions), with block positions."""
@@ -324,12 +324,14 @@ class Transformer(nnx.Module):
     def _rows(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedding rows; where the vocabulary is sharded, every shard gives its own words and zero for others."""
         layout = self.layout
-        table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
         out = layout.spec("batch", "sequence", None)
         axes = layout.mesh_axes("vocab")
-        if layout.shards("vocab") == 1:
-            table_VD = jax.reshard(table_VD, jax.P(None, None, reduced=jax.typeof(table_VD).sharding.spec.reduced))
-            return table_VD.at[tokens_BT].get(out_sharding=out)
+        if not axes:
+            # Devices look up their own part of every row, and exchange: rows are fewer bytes than the whole table.
+            table_VD, apart = layout.columns(self.embedding[...], "embed")
+            tokens_BT = jax.reshard(tokens_BT, PartitionSpec(*apart.partitions[:2]))
+            return jax.reshard(table_VD.at[tokens_BT].get(out_sharding=apart), out)
+        table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
 
         def local(table, tokens):
             tokens = tokens - jax.lax.axis_index(axes) * table.shape[0]

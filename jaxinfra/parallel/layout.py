@@ -161,6 +161,21 @@ class Layout:
         names = names[len(names) - value.ndim :]
         return checkpoint_name(jax.reshard(value.astype(self.compute_dtype), self._used(names, meets)), GATHERED)
 
+    def columns(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
+        """A table ready for lookups in its own columns, and the sharding `[B, T, columns]` of what they yield.
+
+        Args:
+            table: a stored parameter, rows whole.
+            name: the logical axis of its columns, which stay where they are stored.
+        """
+        kept = self.mesh_axes(name)
+        batch, sequence = (
+            tuple(axis for axis in self.mesh_axes(spread) if axis not in kept) for spread in ("batch", "sequence")
+        )
+        used = PartitionSpec(None, kept or None, reduced=frozenset((*batch, *sequence)))
+        yielded = PartitionSpec(batch or None, sequence or None, kept or None)
+        return jax.reshard(table.astype(self.compute_dtype), used), yielded
+
     def shard(self, x: jax.Array, *names: str | None, meets_sharded: bool = False) -> jax.Array:
         """An activation moved to the sharding of these logical axes.
 

@@ -123,7 +123,7 @@ def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
         assert np.abs(other - one).max() < 2e-5 * np.abs(one).max() + 1e-7, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("policy", ["dots", "full", "offload"])
+@pytest.mark.parametrize("policy", ["weights", "dots", "full", "offload"])
 def test_rematerialisation_keeps_loss_and_gradients(policy: Remat) -> None:
     """To 1e-6: the same numbers are computed, only fused otherwise."""
     plain, loss = gradients_of("gemma", CUBE)

@@ -43,18 +43,21 @@ TABLES = {
 2 loops all-reduce tensor          7 arrays 16576 bytes
 """,
     FLAT: """\
-0 loops all-gather fsdp            2 arrays 16384 bytes
+0 loops all-gather fsdp            1 arrays  8192 bytes
 0 loops all-reduce fsdp            9 arrays    36 bytes
 0 loops all-reduce replica        12 arrays 32640 bytes
 0 loops all-reduce replica,fsdp    3 arrays    12 bytes
-1 loops all-reduce fsdp            3 arrays 16512 bytes
+1 loops all-gather fsdp            1 arrays   256 bytes
+1 loops all-reduce fsdp            2 arrays  8320 bytes
+1 loops all-to-all fsdp            8 arrays  4096 bytes
 2 loops all-gather fsdp            7 arrays 36864 bytes
 2 loops all-reduce fsdp            9 arrays 37120 bytes
 """,
 }
 """One loop is over microbatches, two are over layers in them. Of a layer, 7 matrices are gathered over fsdp and
-their gradients scattered back; the gradients of its 2 norms are summed. Of the two embeddings, the gathers are out
-of all loops, the scatters once a microbatch. At the top, over fsdp and tensor: the norm of all gradients."""
+their gradients scattered back; the gradients of its 2 norms are summed. The head is gathered out of
+all loops and its gradient scattered once a microbatch; so is the embedding where its vocabulary is sharded. Where it
+is not, tokens are gathered and embedded rows exchanged. At the top, over fsdp and tensor: the norm of all gradients."""
 
 
 def program(mesh: MeshConfig, accumulate: int) -> Program:
