@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import grain
@@ -30,22 +30,25 @@ Rows = slice | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class TokenData:
-    """Training on windows of a token store."""
+    """Training on windows of a token store.
+
+    Attributes:
+        store: folder of the store; `prepare` makes it.
+        corpus: the recipe that the store is made from.
+        seq_len: tokens that a row predicts.
+        seed: of the order of windows.
+        prefetch: host batches that are made ahead.
+        threads: threads that make host batches.
+        mask_documents: whether attention, positions and loss keep the documents of a window apart.
+    """
 
     store: str
-    """Folder of the store; `prepare` makes it."""
     corpus: Corpus = Corpus()
-    """The recipe that the store is made from."""
     seq_len: int = 1024
-    """Tokens that a row predicts."""
     seed: int = 0
-    """Of the order of windows."""
     prefetch: int = 4
-    """Host batches that are made ahead."""
     threads: int = 2
-    """Threads that make host batches."""
     mask_documents: bool = True
-    """Whether attention, positions and loss keep the documents of a window apart."""
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open_store`."""
@@ -292,16 +295,26 @@ class Prefetcher[T]:
     def _fill(self, batches: Iterator[tuple[int, Batch]], place: Callable[[Batch], T]) -> None:
         last: BaseException = StopIteration()
         try:
-            for step, batch in batches:
-                self._queue.put((step, place(batch)))
-                if self._stop.is_set():
-                    break
+            with _closing(batches):
+                for step, batch in batches:
+                    self._queue.put((step, place(batch)))
+                    if self._stop.is_set():
+                        break
         except BaseException as error:  # whatever it is belongs to the consumer
             last = error
-        close = getattr(batches, "close", None)  # a generator ends its own threads
+        finally:  # without a last item the consumer would wait for ever
+            self._queue.put(last)
+
+
+@contextmanager
+def _closing(batches: Iterator[tuple[int, Batch]]) -> Iterator[None]:
+    """Closes the batches at the end if they can be: a generator then ends its own threads."""
+    try:
+        yield
+    finally:
+        close = getattr(batches, "close", None)
         if close is not None:
             close()
-        self._queue.put(last)
 
 
 def _windows(data: TokenData, store: TokenStore, split: Split, *, at_most: int | None = None) -> int:

@@ -247,6 +247,22 @@ def test_an_error_while_placing_is_raised_after_the_batches_before_it():
         next(placed)
 
 
+def test_an_error_while_closing_is_raised_and_ends_the_wait():
+    class Source:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise StopIteration
+
+        def close(self):
+            raise OSError("cannot close")
+
+    placed = Prefetcher(Source(), lambda batch: batch)
+    with pytest.raises(OSError, match="cannot close"):
+        next(placed)
+
+
 def test_ngram_and_model_share_a_scale(store):
     """A model that gives every token the same chance needs log2(vocabulary) bits a token."""
     uniform = math.log2(store.manifest.vocab_size) / store.manifest.bytes_per_token("heldout")
