@@ -26,22 +26,25 @@ _GLOB = frozenset("*?[")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The recipe of a token store: its text, its split and its tokenizer."""
+    """The recipe of a token store: its text, its split and its tokenizer.
+
+    Attributes:
+        root: folder that holds the files; the word `stdlib` is the running Python's standard library.
+        pattern: which files below the root, as in `pathlib.Path.glob`.
+        min_bytes: files shorter than this are left out.
+        heldout_fraction: expected share of the files that is never trained on, above 0 and below 1.
+        vocab_size: largest vocabulary to train; unused when `tokenizer` names an existing one.
+        tokenizer: path of an existing tokenizer.json; None trains a byte-level BPE on the training files.
+        end_of_document: the special token that closes every document.
+    """
 
     root: str = STDLIB
-    """Folder that holds the files; the word `stdlib` is the running Python's standard library."""
     pattern: str = "**/*.py"
-    """Which files below the root, as in `pathlib.Path.glob`."""
     min_bytes: int = 1
-    """Files shorter than this are left out."""
     heldout_fraction: float = 0.05
-    """Expected share of the files that is never trained on."""
     vocab_size: int = 8192
-    """Largest vocabulary to train; unused when `tokenizer` names an existing one."""
     tokenizer: str | None = None
-    """Path of an existing tokenizer.json; None trains a byte-level BPE on the training files."""
     end_of_document: str = "<|endoftext|>"
-    """The special token that closes every document."""
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; files are looked at by `scan`."""
@@ -53,10 +56,10 @@ class Corpus:
                 message="must be a pattern relative to the root",
                 fix="use pattern=**/*.py",
             )
-        if not 0 <= self.heldout_fraction < 1:
+        if not 0 < self.heldout_fraction < 1:
             yield Problem(
                 fields=("heldout_fraction",),
-                message="must be at least 0 and less than 1",
+                message="must be above 0 and below 1: both splits are needed",
                 fix="use heldout_fraction=0.05",
             )
         if self.tokenizer is None and self.vocab_size < 257:
@@ -77,15 +80,20 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The files that a scan found, with the fingerprint of their names and contents."""
+    """The files that a scan found.
+
+    Attributes:
+        root: the folder that holds them.
+        files: names relative to the root, sorted, per split.
+        bytes: bytes of text per split.
+        not_utf8: files left out because they are not UTF-8.
+        fingerprint: hash of the names and contents.
+    """
 
     root: Path
     files: dict[Split, tuple[str, ...]]
-    """Names relative to the root, sorted, per split."""
     bytes: dict[Split, int]
-    """Bytes of text per split."""
     not_utf8: tuple[str, ...]
-    """Files left out because they are not UTF-8."""
     fingerprint: str
 
     @property
@@ -181,16 +189,21 @@ def _check_splits(corpus: Corpus, root: Path, files: dict[Split, list[str]], not
             f"data.corpus.pattern={corpus.pattern}: no UTF-8 file of {corpus.min_bytes} bytes or more "
             f"matches in {root} ({not_utf8} not UTF-8); mend the pattern or data.corpus.root"
         )
+    if len(names) == 1:
+        raise ConfigError(
+            f"data.corpus.pattern={corpus.pattern}: matches one file in {root}, which cannot be both trained on "
+            "and held out; cut it into several files or use a wider pattern"
+        )
     draws = sorted(map(draw, names))
     if not files["train"]:
         raise ConfigError(
             f"data.corpus.heldout_fraction={corpus.heldout_fraction}: holds out all {len(names)} files, "
             f"none is left to train on; use at most {_floor(draws[-1])}"
         )
-    if corpus.heldout_fraction and not files["heldout"]:
+    if not files["heldout"]:
         raise ConfigError(
             f"data.corpus.heldout_fraction={corpus.heldout_fraction}: holds out none of {len(names)} files; "
-            f"use at least {_floor(draws[0]) + 1e-4:.4f}, or 0 to hold out nothing"
+            f"use at least {_floor(draws[0]) + 1e-4:.4f}"
         )
 
 

@@ -9,6 +9,11 @@ from jaxinfra.data.corpus import Corpus, scan
 from jaxinfra.errors import ConfigError, StorageError
 
 
+def between(left: str, right: str) -> float:
+    """A held-out fraction that puts the two files into different splits."""
+    return (corpora.draw(left) + corpora.draw(right)) / 2
+
+
 def test_files_are_sorted_and_split_by_name_alone(text_root, tmp_path):
     few = scan(Corpus(root=str(text_root), pattern="part[01]/*.py", heldout_fraction=0.3))
     all_ = scan(Corpus(root=str(text_root), heldout_fraction=0.3))
@@ -28,15 +33,19 @@ def test_files_that_are_not_utf8_are_listed_and_left_out(tmp_path):
     (tmp_path / "a.py").write_text("fine = 1\n")
     (tmp_path / "b.py").write_bytes(b"# caf\xe9\n")
     (tmp_path / "c.py").write_text("x")
-    source = scan(Corpus(root=str(tmp_path), heldout_fraction=0, min_bytes=2))
-    assert source.files == {"train": ("a.py",), "heldout": ()}
+    (tmp_path / "d.py").write_text("fine = 2\n")
+    source = scan(Corpus(root=str(tmp_path), heldout_fraction=between("a.py", "d.py"), min_bytes=2))
+    names = source.files["train"] + source.files["heldout"]
+    assert sorted(names) == ["a.py", "d.py"]
     assert source.not_utf8 == ("b.py",)
-    assert list(source.texts(source.files["train"])) == ["fine = 1\n"]
+    assert sorted(source.texts(names)) == ["fine = 1\n", "fine = 2\n"]
 
 
 def test_the_fingerprint_follows_names_and_contents(tmp_path):
-    recipe = Corpus(root=str(tmp_path), heldout_fraction=0)
     (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "c.py").write_text("c = 1\n")
+    (tmp_path / "d.py").write_text("d = 1\n")
+    recipe = Corpus(root=str(tmp_path), heldout_fraction=between("c.py", "d.py"))
     first = scan(recipe).fingerprint
     assert scan(recipe).fingerprint == first
     (tmp_path / "a.py").write_text("a = 2\n")
@@ -81,11 +90,18 @@ def test_an_empty_split_says_which_fraction_fills_it(tmp_path):
         assert scan(Corpus(root=str(tmp_path), heldout_fraction=advice)).files[empty]
 
 
+def test_one_file_cannot_be_split(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    for fraction in (0.001, 0.999):
+        with pytest.raises(ConfigError, match=r"data\.corpus\.pattern=\*\*/\*\.py: matches one file"):
+            scan(Corpus(root=str(tmp_path), heldout_fraction=fraction))
+
+
 def test_what_may_not_be_read_is_a_storage_error(tmp_path, monkeypatch):
     """Permissions do not bind the superuser, so the refusal is played."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.py").write_text("x = 1\n")
-    recipe = Corpus(root=str(tmp_path), heldout_fraction=0)
+    recipe = Corpus(root=str(tmp_path))
     real_scandir, real_read = os.scandir, corpora.Path.read_bytes
 
     def refuse_folder(path):
@@ -114,6 +130,7 @@ def test_what_may_not_be_read_is_a_storage_error(tmp_path, monkeypatch):
         {"pattern": ""},
         {"pattern": "/etc/*"},
         {"heldout_fraction": 1.0},
+        {"heldout_fraction": 0.0},
         {"heldout_fraction": -0.1},
         {"vocab_size": 256},
         {"min_bytes": -1},
