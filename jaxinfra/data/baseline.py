@@ -3,6 +3,8 @@
 `xz_bits_per_byte` compresses the held-out text by itself. `ngram_bits_per_byte` is a token n-gram with
 Witten-Bell interpolation, trained on the training tokens and evaluated on the held-out ones. Both are exact;
 nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history.
+
+They hold all tokens that they are given in memory; the limits below say how many that may be.
 """
 
 import lzma
@@ -14,6 +16,8 @@ import numpy as np
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
 """An n-gram gets at most so many training tokens, evenly spaced pieces of a longer text: 1.5 GB of memory."""
+HELDOUT_LIMIT_TOKENS = 4 * 1024 * 1024
+"""Both baselines are measured on the first whole documents that have at most so many tokens together."""
 
 
 @dataclass(frozen=True)

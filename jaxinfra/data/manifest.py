@@ -20,15 +20,19 @@ FILE_NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What one split holds."""
+    """What one split holds.
+
+    Attributes:
+        tokens: number of token ids, each document with its end.
+        documents: number of documents.
+        bytes: bytes of text.
+        digest: BLAKE2b of the token ids as little-endian integers of the store's type.
+    """
 
     tokens: int
-    """Token ids, each document with its end."""
     documents: int
     bytes: int
-    """Bytes of text."""
     digest: str
-    """BLAKE2b of the token ids as little-endian integers of the store's type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,12 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """How well simple models know the held-out text, in bits per byte; None where nothing is held out."""
+    """How well simple models know the held-out text, in bits per byte; None where it has no bytes.
+
+    Attributes:
+        xz_bits_per_byte: of a general compressor.
+        ngram_bits_per_byte: of an n-gram over tokens.
+    """
 
     xz_bits_per_byte: float | None
     ngram_bits_per_byte: float | None
@@ -49,14 +58,28 @@ class Baselines:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known of a store without opening its arrays."""
+    """All that is known of a store without opening its arrays.
+
+    Attributes:
+        corpus: the recipe that it was made from.
+        source_fingerprint: hash of the names and contents of the files that went in.
+        source_files: number of those files per split.
+        not_utf8: files left out because they are not UTF-8.
+        tokenizer_sha256: hash of the tokenizer.json.
+        vocab_size: one more than the largest token id.
+        eot_id: the token that ends a document.
+        dtype: integer type of the token ids.
+        splits: what each split holds.
+        files: length and hash of every other file, by name relative to the store.
+        baselines: what a trained model has to beat.
+        versions: of Python and the packages that made the store.
+        created: when it was made, in UTC.
+    """
 
     corpus: Corpus
     source_fingerprint: str
-    """Hash of the names and contents of the files that went in."""
     source_files: dict[Split, int]
     not_utf8: tuple[str, ...]
-    """Files left out because they are not UTF-8."""
     tokenizer_sha256: str
     vocab_size: int
     eot_id: int

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from jaxinfra.data.baseline import TRAIN_LIMIT_TOKENS, ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.data.baseline import HELDOUT_LIMIT_TOKENS, TRAIN_LIMIT_TOKENS, ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.corpus import SPLITS, Corpus, Source, Split, draw, scan
 from jaxinfra.data.manifest import FILE_NAME, Baselines, FileInfo, Manifest, SplitInfo, check_recipe
 from jaxinfra.data.store import TOKENIZER, SplitWriter, TokenStore, hash_files, token_dtype
@@ -37,7 +37,8 @@ _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the e
 def prepare(corpus: Corpus, out: str | Path, progress: Progress | None = None) -> Manifest:
     """Makes the token store `out`, or returns at once when it is already made from the same files.
 
-    Memory grows with the largest file, which is one document, but not with the corpus.
+    Memory grows with the number of files and with the largest one, which is one document. Beyond that it does
+    not grow with the text: the tokenizer and the baselines get no more of it than their limits say.
 
     Args:
         corpus: the recipe.
@@ -125,16 +126,20 @@ def _describe(
 
 
 def _baselines(manifest: Manifest, source: Source, work: Path) -> Baselines:
-    heldout = manifest.splits["heldout"]
-    if not heldout.bytes:
-        return Baselines(xz_bits_per_byte=None, ngram_bits_per_byte=None)
+    """Measures both on the same documents: the first held-out ones within the limit, but at least one."""
     store = TokenStore(epath.Path(work), manifest)
+    offsets = store.offsets("heldout")
+    documents = max(1, int(np.searchsorted(offsets, HELDOUT_LIMIT_TOKENS, side="right")) - 1)
+    names = source.files["heldout"][:documents]
+    heldout_bytes = sum(len(text.encode()) for text in source.texts(names))
+    if not heldout_bytes:  # nothing but empty files
+        return Baselines(xz_bits_per_byte=None, ngram_bits_per_byte=None)
     return Baselines(
-        xz_bits_per_byte=xz_bits_per_byte(source.texts(source.files["heldout"])),
+        xz_bits_per_byte=xz_bits_per_byte(source.texts(names)),
         ngram_bits_per_byte=ngram_bits_per_byte(
             store.sample("train", TRAIN_LIMIT_TOKENS),
-            store.sample("heldout", heldout.tokens),
-            heldout_bytes=heldout.bytes,
+            store.read("heldout", [0], int(offsets[documents]))[0],
+            heldout_bytes=heldout_bytes,
             vocab_size=manifest.vocab_size,
             eot_id=manifest.eot_id,
         ),

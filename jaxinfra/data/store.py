@@ -150,7 +150,7 @@ class TokenStore:
 
 
 class SplitWriter:
-    """Appends documents to one split of an empty folder; holds at most one shard in memory."""
+    """Appends documents to one split of an empty folder; holds about one shard of tokens in memory."""
 
     def __init__(self, folder: Path, split: Split, *, vocab_size: int, eot_id: int):
         self._dtype = token_dtype(vocab_size)

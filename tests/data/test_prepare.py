@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.baseline import ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.data.corpus import Corpus, draw, scan
+from jaxinfra.data.manifest import Baselines
 from jaxinfra.data.prepare import prepare
 from jaxinfra.data.store import TokenStore
 from jaxinfra.errors import ConfigError, StorageError
@@ -126,11 +128,38 @@ def test_a_given_tokenizer_is_used_and_watched(corpus, store_path, tmp_path):
         prepare(recipe, tmp_path / "store")
 
 
-def test_nothing_held_out_means_no_baselines(corpus, tmp_path):
-    manifest = prepare(replace(corpus, heldout_fraction=0.0), tmp_path / "store")
-    assert manifest.splits["heldout"].tokens == 0
-    assert manifest.baselines.xz_bits_per_byte is None
-    assert TokenStore.open(tmp_path / "store").offsets("heldout").tolist() == [0]
+def test_heldout_files_without_a_byte_have_no_baselines(tmp_path):
+    root = tmp_path / "text"
+    root.mkdir()
+    names = [f"{letter}.py" for letter in "abcdefgh"]
+    for name in names:
+        (root / name).write_text("" if draw(name) < 0.5 else "x = 1\n")
+    recipe = Corpus(root=str(root), heldout_fraction=0.5, vocab_size=300, min_bytes=0)
+    manifest = prepare(recipe, tmp_path / "store")
+    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
+    assert manifest.baselines == Baselines(xz_bits_per_byte=None, ngram_bits_per_byte=None)
+
+
+def test_baselines_of_a_long_split_are_those_of_its_first_whole_documents(corpus, store_path, tmp_path, monkeypatch):
+    store = TokenStore.open(store_path)
+    whole, offsets = store.manifest, store.offsets("heldout")
+    monkeypatch.setattr("jaxinfra.data.prepare.HELDOUT_LIMIT_TOKENS", whole.splits["heldout"].tokens)
+    assert prepare(corpus, tmp_path / "whole").baselines == whole.baselines
+    for limit, documents in [(offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
+        monkeypatch.setattr("jaxinfra.data.prepare.HELDOUT_LIMIT_TOKENS", int(limit))
+        found = prepare(corpus, tmp_path / f"limit{limit}")
+        assert found.fingerprint == whole.fingerprint
+        source = scan(corpus)
+        texts = list(source.texts(source.files["heldout"][:documents]))
+        tokens = store.read("heldout", [0], offsets[documents])[0]
+        assert found.baselines.xz_bits_per_byte == xz_bits_per_byte(texts)
+        assert found.baselines.ngram_bits_per_byte == ngram_bits_per_byte(
+            store.sample("train", 10**9),
+            tokens,
+            heldout_bytes=sum(len(text.encode()) for text in texts),
+            vocab_size=whole.vocab_size,
+            eot_id=whole.eot_id,
+        )
 
 
 def test_baselines_are_plausible(store_path):
