@@ -8,8 +8,6 @@ Everything that depends on this reads it from here.
 import math
 from dataclasses import dataclass
 
-import jax
-
 from jaxinfra.parallel.spec import ParamSpec
 
 STACKED = ("layers",)
@@ -73,8 +71,3 @@ def is_matrix(spec: ParamSpec) -> bool:
 def is_spec(leaf: object) -> bool:
     """Whether `leaf` is a parameter's declaration: for walking trees of them."""
     return isinstance(leaf, ParamSpec)
-
-
-def abstract(specs: object) -> object:
-    """The parameters that a tree of `ParamSpec` declares, as unsharded float32 shapes."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, "float32"), specs, is_leaf=is_spec)

@@ -19,9 +19,9 @@ import optax
 
 from jaxinfra.config import Problem
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
-from jaxinfra.optim.blocks import abstract, block, is_matrix, is_spec
+from jaxinfra.optim.blocks import block, is_matrix, is_spec
 from jaxinfra.optim.muon import orthogonalize
-from jaxinfra.optim.schedules import Cosine, Schedule, learning_rate, schedule
+from jaxinfra.optim.schedules import Cosine, Schedule, schedule
 from jaxinfra.optim.transforms import store_state_as
 from jaxinfra.parallel.spec import Role
 
@@ -232,29 +232,6 @@ def build(optim: Optim, *, steps: int, specs: Any) -> optax.GradientTransformati
         links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
     links.append(optax.scale_by_learning_rate(rate))
     return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
-
-
-def numbers(optim: Optim, *, steps: int, specs: Any) -> dict[str, float | int]:
-    """Derived values to show before a run: bytes of state, and the rate's end points. Starts no device.
-
-    Returns:
-        `state_bytes` of the optimiser and the averaged parameters together, all shards;
-        `state_bytes_per_param`; `decayed_params`; `peak_step`, the first with the peak rate; `last_lr`, the
-        rate of the last update.
-    """
-    params = abstract(specs)
-    state = jax.eval_shape(build(optim, steps=steps, specs=specs).init, params)
-    averaged = params if optim.ema_decay is not None else ()
-    total_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, averaged)))
-    declared = jax.tree.leaves(specs, is_leaf=is_spec)
-    last_lr = learning_rate(optim.schedule, steps - 1, peak_lr=optim.peak_lr, steps=steps)
-    return {
-        "state_bytes": total_bytes,
-        "state_bytes_per_param": total_bytes / sum(spec.size for spec in declared),
-        "decayed_params": sum(spec.size for spec in declared if spec.role in optim.decay_roles),
-        "peak_step": optim.schedule.warmup_steps,
-        "last_lr": float(last_lr),
-    }
 
 
 def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation:

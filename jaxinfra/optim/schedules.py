@@ -79,8 +79,6 @@ class Cosine:
 class WSD:
     """Warm-up, stable, decay: the peak is kept until a short decay ends the run (Hu et al. 2024, section 4).
 
-    A run can be made longer from any checkpoint of its stable part.
-
     Attributes:
         warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
         decay_fraction: the decay takes `round(decay_fraction * steps)` steps at the end of the run.

@@ -10,7 +10,7 @@ import pytest
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.optim.blocks import is_spec
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optim, build, numbers
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optim, build
 from jaxinfra.optim.schedules import Constant, Linear
 
 LR = 0.01
@@ -135,30 +135,6 @@ def test_bfloat16_params_keep_float32_state(specs, draw):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), draw(0))
     updates, state = tx.update(params, tx.init(params), params)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((updates, state)) if leaf.ndim} == {"float32"}
-
-
-@pytest.mark.parametrize(
-    ("optim", "bytes_per_param"),
-    [
-        (constant(AdamW()), 8.0),
-        (constant(AdamW(), state_dtype="bfloat16"), 4.0),
-        (constant(AdamW(), ema_decay=0.99), 12.0),
-        (constant(Lion()), 4.0),
-        (constant(SGD(momentum=0.0)), 0.0),
-    ],
-    ids=repr,
-)
-def test_numbers_of_state(specs, optim, bytes_per_param):
-    got = numbers(optim, steps=10, specs=specs)
-    assert got["state_bytes_per_param"] == pytest.approx(bytes_per_param, abs=0.02)  # two counters
-    assert got["decayed_params"] == 2 * 16 * 8 + 2 * 3 * 8 * 16
-    assert got["last_lr"] == LR
-
-
-def test_numbers_of_factored_state(specs):
-    whole, rows_cols = 3 * 8 + 3 * 16, 2 * (16 + 8) + 2 * 3 * (8 + 16)
-    got = numbers(constant(Adafactor(min_factored_dim=8)), steps=10, specs=specs)
-    assert got["state_bytes"] == 4 * (whole + rows_cols) + 2 * 4
 
 
 @pytest.mark.parametrize(
