@@ -122,10 +122,10 @@ class TrackConfig:
     """How often metrics are logged, and where they go.
 
     Attributes:
-        log_every: steps between two logged ones; the metrics of the steps between stay on the device. jsonl:
-        write metrics.jsonl and summary.json, from which the report is made. tensorboard: write TensorBoard
-        event files. console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps,
-        "auto" is the bar on
+        log_every: steps between two logged ones; the metrics of the steps between stay on the device.
+        jsonl: write metrics.jsonl and summary.json, from which the report is made.
+        tensorboard: write TensorBoard event files.
+        console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is the bar on
             a terminal and plain lines elsewhere, "off" prints nothing.
     """
 
