@@ -21,7 +21,7 @@ help: ## list the targets
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "error: no Python >= 3.12 with venv on PATH; install one (Debian: python3 python3-venv) or set PYTHON=/path/to/python" >&2; exit 1; fi
-	"$(PYTHON)" -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .

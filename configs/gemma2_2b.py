@@ -18,7 +18,9 @@ def config() -> Run:
         model=replace(shape("gemma-2-2b"), remat="full"),
         data=TokenData(
             store="stores/text-gemma2",
-            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/gemma2.json"),
+            corpus=Corpus(
+                root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/gemma2.json", end_of_document="<eos>"
+            ),
             seq_len=8192,
         ),
         mesh=MeshConfig(fsdp=8, tensor=2),

@@ -18,7 +18,12 @@ def config() -> Run:
         model=replace(shape("llama-3.1-8b"), remat="full"),
         data=TokenData(
             store="stores/text-llama3",
-            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/llama3.json"),
+            corpus=Corpus(
+                root="corpora/text",
+                pattern="**/*.txt",
+                tokenizer="tokenizers/llama3.json",
+                end_of_document="<|end_of_text|>",
+            ),
             seq_len=8192,
         ),
         mesh=MeshConfig(fsdp=64),

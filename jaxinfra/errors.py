@@ -1,8 +1,8 @@
 """The errors that a run may end with, each with the exit code that a supervisor acts on.
 
 A message is one line: what is wrong, where, what was expected, and how to mend it. The command line prints
-that line and leaves with `exit_code`; a traceback is shown only with `--debug`. Codes 75 to 77 mean "start the
-same command again"; all others need a person first.
+that line and leaves with `exit_code`; a traceback is shown only with `--debug`. Code 75 means "start the same
+command again"; all others need a person first.
 """
 
 from typing import ClassVar
@@ -30,6 +30,12 @@ class CheckpointError(JaxinfraError):
     """A checkpoint is damaged and no older good one exists."""
 
     exit_code = 79
+
+
+class NonFiniteError(JaxinfraError):
+    """The loss or the gradient is no longer a number: nothing that is trained or saved from here on is of use."""
+
+    exit_code = 80
 
 
 class ConfigError(JaxinfraError):

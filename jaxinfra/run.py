@@ -27,11 +27,17 @@ NOT_NUMERIC = (
     "track",
     "train.accumulate",
     "train.eval_every",
-    "train.eval_windows",
+    "model.attention",
+    "model.remat",
+    "task.loss_chunks",
+    "data.store",
     "data.prefetch",
     "data.threads",
 )
-"""Fields that change where and how fast a run goes, or what is seen of it, but not the numbers it is after."""
+"""Fields that change where and how fast a run goes, or in what order it rounds, but not the numbers it is after.
+
+The store is known by its fingerprint, not by its place.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,8 @@ class Run:
         """What only shows where two parts meet. Mesh axes of -1 are left out: resolve them first."""
         if self.name in ("", ".", "..") or "/" in self.name:
             yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
+        if "://" in self.root:
+            yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
         yield from self._lengths()
         yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
         if -1 not in self.mesh.sizes:
@@ -115,7 +123,12 @@ class Run:
             )
 
     def _divisions(self) -> Iterable[Problem]:
-        """Every sharded dimension divides over its mesh axes."""
+        """Every sharded dimension divides over its mesh axes, and none is sharded that must be whole."""
+        for rule, why in (("sequence", "no kernel attends across shards yet"), ("layers", "layers are scanned, not yet staged")):
+            axes = getattr(self.rules, rule)
+            if self._shards(axes) > 1:
+                sharded = tuple(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
+                yield Problem(fields=(f"rules.{rule}", *sharded), message=f"{why}", fix=f"use rules.{rule}=()")
         parts = self._batch_parts()
         if self.train.global_batch % parts:
             spread = tuple(f"mesh.{axis}" for axis in self.rules.batch if getattr(self.mesh, axis) > 1)

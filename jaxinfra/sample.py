@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.checkpoints import Checkpoints
-from jaxinfra.config import load
+from jaxinfra.config import load, read_record
 from jaxinfra.data.store import TokenStore
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
@@ -70,7 +70,13 @@ class Sampler:
         if not (directory / "run.json").exists():
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
         run = load(directory / "run.json", root=Run).run
-        tokenizer = TokenStore.open(run.data.store).tokenizer
+        store = TokenStore.open(run.data.store)
+        trained_on = read_record(directory / "run.json").get("data")
+        if trained_on != store.manifest.fingerprint:
+            raise ConfigError(
+                f"{directory}: was trained on a store with fingerprint {trained_on}, {run.data.store} has "
+                f"{store.manifest.fingerprint}: its words are others; bring the store back"
+            )
         program = sampling_program(run)
         folder = directory / "checkpoints"
         if not folder.exists():
@@ -81,7 +87,7 @@ class Sampler:
                 raise CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
             subtree = "params" if run.optim.ema_decay is None else "ema"
             wanted = program.params if subtree == "params" else program.state.ema
-            return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), tokenizer)
+            return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), store.tokenizer)
 
     def stream(self, prompt: str, *, max_tokens: int, draw: Draw) -> Iterator[str]:
         """Yields the continuation piece by piece, as soon as a piece is whole characters.
@@ -105,15 +111,18 @@ class Sampler:
         ids = prompt if prompt and self._masked else [self._tokenizer.eot_id, *prompt]
         slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
         longest = self._config.learned_positions
-        if longest is not None and slots + max_tokens > longest:
-            raise ConfigError(
-                f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it passes the {longest} learned "
-                f"positions of the model; use --max-tokens {max(longest - slots, 0)} or a shorter prompt"
-            )
+        if longest is not None:
+            if len(ids) + max_tokens > longest:
+                room = longest - len(ids)
+                raise ConfigError(
+                    f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it passes the {longest} learned "
+                    f"positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
+                )
+            slots = min(slots, longest)
         with self._program.on_mesh:
             key = jax.random.key(draw.seed)
             padded = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32)
-            cache = self._prefill_cache(slots + max_tokens)
+            cache = self._prefill_cache(max(slots, len(ids) + max_tokens))
             token, cache = self._prefill(self._params, cache, padded, len(ids), key, draw)
             for count in range(1, max_tokens + 1):
                 found = int(token[0, 0])

@@ -4,11 +4,13 @@ Reads from top to bottom: look at everything that can refuse (mesh, data, direct
 written or compiled; restore or begin; train; evaluate, save, report.
 """
 
+import fcntl
 import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 
 import jaxinfra
 from jaxinfra.checkpoint.checkpoints import Checkpoints
-from jaxinfra.checkpoint.storage import check_space
+from jaxinfra.checkpoint.storage import check_space, make_writable
 from jaxinfra.config import Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.loader import (
@@ -45,7 +47,7 @@ from jaxinfra.track.report import write_report
 from jaxinfra.track.tracker import Trackers, build
 from jaxinfra.train.derived import Derived, derived, step_flops, tokens_per_step
 from jaxinfra.train.evaluate import evaluate
-from jaxinfra.train.loop import Hooks, Outcome, Reporter, fit
+from jaxinfra.train.loop import Hooks, Outcome, Reporter, finite, fit
 
 _log = logging.getLogger(__name__)
 
@@ -77,19 +79,39 @@ class RunDirectory:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
-    def check(self, run: Run, data: str) -> None:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the directory and holds it: a second start of the run is refused as long as this one goes on.
+
+        Raises:
+            ConfigError: another process trains this run.
+            StorageError: the directory cannot be made.
+        """
+        make_writable(self.path)
+        holder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(holder)
+            raise ConfigError(
+                f"{self.path}: another process is training this run; wait for it, or use name=ANOTHER"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(holder)
+
+    def check(self, run: Run, data: str, found: dict[str, Any]) -> None:
         """Refuses a directory that another config has begun, or the same one with other data.
 
         Args:
             run: the config.
             data: fingerprint of the data.
+            found: the run record; where it is lost, the one that the newest checkpoint was saved with.
 
         Raises:
             ConfigError: its record differs in something that changes the numbers.
         """
-        if not os.path.exists(self.record):
-            return
-        found = read_record(self.record)
         before = decode_record(self.record, found, Run)
         changed = [d for d in diff(before, run) if not any(_under(d.path, skip) for skip in NOT_NUMERIC)]
         if changed:
@@ -136,10 +158,17 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     # Refuses a held-out split that is shorter than one window.
     heldout_batches(run.data, global_batch=run.train.global_batch, rows=slice(None), store=store)
     directory = RunDirectory(path=Path(run.root) / run.name)
-    directory.check(loaded.run, store.manifest.fingerprint)
 
-    with StopRequest() as stop, Checkpoints(directory.checkpoints, run.checkpoint) as checkpoints:
+    with (
+        StopRequest() as stop,
+        directory.locked(),
+        Checkpoints(directory.checkpoints, run.checkpoint) as checkpoints,
+    ):
         done = checkpoints.latest() or 0
+        if done:
+            known = directory.record.exists()
+            found = read_record(directory.record) if known else checkpoints.record(done)
+            directory.check(loaded.run, store.manifest.fingerprint, found)
         if done >= run.train.steps:
             return _finished_before(directory, done)
         check_space(directory.path, checkpoints.needed_bytes(program.state))
@@ -164,25 +193,30 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
 
 
 def _devices() -> Sequence[Any]:
-    """The devices of all processes.
+    """The devices of this process.
 
     Raises:
-        ConfigError: the platform that was asked for is not here.
+        ConfigError: the platform that was asked for is not here, or JAX was told of other processes.
     """
     try:
-        return jax.devices()
+        devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for the platform at all
         cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "JAX has no plugin for it"
         raise ConfigError(
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: cannot be used: {' '.join(cause.split())}; "
             "use --devices cpu, or install JAX for that platform"
         ) from error
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} processes: a run has one process so far; start it on one host")
+    return devices
 
 
 def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:
     """The summary of a run that has nothing left to do."""
     summary = directory.path / "summary.json"
     found = read_json(summary) if summary.exists() else {}
+    if directory.record.exists() and not directory.report.exists():
+        write_report(directory.path)
     return {**found, "steps": done, "status": "finished before"}
 
 
@@ -262,8 +296,14 @@ class _Session:
             return self.checkpoints.restore(done, self.program.state)
         return self.program.init(jax.random.key(self.run_config.seed))
 
-    def _save(self, done: int, state: TrainState) -> None:
-        """Saves the state if it is due. A failure costs this checkpoint, not the run: the next save tries again."""
+    def _save(self, done: int, state: TrainState, values: Mapping[str, jax.Array]) -> None:
+        """Saves the state if it is due. A failure costs this checkpoint, not the run: the next save tries again.
+
+        Raises:
+            NonFiniteError: the last step went wrong; older checkpoints stay.
+        """
+        if done % self.run_config.checkpoint.every == 0:
+            finite(done - 1, values)
         try:
             self.checkpoints.save(done, state, self.written)
         except StorageError as error:
@@ -304,7 +344,6 @@ class _Session:
         """The final values of the run, from its own metrics."""
         rows = read(directory.path / "metrics.jsonl") if self.run_config.track.jsonl else []
         losses = [row["loss"] for row in rows if "loss" in row]
-        baselines = self.store.manifest.baselines
         return {
             "status": "finished" if outcome.stopped is None else "stopped",
             "steps": outcome.done,
@@ -313,7 +352,7 @@ class _Session:
             "final_loss": losses[-1] if losses else None,
             "eval_loss": self.last_eval.get("eval/loss"),
             "bits_per_byte": self.last_eval.get("eval/bits_per_byte"),
-            "baselines": {"xz -6": baselines.xz_bits_per_byte, "token 5-gram": baselines.ngram_bits_per_byte},
+            "baselines": self._baselines(),
             "tokens_per_s_median": _median(rows, "tokens_per_s"),
             "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self.peak,
@@ -322,6 +361,13 @@ class _Session:
             "checkpoint": str(directory.checkpoints / str(outcome.done)),
             "report": str(directory.report),
         }
+
+    def _baselines(self) -> dict[str, float | None] | None:
+        """What others make of the same text; None where only a part of it was evaluated."""
+        if self.run_config.train.eval_windows is not None:
+            return None
+        baselines = self.store.manifest.baselines
+        return {"xz -6": baselines.xz_bits_per_byte, "token 5-gram": baselines.ngram_bits_per_byte}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

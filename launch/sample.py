@@ -25,8 +25,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ConfigError(f"--max-tokens {options.max_tokens}: must be at least 1; use --max-tokens 200")
     draw = Draw(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     sampler = Sampler.from_run(options.run_dir)
-    print(options.prompt, end="", flush=True)
+    shown = options.prompt
     for text in sampler.stream(options.prompt, max_tokens=options.max_tokens, draw=draw):
-        print(text, end="", flush=True)
-    print()
+        print(shown + text, end="", flush=True)
+        shown = ""
+    print(shown)
     return 0

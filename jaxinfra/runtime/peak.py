@@ -7,19 +7,26 @@ import jax.numpy as jnp
 
 from jaxinfra.parallel.mesh import Device
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. Keys are the start of `device_kind`.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. The longest key that starts
+# `device_kind` counts.
 # v4 and v7x chips are given whole by Google; JAX lists v7x as two devices a chip, so half of 2307 TFLOP/s.
 CHIP_FLOPS = {
     "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "TPU v7": 1153.5e12,
     "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA B200": 2250e12,
 }
 
@@ -36,14 +43,17 @@ def peak_flops(device: Device, dtype: jnp.dtype, devices_here: int) -> tuple[flo
     """
     if device.platform == "cpu":
         return measured_flops(device, dtype) / devices_here, f"measured, {jnp.dtype(dtype).name} matmul"
-    for kind, flops in CHIP_FLOPS.items():
-        if device.device_kind.startswith(kind):
-            return flops, f"data sheet, bfloat16, {kind}"
+    known = [kind for kind in CHIP_FLOPS if device.device_kind.startswith(kind)]
+    if known:
+        kind = max(known, key=len)
+        return CHIP_FLOPS[kind], f"data sheet, bfloat16, {kind}"
     return measured_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
 
 
-def measured_flops(device: Device, dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
+def measured_flops(device: Device, dtype: jnp.dtype, size: int | None = None, repeats: int = 5) -> float:
     """FLOP/s of the fastest of some square matrix products on one device."""
+    if size is None:  # a CPU is busy with 1024 already, in a tenth of the time
+        size = 1024 if device.platform == "cpu" else 4096
     with jax.default_device(device):
         a = jnp.ones((size, size), dtype)
         product = jax.jit(jnp.matmul)

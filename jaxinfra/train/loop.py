@@ -4,6 +4,7 @@ No step waits for the host: metrics stay on the devices until they are due, and 
 before the one that runs. The order of things after a step: report, evaluate, save, stop if asked to.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxinfra.config import Problem
+from jaxinfra.errors import NonFiniteError
 from jaxinfra.program import Program, TrainState
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.train.clock import StepClock
@@ -72,14 +74,14 @@ class Hooks:
         log: takes metrics when they are due.
         due: whether the metrics of a step are.
         evaluate: metrics of the state on held-out data.
-        save: offers the state after so many steps to be saved.
+        save: offers the state after so many steps to be saved, and the device values of the last of them.
         stop: why to stop now; None goes on.
     """
 
     log: Log
     due: Callable[[int], bool]
     evaluate: Callable[[TrainState], Mapping[str, float]]
-    save: Callable[[int, TrainState], object]
+    save: Callable[[int, TrainState, Mapping[str, jax.Array]], object]
     stop: Callable[[], str | None]
 
 
@@ -93,12 +95,16 @@ class Reporter:
         self._waited_s = 0.0
 
     def finished(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Waits for the step, and logs its metrics if they are due."""
+        """Waits for the step, and logs its metrics if they are due.
+
+        Raises:
+            NonFiniteError: its loss or gradient is no number.
+        """
         jax.block_until_ready(values)
         self._clock.finished()
         if not self._hooks.due(step):
             return
-        metrics = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+        metrics = finite(step, values)
         step_time_s = self._clock.read()
         if step_time_s is not None:
             metrics["step_time_s"] = step_time_s
@@ -114,6 +120,22 @@ class Reporter:
         """Logs an evaluation; its time is no step's."""
         self._clock.pause()
         self._hooks.log.log(step, metrics)
+
+
+def finite(step: int, values: Mapping[str, jax.Array]) -> dict[str, float]:
+    """The values of a step on the host.
+
+    Raises:
+        NonFiniteError: the loss or the norm of the gradient is not finite.
+    """
+    metrics = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise NonFiniteError(
+                f"step {step}: {name} is {metrics[name]}; nothing was saved since: start the same command with a lower "
+                "optim.peak_lr, a longer warm-up, or another data.seed"
+            )
+    return metrics
 
 
 def device_memory() -> dict[str, float]:
@@ -160,11 +182,12 @@ def fit(program: Program, state: TrainState, done: int, batches: Batches, hooks:
             reporter.finished(*pending)
             pending = None
             reporter.evaluated(step, hooks.evaluate(state))
-        hooks.save(done, state)
+        hooks.save(done, state, values)
         if reason := hooks.stop():
             break
     else:
         reason = None
     if pending is not None:
         reporter.finished(*pending)
+        finite(*pending)
     return Outcome(state=state, done=done, stopped=reason if done < config.steps else None)

@@ -179,7 +179,7 @@ def loop_host_s(framework: Framework, steps: int = 50) -> float:
         log=_NoLog(),
         due=lambda step: False,
         evaluate=lambda state: {},
-        save=lambda done, state: None,
+        save=lambda done, state, values: None,
         stop=lambda: None,
     )
     assert framework.program.run.train.steps > steps, "the last step is evaluated"

@@ -1,5 +1,6 @@
 """Wrong input ends with one line that says what to do, and changes nothing that is there."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import Ended, Tiny, contents, launch
 
+from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import resolved
@@ -97,11 +99,20 @@ WRONG_VALUES = {
         r"name=a/b: must be a folder's name, without a slash; use name=my-run",
     ),
     "name of the parent": ("name=..", r"name=\.\.: must be a folder's name, .*"),
+    "remote root": ("root=gs://b/runs", r"root=gs://b/runs: must be a local folder; use root=runs"),
+    "sharded sequence": (
+        "mesh.fsdp=2 rules.batch=replica rules.embed=() rules.sequence=fsdp",
+        r"rules\.sequence=\(fsdp,\), mesh\.fsdp=2: no kernel attends across shards yet; use rules\.sequence=\(\)",
+    ),
+    "sharded layers": (
+        "mesh.fsdp=2 rules.embed=() rules.layers=fsdp",
+        r"rules\.layers=\(fsdp,\), mesh\.fsdp=2: layers are scanned, not yet staged; use rules\.layers=\(\)",
+    ),
     "no steps": ("train.steps=0", r"train\.steps=0: must be at least 1; use train\.steps=1 or more"),
     "negative rate": ("optim.peak_lr=-1", r"optim\.peak_lr=-1\.0: must be above 0 and finite; use optim\.peak_lr=3e-4"),
     "root through a file": (
         "root=/dev/null/x",
-        r"/dev/null/x/tiny/checkpoints: cannot be written: Not a directory; .*",
+        r"/dev/null/x/tiny: cannot be written: Not a directory; .*",
         82,
     ),
     "store of another recipe": (
@@ -344,7 +355,7 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     refused(prepare(through), r"data\.corpus\.root=\S+: is a file; give the folder and set data\.corpus\.pattern")
     refused(
         prepare("data.corpus.heldout_fraction=2"),
-        r"data\.corpus\.heldout_fraction=2\.0: must be at least 0 and less than 1; use data\.corpus\.\S+=0\.05",
+        r"data\.corpus\.heldout_fraction=2\.0: must be above 0 and below 1: both splits are needed; use data\.\S+=0\.05",
     )
     refused(
         prepare("data.corpus.vocab_size=100"),
@@ -356,15 +367,6 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
         r"data\.store=\S+: holds something that is no token store; choose an empty place",
     )
     assert not (tmp_path / "new").exists()
-
-
-def test_corpus_without_heldout_text(tiny: Tiny, tmp_path: Path) -> None:
-    """It can be prepared, but not be trained on: there is nothing to evaluate on."""
-    changes = ("data.corpus.heldout_fraction=0", f"data.store={tmp_path / 'all'}")
-    made = tiny.launch(*changes, command="prepare")
-    assert made.code == 0 and "to beat" not in made.out
-    refused(tiny.launch(*changes), r"data\.seq_len=32: .* the heldout split of \S+ has 0; use another data\.corpus\..*")
-    assert not tiny.runs.exists()
 
 
 def test_unreadable_corpus(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +401,7 @@ def test_unwritable_root(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", denied)
-    refused(tiny.launch(), r"\S+/runs/tiny/checkpoints: cannot be written: Permission denied; mend it or .*", 82)
+    refused(tiny.launch(), r"\S+/runs/tiny: cannot be written: Permission denied; mend it or .*", 82)
     assert not tiny.runs.exists()
 
 
@@ -435,3 +437,35 @@ def test_debug_shows_the_traceback(tiny: Tiny) -> None:
         assert ended.code == ConfigError.exit_code
         assert ended.err.startswith("Traceback (most recent call last):\n")
         assert ended.err.endswith("error: train.stepz: no such field; did you mean train.steps?\n")
+
+
+def test_lost_record(begun: Tiny) -> None:
+    """Without run.json a checkpoint still tells what config it is of."""
+    (begun.directory() / "run.json").unlink()
+    edited = begun.edited("peak_lr=3e-3", "peak_lr=4e-3")
+    refused(begun.launch(config=edited), r"\S+/runs/tiny: holds a run of another config: optim\.peak_lr is .*")
+
+
+def test_two_starts_of_one_run(begun: Tiny) -> None:
+    """The second is refused while the first goes on, and touches nothing."""
+    holder = os.open(begun.directory(), os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    before = contents(begun.runs)
+    refused(begun.launch(), r"\S+/runs/tiny: another process is training this run; wait for it, or use name=ANOTHER")
+    assert contents(begun.runs) == before
+    os.close(holder)
+
+
+def test_diverged_run_keeps_its_last_good_checkpoint(tiny: Tiny) -> None:
+    """A run that is no longer numbers ends with its own code and saves nothing of it."""
+    overrides = ("optim.peak_lr=1e30", "checkpoint.every=1", "name=diverged")
+    refused(tiny.launch(*overrides), r"step \d+: (loss|grad_norm) is (nan|inf); nothing was saved since: .*", 80)
+    kept = sorted(int(p.name) for p in (tiny.directory("diverged") / "checkpoints").iterdir() if p.name.isdecimal())
+    with Checkpoints(tiny.directory("diverged") / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == kept and kept and max(kept) < 12
+
+
+def test_run_that_never_made_a_step_blocks_nothing(tiny: Tiny) -> None:
+    """A config that was refused while it was compiled can be mended under the same name."""
+    refused(tiny.launch("model.attention=cudnn"), r"model\.attention=cudnn: refused: it does not run on cpu; .*")
+    assert tiny.launch("optim.clip_norm=2.0", "name=tiny").code == 0

@@ -43,7 +43,7 @@ class Events(list):
         self.append(("evaluate", int(state)))
         return {"eval/loss": float(state)}
 
-    def save(self, done: int, state: Any) -> None:
+    def save(self, done: int, state: Any, values: Any) -> None:
         self.append(("save", done, int(state)))
 
 
@@ -182,7 +182,7 @@ def test_reported_time_is_that_of_finished_steps(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jax, "device_get", lambda values: {"loss": 0.0})
     watch, events = Watch(), Events()
     monkeypatch.setattr(events, "evaluate", lambda state: {})
-    monkeypatch.setattr(events, "save", lambda done, state: None)
+    monkeypatch.setattr(events, "save", lambda done, state, values: None)
     try:
         loop(stand_in(watch.step, steps=24, eval_every=None), state, events, log_every=8)
     finally:
