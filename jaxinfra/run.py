@@ -124,7 +124,8 @@ class Run:
 
     def _divisions(self) -> Iterable[Problem]:
         """Every sharded dimension divides over its mesh axes, and none is sharded that must be whole."""
-        for rule, why in (("sequence", "no kernel attends across shards yet"), ("layers", "layers are scanned, not yet staged")):
+        whole = {"sequence": "no kernel attends across shards yet", "layers": "layers are scanned, not yet staged"}
+        for rule, why in whole.items():
             axes = getattr(self.rules, rule)
             if self._shards(axes) > 1:
                 sharded = tuple(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)

@@ -355,7 +355,7 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     refused(prepare(through), r"data\.corpus\.root=\S+: is a file; give the folder and set data\.corpus\.pattern")
     refused(
         prepare("data.corpus.heldout_fraction=2"),
-        r"data\.corpus\.heldout_fraction=2\.0: must be above 0 and below 1: both splits are needed; use data\.\S+=0\.05",
+        r"data\.corpus\.heldout_fraction=2\.0: must be above 0 and below 1: both splits are needed; use \S+=0\.05",
     )
     refused(
         prepare("data.corpus.vocab_size=100"),
