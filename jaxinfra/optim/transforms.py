@@ -20,12 +20,21 @@ def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Ar
     Returns:
         The gradients in their own dtypes and shardings, and the norm before clipping: float32 [].
     """
-    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
-    norm = jnp.sqrt(sum(squares, start=jnp.float32(0)))
+    norm = jnp.sqrt(sum((_square_sum(g) for g in jax.tree.leaves(grads)), start=jnp.float32(0)))
     if max_norm is None:
         return grads, norm
     scale = max_norm / jnp.maximum(norm, max_norm)
     return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads), norm
+
+
+def _square_sum(x: jax.Array) -> jax.Array:
+    """The sum of the squares of all elements, a whole dimension first.
+
+    XLA's CPU back end adds up rows many at a time, but the elements of one array one after the other.
+    """
+    squares = jnp.square(x.astype(jnp.float32))
+    whole = [dim for dim, part in enumerate(jax.typeof(x).sharding.spec) if part is None]
+    return jnp.sum(jnp.sum(squares, axis=whole[0]) if whole and x.ndim > 1 else squares)
 
 
 def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int) -> Any:
