@@ -32,7 +32,7 @@ examples:
   python -m launch runs/quickstart/run.json
 
 exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no good checkpoint,
-81 config or layout wrong, 82 storage unavailable.
+80 no longer a number, 81 config or layout wrong, 82 storage unavailable.
 """
 
 
