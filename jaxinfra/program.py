@@ -25,6 +25,7 @@ from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, param_key
+from jaxinfra.tasks.task import loss
 
 if TYPE_CHECKING:
     from jaxinfra.run import Run
@@ -185,10 +186,10 @@ class Program:
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
 
-        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self.run.task.loss(self.model(params), batch)
+        def total_and_sums(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss(self.run.task, self.model(params), batch)
 
-        total, pull, sums = jax.vjp(loss, params, has_aux=True)
+        total, pull, sums = jax.vjp(total_and_sums, params, has_aux=True)
         over = jax.typeof(total).sharding.spec.unreduced
         (grads,) = pull(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=over)))
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -227,7 +228,7 @@ class Program:
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        _, sums = self.run.task.loss(self.model(params), batch)
+        _, sums = loss(self.run.task, self.model(params), batch)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
 
 

@@ -162,7 +162,7 @@ def sampling_program(run: Run) -> Program:
 
 
 def _with_cache(model: Transformer, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    hidden_BTD, cache_after = model(tokens_BT, cache=cache)
+    hidden_BTD, cache_after = model.decode(tokens_BT, cache)
     assert cache_after is not None
     return hidden_BTD, cache_after
 

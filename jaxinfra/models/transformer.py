@@ -6,10 +6,10 @@ length) have the same parameters and differ by a branch inside the scan.
 Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S cache length.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,11 @@ from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.spec import normal
 
 type Sight = Literal["global", "local"]
+type Inputs = Mapping[str, jax.Array]
+type LayerSums = dict[str, jax.Array]
+"""What layers count, by name: sums over the tokens of the batch, unreduced over the axes that it is spread over."""
+type Layer = Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any, LayerSums]]
+"""`(block, stream, number, cache) -> (stream, cache, sums)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,16 +198,38 @@ class Block(nnx.Module):
         )
         self.mlp_post_norm = norm() if config.post_norms else None
 
-    def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
+    def __call__(
+        self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None
+    ) -> tuple[jax.Array, KV | None, LayerSums]:
         """One layer; `x_BTD` has block positions before and after."""
         y_BTD, cache = self.attention(self._whole(self.attention_norm(x_BTD)), see, place, cache)
         x_BTD += y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
         x_BTD += y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
-        return x_BTD, cache
+        return x_BTD, cache, {}
 
     def _whole(self, x_BTD: jax.Array) -> jax.Array:
         return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
+
+
+class Numbers(NamedTuple):
+    """Which layers the blocks of a call are.
+
+    Attributes:
+        of_layers: `[L]`, or `[L, S]` where each has a layer of each of S pipeline stages; -1 for none.
+        alike: whether the layers that stand side by side in the stages all are of one kind.
+    """
+
+    of_layers: jax.Array
+    alike: bool = True
+
+
+class Context(NamedTuple):
+    """What every layer is told of the tokens: positions, segments, and the cache slot of the first (see `Place`)."""
+
+    positions: jax.Array
+    segments: jax.Array | None
+    start: jax.Array | None
 
 
 class Cache(NamedTuple):
@@ -247,66 +274,100 @@ class Transformer(nnx.Module):
             )
         )
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states after the last norm.
+    def hidden(self, batch: Inputs) -> jax.Array:
+        """Hidden states after the last norm of whole sequences (see `begin`): `[B, T, D]`, whole positions."""
+        return self.end(self.layers(self.begin(batch), batch)[0])
+
+    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states after the last norm of tokens that follow a cache, and the cache with these tokens.
 
         Args:
             tokens_BT: words, int32.
-            positions_BT: places in their documents; None is `0..T-1`, or on from the cache.
-            segments_BT: document ids; a token sees its own document alone. None: every row is one document.
-            cache: of earlier tokens of the same rows.
+            cache: of earlier tokens of the same rows, each one document.
+        """
+        positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        layer = self._layers_of(Context(positions_BT, None, cache.length))
+
+        def body(x, xs):
+            block, number, kv = xs
+            x, kv, _ = layer(block, x, number, kv)
+            return x, kv
+
+        numbers_L = jnp.arange(self.config.layers)
+        x_BTD, kv = jax.lax.scan(body, self._embed(tokens_BT, positions_BT), (self.blocks, numbers_L, cache.kv))
+        return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
+
+    def begin(self, batch: Inputs) -> jax.Array:
+        """The stream before the first layer.
+
+        Args:
+            batch: `inputs` `[B, T]`, words, int32; `positions` `[B, T]`, places in their documents, or none for
+                `0..T-1`; `segments` `[B, T]`, document ids: a token sees its own document alone, or none where every
+                row is one document.
 
         Returns:
-            `[B, T, D]` in the compute dtype, whole positions, and the cache with these tokens if one was given.
-
-        Raises:
-            ValueError: both segments and a cache: a cache does not know where documents end.
+            `[B, T, D]` in the compute dtype, block positions.
         """
-        if segments_BT is not None and cache is not None:
-            raise ValueError("segments: rows of a cache are one document each; leave segments out")
+        return self._embed(batch["inputs"], self._positions(batch))
+
+    def layers(self, x_BTD: jax.Array, batch: Inputs, numbers: Numbers | None = None) -> tuple[jax.Array, LayerSums]:
+        """The stream after some layers: those that `blocks` holds.
+
+        Args:
+            x_BTD: the stream, block positions.
+            batch: as in `begin`.
+            numbers: which layers they are; None for all.
+
+        Returns:
+            The stream, and what the layers count: each array has one row a layer.
+        """
+        if numbers is None:
+            numbers = Numbers(jnp.arange(self.config.layers))
+        layer = self._layers_of(Context(self._positions(batch), batch.get("segments"), None), numbers.alike)
+
+        def body(x, xs):
+            block, number = xs
+            x, _, sums = layer(block, x, number, None)
+            return x, sums
+
+        return jax.lax.scan(body, x_BTD, (self.blocks, numbers.of_layers))
+
+    def end(self, x_BTD: jax.Array) -> jax.Array:
+        """The stream after the last norm, whole positions."""
+        return self.layout.shard(self.norm(x_BTD), "batch", "sequence", None, meets_sharded=True)
+
+    def penalty(self, sums: LayerSums) -> jax.Array | None:
+        """What the layers add to the loss, summed over tokens like it; None for nothing."""
+        return None
+
+    @staticmethod
+    def _positions(batch: Inputs) -> jax.Array:
+        found = batch.get("positions")
+        return jnp.arange(batch["inputs"].shape[1], dtype=jnp.int32)[None] if found is None else found
+
+    def _layers_of(self, context: Context, alike: bool = True) -> Layer:
+        """Any layer as a function of its parameters, the stream, its number and its part of the cache."""
         config = self.config
-        start = None if cache is None else cache.length
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None] + (0 if start is None else start)
-        x_BTD = self._embed(tokens_BT, positions_BT)
+        sights: list[Sight] = [config.sights[n % len(config.sights)] for n in range(config.layers)]
+        kinds: list[Sight] = list(dict.fromkeys(sights))
+        branches = [self._layer(sight, context) for sight in kinds]
+        kind_L = jnp.array([kinds.index(sight) for sight in sights])
+        if len(branches) == 1:
+            return lambda block, x, number, kv: branches[0](block, x, kv)
+        assert alike, "layers of several sights side by side"
+        return lambda block, x, number, kv: jax.lax.switch(kind_L[number], branches, block, x, kv)
 
-        layers: list[Sight] = [config.sights[layer % len(config.sights)] for layer in range(config.layers)]
-        kinds: list[Sight] = list(dict.fromkeys(layers))
-        branches = [self._layer(sight, positions_BT, segments_BT, start) for sight in kinds]
-        index_L = jnp.array([kinds.index(sight) for sight in layers])
-
-        def body(x, layer):
-            block, kv, index = layer
-            if len(branches) == 1:
-                return branches[0](block, x, kv)
-            return jax.lax.switch(index, branches, block, x, kv)
-
-        kv = None if cache is None else cache.kv
-        x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, kv, index_L))
-        x_BTD = self.layout.shard(self.norm(x_BTD), "batch", "sequence", None, meets_sharded=True)
-        if cache is None or kv is None:
-            return x_BTD, None
-        return x_BTD, Cache(kv, cache.length + tokens_BT.shape[1])
-
-    def _layer(
-        self, sight: Sight, positions_BT: jax.Array, segments_BT: jax.Array | None, start: jax.Array | None
-    ) -> Callable[[Block, jax.Array, KV | None], tuple[jax.Array, KV | None]]:
-        """One layer of this sight as a function of its parameters, the stream and its part of the cache."""
+    def _layer(self, sight: Sight, context: Context) -> Callable[..., tuple[jax.Array, KV | None, LayerSums]]:
+        """A layer of this sight as a function of its parameters, the stream and its part of the cache."""
         config = self.config
         rope, dtype = config.rope_of(sight), self.layout.compute_dtype
-        tables = None if rope is None else rope_tables(rope, positions_BT, config.head_width, dtype)
-        place = Place(tables, segments_BT, start)
+        tables = None if rope is None else rope_tables(rope, context.positions, config.head_width, dtype)
+        place = Place(tables, context.segments, context.start)
 
-        def layer(block: Block, x: jax.Array, kv: KV | None) -> tuple[jax.Array, KV | None]:
+        def layer(block: Block, x: jax.Array, kv: KV | None) -> tuple[jax.Array, KV | None, LayerSums]:
             return block(x, config.see(sight), place, kv)
 
-        return remat(layer, config.remat if start is None else "none")
+        return remat(layer, config.remat if context.start is None else "none")
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rows of the embedding for words (and positions), with block positions."""

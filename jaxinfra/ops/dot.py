@@ -2,7 +2,8 @@
 
 The product is always of rank 2: leading dimensions of the activations become rows, the contracted dimensions one.
 XLA's CPU back end runs the weight gradient of a rank-3 product in a slow loop (2 to 6 times slower a step);
-on TPU and GPU the reshapes are free.
+on TPU and GPU the reshapes are free. Weights of several pipeline stages (a leading dimension over the mesh axis
+`stage`) make one such product for each stage, with the rows of that stage.
 """
 
 import functools
@@ -13,27 +14,44 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
+from jaxinfra.parallel.layout import staged
+
 
 def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str] = frozenset()) -> jax.Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`.
 
     Args:
         x: activations `[..., *K]`.
-        w: a weight `[*K, *N]`, ready for use (see `Layout.weight`), of the dtype of the product.
+        w: a weight `[*K, *N]`, or of several stages `[S, *K, *N]`, ready for use (see `Layout.weight`), of the dtype
+            of the product.
         contract: number of dimensions in `K`.
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
 
     Returns:
         `[..., *N]` in the dtype of `x`; unreduced over `partial`.
     """
-    lead, n = x.shape[: x.ndim - contract], w.shape[contract:]
-    assert x.shape[x.ndim - contract :] == w.shape[:contract], (x.shape, w.shape)
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    rows = 1 if _rows_are_contiguous(x, len(lead)) else len(lead)
-    x = _merge(x, (len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
-    y = _product(x, _merge(w, (contract, len(n))), partial)
-    out = PartitionSpec(*x_spec.partitions[: len(lead)], *w_spec.partitions[contract:], unreduced=partial)
+    stages = w.shape[:1] if staged(w_spec) else ()
+    first = len(stages)
+    lead, n = x.shape[: x.ndim - contract], w.shape[first + contract :]
+    assert x.shape[x.ndim - contract :] == w.shape[first : first + contract], (x.shape, w.shape)
+    if stages:
+        x = _split_stages(x, *stages)
+    dims = first + len(lead)
+    rows = 1 if _rows_are_contiguous(x, first, dims) else len(lead)
+    x = _merge(x, (*(1,) * first, len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
+    y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), partial)
+    out = PartitionSpec(*x_spec.partitions[: len(lead)], *w_spec.partitions[first + contract :], unreduced=partial)
     return y.reshape(*lead, *n, out_sharding=out)
+
+
+def _split_stages(x: jax.Array, stages: int) -> jax.Array:
+    """`[S * B, ...]` to `[S, B, ...]`: the rows of each stage apart."""
+    spec = jax.typeof(x).sharding.spec
+    assert spec.partitions[0][0] == "stage", spec
+    parts = ("stage", spec.partitions[0][1:] or None, *spec.partitions[1:])
+    shape = (stages, x.shape[0] // stages, *x.shape[1:])
+    return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
 
 
 def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
@@ -46,38 +64,40 @@ def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
     return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
 
 
-def _rows_are_contiguous(x: jax.Array, lead: int) -> bool:
-    """Whether merging the leading dimensions moves no data: only the first may really be sharded."""
+def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:
+    """Whether merging these dimensions moves no data: only the first may really be sharded."""
     spec, mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    axes = [part if isinstance(part, tuple) else (part,) for part in spec.partitions[1:lead] if part]
+    axes = [part if isinstance(part, tuple) else (part,) for part in spec.partitions[first + 1 : last] if part]
     return all(mesh.shape[axis] == 1 for part in axes for axis in part)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w_KN: jax.Array, partial: frozenset[str]) -> jax.Array:
-    """`x @ w_KN`, `[..., K]` to `[..., N]`, with the sharding of the rows of `x` and the columns of `w_KN`."""
-    return _plain(x, w_KN, partial)
+def _product(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> jax.Array:
+    """`x @ w`, `[..., K]` by `[K, N]`, or `[S, ..., K]` by `[S, K, N]`; sharded like the rows and the columns."""
+    return _plain(x, w, partial)
 
 
-def _plain(x: jax.Array, w_KN: jax.Array, partial: frozenset[str]) -> jax.Array:
-    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w_KN))
-    out = PartitionSpec(*x_spec.partitions[:-1], w_spec.partitions[1], unreduced=partial) if partial else None
-    return jax.lax.dot_general(x, w_KN, (((x.ndim - 1,), (0,)), ((), ())), out_sharding=out)
+def _plain(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> jax.Array:
+    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
+    out = PartitionSpec(*x_spec.partitions[:-1], w_spec.partitions[-1], unreduced=partial) if partial else None
+    stages = (0,) if w.ndim == 3 else ()
+    dimensions = (((x.ndim - 1,), (w.ndim - 2,)), (stages, stages))
+    return jax.lax.dot_general(x, w, dimensions, out_sharding=out)
 
 
-def _forward(x: jax.Array, w_KN: jax.Array, partial: frozenset[str]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(x, w_KN, partial), (x, w_KN)
+def _forward(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _plain(x, w, partial), (x, w)
 
 
 def _backward(
     partial: frozenset[str], operands: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, w_KN = operands
-    (dx,) = jax.vjp(lambda x: _plain(x, w_KN, partial), x)[1](g)
+    x, w = operands
+    (dx,) = jax.vjp(lambda x: _plain(x, w, partial), x)[1](g)
     if x.ndim > 2:
-        (dw_KN,) = jax.vjp(lambda w: _plain(x, w, partial), w_KN)[1](g)
-        return dx, dw_KN
-    w_spec = jax.typeof(w_KN).sharding.spec
+        (dw,) = jax.vjp(lambda w: _plain(x, w, partial), w)[1](g)
+        return dx, dw
+    w_spec = jax.typeof(w).sharding.spec
     out = w_spec.update(unreduced=w_spec.reduced, reduced=w_spec.unreduced)
     return dx, jax.lax.dot_general(_columns(x), g, (((1,), (0,)), ((), ())), out_sharding=out)
 

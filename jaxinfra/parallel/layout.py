@@ -31,6 +31,9 @@ GATHERED = "gathered"
 MOVED = "moved"
 """The name of an activation that was moved to another sharding."""
 
+STAGES = "stages"
+"""The logical axis of weights of several pipeline stages, one layer of each, side by side."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
@@ -110,6 +113,8 @@ class Layout:
         """The mesh axes, of more than one device, of a logical axis ("positions": a sequence between blocks)."""
         if name is None:
             return ()
+        if name == STAGES:
+            return self._real(("stage",))
         if name == "positions":
             return self._real((*self.rules.sequence, *self.rules.block_sequence))
         return self._real(getattr(self.rules, name))
@@ -147,6 +152,8 @@ class Layout:
     def _used(self, names: Names, meets: Names) -> PartitionSpec:
         """The sharding in which a weight meets an activation whose spread dimensions are `meets`."""
         over = [axis for name in meets for axis in self.mesh_axes(name)]
+        if names[:1] == (STAGES,):
+            over = [axis for axis in over if axis != "stage"]  # each stage's rows meet the weights of that stage
         kept = [tuple(axis for axis in self.mesh_axes(name) if axis not in over) or None for name in names]
         return PartitionSpec(*kept, reduced=frozenset(over))
 
@@ -155,10 +162,11 @@ class Layout:
 
         Args:
             value: the parameter, or one layer of it.
-            names: its logical axes; a leading "layers" is dropped when `value` is one layer.
+            names: its logical axes, of one layer; a `value` of one more dimension has a layer of each stage.
             meets: the spread dimensions of the activation that it is used with.
         """
-        names = names[len(names) - value.ndim :]
+        if value.ndim > len(names):
+            names = (STAGES, *names)
         return checkpoint_name(jax.reshard(value.astype(self.compute_dtype), self._used(names, meets)), GATHERED)
 
     def columns(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
@@ -190,17 +198,32 @@ class Layout:
     def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
         """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.
 
-        For elementwise work: outside such a region JAX lets reduced weights into matrix products alone.
+        For elementwise work: outside such a region JAX lets reduced weights into matrix products alone. Of weights
+        of several stages `fun` sees those of the device's own stage.
         """
         x_spec, *weight_specs = (jax.typeof(a).sharding.spec for a in (x, *weights))
 
         def on_device(x: jax.Array, *weights: jax.Array) -> jax.Array:
-            # A reduced weight becomes one value a device; its gradient becomes a partial sum of theirs.
             pairs = zip(weights, weight_specs, strict=True)
-            return fun(x, *(jax.lax.pcast(w, tuple(s.reduced), to="varying") for w, s in pairs))
+            return fun(x, *(own_weight(w, spec) for w, spec in pairs))
 
         return jax.shard_map(on_device, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
 
     def with_reduced(self, spec: PartitionSpec) -> PartitionSpec:
         """A parameter's sharding marked so that its gradient stays a partial sum over `replica`."""
         return spec.update(reduced=frozenset(self._real(("replica",))))
+
+
+def own_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """In a `shard_map`: a ready weight of this sharding as one value a device, without a dimension of stages.
+
+    Its gradient becomes a partial sum of theirs over the axes that it is reduced over.
+    """
+    w = jax.lax.pcast(w, tuple(spec.reduced), to="varying")
+    return w[0] if staged(spec) else w
+
+
+def staged(spec: PartitionSpec) -> bool:
+    """Whether an array of this sharding has a leading dimension of pipeline stages."""
+    first = spec.partitions[0] if spec.partitions else None
+    return "stage" in (first if isinstance(first, tuple) else (first,))

@@ -63,10 +63,11 @@ class CausalLM:
         """Positions of one global batch."""
         return global_batch * data.seq_len
 
-    def loss(self, model: Transformer, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def finish(
+        self, model: Transformer, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Sums of cross-entropy and z-loss in nats, and of weights, over the tokens of the batch."""
-        inputs_BT = batch["inputs"]
-        hidden_BTD, _ = model(inputs_BT, batch.get("positions"), batch.get("segments"))
+        inputs_BT, hidden_BTD = batch["inputs"], model.end(x_BTD)
         head_DV = model.head()
         weights_BT = batch.get("weights")
         if weights_BT is None:

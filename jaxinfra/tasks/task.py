@@ -20,10 +20,28 @@ class Field:
     axes: Names
 
 
-class Sums(Protocol):
-    """The keys that every task's sums have: `loss` and `weight`; others are the task's own."""
+class Model(Protocol):
+    """What a model offers to tasks and pipelines: a stream of activations that passes a stack of like layers.
 
-    def __getitem__(self, name: str, /) -> jax.Array: ...
+    `blocks` holds the parameters of the layers, stacked; a model that is merged with the parameters of some layers
+    alone has those.
+    """
+
+    blocks: nnx.Module
+
+    def begin(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The stream before the first layer."""
+        ...
+
+    def layers(
+        self, x: jax.Array, batch: Mapping[str, jax.Array], numbers: Any = None, /
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The stream after the layers in `blocks`, and what they count, one row a layer."""
+        ...
+
+    def penalty(self, sums: dict[str, jax.Array]) -> jax.Array | None:
+        """What layers add to the loss, from what they count."""
+        ...
 
 
 class Task(Protocol):
@@ -33,8 +51,10 @@ class Task(Protocol):
         """The arrays of one global batch."""
         ...
 
-    def loss(self, model: nnx.Module, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The differentiable loss and named sums over the batch.
+    def finish(
+        self, model: Any, x: jax.Array, batch: Mapping[str, jax.Array], /
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The differentiable loss and named sums over the batch, from the stream after the last layer.
 
         All are float32 scalars, unreduced over the mesh axes that the batch is spread over. `sums["loss"]` and
         `sums["weight"]` are always there: their quotient is the mean loss, and the gradient is divided by the weight.
@@ -44,3 +64,11 @@ class Task(Protocol):
     def tokens(self, data: Any, global_batch: int) -> int:
         """Tokens (or samples, where there are no tokens) of one global batch."""
         ...
+
+
+def loss(task: Task, model: Model, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss that training minimises, summed over the batch, and all sums: those of the task and of the layers."""
+    x, counted = model.layers(model.begin(batch), batch)
+    total, sums = task.finish(model, x, batch)
+    penalty = model.penalty(counted)
+    return total if penalty is None else total + penalty, {**sums, **counted}

@@ -101,11 +101,15 @@ class Built:
 
     @cached_property
     def forward(self) -> Callable[..., tuple[jax.Array, Cache | None]]:
-        """`forward(params, tokens, positions, segments, cache) -> (logits, cache)`, compiled."""
+        """`forward(params, tokens, positions, segments) -> (logits, None)`, compiled; or with `cache=`."""
 
-        def run(params, tokens, positions=None, segments=None, cache=None):
+        def run(params, tokens, positions=None, segments=None, *, cache=None):
             model = self.model(params)
-            hidden, cache = model(tokens, positions, segments, cache)
+            if cache is None:
+                batch = {"inputs": tokens, "positions": positions, "segments": segments}
+                hidden = model.hidden({name: array for name, array in batch.items() if array is not None})
+            else:
+                hidden, cache = model.decode(tokens, cache)
             return dot(hidden, model.head()).astype(jnp.float32), cache
 
         return jax.jit(run)

@@ -34,7 +34,7 @@ def decode(built: Built, values: dict[str, Any], words: np.ndarray, prompt: int)
         cache = jax.jit(lambda p: built.model(p).empty_cache(len(words), SLOTS))(params)
         pieces = []
         for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, words.shape[1]))]:
-            logits, cache = forward(params, built.rows(words[:, start:end]), None, None, cache)
+            logits, cache = forward(params, built.rows(words[:, start:end]), cache=cache)
             pieces.append(np.asarray(logits))
         assert cache is not None and int(cache.length) == words.shape[1]
     return np.concatenate(pieces, axis=1)
@@ -54,12 +54,3 @@ def test_decoding_is_the_whole_forward(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("model", "mesh"), MESHES.items(), ids=MESHES)
 def test_decoding_on_a_mesh_is_the_whole_forward(model: str, mesh: MeshConfig) -> None:
     check(MODELS[model], mesh)
-
-
-def test_rows_of_a_cache_are_one_document_each() -> None:
-    built = build()
-    words = tokens()
-    with jax.set_mesh(built.mesh), pytest.raises(ValueError, match="segments"):
-        params = built.put(built.values())
-        cache = built.model(params).empty_cache(len(words), SLOTS)
-        built.forward(params, built.rows(words), None, built.rows(np.zeros_like(words)), cache)

@@ -29,5 +29,7 @@ def test_bfloat16_logits_are_near_those_of_float32(changes: dict[str, Any]) -> N
 def test_only_weights_in_use_are_bfloat16() -> None:
     built = build(dtype="bfloat16")
     with jax.set_mesh(built.mesh):
-        hidden, _ = jax.eval_shape(lambda p, t: built.model(p)(t), built.put(built.values()), built.rows(tokens()))
+        hidden = jax.eval_shape(
+            lambda p, t: built.model(p).hidden({"inputs": t}), built.put(built.values()), built.rows(tokens())
+        )
     assert hidden.dtype == jax.numpy.bfloat16

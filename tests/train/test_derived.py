@@ -50,7 +50,7 @@ def test_flops_against_the_compiler() -> None:
 
     def forward(params: dict, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graph, nnx.State(params))
-        hidden, _ = model(tokens)
+        hidden = model.hidden({"inputs": tokens})
         return hidden @ model.head()
 
     mesh = jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1])

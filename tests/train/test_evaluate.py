@@ -41,7 +41,7 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
     @jax.jit
     def logits(params: Any, batch: Any) -> jax.Array:
         model = program.model(params)
-        hidden, _ = model(batch["inputs"], batch.get("positions"), batch.get("segments"))
+        hidden = model.hidden(batch)
         return hidden @ model.head()
 
     eot_id, lengths = store.manifest.eot_id, store.tokenizer.byte_lengths()
