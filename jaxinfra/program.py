@@ -9,7 +9,7 @@ is a partial sum over `replica`; after the last microbatch that buffer crosses `
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, param_key
+from jaxinfra.stages import Stages
 from jaxinfra.tasks.task import loss
 
 if TYPE_CHECKING:
@@ -82,8 +83,10 @@ class Program:
         self.run, self.mesh = run, mesh
         if platform is None:
             platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
+        # The chunks of a stage are not consecutive: its layers are then not stored on it.
+        rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
         self.layout = Layout(
-            rules=run.rules,
+            rules=rules,
             mesh=MeshConfig(**dict(mesh.shape)),
             platform=platform,
             compute_dtype=jnp.dtype(run.precision.compute),
@@ -92,6 +95,8 @@ class Program:
         self.specs: dict[str, Any] = nnx.to_pure_dict(specs)
         self._paths = _paths(self.specs)
         self._stored = jax.tree.map(self.layout.stored, self._paths, self.specs)
+        staged = self.layout.mesh.stage > 1
+        self._stages = Stages(run, self.layout, self.specs, self._stored) if staged else None
         self.optimizer = build(run.optim, steps=run.train.steps, specs=self.specs)
         self._schedule = schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
 
@@ -196,8 +201,12 @@ class Program:
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """The gradient of the mean loss, and the sums; `replica` is crossed once, whatever the accumulation."""
-        marked = jax.tree.map(lambda p, s: jax.reshard(p, self.layout.with_reduced(s)), params, self._stored)
         count = self.run.train.accumulate
+        if self._stages is not None:
+            grads, sums = self._stages.gradients(params, _split(batch, count))
+            scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
+            return jax.tree.map(lambda g: g * scale, grads), sums
+        marked = jax.tree.map(lambda p, s: jax.reshard(p, self.layout.with_reduced(s)), params, self._stored)
         if count == 1:
             sums, grads = self._loss_and_grads(marked, batch)
         else:
@@ -228,6 +237,8 @@ class Program:
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        if self._stages is not None:
+            return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
         _, sums = loss(self.run.task, self.model(params), batch)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
 

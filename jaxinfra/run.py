@@ -14,6 +14,7 @@ from jaxinfra.optim.optimizers import Optim
 from jaxinfra.optim.schedules import schedule_problems
 from jaxinfra.parallel.layout import Rules
 from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.track.tracker import TrackConfig
 from jaxinfra.train.loop import TrainConfig
@@ -23,6 +24,7 @@ NOT_NUMERIC = (
     "root",
     "mesh",
     "rules",
+    "pipeline",
     "checkpoint",
     "track",
     "train.accumulate",
@@ -67,6 +69,7 @@ class Run:
         precision: number formats.
         mesh: how the devices are arranged.
         rules: which arrays are spread over which mesh axes.
+        pipeline: how microbatches pass the stages, where mesh.stage is above 1.
         optim: how parameters move.
         train: how long, in what batches.
         checkpoint: when the state is saved.
@@ -82,6 +85,7 @@ class Run:
     precision: Precision = Precision()
     mesh: MeshConfig = MeshConfig()
     rules: Rules = Rules()
+    pipeline: PipelineConfig = PipelineConfig()
     optim: Optim = field(default_factory=Optim)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -124,7 +128,7 @@ class Run:
 
     def _divisions(self) -> Iterable[Problem]:
         """Every sharded dimension divides over its mesh axes, and none is sharded that must be whole."""
-        whole = {"sequence": "no kernel attends across shards yet", "layers": "layers are scanned, not yet staged"}
+        whole = {"sequence": "no kernel attends across shards yet"}
         for rule, why in whole.items():
             axes = getattr(self.rules, rule)
             if self._shards(axes) > 1:
@@ -145,12 +149,43 @@ class Run:
             ("model.mlp_dim", self.model.mlp_dim, self.rules.mlp),
             ("model.vocab_size", self.model.vocab_size, self.rules.vocab),
             ("model.width", self.model.width, self.rules.embed),
-            ("model.layers", self.model.layers, self.rules.layers),
             ("data.seq_len", self.data.seq_len, (*self.rules.sequence, *self.rules.block_sequence)),
         )
         for path, size, axes in dimensions:
             if size % self._shards(axes):
                 yield self._division_problem(path, size, axes)
+        if self.mesh.stage > 1:
+            yield from self._stages()
+
+    def _stages(self) -> Iterable[Problem]:
+        """Every stage has layers, and head and loss can be spread over the stages."""
+        places = self.mesh.stage * self.pipeline.chunks
+        if self.model.layers < places:
+            yield Problem(
+                fields=("model.layers", "mesh.stage", "pipeline.chunks"),
+                message=f"{places} chunks of layers, but fewer layers",
+                fix=f"use model.layers={places} or fewer stages",
+            )
+        if self.pipeline.schedule == "interleaved" and self.train.accumulate % self.mesh.stage:
+            yield Problem(
+                fields=("train.accumulate", "mesh.stage", "pipeline.schedule"),
+                message="interleaved microbatches come in rounds, one a stage",
+                fix=f"use train.accumulate={_rounded_up(max(self.train.accumulate, 1), self.mesh.stage)}",
+            )
+        if self.loss_spread() is None:
+            rows = self._batch_parts() * self.mesh.stage
+            yield Problem(
+                fields=("train.global_batch", "train.accumulate", "mesh.stage"),
+                message="stages cannot share the rows of a microbatch, nor its positions, for head and loss",
+                fix=f"use train.global_batch={_rounded_up(self.train.global_batch, rows)}",
+            )
+
+    def loss_spread(self) -> int | None:
+        """The dimension of the stream by which pipeline stages share head and loss: rows, else positions."""
+        if self.train.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
+            return 0
+        shards = self._shards(self.rules.sequence) * self.mesh.stage
+        return 1 if self.task.by_position and self.data.seq_len % shards == 0 else None
 
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
         shards = self._shards(axes)

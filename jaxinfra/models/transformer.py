@@ -6,15 +6,16 @@ length) have the same parameters and differ by a branch inside the scan.
 Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S cache length.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
@@ -29,8 +30,8 @@ type Sight = Literal["global", "local"]
 type Inputs = Mapping[str, jax.Array]
 type LayerSums = dict[str, jax.Array]
 """What layers count, by name: sums over the tokens of the batch, unreduced over the axes that it is spread over."""
-type Layer = Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any, LayerSums]]
-"""`(block, stream, number, cache) -> (stream, cache, sums)`."""
+type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
+"""`(block, stream, kind, cache) -> (stream, cache, sums)`; without the kind if it is of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,25 @@ class TransformerConfig:
         """The rotary positions of a layer of this sight."""
         return self.local_rope if sight == "local" and self.local_rope is not None else self.rope
 
+    def sight(self, number: int) -> Sight:
+        """What the layer of this number sees."""
+        return self.sights[number % len(self.sights)]
+
+    @property
+    def kinds(self) -> tuple[Sight, ...]:
+        """The different sights of the layers, in order."""
+        return tuple(dict.fromkeys(self.sight(number) for number in range(self.layers)))
+
+    def alike(self, numbers: np.ndarray) -> bool:
+        """Whether the layers that stand side by side in pipeline stages all are of one kind.
+
+        Args:
+            numbers: `[chunks, layers of a chunk, stages]`; -1 for none.
+        """
+        kinds = [self.sight(number) if number >= 0 else None for number in numbers.flat]
+        side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
+        return bool((side_by_side == side_by_side[:, :1]).all())
+
     def build(self, layout: Layout) -> "Transformer":
         """The module, with `ParamSpec`s where arrays will be."""
         return Transformer(self, layout)
@@ -212,16 +232,16 @@ class Block(nnx.Module):
         return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
 
 
-class Numbers(NamedTuple):
-    """Which layers the blocks of a call are.
+class Staged(NamedTuple):
+    """Which layers the blocks of a call are, in a pipeline.
 
     Attributes:
-        of_layers: `[L]`, or `[L, S]` where each has a layer of each of S pipeline stages; -1 for none.
-        alike: whether the layers that stand side by side in the stages all are of one kind.
+        numbers: `[L, S]`, those of each of S stages; -1 for none.
+        alike: whether the layers that stand side by side in the stages are all of one kind.
     """
 
-    of_layers: jax.Array
-    alike: bool = True
+    numbers: jax.Array
+    alike: bool
 
 
 class Context(NamedTuple):
@@ -286,15 +306,14 @@ class Transformer(nnx.Module):
             cache: of earlier tokens of the same rows, each one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer = self._layers_of(Context(positions_BT, None, cache.length))
+        layer = self._any_layer(Context(positions_BT, None, cache.length), alike=True)
 
         def body(x, xs):
-            block, number, kv = xs
-            x, kv, _ = layer(block, x, number, kv)
+            block, kind, kv = xs
+            x, kv, _ = layer(block, x, kind, kv)
             return x, kv
 
-        numbers_L = jnp.arange(self.config.layers)
-        x_BTD, kv = jax.lax.scan(body, self._embed(tokens_BT, positions_BT), (self.blocks, numbers_L, cache.kv))
+        x_BTD, kv = jax.lax.scan(body, self._embed(tokens_BT, positions_BT), (self.blocks, self._kinds(), cache.kv))
         return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
     def begin(self, batch: Inputs) -> jax.Array:
@@ -310,27 +329,26 @@ class Transformer(nnx.Module):
         """
         return self._embed(batch["inputs"], self._positions(batch))
 
-    def layers(self, x_BTD: jax.Array, batch: Inputs, numbers: Numbers | None = None) -> tuple[jax.Array, LayerSums]:
+    def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
         """The stream after some layers: those that `blocks` holds.
 
         Args:
             x_BTD: the stream, block positions.
             batch: as in `begin`.
-            numbers: which layers they are; None for all.
+            staged: of a pipeline, which layers they are; None for all, one after the other.
 
         Returns:
             The stream, and what the layers count: each array has one row a layer.
         """
-        if numbers is None:
-            numbers = Numbers(jnp.arange(self.config.layers))
-        layer = self._layers_of(Context(self._positions(batch), batch.get("segments"), None), numbers.alike)
+        context = Context(self._positions(batch), batch.get("segments"), None)
+        layer = self._any_layer(context, alike=staged is None or staged.alike)
 
         def body(x, xs):
-            block, number = xs
-            x, _, sums = layer(block, x, number, None)
+            block, kind = xs
+            x, _, sums = layer(block, x, kind, None)
             return x, sums
 
-        return jax.lax.scan(body, x_BTD, (self.blocks, numbers.of_layers))
+        return jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(staged)))
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
@@ -345,19 +363,38 @@ class Transformer(nnx.Module):
         found = batch.get("positions")
         return jnp.arange(batch["inputs"].shape[1], dtype=jnp.int32)[None] if found is None else found
 
-    def _layers_of(self, context: Context, alike: bool = True) -> Layer:
-        """Any layer as a function of its parameters, the stream, its number and its part of the cache."""
+    def _kinds(self, staged: Staged | None = None) -> jax.Array:
+        """By layer the index of its sight among all: `[L]`, or `[L, S]` if stages differ; -1 for no layer."""
         config = self.config
-        sights: list[Sight] = [config.sights[n % len(config.sights)] for n in range(config.layers)]
-        kinds: list[Sight] = list(dict.fromkeys(sights))
-        branches = [self._layer(sight, context) for sight in kinds]
-        kind_L = jnp.array([kinds.index(sight) for sight in sights])
-        if len(branches) == 1:
-            return lambda block, x, number, kv: branches[0](block, x, kv)
-        assert alike, "layers of several sights side by side"
-        return lambda block, x, number, kv: jax.lax.switch(kind_L[number], branches, block, x, kv)
+        if staged is None:
+            return jnp.array([config.kinds.index(config.sight(number)) for number in range(config.layers)])
+        kinds = jnp.where(staged.numbers < 0, -1, self._kinds().at[staged.numbers].get(out_sharding=P(None, "stage")))
+        return jax.reshard(kinds, P())[:, 0] if staged.alike else kinds
 
-    def _layer(self, sight: Sight, context: Context) -> Callable[..., tuple[jax.Array, KV | None, LayerSums]]:
+    def _any_layer(self, context: Context, alike: bool) -> Layer:
+        """A layer of any kind as a function of its parameters, the stream, its kind and its part of the cache."""
+        branches = [self._layer(sight, context) for sight in self.config.kinds]
+        if not alike:
+            return lambda block, x, kind, kv: (self._side_by_side(branches, block, x, kind), None, {})
+        if len(branches) == 1:
+            return lambda block, x, kind, kv: branches[0](block, x, kv)
+        return lambda block, x, kind, kv: jax.lax.switch(kind, branches, block, x, kv)
+
+    def _side_by_side(self, branches: Sequence[Layer], block: Block, x_BTD: jax.Array, kind_S: jax.Array) -> jax.Array:
+        """Layers of several kinds, or none, in the stages of a pipeline: all rows pass all kinds and keep their own."""
+        y_BTD = x_BTD
+        for kind, branch in enumerate(branches):
+            through_BTD, _, _ = branch(block, x_BTD, None)
+
+            def own(through, y, kind_of_stage, kind=kind):
+                return jnp.where(kind_of_stage[0] == kind, through, y)
+
+            spec = jax.typeof(x_BTD).sharding.spec
+            pick = jax.shard_map(own, in_specs=(spec, spec, P("stage")), out_specs=spec)
+            y_BTD = pick(through_BTD, y_BTD, kind_S)
+        return y_BTD
+
+    def _layer(self, sight: Sight, context: Context) -> Layer:
         """A layer of this sight as a function of its parameters, the stream and its part of the cache."""
         config = self.config
         rope, dtype = config.rope_of(sight), self.layout.compute_dtype
@@ -390,7 +427,7 @@ class Transformer(nnx.Module):
         if not axes:
             # Devices look up their own part of every row, and exchange: rows are fewer bytes than the whole table.
             table_VD, apart = layout.columns(self.embedding[...], "embed")
-            tokens_BT = jax.reshard(tokens_BT, PartitionSpec(*apart.partitions[:2]))
+            tokens_BT = jax.reshard(tokens_BT, P(*apart.partitions[:2]))
             return jax.reshard(table_VD.at[tokens_BT].get(out_sharding=apart), out)
         table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
 

@@ -48,8 +48,10 @@ def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str
 def _split_stages(x: jax.Array, stages: int) -> jax.Array:
     """`[S * B, ...]` to `[S, B, ...]`: the rows of each stage apart."""
     spec = jax.typeof(x).sharding.spec
-    assert spec.partitions[0][0] == "stage", spec
-    parts = ("stage", spec.partitions[0][1:] or None, *spec.partitions[1:])
+    rows, *others = spec.partitions
+    first, *within = rows if isinstance(rows, tuple) else (rows,)
+    assert first == "stage", spec
+    parts = ("stage", tuple(within) or None, *others)
     shape = (stages, x.shape[0] // stages, *x.shape[1:])
     return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
 

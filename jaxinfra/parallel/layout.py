@@ -130,24 +130,34 @@ class Layout:
     def stored(self, path: str, spec: ParamSpec) -> PartitionSpec:
         """The sharding in which a parameter is kept.
 
+        Pipeline stages share out stacked layers where they divide them, and the width of all other parameters: of
+        these no stage keeps the whole either.
+
         Raises:
             ConfigError: two dimensions of the parameter want one mesh axis, or a dimension does not divide.
         """
+        axes = [self.mesh_axes(name) for name in spec.axes]
+        if "layers" in spec.axes and spec.shape[spec.axes.index("layers")] % self.shards("layers"):
+            axes[spec.axes.index("layers")] = ()
+        if "embed" in spec.axes and self.mesh.stage > 1 and not any("stage" in one for one in axes):
+            at = spec.axes.index("embed")
+            if spec.shape[at] % (self.shards("embed") * self.mesh.stage) == 0:
+                axes[at] = (*axes[at], "stage")
         seen: dict[str, str | None] = {}
-        for size, name in zip(spec.shape, spec.axes, strict=True):
-            for axis in self.mesh_axes(name):
+        for size, name, spread in zip(spec.shape, spec.axes, axes, strict=True):
+            for axis in spread:
                 if axis in seen:
                     raise ConfigError(
                         f"rules.{name}, rules.{seen[axis]}: both put a dimension of parameter {path} "
                         f"{spec.shape} on mesh axis {axis}; take it from one of them"
                     )
                 seen[axis] = name
-            if name is not None and size % self.shards(name):
+            if size % math.prod(getattr(self.mesh, axis) for axis in spread):
                 raise ConfigError(
                     f"rules.{name}={self.mesh_axes(name)}: parameter {path} {spec.shape} has {size} {name}, which "
                     f"{self.shards(name)} shards do not divide; use another mesh or rules.{name}=()"
                 )
-        return self.spec(*spec.axes)
+        return PartitionSpec(*(spread or None for spread in axes))
 
     def _used(self, names: Names, meets: Names) -> PartitionSpec:
         """The sharding in which a weight meets an activation whose spread dimensions are `meets`."""
@@ -209,9 +219,9 @@ class Layout:
 
         return jax.shard_map(on_device, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
 
-    def with_reduced(self, spec: PartitionSpec) -> PartitionSpec:
-        """A parameter's sharding marked so that its gradient stays a partial sum over `replica`."""
-        return spec.update(reduced=frozenset(self._real(("replica",))))
+    def with_reduced(self, spec: PartitionSpec, *axes: str) -> PartitionSpec:
+        """A parameter's sharding marked so that its gradient stays a partial sum over `replica` and these axes."""
+        return spec.update(reduced=frozenset(self._real(("replica", *axes))))
 
 
 def own_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:

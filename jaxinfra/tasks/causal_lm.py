@@ -43,6 +43,11 @@ class CausalLM:
     loss_chunks: int | None = None
     z_loss: float = 0.0
 
+    @property
+    def by_position(self) -> bool:
+        """The loss of a position needs that position alone."""
+        return True
+
     def problems(self) -> Iterable[Problem]:
         """Chunks are counted from one."""
         if self.loss_chunks is not None and self.loss_chunks < 1:

@@ -47,6 +47,11 @@ class Model(Protocol):
 class Task(Protocol):
     """A task over batches of named arrays."""
 
+    @property
+    def by_position(self) -> bool:
+        """Whether `finish` needs no more of the stream than a position at a time, but for its sums."""
+        ...
+
     def batch(self, data: Any, global_batch: int) -> dict[str, Field]:
         """The arrays of one global batch."""
         ...

@@ -1,0 +1,282 @@
+"""Pipeline schedules as tables: which microbatch and chunk each stage works on, tick by tick.
+
+A tick has up to three parts, in this order: a forward pass of one chunk, a backward pass of one chunk, and, where
+the schedule splits the backward pass, the weight gradients of one chunk. All stages run a part together or none
+does: stages of one program wait for their neighbours anyhow, so a part costs its time if any stage needs it. A
+chunk is a consecutive run of layers; a stage holds `chunks` of them (virtual stages), and chunk c of stage s stands
+at place `c * stages + s` of the model.
+
+Tables are made and checked here, in NumPy, and run by `parallel.pipeline`. What a stage sends is used by its
+neighbour in the next tick, always (`check` holds it), so nothing waits between stages but the inputs of chunks, which
+their backward passes read again. `slots` of them exist at once on a stage, however many microbatches there are,
+except under GPipe.
+
+Sources: GPipe (Huang et al. 2019); 1F1B (Narayanan et al. 2019, PipeDream; 2021, section 2.2), interleaved (same,
+section 2.2.2); zero bubble, the split of the backward pass (Qi et al. 2023).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from jaxinfra.config import Problem
+
+type Name = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+
+IDLE = -1
+FORWARD, BACKWARD, WEIGHTS = 1.0, 3.0, 3.0
+"""Costs in forward passes. A backward pass computes the forward pass again, then both gradients."""
+INPUTS_ALONE = 2.0
+"""Cost of a backward pass that leaves out the gradients of weights; they cost another `WEIGHTS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How microbatches pass the stages; their number is `train.accumulate`.
+
+    Attributes:
+        schedule: `gpipe`, `1f1b`, `interleaved` (several chunks a stage: a smaller bubble, more transfers), or
+            `zero_bubble` (weight gradients apart: pays for very few microbatches alone).
+        chunks: chunks a stage, for `interleaved`.
+    """
+
+    schedule: Name = "1f1b"
+    chunks: int = 1
+
+    def problems(self) -> Iterable[Problem]:
+        """Several chunks are for the interleaved schedule, which needs them."""
+        if self.schedule == "interleaved" and self.chunks < 2:
+            yield Problem(
+                fields=("schedule", "chunks"), message="needs at least 2 chunks a stage", fix="use pipeline.chunks=2"
+            )
+        if self.schedule != "interleaved" and self.chunks != 1:
+            yield Problem(
+                fields=("schedule", "chunks"),
+                message="has one chunk a stage",
+                fix="use pipeline.schedule=interleaved, or pipeline.chunks=1",
+            )
+
+    def table(self, stages: int, microbatches: int) -> "Schedule":
+        """The table for so many stages and microbatches."""
+        return schedule(self.schedule, stages=stages, microbatches=microbatches, chunks=self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One kind of work over all ticks: `[ticks, stages]` arrays, `IDLE` where a stage has none of it.
+
+    Attributes:
+        microbatch: whose.
+        chunk: which chunk of the stage.
+        slot: where the input of the chunk waits.
+    """
+
+    microbatch: np.ndarray
+    chunk: np.ndarray
+    slot: np.ndarray
+
+    @property
+    def busy(self) -> np.ndarray:
+        """`[ticks, stages]`: who does it when."""
+        return self.microbatch != IDLE
+
+    @property
+    def runs(self) -> np.ndarray:
+        """`[ticks]`: whether any stage does it."""
+        return self.busy.any(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A table.
+
+    Attributes:
+        name: of its kind.
+        stages: number of stages.
+        microbatches: number of microbatches.
+        chunks: chunks a stage.
+        forward: forward passes.
+        backward: backward passes; without weight gradients where those are apart.
+        weights: weight gradients, where they are apart.
+    """
+
+    name: Name
+    stages: int
+    microbatches: int
+    chunks: int
+    forward: Part
+    backward: Part
+    weights: Part | None = None
+
+    @property
+    def ticks(self) -> int:
+        """Length of the table."""
+        return len(self.forward.microbatch)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of a tick, in order."""
+        return (self.forward, self.backward, *(() if self.weights is None else (self.weights,)))
+
+    @property
+    def last(self) -> Part:
+        """The part that reads the input of a chunk for the last time."""
+        return self.backward if self.weights is None else self.weights
+
+    @property
+    def slots(self) -> int:
+        """Inputs of chunks that wait on a stage at once, at most."""
+        return int(self.forward.slot.max()) + 1
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """By stage, the most inputs that wait on it at once."""
+        return tuple(int(column.max()) + 1 for column in self.forward.slot.T)
+
+    def costs(self) -> tuple[float, ...]:
+        """What each tick costs, in forward passes of a chunk."""
+        backward = BACKWARD if self.weights is None else INPUTS_ALONE
+        by_part = zip(self.parts, (FORWARD, backward, WEIGHTS), strict=False)
+        return tuple(float(c) for c in sum(cost * part.runs for part, cost in by_part))
+
+    @property
+    def time(self) -> float:
+        """Cost of the whole table, in forward passes of all layers of a stage."""
+        return sum(self.costs()) / self.chunks
+
+    @property
+    def bubble(self) -> float:
+        """The part of the time in which a stage has nothing to do: of every stage the same."""
+        backward = BACKWARD if self.weights is None else INPUTS_ALONE
+        work = FORWARD + backward + (0.0 if self.weights is None else WEIGHTS)
+        return 1.0 - work * self.microbatches / self.time
+
+
+def schedule(name: Name, *, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """The table of that name, checked.
+
+    Args:
+        name: its kind.
+        stages: at least 1.
+        microbatches: at least 1. An interleaved table idles where they are no multiple of the stages.
+        chunks: chunks a stage; 1 but for `interleaved`.
+    """
+    # The order of chunks and microbatches that a stage goes through: in rounds of as many microbatches as stages.
+    rounds = range(0, microbatches, stages)
+    order = [(m + i, c) for m in rounds for c in range(chunks) for i in range(stages)]
+    there_and_back = {chunk: chunks - 1 - chunk for chunk in range(chunks)}
+    # The last stage turns the first microbatch round as soon as its last chunk is through.
+    turn = (chunks - 1) * stages + stages - 1
+    if name == "gpipe":
+        turn = len(order[:microbatches]) + stages - 1
+    forward = [(k + s, s, m, c) for k, (m, c) in enumerate(order) for s in range(stages) if m < microbatches]
+    backward = [
+        (turn + k + stages - 1 - s, s, m, there_and_back[c])
+        for k, (m, c) in enumerate(order)
+        for s in range(stages)
+        if m < microbatches
+    ]
+    weights = None
+    if name == "zero_bubble":
+        # Together on all stages, one a tick, once the first stage is through with the first microbatch's inputs.
+        begin = turn + stages - 1
+        weights = [(begin + m, s, m, 0) for m in range(microbatches) for s in range(stages)]
+    ticks = 1 + max(entry[0] for entry in (*backward, *(weights or ())))
+    filled = [_part(entries, ticks, stages) for entries in (forward, backward, weights) if entries is not None]
+    made = Schedule(
+        name=name,
+        stages=stages,
+        microbatches=microbatches,
+        chunks=chunks,
+        forward=filled[0],
+        backward=filled[1],
+        weights=filled[2] if weights is not None else None,
+    )
+    made = _with_slots(made)
+    check(made)
+    return made
+
+
+def _part(entries: Iterable[tuple[int, int, int, int]], ticks: int, stages: int) -> Part:
+    """Entries `(tick, stage, microbatch, chunk)` as arrays, without slots yet."""
+    microbatch, chunk, slot = (np.full((ticks, stages), IDLE, np.int32) for _ in range(3))
+    for tick, stage, m, c in entries:
+        assert microbatch[tick, stage] == IDLE, (tick, stage)
+        microbatch[tick, stage], chunk[tick, stage] = m, c
+    return Part(microbatch=microbatch, chunk=chunk, slot=slot)
+
+
+def _with_slots(made: Schedule) -> Schedule:
+    """The table with a slot for every input, free again in the tick after it is read for the last time."""
+    slots = [part.slot.copy() for part in made.parts]
+    for s in range(made.stages):
+        free: list[int] = []
+        opened = 0
+        held: dict[tuple[int, int], int] = {}
+        for tick in range(made.ticks):
+            for part, slot in zip(made.parts, slots, strict=True):
+                if not part.busy[tick, s]:
+                    continue
+                key = int(part.microbatch[tick, s]), int(part.chunk[tick, s])
+                if part is made.forward:
+                    if not free:
+                        free, opened = [opened], opened + 1
+                    held[key] = free.pop(0)
+                slot[tick, s] = held[key]
+                if part is made.last:
+                    free = sorted((*free, held.pop(key)))
+    filled = [replace(part, slot=slot) for part, slot in zip(made.parts, slots, strict=True)]
+    weights = filled[2] if made.weights is not None else None
+    return replace(made, forward=filled[0], backward=filled[1], weights=weights)
+
+
+def check(made: Schedule) -> None:
+    """Asserts that the table is complete, in order, and that every transfer is used in the next tick."""
+    S, V, M = made.stages, made.chunks, made.microbatches
+    when = []
+    for part in made.parts:
+        ticks = np.full((M, V, S), IDLE)
+        for tick, stage in np.argwhere(part.busy):
+            place = int(part.microbatch[tick, stage]), int(part.chunk[tick, stage]), int(stage)
+            assert ticks[place] == IDLE, f"twice: {place}"
+            ticks[place] = tick
+        assert (ticks != IDLE).all(), "a microbatch is left out"
+        when.append(ticks.reshape(M, V * S))
+    forward, backward = when[:2]
+    assert (np.diff(forward, axis=1) == 1).all(), "activations must be used in the next tick"
+    assert (np.diff(backward, axis=1) == -1).all(), "gradients must be used in the next tick"
+    assert (backward >= forward).all(), "backward before forward"
+    assert made.weights is None or (when[2] >= backward).all(), "weight gradients before the others"
+
+
+def picture(made: Schedule, *, width: int = 32) -> list[str]:
+    """The table for people: one row a stage, one column a tick; `F`, `B`, `W` with the number of the microbatch.
+
+    Args:
+        made: the table.
+        width: the most ticks shown; of a longer table the middle is left out.
+    """
+    shown = list(range(made.ticks))
+    cut = made.ticks > width
+    if cut:
+        shown = [*range(width // 2), *range(made.ticks - width // 2, made.ticks)]
+
+    def cell(tick: int, stage: int) -> str:
+        found = []
+        for letter, part in zip("FBW", made.parts, strict=False):
+            if part.busy[tick, stage]:
+                chunk = chr(ord("a") + int(part.chunk[tick, stage])) if made.chunks > 1 else ""
+                found.append(f"{letter}{part.microbatch[tick, stage]}{chunk}")
+        return " ".join(found) or "."
+
+    cells = [[cell(tick, stage) for tick in shown] for stage in range(made.stages)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(shown))]
+    rows = []
+    for stage, row in enumerate(cells):
+        padded = [text.ljust(size) for text, size in zip(row, widths, strict=True)]
+        if cut:
+            padded.insert(width // 2, "...")
+        rows.append(f"stage {stage:<3}" + "  ".join(padded).rstrip())
+    return rows

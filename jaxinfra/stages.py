@@ -1,0 +1,188 @@
+"""How the model of a run is cut into pipeline stages, and its step made of `parallel.pipeline`.
+
+The train state knows nothing of stages: stacked layers are `[layers, ...]` whatever the schedule, so a checkpoint fits
+any number of them. A step lays the layers out as `[chunks, layers of a chunk, stages, ...]` before its first tick,
+and their gradients back after its last. Where the stages hold consecutive layers of equal number, that moves
+nothing; otherwise each weight crosses `stage` once and its gradient once, whatever the number of microbatches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxinfra.models.transformer import Staged
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.pipeline import Pipeline, Spread
+
+if TYPE_CHECKING:
+    from jaxinfra.run import Run
+
+type Batch = Mapping[str, jax.Array]
+STACKED = "blocks"
+"""The parameters that are stacked over layers and spread over stages."""
+
+
+def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
+    """Which layers each chunk of each stage has: `[chunks, layers of a chunk, stages]`, -1 for none.
+
+    Chunks stand in the order of the model: chunk c of stage s at place `c * stages + s`. Where places do not divide
+    the layers, the first ones have one more than the others.
+    """
+    places = stages * chunks
+    longest = -(-layers // places)
+    full = layers - places * (longest - 1)
+    numbers = np.full((places, longest), -1)
+    first = 0
+    for place in range(places):
+        count = longest if place < full else longest - 1
+        numbers[place, :count] = np.arange(first, first + count)
+        first += count
+    return numbers.reshape(chunks, stages, longest).transpose(0, 2, 1)
+
+
+class Stages:
+    """The stages of a run: a `pipeline.Model`, and the step that it makes."""
+
+    def __init__(self, run: "Run", layout: Layout, specs: Any, stored: Any):
+        """Builds the model twice: for the rows of all stages, and for its end, spread over them.
+
+        Args:
+            run: the config, with a mesh of more than one stage.
+            layout: as of a run without stages.
+            specs: `ParamSpec` of every parameter.
+            stored: their shardings.
+        """
+        self.run, self.layout, self.specs, self.stored = run, layout, specs, stored
+        rules, self.stages, self.chunks = layout.rules, layout.mesh.stage, run.pipeline.chunks
+        dim = run.loss_spread()
+        assert dim is not None, "validate the run first"
+        spread = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
+        self.at_end = replace(layout, rules=replace(rules, block_sequence=(), **spread))
+        in_rows = replace(layout, rules=replace(rules, batch=("stage", *rules.batch)))
+        self._rows, self._end = (nnx.split(run.model.build(one))[0] for one in (in_rows, self.at_end))
+        numbers = layer_numbers(run.model.layers, self.stages, self.chunks)
+        self._alike = run.model.alike(numbers)
+        schedule = run.pipeline.table(self.stages, run.train.accumulate)
+        where = Spread(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
+        self.pipeline = Pipeline(self, schedule, where, numbers)
+
+    # The model, as the pipeline calls it
+
+    def _merged(self, graphdef: Any, params: dict[str, Any]) -> Any:
+        return nnx.merge(graphdef, nnx.State({**self.specs, **params}))
+
+    def begin(self, shared: Any, rows: Batch) -> jax.Array:
+        """See `pipeline.Model`."""
+        return self._merged(self._rows, shared).begin(rows)
+
+    def layers(self, weights: Any, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Any]:
+        """See `pipeline.Model`."""
+        model = self._merged(self._rows, {STACKED: weights})
+        return model.layers(x, rows, Staged(numbers, self._alike))
+
+    def finish(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `pipeline.Model`."""
+        axes = self.run.task.batch(self.run.data, self.run.train.global_batch)
+        batch = {name: jax.reshard(a, self.at_end.spec(*axes[name].axes)) for name, a in batch.items()}
+        return self.run.task.finish(self._merged(self._end, shared), x, batch)
+
+    def penalty(self, counted: Any) -> jax.Array | None:
+        """See `pipeline.Model`."""
+        return self._merged(self._rows, {}).penalty(counted)
+
+    # A step
+
+    def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """Gradients of the summed loss, as parameters are stored, and all sums; `batch` is in microbatches."""
+        (weights, shared), sums, counted = self.pipeline.gradients(*self._laid_out(params), batch)
+        shared = jax.tree.map(jax.reshard, shared, self._of_shared(self.stored))
+        return {**shared, STACKED: self._laid_back(weights)}, self._sums(sums, counted)
+
+    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        """All sums; `batch` is in microbatches."""
+        return self._sums(*self.pipeline.evaluate(*self._laid_out(params), batch))
+
+    def _sums(self, sums: dict[str, jax.Array], counted: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        counted = {name: self._joined(jax.reshard(a, PartitionSpec())) for name, a in counted.items()}
+        return {**{name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}, **counted}
+
+    @staticmethod
+    def _of_shared(tree: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in tree.items() if name != STACKED}
+
+    def _laid_out(self, params: Any) -> tuple[Any, Any]:
+        """Weights of the layers by stage, and all others whole on every stage; gradients of both stay partial sums."""
+        shared = jax.tree.map(
+            lambda p, s: jax.reshard(p, self.layout.with_reduced(_without_stage(s), "stage")),
+            self._of_shared(params),
+            self._of_shared(self.stored),
+        )
+        weights = jax.tree.map(
+            lambda p, s: jax.reshard(self._split(p), self.layout.with_reduced(self._staged(s))),
+            params[STACKED],
+            self.stored[STACKED],
+        )
+        return weights, shared
+
+    def _laid_back(self, grads: Any) -> Any:
+        def back(g: jax.Array, stored: PartitionSpec) -> jax.Array:
+            return jax.reshard(self._joined(jax.reshard(g, self._before(stored))), stored)
+
+        return jax.tree.map(back, grads, self.stored[STACKED])
+
+    def _staged(self, stored: PartitionSpec) -> PartitionSpec:
+        """The sharding by stage of a stacked parameter that is stored like this."""
+        return PartitionSpec(None, None, "stage", *_without_stage(stored).partitions[1:])
+
+    def _before(self, stored: PartitionSpec) -> PartitionSpec:
+        """The sharding in which stacked layers can be split and joined: as stored, wherever `stage` is there."""
+        first, *others = stored.partitions
+        return PartitionSpec(None, None, first, *others)
+
+    def _split(self, stacked: jax.Array) -> jax.Array:
+        """`[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, zeros for none."""
+        places = self.stages * self.chunks
+        layers, *rest = stacked.shape
+        longest = -(-layers // places)
+        full = layers - places * (longest - 1)
+        spec = jax.typeof(stacked).sharding.spec.partitions
+        if full < places:
+            head = stacked[: full * longest].reshape(full, longest, *rest, out_sharding=_places(spec))
+            tail = stacked[full * longest :].reshape(places - full, longest - 1, *rest, out_sharding=_places(spec))
+            tail = jnp.pad(tail, [(0, 0), (0, 1), *[(0, 0)] * len(rest)])
+            stacked = jnp.concatenate([head, tail])
+        shape = (self.chunks, self.stages, longest, *rest)
+        out = PartitionSpec(None, spec[0], None, *spec[1:])
+        return jnp.moveaxis(stacked.reshape(shape, out_sharding=out), 1, 2)
+
+    def _joined(self, laid: jax.Array) -> jax.Array:
+        """The inverse of `_split`."""
+        places, layers = self.stages * self.chunks, self.run.model.layers
+        longest, rest = laid.shape[1], laid.shape[3:]
+        spec = jax.typeof(laid).sharding.spec.partitions
+        full = layers - places * (longest - 1)
+        laid = jnp.moveaxis(laid, 2, 1)
+        if full == places:
+            return laid.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))
+        laid = laid.reshape(places, longest, *rest, out_sharding=PartitionSpec(None, None, *spec[3:]))
+        flat = PartitionSpec(None, *spec[3:])
+        head = laid[:full].reshape(full * longest, *rest, out_sharding=flat)
+        tail = laid[full:, : longest - 1].reshape(layers - full * longest, *rest, out_sharding=flat)
+        return jnp.concatenate([head, tail])
+
+
+def _places(spec: tuple[Any, ...]) -> PartitionSpec:
+    assert spec[0] is None, spec
+    return PartitionSpec(None, None, *spec[1:])
+
+
+def _without_stage(spec: PartitionSpec) -> PartitionSpec:
+    """The sharding with `stage` taken from it."""
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec.partitions)
+    return PartitionSpec(*(tuple(a for a in part if a not in (None, "stage")) or None for part in parts))
