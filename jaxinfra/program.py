@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxinfra.optim.optimizers import build
 from jaxinfra.optim.schedules import schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.layout import Layout, partial_zeros
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, param_key
 from jaxinfra.stages import Stages
@@ -214,7 +214,7 @@ class Program:
             first = jax.tree.map(lambda x: x[0], microbatches)
             shapes = jax.eval_shape(self._loss_and_grads, marked, first)
             # From zeros and not from the first microbatch, so that the model is compiled once, inside the loop.
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), shapes)
+            zeros = jax.tree.map(lambda a: partial_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
 
             def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, self._loss_and_grads(marked, microbatch)), None

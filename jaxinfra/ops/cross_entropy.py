@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops.dot import dot
+from jaxinfra.parallel.layout import partial_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def _chunk_sums(x_BCD, w_DV, targets_BC, weights_BC, config: CrossEntropy):
 
 
 def _zero(w_DV: jax.Array) -> jax.Array:
-    return jnp.zeros((), jnp.float32, out_sharding=PartitionSpec(unreduced=_partial_sums(w_DV)))
+    return partial_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_partial_sums(w_DV)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -237,3 +237,14 @@ def staged(spec: PartitionSpec) -> bool:
     """Whether an array of this sharding has a leading dimension of pipeline stages."""
     first = spec.partitions[0] if spec.partitions else None
     return "stage" in (first if isinstance(first, tuple) else (first,))
+
+
+def partial_zeros(shape: tuple[int, ...], dtype: jnp.dtype, spec: PartitionSpec) -> jax.Array:
+    """Zeros that are a partial sum (unreduced) over mesh axes, for others to be added to.
+
+    A scalar is kept apart from other constants. A scalar constant that is itself unreduced is merged with the zeros
+    that arrays are made from, which are unreduced over other axes, and the TPU compiler refuses the program.
+    """
+    if shape:
+        return jnp.zeros(shape, dtype, out_sharding=spec)
+    return jax.lax.broadcast(jax.lax.optimization_barrier(jnp.zeros((), dtype)), (), out_sharding=spec)

@@ -104,7 +104,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
         # Not by `jax.make_mesh`: off TPUs it takes every host for a slice and refuses more than one.
         in_order = np.array(sorted(devices, key=lambda device: device.id), dtype=object)
         return Mesh(in_order.reshape(config.sizes), AXES, axis_types=explicit)
-    slices = len({device.slice_index for device in devices})
+    # The devices of a described topology have a slice only where it has several.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(config.sizes, AXES, explicit, devices=devices)
     if config.replica % slices:

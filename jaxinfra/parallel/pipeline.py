@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxinfra.parallel.layout import partial_zeros
 from jaxinfra.parallel.schedules import IDLE, Part, Schedule
 
 type Tree = Any
@@ -429,20 +430,20 @@ def _by_stage(table: np.ndarray) -> jax.Array:
 
 
 def _zeros(like: Any, spec: PartitionSpec) -> jax.Array:
-    return jnp.zeros(like.shape, like.dtype, out_sharding=spec)
+    return partial_zeros(like.shape, like.dtype, spec)
 
 
 def _zeros_stacked(like: Any, chunks: int) -> jax.Array:
     spec = like.sharding.spec
     spec = PartitionSpec(None, *spec.partitions, reduced=spec.reduced, unreduced=spec.unreduced)
-    return jnp.zeros((chunks, *like.shape), like.dtype, out_sharding=spec)
+    return partial_zeros((chunks, *like.shape), like.dtype, spec)
 
 
 def _zero_gradient(weight: jax.Array) -> jax.Array:
     """A float32 zero that gradients of this weight can be added to: a partial sum over what it is reduced over."""
     spec = _spec(weight)
     spec = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
-    return jnp.zeros(weight.shape, jnp.float32, out_sharding=spec)
+    return partial_zeros(weight.shape, jnp.dtype("float32"), spec)
 
 
 def _one_like(total: jax.Array) -> jax.Array:
