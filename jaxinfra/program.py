@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxinfra.ops.dropout import FIELD, token_words
 from jaxinfra.optim.optimizers import build
 from jaxinfra.optim.schedules import schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
@@ -188,6 +189,14 @@ class Program:
             ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params), ema=ema)
 
+    def with_words(self, batch: Batch, step: jax.Array | int) -> Batch:
+        """The batch of a step with what decides about dropout: random words of its tokens, if there is any."""
+        if self.run.model.dropout == 0:
+            return batch
+        key = param_key(jax.random.key(self.run.seed), FIELD)
+        shape = self.batch["inputs"].shape[:2]
+        return {**batch, FIELD: token_words(key, jnp.asarray(step), shape, self.layout.spec("batch", "sequence"))}
+
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
 
@@ -227,7 +236,7 @@ class Program:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         optim = self.run.optim
-        grads, sums = self._gradients(state.params, batch)
+        grads, sums = self._gradients(state.params, self.with_words(batch, state.step))
         grads, norm = clip_by_global_norm(grads, optim.clip_norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.params, updates)

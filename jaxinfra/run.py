@@ -62,7 +62,7 @@ class Run:
     Attributes:
         name: of its directory.
         root: where run directories stand.
-        seed: of the first parameters.
+        seed: of the first parameters, and of dropout.
         model: the shape of the network.
         task: what it is trained for.
         data: what it is trained on.

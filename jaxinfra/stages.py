@@ -88,8 +88,8 @@ class Stages:
 
     def finish(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `pipeline.Model`."""
-        axes = self.run.task.batch(self.run.data, self.run.train.global_batch)
-        batch = {name: jax.reshard(a, self.at_end.spec(*axes[name].axes)) for name, a in batch.items()}
+        fields = self.run.task.batch(self.run.data, self.run.train.global_batch)
+        batch = {name: jax.reshard(batch[name], self.at_end.spec(*field.axes)) for name, field in fields.items()}
         return self.run.task.finish(self._merged(self._end, shared), x, batch)
 
     def penalty(self, counted: Any) -> jax.Array | None:

@@ -22,6 +22,7 @@ from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import Kernel, See
+from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
 from jaxinfra.ops.rope import Rope, rope_tables
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.spec import normal
@@ -31,7 +32,7 @@ type Inputs = Mapping[str, jax.Array]
 type LayerSums = dict[str, jax.Array]
 """What layers count, by name: sums over the tokens of the batch, unreduced over the axes that it is spread over."""
 type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
-"""`(block, stream, kind, cache) -> (stream, cache, sums)`; without the kind if it is of one."""
+"""`(block, stream, kind, number, cache) -> (stream, cache, sums)`; without the kind if it is of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ class TransformerConfig:
         scale_embeddings: embeddings times `sqrt(width)` (Gemma).
         logit_softcap: cap on the logits.
         attention: forces an attention kernel; None chooses by platform and shape.
+        dropout: part of the features that are zero, while training, of the embedded words and of what attention and
+            MLP add to the stream (Vaswani et al. 2017, section 5.4).
         remat: what is kept of each layer for the backward pass.
     """
 
@@ -96,6 +99,7 @@ class TransformerConfig:
     scale_embeddings: bool = False
     logit_softcap: float | None = None
     attention: Kernel | None = None
+    dropout: float = 0.0
     remat: Remat = "none"
 
     @property
@@ -126,6 +130,8 @@ class TransformerConfig:
             yield Problem(
                 fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=f"use kv_heads={fitting}"
             )
+        if not 0 <= self.dropout < 1:
+            yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
         if not self.sights:
             yield Problem(fields=("sights",), message="names no layer", fix='use sights=("global",)')
         if "local" in self.sights and self.window is None:
@@ -178,7 +184,7 @@ class Block(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
     def __init__(self, config: TransformerConfig, layout: Layout, stack: Stack):
-        self.layout = layout
+        self.layout, self.dropout = layout, config.dropout
         norm = partial(
             Norm,
             config.width,
@@ -219,14 +225,19 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None
+        self, x_BTD: jax.Array, see: See, place: Place, words_BT: jax.Array | None, cache: KV | None
     ) -> tuple[jax.Array, KV | None, LayerSums]:
-        """One layer; `x_BTD` has block positions before and after."""
+        """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, cache = self.attention(self._whole(self.attention_norm(x_BTD)), see, place, cache)
-        x_BTD += y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
+        y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
+        x_BTD += self._drop(y_BTD, words_BT, site=0)
         y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
-        x_BTD += y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
+        y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
+        x_BTD += self._drop(y_BTD, words_BT, site=1)
         return x_BTD, cache, {}
+
+    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
+        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
 
     def _whole(self, x_BTD: jax.Array) -> jax.Array:
         return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
@@ -245,11 +256,19 @@ class Staged(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every layer is told of the tokens: positions, segments, and the cache slot of the first (see `Place`)."""
+    """What every layer is told of the tokens.
+
+    Attributes:
+        positions: places in their documents.
+        segments: see `Place`.
+        start: see `Place`.
+        words: see `ops.dropout`; None where nothing is dropped.
+    """
 
     positions: jax.Array
-    segments: jax.Array | None
-    start: jax.Array | None
+    segments: jax.Array | None = None
+    start: jax.Array | None = None
+    words: jax.Array | None = None
 
 
 class Cache(NamedTuple):
@@ -306,14 +325,15 @@ class Transformer(nnx.Module):
             cache: of earlier tokens of the same rows, each one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer = self._any_layer(Context(positions_BT, None, cache.length), alike=True)
+        layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True)
 
         def body(x, xs):
-            block, kind, kv = xs
-            x, kv, _ = layer(block, x, kind, kv)
+            block, kind, number, kv = xs
+            x, kv, _ = layer(block, x, kind, number, kv)
             return x, kv
 
-        x_BTD, kv = jax.lax.scan(body, self._embed(tokens_BT, positions_BT), (self.blocks, self._kinds(), cache.kv))
+        layers = (self.blocks, self._kinds(), self._numbers(), cache.kv)
+        x_BTD, kv = jax.lax.scan(body, self._embed(tokens_BT, positions_BT), layers)
         return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
     def begin(self, batch: Inputs) -> jax.Array:
@@ -322,12 +342,15 @@ class Transformer(nnx.Module):
         Args:
             batch: `inputs` `[B, T]`, words, int32; `positions` `[B, T]`, places in their documents, or none for
                 `0..T-1`; `segments` `[B, T]`, document ids: a token sees its own document alone, or none where every
-                row is one document.
+                row is one document; `dropout` `[B, T]` (see `ops.dropout`), or none to drop nothing.
 
         Returns:
             `[B, T, D]` in the compute dtype, block positions.
         """
-        return self._embed(batch["inputs"], self._positions(batch))
+        x_BTD = self._embed(batch["inputs"], self._positions(batch))
+        if FIELD not in batch:
+            return x_BTD
+        return drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
         """The stream after some layers: those that `blocks` holds.
@@ -340,15 +363,15 @@ class Transformer(nnx.Module):
         Returns:
             The stream, and what the layers count: each array has one row a layer.
         """
-        context = Context(self._positions(batch), batch.get("segments"), None)
+        context = Context(self._positions(batch), batch.get("segments"), words=batch.get(FIELD))
         layer = self._any_layer(context, alike=staged is None or staged.alike)
 
         def body(x, xs):
-            block, kind = xs
-            x, _, sums = layer(block, x, kind, None)
+            block, kind, number = xs
+            x, _, sums = layer(block, x, kind, number, None)
             return x, sums
 
-        return jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(staged)))
+        return jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(staged), self._numbers(staged)))
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
@@ -371,20 +394,26 @@ class Transformer(nnx.Module):
         kinds = jnp.where(staged.numbers < 0, -1, self._kinds().at[staged.numbers].get(out_sharding=P(None, "stage")))
         return jax.reshard(kinds, P())[:, 0] if staged.alike else kinds
 
+    def _numbers(self, staged: Staged | None = None) -> jax.Array:
+        """The numbers of the layers: `[L]`, or `[L, S]` in stages."""
+        return jnp.arange(self.config.layers) if staged is None else staged.numbers
+
     def _any_layer(self, context: Context, alike: bool) -> Layer:
-        """A layer of any kind as a function of its parameters, the stream, its kind and its part of the cache."""
+        """A layer of any kind as a function of its parameters, the stream, its kind, number and part of the cache."""
         branches = [self._layer(sight, context) for sight in self.config.kinds]
         if not alike:
-            return lambda block, x, kind, kv: (self._side_by_side(branches, block, x, kind), None, {})
+            return lambda block, x, kind, number, kv: (self._side_by_side(branches, block, x, kind, number), None, {})
         if len(branches) == 1:
-            return lambda block, x, kind, kv: branches[0](block, x, kv)
-        return lambda block, x, kind, kv: jax.lax.switch(kind, branches, block, x, kv)
+            return lambda block, x, kind, number, kv: branches[0](block, x, number, kv)
+        return lambda block, x, kind, number, kv: jax.lax.switch(kind, branches, block, x, number, kv)
 
-    def _side_by_side(self, branches: Sequence[Layer], block: Block, x_BTD: jax.Array, kind_S: jax.Array) -> jax.Array:
+    def _side_by_side(
+        self, branches: Sequence[Layer], block: Block, x_BTD: jax.Array, kind_S: jax.Array, number_S: jax.Array
+    ) -> jax.Array:
         """Layers of several kinds, or none, in the stages of a pipeline: all rows pass all kinds and keep their own."""
         y_BTD = x_BTD
         for kind, branch in enumerate(branches):
-            through_BTD, _, _ = branch(block, x_BTD, None)
+            through_BTD, _, _ = branch(block, x_BTD, number_S, None)
 
             def own(through, y, kind_of_stage, kind=kind):
                 return jnp.where(kind_of_stage[0] == kind, through, y)
@@ -395,14 +424,17 @@ class Transformer(nnx.Module):
         return y_BTD
 
     def _layer(self, sight: Sight, context: Context) -> Layer:
-        """A layer of this sight as a function of its parameters, the stream and its part of the cache."""
+        """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""
         config = self.config
         rope, dtype = config.rope_of(sight), self.layout.compute_dtype
         tables = None if rope is None else rope_tables(rope, context.positions, config.head_width, dtype)
         place = Place(tables, context.segments, context.start)
 
-        def layer(block: Block, x: jax.Array, kv: KV | None) -> tuple[jax.Array, KV | None, LayerSums]:
-            return block(x, config.see(sight), place, kv)
+        def layer(
+            block: Block, x: jax.Array, number: jax.Array, kv: KV | None
+        ) -> tuple[jax.Array, KV | None, LayerSums]:
+            words = None if context.words is None else layer_words(context.words, number)
+            return block(x, config.see(sight), place, words, kv)
 
         return remat(layer, config.remat if context.start is None else "none")
 
