@@ -17,6 +17,7 @@ from jaxinfra.errors import ConfigError, JaxinfraError
 COMMANDS = {
     "train": "train CONFIG, or go on from its last checkpoint (the default: the word may be left out)",
     "show": "print the resolved config and every number that follows from it; no device is touched",
+    "compile": "compile the train step for hardware that is not here: memory, cycles, collectives",
     "prepare": "make the data that CONFIG trains on",
     "sample": "continue a text with the newest checkpoint of a run, streamed as it is decoded",
     "diff": "compare two configs or run records",
@@ -28,6 +29,7 @@ examples:
   python -m launch configs/quickstart.py train.steps=400 optim.peak_lr=3e-4
   python -m launch configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
   python -m launch show configs/llama3_8b.py mesh.fsdp=64
+  python -m launch compile configs/llama3_8b.py --on v5p:4x4x4
   python -m launch sample runs/quickstart "def main("
   python -m launch runs/quickstart/run.json
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -131,6 +132,16 @@ def ended(process: subprocess.Popen, timeout_s: float = 120) -> Ended:
         out, err = process.communicate()
         raise AssertionError(f"still running after {timeout_s} s\n{out}\n{err}") from None
     return Ended(code=process.returncode, out=out, err=err)
+
+
+def refused(ended: Ended, pattern: str, code: int = 81) -> str:
+    """Asserts that a command ended with one line; returns it."""
+    assert ended.code == code, ended
+    lines = ended.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
+    line = lines[0].removeprefix("error: ")
+    assert re.fullmatch(pattern, line), line
+    return line
 
 
 def write_text(folder: Path, files: int = 30, words: int = 120) -> None:

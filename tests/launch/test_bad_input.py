@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny_run import Ended, Tiny, contents, launch
+from tiny_run import Ended, Tiny, contents, launch, refused
 
 from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.config import validate
@@ -35,16 +35,6 @@ def begun(tiny: Tiny, stopped: Path) -> Tiny:
     """The tiny config beside a run of it that waits to go on."""
     shutil.copytree(stopped, tiny.runs)
     return tiny
-
-
-def refused(ended: Ended, pattern: str, code: int = 81) -> str:
-    """Asserts that a command ended with one line; returns it."""
-    assert ended.code == code, ended
-    lines = ended.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
-    line = lines[0].removeprefix("error: ")
-    assert re.fullmatch(pattern, line), line
-    return line
 
 
 def fix_of(line: str) -> list[str]:
@@ -422,7 +412,7 @@ def test_devices(tiny: Tiny, devices: str) -> None:
 
 
 def test_command_word() -> None:
-    commands = "train, show, prepare, sample, diff, bench"
+    commands = "train, show, compile, prepare, sample, diff, bench"
     unknown = rf"shwo: no such command and no such config; the commands are {commands}; did you mean show\?"
     refused(launch("shwo"), unknown)
     refused(launch("shwo", "config.py"), unknown)

@@ -1,0 +1,239 @@
+"""The train step of a run, compiled ahead of time for described hardware, and what the compiler says of it.
+
+It is the step that `Program` trains with, not a model of it: memory is what the compiler allots, collectives and
+cycles are read from the text of what would run. Not in the cycles: collectives, and kernels written in Pallas.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.plan.collectives import Traffic, collectives, summed
+from jaxinfra.plan.hlo import NO_ESTIMATE, Module
+from jaxinfra.plan.topology import Topology, devices, domains, prepare
+from jaxinfra.program import Program
+from jaxinfra.run import Run, resolved
+
+_BOOKKEEPING = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "SliceId",
+    "ZeroCrop",
+    "annotate_device_placement",
+)
+"""Custom calls of the compilers that compute nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        arguments: train state and batch.
+        output: the new state and the metrics.
+        aliased: the part of the output that takes the place of arguments.
+        temporaries: all else that lives while the step runs, at its peak.
+        code: the program.
+        host: what is kept in host memory, of all these.
+    """
+
+    arguments: int
+    output: int
+    aliased: int
+    temporaries: int
+    code: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """What must fit the device."""
+        return self.arguments + self.output - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A custom call, for which the compiler has no estimate.
+
+    Attributes:
+        name: of the instruction, without its number.
+        target: what is called.
+        loops: while loops around it.
+        runs: in one step.
+    """
+
+    name: str
+    target: str
+    loops: int
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What is known of a compiled step.
+
+    Attributes:
+        name: of the run.
+        on: the topology, as in `--on`.
+        mesh: axes of more than one device.
+        sequences: of one device in one step: its part of the global batch.
+        memory: of one device.
+        cycles: estimated by the compiler for one step of one device, loops multiplied out; None where it estimates
+            none (GPUs).
+        unestimated: instructions that it has no estimate for.
+        unknown_loops: loops whose length is not known: counted once everywhere.
+        kernels: custom calls, not in the cycles.
+        traffic: collectives, not in the cycles.
+    """
+
+    name: str
+    on: str
+    mesh: dict[str, int]
+    sequences: float
+    memory: Memory
+    cycles: int | None
+    unestimated: int
+    unknown_loops: list[str]
+    kernels: list[Kernel]
+    traffic: list[Traffic]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def program_for(run: Run, topology: Topology) -> Program:
+    """The program of a run on described devices; a mesh axis of -1 takes what is left of them.
+
+    Raises:
+        ConfigError: the run does not fit the topology, or its compiler is not installed.
+    """
+    prepare(topology)
+    described = devices(topology)
+    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    if topology.count % fixed or (-1 not in run.mesh.sizes and fixed != topology.count):
+        raise ConfigError(
+            f"--on {topology}: has {topology.count} devices, the mesh asks for {fixed}; use mesh.fsdp=-1, or a "
+            "topology of that size"
+        )
+    run = resolved(run, topology.count)
+    validate(run)
+    return Program(run, make_mesh(run.mesh, described))
+
+
+def compile_step(
+    run: Run, topology: Topology, *, dump: Path | None = None, report: Callable[[str], None] = print
+) -> Compiled:
+    """Compiles the train step and reads what came of it.
+
+    Args:
+        run: the config.
+        topology: what to compile for.
+        dump: a file for the compiled text.
+        report: takes a line before each thing that takes long.
+
+    Raises:
+        ConfigError: the run does not fit the topology or its memory, or the compiler or what it needs is not here.
+    """
+    started_s = time.monotonic()
+    program = program_for(run, topology)
+    report(f"tracing {run.name} for {topology}, {topology.count} devices")
+    executable = _compiled(program, topology, report)
+    report(f"compiled after {time.monotonic() - started_s:.0f} s")
+    stats = executable.memory_analysis()
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        output=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        host=stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes,
+    )
+    text = executable.as_text()
+    if dump is not None:
+        dump.write_text(text, encoding="utf-8")
+    module = Module(text)
+    del text
+    placed = domains(topology, list(np.asarray(program.mesh.devices).flat))
+    instructions = [i for place in module.executed() for i in place.computation.instructions.values()]
+    return Compiled(
+        name=program.run.name,
+        on=str(topology),
+        mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        sequences=program.run.train.global_batch / program.layout.shards("batch"),
+        memory=memory,
+        cycles=module.cycles() if any(i.cycles is not None for i in instructions) else None,
+        unestimated=sum(i.cycles == NO_ESTIMATE for i in instructions),
+        unknown_loops=module.unknown_loops(),
+        kernels=_kernels(module),
+        traffic=summed(collectives(module, dict(program.mesh.shape), placed)),
+    )
+
+
+def _compiled(program: Program, topology: Topology, report: Callable[[str], None]) -> Any:
+    """The executable.
+
+    Raises:
+        ConfigError: the compiler refuses, in one line.
+    """
+    try:
+        lowered = program.lower()
+        report("compiling: seconds for a small model, a minute or two for a large one")
+        with _no_cache():
+            return lowered.compile()
+    except RuntimeError as error:  # JaxRuntimeError, from the compiler, is one of them
+        raise ConfigError(f"{program.run.name} on {topology}: {_refusal(str(error))}") from error
+
+
+@contextmanager
+def _no_cache() -> Iterator[None]:
+    """JAX's cache of compiled programs is left alone: it can write those of a described device but not read them."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once a process whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def _refusal(message: str) -> str:
+    """What a compiler says, in one line that says what to do."""
+    first = " ".join(message.strip().split("\n")[0].split())
+    if "cuDNN not found" in message:
+        return "its attention needs cuDNN; use model.attention=xla, or pip install nvidia-cudnn-cu13"
+    if "VmemOom" in message:
+        return f"a kernel does not fit the chip's vector memory: {first}; use smaller blocks, or model.attention=xla"
+    if "RESOURCE_EXHAUSTED" in message:
+        fix = "use more chips, train.accumulate or model.remat=full"
+        return f"does not fit: {first.removeprefix('RESOURCE_EXHAUSTED: ')} {fix[0].upper()}{fix[1:]}"
+    return f"the compiler refuses it: {first}; --debug shows all it says"
+
+
+def _kernels(module: Module) -> list[Kernel]:
+    """All custom calls that compute, those of one name and loop level together."""
+    runs: dict[tuple[int, str, str], int] = {}
+    for place in module.executed():
+        for instruction in place.computation.instructions.values():
+            target = instruction.text("custom_call_target") if instruction.kind == "custom-call" else None
+            if target is None or target in _BOOKKEEPING or instruction.cycles is not None:
+                continue
+            key = (place.loops, instruction.name.rstrip("0123456789").rstrip("."), target)
+            runs[key] = runs.get(key, 0) + place.times
+    return [Kernel(loops=loops, name=name, target=target, runs=n) for (loops, name, target), n in sorted(runs.items())]

@@ -1,0 +1,163 @@
+"""Hardware that is described and not here: what `--on` names, and the devices that a compiler makes of it.
+
+`v5p:4x4x4` is a slice of TPUs, `2xv5e:2x4` two slices that meet over the data-centre network, `h100:2x8` two hosts of
+eight GPUs. Nothing here starts a device; `prepare` sets what libtpu and the CUDA plugin read when they are loaded.
+"""
+
+import importlib
+import importlib.util
+import math
+import mmap
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.mesh import Device
+from jaxinfra.plan.chips import CHIPS, Chip
+
+EXAMPLE = "use --on v5p:4x4x4, --on 2xv5e:2x4 (two slices) or --on h100:1x8 (hosts x GPUs)"
+INSTALL = "pip install -e '.[compile]'"
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server, which only Google's machines have
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences it, whatever topology is then asked for
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Devices by description.
+
+    Attributes:
+        chip: of which kind.
+        shape: chips of one slice along each dimension of its network; of GPUs hosts and GPUs a host.
+        slices: how many slices of TPUs.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    def __str__(self) -> str:
+        """As in `--on`."""
+        slices = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{slices}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def count(self) -> int:
+        """Number of JAX devices."""
+        return self.slices * math.prod(self.shape) * self.chip.devices_per_chip
+
+    @property
+    def wrap(self) -> tuple[bool, bool, bool]:
+        """Along which dimensions the links of a TPU slice close to a ring.
+
+        Three-dimensional slices do where they are made of whole cubes of 4 x 4 x 4, two-dimensional ones along 16
+        chips (Google Cloud's TPU documentation). It matters: without rings the compiler makes an all-reduce of every
+        all-gather.
+        """
+        if self.chip.dimensions == 3:
+            torus = all(size % 4 == 0 for size in self.shape)
+            return (torus, torus, torus)
+        x, y = (size == 16 for size in self.shape)
+        return (x, y, False)
+
+
+def parse(text: str) -> Topology:
+    """Reads what `--on` names.
+
+    Raises:
+        ConfigError: no such chip, or not a shape of it.
+    """
+    matched = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", text)
+    if matched is None:
+        raise ConfigError(f"--on {text}: expected a chip and a shape; {EXAMPLE}")
+    slices, name, shape = int(matched[1] or 1), matched[2], tuple(map(int, matched[3].split("x")))
+    if name not in CHIPS:
+        raise ConfigError(f"--on {text}: no such chip; known are {', '.join(CHIPS)}; {EXAMPLE}")
+    chip = CHIPS[name]
+    example = {2: "2x4" if chip.platform == "tpu" else "1x8", 3: "4x4x4"}[chip.dimensions]
+    if len(shape) != chip.dimensions or 0 in shape or not slices:
+        raise ConfigError(f"--on {text}: {name} wants {chip.dimensions} sizes above 0; use --on {name}:{example}")
+    if chip.platform == "cuda" and slices > 1:
+        raise ConfigError(f"--on {text}: GPUs come in hosts, not in slices; use --on {name}:{slices}x8")
+    if chip.platform == "tpu" and chip.dimensions == 2 and max(shape) > 16:
+        raise ConfigError(f"--on {text}: a slice of {name} has at most 16x16 chips; use --on {name}:16x16")
+    return Topology(chip=chip, shape=shape, slices=slices)
+
+
+def prepare(topology: Topology) -> None:
+    """Makes ready for a compiler without its devices; before anything asks JAX for a device.
+
+    Raises:
+        ConfigError: the compiler is not installed.
+    """
+    if jax.config.jax_platforms != "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    wanted, package = ("libtpu", "libtpu") if topology.chip.platform == "tpu" else (_plugin(), "jax-cuda13-plugin")
+    if wanted is None or importlib.util.find_spec(wanted) is None:
+        raise ConfigError(f"--on {topology}: the compiler for it, {package}, is not installed; use {INSTALL}")
+    if topology.chip.platform == "tpu":
+        for name, value in _TPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    else:
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of a driver that is not here
+
+
+def devices(topology: Topology) -> Sequence[Device]:
+    """The described devices; `prepare` comes first. They can be compiled for, not run on.
+
+    Raises:
+        ConfigError: the compiler knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    sizes = "x".join(map(str, topology.shape))
+    try:
+        if topology.chip.platform == "tpu":
+            slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+            name = f"{topology.chip.name}:{sizes}"
+            described = topologies.get_topology_desc(name, platform="tpu", wrap=topology.wrap, **slices)
+        else:
+            described = topologies.get_topology_desc(
+                platform="cuda", topology=f"1x{sizes}", target_config=_gpu_target(topology.chip)
+            )
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--on {topology}: the compiler refuses it: {' '.join(str(error).split())}") from error
+    assert len(described.devices) == topology.count, (topology, len(described.devices))
+    return described.devices
+
+
+def domains(topology: Topology, placed: Sequence[Device]) -> list[int]:
+    """Of each device the slice, or of a GPU the host: inside it links are fast."""
+    if topology.chip.platform == "cuda":
+        return [device.process_index for device in placed]
+    return [device.slice_index if topology.slices > 1 else 0 for device in placed]
+
+
+def _plugin() -> str | None:
+    """The module of JAX's CUDA plugin."""
+    if importlib.util.find_spec("jax_plugins") is None:
+        return None
+    return "jax_plugins.xla_cuda13"
+
+
+def _gpu_target(chip: Chip) -> str:
+    """The description of a GPU that the CUDA plugin carries in its shared object.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    plugin = importlib.import_module("jax_plugins.xla_cuda13")
+    library = Path(str(plugin.__file__)).with_name("xla_cuda_plugin.so")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(f'device_description_str: "{chip.kind}"'.encode())
+        if at < 0:
+            raise ConfigError(f"--on {chip.name}: {library.name} has no description of {chip.kind}; use {INSTALL}")
+        return content[content.rfind(b"\0", 0, at) + 1 : content.find(b"\0", at)].decode()

@@ -1,0 +1,250 @@
+"""Collectives are found in every form that XLA prints, with their axes, links and runs."""
+
+import pytest
+
+from jaxinfra.plan.collectives import SLICED, Collective, Traffic, collectives, summed
+from jaxinfra.plan.hlo import Module
+
+MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
+TEXT = """\
+HloModule jit_step, entry_computation_layout={{(f32[8]{{0}})->f32[8]{{0}}}}
+
+%sum (a: f32[], b: f32[]) -> f32[] {{
+  ROOT %add = f32[] add(%a, %b)
+}}
+
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %p.2 = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p.2), index=0
+  %x = f32[8] get-tuple-element(%p.2), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %gather = f32[2,8]{{1,0:T(8,128)}} all-gather(%x), {groups}, dimensions={{0}}
+  ROOT %tuple = (s32[], f32[8]) tuple(%next, %x)
+}}
+
+%inner_condition (p: (s32[], f32[8])) -> pred[] {{
+  %p.1 = (s32[], f32[8]) parameter(0)
+  %n = s32[] constant(5)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%i.1, %n), direction=LT
+}}
+
+%left (p: f32[8]) -> f32[8] {{
+  %p.3 = f32[8] parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8]) tuple(%zero, %p.3)
+  %loop = (s32[], f32[8]) while(%t), condition=%inner_condition, body=%inner
+}}
+
+%right (p: f32[8]) -> f32[8] {{
+  %permute = bf16[8]{{0}} collective-permute(%p), source_target_pairs={{{{0,1}},{{1,0}}}}
+}}
+
+%unused (p: f32[8]) -> f32[8] {{
+  %gather.1 = f32[8]{{0}} all-gather(%x), replica_groups={{{{0,4}},{{1,5}},{{2,6}},{{3,7}}}}, dimensions={{0}}
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %choice = f32[8]{{0}} conditional(%which, %p, %p), branch_computations={{%left, %right}}
+  %nothing = f32[] all-reduce(%y), replica_groups={{{{0}},{{1}},{{2}},{{3}},{{4}},{{5}},{{6}},{{7}}}}, to_apply=%sum
+  ROOT %all = (f32[], /*index=1*/f32[3,4]{{1,0}}) all-reduce(%y), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)),
+        ("replica_groups={{0,1,2,3,4,5,6,7}}", ("replica", "fsdp", "tensor")),
+        ("replica_groups=[4,2]<=[8]", ("tensor",)),
+        ("replica_groups=[2,4]<=[2,4]T(0,1)", ("fsdp", "tensor")),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("replica",)),
+        ("replica_groups=[4,2]<=[2,2,2]T(2,0,1)", ("fsdp",)),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
+        ("replica_groups=mesh['replica'=2,'fsdp'=2,'tensor'=2] {'replica','tensor'}", ("replica", "tensor")),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ("replica", "fsdp")),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", ("fsdp",)),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}", ("replica", "fsdp")),
+        ("replica_groups={}", ("replica", "fsdp", "tensor")),
+    ],
+)
+def test_collectives_are_found_with_their_axes_and_loops(groups: str, axes: tuple[str, ...]) -> None:
+    assert collectives(Module(TEXT.format(groups=groups)), MESH) == [
+        one("all-reduce", (), 4),
+        one("all-reduce", ("replica",), 4, 48),
+        one("all-gather", axes, 64, loops=1, times=5),
+        one("collective-permute", ("tensor",), 16),
+    ]
+
+
+def test_a_form_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="not known here"):
+        collectives(Module(TEXT.format(groups="replica_groups=new(8)")), MESH)
+
+
+def one(kind: str, axes: tuple[str, ...], *arrays: int, loops: int = 0, times: int = 1, link: str = "local"):
+    return Collective(kind=kind, axes=axes, link=link, loops=loops, times=times, arrays=arrays)
+
+
+def entry(*lines: str, before: str = "", partitions: int = 8) -> Module:
+    body = "".join(f"  {line}\n" for line in lines)
+    return Module(
+        f"HloModule jit_step, num_partitions={partitions}\n{before}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}}}\n"
+    )
+
+
+REDUCE = "all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%sum"
+SLICE = "dynamic-slice(%{}, %i), dynamic_slice_sizes={{4}}"
+FUSED_SLICE = """
+%cut (param_0: f32[], param_1: f32[8]) -> f32[4] {
+  %param_1 = f32[8]{0} parameter(1)
+  %bitcast = f32[8]{0} bitcast(%param_1)
+  ROOT %slice = f32[4]{0} dynamic-slice(%bitcast, %i), dynamic_slice_sizes={4}
+}
+"""
+
+
+def test_a_sum_that_is_only_sliced_is_told_from_one_that_is_used() -> None:
+    sliced = entry(f"%sum.1 = f32[8] {REDUCE}", f"ROOT %part = f32[4] {SLICE.format('sum.1')}")
+    used = entry(
+        f"%sum.1 = f32[8] {REDUCE}", f"%part = f32[4] {SLICE.format('sum.1')}", "ROOT %more = f32[8] negate(%sum.1)"
+    )
+    in_a_fusion = entry(
+        f"%sum.1 = f32[8] {REDUCE}",
+        "%copy = f32[8] copy(%sum.1)",
+        "ROOT %part = f32[4] fusion(%y, %copy), kind=kLoop, calls=%cut",
+        before=FUSED_SLICE,
+    )
+    assert collectives(sliced, MESH) == [one(SLICED, ("tensor",), 32)]
+    assert collectives(used, MESH) == [one("all-reduce", ("tensor",), 32)]
+    assert collectives(in_a_fusion, MESH) == [one(SLICED, ("tensor",), 32)]
+
+
+def test_of_a_combined_sum_each_array_is_judged_by_itself() -> None:
+    module = entry(
+        "%sum.1 = (f32[8], f32[2]) all-reduce(%p, %q), replica_groups=[4,2]<=[8], to_apply=%sum",
+        "%first = f32[8] get-tuple-element(%sum.1), index=0",
+        "%second = f32[2] get-tuple-element(%sum.1), index=1",
+        f"%part = f32[4] {SLICE.format('first')}",
+        "ROOT %out = (f32[4], f32[2]) tuple(%part, %second)",
+    )
+    assert collectives(module, MESH) == [one("all-reduce", ("tensor",), 8), one(SLICED, ("tensor",), 32)]
+
+
+def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter() -> None:
+    fused = f"""
+%all-reduce-scatter (input: f32[8]) -> f32[4] {{
+  %input = f32[8] parameter(0)
+  %sum.1 = f32[8] all-reduce(%input), replica_groups=[4,2]<=[8], to_apply=%sum
+  ROOT %part = f32[4] {SLICE.format("sum.1")}
+}}
+"""
+    module = entry("ROOT %out = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter", before=fused)
+    assert collectives(module, MESH) == [one("reduce-scatter", ("tensor",), 32)]
+
+
+def test_a_named_reduce_scatter_counts_what_it_reduces() -> None:
+    module = entry("ROOT %part = f32[4] reduce-scatter(%p), replica_groups=[4,2]<=[8], to_apply=%sum, dimensions={0}")
+    assert collectives(module, MESH) == [one("reduce-scatter", ("tensor",), 32)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "done", "arrays"),
+    [
+        ("all-gather", "(f32[8], f32[16]) all-gather-start(%p)", "f32[16] all-gather-done(%s)", (64,)),
+        (
+            "all-gather",
+            "((f32[8], f32[2]), (f32[16], f32[4])) all-gather-start(%p, %q)",
+            "(f32[16], f32[4]) all-gather-done(%s)",
+            (64, 16),
+        ),
+        ("all-reduce", "f32[8] all-reduce-start(%p)", "f32[8] all-reduce-done(%s)", (32,)),
+        ("all-reduce", "((f32[8]), f32[8]) all-reduce-start(%p)", "f32[8] all-reduce-done(%s)", (32,)),
+        (
+            "collective-permute",
+            "(f32[8], f32[8], u32[], u32[]) collective-permute-start(%p)",
+            "f32[8] collective-permute-done(%s)",
+            (32,),
+        ),
+    ],
+)
+def test_what_starts_and_ends_apart_counts_once(kind: str, start: str, done: str, arrays: tuple[int, ...]) -> None:
+    groups = "source_target_pairs={{0,1},{1,0}}" if kind == "collective-permute" else "replica_groups=[4,2]<=[8]"
+    module = entry(f"%s = {start}, {groups}", f"ROOT %d = {done}")
+    assert collectives(module, MESH) == [one(kind, ("tensor",), *arrays)]
+
+
+def test_a_chain_of_fusions_counts_once() -> None:
+    """The TPU compiler writes an asynchronous collective as a start, fusions that go on with it, and an end."""
+    gather = 'f32[16] all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="3"}'
+    target = 'custom_call_target="AsyncCollective'
+    parts = f"""
+%begin (p: f32[8]) -> f32[16] {{
+  %all-gather.1 = {gather}
+  ROOT %custom-call.1 = (f32[8], f32[16]) custom-call(%all-gather.1), {target}Start"
+}}
+
+%go_on (p: f32[8]) -> f32[16] {{
+  %all-gather.2 = {gather}
+  ROOT %add = f32[16] add(%all-gather.2, %q)
+}}
+
+%end (p: f32[8]) -> f32[16] {{
+  %all-gather.3 = {gather}
+  ROOT %custom-call.2 = f32[16] custom-call(%p, %all-gather.3), {target}Done"
+}}
+"""
+    calls = [
+        f"%f.{n} = f32[16] fusion(%p), kind=kCustom, calls=%{part}" for n, part in enumerate(("begin", "go_on", "end"))
+    ]
+    assert collectives(entry(*calls, before=parts), MESH) == [one("all-gather", ("tensor",), 64)]
+
+
+SEND = (
+    "%send = (f32[96,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%g, %token), channel_id=2, "
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+)
+
+
+def test_what_leaves_a_slice_crosses_the_network_on_the_outermost_axis() -> None:
+    """The text is of one slice: groups of four devices are all of it, and two replicas of four stay inside."""
+    module = entry(
+        SEND,
+        "%done = token[] send-done(%send), channel_id=2, is_host_transfer=true",
+        "%all = f32[8] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%sum",
+        "ROOT %one = f32[8] all-reduce(%all), replica_groups={{0,2},{1,3}}, to_apply=%sum",
+        partitions=4,
+    )
+    assert collectives(module, MESH | {"fsdp": 2, "tensor": 2}, [0] * 4 + [1] * 4) == [
+        one("all-reduce", ("replica",), 96 * 8 * 128 * 4, link="network"),
+        one("all-reduce", ("fsdp", "tensor"), 32),
+        one("all-reduce", ("fsdp",), 32),
+    ]
+    assert collectives(module, {"replica": 4, "tensor": 2}, [0] * 4 + [1] * 4)[1:] == [
+        one("all-reduce", ("replica", "tensor"), 32),
+        one("all-reduce", ("replica",), 32),
+    ]
+
+
+def test_groups_that_join_hosts_cross_the_network() -> None:
+    module = entry(
+        "%far = f32[8] all-reduce(%p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum",
+        "ROOT %near = f32[8] all-reduce(%far), replica_groups=[4,2]<=[8], to_apply=%sum",
+    )
+    found = collectives(module, MESH, [0] * 4 + [1] * 4)
+    assert [(each.axes, each.link) for each in found] == [(("replica",), "network"), (("tensor",), "local")]
+
+
+def test_rows_add_up_what_runs_in_a_step() -> None:
+    found = [
+        one("all-gather", ("fsdp",), 64, 32, loops=1, times=5),
+        one("all-gather", ("fsdp",), 8, loops=1, times=2),
+        one("all-gather", ("fsdp",), 8),
+    ]
+    assert summed(found) == [
+        Traffic(loops=0, kind="all-gather", axes=("fsdp",), link="local", arrays=1, runs=1, bytes=8),
+        Traffic(loops=1, kind="all-gather", axes=("fsdp",), link="local", arrays=3, runs=12, bytes=496),
+    ]

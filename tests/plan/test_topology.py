@@ -1,0 +1,90 @@
+"""What `--on` names is understood or refused with what would do; no compiler is asked."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.plan.chips import CHIPS
+from jaxinfra.plan.topology import Topology, parse, prepare
+from jaxinfra.runtime.peak import CHIP_FLOPS
+
+EXAMPLE = r"use --on v5p:4x4x4, --on 2xv5e:2x4 \(two slices\) or --on h100:1x8 \(hosts x GPUs\)"
+
+
+@pytest.mark.parametrize(
+    ("text", "chip", "shape", "slices", "count"),
+    [
+        ("v5p:4x4x4", "v5p", (4, 4, 4), 1, 64),
+        ("2xv5e:2x4", "v5e", (2, 4), 2, 16),
+        ("v4:2x2x1", "v4", (2, 2, 1), 1, 8),
+        ("v6e:16x16", "v6e", (16, 16), 1, 256),
+        ("h100:2x8", "h100", (2, 8), 1, 16),
+    ],
+)
+def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, ...], slices: int, count: int) -> None:
+    found = parse(text)
+    assert found == Topology(chip=CHIPS[chip], shape=shape, slices=slices)
+    assert (str(found), found.count) == (text, count)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5p", rf"--on v5p: expected a chip and a shape; {EXAMPLE}"),
+        ("v5p:4,4", rf"--on v5p:4,4: expected a chip and a shape; {EXAMPLE}"),
+        ("v9:2x2", rf"--on v9:2x2: no such chip; known are v4, v5e, .*; {EXAMPLE}"),
+        ("v5p:4x4", r"--on v5p:4x4: v5p wants 3 sizes above 0; use --on v5p:4x4x4"),
+        ("v5e:2x4x1", r"--on v5e:2x4x1: v5e wants 2 sizes above 0; use --on v5e:2x4"),
+        ("v5e:0x4", r"--on v5e:0x4: v5e wants 2 sizes above 0; use --on v5e:2x4"),
+        ("0xv5e:2x4", r"--on 0xv5e:2x4: v5e wants 2 sizes above 0; use --on v5e:2x4"),
+        ("h100:8", r"--on h100:8: h100 wants 2 sizes above 0; use --on h100:1x8"),
+        ("2xh100:1x8", r"--on 2xh100:1x8: GPUs come in hosts, not in slices; use --on h100:2x8"),
+        ("v6e:32x8", r"--on v6e:32x8: a slice of v6e has at most 16x16 chips; use --on v6e:16x16"),
+    ],
+)
+def test_what_is_no_topology_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rings"),
+    [
+        ("v5p:4x4x4", (True, True, True)),
+        ("v5p:4x4x8", (True, True, True)),
+        ("v4:2x2x4", (False, False, False)),
+        ("v5e:4x4", (False, False, False)),
+        ("v6e:8x16", (False, True, False)),
+        ("v5e:16x16", (True, True, False)),
+    ],
+)
+def test_rings_close_where_the_hardware_has_them(text: str, rings: tuple[bool, bool, bool]) -> None:
+    assert parse(text).wrap == rings
+
+
+@pytest.mark.parametrize(("text", "package"), [("v5e:2x4", "libtpu"), ("h100:1x8", "jax-cuda13-plugin")])
+def test_a_compiler_that_is_not_installed_is_named(text: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def without_plugins(name: str) -> Any:
+        return None if name in ("libtpu", "jax_plugins") else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_plugins)
+    with pytest.raises(ConfigError) as raised:
+        prepare(parse(text))
+    assert str(raised.value) == (
+        f"--on {text}: the compiler for it, {package}, is not installed; use pip install -e '.[compile]'"
+    )
+
+
+def test_the_table_of_chips_agrees_with_the_peaks() -> None:
+    """A chip of two devices has half of it in each; clocks are those that matrix units of this kind run at."""
+    for chip in CHIPS.values():
+        kind = max((kind for kind in CHIP_FLOPS if chip.kind.startswith(kind)), key=len)
+        whole = 2 if chip.name == "v4" else 1  # of TPU7x the peak is that of a device already
+        assert chip.flops * whole == CHIP_FLOPS[kind]
+        assert (chip.clock_hz is None) == (chip.platform == "cuda")
+        if chip.clock_hz is not None:
+            assert 1e9 < chip.clock_hz < 2.5e9
