@@ -163,7 +163,7 @@ class Run:
         if self.model.layers < places:
             yield Problem(
                 fields=("model.layers", "mesh.stage", "pipeline.chunks"),
-                message=f"{places} chunks of layers, but fewer layers",
+                message=f"{places} places for layers",
                 fix=f"use model.layers={places} or fewer stages",
             )
         if self.pipeline.schedule == "interleaved" and self.train.accumulate % self.mesh.stage:

@@ -77,6 +77,12 @@ class Rules:
                 message="queries and keys of one head must live on one device",
                 fix="give both the same mesh axes",
             )
+        if set(self.layers) - {"stage"}:
+            yield Problem(
+                fields=("layers",),
+                message="layers are scanned on every device, or shared out to pipeline stages",
+                fix="use rules.layers=stage or rules.layers=()",
+            )
         for a in self.batch:
             if a in self.heads + self.mlp + self.vocab:
                 yield Problem(

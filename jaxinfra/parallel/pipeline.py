@@ -119,13 +119,13 @@ def rows_of_stages(part: Any) -> tuple[str, ...]:
 
 def pick(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
     """The rows of each stage's microbatch, `[S * B, ...]`; those of the first where a stage idles."""
-    _, batch, *rest = _spec(field_MB).partitions
+    parts = list(_spec(field_MB).partitions)
 
     def own(field: jax.Array, microbatch: jax.Array) -> jax.Array:
         field = jax.lax.pcast(field, ("stage",), to="varying")
         return jax.lax.dynamic_index_in_dim(field, jnp.maximum(microbatch[0], 0), keepdims=False)
 
-    return _per_device(own, PartitionSpec(rows_of_stages(batch), *rest), field_MB, microbatch_S)
+    return _per_device(own, PartitionSpec(rows_of_stages(parts[1]), *parts[2:]), field_MB, microbatch_S)
 
 
 def enter(started: jax.Array, sent: jax.Array, row: Row) -> jax.Array:

@@ -138,8 +138,8 @@ class Schedule:
     def costs(self) -> tuple[float, ...]:
         """What each tick costs, in forward passes of a chunk."""
         backward = BACKWARD if self.weights is None else INPUTS_ALONE
-        by_part = zip(self.parts, (FORWARD, backward, WEIGHTS), strict=False)
-        return tuple(float(c) for c in sum(cost * part.runs for part, cost in by_part))
+        runs = np.stack([part.runs for part in self.parts], axis=1)
+        return tuple(float(cost) for cost in runs @ np.array([FORWARD, backward, WEIGHTS])[: len(self.parts)])
 
     @property
     def time(self) -> float:

@@ -76,9 +76,22 @@ WRONG_VALUES = {
         "mesh.tensor=3",
         r"mesh\.fsdp=-1, mesh\.tensor=3: asks for 3 devices, 8 here; the other axes must divide 8",
     ),
-    "stage": (
-        "mesh.stage=2",
-        r"mesh\.stage=2: no model uses the stage axis yet; use mesh\.stage=1 and fsdp or tensor",
+    "more stages than layers": (
+        "mesh.stage=4",
+        r"model\.layers=2, mesh\.stage=4, pipeline\.chunks=1: 4 places for layers; use model\.layers=4 or fewer stages",
+    ),
+    "rounds of microbatches": (
+        "mesh.stage=2 model.layers=4 pipeline.schedule=interleaved pipeline.chunks=2 mesh.fsdp=1 mesh.replica=4",
+        r"train\.accumulate=1, mesh\.stage=2, pipeline\.schedule=interleaved: interleaved microbatches come in rounds, "
+        r"one a stage; use train\.accumulate=2",
+    ),
+    "chunks of another schedule": (
+        "pipeline.chunks=2",
+        r"pipeline\.schedule='1f1b', pipeline\.chunks=2: has one chunk a stage; use pipeline\.schedule=interleaved, .*",
+    ),
+    "interleaved without chunks": (
+        "pipeline.schedule=interleaved",
+        r"pipeline\.schedule=interleaved, pipeline\.chunks=1: needs at least 2 chunks a stage; use pipeline\.chunks=2",
     ),
     "two uses of an axis": (
         "rules.batch=(fsdp,tensor)",
@@ -95,8 +108,9 @@ WRONG_VALUES = {
         r"rules\.sequence=\(fsdp,\), mesh\.fsdp=2: no kernel attends across shards yet; use rules\.sequence=\(\)",
     ),
     "sharded layers": (
-        "mesh.fsdp=2 rules.embed=() rules.layers=fsdp",
-        r"rules\.layers=\(fsdp,\), mesh\.fsdp=2: layers are scanned, not yet staged; use rules\.layers=\(\)",
+        "rules.layers=fsdp",
+        r"rules\.layers=\(fsdp,\): layers are scanned on every device, or shared out to pipeline stages; "
+        r"use rules\.layers=stage or rules\.layers=\(\)",
     ),
     "no steps": ("train.steps=0", r"train\.steps=0: must be at least 1; use train\.steps=1 or more"),
     "negative rate": ("optim.peak_lr=-1", r"optim\.peak_lr=-1\.0: must be above 0 and finite; use optim\.peak_lr=3e-4"),

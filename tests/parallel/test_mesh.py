@@ -102,7 +102,6 @@ def test_a_mesh_that_does_not_fit_says_what_would(config: MeshConfig, devices: i
         (MeshConfig(replica=-1), "replica=-1, fsdp=-1: only one mesh axis may be -1; give replica a size"),
         (MeshConfig(tensor=0), "tensor=0: an axis size must be at least 1, or -1 for the rest; use tensor=1"),
         (MeshConfig(fsdp=-2), "fsdp=-2: an axis size must be at least 1, or -1 for the rest; use fsdp=1"),
-        (MeshConfig(stage=2), "stage=2: no model uses the stage axis yet; use stage=1 and fsdp or tensor"),
         (MeshConfig(context=4), "context=4: no model uses the context axis yet; use context=1 and fsdp or tensor"),
     ],
 )

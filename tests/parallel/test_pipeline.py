@@ -1,0 +1,159 @@
+"""The engine computes what GPipe written as one differentiable program computes, whatever the schedule.
+
+The oracle is that program: a scan of forward ticks on one device, every place of the model side by side, with its
+gradients taken by JAX through the schedule.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxinfra.ops.dot import dot
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.pipeline import Pipeline, Spread
+from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.stages import layer_numbers
+
+MICROBATCHES, ROWS, POSITIONS, WIDTH = 4, 8, 4, 8
+PENALTY = 0.05
+MESH = MeshConfig(stage=4, fsdp=2)
+OVER_ROWS = P(("stage", "fsdp"), None, None)
+
+SCHEDULES = {
+    "gpipe": PipelineConfig(schedule="gpipe"),
+    "1f1b": PipelineConfig(schedule="1f1b"),
+    "zero bubble": PipelineConfig(schedule="zero_bubble"),
+    "two chunks": PipelineConfig(schedule="interleaved", chunks=2),
+}
+
+
+class Toy:
+    """A product in, layers `x + tanh(x w)` that count squares by device, a product out; squared error and a penalty."""
+
+    def begin(self, shared: Any, rows: Any) -> jax.Array:
+        return dot(rows["x"], shared["into"])
+
+    def layers(self, weights: Any, x: jax.Array, rows: Any, numbers: jax.Array) -> tuple[jax.Array, Any]:
+        def layer(x: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
+            w, number = xs
+            y = dot(x, w)
+
+            def own(x: jax.Array, y: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+                real = number[0] >= 0
+                y = jnp.where(real, x + jnp.tanh(y), x)
+                return y, jnp.where(real, jnp.sum(y**2), 0)[None, None]
+
+            specs = {"in_specs": (OVER_ROWS, OVER_ROWS, P("stage")), "out_specs": (OVER_ROWS, P("stage", "fsdp"))}
+            return jax.shard_map(own, **specs)(x, y, number)
+
+        x, squares = jax.lax.scan(layer, x, (weights, numbers))
+        return x, {"squares": squares}
+
+    def finish(self, shared: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        spec = jax.typeof(x).sharding.spec
+        error = dot(x, shared["out"]) - jax.reshard(batch["y"], spec)
+        axes = frozenset(("stage", "fsdp"))
+        total = jnp.einsum("btd,btd->", error, error, out_sharding=P(unreduced=axes))
+        return total, {"loss": total}
+
+    def penalty(self, counted: Any) -> jax.Array:
+        axes = ("stage", "fsdp")
+
+        def own(squares: jax.Array) -> jax.Array:
+            return jax.lax.pcast(PENALTY * squares.sum(), axes, to="unreduced")
+
+        over_devices = {"in_specs": P(None, *axes), "out_specs": P(unreduced=set(axes))}
+        return jax.shard_map(own, **over_devices)(counted["squares"])
+
+
+@functools.cache
+def values(layers: int) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return draw.normal(size=shape).astype(np.float32)
+
+    weights = normal(layers, WIDTH, WIDTH) / WIDTH**0.5
+    shared = {name: normal(WIDTH, WIDTH) / WIDTH**0.5 for name in ("into", "out")}
+    return weights, shared, {name: normal(MICROBATCHES, ROWS, POSITIONS, WIDTH) for name in ("x", "y")}
+
+
+@functools.cache
+def oracle(layers: int) -> tuple[Any, Any]:
+    """Loss and gradients by GPipe as one differentiable scan: a layer a stage, all stages side by side."""
+    weights, shared, batch = jax.tree.map(jnp.asarray, values(layers))
+    ticks = MICROBATCHES + layers - 1
+
+    def total(weights: jax.Array, shared: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
+            stream_SBTD, loss, penalty = carry
+            first = batch["x"][jnp.minimum(t, MICROBATCHES - 1)] @ shared["into"]
+            x = jnp.roll(stream_SBTD, 1, axis=0).at[0].set(first)
+            y = x + jnp.tanh(jnp.einsum("sbtd,sde->sbte", x, weights))
+            at = t - jnp.arange(layers)
+            real = (at >= 0) & (at < MICROBATCHES)
+            penalty += PENALTY * jnp.sum(jnp.where(real[:, None, None, None], y, 0) ** 2)
+            left = t - (layers - 1)
+            error = y[-1] @ shared["out"] - batch["y"][jnp.maximum(left, 0)]
+            return (y, loss + jnp.where(left >= 0, jnp.sum(error**2), 0), penalty), None
+
+        empty = jnp.zeros((layers, ROWS, POSITIONS, WIDTH))
+        (_, loss, penalty), _ = jax.lax.scan(tick, (empty, 0.0, 0.0), jnp.arange(ticks))
+        return loss + penalty, loss
+
+    with jax.default_matmul_precision("highest"):
+        (_, loss), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(weights, shared)
+    return np.asarray(loss), jax.tree.map(np.asarray, grads)
+
+
+def laid_out(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """`[layers, ...]` to `[V, L, S, ...]`; zeros for no layer."""
+    return np.where((numbers >= 0)[..., None, None], weights[np.maximum(numbers, 0)], 0)
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "positions"])
+@pytest.mark.parametrize("layers", [8, 10], ids=["even", "uneven"])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: int) -> None:
+    weights, shared, batch = values(layers)
+    config = SCHEDULES[kind]
+    numbers = layer_numbers(layers, MESH.stage, config.chunks)
+    at_end = P(("fsdp", "stage"), None, None) if dim == 0 else P("fsdp", "stage", None)
+    spread = Spread(dim=dim, spec=at_end)
+    pipeline = Pipeline(Toy(), config.table(MESH.stage, MICROBATCHES), spread, numbers)
+    with jax.set_mesh(make_mesh(MESH, jax.devices()[:8])):
+        put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
+        placed = put(laid_out(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))
+        shared_spec = P(None, None, reduced={"stage", "fsdp"})
+        (found, found_shared), sums, counted = jax.jit(pipeline.gradients)(
+            placed,
+            put(shared, dict.fromkeys(shared, shared_spec)),
+            put(batch, dict.fromkeys(batch, P(None, "fsdp", None, None))),
+        )
+        found = np.asarray(jax.reshard(found, P()))
+        found_shared = jax.tree.map(lambda a: np.asarray(jax.reshard(a, P())), found_shared)
+        loss = float(jax.reshard(sums["loss"], P()))
+        squares = np.asarray(jax.reshard(counted["squares"], P()))
+    wanted_loss, (wanted, wanted_shared) = oracle(layers)
+    assert loss == pytest.approx(float(wanted_loss), rel=1e-5)
+    np.testing.assert_allclose(found, laid_out(wanted, numbers), rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+    for name, one in wanted_shared.items():
+        np.testing.assert_allclose(found_shared[name], one, rtol=2e-5, atol=2e-5 * np.abs(one).max())
+    assert ((squares > 0).all(-1) == (numbers >= 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "chunks", "wanted"),
+    [
+        (4, 2, 1, [[[0, 2], [1, 3]]]),
+        (5, 2, 1, [[[0, 3], [1, 4], [2, -1]]]),
+        (5, 2, 2, [[[0, 2], [1, -1]], [[3, 4], [-1, -1]]]),
+    ],
+)
+def test_chunks_stand_in_the_order_of_the_model(layers: int, stages: int, chunks: int, wanted: list) -> None:
+    assert layer_numbers(layers, stages, chunks).tolist() == wanted
