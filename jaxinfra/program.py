@@ -27,7 +27,7 @@ from jaxinfra.parallel.layout import Layout, partial_zeros
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, param_key
 from jaxinfra.stages import Stages
-from jaxinfra.tasks.task import loss
+from jaxinfra.tasks.task import Task, loss
 
 if TYPE_CHECKING:
     from jaxinfra.run import Run
@@ -63,6 +63,7 @@ class Program:
 
     Attributes:
         run: the config.
+        task: what it is trained for.
         mesh: where it runs; an `AbstractMesh` can be lowered on but not run.
         layout: names to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
@@ -82,6 +83,7 @@ class Program:
             ConfigError: a parameter does not fit the mesh.
         """
         self.run, self.mesh = run, mesh
+        self.task: Task = run.task
         if platform is None:
             platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
         # The chunks of a stage are not consecutive: its layers are then not stored on it.
@@ -116,7 +118,15 @@ class Program:
     @cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of one global batch."""
-        fields = self.run.task.batch(self.run.data, self.run.train.global_batch)
+        return self._batch(heldout=False)
+
+    @cached_property
+    def heldout_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of one global batch of held-out data: those of `batch`, and weights."""
+        return self._batch(heldout=True)
+
+    def _batch(self, *, heldout: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        fields = self.task.batch(self.run.data, self.run.train.global_batch, heldout=heldout)
         return {n: self._sharded(f.shape, f.dtype, self.layout.spec(*f.axes)) for n, f in fields.items()}
 
     @cached_property
@@ -190,18 +200,18 @@ class Program:
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params), ema=ema)
 
     def with_words(self, batch: Batch, step: jax.Array | int) -> Batch:
-        """The batch of a step with what decides about dropout: random words of its tokens, if there is any."""
+        """The batch of a step with what decides about dropout: random words of its positions, if there is any."""
         if self.run.model.dropout == 0:
             return batch
         key = param_key(jax.random.key(self.run.seed), FIELD)
-        shape = self.batch["inputs"].shape[:2]
+        shape = (self.run.train.global_batch, self.run.model.positions(self.run.data))
         return {**batch, FIELD: token_words(key, jnp.asarray(step), shape, self.layout.spec("batch", "sequence"))}
 
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
 
         def total_and_sums(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss(self.run.task, self.model(params), batch)
+            return loss(self.task, self.model(params), batch)
 
         total, pull, sums = jax.vjp(total_and_sums, params, has_aux=True)
         over = jax.typeof(total).sharding.spec.unreduced
@@ -248,7 +258,7 @@ class Program:
     def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         if self._stages is not None:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
-        _, sums = loss(self.run.task, self.model(params), batch)
+        _, sums = loss(self.task, self.model(params), batch)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
 
 

@@ -104,27 +104,11 @@ class Run:
             yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
         if "://" in self.root:
             yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
-        yield from self._lengths()
+        yield from self.model.problems_with(self.data)
+        yield from self.task.problems_with(self.data)
         yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
         if -1 not in self.mesh.sizes:
             yield from self._divisions()
-
-    def _lengths(self) -> Iterable[Problem]:
-        longest = self.model.learned_positions
-        if longest is not None and self.data.seq_len > longest:
-            yield Problem(
-                fields=("data.seq_len", "model.learned_positions"),
-                message="sequences are longer than the learned positions",
-                fix=f"use data.seq_len={longest}",
-            )
-        chunks = self.task.loss_chunks
-        if chunks is not None and chunks > 0 and self.data.seq_len % chunks:
-            fitting = next(n for n in range(chunks, 0, -1) if self.data.seq_len % n == 0)
-            yield Problem(
-                fields=("task.loss_chunks", "data.seq_len"),
-                message="chunks must divide the sequence",
-                fix=f"use task.loss_chunks={fitting}",
-            )
 
     def _divisions(self) -> Iterable[Problem]:
         """Every sharded dimension divides over its mesh axes, and none is sharded that must be whole."""
@@ -143,17 +127,11 @@ class Run:
                 message=f"the batch does not divide into {parts} equal parts",
                 fix=f"use train.global_batch={_rounded_up(self.train.global_batch, parts)}",
             )
-        dimensions = (
-            ("model.heads", self.model.heads, self.rules.heads),
-            ("model.kv_heads", self.model.groups, self.rules.kv_heads),
-            ("model.mlp_dim", self.model.mlp_dim, self.rules.mlp),
-            ("model.vocab_size", self.model.vocab_size, self.rules.vocab),
-            ("model.width", self.model.width, self.rules.embed),
-            ("data.seq_len", self.data.seq_len, (*self.rules.sequence, *self.rules.block_sequence)),
-        )
-        for path, size, axes in dimensions:
-            if size % self._shards(axes):
-                yield self._division_problem(path, size, axes)
+        for part in ("model", "data"):
+            for name, (size, axis) in getattr(self, part).spread.items():
+                axes = self.rules.mesh_axes(axis)
+                if size % self._shards(axes):
+                    yield self._division_problem(f"{part}.{name}", size, axes)
         if self.mesh.stage > 1:
             yield from self._stages()
 
@@ -185,7 +163,7 @@ class Run:
         if self.train.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
             return 0
         shards = self._shards(self.rules.sequence) * self.mesh.stage
-        return 1 if self.task.by_position and self.data.seq_len % shards == 0 else None
+        return 1 if self.task.by_position and self.model.positions(self.data) % shards == 0 else None
 
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
         shards = self._shards(axes)

@@ -24,17 +24,9 @@ from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.checkpoint.storage import check_space, make_writable
 from jaxinfra.config import Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
-from jaxinfra.data.loader import (
-    Batches,
-    Prefetcher,
-    check_vocab,
-    heldout_batches,
-    heldout_bytes,
-    open_store,
-    process_rows,
-    to_global,
-)
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.batches import Batches, heldout_batches
+from jaxinfra.data.feed import Prefetcher, process_rows, to_global
+from jaxinfra.data.source import DataConfig, OpenData
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
@@ -45,9 +37,9 @@ from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.track.jsonl import read, read_json
 from jaxinfra.track.report import write_report
 from jaxinfra.track.tracker import Trackers, build
-from jaxinfra.train.derived import Derived, derived, step_flops, tokens_per_step
+from jaxinfra.train.derived import Derived, derived, step_flops, units_per_step
 from jaxinfra.train.evaluate import evaluate
-from jaxinfra.train.loop import Hooks, Outcome, Reporter, finite, fit
+from jaxinfra.train.loop import Hooks, Outcome, Reporter, Work, finite, fit
 
 _log = logging.getLogger(__name__)
 
@@ -101,12 +93,12 @@ class RunDirectory:
         finally:
             os.close(holder)
 
-    def check(self, run: Run, data: str, found: dict[str, Any]) -> None:
+    def check(self, run: Run, data: OpenData, found: dict[str, Any]) -> None:
         """Refuses a directory that another config has begun, or the same one with other data.
 
         Args:
             run: the config.
-            data: fingerprint of the data.
+            data: what is there to train on.
             found: the run record; where it is lost, the one that the newest checkpoint was saved with.
 
         Raises:
@@ -121,10 +113,10 @@ class RunDirectory:
                 f"{self.path}: holds a run of another config: {first.path} is {first.left} there and {first.right} "
                 f"here{more}; use name=ANOTHER, or change it back"
             )
-        if found.get("data", data) != data:
+        if found.get("data", data.fingerprint) != data.fingerprint:
             raise ConfigError(
-                f"{self.path}: was begun on a store with fingerprint {found['data']}, {run.data.store} has {data}; "
-                "use name=ANOTHER, or bring the store back"
+                f"{self.path}: was begun on data with fingerprint {found['data']}, {data.name} has "
+                f"{data.fingerprint}; use name=ANOTHER, or bring the data back"
             )
 
 
@@ -153,10 +145,10 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     run = resolved(loaded.run, len(devices))
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
-    store = open_store(run.data, fix=prepare_hint)
-    check_vocab(store, run.model.vocab_size)
-    # Refuses a held-out split that is shorter than one window.
-    heldout_batches(run.data, global_batch=run.train.global_batch, rows=slice(None), store=store)
+    config: DataConfig = run.data
+    data = config.open(fix=prepare_hint)
+    data.check(run.model)
+    data.heldout()  # refuses data without any
     directory = RunDirectory(path=Path(run.root) / run.name)
 
     with (
@@ -168,16 +160,16 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
         if done:
             known = directory.record.exists()
             found = read_record(directory.record) if known else checkpoints.record(done)
-            directory.check(loaded.run, store.manifest.fingerprint, found)
+            directory.check(loaded.run, data, found)
         if done >= run.train.steps:
             return _finished_before(directory, done)
         check_space(directory.path, checkpoints.needed_bytes(program.state))
-        numbers = derived(program, store.manifest.splits["train"].tokens)
-        written = _record(loaded, program, store, command, numbers)
+        numbers = derived(program, data.train_units)
+        written = _record(loaded, program, data, command, numbers)
         write_record(directory.record, written)
         with build(run.track, directory.path) as trackers:
             trackers.start(written, numbers, start_step=done, total_steps=run.train.steps)
-            session = _Session(program, store, checkpoints, trackers, stop, written)
+            session = _Session(program, data, checkpoints, trackers, stop, written)
             start_s = time.monotonic()
             outcome = session.run(done)
             checkpoints.wait()
@@ -221,7 +213,7 @@ def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:
 
 
 def _record(
-    loaded: Loaded[Run], program: Program, store: TokenStore, command: Sequence[str], numbers: Derived
+    loaded: Loaded[Run], program: Program, data: OpenData, command: Sequence[str], numbers: Derived
 ) -> dict[str, Any]:
     devices = {
         "count": len(jax.devices()),
@@ -232,7 +224,7 @@ def _record(
     }
     git = git_state(Path(jaxinfra.__file__).parent)
     written = record(loaded, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
-    return {**written, "data": store.manifest.fingerprint, "derived": {n: list(v) for n, v in numbers.items()}}
+    return {**written, "data": data.fingerprint, "derived": {n: list(v) for n, v in numbers.items()}}
 
 
 class _Session:
@@ -241,19 +233,24 @@ class _Session:
     def __init__(
         self,
         program: Program,
-        store: TokenStore,
+        data: OpenData,
         checkpoints: Checkpoints,
         trackers: Trackers,
         stop: StopRequest,
         written: dict[str, Any],
     ):
-        self.program, self.run_config, self.store = program, program.run, store
+        self.program, self.run_config, self.data = program, program.run, data
         self.checkpoints, self.trackers, self.stop, self.written = checkpoints, trackers, stop, written
-        self.shardings = {name: array.sharding for name, array in program.batch.items()}
+        self.shardings = {name: array.sharding for name, array in program.heldout_batch.items()}
         config = self.run_config
-        sharding = next(iter(self.shardings.values()))
-        self.rows = process_rows(sharding, config.train.global_batch, config.data.seq_len)
-        self.heldout_bytes = heldout_bytes(config.data, store, eval_windows=config.train.eval_windows)
+        one = next(iter(program.batch.values()))
+        self.rows = process_rows(one.sharding, one.shape)
+        self.heldout = heldout_batches(
+            config.data,
+            data.heldout(config.train.eval_windows),
+            global_batch=config.train.global_batch,
+            rows=self.rows,
+        )
         self.last_eval: dict[str, float] = {}
         device, dtype = jax.devices()[0], jnp.dtype(config.precision.compute)
         self.peak, self.peak_source = peak_flops(device, dtype, len(jax.local_devices()))
@@ -265,12 +262,11 @@ class _Session:
             state = self._begin(done)
             batches = Batches(
                 config.data,
-                split="train",
+                self.data.train,
                 global_batch=config.train.global_batch,
                 rows=self.rows,
                 start_step=done,
                 steps=config.train.steps - done,
-                store=self.store,
             )
             with Prefetcher(batches, self._place) as ahead:
                 hooks = Hooks(
@@ -280,14 +276,13 @@ class _Session:
                     save=self._save,
                     stop=lambda: self.stop.reason,
                 )
-                reporter = Reporter(
-                    hooks,
-                    ahead,
-                    tokens_per_step=tokens_per_step(program),
-                    flops_per_step=step_flops(program),
+                work = Work(
+                    unit=program.task.unit,
+                    units=units_per_step(program),
+                    flops=step_flops(program),
                     peak=self.peak * program.mesh.size,
                 )
-                outcome = fit(program, state, done, ahead, hooks, reporter)
+                outcome = fit(program, state, done, ahead, hooks, Reporter(hooks, ahead, work))
             self._save_last(outcome)
         return outcome
 
@@ -325,35 +320,23 @@ class _Session:
         return to_global(batch, self.shardings, global_batch=self.run_config.train.global_batch)
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        config = self.run_config
-        batches = heldout_batches(
-            config.data,
-            global_batch=config.train.global_batch,
-            rows=self.rows,
-            eval_windows=config.train.eval_windows,
-            store=self.store,
-        )
-        self.last_eval = evaluate(self.program, state, batches, self._place_heldout, self.heldout_bytes)
+        self.last_eval = evaluate(self.program, state, self.heldout, self._place)
         return self.last_eval
-
-    def _place_heldout(self, batch: Any) -> dict[str, jax.Array]:
-        weights = {"weights": next(iter(self.shardings.values()))}
-        return to_global(batch, weights | self.shardings, global_batch=self.run_config.train.global_batch)
 
     def summary(self, outcome: Outcome, wall_s: float, directory: RunDirectory) -> dict[str, Any]:
         """The final values of the run, from its own metrics."""
         rows = read(directory.path / "metrics.jsonl") if self.run_config.track.jsonl else []
-        losses = [row["loss"] for row in rows if "loss" in row]
+        losses, units = [row["loss"] for row in rows if "loss" in row], f"{self.program.task.unit}s"
         return {
             "status": "finished" if outcome.stopped is None else "stopped",
             "steps": outcome.done,
-            "tokens": outcome.done * tokens_per_step(self.program),
+            "unit": self.program.task.unit,
+            units: outcome.done * units_per_step(self.program),
             "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
             "final_loss": losses[-1] if losses else None,
-            "eval_loss": self.last_eval.get("eval/loss"),
-            "bits_per_byte": self.last_eval.get("eval/bits_per_byte"),
+            "heldout": {name.removeprefix("eval/"): score for name, score in self.last_eval.items()},
             "baselines": self._baselines(),
-            "tokens_per_s_median": _median(rows, "tokens_per_s"),
+            f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self.peak,
             "peak_source": self.peak_source,
@@ -362,12 +345,9 @@ class _Session:
             "report": str(directory.report),
         }
 
-    def _baselines(self) -> dict[str, float | None] | None:
-        """What others make of the same text; None where only a part of it was evaluated."""
-        if self.run_config.train.eval_windows is not None:
-            return None
-        baselines = self.store.manifest.baselines
-        return {"xz -6": baselines.xz_bits_per_byte, "token 5-gram": baselines.ngram_bits_per_byte}
+    def _baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """What others make of the same samples; nothing where only a part of them was evaluated."""
+        return self.data.baselines if self.run_config.train.eval_windows is None else {}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxinfra.models.transformer import Staged
+from jaxinfra.models.model import Staged
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.pipeline import Pipeline, Spread
 
@@ -88,8 +88,8 @@ class Stages:
 
     def finish(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `pipeline.Model`."""
-        fields = self.run.task.batch(self.run.data, self.run.train.global_batch)
-        batch = {name: jax.reshard(batch[name], self.at_end.spec(*field.axes)) for name, field in fields.items()}
+        fields = self.run.task.batch(self.run.data, self.run.train.global_batch, heldout=True)
+        batch = {n: jax.reshard(batch[n], self.at_end.spec(*f.axes)) for n, f in fields.items() if n in batch}
         return self.run.task.finish(self._merged(self._end, shared), x, batch)
 
     def penalty(self, counted: Any) -> jax.Array | None:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,12 +21,10 @@ from etils import epath
 from jaxinfra.data.baseline import HELDOUT_LIMIT_TOKENS, TRAIN_LIMIT_TOKENS, ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.corpus import SPLITS, Corpus, Source, Split, draw, scan
 from jaxinfra.data.manifest import FILE_NAME, Baselines, FileInfo, Manifest, SplitInfo, check_recipe
+from jaxinfra.data.source import Progress
 from jaxinfra.data.store import TOKENIZER, SplitWriter, TokenStore, hash_files, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError, StorageError
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes of text done, and all bytes of text."""
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
@@ -213,3 +211,20 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(text)
         if limit <= 0:
             return
+
+
+def facts(manifest: Manifest) -> list[str]:
+    """What a store holds and what there is to beat, line by line."""
+    baselines = manifest.baselines
+    lines = [
+        f"tokenizer  {manifest.vocab_size} words, {manifest.bytes_per_token('train'):.2f} bytes a token",
+    ]
+    for split in SPLITS:
+        info = manifest.splits[split]
+        lines.append(f"{split:<9}  {info.documents} documents, {info.tokens} tokens, {info.bytes} bytes")
+    if baselines.xz_bits_per_byte is not None and baselines.ngram_bits_per_byte is not None:
+        lines.append(
+            f"to beat    {baselines.xz_bits_per_byte:.3f} bits a byte by xz -6, "
+            f"{baselines.ngram_bits_per_byte:.3f} by a 5-gram over tokens"
+        )
+    return lines

@@ -8,7 +8,7 @@ Shape suffixes: B rows, T positions, W = T + 1 tokens of a window.
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from jaxinfra.data.source import Batch
 
 
 def window_count(tokens: int, seq_len: int) -> int:

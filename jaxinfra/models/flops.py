@@ -6,10 +6,13 @@ mask lets through, so half of the square when causal. Recomputation earns no cre
 softmax and the embedding lookup count nothing.
 """
 
-from jaxinfra.models.transformer import TransformerConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxinfra.models.transformer import TransformerConfig
 
 
-def matmul_params(config: TransformerConfig) -> int:
+def matmul_params(config: "TransformerConfig") -> int:
     """Weights that every token is multiplied with: projections, MLP and head, tied or not."""
     attention = config.width * config.head_width * (2 * config.heads + 2 * config.groups)
     mlp = config.width * config.mlp_dim * (2 if config.mlp == "gelu" else 3)
@@ -23,7 +26,7 @@ def visible_keys(length: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def flops_per_token(config: TransformerConfig, length: int) -> float:
+def flops_per_token(config: "TransformerConfig", length: int) -> float:
     """FLOPs of forward and backward pass a token, in training on sequences of `length`.
 
     `6 * matmul_params + 12 * sum over layers of heads * head_dim * visible keys`: scores and weighted sum of

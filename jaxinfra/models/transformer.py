@@ -9,7 +9,7 @@ Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S c
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
+from jaxinfra.models import flops
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
+from jaxinfra.models.model import Inputs, LayerSums, Staged
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import Kernel, See
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
@@ -28,11 +30,17 @@ from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.spec import normal
 
 type Sight = Literal["global", "local"]
-type Inputs = Mapping[str, jax.Array]
-type LayerSums = dict[str, jax.Array]
-"""What layers count, by name: sums over the tokens of the batch, unreduced over the axes that it is spread over."""
 type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
 """`(block, stream, kind, number, cache) -> (stream, cache, sums)`; without the kind if it is of one."""
+
+
+class Sequences(Protocol):
+    """What the model needs to know of the data."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,7 @@ class TransformerConfig:
         remat: what is kept of each layer for the backward pass.
     """
 
+    unit: ClassVar[str] = "token"
     vocab_size: int
     layers: int
     width: int
@@ -146,6 +155,35 @@ class TransformerConfig:
                     if self.head_width % 2 == 0
                     else f"use head_dim={self.head_width + 1}",
                 )
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """See `ModelConfig`."""
+        return {
+            "heads": (self.heads, "heads"),
+            "kv_heads": (self.groups, "kv_heads"),
+            "mlp_dim": (self.mlp_dim, "mlp"),
+            "vocab_size": (self.vocab_size, "vocab"),
+            "width": (self.width, "embed"),
+        }
+
+    def problems_with(self, data: Sequences) -> Iterable[Problem]:
+        """Learned positions are as many as a sequence has."""
+        longest = self.learned_positions
+        if longest is not None and data.seq_len > longest:
+            yield Problem(
+                fields=("data.seq_len", "model.learned_positions"),
+                message="sequences are longer than the learned positions",
+                fix=f"use data.seq_len={longest}",
+            )
+
+    def positions(self, data: Sequences) -> int:
+        """Tokens of a sequence."""
+        return data.seq_len
+
+    def flops(self, data: Sequences) -> float:
+        """FLOPs of training on one sequence."""
+        return data.seq_len * flops.flops_per_token(self, data.seq_len)
 
     def see(self, sight: Sight) -> See:
         """What a layer of this sight sees."""
@@ -241,18 +279,6 @@ class Block(nnx.Module):
 
     def _whole(self, x_BTD: jax.Array) -> jax.Array:
         return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
-
-
-class Staged(NamedTuple):
-    """Which layers the blocks of a call are, in a pipeline.
-
-    Attributes:
-        numbers: `[L, S]`, those of each of S stages; -1 for none.
-        alike: whether the layers that stand side by side in the stages are all of one kind.
-    """
-
-    numbers: jax.Array
-    alike: bool
 
 
 class Context(NamedTuple):

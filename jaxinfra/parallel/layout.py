@@ -91,6 +91,10 @@ class Rules:
                     fix=f"keep {a} in batch alone",
                 )
 
+    def mesh_axes(self, name: str) -> tuple[MeshAxis, ...]:
+        """The mesh axes of a logical axis; "positions" are those of a sequence between blocks."""
+        return (*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name)
+
 
 LOGICAL: tuple[str, ...] = tuple(field.name for field in fields(Rules))
 
@@ -116,14 +120,12 @@ class Layout:
         return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes, of more than one device, of a logical axis ("positions": a sequence between blocks)."""
+        """The mesh axes, of more than one device, of a logical axis (see `Rules.mesh_axes`)."""
         if name is None:
             return ()
         if name == STAGES:
             return self._real(("stage",))
-        if name == "positions":
-            return self._real((*self.rules.sequence, *self.rules.block_sequence))
-        return self._real(getattr(self.rules, name))
+        return self._real(self.rules.mesh_axes(name))
 
     def shards(self, name: str | None) -> int:
         """How many shards a logical axis is cut into."""

@@ -1,8 +1,9 @@
 """Causal language modelling: every token predicts the next one of its document."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,15 @@ class TokenBatches(Protocol):
         ...
 
 
+class Text(Protocol):
+    """What the task needs to know of the held-out samples."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of text that the targets of weight one stand for."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class CausalLM:
     """Next-token prediction.
@@ -40,6 +50,7 @@ class CausalLM:
         z_loss: weight of the squared log-normaliser (see `CrossEntropy`).
     """
 
+    unit: ClassVar[str] = "token"
     loss_chunks: int | None = None
     z_loss: float = 0.0
 
@@ -55,18 +66,25 @@ class CausalLM:
         if self.z_loss < 0:
             yield Problem(fields=("z_loss",), message="must not be negative", fix="use z_loss=1e-4")
 
-    def batch(self, data: TokenBatches, global_batch: int) -> dict[str, Field]:
+    def problems_with(self, data: TokenBatches) -> Iterable[Problem]:
+        """Chunks divide the sequence."""
+        chunks = self.loss_chunks
+        if chunks is not None and chunks > 0 and data.seq_len % chunks:
+            fitting = next(n for n in range(chunks, 0, -1) if data.seq_len % n == 0)
+            yield Problem(
+                fields=("task.loss_chunks", "data.seq_len"),
+                message="chunks must divide the sequence",
+                fix=f"use task.loss_chunks={fitting}",
+            )
+
+    def batch(self, data: TokenBatches, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
         """Inputs and targets `[B, T]`; with document masks also segments, positions and weights."""
         shape, axes = (global_batch, data.seq_len), ("batch", "sequence")
         names = ("inputs", "targets", "segments", "positions") if data.mask_documents else ("inputs", "targets")
         fields = {name: Field(shape=shape, dtype=jnp.dtype("int32"), axes=axes) for name in names}
-        if data.mask_documents:
+        if data.mask_documents or heldout:
             fields["weights"] = Field(shape=shape, dtype=jnp.dtype("float32"), axes=axes)
         return fields
-
-    def tokens(self, data: TokenBatches, global_batch: int) -> int:
-        """Positions of one global batch."""
-        return global_batch * data.seq_len
 
     def finish(
         self, model: Transformer, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
@@ -87,6 +105,15 @@ class CausalLM:
         ones_BT = jnp.ones_like(weights_BT)
         weight = jnp.einsum("bt,bt->", weights_BT, ones_BT, out_sharding=PartitionSpec(unreduced=over))
         return total, {"loss": entropy, "z_loss": z_loss, "weight": weight}
+
+    def scores(self, sums: Mapping[str, float], heldout: Text) -> dict[str, float]:
+        """The loss in nats a token, and bits per byte of text."""
+        bits = sums["loss"] / math.log(2)
+        return {"loss": sums["loss"] / sums["weight"], "bits_per_byte": bits / heldout.n_bytes}
+
+    def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:
+        """Tokens a parameter."""
+        return {"tokens a parameter": (units / params, "20 is compute-optimal (Hoffmann et al. 2022)")}
 
     def _chunks(self, model: Transformer, batch: int, length: int) -> int:
         """The fewest chunks of equal length that keep a device at `CHUNK_TOKENS` tokens or below."""

@@ -1,13 +1,14 @@
 """What `Program` asks of a task: a description of the batch, and a loss that is a sum."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxinfra.config import Problem
+from jaxinfra.models.model import Model
 from jaxinfra.parallel.layout import Names
 
 
@@ -20,40 +21,26 @@ class Field:
     axes: Names
 
 
-class Model(Protocol):
-    """What a model offers to tasks and pipelines: a stream of activations that passes a stack of like layers.
+class Task(Protocol):
+    """A task over batches of named arrays.
 
-    `blocks` holds the parameters of the layers, stacked; a model that is merged with the parameters of some layers
-    alone has those.
+    Attributes:
+        unit: what it is about, as of the models and the data that it goes with: "token" or "image".
     """
 
-    blocks: nnx.Module
+    unit: ClassVar[str]
 
-    def begin(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """The stream before the first layer."""
+    def problems_with(self, data: Any) -> Iterable[Problem]:
+        """What is wrong between the task and the data, with whole paths (`task.x`, `data.y`)."""
         ...
-
-    def layers(
-        self, x: jax.Array, batch: Mapping[str, jax.Array], numbers: Any = None, /
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The stream after the layers in `blocks`, and what they count, one row a layer."""
-        ...
-
-    def penalty(self, sums: dict[str, jax.Array]) -> jax.Array | None:
-        """What layers add to the loss, from what they count."""
-        ...
-
-
-class Task(Protocol):
-    """A task over batches of named arrays."""
 
     @property
     def by_position(self) -> bool:
         """Whether `finish` needs no more of the stream than a position at a time, but for its sums."""
         ...
 
-    def batch(self, data: Any, global_batch: int) -> dict[str, Field]:
-        """The arrays of one global batch."""
+    def batch(self, data: Any, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
+        """The arrays of one global batch; those of a held-out one always have `weights`."""
         ...
 
     def finish(
@@ -62,12 +49,21 @@ class Task(Protocol):
         """The differentiable loss and named sums over the batch, from the stream after the last layer.
 
         All are float32 scalars, unreduced over the mesh axes that the batch is spread over. `sums["loss"]` and
-        `sums["weight"]` are always there: their quotient is the mean loss, and the gradient is divided by the weight.
+        `sums["weight"]` are always there. All others are logged as means: divided by the weight, like the gradient.
         """
         ...
 
-    def tokens(self, data: Any, global_batch: int) -> int:
-        """Tokens (or samples, where there are no tokens) of one global batch."""
+    def scores(self, sums: Mapping[str, float], heldout: Any) -> dict[str, float]:
+        """What is reported of an evaluation, `loss` first.
+
+        Args:
+            sums: over all held-out batches.
+            heldout: the samples that they are of (see `data.source.Samples`).
+        """
+        ...
+
+    def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:
+        """Numbers that are of interest for this task alone, with their unit: from all units seen, and parameters."""
         ...
 
 

@@ -18,19 +18,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jaxinfra.track.text import Derived, count, duration, number, percent, summary_rows
+from jaxinfra.track.text import Derived, count, duration, number, percent, summary_rows, words
 
 _REFRESH_PER_S = 4
 _LOG_WIDTH = 110  # characters of a table in a log file, which has no width of its own
 _MIN_BAR = 12  # characters
 
-# Name of the metric: its label, how it is written, and its width in a column.
+# End of a metric's name: how it is written, and its width in a column.
 _COLUMNS = {
-    "loss": ("loss", "{:.4f}".format, 7),
-    "lr": ("lr", "{:.1e}".format, 7),
-    "grad_norm": ("grad_norm", "{:.2f}".format, 5),
-    "tokens_per_s": ("tok/s", count, 9),
-    "mfu": ("mfu", percent, 5),
+    "loss": ("{:.4f}".format, 7),
+    "lr": ("{:.1e}".format, 7),
+    "grad_norm": ("{:.2f}".format, 5),
+    "_per_s": (count, 9),
+    "mfu": (percent, 5),
 }
 
 
@@ -138,9 +138,10 @@ class Plain:
     def _columns(self) -> str:
         metrics = self._progress.metrics
         cells = [
-            f"{label} {written(metrics[name]):>{width}}"
-            for name, (label, written, width) in _COLUMNS.items()
-            if name in metrics
+            f"{words(name)} {written(value):>{width}}"
+            for end, (written, width) in _COLUMNS.items()
+            for name, value in metrics.items()
+            if name == end or (end == "_per_s" and name.endswith(end))
         ]
         eta = f"eta {duration(self._progress.eta_s()):>7}"
         return "  ".join([f"step {self._progress.steps()}", *cells, eta])
@@ -203,10 +204,9 @@ class Bar:
         metrics = self._progress.metrics
         cells = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else ["compiling"]
         cells.append(f"eta {duration(self._progress.eta_s())}")
-        if "tokens_per_s" in metrics:
-            cells.append(f"{count(metrics['tokens_per_s'])} tok/s")
+        cells += [f"{count(value)} {words(name)}" for name, value in metrics.items() if name.endswith("_per_s")]
         if "mfu" in metrics:
             cells.append(f"mfu {percent(metrics['mfu'])}")
-        if "eval/loss" in metrics:
-            cells.append(f"eval loss {metrics['eval/loss']:.4f}")
+        scores = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        cells += [f"{words(name.replace('/', ' '))} {value:.4f}" for name, value in scores.items()]
         return cells

@@ -27,20 +27,17 @@ from jaxinfra.errors import StorageError
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import Chart, Point, Series, figure
 from jaxinfra.track.files import replace_bytes
-from jaxinfra.track.text import flatten, number, summary_rows
+from jaxinfra.track.text import flatten, number, summary_rows, words
 
 RUN = "run.json"
 REPORT = "report.html"
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived")
-_NOT_CHARTED = ("step", "time_s", "tokens")
+_NOT_CHARTED = ("step", "time_s")
 _KNOWN = (
     "loss",
-    "eval/loss",
-    "eval/bits_per_byte",
     "lr",
     "grad_norm",
-    "tokens_per_s",
     "mfu",
     "step_time_s",
     "data_wait_s",
@@ -126,10 +123,12 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 
 
 def _baselines(summary: Mapping[str, Any]) -> str:
-    """Compares the bits per byte of the model with its baselines, best first; nothing without both."""
-    own, baselines = summary.get("bits_per_byte"), summary.get("baselines")
-    if own is None or not baselines:
-        return ""
+    """Compares each held-out score that has baselines with them, the lowest first."""
+    scores, baselines = summary.get("heldout") or {}, summary.get("baselines") or {}
+    return "".join(_comparison(name, own, baselines[name]) for name, own in scores.items() if baselines.get(name))
+
+
+def _comparison(score: str, own: float, baselines: Mapping[str, float]) -> str:
     values = [(name, value) for name, value in [("this run", own), *baselines.items()] if math.isfinite(value)]
     values.sort(key=lambda item: item[1])
     longest = max((value for _, value in values), default=0.0) or 1.0
@@ -138,7 +137,7 @@ def _baselines(summary: Mapping[str, Any]) -> str:
         f'<td class="bar"><i style="width:{100 * value / longest:.1f}%"></i></td></tr>'
         for name, value in values
     ]
-    return _section("Held-out bits per byte, lower is better", f"<table>{''.join(rows)}</table>")
+    return _section(f"Held-out {words(score)}, beside others", f"<table>{''.join(rows)}</table>")
 
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> str:
@@ -146,8 +145,9 @@ def _charts(rows: Sequence[Mapping[str, float]]) -> str:
     for row in rows:
         for key, value in row.items():
             points.setdefault(key, []).append((int(row["step"]), value))
+    scored = _scored(points)
     known = _known_charts(points)
-    used = {*_NOT_CHARTED, *_KNOWN, *_device_keys(points)}
+    used = {*_NOT_CHARTED, *_KNOWN, *_device_keys(points), *_speeds(points), *scored, *scored.values()}
     others = sorted(key for key in points if key not in used)
     charts = known + [Chart(title=key, series=_series({key: key}, points)) for key in others[:_OTHER_CHARTS]]
     steps = [int(row["step"]) for row in rows] or [0]
@@ -164,17 +164,18 @@ def _known_charts(points: _Points) -> list[Chart]:
     largest = max((value for s in memory for _, value in s.points if math.isfinite(value)), default=1.0)
     divisor, unit = next((d, u) for d, u in _SIZES if largest >= d or d == 1)
     loss = _series({"loss": "training", "eval/loss": "held-out"}, points)
+    scores = [
+        Chart(title=words(trained).capitalize(), series=_series({trained: "training", name: "held-out"}, points))
+        for name, trained in _scored(points).items()
+        if trained != "loss"
+    ]
+    speeds = {name: words(name) for name in _speeds(points)}
     return [
         Chart(title="Loss", unit="nats", series=loss, scale="auto"),
-        Chart(title="Held-out bits per byte", series=_series({"eval/bits_per_byte": "held-out"}, points)),
+        *scores,
         Chart(title="Learning rate", series=_series({"lr": "lr"}, points), zero=True),
         Chart(title="Gradient norm", series=_series({"grad_norm": "norm"}, points), scale="auto", zero=True),
-        Chart(
-            title="Throughput",
-            unit="tokens/s",
-            series=_series({"tokens_per_s": "tokens/s"}, points),
-            zero=True,
-        ),
+        Chart(title="Throughput", unit=", ".join(speeds.values()), series=_series(speeds, points), zero=True),
         Chart(title="MFU", unit="%", series=_series({"mfu": "MFU"}, points), zero=True, divisor=0.01),
         Chart(
             title="Time of a step",
@@ -189,6 +190,15 @@ def _known_charts(points: _Points) -> list[Chart]:
 
 def _series(labels: Mapping[str, str], points: _Points) -> tuple[Series, ...]:
     return tuple(Series(label=label, points=points[key]) for key, label in labels.items() if key in points)
+
+
+def _scored(points: _Points) -> dict[str, str]:
+    """Returns the scores of evaluations, and the name that each has in training."""
+    return {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
+
+
+def _speeds(points: _Points) -> list[str]:
+    return [key for key in points if key.endswith("_per_s")]
 
 
 def _device_keys(points: _Points) -> list[str]:

@@ -28,7 +28,7 @@ from jaxinfra.track.text import Derived, flatten, number
 _events: Any = event_pb2  # protobuf makes its classes on import, where no type checker can see them
 _summaries: Any = summary_pb2
 
-_HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0, "eval/bits_per_byte": 0.0}
+_HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0}
 
 
 class TensorBoard:

@@ -4,7 +4,7 @@ Not for files that programs read: those hold the full value. Every function retu
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 type Derived = Mapping[str, tuple[int | float | str, str]]
@@ -58,13 +58,11 @@ def duration(seconds: float) -> str:
 _SUMMARY = {
     "status": ("Status", str),
     "steps": ("Steps", number),
-    "tokens": ("Tokens", number),
+    "units": ("Units", number),
     "wall_s": ("Wall time", duration),
     "final_loss": ("Final training loss", "{:.4f}".format),
-    "eval_loss": ("Held-out loss", "{:.4f}".format),
-    "bits_per_byte": ("Held-out bits per byte", "{:.4f}".format),
-    "baselines": ("", str),
-    "tokens_per_s_median": ("Tokens/s, median", count),
+    "heldout": ("Held-out", "{:.4f}".format),
+    "units_per_s_median": ("Units/s, median", count),
     "mfu_median": ("MFU, median", percent),
     "peak_rss_bytes": ("Peak host memory", size),
     "peak_flops_per_device": ("Peak FLOP/s a device", number),
@@ -74,24 +72,40 @@ _SUMMARY = {
 }
 
 
+def words(name: str) -> str:
+    """Writes the name of a metric: `bits_per_byte` is "bits per byte", `tokens_per_s` is "tokens/s"."""
+    return name.replace("_per_s", "/s").replace("_", " ")
+
+
 def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Turns the summary of a run into (label, text) rows.
 
-    Known values come first in a fixed order, values that are None are left out, and each baseline of
-    `baselines` (bits per byte by name) is a row below the model's own. Unknown values follow under their
-    names.
+    Known values come first in a fixed order, and values that are None are left out. `unit` ("token") names those that
+    count units (`tokens`, `tokens_per_s_median`). Each score of `heldout` is a row, and so is each of its `baselines`
+    (by score, then by name) below it. Unknown values follow under their names.
     """
     rows: list[tuple[str, str]] = []
-    for key, (label, written) in _SUMMARY.items():
+    units, known = f"{values.get('unit', 'unit')}s", {"unit", "baselines"}
+    for generic, (label, written) in _SUMMARY.items():
+        key = generic.replace("units", units)
+        known.add(key)
         value = values.get(key)
-        if value is None:
-            continue
-        if key == "baselines":
-            rows += [(f"  {name}, bits per byte", f"{bits:.4f}") for name, bits in value.items()]
-        else:
-            rows.append((label, written(value)))
-    others = {key: value for key, value in values.items() if key not in _SUMMARY and value is not None}
+        if key == "heldout":
+            rows += _scores(value or {}, values.get("baselines") or {}, written)
+        elif value is not None:
+            rows.append((label.replace("Units", units.capitalize()), written(value)))
+    others = {key: value for key, value in values.items() if key not in known and value is not None}
     return rows + [(key, number(value)) for key, value in others.items()]
+
+
+def _scores(
+    scores: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]], written: Callable[[float], str]
+) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in scores.items():
+        rows.append((f"Held-out {words(name)}", written(value)))
+        rows += [(f"  {of}, {words(name)}", written(other)) for of, other in baselines.get(name, {}).items()]
+    return rows
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

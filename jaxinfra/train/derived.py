@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.models.flops import flops_per_token
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak import CHIP_FLOPS
 
@@ -31,27 +30,27 @@ def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.3f} GiB"
 
 
-def tokens_per_step(program: Program) -> int:
-    """Tokens of one global batch."""
-    return program.run.task.tokens(program.run.data, program.run.train.global_batch)
+def units_per_step(program: Program) -> int:
+    """Units (tokens, images) of one global batch."""
+    return program.run.train.global_batch * program.run.data.sample_units
 
 
 def step_flops(program: Program) -> float:
     """FLOPs of one step, over all devices (see `models.flops`)."""
-    return tokens_per_step(program) * flops_per_token(program.run.model, program.run.data.seq_len)
+    return program.run.train.global_batch * program.run.model.flops(program.run.data)
 
 
-def derived(program: Program, train_tokens: int | None = None) -> Derived:
+def derived(program: Program, train_units: int | None = None) -> Derived:
     """Name to value and unit, or how it was computed.
 
     Args:
         program: on any mesh, an abstract one too.
-        train_tokens: tokens of the training data, if it is there.
+        train_units: units of the training data, if it is there.
     """
     run, state = program.run, program.state
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
-    tokens = tokens_per_step(program) * run.train.steps
+    unit, units = program.task.unit, units_per_step(program) * run.train.steps
     embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
     flops = step_flops(program) * run.train.steps
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
@@ -59,23 +58,23 @@ def derived(program: Program, train_tokens: int | None = None) -> Derived:
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
-        "sequences a device": (
+        "samples a device": (
             run.train.global_batch / program.layout.shards("batch"),
             f"global batch {run.train.global_batch}",
         ),
         "microbatches": (run.train.accumulate, "a step"),
-        "tokens a step": (tokens_per_step(program), ""),
+        f"{unit}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
-        "tokens": (tokens, "steps x tokens a step"),
-        "tokens a parameter": (tokens / program.num_params, "20 is compute-optimal (Hoffmann et al. 2022)"),
-        "FLOPs a token": (flops / tokens, "6 x matmul parameters + causal attention"),
+        f"{unit}s": (units, f"steps x {unit}s a step"),
+        **program.task.derived(units, program.num_params),
+        f"FLOPs a {unit}": (flops / units, "6 x matmul parameters + attention"),
         "FLOPs": (flops, "of the whole run"),
         "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
-    if train_tokens is not None:
-        numbers["epochs"] = (tokens / train_tokens, f"of {train_tokens:,} tokens")
+    if train_units is not None:
+        numbers["epochs"] = (units / train_units, f"of {train_units:,} {unit}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):
         hours = flops / (ASSUMED_MFU * CHIP_FLOPS[chip]) / 3600
         numbers[f"{chip} hours"] = (hours, f"chip-hours if {ASSUMED_MFU:.0%} of {CHIP_FLOPS[chip] / 1e12:.0f} TFLOP/s")

@@ -1,22 +1,19 @@
-"""Evaluation on fixed held-out data, every token counted once."""
+"""Evaluation on fixed held-out data, every sample counted once."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.data.batches import Batches
+from jaxinfra.data.source import Batch
 from jaxinfra.program import Program, TrainState
 
 
 def evaluate(
-    program: Program,
-    state: TrainState,
-    batches: Iterable[tuple[int, dict]],
-    place: Callable[[dict], dict[str, jax.Array]],
-    heldout_bytes: int,
+    program: Program, state: TrainState, batches: Batches, place: Callable[[Batch], dict[str, jax.Array]]
 ) -> dict[str, float]:
-    """The mean loss over all held-out tokens, and bits per byte of text.
+    """The scores of the task over all held-out samples, each named "eval/NAME".
 
     The averaged parameters are evaluated where a run keeps them. The sums of batches meet on the device: the
     host waits once, at the end.
@@ -26,19 +23,12 @@ def evaluate(
         state: what to evaluate.
         batches: held-out batches with weights; every evaluation gets the same.
         place: puts a host batch on the devices.
-        heldout_bytes: bytes of text behind the tokens of weight one.
-
-    Returns:
-        `eval/loss` in nats a token and `eval/bits_per_byte`.
     """
     params = state.params if state.ema is None else state.ema
     total = None
     for _, batch in batches:
         sums = program.eval_step(params, place(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    assert total is not None, "the held-out split has at least one window"
-    found = {name: float(value) for name, value in jax.device_get(total).items()}
-    return {
-        "eval/loss": found["loss"] / found["weight"],
-        "eval/bits_per_byte": found["loss"] / math.log(2) / heldout_bytes,
-    }
+    assert total is not None, "there is at least one held-out sample"
+    found = {name: float(value) for name, value in jax.device_get(total).items() if not value.ndim}
+    return {f"eval/{name}": score for name, score in program.task.scores(found, batches.samples).items()}

@@ -24,10 +24,10 @@ class TrainConfig:
 
     Attributes:
         steps: updates of the parameters, over the whole run.
-        global_batch: sequences of one step, over all devices.
+        global_batch: samples (sequences, images) of one step, over all devices.
         accumulate: microbatches that a step is computed in, one after the other.
         eval_every: steps between evaluations; there is one at the end as well. None: only that one.
-        eval_windows: held-out sequences to evaluate on; None is all.
+        eval_windows: held-out samples to evaluate on; None is all.
     """
 
     steps: int = 1000
@@ -85,12 +85,28 @@ class Hooks:
     stop: Callable[[], str | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step is.
+
+    Attributes:
+        unit: what it is counted in, such as "token".
+        units: how many of them.
+        flops: floating-point operations over all devices.
+        peak: what all devices together could do in a second.
+    """
+
+    unit: str
+    units: int
+    flops: float
+    peak: float
+
+
 class Reporter:
     """Turns the device values of finished steps into metrics."""
 
-    def __init__(self, hooks: Hooks, batches: Batches, *, tokens_per_step: int, flops_per_step: float, peak: float):
-        self._hooks, self._batches = hooks, batches
-        self._tokens_per_step, self._flops_per_step, self._peak = tokens_per_step, flops_per_step, peak
+    def __init__(self, hooks: Hooks, batches: Batches, work: Work):
+        self._hooks, self._batches, self._work = hooks, batches, work
         self._clock = StepClock()
         self._waited_s = 0.0
 
@@ -108,8 +124,8 @@ class Reporter:
         step_time_s = self._clock.read()
         if step_time_s is not None:
             metrics["step_time_s"] = step_time_s
-            metrics["tokens_per_s"] = self._tokens_per_step / step_time_s
-            metrics["mfu"] = self._flops_per_step / step_time_s / self._peak
+            metrics[f"{self._work.unit}s_per_s"] = self._work.units / step_time_s
+            metrics["mfu"] = self._work.flops / step_time_s / self._work.peak
         waited_s = self._batches.data_wait_s
         metrics["data_wait_s"], self._waited_s = waited_s - self._waited_s, waited_s
         metrics["rss_bytes"] = rss_bytes()

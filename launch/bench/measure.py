@@ -20,7 +20,7 @@ from jaxinfra.config import load, validate
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, resolved
-from jaxinfra.train.loop import Hooks, Reporter, fit
+from jaxinfra.train.loop import Hooks, Reporter, Work, fit
 from launch.bench import bare
 from launch.bench.children import Request, Times
 
@@ -184,7 +184,7 @@ def loop_host_s(framework: Framework, steps: int = 50) -> float:
     )
     assert framework.program.run.train.steps > steps, "the last step is evaluated"
     batches = _Same(framework.batch, steps)
-    reporter = _Waiting(hooks, batches, tokens_per_step=1, flops_per_step=1.0, peak=1.0)
+    reporter = _Waiting(hooks, batches, Work(unit="token", units=1, flops=1.0, peak=1.0))
     framework.wait()
     with framework.context():
         start_s = time.perf_counter()

@@ -10,20 +10,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import validate
-from jaxinfra.data.loader import (
-    Batches,
-    Prefetcher,
-    TokenData,
-    check_vocab,
-    heldout_batches,
-    heldout_bytes,
-    open_store,
-    process_rows,
-    to_global,
-)
+from jaxinfra.data.batches import Batches, heldout_batches
+from jaxinfra.data.feed import Prefetcher, process_rows, to_global
+from jaxinfra.data.loader import TokenData, Windows
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.store import TokenStore
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.models.transformer import TransformerConfig
 
 GLOBAL_BATCH = 8
 T = 16
@@ -36,12 +29,17 @@ def data(store_path, corpus):
 
 @pytest.fixture(scope="module")
 def store(data):
-    return open_store(data)
+    return data.open().store
 
 
 def batches(data, store, **options):
-    defaults = {"split": "train", "rows": slice(None), "start_step": 0, "steps": 6, "store": store}
-    return Batches(data, **{"global_batch": GLOBAL_BATCH} | defaults | options)
+    defaults = {"rows": slice(None), "start_step": 0, "steps": 6}
+    return Batches(data, Windows(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
+
+
+def heldout(data, store, at_most=None, *, global_batch=GLOBAL_BATCH, rows=slice(None)):
+    windows = Windows(data, store, "heldout", at_most)
+    return heldout_batches(data, windows, global_batch=global_batch, rows=rows)
 
 
 def assert_same(left, right):
@@ -112,7 +110,7 @@ def test_heldout_batches_cover_the_windows_once_with_equal_shapes(data, store):
     every = store.read("heldout", [0], store.manifest.splits["heldout"].tokens)[0]
     windows = (len(every) - 1) // T
     size = next(n for n in range(7, 20) if windows % n)
-    found = list(heldout_batches(data, global_batch=size, rows=slice(None), store=store))
+    found = list(heldout(data, store, global_batch=size))
     assert len(found) == -(-windows // size)
     assert {array.shape for _, batch in found for array in batch.values()} == {(size, T)}
     inputs = np.concatenate([batch["inputs"] for _, batch in found])
@@ -123,14 +121,14 @@ def test_heldout_batches_cover_the_windows_once_with_equal_shapes(data, store):
 
 
 def test_heldout_batches_stop_at_the_windows_asked_for(data, store):
-    few = heldout_batches(data, global_batch=4, rows=slice(2, 4), eval_windows=7, store=store)
+    few = heldout(data, store, 7, global_batch=4, rows=slice(2, 4))
     weights = np.stack([batch["weights"].any(axis=1) for _, batch in few])
     assert weights.tolist() == [[True, True], [True, False]]  # rows 2, 3 of windows 0-3 and 4-7
 
 
 def test_heldout_batches_have_weights_even_without_masks(data, store):
     plain = replace(data, mask_documents=False)
-    (_, batch), *_ = heldout_batches(plain, global_batch=GLOBAL_BATCH, rows=slice(None), store=store)
+    (_, batch), *_ = heldout(plain, store)
     assert set(batch) == {"inputs", "targets", "weights"}
     assert batch["weights"].all()
 
@@ -139,30 +137,34 @@ def test_heldout_bytes_are_those_of_the_weighted_targets(data, store):
     tokens = store.read("heldout", [0], 5 * T + 1)[0]
     targets = [int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.eot_id]
     expected = len(store.tokenizer.decode(targets).encode())
-    found = heldout_bytes(data, store, eval_windows=5)
+    found = Windows(data, store, "heldout", 5).n_bytes
     assert abs(found - expected) <= 2  # the last character may be cut, and then decodes to 3 bytes
 
 
 def test_a_split_that_is_too_short_says_which_length_fits(data, store):
     tokens = store.manifest.splits["heldout"].tokens
     with pytest.raises(ConfigError, match=f"the heldout split .* has {tokens}; use data.seq_len={tokens - 1}"):
-        heldout_batches(replace(data, seq_len=tokens), global_batch=1, rows=slice(None), store=store)
-    heldout_batches(replace(data, seq_len=tokens - 1), global_batch=1, rows=slice(None), store=store)
+        replace(data, seq_len=tokens).open().heldout()
+    assert len(replace(data, seq_len=tokens - 1).open().heldout()) == 1
     with pytest.raises(ConfigError, match="the train split"):
-        open_store(replace(data, seq_len=10**9))
+        replace(data, seq_len=10**9).open()
 
 
 def test_a_store_of_another_recipe_is_refused(data, corpus):
     other = replace(data, corpus=replace(corpus, heldout_fraction=0.5))
     with pytest.raises(ConfigError, match=r"data\.corpus\.heldout_fraction=0\.2 there, 0\.5 here"):
-        open_store(other)
+        other.open()
 
 
-def test_a_small_vocabulary_of_the_model_is_refused(store):
+def test_a_small_vocabulary_of_the_model_is_refused(data, store):
     size = store.manifest.vocab_size
-    check_vocab(store, size)
+
+    def check(size):
+        data.open().check(TransformerConfig(vocab_size=size, layers=1, width=8, heads=1, mlp_dim=8))
+
+    check(size)
     with pytest.raises(ConfigError, match=f"model.vocab_size={size - 1}.* {size} tokens"):
-        check_vocab(store, size - 1)
+        check(size - 1)
 
 
 @pytest.mark.parametrize("wrong", [{"store": ""}, {"seq_len": 0}, {"prefetch": 0}, {"threads": 0}])
@@ -184,7 +186,7 @@ def test_damage_met_while_reading_reaches_the_consumer(data, store, monkeypatch)
 
 def test_global_arrays_hold_the_batch(data, store):
     sharding = NamedSharding(jax.make_mesh((1,), ("fsdp",)), P("fsdp"))
-    assert process_rows(sharding, GLOBAL_BATCH, T).tolist() == list(range(GLOBAL_BATCH))
+    assert process_rows(sharding, (GLOBAL_BATCH, T)).tolist() == list(range(GLOBAL_BATCH))
     _, batch = batches(data, store)[0]
     placed = to_global(batch, dict.fromkeys(batch, sharding), global_batch=GLOBAL_BATCH)
     assert_same({name: np.asarray(array) for name, array in placed.items()}, batch)

@@ -10,7 +10,7 @@ PROGRAM = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxinfra.data.loader import process_rows, to_global
+from jaxinfra.data.feed import process_rows, to_global
 
 port, rank = sys.argv[1], int(sys.argv[2])
 jax.config.update("jax_num_cpu_devices", 2)
@@ -27,7 +27,7 @@ layouts = {
 for name, (grid, spec) in layouts.items():
     mesh = jax.sharding.Mesh(grid, ("fsdp", "context"), axis_types=(AxisType.Explicit,) * 2)
     sharding = NamedSharding(mesh, spec)
-    rows = process_rows(sharding, 8, 6)
+    rows = process_rows(sharding, (8, 6))
     placed = to_global({"inputs": whole[rows]}, {"inputs": sharding}, global_batch=8)["inputs"]
     assert placed.shape == (8, 6), name
     for shard in placed.addressable_shards:

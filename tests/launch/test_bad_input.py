@@ -341,7 +341,7 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
     before = contents(begun.runs)
     refused(
         begun.launch(*start),
-        r"\S+/mine: was begun on a store with fingerprint \w+, \S+/store has \w+; use name=ANOTHER, or .*",
+        r"\S+/mine: was begun on data with fingerprint \w+, \S+/store has \w+; use name=ANOTHER, or .*",
     )
     assert contents(begun.runs) == before
 

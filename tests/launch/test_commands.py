@@ -80,7 +80,7 @@ def test_prepare_twice(tiny: Tiny, tmp_path: Path) -> None:
     second = tiny.launch(store, command="prepare")
     assert first.code == second.code == 0
     assert contents(tmp_path / "store") == before
-    said = [line for line in second.out.splitlines() if line.startswith(("store", "tokenizer  3", "train", "held out"))]
+    said = [line for line in second.out.splitlines() if line.startswith(("store", "tokenizer  3", "train", "heldout"))]
     assert len(said) == 4 and all(line in first.out for line in said)
 
 

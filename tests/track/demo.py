@@ -24,7 +24,8 @@ with build(TrackConfig(console=mode), run_dir) as trackers:
         if step == 19:
             trackers.log(step, {"eval/loss": 3.25, "eval/bits_per_byte": 1.5})
             print("printed by the run")
-    trackers.summary({"status": "finished", "bits_per_byte": 1.5, "baselines": {"unigram": 4.5}})
+    scores, baselines = {"loss": 3.25, "bits_per_byte": 1.5}, {"bits_per_byte": {"unigram": 4.5}}
+    trackers.summary({"status": "finished", "heldout": scores, "baselines": baselines})
 """
 
 

@@ -42,7 +42,7 @@ def test_plain_lines_on_a_pipe(tmp_path):
     assert [line.split()[:2] for line in lines if "eval" not in line] == [
         ["step", "1/40"] if done == 1 else ["step", f"{done}/40"] for done in (1, 10, 20, 30, 40)
     ]
-    expected = "step 10/40  loss  3.4100  lr 2.9e-04  grad_norm  0.81  tok/s    41,234  mfu 31.2%  eta    0:00"
+    expected = "step 10/40  loss  3.4100  lr 2.9e-04  grad norm  0.81  tokens/s    41,234  mfu 31.2%  eta    0:00"
     assert lines[1] == expected
     assert len({len(line) for line in lines if "eval" not in line}) == 1, "columns must not move"
     assert "step 20/40  eval/loss 3.2500  eval/bits_per_byte 1.5000" in lines
@@ -54,17 +54,17 @@ def test_plain_lines_on_a_pipe(tmp_path):
 def test_bar_on_a_terminal(tmp_path):
     output = on_terminal(100, "auto", tmp_path, 40, 0.02)
     assert "\x1b[?25l" in output and output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
-    assert re.search(r"\d+/40  loss 3\.\d{4}  eta \d+:\d\d  41,234 tok/s  mfu 31\.2%", output)
+    assert re.search(r"\d+/40  loss 3\.\d{4}  eta \d+:\d\d  41,234 tokens/s  mfu 31\.2%", output)
     assert "40/40" in output and "eval loss 3.2500" in output
     assert "━" in output and "lr 2.9e-04" not in output
     assert "printed by the run" in output and "Summary" in output
-    frames = output.count("41,234 tok/s")
+    frames = output.count("41,234 tokens/s")
     assert frames <= 4 * 2.5 + 3, "at most four frames a second, one for each print, one at the end"
 
 
 def test_bar_fits_a_narrow_terminal(tmp_path):
     output = on_terminal(44, "auto", tmp_path, 40, 0.01)
-    assert re.search(r"/40  loss 3\.\d{4}", output) and "tok/s" not in output
+    assert re.search(r"/40  loss 3\.\d{4}", output) and "tokens/s" not in output
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(tmp_path):

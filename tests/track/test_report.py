@@ -78,7 +78,12 @@ def make(run_dir, steps, run_record=None, value=lambda step: 1.0 + 1 / (step + 1
                 trackers.log(step, {"eval/loss": 2.0, "eval/bits_per_byte": 1.25})
         if summary:
             trackers.summary(
-                {"status": "finished", "steps": steps, "bits_per_byte": 1.25, "baselines": {"unigram": 4.5}}
+                {
+                    "status": "finished",
+                    "steps": steps,
+                    "heldout": {"loss": 2.0, "bits_per_byte": 1.25},
+                    "baselines": {"bits_per_byte": {"unigram": 4.5}},
+                }
             )
     html = write_report(run_dir).read_text()
     return html, Page(html)
@@ -88,7 +93,7 @@ def test_golden_structure(tmp_path):
     html, page = make(tmp_path, 100)
     assert page.texts["h1"] == ["tiny"]
     assert page.texts["h2"] == [
-        "Held-out bits per byte, lower is better",
+        "Held-out bits per byte, beside others",
         "Over steps",
         "Derived numbers",
         "Config, changed from the defaults",
@@ -96,7 +101,7 @@ def test_golden_structure(tmp_path):
     ]
     assert page.texts["h3"] == [
         "Loss",
-        "Held-out bits per byte",
+        "Bits per byte",
         "Learning rate",
         "Gradient norm",
         "Throughput",
@@ -136,7 +141,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
     with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=2)
         trackers.log(0, {EVIL: 1.0, f"device_{EVIL}_bytes": 1.0})
-        trackers.summary({"status": EVIL, "bits_per_byte": 1.0, "baselines": {EVIL: 2.0}, EVIL: EVIL})
+        trackers.summary({"status": EVIL, "heldout": {EVIL: 1.0}, "baselines": {EVIL: {EVIL: 2.0}}, EVIL: EVIL})
     page = Page(write_report(tmp_path).read_text())
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert page.texts["h1"] == [EVIL] and page.texts["title"] == [EVIL]
@@ -148,7 +153,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
 @pytest.mark.parametrize("summary", [True, False])
 def test_a_run_of_few_points(tmp_path, steps, summary):
     html, page = make(tmp_path, steps, summary=summary)
-    assert page.tags.count("figure") == 8
+    assert page.tags.count("figure") == 7
     assert page.tags.count("circle") == (len(METRICS) if steps == 1 else 0)
     assert ("not finished" in html) is not summary
 
@@ -198,8 +203,9 @@ def test_a_run_that_ended_without_finite_values(tmp_path):
     make(tmp_path, 3, summary=False)
     with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=3, total_steps=3)
-        values = {"final_loss": math.nan, "eval_loss": None, "wall_s": math.inf, "peak_rss_bytes": math.nan}
-        trackers.summary({**values, "bits_per_byte": math.nan, "baselines": {"unigram": 4.5, "none": math.inf}})
+        values = {"final_loss": math.nan, "steps": None, "wall_s": math.inf, "peak_rss_bytes": math.nan}
+        scores, baselines = {"bits_per_byte": math.nan}, {"bits_per_byte": {"unigram": 4.5, "none": math.inf}}
+        trackers.summary({**values, "heldout": scores, "baselines": baselines})
     page = Page(write_report(tmp_path).read_text())
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "Wall time": "-",

@@ -12,7 +12,7 @@ from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
-from jaxinfra.train.derived import derived, per_device_bytes, step_flops, tokens_per_step
+from jaxinfra.train.derived import derived, per_device_bytes, step_flops, units_per_step
 
 
 def test_flops_by_hand() -> None:
@@ -64,14 +64,14 @@ def test_flops_against_the_compiler() -> None:
 def test_derived_numbers(tiny: Tiny) -> None:
     run = resolved(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9", "train.accumulate=2"), 8)
     program = Program(run, abstract_mesh(run.mesh))
-    numbers = {name: value for name, (value, _) in derived(program, train_tokens=1000).items()}
+    numbers = {name: value for name, (value, _) in derived(program, train_units=1000).items()}
     block = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
     assert numbers["devices"] == 8
     assert numbers["parameters"] == 2 * 304 * 32 + 2 * block + 32
     assert numbers["parameters of blocks"] == 2 * block + 32
-    assert tokens_per_step(program) == numbers["tokens a step"] == 8 * 32
+    assert units_per_step(program) == numbers["tokens a step"] == 8 * 32
     assert numbers["tokens"] == 12 * 8 * 32 and numbers["epochs"] == 12 * 8 * 32 / 1000
-    assert numbers["sequences a device"] == 2, "eight sequences over four shards; tensor shards share theirs"
+    assert numbers["samples a device"] == 2, "eight sequences over four shards; tensor shards share theirs"
     assert step_flops(program) == numbers["FLOPs a token"] * 8 * 32
     assert numbers["FLOPs"] == step_flops(program) * 12
     hours = numbers["FLOPs"] / (0.4 * 989e12) / 3600

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny_run import Tiny
 
-from jaxinfra.data.loader import heldout_batches, heldout_bytes, open_store, to_global
+from jaxinfra.data.batches import heldout_batches
+from jaxinfra.data.feed import to_global
 from jaxinfra.data.store import TokenStore
 from jaxinfra.data.windows import split_inputs_targets
 from jaxinfra.parallel.mesh import make_mesh
@@ -25,13 +26,11 @@ def build(run: Run, devices: int = 8) -> Program:
     return Program(run, make_mesh(run.mesh, jax.devices()[:devices]))
 
 
-def found(program: Program, state: TrainState, store: TokenStore, windows: int | None = None) -> dict[str, float]:
+def found(program: Program, state: TrainState, windows: int | None = None) -> dict[str, float]:
     data = program.run.data
-    shardings: dict[str, Any] = {name: array.sharding for name, array in program.batch.items()}
-    shardings.setdefault("weights", shardings["inputs"])
-    batches = heldout_batches(data, global_batch=BATCH, rows=slice(None), eval_windows=windows, store=store)
-    n_bytes = heldout_bytes(data, store, eval_windows=windows)
-    return evaluate(program, state, batches, lambda b: to_global(b, shardings, global_batch=BATCH), n_bytes)
+    shardings: dict[str, Any] = {name: array.sharding for name, array in program.heldout_batch.items()}
+    batches = heldout_batches(data, data.open().heldout(windows), global_batch=BATCH, rows=slice(None))
+    return evaluate(program, state, batches, lambda b: to_global(b, shardings, global_batch=BATCH))
 
 
 def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) -> dict[str, float]:
@@ -63,12 +62,12 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
 @pytest.mark.parametrize("mask", [True, False], ids=["documents apart", "one stream"])
 def test_equals_numpy(tiny: Tiny, mask: bool) -> None:
     run = tiny.loaded(f"data.mask_documents={str(mask).lower()}")
-    program, store = build(run), open_store(run.data)
+    program, store = build(run), run.data.open().store
     windows = (store.manifest.splits["heldout"].tokens - 1) // SEQ_LEN
     assert windows % BATCH, "the last batch must be a shorter one"
     with program.on_mesh:
         state = program.init(jax.random.key(0))
-        all_of_them, first = found(program, state, store), found(program, state, store, windows=5)
+        all_of_them, first = found(program, state), found(program, state, windows=5)
     params = jax.tree.map(np.asarray, state.params)
     assert all_of_them == pytest.approx(reference(run, params, store, range(windows)), rel=1e-5)
     assert first == pytest.approx(reference(run, params, store, range(5)), rel=1e-5)
@@ -78,10 +77,10 @@ def test_equals_numpy(tiny: Tiny, mask: bool) -> None:
 def test_averaged_parameters_are_evaluated(tiny: Tiny) -> None:
     """Where a run keeps an average, that is what will be used, so that is what is measured."""
     run = tiny.loaded("optim.ema_decay=0.5")
-    program, store = build(run), open_store(run.data)
+    program = build(run)
     with program.on_mesh:
         state, other = program.init(jax.random.key(0)), program.init(jax.random.key(1))
         swapped = replace(state, ema=other.params)
         plain = replace(other, ema=None)
-        assert found(program, swapped, store) == found(program, plain, store)
-        assert found(program, swapped, store) != found(program, state, store)
+        assert found(program, swapped) == found(program, plain)
+        assert found(program, swapped) != found(program, state)

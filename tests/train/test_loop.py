@@ -16,7 +16,7 @@ from tiny_run import Tiny
 
 import jaxinfra.session
 from jaxinfra.train.clock import StepClock
-from jaxinfra.train.loop import Hooks, Outcome, Reporter, TrainConfig, fit
+from jaxinfra.train.loop import Hooks, Outcome, Reporter, TrainConfig, Work, fit
 
 
 class Steps:
@@ -61,7 +61,7 @@ def loop(program: Any, state: Any, events: Events, *, done: int = 0, log_every: 
         stop=stop or (lambda: None),
     )
     batches = Steps(done, steps)
-    reporter = Reporter(hooks, batches, tokens_per_step=10, flops_per_step=100.0, peak=1000.0)
+    reporter = Reporter(hooks, batches, Work(unit="token", units=10, flops=100.0, peak=1000.0))
     return fit(program, state, done, batches, hooks, reporter)
 
 

@@ -1,0 +1,87 @@
+"""The host batches of a run, made of samples.
+
+The batch of a step is a pure function of the data, the seed and the step. So there is no iterator state: a run goes
+on by starting at its step, with any number of processes, and sees every sample exactly once an epoch. What tells
+processes apart is only which rows of the global batch each of them reads.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import grain
+import numpy as np
+
+from jaxinfra.data.order import sample_ids
+from jaxinfra.data.source import Batch, DataConfig, Samples
+
+Rows = slice | np.ndarray
+"""Rows of the global batch that this process reads."""
+
+
+class Batches:
+    """The host batches of a range of steps; iterating yields `(step, batch)`, from the start each time.
+
+    With `fixed` the samples come in their own order, once, and rows beyond the last one repeat it with `weights` of 0,
+    so that all shapes are the same; such batches always have `weights`. It is also a random-access source: item i is
+    the batch of step `start_step + i`, made without the ones before it.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        samples: Samples,
+        *,
+        global_batch: int,
+        rows: Rows,
+        start_step: int,
+        steps: int,
+        fixed: bool = False,
+    ):
+        """Plans the batches of `start_step` to `start_step + steps - 1`; reads none yet.
+
+        Args:
+            data: the config.
+            samples: what to read.
+            global_batch: rows of a batch over all processes.
+            rows: those of them to read here.
+            start_step: first step.
+            steps: number of batches.
+            fixed: in the order of the samples instead of the seed's.
+        """
+        self.samples = samples
+        self._data = data
+        self._global_batch = global_batch
+        self._rows = np.arange(global_batch)[rows]
+        self._start_step = start_step
+        self._steps = steps
+        self._fixed = fixed
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, index: int) -> tuple[int, Batch]:
+        """The step `start_step + index` and its batch, computed from nothing else."""
+        if not 0 <= index < self._steps:
+            raise IndexError(index)
+        step = self._start_step + index
+        if self._fixed:
+            return step, self._fixed_batch(step)
+        ids = sample_ids(step, global_batch=self._global_batch, windows=len(self.samples), seed=self._data.seed)
+        return step, self.samples.read(ids[self._rows], weighted=False)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._data.prefetch)
+        with closing(iter(grain.MapDataset.source(self).to_iter_dataset(options))) as batches:
+            yield from batches
+
+    def _fixed_batch(self, step: int) -> Batch:
+        ids, count = step * self._global_batch + self._rows, len(self.samples)
+        batch = self.samples.read(np.minimum(ids, count - 1), weighted=True)
+        real = (ids < count).astype(np.float32).reshape(-1, *(1,) * (batch["weights"].ndim - 1))
+        return batch | {"weights": batch["weights"] * real}
+
+
+def heldout_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> Batches:
+    """All samples in their own order, the same at every evaluation (see `Batches`)."""
+    steps = -(-len(samples) // global_batch)
+    return Batches(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, fixed=True)

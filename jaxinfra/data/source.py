@@ -1,0 +1,121 @@
+"""What a run needs of its data, of whatever kind: a config that opens it, and samples that are read by number."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+class Samples(Protocol):
+    """One split of the data, in samples that are read by number."""
+
+    def __len__(self) -> int:
+        """How many, at least one."""
+        ...
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """These samples as rows of arrays; `weighted` ones always have `weights`."""
+        ...
+
+
+class OpenData(Protocol):
+    """Data that was found and looked at."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its contents."""
+        ...
+
+    @property
+    def train(self) -> Samples:
+        """The samples to train on."""
+        ...
+
+    @property
+    def train_units(self) -> int:
+        """Units (tokens, images) that they have."""
+        ...
+
+    @property
+    def baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """By score, what simple models reach on the held-out samples, by their names."""
+        ...
+
+    def heldout(self, at_most: int | None = None) -> Samples:
+        """The held-out samples, or the first of them.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        ...
+
+    def check(self, model: Any) -> None:
+        """Looks whether a model can read what is there.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        ...
+
+
+class DataConfig(Protocol):
+    """Data as a config describes it.
+
+    Attributes:
+        unit: what it is counted in: "token" or "image".
+    """
+
+    unit: ClassVar[str]
+
+    @property
+    def seed(self) -> int:
+        """Of the order of samples."""
+        ...
+
+    @property
+    def prefetch(self) -> int:
+        """Host batches that are made ahead."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Threads that make host batches."""
+        ...
+
+    @property
+    def sample_units(self) -> int:
+        """Units of one sample."""
+        ...
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """Fields whose dimensions are sharded, as in `ModelConfig`."""
+        ...
+
+    def open(self, *, fix: str) -> OpenData:
+        """Finds the data and looks at it; `fix` is the command that makes it, for the error when there is none.
+
+        Raises:
+            ConfigError: there is none, or it does not suit.
+            DataError: it is damaged.
+            StorageError: it may not be read.
+        """
+        ...
+
+    def prepare(self, progress: Progress) -> Sequence[str]:
+        """Makes the data if it is not there, and says what it holds, line by line.
+
+        Raises:
+            ConfigError: it cannot be made so.
+            StorageError: it cannot be read or written.
+        """
+        ...
