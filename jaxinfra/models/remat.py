@@ -30,8 +30,8 @@ def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED
 
 
-def remat[**P, R](layer: Callable[P, R], policy: Remat) -> Callable[P, R]:
-    """`layer`, which is scanned over, with the given policy.
+def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -> Callable[P, R]:
+    """`layer`, which is scanned over, with the given policy; `alone` if it is all that a step of the scan does.
 
     - `none`: everything is kept; under fsdp gathered weights too, in the end the whole model on every device.
     - `weights`: everything is kept but gathered weights, which are gathered again.
@@ -53,5 +53,6 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat) -> Callable[P, R]:
             offload_dst="pinned_host",
         ),
     }[policy]
-    # A scan keeps forward and backward apart by itself: nothing there could be merged that should not be.
-    return jax.checkpoint(layer, policy=chosen, prevent_cse=False)
+    # A scan keeps forward and backward apart by itself: nothing there could be merged that should not be. But among
+    # several layers in a step the compiler is to compute one again only when the gradient has come down to it.
+    return jax.checkpoint(layer, policy=chosen, prevent_cse=not alone)

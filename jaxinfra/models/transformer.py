@@ -23,6 +23,7 @@ from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
 from jaxinfra.models.model import Inputs, LayerSums, Staged
 from jaxinfra.models.remat import Remat, remat
+from jaxinfra.models.stack import Step, scan_pattern
 from jaxinfra.ops.attention import Kernel, See
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
 from jaxinfra.ops.rope import Rope, rope_tables
@@ -77,7 +78,8 @@ class TransformerConfig:
         attention: forces an attention kernel; None chooses by platform and shape.
         dropout: part of the features that are zero, while training, of the embedded words and of what attention and
             MLP add to the stream (Vaswani et al. 2017, section 5.4).
-        remat: what is kept of each layer for the backward pass.
+        remat: what is kept of each layer for the backward pass; a tuple is repeated over the layers, in a pipeline
+            over those of each chunk.
     """
 
     unit: ClassVar[str] = "token"
@@ -109,7 +111,7 @@ class TransformerConfig:
     logit_softcap: float | None = None
     attention: Kernel | None = None
     dropout: float = 0.0
-    remat: Remat = "none"
+    remat: Remat | tuple[Remat, ...] = "none"
 
     @property
     def groups(self) -> int:
@@ -145,6 +147,12 @@ class TransformerConfig:
             yield Problem(fields=("sights",), message="names no layer", fix='use sights=("global",)')
         if "local" in self.sights and self.window is None:
             yield Problem(fields=("sights", "window"), message="local layers need a window", fix="use window=4096")
+        if not 0 < len(self.remats) <= max(self.layers, 1):
+            yield Problem(
+                fields=("remat", "layers"),
+                message=f"{len(self.remats)} policies for {self.layers} layers",
+                fix="use remat=full",
+            )
         for name in ("rope", "local_rope"):
             rope = getattr(self, name)
             if rope is not None and int(self.head_width * rope.fraction) % 2:
@@ -197,6 +205,11 @@ class TransformerConfig:
     def sight(self, number: int) -> Sight:
         """What the layer of this number sees."""
         return self.sights[number % len(self.sights)]
+
+    @property
+    def remats(self) -> tuple[Remat, ...]:
+        """The remat policies of the layers, repeated over them."""
+        return self.remat if isinstance(self.remat, tuple) else (self.remat,)
 
     @property
     def kinds(self) -> tuple[Sight, ...]:
@@ -351,7 +364,7 @@ class Transformer(nnx.Module):
             cache: of earlier tokens of the same rows, each one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True)
+        layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True, policy="none")
 
         def body(x, xs):
             block, kind, number, kv = xs
@@ -390,14 +403,19 @@ class Transformer(nnx.Module):
             The stream, and what the layers count: each array has one row a layer.
         """
         context = Context(self._positions(batch), batch.get("segments"), words=batch.get(FIELD))
-        layer = self._any_layer(context, alike=staged is None or staged.alike)
 
-        def body(x, xs):
-            block, kind, number = xs
-            x, _, sums = layer(block, x, kind, number, None)
-            return x, sums
+        def step(policy: Remat) -> Step:
+            layer = self._any_layer(context, alike=staged is None or staged.alike, policy=policy)
 
-        return jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(staged), self._numbers(staged)))
+            def through(x: jax.Array, xs: Any) -> tuple[jax.Array, LayerSums]:
+                block, kind, number = xs
+                x, _, sums = layer(block, x, kind, number, None)
+                return x, sums
+
+            return through
+
+        layers = (self.blocks, self._kinds(staged), self._numbers(staged))
+        return scan_pattern([step(policy) for policy in self.config.remats], x_BTD, layers)
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
@@ -424,9 +442,9 @@ class Transformer(nnx.Module):
         """The numbers of the layers: `[L]`, or `[L, S]` in stages."""
         return jnp.arange(self.config.layers) if staged is None else staged.numbers
 
-    def _any_layer(self, context: Context, alike: bool) -> Layer:
+    def _any_layer(self, context: Context, alike: bool, policy: Remat) -> Layer:
         """A layer of any kind as a function of its parameters, the stream, its kind, number and part of the cache."""
-        branches = [self._layer(sight, context) for sight in self.config.kinds]
+        branches = [self._layer(sight, context, policy) for sight in self.config.kinds]
         if not alike:
             return lambda block, x, kind, number, kv: (self._side_by_side(branches, block, x, kind, number), None, {})
         if len(branches) == 1:
@@ -449,7 +467,7 @@ class Transformer(nnx.Module):
             y_BTD = pick(through_BTD, y_BTD, kind_S)
         return y_BTD
 
-    def _layer(self, sight: Sight, context: Context) -> Layer:
+    def _layer(self, sight: Sight, context: Context, policy: Remat) -> Layer:
         """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""
         config = self.config
         rope, dtype = config.rope_of(sight), self.layout.compute_dtype
@@ -462,7 +480,7 @@ class Transformer(nnx.Module):
             words = None if context.words is None else layer_words(context.words, number)
             return block(x, config.see(sight), place, words, kv)
 
-        return remat(layer, config.remat if context.start is None else "none")
+        return remat(layer, policy, alone=len(config.remats) == 1)
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rows of the embedding for words (and positions), with block positions."""

@@ -21,6 +21,7 @@ from tests.models.harness import BASE, MODELS, ONE, build, relative, tokens
 
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
 ROWS, LENGTH = 4, 8
+type Policy = Remat | tuple[Remat, ...]
 
 
 def run_of(changes: dict[str, Any], mesh: MeshConfig, accumulate: int = 1) -> Run:
@@ -86,7 +87,7 @@ def slopes_by_definition(values: dict[str, Any], directions: dict[str, Any], con
 
 
 @functools.cache
-def gradients_of(model: str, mesh: MeshConfig, policy: Remat = "none") -> tuple[dict[str, Any], float]:
+def gradients_of(model: str, mesh: MeshConfig, policy: Policy = "none") -> tuple[dict[str, Any], float]:
     run = run_of(MODELS[model] | {"remat": policy}, mesh)
     return gradients(run, values_of(run))
 
@@ -123,8 +124,10 @@ def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
         assert np.abs(other - one).max() < 2e-5 * np.abs(one).max() + 1e-7, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("policy", ["weights", "dots", "full", "offload"])
-def test_rematerialisation_keeps_loss_and_gradients(policy: Remat) -> None:
+@pytest.mark.parametrize(
+    "policy", ["weights", "dots", "full", "offload", ("full", "dots"), ("none", "offload", "weights")], ids=str
+)
+def test_rematerialisation_keeps_loss_and_gradients(policy: Policy) -> None:
     """To 1e-6: the same numbers are computed, only fused otherwise."""
     plain, loss = gradients_of("gemma", CUBE)
     again, same = gradients_of("gemma", CUBE, policy)
@@ -133,7 +136,7 @@ def test_rematerialisation_keeps_loss_and_gradients(policy: Remat) -> None:
         assert relative(other, one) < 1e-6, jax.tree_util.keystr(path)
 
 
-def lowered(policy: Remat, platform: str) -> str:
+def lowered(policy: Policy, platform: str) -> str:
     return Program(run_of({"remat": policy}, CUBE), abstract_mesh(CUBE), platform).lower().as_text()
 
 
@@ -141,6 +144,8 @@ def test_policies_compute_again_what_they_say() -> None:
     products = {policy: lowered(policy, "cpu").count("dot_general") for policy in ("none", "dots", "full")}
     in_attention, in_layer = 2, 2 + 7
     assert products["none"] < products["dots"] <= products["none"] + in_attention
+    mixed = lowered(("full", "dots"), "cpu").count("dot_general")
+    assert products["full"] < mixed < 2 * products["full"]
     assert products["dots"] + 5 <= products["full"] <= products["none"] + in_layer
 
 

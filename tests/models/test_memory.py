@@ -1,6 +1,7 @@
 """What the train step holds, by the compiler's own account."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import pytest
@@ -43,3 +44,20 @@ def test_a_step_with_one_chunk_does() -> None:
 def test_a_device_of_a_mesh_never_holds_its_part() -> None:
     run = replace(RUN, mesh=MeshConfig(fsdp=2, tensor=2))
     assert temporaries_bytes(run) < 4 * ROWS * LENGTH * VOCAB / 4 / 2
+
+
+@pytest.mark.slow
+def test_a_pattern_of_policies_costs_what_lies_between_them() -> None:
+    """Eight layers; every second, or every fourth, keeps the results of its products."""
+    model = TransformerConfig(vocab_size=64, layers=8, width=64, heads=4, mlp_dim=256)
+    data, train = TokenData(store="none", seq_len=256), TrainConfig(global_batch=16)
+    run = replace(RUN, mesh=MeshConfig(fsdp=2), model=model, data=data, train=train)
+
+    def temporaries(remat: Any) -> int:
+        return temporaries_bytes(replace(run, model=replace(model, remat=remat)))
+
+    full, dots = temporaries("full"), temporaries("dots")
+    fourth, half = temporaries(("full", "full", "full", "dots")), temporaries(("full", "dots"))
+    kept = dots - full
+    assert full + kept / 8 < fourth < full + kept * 3 / 8
+    assert full + kept * 3 / 8 < half < full + kept * 5 / 8

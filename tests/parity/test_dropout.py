@@ -37,7 +37,7 @@ def on_one_device(name: str) -> dict[str, np.ndarray]:
     return gradients(Case(run=RUNS[name]))
 
 
-def remat(run: Run, policy: Remat) -> Run:
+def remat(run: Run, policy: Remat | tuple[Remat, ...]) -> Run:
     return replace(run, model=replace(run.model, remat=policy))
 
 
@@ -57,6 +57,11 @@ CASES = {
         run=pipelined(RUNS["documents"], PipelineConfig(schedule="1f1b")),
         mesh=MeshConfig(stage=2, fsdp=2, tensor=2),
         accumulate=4,
+    ),
+    "stages of a pattern": Case(
+        run=pipelined(remat(RUNS["biases"], ("full", "dots")), PipelineConfig(schedule="1f1b")),
+        mesh=MeshConfig(stage=2, fsdp=2),
+        accumulate=2,
     ),
     "stages of several kinds": Case(
         run=pipelined(RUNS["biases"], PipelineConfig(schedule="gpipe")), mesh=MeshConfig(stage=2, fsdp=2), accumulate=2

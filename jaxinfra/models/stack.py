@@ -1,0 +1,64 @@
+"""A scan over stacked layers that are not all treated alike: a short pattern, repeated.
+
+A group of layers, one of each of the pattern, is one step of the scan: compile time grows with the pattern and not
+with the layers. Layers that are left over at the end come after the scan, one by one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+type Tree = Any
+type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
+
+
+def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
+    """`jax.lax.scan(step, x, xs)` with `steps[i % len(steps)]` as step i.
+
+    Args:
+        steps: what is done with a layer, `(x, layer) -> (x, y)`; all yield alike.
+        x: what passes the layers.
+        xs: stacked layers, `[L, ...]`, L whole on every device.
+
+    Returns:
+        `x` after the last layer, and every `y`, stacked.
+    """
+    if len(steps) == 1:
+        return jax.lax.scan(steps[0], x, xs)
+    count = len(jax.tree.leaves(xs)[0])
+    groups, left = divmod(count, len(steps))
+
+    def one_by_one(x: jax.Array, xs: Tree, steps: Sequence[Step] = steps) -> tuple[jax.Array, Tree]:
+        ys = []
+        for step, layer in zip(steps, _apart(xs, len(steps)), strict=True):
+            x, y = step(x, layer)
+            ys.append(y)
+        return x, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+    found = []
+    if groups:
+        whole = xs if not left else jax.tree.map(lambda a: a[: count - left], xs)
+        x, ys = jax.lax.scan(one_by_one, x, jax.tree.map(lambda a: _shaped(a, groups, len(steps)), whole))
+        found.append(jax.tree.map(lambda a: _shaped(a, count - left), ys))
+    if left:
+        x, ys = one_by_one(x, jax.tree.map(lambda a: a[count - left :], xs), steps[:left])
+        found.append(ys)
+    return x, found[0] if len(found) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *found)
+
+
+def _apart(xs: Tree, count: int) -> list[Tree]:
+    """`[count, ...]` as a list. Split, not indexed: gradients of parts are then joined, not padded and added."""
+    leaves, tree = jax.tree.flatten(xs)
+    parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+    return [tree.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
+
+
+def _shaped(a: jax.Array, *lead: int) -> jax.Array:
+    """`[L, ...]` to `[groups, layers of a group, ...]`, or back; these dimensions are whole on every device."""
+    old = 3 - len(lead)
+    spec = jax.typeof(a).sharding.spec
+    out = PartitionSpec(*(None,) * len(lead), *spec.partitions[old:], reduced=spec.reduced, unreduced=spec.unreduced)
+    return a.reshape(*lead, *a.shape[old:], out_sharding=out)
