@@ -6,12 +6,12 @@ All six are always there; an axis of size 1 costs nothing. Every axis is of the 
 an array is part of its type, and a mistake is an error while tracing, not a slow program.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -107,14 +107,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     # The devices of a described topology have a slice only where it has several.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(config.sizes, AXES, explicit, devices=devices)
+        grid = _split_where_needed(mesh_utils.create_device_mesh, config.sizes, devices)
+        return Mesh(grid, AXES, axis_types=explicit)
     if config.replica % slices:
         raise ConfigError(
             f"mesh.replica={config.replica}: {slices} slices need a multiple of {slices}; use mesh.replica={slices}"
         )
     inside = (config.replica // slices, *config.sizes[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1, 1, 1), devices)
-    return Mesh(grid, AXES, axis_types=explicit)
+    hybrid = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1, 1, 1))
+    return Mesh(_split_where_needed(hybrid, inside, devices), AXES, axis_types=explicit)
+
+
+def _split_where_needed(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]):
+    """Devices in a grid, each mesh axis along whole dimensions of the chips' network where that can be.
+
+    Where it cannot (an axis of 4 on 16 x 16 chips), and on v5e as `jax.make_mesh` does, a dimension is shared by axes.
+    """
+    if devices[0].device_kind in ("TPU v5 lite", "TPU v5e"):
+        return create(sizes, devices=devices, allow_split_physical_axes=True)
+    try:
+        return create(sizes, devices=devices)
+    except NotImplementedError:
+        return create(sizes, devices=devices, allow_split_physical_axes=True)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -166,3 +166,12 @@ def test_permuted_keeps_all_but_the_order() -> None:
     other = permuted(mesh, order)
     assert tuple(device.id for device in other.devices.flat) == order
     assert (other.shape, other.axis_types) == (mesh.shape, mesh.axis_types)
+
+
+def test_an_axis_may_take_part_of_a_dimension_of_the_chips() -> None:
+    """4 of 16 chips in a row: no axis of 4 is there to take whole, and each group of the innermost stays in a row."""
+    square = [Chip(id=i, slice_index=0, coords=(i % 16, i // 16, 0), device_kind="TPU v6 lite") for i in range(256)]
+    found = grid(MeshConfig(fsdp=64, tensor=4), square).reshape(64, 4)
+    assert {chip.id for chip in found.flat} == set(range(256))
+    for group in found:
+        assert max(distance(one, other) for one in group for other in group) == 3
