@@ -5,6 +5,7 @@ cycles are read from the text of what would run. Not in the cycles: collectives,
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,16 +26,8 @@ from jaxinfra.plan.topology import Topology, devices, domains, prepare
 from jaxinfra.program import Program
 from jaxinfra.run import Run, resolved
 
-_BOOKKEEPING = (
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollectiveDone",
-    "AsyncCollectiveStart",
-    "SliceId",
-    "ZeroCrop",
-    "annotate_device_placement",
-)
-"""Custom calls of the compilers that compute nothing."""
+_OF_THE_COMPILER = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
+"""Custom calls that XLA makes for its own ends: AllocateBuffer, ConcatBitcast, SliceId and the like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +225,7 @@ def _kernels(module: Module) -> list[Kernel]:
     for place in module.executed():
         for instruction in place.computation.instructions.values():
             target = instruction.text("custom_call_target") if instruction.kind == "custom-call" else None
-            if target is None or target in _BOOKKEEPING or instruction.cycles is not None:
+            if target is None or _OF_THE_COMPILER.fullmatch(target) or instruction.cycles is not None:
                 continue
             key = (place.loops, instruction.name.rstrip("0123456789").rstrip("."), target)
             runs[key] = runs.get(key, 0) + place.times
