@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "make the data that CONFIG trains on",
     "sample": "continue a text with the newest checkpoint of a run, streamed as it is decoded",
     "diff": "compare two configs or run records",
+    "parity": "compare loss and gradients on every mesh with those of one device",
     "bench": "time the framework against hand-written code",
 }
 EPILOG = """\

@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the tree, the derived numbers, the parameters with their shardings, and the learning rate."""
+    """Prints the tree, the derived numbers, the pipeline's schedule, the parameters with their shardings, and the learning rate."""
     import math
 
     from rich.markup import escape
@@ -20,6 +20,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from jaxinfra.config import dump, validate
     from jaxinfra.optim.schedules import plot, table
     from jaxinfra.parallel.mesh import abstract_mesh
+    from jaxinfra.parallel.schedules import picture
     from jaxinfra.program import Program
     from jaxinfra.run import resolved
     from jaxinfra.track.console import derived_table, stdout_console
@@ -40,6 +41,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
         console.print(escape(line) + origin)
     console.print(derived_table(derived(program)))
+    if run.mesh.stage > 1:
+        console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
+        for row in picture(run.pipeline.table(run.mesh.stage, run.train.accumulate)):
+            console.print(row, markup=False, soft_wrap=True)
     console.print(parameter_table(program))
     course = {"peak_lr": run.optim.peak_lr, "steps": run.train.steps}
     console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")

@@ -251,7 +251,7 @@ def check(made: Schedule) -> None:
     assert made.weights is None or (when[2] >= backward).all(), "weight gradients before the others"
 
 
-def picture(made: Schedule, *, width: int = 32) -> list[str]:
+def picture(made: Schedule, *, width: int = 24) -> list[str]:
     """The table for people: one row a stage, one column a tick; `F`, `B`, `W` with the number of the microbatch.
 
     Args:
@@ -280,3 +280,16 @@ def picture(made: Schedule, *, width: int = 32) -> list[str]:
             padded.insert(width // 2, "...")
         rows.append(f"stage {stage:<3}" + "  ".join(padded).rstrip())
     return rows
+
+
+def described(made: Schedule) -> dict[str, tuple[float | str, str]]:
+    """The numbers of a table by name, each with how it comes about."""
+    kept = ", ".join(map(str, made.in_flight))
+    each = f"{FORWARD:g} forward, {BACKWARD:g} backward, which computes the forward pass again"
+    if made.weights is not None:
+        each = f"{FORWARD:g} forward, {INPUTS_ALONE:g} backward, {WEIGHTS:g} gradients of weights"
+    return {
+        "pipeline bubble": (f"{made.bubble:.1%}", f"{made.name}: of a step, in which a stage has nothing to do"),
+        "pipeline time": (made.time, f"forward passes of a stage and microbatch ({each})"),
+        "microbatches in flight": (max(made.in_flight), f"inputs kept, by stage: {kept}"),
+    }

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.parallel.schedules import described
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak import CHIP_FLOPS
 
@@ -73,6 +74,8 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
+    if program.layout.mesh.stage > 1:
+        numbers |= described(run.pipeline.table(program.layout.mesh.stage, run.train.accumulate))
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {unit}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):

@@ -72,6 +72,16 @@ def test_show_sizes_the_mesh(tiny: Tiny) -> None:
     assert "mesh.fsdp = 2" in shown.out and "mesh.tensor = 2" in shown.out
 
 
+def test_show_draws_the_pipeline(tiny: Tiny) -> None:
+    shown = tiny.launch("mesh.stage=2", "mesh.fsdp=1", "train.accumulate=4", command="show")
+    assert shown.code == 0, shown.err
+    assert "stage 0  F0  F1     F2 B0  F3 B1  B2     B3" in shown.out
+    assert "stage 1  .   F0 B0  F1 B1  F2 B2  F3 B3  ." in shown.out
+    numbers = " ".join(shown.out.split())
+    assert "pipeline bubble 20.0% 1f1b" in numbers
+    assert "microbatches in flight 3 inputs kept, by stage: 3, 1" in numbers
+
+
 def test_prepare_twice(tiny: Tiny, tmp_path: Path) -> None:
     """The second time changes nothing and says the same."""
     store = f"data.store={tmp_path / 'store'}"
