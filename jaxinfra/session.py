@@ -31,6 +31,7 @@ from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import NOT_NUMERIC, Run, resolved
+from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, package_versions
 from jaxinfra.runtime.peak import peak_flops
 from jaxinfra.runtime.signals import StopRequest
@@ -141,7 +142,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
         JaxinfraError: see `jaxinfra.errors`.
     """
     validate(loaded.run)
-    devices = _devices()
+    devices = local_devices()
     run = resolved(loaded.run, len(devices))
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
@@ -182,25 +183,6 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
             "start the same command to go on"
         )
     return summary
-
-
-def _devices() -> Sequence[Any]:
-    """The devices of this process.
-
-    Raises:
-        ConfigError: the platform that was asked for is not here, or JAX was told of other processes.
-    """
-    try:
-        devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for the platform at all
-        cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "JAX has no plugin for it"
-        raise ConfigError(
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: cannot be used: {' '.join(cause.split())}; "
-            "use --devices cpu, or install JAX for that platform"
-        ) from error
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes: a run has one process so far; start it on one host")
-    return devices
 
 
 def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:

@@ -238,5 +238,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.write:
         write(options.write, table(found))
     if far:
-        raise ConfigError(f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {BOUND:g} or less")
+        raise ConfigError(
+            f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {BOUND:g} or less"
+        )
     return 0

@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the tree, the derived numbers, the pipeline's schedule, the parameters with their shardings, and the learning rate."""
+    """Prints the tree, the derived numbers, the pipeline, the parameters with their shardings, and the rate."""
     import math
 
     from rich.markup import escape
