@@ -101,7 +101,7 @@ class Stages:
     def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """Gradients of the summed loss, as parameters are stored, and all sums; `batch` is in microbatches."""
         (weights, shared), sums, counted = self.pipeline.gradients(*self._laid_out(params), batch)
-        shared = jax.tree.map(jax.reshard, shared, self._of_shared(self.stored))
+        shared = jax.tree.map(self._scattered, shared, self._of_shared(self.stored))
         return {**shared, STACKED: self._laid_back(weights)}, self._sums(sums, counted)
 
     def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -129,6 +129,11 @@ class Stages:
             self.stored[STACKED],
         )
         return weights, shared
+
+    def _scattered(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
+        """A partial sum over `replica` and `stage` as it is stored: over `stage` first, so that a part crosses."""
+        axes = jax.typeof(grad).sharding.spec.unreduced - {"stage"}
+        return jax.reshard(jax.reshard(grad, stored.update(unreduced=axes)), stored)
 
     def _laid_back(self, grads: Any) -> Any:
         def back(g: jax.Array, stored: PartitionSpec) -> jax.Array:

@@ -30,16 +30,18 @@ class Request:
     """What to measure.
 
     Attributes:
-        kind: a key of `measure.KINDS`.
+        kind: a key of `measure.KINDS`, or `meshes`.
         config: path of the config file.
         overrides: changes to it; they size the mesh, too.
         pairs: timed turns of each side.
+        plain: of `meshes`, the overrides of the other side.
     """
 
     kind: str
     config: str
     overrides: list[str]
     pairs: int
+    plain: list[str] | None = None
 
 
 def environment(devices: int) -> dict[str, str]:

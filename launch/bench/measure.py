@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -125,6 +125,11 @@ def step(run: Run, pairs: int) -> Times:
     return turns({"jaxinfra": Framework(run), "bare": Bare(sizes_of(run))}, pairs)
 
 
+def meshes(run: Run, plain: Run, pairs: int) -> Times:
+    """Whole steps of jaxinfra on two meshes, or on one under two schedules."""
+    return turns({"mesh": Framework(run), "plain": Framework(plain)}, pairs)
+
+
 def alone(run: Run, pairs: int) -> Times:
     """Whole steps of jaxinfra, then of the bare step, each with the machine to itself."""
     times_s = turns({"jaxinfra": Framework(run)}, pairs)
@@ -210,10 +215,17 @@ KINDS: dict[str, Callable[[Run, int], Any]] = {
 def main() -> None:
     """Answers the request on the command line."""
     request = Request(**json.loads(sys.argv[1]))
-    run = load(request.config, request.overrides, root=Run).run
-    run = resolved(run, len(jax.devices()))
+    run = _run(request.config, request.overrides)
+    if request.plain is not None:
+        print(json.dumps(meshes(run, _run(request.config, request.plain), request.pairs)))
+    else:
+        print(json.dumps(KINDS[request.kind](run, request.pairs)))
+
+
+def _run(config: str, overrides: Sequence[str]) -> Run:
+    run = resolved(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
-    print(json.dumps(KINDS[request.kind](run, request.pairs)))
+    return run
 
 
 if __name__ == "__main__":

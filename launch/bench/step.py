@@ -176,10 +176,14 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table that reads well as plain text, too."""
-    cells = [("case", "jaxinfra", "bare", "ratio", "goal")]
-    cells += [(r.case, r.jaxinfra, r.bare, "" if r.ratio is None else f"{r.ratio:.3f}", r.goal) for r in rows]
+def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The head of the table, and a line for each row."""
+    head = ("case", "jaxinfra", "bare", "ratio", "goal")
+    return [head, *((r.case, r.jaxinfra, r.bare, "" if r.ratio is None else f"{r.ratio:.3f}", r.goal) for r in rows)]
+
+
+def table(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that reads well as plain text, too; the first line is its head."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -196,7 +200,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         rows += CASES[name](scope)
     facts = machine()
-    print(table(rows))
+    print(table(cells_of(rows)))
     print(f"\nMedians of {scope.pairs} pairs in turns; " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
     if options.json is not None:
         found = {"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs, "machine": facts}

@@ -1,0 +1,38 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import launch
+
+from launch.bench import CASES as NAMES
+from launch.bench.parallel import CASES
+
+TINY = ["model.width=32", "model.heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
+
+
+def test_the_command_line_names_every_case() -> None:
+    assert tuple(CASES) == NAMES["parallel"]
+
+
+def test_an_unknown_part_is_one_line() -> None:
+    wrong = launch("bench", "parallel", "--only", "float32")
+    assert wrong.code == 81
+    assert wrong.err == ("error: --only float32: no part of bench parallel; use one of axes, experts, schedules\n")
+
+
+@pytest.mark.slow
+def test_every_schedule_is_timed_beside_the_plain_form(repo_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "launch", "bench", "parallel", *TINY, "--only", "schedules", "--pairs", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(out)], cwd=repo_root, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"].rpartition(", ")[2] for row in rows] == ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+    assert [round(row["formula"], 3) for row in rows] == [1.375, 1.375, 1.188, 1.781]
+    assert all(row["ratio"] > 0 and row["step_ms"] > 0 for row in rows)
+    assert all(f"| {row['case']} " in done.stdout for row in rows)

@@ -1,0 +1,80 @@
+"""What a pipeline keeps, sends and refuses, as compiled."""
+
+import functools
+import math
+
+import jax
+import pytest
+
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.plan.collectives import Collective, collectives
+from jaxinfra.plan.hlo import Module
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run
+from jaxinfra.train.loop import TrainConfig
+
+ROWS, LENGTH, WIDTH = 8, 128, 128
+CUBE = MeshConfig(replica=2, stage=2, fsdp=2)
+SUMS = 3
+"""Scalars of the loss: cross-entropy, z-loss, weight."""
+
+
+def compiled(microbatches: int, pipeline: PipelineConfig, mesh: MeshConfig) -> tuple[Program, jax.stages.Compiled]:
+    """The step of microbatches of `ROWS` rows each."""
+    run = Run(
+        name="test",
+        model=TransformerConfig(vocab_size=64, layers=4, width=WIDTH, heads=2, mlp_dim=128, remat="full"),
+        data=TokenData(store="none", seq_len=LENGTH, mask_documents=False),
+        precision=Precision(compute="float32"),
+        mesh=mesh,
+        pipeline=pipeline,
+        train=TrainConfig(global_batch=ROWS * microbatches, accumulate=microbatches),
+    )
+    program = Program(run, make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)]))
+    return program, program.lower().compile()
+
+
+@functools.cache
+def temporaries_bytes(microbatches: int, schedule: str) -> int:
+    pipeline = PipelineConfig(schedule="gpipe" if schedule == "gpipe" else "1f1b")
+    _, step = compiled(microbatches, pipeline, MeshConfig(stage=4, fsdp=1))
+    found = step.memory_analysis()
+    assert found is not None
+    return found.temp_size_in_bytes
+
+
+def test_1f1b_needs_as_much_memory_however_many_microbatches_there_are() -> None:
+    """But for the words of the batch, two int32 a token; GPipe keeps the stream at the start of every stage too."""
+    words, stream = 2 * 4 * ROWS * LENGTH, 4 * ROWS * LENGTH * WIDTH
+    at_8, at_32, at_128 = (temporaries_bytes(m, "1f1b") for m in (8, 32, 128))
+    assert at_32 - at_8 <= 2 * 24 * words
+    assert at_128 - at_8 <= 2 * 120 * words
+    assert at_128 - at_8 < 2 * stream
+    assert temporaries_bytes(32, "gpipe") - temporaries_bytes(8, "gpipe") >= 24 * stream
+
+
+@functools.cache
+def sent() -> list[Collective]:
+    program, step = compiled(4, PipelineConfig(), CUBE)
+    return collectives(Module(step.as_text()), dict(program.mesh.shape))
+
+
+def test_gradients_cross_replica_once_a_step_in_a_pipeline_too() -> None:
+    """Every array as it is stored: of embedding and head what a stage keeps, not the whole."""
+    program = compiled(4, PipelineConfig(), CUBE)[0]
+    kept = [4 * math.prod(p.sharding.shard_shape(p.shape)) for p in jax.tree.leaves(program.params)]
+    crossing = [one for one in sent() if "replica" in one.axes]
+    assert {one.loops for one in crossing} == {0}
+    assert sorted(size for one in crossing for size in one.arrays) == sorted([4] * SUMS + kept)
+
+
+def test_a_tick_sends_the_stream_up_and_its_gradient_down() -> None:
+    """One microbatch of a device's rows either way, and no more."""
+    stream = 4 * (ROWS // 4) * LENGTH * WIDTH
+    moved = [one for one in sent() if one.kind == "collective-permute" and one.axes == ("stage",)]
+    assert {one.arrays for one in moved} == {(stream,)}
+    ticks = 4 + CUBE.stage - 1
+    assert 2 * ticks - 2 <= sum(one.times for one in moved) <= 2 * ticks
