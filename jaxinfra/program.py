@@ -23,7 +23,7 @@ from jaxinfra.ops.dropout import FIELD, token_words
 from jaxinfra.optim.optimizers import build
 from jaxinfra.optim.schedules import schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
-from jaxinfra.parallel.layout import Layout, partial_zeros
+from jaxinfra.parallel.layout import Layout, Names, partial_zeros
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, param_key
 from jaxinfra.stages import Stages
@@ -93,6 +93,8 @@ class Program:
             mesh=MeshConfig(**dict(mesh.shape)),
             platform=platform,
             compute_dtype=jnp.dtype(run.precision.compute),
+            # A loss over single positions does not ask where they stand.
+            zigzag=self.task.by_position,
         )
         self.graphdef, specs = nnx.split(run.model.build(self.layout))
         self.specs: dict[str, Any] = nnx.to_pure_dict(specs)
@@ -218,8 +220,26 @@ class Program:
         (grads,) = pull(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=over)))
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
+    def _arranged(self, batch: Batch) -> Batch:
+        """The batch with the positions of sequences in the order of the layout, as the model wants them."""
+        order = self.layout.order
+        if order.pieces == 1:
+            return batch
+
+        def one(x: jax.Array, axes: Names) -> jax.Array:
+            if "sequence" not in axes:
+                return x
+            whole = self.layout.spec(*(None if name == "sequence" else name for name in axes))
+            arranged = order.arrange(jax.reshard(x, whole), axes.index("sequence"))
+            return jax.reshard(arranged, self.layout.spec(*axes))
+
+        fields = self.task.batch(self.run.data, self.run.train.global_batch, heldout=True)
+        axes = {name: field.axes for name, field in fields.items()} | {FIELD: ("batch", "sequence")}
+        return {name: one(x, axes[name]) for name, x in batch.items()}
+
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """The gradient of the mean loss, and the sums; `replica` is crossed once, whatever the accumulation."""
+        batch = self._arranged(batch)
         count = self.run.train.accumulate
         if self._stages is not None:
             grads, sums = self._stages.gradients(params, _split(batch, count))
@@ -256,6 +276,7 @@ class Program:
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        batch = self._arranged(batch)
         if self._stages is not None:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
         _, sums = loss(self.task, self.model(params), batch)

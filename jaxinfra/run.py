@@ -30,6 +30,7 @@ NOT_NUMERIC = (
     "train.accumulate",
     "train.eval_every",
     "model.attention",
+    "model.context_attention",
     "model.remat",
     "task.loss_chunks",
     "data.store",
@@ -111,13 +112,13 @@ class Run:
             yield from self._divisions()
 
     def _divisions(self) -> Iterable[Problem]:
-        """Every sharded dimension divides over its mesh axes, and none is sharded that must be whole."""
-        whole = {"sequence": "no kernel attends across shards yet"}
-        for rule, why in whole.items():
-            axes = getattr(self.rules, rule)
-            if self._shards(axes) > 1:
-                sharded = tuple(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
-                yield Problem(fields=(f"rules.{rule}", *sharded), message=f"{why}", fix=f"use rules.{rule}=()")
+        """Every sharded dimension divides over its mesh axes, and the context axis has a use."""
+        if self.mesh.context > 1 and "context" not in self.rules.sequence:
+            yield Problem(
+                fields=("mesh.context", "rules.sequence"),
+                message="the context axis spreads sequences and nothing else",
+                fix="use rules.sequence=(context,)",
+            )
         parts = self._batch_parts()
         if self.train.global_batch % parts:
             spread = tuple(f"mesh.{axis}" for axis in self.rules.batch if getattr(self.mesh, axis) > 1)
@@ -132,8 +133,29 @@ class Run:
                 axes = self.rules.mesh_axes(axis)
                 if size % self._shards(axes):
                     yield self._division_problem(f"{part}.{name}", size, axes)
+                elif axis == "positions":
+                    yield from self._blocks(f"{part}.{name}", size)
+        shards, length = self._shards_of_loss(), self.model.positions(self.data)
+        if shards > 1 and length % shards == 0:
+            yield from self.task.problems_of_shard(length // shards)
         if self.mesh.stage > 1:
             yield from self._stages()
+
+    def _shards_of_loss(self) -> int:
+        """Into how many parts the positions of a sequence are cut for head and loss."""
+        staged = self.mesh.stage > 1 and self.loss_spread() == 1
+        return self._shards(self.rules.sequence) * (self.mesh.stage if staged else 1)
+
+    def _blocks(self, path: str, length: int) -> Iterable[Problem]:
+        """Every shard of a sequence has an early and a late block (see `parallel.context`)."""
+        shards = self._shards(self.rules.sequence)
+        if shards > 1 and self.task.by_position and length % (2 * shards):
+            fitting = math.lcm(2 * shards, self._shards(self.rules.mesh_axes("positions")))
+            yield Problem(
+                fields=(path, *(f"mesh.{axis}" for axis in self.rules.sequence if getattr(self.mesh, axis) > 1)),
+                message=f"{shards} shards have two blocks each, and {2 * shards} do not divide {length} positions",
+                fix=f"use {path}={_rounded_up(length, fitting)}",
+            )
 
     def _stages(self) -> Iterable[Problem]:
         """Every stage has layers, and head and loss can be spread over the stages."""

@@ -5,7 +5,7 @@ Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxinfra.models.layers import Linear, Norm, Stack
 from jaxinfra.ops.attention import Kernel, See, attend
+from jaxinfra.ops.context import Form, attend_across
 from jaxinfra.ops.rope import rotate
 from jaxinfra.parallel.layout import Layout
 
@@ -53,6 +54,7 @@ class AttentionShape:
     norm_offset: float
     out_scale: float
     kernel: Kernel | None
+    form: Form | Literal["auto"]
 
 
 class Attention(nnx.Module):
@@ -60,6 +62,7 @@ class Attention(nnx.Module):
 
     def __init__(self, shape: AttentionShape, *, stack: Stack, layout: Layout):
         self.kernel: Kernel | None = shape.kernel
+        self.form: Form | Literal["auto"] = shape.form
         self.layout = layout
         project = partial(Linear, (shape.width,), direction="inward", bias=shape.qkv_bias, stack=stack, layout=layout)
         self.query = project((shape.heads, shape.head_dim), ("embed", "heads", None))
@@ -95,17 +98,32 @@ class Attention(nnx.Module):
             k_BTGK = self.key_norm(k_BTGK, ("batch", "sequence", "kv_heads"))
         if place.tables is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *place.tables), rotate(k_BTGK, *place.tables)
-        see_with = partial(attend, see=see, platform=self.layout.platform)
         if cache is None:
-            segments = None if place.segments is None else (place.segments, place.segments)
-            y_BTHK = see_with(q_BTHK, k_BTGK, v_BTGK, segments=segments, forced=self.kernel)
-            return self.out(y_BTHK), None
+            return self.out(self._among_themselves(q_BTHK, k_BTGK, v_BTGK, see, place.segments)), None
         assert place.start is not None
         cache = KV(*(_write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
         q_index = place.start + jnp.arange(x_BTD.shape[1])[None]
         kv_index = jnp.arange(cache.keys.shape[1])[None]
-        y_BTHK = see_with(q_BTHK, *cache, q_index=q_index, kv_index=kv_index)
+        y_BTHK = attend(q_BTHK, *cache, see, platform=self.layout.platform, q_index=q_index, kv_index=kv_index)
         return self.out(y_BTHK), cache
+
+    def _among_themselves(self, q_BTHK, k_BTGK, v_BTGK, see: See, segments_BT: jax.Array | None) -> jax.Array:
+        """What the tokens of whole sequences see of one another, `[B, T, H, K]`."""
+        order, platform = self.layout.order, self.layout.platform
+        if order.shards > 1:
+            return attend_across(
+                q_BTHK,
+                k_BTGK,
+                v_BTGK,
+                see,
+                order=order,
+                platform=platform,
+                segments_BT=segments_BT,
+                forced=self.kernel,
+                form=self.form,
+            )
+        segments = None if segments_BT is None else (segments_BT, segments_BT)
+        return attend(q_BTHK, k_BTGK, v_BTGK, see, platform=platform, segments=segments, forced=self.kernel)
 
 
 def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, start: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from jaxinfra.models.model import Inputs, LayerSums, Staged
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
 from jaxinfra.ops.attention import Kernel, See
+from jaxinfra.ops.context import Form
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
 from jaxinfra.ops.rope import Rope, rope_tables
 from jaxinfra.parallel.layout import Layout
@@ -76,6 +77,8 @@ class TransformerConfig:
         scale_embeddings: embeddings times `sqrt(width)` (Gemma).
         logit_softcap: cap on the logits.
         attention: forces an attention kernel; None chooses by platform and shape.
+        context_attention: how attention reaches the other shards of a sequence, where mesh.context is above 1: keys and
+            values go round a "ring", or every shard will "gather" them; "auto" takes the cheaper.
         dropout: part of the features that are zero, while training, of the embedded words and of what attention and
             MLP add to the stream (Vaswani et al. 2017, section 5.4).
         remat: what is kept of each layer for the backward pass; a tuple is repeated over the layers, in a pipeline
@@ -110,6 +113,7 @@ class TransformerConfig:
     scale_embeddings: bool = False
     logit_softcap: float | None = None
     attention: Kernel | None = None
+    context_attention: Form | Literal["auto"] = "auto"
     dropout: float = 0.0
     remat: Remat | tuple[Remat, ...] = "none"
 
@@ -259,6 +263,7 @@ class Block(nnx.Module):
             norm_offset=config.norm_offset,
             out_scale=out_scale,
             kernel=config.attention,
+            form=config.context_attention,
         )
         self.attention_norm = norm()
         self.attention = Attention(shape, stack=stack, layout=layout)
@@ -379,9 +384,10 @@ class Transformer(nnx.Module):
         """The stream before the first layer.
 
         Args:
-            batch: `inputs` `[B, T]`, words, int32; `positions` `[B, T]`, places in their documents, or none for
-                `0..T-1`; `segments` `[B, T]`, document ids: a token sees its own document alone, or none where every
-                row is one document; `dropout` `[B, T]` (see `ops.dropout`), or none to drop nothing.
+            batch: `inputs` `[B, T]`, words, int32, in the order of the layout; `positions` `[B, T]`, places in their
+                documents, or none for those in the row; `segments` `[B, T]`, document ids: a token sees its own
+                document alone, or none where every row is one document; `dropout` `[B, T]` (see `ops.dropout`), or
+                none to drop nothing.
 
         Returns:
             `[B, T, D]` in the compute dtype, block positions.
@@ -425,10 +431,12 @@ class Transformer(nnx.Module):
         """What the layers add to the loss, summed over tokens like it; None for nothing."""
         return None
 
-    @staticmethod
-    def _positions(batch: Inputs) -> jax.Array:
+    def _positions(self, batch: Inputs) -> jax.Array:
         found = batch.get("positions")
-        return jnp.arange(batch["inputs"].shape[1], dtype=jnp.int32)[None] if found is None else found
+        if found is not None:
+            return found
+        places_1T = self.layout.order.places(batch["inputs"].shape[1])[None]
+        return jax.reshard(places_1T, self.layout.spec(None, "sequence"))
 
     def _kinds(self, staged: Staged | None = None) -> jax.Array:
         """By layer the index of its sight among all: `[L]`, or `[L, S]` if stages differ; -1 for no layer."""

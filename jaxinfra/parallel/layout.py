@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.context import Order
 from jaxinfra.parallel.mesh import MeshAxis, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
 
@@ -55,7 +56,7 @@ class Rules:
     sequence: tuple[MeshAxis, ...] = ("context",)
     block_sequence: tuple[MeshAxis, ...] = ("tensor",)
     layers: tuple[MeshAxis, ...] = ("stage",)
-    embed: tuple[MeshAxis, ...] = ("fsdp",)
+    embed: tuple[MeshAxis, ...] = ("fsdp", "context")
     heads: tuple[MeshAxis, ...] = ("tensor",)
     kv_heads: tuple[MeshAxis, ...] = ("tensor",)
     mlp: tuple[MeshAxis, ...] = ("tensor",)
@@ -108,12 +109,19 @@ class Layout:
         mesh: size of every mesh axis, none of them -1.
         platform: what runs the program ("cpu", "gpu", "tpu"): kernels are chosen by it.
         compute_dtype: the dtype that weights are cast to where they are used.
+        zigzag: sequences that are spread over devices stand in zig-zag order there.
     """
 
     rules: Rules = Rules()
     mesh: MeshConfig = MeshConfig(fsdp=1)
     platform: str = "cpu"
     compute_dtype: jnp.dtype = jnp.dtype("float32")
+    zigzag: bool = False
+
+    @property
+    def order(self) -> Order:
+        """Which positions of a sequence each of its shards has."""
+        return Order(axes=self.mesh_axes("sequence"), shards=self.shards("sequence"), zigzag=self.zigzag)
 
     def _real(self, axes: Iterable[str]) -> tuple[str, ...]:
         """Those of the mesh axes that have more than one device: others never appear in a type."""

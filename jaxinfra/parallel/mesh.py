@@ -55,11 +55,10 @@ class MeshConfig:
         free = tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
         if len(free) > 1:
             yield Problem(fields=free, message="only one mesh axis may be -1", fix=f"give {free[0]} a size")
-        for axis in ("expert", "context"):
-            if getattr(self, axis) not in (1, -1):
-                yield Problem(
-                    fields=(axis,), message=f"no model uses the {axis} axis yet", fix=f"use {axis}=1 and fsdp or tensor"
-                )
+        if self.expert not in (1, -1):
+            yield Problem(
+                fields=("expert",), message="no model uses the expert axis yet", fix="use expert=1 and fsdp or tensor"
+            )
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -77,6 +77,17 @@ class CausalLM:
                 fix=f"use task.loss_chunks={fitting}",
             )
 
+    def problems_of_shard(self, positions: int) -> Iterable[Problem]:
+        """Chunks divide it."""
+        chunks = self.loss_chunks
+        if chunks is not None and chunks > 0 and positions % chunks:
+            fitting = next(n for n in range(min(chunks, positions), 0, -1) if positions % n == 0)
+            yield Problem(
+                fields=("task.loss_chunks",),
+                message=f"chunks must divide the {positions} positions that a device has of a sequence",
+                fix=f"use task.loss_chunks={fitting}",
+            )
+
     def batch(self, data: TokenBatches, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
         """Inputs and targets `[B, T]`; with document masks also segments, positions and weights."""
         shape, axes = (global_batch, data.seq_len), ("batch", "sequence")

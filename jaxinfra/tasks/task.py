@@ -34,6 +34,10 @@ class Task(Protocol):
         """What is wrong between the task and the data, with whole paths (`task.x`, `data.y`)."""
         ...
 
+    def problems_of_shard(self, positions: int) -> Iterable[Problem]:
+        """What is wrong between the task and what one device has of a sequence, with whole paths."""
+        ...
+
     @property
     def by_position(self) -> bool:
         """Whether `finish` needs no more of the stream than a position at a time, but for its sums."""

@@ -104,8 +104,19 @@ WRONG_VALUES = {
     "name of the parent": ("name=..", r"name=\.\.: must be a folder's name, .*"),
     "remote root": ("root=gs://b/runs", r"root=gs://b/runs: must be a local folder; use root=runs"),
     "sharded sequence": (
-        "mesh.fsdp=2 rules.batch=replica rules.embed=() rules.sequence=fsdp",
-        r"rules\.sequence=\(fsdp,\), mesh\.fsdp=2: no kernel attends across shards yet; use rules\.sequence=\(\)",
+        "mesh.fsdp=1 mesh.context=8 data.seq_len=72",
+        r"data\.seq_len=72, mesh\.context=8: 8 shards have two blocks each, and 16 do not divide 72 positions; "
+        r"use data\.seq_len=80",
+    ),
+    "context without a use": (
+        "mesh.fsdp=1 mesh.context=8 rules.sequence=()",
+        r"mesh\.context=8, rules\.sequence=\(\): the context axis spreads sequences and nothing else; "
+        r"use rules\.sequence=\(context,\)",
+    ),
+    "chunks of a loss over shards": (
+        "mesh.fsdp=1 mesh.context=8 task.loss_chunks=8",
+        r"task\.loss_chunks=8: chunks must divide the 4 positions that a device has of a sequence; "
+        r"use task\.loss_chunks=4",
     ),
     "sharded layers": (
         "rules.layers=fsdp",

@@ -15,7 +15,7 @@ from jaxinfra.data.loader import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Constant
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh, permuted
+from jaxinfra.parallel.mesh import AXES, MeshConfig, make_mesh, permuted
 from jaxinfra.parallel.spec import ParamSpec
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
@@ -95,8 +95,10 @@ class Case:
     shuffled: bool = False
 
     def __str__(self) -> str:
-        mesh = self.mesh
-        return f"{self.run.name}-replica{mesh.replica}-fsdp{mesh.fsdp}-tensor{mesh.tensor}-by{self.accumulate}"
+        always = ("replica", "fsdp", "tensor")
+        sizes = zip(AXES, self.mesh.sizes, strict=True)
+        mesh = "-".join(f"{axis}{size}" for axis, size in sizes if size > 1 or axis in always)
+        return f"{self.run.name}-{mesh}-by{self.accumulate}"
 
     def program(self) -> Program:
         mesh = make_mesh(self.mesh, jax.devices()[: math.prod(self.mesh.sizes)])

@@ -1,0 +1,373 @@
+"""Attention over sequences that are spread over devices: round a ring, or on keys and values that are gathered.
+
+Ring (Liu et al. 2023, Ring Attention): keys and values go from shard to shard, and every shard adds the part of its
+softmax that it finds in those that it has (see `ops.tile`). In the backward pass they go round again, with their own
+gradients in float32. What nobody of a step can see is neither computed nor, where it is a whole step, fetched: with a
+sliding window a shard asks the few that it reaches.
+
+Gather: every shard holds the keys and values of the whole sequence, as long as it works on one layer. The backward
+pass gathers them again and scatters their gradients.
+
+Nothing grows with the square of a length.
+
+Shape suffixes: B batch, T positions of a shard, H query heads, G key/value heads, K head width.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.ops.attention import Kernel, See, Shape, choose
+from jaxinfra.ops.tile import PLAIN, SPLASH, Partial, Segments, Tiles, empty, merge, reaches
+from jaxinfra.parallel.context import Order
+
+type Form = Literal["ring", "gather"]
+
+
+class Leg(NamedTuple):
+    """Consecutive steps round the ring that are alike.
+
+    Attributes:
+        arrive: by how many shards keys and values came to a step.
+        depart: by how many they go on after it; 0 after the last.
+        steps: how many steps.
+        pairs: `(piece of queries, piece of keys, whether all shards see something of it)` of every step.
+    """
+
+    arrive: int
+    depart: int
+    steps: int
+    pairs: tuple[tuple[int, int, bool], ...]
+
+
+def legs(order: Order, see: See, block: int) -> list[Leg]:
+    """The way of keys and values round the ring, from home to the last shard that sees them.
+
+    Args:
+        order: where the blocks of a sequence are.
+        see: what may be seen.
+        block: positions of a block.
+    """
+    shards, every = np.arange(order.shards), range(order.pieces)
+
+    def seen(step: int, piece: int, other: int) -> np.ndarray:
+        """By shard, whether its piece sees the other piece of the shard `step` before it."""
+        blocks = order.block(shards, piece) - order.block((shards - step) % order.shards, other)
+        return np.broadcast_to(reaches(see, blocks * block, block, block), shards.shape)
+
+    seens = [{(p, r): seen(step, p, r) for p in every for r in every} for step in range(order.shards)]
+    steps = [step for step, pairs in enumerate(seens) if any(found.any() for found in pairs.values())]
+    arrive = [0, *(after - before for before, after in itertools.pairwise(steps))]
+    alike = [
+        (come, go, tuple((*pair, bool(found.all())) for pair, found in seens[step].items() if found.any()))
+        for step, come, go in zip(steps, arrive, [*arrive[1:], 0], strict=True)
+    ]
+    return [Leg(*key[:2], len(list(run)), key[2]) for key, run in itertools.groupby(alike)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Bytes of one device and one layer, forward and backward pass together.
+
+    Attributes:
+        moves: keys, values and their gradients that it sends.
+        holds: keys and values that it has at once, and has anyhow of queries and results.
+    """
+
+    moves: int
+    holds: int
+    allowed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """One layer's part on one device: sequences, positions of a whole sequence, heads, and bytes of a number."""
+
+    rows: int
+    length: int
+    heads: int
+    groups: int
+    head_dim: int
+    itemsize: int
+
+
+def costs(order: Order, see: See, heads: Heads) -> dict[Form, Cost]:
+    """What each form moves and holds.
+
+    With `kv` the bytes of keys and values of one shard, gathering sends `(C - 1) kv` forward, and backward as much
+    again and their gradients; the ring sends `s kv` forward for s steps after the first, and backward that and
+    gradients in float32 on each step, and home.
+    """
+    own = heads.rows * (heads.length // order.shards) * heads.head_dim
+    kv = 2 * own * heads.groups * heads.itemsize
+    route = legs(order, see, heads.length // (order.shards * order.pieces))
+    steps = sum(leg.steps for leg in route) - 1
+    gradients = 2 * own * heads.groups * 4 * (steps + 1 if steps else 0)
+    allowed = 2 * own * heads.heads * heads.itemsize
+    return {
+        "ring": Cost(moves=2 * steps * kv + gradients, holds=2 * kv, allowed=allowed),
+        "gather": Cost(moves=3 * (order.shards - 1) * kv, holds=order.shards * kv, allowed=allowed),
+    }
+
+
+def cheaper(order: Order, see: See, heads: Heads) -> Form:
+    """The form that moves fewer bytes; gathering only where it holds no more than queries and results of the shard."""
+    found = costs(order, see, heads)
+    gather, ring = found["gather"], found["ring"]
+    return "gather" if gather.holds <= gather.allowed and gather.moves < ring.moves else "ring"
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """One attention over shards, as far as it is known when it is traced."""
+
+    order: Order
+    see: See
+    form: Form
+    tiles: Tiles
+
+    def start(self, shard: jax.Array, piece: int, block: int) -> jax.Array:
+        """The position of the first query or key of a piece."""
+        return self.order.block(shard, piece) * block
+
+    def legs(self, block: int) -> list[Leg]:
+        """See `legs`."""
+        return legs(self.order, self.see, block)
+
+
+# Inside a `shard_map`; `[B, H, T, K]` here, heads before positions, as kernels want them.
+
+
+def _pieces(how: How, x: jax.Array | None, dim: int = 2) -> list[Any]:
+    return [None] * how.order.pieces if x is None else jnp.split(x, how.order.pieces, axis=dim)
+
+
+def _both(one: Any, other: Any) -> Segments:
+    return None if one is None else (one, other)
+
+
+def _when(here: jax.Array, always: bool, fun: Any, state: Any) -> Any:
+    return fun(state) if always else jax.lax.cond(here, fun, lambda state: state, state)
+
+
+def _ring(how: How, step: Any, state: Any, kv: Any, block: int) -> Any:
+    """Takes `step(state, kv, source, leg)` through all steps; `source` is the shard that `kv` are of."""
+    source = jax.lax.axis_index(how.order.axes)
+    for leg in how.legs(block):
+
+        def body(carry: Any, _: None, leg: Leg = leg) -> tuple[Any, None]:
+            state, kv, source = carry
+            onward = how.order.rotate(kv, leg.depart) if leg.depart else kv  # on the way while this step computes
+            state = step(state, kv, source, leg)
+            return (state, onward, (source - leg.depart) % how.order.shards), None
+
+        carry = (state, kv, source)
+        carry = body(carry, None)[0] if leg.steps == 1 else jax.lax.scan(body, carry, length=leg.steps)[0]
+        state, kv, source = carry
+    return state
+
+
+def _ring_forward(how: How, q, k, v, segments) -> Partial:
+    qs, ids = _pieces(how, q), _pieces(how, segments, 1)
+    block, me = qs[0].shape[2], jax.lax.axis_index(how.order.axes)
+
+    def step(found: list[Partial], kv: Any, source: jax.Array, leg: Leg) -> list[Partial]:
+        ks, vs, kv_ids = _pieces(how, kv[0]), _pieces(how, kv[1]), _pieces(how, kv[2], 1)
+        found = list(found)
+        for p, r, always in leg.pairs:
+            offset = how.start(me, p, block) - how.start(source, r, block)
+
+            def add(one: Partial, p=p, r=r, offset=offset) -> Partial:
+                return merge(one, how.tiles.forward(qs[p], ks[r], vs[r], _both(ids[p], kv_ids[r]), offset, how.see))
+
+            found[p] = _when(reaches(how.see, offset, block, block), always, add, found[p])
+        return found
+
+    found = _ring(how, step, [empty(one) for one in qs], (k, v, segments), block)
+    return Partial(*(jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True)))
+
+
+def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array, jax.Array, jax.Array]:
+    of_queries = (_pieces(how, a) for a in (q, lse, di, do))
+    queries = list(zip(*of_queries, _pieces(how, segments, 1), strict=True))
+    block, me = queries[0][0].shape[2], jax.lax.axis_index(how.order.axes)
+
+    def zeros(x: jax.Array) -> jax.Array:
+        return jnp.zeros_like(x, jnp.float32)
+
+    def step(state: Any, kv: Any, source: jax.Array, leg: Leg) -> Any:
+        dq, travelled = state
+        kvs = list(zip(_pieces(how, kv[0]), _pieces(how, kv[1]), _pieces(how, kv[2], 1), strict=True))
+        dq, dkv = list(dq), [(zeros(one), zeros(one)) for one, _, _ in kvs]
+        # Gradients go after keys and values: they arrive while this step computes what it adds to them.
+        travelled = how.order.rotate(travelled, leg.arrive)
+        for p, r, always in leg.pairs:
+            offset = how.start(me, p, block) - how.start(source, r, block)
+
+            def add(sums: Any, p=p, r=r, offset=offset) -> Any:
+                (one, *rest, ids), (k, v, kv_ids) = queries[p], kvs[r]
+                found = how.tiles.backward(one, k, v, _both(ids, kv_ids), offset, how.see, *rest)
+                return jax.tree.map(lambda total, d: total + d.astype(jnp.float32), sums, found)
+
+            sums = _when(reaches(how.see, offset, block, block), always, add, (dq[p], *dkv[r]))
+            dq[p], dkv[r] = sums[0], sums[1:]
+        return dq, jax.tree.map(jnp.add, travelled, dkv)
+
+    home = [(zeros(one), zeros(one)) for one in _pieces(how, k)]
+    dq, dkv = _ring(how, step, ([zeros(one[0]) for one in queries], home), (k, v, segments), block)
+    last = sum(leg.depart * leg.steps for leg in how.legs(block))
+    dk, dv = zip(*how.order.rotate(dkv, -last), strict=True)
+    dq, dk, dv = (jnp.concatenate(parts, axis=2) for parts in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _gathered(how: How, x: jax.Array | None, dim: int) -> Any:
+    if x is None:
+        return None
+    return how.order.restore(jax.lax.all_gather(x, how.order.axes, axis=dim, tiled=True), dim)
+
+
+def _gather_forward(how: How, q, k, v, segments) -> Partial:
+    whole = [_gathered(how, a, 2) for a in (k, v)]
+    ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.order.axes), []
+    for p, (one, own) in enumerate(zip(_pieces(how, q), _pieces(how, segments, 1), strict=True)):
+        first = how.start(me, p, one.shape[2])
+        found.append(how.tiles.forward(one, *whole, _both(own, ids), first, how.see))
+    return Partial(*(jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True)))
+
+
+def _gather_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array, jax.Array, jax.Array]:
+    whole = [_gathered(how, a, 2) for a in (k, v)]
+    ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.order.axes), []
+    of_queries = (_pieces(how, a) for a in (q, lse, di, do))
+    for p, (one, *rest, own) in enumerate(zip(*of_queries, _pieces(how, segments, 1), strict=True)):
+        first = how.start(me, p, one.shape[2])
+        found.append(how.tiles.backward(one, *whole, _both(own, ids), first, how.see, *rest))
+    dq, *dkv = zip(*found, strict=True)
+
+    def scattered(parts: tuple[jax.Array, ...]) -> jax.Array:
+        total = how.order.arrange(sum(parts[1:], parts[0]).astype(k.dtype), 2)
+        return jax.lax.psum_scatter(total, how.order.axes, scatter_dimension=2, tiled=True)
+
+    dk, dv = map(scattered, dkv)
+    return jnp.concatenate(dq, axis=2), dk, dv
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: How, q_BHTK, k_BGTK, v_BGTK, segments_BT) -> jax.Array:
+    return _forward(how, q_BHTK, k_BGTK, v_BGTK, segments_BT)[0]
+
+
+def _forward(how: How, q, k, v, segments) -> tuple[jax.Array, Any]:
+    found = (_ring_forward if how.form == "ring" else _gather_forward)(how, q, k, v, segments)
+    out = found.out.astype(q.dtype)
+    return out, (q, k, v, segments, out, found.lse)
+
+
+def _backward(how: How, saved: Any, do: jax.Array) -> tuple[Any, ...]:
+    q, k, v, segments, out, lse = saved
+    di = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
+    backward = _ring_backward if how.form == "ring" else _gather_backward
+    found = backward(how, q, k, v, segments, lse, di, do)
+    return *(d.astype(a.dtype) for d, a in zip(found, (q, k, v), strict=True)), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def tiles_of(see: See, shape: Shape, platform: str, forced: Kernel | None = None) -> Tiles:
+    """The implementation of the parts.
+
+    Args:
+        see: what may be seen.
+        shape: of one part: a block of queries on a block of keys.
+        platform: "cpu", "gpu" or "tpu".
+        forced: the kernel that the config asks for.
+
+    Raises:
+        ConfigError: the forced kernel cannot do it.
+    """
+    name = choose(see, shape, platform, forced)
+    if forced == "cudnn":
+        raise ConfigError(
+            "model.attention=cudnn: refused: it has no form for sequences that are spread over devices; "
+            "use model.attention=none to let it be chosen"
+        )
+    return SPLASH if name == "splash" else PLAIN
+
+
+def attend_across(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    see: See,
+    *,
+    order: Order,
+    platform: str,
+    segments_BT: jax.Array | None = None,
+    forced: Kernel | None = None,
+    form: Form | Literal["auto"] = "auto",
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """Self-attention over sequences that are sharded in `order`.
+
+    Args:
+        q_BTHK: queries; positions over the axes of `order`, rows and heads over any others.
+        k_BTGK: keys, sharded alike; `H` is a multiple of `G`.
+        v_BTGK: values.
+        see: what may be seen.
+        order: which positions each shard has.
+        platform: "cpu", "gpu" or "tpu".
+        segments_BT: document ids.
+        forced: the kernel that the config asks for.
+        form: the way of keys and values; "auto" takes the cheaper (see `cheaper`).
+        tiles: for tests: the implementation of the parts.
+
+    Returns:
+        `[B, T, H, K]`, sharded like `q_BTHK`.
+
+    Raises:
+        ConfigError: the forced kernel refuses.
+    """
+    q_sharding = jax.typeof(q_BTHK).sharding
+    rows, _, heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)
+    length, groups = q_BTHK.shape[1], jax.typeof(k_BTGK).sharding.shard_shape(k_BTGK.shape)[2]
+    if form == "auto":
+        own = Heads(
+            rows=rows,
+            length=length,
+            heads=heads,
+            groups=groups,
+            head_dim=head_dim,
+            itemsize=q_BTHK.dtype.itemsize,
+        )
+        form = cheaper(order, see, own)
+    if tiles is None:
+        block = length // (order.shards * order.pieces)
+        shape = Shape(
+            queries=block,
+            keys=length if form == "gather" else block,
+            head_dim=head_dim,
+            segments=segments_BT is not None,
+            indexed=False,
+            dtype=q_BTHK.dtype,
+        )
+        tiles = tiles_of(see, shape, platform, forced)
+    how = How(order=order, see=see, form=form, tiles=tiles)
+    scale = head_dim**-0.5 if see.scale is None else see.scale
+
+    def local(q, k, v, segments):
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * scale, k, v))
+        return _attention(how, q.astype(k.dtype), k, v, segments).transpose(0, 2, 1, 3)
+
+    arrays = (q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
+    # Of kernels JAX does not know over which mesh axes their values vary (see `ops.attention.PLAIN`).
+    sharded = jax.shard_map(local, in_specs=specs, out_specs=q_sharding.spec, check_vma=tiles is PLAIN)
+    return sharded(*arrays)

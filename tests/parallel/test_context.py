@@ -1,0 +1,58 @@
+"""Where positions lie on the shards of a sequence, and that each shard has as much to see as any other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+
+
+def order(shards: int, *, zigzag: bool = True) -> Order:
+    return Order(axes=("context",), shards=shards, zigzag=zigzag)
+
+
+def test_each_shard_has_an_early_and_a_late_block() -> None:
+    assert order(3).places(12).tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+    assert order(3, zigzag=False).places(6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert order(1).places(4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_all_shards_see_the_same_number_of_keys(shards: int) -> None:
+    places = np.asarray(order(shards).places(16 * shards)).reshape(shards, 16)
+    assert len(set((places + 1).sum(axis=1).tolist())) == 1
+    consecutive = np.asarray(order(shards, zigzag=False).places(16 * shards)).reshape(shards, 16)
+    assert (consecutive + 1).sum(axis=1).max() > 1.4 * (places + 1).sum(axis=1).max()
+
+
+@pytest.mark.parametrize("zigzag", [True, False])
+def test_blocks_are_where_places_say(zigzag: bool) -> None:
+    found = order(4, zigzag=zigzag)
+    block = 32 // (4 * found.pieces)
+    shards = np.arange(4)
+    starts = np.stack([found.block(shards, piece) * block for piece in range(found.pieces)], axis=1)
+    assert np.array_equal(starts.reshape(-1), np.asarray(found.places(32))[::block])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_restore_undoes_arrange(dim: int) -> None:
+    x = jnp.arange(16 * 16 * 3).reshape(16, 16, 3)
+    arranged = order(4).arrange(x, dim)
+    assert np.array_equal(arranged, jnp.take(x, order(4).places(16), axis=dim))
+    assert np.array_equal(order(4).restore(arranged, dim), x)
+
+
+@pytest.mark.parametrize("by", [1, 3, -2, 4])
+def test_rotate_sends_round_the_ring(by: int) -> None:
+    spec = PartitionSpec("context")
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(fsdp=1, context=4), jax.devices()[:4])):
+        x = jax.device_put(jnp.arange(8), NamedSharding(mesh, spec))
+
+        def rotate(x: jax.Array) -> jax.Array:
+            return order(4).rotate(x, by)
+
+        found = jax.jit(jax.shard_map(rotate, in_specs=spec, out_specs=spec))(x)
+    assert np.array_equal(found, np.roll(np.arange(8), 2 * by))
