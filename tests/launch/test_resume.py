@@ -110,6 +110,39 @@ def test_go_on_with_another_mesh(tiny: Tiny) -> None:
     assert record["devices"]["mesh"] == {"replica": 1, "stage": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
 
 
+STAGES = {
+    "uneven": ("mesh.stage=2", "mesh.fsdp=4"),
+    "two chunks a stage": (
+        "mesh.stage=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "pipeline.schedule=interleaved",
+        "pipeline.chunks=2",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
+def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...]) -> None:
+    """Trained and evaluated in stages, gone on with without them: the losses are those of a run without."""
+    model = ("model.layers=5", "train.accumulate=2", "train.global_batch=16")
+    whole, parts = (*model, "name=whole"), (*model, "name=parts")
+    assert tiny.launch(*whole).code == 0
+    staged = tiny.launch(*parts, *stages)
+    assert staged.code == 0, staged.err
+    shutil.rmtree(tiny.directory("parts") / "checkpoints" / str(STEPS))
+    assert_same_bits(saved(tiny, "parts", 10, *parts), saved(tiny, "parts", 10, *parts, *stages))
+    assert tiny.launch(*parts).code == 0
+    found, wanted = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("parts", "whole"))
+    assert found == pytest.approx(wanted, rel=2e-5)
+    heldout = [
+        [row["eval/loss"] for row in read(tiny.directory(name) / "metrics.jsonl") if "eval/loss" in row]
+        for name in ("parts", "whole")
+    ]
+    assert len(heldout[0]) == 3 and heldout[0] == pytest.approx(heldout[1], rel=2e-5)
+
+
 LONG = (
     "train.steps=800",
     "train.eval_every=none",

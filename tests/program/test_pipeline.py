@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import pytest
 
 from jaxinfra.data.loader import TokenData
 from jaxinfra.models.transformer import TransformerConfig

@@ -1,0 +1,78 @@
+"""A pipeline computes the loss and every gradient of one device, under every schedule and beside every other axis."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.program import Program
+from jaxinfra.run import Run
+from tests.parity import cases
+from tests.parity.cases import BIASES, DOCUMENTS, Case, gradients, on_host, put, too_different
+
+FOUR = replace(DOCUMENTS, model=replace(DOCUMENTS.model, layers=4))
+SIGHTS = replace(BIASES, model=replace(BIASES.model, layers=6))
+TWO_CHUNKS = PipelineConfig(schedule="interleaved", chunks=2)
+APART = PipelineConfig(schedule="zero_bubble")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """A run in stages."""
+
+    run: Run
+    mesh: MeshConfig
+    pipeline: PipelineConfig = PipelineConfig()
+    microbatches: int = 4
+
+    def __str__(self) -> str:
+        axes = [f"{axis}{size}" for axis, size in vars(self.mesh).items() if size > 1]
+        return "-".join((self.run.name, *axes, self.pipeline.schedule, f"by{self.microbatches}"))
+
+    def differs(self) -> dict[str, float]:
+        """What is too different from one device."""
+        run = replace(self.run, pipeline=self.pipeline)
+        found = gradients(Case(run=run, mesh=self.mesh, accumulate=self.microbatches))
+        return too_different(found, gradients(Case(run=self.run)))
+
+
+FAST = [
+    Staged(run=DOCUMENTS, mesh=MeshConfig(replica=2, stage=2, fsdp=2)),
+    Staged(run=BIASES, mesh=MeshConfig(stage=2, fsdp=2, tensor=2), microbatches=2),
+    Staged(run=FOUR, mesh=MeshConfig(stage=2, fsdp=4), pipeline=TWO_CHUNKS),
+]
+SLOW = [
+    Staged(run=DOCUMENTS, mesh=MeshConfig(stage=2, fsdp=1, tensor=4), pipeline=APART),
+    Staged(run=DOCUMENTS, mesh=MeshConfig(stage=2, fsdp=4), microbatches=1),
+    Staged(run=BIASES, mesh=MeshConfig(stage=2, fsdp=4), pipeline=PipelineConfig(schedule="gpipe")),
+    Staged(run=BIASES, mesh=MeshConfig(replica=2, stage=2, fsdp=1, tensor=2), pipeline=APART, microbatches=2),
+    Staged(run=SIGHTS, mesh=MeshConfig(stage=4, fsdp=2), microbatches=8),
+    Staged(run=FOUR, mesh=MeshConfig(stage=2, fsdp=2, tensor=2), pipeline=TWO_CHUNKS, microbatches=8),
+]
+
+
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_gradients_in_stages_are_those_of_one_device(case: Staged) -> None:
+    assert not case.differs()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_gradients_in_stages_are_those_of_one_device_in_more_ways(case: Staged) -> None:
+    assert not case.differs()
+
+
+@pytest.mark.slow
+def test_evaluation_in_stages_is_that_of_one_device() -> None:
+    def sums(mesh: MeshConfig, microbatches: int) -> dict[str, np.ndarray]:
+        run = replace(BIASES, mesh=mesh, train=replace(BIASES.train, accumulate=microbatches))
+        program = Program(run, make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)]))
+        params = put(cases.values_on_host(program.specs), program.params)
+        with program.on_mesh:
+            return on_host(program.eval_step(params, put(cases.batch_on_host(run), program.batch)))
+
+    assert not too_different(sums(MeshConfig(stage=2, fsdp=2, tensor=2), 4), sums(MeshConfig(fsdp=1), 1))
