@@ -21,6 +21,8 @@ RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
     "make test-slow": "the command that runs this test",
     "python -m launch bench step": "tests/bench",
+    "python -m launch bench parallel": "tests/bench",
+    "python -m launch parity --write docs/parallelism.md": "tests/launch/test_parity.py",
     "python tests/golden/write.py": "tests/golden",
 }
 

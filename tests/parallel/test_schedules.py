@@ -111,8 +111,14 @@ def test_1f1b_keeps_as_many_inputs_however_many_microbatches_there_are(stages: i
 
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_interleaved_keeps_as_many_inputs_however_many_microbatches_there_are(chunks: int) -> None:
-    slots = {schedule("interleaved", stages=4, microbatches=m, chunks=chunks).slots for m in (16, 32, 128)}
-    assert len(slots) == 1
+    """(V + 1) S - 1, a chunk's input each."""
+    for microbatches in (16, 32, 128):
+        made = schedule("interleaved", stages=4, microbatches=microbatches, chunks=chunks)
+        assert made.slots == (chunks + 1) * 4 - 1
+
+
+def test_weight_gradients_apart_keep_no_more_inputs() -> None:
+    assert {schedule("zero_bubble", stages=4, microbatches=m).slots for m in (8, 32, 128)} == {7}
 
 
 def test_the_picture() -> None:
