@@ -27,7 +27,7 @@ from jaxinfra.parallel.layout import Layout, Names, partial_zeros
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, param_key
 from jaxinfra.stages import Stages
-from jaxinfra.tasks.task import Task, loss
+from jaxinfra.tasks.task import loss
 
 if TYPE_CHECKING:
     from jaxinfra.run import Run
@@ -63,7 +63,9 @@ class Program:
 
     Attributes:
         run: the config.
+        family: the config of its model.
         task: what it is trained for.
+        data: what it is trained on.
         mesh: where it runs; an `AbstractMesh` can be lowered on but not run.
         layout: names to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
@@ -83,7 +85,7 @@ class Program:
             ConfigError: a parameter does not fit the mesh.
         """
         self.run, self.mesh = run, mesh
-        self.task: Task = run.task
+        self.family, self.task, self.data = run.parts
         if platform is None:
             platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
         # The chunks of a stage are not consecutive: its layers are then not stored on it.
@@ -128,7 +130,7 @@ class Program:
         return self._batch(heldout=True)
 
     def _batch(self, *, heldout: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        fields = self.task.batch(self.run.data, self.run.train.global_batch, heldout=heldout)
+        fields = self.task.batch(self.data, self.run.train.global_batch, heldout=heldout)
         return {n: self._sharded(f.shape, f.dtype, self.layout.spec(*f.axes)) for n, f in fields.items()}
 
     @cached_property
@@ -203,10 +205,10 @@ class Program:
 
     def with_words(self, batch: Batch, step: jax.Array | int) -> Batch:
         """The batch of a step with what decides about dropout: random words of its positions, if there is any."""
-        if self.run.model.dropout == 0:
+        if self.family.dropout == 0:
             return batch
         key = param_key(jax.random.key(self.run.seed), FIELD)
-        shape = (self.run.train.global_batch, self.run.model.positions(self.run.data))
+        shape = (self.run.train.global_batch, self.family.positions(self.data))
         return {**batch, FIELD: token_words(key, jnp.asarray(step), shape, self.layout.spec("batch", "sequence"))}
 
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:

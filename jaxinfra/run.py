@@ -3,19 +3,25 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
 from jaxinfra.config import Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
+from jaxinfra.data.digits import Digits
 from jaxinfra.data.loader import TokenData
+from jaxinfra.data.source import DataConfig
+from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.optim.schedules import schedule_problems
 from jaxinfra.parallel.layout import Rules
 from jaxinfra.parallel.mesh import AXES, MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.tasks.causal_lm import CausalLM
+from jaxinfra.tasks.classification import Classification
+from jaxinfra.tasks.task import Task
 from jaxinfra.track.tracker import TrackConfig
 from jaxinfra.train.loop import TrainConfig
 
@@ -56,6 +62,14 @@ class Precision:
     compute: Literal["float32", "bfloat16"] = "bfloat16"
 
 
+class Parts(NamedTuple):
+    """The model, task and data of a run, as all else knows them: that they are of one kind is all that there is."""
+
+    model: ModelConfig
+    task: Task
+    data: DataConfig
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """All that a run is.
@@ -80,9 +94,9 @@ class Run:
     name: str
     root: str = "runs"
     seed: int = 0
-    model: TransformerConfig
-    task: CausalLM = field(default_factory=CausalLM)
-    data: TokenData
+    model: TransformerConfig | VisionTransformerConfig
+    task: CausalLM | Classification = field(default_factory=CausalLM)
+    data: TokenData | Digits
     precision: Precision = Precision()
     mesh: MeshConfig = MeshConfig()
     rules: Rules = Rules()
@@ -91,6 +105,11 @@ class Run:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+    @property
+    def parts(self) -> Parts:
+        """What must go together."""
+        return Parts(self.model, self.task, self.data)
 
     def _shards(self, axes: Sequence[str]) -> int:
         return math.prod(getattr(self.mesh, axis) for axis in axes)
@@ -105,9 +124,17 @@ class Run:
             yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
         if "://" in self.root:
             yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
-        yield from self.model.problems_with(self.data)
-        yield from self.task.problems_with(self.data)
         yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
+        model, task, data = self.parts
+        if len({part.unit for part in self.parts}) > 1:
+            yield Problem(
+                fields=("model", "task", "data"),
+                message=f"read {model.unit}s, {task.unit}s and {data.unit}s, but must read the same",
+                fix="name a model, a task and data of one kind",
+            )
+            return
+        yield from model.problems_with(data)
+        yield from task.problems_with(data)
         if -1 not in self.mesh.sizes:
             yield from self._divisions()
 
@@ -128,8 +155,9 @@ class Run:
                 message=f"the batch does not divide into {parts} equal parts",
                 fix=f"use train.global_batch={_rounded_up(self.train.global_batch, parts)}",
             )
-        for part in ("model", "data"):
-            for name, (size, axis) in getattr(self, part).spread.items():
+        model, _, data = self.parts
+        for part, spread in (("model", model.spread), ("data", data.spread)):
+            for name, (size, axis) in spread.items():
                 axes = self.rules.mesh_axes(axis)
                 if size % self._shards(axes):
                     yield self._division_problem(f"{part}.{name}", size, axes)
@@ -185,7 +213,8 @@ class Run:
         if self.train.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
             return 0
         shards = self._shards(self.rules.sequence) * self.mesh.stage
-        return 1 if self.task.by_position and self.model.positions(self.data) % shards == 0 else None
+        model, task, data = self.parts
+        return 1 if task.by_position and model.positions(data) % shards == 0 else None
 
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
         shards = self._shards(axes)
@@ -238,4 +267,4 @@ def resolved(run: Run, devices: int) -> Run:
     return replace(run, mesh=run.mesh.resolve(devices))
 
 
-__all__ = ["AXES", "NOT_NUMERIC", "Precision", "Run", "named", "resolved"]
+__all__ = ["AXES", "NOT_NUMERIC", "Parts", "Precision", "Run", "named", "resolved"]

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.config import load, read_record
+from jaxinfra.data.loader import TokenData
 from jaxinfra.data.store import TokenStore
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
-from jaxinfra.models.transformer import Cache, Transformer
+from jaxinfra.models.transformer import Cache, Transformer, TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.program import Program
@@ -56,25 +57,27 @@ class Sampler:
         """Takes parameters that are on the mesh of `sampling_program(run)`."""
         self._program = sampling_program(run)
         self._params, self._tokenizer = params, tokenizer
-        self._config, self._masked = run.model, run.data.mask_documents
+        self._config, data = _of_text(run)
+        self._masked = data.mask_documents
 
     @classmethod
     def from_run(cls, run_dir: str | Path) -> Self:
         """The newest checkpoint of a run; the averaged parameters where the run keeps them.
 
         Raises:
-            ConfigError: it is no run directory.
+            ConfigError: it is no run directory, or its model is none of text.
             CheckpointError: it has no checkpoint.
         """
         directory = Path(run_dir)
         if not (directory / "run.json").exists():
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
         run = load(directory / "run.json", root=Run).run
-        store = TokenStore.open(run.data.store)
+        _, data = _of_text(run)
+        store = TokenStore.open(data.store)
         trained_on = read_record(directory / "run.json").get("data")
         if trained_on != store.manifest.fingerprint:
             raise ConfigError(
-                f"{directory}: was trained on a store with fingerprint {trained_on}, {run.data.store} has "
+                f"{directory}: was trained on a store with fingerprint {trained_on}, {data.store} has "
                 f"{store.manifest.fingerprint}: its words are others; bring the store back"
             )
         program = sampling_program(run)
@@ -153,6 +156,18 @@ class Sampler:
         model: Transformer = self._program.model(params)
         hidden_B1D, cache = _with_cache(model, token_B1, cache)
         return _draw(model, hidden_B1D[:, 0], key, draw), cache
+
+
+def _of_text(run: Run) -> tuple[TransformerConfig, TokenData]:
+    """The model and the data of a run, which must be of text.
+
+    Raises:
+        ConfigError: they are of something else.
+    """
+    model, data = run.model, run.data
+    if isinstance(model, TransformerConfig) and isinstance(data, TokenData):
+        return model, data
+    raise ConfigError(f"{run.name}: its model reads {model.unit}s and writes no text; name the run of a language model")
 
 
 def sampling_program(run: Run) -> Program:

@@ -26,7 +26,7 @@ from jaxinfra.config import Loaded, diff, read_record, record, validate, write_r
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.feed import Prefetcher, process_rows, to_global
-from jaxinfra.data.source import DataConfig, OpenData
+from jaxinfra.data.source import OpenData
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
@@ -146,8 +146,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     run = resolved(loaded.run, len(devices))
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
-    config: DataConfig = run.data
-    data = config.open(fix=prepare_hint)
+    data = program.data.open(fix=prepare_hint)
     data.check(run.model)
     data.heldout()  # refuses data without any
     directory = RunDirectory(path=Path(run.root) / run.name)
@@ -228,7 +227,7 @@ class _Session:
         one = next(iter(program.batch.values()))
         self.rows = process_rows(one.sharding, one.shape)
         self.heldout = heldout_batches(
-            config.data,
+            program.data,
             data.heldout(config.train.eval_windows),
             global_batch=config.train.global_batch,
             rows=self.rows,
@@ -243,7 +242,7 @@ class _Session:
         with program.on_mesh:
             state = self._begin(done)
             batches = Batches(
-                config.data,
+                program.data,
                 self.data.train,
                 global_batch=config.train.global_batch,
                 rows=self.rows,

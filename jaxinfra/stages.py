@@ -88,9 +88,9 @@ class Stages:
 
     def finish(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `pipeline.Model`."""
-        fields = self.run.task.batch(self.run.data, self.run.train.global_batch, heldout=True)
+        fields = self.run.parts.task.batch(self.run.data, self.run.train.global_batch, heldout=True)
         batch = {n: jax.reshard(batch[n], self.at_end.spec(*f.axes)) for n, f in fields.items() if n in batch}
-        return self.run.task.finish(self._merged(self._end, shared), x, batch)
+        return self.run.parts.task.finish(self._merged(self._end, shared), x, batch)
 
     def penalty(self, counted: Any) -> jax.Array | None:
         """See `pipeline.Model`."""

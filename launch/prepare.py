@@ -16,11 +16,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     from jaxinfra.config import validate
-    from jaxinfra.data.source import DataConfig
 
     run = config_argument.loaded(options).run
     validate(run)
-    data: DataConfig = run.data
     columns = (TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns) as bars:
         tasks: dict[str, TaskID] = {}
@@ -30,6 +28,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 tasks[stage] = bars.add_task(stage)
             bars.update(tasks[stage], completed=done, total=total)
 
-        lines = data.prepare(progress)
+        lines = run.parts.data.prepare(progress)
     print("\n".join(lines))
     return 0

@@ -33,12 +33,12 @@ def gib(n_bytes: float) -> str:
 
 def units_per_step(program: Program) -> int:
     """Units (tokens, images) of one global batch."""
-    return program.run.train.global_batch * program.run.data.sample_units
+    return program.run.train.global_batch * program.data.sample_units
 
 
 def step_flops(program: Program) -> float:
     """FLOPs of one step, over all devices (see `models.flops`)."""
-    return program.run.train.global_batch * program.run.model.flops(program.run.data)
+    return program.run.train.global_batch * program.family.flops(program.data)
 
 
 def derived(program: Program, train_units: int | None = None) -> Derived:

@@ -17,6 +17,9 @@ import jax
 import numpy as np
 
 from jaxinfra.config import load, validate
+from jaxinfra.data.loader import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, resolved
@@ -30,7 +33,7 @@ WARM_UPS = 3
 
 def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
     """The bare step of the same model, batch and optimiser."""
-    model, adamw = run.model, run.optim.optimizer
+    (model, data), adamw = _of_text(run), run.optim.optimizer
     assert model.rope is not None and model.groups == model.heads, "the bare step has rotary, ungrouped attention"
     return bare.Sizes(
         vocab=model.vocab_size,
@@ -38,7 +41,7 @@ def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
         width=model.width,
         heads=model.heads,
         mlp=model.mlp_dim,
-        length=run.data.seq_len,
+        length=data.seq_len,
         batch=run.train.global_batch,
         eps=model.norm_eps,
         theta=model.rope.theta,
@@ -47,6 +50,13 @@ def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
         compute=run.precision.compute,
         naive=naive,
     )
+
+
+def _of_text(run: Run) -> tuple[TransformerConfig, TokenData]:
+    model, data = run.model, run.data
+    if isinstance(model, TransformerConfig) and isinstance(data, TokenData):
+        return model, data
+    raise ConfigError(f"{run.name}: the bare step is of a language model; use --config configs/bench_small.py")
 
 
 class Framework:
@@ -60,8 +70,9 @@ class Framework:
             self.state: TrainState = self.program.init(jax.random.key(run.seed))
 
     def _batch(self, run: Run) -> dict[str, jax.Array]:
-        shape = (run.train.global_batch, run.data.seq_len + 1)
-        tokens_BW = np.random.default_rng(0).integers(0, run.model.vocab_size, shape, np.int32)
+        model, data = _of_text(run)
+        shape = (run.train.global_batch, data.seq_len + 1)
+        tokens_BW = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
         arrays = {"inputs": tokens_BW[:, :-1], "targets": tokens_BW[:, 1:]}
         return {name: jax.device_put(array, self.program.batch[name].sharding) for name, array in arrays.items()}
 

@@ -1,0 +1,303 @@
+"""The vision transformer (Dosovitskiy et al. 2021, "An image is worth 16x16 words"): patches of an image as a sequence.
+
+An image is cut into square patches, each becomes a position of the stream by one matrix product, and every position
+gets a learned embedding. The layers are those of an encoder: pre-norm, every position sees all. What stands for the
+image is the stream at a class token, or its mean.
+
+Positions are few and, with a class token, odd in number: between layers they are spread over the mesh only where
+that divides them, elsewhere never.
+
+Shape suffixes: B batch, N patches, T positions, P features of a patch, D width, C classes, L layers, S stages.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxinfra.config import Problem
+from jaxinfra.models.attention import Attention, AttentionShape, Place
+from jaxinfra.models.layers import MLP, Norm, Stack
+from jaxinfra.models.model import Inputs, LayerSums, Staged
+from jaxinfra.models.remat import Remat, remat
+from jaxinfra.ops.attention import Kernel, See
+from jaxinfra.ops.dot import dot
+from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.spec import constant, normal
+
+ALL = See(causal=False)
+NOWHERE = Place(tables=None, segments=None, start=None)
+"""Positions are in the stream: attention needs none."""
+
+
+class Images(Protocol):
+    """What the model needs to know of the data."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a pixel."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTransformerConfig:
+    """The shape of an image classifier.
+
+    Attributes:
+        image_size: pixels of a side.
+        patch: pixels of a side of a patch.
+        channels: numbers of a pixel.
+        classes: that an image may be of.
+        layers: blocks.
+        width: residual width.
+        heads: attention heads.
+        mlp_dim: hidden width of the MLP.
+        pool: what stands for the image: the stream at a class token before the patches, or its mean over them.
+        norm_eps: added to the variance.
+        attention: forces an attention kernel; None chooses by platform and shape.
+        dropout: part of the features that are zero, while training, of the embedded patches and of what attention and
+            MLP add to the stream.
+        remat: what is kept of each layer for the backward pass.
+    """
+
+    unit: ClassVar[str] = "image"
+    image_size: int
+    patch: int
+    classes: int
+    layers: int
+    width: int
+    heads: int
+    mlp_dim: int
+    channels: int = 3
+    pool: Literal["class", "mean"] = "class"
+    norm_eps: float = 1e-6
+    attention: Kernel | None = None
+    dropout: float = 0.0
+    remat: Remat = "none"
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def length(self) -> int:
+        """Positions of the stream."""
+        return self.patches + (self.pool == "class")
+
+    def problems(self) -> Iterable[Problem]:
+        """Sizes are positive; patches tile the image, and heads the width."""
+        sizes = ("image_size", "patch", "channels", "classes", "layers", "width", "heads", "mlp_dim")
+        wrong = [name for name in sizes if getattr(self, name) < 1]
+        for name in wrong:
+            yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        if not 0 <= self.dropout < 1:
+            yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
+        if wrong:
+            return
+        if self.image_size % self.patch:
+            fitting = max(n for n in range(1, self.patch) if self.image_size % n == 0)
+            yield Problem(
+                fields=("image_size", "patch"), message="patches must tile the image", fix=f"use patch={fitting}"
+            )
+        if self.width % self.heads:
+            fitting = -(-self.width // self.heads) * self.heads
+            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=f"use width={fitting}")
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """See `ModelConfig`."""
+        return {
+            "heads": (self.heads, "heads"),
+            "mlp_dim": (self.mlp_dim, "mlp"),
+            "width": (self.width, "embed"),
+        }
+
+    def problems_with(self, data: Images) -> Iterable[Problem]:
+        """The images are those that the model is made for."""
+        for name in ("image_size", "channels"):
+            found = getattr(data, name)
+            if getattr(self, name) != found:
+                yield Problem(
+                    fields=(f"model.{name}",), message=f"the images have {found}", fix=f"use model.{name}={found}"
+                )
+
+    def positions(self, data: Images) -> int:
+        """Patches, and a class token where there is one."""
+        return self.length
+
+    def flops(self, data: Images) -> float:
+        """FLOPs of training on one image: `6` a weight and position it meets, and of attention `12` a pair and width.
+
+        Norms, pooling and softmax count nothing (see `models.flops`).
+        """
+        width, length = self.width, self.length
+        weights = 4 * width * width + 2 * width * self.mlp_dim
+        ends = self.patches * self.patch**2 * self.channels * width + width * self.classes
+        return 6 * (self.layers * length * weights + ends) + 12 * self.layers * width * length * length
+
+    def alike(self, numbers: np.ndarray) -> bool:
+        """Whether each place in the stages holds a layer, or none does (see `ModelConfig`)."""
+        held = numbers >= 0
+        return bool((held.all(axis=-1) | ~held.any(axis=-1)).all())
+
+    def build(self, layout: Layout) -> "VisionTransformer":
+        """The module, with `ParamSpec`s where arrays will be."""
+        rules = replace(layout.rules, sequence=())
+        if self.length % replace(layout, rules=rules).shards("positions"):
+            rules = replace(rules, block_sequence=())
+        return VisionTransformer(self, replace(layout, rules=rules))
+
+
+class EncoderBlock(nnx.Module):
+    """Attention and MLP, each read from a norm of the residual stream and added back to it."""
+
+    def __init__(self, config: VisionTransformerConfig, layout: Layout, stack: Stack):
+        self.layout, self.dropout = layout, config.dropout
+        width, eps = config.width, config.norm_eps
+        norm = partial(Norm, width, kind="layernorm", eps=eps, offset=0.0, stack=stack, layout=layout)
+        # Both outputs of every layer add to the stream, whose variance is to stay near one.
+        out_scale = (2 * config.layers) ** -0.5
+        shape = AttentionShape(
+            width=width,
+            heads=config.heads,
+            kv_heads=config.heads,
+            head_dim=width // config.heads,
+            qkv_bias=True,
+            out_bias=True,
+            qk_norm=False,
+            norm_eps=eps,
+            norm_offset=0.0,
+            out_scale=out_scale,
+            kernel=config.attention,
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(shape, stack=stack, layout=layout)
+        self.mlp_norm = norm()
+        self.mlp = MLP(width, config.mlp_dim, kind="gelu", bias=True, out_scale=out_scale, stack=stack, layout=layout)
+
+    def __call__(self, x_BTD: jax.Array, words_BT: jax.Array | None) -> jax.Array:
+        """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
+        y_BTD, _ = self.attention(self._whole(self.attention_norm(x_BTD)), ALL, NOWHERE, None)
+        x_BTD += self._drop(y_BTD, words_BT, site=0)
+        y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
+        return x_BTD + self._drop(y_BTD, words_BT, site=1)
+
+    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
+        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
+
+    def _whole(self, x_BTD: jax.Array) -> jax.Array:
+        return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
+
+
+class VisionTransformer(nnx.Module):
+    """Images in, logits of their classes out."""
+
+    def __init__(self, config: VisionTransformerConfig, layout: Layout):
+        self.config, self.layout = config, layout
+        alone, width = Stack(), config.width
+        features = config.patch**2 * config.channels
+        self.patches = alone.declare(
+            (features, width), (None, "embed"), normal(features**-0.5), "embedding", contract=1
+        )
+        self.patches_bias = alone.declare((width,), (None,), constant(0.0), "bias")
+        self.token = alone.declare((width,), (None,), normal(0.02), "embedding") if config.pool == "class" else None
+        self.positions = alone.declare((config.length, width), (None, "embed"), normal(0.02), "embedding")
+        self.blocks = EncoderBlock(config, layout, Stack(layers=config.layers))
+        self.norm = Norm(width, kind="layernorm", eps=config.norm_eps, offset=0.0, stack=alone, layout=layout)
+        self.classes = alone.declare((width, config.classes), ("embed", None), normal(width**-0.5), "head", contract=1)
+        self.classes_bias = alone.declare((config.classes,), (None,), constant(0.0), "bias")
+
+    def begin(self, batch: Inputs) -> jax.Array:
+        """The stream before the first layer.
+
+        Args:
+            batch: `images` `[B, H, W, channels]`, float32; `dropout` `[B, T]` (see `ops.dropout`), or none.
+
+        Returns:
+            `[B, T, D]` in the compute dtype, block positions.
+        """
+        layout = self.layout
+        patches_BNP = to_patches(batch["images"], self.config.patch).astype(layout.compute_dtype)
+        x_BND = dot(patches_BNP, layout.weight(self.patches[...], (None, "embed")))
+        table = layout.weight(self.positions[...], (None, "embed"))
+        bias = layout.weight(self.patches_bias[...], (None,))
+        if self.token is None:
+            x_BTD = layout.local(lambda x, bias, table: x + bias + table, x_BND, bias, table)
+        else:
+            token = layout.weight(self.token[...], (None,))
+            x_BTD = layout.local(_with_token, x_BND, bias, table, token)
+        x_BTD = layout.shard(x_BTD, "batch", "positions", None)
+        if FIELD not in batch:
+            return x_BTD
+        return drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+
+    def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None, /) -> tuple[jax.Array, LayerSums]:
+        """The stream after the layers that `blocks` holds, block positions; they count nothing (see `Model`)."""
+        words_BT = batch.get(FIELD)
+
+        def layer(block: EncoderBlock, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
+            return block(x_BTD, None if words_BT is None else layer_words(words_BT, number))
+
+        kept = remat(layer, self.config.remat)
+
+        def body(x_BTD: jax.Array, layer: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
+            block, number = layer
+            y_BTD = kept(block, x_BTD, number)
+            return y_BTD if staged is None or staged.alike else _where_held(number, y_BTD, x_BTD), None
+
+        numbers = jnp.arange(self.config.layers) if staged is None else staged.numbers
+        return jax.lax.scan(body, x_BTD, (self.blocks, numbers))[0], {}
+
+    def end(self, x_BTD: jax.Array) -> jax.Array:
+        """What stands for each image after the last norm: `[B, D]`."""
+        x_BTD = self.layout.shard(x_BTD, "batch", "sequence", None)
+        if self.token is not None:
+            x_BTD = x_BTD[:, :1]
+        return jnp.mean(self.norm(x_BTD, ("batch", "sequence")), axis=1)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Of the classes, from the stream after the last layer: `[B, C]`, float32."""
+        layout = self.layout
+        y_BC = dot(self.end(x_BTD), layout.weight(self.classes[...], ("embed", None)))
+        return layout.local(jnp.add, y_BC, layout.weight(self.classes_bias[...], (None,))).astype(jnp.float32)
+
+    def penalty(self, sums: LayerSums) -> jax.Array | None:
+        """Nothing."""
+        return None
+
+
+def to_patches(images: jax.Array, patch: int) -> jax.Array:
+    """`[B, H, W, channels]` to `[B, N, P]`: patches row by row, pixels row by row in each."""
+    B, H, W, channels = images.shape
+    rows, columns = H // patch, W // patch
+    cut = images.reshape(B, rows, patch, columns, patch, channels)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, patch * patch * channels)
+
+
+def _with_token(x_BND: jax.Array, bias_D: jax.Array, table_TD: jax.Array, token_D: jax.Array) -> jax.Array:
+    """The class token before the patches, with what each position has of its own."""
+    token_B1D = jnp.broadcast_to(token_D, (x_BND.shape[0], 1, token_D.shape[0]))
+    return jnp.concatenate([token_B1D, x_BND + bias_D], axis=1) + table_TD
+
+
+def _where_held(number_S: jax.Array, y_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    """`y_BTD` in the rows of stages that hold a layer (of a number from 0), `x_BTD` in all others."""
+    spec = jax.typeof(x_BTD).sharding.spec
+
+    def own(number: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.where(number[0] >= 0, y, x)
+
+    return jax.shard_map(own, in_specs=(P("stage"), spec, spec), out_specs=spec)(number_S, y_BTD, x_BTD)

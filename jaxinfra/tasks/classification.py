@@ -1,0 +1,111 @@
+"""Classification: every sample is of one class."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxinfra.config import Problem
+from jaxinfra.models.model import Model
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.tasks.task import Field
+
+
+class Images(Protocol):
+    """What the task needs to know of the data."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a pixel."""
+        ...
+
+
+class Classifier(Model, Protocol):
+    """What the task needs of a model."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of its arrays."""
+        ...
+
+    def logits(self, x_BTD: jax.Array, /) -> jax.Array:
+        """Of the classes, from the stream after the last layer: `[B, C]`, float32."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Images and their classes.
+
+    Attributes:
+        label_smoothing: share of the target that is spread over all classes evenly, in what training minimises
+            (Szegedy et al. 2016, section 7); the loss that is reported is the cross-entropy with the class itself.
+    """
+
+    unit: ClassVar[str] = "image"
+    label_smoothing: float = 0.0
+
+    @property
+    def by_position(self) -> bool:
+        """All positions stand for one class."""
+        return False
+
+    def problems(self) -> Iterable[Problem]:
+        """Smoothing leaves something to learn."""
+        if not 0 <= self.label_smoothing < 1:
+            yield Problem(
+                fields=("label_smoothing",), message="must be at least 0 and below 1", fix="use label_smoothing=0.1"
+            )
+
+    def problems_with(self, data: Images) -> Iterable[Problem]:
+        """Nothing: any images will do."""
+        return ()
+
+    def batch(self, data: Images, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
+        """Images `[B, H, W, channels]` and labels `[B]`; held-out ones have weights `[B]`."""
+        shape = (global_batch, data.image_size, data.image_size, data.channels)
+        number, label = jnp.dtype("float32"), jnp.dtype("int32")
+        fields = {
+            "images": Field(shape=shape, dtype=number, axes=("batch", None, None, None)),
+            "labels": Field(shape=shape[:1], dtype=label, axes=("batch",)),
+        }
+        if heldout:
+            fields["weights"] = Field(shape=shape[:1], dtype=number, axes=("batch",))
+        return fields
+
+    def finish(
+        self, model: Classifier, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Sums of cross-entropy in nats, of right answers, and of weights, over the images of the batch."""
+        labels_B, logits_BC = batch["labels"], model.logits(x_BTD)
+        weights_B = batch.get("weights")
+        if weights_B is None:
+            weights_B = jnp.ones_like(labels_B, jnp.float32)
+        logs_BC = jax.nn.log_softmax(logits_BC)
+        hit_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
+        entropy_B = -jnp.sum(jnp.where(hit_BC, logs_BC, 0.0), axis=-1)
+        right_B = (jnp.argmax(logits_BC, axis=-1) == labels_B).astype(jnp.float32)
+        out = PartitionSpec(unreduced=frozenset(model.layout.mesh_axes("batch")))
+
+        def total(values_B: jax.Array) -> jax.Array:
+            return jnp.einsum("b,b->", values_B, weights_B, out_sharding=out)
+
+        smooth_B = (1 - self.label_smoothing) * entropy_B - self.label_smoothing * jnp.mean(logs_BC, axis=-1)
+        sums = {"loss": entropy_B, "accuracy": right_B, "weight": jnp.ones_like(entropy_B)}
+        return total(smooth_B), {name: total(values_B) for name, values_B in sums.items()}
+
+    def scores(self, sums: Mapping[str, float], heldout: object) -> dict[str, float]:
+        """The loss in nats an image, and the share of right answers."""
+        return {name: sums[name] / sums["weight"] for name in ("loss", "accuracy")}
+
+    def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:
+        """Nothing."""
+        return {}
