@@ -235,7 +235,7 @@ class Program:
             arranged = order.arrange(jax.reshard(x, whole), axes.index("sequence"))
             return jax.reshard(arranged, self.layout.spec(*axes))
 
-        fields = self.task.batch(self.run.data, self.run.train.global_batch, heldout=True)
+        fields = self.task.batch(self.data, self.run.train.global_batch, heldout=True)
         axes = {name: field.axes for name, field in fields.items()} | {FIELD: ("batch", "sequence")}
         return {name: one(x, axes[name]) for name, x in batch.items()}
 

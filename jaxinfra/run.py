@@ -11,6 +11,7 @@ from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.digits import Digits
 from jaxinfra.data.loader import TokenData
 from jaxinfra.data.source import DataConfig
+from jaxinfra.errors import ConfigError
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
@@ -140,11 +141,15 @@ class Run:
 
     def _divisions(self) -> Iterable[Problem]:
         """Every sharded dimension divides over its mesh axes, and the context axis has a use."""
-        if self.mesh.context > 1 and "context" not in self.rules.sequence:
+        model, task, data = self.parts
+        if any(axis == "positions" for _, axis in data.spread.values()):
+            yield from self._context()
+        elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:
+            sharded = tuple(f"mesh.{axis}" for axis in self.rules.sequence if getattr(self.mesh, axis) > 1)
             yield Problem(
-                fields=("mesh.context", "rules.sequence"),
-                message="the context axis spreads sequences and nothing else",
-                fix="use rules.sequence=(context,)",
+                fields=("rules.sequence", *sharded),
+                message=f"{data.unit}s are no sequences, and stay whole",
+                fix="use rules.sequence=(context,) mesh.context=1",
             )
         parts = self._batch_parts()
         if self.train.global_batch % parts:
@@ -155,7 +160,6 @@ class Run:
                 message=f"the batch does not divide into {parts} equal parts",
                 fix=f"use train.global_batch={_rounded_up(self.train.global_batch, parts)}",
             )
-        model, _, data = self.parts
         for part, spread in (("model", model.spread), ("data", data.spread)):
             for name, (size, axis) in spread.items():
                 axes = self.rules.mesh_axes(axis)
@@ -163,11 +167,19 @@ class Run:
                     yield self._division_problem(f"{part}.{name}", size, axes)
                 elif axis == "positions":
                     yield from self._blocks(f"{part}.{name}", size)
-        shards, length = self._shards_of_loss(), self.model.positions(self.data)
+        shards, length = self._shards_of_loss(), model.positions(data)
         if shards > 1 and length % shards == 0:
-            yield from self.task.problems_of_shard(length // shards)
+            yield from task.problems_of_shard(length // shards)
         if self.mesh.stage > 1:
             yield from self._stages()
+
+    def _context(self) -> Iterable[Problem]:
+        if self.mesh.context > 1 and "context" not in self.rules.sequence:
+            yield Problem(
+                fields=("mesh.context", "rules.sequence"),
+                message="the context axis spreads sequences and nothing else",
+                fix="use rules.sequence=(context,)",
+            )
 
     def _shards_of_loss(self) -> int:
         """Into how many parts the positions of a sequence are cut for head and loss."""
@@ -258,6 +270,18 @@ def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
     return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": COMMAND_LINE})
 
 
+def of_text(run: Run) -> tuple[TransformerConfig, TokenData]:
+    """The model and the data of a run, for what works on text alone.
+
+    Raises:
+        ConfigError: they are of something else.
+    """
+    model, data = run.model, run.data
+    if isinstance(model, TransformerConfig) and isinstance(data, TokenData):
+        return model, data
+    raise ConfigError(f"{run.name}: its model reads {model.unit}s, this is for language models; name another run")
+
+
 def resolved(run: Run, devices: int) -> Run:
     """The run with its mesh sized for so many devices.
 
@@ -267,4 +291,4 @@ def resolved(run: Run, devices: int) -> Run:
     return replace(run, mesh=run.mesh.resolve(devices))
 
 
-__all__ = ["AXES", "NOT_NUMERIC", "Parts", "Precision", "Run", "named", "resolved"]
+__all__ = ["AXES", "NOT_NUMERIC", "Parts", "Precision", "Run", "named", "of_text", "resolved"]

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 
 from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.config import load, read_record
-from jaxinfra.data.loader import TokenData
 from jaxinfra.data.store import TokenStore
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
-from jaxinfra.models.transformer import Cache, Transformer, TransformerConfig
+from jaxinfra.models.transformer import Cache, Transformer
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.program import Program
-from jaxinfra.run import Run
+from jaxinfra.run import Run, of_text
 
 PROMPT_BLOCK = 64
 """Prompts are padded to a multiple of this, so that prompts of like length share one compiled program."""
@@ -57,7 +56,7 @@ class Sampler:
         """Takes parameters that are on the mesh of `sampling_program(run)`."""
         self._program = sampling_program(run)
         self._params, self._tokenizer = params, tokenizer
-        self._config, data = _of_text(run)
+        self._config, data = of_text(run)
         self._masked = data.mask_documents
 
     @classmethod
@@ -72,7 +71,7 @@ class Sampler:
         if not (directory / "run.json").exists():
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
         run = load(directory / "run.json", root=Run).run
-        _, data = _of_text(run)
+        _, data = of_text(run)
         store = TokenStore.open(data.store)
         trained_on = read_record(directory / "run.json").get("data")
         if trained_on != store.manifest.fingerprint:
@@ -156,18 +155,6 @@ class Sampler:
         model: Transformer = self._program.model(params)
         hidden_B1D, cache = _with_cache(model, token_B1, cache)
         return _draw(model, hidden_B1D[:, 0], key, draw), cache
-
-
-def _of_text(run: Run) -> tuple[TransformerConfig, TokenData]:
-    """The model and the data of a run, which must be of text.
-
-    Raises:
-        ConfigError: they are of something else.
-    """
-    model, data = run.model, run.data
-    if isinstance(model, TransformerConfig) and isinstance(data, TokenData):
-        return model, data
-    raise ConfigError(f"{run.name}: its model reads {model.unit}s and writes no text; name the run of a language model")
 
 
 def sampling_program(run: Run) -> Program:

@@ -78,9 +78,11 @@ def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
     """Random words in rows of two documents, some weights of zero."""
     import numpy as np
 
-    draw = np.random.default_rng(seed)
-    rows, length = run.train.global_batch, run.data.seq_len
-    words = draw.integers(0, run.model.vocab_size, (rows, length + 1), dtype=np.int32)
+    from jaxinfra.run import of_text
+
+    draw, (model, data) = np.random.default_rng(seed), of_text(run)
+    rows, length = run.train.global_batch, data.seq_len
+    words = draw.integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
     cut, place = draw.integers(1, length, (rows, 1)), np.arange(length)
     return {
         "inputs": words[:, :-1],

@@ -182,6 +182,7 @@ class EncoderBlock(nnx.Module):
             norm_offset=0.0,
             out_scale=out_scale,
             kernel=config.attention,
+            form="auto",
         )
         self.attention_norm = norm()
         self.attention = Attention(shape, stack=stack, layout=layout)
@@ -282,9 +283,10 @@ class VisionTransformer(nnx.Module):
 def to_patches(images: jax.Array, patch: int) -> jax.Array:
     """`[B, H, W, channels]` to `[B, N, P]`: patches row by row, pixels row by row in each."""
     B, H, W, channels = images.shape
-    rows, columns = H // patch, W // patch
-    cut = images.reshape(B, rows, patch, columns, patch, channels)
-    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, patch * patch * channels)
+    rows, columns, spread = H // patch, W // patch, P(jax.typeof(images).sharding.spec.partitions[0])
+    cut = images.reshape(B, rows, patch, columns, patch, channels, out_sharding=spread)
+    joined = (B, rows * columns, patch * patch * channels)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(joined, out_sharding=spread)
 
 
 def _with_token(x_BND: jax.Array, bias_D: jax.Array, table_TD: jax.Array, token_D: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Published decoders by name, and two small ones for tests and benchmarks.
+"""Published models by name, and two small ones for tests and benchmarks.
 
 Every number is from the `config.json` published with the weights of the models that a family's
 function names. A shape is all there is: number formats, dropout and context lengths are the run's business.
@@ -7,10 +7,12 @@ above 1 may want a `vocab_size` that it divides.
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import TypedDict, Unpack
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope
 
 
@@ -156,6 +158,12 @@ def _gpt2(layers: int, width: int) -> TransformerConfig:
 _PLAIN = Rope(theta=1e6)
 _STRETCHED = Rope(theta=1e6, scaling=LinearScaling(factor=8.0))
 
+
+def _vit(**sizes: Unpack[_Sizes]) -> VisionTransformerConfig:
+    """ViT-{S,B,L}/16 for ImageNet-1k at 224 pixels (Dosovitskiy et al. 2021; S: Touvron et al. 2021)."""
+    return VisionTransformerConfig(image_size=224, patch=16, classes=1000, **sizes)
+
+
 SHAPES: dict[str, TransformerConfig] = {
     "tiny": _small(256, layers=2, width=64, heads=4, mlp_dim=128),
     "small": _small(8192, layers=4, width=256, heads=8, mlp_dim=1024),
@@ -196,13 +204,34 @@ SHAPES: dict[str, TransformerConfig] = {
 """Name to shape."""
 
 
+VISION_SHAPES: dict[str, VisionTransformerConfig] = {
+    "vit-s16": _vit(layers=12, width=384, heads=6, mlp_dim=1536),
+    "vit-b16": _vit(layers=12, width=768, heads=12, mlp_dim=3072),
+    "vit-l16": _vit(layers=24, width=1024, heads=16, mlp_dim=4096),
+}
+"""Name to shape, of classifiers of images."""
+
+
 def shape(name: str) -> TransformerConfig:
     """The decoder of that name; change fields of it with `dataclasses.replace`.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in SHAPES:
-        near = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.4) or ["tiny"]
-        raise ConfigError(f'zoo.shape("{name}"): not one of the {len(SHAPES)} shapes; did you mean "{near[0]}"?')
-    return SHAPES[name]
+    return _named(name, SHAPES, "shape", "tiny")
+
+
+def vision_shape(name: str) -> VisionTransformerConfig:
+    """The image classifier of that name; change fields of it with `dataclasses.replace`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _named(name, VISION_SHAPES, "vision_shape", "vit-b16")
+
+
+def _named[S](name: str, shapes: Mapping[str, S], function: str, example: str) -> S:
+    if name not in shapes:
+        near = difflib.get_close_matches(name.lower(), shapes, n=1, cutoff=0.4) or [example]
+        raise ConfigError(f'zoo.{function}("{name}"): not one of the {len(shapes)} shapes; did you mean "{near[0]}"?')
+    return shapes[name]

@@ -69,6 +69,10 @@ class Classification:
         """Nothing: any images will do."""
         return ()
 
+    def problems_of_shard(self, positions: int) -> Iterable[Problem]:
+        """Nothing: images are not cut."""
+        return ()
+
     def batch(self, data: Images, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
         """Images `[B, H, W, channels]` and labels `[B]`; held-out ones have weights `[B]`."""
         shape = (global_batch, data.image_size, data.image_size, data.channels)

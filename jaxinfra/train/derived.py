@@ -52,6 +52,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     unit, units = program.task.unit, units_per_step(program) * run.train.steps
+    a_unit = f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
     embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
     flops = step_flops(program) * run.train.steps
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
@@ -68,7 +69,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "steps": (run.train.steps, ""),
         f"{unit}s": (units, f"steps x {unit}s a step"),
         **program.task.derived(units, program.num_params),
-        f"FLOPs a {unit}": (flops / units, "6 x matmul parameters + attention"),
+        f"FLOPs {a_unit}": (flops / units, "6 x matmul parameters + attention"),
         "FLOPs": (flops, "of the whole run"),
         "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),

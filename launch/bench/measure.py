@@ -17,12 +17,9 @@ import jax
 import numpy as np
 
 from jaxinfra.config import load, validate
-from jaxinfra.data.loader import TokenData
-from jaxinfra.errors import ConfigError
-from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
-from jaxinfra.run import Run, resolved
+from jaxinfra.run import Run, of_text, resolved
 from jaxinfra.train.loop import Hooks, Reporter, Work, fit
 from launch.bench import bare
 from launch.bench.children import Request, Times
@@ -33,7 +30,7 @@ WARM_UPS = 3
 
 def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
     """The bare step of the same model, batch and optimiser."""
-    (model, data), adamw = _of_text(run), run.optim.optimizer
+    (model, data), adamw = of_text(run), run.optim.optimizer
     assert model.rope is not None and model.groups == model.heads, "the bare step has rotary, ungrouped attention"
     return bare.Sizes(
         vocab=model.vocab_size,
@@ -52,13 +49,6 @@ def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
     )
 
 
-def _of_text(run: Run) -> tuple[TransformerConfig, TokenData]:
-    model, data = run.model, run.data
-    if isinstance(model, TransformerConfig) and isinstance(data, TokenData):
-        return model, data
-    raise ConfigError(f"{run.name}: the bare step is of a language model; use --config configs/bench_small.py")
-
-
 class Framework:
     """The train step of a `Program`, with a state and a batch to call it on."""
 
@@ -70,7 +60,7 @@ class Framework:
             self.state: TrainState = self.program.init(jax.random.key(run.seed))
 
     def _batch(self, run: Run) -> dict[str, jax.Array]:
-        model, data = _of_text(run)
+        model, data = of_text(run)
         shape = (run.train.global_batch, data.seq_len + 1)
         tokens_BW = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
         arrays = {"inputs": tokens_BW[:, :-1], "targets": tokens_BW[:, 1:]}

@@ -1,0 +1,120 @@
+"""The vision transformer against a plain NumPy one, and the sizes of the published ones."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.models.vit import VisionTransformerConfig
+from jaxinfra.models.zoo import VISION_SHAPES, vision_shape
+from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
+from jaxinfra.program import Program
+from tests.parity.cases import Case, put, values_on_host
+from tests.parity.test_vision import MEAN, TOKEN, batch_on_host
+
+Params = dict[str, Any]
+
+
+def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * scale + bias
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def attend(x_TD: np.ndarray, w: Params, heads: int) -> np.ndarray:
+    """Head by head, query by query."""
+    out = np.broadcast_to(w["out"]["bias"], x_TD.shape).copy()
+    for h in range(heads):
+        q, k, v = (x_TD @ w[name]["weight"][:, h] + w[name]["bias"][h] for name in ("query", "key", "value"))
+        for t in range(len(x_TD)):
+            scores = k @ q[t] / np.sqrt(q.shape[-1])
+            weights = np.exp(scores - scores.max())
+            out[t] += weights @ v / weights.sum() @ w["out"]["weight"][h]
+    return out
+
+
+def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformerConfig) -> np.ndarray:
+    """The definition, pixel by pixel, in float64."""
+    size, rows = config.patch, []
+    for top in range(0, config.image_size, size):
+        for left in range(0, config.image_size, size):
+            pixels = [image[top + i, left + j] for i in range(size) for j in range(size)]
+            rows.append(np.concatenate(pixels) @ params["patches"] + params["patches_bias"])
+    if config.pool == "class":
+        rows.insert(0, params["token"])
+    x_TD = np.stack(rows) + params["positions"]
+    for number in range(config.layers):
+        w = jax.tree.map(lambda a, number=number: a[number], params["blocks"])
+        y_TD = layer_norm(x_TD, **w["attention_norm"], eps=config.norm_eps)
+        x_TD = x_TD + attend(y_TD, w["attention"], config.heads)
+        y_TD = layer_norm(x_TD, **w["mlp_norm"], eps=config.norm_eps)
+        hidden = gelu(y_TD @ w["mlp"]["up"]["weight"] + w["mlp"]["up"]["bias"])
+        x_TD = x_TD + hidden @ w["mlp"]["down"]["weight"] + w["mlp"]["down"]["bias"]
+    x_TD = layer_norm(x_TD, **params["norm"], eps=config.norm_eps)
+    pooled = x_TD[0] if config.pool == "class" else x_TD.mean(0)
+    return pooled @ params["classes"] + params["classes_bias"]
+
+
+@pytest.mark.parametrize("run", [TOKEN, MEAN], ids=lambda run: run.name)
+def test_sums_are_those_of_the_definition(run) -> None:
+    """Cross-entropy, right answers and weights of a batch, a third of it with weight zero."""
+    program, batch = Case(run=run).program(), batch_on_host()
+    values = values_on_host(program.specs)
+    with program.on_mesh:
+        placed = put(batch, program.heldout_batch)
+        sums = program.eval_step(put(values, program.params), placed)
+    exact = jax.tree.map(lambda a: a.astype(np.float64), values)
+    logits = np.stack([logits_of_image(image, exact, run.model) for image in batch["images"].astype(np.float64)])
+    of_label = np.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
+    entropy = np.log(np.exp(logits).sum(-1)) - of_label
+    weights = batch["weights"]
+    assert float(sums["loss"]) == pytest.approx((entropy * weights).sum(), rel=1e-5)
+    assert float(sums["accuracy"]) == ((logits.argmax(-1) == batch["labels"]) * weights).sum()
+    assert float(sums["weight"]) == weights.sum()
+
+
+def test_smoothing_mixes_the_target_with_all_classes() -> None:
+    """The gradient of the smoothed loss is that of the plain one, and that of the mean over all labels."""
+    epsilon, classes = 0.25, TOKEN.model.classes
+
+    def gradients(smoothing: float, labels: np.ndarray) -> list[np.ndarray]:
+        task = replace(TOKEN.task, label_smoothing=smoothing)
+        program = Case(run=replace(TOKEN, task=task)).program()
+        with program.on_mesh:
+            batch = put({**batch_on_host(), "labels": labels}, program.heldout_batch)
+            grads, _ = program.gradients(put(values_on_host(program.specs), program.params), batch)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
+
+    labels = batch_on_host()["labels"]
+    plain, smooth = gradients(0.0, labels), gradients(epsilon, labels)
+    every = [gradients(0.0, np.full_like(labels, label)) for label in range(classes)]
+    for own, mixed, *others in zip(plain, smooth, *every, strict=True):
+        wanted = (1 - epsilon) * own + epsilon * np.mean(others, axis=0)
+        assert np.abs(mixed - wanted).max() < 1e-5 * np.abs(own).max() + 1e-7
+
+
+# Of the published classifiers of 1,000 classes.
+PARAMETERS = {"vit-s16": 22_050_664, "vit-b16": 86_567_656, "vit-l16": 304_326_632}
+
+
+@pytest.mark.parametrize("name", VISION_SHAPES)
+def test_published_shapes_have_their_parameters(name: str) -> None:
+    """Built for 64 devices that nobody has here."""
+    mesh = MeshConfig(fsdp=32, tensor=2)
+    run = replace(MEAN, model=vision_shape(name), data=replace(MEAN.data, image_size=224), mesh=mesh)
+    program = Program(run, abstract_mesh(mesh), "tpu")
+    assert program.num_params == PARAMETERS[name]
+
+
+def test_flops_by_hand() -> None:
+    """Two patches of 3 numbers and a class token, width 4, MLP of 5, 6 classes, one layer."""
+    shape = VisionTransformerConfig(image_size=2, patch=1, channels=3, classes=6, layers=1, width=4, heads=2, mlp_dim=5)
+    patches, tokens = 4, 5
+    products = patches * 3 * 4 + tokens * (4 * 4 * 4 + 2 * 4 * 5) + 4 * 6
+    attention = 2 * tokens * tokens * 4  # scores, and the weighted sum of values
+    assert shape.flops(MEAN.data) == 3 * 2 * (products + attention)
