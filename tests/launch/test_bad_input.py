@@ -437,7 +437,7 @@ def test_devices(tiny: Tiny, devices: str) -> None:
 
 
 def test_command_word() -> None:
-    commands = "train, show, compile, prepare, sample, diff, bench"
+    commands = "train, show, compile, prepare, sample, diff, parity, bench"
     unknown = rf"shwo: no such command and no such config; the commands are {commands}; did you mean show\?"
     refused(launch("shwo"), unknown)
     refused(launch("shwo", "config.py"), unknown)
