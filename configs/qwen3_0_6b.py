@@ -1,4 +1,4 @@
-"""Qwen3 0.6B on one machine of eight accelerators, with averaged parameters."""
+"""Qwen3 0.6B on one machine of eight TPU v6e chips (2x4), with averaged parameters."""
 
 from dataclasses import replace
 
@@ -23,5 +23,5 @@ def config() -> Run:
         ),
         mesh=MeshConfig(fsdp=8),
         optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=500), peak_lr=1e-3, ema_decay=0.9995),
-        train=TrainConfig(steps=20000, global_batch=128, eval_every=1000, eval_windows=1024),
+        train=TrainConfig(steps=20000, global_batch=128, accumulate=2, eval_every=1000, eval_windows=1024),
     )

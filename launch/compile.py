@@ -1,6 +1,7 @@
 """`python -m launch compile CONFIG --on TOPOLOGY`: the train step, compiled for hardware that is not here."""
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,25 +31,45 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Compiles, prints memory, cycles, kernels and collectives."""
     from jaxinfra.plan.compiled import compile_step
+    from jaxinfra.plan.refusal import smaller, too_big
     from jaxinfra.plan.topology import parse
 
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: compile uses none; say what to compile for with --on")
     topology = parse(options.on)
-    for path in (options.json, options.dump):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise StorageError(f"{path}: its folder does not exist; make it first")
+    for path in (options.dump, options.json):
+        if path is not None:
+            _check_file(path)
     loaded = config_argument.loaded(options)
-    compiled = compile_step(loaded.run, topology, dump=options.dump, report=lambda line: print(line, flush=True))
+    dump = None if options.dump is None else functools.partial(_write_file, options.dump)
+    compiled = compile_step(loaded.run, topology, dump=dump, report=functools.partial(print, flush=True))
     print("\n".join(shown(compiled, topology.chip)))
     if options.json is not None:
-        options.json.write_text(json.dumps(compiled.to_json(), indent=1) + "\n", encoding="utf-8")
-    if compiled.memory.total > topology.chip.hbm_bytes:  # the TPU compiler says so itself
-        raise ConfigError(
-            f"{compiled.name} on {compiled.on}: needs {compiled.memory.total / 2**30:.1f} GiB a device, which has "
-            f"{topology.chip.hbm_bytes / 2**30:.1f}; use more devices, train.accumulate or model.remat=full"
-        )
+        _write_file(options.json, json.dumps(compiled.to_json(), indent=1) + "\n")
+    needed, there = compiled.memory.total, topology.chip.hbm_bytes
+    if needed > there:  # the TPU compiler says so itself
+        fix = smaller(loaded.run, compiled.rows, needed / there)
+        raise ConfigError(f"{compiled.name} on {compiled.on}: {too_big(needed, there, fix)}")
     return 0
+
+
+def _check_file(path: Path) -> None:
+    """Sees to it that a file can be written, before anything takes long.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    if path.is_dir():
+        raise StorageError(f"{path}: is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise StorageError(f"{path}: its folder does not exist; make it first")
+
+
+def _write_file(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}; mend it or name another file") from error
 
 
 def shown(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
@@ -56,11 +77,11 @@ def shown(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
     from jaxinfra.track.text import size
 
     mesh = " x ".join(f"{axis} {size}" for axis, size in compiled.mesh.items()) or "one device"
-    yield f"{compiled.name} on {compiled.on}: {mesh}, {compiled.sequences:g} sequences a device and step"
+    yield f"{compiled.name} on {compiled.on}: {mesh}, {compiled.rows:g} rows of the batch a device and step"
     yield from _memory(compiled, chip)
     yield from _cycles(compiled, chip)
     if compiled.traffic:
-        yield "\nCollectives of one step, on one device (not in the cycles)"
+        yield f"\nCollectives of one step, on one device{'' if compiled.cycles is None else ' (not in the cycles)'}"
         yield f"  {'loops':5}  {'kind':18}  {'over':22}  {'links':7}  {'arrays':>6}  {'moved':>7}  {'bytes':>11}"
     for row in compiled.traffic:
         over = ", ".join(row.axes) or "-"
@@ -92,14 +113,14 @@ def _cycles(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
     if compiled.cycles is not None and chip.clock_hz is not None:
         seconds, clock_ghz = compiled.cycles / chip.clock_hz, chip.clock_hz / 1e9
         yield "\nCompute of one step, as the compiler estimates it"
-        yield f"  cycles             {compiled.cycles:15,}  {seconds:.4f} s at {clock_ghz:.2f} GHz"
-        yield f"  cycles a sequence  {compiled.cycles / compiled.sequences:15,.0f}"
+        yield f"  cycles        {compiled.cycles:15,}  {seconds:.4f} s at {clock_ghz:.2f} GHz"
+        yield f"  cycles a row  {compiled.cycles / compiled.rows:15,.0f}"
         if compiled.unestimated:
-            yield f"  {compiled.unestimated} instructions have no estimate"
+            yield f"  instructions without an estimate: {compiled.unestimated}"
     if compiled.unknown_loops:
         yield f"\nCounted once, for their length is not known: loops {', '.join(compiled.unknown_loops)}"
     if compiled.kernels:
-        yield "\nKernels without an estimate (not in the cycles)"
+        yield f"\nKernels{'' if compiled.cycles is None else ' without an estimate (not in the cycles)'}"
         yield f"  {'loops':5}  {'name':44}  {'target':28}  {'runs':>6}"
     for kernel in compiled.kernels:
         yield f"  {kernel.loops:5}  {kernel.name:44}  {kernel.target:28}  {kernel.runs:6,}"

@@ -26,6 +26,7 @@ class Chip:
         platform: which compiler knows it.
         kind: JAX's `device_kind`, or what it starts with.
         dimensions: of the network that joins the chips of a slice; of a GPU hosts and GPUs.
+        largest: slice that there is; None of GPUs.
         devices_per_chip: how many devices JAX lists for a chip.
         hbm_bytes: memory of one device.
         hbm_bytes_per_s: what it can read or write.
@@ -37,6 +38,7 @@ class Chip:
     platform: Literal["tpu", "cuda"]
     kind: str
     dimensions: int
+    largest: tuple[int, ...] | None = None
     devices_per_chip: int = 1
     hbm_bytes: int
     hbm_bytes_per_s: float
@@ -45,13 +47,14 @@ class Chip:
 
 
 def _tpu(
-    name: str, kind: str, dimensions: int, *, gib: float, gb_per_s: float, flops: float, units: int, side: int
+    name: str, kind: str, largest: tuple[int, ...], *, gib: float, gb_per_s: float, flops: float, units: int, side: int
 ) -> Chip:
     return Chip(
         name=name,
         platform="tpu",
         kind=kind,
-        dimensions=dimensions,
+        dimensions=len(largest),
+        largest=largest,
         devices_per_chip=2 if name in ("v4", "tpu7x") else 1,
         hbm_bytes=int(gib * GIB),
         hbm_bytes_per_s=gb_per_s * 1e9,
@@ -76,15 +79,15 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # 32 GiB, 1228 GB/s and 275 TFLOP/s a chip of two cores, 4 matrix units of 128 x 128 a core: 1.05 GHz.
-        _tpu("v4", "TPU v4", 3, gib=16, gb_per_s=614, flops=CHIP_FLOPS["TPU v4"] / 2, units=4, side=128),
+        _tpu("v4", "TPU v4", (16, 16, 16), gib=16, gb_per_s=614, flops=CHIP_FLOPS["TPU v4"] / 2, units=4, side=128),
         # 16 GiB, 819 GB/s, one core of 4 units: 1.50 GHz.
-        _tpu("v5e", "TPU v5 lite", 2, gib=16, gb_per_s=819, flops=CHIP_FLOPS["TPU v5e"], units=4, side=128),
+        _tpu("v5e", "TPU v5 lite", (16, 16), gib=16, gb_per_s=819, flops=CHIP_FLOPS["TPU v5e"], units=4, side=128),
         # 95 GiB, 2765 GB/s, two cores of 4 units, one device: 1.75 GHz.
-        _tpu("v5p", "TPU v5", 3, gib=95, gb_per_s=2765, flops=CHIP_FLOPS["TPU v5p"], units=8, side=128),
+        _tpu("v5p", "TPU v5", (16, 20, 28), gib=95, gb_per_s=2765, flops=CHIP_FLOPS["TPU v5p"], units=8, side=128),
         # 32 GiB, 1640 GB/s; units of 256 x 256. The estimate of a product is 1.4 times what two could do.
-        _tpu("v6e", "TPU v6 lite", 2, gib=32, gb_per_s=1640, flops=CHIP_FLOPS["TPU v6e"], units=4, side=256),
+        _tpu("v6e", "TPU v6 lite", (16, 16), gib=32, gb_per_s=1640, flops=CHIP_FLOPS["TPU v6e"], units=4, side=256),
         # 192 GiB, 7380 GB/s and 2307 TFLOP/s a chip of two devices.
-        _tpu("tpu7x", "TPU7x", 3, gib=96, gb_per_s=3690, flops=CHIP_FLOPS["TPU7x"], units=4, side=256),
+        _tpu("tpu7x", "TPU7x", (16, 24, 24), gib=96, gb_per_s=3690, flops=CHIP_FLOPS["TPU7x"], units=4, side=256),
         _gpu(
             "a100",
             "NVIDIA A100-SXM4-80GB",

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.plan.collectives import Traffic, collectives, summed
 from jaxinfra.plan.hlo import NO_ESTIMATE, Module
+from jaxinfra.plan.refusal import explained, too_big
 from jaxinfra.plan.topology import Topology, devices, domains, prepare
 from jaxinfra.program import Program
 from jaxinfra.run import Run, resolved
@@ -81,7 +81,7 @@ class Compiled:
         name: of the run.
         on: the topology, as in `--on`.
         mesh: axes of more than one device.
-        sequences: of one device in one step: its part of the global batch.
+        rows: of one device in one step: its part of the global batch.
         memory: of one device.
         cycles: estimated by the compiler for one step of one device, loops multiplied out; None where it estimates
             none (GPUs).
@@ -94,7 +94,7 @@ class Compiled:
     name: str
     on: str
     mesh: dict[str, int]
-    sequences: float
+    rows: float
     memory: Memory
     cycles: int | None
     unestimated: int
@@ -127,14 +127,18 @@ def program_for(run: Run, topology: Topology) -> Program:
 
 
 def compile_step(
-    run: Run, topology: Topology, *, dump: Path | None = None, report: Callable[[str], None] = print
+    run: Run,
+    topology: Topology,
+    *,
+    dump: Callable[[str], object] | None = None,
+    report: Callable[[str], object] = print,
 ) -> Compiled:
     """Compiles the train step and reads what came of it.
 
     Args:
         run: the config.
         topology: what to compile for.
-        dump: a file for the compiled text.
+        dump: takes the compiled text.
         report: takes a line before each thing that takes long.
 
     Raises:
@@ -142,8 +146,9 @@ def compile_step(
     """
     started_s = time.monotonic()
     program = program_for(run, topology)
+    rows = program.run.train.global_batch / program.layout.shards("batch")
     report(f"tracing {run.name} for {topology}, {topology.count} devices")
-    executable = _compiled(program, topology, report)
+    executable = _compiled(program, topology, rows, report)
     report(f"compiled after {time.monotonic() - started_s:.0f} s")
     stats = executable.memory_analysis()
     memory = Memory(
@@ -159,7 +164,7 @@ def compile_step(
     )
     text = executable.as_text()
     if dump is not None:
-        dump.write_text(text, encoding="utf-8")
+        dump(text)
     module = Module(text)
     del text
     placed = domains(topology, list(np.asarray(program.mesh.devices).flat))
@@ -168,7 +173,7 @@ def compile_step(
         name=program.run.name,
         on=str(topology),
         mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
-        sequences=program.run.train.global_batch / program.layout.shards("batch"),
+        rows=rows,
         memory=memory,
         cycles=module.cycles() if any(i.cycles is not None for i in instructions) else None,
         unestimated=sum(i.cycles == NO_ESTIMATE for i in instructions),
@@ -178,19 +183,30 @@ def compile_step(
     )
 
 
-def _compiled(program: Program, topology: Topology, report: Callable[[str], None]) -> Any:
+def _compiled(program: Program, topology: Topology, rows: float, report: Callable[[str], object]) -> Any:
     """The executable.
 
     Raises:
-        ConfigError: the compiler refuses, in one line.
+        ConfigError: the train state alone does not fit, or the compiler refuses.
     """
+    stored, there = _state_bytes(program), topology.chip.hbm_bytes
+    if stored > there:
+        why = too_big(stored, there, "use more devices, or mesh.fsdp in place of mesh.replica", " of train state")
+        raise ConfigError(f"{program.run.name} on {topology}: {why}")
     try:
         lowered = program.lower()
         report("compiling: seconds for a small model, a minute or two for a large one")
         with _no_cache():
             return lowered.compile()
     except RuntimeError as error:  # JaxRuntimeError, from the compiler, is one of them
-        raise ConfigError(f"{program.run.name} on {topology}: {_refusal(str(error))}") from error
+        why = explained(str(error), program.run, rows)
+        raise ConfigError(f"{program.run.name} on {topology}: {why}") from error
+
+
+def _state_bytes(program: Program) -> int:
+    """What one device keeps of the train state, before the compiler pads it."""
+    leaves = jax.tree.leaves(program.state)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 @contextmanager
@@ -204,19 +220,6 @@ def _no_cache() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
-
-
-def _refusal(message: str) -> str:
-    """What a compiler says, in one line that says what to do."""
-    first = " ".join(message.strip().split("\n")[0].split())
-    if "cuDNN not found" in message:
-        return "its attention needs cuDNN; use model.attention=xla, or pip install nvidia-cudnn-cu13"
-    if "VmemOom" in message:
-        return f"a kernel does not fit the chip's vector memory: {first}; use smaller blocks, or model.attention=xla"
-    if "RESOURCE_EXHAUSTED" in message:
-        fix = "use more chips, train.accumulate or model.remat=full"
-        return f"does not fit: {first.removeprefix('RESOURCE_EXHAUSTED: ')} {fix[0].upper()}{fix[1:]}"
-    return f"the compiler refuses it: {first}; --debug shows all it says"
 
 
 def _kernels(module: Module) -> list[Kernel]:

@@ -159,7 +159,7 @@ class Module:
         for instruction in computation.instructions.values():
             inside = fused or instruction.kind == "fusion"
             if instruction.kind == "while":
-                times_inside = times * (self.trips(computation, instruction) or 1)
+                times_inside = times * self._runs(computation, instruction)
                 for called in _called(instruction):
                     yield from self._visit(called, loops + 1, times_inside, inside)
             elif not instruction.kind.endswith(("-done", "-update")):  # these name what their start has called
@@ -186,12 +186,17 @@ class Module:
             total += instruction.cycles if instruction.cycles not in (None, NO_ESTIMATE) else 0
             if instruction.kind == "while":
                 (body,) = instruction.calls["body"]
-                total += self._cycles(body) * (self.trips(computation, instruction) or 1)
+                total += self._cycles(body) * self._runs(computation, instruction)
             elif instruction.kind == "conditional":
                 total += max(self._cycles(branch) for branch in _called(instruction))
             elif instruction.kind in ("call", "async-start"):
                 total += sum(self._cycles(called) for called in _called(instruction))
         return total
+
+    def _runs(self, computation: Computation, loop: Instruction) -> int:
+        """How often a while loop's body counts."""
+        trips = self.trips(computation, loop)
+        return 1 if trips is None else trips
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
         """How often a while loop's body runs, None where the text does not say."""
@@ -206,7 +211,7 @@ class Module:
         carried = computation.instructions[loop.operands[0]]
         first = self._constant(computation, carried.operands[index]) if carried.kind == "tuple" else None
         step = self._step(body, index)
-        if first is None or not step:
+        if first is None or step is None or step <= 0:
             return None
         return max(0, math.ceil((limit - first) / step))
 

@@ -21,6 +21,9 @@ from jaxinfra.parallel.mesh import Device
 from jaxinfra.plan.chips import CHIPS, Chip
 
 EXAMPLE = "use --on v5p:4x4x4, --on 2xv5e:2x4 (two slices) or --on h100:1x8 (hosts x GPUs)"
+MOST_DEVICES = 65_536
+"""More than anyone has, and as many as can be laid out in seconds."""
+
 INSTALL = "pip install -e '.[compile]'"
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server, which only Google's machines have
@@ -75,21 +78,29 @@ def parse(text: str) -> Topology:
     Raises:
         ConfigError: no such chip, or not a shape of it.
     """
-    matched = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", text)
+    matched = re.fullmatch(r"(?:([0-9]{1,5})x)?([a-z]\w*):([0-9]{1,5}(?:x[0-9]{1,5})*)", text)
     if matched is None:
         raise ConfigError(f"--on {text}: expected a chip and a shape; {EXAMPLE}")
     slices, name, shape = int(matched[1] or 1), matched[2], tuple(map(int, matched[3].split("x")))
     if name not in CHIPS:
         raise ConfigError(f"--on {text}: no such chip; known are {', '.join(CHIPS)}; {EXAMPLE}")
     chip = CHIPS[name]
-    example = {2: "2x4" if chip.platform == "tpu" else "1x8", 3: "4x4x4"}[chip.dimensions]
     if len(shape) != chip.dimensions or 0 in shape or not slices:
-        raise ConfigError(f"--on {text}: {name} wants {chip.dimensions} sizes above 0; use --on {name}:{example}")
+        raise ConfigError(f"--on {text}: {name} wants {chip.dimensions} sizes above 0; use --on {_example(chip)}")
     if chip.platform == "cuda" and slices > 1:
         raise ConfigError(f"--on {text}: GPUs come in hosts, not in slices; use --on {name}:{slices}x8")
-    if chip.platform == "tpu" and chip.dimensions == 2 and max(shape) > 16:
-        raise ConfigError(f"--on {text}: a slice of {name} has at most 16x16 chips; use --on {name}:16x16")
-    return Topology(chip=chip, shape=shape, slices=slices)
+    if chip.largest is not None and (math.prod(shape) > math.prod(chip.largest) or max(shape) > max(chip.largest)):
+        largest = "x".join(map(str, chip.largest))
+        raise ConfigError(f"--on {text}: a slice of {name} has at most {largest} chips; use --on {name}:{largest}")
+    found = Topology(chip=chip, shape=shape, slices=slices)
+    if found.count > MOST_DEVICES:
+        raise ConfigError(f"--on {text}: {found.count:,} devices; use {MOST_DEVICES:,} or fewer")
+    return found
+
+
+def _example(chip: Chip) -> str:
+    """A topology of a chip that there is."""
+    return f"{chip.name}:{'1x8' if chip.platform == 'cuda' else {2: '2x4', 3: '4x4x4'}[chip.dimensions]}"
 
 
 def prepare(topology: Topology) -> None:
@@ -129,7 +140,10 @@ def devices(topology: Topology) -> Sequence[Device]:
                 platform="cuda", topology=f"1x{sizes}", target_config=_gpu_target(topology.chip)
             )
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"--on {topology}: the compiler refuses it: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"--on {topology}: the compiler knows no such slice: {' '.join(str(error).split())}; use --on "
+            f"{_example(topology.chip)}"
+        ) from error
     assert len(described.devices) == topology.count, (topology, len(described.devices))
     return described.devices
 

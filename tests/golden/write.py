@@ -1,8 +1,10 @@
-"""Writes the golden dumps: every config of configs/ as the tree of values that it stands for.
+"""Writes what the golden tests compare with.
 
-python tests/golden/write.py
+python tests/golden/write.py                     # every config of configs/ as the tree of values that it stands for
+python tests/golden/write.py compile [NAME...]   # what is compiled for hardware that is not here; minutes for all
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +20,12 @@ def dumps() -> dict[str, str]:
     return {path.stem: dump(load(path, root=Run).run) for path in sorted(CONFIGS.glob("*.py"))}
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
+    if words[:1] == ["compile"]:
+        from tests.golden.compiled import write
+
+        write(words[1:])
+        return
     wanted = dumps()
     for path in FOLDER.glob("*.txt"):
         if path.stem not in wanted:
@@ -29,4 +36,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parent.parent))
-    main()
+    os.chdir(FOLDER.parent.parent)
+    main(sys.argv[1:])

@@ -160,6 +160,12 @@ def test_a_named_reduce_scatter_counts_what_it_reduces() -> None:
             "(f32[16], f32[4]) all-gather-done(%s)",
             (64, 16),
         ),
+        (
+            "reduce-scatter",
+            "((f32[8], f32[4]), (f32[4], f32[2])) reduce-scatter-start(%p, %q)",
+            "(f32[4], f32[2]) reduce-scatter-done(%s)",
+            (32, 16),
+        ),
         ("all-reduce", "f32[8] all-reduce-start(%p)", "f32[8] all-reduce-done(%s)", (32,)),
         ("all-reduce", "((f32[8]), f32[8]) all-reduce-start(%p)", "f32[8] all-reduce-done(%s)", (32,)),
         (
@@ -174,6 +180,61 @@ def test_what_starts_and_ends_apart_counts_once(kind: str, start: str, done: str
     groups = "source_target_pairs={{0,1},{1,0}}" if kind == "collective-permute" else "replica_groups=[4,2]<=[8]"
     module = entry(f"%s = {start}, {groups}", f"ROOT %d = {done}")
     assert collectives(module, MESH) == [one(kind, ("tensor",), *arrays)]
+
+
+def test_a_computation_that_is_started_and_waited_for_counts_once() -> None:
+    wrapped = """
+%wrapped (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  ROOT %all-to-all.1 = f32[8] all-to-all(%x), replica_groups=[4,2]<=[8], dimensions={0}
+}
+"""
+    module = entry(
+        "%s = ((f32[8]), f32[8], s32[]) async-start(%p), calls=%wrapped",
+        "%u = ((f32[8]), f32[8], s32[]) async-update(%s), calls=%wrapped",
+        "ROOT %d = f32[8] async-done(%u), calls=%wrapped",
+        before=wrapped,
+    )
+    assert collectives(module, MESH) == [one("all-to-all", ("tensor",), 32)]
+
+
+def test_a_loop_in_a_loop_multiplies() -> None:
+    def loop(name: str, runs: int, inside: str) -> str:
+        return f"""
+%{name}_condition (p: (s32[], f32[8])) -> pred[] {{
+  %p.{name} = (s32[], f32[8]) parameter(0)
+  %n = s32[] constant({runs})
+  %i = s32[] get-tuple-element(%p.{name}), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+
+%{name} (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8] get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %zero = s32[] constant(0)
+  %next = s32[] add(%i, %one)
+  {inside}
+  ROOT %out = (s32[], f32[8]) tuple(%next, %x)
+}}
+"""
+
+    start = "%before = (s32[], f32[8]) tuple(%zero, %x)"
+    inner = "%w = (s32[], f32[8]) while(%before), condition=%layers_condition, body=%layers"
+    gather = "%g = f32[16] all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}"
+    sum_of_all = f"%r = f32[8] {REDUCE}"
+    module = entry(
+        "%zero = s32[] constant(0)",
+        "%x = f32[8] parameter(0)",
+        start,
+        "ROOT %w = (s32[], f32[8]) while(%before), condition=%microbatches_condition, body=%microbatches",
+        before=loop("layers", 5, gather) + loop("microbatches", 3, f"{start}\n  {inner}\n  {sum_of_all}"),
+    )
+    assert summed(collectives(module, MESH)) == [
+        Traffic(loops=1, kind="all-reduce", axes=("tensor",), link="local", arrays=1, runs=3, bytes=96),
+        Traffic(loops=2, kind="all-gather", axes=("tensor",), link="local", arrays=1, runs=15, bytes=960),
+    ]
 
 
 def test_a_chain_of_fusions_counts_once() -> None:

@@ -60,12 +60,27 @@ def trips(module: Module) -> int | None:
         (loop(condition="ROOT %more = pred[] compare(%i.1, %limit.1), direction=GT"), None),
         (loop(carried="%x, %x, %limit"), None),
         (loop(body="%next = s32[] multiply(%i, %one)"), None),
+        (loop(body="%down = s32[] constant(-1)\n  %next = s32[] add(%i, %down)"), None),
+        (loop(carried="%limit, %x, %limit"), 0),
     ],
-    ids=["plain", "first value", "step", "both", "limit carried", "other comparison", "unknown first", "no counter"],
+    ids=[
+        "plain",
+        "first value",
+        "step",
+        "both",
+        "limit carried",
+        "other comparison",
+        "unknown first",
+        "no counter",
+        "backwards",
+        "never",
+    ],
 )
 def test_trips_follow_from_condition_first_value_and_step(made: Module, runs: int | None) -> None:
     assert trips(made) == runs
-    assert made.unknown_loops() == ([] if runs else ["while"])
+    assert made.unknown_loops() == (["while"] if runs is None else [])
+    body = [place for place in made.executed() if place.computation.name == "body"]
+    assert [place.times for place in body] == [1 if runs is None else runs]
 
 
 def test_a_limit_that_changes_is_not_taken_for_a_constant() -> None:

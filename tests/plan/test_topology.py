@@ -1,4 +1,4 @@
-"""What `--on` names is understood or refused with what would do; no compiler is asked."""
+"""What `--on` names is understood or refused with what would do, and its compiler knows it."""
 
 import importlib.util
 from typing import Any
@@ -7,10 +7,11 @@ import pytest
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.chips import CHIPS
-from jaxinfra.plan.topology import Topology, parse, prepare
+from jaxinfra.plan.topology import Topology, devices, domains, parse, prepare
 from jaxinfra.runtime.peak import CHIP_FLOPS
 
 EXAMPLE = r"use --on v5p:4x4x4, --on 2xv5e:2x4 \(two slices\) or --on h100:1x8 \(hosts x GPUs\)"
+GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,10 @@ def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, 
         ("0xv5e:2x4", r"--on 0xv5e:2x4: v5e wants 2 sizes above 0; use --on v5e:2x4"),
         ("h100:8", r"--on h100:8: h100 wants 2 sizes above 0; use --on h100:1x8"),
         ("2xh100:1x8", r"--on 2xh100:1x8: GPUs come in hosts, not in slices; use --on h100:2x8"),
+        ("v5p:64x64x64", r"--on v5p:64x64x64: a slice of v5p has at most 16x20x28 chips; use --on v5p:16x20x28"),
+        ("v5e:2x999999", rf"--on v5e:2x999999: expected a chip and a shape; {EXAMPLE}"),
+        ("999xv5e:16x16", r"--on 999xv5e:16x16: 255,744 devices; use 65,536 or fewer"),
+        ("h100:9999x8", r"--on h100:9999x8: 79,992 devices; use 65,536 or fewer"),
         ("v6e:32x8", r"--on v6e:32x8: a slice of v6e has at most 16x16 chips; use --on v6e:16x16"),
     ],
 )
@@ -88,3 +93,21 @@ def test_the_table_of_chips_agrees_with_the_peaks() -> None:
         assert (chip.clock_hz is None) == (chip.platform == "cuda")
         if chip.clock_hz is not None:
             assert 1e9 < chip.clock_hz < 2.5e9
+
+
+@pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:1x1", "v5p:4x4x4", "v6e:16x16", "tpu7x:2x2x1", *GPUS])
+def test_its_compiler_knows_it(text: str) -> None:
+    topology = parse(text)
+    prepare(topology)
+    found = devices(topology)
+    assert len(found) == topology.count
+    assert all(device.device_kind.startswith(topology.chip.kind) for device in found)
+    assert set(domains(topology, found)) == {0}
+
+
+@pytest.mark.parametrize(("text", "sizes"), [("3xv5e:2x4", [8, 8, 8]), ("h100:2x4", [4, 4])])
+def test_slices_and_hosts_are_told_apart(text: str, sizes: list[int]) -> None:
+    topology = parse(text)
+    prepare(topology)
+    placed = domains(topology, devices(topology))
+    assert [placed.count(domain) for domain in sorted(set(placed))] == sizes

@@ -1,0 +1,173 @@
+"""What is compiled for hardware that is not here and held: small programs by their text, configs by their budgets.
+
+Of a small program everything is exact: its golden in `compile/` has the bytes of its arguments and temporaries, and
+of every kind of collective over the same mesh axes in equally many loops. Of a config, `compile/budgets.json` has
+memory, cycles and bytes sent, which may move by `TOLERANCE`. `python tests/golden/write.py compile` writes both.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from jaxinfra.config import load
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.plan.compiled import Compiled, compile_step
+from jaxinfra.plan.topology import parse
+from jaxinfra.run import Run
+from jaxinfra.train.loop import TrainConfig
+from launch.compile import shown
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+FOLDER = Path(__file__).resolve().parent / "compile"
+BUDGETS = FOLDER / "budgets.json"
+TOLERANCE = 0.01
+
+EXAMPLE = "llama3_70b"
+PAGE = CONFIGS.parent / "docs" / "compile.md"
+"""A config whose figures the page shows, as the command prints them."""
+
+BEGIN, END = "<!-- compile: begin -->", "<!-- compile: end -->"
+
+DENSE = Run(
+    name="dense",
+    model=TransformerConfig(
+        vocab_size=1024, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, mlp_dim=512, remat="full"
+    ),
+    data=TokenData(store="none", seq_len=256),
+    train=TrainConfig(global_batch=64, accumulate=2),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A small program.
+
+    Attributes:
+        on: the topology.
+        mesh: that it is laid over.
+        run: all else of it.
+    """
+
+    on: str
+    mesh: MeshConfig
+    run: Run = DENSE
+
+
+def _batch(global_batch: int, accumulate: int, run: Run = DENSE) -> Run:
+    return replace(run, train=TrainConfig(global_batch=global_batch, accumulate=accumulate))
+
+
+CASES = {
+    "v5e-4x4_fsdp-tensor": Case(on="v5e:4x4", mesh=MeshConfig(fsdp=4, tensor=4)),
+    "v5p-4x4x4_fsdp": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=64), run=_batch(64, 1)),
+    "v5p-4x4x4_stage": Case(on="v5p:4x4x4", mesh=MeshConfig(stage=4, fsdp=16), run=_batch(256, 4)),
+    "v5p-4x4x4_context": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=16, context=4), run=_batch(16, 1)),
+    "v6e-16x16_fsdp-tensor": Case(on="v6e:16x16", mesh=MeshConfig(fsdp=64, tensor=4), run=_batch(64, 1)),
+    "2xv5e-2x4_replica": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=8)),
+    "2xv5e-2x4_replica-stage": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, stage=2, fsdp=4), run=_batch(64, 4)),
+}
+"""Named TOPOLOGY_AXES. Slices of several kinds, and every axis of the mesh on one of them."""
+
+ON = {
+    "bench_small": ("v5e:2x4",),
+    "gpt2_124m": ("h100:1x8", "model.attention=xla"),  # cuDNN is not installed for tests
+    "llama3_70b": ("2xv5p:4x4x8",),
+    "parity_dense": ("v5e:2x4",),
+    "quickstart": ("v5e:2x4",),
+    "vit_digits": ("v5e:1x1",),
+}
+"""What files of configs/ are compiled for, and overrides."""
+
+
+def compiled(name: str) -> Compiled:
+    """A case, or a config, compiled for its topology."""
+    if name in CASES:
+        case = CASES[name]
+        return compile_step(replace(case.run, name=name, mesh=case.mesh), parse(case.on), report=_silent)
+    on, *overrides = ON[name]
+    return compile_step(load(CONFIGS / f"{name}.py", overrides, root=Run).run, parse(on), report=_silent)
+
+
+def _silent(line: str) -> None:
+    """Tests report nothing."""
+
+
+def golden(found: Compiled) -> str:
+    """All that is held of a small program, as text."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    compiler = "jax-cuda13-plugin" if found.cycles is None else "libtpu"
+    lines = [
+        f"{found.name}: {mesh}",
+        f"jax {version('jax')}, {compiler} {version(compiler)}",
+        "",
+        f"arguments    {found.memory.arguments:12,} bytes",
+        f"temporaries  {found.memory.temporaries:12,} bytes",
+        "",
+        f"{'loops':5}  {'kind':18}  {'over':18}  {'links':7}  {'arrays':>6}  {'moved':>6}  {'bytes':>12}",
+    ]
+    for row in found.traffic:
+        lines.append(
+            f"{row.loops:5}  {row.kind:18}  {', '.join(row.axes) or '-':18}  {row.link:7}  {row.arrays:6}  "
+            f"{row.runs:6,}  {row.bytes:12,}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def budget(found: Compiled) -> dict[str, int]:
+    """What is held of a config, for one device and one step."""
+    sent = {link: sum(row.bytes for row in found.traffic if row.link == link) for link in ("local", "network")}
+    return {
+        "memory_bytes": found.memory.total,
+        "cycles": found.cycles or 0,
+        "local_bytes": sent["local"],
+        "network_bytes": sent["network"],
+    }
+
+
+def with_example(page: str, found: Compiled) -> str:
+    """The page with the figures of a config between its marks, indented as a listing."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, f"{PAGE}: the marks are gone"
+    lines = "\n".join(shown(found, parse(found.on).chip))
+    return f"{before}{BEGIN}\n\n```\n{lines}\n```\n\n{END}{after}"
+
+
+def budgets() -> dict[str, dict[str, int]]:
+    """The recorded budgets by the name of the config."""
+    return json.loads(BUDGETS.read_text(encoding="utf-8")) if BUDGETS.exists() else {}
+
+
+def overstepped(name: str, found: dict[str, int], recorded: dict[str, int]) -> list[str]:
+    """A line for every figure that has moved by more than `TOLERANCE`."""
+    lines = []
+    for what in sorted(found.keys() | recorded.keys()):
+        now, before = found.get(what, 0), recorded.get(what, 0)
+        if abs(now - before) > TOLERANCE * before:
+            moved = f", {now / before - 1:+.1%}" if before else ""
+            lines.append(f"{name}: {what} {now:,}, recorded {before:,}{moved}")
+    return lines
+
+
+def write(names: list[str]) -> None:
+    """Compiles what is named, or everything, and records it; of all that is gone the records go, too."""
+    for name in names:
+        if name not in CASES and name not in ON:
+            raise SystemExit(f"{name}: no such program; there are {', '.join([*CASES, *ON])}")
+    recorded = {name: figures for name, figures in budgets().items() if name in ON}
+    for path in FOLDER.glob("*.txt"):
+        if path.stem not in CASES:
+            path.unlink()
+    for name in names or [*CASES, *ON]:
+        found = compiled(name)
+        if name in CASES:
+            (FOLDER / f"{name}.txt").write_text(golden(found), encoding="utf-8")
+        else:
+            recorded[name] = budget(found)
+        if name == EXAMPLE:
+            PAGE.write_text(with_example(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        print(name, flush=True)
+    BUDGETS.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", encoding="utf-8")

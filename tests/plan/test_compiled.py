@@ -1,0 +1,87 @@
+"""The step as compilers make it for hardware that is not here: what it sends and takes changes only on purpose."""
+
+import difflib
+import math
+
+import pytest
+
+from jaxinfra.parallel.mesh import AXES
+from jaxinfra.plan.compiled import Compiled
+from jaxinfra.plan.topology import parse
+from tests.golden.compiled import (
+    CASES,
+    CONFIGS,
+    EXAMPLE,
+    FOLDER,
+    ON,
+    PAGE,
+    budget,
+    budgets,
+    compiled,
+    golden,
+    overstepped,
+    with_example,
+)
+
+HINT = "if that is meant, run `python tests/golden/write.py compile {}` and commit what it writes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_small_program_sends_and_takes_what_it_did(name: str) -> None:
+    found = compiled(name)
+    path = FOLDER / f"{name}.txt"
+    before, now = path.read_text(encoding="utf-8") if path.exists() else "", golden(found)
+    if now != before:
+        changes = difflib.unified_diff(before.splitlines(), now.splitlines(), "golden", "now", "", "", 3, "")
+        pytest.fail(f"{name}: {HINT.format(name)}:\n" + "\n".join(changes), pytrace=False)
+    assert not found.unknown_loops
+    if parse(found.on).slices > 1:
+        meets_once(found)
+
+
+def meets_once(found: Compiled) -> None:
+    """Between slices go the gradients, once a step and outside all loops, in float32; nothing else but sums."""
+    far = [row for row in found.traffic if row.link == "network"]
+    assert {(row.kind, row.axes, row.loops) for row in far} == {("all-reduce", ("replica",), 0)}
+    assert all(row.runs == row.arrays for row in far)
+    params_bytes = found.memory.output / 3  # AdamW: as many bytes of each moment as of the float32 parameters
+    assert sum(row.bytes for row in far) == pytest.approx(params_bytes, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON)
+def test_a_config_keeps_to_its_budget(name: str) -> None:
+    found = compiled(name)
+    chip = parse(found.on).chip
+    assert found.memory.total <= chip.hbm_bytes
+    assert not found.unknown_loops
+    over = overstepped(name, budget(found), budgets().get(name, {}))
+    if over:
+        pytest.fail(f"configs/{name}.py on {found.on}: {HINT.format(name)}:\n" + "\n".join(over), pytrace=False)
+    if name == EXAMPLE:
+        page = PAGE.read_text(encoding="utf-8")
+        assert page == with_example(page, found), HINT.format(name)
+
+
+def test_what_is_compiled_is_recorded() -> None:
+    assert set(ON) <= {path.stem for path in CONFIGS.glob("*.py")}
+    assert set(budgets()) == set(ON), HINT.format("")
+    assert {path.stem for path in FOLDER.glob("*.txt")} == set(CASES), HINT.format("")
+
+
+def test_every_axis_is_on_a_topology() -> None:
+    sizes = [case.mesh.sizes for case in CASES.values()]
+    used = {name for name, of_cases in zip(AXES, zip(*sizes, strict=True), strict=True) if max(of_cases) > 1}
+    assert used == set(AXES) - {"expert"}  # no model uses it yet
+    for case in CASES.values():
+        assert math.prod(case.mesh.sizes) == parse(case.on).count
+
+
+def test_a_figure_may_move_by_the_tolerance() -> None:
+    recorded = {"cycles": 1000, "network_bytes": 0}
+    assert overstepped("a", {"cycles": 1010, "network_bytes": 0}, recorded) == []
+    assert overstepped("a", {"cycles": 985, "network_bytes": 4}, recorded) == [
+        "a: cycles 985, recorded 1,000, -1.5%",
+        "a: network_bytes 4, recorded 0",
+    ]
