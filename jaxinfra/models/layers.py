@@ -112,12 +112,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
-        w = self.layout.weight(self.weight[...], self.axes)
+        w, flat = self.layout.weight(self.weight[...], self.axes), self.layout.platform != "tpu"
         if self.direction == "inward":
-            y = product(dot(x, w, contract=self.contract))
+            y = product(dot(x, w, contract=self.contract, flat=flat))
             return self._add_bias(y, ("batch", "sequence"))
         partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.layout.mesh_axes(name))
-        y = dot(x, w, contract=self.contract, partial=partial_over)
+        y = dot(x, w, contract=self.contract, partial=partial_over, flat=flat)
         return self._add_bias(product(self.layout.shard(y, *BLOCK, None)), BLOCK)
 
     def _add_bias(self, y: jax.Array, meets: Names) -> jax.Array:

@@ -290,7 +290,7 @@ class Block(nnx.Module):
         y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=1)
-        return x_BTD, cache, {}
+        return self.layout.rows(x_BTD), cache, {}
 
     def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
         return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)

@@ -1,9 +1,11 @@
 """The matrix product of activations with a weight, in the layout that every platform runs fast.
 
-The product is always of rank 2: leading dimensions of the activations become rows, the contracted dimensions one.
-XLA's CPU back end runs the weight gradient of a rank-3 product in a slow loop (2 to 6 times slower a step);
-on TPU and GPU the reshapes are free. Weights of several pipeline stages (a leading dimension over the mesh axis
-`stage`) make one such product for each stage, with the rows of that stage.
+On CPUs and GPUs the product is of rank 2: leading dimensions of the activations become rows, the contracted dimensions
+one. XLA's CPU back end runs the weight gradient of a rank-3 product in a slow loop (2 to 6 times slower a step); on GPU
+the reshapes are free. On TPU they are not where there are heads: an array of heads as one row of features is another
+order of its tiles, so queries and outputs of attention were copied before and after; there dimensions stay apart.
+Weights of several pipeline stages (a leading dimension over the mesh axis `stage`) make one such product for each
+stage, with the rows of that stage.
 """
 
 import functools
@@ -17,7 +19,9 @@ from jax.sharding import PartitionSpec
 from jaxinfra.parallel.layout import staged
 
 
-def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str] = frozenset()) -> jax.Array:
+def dot(
+    x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str] = frozenset(), flat: bool = True
+) -> jax.Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`.
 
     Args:
@@ -26,6 +30,7 @@ def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str
             of the product.
         contract: number of dimensions in `K`.
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
+        flat: as one product of rank 2; False leaves all dimensions apart.
 
     Returns:
         `[..., *N]` in the dtype of `x`; unreduced over `partial`.
@@ -37,10 +42,15 @@ def dot(x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str
     assert x.shape[x.ndim - contract :] == w.shape[first : first + contract], (x.shape, w.shape)
     if stages:
         x = _split_stages(x, *stages)
-    dims = first + len(lead)
-    rows = 1 if _rows_are_contiguous(x, first, dims) else len(lead)
-    x = _merge(x, (*(1,) * first, len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
-    y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), partial)
+    if flat:
+        dims = first + len(lead)
+        rows = 1 if _rows_are_contiguous(x, first, dims) else len(lead)
+        x = _merge(x, (*(1,) * first, len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
+        y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), partial)
+    else:
+        y = _plain(x, w, partial, contract, first)
+    if not (flat or stages):
+        return y
     out = PartitionSpec(*x_spec.partitions[: len(lead)], *w_spec.partitions[first + contract :], unreduced=partial)
     return y.reshape(*lead, *n, out_sharding=out)
 
@@ -76,28 +86,32 @@ def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> jax.Array:
     """`x @ w`, `[..., K]` by `[K, N]`, or `[S, ..., K]` by `[S, K, N]`; sharded like the rows and the columns."""
-    return _plain(x, w, partial)
+    return _plain(x, w, partial, stages=w.ndim - 2)
 
 
-def _plain(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> jax.Array:
+def _plain(x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int = 1, stages: int = 0) -> jax.Array:
+    """The contraction as it stands, of `[*S, ..., *K]` and `[*S, *K, *N]`."""
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    out = PartitionSpec(*x_spec.partitions[:-1], w_spec.partitions[-1], unreduced=partial) if partial else None
-    stages = (0,) if w.ndim == 3 else ()
-    dimensions = (((x.ndim - 1,), (w.ndim - 2,)), (stages, stages))
-    return jax.lax.dot_general(x, w, dimensions, out_sharding=out)
+    first = x.ndim - contract
+    columns = w_spec.partitions[stages + contract :]
+    out = PartitionSpec(*x_spec.partitions[:first], *columns, unreduced=partial) if partial else None
+    contracted = (tuple(range(first, x.ndim)), tuple(range(stages, stages + contract)))
+    side_by_side = tuple(range(stages))
+    return jax.lax.dot_general(x, w, (contracted, (side_by_side, side_by_side)), out_sharding=out)
 
 
 def _forward(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(x, w, partial), (x, w)
+    return _plain(x, w, partial, stages=w.ndim - 2), (x, w)
 
 
 def _backward(
     partial: frozenset[str], operands: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = operands
-    (dx,) = jax.vjp(lambda x: _plain(x, w, partial), x)[1](g)
+    stages = w.ndim - 2
+    (dx,) = jax.vjp(lambda x: _plain(x, w, partial, stages=stages), x)[1](g)
     if x.ndim > 2:
-        (dw,) = jax.vjp(lambda w: _plain(x, w, partial), w)[1](g)
+        (dw,) = jax.vjp(lambda w: _plain(x, w, partial, stages=stages), w)[1](g)
         return dx, dw
     w_spec = jax.typeof(w).sharding.spec
     out = w_spec.update(unreduced=w_spec.reduced, reduced=w_spec.unreduced)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout as Stored
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxinfra.config import Problem
@@ -220,6 +222,16 @@ class Layout:
         if meets_sharded:
             spec = spec.update(reduced=frozenset(self._real(self.rules.block_sequence)))
         return checkpoint_name(jax.reshard(x, spec), MOVED)
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """An activation stored row by row, features next to one another, its gradient too.
+
+        Said for TPUs alone: left to itself their compiler lets a stream of activations follow the weights that add to
+        it, which it stores transposed, and copies and norms then cost more.
+        """
+        if self.platform != "tpu":
+            return x
+        return with_layout_constraint(x, Stored(major_to_minor=tuple(range(x.ndim))))
 
     def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
         """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.

@@ -25,12 +25,13 @@ def values(*shape: int) -> np.ndarray:
         ((2, 3, 7, 4, 5), (4, 5, 6, 8), 2),
     ],
 )
-def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], contract: int) -> None:
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "apart"])
+def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], contract: int, flat: bool) -> None:
     """Values and both gradients, to 2e-6 of the largest."""
     x, w = values(*x_shape), values(*w_shape)
     noise = values(*x_shape[: len(x_shape) - contract], *w_shape[contract:])
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        y, pull = jax.vjp(lambda x, w: dot(x, w, contract=contract), x, w)
+        y, pull = jax.vjp(lambda x, w: dot(x, w, contract=contract, flat=flat), x, w)
         dx, dw = pull(noise)
     lead = len(x_shape) - contract
     wanted = (
@@ -44,7 +45,8 @@ def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], contra
 
 @pytest.mark.parametrize("spread_length", [False, True], ids=["rank 2", "rank 3"])
 @pytest.mark.parametrize("contract", [1, 2])
-def test_partial_sums_are_scattered(contract: int, spread_length: bool) -> None:
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "apart"])
+def test_partial_sums_are_scattered(flat: bool, contract: int, spread_length: bool) -> None:
     """Contracted over `tensor`, and scattered over positions, which may be on an axis of their own as well."""
     mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2), jax.devices())
     length = "context" if spread_length else None
@@ -60,6 +62,7 @@ def test_partial_sums_are_scattered(contract: int, spread_length: bool) -> None:
             jax.reshard(w, w_spec.update(reduced={"fsdp", "context"})),
             contract=contract,
             partial=frozenset({"tensor"}),
+            flat=flat,
         )
         assert jax.typeof(y).sharding.spec.unreduced == {"tensor"}
         return jax.reshard(y, out)
