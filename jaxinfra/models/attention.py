@@ -91,7 +91,8 @@ class Attention(nnx.Module):
         self.key_norm = norm() if shape.qk_norm else None
 
     def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
-        """`[B, T, D]` with whole positions to `[B, T, D]` with block positions, and the cache with these tokens."""
+        """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
+        x_BTD = self.layout.whole(x_BTD)
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK = self.query_norm(q_BTHK, ("batch", "sequence", "heads"))
@@ -99,33 +100,54 @@ class Attention(nnx.Module):
         if place.tables is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *place.tables), rotate(k_BTGK, *place.tables)
         if cache is None:
-            return self.out(self._among_themselves(q_BTHK, k_BTGK, v_BTGK, see, place.segments)), None
+            y_BTHK = among_themselves(
+                q_BTHK, k_BTGK, v_BTGK, see, place.segments, layout=self.layout, kernel=self.kernel, form=self.form
+            )
+            return self.out(y_BTHK), None
         assert place.start is not None
-        cache = KV(*(_write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
+        cache = KV(*(write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
         q_index = place.start + jnp.arange(x_BTD.shape[1])[None]
         kv_index = jnp.arange(cache.keys.shape[1])[None]
         y_BTHK = attend(q_BTHK, *cache, see, platform=self.layout.platform, q_index=q_index, kv_index=kv_index)
         return self.out(y_BTHK), cache
 
-    def _among_themselves(self, q_BTHK, k_BTGK, v_BTGK, see: See, segments_BT: jax.Array | None) -> jax.Array:
-        """What the tokens of whole sequences see of one another, `[B, T, H, K]`."""
-        order, platform = self.layout.order, self.layout.platform
-        if order.shards > 1:
-            return attend_across(
-                q_BTHK,
-                k_BTGK,
-                v_BTGK,
-                see,
-                order=order,
-                platform=platform,
-                segments_BT=segments_BT,
-                forced=self.kernel,
-                form=self.form,
-            )
-        segments = None if segments_BT is None else (segments_BT, segments_BT)
-        return attend(q_BTHK, k_BTGK, v_BTGK, see, platform=platform, segments=segments, forced=self.kernel)
+    def empty_cache(self, layers: int, batch: int, length: int) -> KV:
+        """A cache for `length` tokens of `batch` rows, of all layers."""
+        shape, layout = self.key.weight[...].shape[-2:], self.layout
+        spec = layout.spec(None, "batch", None, "kv_heads", None)
+        zeros = jnp.zeros((layers, batch, length, *shape), layout.compute_dtype, out_sharding=spec)
+        return KV(zeros, jnp.zeros_like(zeros))
 
 
-def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, start: jax.Array) -> jax.Array:
-    new_BTGK = new_BTGK.astype(cache_BSGK.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache_BSGK, new_BTGK, start, axis=1)
+def among_themselves(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGV: jax.Array,
+    see: See,
+    segments_BT: jax.Array | None,
+    *,
+    layout: Layout,
+    kernel: Kernel | None,
+    form: Form | Literal["auto"],
+) -> jax.Array:
+    """What the tokens of whole sequences see of one another, `[B, T, H, V]` (see `attend` and `attend_across`)."""
+    order, platform = layout.order, layout.platform
+    if order.shards > 1:
+        return attend_across(
+            q_BTHK,
+            k_BTGK,
+            v_BTGV,
+            see,
+            order=order,
+            platform=platform,
+            segments_BT=segments_BT,
+            forced=kernel,
+            form=form,
+        )
+    segments = None if segments_BT is None else (segments_BT, segments_BT)
+    return attend(q_BTHK, k_BTGK, v_BTGV, see, platform=platform, segments=segments, forced=kernel)
+
+
+def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """The cache `[B, S, ...]` with these tokens `[B, T, ...]` from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)

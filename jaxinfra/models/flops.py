@@ -14,9 +14,20 @@ if TYPE_CHECKING:
 
 def matmul_params(config: "TransformerConfig") -> int:
     """Weights that every token is multiplied with: projections, MLP and head, tied or not."""
-    attention = config.width * config.head_width * (2 * config.heads + 2 * config.groups)
     mlp = config.width * config.mlp_dim * (2 if config.mlp == "gelu" else 3)
-    return config.layers * (attention + mlp) + config.width * config.vocab_size
+    return config.layers * (_attention_params(config) + mlp) + config.width * config.vocab_size
+
+
+def _attention_params(config: "TransformerConfig") -> int:
+    """Weights of the projections of one attention layer; training makes latents into keys and values of every token."""
+    width, heads, latent = config.width, config.heads, config.latent
+    if latent is None:
+        return width * config.head_width * (2 * heads + 2 * config.groups)
+    queries = heads * latent.head_dim
+    rank = latent.q_rank
+    of_queries = width * queries if rank is None else rank * (width + queries)
+    of_latent = latent.kv_rank * (width + heads * (latent.nope_dim + latent.value_dim))
+    return of_queries + of_latent + width * latent.rope_dim + heads * latent.value_dim * width
 
 
 def visible_keys(length: int, window: int | None) -> float:
@@ -29,11 +40,11 @@ def visible_keys(length: int, window: int | None) -> float:
 def flops_per_token(config: "TransformerConfig", length: int) -> float:
     """FLOPs of forward and backward pass a token, in training on sequences of `length`.
 
-    `6 * matmul_params + 12 * sum over layers of heads * head_dim * visible keys`: scores and weighted sum of
-    values are `2 * 2` FLOPs a head feature and visible key, three times for the backward pass.
+    `6 * matmul_params + 6 * sum over layers of heads * (head_dim + value_dim) * visible keys`: scores and weighted sum
+    of values are 2 FLOPs each a feature of a head and visible key, three times for the backward pass.
     """
     keys = 0.0
     for layer in range(config.layers):
         sight = config.sights[layer % len(config.sights)]
         keys += visible_keys(length, config.window if sight == "local" else None)
-    return 6 * matmul_params(config) + 12 * config.heads * config.head_width * keys
+    return 6 * matmul_params(config) + 6 * config.heads * (config.head_width + config.value_width) * keys

@@ -84,7 +84,8 @@ class Linear(nnx.Module):
     """A matrix product with optional bias.
 
     `inward` weights read the residual stream and yield sharded features; `outward` ones contract sharded features
-    back into the stream, and their partial sums are scattered over its positions.
+    back into the stream, and their partial sums are scattered over its positions; `along` ones read the stream where it
+    is spread between blocks, and yield whole features there.
     """
 
     def __init__(
@@ -93,29 +94,33 @@ class Linear(nnx.Module):
         out_shape: tuple[int, ...],
         axes: Names,
         *,
-        direction: Literal["inward", "outward"],
+        direction: Literal["inward", "outward", "along"],
         bias: bool,
         stack: Stack,
         layout: Layout,
         scale: float = 1.0,
+        kept: bool = True,
     ):
+        """Declares it; `kept` results are those that rematerialisation may keep."""
         fan_in = 1
         for size in in_shape:
             fan_in *= size
         self.contract, self.direction, self.layout, self.axes = len(in_shape), direction, layout, axes
+        self.kept = kept
         self.weight = stack.declare(
             (*in_shape, *out_shape), axes, normal(scale * fan_in**-0.5), "matrix", contract=len(in_shape)
         )
         out_axes = axes[len(in_shape) :]
-        self.bias_axes = out_axes if direction == "inward" else (None,) * len(out_axes)
+        self.bias_axes = (None,) * len(out_axes) if direction == "outward" else out_axes
         self.bias = stack.declare(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
-        w, flat = self.layout.weight(self.weight[...], self.axes), self.layout.platform != "tpu"
-        if self.direction == "inward":
-            y = product(dot(x, w, contract=self.contract, flat=flat))
-            return self._add_bias(y, ("batch", "sequence"))
+        meets = BLOCK if self.direction == "along" else ("batch", "sequence")
+        w, flat = self.layout.weight(self.weight[...], self.axes, meets), self.layout.platform != "tpu"
+        if self.direction != "outward":
+            y = dot(x, w, contract=self.contract, flat=flat)
+            return self._add_bias(product(y) if self.kept else y, meets)
         partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.layout.mesh_axes(name))
         y = dot(x, w, contract=self.contract, partial=partial_over, flat=flat)
         return self._add_bias(product(self.layout.shard(y, *BLOCK, None)), BLOCK)

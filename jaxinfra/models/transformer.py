@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.config import Problem
 from jaxinfra.models import flops
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
+from jaxinfra.models.latent import Latent, LatentAttention, Latents
 from jaxinfra.models.layers import MLP, Norm, Stack
 from jaxinfra.models.model import Inputs, LayerSums, Staged
 from jaxinfra.models.remat import Remat, remat
@@ -56,6 +57,7 @@ class TransformerConfig:
         heads: query heads.
         kv_heads: key/value heads; None is as many as `heads`.
         head_dim: width of a head; None is `width / heads`.
+        latent: keys and values come from a small latent (DeepSeek); kv_heads and head_dim are then none.
         mlp_dim: hidden width of the MLP.
         mlp: its kind.
         norm: kind of the norms.
@@ -93,6 +95,7 @@ class TransformerConfig:
     mlp_dim: int
     kv_heads: int | None = None
     head_dim: int | None = None
+    latent: Latent | None = None
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
@@ -124,8 +127,20 @@ class TransformerConfig:
 
     @property
     def head_width(self) -> int:
-        """Width of one head."""
+        """Width of one query or key head."""
+        if self.latent is not None:
+            return self.latent.head_dim
         return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Width of one value head."""
+        return self.head_width if self.latent is None else self.latent.value_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of the part of a head that rotary positions may rotate."""
+        return self.head_width if self.latent is None else self.latent.rope_dim
 
     def problems(self) -> Iterable[Problem]:
         """Sizes are positive and divide; every option has what it needs."""
@@ -133,7 +148,9 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
-        if self.head_dim is None and self.heads > 0 and self.width % self.heads:
+        if self.latent is not None:
+            yield from self._problems_of_latent()
+        elif self.head_dim is None and self.heads > 0 and self.width % self.heads:
             fitting = -(-self.width // (2 * self.heads)) * 2 * self.heads  # rotary positions pair features
             yield Problem(
                 fields=("width", "heads"),
@@ -159,19 +176,33 @@ class TransformerConfig:
             )
         for name in ("rope", "local_rope"):
             rope = getattr(self, name)
-            if rope is not None and int(self.head_width * rope.fraction) % 2:
+            if rope is not None and int(self.rotary_width * rope.fraction) % 2:
+                width = "head_dim" if self.latent is None else "latent.rope_dim"
                 yield Problem(
-                    fields=(f"{name}.fraction", "head_dim"),
+                    fields=(f"{name}.fraction", width),
                     message="the rotated part of a head must be even",
                     fix=f"use {name}.fraction=1.0"
-                    if self.head_width % 2 == 0
-                    else f"use head_dim={self.head_width + 1}",
+                    if self.rotary_width % 2 == 0
+                    else f"use {width}={self.rotary_width + 1}",
                 )
+
+    def _problems_of_latent(self) -> Iterable[Problem]:
+        """What latent attention has instead is not given as well."""
+        for name in ("kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm"):
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                without = "none" if value is not True else "false"
+                yield Problem(fields=(name, "latent"), message="latent attention has none", fix=f"use {name}={without}")
+        if self.rope is None:
+            yield Problem(fields=("rope", "latent"), message="latent attention rotates keys", fix="use rope=rope")
 
     @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
         """See `ModelConfig`."""
+        latent = self.latent
+        ranks = () if latent is None else (("kv_rank", latent.kv_rank), ("q_rank", latent.q_rank))
         return {
+            **{f"latent.{name}": (rank, "embed") for name, rank in ranks if rank is not None},
             "heads": (self.heads, "heads"),
             "kv_heads": (self.groups, "kv_heads"),
             "mlp_dim": (self.mlp_dim, "mlp"),
@@ -199,8 +230,12 @@ class TransformerConfig:
 
     def see(self, sight: Sight) -> See:
         """What a layer of this sight sees."""
-        window = self.window if sight == "local" else None
-        return See(causal=True, window=window, softcap=self.softcap, scale=self.query_scale)
+        window, scale, rope = self.window if sight == "local" else None, self.query_scale, self.rope_of(sight)
+        stretch = 1.0 if rope is None else rope.score_scale
+        if self.latent is not None or stretch != 1:
+            # Where latents are decoded, queries are wider than heads, and no width says what their scale is.
+            scale = stretch * (self.head_width**-0.5 if scale is None else scale)
+        return See(causal=True, window=window, softcap=self.softcap, scale=scale)
 
     def rope_of(self, sight: Sight) -> Rope | None:
         """The rotary positions of a layer of this sight."""
@@ -251,22 +286,8 @@ class Block(nnx.Module):
         )
         # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
         out_scale = (2 * config.layers) ** -0.5
-        shape = AttentionShape(
-            width=config.width,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.head_width,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            norm_offset=config.norm_offset,
-            out_scale=out_scale,
-            kernel=config.attention,
-            form=config.context_attention,
-        )
         self.attention_norm = norm()
-        self.attention = Attention(shape, stack=stack, layout=layout)
+        self.attention = _attention(config, out_scale, stack, layout)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
         self.mlp = MLP(
@@ -281,13 +302,13 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x_BTD: jax.Array, see: See, place: Place, words_BT: jax.Array | None, cache: KV | None
-    ) -> tuple[jax.Array, KV | None, LayerSums]:
+        self, x_BTD: jax.Array, see: See, place: Place, words_BT: jax.Array | None, cache: Any
+    ) -> tuple[jax.Array, Any, LayerSums]:
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
-        y_BTD, cache = self.attention(self._whole(self.attention_norm(x_BTD)), see, place, cache)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
+        y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD)))
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=1)
         return self.layout.rows(x_BTD), cache, {}
@@ -295,8 +316,39 @@ class Block(nnx.Module):
     def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
         return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
 
-    def _whole(self, x_BTD: jax.Array) -> jax.Array:
-        return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
+
+def _attention(
+    config: TransformerConfig, out_scale: float, stack: Stack, layout: Layout
+) -> Attention | LatentAttention:
+    """The attention of this config, whose output is started so small."""
+    if config.latent is not None:
+        return LatentAttention(
+            config.latent,
+            width=config.width,
+            heads=config.heads,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+            out_scale=out_scale,
+            kernel=config.attention,
+            form=config.context_attention,
+            stack=stack,
+            layout=layout,
+        )
+    shape = AttentionShape(
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.groups,
+        head_dim=config.head_width,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        qk_norm=config.qk_norm,
+        norm_eps=config.norm_eps,
+        norm_offset=config.norm_offset,
+        out_scale=out_scale,
+        kernel=config.attention,
+        form=config.context_attention,
+    )
+    return Attention(shape, stack=stack, layout=layout)
 
 
 class Context(NamedTuple):
@@ -319,11 +371,11 @@ class Cache(NamedTuple):
     """What decoding remembers.
 
     Attributes:
-        kv: keys and values of every layer, `[L, B, S, G, K]`.
+        kv: keys and values, or latents, of every layer.
         length: tokens in it, an int32 scalar.
     """
 
-    kv: KV
+    kv: KV | Latents
     length: jax.Array
 
 
@@ -425,7 +477,7 @@ class Transformer(nnx.Module):
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
-        return self.layout.shard(self.norm(x_BTD), "batch", "sequence", None, meets_sharded=True)
+        return self.layout.whole(self.norm(x_BTD))
 
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """What the layers add to the loss, summed over tokens like it; None for nothing."""
@@ -479,12 +531,10 @@ class Transformer(nnx.Module):
         """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""
         config = self.config
         rope, dtype = config.rope_of(sight), self.layout.compute_dtype
-        tables = None if rope is None else rope_tables(rope, context.positions, config.head_width, dtype)
+        tables = None if rope is None else rope_tables(rope, context.positions, config.rotary_width, dtype)
         place = Place(tables, context.segments, context.start)
 
-        def layer(
-            block: Block, x: jax.Array, number: jax.Array, kv: KV | None
-        ) -> tuple[jax.Array, KV | None, LayerSums]:
+        def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerSums]:
             words = None if context.words is None else layer_words(context.words, number)
             return block(x, config.see(sight), place, words, kv)
 
@@ -532,8 +582,5 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens of `batch` rows."""
-        config, layout = self.config, self.layout
-        shape = (config.layers, batch, length, config.groups, config.head_width)
-        spec = layout.spec(None, "batch", None, "kv_heads", None)
-        kv = KV(*(jnp.zeros(shape, layout.compute_dtype, out_sharding=spec) for _ in range(2)))
+        kv = self.blocks.attention.empty_cache(self.config.layers, batch, length)
         return Cache(kv, jnp.zeros((), jnp.int32))

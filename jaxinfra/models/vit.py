@@ -191,16 +191,13 @@ class EncoderBlock(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, words_BT: jax.Array | None) -> jax.Array:
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
-        y_BTD, _ = self.attention(self._whole(self.attention_norm(x_BTD)), ALL, NOWHERE, None)
+        y_BTD, _ = self.attention(self.attention_norm(x_BTD), ALL, NOWHERE, None)
         x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD = self.mlp(self._whole(self.mlp_norm(x_BTD)))
+        y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD)))
         return x_BTD + self._drop(y_BTD, words_BT, site=1)
 
     def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
         return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
-
-    def _whole(self, x_BTD: jax.Array) -> jax.Array:
-        return self.layout.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
 
 
 class VisionTransformer(nnx.Module):

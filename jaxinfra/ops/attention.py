@@ -4,7 +4,8 @@
 the whole description or refuses it by name: none attends across packed documents in silence. `attend` chooses
 the fastest kernel that does not refuse, by platform and shape; a config may force one.
 
-Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K head width.
+Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K width of a query and key
+head, V width of a value head.
 """
 
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class Shape:
     queries: int
     keys: int
     head_dim: int
+    value_dim: int
     segments: bool
     indexed: bool
     dtype: jnp.dtype
@@ -75,7 +77,7 @@ def _index(x: jax.Array) -> jax.Array:
     return jnp.arange(x.shape[1])[None]
 
 
-def reference(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, q_index=None, kv_index=None) -> jax.Array:
+def reference(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, q_index=None, kv_index=None) -> jax.Array:
     """The definition, scores and softmax in float32. Runs anywhere; memory grows with `T * S`.
 
     A query that sees no key gets the mean of all values.
@@ -91,8 +93,8 @@ def reference(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, q_index=None, kv_
     kv_index = _index(k_BSGK) if kv_index is None else kv_index
     seen_BTS = visible(see, q_index, kv_index, segments)
     scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, -1e30)
-    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS, v_BSGK).reshape(B, T, H, K)
+    weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGV.dtype)
+    return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV).reshape(B, T, H, v_BSGV.shape[-1])
 
 
 def _refuse_nothing(see: See, shape: Shape) -> str | None:
@@ -123,6 +125,8 @@ def _xla(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
 def _refuse_xla(see: See, shape: Shape) -> str | None:
     if see.softcap is not None:
         return "it has no soft cap"
+    if shape.value_dim != shape.head_dim:
+        return f"its values are as wide as its keys, not {shape.value_dim} and {shape.head_dim}"
     return "it takes no explicit positions" if shape.indexed else None
 
 
@@ -150,7 +154,7 @@ def splash_block(length: int, largest: int = 512) -> int:
     return next((block for block in range(largest, 0, -128) if length % block == 0), 0)
 
 
-def _splash(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, interpret: bool = False) -> jax.Array:
+def _splash(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, interpret: bool = False) -> jax.Array:
     # Pallas takes a second to import: only those who use it pay.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -175,11 +179,11 @@ def _splash(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, interpret: bool = F
     )
     scale = K**-0.5 if see.scale is None else see.scale
     q_BGRTK = (q_BTHK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(q_BTHK.dtype)
-    k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
+    k_BGSK, v_BGSV = k_BSGK.transpose(0, 2, 1, 3), v_BSGV.transpose(0, 2, 1, 3)
     ids = None if segments is None else splash.SegmentIds(q=segments[0], kv=segments[1])
     by_group = jax.vmap(cast(Callable[..., jax.Array], kernel), in_axes=(0, 0, 0, None))
-    out_BGRTK = jax.vmap(by_group, in_axes=(0, 0, 0, None if ids is None else 0))(q_BGRTK, k_BGSK, v_BGSK, ids)
-    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    out_BGRTV = jax.vmap(by_group, in_axes=(0, 0, 0, None if ids is None else 0))(q_BGRTK, k_BGSK, v_BGSV, ids)
+    return out_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, v_BSGV.shape[-1])
 
 
 def _refuse_splash(see: See, shape: Shape) -> str | None:
@@ -187,8 +191,9 @@ def _refuse_splash(see: See, shape: Shape) -> str | None:
         return "it takes no explicit positions"
     if not splash_block(shape.queries) or not splash_block(shape.keys):
         return f"its lengths are multiples of 128, not {shape.queries} and {shape.keys}"
-    if shape.head_dim % 64:
-        return f"its heads are a multiple of 64 wide, not {shape.head_dim}"
+    for width in (shape.head_dim, shape.value_dim):
+        if width % 64:
+            return f"its heads are a multiple of 64 wide, not {width}"
     return None
 
 
@@ -228,7 +233,7 @@ def choose(see: See, shape: Shape, platform: str, forced: Kernel | None = None) 
 def attend(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
+    v_BSGV: jax.Array,
     see: See,
     *,
     platform: str,
@@ -245,7 +250,7 @@ def attend(
     Args:
         q_BTHK: queries.
         k_BSGK: keys; `H` is a multiple of `G`.
-        v_BSGK: values.
+        v_BSGV: values.
         see: what may be seen.
         platform: "cpu", "gpu" or "tpu".
         segments: document ids of queries and keys.
@@ -254,7 +259,7 @@ def attend(
         forced: the kernel that the config asks for.
 
     Returns:
-        `[B, T, H, K]`, sharded like `q_BTHK`.
+        `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Raises:
         ConfigError: the forced kernel refuses.
@@ -264,6 +269,7 @@ def attend(
         queries=q_BTHK.shape[1],
         keys=k_BSGK.shape[1],
         head_dim=q_BTHK.shape[-1],
+        value_dim=v_BSGV.shape[-1],
         segments=segments is not None,
         indexed=indexed,
         dtype=q_BTHK.dtype,
@@ -281,9 +287,9 @@ def attend(
     sharded = jax.shard_map(
         local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec, check_vma=name in PLAIN
     )
-    return sharded(q_BTHK, k_BSGK, v_BSGK, extra)
+    return sharded(q_BTHK, k_BSGK, v_BSGV, extra)
 
 
-def splash_interpreted(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
+def splash_interpreted(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None) -> jax.Array:
     """The splash kernel, interpreted: the numbers that a TPU would give, on any machine, slowly."""
-    return _splash(q_BTHK, k_BSGK, v_BSGK, see, segments, interpret=True)
+    return _splash(q_BTHK, k_BSGK, v_BSGV, see, segments, interpret=True)

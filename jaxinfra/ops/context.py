@@ -10,7 +10,8 @@ pass gathers them again and scatters their gradients.
 
 Nothing grows with the square of a length.
 
-Shape suffixes: B batch, T positions of a shard, H query heads, G key/value heads, K head width.
+Shape suffixes: B batch, T positions of a shard, H query heads, G key/value heads, K width of a query and key head,
+V width of a value head.
 """
 
 import itertools
@@ -94,6 +95,7 @@ class Heads:
     heads: int
     groups: int
     head_dim: int
+    value_dim: int
     itemsize: int
 
 
@@ -104,12 +106,12 @@ def costs(order: Order, see: See, heads: Heads) -> dict[Form, Cost]:
     again and their gradients; the ring sends `s kv` forward for s steps after the first, and backward that and
     gradients in float32 on each step, and home.
     """
-    own = heads.rows * (heads.length // order.shards) * heads.head_dim
-    kv = 2 * own * heads.groups * heads.itemsize
+    own = heads.rows * (heads.length // order.shards) * (heads.head_dim + heads.value_dim)
+    kv = own * heads.groups * heads.itemsize
     route = legs(order, see, heads.length // (order.shards * order.pieces))
     steps = sum(leg.steps for leg in route) - 1
-    gradients = 2 * own * heads.groups * 4 * (steps + 1 if steps else 0)
-    allowed = 2 * own * heads.heads * heads.itemsize
+    gradients = own * heads.groups * 4 * (steps + 1 if steps else 0)
+    allowed = own * heads.heads * heads.itemsize
     return {
         "ring": Cost(moves=2 * steps * kv + gradients, holds=2 * kv, allowed=allowed),
         "gather": Cost(moves=3 * (order.shards - 1) * kv, holds=order.shards * kv, allowed=allowed),
@@ -189,7 +191,7 @@ def _ring_forward(how: How, q, k, v, segments) -> Partial:
             found[p] = _when(reaches(how.see, offset, block, block), always, add, found[p])
         return found
 
-    found = _ring(how, step, [empty(one) for one in qs], (k, v, segments), block)
+    found = _ring(how, step, [empty(one, v.shape[-1]) for one in qs], (k, v, segments), block)
     return Partial(*(jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True)))
 
 
@@ -204,7 +206,7 @@ def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array,
     def step(state: Any, kv: Any, source: jax.Array, leg: Leg) -> Any:
         dq, travelled = state
         kvs = list(zip(_pieces(how, kv[0]), _pieces(how, kv[1]), _pieces(how, kv[2], 1), strict=True))
-        dq, dkv = list(dq), [(zeros(one), zeros(one)) for one, _, _ in kvs]
+        dq, dkv = list(dq), [(zeros(k), zeros(v)) for k, v, _ in kvs]
         # Gradients go after keys and values: they arrive while this step computes what it adds to them.
         travelled = how.order.rotate(travelled, leg.arrive)
         for p, r, always in leg.pairs:
@@ -219,7 +221,7 @@ def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array,
             dq[p], dkv[r] = sums[0], sums[1:]
         return dq, jax.tree.map(jnp.add, travelled, dkv)
 
-    home = [(zeros(one), zeros(one)) for one in _pieces(how, k)]
+    home = [(zeros(k), zeros(v)) for k, v in zip(_pieces(how, k), _pieces(how, v), strict=True)]
     dq, dkv = _ring(how, step, ([zeros(one[0]) for one in queries], home), (k, v, segments), block)
     last = sum(leg.depart * leg.steps for leg in how.legs(block))
     dk, dv = zip(*how.order.rotate(dkv, -last), strict=True)
@@ -260,8 +262,8 @@ def _gather_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Arra
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how: How, q_BHTK, k_BGTK, v_BGTK, segments_BT) -> jax.Array:
-    return _forward(how, q_BHTK, k_BGTK, v_BGTK, segments_BT)[0]
+def _attention(how: How, q_BHTK, k_BGTK, v_BGTV, segments_BT) -> jax.Array:
+    return _forward(how, q_BHTK, k_BGTK, v_BGTV, segments_BT)[0]
 
 
 def _forward(how: How, q, k, v, segments) -> tuple[jax.Array, Any]:
@@ -305,7 +307,7 @@ def tiles_of(see: See, shape: Shape, platform: str, forced: Kernel | None = None
 def attend_across(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
+    v_BTGV: jax.Array,
     see: See,
     *,
     order: Order,
@@ -320,7 +322,7 @@ def attend_across(
     Args:
         q_BTHK: queries; positions over the axes of `order`, rows and heads over any others.
         k_BTGK: keys, sharded alike; `H` is a multiple of `G`.
-        v_BTGK: values.
+        v_BTGV: values.
         see: what may be seen.
         order: which positions each shard has.
         platform: "cpu", "gpu" or "tpu".
@@ -330,14 +332,15 @@ def attend_across(
         tiles: for tests: the implementation of the parts.
 
     Returns:
-        `[B, T, H, K]`, sharded like `q_BTHK`.
+        `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Raises:
         ConfigError: the forced kernel refuses.
     """
     q_sharding = jax.typeof(q_BTHK).sharding
     rows, _, heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)
-    length, groups = q_BTHK.shape[1], jax.typeof(k_BTGK).sharding.shard_shape(k_BTGK.shape)[2]
+    length, value_dim = q_BTHK.shape[1], v_BTGV.shape[-1]
+    groups = jax.typeof(k_BTGK).sharding.shard_shape(k_BTGK.shape)[2]
     if form == "auto":
         own = Heads(
             rows=rows,
@@ -345,6 +348,7 @@ def attend_across(
             heads=heads,
             groups=groups,
             head_dim=head_dim,
+            value_dim=value_dim,
             itemsize=q_BTHK.dtype.itemsize,
         )
         form = cheaper(order, see, own)
@@ -354,6 +358,7 @@ def attend_across(
             queries=block,
             keys=length if form == "gather" else block,
             head_dim=head_dim,
+            value_dim=value_dim,
             segments=segments_BT is not None,
             indexed=False,
             dtype=q_BTHK.dtype,
@@ -366,7 +371,7 @@ def attend_across(
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * scale, k, v))
         return _attention(how, q.astype(k.dtype), k, v, segments).transpose(0, 2, 1, 3)
 
-    arrays = (q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    arrays = (q_BTHK, k_BTGK, v_BTGV, segments_BT)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
     # Of kernels JAX does not know over which mesh axes their values vary (see `ops.attention.PLAIN`).
     sharded = jax.shard_map(local, in_specs=specs, out_specs=q_sharding.spec, check_vma=tiles is PLAIN)

@@ -39,6 +39,61 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023), as DeepSeek-V2 and V3 publish it.
+
+    Of pairs of features, those that turn often within the original length keep their frequency, those that hardly turn
+    have it divided by `factor`, with a ramp over the pairs between. Scores grow with the length: `m(w) = 1 + 0.1 w
+    ln(factor)` is put on them, squared.
+
+    Attributes:
+        factor: by how much contexts are longer.
+        original_length: the context length, in tokens, before stretching.
+        beta_fast: turns within the original length from which on a frequency is kept.
+        beta_slow: turns up to which it is divided.
+        mscale: the w of rotated features, as far as it is not that of all.
+        mscale_all_dim: the w of whole scores, of features that are not rotated too.
+    """
+
+    factor: float = 40.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """It stretches, and the ramp has two ends."""
+        if self.factor < 1:
+            yield Problem(fields=("factor",), message="must be at least 1", fix="use factor=40.0")
+        if self.original_length < 1:
+            yield Problem(fields=("original_length",), message="must be at least 1", fix="use original_length=4096")
+        if not 0 < self.beta_slow < self.beta_fast:
+            yield Problem(
+                fields=("beta_slow", "beta_fast"),
+                message="must be positive, the fast one larger",
+                fix="use beta_slow=1.0 beta_fast=32.0",
+            )
+
+    def growth(self, weight: float) -> float:
+        """`m(weight)`."""
+        return 1 + 0.1 * weight * math.log(self.factor)
+
+    def stretched(self, freqs: np.ndarray, theta: float) -> np.ndarray:
+        """The frequencies `[pairs]` of this base, stretched."""
+        pairs = len(freqs)
+
+        def pair(turns: float) -> float:
+            """The pair that turns so often within the original length, as a real number."""
+            return pairs * math.log(self.original_length / (2 * math.pi * turns)) / math.log(theta)
+
+        first = max(math.floor(pair(self.beta_fast)), 0)
+        last = min(math.ceil(pair(self.beta_slow)), 2 * pairs - 1)
+        slow = np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
+        return freqs * (1 - slow + slow / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary positions.
 
@@ -50,12 +105,14 @@ class Rope:
 
     theta: float = 10000.0
     fraction: float = 1.0
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def problems(self) -> Iterable[Problem]:
         """The base is positive and the fraction is one."""
         if self.theta <= 0:
             yield Problem(fields=("theta",), message="must be positive", fix="use theta=10000.0")
+        if isinstance(self.scaling, YarnScaling) and 0 < self.theta <= 1:
+            yield Problem(fields=("theta",), message="must be above 1 to be stretched", fix="use theta=10000.0")
         if not 0 < self.fraction <= 1:
             yield Problem(fields=("fraction",), message="must be above 0 and at most 1", fix="use fraction=1.0")
 
@@ -70,14 +127,30 @@ class Rope:
             turns = s.original_length * freqs / (2 * math.pi)
             keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
             return freqs * (keep + (1 - keep) / s.factor)
+        if isinstance(self.scaling, YarnScaling):
+            return self.scaling.stretched(freqs, self.theta)
         return freqs
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on attention scores, besides that of the tables."""
+        return self.scaling.growth(self.scaling.mscale_all_dim) ** 2 if isinstance(self.scaling, YarnScaling) else 1.0
+
+    @property
+    def table_scale(self) -> float:
+        """Factor on cosines and sines."""
+        s = self.scaling
+        return s.growth(s.mscale) / s.growth(s.mscale_all_dim) if isinstance(s, YarnScaling) else 1.0
 
 
 def rope_tables(rope: Rope, positions_BT: jax.Array, head_dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every angle, each `[B, T, 1, rotated / 2]` (`B` is 1 where rows share positions)."""
     freqs = jnp.asarray(rope.frequencies(head_dim), jnp.float32)
     angles = positions_BT.astype(jnp.float32)[..., None, None] * freqs
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.table_scale != 1:
+        cos, sin = cos * rope.table_scale, sin * rope.table_scale
+    return cos.astype(dtype), sin.astype(dtype)
 
 
 def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

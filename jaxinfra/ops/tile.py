@@ -5,7 +5,8 @@ and the logarithm of its sum of weights; `merge` joins two of these (online soft
 backward pass takes the logarithm of the whole sum, so that stretches need not know of one another (Dao et al. 2022,
 FlashAttention, section 3.1). Queries come scaled; both stretches are of consecutive positions, `offset` apart.
 
-Shape suffixes: B batch, H query heads, G key/value heads, R = H / G, T queries, S keys, K head width.
+Shape suffixes: B batch, H query heads, G key/value heads, R = H / G, T queries, S keys, K width of a query and key
+head, V width of a value head.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class Partial(NamedTuple):
     """A softmax over some of the keys.
 
     Attributes:
-        out: mean of their values by weight, float32 `[B, H, T, K]`.
+        out: mean of their values by weight, float32 `[B, H, T, V]`.
         lse: logarithm of the sum of weights, float32 `[B, H, T]`.
     """
 
@@ -69,8 +70,8 @@ class Tiles:
     """One implementation.
 
     Attributes:
-        forward: `(q_BHTK, k_BGSK, v_BGSK, segments, offset, see) -> Partial`.
-        backward: `(q_BHTK, k_BGSK, v_BGSK, segments, offset, see, lse_BHT, di_BHT, do_BHTK) -> (dq, dk, dv)`, in the
+        forward: `(q_BHTK, k_BGSK, v_BGSV, segments, offset, see) -> Partial`.
+        backward: `(q_BHTK, k_BGSK, v_BGSV, segments, offset, see, lse_BHT, di_BHT, do_BHTV) -> (dq, dk, dv)`, in the
             dtypes of `q`, `k`, `v` or more exact ones. `lse` is that of all keys, `di` the sum of `out * do` by query.
     """
 
@@ -81,11 +82,11 @@ class Tiles:
 # Plain JAX
 
 
-def empty(q_BHTK: jax.Array) -> Partial:
-    """The softmax over no keys."""
+def empty(q_BHTK: jax.Array, width: int) -> Partial:
+    """The softmax over no keys, whose values would be so wide."""
     # Made from the queries, so that in a `shard_map` they differ over the same mesh axes by type.
-    out = jnp.zeros_like(q_BHTK, jnp.float32)
-    return Partial(out, jnp.full_like(out[..., 0], NOTHING))
+    none_BHT = jnp.zeros_like(q_BHTK[..., 0], jnp.float32)
+    return Partial(jnp.broadcast_to(none_BHT[..., None], (*none_BHT.shape, width)), none_BHT + NOTHING)
 
 
 def _by_group(x: jax.Array, groups: int) -> jax.Array:
@@ -104,24 +105,25 @@ def _scores(q_BGRTK, k_BGSK, segments: Segments, offset, see: See) -> jax.Array:
     return jnp.where(seen_BTS[:, None, None], scores, NOTHING)
 
 
-def _chunk_forward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See) -> Partial:
+def _chunk_forward(q_BHTK, k_BGSK, v_BGSV, segments: Segments, offset, see: See) -> Partial:
     q_BGRTK = _by_group(q_BHTK, k_BGSK.shape[1])
     scores = _scores(q_BGRTK, k_BGSK, segments, offset, see)
     largest = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - largest[..., None])
     total = jnp.sum(weights, axis=-1)
-    out = jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bgrts,bgsv->bgrtv", weights.astype(v_BGSV.dtype), v_BGSV, preferred_element_type=jnp.float32)
     out, lse = out / total[..., None], largest + jnp.log(total)
-    return Partial(out.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
+    lead = q_BHTK.shape[:-1]
+    return Partial(out.reshape(*lead, v_BGSV.shape[-1]), lse.reshape(lead))
 
 
-def _chunk_backward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See, lse_BHT, di_BHT, do_BHTK):
+def _chunk_backward(q_BHTK, k_BGSK, v_BGSV, segments: Segments, offset, see: See, lse_BHT, di_BHT, do_BHTV):
     groups, f32 = k_BGSK.shape[1], jnp.float32
-    q_BGRTK, do, lse, di = (_by_group(a, groups) for a in (q_BHTK, do_BHTK, lse_BHT, di_BHT))
+    q_BGRTK, do, lse, di = (_by_group(a, groups) for a in (q_BHTK, do_BHTV, lse_BHT, di_BHT))
     scores = _scores(q_BGRTK, k_BGSK, segments, offset, see)
     p = jnp.exp(scores - lse[..., None])
-    dv = jnp.einsum("bgrts,bgrtk->bgsk", p.astype(do.dtype), do, preferred_element_type=f32)
-    dp = jnp.einsum("bgrtk,bgsk->bgrts", do, v_BGSK, preferred_element_type=f32)
+    dv = jnp.einsum("bgrts,bgrtv->bgsv", p.astype(do.dtype), do, preferred_element_type=f32)
+    dp = jnp.einsum("bgrtv,bgsv->bgrts", do, v_BGSV, preferred_element_type=f32)
     ds = p * (dp - di[..., None])
     if see.softcap is not None:
         ds *= 1 - jnp.square(jnp.maximum(scores, -see.softcap) / see.softcap)  # p is zero where a key is not seen
@@ -131,7 +133,7 @@ def _chunk_backward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See
     return dq.reshape(q_BHTK.shape), dk, dv
 
 
-def _chunks(k_BGSK, v_BGSK, segments: Segments) -> tuple[int, Any]:
+def _chunks(k_BGSK, v_BGSV, segments: Segments) -> tuple[int, Any]:
     """The length of a chunk of keys, and `(first key, keys, values, ids)` of all chunks, stacked."""
     S = k_BGSK.shape[2]
     chunk = next(n for n in range(min(CHUNK, S), 0, -1) if S % n == 0)
@@ -140,11 +142,11 @@ def _chunks(k_BGSK, v_BGSK, segments: Segments) -> tuple[int, Any]:
         return jnp.moveaxis(x.reshape(*x.shape[:dim], S // chunk, chunk, *x.shape[dim + 1 :]), dim, 0)
 
     ids = None if segments is None else split(segments[1], 1)
-    return chunk, (jnp.arange(0, S, chunk), split(k_BGSK, 2), split(v_BGSK, 2), ids)
+    return chunk, (jnp.arange(0, S, chunk), split(k_BGSK, 2), split(v_BGSV, 2), ids)
 
 
-def _plain_forward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See) -> Partial:
-    chunk, chunks = _chunks(k_BGSK, v_BGSK, segments)
+def _plain_forward(q_BHTK, k_BGSK, v_BGSV, segments: Segments, offset, see: See) -> Partial:
+    chunk, chunks = _chunks(k_BGSK, v_BGSV, segments)
 
     def body(found: Partial, xs: Any) -> tuple[Partial, None]:
         first, k, v, ids = xs
@@ -156,32 +158,31 @@ def _plain_forward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See)
         here = reaches(see, offset - first, q_BHTK.shape[2], chunk)
         return jax.lax.cond(here, seen, lambda found: found, found), None
 
-    return jax.lax.scan(body, empty(q_BHTK), chunks)[0]
+    return jax.lax.scan(body, empty(q_BHTK, v_BGSV.shape[-1]), chunks)[0]
 
 
-def _plain_backward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See, lse_BHT, di_BHT, do_BHTK):
-    chunk, chunks = _chunks(k_BGSK, v_BGSK, segments)
+def _plain_backward(q_BHTK, k_BGSK, v_BGSV, segments: Segments, offset, see: See, lse_BHT, di_BHT, do_BHTV):
+    chunk, chunks = _chunks(k_BGSK, v_BGSV, segments)
 
     def body(dq: jax.Array, xs: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         first, k, v, ids = xs
         both = None if segments is None else (segments[0], ids)
 
         def seen(dq: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            d, dk, dv = _chunk_backward(q_BHTK, k, v, both, offset - first, see, lse_BHT, di_BHT, do_BHTK)
+            d, dk, dv = _chunk_backward(q_BHTK, k, v, both, offset - first, see, lse_BHT, di_BHT, do_BHTV)
             return dq + d, dk, dv
 
         def unseen(dq: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            none = jnp.zeros_like(k, jnp.float32)
-            return dq, none, none
+            return dq, jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
 
         dq, dk, dv = jax.lax.cond(reaches(see, offset - first, q_BHTK.shape[2], chunk), seen, unseen, dq)
         return dq, (dk, dv)
 
-    def joined(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 2).reshape(k_BGSK.shape)
+    def joined(chunks: jax.Array, like: jax.Array) -> jax.Array:
+        return jnp.moveaxis(chunks, 0, 2).reshape(like.shape)
 
-    dq, (dk, dv) = jax.lax.scan(body, empty(q_BHTK).out, chunks)
-    return dq, joined(dk), joined(dv)
+    dq, (dk, dv) = jax.lax.scan(body, jnp.zeros_like(q_BHTK, jnp.float32), chunks)
+    return dq, joined(dk, k_BGSK), joined(dv, v_BGSV)
 
 
 PLAIN = Tiles(_plain_forward, _plain_backward)
@@ -228,7 +229,7 @@ def _seen(see: See) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     return seen
 
 
-def _splash_forward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See, *, interpret: bool) -> Partial:
+def _splash_forward(q_BHTK, k_BGSK, v_BGSV, segments: Segments, offset, see: See, *, interpret: bool) -> Partial:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     T, S = q_BHTK.shape[2], k_BGSK.shape[2]
@@ -253,12 +254,12 @@ def _splash_forward(q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See
         )
         return out, lse
 
-    out, lse = jax.vmap(row, in_axes=(0, 0, 0, None if segments is None else 0))(q_BHTK, k_BGSK, v_BGSK, segments)
+    out, lse = jax.vmap(row, in_axes=(0, 0, 0, None if segments is None else 0))(q_BHTK, k_BGSK, v_BGSV, segments)
     return Partial(out.astype(jnp.float32), lse)
 
 
 def _splash_backward(
-    q_BHTK, k_BGSK, v_BGSK, segments: Segments, offset, see: See, lse_BHT, di_BHT, do_BHTK, *, interpret: bool
+    q_BHTK, k_BGSK, v_BGSV, segments: Segments, offset, see: See, lse_BHT, di_BHT, do_BHTV, *, interpret: bool
 ):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -287,7 +288,7 @@ def _splash_backward(
         return splash._splash_attention_bwd_dq(*arrays, mask_info=by_query, **both), dk, dv
 
     in_axes = (0, 0, 0, None if segments is None else 0, 0, 0, 0)
-    return jax.vmap(row, in_axes=in_axes)(q_BHTK, k_BGSK, v_BGSK, segments, lse_BHT, di_BHT, do_BHTK)
+    return jax.vmap(row, in_axes=in_axes)(q_BHTK, k_BGSK, v_BGSV, segments, lse_BHT, di_BHT, do_BHTV)
 
 
 SPLASH = Tiles(partial(_splash_forward, interpret=False), partial(_splash_backward, interpret=False))

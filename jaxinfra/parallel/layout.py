@@ -47,7 +47,7 @@ class Rules:
         sequence: positions of a sequence, everywhere.
         block_sequence: positions, in addition, between blocks: the residual stream of sequence parallelism.
         layers: stacked layers.
-        embed: the residual width, of parameters alone: activations keep it whole.
+        embed: the residual width, or the rank of a product of two, of parameters alone: activations keep it whole.
         heads: attention heads.
         kv_heads: heads of keys and values.
         mlp: hidden width of the MLP.
@@ -232,6 +232,10 @@ class Layout:
         if self.platform != "tpu":
             return x
         return with_layout_constraint(x, Stored(major_to_minor=tuple(range(x.ndim))))
+
+    def whole(self, x_BTD: jax.Array) -> jax.Array:
+        """A stream of block positions with whole positions, for products with weights whose features are sharded."""
+        return self.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
 
     def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
         """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.

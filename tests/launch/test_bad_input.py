@@ -170,6 +170,30 @@ CROSS_FIELD = {
         "model.kv_heads=3",
         r"model\.heads=8, model\.kv_heads=3: kv_heads must divide heads; use model\.kv_heads=2",
     ),
+    "latents beside heads of keys": (
+        "model.latent=latent model.kv_heads=4",
+        r"model\.kv_heads=4, model\.latent=latent: latent attention has none; use model\.kv_heads=none",
+    ),
+    "latents beside biases": (
+        "model.latent=latent model.qkv_bias=true",
+        r"model\.qkv_bias=true, model\.latent=latent: latent attention has none; use model\.qkv_bias=false",
+    ),
+    "latents without positions": (
+        "model.latent=latent model.rope=none",
+        r"model\.rope=none, model\.latent=latent: latent attention rotates keys; use model\.rope=rope",
+    ),
+    "latents of no width": (
+        "model.latent=latent model.latent.kv_rank=0",
+        r"model\.latent\.kv_rank=0: must be at least 1; use model\.latent\.kv_rank=64",
+    ),
+    "odd rotated keys": (
+        "model.latent=latent model.latent.rope_dim=5",
+        r"model\.rope\.fraction=1\.0, model\.latent\.rope_dim=5: the rotated part .*; use model\.latent\.rope_dim=6",
+    ),
+    "latents over fsdp": (
+        "model.latent=latent model.latent.q_rank=12",
+        r"model\.latent\.q_rank=12, mesh\.fsdp=8: 8 shards do not divide 12 q_rank; use mesh\.fsdp=4 mesh\.replica=2",
+    ),
     "width over heads": (
         "model.heads=10",
         r"model\.width=32, model\.heads=10: heads must divide the width; use model\.width=40 or set head_dim",

@@ -29,6 +29,16 @@ def test_two_slices_exchange_gradients_once_and_everything_is_told(tiny: Tiny) -
     assert found["unknown_loops"] == []
 
 
+@pytest.mark.slow
+def test_latent_attention_takes_the_kernels_of_tpus(tiny: Tiny) -> None:
+    """Keys of 192 features and values of 128, over heads and positions."""
+    latent = ("model.latent=latent", "model.latent.kv_rank=64", "data.seq_len=512", "precision.compute=bfloat16")
+    mesh = ("--on", "v5e:2x4", "mesh.fsdp=2", "mesh.context=2", "mesh.tensor=2")
+    ended = tiny.launch(*latent, *mesh, command="compile")
+    assert ended.code == 0, ended.err
+    assert re.search(r"splash_mha_dkv\w+ +tpu_custom_call", ended.out)
+
+
 BIG = "train.global_batch=4194304"
 ON = ("--on", "v5e:2x4")
 

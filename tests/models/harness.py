@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxinfra.models.latent import Latent
 from jaxinfra.models.transformer import Cache, Transformer, TransformerConfig
 from jaxinfra.ops.dot import dot
-from jaxinfra.ops.rope import LinearScaling, Rope
+from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
 from jaxinfra.parallel.layout import Layout, Rules
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.parallel.spec import ParamSpec
@@ -48,6 +49,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "tied": True,
         "scale_embeddings": True,
         "logit_softcap": 2.0,
+    },
+    "deepseek": {
+        "kv_heads": None,
+        "head_dim": None,
+        "latent": Latent(kv_rank=8, q_rank=12, nope_dim=6, rope_dim=4, value_dim=10),
+        # Of two pairs of features one is kept, the other divided by 4 or half way to it.
+        "rope": Rope(
+            theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)
+        ),
     },
 }
 """Together they have nearly every feature; "gemma" has those of Gemma 2 and 3."""

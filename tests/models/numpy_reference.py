@@ -33,6 +33,8 @@ def frequency(pair: int, rotated: int, rope: Any) -> float:
         return base
     if type(scaling).__name__ == "LinearScaling":
         return base / scaling.factor
+    if type(scaling).__name__ == "YarnScaling":
+        return yarn(base, pair, rotated, rope)
     wavelength = 2 * math.pi / base
     if wavelength < scaling.original_length / scaling.high_freq_factor:
         return base
@@ -43,6 +45,25 @@ def frequency(pair: int, rotated: int, rope: Any) -> float:
     return (1 - smooth) * base / scaling.factor + smooth * base
 
 
+def yarn(base: float, pair: int, rotated: int, rope: Any) -> float:
+    """By DeepSeek-V3's published model: the ramp is over the numbers of pairs, its ends are whole numbers."""
+    s = rope.scaling
+    ends = [
+        rotated * math.log(s.original_length / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for beta in (s.beta_fast, s.beta_slow)
+    ]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), rotated - 1)
+    interpolated = min(max((pair - low) / (high - low), 0), 1)
+    return base / s.factor * interpolated + base * (1 - interpolated)
+
+
+def mscale(rope: Any, name: str) -> float:
+    """YaRN's factor for longer contexts: 1 without YaRN."""
+    if type(rope.scaling).__name__ != "YarnScaling":
+        return 1.0
+    return 0.1 * getattr(rope.scaling, name) * math.log(rope.scaling.factor) + 1
+
+
 def rotate(x: np.ndarray, position: int, rope: Any) -> np.ndarray:
     """One head at one position: features i and i + rotated/2 are one complex number, turned."""
     rotated = int(len(x) * rope.fraction)
@@ -50,6 +71,7 @@ def rotate(x: np.ndarray, position: int, rope: Any) -> np.ndarray:
     turned = x.copy()
     for i in range(half):
         z = complex(x[i], x[i + half]) * np.exp(1j * position * frequency(i, rotated, rope))
+        z *= mscale(rope, "mscale") / mscale(rope, "mscale_all_dim")
         turned[i], turned[i + half] = z.real, z.imag
     return turned
 
@@ -58,11 +80,13 @@ def affine(x: np.ndarray, params: Params, contract: int) -> np.ndarray:
     return np.tensordot(x, params["weight"], axes=contract) + params.get("bias", 0.0)
 
 
-def attend(q_THK, k_TGK, v_TGK, config, window: int | None, segments: np.ndarray | None) -> np.ndarray:
+def attend(q_THK, k_TGK, v_TGV, config, sight: str, segments: np.ndarray | None) -> np.ndarray:
     T, H, K = q_THK.shape
     group_of = H // k_TGK.shape[1]
+    window, rope = config.window if sight == "local" else None, rope_of(config, sight)
     scale = 1 / math.sqrt(K) if config.query_scale is None else config.query_scale
-    out = np.zeros_like(q_THK)
+    scale *= 1.0 if rope is None else mscale(rope, "mscale_all_dim") ** 2
+    out = np.zeros((T, H, v_TGV.shape[-1]))
     for i in range(T):
         seen = [j for j in range(i + 1) if window is None or i - j < window]
         seen = [j for j in seen if segments is None or segments[i] == segments[j]]
@@ -72,21 +96,53 @@ def attend(q_THK, k_TGK, v_TGK, config, window: int | None, segments: np.ndarray
                 scores = config.softcap * np.tanh(scores / config.softcap)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            out[i, h] = sum(w * v_TGK[j, h // group_of] for w, j in zip(weights, seen, strict=True))
+            out[i, h] = sum(w * v_TGV[j, h // group_of] for w, j in zip(weights, seen, strict=True))
     return out
 
 
+def rope_of(config, sight: str) -> Any:
+    return config.local_rope if sight == "local" and config.local_rope is not None else config.rope
+
+
+def latent_attention(x_TD, params: Params, config, sight: str, positions, segments) -> np.ndarray:
+    """Equations 37 to 47 of the DeepSeek-V2 paper, one head at a time, in their order; rotated features first."""
+    rope, P = rope_of(config, sight), config.latent.rope_dim
+    q_in_TR = x_TD
+    if "query_down" in params:
+        q_in_TR = [
+            normalise(c, params["query_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
+            for c in affine(x_TD, params["query_down"], 1)
+        ]
+    latent_TR = np.stack(
+        [
+            normalise(c, params["kv_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
+            for c in affine(x_TD, params["kv_down"], 1)
+        ]
+    )
+    shared_TP = [rotate(k, t, rope) for k, t in zip(affine(x_TD, params["rotated_key"], 1), positions, strict=True)]
+    heads = [[], [], []]
+    for h in range(config.heads):
+        q_TK = np.stack(q_in_TR) @ params["query"]["weight"][:, h]
+        q_TK[:, :P] = [rotate(q, t, rope) for q, t in zip(q_TK[:, :P], positions, strict=True)]
+        k_TN, v_TV = (latent_TR @ params[name]["weight"][:, h] for name in ("key", "value"))
+        for found, one in zip(heads, (q_TK, np.concatenate([shared_TP, k_TN], 1), v_TV), strict=True):
+            found.append(one)
+    q_THK, k_THK, v_THV = (np.stack(found, axis=1) for found in heads)
+    return affine(attend(q_THK, k_THK, v_THV, config, sight, segments), params["out"], 2)
+
+
 def attention(x_TD, params: Params, config, sight: str, positions, segments) -> np.ndarray:
+    if config.latent is not None:
+        return latent_attention(x_TD, params, config, sight, positions, segments)
     q_THK, k_TGK, v_TGK = (affine(x_TD, params[name], 1) for name in ("query", "key", "value"))
-    rope = config.local_rope if sight == "local" and config.local_rope is not None else config.rope
+    rope = rope_of(config, sight)
     for name, x_THK in (("query_norm", q_THK), ("key_norm", k_TGK)):
         for t, h in np.ndindex(x_THK.shape[:2]):
             if config.qk_norm:
                 x_THK[t, h] = normalise(x_THK[t, h], params[name], "rmsnorm", config.norm_eps, config.norm_offset)
             if rope is not None:
                 x_THK[t, h] = rotate(x_THK[t, h], positions[t], rope)
-    window = config.window if sight == "local" else None
-    return affine(attend(q_THK, k_TGK, v_TGK, config, window, segments), params["out"], 2)
+    return affine(attend(q_THK, k_TGK, v_TGK, config, sight, segments), params["out"], 2)
 
 
 def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:

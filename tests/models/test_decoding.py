@@ -18,6 +18,7 @@ MESHES = {
     "llama": MeshConfig(fsdp=4),
     "gemma": MeshConfig(fsdp=2, tensor=2),
     "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
+    "deepseek": MeshConfig(fsdp=2, tensor=2),
 }
 LOCAL = {
     "sights": ("local",),

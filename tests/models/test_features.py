@@ -1,12 +1,14 @@
 """Every option of the decoder against the NumPy reference: logits to 2e-5 of the largest, in float32."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope
+from jaxinfra.models.latent import Latent
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.tasks.task import loss
@@ -17,6 +19,8 @@ TOLERANCE = 2e-5
 # Wavelengths from 6 to 6,000 positions: with these numbers some are kept, some ramped, some divided.
 STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
 
+LATENT = Latent(kv_rank=8, q_rank=12, nope_dim=6, rope_dim=4, value_dim=10)
+
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "every head has its own keys": {"kv_heads": None},
@@ -26,6 +30,21 @@ FEATURES: dict[str, dict[str, Any]] = {
     "partial rotary": {"rope": Rope(fraction=0.5)},
     "linear scaling": {"rope": Rope(scaling=LinearScaling(factor=3.0))},
     "llama-3 scaling": {"rope": Rope(scaling=STRETCHED)},
+    "yarn": {"rope": Rope(scaling=YarnScaling(factor=8.0, original_length=256))},
+    "yarn on whole scores": {"rope": Rope(scaling=YarnScaling(mscale_all_dim=1.0))},
+    "latent": {"latent": LATENT, "kv_heads": None, "head_dim": None},
+    "latent without one of queries": {"latent": replace(LATENT, q_rank=None), "kv_heads": None, "head_dim": None},
+    "latent in a window": {
+        "latent": LATENT,
+        "kv_heads": None,
+        "head_dim": None,
+        "sights": ("local", "global"),
+        "window": 3,
+        "local_rope": Rope(theta=50.0, fraction=0.5),
+        "norm_offset": 1.0,
+        "query_scale": 0.9,
+        "softcap": 1.5,
+    },
     "no positions": {"rope": None},
     "layernorm": {"norm": "layernorm"},
     "norm eps": {"norm_eps": 0.1},

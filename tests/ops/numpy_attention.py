@@ -7,11 +7,11 @@ import numpy as np
 from jaxinfra.ops.attention import See
 
 
-def attention(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, q_index=None, kv_index=None) -> np.ndarray:
-    q, k, v = (np.asarray(a, np.float64) for a in (q_BTHK, k_BSGK, v_BSGK))
+def attention(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, q_index=None, kv_index=None) -> np.ndarray:
+    q, k, v = (np.asarray(a, np.float64) for a in (q_BTHK, k_BSGK, v_BSGV))
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     scale = 1 / math.sqrt(K) if see.scale is None else see.scale
-    out = np.zeros_like(q)
+    out = np.zeros((B, T, H, v.shape[-1]))
     for b, i, h in np.ndindex(B, T, H):
         here = i if q_index is None else q_index[b, i]
         places = range(S) if kv_index is None else kv_index[b]

@@ -26,12 +26,14 @@ SEES = {
     "soft cap": See(softcap=0.7),
     "soft cap, window, scale": See(softcap=0.7, window=3, scale=0.9),
 }
-SHAPE = Shape(queries=256, keys=256, head_dim=64, segments=False, indexed=False, dtype=jnp.dtype("bfloat16"))
+SHAPE = Shape(
+    queries=256, keys=256, head_dim=64, value_dim=64, segments=False, indexed=False, dtype=jnp.dtype("bfloat16")
+)
 
 
-def arrays(B: int, T: int, H: int, G: int, K: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, K))
+def arrays(B: int, T: int, H: int, G: int, K: int, V: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, V or K))
     q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     return q, k, v
 
@@ -53,6 +55,11 @@ def test_reference_is_the_definition(see: See, packed: bool) -> None:
     q, k, v = arrays(2, 16, 4, 2, 8)
     segments = documents(2, 16) if packed else None
     close(reference(q, k, v, see, segments), attention(q, k, v, see, segments), 2e-6)
+
+
+def test_values_have_a_width_of_their_own() -> None:
+    q, k, v = arrays(2, 16, 4, 2, 8, 12)
+    close(reference(q, k, v, See()), attention(q, k, v, See()), 2e-6)
 
 
 @pytest.mark.parametrize("groups", [4, 1])
@@ -80,7 +87,7 @@ def test_reference_keeps_scores_in_float32() -> None:
 
 def values_and_gradients(kernel: Callable[..., jax.Array], q, k, v, see: See, segments) -> list[np.ndarray]:
     """The result, and the gradients of its product with fixed noise."""
-    noise = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(*q.shape[:-1], v.shape[-1])).astype(np.float32)
 
     def loss(q, k, v):
         y = kernel(q, k, v, see, segments)
@@ -91,9 +98,8 @@ def values_and_gradients(kernel: Callable[..., jax.Array], q, k, v, see: See, se
 
 
 def agree(kernel: Callable[..., jax.Array], size: tuple[int, ...], see: See, packed: bool, tolerance: float) -> None:
-    B, T, H, G, K = size
-    segments = documents(B, T) if packed else None
-    found, wanted = (values_and_gradients(f, *arrays(B, T, H, G, K), see, segments) for f in (kernel, reference))
+    segments = documents(*size[:2]) if packed else None
+    found, wanted = (values_and_gradients(f, *arrays(*size), see, segments) for f in (kernel, reference))
     for name, one, other in zip("yqkv", found, wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max(), rtol=0, err_msg=name)
 
@@ -111,6 +117,7 @@ SPLASH = {
     "window, soft cap": (See(window=40, softcap=0.7, scale=0.2), (1, 256, 2, 1, 64), False),
     "window looking ahead": (See(causal=False, window=40), (1, 128, 1, 1, 64), True),
     "wide heads": (See(), (1, 128, 2, 2, 128), False),
+    "values of another width": (See(), (1, 128, 2, 1, 192, 128), True),
 }
 
 
@@ -120,12 +127,15 @@ def test_splash_is_the_reference_and_so_are_its_gradients(case: str) -> None:
     agree(splash_interpreted, size, see, packed, 2e-5)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_splash_lowers_for_tpu_on_a_mesh(head_dim: int) -> None:
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_splash_lowers_for_tpu_on_a_mesh(head_dim: int, value_dim: int) -> None:
     """With documents, grouped keys and gradients, batch and heads sharded; no device is needed."""
     mesh = abstract_mesh(MeshConfig(fsdp=2, tensor=2))
     spread = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor", None))
-    q, k = (jax.ShapeDtypeStruct((4, 256, n, head_dim), jnp.bfloat16, sharding=spread) for n in (8, 2))
+    q, k, v = (
+        jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=spread)
+        for n, width in ((8, head_dim), (2, head_dim), (2, value_dim))
+    )
     ids = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp", None)))
 
     def loss(q, k, v, ids):
@@ -134,7 +144,7 @@ def test_splash_lowers_for_tpu_on_a_mesh(head_dim: int) -> None:
 
     with jax.sharding.use_abstract_mesh(mesh):
         text = (
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, ids).lower(lowering_platforms=("tpu",)).as_text()
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v, ids).lower(lowering_platforms=("tpu",)).as_text()
         )
     assert text.count("tpu_custom_call") == 3
 
@@ -148,6 +158,7 @@ REFUSALS = {
     "xla": [
         (See(softcap=1.0), SHAPE, "it has no soft cap"),
         (See(), replace(SHAPE, indexed=True), "it takes no explicit positions"),
+        (See(), replace(SHAPE, value_dim=32), "its values are as wide as its keys, not 32 and 64"),
     ],
     "cudnn": [
         (See(softcap=1.0), SHAPE, "it has no soft cap"),
@@ -157,8 +168,17 @@ REFUSALS = {
             replace(SHAPE, dtype=jnp.dtype("float32")),
             "it computes in bfloat16 or float16, not float32",
         ),
-        (See(), replace(SHAPE, head_dim=256), "its heads are at most 128 wide and a multiple of 8, not 256"),
-        (See(), replace(SHAPE, head_dim=20), "its heads are at most 128 wide and a multiple of 8, not 20"),
+        (See(), replace(SHAPE, value_dim=32), "its values are as wide as its keys, not 32 and 64"),
+        (
+            See(),
+            replace(SHAPE, head_dim=256, value_dim=256),
+            "its heads are at most 128 wide and a multiple of 8, not 256",
+        ),
+        (
+            See(),
+            replace(SHAPE, head_dim=20, value_dim=20),
+            "its heads are at most 128 wide and a multiple of 8, not 20",
+        ),
         (See(causal=False, window=8), SHAPE, "its window needs a causal mask"),
     ],
     "splash": [
@@ -166,6 +186,7 @@ REFUSALS = {
         (See(), replace(SHAPE, queries=200), "its lengths are multiples of 128, not 200 and 256"),
         (See(), replace(SHAPE, keys=64), "its lengths are multiples of 128, not 256 and 64"),
         (See(), replace(SHAPE, head_dim=80), "its heads are a multiple of 64 wide, not 80"),
+        (See(), replace(SHAPE, value_dim=80), "its heads are a multiple of 64 wide, not 80"),
     ],
 }
 PLATFORM = {"reference": "cpu", "xla": "cpu", "cudnn": "gpu", "splash": "tpu"}
@@ -187,6 +208,7 @@ def test_kernels_refuse_by_name_what_they_cannot_honour(kernel: Any) -> None:
     [
         ("tpu", See(), SHAPE, "splash"),
         ("tpu", See(softcap=50.0, window=9), replace(SHAPE, segments=True), "splash"),
+        ("tpu", See(), replace(SHAPE, head_dim=192, value_dim=128), "splash"),
         ("tpu", See(), replace(SHAPE, queries=100), "xla"),
         ("tpu", See(softcap=1.0), replace(SHAPE, queries=100), "reference"),
         ("tpu", See(), replace(SHAPE, indexed=True), "reference"),
@@ -196,6 +218,7 @@ def test_kernels_refuse_by_name_what_they_cannot_honour(kernel: Any) -> None:
         ("gpu", See(softcap=1.0), SHAPE, "reference"),
         ("cpu", See(), SHAPE, "xla"),
         ("cpu", See(softcap=1.0), SHAPE, "reference"),
+        ("cpu", See(), replace(SHAPE, value_dim=128), "reference"),
     ],
 )
 def test_the_fastest_kernel_that_honours_all_is_chosen(platform: str, see: See, shape: Shape, chosen: str) -> None:

@@ -33,6 +33,7 @@ class Case:
     heads: int = 4
     groups: int = 2
     head_dim: int = 8
+    value_dim: int = 8
     tiles: Tiles | None = None
 
     @property
@@ -41,8 +42,8 @@ class Case:
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         draw = np.random.default_rng(0)
-        heads = (self.heads, self.groups, self.groups)
-        return tuple(draw.normal(size=(self.rows, self.length, n, self.head_dim)).astype(np.float32) for n in heads)
+        heads = ((self.heads, self.head_dim), (self.groups, self.head_dim), (self.groups, self.value_dim))
+        return tuple(draw.normal(size=(self.rows, self.length, *head)).astype(np.float32) for head in heads)
 
     def segments(self) -> np.ndarray | None:
         """Three documents a row; borders are inside of shards and blocks, and one document spans several."""
@@ -68,7 +69,8 @@ def across(case: Case) -> list[np.ndarray]:
 
     with jax.set_mesh(mesh):
         q, k, v = (placed(x, *axes, None) for x in case.arrays())
-        noise = placed(np.random.default_rng(1).normal(size=q.shape).astype(np.float32), *axes, None)
+        width = (*q.shape[:-1], case.value_dim)
+        noise = placed(np.random.default_rng(1).normal(size=width).astype(np.float32), *axes, None)
 
         def loss(q, k, v, noise, segments):
             y = kernel(q, k, v, case.see, segments)
@@ -110,6 +112,7 @@ MESHES = {
     "consecutive": {"zigzag": False},
     "a head of keys for each": {"groups": 4},
     "one head of keys": {"groups": 1},
+    "values of another width": {"value_dim": 12},
 }
 
 
@@ -127,13 +130,25 @@ def test_keys_pass_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KERNELS = {
-    "ring": Case(mesh=MeshConfig(fsdp=1, context=2), length=512, head_dim=64),
-    "gather": Case(mesh=MeshConfig(fsdp=1, context=2), length=512, head_dim=64, form="gather", rows=1),
+    "ring": Case(mesh=MeshConfig(fsdp=1, context=2), length=512, head_dim=64, value_dim=64),
+    "gather": Case(mesh=MeshConfig(fsdp=1, context=2), length=512, head_dim=64, value_dim=64, form="gather", rows=1),
+    "values of another width": Case(mesh=MeshConfig(fsdp=1, context=2), length=512, head_dim=128, value_dim=64, rows=1),
     "window, soft cap": Case(
-        mesh=MeshConfig(fsdp=1, context=2), length=512, head_dim=64, rows=1, see=See(window=300, softcap=0.7)
+        mesh=MeshConfig(fsdp=1, context=2),
+        length=512,
+        head_dim=64,
+        value_dim=64,
+        rows=1,
+        see=See(window=300, softcap=0.7),
     ),
     "whole": Case(
-        mesh=MeshConfig(fsdp=1, context=2), length=256, head_dim=64, rows=1, see=See(causal=False), zigzag=False
+        mesh=MeshConfig(fsdp=1, context=2),
+        length=256,
+        head_dim=64,
+        value_dim=64,
+        rows=1,
+        see=See(causal=False),
+        zigzag=False,
     ),
 }
 
@@ -204,7 +219,18 @@ def test_a_window_goes_to_neighbours_alone() -> None:
 
 
 def heads(**changes: int) -> Heads:
-    return Heads(**{"rows": 1, "length": 65536, "heads": 32, "groups": 8, "head_dim": 128, "itemsize": 2, **changes})
+    return Heads(
+        **{
+            "rows": 1,
+            "length": 65536,
+            "heads": 32,
+            "groups": 8,
+            "head_dim": 128,
+            "value_dim": 128,
+            "itemsize": 2,
+            **changes,
+        }
+    )
 
 
 def test_few_heads_of_keys_are_gathered_on_few_shards() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, rope_tables, rotate
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling, rope_tables, rotate
 
 
 def test_frequencies_are_geometric() -> None:
@@ -59,7 +59,33 @@ def test_scores_depend_on_distance_alone() -> None:
     assert score(7, 3) != pytest.approx(score(8, 3), abs=1e-2)
 
 
-@pytest.mark.parametrize(("rope", "field"), [(Rope(theta=0.0), "theta"), (Rope(fraction=1.5), "fraction")])
+@pytest.mark.parametrize(
+    ("rope", "field"),
+    [
+        (Rope(theta=0.0), "theta"),
+        (Rope(fraction=1.5), "fraction"),
+        (Rope(theta=1.0, scaling=YarnScaling()), "theta"),
+        (Rope(scaling=YarnScaling(factor=0.5)), "factor"),
+        (Rope(scaling=YarnScaling(beta_slow=40.0)), "beta_slow=40.0, scaling.beta_fast"),
+    ],
+)
 def test_impossible_numbers_are_refused(rope: Rope, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         validate(rope)
+
+
+def test_yarn_is_that_of_deepseek_v3() -> None:
+    """64 features stretched 40 times: pairs up to 10 are kept, from 23 on divided, scores grow by 1.369 ** 2."""
+    plain = Rope().frequencies(64)
+    rope = Rope(scaling=YarnScaling(mscale_all_dim=1.0))
+    kept = plain / rope.frequencies(64)
+    assert np.array_equal(kept[:11], np.ones(11)) and kept[23:] == pytest.approx([40.0] * 9)
+    assert 1 / kept[11:23] == pytest.approx([1 - n / 13 * 39 / 40 for n in range(1, 13)])
+    assert rope.score_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2) and rope.table_scale == 1.0
+
+
+def test_yarn_of_the_paper_grows_rotated_features() -> None:
+    rope = Rope(scaling=YarnScaling(factor=8.0))
+    assert rope.score_scale == 1.0 and rope.table_scale == pytest.approx(0.1 * math.log(8) + 1)
+    cos, sin = rope_tables(rope, jnp.array([[0, 3]]), 8, jnp.dtype("float32"))
+    assert np.asarray(cos**2 + sin**2) == pytest.approx(np.full(cos.shape, rope.table_scale**2), rel=1e-6)

@@ -7,6 +7,7 @@ from flax import nnx
 from tiny_run import Tiny
 
 from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
+from jaxinfra.models.latent import Latent
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.mesh import abstract_mesh
@@ -24,6 +25,18 @@ def test_flops_by_hand() -> None:
     assert matmul_params(config) == weights
     # Token t sees t + 1 keys: scores and values are 2 FLOPs each a head feature, in 2 heads of 4, in 2 layers.
     forward = 2 * weights * 3 + 2 * 2 * (2 * 4) * 2 * (1 + 2 + 3)
+    assert flops_per_token(config, 3) * 3 == 3 * forward
+
+
+def test_flops_of_latents_by_hand() -> None:
+    """As above; latents of 4 and 6, heads of 3 features and 2 rotated ones, values of 5."""
+    latent = Latent(kv_rank=4, q_rank=6, nope_dim=3, rope_dim=2, value_dim=5)
+    config = TransformerConfig(vocab_size=10, layers=2, width=8, heads=2, latent=latent, mlp_dim=16)
+    query, shared, out = 8 * 6 + 6 * 2 * (3 + 2), 8 * 2, 2 * 5 * 8
+    key_and_value = 8 * 4 + 4 * 2 * 3 + 4 * 2 * 5
+    weights = 2 * (query + shared + key_and_value + out + 3 * 8 * 16) + 8 * 10
+    assert matmul_params(config) == weights
+    forward = 2 * weights * 3 + 2 * (2 * (3 + 2) + 2 * 5) * 2 * (1 + 2 + 3)
     assert flops_per_token(config, 3) * 3 == 3 * forward
 
 
