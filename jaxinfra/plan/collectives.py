@@ -91,7 +91,7 @@ def summed(found: Sequence[Collective]) -> list[Traffic]:
 
 
 def collectives(module: Module, mesh: Mapping[str, int], domains: Sequence[int] | None = None) -> list[Collective]:
-    """All collectives, once for each way from the entry to them.
+    """All collectives, once for each way from the entry to them; of a choice those of the branch that moves most.
 
     Args:
         module: the program.
@@ -99,7 +99,11 @@ def collectives(module: Module, mesh: Mapping[str, int], domains: Sequence[int] 
         domains: of every device of the mesh, in its order, the slice or host that it is in; None is one for all.
     """
     reader = _Reader(module, mesh, domains)
-    return [one for place in module.executed() for one in reader.at(place)]
+
+    def moved_bytes(place: Place) -> int:
+        return sum(sum(one.arrays) * one.times for one in reader.at(place))
+
+    return [one for place in module.executed(moved_bytes) for one in reader.at(place)]
 
 
 class _Reader:

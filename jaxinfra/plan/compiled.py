@@ -20,7 +20,7 @@ from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.plan.collectives import Traffic, collectives, summed
-from jaxinfra.plan.hlo import NO_ESTIMATE, Module
+from jaxinfra.plan.hlo import NO_ESTIMATE, Module, Place
 from jaxinfra.plan.refusal import explained, too_big
 from jaxinfra.plan.topology import Topology, devices, domains, prepare
 from jaxinfra.program import Program
@@ -115,12 +115,10 @@ def program_for(run: Run, topology: Topology) -> Program:
     """
     prepare(topology)
     described = devices(topology)
-    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
-    if topology.count % fixed or (-1 not in run.mesh.sizes and fixed != topology.count):
-        raise ConfigError(
-            f"--on {topology}: has {topology.count} devices, the mesh asks for {fixed}; use mesh.fsdp=-1, or a "
-            "topology of that size"
-        )
+    fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), -1 in run.mesh.sizes
+    if topology.count % fixed or (fixed != topology.count and not free):
+        fix = f"axes that divide {topology.count}" if free else "mesh.fsdp=-1, or a topology of that size"
+        raise ConfigError(f"--on {topology}: has {topology.count} devices, the mesh asks for {fixed}; use {fix}")
     run = resolved(run, topology.count)
     validate(run)
     return Program(run, make_mesh(run.mesh, described))
@@ -223,13 +221,18 @@ def _no_cache() -> Iterator[None]:
 
 
 def _kernels(module: Module) -> list[Kernel]:
-    """All custom calls that compute, those of one name and loop level together."""
+    """All custom calls that compute, those of one name and loop level together; of a choice the branch with most."""
     runs: dict[tuple[int, str, str], int] = {}
-    for place in module.executed():
-        for instruction in place.computation.instructions.values():
-            target = instruction.text("custom_call_target") if instruction.kind == "custom-call" else None
-            if target is None or _OF_THE_COMPILER.fullmatch(target) or instruction.cycles is not None:
-                continue
-            key = (place.loops, instruction.name.rstrip("0123456789").rstrip("."), target)
+    for place in module.executed(lambda place: place.times * len(list(_custom_calls(place)))):
+        for name, target in _custom_calls(place):
+            key = (place.loops, name, target)
             runs[key] = runs.get(key, 0) + place.times
     return [Kernel(loops=loops, name=name, target=target, runs=n) for (loops, name, target), n in sorted(runs.items())]
+
+
+def _custom_calls(place: Place) -> Iterator[tuple[str, str]]:
+    """Name and target of what is called there that computes and has no estimate."""
+    for instruction in place.computation.instructions.values():
+        target = instruction.text("custom_call_target") if instruction.kind == "custom-call" else None
+        if target is not None and not _OF_THE_COMPILER.fullmatch(target) and instruction.cycles is None:
+            yield instruction.name.rstrip("0123456789").rstrip("."), target

@@ -8,7 +8,7 @@ never a guess. The text may be let go once it is read: nothing here keeps its lo
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 BITS = {"pred": 8, "token": 0}
@@ -111,6 +111,10 @@ class Place:
     fused: bool
 
 
+type Weight = Callable[[Place], float]
+"""What a place counts for, where one branch of several runs."""
+
+
 class Module:
     """A program that has been read.
 
@@ -149,11 +153,16 @@ class Module:
             for name in instruction.calls[attribute]
         }
 
-    def executed(self) -> Iterator[Place]:
-        """Every computation that runs, once for each way from the entry to it. All branches of a choice count."""
-        return self._visit(self.entry, 0, 1, False)
+    def executed(self, weight: Weight | None = None) -> Iterator[Place]:
+        """Every computation that runs, once for each way from the entry to it.
 
-    def _visit(self, name: str, loops: int, times: int, fused: bool) -> Iterator[Place]:
+        Args:
+            weight: of what happens at one place. Of a choice the branch that weighs most counts; without a weight all
+                of them do.
+        """
+        return self._visit(self.entry, 0, 1, False, weight)
+
+    def _visit(self, name: str, loops: int, times: int, fused: bool, weight: Weight | None) -> Iterator[Place]:
         computation = self.computations[name]
         yield Place(computation=computation, loops=loops, times=times, fused=fused)
         for instruction in computation.instructions.values():
@@ -161,11 +170,14 @@ class Module:
             if instruction.kind == "while":
                 times_inside = times * self._runs(computation, instruction)
                 for called in _called(instruction):
-                    yield from self._visit(called, loops + 1, times_inside, inside)
+                    yield from self._visit(called, loops + 1, times_inside, inside, weight)
+            elif instruction.kind == "conditional" and weight is not None:
+                branches = [list(self._visit(b, loops, times, inside, weight)) for b in _called(instruction)]
+                yield from max(branches, key=lambda places: sum(map(weight, places)))
             elif not instruction.kind.endswith(("-done", "-update")):  # these name what their start has called
                 for called in _called(instruction):
                     if called in self.computations:
-                        yield from self._visit(called, loops, times, inside)
+                        yield from self._visit(called, loops, times, inside, weight)
 
     def unknown_loops(self) -> list[str]:
         """The loops whose length cannot be worked out."""

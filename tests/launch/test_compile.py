@@ -66,7 +66,7 @@ ON = ("--on", "v5e:2x4")
             r"--on v5e:2x4: has 8 devices, the mesh asks for 3; use mesh.fsdp=-1, .*",
             81,
         ),
-        ((*ON, "mesh.tensor=16"), r"--on v5e:2x4: has 8 devices, the mesh asks for 16; use mesh.fsdp=-1, .*", 81),
+        ((*ON, "mesh.tensor=16"), r"--on v5e:2x4: has 8 devices, the mesh asks for 16; use axes that divide 8", 81),
         (
             (*ON, "model.heads=4", "mesh.fsdp=1", "mesh.tensor=8"),
             r"model\.heads=4, mesh\.tensor=8: 8 shards do not divide 4 heads; use mesh\.tensor=4 mesh\.fsdp=2",

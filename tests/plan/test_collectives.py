@@ -75,8 +75,17 @@ def test_collectives_are_found_with_their_axes_and_loops(groups: str, axes: tupl
         one("all-reduce", (), 4),
         one("all-reduce", ("replica",), 4, 48),
         one("all-gather", axes, 64, loops=1, times=5),
-        one("collective-permute", ("tensor",), 16),
     ]
+
+
+def test_of_a_choice_the_branch_that_moves_most_counts() -> None:
+    """The left branch gathers 5 x 64 bytes; the right one permutes 16, or 4096."""
+    text = TEXT.format(groups="replica_groups=[4,2]<=[8]")
+    kinds = [found.kind for found in collectives(Module(text), MESH)]
+    assert kinds == ["all-reduce", "all-reduce", "all-gather"]
+    more = text.replace("%permute = bf16[8]{0}", "%permute = bf16[2048]{0}")
+    kinds = [found.kind for found in collectives(Module(more), MESH)]
+    assert kinds == ["all-reduce", "all-reduce", "collective-permute"]
 
 
 def test_a_form_that_is_not_known_is_refused() -> None:

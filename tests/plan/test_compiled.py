@@ -6,11 +6,13 @@ import math
 import pytest
 
 from jaxinfra.parallel.mesh import AXES
+from jaxinfra.plan.collectives import KINDS, SLICED
 from jaxinfra.plan.compiled import Compiled
 from jaxinfra.plan.topology import parse
 from tests.golden.compiled import (
     CASES,
     CONFIGS,
+    DENSE,
     EXAMPLE,
     FOLDER,
     ON,
@@ -38,6 +40,18 @@ def test_a_small_program_sends_and_takes_what_it_did(name: str) -> None:
     assert not found.unknown_loops
     if parse(found.on).slices > 1:
         meets_once(found)
+    if found.mesh.keys() == {"fsdp"}:
+        gathers_weights_twice(found)
+
+
+def gathers_weights_twice(found: Compiled) -> None:
+    """In bfloat16, for the forward pass and again for the backward pass; their gradients are scattered once."""
+    model = DENSE.model
+    per_layer = 4 * model.width**2 + 3 * model.width * model.mlp_dim
+    moved = {kind: sum(row.bytes for row in found.traffic if row.loops and row.kind == kind) for kind in KINDS}
+    scattered = moved["reduce-scatter"] + sum(row.bytes for row in found.traffic if row.loops and row.kind == SLICED)
+    assert moved["all-gather"] == 2 * 2 * model.layers * per_layer
+    assert scattered == 2 * model.layers * per_layer
 
 
 def meets_once(found: Compiled) -> None:
@@ -64,9 +78,10 @@ def test_a_config_keeps_to_its_budget(name: str) -> None:
         assert page == with_example(page, found), HINT.format(name)
 
 
-def test_what_is_compiled_is_recorded() -> None:
-    assert set(ON) <= {path.stem for path in CONFIGS.glob("*.py")}
-    assert set(budgets()) == set(ON), HINT.format("")
+def test_every_config_names_what_it_is_compiled_for() -> None:
+    configs = {path.stem for path in CONFIGS.glob("*.py")}
+    assert set(ON) == configs, "give every file of configs/ a topology in tests/golden/compiled.py"
+    assert set(budgets()) == configs, HINT.format("")
     assert {path.stem for path in FOLDER.glob("*.txt")} == set(CASES), HINT.format("")
 
 
