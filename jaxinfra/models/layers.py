@@ -117,12 +117,13 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
         meets = BLOCK if self.direction == "along" else ("batch", "sequence")
-        w, flat = self.layout.weight(self.weight[...], self.axes, meets), self.layout.platform != "tpu"
+        w, layout = self.layout.weight(self.weight[...], self.axes, meets), self.layout
+        multiply = partial(dot, contract=self.contract, flat=layout.platform != "tpu", quantise=layout.quantise)
         if self.direction != "outward":
-            y = dot(x, w, contract=self.contract, flat=flat)
+            y = multiply(x, w)
             return self._add_bias(product(y) if self.kept else y, meets)
         partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.layout.mesh_axes(name))
-        y = dot(x, w, contract=self.contract, partial=partial_over, flat=flat)
+        y = multiply(x, w, partial=partial_over)
         return self._add_bias(product(self.layout.shard(y, *BLOCK, None)), BLOCK)
 
     def _add_bias(self, y: jax.Array, meets: Names) -> jax.Array:

@@ -11,16 +11,24 @@ stage, with the rows of that stage.
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.layout import staged
+from jaxinfra.ops import quantised
+from jaxinfra.parallel.layout import Quantise, staged
 
 
 def dot(
-    x: jax.Array, w: jax.Array, *, contract: int = 1, partial: frozenset[str] = frozenset(), flat: bool = True
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    contract: int = 1,
+    partial: frozenset[str] = frozenset(),
+    flat: bool = True,
+    quantise: Quantise = "none",
 ) -> jax.Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`.
 
@@ -31,6 +39,7 @@ def dot(
         contract: number of dimensions in `K`.
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
         flat: as one product of rank 2; False leaves all dimensions apart.
+        quantise: the format of the factors (see `ops.quantised`).
 
     Returns:
         `[..., *N]` in the dtype of `x`; unreduced over `partial`.
@@ -46,9 +55,11 @@ def dot(
         dims = first + len(lead)
         rows = 1 if _rows_are_contiguous(x, first, dims) else len(lead)
         x = _merge(x, (*(1,) * first, len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
-        y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), partial)
-    else:
+        y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), _How(partial, 1, first, quantise))
+    elif quantise == "none":
         y = _plain(x, w, partial, contract, first)
+    else:
+        y = _product(x, w, _How(partial, contract, first, quantise))
     if not (flat or stages):
         return y
     out = PartitionSpec(*x_spec.partitions[: len(lead)], *w_spec.partitions[first + contract :], unreduced=partial)
@@ -83,10 +94,19 @@ def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:
     return all(mesh.shape[axis] == 1 for part in axes for axis in part)
 
 
+class _How(NamedTuple):
+    partial: frozenset[str]
+    contract: int
+    stages: int
+    quantise: Quantise
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> jax.Array:
-    """`x @ w`, `[..., K]` by `[K, N]`, or `[S, ..., K]` by `[S, K, N]`; sharded like the rows and the columns."""
-    return _plain(x, w, partial, stages=w.ndim - 2)
+def _product(x: jax.Array, w: jax.Array, how: _How) -> jax.Array:
+    """The contraction of `[*S, ..., *K]` and `[*S, *K, *N]`, sharded like the rows and the columns."""
+    if how.quantise == "none":
+        return _plain(x, w, how.partial, how.contract, how.stages)
+    return quantised.product(x, w, *how)
 
 
 def _plain(x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int = 1, stages: int = 0) -> jax.Array:
@@ -100,18 +120,19 @@ def _plain(x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int = 
     return jax.lax.dot_general(x, w, (contracted, (side_by_side, side_by_side)), out_sharding=out)
 
 
-def _forward(x: jax.Array, w: jax.Array, partial: frozenset[str]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _plain(x, w, partial, stages=w.ndim - 2), (x, w)
+def _forward(x: jax.Array, w: jax.Array, how: _How) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, w, how), (x, w)
 
 
-def _backward(
-    partial: frozenset[str], operands: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _backward(how: _How, operands: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = operands
-    stages = w.ndim - 2
-    (dx,) = jax.vjp(lambda x: _plain(x, w, partial, stages=stages), x)[1](g)
-    if x.ndim > 2:
-        (dw,) = jax.vjp(lambda w: _plain(x, w, partial, stages=stages), w)[1](g)
+    plain = functools.partial(_plain, partial=how.partial, contract=how.contract, stages=how.stages)
+    if how.quantise == "none":
+        (dx,) = jax.vjp(lambda x: plain(x, w), x)[1](g)
+    else:
+        dx = quantised.input_gradient(x, w, g, how.contract, how.stages, how.quantise)
+    if x.ndim > 2 or w.ndim > 2:
+        (dw,) = jax.vjp(lambda w: plain(x, w), w)[1](g)
         return dx, dw
     w_spec = jax.typeof(w).sharding.spec
     out = w_spec.update(unreduced=w_spec.reduced, reduced=w_spec.unreduced)

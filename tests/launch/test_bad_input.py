@@ -156,6 +156,14 @@ def test_wrong_value(begun: Tiny, case: tuple) -> None:
     assert contents(begun.runs) == before
 
 
+def test_quantised_products_need_qwix(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxinfra.run.find_spec", lambda name: None)
+    refused(
+        tiny.launch("precision.quantise=int8"),
+        r"precision\.quantise=int8: .* qwix, which is not installed; run pip install qwix, or .* extra quantised",
+    )
+
+
 # Overrides that do not go together, and the message.
 CROSS_FIELD = {
     "heads over tensor": (

@@ -1,0 +1,79 @@
+"""Quantised training computes the same on every mesh, schedule and remat policy, from factors of the right format.
+
+Scales and sums in whole numbers are the same everywhere. What differs is the last bit of what comes before a
+rounding; once in a while that decides between two steps of the format, and the difference is one rounding more.
+"""
+
+import functools
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxinfra.models.remat import Remat
+from jaxinfra.parallel.layout import Quantise
+from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run
+from tests.parity.cases import DOCUMENTS, Case, differences, gradients, too_different
+
+PRODUCTS = 7
+"""With weights of a layer: query, key, value, out; gate, up, down."""
+
+
+def run_of(quantise: Quantise, remat: Remat = "none") -> Run:
+    model = replace(DOCUMENTS.model, remat=remat)
+    return replace(DOCUMENTS, model=model, precision=Precision(compute="float32", quantise=quantise))
+
+
+@functools.cache
+def on_one_device(quantise: Quantise) -> dict[str, np.ndarray]:
+    return gradients(Case(run=run_of(quantise)))
+
+
+def off(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.sqrt(((found - wanted) ** 2).mean() / (wanted**2).mean()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(run=run_of("int8"), mesh=MeshConfig(replica=2, fsdp=2, tensor=2), accumulate=2),
+        Case(run=run_of("fp8"), mesh=MeshConfig(fsdp=2, context=2, tensor=2)),
+        Case(run=run_of("int8"), mesh=MeshConfig(stage=2, fsdp=2, tensor=2), accumulate=4),
+        Case(run=run_of("fp8"), mesh=MeshConfig(fsdp=1, tensor=8)),
+        Case(run=run_of("int8"), mesh=MeshConfig(fsdp=8)),
+    ],
+    ids=lambda case: f"{case.run.precision.quantise}-{case}",
+)
+def test_the_mesh_changes_nothing_but_a_rounding(case: Case) -> None:
+    """The loss to 5e-5; of every gradient less than a tenth of what quantising itself changes."""
+    quantise = case.run.precision.quantise
+    found, wanted, exact = gradients(case), on_one_device(quantise), on_one_device("none")
+    loss = "[1]['loss']"
+    assert found[loss] == pytest.approx(wanted[loss], rel=5e-5)
+    for path, one in wanted.items():
+        if path.startswith("[0]"):
+            assert off(found[path], one) < 0.1 * off(one, exact[path]), path
+
+
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_rematerialisation_keeps_every_gradient(remat: Remat) -> None:
+    assert not too_different(gradients(Case(run=run_of("int8", remat))), on_one_device("int8"))
+
+
+@pytest.mark.parametrize("quantise", ["int8", "fp8"])
+def test_quantising_reaches_every_gradient(quantise: Quantise) -> None:
+    changed = differences(on_one_device(quantise), on_one_device("none"))
+    assert min(size for path, size in changed.items() if "weight']" in path and path.startswith("[0]")) > 1e-3
+
+
+@pytest.mark.parametrize(("quantise", "kind"), [("int8", "i8"), ("fp8", "f8E4M3FN")])
+def test_two_of_the_three_products_have_factors_of_the_format(quantise: Quantise, kind: str) -> None:
+    """Forward and the gradient of activations, of all products with weights of layers, and of nothing else."""
+    run = replace(run_of(quantise), mesh=MeshConfig(fsdp=2, tensor=2))
+    text = Program(run, abstract_mesh(run.mesh), "tpu").lower().as_text()
+    factors = re.findall(r"stablehlo\.dot_general .*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", text)
+    assert factors.count((kind, kind)) == 2 * PRODUCTS
+    assert factors.count(("f32", "f32")) == len(factors) - 2 * PRODUCTS
