@@ -25,7 +25,7 @@ from jaxinfra.optim.schedules import schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.layout import Layout, Names, partial_zeros
 from jaxinfra.parallel.mesh import MeshConfig
-from jaxinfra.parallel.spec import ParamSpec, param_key
+from jaxinfra.parallel.spec import ParamSpec, param_key, replaced, trained
 from jaxinfra.stages import Stages
 from jaxinfra.tasks.task import loss
 
@@ -105,7 +105,7 @@ class Program:
         self._stored = jax.tree.map(self.layout.stored, self._paths, self.specs)
         staged = self.layout.mesh.stage > 1
         self._stages = Stages(run, self.layout, self.specs, self._stored) if staged else None
-        self.optimizer = build(run.optim, steps=run.train.steps, specs=self.specs)
+        self.optimizer = build(run.optim, steps=run.train.steps, specs=trained(self.specs, self.specs))
         self._schedule = schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
 
     # What it works on
@@ -137,8 +137,10 @@ class Program:
     @cached_property
     def params(self) -> Any:
         """The parameters as they are stored, as `ShapeDtypeStruct`s."""
-        dtype = jnp.dtype(self.run.precision.params)
-        return jax.tree.map(lambda s, p: self._sharded(s.shape, dtype, p), self.specs, self._stored)
+        return jax.tree.map(lambda s, p: self._sharded(s.shape, self._dtype(s), p), self.specs, self._stored)
+
+    def _dtype(self, spec: ParamSpec) -> jnp.dtype:
+        return jnp.dtype(self.run.precision.params if spec.trained else "float32")
 
     @cached_property
     def state(self) -> TrainState:
@@ -191,10 +193,8 @@ class Program:
             return traced.lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array) -> Any:
-        dtype = jnp.dtype(self.run.precision.params)
-
         def one(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
-            return spec.init(param_key(key, path), spec.shape, dtype, out)
+            return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
 
         return jax.tree.map(one, self._paths, self.specs, self._stored)
 
@@ -202,7 +202,8 @@ class Program:
         ema = None
         if self.run.optim.ema_decay is not None:
             ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params), ema=ema)
+        opt_state = self.optimizer.init(trained(params, self.specs))
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema=ema)
 
     def with_words(self, batch: Batch, step: jax.Array | int) -> Batch:
         """The batch of a step with what decides about dropout: random words of its positions, if there is any."""
@@ -241,13 +242,13 @@ class Program:
         return {name: one(x, axes[name]) for name, x in batch.items()}
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        """The gradient of the mean loss, and the sums; `replica` is crossed once, whatever the accumulation."""
+        """The gradient of the mean loss, by what is trained, and the sums; `replica` is crossed once."""
         batch = self._arranged(batch)
         count = self.run.train.accumulate
         if self._stages is not None:
             grads, sums = self._stages.gradients(params, _split(batch, count))
             scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-            return jax.tree.map(lambda g: g * scale, grads), sums
+            return jax.tree.map(lambda g: g * scale, trained(grads, self.specs)), sums
         marked = jax.tree.map(lambda p, s: jax.reshard(p, self.layout.with_reduced(s)), params, self._stored)
         if count == 1:
             sums, grads = self._loss_and_grads(marked, batch)
@@ -264,17 +265,23 @@ class Program:
             (sums, grads), _ = jax.lax.scan(body, zeros, microbatches)
         sums = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        grads = jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, self._stored)
-        return grads, sums
+        grads, stored = (trained(tree, self.specs) for tree in (grads, self._stored))
+        return jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, stored), sums
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         optim = self.run.optim
         grads, sums = self._gradients(state.params, self.with_words(batch, state.step))
         grads, norm = clip_by_global_norm(grads, optim.clip_norm)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), state.params, updates)
+        before = trained(state.params, self.specs)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
+        after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
+        totals = {name: value for name, value in sums.items() if not value.ndim}
+        counted = {name: value for name, value in sums.items() if value.ndim}
+        model = self.model(state.params)
+        params = replaced(replaced(state.params, after), model.moved(counted))
         ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
-        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        metrics = {name: value / sums["weight"] for name, value in totals.items() if name != "weight"}
+        metrics |= model.measures(counted, sums["weight"])
         metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": jnp.asarray(self._schedule(state.step))}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 

@@ -3,7 +3,7 @@
 A product of `[m, k]` and `[k, n]` counts `2 m k n`; a training step costs three times its forward pass (Kaplan et
 al. 2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts the pairs of positions that the
 mask lets through, so half of the square when causal. Recomputation earns no credit, and norms, rotary positions,
-softmax and the embedding lookup count nothing.
+softmax and the embedding lookup count nothing. Of experts those count that a token chooses, dropped or not.
 """
 
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def matmul_params(config: "TransformerConfig") -> int:
-    """Weights that every token is multiplied with: projections, MLP and head, tied or not."""
-    mlp = config.width * config.mlp_dim * (2 if config.mlp == "gelu" else 3)
-    return config.layers * (_attention_params(config) + mlp) + config.width * config.vocab_size
+    """Weights that a token is multiplied with: projections, MLP or the experts that it chooses, head, tied or not."""
+    layer = _attention_params(config) + _inner_params(config)
+    return config.layers * layer + config.width * config.vocab_size
 
 
 def _attention_params(config: "TransformerConfig") -> int:
@@ -28,6 +28,16 @@ def _attention_params(config: "TransformerConfig") -> int:
     of_queries = width * queries if rank is None else rank * (width + queries)
     of_latent = latent.kv_rank * (width + heads * (latent.nope_dim + latent.value_dim))
     return of_queries + of_latent + width * latent.rope_dim + heads * latent.value_dim * width
+
+
+def _inner_params(config: "TransformerConfig") -> int:
+    """Of one layer's MLP, or of its router, the shared expert and as many others as a token chooses."""
+    matrices = 2 if config.mlp == "gelu" else 3
+    experts = config.experts
+    if experts is None:
+        return config.width * config.mlp_dim * matrices
+    dim = config.mlp_dim if experts.dim is None else experts.dim
+    return config.width * (experts.count + matrices * dim * (experts.chosen + experts.shared))
 
 
 def visible_keys(length: int, window: int | None) -> float:

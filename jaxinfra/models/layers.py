@@ -38,9 +38,15 @@ class Stack:
         role: Role,
         *,
         contract: int | None = None,
+        apart: int = 0,
+        trained: bool = True,
     ) -> nnx.Param:
-        """A parameter, stacked; of a matrix, the first `contract` dimensions are contracted, the rest yielded."""
-        lead = 1 if self.layers else 0
+        """A parameter, stacked.
+
+        Of a matrix, or of several whose number the first `apart` dimensions are, the next `contract` dimensions are
+        contracted and the rest yielded.
+        """
+        lead = apart + (1 if self.layers else 0)
         split = None if contract is None else lead + contract
         return nnx.Param(
             ParamSpec(
@@ -49,7 +55,8 @@ class Stack:
                 init=init,
                 role=role,
                 in_dims=() if split is None else tuple(range(lead, split)),
-                out_dims=() if split is None else tuple(range(split, lead + len(shape))),
+                out_dims=() if split is None else tuple(range(split, lead - apart + len(shape))),
+                trained=trained,
             )
         )
 

@@ -105,3 +105,15 @@ class Model(Protocol):
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """What layers add to the loss, from what they count, summed over the batch like it; None for nothing."""
         ...
+
+    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+        """Scalars to log, from what all layers counted in a step, and the weight of its batch."""
+        ...
+
+    def moved(self, sums: LayerSums) -> dict[str, Any]:
+        """The parameters that are not trained as they are after a step, from what all layers counted in it.
+
+        Returns:
+            A nested dict of these parameters alone (see `parallel.spec.replaced`).
+        """
+        ...

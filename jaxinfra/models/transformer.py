@@ -18,11 +18,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
-from jaxinfra.models import flops
+from jaxinfra.models import flops, moe
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
 from jaxinfra.models.latent import Latent, LatentAttention, Latents
 from jaxinfra.models.layers import MLP, Norm, Stack
 from jaxinfra.models.model import Inputs, LayerSums, Staged
+from jaxinfra.models.moe import Experts, MoE
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
 from jaxinfra.ops.attention import Kernel, See
@@ -60,6 +61,7 @@ class TransformerConfig:
         latent: keys and values come from a small latent (DeepSeek); kv_heads and head_dim are then none.
         mlp_dim: hidden width of the MLP.
         mlp: its kind.
+        experts: a mixture of experts in place of every MLP, of its kind; None for none.
         norm: kind of the norms.
         norm_eps: added to the variance.
         norm_offset: 1.0 where norm weights are stored as a difference from one (Gemma).
@@ -97,6 +99,7 @@ class TransformerConfig:
     head_dim: int | None = None
     latent: Latent | None = None
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    experts: Experts | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
@@ -201,7 +204,7 @@ class TransformerConfig:
         """See `ModelConfig`."""
         latent = self.latent
         ranks = () if latent is None else (("kv_rank", latent.kv_rank), ("q_rank", latent.q_rank))
-        return {
+        found = {
             **{f"latent.{name}": (rank, "embed") for name, rank in ranks if rank is not None},
             "heads": (self.heads, "heads"),
             "kv_heads": (self.groups, "kv_heads"),
@@ -209,6 +212,11 @@ class TransformerConfig:
             "vocab_size": (self.vocab_size, "vocab"),
             "width": (self.width, "embed"),
         }
+        if self.experts is not None:
+            found["experts.count"] = (self.experts.count, "experts")
+            if self.experts.dim is not None:
+                found["experts.dim"] = (self.experts.dim, "mlp")
+        return found
 
     def problems_with(self, data: Sequences) -> Iterable[Problem]:
         """Learned positions are as many as a sequence has."""
@@ -290,14 +298,11 @@ class Block(nnx.Module):
         self.attention = _attention(config, out_scale, stack, layout)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
-        self.mlp = MLP(
-            config.width,
-            config.mlp_dim,
-            kind=config.mlp,
-            bias=config.mlp_bias,
-            out_scale=out_scale,
-            stack=stack,
-            layout=layout,
+        shared = {"kind": config.mlp, "out_scale": out_scale, "stack": stack, "layout": layout}
+        self.mlp = (
+            MLP(config.width, config.mlp_dim, bias=config.mlp_bias, **shared)
+            if config.experts is None
+            else MoE(config.width, config.mlp_dim, config.experts, **shared)
         )
         self.mlp_post_norm = norm() if config.post_norms else None
 
@@ -308,10 +313,14 @@ class Block(nnx.Module):
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD)))
+        y_BTD, sums = self._inner(self.layout.whole(self.mlp_norm(x_BTD)), drops=cache is None)
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=1)
-        return self.layout.rows(x_BTD), cache, {}
+        return self.layout.rows(x_BTD), cache, sums
+
+    def _inner(self, x_BTD: jax.Array, *, drops: bool) -> tuple[jax.Array, LayerSums]:
+        """What the MLP or the experts make of the stream, and what they count."""
+        return self.mlp(x_BTD, drops=drops) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), {})
 
     def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
         return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
@@ -481,7 +490,18 @@ class Transformer(nnx.Module):
 
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """What the layers add to the loss, summed over tokens like it; None for nothing."""
-        return None
+        return moe.penalty(sums, (*self.layout.mesh_axes("batch"), *self.layout.mesh_axes("sequence")))
+
+    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+        """See `Model`."""
+        return moe.measures(sums, weight)
+
+    def moved(self, sums: LayerSums) -> dict[str, Any]:
+        """See `Model`: the biases of experts."""
+        experts, mlp = self.config.experts, self.blocks.mlp
+        if experts is None or not isinstance(mlp, MoE) or mlp.bias is None:
+            return {}
+        return {"blocks": {"mlp": {"bias": moe.moved(mlp.bias[...], sums, experts.bias_rate)}}}
 
     def _positions(self, batch: Inputs) -> jax.Array:
         found = batch.get("positions")
@@ -506,26 +526,31 @@ class Transformer(nnx.Module):
         """A layer of any kind as a function of its parameters, the stream, its kind, number and part of the cache."""
         branches = [self._layer(sight, context, policy) for sight in self.config.kinds]
         if not alike:
-            return lambda block, x, kind, number, kv: (self._side_by_side(branches, block, x, kind, number), None, {})
+            return lambda block, x, kind, number, kv: self._side_by_side(branches, block, x, kind, number)
         if len(branches) == 1:
             return lambda block, x, kind, number, kv: branches[0](block, x, number, kv)
         return lambda block, x, kind, number, kv: jax.lax.switch(kind, branches, block, x, number, kv)
 
     def _side_by_side(
         self, branches: Sequence[Layer], block: Block, x_BTD: jax.Array, kind_S: jax.Array, number_S: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None, LayerSums]:
         """Layers of several kinds, or none, in the stages of a pipeline: all rows pass all kinds and keep their own."""
-        y_BTD = x_BTD
-        for kind, branch in enumerate(branches):
-            through_BTD, _, _ = branch(block, x_BTD, number_S, None)
+        passed = [branch(block, x_BTD, number_S, None) for branch in branches]
+        found = [(through_BTD, sums) for through_BTD, _, sums in passed]
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, found)
 
-            def own(through, y, kind_of_stage, kind=kind):
-                return jnp.where(kind_of_stage[0] == kind, through, y)
+        def own(found: list[tuple[jax.Array, LayerSums]], x: jax.Array, kind_of_stage: jax.Array):
+            # A selection takes its type from its last part: only one from zero keeps a partial sum what it is.
+            parts = []
+            for kind, (through, sums) in enumerate(found):
+                other = kind_of_stage[0] != kind
+                x = jnp.where(other, x, through)
+                parts.append(jax.tree.map(lambda a, other=other: jnp.where(other, 0, a), sums))
+            return x, jax.tree.map(lambda *a: sum(a[1:], start=a[0]), *parts)
 
-            spec = jax.typeof(x_BTD).sharding.spec
-            pick = jax.shard_map(own, in_specs=(spec, spec, P("stage")), out_specs=spec)
-            y_BTD = pick(through_BTD, y_BTD, kind_S)
-        return y_BTD
+        pick = jax.shard_map(own, in_specs=(specs, specs[0][0], P("stage")), out_specs=specs[0])
+        y_BTD, sums = pick(found, x_BTD, kind_S)
+        return y_BTD, None, sums
 
     def _layer(self, sight: Sight, context: Context, policy: Remat) -> Layer:
         """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""

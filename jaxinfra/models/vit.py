@@ -13,7 +13,7 @@ Shape suffixes: B batch, N patches, T positions, P features of a patch, D width,
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +275,14 @@ class VisionTransformer(nnx.Module):
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """Nothing."""
         return None
+
+    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+        """Nothing."""
+        return {}
+
+    def moved(self, sums: LayerSums) -> dict[str, Any]:
+        """Nothing: all parameters are trained."""
+        return {}
 
 
 def to_patches(images: jax.Array, patch: int) -> jax.Array:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TypedDict, Unpack
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope
@@ -136,6 +137,31 @@ def _gemma3(
     )
 
 
+def _mixtral(**sizes: Unpack[_Sizes]) -> TransformerConfig:
+    """mistralai/Mixtral-8x7B-v0.1."""
+    return TransformerConfig(
+        vocab_size=32000,
+        kv_heads=8,
+        experts=Experts(count=8, chosen=2, balance_loss=0.02),
+        rope=Rope(theta=1e6),
+        **sizes,
+    )
+
+
+def _qwen3_moe(count: int, dim: int, kv_heads: int, **sizes: Unpack[_Sizes]) -> TransformerConfig:
+    """Qwen/Qwen3-30B-A3B and Qwen3-235B-A22B."""
+    return TransformerConfig(
+        vocab_size=151936,
+        kv_heads=kv_heads,
+        head_dim=128,
+        experts=Experts(count=count, chosen=8, dim=dim, balance_loss=0.001),
+        norm_eps=1e-6,
+        qk_norm=True,
+        rope=Rope(theta=1e6),
+        **sizes,
+    )
+
+
 def _gpt2(layers: int, width: int) -> TransformerConfig:
     """openai-community/gpt2, gpt2-{medium,large,xl}: heads of 64, an MLP of four times the width."""
     return TransformerConfig(
@@ -196,6 +222,9 @@ SHAPES: dict[str, TransformerConfig] = {
     "gemma-3-27b": _gemma3(
         _STRETCHED, 262208, 1024, 16, 128, query_scalar=168, layers=62, width=5376, heads=32, mlp_dim=21504
     ),
+    "mixtral-8x7b": _mixtral(layers=32, width=4096, heads=32, mlp_dim=14336),
+    "qwen3-30b-a3b": _qwen3_moe(128, 768, 4, layers=48, width=2048, heads=32, mlp_dim=6144),
+    "qwen3-235b-a22b": _qwen3_moe(128, 1536, 4, layers=94, width=4096, heads=64, mlp_dim=12288),
     "gpt2": _gpt2(layers=12, width=768),
     "gpt2-medium": _gpt2(layers=24, width=1024),
     "gpt2-large": _gpt2(layers=36, width=1280),

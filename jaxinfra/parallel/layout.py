@@ -51,9 +51,11 @@ class Rules:
         block_sequence: positions, in addition, between blocks: the residual stream of sequence parallelism.
         layers: stacked layers.
         embed: the residual width, or the rank of a product of two, of parameters alone: activations keep it whole.
+            Parameters of experts leave out the axes of `experts`.
         heads: attention heads.
         kv_heads: heads of keys and values.
-        mlp: hidden width of the MLP.
+        mlp: hidden width of the MLP, and of each expert.
+        experts: experts, which tokens are sent to; of the axes of `batch`.
         vocab: rows of the embedding and columns of the head.
     """
 
@@ -61,10 +63,11 @@ class Rules:
     sequence: tuple[MeshAxis, ...] = ("context",)
     block_sequence: tuple[MeshAxis, ...] = ("tensor",)
     layers: tuple[MeshAxis, ...] = ("stage",)
-    embed: tuple[MeshAxis, ...] = ("fsdp", "context")
+    embed: tuple[MeshAxis, ...] = ("fsdp", "expert", "context")
     heads: tuple[MeshAxis, ...] = ("tensor",)
     kv_heads: tuple[MeshAxis, ...] = ("tensor",)
     mlp: tuple[MeshAxis, ...] = ("tensor",)
+    experts: tuple[MeshAxis, ...] = ("expert",)
     vocab: tuple[MeshAxis, ...] = ("tensor",)
 
     def problems(self) -> Iterable[Problem]:
@@ -88,6 +91,12 @@ class Rules:
                 fields=("layers",),
                 message="layers are scanned on every device, or shared out to pipeline stages",
                 fix="use rules.layers=stage or rules.layers=()",
+            )
+        if {*self.experts} - {*self.batch} or "replica" in self.experts:
+            yield Problem(
+                fields=("experts", "batch"),
+                message="tokens are sent to experts from the devices that share the batch, within a replica",
+                fix="use rules.experts=(expert,)",
             )
         for a in self.batch:
             if a in self.heads + self.mlp + self.vocab:
@@ -150,6 +159,11 @@ class Layout:
         """The sharding of an array whose dimensions have these logical axes."""
         return PartitionSpec(*(self.mesh_axes(name) or None for name in names))
 
+    def _axes(self, name: str | None, names: Names) -> tuple[str, ...]:
+        """The mesh axes of a parameter's dimension: the width leaves the axes of experts to them."""
+        taken = self.mesh_axes("experts") if name == "embed" and "experts" in names else ()
+        return tuple(axis for axis in self.mesh_axes(name) if axis not in taken)
+
     def stored(self, path: str, spec: ParamSpec) -> PartitionSpec:
         """The sharding in which a parameter is kept.
 
@@ -159,7 +173,7 @@ class Layout:
         Raises:
             ConfigError: two dimensions of the parameter want one mesh axis, or a dimension does not divide.
         """
-        axes = [self.mesh_axes(name) for name in spec.axes]
+        axes = [self._axes(name, spec.axes) for name in spec.axes]
         if "layers" in spec.axes and spec.shape[spec.axes.index("layers")] % self.shards("layers"):
             axes[spec.axes.index("layers")] = ()
         if "embed" in spec.axes and self.mesh.stage > 1 and not any("stage" in one for one in axes):
@@ -187,20 +201,30 @@ class Layout:
         over = [axis for name in meets for axis in self.mesh_axes(name)]
         if names[:1] == (STAGES,):
             over = [axis for axis in over if axis != "stage"]  # each stage's rows meet the weights of that stage
-        kept = [tuple(axis for axis in self.mesh_axes(name) if axis not in over) or None for name in names]
+        if "experts" in names:
+            over = [axis for axis in over if axis not in self.mesh_axes("experts")]  # tokens are sent to their experts
+        kept = [tuple(axis for axis in self._axes(name, names) if axis not in over) or None for name in names]
         return PartitionSpec(*kept, reduced=frozenset(over))
 
-    def weight(self, value: jax.Array, names: Names, meets: Names = ("batch", "sequence")) -> jax.Array:
+    def weight(
+        self,
+        value: jax.Array,
+        names: Names,
+        meets: Names = ("batch", "sequence"),
+        dtype: jnp.dtype | None = None,
+    ) -> jax.Array:
         """A stored weight made ready for use: cast to the compute dtype, gathered, marked as reduced.
 
         Args:
             value: the parameter, or one layer of it.
             names: its logical axes, of one layer; a `value` of one more dimension has a layer of each stage.
             meets: the spread dimensions of the activation that it is used with.
+            dtype: another dtype than that of the layout.
         """
         if value.ndim > len(names):
             names = (STAGES, *names)
-        return checkpoint_name(jax.reshard(value.astype(self.compute_dtype), self._used(names, meets)), GATHERED)
+        value = value.astype(dtype or self.compute_dtype)
+        return checkpoint_name(jax.reshard(value, self._used(names, meets)), GATHERED)
 
     def columns(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
         """A table ready for lookups in its own columns, and the sharding `[B, T, columns]` of what they yield.
@@ -268,6 +292,14 @@ def own_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
     """
     w = jax.lax.pcast(w, tuple(spec.reduced), to="varying")
     return w[0] if staged(spec) else w
+
+
+def varying(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
+    """In a `shard_map`: an array of this sharding as a value of each device along `axes`, spread over them or not."""
+    there = {axis for part in spec.partitions if part for axis in (part if isinstance(part, tuple) else (part,))}
+    x = jax.lax.pcast(x, tuple(spec.reduced), to="varying") if spec.reduced else x
+    alike = tuple(axis for axis in axes if axis not in there | spec.reduced)
+    return jax.lax.pcast(x, alike, to="varying") if alike else x
 
 
 def staged(spec: PartitionSpec) -> bool:

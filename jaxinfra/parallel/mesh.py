@@ -33,7 +33,7 @@ class MeshConfig:
         replica: copies of the parameters, one a slice where there are several; gradients meet once a step.
         stage: pipeline stages.
         fsdp: data parallel with parameters, gradients and optimiser state sharded.
-        expert: expert parallel.
+        expert: data parallel, with the experts of a layer shared out; all other parameters are sharded as over fsdp.
         context: shards of a sequence.
         tensor: shards of heads, MLP width and vocabulary.
     """
@@ -46,7 +46,7 @@ class MeshConfig:
     tensor: int = 1
 
     def problems(self) -> Iterable[Problem]:
-        """At most one -1, no size below 1, and only the axes that a model can use so far."""
+        """At most one -1, and no size below 1."""
         for axis, size in zip(AXES, self.sizes, strict=True):
             if size < 1 and size != -1:
                 yield Problem(
@@ -55,10 +55,6 @@ class MeshConfig:
         free = tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
         if len(free) > 1:
             yield Problem(fields=free, message="only one mesh axis may be -1", fix=f"give {free[0]} a size")
-        if self.expert not in (1, -1):
-            yield Problem(
-                fields=("expert",), message="no model uses the expert axis yet", fix="use expert=1 and fsdp or tensor"
-            )
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxinfra.config import load
 from jaxinfra.data.loader import TokenData
+from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.plan.compiled import Compiled, compile_step
@@ -41,6 +42,9 @@ DENSE = Run(
 )
 
 
+MOE = replace(DENSE, name="moe", model=replace(DENSE.model, experts=Experts(count=8, chosen=2, dim=256)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A small program.
@@ -65,6 +69,7 @@ CASES = {
     "v5p-4x4x4_fsdp": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=64), run=_batch(64, 1)),
     "v5p-4x4x4_stage": Case(on="v5p:4x4x4", mesh=MeshConfig(stage=4, fsdp=16), run=_batch(256, 4)),
     "v5p-4x4x4_context": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=16, context=4), run=_batch(16, 1)),
+    "v5p-4x4x4_expert": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=8, expert=8), run=_batch(64, 1, MOE)),
     "v6e-16x16_fsdp-tensor": Case(on="v6e:16x16", mesh=MeshConfig(fsdp=64, tensor=4), run=_batch(64, 1)),
     "2xv5e-2x4_replica": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=8)),
     "2xv5e-2x4_replica-stage": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, stage=2, fsdp=4), run=_batch(64, 4)),
@@ -78,6 +83,7 @@ ON = {
     "llama3_70b": ("2xv5p:4x4x8",),
     "llama3_8b": ("v5p:4x4x4",),
     "parity_dense": ("v5e:2x4",),
+    "parity_moe": ("v5e:2x4", "mesh.expert=4", "mesh.fsdp=2"),
     "quickstart": ("v5e:2x4",),
     "qwen3_0_6b": ("v6e:2x4",),
     "vit_digits": ("v5e:1x1",),

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxinfra.models.latent import Latent
+from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import Cache, Transformer, TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
@@ -58,9 +59,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope": Rope(
             theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)
         ),
+        "experts": Experts(
+            count=8,
+            chosen=3,
+            dim=12,
+            shared=1,
+            score="sigmoid",
+            scale=1.5,
+            groups=4,
+            chosen_groups=2,
+            bias_rate=0.1,
+            balance_loss=0.3,
+            z_loss=0.01,
+        ),
     },
 }
-"""Together they have nearly every feature; "gemma" has those of Gemma 2 and 3."""
+"""Together they have nearly every feature; "gemma" has those of Gemma 2 and 3, "deepseek" those of V3."""
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> np.ndarray:

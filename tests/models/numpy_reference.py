@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.numpy_experts import Counted, mixture
+
 Params = dict[str, Any]
 
 
@@ -153,8 +155,14 @@ def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
     return affine(act(affine(x_TD, params["gate"], 1)) * hidden, params["down"], 1)
 
 
-def decode_row(params: Params, config, tokens, positions, segments) -> np.ndarray:
-    """Hidden states `[T, D]` of one row after the last norm."""
+def inner(x_TD: np.ndarray, params: Params, config, counted: Counted) -> np.ndarray:
+    if config.experts is None:
+        return mlp(x_TD, params, config.mlp)
+    return mixture(x_TD, params, config.experts, lambda x, weights: mlp(x, weights, config.mlp), counted)
+
+
+def decode_row(params: Params, config, tokens, positions, segments, counted: Counted) -> np.ndarray:
+    """Hidden states `[T, D]` of one row after the last norm; what experts count is added to `counted`."""
 
     def norm(x_TD, weights):
         return np.stack([normalise(x, weights, config.norm, config.norm_eps, config.norm_offset) for x in x_TD])
@@ -170,7 +178,7 @@ def decode_row(params: Params, config, tokens, positions, segments) -> np.ndarra
         normed = norm(x_TD, layer["attention_norm"])
         y_TD = attention(normed, layer["attention"], config, sight, positions, segments)
         x_TD = x_TD + (norm(y_TD, layer["attention_post_norm"]) if config.post_norms else y_TD)
-        y_TD = mlp(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config.mlp)
+        y_TD = inner(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config, counted)
         x_TD = x_TD + (norm(y_TD, layer["mlp_post_norm"]) if config.post_norms else y_TD)
     return norm(x_TD, params["norm"])
 
@@ -188,14 +196,15 @@ def as_float64(params: Params) -> Params:
     }
 
 
-def logits(params: Params, config, tokens, positions=None, segments=None) -> np.ndarray:
-    """Logits `[B, T, V]` before the soft cap."""
-    params = as_float64(params)
+def logits(params: Params, config, tokens, positions=None, segments=None, counted=None) -> np.ndarray:
+    """Logits `[B, T, V]` before the soft cap; what experts count is added to `counted`."""
+    params, counted = as_float64(params), counted or Counted()
     head = params["embedding"].T if config.tied else params["unembedding"]
     rows = []
     for b, row in enumerate(np.asarray(tokens)):
         places = np.arange(len(row)) if positions is None else positions[b]
-        rows.append(decode_row(params, config, row, places, None if segments is None else segments[b]) @ head)
+        own = None if segments is None else segments[b]
+        rows.append(decode_row(params, config, row, places, own, counted) @ head)
     return np.stack(rows)
 
 

@@ -39,6 +39,11 @@ def spec(shape: tuple[int, ...], *axes: str | None) -> ParamSpec:
             "batch=(replica, fsdp, expert), heads=(tensor,), mlp=(fsdp,), vocab=(tensor,): "
             "fsdp shards both the batch and the features of one activation; keep fsdp in batch alone",
         ),
+        (
+            Rules(experts=("tensor",)),
+            "experts=(tensor,), batch=(replica, fsdp, expert): tokens are sent to experts from the devices that share "
+            "the batch, within a replica; use rules.experts=(expert,)",
+        ),
     ],
 )
 def test_rules_that_contradict_one_another_are_problems(rules: Rules, message: str) -> None:
@@ -98,3 +103,11 @@ def test_a_dimension_that_does_not_divide_names_the_parameter() -> None:
         "rules.kv_heads=('tensor',): parameter blocks.attention.key.weight (2, 8, 6, 4) has 6 kv_heads, "
         "which 4 shards do not divide; use another mesh or rules.kv_heads=()"
     )
+
+
+def test_the_width_of_experts_leaves_their_axis_to_them() -> None:
+    layout = Layout(mesh=MeshConfig(replica=2, fsdp=2, expert=2, tensor=2))
+    names = ("experts", "embed", "mlp")
+    assert layout.stored("w", spec((3, 8, 4, 6), "layers", *names)) == P(None, "expert", "fsdp", "tensor")
+    assert layout.stored("w", spec((3, 8, 6), "layers", "embed", "mlp")) == P(None, ("fsdp", "expert"), "tensor")
+    assert layout._used(names, ("batch", "sequence")) == P("expert", None, "tensor", reduced={"replica", "fsdp"})

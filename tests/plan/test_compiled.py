@@ -88,7 +88,7 @@ def test_every_config_names_what_it_is_compiled_for() -> None:
 def test_every_axis_is_on_a_topology() -> None:
     sizes = [case.mesh.sizes for case in CASES.values()]
     used = {name for name, of_cases in zip(AXES, zip(*sizes, strict=True), strict=True) if max(of_cases) > 1}
-    assert used == set(AXES) - {"expert"}  # no model uses it yet
+    assert used == set(AXES)
     for case in CASES.values():
         assert math.prod(case.mesh.sizes) == parse(case.on).count
 

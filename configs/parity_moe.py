@@ -1,0 +1,43 @@
+"""The mixture of experts of `python -m launch parity`: every dimension that a mesh can cut divides by eight."""
+
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.moe import Experts
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import Constant
+from jaxinfra.run import Precision, Run
+from jaxinfra.tasks.causal_lm import CausalLM
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="parity-moe",
+        model=TransformerConfig(
+            vocab_size=128,
+            layers=8,
+            width=64,
+            heads=16,
+            kv_heads=8,
+            head_dim=8,
+            mlp_dim=32,
+            experts=Experts(
+                count=8,
+                chosen=2,
+                shared=1,
+                score="sigmoid",
+                scale=1.5,
+                groups=4,
+                chosen_groups=2,
+                bias_rate=1e-3,
+                capacity_factor=1.25,
+                balance_loss=0.1,
+                z_loss=1e-2,
+            ),
+        ),
+        task=CausalLM(loss_chunks=2, z_loss=1e-2),
+        data=TokenData(store="none", seq_len=32, mask_documents=True),
+        precision=Precision(compute="float32"),
+        optim=Optim(optimizer=AdamW(), schedule=Constant(), peak_lr=1e-3),
+        train=TrainConfig(steps=10, global_batch=32),
+    )

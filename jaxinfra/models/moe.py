@@ -1,0 +1,327 @@
+"""A mixture of experts in place of an MLP: many MLPs, of which every token passes a few.
+
+Shazeer et al. 2017, "Outrageously large neural networks", and what became of it: top-k routing with weights of a
+softmax (Mixtral, Qwen3) or of sigmoids with groups, a shared expert and biases that balance the load (DeepSeek-V3).
+What a token chooses is in `ops.routing`, how it gets there in `parallel.expert`, the product in `ops.grouped`.
+
+Shape suffixes: B sequences, T positions, N = B * T tokens of a device, D residual width, F width of an expert,
+E experts, K choices of a token, M rows of a device's own experts, L layers.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxinfra.config import Problem
+from jaxinfra.models.layers import ACTIVATIONS, BLOCK, MLP, Stack
+from jaxinfra.models.model import LayerSums
+from jaxinfra.models.remat import product
+from jaxinfra.ops import routing
+from jaxinfra.ops.grouped import grouped_dot
+from jaxinfra.ops.routing import Choices, Routing
+from jaxinfra.parallel.expert import Homes, dispatch
+from jaxinfra.parallel.layout import Layout, own_weight, staged, varying
+from jaxinfra.parallel.spec import constant, normal
+
+LOAD, KEPT, BALANCE, Z = "expert_load", "expert_kept", "balance_loss", "router_z_loss"
+"""What a layer counts: choices of each expert `[E]`, choices that experts took, and losses, summed over tokens."""
+
+FLOAT32 = jnp.dtype("float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts.
+
+    Attributes:
+        count: experts.
+        chosen: that each token passes.
+        dim: hidden width of one; None is `mlp_dim` of the model.
+        shared: experts that every token passes besides, as one MLP of so many times the width.
+        score: what weights are made of: a "softmax" over all experts, or the "sigmoid" of each.
+        normalise: the weights of a token's choices sum to one.
+        scale: factor on the weights.
+        groups: of consecutive experts; a token chooses in `chosen_groups` of them alone.
+        chosen_groups: see `groups`.
+        bias_rate: after every step a bias on the scores of each expert, which only choices see, goes up by so much if
+            it got fewer choices than the mean of its layer, and down if more; 0 has no biases.
+        capacity_factor: an expert takes so many times its even share of the choices of each sequence, the earlier
+            positions first; choices beyond are dropped. None drops nothing. Decoding never drops.
+        balance_loss: weight of the sequence-wise balance loss (see `ops.routing.balance`), summed over layers.
+        z_loss: weight of the squared log-normaliser of the router's logits, summed over layers.
+    """
+
+    count: int
+    chosen: int
+    dim: int | None = None
+    shared: int = 0
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    bias_rate: float = 0.0
+    capacity_factor: float | None = None
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+
+    def problems(self) -> Iterable[Problem]:
+        """There are as many experts and groups as are chosen; weights and rates are not negative."""
+        wrong = False
+        for name in ("count", "chosen", "dim", "groups", "chosen_groups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                wrong = True
+                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        for name in ("shared", "bias_rate", "balance_loss", "z_loss"):
+            if getattr(self, name) < 0:
+                yield Problem(fields=(name,), message="must not be negative", fix=f"use {name}=0")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            yield Problem(fields=("capacity_factor",), message="must be above 0", fix="use capacity_factor=1.25")
+        if not wrong:
+            yield from self._choice_problems()
+
+    def _choice_problems(self) -> Iterable[Problem]:
+        if self.chosen > self.count:
+            yield Problem(
+                fields=("chosen", "count"), message="there are not so many experts", fix=f"use chosen={self.count}"
+            )
+            return
+        if self.chosen_groups > self.groups:
+            yield Problem(
+                fields=("chosen_groups", "groups"),
+                message="there are not so many groups",
+                fix=f"use chosen_groups={self.groups}",
+            )
+            return
+        if self.groups == 1:
+            return
+        if self.count % self.groups or self.count // self.groups < 2:
+            fitting = max(n for n in range(1, self.groups + 1) if self.count % n == 0 and self.count // n > 1 or n == 1)
+            yield Problem(
+                fields=("groups", "count"),
+                message="groups of equal size have two experts at least",
+                fix=f"use groups={fitting}",
+            )
+            return
+        size = self.count // self.groups
+        if self.chosen > self.chosen_groups * size:
+            yield Problem(
+                fields=("chosen", "chosen_groups"),
+                message=f"{self.chosen_groups} groups have {self.chosen_groups * size} experts",
+                fix=f"use chosen_groups={-(-self.chosen // size)}",
+            )
+
+    def capacity(self, length: int) -> int | None:
+        """Choices of a sequence of this length that an expert takes at most; None for all."""
+        if self.capacity_factor is None:
+            return None
+        return min(length, math.ceil(self.capacity_factor * length * self.chosen / self.count))
+
+    def routing(self, length: int, *, drops: bool) -> Routing:
+        """The rule of choice in sequences of this length."""
+        return Routing(
+            chosen=self.chosen,
+            score=self.score,
+            normalise=self.normalise,
+            scale=self.scale,
+            groups=self.groups,
+            chosen_groups=self.chosen_groups,
+            capacity=self.capacity(length) if drops else None,
+        )
+
+
+class MoE(nnx.Module):
+    """A router and its experts, and the shared one."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: Experts,
+        *,
+        kind: Literal["swiglu", "geglu", "gelu"],
+        out_scale: float,
+        stack: Stack,
+        layout: Layout,
+    ):
+        """Declares the parameters; `hidden` is the width of an expert that does not say its own."""
+        self.experts, self.kind, self.layout = experts, kind, layout
+        count, dim = experts.count, hidden if experts.dim is None else experts.dim
+        self.router = stack.declare((width, count), ("embed", None), normal(width**-0.5), "matrix", contract=1)
+        self.bias = (
+            stack.declare((count,), (None,), constant(0.0), "bias", trained=False) if experts.bias_rate else None
+        )
+
+        def matrices(rows: int, columns: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
+            shape, init = (count, rows, columns), normal(scale * rows**-0.5)
+            return stack.declare(shape, ("experts", *axes), init, "matrix", contract=1, apart=1)
+
+        self.gate = None if kind == "gelu" else matrices(width, dim, ("embed", "mlp"))
+        self.up = matrices(width, dim, ("embed", "mlp"))
+        self.down = matrices(dim, width, ("mlp", "embed"), out_scale)
+        self.shared = (
+            MLP(width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack, layout=layout)
+            if experts.shared
+            else None
+        )
+
+    def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerSums]:
+        """What the experts make of the tokens, and what the layer counts.
+
+        Args:
+            x_BTD: the stream, whole positions.
+            drops: whether experts take no more than their capacity.
+
+        Returns:
+            `[B, T, D]`, block positions, and sums over the tokens (see `model.LayerSums`).
+        """
+        layout, over = self.layout, self._over
+        weights = self._ready()
+        x_spec = jax.typeof(x_BTD).sharding.spec
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)
+        stage = ("stage",) if staged(specs["up"]) else ()
+        tokens = frozenset(over) - {*layout.mesh_axes("mlp"), *stage}
+        rule = self.experts.routing(x_BTD.shape[1], drops=drops)
+
+        def on_device(x: jax.Array, weights: Mapping[str, jax.Array]) -> tuple[jax.Array, LayerSums]:
+            own = {name: own_weight(w, specs[name]) for name, w in weights.items()}
+            y, sums = self._own(varying(x, x_spec, over), own, rule)
+            y = jax.lax.pcast(y, layout.mesh_axes("mlp"), to="unreduced")
+            counted = {name: jax.lax.pcast(a, tuple(tokens), to="unreduced") for name, a in sums.items()}
+            return y, {name: a[None] for name, a in counted.items()} if stage else counted
+
+        names = [LOAD, KEPT, *(name for name, weight in self._losses.items() if weight)]
+        counted = {name: P(*stage, unreduced=tokens) for name in names}
+        out_specs = (P(*x_spec.partitions, unreduced=frozenset(layout.mesh_axes("mlp"))), counted)
+        y_BTD, sums = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
+        y_BTD = product(layout.shard(y_BTD, *BLOCK, None))
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums
+
+    @property
+    def _losses(self) -> Mapping[str, float]:
+        return {BALANCE: self.experts.balance_loss, Z: self.experts.z_loss}
+
+    @property
+    def _over(self) -> tuple[str, ...]:
+        """The mesh axes over which devices have tokens of their own, or parts of experts."""
+        return tuple(axis for name in ("batch", "sequence", "mlp") for axis in self.layout.mesh_axes(name))
+
+    def _ready(self) -> dict[str, jax.Array]:
+        """The weights, ready for use: those of the router whole and in float32."""
+        layout, everywhere = self.layout, ("batch", "sequence", "mlp")
+        ready = {
+            "router": layout.weight(self.router[...], ("embed", None), everywhere, FLOAT32),
+            "up": layout.weight(self.up[...], ("experts", "embed", "mlp")),
+            "down": layout.weight(self.down[...], ("experts", "mlp", "embed")),
+        }
+        if self.gate is not None:
+            ready["gate"] = layout.weight(self.gate[...], ("experts", "embed", "mlp"))
+        if self.bias is not None:
+            ready["bias"] = layout.weight(jax.lax.stop_gradient(self.bias[...]), (None,), everywhere, FLOAT32)
+        return ready
+
+    # On each device
+
+    def _own(self, x_BTD: jax.Array, weights: Mapping[str, jax.Array], rule: Routing) -> tuple[jax.Array, LayerSums]:
+        """The device's tokens, and its part of what is counted: of the experts' width it has a part as well."""
+        B, T, D = x_BTD.shape
+        logits_BTE = jnp.einsum(
+            "btd,de->bte", x_BTD.astype(FLOAT32), weights["router"], precision=jax.lax.Precision.HIGHEST
+        )
+        choices = routing.choose(logits_BTE, rule, weights.get("bias"))
+        chosen_BTE, taken_BTK = routing.chosen_by(choices.experts, self.experts.count), choices.experts
+        if rule.capacity is not None:
+            kept = routing.within_capacity(choices.experts, chosen_BTE, rule.capacity, self.layout.order)
+            taken_BTK = jnp.where(kept, choices.experts, self.experts.count)
+        way = dispatch(self._homes(B, T, rule), taken_BTK.reshape(B * T, -1))
+        y_MD = self._made(way.rows(x_BTD.reshape(B * T, D)), weights, way.sizes)
+        home_NKD = product(way.home(y_MD)).astype(FLOAT32)
+        y_ND = jnp.sum(home_NKD * choices.weights.reshape(B * T, -1, 1), axis=1)
+        sums = self._counted(logits_BTE, choices, chosen_BTE, taken_BTK)
+        return y_ND.astype(x_BTD.dtype).reshape(B, T, D), sums
+
+    def _homes(self, rows: int, length: int, rule: Routing) -> Homes:
+        """Where the experts are, for a device with so many positions of so many sequences."""
+        axes, shards, count = self.layout.mesh_axes("experts"), self.layout.shards("experts"), self.experts.count
+        own = count // shards
+        most = rows * length * min(rule.chosen, own)
+        if rule.capacity is not None:
+            most = min(most, rows * own * min(rule.capacity, length))
+        return Homes(count=count, axes=axes, shards=shards, most=most, ragged=self.layout.platform == "tpu")
+
+    def _made(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
+        """What each expert makes of its rows; a partial sum where its width is spread."""
+
+        def times(x: jax.Array, name: str) -> jax.Array:
+            return grouped_dot(x, weights[name], sizes_E, platform=self.layout.platform)
+
+        act, up_MF = ACTIVATIONS[self.kind], product(times(x_MD, "up"))
+        hidden_MF = act(up_MF) if self.gate is None else act(product(times(x_MD, "gate"))) * up_MF
+        return times(hidden_MF, "down")
+
+    def _counted(
+        self, logits_BTE: jax.Array, choices: Choices, chosen_BTE: jax.Array, taken_BTK: jax.Array
+    ) -> LayerSums:
+        """Sums over the device's tokens; devices that share tokens, by the experts' width, count them once."""
+        order, config = self.layout.order, self.experts
+        sums = {
+            LOAD: jnp.sum(chosen_BTE, axis=(0, 1), dtype=FLOAT32),
+            KEPT: jnp.sum(taken_BTK < config.count, dtype=FLOAT32),
+        }
+        if config.balance_loss:
+            found = routing.balance(chosen_BTE, choices.scores, config.chosen, order)
+            sums[BALANCE] = config.balance_loss * found
+        if config.z_loss:
+            sums[Z] = config.z_loss * routing.z_loss(logits_BTE)
+        shared = self.layout.mesh_axes("mlp")
+        if not shared:
+            return sums
+        first = jax.lax.axis_index(shared) == 0
+        return jax.lax.psum({name: jnp.where(first, a, 0) for name, a in sums.items()}, shared)
+
+
+# What becomes of the counts of all layers
+
+
+def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
+    """What layers add to the loss, a scalar that is a partial sum over `axes`, those that tokens are spread over."""
+    losses = [sums[name] for name in (BALANCE, Z) if name in sums]
+    if not losses:
+        return None
+    spec = jax.typeof(losses[0]).sharding.spec
+    stage = tuple(axis for part in spec.partitions if part for axis in (part if isinstance(part, tuple) else (part,)))
+
+    def own(*losses: jax.Array) -> jax.Array:
+        total = sum((jnp.sum(one) for one in losses[1:]), start=jnp.sum(losses[0]))
+        return jax.lax.pcast(total, stage, to="unreduced") if stage else total
+
+    in_specs = tuple(spec for _ in losses)
+    return jax.shard_map(own, in_specs=in_specs, out_specs=P(unreduced=frozenset(axes)))(*losses)
+
+
+def measures(sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+    """What is logged of a step: from what all layers counted, `[L, ...]`, and the weight of its tokens.
+
+    Losses are a token's, summed over layers. Loads are those of experts as parts of the mean of their layer: the
+    largest of all, and of each expert the mean over layers.
+    """
+    if LOAD not in sums:
+        return {}
+    load_LE = sums[LOAD] / jnp.maximum(jnp.mean(sums[LOAD], axis=1, keepdims=True), 1)
+    found = {name: jnp.sum(sums[name]) / weight for name in (BALANCE, Z) if name in sums}
+    found["expert_load_max"] = jnp.max(load_LE)
+    found["expert_dropped"] = 1 - jnp.sum(sums[KEPT]) / jnp.maximum(jnp.sum(sums[LOAD]), 1)
+    return found | {f"expert_load/{e}": load for e, load in enumerate(jnp.mean(load_LE, axis=0))}
+
+
+def moved(bias_LE: jax.Array, sums: LayerSums, rate: float) -> jax.Array:
+    """The biases after a step: experts with less than the mean load of their layer are lifted (Wang et al. 2024)."""
+    load_LE = sums[LOAD]
+    return bias_LE + rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE)

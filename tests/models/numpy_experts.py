@@ -1,0 +1,77 @@
+"""A mixture of experts in NumPy: float64, one token, one expert at a time, straight from the papers.
+
+It shares nothing with the package but the names of the config's fields and of the parameters.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+type Mlp = Callable[[np.ndarray, dict[str, Any]], np.ndarray]
+
+
+@dataclass
+class Counted:
+    """What the layers of some sequences count, summed over tokens: choices of each expert are by layer."""
+
+    load: list[np.ndarray] = field(default_factory=list)
+    kept: float = 0.0
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+
+
+def scores_of(logits: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "sigmoid":
+        return 1 / (1 + np.exp(-logits))
+    exp = np.exp(logits - logits.max())
+    return exp / exp.sum()
+
+
+def best(values: np.ndarray, count: int) -> list[int]:
+    """The places of the largest values; of equal ones the first."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def choices(scores: np.ndarray, bias: np.ndarray | None, config: Any) -> list[int]:
+    compared = scores if bias is None else scores + bias
+    size = config.count // config.groups
+    groups = compared.reshape(config.groups, size)
+    open_groups = range(config.groups)
+    if config.chosen_groups < config.groups:
+        open_groups = best(np.array([np.sort(group)[-2:].sum() for group in groups]), config.chosen_groups)
+    allowed = [e for e in range(config.count) if e // size in open_groups]
+    return [allowed[i] for i in best(compared[allowed], config.chosen)]
+
+
+def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, counted: Counted) -> np.ndarray:
+    """One sequence through one layer; `mlp(x_D, weights)` is one expert."""
+    T = len(x_TD)
+    capacity = (
+        T if config.capacity_factor is None else math.ceil(config.capacity_factor * T * config.chosen / config.count)
+    )
+    y_TD, load, taken = np.zeros_like(x_TD), np.zeros(config.count), np.zeros(config.count)
+    shares = np.zeros(config.count)
+    for t, x_D in enumerate(x_TD):
+        logits = x_D @ params["router"]
+        scores = scores_of(logits, config.score)
+        chosen = choices(scores, params.get("bias"), config)
+        total = scores[chosen].sum() if config.normalise else 1.0
+        for e in chosen:
+            load[e] += 1
+            if taken[e] == capacity:
+                continue
+            taken[e] += 1
+            weights = {name: {"weight": params[name][e]} for name in ("gate", "up", "down") if name in params}
+            y_TD[t] += config.scale * scores[e] / total * mlp(x_D, weights)
+        if config.shared:
+            y_TD[t] += mlp(x_D, params["shared"])
+        shares += scores / scores.sum()
+        counted.z_loss += config.z_loss * np.log(np.exp(logits).sum()) ** 2
+    f, p = load * config.count / (config.chosen * T), shares / T
+    counted.balance_loss += config.balance_loss * T * (f * p).sum()
+    counted.load.append(load)
+    counted.kept += taken.sum()
+    return y_TD

@@ -1,0 +1,167 @@
+"""A mixture of experts against the NumPy reference: choices, capacity, losses, biases; and what is refused."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.flops import matmul_params
+from jaxinfra.models.moe import BALANCE, KEPT, LOAD, Experts, Z, measures, moved
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.zoo import shape
+from jaxinfra.ops import routing
+from jaxinfra.ops.dot import dot
+from jaxinfra.parallel.context import Order
+from tests.models import numpy_reference
+from tests.models.harness import Built, build, relative, tokens
+from tests.models.numpy_experts import Counted
+
+PLAIN = Experts(count=8, chosen=2, dim=12)
+LOSSES = {"balance_loss": 0.3, "z_loss": 0.02}
+VARIANTS: dict[str, Experts] = {
+    "mixtral": PLAIN,
+    "one choice": replace(PLAIN, chosen=1),
+    "every expert": replace(PLAIN, chosen=8),
+    "not normalised": replace(PLAIN, normalise=False),
+    "sigmoid": replace(PLAIN, score="sigmoid", scale=2.5),
+    "sigmoid, not normalised": replace(PLAIN, score="sigmoid", normalise=False),
+    "biases": replace(PLAIN, bias_rate=0.1),
+    "groups": replace(PLAIN, chosen=3, groups=4, chosen_groups=2),
+    "shared": replace(PLAIN, shared=2),
+    "width of the model": replace(PLAIN, dim=None),
+    "capacity": replace(PLAIN, capacity_factor=0.7),
+    "deepseek": replace(
+        PLAIN,
+        chosen=3,
+        score="sigmoid",
+        scale=2.5,
+        shared=1,
+        groups=4,
+        chosen_groups=2,
+        bias_rate=0.1,
+        capacity_factor=1.1,
+    ),
+}
+
+
+def passed(built: Built, values: dict[str, Any], words: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits of whole sequences, and what the layers count of them."""
+
+    def run(params: Any, words: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model, batch = built.model(params), {"inputs": words}
+        x_BTD, sums = model.layers(model.begin(batch), batch)
+        return dot(model.end(x_BTD), model.head()), sums
+
+    with jax.set_mesh(built.mesh):
+        return jax.tree.map(np.asarray, jax.jit(run)(built.put(values), built.rows(words)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_counts_are_those_of_the_definition(variant: str) -> None:
+    built = build(experts=replace(VARIANTS[variant], **LOSSES), layers=2)
+    values, words, counted = built.values(), tokens(), Counted()
+    wanted = numpy_reference.logits(values, built.config, words, counted=counted)
+    logits, found = passed(built, values, words)
+    assert relative(logits, wanted) < 2e-5
+    load_BLE = np.array(counted.load).reshape(len(words), 2, -1)
+    assert np.array_equal(found[LOAD], load_BLE.sum(axis=0))
+    assert found[KEPT].sum() == counted.kept
+    assert relative(found[BALANCE].sum(), counted.balance_loss) < 1e-5
+    assert relative(found[Z].sum(), counted.z_loss) < 1e-5
+
+
+def test_even_choices_make_a_balance_loss_of_one_a_token() -> None:
+    experts_BTK = jnp.arange(16).reshape(1, 8, 2) % 4
+    scores_BTE = jnp.full((1, 8, 4), 1 / 4)
+    found = routing.balance(routing.chosen_by(experts_BTK, 4), scores_BTE, 2, Order())
+    assert float(found) == pytest.approx(8)
+
+
+def test_the_first_positions_are_taken_and_no_later_one_changes_that() -> None:
+    experts_BTK = jnp.array([[[0, 1], [0, 2], [1, 0], [0, 1]]])
+
+    def kept(experts: jax.Array) -> list[list[bool]]:
+        return routing.within_capacity(experts, routing.chosen_by(experts, 3), 2, Order())[0].tolist()
+
+    assert kept(experts_BTK) == [[True, True], [True, True], [True, False], [False, False]]
+    assert kept(experts_BTK.at[0, 3].set(jnp.array([2, 0])))[:3] == kept(experts_BTK)[:3]
+
+
+def test_capacity_is_the_even_share_of_a_sequence() -> None:
+    assert replace(PLAIN, capacity_factor=1.25).capacity(100) == math.ceil(1.25 * 100 * 2 / 8)
+    assert replace(PLAIN, capacity_factor=9.0).capacity(100) == 100
+    assert PLAIN.capacity(100) is None
+
+
+def test_of_equal_scores_the_first_expert_is_chosen() -> None:
+    found = routing.choose(jnp.zeros((1, 8)), PLAIN.routing(4, drops=True))
+    assert found.experts.tolist() == [[0, 1]]
+    assert found.weights.tolist() == [[0.5, 0.5]]
+
+
+def test_biases_choose_and_weigh_nothing() -> None:
+    rule = replace(PLAIN, score="sigmoid", normalise=False).routing(4, drops=True)
+    logits = jnp.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
+    found = routing.choose(logits, rule, jnp.array([9.0, 8.0, 0, 0, 0, 0, 0, 0]))
+    assert found.experts.tolist() == [[0, 1]]
+    np.testing.assert_allclose(found.weights, jax.nn.sigmoid(logits[:, :2]))
+
+
+def test_biases_go_up_where_load_is_below_the_mean() -> None:
+    load = jnp.array([[4.0, 2.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    found = moved(jnp.zeros((2, 4)), {LOAD: load}, 0.5)
+    assert found.tolist() == [[-0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_what_is_logged() -> None:
+    sums = {LOAD: jnp.array([[4.0, 2.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0]]), KEPT: jnp.array([6.0, 8.0])}
+    found = measures({**sums, BALANCE: jnp.array([1.0, 3.0]), Z: jnp.array([0.0, 0.5])}, jnp.array(8.0))
+    assert {name: float(value) for name, value in found.items()} == {
+        "balance_loss": 0.5,
+        "router_z_loss": 0.0625,
+        "expert_load_max": 2.0,
+        "expert_dropped": 0.125,
+        "expert_load/0": 1.5,
+        "expert_load/1": 1.0,
+        "expert_load/2": 0.5,
+        "expert_load/3": 1.0,
+    }
+    assert measures({}, jnp.array(8.0)) == {}
+
+
+def test_flops_count_what_a_token_passes() -> None:
+    """Width 8, two heads of 4, experts of 6 of which two are chosen and one is shared, ten words, three layers."""
+    experts = Experts(count=5, chosen=2, dim=6, shared=1)
+    config = TransformerConfig(vocab_size=10, layers=3, width=8, heads=2, mlp_dim=99, experts=experts)
+    attention, router, expert = 4 * 8 * 8, 8 * 5, 3 * 8 * 6
+    assert matmul_params(config) == 3 * (attention + router + 3 * expert) + 8 * 10
+    # What their names say: 12.9B less the embedding, and 3.3B less that.
+    assert matmul_params(shape("mixtral-8x7b")) / 1e9 == pytest.approx(12.9 - 0.13, abs=0.05)
+    assert matmul_params(shape("qwen3-30b-a3b")) / 1e9 == pytest.approx(3.35 - 0.31, abs=0.05)
+
+
+WRONG = {
+    "count=0: must be at least 1; use count=1 or more": replace(PLAIN, count=0),
+    "chosen=9, count=8: there are not so many experts; use chosen=8": replace(PLAIN, chosen=9),
+    "chosen_groups=3, groups=2: there are not so many groups; use chosen_groups=2": replace(
+        PLAIN, groups=2, chosen_groups=3
+    ),
+    "groups=3, count=8: groups of equal size have two experts at least; use groups=2": replace(PLAIN, groups=3),
+    "groups=8, count=8: groups of equal size have two experts at least; use groups=4": replace(PLAIN, groups=8),
+    "chosen=3, chosen_groups=1: 1 groups have 2 experts; use chosen_groups=2": replace(PLAIN, chosen=3, groups=4),
+    "capacity_factor=0.0: must be above 0; use capacity_factor=1.25": replace(PLAIN, capacity_factor=0.0),
+    "bias_rate=-0.1: must not be negative; use bias_rate=0": replace(PLAIN, bias_rate=-0.1),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_no_mixture_can_be_is_said_in_one_line(message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(WRONG[message])
+    assert str(raised.value) == message
