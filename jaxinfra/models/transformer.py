@@ -587,7 +587,8 @@ class Transformer(nnx.Module):
             # Devices look up their own part of every row, and exchange: rows are fewer bytes than the whole table.
             table_VD, apart = layout.columns(self.embedding[...], "embed")
             tokens_BT = jax.reshard(tokens_BT, P(*apart.partitions[:2]))
-            return jax.reshard(table_VD.at[tokens_BT].get(out_sharding=apart), out)
+            x_BTD = table_VD.at[tokens_BT].get(out_sharding=apart)
+            return layout.by_tokens(x_BTD, "embed")
         table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
 
         def local(table, tokens):

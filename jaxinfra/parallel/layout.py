@@ -241,6 +241,22 @@ class Layout:
         yielded = PartitionSpec(batch or None, sequence or None, kept or None)
         return jax.reshard(table.astype(self.compute_dtype), used), yielded
 
+    def by_tokens(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        """What a lookup in `columns` yields, moved to the devices whose tokens it is of: `[B, T, D]`, columns whole.
+
+        Axes that go to positions and axes that go to rows move one after the other, the innermost first: each time
+        it is an all-to-all. Of all at once the compiler makes an all-reduce of the whole array, on every device.
+        """
+        kept = self.mesh_axes(name)
+        batch, sequence = self.mesh_axes("batch"), self.mesh_axes("sequence")
+        while kept:
+            to_sequence = kept[-1] in sequence
+            while kept and (kept[-1] in sequence) == to_sequence:
+                kept = kept[:-1]
+            spread = (tuple(axis for axis in axes if axis not in kept) for axes in (batch, sequence))
+            x_BTD = jax.reshard(x_BTD, PartitionSpec(*(axes or None for axes in (*spread, kept))))
+        return x_BTD
+
     def shard(self, x: jax.Array, *names: str | None, meets_sharded: bool = False) -> jax.Array:
         """An activation moved to the sharding of these logical axes.
 

@@ -116,14 +116,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
 def _split_where_needed(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]):
     """Devices in a grid, each mesh axis along whole dimensions of the chips' network where that can be.
 
-    Where it cannot (an axis of 4 on 16 x 16 chips), and on v5e as `jax.make_mesh` does, a dimension is shared by axes.
+    Where it cannot (an axis of 8 on 4 x 4 x 4 chips), axes share a dimension, and the grid is the network row by row:
+    then what lies together in the mesh lies together in it, over several axes at once too. In any other order the
+    compiler makes an all-reduce of every all-gather over two of them. On v5e all is as `jax.make_mesh` does it.
     """
     if devices[0].device_kind in ("TPU v5 lite", "TPU v5e"):
         return create(sizes, devices=devices, allow_split_physical_axes=True)
     try:
         return create(sizes, devices=devices)
     except NotImplementedError:
-        return create(sizes, devices=devices, allow_split_physical_axes=True)
+        shared = create(sizes, devices=devices, allow_split_physical_axes=True)  # refuses what cannot be shared
+        return np.array(sorted(devices, key=_place), dtype=object).reshape(shared.shape)
+
+
+def _place(device: Device) -> tuple[int, ...]:
+    """Where a TPU device is: its slice, the chip's place in it, and its place on the chip."""
+    return (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -194,7 +194,7 @@ def _compiled(program: Program, topology: Topology, rows: float, report: Callabl
     try:
         lowered = program.lower()
         report("compiling: seconds for a small model, a minute or two for a large one")
-        with _no_cache():
+        with no_cache():
             return lowered.compile()
     except RuntimeError as error:  # JaxRuntimeError, from the compiler, is one of them
         why = explained(str(error), program.run, rows)
@@ -208,7 +208,7 @@ def _state_bytes(program: Program) -> int:
 
 
 @contextmanager
-def _no_cache() -> Iterator[None]:
+def no_cache() -> Iterator[None]:
     """JAX's cache of compiled programs is left alone: it can write those of a described device but not read them."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)

@@ -6,6 +6,7 @@ memory, cycles and bytes sent, which may move by `TOLERANCE`. `python tests/gold
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -82,6 +83,7 @@ ON = {
     "gpt2_124m": ("h100:1x8", "model.attention=xla"),  # cuDNN is not installed for tests
     "llama3_70b": ("2xv5p:4x4x8",),
     "llama3_8b": ("v5p:4x4x4",),
+    "llama3_8b_128k": ("v5p:4x4x4",),
     "parity_dense": ("v5e:2x4",),
     "parity_moe": ("v5e:2x4", "mesh.expert=4", "mesh.fsdp=2"),
     "quickstart": ("v5e:2x4",),
@@ -91,13 +93,13 @@ ON = {
 """What each file of configs/ is compiled for, and overrides."""
 
 
-def compiled(name: str) -> Compiled:
-    """A case, or a config, compiled for its topology."""
+def compiled(name: str, dump: Callable[[str], object] | None = None) -> Compiled:
+    """A case, or a config, compiled for its topology; its text goes to `dump`."""
     if name in CASES:
         case = CASES[name]
-        return compile_step(replace(case.run, name=name, mesh=case.mesh), parse(case.on), report=_silent)
+        return compile_step(replace(case.run, name=name, mesh=case.mesh), parse(case.on), dump=dump, report=_silent)
     on, *overrides = ON[name]
-    return compile_step(load(CONFIGS / f"{name}.py", overrides, root=Run).run, parse(on), report=_silent)
+    return compile_step(load(CONFIGS / f"{name}.py", overrides, root=Run).run, parse(on), dump=dump, report=_silent)
 
 
 def _silent(line: str) -> None:

@@ -174,3 +174,11 @@ def test_an_axis_may_take_part_of_a_dimension_of_the_chips() -> None:
     assert {chip.id for chip in found.flat} == set(range(256))
     for group in found:
         assert max(distance(one, other) for one in group for other in group) == 3
+
+
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v4"])
+def test_axes_that_share_a_dimension_lie_in_it_row_by_row(kind: str) -> None:
+    """8 x 8 on 4 x 4 x 4 chips: over both axes together the order is that of the network."""
+    cube = [Chip(id=i, slice_index=0, coords=(i % 4, i // 4 % 4, i // 16), device_kind=kind) for i in range(64)]
+    found = make_mesh(MeshConfig(fsdp=8, context=8), cube).devices.reshape(-1)
+    assert [chip.coords for chip in found] == sorted(chip.coords for chip in cube)

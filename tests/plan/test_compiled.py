@@ -2,13 +2,19 @@
 
 import difflib
 import math
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.parallel.mesh import AXES
+from jaxinfra.config import load
+from jaxinfra.parallel.mesh import AXES, MeshConfig, make_mesh
 from jaxinfra.plan.collectives import KINDS, SLICED
-from jaxinfra.plan.compiled import Compiled
-from jaxinfra.plan.topology import parse
+from jaxinfra.plan.compiled import Compiled, no_cache
+from jaxinfra.plan.topology import devices, parse, prepare
+from jaxinfra.run import Run
 from tests.golden.compiled import (
     CASES,
     CONFIGS,
@@ -26,6 +32,7 @@ from tests.golden.compiled import (
 )
 
 HINT = "if that is meant, run `python tests/golden/write.py compile {}` and commit what it writes"
+LONG = "llama3_8b_128k"
 
 
 @pytest.mark.slow
@@ -66,7 +73,8 @@ def meets_once(found: Compiled) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON)
 def test_a_config_keeps_to_its_budget(name: str) -> None:
-    found = compiled(name)
+    texts: list[str] = []
+    found = compiled(name, dump=texts.append if name == LONG else None)
     chip = parse(found.on).chip
     assert found.memory.total <= chip.hbm_bytes
     assert not found.unknown_loops
@@ -76,6 +84,36 @@ def test_a_config_keeps_to_its_budget(name: str) -> None:
     if name == EXAMPLE:
         page = PAGE.read_text(encoding="utf-8")
         assert page == with_example(page, found), HINT.format(name)
+    if name == LONG:
+        no_squares(texts[0], found)
+
+
+def no_squares(text: str, found: Compiled) -> None:
+    """Of a long sequence there are no scores of a block of queries and a block of keys: kernels keep them inside.
+
+    And over the axes that share a sequence weights are gathered, not added up from parts that are zero.
+    """
+    run = load(CONFIGS / f"{LONG}.py", root=Run).run
+    block = run.data.sample_units // (2 * run.mesh.context)
+    shapes = set(re.findall(r"\w+\[([\d,]+)\]", text))
+    assert shapes
+    assert not [shape for shape in shapes if sum(int(size) >= block for size in shape.split(",")) > 1]
+    kernels = {kernel.name.partition("_segmented")[0] for kernel in found.kernels}
+    assert kernels == {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"}
+    assert not [row for row in found.traffic if row.kind == "all-reduce" and row.bytes > 2**20]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8, context=8), MeshConfig(fsdp=32, context=2)], ids=str)
+def test_axes_that_share_a_dimension_of_the_chips_are_gathered_together(mesh: MeshConfig) -> None:
+    pod = parse("v5p:4x4x4")
+    prepare(pod)
+    with jax.set_mesh(placed := make_mesh(mesh, devices(pod))):
+        stored = NamedSharding(placed, PartitionSpec(("fsdp", "context"), None))
+        gather = jax.jit(lambda w: jax.reshard(w, PartitionSpec(None, None)))
+        with no_cache():
+            text = gather.lower(jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=stored)).compile().as_text()
+    assert text is not None and " all-gather(" in text
+    assert " all-reduce(" not in text
 
 
 def test_every_config_names_what_it_is_compiled_for() -> None:

@@ -1,0 +1,32 @@
+"""Llama 3.1 8B on sequences of 131,072 tokens, on 64 TPU v5p chips (4x4x4), four to a sequence."""
+
+from dataclasses import replace
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.zoo import shape
+from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.schedules import Cosine
+from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.run import Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="llama3-8b-128k",
+        model=replace(shape("llama-3.1-8b"), remat="full"),
+        data=TokenData(
+            store="stores/text-llama3",
+            corpus=Corpus(
+                root="corpora/text",
+                pattern="**/*.txt",
+                tokenizer="tokenizers/llama3.json",
+                end_of_document="<|end_of_text|>",
+            ),
+            seq_len=131072,
+        ),
+        mesh=MeshConfig(fsdp=16, context=4),
+        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=200), peak_lr=3e-5),
+        train=TrainConfig(steps=2000, global_batch=16, eval_every=200, eval_windows=64),
+    )
