@@ -28,5 +28,5 @@ def config() -> Run:
         ),
         mesh=MeshConfig(fsdp=64),
         optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=2000), peak_lr=3e-4),
-        train=TrainConfig(steps=100000, global_batch=128, eval_every=1000, eval_windows=1024),
+        train=TrainConfig(steps=100000, global_batch=128, eval_every=1000, eval_windows=1024, compiler="large_blocks"),
     )

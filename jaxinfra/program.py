@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxinfra.compiler import options
 from jaxinfra.ops.dropout import FIELD, token_words
 from jaxinfra.optim.optimizers import build
 from jaxinfra.optim.schedules import schedule
@@ -82,12 +83,13 @@ class Program:
             platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
 
         Raises:
-            ConfigError: a parameter does not fit the mesh.
+            ConfigError: a parameter does not fit the mesh, or `train.compiler` the platform.
         """
         self.run, self.mesh = run, mesh
         self.family, self.task, self.data = run.parts
         if platform is None:
             platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
+        self._options = options(run.train.compiler, {"cuda": "gpu"}.get(platform, platform))
         # The chunks of a stage are not consecutive: its layers are then not stored on it.
         rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
         self.layout = Layout(
@@ -173,12 +175,12 @@ class Program:
     @cached_property
     def train_step(self) -> Any:
         """`train_step(state, batch) -> (state, metrics)`, compiled; the old state is given up."""
-        return jax.jit(self._train_step, donate_argnums=0)
+        return jax.jit(self._train_step, donate_argnums=0, compiler_options=self._options or None)
 
     @cached_property
     def eval_step(self) -> Any:
         """`eval_step(params, batch) -> sums`, compiled: the task's sums over the batch, replicated scalars."""
-        return jax.jit(self._eval_step)
+        return jax.jit(self._eval_step, compiler_options=self._options or None)
 
     @cached_property
     def gradients(self) -> Any:

@@ -36,6 +36,7 @@ NOT_NUMERIC = (
     "checkpoint",
     "track",
     "train.accumulate",
+    "train.compiler",
     "train.eval_every",
     "model.attention",
     "model.context_attention",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxinfra.compiler import OptionSet
 from jaxinfra.config import Problem
 from jaxinfra.errors import NonFiniteError
 from jaxinfra.program import Program, TrainState
@@ -28,6 +29,7 @@ class TrainConfig:
         accumulate: microbatches that a step is computed in, one after the other.
         eval_every: steps between evaluations; there is one at the end as well. None: only that one.
         eval_windows: held-out samples to evaluate on; None is all.
+        compiler: a set of options for the compiler of the steps (see `jaxinfra.compiler`).
     """
 
     steps: int = 1000
@@ -35,6 +37,7 @@ class TrainConfig:
     accumulate: int = 1
     eval_every: int | None = 100
     eval_windows: int | None = None
+    compiler: OptionSet = "default"
 
     def problems(self) -> Iterable[Problem]:
         """All are counted from one."""
