@@ -248,7 +248,7 @@ class Run:
         rounded = f"{path}={_rounded_up(size, shards)}"
         return Problem(
             fields=(path, *(f"mesh.{axis}" for axis in spread)),
-            message=f"{shards} shards do not divide {size} {path.split('.')[-1]}",
+            message=f"{shards} shards do not divide {size} {path.removesuffix('.count').split('.')[-1]}",
             fix=f"use {self._smaller(spread[0], math.gcd(size, shards)) if len(spread) == 1 else rounded}",
         )
 

@@ -6,6 +6,7 @@ mask lets through, so half of the square when causal. Recomputation earns no cre
 softmax and the embedding lookup count nothing. Of experts those count that a token chooses, dropped or not.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 def matmul_params(config: "TransformerConfig") -> int:
     """Weights that a token is multiplied with: projections, MLP or the experts that it chooses, head, tied or not."""
-    layer = _attention_params(config) + _inner_params(config)
-    return config.layers * layer + config.width * config.vocab_size
+    dense = config.dense_layers * _inner_params(replace(config, experts=None))
+    inner = config.layers * _inner_params(config) + dense
+    return config.depth * _attention_params(config) + inner + config.width * config.vocab_size
 
 
 def _attention_params(config: "TransformerConfig") -> int:
@@ -54,7 +56,7 @@ def flops_per_token(config: "TransformerConfig", length: int) -> float:
     of values are 2 FLOPs each a feature of a head and visible key, three times for the backward pass.
     """
     keys = 0.0
-    for layer in range(config.layers):
-        sight = config.sights[layer % len(config.sights)]
+    for layer in range(config.depth):
+        sight = config.sight(layer)
         keys += visible_keys(length, config.window if sight == "local" else None)
     return 6 * matmul_params(config) + 6 * config.heads * (config.head_width + config.value_width) * keys

@@ -57,8 +57,8 @@ class Experts:
         z_loss: weight of the squared log-normaliser of the router's logits, summed over layers.
     """
 
-    count: int
-    chosen: int
+    count: int = 8
+    chosen: int = 2
     dim: int | None = None
     shared: int = 0
     score: Literal["softmax", "sigmoid"] = "softmax"

@@ -7,7 +7,7 @@ Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S c
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -62,6 +62,8 @@ class TransformerConfig:
         mlp_dim: hidden width of the MLP.
         mlp: its kind.
         experts: a mixture of experts in place of every MLP, of its kind; None for none.
+        dense_layers: blocks with an MLP that come before those with experts, which `layers` counts (DeepSeek). In a
+            pipeline every stage computes them for its own rows, though the first alone needs them.
         norm: kind of the norms.
         norm_eps: added to the variance.
         norm_offset: 1.0 where norm weights are stored as a difference from one (Gemma).
@@ -100,6 +102,7 @@ class TransformerConfig:
     latent: Latent | None = None
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     experts: Experts | None = None
+    dense_layers: int = 0
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
@@ -164,6 +167,14 @@ class TransformerConfig:
             fitting = max(g for g in range(1, self.groups + 1) if self.heads % g == 0)
             yield Problem(
                 fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=f"use kv_heads={fitting}"
+            )
+        if self.dense_layers < 0:
+            yield Problem(fields=("dense_layers",), message="must not be negative", fix="use dense_layers=0")
+        if self.dense_layers and self.experts is None:
+            yield Problem(
+                fields=("dense_layers", "experts"),
+                message="without experts all layers are dense",
+                fix=f"use dense_layers=0 layers={self.layers + self.dense_layers}",
             )
         if not 0 <= self.dropout < 1:
             yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
@@ -249,8 +260,13 @@ class TransformerConfig:
         """The rotary positions of a layer of this sight."""
         return self.local_rope if sight == "local" and self.local_rope is not None else self.rope
 
+    @property
+    def depth(self) -> int:
+        """Blocks of both kinds."""
+        return self.dense_layers + self.layers
+
     def sight(self, number: int) -> Sight:
-        """What the layer of this number sees."""
+        """What the layer of this number, of all from the first dense one on, sees."""
         return self.sights[number % len(self.sights)]
 
     @property
@@ -261,7 +277,7 @@ class TransformerConfig:
     @property
     def kinds(self) -> tuple[Sight, ...]:
         """The different sights of the layers, in order."""
-        return tuple(dict.fromkeys(self.sight(number) for number in range(self.layers)))
+        return tuple(dict.fromkeys(self.sight(number) for number in range(self.depth)))
 
     def alike(self, numbers: np.ndarray) -> bool:
         """Whether the layers that stand side by side in pipeline stages all are of one kind.
@@ -269,7 +285,7 @@ class TransformerConfig:
         Args:
             numbers: `[chunks, layers of a chunk, stages]`; -1 for none.
         """
-        kinds = [self.sight(number) if number >= 0 else None for number in numbers.flat]
+        kinds = [self.sight(self.dense_layers + number) if number >= 0 else None for number in numbers.flat]
         side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
         return bool((side_by_side == side_by_side[:, :1]).all())
 
@@ -293,7 +309,7 @@ class Block(nnx.Module):
             layout=layout,
         )
         # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
-        out_scale = (2 * config.layers) ** -0.5
+        out_scale = (2 * config.depth) ** -0.5
         self.attention_norm = norm()
         self.attention = _attention(config, out_scale, stack, layout)
         self.attention_post_norm = norm() if config.post_norms else None
@@ -401,6 +417,8 @@ class Transformer(nnx.Module):
             if config.learned_positions
             else None
         )
+        dense = replace(config, experts=None)
+        self.prefix = Block(dense, layout, Stack(layers=config.dense_layers)) if config.dense_layers else None
         self.blocks = Block(config, layout, Stack(layers=config.layers))
         self.norm = Norm(
             config.width,
@@ -437,12 +455,18 @@ class Transformer(nnx.Module):
             x, kv, _ = layer(block, x, kind, number, kv)
             return x, kv
 
-        layers = (self.blocks, self._kinds(), self._numbers(), cache.kv)
-        x_BTD, kv = jax.lax.scan(body, self._embed(tokens_BT, positions_BT), layers)
+        x_BTD, dense = self._embed(tokens_BT, positions_BT), self.config.dense_layers
+        of_blocks, parts = cache.kv, []
+        if self.prefix is not None:
+            first, of_blocks = (jax.tree.map(lambda a, i=i: jnp.split(a, [dense])[i], cache.kv) for i in (0, 1))
+            x_BTD, kv = jax.lax.scan(body, x_BTD, (self.prefix, *self._dense(), first))
+            parts.append(kv)
+        x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(), self._numbers(), of_blocks))
+        kv = jax.tree.map(lambda *a: jnp.concatenate(a) if dense else a[0], *parts, kv)
         return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
     def begin(self, batch: Inputs) -> jax.Array:
-        """The stream before the first layer.
+        """The stream before the first layer of the stack: dense ones before it are done.
 
         Args:
             batch: `inputs` `[B, T]`, words, int32, in the order of the layout; `positions` `[B, T]`, places in their
@@ -454,9 +478,11 @@ class Transformer(nnx.Module):
             `[B, T, D]` in the compute dtype, block positions.
         """
         x_BTD = self._embed(batch["inputs"], self._positions(batch))
-        if FIELD not in batch:
+        if FIELD in batch:
+            x_BTD = drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        if self.prefix is None:
             return x_BTD
-        return drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        return self._through(x_BTD, batch, (self.prefix, *self._dense()), alike=True)[0]
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
         """The stream after some layers: those that `blocks` holds.
@@ -469,10 +495,17 @@ class Transformer(nnx.Module):
         Returns:
             The stream, and what the layers count: each array has one row a layer.
         """
+        layers = (self.blocks, self._kinds(staged), self._numbers(staged))
+        return self._through(x_BTD, batch, layers, alike=staged is None or staged.alike)
+
+    def _through(
+        self, x_BTD: jax.Array, batch: Inputs, layers: tuple[Block, jax.Array, jax.Array], *, alike: bool
+    ) -> tuple[jax.Array, LayerSums]:
+        """The stream after blocks of these kinds and numbers, and what they count."""
         context = Context(self._positions(batch), batch.get("segments"), words=batch.get(FIELD))
 
         def step(policy: Remat) -> Step:
-            layer = self._any_layer(context, alike=staged is None or staged.alike, policy=policy)
+            layer = self._any_layer(context, alike=alike, policy=policy)
 
             def through(x: jax.Array, xs: Any) -> tuple[jax.Array, LayerSums]:
                 block, kind, number = xs
@@ -481,7 +514,6 @@ class Transformer(nnx.Module):
 
             return through
 
-        layers = (self.blocks, self._kinds(staged), self._numbers(staged))
         return scan_pattern([step(policy) for policy in self.config.remats], x_BTD, layers)
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
@@ -514,13 +546,21 @@ class Transformer(nnx.Module):
         """By layer the index of its sight among all: `[L]`, or `[L, S]` if stages differ; -1 for no layer."""
         config = self.config
         if staged is None:
-            return jnp.array([config.kinds.index(config.sight(number)) for number in range(config.layers)])
+            return self._kinds_of(range(config.dense_layers, config.depth))
         kinds = jnp.where(staged.numbers < 0, -1, self._kinds().at[staged.numbers].get(out_sharding=P(None, "stage")))
         return jax.reshard(kinds, P())[:, 0] if staged.alike else kinds
 
+    def _kinds_of(self, numbers: range) -> jax.Array:
+        return jnp.array([self.config.kinds.index(self.config.sight(number)) for number in numbers])
+
     def _numbers(self, staged: Staged | None = None) -> jax.Array:
-        """The numbers of the layers: `[L]`, or `[L, S]` in stages."""
+        """The numbers of the layers in the stack: `[L]`, or `[L, S]` in stages."""
         return jnp.arange(self.config.layers) if staged is None else staged.numbers
+
+    def _dense(self) -> tuple[jax.Array, jax.Array]:
+        """Kinds and numbers of the layers before the stack, whose numbers end before 0."""
+        dense = self.config.dense_layers
+        return self._kinds_of(range(dense)), jnp.arange(-dense, 0)
 
     def _any_layer(self, context: Context, alike: bool, policy: Remat) -> Layer:
         """A layer of any kind as a function of its parameters, the stream, its kind, number and part of the cache."""
@@ -560,7 +600,7 @@ class Transformer(nnx.Module):
         place = Place(tables, context.segments, context.start)
 
         def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerSums]:
-            words = None if context.words is None else layer_words(context.words, number)
+            words = None if context.words is None else layer_words(context.words, number + config.dense_layers)
             return block(x, config.see(sight), place, words, kv)
 
         return remat(layer, policy, alone=len(config.remats) == 1)
@@ -608,5 +648,5 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens of `batch` rows."""
-        kv = self.blocks.attention.empty_cache(self.config.layers, batch, length)
+        kv = self.blocks.attention.empty_cache(self.config.depth, batch, length)
         return Cache(kv, jnp.zeros((), jnp.int32))

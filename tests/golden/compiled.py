@@ -84,6 +84,7 @@ ON = {
     "llama3_70b": ("2xv5p:4x4x8",),
     "llama3_8b": ("v5p:4x4x4",),
     "llama3_8b_128k": ("v5p:4x4x4",),
+    "moe_small": ("v5e:2x4",),
     "parity_dense": ("v5e:2x4",),
     "parity_moe": ("v5e:2x4", "mesh.expert=4", "mesh.fsdp=2"),
     "quickstart": ("v5e:2x4",),

@@ -93,6 +93,15 @@ WRONG_VALUES = {
         "pipeline.schedule=interleaved",
         r"pipeline\.schedule=interleaved, pipeline\.chunks=1: needs at least 2 chunks a stage; use pipeline\.chunks=2",
     ),
+    "shards of experts": (
+        "model.experts=experts model.experts.count=6 mesh.fsdp=2 mesh.expert=4",
+        r"model\.experts\.count=6, mesh\.expert=4: 4 shards do not divide 6 experts; use mesh\.expert=2 mesh\.fsdp=4",
+    ),
+    "dense layers without experts": (
+        "model.dense_layers=1",
+        r"model\.dense_layers=1, model\.experts=none: without experts all layers are dense; "
+        r"use model\.dense_layers=0 model\.layers=3",
+    ),
     "two uses of an axis": (
         "rules.batch=(fsdp,tensor)",
         r"rules\.batch=\(fsdp, tensor\), .*: tensor shards two dimensions of one activation; keep tensor in .*",

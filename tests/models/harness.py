@@ -59,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope": Rope(
             theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)
         ),
+        "dense_layers": 2,
         "experts": Experts(
             count=8,
             chosen=3,

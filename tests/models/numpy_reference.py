@@ -156,7 +156,7 @@ def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
 
 
 def inner(x_TD: np.ndarray, params: Params, config, counted: Counted) -> np.ndarray:
-    if config.experts is None:
+    if "router" not in params:
         return mlp(x_TD, params, config.mlp)
     return mixture(x_TD, params, config.experts, lambda x, weights: mlp(x, weights, config.mlp), counted)
 
@@ -172,8 +172,9 @@ def decode_row(params: Params, config, tokens, positions, segments, counted: Cou
         x_TD = x_TD + np.stack([params["positions"][p] for p in positions])
     if config.scale_embeddings:
         x_TD = x_TD * math.sqrt(config.width)
-    for number in range(config.layers):
-        layer = at_layer(params["blocks"], number)
+    for number in range(config.dense_layers + config.layers):
+        behind = number - config.dense_layers
+        layer = at_layer(params["prefix"], number) if behind < 0 else at_layer(params["blocks"], behind)
         sight = config.sights[number % len(config.sights)]
         normed = norm(x_TD, layer["attention_norm"])
         y_TD = attention(normed, layer["attention"], config, sight, positions, segments)

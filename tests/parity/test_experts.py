@@ -55,8 +55,12 @@ LOOSE = replace(
 )
 """Mixtral's: a softmax, and nothing is dropped."""
 
-SIGHTS = replace(TIGHT, name="sights", model=replace(TIGHT.model, layers=3, sights=("local", "global"), window=5))
-"""Layers of two sights, uneven over two stages: some compute what nobody counts."""
+SIGHTS = replace(
+    TIGHT,
+    name="sights",
+    model=replace(TIGHT.model, dense_layers=1, layers=3, sights=("local", "global"), window=5),
+)
+"""Layers of two sights, uneven over two stages: some compute what nobody counts. One comes before, without experts."""
 
 RUNS = {run.name: run for run in (TIGHT, LOOSE, SIGHTS)}
 STEP = 3

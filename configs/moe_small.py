@@ -1,0 +1,32 @@
+"""The quickstart's model with experts in place of MLPs: eight and one that is shared, of which a token passes three.
+
+A token's multiplications are those of the quickstart, from twice the parameters. Experts are kept even by biases.
+"""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.loader import TokenData
+from jaxinfra.models.moe import Experts
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.optim.optimizers import Muon, Optim
+from jaxinfra.optim.schedules import WSD
+from jaxinfra.run import Precision, Run
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="moe-small",
+        model=TransformerConfig(
+            vocab_size=4096,
+            layers=4,
+            width=192,
+            heads=6,
+            mlp_dim=176,
+            qk_norm=True,
+            experts=Experts(count=8, chosen=2, shared=1, score="sigmoid", bias_rate=1e-2, balance_loss=1e-3),
+        ),
+        data=TokenData(store="stores/python-stdlib", corpus=Corpus(vocab_size=4096), seq_len=256),
+        precision=Precision(compute="float32"),
+        optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
+        train=TrainConfig(steps=250, global_batch=16, eval_every=125),
+    )
