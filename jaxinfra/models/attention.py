@@ -13,8 +13,9 @@ from flax import nnx
 
 from jaxinfra.models.layers import Linear, Norm, Stack
 from jaxinfra.ops.attention import Kernel, See, attend
-from jaxinfra.ops.context import Form, attend_across
+from jaxinfra.ops.context import attend_across
 from jaxinfra.ops.rope import rotate
+from jaxinfra.ops.route import Form
 from jaxinfra.parallel.layout import Layout
 
 

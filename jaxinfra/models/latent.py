@@ -25,8 +25,8 @@ from jaxinfra.config import Problem
 from jaxinfra.models.attention import Place, among_themselves, write
 from jaxinfra.models.layers import BLOCK, Linear, Norm, Stack
 from jaxinfra.ops.attention import Kernel, See, attend
-from jaxinfra.ops.context import Form
 from jaxinfra.ops.rope import rotate
+from jaxinfra.ops.route import Form
 from jaxinfra.parallel.layout import Layout
 
 

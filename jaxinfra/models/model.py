@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxinfra.config import Problem
+from jaxinfra.ops.route import Across
 from jaxinfra.parallel.layout import Layout
 
 type Inputs = Mapping[str, jax.Array]
@@ -58,6 +59,10 @@ class ModelConfig(Protocol):
 
     def flops(self, data: Any) -> float:
         """FLOPs of forward and backward pass of one sample, in training (see `models.flops`)."""
+        ...
+
+    def across(self, data: Any, layout: Layout) -> Mapping[str, Across]:
+        """How attention reaches the other shards of a sequence, by kind of layer; nothing where sequences are whole."""
         ...
 
     def alike(self, numbers: np.ndarray) -> bool:

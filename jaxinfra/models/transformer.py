@@ -27,9 +27,9 @@ from jaxinfra.models.moe import Experts, MoE
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
 from jaxinfra.ops.attention import Kernel, See
-from jaxinfra.ops.context import Form
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
 from jaxinfra.ops.rope import Rope, rope_tables
+from jaxinfra.ops.route import Across, Form, Heads, cheaper, costs
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.spec import normal
 
@@ -246,6 +246,27 @@ class TransformerConfig:
     def flops(self, data: Sequences) -> float:
         """FLOPs of training on one sequence."""
         return data.seq_len * flops.flops_per_token(self, data.seq_len)
+
+    def across(self, data: Sequences, layout: Layout) -> Mapping[str, Across]:
+        """See `ModelConfig`; one sequence of one device."""
+        order = layout.order
+        if order.shards == 1:
+            return {}
+        heads = Heads(
+            rows=1,
+            length=data.seq_len,
+            heads=self.heads // layout.shards("heads"),
+            groups=self.groups // layout.shards("kv_heads"),
+            head_dim=self.head_width,
+            value_dim=self.value_width,
+            itemsize=layout.compute_dtype.itemsize,
+        )
+        sees = {sight: self.see(sight) for sight in self.kinds}
+        asked = self.context_attention
+        return {
+            sight: Across(cheaper(order, see, heads) if asked == "auto" else asked, costs(order, see, heads))
+            for sight, see in sees.items()
+        }
 
     def see(self, sight: Sight) -> See:
         """What a layer of this sight sees."""

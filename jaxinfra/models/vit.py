@@ -29,6 +29,7 @@ from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import Kernel, See
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
+from jaxinfra.ops.route import Across
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.spec import constant, normal
 
@@ -147,6 +148,10 @@ class VisionTransformerConfig:
         weights = 4 * width * width + 2 * width * self.mlp_dim
         ends = self.patches * self.patch**2 * self.channels * width + width * self.classes
         return 6 * (self.layers * length * weights + ends) + 12 * self.layers * width * length * length
+
+    def across(self, data: Images, layout: Layout) -> Mapping[str, Across]:
+        """Nothing: images are whole."""
+        return {}
 
     def alike(self, numbers: np.ndarray) -> bool:
         """Whether each place in the stages holds a layer, or none does (see `ModelConfig`)."""

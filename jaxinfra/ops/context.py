@@ -14,115 +14,19 @@ Shape suffixes: B batch, T positions of a shard, H query heads, G key/value head
 V width of a value head.
 """
 
-import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import Kernel, See, Shape, choose
+from jaxinfra.ops.route import Form, Heads, Leg, cheaper, legs
 from jaxinfra.ops.tile import PLAIN, SPLASH, Partial, Segments, Tiles, empty, merge, reaches
 from jaxinfra.parallel.context import Order
-
-type Form = Literal["ring", "gather"]
-
-
-class Leg(NamedTuple):
-    """Consecutive steps round the ring that are alike.
-
-    Attributes:
-        arrive: by how many shards keys and values came to a step.
-        depart: by how many they go on after it; 0 after the last.
-        steps: how many steps.
-        pairs: `(piece of queries, piece of keys, whether all shards see something of it)` of every step.
-    """
-
-    arrive: int
-    depart: int
-    steps: int
-    pairs: tuple[tuple[int, int, bool], ...]
-
-
-def legs(order: Order, see: See, block: int) -> list[Leg]:
-    """The way of keys and values round the ring, from home to the last shard that sees them.
-
-    Args:
-        order: where the blocks of a sequence are.
-        see: what may be seen.
-        block: positions of a block.
-    """
-    shards, every = np.arange(order.shards), range(order.pieces)
-
-    def seen(step: int, piece: int, other: int) -> np.ndarray:
-        """By shard, whether its piece sees the other piece of the shard `step` before it."""
-        blocks = order.block(shards, piece) - order.block((shards - step) % order.shards, other)
-        return np.broadcast_to(reaches(see, blocks * block, block, block), shards.shape)
-
-    seens = [{(p, r): seen(step, p, r) for p in every for r in every} for step in range(order.shards)]
-    steps = [step for step, pairs in enumerate(seens) if any(found.any() for found in pairs.values())]
-    arrive = [0, *(after - before for before, after in itertools.pairwise(steps))]
-    alike = [
-        (come, go, tuple((*pair, bool(found.all())) for pair, found in seens[step].items() if found.any()))
-        for step, come, go in zip(steps, arrive, [*arrive[1:], 0], strict=True)
-    ]
-    return [Leg(*key[:2], len(list(run)), key[2]) for key, run in itertools.groupby(alike)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Bytes of one device and one layer, forward and backward pass together.
-
-    Attributes:
-        moves: keys, values and their gradients that it sends.
-        holds: keys and values that it has at once, and has anyhow of queries and results.
-    """
-
-    moves: int
-    holds: int
-    allowed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heads:
-    """One layer's part on one device: sequences, positions of a whole sequence, heads, and bytes of a number."""
-
-    rows: int
-    length: int
-    heads: int
-    groups: int
-    head_dim: int
-    value_dim: int
-    itemsize: int
-
-
-def costs(order: Order, see: See, heads: Heads) -> dict[Form, Cost]:
-    """What each form moves and holds.
-
-    With `kv` the bytes of keys and values of one shard, gathering sends `(C - 1) kv` forward, and backward as much
-    again and their gradients; the ring sends `s kv` forward for s steps after the first, and backward that and
-    gradients in float32 on each step, and home.
-    """
-    own = heads.rows * (heads.length // order.shards) * (heads.head_dim + heads.value_dim)
-    kv = own * heads.groups * heads.itemsize
-    route = legs(order, see, heads.length // (order.shards * order.pieces))
-    steps = sum(leg.steps for leg in route) - 1
-    gradients = own * heads.groups * 4 * (steps + 1 if steps else 0)
-    allowed = own * heads.heads * heads.itemsize
-    return {
-        "ring": Cost(moves=2 * steps * kv + gradients, holds=2 * kv, allowed=allowed),
-        "gather": Cost(moves=3 * (order.shards - 1) * kv, holds=order.shards * kv, allowed=allowed),
-    }
-
-
-def cheaper(order: Order, see: See, heads: Heads) -> Form:
-    """The form that moves fewer bytes; gathering only where it holds no more than queries and results of the shard."""
-    found = costs(order, see, heads)
-    gather, ring = found["gather"], found["ring"]
-    return "gather" if gather.holds <= gather.allowed and gather.moves < ring.moves else "ring"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +96,7 @@ def _ring_forward(how: How, q, k, v, segments) -> Partial:
         return found
 
     found = _ring(how, step, [empty(one, v.shape[-1]) for one in qs], (k, v, segments), block)
-    return Partial(*(jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True)))
+    return Partial(*_joined(found))
 
 
 def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -219,14 +123,15 @@ def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array,
 
             sums = _when(reaches(how.see, offset, block, block), always, add, (dq[p], *dkv[r]))
             dq[p], dkv[r] = sums[0], sums[1:]
-        return dq, jax.tree.map(jnp.add, travelled, dkv)
+        return dq, jax.tree.map(jnp.add, travelled, _joined(dkv))
 
-    home = [(zeros(k), zeros(v)) for k, v in zip(_pieces(how, k), _pieces(how, v), strict=True)]
-    dq, dkv = _ring(how, step, ([zeros(one[0]) for one in queries], home), (k, v, segments), block)
+    dq, dkv = _ring(how, step, ([zeros(one[0]) for one in queries], (zeros(k), zeros(v))), (k, v, segments), block)
     last = sum(leg.depart * leg.steps for leg in how.legs(block))
-    dk, dv = zip(*how.order.rotate(dkv, -last), strict=True)
-    dq, dk, dv = (jnp.concatenate(parts, axis=2) for parts in (dq, dk, dv))
-    return dq, dk, dv
+    return jnp.concatenate(dq, axis=2), *how.order.rotate(dkv, -last)
+
+
+def _joined(pieces: Iterable[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*pieces, strict=True))
 
 
 def _gathered(how: How, x: jax.Array | None, dim: int) -> Any:
@@ -241,7 +146,7 @@ def _gather_forward(how: How, q, k, v, segments) -> Partial:
     for p, (one, own) in enumerate(zip(_pieces(how, q), _pieces(how, segments, 1), strict=True)):
         first = how.start(me, p, one.shape[2])
         found.append(how.tiles.forward(one, *whole, _both(own, ids), first, how.see))
-    return Partial(*(jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True)))
+    return Partial(*_joined(found))
 
 
 def _gather_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -328,7 +233,7 @@ def attend_across(
         platform: "cpu", "gpu" or "tpu".
         segments_BT: document ids.
         forced: the kernel that the config asks for.
-        form: the way of keys and values; "auto" takes the cheaper (see `cheaper`).
+        form: the way of keys and values; "auto" takes the cheaper (see `ops.route`).
         tiles: for tests: the implementation of the parts.
 
     Returns:

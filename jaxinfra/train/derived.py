@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.ops.route import Across
 from jaxinfra.parallel.schedules import described
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak import CHIP_FLOPS
@@ -39,6 +40,15 @@ def units_per_step(program: Program) -> int:
 def step_flops(program: Program) -> float:
     """FLOPs of one step, over all devices (see `models.flops`)."""
     return program.run.train.global_batch * program.family.flops(program.data)
+
+
+def _across(kind: str, across: Across) -> Derived:
+    """What layers of a kind take to reach the other shards of a sequence, and what each form would cost."""
+    numbers: Derived = {f"{kind} attention over shards": (across.form, "of the bytes waited for (ops/route.py)")}
+    for form, cost in across.costs.items():
+        note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
+        numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
+    return numbers
 
 
 def derived(program: Program, train_units: int | None = None) -> Derived:
@@ -75,6 +85,8 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
+    for kind, across in program.family.across(program.data, program.layout).items():
+        numbers |= _across(kind, across)
     if program.layout.mesh.stage > 1:
         numbers |= described(run.pipeline.table(program.layout.mesh.stage, run.train.accumulate))
     if train_units is not None:

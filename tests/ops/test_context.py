@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import See, reference
-from jaxinfra.ops.context import Form, Heads, attend_across, cheaper, costs, legs
+from jaxinfra.ops.context import attend_across
+from jaxinfra.ops.route import Form
 from jaxinfra.ops.tile import SPLASH_INTERPRETED, Tiles
 from jaxinfra.parallel.context import Order
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
@@ -177,83 +178,6 @@ def test_they_lower_for_tpu(form: Form, kernels: int) -> None:
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     steps = 2 if form == "ring" else 1
     assert text.count("tpu_custom_call") == kernels * steps
-
-
-# The way round the ring
-
-
-def on_the_way(order: Order, see: See, block: int) -> list[tuple[int, int]]:
-    """Of each step its distance from home, and how many pairs of blocks it has at most."""
-    found, distance = [], 0
-    for leg in legs(order, see, block):
-        for step in range(leg.steps):
-            distance += leg.arrive if step == 0 or leg.steps > 1 else 0
-            found.append((distance, len(leg.pairs)))
-    return found
-
-
-def test_zigzag_halves_every_step() -> None:
-    """Of four pairs of blocks at home three are seen; later one by all shards, and one of two others by each."""
-    order = Order(axes=("context",), shards=8, zigzag=True)
-    home, middle, last = legs(order, See(), 4)
-    assert [pair[2] for pair in home.pairs] == [True, True, True]
-    for leg in (middle, last):
-        assert leg.pairs == ((0, 0, False), (1, 0, True), (1, 1, False))
-    assert (home.steps, middle.steps, last.steps) == (1, 6, 1)
-    shards = np.arange(8)
-    for step in range(1, 8):
-        source = (shards - step) % 8
-        seen = [order.block(shards, p) > order.block(source, r) for p, r, _ in middle.pairs]
-        assert np.array(seen).sum(axis=0).tolist() == [2] * 8
-
-
-def test_a_window_goes_to_neighbours_alone() -> None:
-    order = Order(axes=("context",), shards=8, zigzag=True)
-    assert [step for step, _ in on_the_way(order, See(window=4), 4)] == [0, 1, 7]
-    assert [step for step, _ in on_the_way(order, See(window=1), 4)] == [0]
-    consecutive = Order(axes=("context",), shards=8, zigzag=False)
-    assert [step for step, _ in on_the_way(consecutive, See(window=10), 4)] == [0, 1, 2, 3]
-
-
-# The choice
-
-
-def heads(**changes: int) -> Heads:
-    return Heads(
-        **{
-            "rows": 1,
-            "length": 65536,
-            "heads": 32,
-            "groups": 8,
-            "head_dim": 128,
-            "value_dim": 128,
-            "itemsize": 2,
-            **changes,
-        }
-    )
-
-
-def test_few_heads_of_keys_are_gathered_on_few_shards() -> None:
-    """Gathering holds `C * G` heads of a shard's positions: no more than the `H` of queries that are there anyhow."""
-    for shards, form in ((2, "gather"), (4, "gather"), (8, "ring")):
-        assert cheaper(Order(axes=("context",), shards=shards, zigzag=True), See(), heads()) == form
-    sixteen = Order(axes=("context",), shards=16, zigzag=True)
-    assert cheaper(sixteen, See(), heads(heads=128)) == "gather"
-    assert cheaper(Order(axes=("context",), shards=2, zigzag=True), See(), heads(groups=32)) == "ring"
-
-
-def test_a_short_window_takes_the_ring() -> None:
-    order = Order(axes=("context",), shards=8, zigzag=True)
-    assert cheaper(order, See(), heads(heads=64)) == "gather"
-    assert cheaper(order, See(window=1024), heads(heads=64)) == "ring"
-
-
-def test_costs_are_in_bytes() -> None:
-    found = costs(Order(axes=("context",), shards=4, zigzag=True), See(), heads())
-    shard = 2 * 16384 * 8 * 128 * 2
-    assert (found["gather"].moves, found["gather"].holds) == (9 * shard, 4 * shard)
-    assert (found["ring"].moves, found["ring"].holds) == (6 * shard + 4 * 2 * shard, 2 * shard)
-    assert found["ring"].allowed == 4 * shard
 
 
 def test_a_kernel_without_a_form_for_shards_is_refused() -> None:

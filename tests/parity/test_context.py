@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxinfra.ops.context import Form
+from jaxinfra.ops.route import Form
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.run import Run
 from tests.parity.cases import (
