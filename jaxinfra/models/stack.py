@@ -36,7 +36,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
         for step, layer in zip(steps, _apart(xs, len(steps)), strict=True):
             x, y = step(x, layer)
             ys.append(y)
-        return x, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+        return x, jax.tree.map(_joined, *ys)
 
     found = []
     if groups:
@@ -54,6 +54,13 @@ def _apart(xs: Tree, count: int) -> list[Tree]:
     leaves, tree = jax.tree.flatten(xs)
     parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
     return [tree.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
+
+
+def _joined(*ys: jax.Array) -> jax.Array:
+    """`[count, ...]` of a list. Not `jnp.stack`, nor `expand_dims`: they have no gradient for partial sums."""
+    spec = jax.typeof(ys[0]).sharding.spec
+    out = PartitionSpec(None, *spec.partitions, reduced=spec.reduced, unreduced=spec.unreduced)
+    return jnp.concatenate([y.reshape(1, *y.shape, out_sharding=out) for y in ys])
 
 
 def _shaped(a: jax.Array, *lead: int) -> jax.Array:
