@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import TypedDict, Unpack
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
-from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 
 class _Sizes(TypedDict):
@@ -162,6 +163,37 @@ def _qwen3_moe(count: int, dim: int, kv_heads: int, **sizes: Unpack[_Sizes]) -> 
     )
 
 
+def _deepseek_v3() -> TransformerConfig:
+    """deepseek-ai/DeepSeek-V3-Base, without its module that predicts a second token; balanced as in its report.
+
+    Liu et al. 2024, "DeepSeek-V3 technical report", section 4.2: biases move by 0.001 a step, the sequence-wise loss
+    weighs 0.0001. Its three dense layers come on top of `layers`.
+    """
+    return TransformerConfig(
+        vocab_size=129280,
+        layers=58,
+        dense_layers=3,
+        width=7168,
+        heads=128,
+        mlp_dim=18432,
+        latent=Latent(kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128),
+        experts=Experts(
+            count=256,
+            chosen=8,
+            dim=2048,
+            shared=1,
+            score="sigmoid",
+            scale=2.5,
+            groups=8,
+            chosen_groups=4,
+            bias_rate=0.001,
+            balance_loss=0.0001,
+        ),
+        norm_eps=1e-6,
+        rope=Rope(theta=10000.0, scaling=YarnScaling(factor=40.0, original_length=4096, mscale_all_dim=1.0)),
+    )
+
+
 def _gpt2(layers: int, width: int) -> TransformerConfig:
     """openai-community/gpt2, gpt2-{medium,large,xl}: heads of 64, an MLP of four times the width."""
     return TransformerConfig(
@@ -225,6 +257,7 @@ SHAPES: dict[str, TransformerConfig] = {
     "mixtral-8x7b": _mixtral(layers=32, width=4096, heads=32, mlp_dim=14336),
     "qwen3-30b-a3b": _qwen3_moe(128, 768, 4, layers=48, width=2048, heads=32, mlp_dim=6144),
     "qwen3-235b-a22b": _qwen3_moe(128, 1536, 4, layers=94, width=4096, heads=64, mlp_dim=12288),
+    "deepseek-v3": _deepseek_v3(),
     "gpt2": _gpt2(layers=12, width=768),
     "gpt2-medium": _gpt2(layers=24, width=1024),
     "gpt2-large": _gpt2(layers=36, width=1280),

@@ -43,6 +43,8 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
+    # With the biases of its routers, which are published but not trained.
+    "deepseek-v3": 671_026_419_200,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
+from jaxinfra.ops.rope import Rope, YarnScaling
 from jaxinfra.parallel.layout import Rules
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
@@ -62,7 +64,23 @@ SIGHTS = replace(
 )
 """Layers of two sights, uneven over two stages: some compute what nobody counts. One comes before, without experts."""
 
-RUNS = {run.name: run for run in (TIGHT, LOOSE, SIGHTS)}
+DEEPSEEK = replace(
+    TIGHT,
+    name="deepseek",
+    model=replace(
+        TIGHT.model,
+        dense_layers=1,
+        heads=8,
+        kv_heads=None,
+        head_dim=None,
+        qk_norm=False,
+        latent=Latent(kv_rank=16, q_rank=24, nope_dim=6, rope_dim=4, value_dim=10),
+        rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=1.0)),
+    ),
+)
+"""What DeepSeek-V3 is made of: latent attention, a dense layer first, biased sigmoids in groups, a shared expert."""
+
+RUNS = {run.name: run for run in (TIGHT, LOOSE, SIGHTS, DEEPSEEK)}
 STEP = 3
 
 
@@ -110,6 +128,10 @@ SLOW = {
         run=replace(TIGHT, rules=Rules(experts=("fsdp", "expert"))), mesh=MeshConfig(fsdp=2, expert=4)
     ),
     "experts on every device": Case(run=replace(TIGHT, rules=Rules(experts=())), mesh=MeshConfig(fsdp=2, expert=4)),
+    "DeepSeek, every axis of a slice": Case(
+        run=DEEPSEEK, mesh=MeshConfig(fsdp=1, expert=2, context=2, tensor=2), accumulate=2
+    ),
+    "DeepSeek, stages": Case(run=DEEPSEEK, mesh=MeshConfig(stage=2, fsdp=2, expert=2), accumulate=4),
     "remat": Case(
         run=replace(TIGHT, model=replace(TIGHT.model, remat=("dots", "weights"))),
         mesh=MeshConfig(fsdp=2, expert=2, tensor=2),
