@@ -16,13 +16,14 @@ import numpy as np
 
 from jaxinfra.plan.hlo import Computation, Instruction, Module, Place
 
+RAGGED = "ragged-all-to-all"
 KINDS = (
     "all-gather",
     "all-reduce",
     "all-to-all",
     "collective-broadcast",
     "collective-permute",
-    "ragged-all-to-all",
+    RAGGED,
     "reduce-scatter",
 )
 SLICED = "all-reduce+slice"
@@ -46,7 +47,8 @@ class Collective:
         loops: while loops around it.
         times: how often it runs in one step.
         arrays: bytes on one device of every array: gathered, of a reduce-scatter the whole before it is reduced. What
-            is sent between slices is padded to the tiles of the chip.
+            is sent between slices is padded to the tiles of the chip. Of a ragged exchange, whose text has no number of
+            rows, the smaller of what could be sent and what there is room for.
     """
 
     kind: str
@@ -149,10 +151,14 @@ class _Reader:
         sizes, yielder = instruction.arrays, instruction
         if instruction.kind.endswith("-start"):
             count = len(instruction.operands)
-            if len(sizes) >= 2 * count:  # the operands stand before the results, counters of the chip behind
-                sizes = sizes[count : 2 * count]
+            results = 1 if kind == RAGGED else count
+            if len(sizes) >= count + results:  # the operands stand before the results, counters of the chip behind
+                sizes = sizes[count : count + results]
             done = (u for u in computation.users.get(instruction.name, []) if u.kind == f"{kind}-done")
             yielder = next(done, instruction)
+        if kind == RAGGED:
+            rows = sum(computation.instructions[instruction.operands[0]].arrays)
+            return (min(rows, *sizes),), ()
         if kind == "reduce-scatter":
             group = max(map(len, _groups(instruction.attributes, len(self.domains))))
             sizes = tuple(size * group for size in sizes)

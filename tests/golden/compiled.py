@@ -74,6 +74,9 @@ CASES = {
     "v6e-16x16_fsdp-tensor": Case(on="v6e:16x16", mesh=MeshConfig(fsdp=64, tensor=4), run=_batch(64, 1)),
     "2xv5e-2x4_replica": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=8)),
     "2xv5e-2x4_replica-stage": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, stage=2, fsdp=4), run=_batch(64, 4)),
+    "2xv5e-2x4_replica-expert": Case(
+        on="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=4, expert=2), run=_batch(64, 2, MOE)
+    ),
 }
 """Named TOPOLOGY_AXES. Slices of several kinds, and every axis of the mesh on one of them."""
 

@@ -191,6 +191,21 @@ def test_what_starts_and_ends_apart_counts_once(kind: str, start: str, done: str
     assert collectives(module, MESH) == [one(kind, ("tensor",), *arrays)]
 
 
+@pytest.mark.parametrize("sent", [8, 2])
+def test_a_ragged_exchange_counts_the_smaller_of_what_is_sent_and_what_is_written(sent: int) -> None:
+    """Of its operands the first two are rows, the others say where they go."""
+    operands = "%x, %room, %a, %b, %c, %d"
+    types = f"f32[{sent}], f32[4], s32[2], s32[2], s32[2], s32[2]"
+    at_once = f"ROOT %r = f32[4] ragged-all-to-all({operands}), replica_groups=[4,2]<=[8]"
+    apart = (
+        f"%s = (({types}), f32[4], u32[], u32[]) ragged-all-to-all-start({operands}), replica_groups=[4,2]<=[8]",
+        "ROOT %r = f32[4] ragged-all-to-all-done(%s)",
+    )
+    for lines in ((at_once,), apart):
+        module = entry(f"%x = f32[{sent}] negate(%p)", *lines)
+        assert collectives(module, MESH) == [one("ragged-all-to-all", ("tensor",), 4 * min(sent, 4))]
+
+
 def test_a_computation_that_is_started_and_waited_for_counts_once() -> None:
     wrapped = """
 %wrapped (x: f32[8]) -> f32[8] {
