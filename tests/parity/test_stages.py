@@ -14,8 +14,8 @@ from jaxinfra.run import Run
 from tests.parity import cases
 from tests.parity.cases import BIASES, DOCUMENTS, Case, gradients, on_host, put, too_different
 
-# Of the 4 features of a head of DOCUMENTS all are near zero somewhere in four layers: their norm then makes a difference
-# of 2e-5 out of any other order of sums, on one device too. Of 8 features they are not.
+# Of the 4 features of a head of DOCUMENTS all are near zero somewhere in four layers: their norm then makes 2e-5 out
+# of any other order of sums, on one device too. Of 8 features they are not.
 FOUR = replace(DOCUMENTS, model=replace(DOCUMENTS.model, layers=4, head_dim=8))
 SIGHTS = replace(BIASES, model=replace(BIASES.model, layers=6))
 TWO_CHUNKS = PipelineConfig(schedule="interleaved", chunks=2)
