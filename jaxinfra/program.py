@@ -154,7 +154,11 @@ class Program:
             spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec  # None: a counter of optax
             return self._sharded(leaf.shape, leaf.dtype, spec)
 
-        return jax.tree.map(concrete, shapes)
+        state = jax.tree.map(concrete, shapes)
+        if not self.run.optim.offload:
+            return state
+        # Shapes that are evaluated forget the memory that an array is in.
+        return replace(state, opt_state=jax.tree.map(_on_host, state.opt_state))
 
     @property
     def num_params(self) -> int:
@@ -293,6 +297,12 @@ class Program:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
         _, sums = loss(self.task, self.model(params), batch)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Like `optim.offload`: an array, not a counter, in host memory."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
 
 
 def _split(batch: Batch, count: int) -> Batch:

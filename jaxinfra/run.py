@@ -41,6 +41,7 @@ NOT_NUMERIC = (
     "model.attention",
     "model.context_attention",
     "model.remat",
+    "optim.offload",
     "task.loss_chunks",
     "data.store",
     "data.prefetch",

@@ -21,6 +21,7 @@ from jaxinfra.config import Problem
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
 from jaxinfra.optim.blocks import block, is_matrix, is_spec
 from jaxinfra.optim.muon import orthogonalize
+from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import Cosine, Schedule, schedule
 from jaxinfra.optim.transforms import store_state_as
 from jaxinfra.parallel.spec import Role
@@ -188,6 +189,7 @@ class Optim:
         clip_norm: limit on the global norm of the gradient; None for no limit.
         ema_decay: of an averaged copy of the parameters; None keeps none.
         state_dtype: what the optimiser's arrays are stored in; it computes in float32 either way.
+        offload: keep the optimiser's arrays in host memory between steps.
         decay_roles: parameters of these roles are decayed.
     """
 
@@ -197,6 +199,7 @@ class Optim:
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
     state_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
 
     def problems(self) -> Iterable[Problem]:
@@ -226,12 +229,16 @@ def build(optim: Optim, *, steps: int, specs: Any) -> optax.GradientTransformati
     State is sharded like the parameters, which may be abstract at `init`. Gradients are not clipped here.
     """
     rate = schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
-    decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_spec)
-    links = [_direction(optim.optimizer, specs)]
-    if optim.optimizer.weight_decay:
-        links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
-    links.append(optax.scale_by_learning_rate(rate))
-    return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
+
+    def chain(specs: Any) -> optax.GradientTransformation:
+        decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_spec)
+        links = [_direction(optim.optimizer, specs)]
+        if optim.optimizer.weight_decay:
+            links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
+        links.append(optax.scale_by_learning_rate(rate))
+        return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
+
+    return store_state_on_host(chain, specs) if optim.offload else chain(specs)
 
 
 def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation:

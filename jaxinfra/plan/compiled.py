@@ -202,8 +202,8 @@ def _compiled(program: Program, topology: Topology, rows: float, report: Callabl
 
 
 def _state_bytes(program: Program) -> int:
-    """What one device keeps of the train state, before the compiler pads it."""
-    leaves = jax.tree.leaves(program.state)
+    """What one device keeps of the train state in its own memory, before the compiler pads it."""
+    leaves = [leaf for leaf in jax.tree.leaves(program.state) if leaf.sharding.memory_kind != "pinned_host"]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 

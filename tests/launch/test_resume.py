@@ -29,6 +29,7 @@ RECIPES = {
         "mesh.tensor=2",
         "precision.compute=bfloat16",
     ],
+    "state in host memory": ["optim.offload=true", "optim.ema_decay=0.9", "mesh.fsdp=4", "mesh.tensor=2"],
 }
 
 
@@ -95,12 +96,13 @@ def test_go_on_after_a_kill(tiny: Tiny) -> None:
     assert_same_bits(saved(tiny, "tiny", STEPS), saved(tiny, "whole", STEPS))
 
 
-def test_go_on_with_another_mesh(tiny: Tiny) -> None:
-    """The restored arrays are the same, and the losses from there on to rounding."""
+@pytest.mark.parametrize("memory", [(), ("optim.offload=true",)], ids=["on the devices", "on the host"])
+def test_go_on_with_another_mesh(tiny: Tiny, memory: tuple[str, ...]) -> None:
+    """And with its state in another memory: the restored arrays are the same, losses from there on to rounding."""
     assert tiny.launch("name=whole").code == 0
     assert tiny.launch().code == 0
     shutil.rmtree(tiny.directory() / "checkpoints" / str(STEPS))
-    other = ("mesh.fsdp=4", "mesh.tensor=2")
+    other = ("mesh.fsdp=4", "mesh.tensor=2", *memory)
     assert_same_bits(saved(tiny, "tiny", 10), saved(tiny, "tiny", 10, *other))
     assert tiny.launch(*other).code == 0
     whole, moved = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("whole", "tiny"))
