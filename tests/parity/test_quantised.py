@@ -17,19 +17,25 @@ from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from tests.parity.cases import DOCUMENTS, Case, differences, gradients, too_different
+from tests.parity.test_experts import DEEPSEEK
 
 PRODUCTS = 7
 """With weights of a layer: query, key, value, out; gate, up, down."""
 
 
-def run_of(quantise: Quantise, remat: Remat = "none") -> Run:
-    model = replace(DOCUMENTS.model, remat=remat)
-    return replace(DOCUMENTS, model=model, precision=Precision(compute="float32", quantise=quantise))
+RUNS = {run.name: run for run in (DOCUMENTS, DEEPSEEK)}
+
+
+def run_of(quantise: Quantise, remat: Remat = "none", name: str = DOCUMENTS.name) -> Run:
+    run = RUNS[name]
+    return replace(
+        run, model=replace(run.model, remat=remat), precision=Precision(compute="float32", quantise=quantise)
+    )
 
 
 @functools.cache
-def on_one_device(quantise: Quantise) -> dict[str, np.ndarray]:
-    return gradients(Case(run=run_of(quantise)))
+def on_one_device(quantise: Quantise, name: str = DOCUMENTS.name) -> dict[str, np.ndarray]:
+    return gradients(Case(run=run_of(quantise, name=name)))
 
 
 def off(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -44,13 +50,22 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
         Case(run=run_of("int8"), mesh=MeshConfig(stage=2, fsdp=2, tensor=2), accumulate=4),
         Case(run=run_of("fp8"), mesh=MeshConfig(fsdp=1, tensor=8)),
         Case(run=run_of("int8"), mesh=MeshConfig(fsdp=8)),
+        *(
+            pytest.param(
+                Case(run=run_of(quantise, name=DEEPSEEK.name), mesh=mesh, accumulate=2), marks=pytest.mark.slow
+            )
+            for quantise, mesh in (
+                ("int8", MeshConfig(fsdp=1, expert=2, context=2, tensor=2)),
+                ("fp8", MeshConfig(stage=2, fsdp=2, expert=2)),
+            )
+        ),
     ],
     ids=lambda case: f"{case.run.precision.quantise}-{case}",
 )
 def test_the_mesh_changes_nothing_but_a_rounding(case: Case) -> None:
     """The loss to 5e-5; of every gradient less than a tenth of what quantising itself changes."""
-    quantise = case.run.precision.quantise
-    found, wanted, exact = gradients(case), on_one_device(quantise), on_one_device("none")
+    quantise, name = case.run.precision.quantise, case.run.name
+    found, wanted, exact = gradients(case), on_one_device(quantise, name), on_one_device("none", name)
     loss = "[1]['loss']"
     assert found[loss] == pytest.approx(wanted[loss], rel=5e-5)
     for path, one in wanted.items():
