@@ -14,7 +14,7 @@ from jaxinfra.config import load, read_record
 from jaxinfra.data.store import TokenStore
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
-from jaxinfra.models.transformer import Cache, Transformer
+from jaxinfra.models.decoder import Cache, Transformer
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.program import Program

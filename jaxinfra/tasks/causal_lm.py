@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfra.config import Problem
-from jaxinfra.models.transformer import Transformer
+from jaxinfra.models.decoder import Transformer
 from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy
 from jaxinfra.tasks.task import Field
 

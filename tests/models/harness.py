@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxinfra.models.decoder import Cache, Transformer
 from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
-from jaxinfra.models.transformer import Cache, Transformer, TransformerConfig
+from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
 from jaxinfra.parallel.layout import Layout, Rules

@@ -1,0 +1,393 @@
+"""A decoder-only transformer, as its config says (`models.transformer`).
+
+Layers are stacked and scanned: few arrays, short compiles. Layers of different sight (sliding window or whole
+length) have the same parameters and differ by a branch inside the scan.
+
+Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S cache length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxinfra.models import moe
+from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
+from jaxinfra.models.latent import LatentAttention, Latents
+from jaxinfra.models.layers import MLP, Norm, Stack
+from jaxinfra.models.model import Inputs, LayerSums, Staged
+from jaxinfra.models.moe import MoE
+from jaxinfra.models.remat import Remat, remat
+from jaxinfra.models.stack import Step, scan_pattern
+from jaxinfra.models.transformer import Sight, TransformerConfig
+from jaxinfra.ops.attention import See
+from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
+from jaxinfra.ops.rope import rope_tables
+from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.spec import normal
+
+type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
+"""`(block, stream, kind, number, cache) -> (stream, cache, sums)`; without the kind if it is of one."""
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each read from a norm of the residual stream and added back to it."""
+
+    def __init__(self, config: TransformerConfig, layout: Layout, stack: Stack):
+        self.layout, self.dropout = layout, config.dropout
+        norm = partial(
+            Norm,
+            config.width,
+            kind=config.norm,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+            stack=stack,
+            layout=layout,
+        )
+        # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
+        out_scale = (2 * config.depth) ** -0.5
+        self.attention_norm = norm()
+        self.attention = _attention(config, out_scale, stack, layout)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
+        shared = {"kind": config.mlp, "out_scale": out_scale, "stack": stack, "layout": layout}
+        self.mlp = (
+            MLP(config.width, config.mlp_dim, bias=config.mlp_bias, **shared)
+            if config.experts is None
+            else MoE(config.width, config.mlp_dim, config.experts, **shared)
+        )
+        self.mlp_post_norm = norm() if config.post_norms else None
+
+    def __call__(
+        self, x_BTD: jax.Array, see: See, place: Place, words_BT: jax.Array | None, cache: Any
+    ) -> tuple[jax.Array, Any, LayerSums]:
+        """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
+        y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
+        x_BTD += self._drop(y_BTD, words_BT, site=0)
+        y_BTD, sums = self._inner(self.layout.whole(self.mlp_norm(x_BTD)), drops=cache is None)
+        y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
+        x_BTD += self._drop(y_BTD, words_BT, site=1)
+        return self.layout.rows(x_BTD), cache, sums
+
+    def _inner(self, x_BTD: jax.Array, *, drops: bool) -> tuple[jax.Array, LayerSums]:
+        """What the MLP or the experts make of the stream, and what they count."""
+        return self.mlp(x_BTD, drops=drops) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), {})
+
+    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
+        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
+
+
+def _attention(
+    config: TransformerConfig, out_scale: float, stack: Stack, layout: Layout
+) -> Attention | LatentAttention:
+    """The attention of this config, whose output is started so small."""
+    if config.latent is not None:
+        return LatentAttention(
+            config.latent,
+            width=config.width,
+            heads=config.heads,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+            out_scale=out_scale,
+            kernel=config.attention,
+            form=config.context_attention,
+            stack=stack,
+            layout=layout,
+        )
+    shape = AttentionShape(
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.groups,
+        head_dim=config.head_width,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        qk_norm=config.qk_norm,
+        norm_eps=config.norm_eps,
+        norm_offset=config.norm_offset,
+        out_scale=out_scale,
+        kernel=config.attention,
+        form=config.context_attention,
+    )
+    return Attention(shape, stack=stack, layout=layout)
+
+
+class Context(NamedTuple):
+    """What every layer is told of the tokens.
+
+    Attributes:
+        positions: places in their documents.
+        segments: see `Place`.
+        start: see `Place`.
+        words: see `ops.dropout`; None where nothing is dropped.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+    start: jax.Array | None = None
+    words: jax.Array | None = None
+
+
+class Cache(NamedTuple):
+    """What decoding remembers.
+
+    Attributes:
+        kv: keys and values, or latents, of every layer.
+        length: tokens in it, an int32 scalar.
+    """
+
+    kv: KV | Latents
+    length: jax.Array
+
+
+class Transformer(nnx.Module):
+    """A decoder: words in, hidden states out; `head` makes them logits (see `ops.cross_entropy`)."""
+
+    def __init__(self, config: TransformerConfig, layout: Layout):
+        self.config, self.layout = config, layout
+        alone = Stack()
+        embed = normal(config.width**-0.5)
+        self.embedding = alone.declare((config.vocab_size, config.width), ("vocab", "embed"), embed, "embedding")
+        self.positions = (
+            alone.declare((config.learned_positions, config.width), (None, "embed"), normal(0.01), "embedding")
+            if config.learned_positions
+            else None
+        )
+        dense = replace(config, experts=None)
+        self.prefix = Block(dense, layout, Stack(layers=config.dense_layers)) if config.dense_layers else None
+        self.blocks = Block(config, layout, Stack(layers=config.layers))
+        self.norm = Norm(
+            config.width,
+            kind=config.norm,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+            stack=alone,
+            layout=layout,
+        )
+        self.unembedding = (
+            None
+            if config.tied
+            else alone.declare(
+                (config.width, config.vocab_size), ("embed", "vocab"), normal(config.width**-0.5), "head", contract=1
+            )
+        )
+
+    def hidden(self, batch: Inputs) -> jax.Array:
+        """Hidden states after the last norm of whole sequences (see `begin`): `[B, T, D]`, whole positions."""
+        return self.end(self.layers(self.begin(batch), batch)[0])
+
+    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states after the last norm of tokens that follow a cache, and the cache with these tokens.
+
+        Args:
+            tokens_BT: words, int32.
+            cache: of earlier tokens of the same rows, each one document.
+        """
+        positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True, policy="none")
+
+        def body(x, xs):
+            block, kind, number, kv = xs
+            x, kv, _ = layer(block, x, kind, number, kv)
+            return x, kv
+
+        x_BTD, dense = self._embed(tokens_BT, positions_BT), self.config.dense_layers
+        of_blocks, parts = cache.kv, []
+        if self.prefix is not None:
+            first, of_blocks = (jax.tree.map(lambda a, i=i: jnp.split(a, [dense])[i], cache.kv) for i in (0, 1))
+            x_BTD, kv = jax.lax.scan(body, x_BTD, (self.prefix, *self._dense(), first))
+            parts.append(kv)
+        x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(), self._numbers(), of_blocks))
+        kv = jax.tree.map(lambda *a: jnp.concatenate(a) if dense else a[0], *parts, kv)
+        return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
+
+    def begin(self, batch: Inputs) -> jax.Array:
+        """The stream before the first layer of the stack: dense ones before it are done.
+
+        Args:
+            batch: `inputs` `[B, T]`, words, int32, in the order of the layout; `positions` `[B, T]`, places in their
+                documents, or none for those in the row; `segments` `[B, T]`, document ids: a token sees its own
+                document alone, or none where every row is one document; `dropout` `[B, T]` (see `ops.dropout`), or
+                none to drop nothing.
+
+        Returns:
+            `[B, T, D]` in the compute dtype, block positions.
+        """
+        x_BTD = self._embed(batch["inputs"], self._positions(batch))
+        if FIELD in batch:
+            x_BTD = drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        if self.prefix is None:
+            return x_BTD
+        return self._through(x_BTD, batch, (self.prefix, *self._dense()), alike=True)[0]
+
+    def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
+        """The stream after some layers: those that `blocks` holds.
+
+        Args:
+            x_BTD: the stream, block positions.
+            batch: as in `begin`.
+            staged: of a pipeline, which layers they are; None for all, one after the other.
+
+        Returns:
+            The stream, and what the layers count: each array has one row a layer.
+        """
+        layers = (self.blocks, self._kinds(staged), self._numbers(staged))
+        return self._through(x_BTD, batch, layers, alike=staged is None or staged.alike)
+
+    def _through(
+        self, x_BTD: jax.Array, batch: Inputs, layers: tuple[Block, jax.Array, jax.Array], *, alike: bool
+    ) -> tuple[jax.Array, LayerSums]:
+        """The stream after blocks of these kinds and numbers, and what they count."""
+        context = Context(self._positions(batch), batch.get("segments"), words=batch.get(FIELD))
+
+        def step(policy: Remat) -> Step:
+            layer = self._any_layer(context, alike=alike, policy=policy)
+
+            def through(x: jax.Array, xs: Any) -> tuple[jax.Array, LayerSums]:
+                block, kind, number = xs
+                x, _, sums = layer(block, x, kind, number, None)
+                return x, sums
+
+            return through
+
+        return scan_pattern([step(policy) for policy in self.config.remats], x_BTD, layers)
+
+    def end(self, x_BTD: jax.Array) -> jax.Array:
+        """The stream after the last norm, whole positions."""
+        return self.layout.whole(self.norm(x_BTD))
+
+    def penalty(self, sums: LayerSums) -> jax.Array | None:
+        """What the layers add to the loss, summed over tokens like it; None for nothing."""
+        return moe.penalty(sums, (*self.layout.mesh_axes("batch"), *self.layout.mesh_axes("sequence")))
+
+    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+        """See `Model`."""
+        return moe.measures(sums, weight)
+
+    def moved(self, sums: LayerSums) -> dict[str, Any]:
+        """See `Model`: the biases of experts."""
+        experts, mlp = self.config.experts, self.blocks.mlp
+        if experts is None or not isinstance(mlp, MoE) or mlp.bias is None:
+            return {}
+        return {"blocks": {"mlp": {"bias": moe.moved(mlp.bias[...], sums, experts.bias_rate)}}}
+
+    def _positions(self, batch: Inputs) -> jax.Array:
+        found = batch.get("positions")
+        if found is not None:
+            return found
+        places_1T = self.layout.order.places(batch["inputs"].shape[1])[None]
+        return jax.reshard(places_1T, self.layout.spec(None, "sequence"))
+
+    def _kinds(self, staged: Staged | None = None) -> jax.Array:
+        """By layer the index of its sight among all: `[L]`, or `[L, S]` if stages differ; -1 for no layer."""
+        config = self.config
+        if staged is None:
+            return self._kinds_of(range(config.dense_layers, config.depth))
+        kinds = jnp.where(staged.numbers < 0, -1, self._kinds().at[staged.numbers].get(out_sharding=P(None, "stage")))
+        return jax.reshard(kinds, P())[:, 0] if staged.alike else kinds
+
+    def _kinds_of(self, numbers: range) -> jax.Array:
+        return jnp.array([self.config.kinds.index(self.config.sight(number)) for number in numbers])
+
+    def _numbers(self, staged: Staged | None = None) -> jax.Array:
+        """The numbers of the layers in the stack: `[L]`, or `[L, S]` in stages."""
+        return jnp.arange(self.config.layers) if staged is None else staged.numbers
+
+    def _dense(self) -> tuple[jax.Array, jax.Array]:
+        """Kinds and numbers of the layers before the stack, whose numbers end before 0."""
+        dense = self.config.dense_layers
+        return self._kinds_of(range(dense)), jnp.arange(-dense, 0)
+
+    def _any_layer(self, context: Context, alike: bool, policy: Remat) -> Layer:
+        """A layer of any kind as a function of its parameters, the stream, its kind, number and part of the cache."""
+        branches = [self._layer(sight, context, policy) for sight in self.config.kinds]
+        if not alike:
+            return lambda block, x, kind, number, kv: self._side_by_side(branches, block, x, kind, number)
+        if len(branches) == 1:
+            return lambda block, x, kind, number, kv: branches[0](block, x, number, kv)
+        return lambda block, x, kind, number, kv: jax.lax.switch(kind, branches, block, x, number, kv)
+
+    def _side_by_side(
+        self, branches: Sequence[Layer], block: Block, x_BTD: jax.Array, kind_S: jax.Array, number_S: jax.Array
+    ) -> tuple[jax.Array, None, LayerSums]:
+        """Layers of several kinds, or none, in the stages of a pipeline: all rows pass all kinds and keep their own."""
+        passed = [branch(block, x_BTD, number_S, None) for branch in branches]
+        found = [(through_BTD, sums) for through_BTD, _, sums in passed]
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, found)
+
+        def own(found: list[tuple[jax.Array, LayerSums]], x: jax.Array, kind_of_stage: jax.Array):
+            # A selection takes its type from its last part: only one from zero keeps a partial sum what it is.
+            parts = []
+            for kind, (through, sums) in enumerate(found):
+                other = kind_of_stage[0] != kind
+                x = jnp.where(other, x, through)
+                parts.append(jax.tree.map(lambda a, other=other: jnp.where(other, 0, a), sums))
+            return x, jax.tree.map(lambda *a: sum(a[1:], start=a[0]), *parts)
+
+        pick = jax.shard_map(own, in_specs=(specs, specs[0][0], P("stage")), out_specs=specs[0])
+        y_BTD, sums = pick(found, x_BTD, kind_S)
+        return y_BTD, None, sums
+
+    def _layer(self, sight: Sight, context: Context, policy: Remat) -> Layer:
+        """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""
+        config = self.config
+        rope, dtype = config.rope_of(sight), self.layout.compute_dtype
+        tables = None if rope is None else rope_tables(rope, context.positions, config.rotary_width, dtype)
+        place = Place(tables, context.segments, context.start)
+
+        def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerSums]:
+            words = None if context.words is None else layer_words(context.words, number + config.dense_layers)
+            return block(x, config.see(sight), place, words, kv)
+
+        return remat(layer, policy, alone=len(config.remats) == 1)
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Rows of the embedding for words (and positions), with block positions."""
+        layout = self.layout
+        x_BTD = self._rows(tokens_BT)
+        if self.positions is not None:
+            table = layout.weight(self.positions[...], (None, "embed"))
+            places = jnp.broadcast_to(positions_BT, tokens_BT.shape)
+            places = jax.reshard(places, layout.spec("batch", "sequence"))
+            x_BTD += table.at[places].get(out_sharding=layout.spec("batch", "sequence", None))
+        if self.config.scale_embeddings:
+            x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
+        return layout.shard(x_BTD, "batch", "positions", None)
+
+    def _rows(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embedding rows; where the vocabulary is sharded, every shard gives its own words and zero for others."""
+        layout = self.layout
+        out = layout.spec("batch", "sequence", None)
+        axes = layout.mesh_axes("vocab")
+        if not axes:
+            # Devices look up their own part of every row, and exchange: rows are fewer bytes than the whole table.
+            table_VD, apart = layout.columns(self.embedding[...], "embed")
+            tokens_BT = jax.reshard(tokens_BT, P(*apart.partitions[:2]))
+            x_BTD = table_VD.at[tokens_BT].get(out_sharding=apart)
+            return layout.by_tokens(x_BTD, "embed")
+        table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
+
+        def local(table, tokens):
+            tokens = tokens - jax.lax.axis_index(axes) * table.shape[0]
+            mine = (tokens >= 0) & (tokens < table.shape[0])
+            rows = table[jnp.where(mine, tokens, 0)]
+            return jax.lax.psum(jnp.where(mine[..., None], rows, 0), axes)
+
+        table_spec, token_spec = (jax.typeof(a).sharding.spec for a in (table_VD, tokens_BT))
+        return jax.shard_map(local, in_specs=(table_spec, token_spec), out_specs=out)(table_VD, tokens_BT)
+
+    def head(self) -> jax.Array:
+        """The weight `[D, V]` that turns hidden states into logits, ready for use."""
+        if self.unembedding is None:
+            return self.layout.weight(self.embedding[...], ("vocab", "embed")).T
+        return self.layout.weight(self.unembedding[...], ("embed", "vocab"))
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for `length` tokens of `batch` rows."""
+        kv = self.blocks.attention.empty_cache(self.config.depth, batch, length)
+        return Cache(kv, jnp.zeros((), jnp.int32))
