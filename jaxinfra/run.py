@@ -155,8 +155,14 @@ class Run:
             yield from self._divisions()
 
     def _divisions(self) -> Iterable[Problem]:
-        """Every sharded dimension divides over its mesh axes, and the context axis has a use."""
+        """Every sharded dimension divides over its mesh axes, and the axes of replicas and of context have a use."""
         model, task, data = self.parts
+        if self.mesh.replica > 1 and "replica" not in (*self.rules.batch, *self.rules.sequence):
+            yield Problem(
+                fields=("mesh.replica", "rules.batch"),
+                message="replicas would all do the same work",
+                fix=f"use rules.batch=(replica,{','.join(self.rules.batch)})",
+            )
         if any(axis == "positions" for _, axis in data.spread.values()):
             yield from self._context()
         elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:

@@ -158,9 +158,10 @@ class Sampler:
 
 
 def sampling_program(run: Run) -> Program:
-    """The program of a run on the first device alone."""
+    """The program of a run on the first device alone, wherever and with what options of its compiler it was trained."""
     alone = MeshConfig(fsdp=1)
-    return Program(replace(run, mesh=alone), make_mesh(alone, jax.devices()[:1]))
+    run = replace(run, mesh=alone, train=replace(run.train, compiler="default"))
+    return Program(run, make_mesh(alone, jax.devices()[:1]))
 
 
 def _with_cache(model: Transformer, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

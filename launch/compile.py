@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxinfra.errors import ConfigError, StorageError
-from launch import config_argument
+from jaxinfra.errors import ConfigError
+from launch import config_argument, files
 
 if TYPE_CHECKING:
     from jaxinfra.plan.chips import Chip
@@ -39,37 +39,20 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     topology = parse(options.on)
     for path in (options.dump, options.json):
         if path is not None:
-            _check_file(path)
+            files.check(path)
+    if options.json is not None and options.json == options.dump:
+        raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two")
     loaded = config_argument.loaded(options)
-    dump = None if options.dump is None else functools.partial(_write_file, options.dump)
+    dump = None if options.dump is None else functools.partial(files.write, options.dump)
     compiled = compile_step(loaded.run, topology, dump=dump, report=functools.partial(print, flush=True))
     print("\n".join(shown(compiled, topology.chip)))
     if options.json is not None:
-        _write_file(options.json, json.dumps(compiled.to_json(), indent=1) + "\n")
+        files.write(options.json, json.dumps(compiled.to_json(), indent=1) + "\n")
     needed, there = compiled.memory.total, topology.chip.hbm_bytes
     if needed > there:  # the TPU compiler says so itself
         fix = smaller(loaded.run, compiled.rows, needed / there)
         raise ConfigError(f"{compiled.name} on {compiled.on}: {too_big(needed, there, fix)}")
     return 0
-
-
-def _check_file(path: Path) -> None:
-    """Sees to it that a file can be written, before anything takes long.
-
-    Raises:
-        StorageError: it cannot.
-    """
-    if path.is_dir():
-        raise StorageError(f"{path}: is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise StorageError(f"{path}: its folder does not exist; make it first")
-
-
-def _write_file(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror}; mend it or name another file") from error
 
 
 def shown(compiled: "Compiled", chip: "Chip") -> Iterator[str]:

@@ -8,12 +8,18 @@ import argparse
 import dataclasses
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxinfra.errors import ConfigError, JaxinfraError
+from launch import files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
 
 BOUND = 2e-5
 """Largest difference of an array, as a part of its largest value."""
+ROUNDING = 1e-6
+"""An array whose largest value is a smaller part of that of all gradients is zero but for rounding."""
 CONFIGS = ("configs/parity_dense.py", "configs/parity_moe.py")
 MICROBATCHES = 4
 """Of a step on a mesh; one device takes the batch whole."""
@@ -30,6 +38,10 @@ BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 """What stands around the table on the page that `--write` names."""
 
 type Arrays = Mapping[str, "np.ndarray"]
+
+
+class WorkerError(JaxinfraError):
+    """A process that compared meshes died."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +70,21 @@ class Row:
         return max((self.loss, self.gradient, self.permuted), key=lambda d: (math.isnan(d), d))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one process compares: every `parts`-th mesh of each config, from the `part`-th on."""
+
+    configs: tuple[str, ...]
+    overrides: tuple[str, ...]
+    part: int
+    parts: int
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which models, on how many devices."""
-    parser.add_argument("configs", metavar="CONFIG", nargs="*", default=CONFIGS, help=f"models (default {CONFIGS})")
+    parser.add_argument(
+        "words", metavar="CONFIG or KEY=VALUE", nargs="*", help=f"models (default {', '.join(CONFIGS)}) and changes"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the meshes")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
 
@@ -72,6 +96,33 @@ def meshes(devices: int) -> list["MeshConfig"]:
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     spread = (found for found in itertools.product(sizes, repeat=len(AXES)) if math.prod(found) == devices)
     return [MeshConfig(**dict(zip(AXES, found, strict=True))) for found in spread]
+
+
+def loaded(config: str, overrides: Sequence[str]) -> "Run":
+    """The run of a config, in float32 throughout.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or it is no model of text.
+    """
+    from jaxinfra.config import load
+    from jaxinfra.run import Precision, Run, of_text
+
+    run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
+    of_text(run)
+    return run
+
+
+def on(run: "Run", mesh: "MeshConfig", microbatches: int) -> "Run":
+    """The run on a mesh.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    from jaxinfra.config import validate
+
+    run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
+    validate(run)
+    return run
 
 
 def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
@@ -93,26 +144,20 @@ def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
     }
 
 
-def computed(run: "Run", mesh: "MeshConfig", microbatches: int, order: Sequence[int] | None = None) -> Arrays:
+def computed(run: "Run", order: Sequence[int] | None = None) -> Arrays:
     """Sums of the loss and every gradient, by name, from the first parameters of the run.
 
     Args:
-        run: the model.
-        mesh: sizes of the axes.
-        microbatches: of the step.
+        run: on its mesh.
         order: of the devices; None for their own.
     """
     import jax
     import numpy as np
 
-    from jaxinfra.config import validate
     from jaxinfra.parallel.mesh import make_mesh, permuted
     from jaxinfra.program import Program
 
-    train = dataclasses.replace(run.train, accumulate=microbatches)
-    run = dataclasses.replace(run, mesh=mesh, train=train)
-    validate(run)
-    devices = make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)])
+    devices = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
     program = Program(run, devices if order is None else permuted(devices, order))
     host = batch_of(run)
     with program.on_mesh, jax.default_matmul_precision("highest"):
@@ -124,50 +169,116 @@ def computed(run: "Run", mesh: "MeshConfig", microbatches: int, order: Sequence[
 
 
 def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
-    """Of each array the largest difference, as a part of its largest value."""
+    """Of each array the largest difference, as a part of its largest value.
+
+    Of an array that is zero but for rounding (the bias of keys, which no score depends on): as a part of what rounding
+    may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.
+    """
     import numpy as np
 
     assert found.keys() == wanted.keys()
-    return {name: float(np.abs(found[name] - one).max() / np.abs(one).max()) for name, one in wanted.items()}
+    sizes = {name: float(np.abs(one).max()) for name, one in wanted.items()}
+    zero = ROUNDING * max((size for name, size in sizes.items() if name != "loss"), default=0.0)
+    return {
+        name: float(np.abs(found[name] - one).max()) / (sizes[name] if sizes[name] > zero else zero / BOUND)
+        for name, one in wanted.items()
+    }
 
 
-def rows(config: str, part: int, parts: int) -> Iterator[Row]:
-    """Every `parts`-th row of a model's table, from the `part`-th on."""
+def rows(part: Part) -> Iterator[Row]:
+    """The rows of a part; all its meshes are checked before the first is computed.
+
+    Raises:
+        ConfigError: a model does not fit a mesh.
+    """
     import jax
     import numpy as np
 
-    from jaxinfra.config import load
     from jaxinfra.parallel.mesh import MeshConfig
-    from jaxinfra.run import Run
 
-    run = load(config, root=Run).run
     devices = len(jax.devices())
     order = np.random.default_rng(1).permutation(devices).tolist()
-    wanted = computed(run, MeshConfig(fsdp=1), 1)
-    for mesh in meshes(devices)[part::parts]:
-        plain = differences(computed(run, mesh, MICROBATCHES), wanted)
-        loss = plain.pop("loss")
-        leaf = max(plain, key=lambda name: (math.isnan(plain[name]), plain[name]))
-        shuffled = differences(computed(run, mesh, MICROBATCHES, order), wanted)
-        sizes = " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1)
-        yield Row(
-            config=Path(config).stem,
-            mesh=sizes,
-            loss=loss,
-            gradient=plain[leaf],
-            leaf=re.sub(r"[\[\]']+", ".", leaf).strip("."),
-            permuted=max(shuffled.values(), key=lambda d: (math.isnan(d), d)),
-        )
+    chosen = meshes(devices)[part.part :: part.parts]
+    spread = {config: [_fitting(config, part.overrides, mesh) for mesh in chosen] for config in part.configs}
+    for config, runs in spread.items():
+        if not runs:
+            continue
+        wanted = computed(on(runs[0], MeshConfig(fsdp=1), 1))
+        for run in runs:
+            plain = differences(computed(run), wanted)
+            loss = plain.pop("loss")
+            leaf = max(plain, key=lambda name: (math.isnan(plain[name]), plain[name]))
+            shuffled = differences(computed(run, order), wanted)
+            yield Row(
+                config=Path(config).stem,
+                mesh=_named(run.mesh),
+                loss=loss,
+                gradient=plain[leaf],
+                leaf=re.sub(r"[\[\]']+", ".", leaf).strip("."),
+                permuted=max(shuffled.values(), key=lambda d: (math.isnan(d), d)),
+            )
 
 
-def _worker(config: str, part: int, parts: int, out: Any) -> None:
-    """Puts rows, then None or the error that ended it."""
+def _fitting(config: str, overrides: Sequence[str], mesh: "MeshConfig") -> "Run":
     try:
-        for row in rows(config, part, parts):
-            out.put(row)
-        out.put(None)
-    except Exception as error:
-        out.put(error)
+        return on(loaded(config, overrides), mesh, MICROBATCHES)
+    except ConfigError as error:
+        raise ConfigError(f"{config} on the mesh {_named(mesh)}, one of those that parity spreads: {error}") from error
+
+
+def _named(mesh: "MeshConfig") -> str:
+    return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
+
+
+def _worker(part: Part, out: Connection) -> None:
+    """Sends rows, or the error that ended them; leaves when its parent does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+    try:
+        for row in rows(part):
+            out.send(row)
+    except JaxinfraError as error:
+        out.send(error)
+
+
+def shared_out(configs: Sequence[str], overrides: Sequence[str], jobs: int) -> Iterator[Row]:
+    """The rows of all meshes, as so many processes come to them.
+
+    Raises:
+        ConfigError: a model does not fit a mesh.
+        WorkerError: a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for number in range(jobs):
+        reader, writer = context.Pipe(duplex=False)
+        part = Part(configs=tuple(configs), overrides=tuple(overrides), part=number, parts=jobs)
+        workers[reader] = context.Process(target=_worker, args=(part, writer), daemon=True)
+        workers[reader].start()
+        writer.close()  # the worker's is then the only one, and its end is seen here
+    while workers:
+        for reader in wait(list(workers)):
+            assert isinstance(reader, Connection)
+            try:
+                said = reader.recv()
+            except EOFError:
+                worker = workers.pop(reader)
+                worker.join()
+                if worker.exitcode:
+                    raise WorkerError(
+                        f"a process that compared meshes ended with {worker.exitcode}; the reason is what it said "
+                        "last, or a lack of memory: use --jobs 1"
+                    ) from None
+                continue
+            if isinstance(said, JaxinfraError):
+                raise said
+            yield said
 
 
 def table(found: Iterable[Row]) -> str:
@@ -188,57 +299,45 @@ def table(found: Iterable[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write(page: Path, text: str) -> None:
-    """Puts the table between the marks of a page.
+def with_table(page: Path, text: str) -> str:
+    """A page with the table between its marks.
 
     Raises:
         ConfigError: the page has no marks.
+        StorageError: it cannot be read.
     """
-    from jaxinfra.errors import ConfigError
-
-    before, found, rest = page.read_text().partition(BEGIN)
+    before, found, rest = files.read(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not found or not end:
         raise ConfigError(f"{page}: no place for the table; put {BEGIN} and {END} on lines of their own")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the table as its rows come, and says whether all are within the bound."""
-    import multiprocessing
-
-    from jaxinfra.errors import ConfigError
-
+    overrides = [word for word in options.words if "=" in word]
+    configs = [word for word in options.words if "=" not in word] or CONFIGS
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: expected 1 or more")
+    if options.write is not None:
+        files.check(options.write)
+        with_table(options.write, "")
+    for config in configs:
+        loaded(config, overrides)
     if options.devices is None:
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-    jobs = max(1, options.jobs)
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
     found: list[Row] = []
-    for config in options.configs:
-        workers = [context.Process(target=_worker, args=(config, part, jobs, out), daemon=True) for part in range(jobs)]
-        for worker in workers:
-            worker.start()
-        running = jobs
-        while running:
-            said = out.get()
-            if isinstance(said, Exception):
-                raise said
-            if said is None:
-                running -= 1
-                continue
-            found.append(said)
-            print(
-                f"{said.config:14} {said.mesh:32} loss {said.loss:.1e}  gradients {said.gradient:.1e} ({said.leaf})"
-                f"  other order {said.permuted:.1e}{'' if said.worst <= BOUND else '  TOO FAR'}",
-                flush=True,
-            )
-        for worker in workers:
-            worker.join()
+    for row in shared_out(configs, overrides, options.jobs):
+        found.append(row)
+        print(
+            f"{row.config:14} {row.mesh:32} loss {row.loss:.1e}  gradients {row.gradient:.1e} ({row.leaf})"
+            f"  other order {row.permuted:.1e}{'' if row.worst <= BOUND else '  TOO FAR'}",
+            flush=True,
+        )
     far = [row for row in found if not row.worst <= BOUND]
     print(f"{len(found)} rows, {len({row.mesh for row in found})} meshes, {len(far)} beyond {BOUND:g}", file=sys.stderr)
     if options.write:
-        write(options.write, table(found))
+        files.write(options.write, with_table(options.write, table(found)))
     if far:
         raise ConfigError(
             f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {BOUND:g} or less"

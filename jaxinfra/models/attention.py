@@ -93,7 +93,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
-        x_BTD = self.layout.whole(x_BTD)
+        x_BTD = self.layout.whole(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK = self.query_norm(q_BTHK, ("batch", "sequence", "heads"))

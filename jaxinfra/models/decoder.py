@@ -70,7 +70,7 @@ class Block(nnx.Module):
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD, sums = self._inner(self.layout.whole(self.mlp_norm(x_BTD)), drops=cache is None)
+        y_BTD, sums = self._inner(self.layout.whole(self.mlp_norm(x_BTD), "mlp"), drops=cache is None)
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
         x_BTD += self._drop(y_BTD, words_BT, site=1)
         return self.layout.rows(x_BTD), cache, sums
@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
-        return self.layout.whole(self.norm(x_BTD))
+        return self.layout.whole(self.norm(x_BTD), "vocab")
 
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """What the layers add to the loss, summed over tokens like it; None for nothing."""

@@ -131,8 +131,8 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, Latents | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
         assert place.tables is not None
-        latent_BTR = self.layout.whole(self.kv_norm(self.kv_down(x_BTD), BLOCK))
-        rotated_BTP = self.layout.whole(self.rotated_key(x_BTD))
+        latent_BTR = self.layout.whole(self.kv_norm(self.kv_down(x_BTD), BLOCK), "heads")
+        rotated_BTP = self.layout.whole(self.rotated_key(x_BTD), "heads")
         q_BTHK = rotate(self._queries(x_BTD), *place.tables)
         if cache is None:
             k_BTHK = self._keys(self.key(latent_BTR), rotated_BTP, place.tables)
@@ -149,8 +149,8 @@ class LatentAttention(nnx.Module):
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         """Query heads, the features that will be rotated first."""
         if self.query_down is None or self.query_norm is None:
-            return self.query(self.layout.whole(x_BTD))
-        return self.query(self.layout.whole(self.query_norm(self.query_down(x_BTD), BLOCK)))
+            return self.query(self.layout.whole(x_BTD, "heads"))
+        return self.query(self.layout.whole(self.query_norm(self.query_down(x_BTD), BLOCK), "heads"))
 
     def _keys(self, k_BTHN: jax.Array, rotated_BTP: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Key heads: the shared key, rotated, before the features of each head."""

@@ -53,8 +53,9 @@ class Experts:
             it got fewer choices than the mean of its layer, and down if more; 0 has no biases.
         capacity_factor: an expert takes so many times its even share of the choices of each sequence, the earlier
             positions first; choices beyond are dropped. None drops nothing. Decoding never drops.
-        balance_loss: weight of the sequence-wise balance loss (see `ops.routing.balance`), summed over layers.
-        z_loss: weight of the squared log-normaliser of the router's logits, summed over layers.
+        balance_loss: weight of the sequence-wise balance loss (see `ops.routing.balance`), summed over layers and, like
+            the loss, over tokens, all of them: where few tokens are targets it is as much larger beside their loss.
+        z_loss: weight of the squared log-normaliser of the router's logits, summed likewise.
     """
 
     count: int = 8
@@ -80,9 +81,9 @@ class Experts:
                 wrong = True
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
         for name in ("shared", "bias_rate", "balance_loss", "z_loss"):
-            if getattr(self, name) < 0:
-                yield Problem(fields=(name,), message="must not be negative", fix=f"use {name}=0")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            if not 0 <= getattr(self, name) < math.inf:
+                yield Problem(fields=(name,), message="must be 0 or more", fix=f"use {name}=0")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             yield Problem(fields=("capacity_factor",), message="must be above 0", fix="use capacity_factor=1.25")
         if not wrong:
             yield from self._choice_problems()
@@ -309,8 +310,8 @@ def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
 def measures(sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
     """What is logged of a step: from what all layers counted, `[L, ...]`, and the weight of its tokens.
 
-    Losses are a token's, summed over layers. Loads are those of experts as parts of the mean of their layer: the
-    largest of all, and of each expert the mean over layers.
+    Losses are sums over all tokens and layers by the weight of the targets, as they are in what is trained. Loads are
+    those of experts as parts of the mean of their layer: the largest of all, and of each expert the mean over layers.
     """
     if LOAD not in sums:
         return {}

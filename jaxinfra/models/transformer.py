@@ -3,6 +3,7 @@
 What is built of it is in `models.decoder`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -137,10 +138,15 @@ class TransformerConfig:
 
     def problems(self) -> Iterable[Problem]:
         """Sizes are positive and divide; every option has what it needs."""
-        for name in ("vocab_size", "layers", "width", "heads", "mlp_dim", "kv_heads", "head_dim", "window"):
+        sizes = ("vocab_size", "layers", "width", "heads", "mlp_dim", "kv_heads", "head_dim", "window")
+        for name in (*sizes, "learned_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        for name, usual in (("norm_eps", "1e-5"), ("softcap", "50.0"), ("logit_softcap", "30.0")):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                yield Problem(fields=(name,), message="must be above 0", fix=f"use {name}={usual}")
         if self.latent is not None:
             yield from self._problems_of_latent()
         elif self.head_dim is None and self.heads > 0 and self.width % self.heads:
@@ -163,6 +169,8 @@ class TransformerConfig:
                 message="without experts all layers are dense",
                 fix=f"use dense_layers=0 layers={self.layers + self.dense_layers}",
             )
+        if self.experts is not None and self.mlp_bias:
+            yield Problem(fields=("mlp_bias", "experts"), message="experts have no biases", fix="use mlp_bias=false")
         if not 0 <= self.dropout < 1:
             yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
         if not self.sights:
@@ -206,10 +214,11 @@ class TransformerConfig:
             **{f"latent.{name}": (rank, "embed") for name, rank in ranks if rank is not None},
             "heads": (self.heads, "heads"),
             "kv_heads": (self.groups, "kv_heads"),
-            "mlp_dim": (self.mlp_dim, "mlp"),
             "vocab_size": (self.vocab_size, "vocab"),
             "width": (self.width, "embed"),
         }
+        if self.experts is None or self.experts.dim is None or self.dense_layers:
+            found["mlp_dim"] = (self.mlp_dim, "mlp")
         if self.experts is not None:
             found["experts.count"] = (self.experts.count, "experts")
             if self.experts.dim is not None:
@@ -219,7 +228,7 @@ class TransformerConfig:
     def problems_with(self, data: Sequences) -> Iterable[Problem]:
         """Learned positions are as many as a sequence has."""
         longest = self.learned_positions
-        if longest is not None and data.seq_len > longest:
+        if longest is not None and 0 < longest < data.seq_len:
             yield Problem(
                 fields=("data.seq_len", "model.learned_positions"),
                 message="sequences are longer than the learned positions",

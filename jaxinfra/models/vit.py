@@ -10,6 +10,7 @@ that divides them, elsewhere never.
 Shape suffixes: B batch, N patches, T positions, P features of a patch, D width, C classes, L layers, S stages.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,6 +105,8 @@ class VisionTransformerConfig:
         wrong = [name for name in sizes if getattr(self, name) < 1]
         for name in wrong:
             yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        if not 0 < self.norm_eps < math.inf:
+            yield Problem(fields=("norm_eps",), message="must be above 0", fix="use norm_eps=1e-6")
         if not 0 <= self.dropout < 1:
             yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
         if wrong:
@@ -198,7 +201,7 @@ class EncoderBlock(nnx.Module):
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, _ = self.attention(self.attention_norm(x_BTD), ALL, NOWHERE, None)
         x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD)))
+        y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD), "mlp"))
         return x_BTD + self._drop(y_BTD, words_BT, site=1)
 
     def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:

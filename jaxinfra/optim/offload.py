@@ -57,9 +57,9 @@ def store_state_on_host(build: Build, specs: dict[str, Any]) -> optax.GradientTr
         if others:
             tx = build(part(specs, others))
             results.append(_whole(tx, *(part(tree, others) for tree in (updates, state, params))))
-        if streamed:
-            tx = build(jax.tree.map(_one_layer, part(specs, streamed)))
-            results.append(_layer_by_layer(tx, *(part(tree, streamed) for tree in (updates, state, params))))
+        for name in streamed:  # each is a stack of its own length
+            tx = build(jax.tree.map(_one_layer, part(specs, [name])))
+            results.append(_layer_by_layer(tx, *(part(tree, [name]) for tree in (updates, state, params))))
         moved, states = zip(*results, strict=True)
         return merged(updates, *moved), merged(state, *states)
 
@@ -94,7 +94,7 @@ def _whole(tx: optax.GradientTransformation, updates: Any, state: Any, params: A
 def _layer_by_layer(tx: optax.GradientTransformation, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
     """`tx`, made for one layer, over stacked layers; counters come back as they were."""
     split = _Split.of(state)
-    count = len(jax.tree.leaves(updates)[0])
+    (count,) = {len(leaf) for leaf in jax.tree.leaves(updates)}
 
     def layer(stacked: Any, number: jax.Array) -> Any:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number), stacked)

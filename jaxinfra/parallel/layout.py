@@ -71,7 +71,7 @@ class Rules:
     vocab: tuple[MeshAxis, ...] = ("tensor",)
 
     def problems(self) -> Iterable[Problem]:
-        """The batch and the positions of an activation may not share a mesh axis; heads must agree."""
+        """Each mesh axis spreads one dimension of an activation, and what it is for; heads must agree."""
         spread = (*self.batch, *self.sequence, *self.block_sequence)
         twice = sorted({axis for axis in spread if spread.count(axis) > 1})
         if twice:
@@ -80,6 +80,18 @@ class Rules:
                 message=f"{twice[0]} shards two dimensions of one activation",
                 fix=f"keep {twice[0]} in one of them",
             )
+        for name in (field.name for field in fields(self)):
+            axes = getattr(self, name)
+            if "stage" in axes and name != "layers":
+                yield Problem(
+                    fields=(name,), message="stages share out layers and nothing else", fix=f"take stage from {name}"
+                )
+            if "replica" in axes and name not in ("batch", "sequence"):
+                yield Problem(
+                    fields=(name,),
+                    message="replicas have the whole model, and rows or positions of their own",
+                    fix=f"take replica from {name}",
+                )
         if self.heads != self.kv_heads:
             yield Problem(
                 fields=("heads", "kv_heads"),
@@ -92,26 +104,26 @@ class Rules:
                 message="layers are scanned on every device, or shared out to pipeline stages",
                 fix="use rules.layers=stage or rules.layers=()",
             )
-        if {*self.experts} - {*self.batch} or "replica" in self.experts:
+        if {*self.experts} - {*self.batch}:
+            shared = "".join(f"{axis}," for axis in self.experts if axis in self.batch)
             yield Problem(
                 fields=("experts", "batch"),
-                message="tokens are sent to experts from the devices that share the batch, within a replica",
-                fix="use rules.experts=(expert,)",
+                message="tokens are sent to experts from the devices that share the batch",
+                fix=f"use rules.experts=({shared})",
             )
-        for a in self.batch:
-            if a in self.heads + self.mlp + self.vocab:
-                yield Problem(
-                    fields=("batch", "heads", "mlp", "vocab"),
-                    message=f"{a} shards both the batch and the features of one activation",
-                    fix=f"keep {a} in batch alone",
-                )
+        for tokens in ("batch", "sequence"):
+            for features in ("heads", "mlp", "vocab"):
+                both = [axis for axis in getattr(self, tokens) if axis in getattr(self, features)]
+                if both:
+                    yield Problem(
+                        fields=(tokens, features),
+                        message=f"{both[0]} shards two dimensions of one activation",
+                        fix=f"keep {both[0]} in one of them",
+                    )
 
     def mesh_axes(self, name: str) -> tuple[MeshAxis, ...]:
         """The mesh axes of a logical axis; "positions" are those of a sequence between blocks."""
         return (*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name)
-
-
-LOGICAL: tuple[str, ...] = tuple(field.name for field in fields(Rules))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,16 +269,15 @@ class Layout:
             x_BTD = jax.reshard(x_BTD, PartitionSpec(*(axes or None for axes in (*spread, kept))))
         return x_BTD
 
-    def shard(self, x: jax.Array, *names: str | None, meets_sharded: bool = False) -> jax.Array:
+    def shard(self, x: jax.Array, *names: str | None, meets: str | None = None) -> jax.Array:
         """An activation moved to the sharding of these logical axes.
 
-        With `meets_sharded` it goes into products with weights that are sharded over the axes of
-        `block_sequence`: it is marked as reduced over them, so its gradient is scattered and not summed whole.
+        With `meets` it goes into products with weights whose features are of that logical axis: it is marked as
+        reduced over those of its mesh axes that spread positions between blocks, so that its gradient is scattered
+        over them and not summed whole.
         """
-        spec = self.spec(*names)
-        if meets_sharded:
-            spec = spec.update(reduced=frozenset(self._real(self.rules.block_sequence)))
-        return checkpoint_name(jax.reshard(x, spec), MOVED)
+        reduced = frozenset(self.mesh_axes(meets)) & {*self.rules.block_sequence}
+        return checkpoint_name(jax.reshard(x, self.spec(*names).update(reduced=reduced)), MOVED)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """An activation stored row by row, features next to one another, its gradient too.
@@ -278,9 +289,9 @@ class Layout:
             return x
         return with_layout_constraint(x, Stored(major_to_minor=tuple(range(x.ndim))))
 
-    def whole(self, x_BTD: jax.Array) -> jax.Array:
-        """A stream of block positions with whole positions, for products with weights whose features are sharded."""
-        return self.shard(x_BTD, "batch", "sequence", None, meets_sharded=True)
+    def whole(self, x_BTD: jax.Array, meets: str) -> jax.Array:
+        """A stream of block positions with whole positions, for products with weights of these features."""
+        return self.shard(x_BTD, "batch", "sequence", None, meets=meets)
 
     def local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
         """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.

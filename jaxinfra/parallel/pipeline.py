@@ -311,6 +311,7 @@ class Pipeline:
         """One chunk forward on every stage, and the loss of the microbatch that leaves the last one."""
         rows, x = self._inputs(carry, row, shared, batch)
         y, counted = self.model.layers(self._taken(weights, row), x, rows, self._numbers(row))
+        counted = jax.tree.map(lambda c: busy(c, row.microbatch), counted)
         _, sums = self._loss(shared, y, row, batch)
         return carry._replace(up=shift(y, 1), **self._counted(carry, row, sums, counted))
 

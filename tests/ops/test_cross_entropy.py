@@ -60,7 +60,7 @@ def computed(mesh: MeshConfig, config: CrossEntropy, scale: float = 1.0, dtype: 
     layout = Layout(rules=Rules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
 
     def loss(x, w, targets, weights):
-        x = layout.shard(x.astype(dtype), "batch", "sequence", None, meets_sharded=True)
+        x = layout.shard(x.astype(dtype), "batch", "sequence", None, meets="vocab")
         total, parts = cross_entropy(x, layout.weight(w, ("embed", "vocab")), targets, weights, config)
         total, (entropy, z_loss) = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (total, parts))
         return scale * total, {"total": total, "entropy": entropy, "z_loss": z_loss}

@@ -83,7 +83,7 @@ def on_mesh(
 
     def run(x, w):
         if not outward:
-            x = layout.shard(x, "batch", "sequence", None, meets_sharded=True)
+            x = layout.shard(x, "batch", "sequence", None, meets="mlp")
         y = dot(x, layout.weight(w, features), partial=partial, quantise=quantise)
         return layout.shard(y, "batch", "sequence", None if outward else "mlp")
 

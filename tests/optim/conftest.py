@@ -1,4 +1,4 @@
-"""One small set of parameters with every role, stacked layers and split heads."""
+"""One small set of parameters with every role, two stacks of layers and split heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +32,16 @@ SPECS = {
         ),
         "scale": ParamSpec(shape=(3, 8), axes=("layers", "embed"), init=normal(1.0), role="norm"),
         "bias": ParamSpec(shape=(3, 16), axes=("layers", "mlp"), init=normal(1.0), role="bias"),
+    },
+    "prefix": {
+        "up": ParamSpec(
+            shape=(2, 8, 16),
+            axes=("layers", "embed", "mlp"),
+            init=normal(1.0),
+            role="matrix",
+            in_dims=(1,),
+            out_dims=(2,),
+        ),
     },
     "head": ParamSpec(
         shape=(8, 16), axes=("embed", "vocab"), init=normal(1.0), role="head", in_dims=(0,), out_dims=(1,)

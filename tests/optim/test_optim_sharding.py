@@ -24,6 +24,7 @@ SHARDINGS = {
         "scale": P(None, "fsdp"),
         "bias": P(None, "tensor"),
     },
+    "prefix": {"up": P(None, "fsdp", "tensor")},
     "head": P("fsdp", "tensor"),
 }
 

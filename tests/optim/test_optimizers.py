@@ -84,9 +84,9 @@ def test_muon_uses_adamw_for_all_but_matrices(specs, draw, train):
     params, state = train(build(optim, steps=UPDATES, specs=specs), UPDATES)
     want = expected(adamw, specs, draw, 0.3, b1=0.8, b2=0.9, eps=1e-3)
     for tree in (params, want):
-        del tree["blocks"]["q"], tree["blocks"]["o"]
+        del tree["blocks"]["q"], tree["blocks"]["o"], tree["prefix"]
     assert_close(params, want)
-    matrices, others = 2 * 3 * 8 * 16, 2 * 16 * 8 + 3 * 8 + 3 * 16
+    matrices, others = (2 * 3 + 2) * 8 * 16, 2 * 16 * 8 + 3 * 8 + 3 * 16
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert sum(leaf.size for leaf in arrays) == matrices + 2 * others
 

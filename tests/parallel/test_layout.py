@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.layout import LOGICAL, Layout, Rules
+from jaxinfra.parallel.layout import Layout, Rules
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, constant
 
@@ -36,13 +36,27 @@ def spec(shape: tuple[int, ...], *axes: str | None) -> ParamSpec:
         ),
         (
             Rules(mlp=("fsdp",)),
-            "batch=(replica, fsdp, expert), heads=(tensor,), mlp=(fsdp,), vocab=(tensor,): "
-            "fsdp shards both the batch and the features of one activation; keep fsdp in batch alone",
+            "batch=(replica, fsdp, expert), mlp=(fsdp,): "
+            "fsdp shards two dimensions of one activation; keep fsdp in one of them",
         ),
         (
-            Rules(experts=("tensor",)),
-            "experts=(tensor,), batch=(replica, fsdp, expert): tokens are sent to experts from the devices that share "
-            "the batch, within a replica; use rules.experts=(expert,)",
+            Rules(vocab=("context",)),
+            "sequence=(context,), vocab=(context,): "
+            "context shards two dimensions of one activation; keep context in one of them",
+        ),
+        (
+            Rules(vocab=("tensor", "stage")),
+            "vocab=(tensor, stage): stages share out layers and nothing else; take stage from vocab",
+        ),
+        (
+            Rules(embed=("fsdp", "replica")),
+            "embed=(fsdp, replica): replicas have the whole model, and rows or positions of their own; "
+            "take replica from embed",
+        ),
+        (
+            Rules(experts=("tensor", "expert")),
+            "experts=(tensor, expert), batch=(replica, fsdp, expert): tokens are sent to experts from the devices that "
+            "share the batch; use rules.experts=(expert,)",
         ),
     ],
 )
@@ -54,7 +68,6 @@ def test_rules_that_contradict_one_another_are_problems(rules: Rules, message: s
 
 def test_the_usual_rules_have_no_problem() -> None:
     validate(Rules())
-    assert set(LOGICAL) > {"batch", "embed", "heads", "mlp", "vocab"}
 
 
 def test_axes_of_one_device_never_show() -> None:

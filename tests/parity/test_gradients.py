@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from jaxinfra.parallel.layout import Rules
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.run import Run
 from tests.parity.cases import DOCUMENTS, RUNS, Case, gradients, meshes, too_different
@@ -44,6 +46,24 @@ def test_gradients_are_those_of_one_device(case: Case) -> None:
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_gradients_are_those_of_one_device_in_every_combination(case: Case) -> None:
     assert not too_different(gradients(case), on_one_device(case.run.name))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(vocab=()),
+        Rules(mlp=()),
+        Rules(heads=(), kv_heads=()),
+        Rules(embed=("fsdp",), block_sequence=()),
+        Rules(sequence=("replica", "context")),
+    ],
+    ids=["vocab", "mlp", "heads", "block_sequence", "sequence"],
+)
+def test_other_rules_change_nothing(rules: Rules) -> None:
+    """What is not spread over `tensor` is whole on each of its devices, and each computes all of it."""
+    rules = replace(rules, batch=tuple(axis for axis in rules.batch if axis not in rules.sequence))
+    case = Case(run=replace(DOCUMENTS, rules=rules), mesh=MeshConfig(replica=2, fsdp=2, tensor=2), accumulate=2)
+    assert not too_different(gradients(case), on_one_device(DOCUMENTS.name))
 
 
 def test_the_order_of_devices_changes_no_bit() -> None:

@@ -13,6 +13,7 @@ from jaxinfra.program import Program
 from jaxinfra.run import Run
 from tests.parity import cases
 from tests.parity.cases import BIASES, DOCUMENTS, Case, gradients, on_host, put, too_different
+from tests.parity.test_experts import TIGHT
 
 # Of the 4 features of a head of DOCUMENTS all are near zero somewhere in four layers: their norm then makes 2e-5 out
 # of any other order of sums, on one device too. Of 8 features they are not.
@@ -69,12 +70,15 @@ def test_gradients_in_stages_are_those_of_one_device_in_more_ways(case: Staged) 
 
 
 @pytest.mark.slow
-def test_evaluation_in_stages_is_that_of_one_device() -> None:
+@pytest.mark.parametrize("run", [BIASES, TIGHT], ids=lambda run: run.name)
+def test_evaluation_in_stages_is_that_of_one_device(run: Run) -> None:
+    """What experts count, too: stages that have nothing to do count nothing."""
+
     def sums(mesh: MeshConfig, microbatches: int) -> dict[str, np.ndarray]:
-        run = replace(BIASES, mesh=mesh, train=replace(BIASES.train, accumulate=microbatches))
-        program = Program(run, make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)]))
+        placed = replace(run, mesh=mesh, train=replace(run.train, accumulate=microbatches))
+        program = Program(placed, make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)]))
         params = put(cases.values_on_host(program.specs), program.params)
         with program.on_mesh:
-            return on_host(program.eval_step(params, put(cases.batch_on_host(run), program.batch)))
+            return on_host(program.eval_step(params, put(cases.batch_on_host(placed), program.batch)))
 
     assert not too_different(sums(MeshConfig(stage=2, fsdp=2, tensor=2), 4), sums(MeshConfig(fsdp=1), 1))
