@@ -19,6 +19,9 @@ from jaxinfra.errors import ConfigError
 
 type Kernel = Literal["reference", "xla", "cudnn", "splash"]
 
+ATTENDED = "attended"
+"""The name by which rematerialisation knows what the splash kernel yields: its output and normalisers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class See:
@@ -175,6 +178,7 @@ def _splash(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, interpret: bool = F
         attn_logits_soft_cap=see.softcap,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
     scale = K**-0.5 if see.scale is None else see.scale
