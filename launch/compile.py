@@ -81,7 +81,7 @@ def _memory(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
     yield "\nMemory of one device"
     rows = {
         "arguments": (memory.arguments, "train state and batch"),
-        "temporaries": (memory.temporaries, "at their peak"),
+        "temporaries": (memory.temporaries, "at once"),
         "output": (memory.output, f"{size(memory.aliased)} of it in the place of arguments"),
         "code": (memory.code, ""),
         "total": (memory.total, f"{percent(memory.total / chip.hbm_bytes)} of {size(chip.hbm_bytes)}"),

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxinfra.ops.attention import ATTENDED
 from jaxinfra.parallel.layout import GATHERED
 
-type Remat = Literal["none", "weights", "dots", "full", "offload"]
+type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"]
 
 PRODUCT = "product"
 
@@ -36,7 +36,8 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
 
     - `none`: everything is kept; under fsdp gathered weights too, in the end the whole model on every device.
     - `weights`: everything is kept but gathered weights, which are gathered again.
-    - `dots`: results of matrix products with weights are kept, and of attention on TPUs; the rest is computed again.
+    - `dots`: results of matrix products with weights are kept; the rest is computed again.
+    - `dots_and_attention`: as `dots`, and on TPUs what attention yields: its kernel runs forward once, not twice.
     - `full`: only the input of the layer is kept.
     - `offload`: as `dots`, but what is kept waits in host memory.
     """
@@ -46,10 +47,11 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
     chosen = {
         "weights": _all_but_gathered,
         "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names(PRODUCT, ATTENDED),
+        "dots": policies.save_only_these_names(PRODUCT),
+        "dots_and_attention": policies.save_only_these_names(PRODUCT, ATTENDED),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[PRODUCT, ATTENDED],
+            names_which_can_be_offloaded=[PRODUCT],
             offload_src="device",
             offload_dst="pinned_host",
         ),

@@ -38,7 +38,9 @@ class Memory:
         arguments: train state and batch.
         output: the new state and the metrics.
         aliased: the part of the output that takes the place of arguments.
-        temporaries: all else that lives while the step runs, at its peak.
+        temporaries: all else that is allotted while the step runs.
+        temp_size: what JAX calls `temp_size_in_bytes`. On TPUs it counts arrays in vector memory as well, and those
+            that are in the place of arguments twice; no limit is compared with it.
         code: the program.
         host: what is kept in host memory, of all these.
     """
@@ -47,6 +49,7 @@ class Memory:
     output: int
     aliased: int
     temporaries: int
+    temp_size: int
     code: int
     host: int
 
@@ -148,18 +151,6 @@ def compile_step(
     report(f"tracing {run.name} for {topology}, {topology.count} devices")
     executable = _compiled(program, topology, rows, report)
     report(f"compiled after {time.monotonic() - started_s:.0f} s")
-    stats = executable.memory_analysis()
-    memory = Memory(
-        arguments=stats.argument_size_in_bytes,
-        output=stats.output_size_in_bytes,
-        aliased=stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
-        host=stats.host_argument_size_in_bytes
-        + stats.host_output_size_in_bytes
-        - stats.host_alias_size_in_bytes
-        + stats.host_temp_size_in_bytes,
-    )
     text = executable.as_text()
     if dump is not None:
         dump(text)
@@ -172,12 +163,30 @@ def compile_step(
         on=str(topology),
         mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
         rows=rows,
-        memory=memory,
+        memory=memory_of(executable),
         cycles=module.cycles() if any(i.cycles is not None for i in instructions) else None,
         unestimated=sum(i.cycles == NO_ESTIMATE for i in instructions),
         unknown_loops=module.unknown_loops(),
         kernels=_kernels(module),
         traffic=summed(collectives(module, dict(program.mesh.shape), placed)),
+    )
+
+
+def memory_of(executable: Any) -> Memory:
+    """What a compiled program takes of each device."""
+    stats = executable.memory_analysis()
+    outlasting = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        output=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.total_allocation_bytes - outlasting,
+        temp_size=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        host=stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes,
     )
 
 

@@ -13,7 +13,7 @@ BENCHES = {
 CASES = {
     "step": ("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
     "parallel": ("axes", "experts", "schedules"),
-    "llama": ("full", "best"),
+    "llama": ("full", "dots", "best"),
 }
 """The parts of each benchmark, in the order of its table."""
 

@@ -124,7 +124,9 @@ def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["weights", "dots", "full", "offload", ("full", "dots"), ("none", "offload", "weights")], ids=str
+    "policy",
+    ["weights", "dots", "dots_and_attention", "full", "offload", ("full", "dots"), ("none", "offload", "weights")],
+    ids=str,
 )
 def test_rematerialisation_keeps_loss_and_gradients(policy: Policy) -> None:
     """To 1e-6: the same numbers are computed, only fused otherwise."""

@@ -40,7 +40,7 @@ def blocks(text: str) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "remat", "forward"), [(640, "full", 2), (1024, "dots", 1)], ids=str)
+@pytest.mark.parametrize(("length", "remat", "forward"), [(640, "full", 2), (1024, "dots_and_attention", 1)], ids=str)
 def test_splash_attention_runs_in_blocks_that_fit_the_length(length: int, remat: Remat, forward: int) -> None:
     """Once a layer and direction, and again only where the policy keeps nothing; logits are never whole."""
     found, text = compiled(length, remat)
