@@ -146,7 +146,7 @@ def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         "`temp_size_in_bytes`",
         "cycles a sequence",
     )
-    cells = [(*head, "forward kernels")]
+    cells: list[tuple[str, ...]] = [(*head, "forward kernels")]
     for sequences in SEQUENCES:
         for row in rows:
             if row.sequences == sequences:
