@@ -1,4 +1,4 @@
-"""`Run`, the typed top of a config, and `train(run)`, which builds everything and reads from top to bottom."""
+"""`Run`, the typed top of a config, and what only shows where two of its parts meet; `session.train` trains it."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.optim.schedules import schedule_problems
 from jaxinfra.parallel.layout import Quantise, Rules
-from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.tasks.classification import Classification
@@ -310,6 +310,3 @@ def resolved(run: Run, devices: int) -> Run:
         ConfigError: the mesh does not fit.
     """
     return replace(run, mesh=run.mesh.resolve(devices))
-
-
-__all__ = ["AXES", "NOT_NUMERIC", "Parts", "Precision", "Run", "named", "of_text", "resolved"]

@@ -59,8 +59,9 @@ def _require_config_file(path: Path) -> None:
     if not path.exists():
         suffix = path.suffix if path.suffix in known else ".py"
         names = sorted(each.name for each in path.parent.glob(f"*{suffix}"))
-        near = nearest(path.name, names, cutoff=0.0)
-        hint = f"did you mean {path.parent / near}?" if near else f"{path.parent} has no *{suffix}"
+        near = nearest(path.name, names)
+        there = f"has {', '.join(names)}" if names else f"has no *{suffix}"
+        hint = f"did you mean {path.parent / near}?" if near else f"{path.parent} {there}"
         raise ConfigError(f"{path}: no such config file; {hint}")
     if path.suffix not in known:
         raise ConfigError(f"{path}: not a config file; name a .py file with def config(), or a run.json")

@@ -114,11 +114,13 @@ def program_for(run: Run, topology: Topology) -> Program:
     """The program of a run on described devices; a mesh axis of -1 takes what is left of them.
 
     Raises:
-        ConfigError: the run does not fit the topology, or its compiler is not installed.
+        ConfigError: the run is wrong or does not fit the topology, or its compiler is not installed.
     """
+    fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), run.mesh.sizes.count(-1)
+    if fixed < 1 or free > 1:
+        validate(run)  # says which size is wrong
     prepare(topology)
     described = devices(topology)
-    fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), -1 in run.mesh.sizes
     if topology.count % fixed or (fixed != topology.count and not free):
         fix = f"axes that divide {topology.count}" if free else "mesh.fsdp=-1, or a topology of that size"
         raise ConfigError(f"--on {topology}: has {topology.count} devices, the mesh asks for {fixed}; use {fix}")

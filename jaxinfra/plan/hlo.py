@@ -1,6 +1,6 @@
 """Reads a compiled program's text (scheduled HLO) into computations, and follows what runs how often.
 
-Not for what a text means: `collectives` and `kernels` judge that. A loop's trip count is worked out from its
+Not for what a text means: `collectives` and `compiled` judge that. A loop's trip count is worked out from its
 condition, its first value and its step, through whatever the compiler put in between; where that fails it is None,
 never a guess. The text may be let go once it is read: nothing here keeps its long attributes.
 """

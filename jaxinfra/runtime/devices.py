@@ -38,7 +38,7 @@ def local_devices() -> Sequence[Any]:
 
 @contextmanager
 def _held(name: str) -> Iterator[list[logging.LogRecord]]:
-    """The records of a logger, kept until the end; those that are still in the list then are logged."""
+    """The records of a logger, kept until the end; those that are still in the list then are logged, a line each."""
     logger, records = logging.getLogger(name), []
 
     def hold(record: logging.LogRecord) -> bool:
@@ -51,4 +51,12 @@ def _held(name: str) -> Iterator[list[logging.LogRecord]]:
     finally:
         logger.removeFilter(hold)
         for record in records:
-            logger.handle(record)
+            logger.handle(_in_one_line(record))
+
+
+def _in_one_line(record: logging.LogRecord) -> logging.LogRecord:
+    """With the cause in place of a traceback: a platform that cannot be used, while another can, is no more."""
+    if record.exc_info and record.exc_info[1]:
+        record.msg, record.args = f"{record.getMessage()}: {' '.join(str(record.exc_info[1]).split())}", ()
+        record.exc_info = record.exc_text = None
+    return record

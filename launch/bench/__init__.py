@@ -3,28 +3,55 @@
 import argparse
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from jaxinfra.errors import ConfigError
+from launch import files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A benchmark.
+
+    Attributes:
+        summary: what it says.
+        parts: of it, in the order of its table.
+        options: of the command line that it has a use for, besides --only, --json and changes to the config.
+    """
+
+    summary: str
+    parts: tuple[str, ...]
+    options: tuple[str, ...]
+
+
 BENCHES = {
-    "step": "the train step, dispatch and start against a bare JAX loop of the same model",
-    "parallel": "the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
-    "llama": "the step of Llama 3.1 8B, compiled for 64 TPU v5p chips: temporaries and cycles beside those of others",
+    "step": Bench(
+        summary="the train step, dispatch and start against a bare JAX loop of the same model",
+        parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
+        options=("config", "pairs", "against"),
+    ),
+    "parallel": Bench(
+        summary="the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
+        parts=("axes", "experts", "schedules"),
+        options=("config", "pairs"),
+    ),
+    "llama": Bench(
+        summary="the step of Llama 3.1 8B, compiled for 64 TPU v5p chips: memory and cycles beside those of others",
+        parts=("full", "dots", "best"),
+        options=(),
+    ),
 }
-CASES = {
-    "step": ("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
-    "parallel": ("axes", "experts", "schedules"),
-    "llama": ("full", "dots", "best"),
-}
-"""The parts of each benchmark, in the order of its table."""
+CONFIG, PAIRS = "configs/bench_small.py", 15
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which benchmark, how exactly, and on which model."""
-    parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {s}" for n, s in BENCHES.items()))
+    parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the config, before options")
-    parser.add_argument("--config", default="configs/bench_small.py", help="the model to time (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=15, help="timed turns of each side (default %(default)s)")
-    parts = "; ".join(f"{name}: {', '.join(cases)}" for name, cases in CASES.items())
+    parser.add_argument("--config", help=f"the model to time (default {CONFIG})")
+    parser.add_argument("--pairs", type=int, help=f"timed turns of each side (default {PAIRS})")
+    parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; may be repeated ({parts})")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table as JSON, too")
     parser.add_argument(
@@ -40,12 +67,27 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs the benchmark and prints its table.
 
     Raises:
-        ConfigError: it has no such part.
+        ConfigError: it has no such part, or no use for an option.
+        StorageError: there is no place for the table.
     """
-    from jaxinfra.errors import ConfigError
-
-    parts = CASES[options.name]
-    for part in options.only or ():
-        if part not in parts:
-            raise ConfigError(f"--only {part}: no part of bench {options.name}; use one of {', '.join(parts)}")
+    check(options)
+    options.config, options.pairs = options.config or CONFIG, options.pairs or PAIRS
     return importlib.import_module(f"launch.bench.{options.name}").run(options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses, before anything is measured, what would not be measured or could not be written."""
+    name, bench = options.name, BENCHES[options.name]
+    for part in options.only or ():
+        if part not in bench.parts:
+            raise ConfigError(f"--only {part}: no part of bench {name}; use one of {', '.join(bench.parts)}")
+    for option in ("config", "pairs", "against", "devices"):
+        value = getattr(options, option)
+        if value is not None and option not in bench.options:
+            raise ConfigError(f"--{option} {value}: bench {name} has no use for it; leave it out")
+    if options.pairs is not None and options.pairs < 1:
+        raise ConfigError(f"--pairs {options.pairs}: expected 1 or more")
+    if options.against is not None and not options.against.is_file():
+        raise ConfigError(f"--against {options.against}: no such script")
+    if options.json is not None:
+        files.check(options.json)

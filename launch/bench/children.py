@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxinfra.errors import JaxinfraError
+from jaxinfra.errors import ConfigError, JaxinfraError
 
 type Times = dict[str, list[float]]
 """Seconds of every timed turn, by side."""
@@ -53,9 +53,12 @@ def last_line(command: Sequence[str], devices: int) -> Any:
     """Runs a command to its end and reads the last line that it prints, as JSON.
 
     Raises:
+        ConfigError: it refused what it was asked.
         ChildError: it failed.
     """
     done = subprocess.run(command, env=environment(devices), capture_output=True, text=True, check=False)
+    if done.returncode == ConfigError.exit_code:
+        raise ConfigError(done.stderr.strip().splitlines()[-1])
     if done.returncode or not done.stdout.strip():
         raise ChildError(command, done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

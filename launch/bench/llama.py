@@ -16,6 +16,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.plan.compiled import Compiled, compile_step
 from jaxinfra.plan.topology import parse
 from jaxinfra.run import Run
+from launch import files
 from launch.bench.step import table
 
 ON = "v5p:4x4x4"
@@ -167,5 +168,6 @@ def run(options: argparse.Namespace) -> int:
     print(table(cells_of(rows)))
     print(f"\n{CONFIG} on {ON}; " + ", ".join(f"{name} {number}" for name, number in facts.items()) + ".")
     if options.json is not None:
-        options.json.write_text(json.dumps({"rows": [dataclasses.asdict(r) for r in rows], **facts}, indent=2) + "\n")
+        found = {"rows": [dataclasses.asdict(row) for row in rows], **facts}
+        files.write(options.json, json.dumps(found, indent=2) + "\n")
     return 0

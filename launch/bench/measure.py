@@ -1,4 +1,4 @@
-"""One measurement of `bench step` in a process of its own: jaxinfra and the bare step, in turns.
+"""One measurement in a process of its own: jaxinfra and the bare step, or jaxinfra on two meshes, in turns.
 
 The number of emulated CPU devices is fixed when JAX starts, so each case is a child of the command:
 `python -m launch.bench.measure REQUEST`, REQUEST in JSON, prints one line of JSON. Both sides live in the same
@@ -17,11 +17,13 @@ import jax
 import numpy as np
 
 from jaxinfra.config import load, validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, of_text, resolved
 from jaxinfra.train.loop import Hooks, Reporter, Work, fit
-from launch.bench import bare
+from launch.bench import CONFIG, bare
 from launch.bench.children import Request, Times
 
 WARM_UPS = 3
@@ -31,7 +33,8 @@ WARM_UPS = 3
 def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
     """The bare step of the same model, batch and optimiser."""
     (model, data), adamw = of_text(run), run.optim.optimizer
-    assert model.rope is not None and model.groups == model.heads, "the bare step has rotary, ungrouped attention"
+    if model.rope is None or model.groups != model.heads or model.latent is not None or not isinstance(adamw, AdamW):
+        raise ConfigError(f"{run.name}: the bare step has rotary, ungrouped attention and AdamW; use {CONFIG}")
     return bare.Sizes(
         vocab=model.vocab_size,
         layers=model.layers,
@@ -213,14 +216,20 @@ KINDS: dict[str, Callable[[Run, int], Any]] = {
 }
 
 
-def main() -> None:
-    """Answers the request on the command line."""
+def main() -> int:
+    """Answers the request on the command line; what it refuses is the last line of its errors."""
     request = Request(**json.loads(sys.argv[1]))
-    run = _run(request.config, request.overrides)
-    if request.plain is not None:
-        print(json.dumps(meshes(run, _run(request.config, request.plain), request.pairs)))
-    else:
-        print(json.dumps(KINDS[request.kind](run, request.pairs)))
+    try:
+        run = _run(request.config, request.overrides)
+        if request.plain is not None:
+            found = meshes(run, _run(request.config, request.plain), request.pairs)
+        else:
+            found = KINDS[request.kind](run, request.pairs)
+    except ConfigError as refused:
+        print(refused, file=sys.stderr)
+        return refused.exit_code
+    print(json.dumps(found))
+    return 0
 
 
 def _run(config: str, overrides: Sequence[str]) -> Run:
@@ -230,4 +239,4 @@ def _run(config: str, overrides: Sequence[str]) -> Run:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from jaxinfra.parallel.schedules import BACKWARD, FORWARD, PipelineConfig
+from launch import files
 from launch.bench.children import Request, measured
 from launch.bench.step import machine, table
 
@@ -137,5 +138,5 @@ def run(options: argparse.Namespace) -> int:
     print(f"\nMedians of {scope.pairs} pairs in turns; " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
     if options.json is not None:
         found = {"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs, "machine": facts}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        files.write(options.json, json.dumps(found, indent=2) + "\n")
     return 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+from launch import files
 from launch.bench.children import Request, Times, last_line, measured
 from launch.bench.start import start
 
@@ -204,5 +205,5 @@ def run(options: argparse.Namespace) -> int:
     print(f"\nMedians of {scope.pairs} pairs in turns; " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
     if options.json is not None:
         found = {"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs, "machine": facts}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        files.write(options.json, json.dumps(found, indent=2) + "\n")
     return 0

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from tiny_run import launch
 
-from launch.bench import CASES as NAMES
+from launch.bench import BENCHES
 from launch.bench.parallel import CASES
 
 TINY = ["model.width=32", "model.heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
 
 
 def test_the_command_line_names_every_case() -> None:
-    assert tuple(CASES) == NAMES["parallel"]
+    assert tuple(CASES) == BENCHES["parallel"].parts
 
 
 def test_an_unknown_part_is_one_line() -> None:

@@ -1,12 +1,14 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import launch
 
-from launch.bench import CASES as NAMES
+from launch.bench import BENCHES
 from launch.bench.children import ChildError, last_line
 from launch.bench.start import first_step_s
 from launch.bench.step import CASES, Row, cells_of, machine, table
@@ -36,7 +38,33 @@ TITLES = [
 
 
 def test_the_command_line_names_every_case() -> None:
-    assert tuple(CASES) == NAMES["step"]
+    assert tuple(CASES) == BENCHES["step"].parts
+
+
+@pytest.mark.parametrize(
+    ("words", "line", "code"),
+    [
+        (("step", "--pairs", "0"), "--pairs 0: expected 1 or more", 81),
+        (("step", "--json", "{tmp}/none/x.json"), ".*its folder does not exist; make it first", 82),
+        (("step", "--json", "{tmp}"), ".*is a folder; name a file", 82),
+        (("step", "--against", "{tmp}/none.py"), "--against .*none.py: no such script", 81),
+        (("parallel", "--against", "x.py"), "--against x.py: bench parallel has no use for it; leave it out", 81),
+        (("llama", "--pairs", "3"), "--pairs 3: bench llama has no use for it; leave it out", 81),
+        (("step", "--devices", "cpu:4"), "--devices cpu:4: bench step has no use for it; leave it out", 81),
+        (("step", "model.foo=3", "--only", "dispatch"), "model.foo: no such field; .*", 81),
+        (("step", "model.rope=none", "--only", "dispatch"), ".*the bare step has rotary, ungrouped attention.*", 81),
+        (("step", "--config", "configs/vit_digits.py", "--only", "float32"), ".*", 81),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_said_in_a_line(
+    words: tuple[str, ...], line: str, code: int, repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repo_root)
+    ended = launch("bench", *(word.format(tmp=tmp_path) for word in words))
+    assert ended.code == code, ended
+    assert re.fullmatch(f"error: {line}", ended.err.splitlines()[-1]), ended.err
+    assert len(ended.err.splitlines()) <= 2  # what it measures, and why not
 
 
 def test_the_table_is_markdown() -> None:

@@ -26,8 +26,6 @@ RUN_ELSEWHERE = {
     "python -m launch parity --write docs/parallelism.md": "tests/launch/test_parity.py",
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_compiled.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_compiled.py",
-    "python tests/golden/write.py": "tests/golden",
-    "python tests/golden/write.py compile": "tests/plan/test_compiled.py",
 }
 
 
@@ -36,6 +34,10 @@ def commands(page: Path) -> list[str]:
 
 
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def test_what_is_run_elsewhere_is_shown() -> None:
+    assert RUN_ELSEWHERE.keys() <= {*ALL}
 
 
 def test_the_pages_show_the_commands_that_matter() -> None:

@@ -72,6 +72,9 @@ ON = ("--on", "v5e:2x4")
             r"model\.heads=4, mesh\.tensor=8: 8 shards do not divide 4 heads; use mesh\.tensor=4 mesh\.fsdp=2",
             81,
         ),
+        ((*ON, "mesh.fsdp=0"), r"mesh\.fsdp=0: .*", 81),
+        ((*ON, "mesh.tensor=-1"), r"mesh.*: only one mesh axis may be -1; .*", 81),
+        ((*ON, "--json", "same", "--dump", "same"), r"--json and --dump same: are the same file; name two", 81),
         (("--on", "2xv5e:2x2"), r"mesh.replica=1: 2 slices need a multiple of 2; use mesh.replica=2", 81),
         (
             ("--on", "2xv5e:2x6", "mesh.replica=3", "mesh.fsdp=8", "train.global_batch=24"),
