@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.models.model import Staged
 from jaxinfra.parallel.layout import Layout
-from jaxinfra.parallel.pipeline import Pipeline, Spread
+from jaxinfra.parallel.pipeline import Pipeline, Spread, without_stage
 
 if TYPE_CHECKING:
     from jaxinfra.run import Run
@@ -119,7 +119,7 @@ class Stages:
     def _laid_out(self, params: Any) -> tuple[Any, Any]:
         """Weights of the layers by stage, and all others whole on every stage; gradients of both stay partial sums."""
         shared = jax.tree.map(
-            lambda p, s: jax.reshard(p, self.layout.with_reduced(_without_stage(s), "stage")),
+            lambda p, s: jax.reshard(p, self.layout.with_reduced(_of_any_stage(s), "stage")),
             self._of_shared(params),
             self._of_shared(self.stored),
         )
@@ -143,7 +143,7 @@ class Stages:
 
     def _staged(self, stored: PartitionSpec) -> PartitionSpec:
         """The sharding by stage of a stacked parameter that is stored like this."""
-        return PartitionSpec(None, None, "stage", *_without_stage(stored).partitions[1:])
+        return PartitionSpec(None, None, "stage", *_of_any_stage(stored).partitions[1:])
 
     def _before(self, stored: PartitionSpec) -> PartitionSpec:
         """The sharding in which stacked layers can be split and joined: as stored, wherever `stage` is there."""
@@ -187,7 +187,6 @@ def _places(spec: tuple[Any, ...]) -> PartitionSpec:
     return PartitionSpec(None, None, *spec[1:])
 
 
-def _without_stage(spec: PartitionSpec) -> PartitionSpec:
-    """The sharding with `stage` taken from it."""
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec.partitions)
-    return PartitionSpec(*(tuple(a for a in part if a not in (None, "stage")) or None for part in parts))
+def _of_any_stage(spec: PartitionSpec) -> PartitionSpec:
+    """The sharding that is left when `stage` is taken from it."""
+    return PartitionSpec(*(without_stage(part) or None for part in spec.partitions))

@@ -26,7 +26,7 @@ from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.ops.routing import Choices, Routing
 from jaxinfra.parallel.expert import Homes, dispatch
-from jaxinfra.parallel.layout import Layout, own_weight, staged, varying
+from jaxinfra.parallel.layout import Layout, axes_of, own_weight, staged, varying
 from jaxinfra.parallel.spec import constant, normal
 
 LOAD, KEPT, BALANCE, Z = "expert_load", "expert_kept", "balance_loss", "router_z_loss"
@@ -297,7 +297,7 @@ def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
     if not losses:
         return None
     spec = jax.typeof(losses[0]).sharding.spec
-    stage = tuple(axis for part in spec.partitions if part for axis in (part if isinstance(part, tuple) else (part,)))
+    stage = tuple(axis for part in spec.partitions for axis in axes_of(part))
 
     def own(*losses: jax.Array) -> jax.Array:
         total = sum((jnp.sum(one) for one in losses[1:]), start=jnp.sum(losses[0]))

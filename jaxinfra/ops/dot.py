@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops import quantised
-from jaxinfra.parallel.layout import Quantise, staged
+from jaxinfra.parallel.layout import Quantise, axes_of, staged
 
 
 def dot(
@@ -70,7 +70,7 @@ def _split_stages(x: jax.Array, stages: int) -> jax.Array:
     """`[S * B, ...]` to `[S, B, ...]`: the rows of each stage apart."""
     spec = jax.typeof(x).sharding.spec
     rows, *others = spec.partitions
-    first, *within = rows if isinstance(rows, tuple) else (rows,)
+    first, *within = axes_of(rows)
     assert first == "stage", spec
     parts = ("stage", tuple(within) or None, *others)
     shape = (stages, x.shape[0] // stages, *x.shape[1:])
@@ -90,8 +90,7 @@ def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
 def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:
     """Whether merging these dimensions moves no data: only the first may really be sharded."""
     spec, mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    axes = [part if isinstance(part, tuple) else (part,) for part in spec.partitions[first + 1 : last] if part]
-    return all(mesh.shape[axis] == 1 for part in axes for axis in part)
+    return all(mesh.shape[axis] == 1 for part in spec.partitions[first + 1 : last] for axis in axes_of(part))
 
 
 class _How(NamedTuple):

@@ -12,7 +12,7 @@ axes: it is scattered over `fsdp` at once and crosses `replica` only where the t
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +312,11 @@ class Layout:
         return spec.update(reduced=frozenset(self._real(("replica", *axes))))
 
 
+def axes_of(part: Any) -> tuple[str, ...]:
+    """The mesh axes that a dimension is spread over, from its part of a sharding."""
+    return part if isinstance(part, tuple) else () if part is None else (part,)
+
+
 def own_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
     """In a `shard_map`: a ready weight of this sharding as one value a device, without a dimension of stages.
 
@@ -323,7 +328,7 @@ def own_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 def varying(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
     """In a `shard_map`: an array of this sharding as a value of each device along `axes`, spread over them or not."""
-    there = {axis for part in spec.partitions if part for axis in (part if isinstance(part, tuple) else (part,))}
+    there = {axis for part in spec.partitions for axis in axes_of(part)}
     x = jax.lax.pcast(x, tuple(spec.reduced), to="varying") if spec.reduced else x
     alike = tuple(axis for axis in axes if axis not in there | spec.reduced)
     return jax.lax.pcast(x, alike, to="varying") if alike else x
@@ -331,8 +336,7 @@ def varying(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Arr
 
 def staged(spec: PartitionSpec) -> bool:
     """Whether an array of this sharding has a leading dimension of pipeline stages."""
-    first = spec.partitions[0] if spec.partitions else None
-    return "stage" in (first if isinstance(first, tuple) else (first,))
+    return bool(spec.partitions) and "stage" in axes_of(spec.partitions[0])
 
 
 def partial_zeros(shape: tuple[int, ...], dtype: jnp.dtype, spec: PartitionSpec) -> jax.Array:

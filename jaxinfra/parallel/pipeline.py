@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.layout import partial_zeros
+from jaxinfra.parallel.layout import axes_of, partial_zeros
 from jaxinfra.parallel.schedules import IDLE, Part, Schedule
 
 type Tree = Any
@@ -114,7 +114,7 @@ def _per_device(fun: Callable[..., jax.Array], out: PartitionSpec, *arrays: jax.
 
 def rows_of_stages(part: Any) -> tuple[str, ...]:
     """The mesh axes of rows of all stages, from those of the rows of one."""
-    return ("stage", *(part if isinstance(part, tuple) else (part,) if part else ()))
+    return ("stage", *axes_of(part))
 
 
 def pick(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def shift(x: jax.Array, by: int) -> jax.Array:
 def leave(x: jax.Array, done: jax.Array, spread: Spread) -> jax.Array:
     """The rows of the last stage, spread over all; zeros where it is not `done` with a microbatch."""
     # Positions that are sharded between blocks come together first, so that stages take parts of whole sequences.
-    before = PartitionSpec(rows_of_stages(_without_stage(spread.spec.partitions[0])), *_whole(spread))
+    before = PartitionSpec(rows_of_stages(without_stage(spread.spec.partitions[0])), *_whole(spread))
     x = jax.reshard(x, before)
 
     def own(x: jax.Array, done: jax.Array) -> jax.Array:
@@ -172,12 +172,13 @@ def leave(x: jax.Array, done: jax.Array, spread: Spread) -> jax.Array:
     return _per_device(own, spread.spec, x, done)
 
 
-def _without_stage(part: Any) -> tuple[str, ...]:
-    return tuple(axis for axis in (part if isinstance(part, tuple) else (part,)) if axis not in (None, "stage"))
+def without_stage(part: Any) -> tuple[str, ...]:
+    """The other mesh axes that a dimension is spread over."""
+    return tuple(axis for axis in axes_of(part) if axis != "stage")
 
 
 def _whole(spread: Spread) -> tuple[Any, ...]:
-    return tuple(_without_stage(part) or None for part in spread.spec.partitions[1:])
+    return tuple(without_stage(part) or None for part in spread.spec.partitions[1:])
 
 
 def read(waiting: jax.Array, slot_S: jax.Array) -> jax.Array:
