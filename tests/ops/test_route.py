@@ -5,7 +5,7 @@ import pytest
 
 from jaxinfra.ops.attention import See, visible
 from jaxinfra.ops.route import FLOPS_A_BYTE, Form, Heads, cheaper, costs, legs, visible_pairs, work
-from jaxinfra.ops.tile import _mask
+from jaxinfra.ops.tile import _mask, reaches
 from jaxinfra.parallel.context import Order
 
 
@@ -77,7 +77,14 @@ def test_kernels_compute_equally_many_blocks_on_every_shard(shards: int, form: F
         starts = [int(zigzag.block(np.array(shard), piece)) * block for piece in pieces]
         if form == "gather":
             return sum(blocks(start, length) for start in starts)
-        return sum(blocks(start - key, block) for start in starts for key in range(0, length, block) if key <= start)
+        total, source = 0, shard
+        for leg in legs(zigzag, See(), block):
+            for _ in range(leg.steps):
+                for piece, other, _ in leg.pairs:
+                    offset = starts[piece] - int(zigzag.block(np.array(source), other)) * block
+                    total += blocks(offset, block) if reaches(See(), offset, block, block) else 0
+                source = (source - leg.depart) % shards
+        return total
 
     of_all = [of_shard(shard) for shard in range(shards)]
     assert len(set(of_all)) == 1
