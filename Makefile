@@ -37,10 +37,10 @@ quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss 
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
 
 test: lint ## install what tests need, lint, and run the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/.installed-test ## run the long tests
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
 	$(BIN)/ruff check .
