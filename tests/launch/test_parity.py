@@ -74,7 +74,7 @@ def test_the_published_table_is_whole_and_within_the_bound(repo_root: Path) -> N
         (("--write", "{tmp}/none/page.md"), ".*its folder does not exist; make it first", 82),
         (("--write", "{tmp}/page.md"), ".*cannot be read: No such file or directory; mend it or name another file", 82),
         (("configs/none.py",), ".*configs/none.py.*", 81),
-        (("configs/vit_digits.py",), "vit-digits: its model reads patchs?.*this is for language models.*", 81),
+        (("configs/vit_digits.py",), "vit-digits: its model reads images, this is for language models.*", 81),
         ((DENSE, "model.layer=3"), ".*model.layer.*did you mean model.layers.*", 81),
     ],
     ids=str,

@@ -156,7 +156,7 @@ WRONG = {
     "groups=8, count=8: groups of equal size have two experts at least; use groups=4": replace(PLAIN, groups=8),
     "chosen=3, chosen_groups=1: 1 groups have 2 experts; use chosen_groups=2": replace(PLAIN, chosen=3, groups=4),
     "capacity_factor=0.0: must be above 0; use capacity_factor=1.25": replace(PLAIN, capacity_factor=0.0),
-    "bias_rate=-0.1: must not be negative; use bias_rate=0": replace(PLAIN, bias_rate=-0.1),
+    "bias_rate=-0.1: must be 0 or more; use bias_rate=0": replace(PLAIN, bias_rate=-0.1),
 }
 
 
