@@ -142,7 +142,8 @@ class TransformerConfig:
         for name in (*sizes, "learned_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+                fix = f"use {name}=1 or more" if name in sizes else f"use {name}=none"
+                yield Problem(fields=(name,), message="must be at least 1", fix=fix)
         for name, usual in (("norm_eps", "1e-5"), ("softcap", "50.0"), ("logit_softcap", "30.0")):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -187,6 +187,25 @@ CROSS_FIELD = {
         "model.kv_heads=3",
         r"model\.heads=8, model\.kv_heads=3: kv_heads must divide heads; use model\.kv_heads=2",
     ),
+    "norms by nothing": ("model.norm_eps=0.0", r"model\.norm_eps=0\.0: must be above 0; use model\.norm_eps=1e-5"),
+    "scores without a cap": ("model.softcap=0.0", r"model\.softcap=0\.0: must be above 0; use model\.softcap=50\.0"),
+    "no positions to learn": (
+        "model.learned_positions=0",
+        r"model\.learned_positions=0: must be at least 1; use model\.learned_positions=none",
+    ),
+    "biases of experts": (
+        "model.experts=experts model.mlp_bias=true",
+        r"model\.mlp_bias=true, .*: experts have no biases; use model\.mlp_bias=false",
+    ),
+    "a capacity that is no number": (
+        "model.experts=experts model.experts.capacity_factor=nan",
+        r"model\.experts\.capacity_factor=nan: must be above 0; use model\.experts\.capacity_factor=1\.25",
+    ),
+    "replicas of one batch": (
+        "mesh.replica=2 mesh.fsdp=4 rules.batch=(fsdp,expert)",
+        r"mesh\.replica=2, rules\.batch=\(fsdp, expert\): replicas would all do the same work; "
+        r"use rules\.batch=\(replica,fsdp,expert\)",
+    ),
     "latents beside heads of keys": (
         "model.latent=latent model.kv_heads=4",
         r"model\.kv_heads=4, model\.latent=latent: latent attention has none; use model\.kv_heads=none",
