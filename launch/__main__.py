@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from jaxinfra.errors import ConfigError, JaxinfraError
+from launch import emulated
 
 COMMANDS = {
     "train": "train CONFIG, or go on from its last checkpoint (the default: the word may be left out)",
@@ -106,7 +107,7 @@ def choose_devices(devices: str | None) -> None:
         raise ConfigError(f"--devices {devices}: expected cpu, cpu:N, gpu or tpu; use --devices cpu:8")
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
     if count:
-        os.environ["JAX_NUM_CPU_DEVICES"] = count
+        os.environ |= emulated.environment(int(count))
 
 
 def keep_compiled() -> None:

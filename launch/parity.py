@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxinfra.errors import ConfigError, JaxinfraError
-from launch import files
+from launch import emulated, files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -325,7 +325,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for config in configs:
         loaded(config, overrides)
     if options.devices is None:
-        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+        os.environ |= emulated.environment(8)
     found: list[Row] = []
     for row in shared_out(configs, overrides, options.jobs):
         found.append(row)

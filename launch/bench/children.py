@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxinfra.errors import ConfigError, JaxinfraError
+from launch import emulated
 
 type Times = dict[str, list[float]]
 """Seconds of every timed turn, by side."""
@@ -46,7 +47,7 @@ class Request:
 
 def environment(devices: int) -> dict[str, str]:
     """The environment of a process with so many emulated CPU devices."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return {**os.environ, **emulated.environment(devices)}
 
 
 def last_line(command: Sequence[str], devices: int) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from tiny_run import Tiny, contents, ended, launch, start
 
 from launch.__main__ import COMMANDS
+from launch.emulated import environment
 
 LLAMA_LIKE = """\
 from jaxinfra.data.loader import TokenData
@@ -158,3 +159,12 @@ def test_devices_of_a_process(tiny: Tiny) -> None:
     assert absent.code in (0, 81)
     if absent.code:
         assert absent.err.startswith("error: JAX_PLATFORMS=cuda: cannot be used: ") and absent.err.count("\n") == 1
+
+
+def test_emulated_devices_have_threads_to_wait_in() -> None:
+    """Devices that wait in collectives hold threads of a pool, whose size XLA reads when it starts."""
+    found = environment(8)
+    assert found["JAX_NUM_CPU_DEVICES"] == "8" and int(found["NPROC"]) > 2 * 8
+    code = "import os; from launch.__main__ import choose_devices; choose_devices('cpu:8'); print(os.environ['NPROC'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found["NPROC"]]
