@@ -23,13 +23,16 @@ def check(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file whole, or leaves it as it was.
+    """Writes a file whole, or leaves it as it was; what is no file (a pipe, `/dev/stdout`) is written to as it is.
 
     Raises:
         StorageError: it cannot be written.
     """
     try:
-        replace_bytes(path, text.encode())
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            replace_bytes(path.resolve(), text.encode())
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}; mend it or name another file") from error
 
