@@ -39,8 +39,8 @@ class Memory:
         output: the new state and the metrics.
         aliased: the part of the output that takes the place of arguments.
         temporaries: all else that is allotted while the step runs.
-        temp_size: what JAX calls `temp_size_in_bytes`. On TPUs it counts arrays in vector memory as well, and those
-            that are in the place of arguments twice; no limit is compared with it.
+        temp_size: what JAX calls `temp_size_in_bytes`, for comparison with others: on TPUs it is another number, and
+            not the one that the compiler holds against the memory of a chip.
         code: the program.
         host: what is kept in host memory, of all these.
     """
