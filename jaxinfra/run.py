@@ -11,7 +11,7 @@ from jaxinfra.config import Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.digits import Digits
 from jaxinfra.data.loader import TokenData
-from jaxinfra.data.source import DataConfig
+from jaxinfra.data.contract import DataConfig
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.transformer import TransformerConfig

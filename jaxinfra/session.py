@@ -26,7 +26,7 @@ from jaxinfra.config import Loaded, diff, read_record, record, validate, write_r
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.feed import Prefetcher, process_rows, to_global
-from jaxinfra.data.source import OpenData
+from jaxinfra.data.contract import OpenData
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState

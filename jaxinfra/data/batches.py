@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from jaxinfra.data.order import sample_ids
-from jaxinfra.data.source import Batch, DataConfig, Samples
+from jaxinfra.data.contract import Batch, DataConfig, Samples
 
 Rows = slice | np.ndarray
 """Rows of the global batch that this process reads."""

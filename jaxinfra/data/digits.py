@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.order import epoch_keys, permute
-from jaxinfra.data.source import Batch, Progress
+from jaxinfra.data.contract import Batch, Progress
 from jaxinfra.errors import ConfigError
 
 SIDE, DARKEST, CLASSES = 8, 16, 10

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 import jax
 import numpy as np
 
-from jaxinfra.data.source import Batch
+from jaxinfra.data.contract import Batch
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:

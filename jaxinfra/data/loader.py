@@ -12,7 +12,7 @@ from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.corpus import Corpus, Split
 from jaxinfra.data.manifest import check_recipe
 from jaxinfra.data.prepare import facts, prepare
-from jaxinfra.data.source import Batch, Progress
+from jaxinfra.data.contract import Batch, Progress
 from jaxinfra.data.store import PREPARE, TokenStore
 from jaxinfra.data.windows import split_inputs_targets, window_count
 from jaxinfra.errors import ConfigError

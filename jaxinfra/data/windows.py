@@ -8,7 +8,7 @@ Shape suffixes: B rows, T positions, W = T + 1 tokens of a window.
 
 import numpy as np
 
-from jaxinfra.data.source import Batch
+from jaxinfra.data.contract import Batch
 
 
 def window_count(tokens: int, seq_len: int) -> int:

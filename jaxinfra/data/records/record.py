@@ -1,0 +1,87 @@
+"""What every source of records offers: it is cut into pieces, and each piece is read as a stream.
+
+A source lists its files without reading them, and cuts large ones, so that pieces can be read in parallel. The
+list of pieces, their order and the records of each are a function of the files alone: never of who reads them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxinfra.config import Problem
+
+Record = Mapping[str, Any]
+"""The fields of a record by their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a source that is read by one worker: a file, or a range of one.
+
+    Attributes:
+        name: of the file, relative to the root of the source, with slashes.
+        start: where in the file it begins: a byte, a row or a record, as the source counts.
+        end: where it ends; None is the end of the file.
+        size_bytes: of the piece, about.
+        stamp: changes when the file is replaced: of its size, time and version, not of its contents.
+    """
+
+    name: str
+    start: int = 0
+    end: int | None = None
+    size_bytes: int
+    stamp: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A record that was read.
+
+    Attributes:
+        key: the same for the record wherever its source is read: it decides between training and held-out.
+        where: for messages: the file, and the line or number in it.
+        record: its fields.
+    """
+
+    key: str
+    where: str
+    record: Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """A record that cannot be read.
+
+    Attributes:
+        where: the file, and the line or number in it.
+        cause: what is wrong with it.
+    """
+
+    where: str
+    cause: str
+
+
+class Source(Protocol):
+    """Records, as a config describes where they are."""
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description itself; nothing is looked up."""
+        ...
+
+    def pieces(self, split_bytes: int) -> Sequence[Piece]:
+        """All that there is to read, sorted by name and start; files much larger than `split_bytes` are cut.
+
+        Raises:
+            ConfigError: there is nothing of that name, or nothing that matches.
+            StorageError: it may not or cannot be listed.
+        """
+        ...
+
+    def read(self, piece: Piece) -> Iterator[Found | Bad]:
+        """Yields the records of a piece in their order; holds no more of them in memory than the format needs.
+
+        Raises:
+            StorageError: the file may not or cannot be read, or is gone.
+            DataError: the file as a whole is damaged, so that it cannot be told where its records are.
+        """
+        ...
