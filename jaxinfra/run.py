@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
 from jaxinfra.config import Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
+from jaxinfra.data.contract import DataConfig
 from jaxinfra.data.digits import Digits
 from jaxinfra.data.loader import TokenData
-from jaxinfra.data.contract import DataConfig
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.transformer import TransformerConfig

@@ -25,8 +25,8 @@ from jaxinfra.checkpoint.storage import check_space, make_writable
 from jaxinfra.config import Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, heldout_batches
-from jaxinfra.data.feed import Prefetcher, process_rows, to_global
 from jaxinfra.data.contract import OpenData
+from jaxinfra.data.feed import Prefetcher, process_rows, to_global
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState

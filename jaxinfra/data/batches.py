@@ -11,8 +11,8 @@ from contextlib import closing
 import grain
 import numpy as np
 
-from jaxinfra.data.order import sample_ids
 from jaxinfra.data.contract import Batch, DataConfig, Samples
+from jaxinfra.data.order import sample_ids
 
 Rows = slice | np.ndarray
 """Rows of the global batch that this process reads."""

@@ -11,8 +11,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.order import epoch_keys, permute
 from jaxinfra.data.contract import Batch, Progress
+from jaxinfra.data.order import epoch_keys, permute
 from jaxinfra.errors import ConfigError
 
 SIDE, DARKEST, CLASSES = 8, 16, 10

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.batches import heldout_batches
+from jaxinfra.data.contract import Batch, Progress
 from jaxinfra.data.corpus import Corpus, Split
 from jaxinfra.data.manifest import check_recipe
 from jaxinfra.data.prepare import facts, prepare
-from jaxinfra.data.contract import Batch, Progress
 from jaxinfra.data.store import PREPARE, TokenStore
 from jaxinfra.data.windows import split_inputs_targets, window_count
 from jaxinfra.errors import ConfigError

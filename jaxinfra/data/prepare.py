@@ -19,9 +19,9 @@ import numpy as np
 from etils import epath
 
 from jaxinfra.data.baseline import HELDOUT_LIMIT_TOKENS, TRAIN_LIMIT_TOKENS, ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.data.contract import Progress
 from jaxinfra.data.corpus import SPLITS, Corpus, Source, Split, draw, scan
 from jaxinfra.data.manifest import FILE_NAME, Baselines, FileInfo, Manifest, SplitInfo, check_recipe
-from jaxinfra.data.contract import Progress
 from jaxinfra.data.store import TOKENIZER, SplitWriter, TokenStore, hash_files, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError, StorageError
