@@ -23,7 +23,7 @@ from jaxinfra.data.contract import Progress
 from jaxinfra.data.corpus import SPLITS, Corpus, Source, Split, draw, scan
 from jaxinfra.data.manifest import FILE_NAME, Baselines, FileInfo, Manifest, SplitInfo, check_recipe
 from jaxinfra.data.store import TOKENIZER, SplitWriter, TokenStore, hash_files, token_dtype
-from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer, TokenizerFile, load, train_bpe
 from jaxinfra.errors import ConfigError, StorageError
 
 TOKENIZER_BYTES = 12_000_000
@@ -92,10 +92,10 @@ def _build(corpus: Corpus, source: Source, work: Path, tell: Progress) -> Manife
 
 def _tokenizer(corpus: Corpus, source: Source) -> Tokenizer:
     if corpus.tokenizer is not None:
-        return Tokenizer.load(Path(corpus.tokenizer).expanduser(), corpus.end_of_document)
+        return load(TokenizerFile(path=corpus.tokenizer, end_of_document=corpus.end_of_document))
     names = sorted(source.files["train"], key=draw)  # a fair sample, the same whatever else is in the folder
     texts = _first_bytes(source.texts(names), TOKENIZER_BYTES)
-    return Tokenizer.train_bpe(texts, vocab_size=corpus.vocab_size, end_of_document=corpus.end_of_document)
+    return train_bpe(texts, vocab_size=corpus.vocab_size, end_of_document=corpus.end_of_document)
 
 
 def _describe(

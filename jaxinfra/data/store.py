@@ -20,7 +20,7 @@ from jaxinfra.data import arrays
 from jaxinfra.data import manifest as manifests
 from jaxinfra.data.corpus import SPLITS, Split
 from jaxinfra.data.manifest import FileInfo, Manifest, SplitInfo
-from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 PREPARE = "python -m launch prepare CONFIG"
@@ -223,7 +223,7 @@ def _read_tokenizer(path: epath.Path, manifest: Manifest) -> Tokenizer:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
         raise DataError(f"{path}: is not the tokenizer that made the store; copy the store anew")
-    return Tokenizer.from_bytes(content, manifest.corpus.end_of_document, name=str(path))
+    return restore("tokenizer_json", content, manifest.corpus.end_of_document, str(path))
 
 
 def _check_file(path: epath.Path, info: FileInfo) -> None:

@@ -1,75 +1,114 @@
-import hashlib
+import pickle
 import random
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from vocabularies import EOT, KINDS, MARKERS, TEXTS, vocabulary
 
-from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
+from jaxinfra.data.tokenizer import StreamDecoder, restore
 from jaxinfra.errors import ConfigError
 
-EOT = "<|endoftext|>"
-TEXTS = ["def naïve(x):\n\treturn  'é漢字 🙂'\n" * 5, "class A:\n    pass\n" * 20, "\r\n  \x00 tail"]
+LOSSLESS = [kind for kind in KINDS if kind != "unigram"]  # which knows the letters of TEXTS alone
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train_bpe(TEXTS, vocab_size=290, end_of_document=EOT)
+def vocabularies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabularies")
+    return {kind: vocabulary(kind, folder) for kind in KINDS}
 
 
-def test_texts_come_back_byte_for_byte(tokenizer):
-    texts = [*TEXTS, "", "日本語\u2028\U0001f9d1\u200d\U0001f680", "a" * 1000]
+@pytest.fixture(params=KINDS)
+def tokenizer(request, vocabularies):
+    return vocabularies[request.param]
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_texts_come_back_byte_for_byte(kind, vocabularies):
+    tokenizer = vocabularies[kind]
+    texts = [*TEXTS, "", "日本語\u2028\U0001f9d1\u200d\U0001f680", "a" * 1000, " " * 99 + "x"]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
-    assert tokenizer.encode(TEXTS[0]) == tokenizer.encode_batch(TEXTS)[0]
+    assert [tokenizer.encode(text) for text in texts] == tokenizer.encode_batch(texts)
 
 
-def test_training_is_deterministic_and_survives_the_file(tokenizer, tmp_path):
-    again = Tokenizer.train_bpe(TEXTS, vocab_size=290, end_of_document=EOT)
-    assert again.sha256 == tokenizer.sha256
-    path = tmp_path / "tokenizer.json"
-    tokenizer.save(path)
-    loaded = Tokenizer.load(path, EOT)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == loaded.sha256 == tokenizer.sha256
-    assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
-
-
-def test_no_text_spells_the_end_of_a_document(tokenizer):
-    assert tokenizer.eot_id == 0
-    ids = tokenizer.encode(f"a{EOT}b")
-    assert tokenizer.eot_id not in ids
-    assert tokenizer.decode(ids) == f"a{EOT}b"
-    assert tokenizer.decode([*ids, tokenizer.eot_id]) == f"a{EOT}b"
-
-
-def test_padding_and_truncation_of_a_file_do_not_apply(tokenizer, tmp_path):
-    backend = Backend.from_str(tokenizer.json)
-    backend.enable_truncation(4)
-    backend.enable_padding(length=8)
-    backend.save(str(tmp_path / "t.json"))
-    assert Tokenizer.load(tmp_path / "t.json", EOT).encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
-
-
-def test_byte_lengths_sum_to_the_bytes_of_the_text(tokenizer):
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_byte_lengths_sum_to_the_bytes_of_the_text(kind, vocabularies):
+    tokenizer = vocabularies[kind]
     lengths = tokenizer.byte_lengths()
-    assert lengths.shape == (tokenizer.vocab_size,)
+    assert lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int32
     assert lengths[tokenizer.eot_id] == 0
     for text in TEXTS:
         assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
+def test_no_text_spells_a_special_token(tokenizer):
+    for token in (EOT, *MARKERS) if tokenizer.kind != "bytes" else (EOT,):
+        (index,) = tokenizer.encode_control(token)
+        text = f"a{token}b<{token}>{token.upper()} "
+        ids = tokenizer.encode(text)
+        assert index not in ids and tokenizer.encode_batch([text, text]) == [ids, ids]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([*ids, index]) == text
+
+
+def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
+    assert tokenizer.encode_control(EOT) == [tokenizer.eot_id]
+    text = f"a{EOT}class A{EOT}{EOT}"
+    ids = tokenizer.encode_control(text)
+    assert ids == [
+        *tokenizer.encode("a"),
+        tokenizer.eot_id,
+        *tokenizer.encode("class A"),
+        tokenizer.eot_id,
+        tokenizer.eot_id,
+    ]
+    assert tokenizer.encode_control(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert tokenizer.encode_control("") == []
+
+
+def test_a_tokenizer_is_made_again_from_what_a_store_keeps(tokenizer):
+    again = restore(tokenizer.kind, tokenizer.content, EOT, "store/tokenizer")
+    pickled = pickle.loads(pickle.dumps(tokenizer))
+    for other in (again, pickled):
+        assert type(other) is type(tokenizer)
+        assert (other.content, other.sha256) == (tokenizer.content, tokenizer.sha256)
+        assert (other.eot_id, other.vocab_size) == (tokenizer.eot_id, tokenizer.vocab_size)
+        assert other.encode_batch([*TEXTS, EOT]) == tokenizer.encode_batch([*TEXTS, EOT])
+        assert other.encode_control(f"{MARKERS[0]}a{EOT}") == tokenizer.encode_control(f"{MARKERS[0]}a{EOT}")
+        assert (other.byte_lengths() == tokenizer.byte_lengths()).all()
+
+
+def test_the_content_does_not_depend_on_how_the_vocabulary_was_read(tmp_path, tokenizer, vocabularies):
+    (kind,) = [kind for kind, other in vocabularies.items() if other is tokenizer]
+    assert vocabulary(kind, tmp_path).sha256 == tokenizer.sha256
+
+
+def test_damaged_content_is_refused(tokenizer):
+    for content in (b"", b"{}", tokenizer.content[: len(tokenizer.content) // 2]):
+        with pytest.raises(ConfigError, match="store/t"):
+            restore(tokenizer.kind, content, EOT, "store/t")
+    with pytest.raises(ConfigError, match="of kind runes, known are tokenizer_json, tiktoken, sentencepiece, bytes"):
+        restore("runes", tokenizer.content, EOT, "store/t")
+    if tokenizer.kind != "bytes":
+        with pytest.raises(ConfigError, match=r"end_of_document=<end>: store/t has no such token"):
+            restore(tokenizer.kind, tokenizer.content, "<end>", "store/t")
+
+
 @pytest.mark.parametrize("text", [*TEXTS, "🙂" * 9, "\ufffd real \ufffd\ufffd"])
-def test_a_stream_of_text_comes_out_whole(tokenizer, text):
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_a_stream_of_text_comes_out_whole(kind, vocabularies, text):
+    decoder = StreamDecoder(vocabularies[kind])
+    pieces = [decoder.push(token) for token in vocabularies[kind].encode(text)]
     assert "".join(pieces) + decoder.flush() == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_stream_of_any_ids_comes_out_as_decode_gives_it(tokenizer):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fallback"])  # see StreamDecoder
+def test_a_stream_of_any_ids_comes_out_as_decode_gives_it(kind, vocabularies):
+    tokenizer = vocabularies[kind]
     rng = random.Random(0)
     for _ in range(50):
-        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(40)]
+        ids = [rng.randrange(tokenizer.vocab_size + 2) for _ in range(40)]
         decoder = StreamDecoder(tokenizer)
         text = "".join(decoder.push(token) for token in ids) + decoder.flush()
         assert text == tokenizer.decode(ids)
@@ -78,14 +117,3 @@ def test_a_stream_of_any_ids_comes_out_as_decode_gives_it(tokenizer):
 def test_ascii_is_never_held_back(tokenizer):
     decoder = StreamDecoder(tokenizer)
     assert all(decoder.push(token) for token in tokenizer.encode("class A: return x"))
-
-
-def test_unusable_files_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read as a tokenizer"):
-        Tokenizer.load(tmp_path / "none.json", EOT)
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"bad\.json: is not a tokenizer\.json"):
-        Tokenizer.load(tmp_path / "bad.json", EOT)
-    Backend(models.BPE()).save(str(tmp_path / "bare.json"))
-    with pytest.raises(ConfigError, match="no such token"):
-        Tokenizer.load(tmp_path / "bare.json", EOT)

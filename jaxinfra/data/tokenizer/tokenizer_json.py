@@ -1,0 +1,222 @@
+"""Vocabularies in a tokenizer.json: any that the library `tokenizers` reads, and a byte-level BPE that it trains.
+
+It adds what that library leaves open: one token that ends a document, text that can never spell a special token, and
+the bytes that each token stands for.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxinfra.config import Problem
+from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, one_line, read_content
+from jaxinfra.errors import ConfigError
+
+_SPACE = "\u2581"  # how SentencePiece, and what follows it, spells a space
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBpe:
+    """A byte-level BPE that is trained on the text of the recipe.
+
+    Attributes:
+        vocab_size: the largest vocabulary; a small text gives fewer tokens.
+        end_of_document: the special token that closes every document; its id is 0.
+    """
+
+    vocab_size: int = 8192
+    end_of_document: str = "<|endoftext|>"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description."""
+        yield from common_problems(None, self.end_of_document)
+        if self.vocab_size < 257:
+            yield Problem(
+                fields=("vocab_size",),
+                message="a byte-level vocabulary needs 256 bytes and the end of a document",
+                fix="use vocab_size=257 or more",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """An existing tokenizer.json.
+
+    Attributes:
+        path: of the file, or its URL.
+        end_of_document: the special token that closes every document.
+    """
+
+    path: str
+    end_of_document: str = "<|endoftext|>"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description."""
+        yield from common_problems(self.path, self.end_of_document)
+
+
+def load_json(config: TokenizerFile) -> "JsonTokenizer":
+    """Reads a tokenizer.json.
+
+    Raises:
+        ConfigError: there is no such file, it is no tokenizer, or it lacks the end of a document.
+    """
+    backend = _backend(read_content(config.path), config.path)
+    content = _prepared(backend, config.end_of_document, config.path)
+    return JsonTokenizer(content, config.end_of_document, config.path)
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, end_of_document: str) -> "JsonTokenizer":
+    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); its id 0 ends documents.
+
+    The same texts in the same order give the same tokenizer. A small text may give fewer than
+    `vocab_size` tokens.
+    """
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_document],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    name = "the trained tokenizer"
+    return JsonTokenizer(_prepared(backend, end_of_document, name), end_of_document, name)
+
+
+class JsonTokenizer(Tokenizer):
+    """A vocabulary of the library `tokenizers`."""
+
+    kind = "tokenizer_json"
+    file_name = "tokenizer.json"
+
+    def __init__(self, content: bytes, end_of_document: str, name: str):
+        """Takes a content whose end of document is a special token, without padding and truncation."""
+        self.content = content
+        self.end_of_document = end_of_document
+        self._backend = _backend(content, name)
+        self._backend.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
+        added = self._backend.get_added_tokens_decoder()
+        self._special = {index: token.content for index, token in added.items() if token.special}
+        self._respelt = self._respell()
+        self.eot_id = _end_id(self._backend, end_of_document, name)
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
+        """See `Tokenizer`."""
+        return cls(content, end_of_document, name)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        return self._ordinary(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer`; runs on all cores and releases the GIL."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._ordinary(encoding.ids) for encoding in encodings]
+
+    def encode_control(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
+        return self._control_backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        """See `Tokenizer`."""
+        steps = _steps(self._backend.decoder)
+        byte_level = "ByteLevel" in steps
+        byte_fallback = "ByteFallback" in steps
+        spaces = "Metaspace" in steps or any(_is_space(step) for step in steps.values())
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                lengths[index] = len(token)  # spelt with one character a byte
+            elif byte_fallback and _is_byte(token):
+                lengths[index] = 1
+            elif spaces:
+                lengths[index] = len(token.replace(_SPACE, " ").encode())
+            else:
+                lengths[index] = len(self.decode([index]).encode())
+        for index, added in self._backend.get_added_tokens_decoder().items():
+            lengths[index] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    @cached_property
+    def _control_backend(self) -> Backend:
+        return _backend(self.content, self.file_name)
+
+    def _ordinary(self, ids: list[int]) -> list[int]:
+        if self._respelt and not self._respelt.keys().isdisjoint(ids):
+            return [part for index in ids for part in self._respelt.get(index, (index,))]
+        return ids
+
+    def _respell(self) -> dict[int, list[int]]:
+        """Other ids for special tokens that the model itself finds in ordinary text, as one of unigrams does.
+
+        The token for what is unknown is not spelt by a text, but stands for what cannot be.
+        """
+        spelt = {index: text for index, text in self._special.items() if index in _ids(self._backend, text)}
+        if spelt:
+            model = json.loads(self.content)["model"]
+            spelt.pop(model.get("unk_id", self._backend.token_to_id(model.get("unk_token") or "")), None)
+        respelt = {}
+        for index, text in spelt.items():
+            parts = [part for letter in text for part in _ids(self._backend, letter)]
+            respelt[index] = [part for part in parts if part not in spelt]
+        return respelt
+
+
+def _backend(content: bytes, name: str) -> Backend:
+    try:
+        return Backend.from_buffer(content)
+    except Exception as error:  # the library raises the bare class
+        raise ConfigError(f"{name}: is not a tokenizer.json ({one_line(error)})") from None
+
+
+def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
+    index = backend.token_to_id(end_of_document)
+    if index is None:
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        raise no_end(name, end_of_document, special)
+    return index
+
+
+def _prepared(backend: Backend, end_of_document: str, name: str) -> bytes:
+    """The canonical content: texts are neither cut nor padded, and the end of a document is special."""
+    added = backend.get_added_tokens_decoder().get(_end_id(backend, end_of_document, name))
+    backend.no_padding()
+    backend.no_truncation()
+    if added is None or not added.special:
+        backend.add_special_tokens([end_of_document])
+    return backend.to_str().encode()
+
+
+def _ids(backend: Backend, text: str) -> list[int]:
+    return [token.id for token in backend.model.tokenize(text)]
+
+
+def _steps(decoder: Any) -> dict[str, dict[str, Any]]:
+    """The parts of a decoder by their type."""
+    if decoder is None:
+        return {}
+    tree = json.loads(decoder.__getstate__())
+    return {step["type"]: step for step in tree.get("decoders", [tree])}
+
+
+def _is_space(step: dict[str, Any]) -> bool:
+    return step["type"] == "Replace" and step["pattern"].get("String") == _SPACE and step["content"] == " "
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

@@ -1,0 +1,212 @@
+"""Files of tokenizers: what is read is what their libraries make of them, and what is wrong is said in one line."""
+
+import hashlib
+import io
+import sys
+
+import fsspec
+import pytest
+import sentencepiece
+import tiktoken
+import tiktoken_ext.openai_public as public
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from vocabularies import EOT, MARKERS, TEXTS, rank_file, spm_file
+
+from jaxinfra.config import validate
+from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe, load, train_bpe
+from jaxinfra.data.tokenizer.tiktoken_ranks import ENCODINGS, LONGEST_GAP
+from jaxinfra.errors import ConfigError
+
+REAL = "We've 12345 things'll\n\n  to DO, naïve 漢字 e\u0301 — iPhone's   \r\n\t!!/\n//x "
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_bpe(TEXTS, vocab_size=290, end_of_document=EOT)
+
+
+def test_training_is_deterministic_and_survives_the_file(trained, tmp_path):
+    again = train_bpe(TEXTS, vocab_size=290, end_of_document=EOT)
+    assert again.sha256 == trained.sha256
+    assert trained.eot_id == 0 and trained.vocab_size == 290
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    loaded = load(TokenizerFile(path=str(path)))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == loaded.sha256 == trained.sha256
+    assert loaded.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
+
+
+def test_padding_and_truncation_of_a_file_do_not_apply(trained, tmp_path):
+    backend = Backend.from_buffer(trained.content)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "t.json"))
+    loaded = load(TokenizerFile(path=str(tmp_path / "t.json")))
+    assert loaded.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
+    assert loaded.sha256 == trained.sha256
+
+
+def test_an_ordinary_token_that_ends_documents_becomes_special(tmp_path):
+    backend = Backend(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = load(TokenizerFile(path=str(tmp_path / "t.json"), end_of_document="ab"))
+    assert tokenizer.eot_id == 2
+    assert tokenizer.encode("aabb") == [0, 0, 1, 1]
+    assert tokenizer.encode_control("aabb") == [0, 2, 1]
+
+
+def test_files_are_read_from_any_place(trained):
+    with fsspec.open("memory://vocabularies/t.json", "wb") as file:
+        file.write(trained.content)
+    assert load(TokenizerFile(path="memory://vocabularies/t.json")).sha256 == trained.sha256
+
+
+def test_public_encodings_are_those_of_the_library(monkeypatch):
+    ranks = {bytes([value]): value for value in range(256)}
+    monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    monkeypatch.setattr(public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks)
+    for name, (pattern, special) in ENCODINGS.items():
+        expected = public.ENCODING_CONSTRUCTORS[name]()
+        assert (pattern, special) == (expected["pat_str"], expected["special_tokens"])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path):
+    path = rank_file(tmp_path / "ranks.tiktoken")
+    tokenizer = load(Tiktoken(path=str(path), encoding=encoding))
+    pattern, special = ENCODINGS[encoding]
+    ranks = tiktoken.load.load_tiktoken_bpe(str(path))
+    expected = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    for text in (REAL, *TEXTS, EOT):
+        assert tokenizer.encode(text) == expected.encode_ordinary(text)
+        assert tokenizer.encode_control(text) == expected.encode(text, allowed_special="all")
+    assert (tokenizer.eot_id, tokenizer.vocab_size) == (special[EOT], expected.n_vocab)
+    assert tokenizer.decode([special[EOT] - 1, ord("a")]) == "a"  # an id that the vocabulary leaves out
+
+
+def test_gaps_longer_than_tiktoken_can_take_are_cut(tmp_path):
+    tokenizer = load(Tiktoken(path=str(rank_file(tmp_path / "ranks")), encoding="gpt2"))
+    for text in (" " * 1_200_000 + "a", "a" + " \n" * 400_000 + "b" + "\t" * LONGEST_GAP + "c" * 1_200_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode_batch(["x", text]) == [tokenizer.encode("x"), tokenizer.encode(text)]
+
+
+def test_an_encoding_without_a_file_comes_from_the_cache_of_tiktoken(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="encoding=o200k_base: its file is not in tiktoken's cache"):
+        load(Tiktoken(encoding="o200k_base"))
+    with pytest.raises(ConfigError, match="encoding=none: tiktoken knows no such encoding; use one of gpt2"):
+        load(Tiktoken(encoding="none"))
+
+
+def test_a_model_of_sentencepiece_gives_the_ids_of_the_library(tmp_path):
+    path = spm_file(tmp_path / "spm.model")
+    tokenizer = load(SentencePieceModel(path=str(path), end_of_document=EOT))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for text in (REAL, *TEXTS, EOT, "</s><s><unk>"):
+        assert tokenizer.encode(text) == library.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert library.piece_to_id(MARKERS[0]) in library.encode(MARKERS[0])  # which is what must not be
+    assert tokenizer.vocab_size == library.get_piece_size()
+
+
+def test_user_defined_pieces_may_be_left_to_texts(tmp_path):
+    path = str(spm_file(tmp_path / "spm.model"))
+    first, second = MARKERS
+    tokenizer = load(SentencePieceModel(path=path, end_of_document=EOT, special_tokens=(first,)))
+    (first_id,), (second_id,) = map(tokenizer.encode_control, MARKERS)
+    ids = tokenizer.encode(f"{first}\n\n{second}")
+    assert first_id not in ids and second_id in ids
+    assert tokenizer.encode("\n\n")[0] in ids
+    assert tokenizer.byte_lengths()[[first_id, second_id]].tolist() == [0, len(second)]
+
+
+def _plain_model():
+    """As the library trains one that is told nothing."""
+    model = io.BytesIO()
+    texts = iter(["hello world"] * 50)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, vocab_size=12, minloglevel=2)
+    return model.getvalue()
+
+
+UNUSABLE = {
+    "no file": (lambda at: TokenizerFile(path=f"{at}/none.json"), r"none\.json: cannot be read as a tokenizer \(No su"),
+    "no protocol": (lambda at: TokenizerFile(path="gopher://x/t.json"), r"gopher://x/t\.json: cannot be read as a t"),
+    "no JSON": (lambda at: TokenizerFile(path=f"{at}/empty"), r"empty: is not a tokenizer\.json"),
+    "no end": (lambda at: TokenizerFile(path=f"{at}/bare.json"), r"bare\.json has no such token"),
+    "no ranks": (lambda at: Tiktoken(path=f"{at}/bare.json"), r"bare\.json: line 1 is '\{', expected a token in base"),
+    "few ranks": (
+        lambda at: Tiktoken(path=f"{at}/empty"),
+        r"empty: is not a whole file of ranks \(no token",
+    ),
+    "two of a rank": (lambda at: Tiktoken(path=f"{at}/twice"), r"twice: is not a whole file of ranks \(two tokens of"),
+    "ranks, other end": (
+        lambda at: Tiktoken(path=f"{at}/ranks", end_of_document="<end>"),
+        r"end_of_document=<end>: .*ranks has no such token; .* of <\|endofprompt\|>, <\|endoftext\|>",
+    ),
+    "ranks, bad pattern": (lambda at: Tiktoken(path=f"{at}/ranks", pattern="("), r"ranks: tiktoken refuses it \("),
+    "ranks over special tokens": (
+        lambda at: Tiktoken(path=f"{at}/many", encoding="gpt2"),
+        r"many: id 50256 is both a token of its file and a special one",
+    ),
+    "no model": (lambda at: SentencePieceModel(path=f"{at}/bare.json"), r"bare\.json: is not a model of SentencePiece"),
+    "empty model": (lambda at: SentencePieceModel(path=f"{at}/empty"), "empty: is not a model of SentencePiece"),
+    "model, other end": (
+        lambda at: SentencePieceModel(path=f"{at}/spm.model", end_of_document="hello"),
+        r"end_of_document=hello: .*spm\.model has no such token; .* of </s>, <s>",
+    ),
+    "model, no marker": (
+        lambda at: SentencePieceModel(path=f"{at}/spm.model", special_tokens=("<turn>",)),
+        r"special_tokens: .*spm\.model has no special piece <turn>; it has <s>, </s>",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def unusable(tmp_path_factory):
+    at = tmp_path_factory.mktemp("unusable")
+    (at / "empty").write_bytes(b"")
+    Backend(models.BPE()).save(str(at / "bare.json"))
+    rank_file(at / "ranks")
+    (at / "twice").write_bytes((at / "ranks").read_bytes() + b"eHh4eA== 17\n")
+    (at / "many").write_bytes((at / "ranks").read_bytes() + b"eHh4eA== 50256\n")
+    (at / "spm.model").write_bytes(_plain_model())
+    return at
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_files_are_refused_in_one_line(case, unusable):
+    config, message = UNUSABLE[case]
+    with pytest.raises(ConfigError, match=message) as error:
+        load(config(unusable))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("library", ["tiktoken", "sentencepiece"])
+def test_a_missing_library_is_named_with_its_extra(library, unusable, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    config = {
+        "tiktoken": Tiktoken(path=f"{unusable}/ranks"),
+        "sentencepiece": SentencePieceModel(path=f"{unusable}/spm.model"),
+    }[library]
+    with pytest.raises(ConfigError, match=f"needs {library}, .* its extra {library}"):
+        load(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TrainBpe(vocab_size=256), "vocab_size=256: a byte-level vocabulary needs"),
+        (TrainBpe(end_of_document=""), "end_of_document=.*: must not be empty"),
+        (TokenizerFile(path=""), "path=.*: names no file"),
+        (Tiktoken(path="x", encoding="r50k"), "encoding=r50k: is none of gpt2, cl100k_base, o200k_base"),
+        (Tiktoken(pattern="x"), "path=none: an own pattern"),
+        (SentencePieceModel(path=""), "path=.*: names no file"),
+        (Bytes(end_of_document=""), "end_of_document=.*: must not be empty"),
+    ],
+)
+def test_descriptions_say_what_is_wrong_with_them(config, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
