@@ -6,7 +6,7 @@ text that came from a record never spells one.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from jaxinfra.config import Problem
 from jaxinfra.data.records.record import Record
@@ -90,9 +90,30 @@ def text_of(record: Record, field: str) -> str:
     Raises:
         RecordError: there is none.
     """
+    return as_text(value_of(record, field), field)
+
+
+def value_of(record: Record, field: str) -> Any:
+    """The value of a field.
+
+    Raises:
+        RecordError: there is no such field.
+    """
     if field not in record:
         raise RecordError(f"no field {field}; it has {', '.join(map(str, record)) or 'none'}")
-    value = record[field]
+    return record[field]
+
+
+def as_text(value: Any, what: str) -> str:
+    """The value, if it is a text.
+
+    Raises:
+        RecordError: it is none, or has half a surrogate pair in it, which JSON can spell and UTF-8 cannot.
+    """
     if not isinstance(value, str):
-        raise RecordError(f"{field} is {type(value).__name__}, expected a text")
+        raise RecordError(f"{what} is {type(value).__name__}, expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{what} has half a surrogate pair at character {error.start}: no valid Unicode") from None
     return value

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 
-import fsspec
 import numpy as np
 
 from jaxinfra.config import Problem
@@ -83,20 +82,6 @@ class Tokenizer(ABC):
         return type(self).restore, (self.content, self.end_of_document, self.file_name)
 
 
-def read_content(path: str) -> bytes:
-    """The bytes of a file, local or of any place that fsspec knows.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        system, place = fsspec.url_to_fs(path)
-        return system.cat_file(place)
-    except (OSError, ValueError, ImportError) as error:
-        cause = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
-        raise ConfigError(f"{path}: cannot be read as a tokenizer ({cause}); check the path") from error
-
-
 def no_end(name: str, end_of_document: str, special: Iterable[str]) -> ConfigError:
     """The error for a tokenizer that lacks the token that should end its documents."""
     found = sorted(special)
@@ -113,8 +98,3 @@ def common_problems(path: str | None, end_of_document: str) -> Iterable[Problem]
         yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
     if not end_of_document:
         yield Problem(fields=("end_of_document",), message="must not be empty", fix="use end_of_document=<|endoftext|>")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line."""
-    return " ".join(str(error).split())

@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, one_line, read_content
+from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end
+from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
 _SPACE = "\u2581"
@@ -46,7 +47,7 @@ def load_sentence_pieces(config: SentencePieceModel) -> "SentencePieceTokenizer"
     Raises:
         ConfigError: there is no such file, it is no model, it lacks a special token, or sentencepiece is missing.
     """
-    model = _parse(read_content(config.path), config.path)
+    model = _parse(read_content(config.path, "a tokenizer"), config.path)
     types = model.SentencePiece
     by_text = {piece.piece: piece for piece in model.pieces}
     defined = [piece for piece in model.pieces if piece.type == types.USER_DEFINED]

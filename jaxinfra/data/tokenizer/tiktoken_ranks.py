@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, one_line, read_content
+from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end
+from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
 LONGEST_GAP = 100_000
@@ -92,7 +93,7 @@ def load_tiktoken(config: Tiktoken) -> "TiktokenTokenizer":
         found = _named(config.encoding)
         parts = found._pat_str, found._special_tokens, found._mergeable_ranks
     else:
-        ranks = _parse(read_content(config.path), config.path)
+        ranks = _parse(read_content(config.path, "a tokenizer"), config.path)
         pattern, special = ENCODINGS.get(config.encoding, ("", {}))
         if config.special_tokens:
             special = {text: max(ranks.values()) + 1 + i for i, text in enumerate(config.special_tokens)}

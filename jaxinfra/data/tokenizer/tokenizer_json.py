@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxinfra.config import Problem
-from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, one_line, read_content
+from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end
+from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece, and what follows it, spells a space
@@ -67,7 +68,7 @@ def load_json(config: TokenizerFile) -> "JsonTokenizer":
     Raises:
         ConfigError: there is no such file, it is no tokenizer, or it lacks the end of a document.
     """
-    backend = _backend(read_content(config.path), config.path)
+    backend = _backend(read_content(config.path, "a tokenizer"), config.path)
     content = _prepared(backend, config.end_of_document, config.path)
     return JsonTokenizer(content, config.end_of_document, config.path)
 
