@@ -1,9 +1,10 @@
-"""From a row of consecutive tokens to what a language model is trained on, in NumPy.
+"""From tokens to what a language model is trained on, in NumPy: rows of consecutive tokens, or of packed documents.
 
 A split is cut into windows of `seq_len + 1` tokens that start every `seq_len` tokens, so every token but the
-first is a target exactly once. Nothing is padded or dropped but the tail shorter than one window.
+first is a target exactly once. Nothing is padded or dropped but the tail shorter than one window. A packed row holds
+whole documents, or pieces of long ones (see `packing`), and ends with padding.
 
-Shape suffixes: B rows, T positions, W = T + 1 tokens of a window.
+Shape suffixes: B rows, T positions, W = T + 1 tokens of a window, N tokens, P pieces, S stretches of one document.
 """
 
 import numpy as np
@@ -16,29 +17,95 @@ def window_count(tokens: int, seq_len: int) -> int:
     return max(0, (tokens - 1) // seq_len)
 
 
-def split_inputs_targets(window_BW: np.ndarray, *, eot_id: int, mask_documents: bool) -> Batch:
+def split_inputs_targets(
+    window_BW: np.ndarray, *, eot_id: int, mask_documents: bool, mask_BW: np.ndarray | None = None
+) -> Batch:
     """Makes a batch of windows.
 
     Args:
         window_BW: token ids.
         eot_id: the token that ends a document and belongs to it.
         mask_documents: whether documents that share a window are kept apart.
+        mask_BW: which tokens are learned: nonzero where a token counts as a target. None is all of them.
 
     Returns:
         `inputs` and `targets`, int32[B, T]. With `mask_documents` also
         `segments`, int32[B, T]: number of the document in the window, from 1;
-        `positions`, int32[B, T]: position in the document, or in its part that the window has, from 0;
-        `weights`, float32[B, T]: 0 where input and target are of two documents, else 1.
+        `positions`, int32[B, T]: position in the document, or in its part that the window has, from 0.
+        With either mask also
+        `weights`, float32[B, T]: 0 where input and target are of two documents, or the target is not learned; else 1.
     """
     ids_BW = window_BW.astype(np.int32)
-    input_BT, target_BT = ids_BW[:, :-1], ids_BW[:, 1:]
-    batch = {"inputs": input_BT, "targets": target_BT}
+    batch = {"inputs": ids_BW[:, :-1], "targets": ids_BW[:, 1:]}
+    shape = B, T = batch["inputs"].shape
+    if mask_BW is not None or mask_documents:
+        batch["weights"] = _weights(shape, mask_BW)
     if mask_documents:
-        ends_BT = input_BT == eot_id
-        starts_BT = np.zeros_like(ends_BT)
-        starts_BT[:, 1:] = ends_BT[:, :-1]
-        step_T = np.arange(input_BT.shape[1], dtype=np.int32)
-        batch["segments"] = 1 + np.cumsum(starts_BT, axis=1, dtype=np.int32)
-        batch["positions"] = step_T - np.maximum.accumulate(np.where(starts_BT, step_T, 0), axis=1)
-        batch["weights"] = np.where(ends_BT, np.float32(0), np.float32(1))
+        # Few tokens end a document: finding them is the only pass over all tokens that compares.
+        end_E = np.flatnonzero(window_BW[:, :-1] == eot_id)
+        batch["weights"].reshape(-1)[end_E] = 0
+        row_B = np.arange(0, B * T, T)
+        start_S = np.sort(np.concatenate([row_B, end_E[end_E % T != T - 1] + 1]))
+        number_S = np.arange(1, len(start_S) + 1) - np.searchsorted(start_S, row_B)[start_S // T]
+        batch |= _stretches(shape, np.diff(start_S, append=B * T), number_S)
     return batch
+
+
+def packed_batch(
+    tokens_N: np.ndarray,
+    length_P: np.ndarray,
+    pieces_B: np.ndarray,
+    *,
+    seq_len: int,
+    mask_N: np.ndarray | None = None,
+) -> Batch:
+    """Makes a batch of packed rows.
+
+    Args:
+        tokens_N: token ids of the pieces of all rows, one piece after the other.
+        length_P: targets of each piece; it has one token more.
+        pieces_B: pieces of each row; together they have at most `seq_len` targets.
+        seq_len: T.
+        mask_N: which tokens are learned, as in `split_inputs_targets`.
+
+    Returns:
+        What `split_inputs_targets` returns with document masks. Every piece is a segment with positions from 0,
+        and so is padding, with number 0 and weight 0.
+    """
+    shape = B, T = len(pieces_B), seq_len
+    end_P = np.cumsum(length_P + 1)
+    room_P = np.cumsum(length_P)
+    last_B = np.cumsum(pieces_B)
+    filled_B = np.diff(room_P[last_B - 1], prepend=0)
+    assert len(tokens_N) == end_P[-1] and filled_B.max() <= T, "the pieces are not those of the rows"
+
+    def rows(values_N: np.ndarray, without_P: np.ndarray, dtype: type) -> np.ndarray:
+        out_BT = np.zeros(shape, dtype)
+        chosen = np.delete(values_N, without_P)
+        for row, end, filled in zip(out_BT, room_P[last_B - 1].tolist(), filled_B.tolist(), strict=True):
+            row[:filled] = chosen[end - filled : end]
+        return out_BT
+
+    first_P, final_P = end_P - length_P - 1, end_P - 1
+    batch = {"inputs": rows(tokens_N, final_P, np.int32), "targets": rows(tokens_N, first_P, np.int32)}
+    number_P = np.arange(1, len(length_P) + 1) - np.repeat(last_B - pieces_B, pieces_B)
+    stretch_S = np.insert(length_P.astype(np.int64), last_B, T - filled_B)
+    batch |= _stretches(shape, stretch_S, np.insert(number_P, last_B, 0))
+    if mask_N is None:
+        return batch | {"weights": (batch["segments"] != 0).astype(np.float32)}
+    return batch | {"weights": rows(mask_N != 0, first_P, np.float32)}
+
+
+def _weights(shape: tuple[int, int], mask_BW: np.ndarray | None) -> np.ndarray:
+    if mask_BW is None:
+        return np.ones(shape, np.float32)
+    return (mask_BW[:, 1:] != 0).astype(np.float32)
+
+
+def _stretches(shape: tuple[int, int], length_S: np.ndarray, number_S: np.ndarray) -> Batch:
+    """Segments and positions of rows that consist of stretches with these lengths and numbers, row after row."""
+    start_S = np.cumsum(length_S) - length_S
+    positions = np.arange(shape[0] * shape[1], dtype=np.int32)
+    positions -= np.repeat(start_S.astype(np.int32), length_S)
+    segments = np.repeat(number_S.astype(np.int32), length_S)
+    return {"segments": segments.reshape(shape), "positions": positions.reshape(shape)}
