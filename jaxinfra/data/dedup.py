@@ -56,7 +56,7 @@ class Dedup:
             yield Problem(fields=("ngram",), message="must be at least 1", fix="use ngram=5")
 
 
-class Signatures:
+class Signer:
     """Makes signatures; one for each worker.
 
     Raises:
@@ -64,7 +64,7 @@ class Signatures:
     """
 
     def __init__(self, dedup: Dedup):
-        self._dedup = dedup
+        self.dedup = dedup
         self._blank = _minhash(dedup) if dedup.near else None
 
     def exact(self, text: str) -> np.ndarray:
@@ -77,7 +77,7 @@ class Signatures:
         codes = word_codes(_WORD.findall(text.lower()))
         if not len(codes):
             codes = self.exact(text)[:1]  # near to itself alone
-        runs = np.unique(run_codes(codes, min(self._dedup.ngram, len(codes))) >> np.uint64(32))
+        runs = np.unique(run_codes(codes, min(self.dedup.ngram, len(codes))) >> np.uint64(32))
         sketch = self._blank.copy()
         for start in range(0, len(runs), _BATCH):
             sketch.update_batch(runs[start : start + _BATCH].tolist())
@@ -85,7 +85,7 @@ class Signatures:
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Both signatures; the second one is None where only exact duplicates are looked for."""
-        return self.exact(text), self.near(text) if self._dedup.near else None
+        return self.exact(text), self.near(text) if self.dedup.near else None
 
 
 def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:

@@ -9,7 +9,7 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from jaxinfra.config import validate
-from jaxinfra.data.dedup import Dedup, Signatures, duplicates
+from jaxinfra.data.dedup import Dedup, Signer, duplicates
 from jaxinfra.data.shingles import run_codes, word_codes
 from jaxinfra.errors import ConfigError
 
@@ -28,7 +28,7 @@ def changed(rng, text, share):
 
 
 def signed(dedup, texts):
-    sign = Signatures(dedup)
+    sign = Signer(dedup)
     exact, near = zip(*map(sign, texts), strict=True)
     return np.stack(exact), np.stack(near) if dedup.near else None
 
@@ -46,7 +46,7 @@ def test_the_first_of_equal_texts_stays():
 
 
 def test_an_exact_signature_is_the_hash_of_the_text():
-    high, low = Signatures(Dedup()).exact("naïve 漢字")
+    high, low = Signer(Dedup()).exact("naïve 漢字")
     assert (int(high) << 64) + int(low) == xxhash.xxh3_128_intdigest("naïve 漢字".encode())
 
 
@@ -97,7 +97,7 @@ def test_what_is_found_is_what_the_library_finds():
 
 def test_signatures_estimate_the_share_of_runs():
     rng = random.Random(4)
-    sign = Signatures(Dedup(near=True, permutations=1024))
+    sign = Signer(Dedup(near=True, permutations=1024))
     text = words(rng, 3000)  # more runs than are hashed together
     for share in (0.0, 0.1, 0.5):
         other = changed(rng, text, share)
@@ -110,7 +110,7 @@ def test_signatures_estimate_the_share_of_runs():
 def test_signatures_do_not_depend_on_threads():
     rng = random.Random(5)
     texts = [" ".join(words(rng, 50)) for _ in range(40)]
-    sign = Signatures(NEAR)
+    sign = Signer(NEAR)
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(sign, texts))
     exact, near = signed(NEAR, texts)
@@ -133,9 +133,9 @@ def test_runs_of_words_are_equal_where_the_words_are():
 
 def test_a_missing_datasketch_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    Signatures(Dedup())
+    Signer(Dedup())
     with pytest.raises(ConfigError, match="needs datasketch, .* its extra dedup"):
-        Signatures(NEAR)
+        Signer(NEAR)
 
 
 @pytest.mark.parametrize(
