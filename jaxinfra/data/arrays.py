@@ -7,32 +7,23 @@ times the index; one read of all windows takes a third less than a read for each
 space and cost a third to two thirds of the speed.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.errors import DataError, JaxinfraError, StorageError
+from jaxinfra.data import storage
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
 CACHE_BYTES = 32 * 1024 * 1024
 """Enough for the indices of shards; chunks that are read at random seldom come back."""
 
-_NO_ACCESS = (
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "UNAUTHENTICATED",
-)
-
 
 def cache_context() -> ts.Context:
-    """A cache that arrays opened with it share."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+    """A cache that all arrays opened with it share; requests that fail are tried again as `storage` says."""
+    return storage.context(cache_bytes=CACHE_BYTES)
 
 
 def create(path: str, dtype: np.dtype, fill_value: int) -> ts.TensorStore:
@@ -56,7 +47,9 @@ def create(path: str, dtype: np.dtype, fill_value: int) -> ts.TensorStore:
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return _checked(path, lambda: ts.open(ts.Spec(spec), create=True).result())
+    return storage.checked(
+        path, lambda: ts.open(ts.Spec(spec), create=True, context=storage.context()).result(), writing=True
+    )
 
 
 def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorStore:
@@ -68,7 +61,7 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
         longer[start : start + len(values)].write(values).result()
         return longer
 
-    return _checked(path, write)
+    return storage.checked(path, write, writing=True)
 
 
 def open_array(path: str, context: ts.Context) -> ts.TensorStore:
@@ -78,8 +71,9 @@ def open_array(path: str, context: ts.Context) -> ts.TensorStore:
         DataError: it is missing or its metadata is damaged.
         StorageError: it may not be read.
     """
-    spec = _spec(path) | {"recheck_cached_data": False, "recheck_cached_metadata": False}
-    return _checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
+    # What the shared cache has of an array that was here before is looked at again, once.
+    spec = _spec(path) | {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
+    return storage.checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 
 
 def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length: int) -> np.ndarray:
@@ -98,27 +92,12 @@ def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length
             found = ts.stack(windows).read(batch=batch)
         return found.result()
 
-    return _checked(path, read)
+    return storage.checked(path, read)
 
 
 def _spec(path: str) -> dict[str, Any]:
-    if "://" in path:
-        kvstore: Any = path
-    else:
-        kvstore = {"driver": "file", "path": str(Path(path).absolute())}
-    return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
-
-
-def _checked[T](path: str, call: Callable[[], T]) -> T:
-    """Runs a TensorStore call; its errors are `ValueError`s whose text starts with an absl status code."""
-    try:
-        return call()
-    except (ValueError, OSError) as error:
-        raise _translate(path, error) from error
-
-
-def _translate(path: str, error: Exception) -> JaxinfraError:
-    cause = " ".join(str(error).split(" [tensorstore_spec=")[0].split())
-    if cause.startswith(_NO_ACCESS) or isinstance(error, OSError):
-        return StorageError(f"{path}: {cause}; free some space or mend the access, then start again")
-    return DataError(f"{path}: {cause}; prepare the store again or copy it anew")
+    return {
+        "driver": "zarr3",
+        "kvstore": storage.kvstore_spec(storage.check_url(path)),
+        "fill_missing_data_reads": False,
+    }

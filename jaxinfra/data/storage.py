@@ -1,0 +1,313 @@
+"""Places that hold named objects, all through TensorStore: a folder, `s3://bucket/prefix`, `gs://bucket/prefix`.
+
+It knows nothing of what the objects are. Invariants: an object is there whole or not at all; whoever cannot
+reach the place fails within the budget for retries, in one line that names the URL; no credential is taken from
+a URL or shown in a message.
+
+Credentials come from the environment or a profile, as the tools of each cloud take them. `AWS_ENDPOINT_URL_S3`
+or `AWS_ENDPOINT_URL` and `AWS_REGION` or `AWS_DEFAULT_REGION` lead to other servers of S3's protocol;
+`TENSORSTORE_GCS_HTTP_URL` does for Google's. At most 32 requests are under way at once
+(`TENSORSTORE_S3_REQUEST_CONCURRENCY`, `TENSORSTORE_GCS_REQUEST_CONCURRENCY`).
+"""
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import tensorstore as ts
+
+from jaxinfra.errors import ConfigError, DataError, JaxinfraError, StorageError
+
+RETRY_S = 60.0
+"""How long a failing request is tried again by default: a minute of waiting between a dozen tries."""
+IN_FLIGHT_BYTES = 256 * 1024 * 1024
+"""An upload holds so much in memory, or one file if that is larger."""
+
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 8.0
+_END_BYTES = 256
+_DRIVERS = {"s3": "s3", "gs": "gcs"}
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
+# TensorStore takes these from the environment alone, and without them waits for a silent server for ever.
+_PATIENCE = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+_NO_ACCESS = (
+    "ABORTED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+)
+_NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
+_COPY_ANEW = "prepare the store again or copy it anew"
+
+
+def check_url(url: str) -> str:
+    """The URL without what does not belong to it: a slash at its end, `~`, `file://`.
+
+    Raises:
+        ConfigError: it is of no kind that is known, or has credentials or a query in it; they are not shown.
+    """
+    if "://" not in url:
+        return str(Path(url).expanduser().absolute())
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(
+            f"{shown}: the URL of a store must not have credentials, a query or a fragment in it; "
+            "give credentials by the environment or a profile"
+        )
+    if parts.scheme == "file":
+        return str(Path(parts.path).absolute())
+    if parts.scheme not in _DRIVERS or not parts.netloc:
+        raise ConfigError(f"{shown}: not a place for a store; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    return shown
+
+
+@cache
+def context(*, retry_s: float = RETRY_S, cache_bytes: int = 0) -> ts.Context:
+    """What all that is opened with the same arguments shares: a cache, and how often a request is tried again."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    waits = [min(_FIRST_WAIT_S, retry_s / 8)]
+    while sum(waits) < retry_s:
+        waits.append(min(2 * waits[-1], _LONGEST_WAIT_S))
+    retries = {
+        "max_retries": len(waits),
+        "initial_delay": f"{waits[0]}s",
+        "max_delay": f"{_LONGEST_WAIT_S}s",
+    }
+    cache_pool = {"total_bytes_limit": cache_bytes}
+    return ts.Context({"cache_pool": cache_pool, "s3_request_retries": retries, "gcs_request_retries": retries})
+
+
+def kvstore_spec(url: str) -> dict[str, Any]:
+    """How TensorStore opens a place; `url` as `check_url` gives it."""
+    if "://" not in url:
+        return {"driver": "file", "path": f"{url}/"}
+    parts = urlsplit(url)
+    path = parts.path.strip("/")
+    spec: dict[str, Any] = {
+        "driver": _DRIVERS[parts.scheme],
+        "bucket": parts.netloc,
+        "path": f"{path}/" if path else "",
+    }
+    return spec | _s3_settings() if parts.scheme == "s3" else spec
+
+
+def _s3_settings() -> dict[str, Any]:
+    """What the tools of AWS take from the environment and TensorStore does not, or not as quietly."""
+    settings: dict[str, Any] = {}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        if "@" in endpoint:
+            raise ConfigError("AWS_ENDPOINT_URL: has credentials in it; give them by AWS_ACCESS_KEY_ID or a profile")
+        settings["endpoint"] = endpoint
+        if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+            settings["aws_region"] = region
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        # Else profiles are looked for first, and that they are not there is complained of on stderr.
+        settings["aws_credentials"] = {"type": "environment"}
+    return settings
+
+
+def checked[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T:
+    """Runs a call of TensorStore or of the file system; its errors become those of this project.
+
+    Raises:
+        DataError: what was to be read is missing or damaged.
+        StorageError: the place may not or cannot be read or written.
+    """
+    try:
+        return call()
+    except (ValueError, OSError) as error:
+        raise _translate(where, error, writing) from None
+
+
+class Storage:
+    """One place; safe to use from many threads."""
+
+    def __init__(self, url: str | Path, *, retry_s: float = RETRY_S):
+        """Looks at the URL; nothing is asked of the place itself.
+
+        Args:
+            url: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`.
+            retry_s: how long a failing request is tried again, about.
+
+        Raises:
+            ConfigError: the URL is of no kind that is known, or has credentials in it.
+        """
+        self.url = check_url(str(url))
+        spec = kvstore_spec(self.url)
+        try:
+            self._objects = ts.KvStore.open(spec, context=context(retry_s=retry_s)).result()
+        except ValueError as error:
+            raise ConfigError(f"{self.url}: {error}; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
+
+    def where(self, name: str) -> str:
+        """The URL of an object: for messages, and for arrays."""
+        return f"{self.url}/{name}"
+
+    def child(self, name: str) -> "Storage":
+        """The place of that name below this one."""
+        child = object.__new__(Storage)
+        child.url = self.where(name)
+        child._objects = self._objects.copy()
+        child._objects.path = f"{self._objects.path}{name}/"
+        return child
+
+    def read(self, name: str) -> bytes:
+        """A whole object.
+
+        Raises:
+            DataError: it is missing.
+            StorageError: the place cannot be read.
+        """
+        found = checked(self.where(name), self._objects.read(name).result)
+        if found.state != "value":
+            self._listed(name)
+            raise DataError(f"{self.where(name)}: missing; {_COPY_ANEW}")
+        return found.value
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of that name.
+
+        Raises:
+            StorageError: the place cannot be read, or the server says that there is no such bucket.
+        """
+        found = checked(self.where(name), self._objects.read(name, byte_range=slice(0, 0)).result)
+        return found.state == "value" or self._listed(name)
+
+    def names(self) -> list[str]:
+        """All objects at and below this place, by their names relative to it, sorted."""
+        return sorted(name.decode() for name in checked(self.url, self._objects.list().result))
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Looks whether objects are there and as long as they should be; of each, one byte is read.
+
+        Args:
+            sizes: bytes that each should have.
+
+        Raises:
+            DataError: one is missing, shorter or longer.
+            StorageError: the place cannot be read.
+        """
+        for end in [self._end(name, size, 1) for name, size in sizes.items()]:
+            end.read()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes an object: who reads it finds all of it or, as before, nothing of it.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        checked(self.where(name), self._objects.write(name, content).result, writing=True)
+
+    def delete(self, name: str) -> None:
+        """Removes an object, if there is one."""
+        checked(self.where(name), self._objects.write(name, None).result, writing=True)
+
+    def upload(self, folder: Path, *, last: Sequence[str] = ()) -> None:
+        """Copies all files of a local folder, many at once, and looks whether each has arrived.
+
+        Args:
+            folder: files are named relative to it.
+            last: names that are written when all others have arrived, in this order: who sees them sees all.
+
+        Raises:
+            StorageError: a file cannot be read or written, or is not there after it was written.
+        """
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        self._send(folder, [name for name in names if name not in last])
+        for name in last:
+            self._send(folder, [name])
+
+    def _listed(self, name: str) -> bool:
+        """Whether a listing has the name; that there is no such bucket, S3 says in a listing alone."""
+        alone = ts.KvStore.KeyRange(name, f"{name}\0")
+        return bool(checked(self.where(name), self._objects.list(alone).result))
+
+    def _send(self, folder: Path, names: Sequence[str]) -> None:
+        writes: deque[tuple[str, int, ts.Future]] = deque()
+        in_flight_bytes = 0
+        ends: dict[str, tuple[int, bytes]] = {}
+        for name in names:
+            content = checked(str(folder / name), (folder / name).read_bytes, writing=True)
+            ends[name] = (len(content), content[-_END_BYTES:])
+            in_flight_bytes += len(content)
+            while writes and in_flight_bytes > IN_FLIGHT_BYTES:
+                written, size_bytes, future = writes.popleft()
+                checked(self.where(written), future.result, writing=True)
+                in_flight_bytes -= size_bytes
+            writes.append((name, len(content), self._objects.write(name, content)))
+        for name, _, future in writes:
+            checked(self.where(name), future.result, writing=True)
+        for name, end in [(name, self._end(name, size, _END_BYTES)) for name, (size, _) in ends.items()]:
+            try:
+                arrived = end.read() == ends[name][1]
+            except DataError:
+                arrived = False
+            if not arrived:
+                raise StorageError(
+                    f"{self.where(name)}: is not what was written a moment ago; nothing was made of it: try again, "
+                    "and see who else writes there"
+                )
+
+    def _end(self, name: str, size_bytes: int, at_most: int) -> "_End":
+        start = max(0, size_bytes - at_most)
+        read = self._objects.read(name, byte_range=slice(start, None) if start else None)
+        return _End(where=self.where(name), size_bytes=size_bytes, end_bytes=size_bytes - start, future=read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """The last bytes of an object, which were asked for: there are as many as asked if it is as long as thought."""
+
+    where: str
+    size_bytes: int
+    end_bytes: int
+    future: ts.Future
+
+    def read(self) -> bytes:
+        found = checked(self.where, self.future.result)
+        if found.state != "value":
+            raise DataError(f"{self.where}: missing; {_COPY_ANEW}")
+        if len(found.value) != self.end_bytes:
+            longer = len(found.value) - self.end_bytes
+            raise DataError(f"{self.where}: {self.size_bytes + longer} bytes, not {self.size_bytes}; {_COPY_ANEW}")
+        return found.value
+
+
+def _translate(where: str, error: Exception, writing: bool) -> JaxinfraError:
+    """Errors of TensorStore start with an absl status code; notes in brackets follow, of the server's answer, too."""
+    text = " ".join(str(error).split())
+    cause = text.split(" [")[0]
+    for name in _SECRETS:
+        if secret := os.environ.get(name):
+            cause = cause.replace(secret, f"${name}")
+    code = text.partition("[http_response_code='")[2].partition("'")[0]
+    no_object = code == "404" and not _NO_BUCKET.search(cause)
+    refused = code and not no_object and code != "416"
+    if not (writing or refused or cause.startswith(_NO_ACCESS) or isinstance(error, OSError)):
+        return DataError(f"{where}: {cause}; {_COPY_ANEW}")
+    return StorageError(f"{where}: {cause}; {_way_out(where, cause)}")
+
+
+def _way_out(where: str, cause: str) -> str:
+    if "://" not in where:
+        return "free some space or mend the access, then start again"
+    if _NO_BUCKET.search(cause):
+        return "make the bucket or mend the URL"
+    if cause.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED", "INTERNAL")):
+        return "give credentials that are allowed this, by the environment or a profile"
+    return "start again when it answers"

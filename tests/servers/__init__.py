@@ -1,0 +1,1 @@
+"""Servers that tests talk to on loopback: S3, Google Cloud Storage, and faults in front of either."""
