@@ -19,12 +19,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import isfinite, lcm
 
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, stream_seed
+from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, steps_together, stream_seed
 
 BLOCK = 64
 """Samples that are shuffled among themselves; no more, so that a batch has about its share of every source."""
@@ -112,6 +113,7 @@ class Mixing:
         self._seed_S = np.array([stream_seed(seed, source) for source in range(len(lengths))], np.uint64)
         self._block_seed = stream_seed(seed, -1)
         self._global_batch, self._curriculum = global_batch, curriculum
+        self._together = lru_cache(maxsize=16)(self._worked_out)
         self._starts = [stage.start_step for stage in stages]
         self._shares = [_Shares(stage.weights) for stage in stages]
         self._before = [[0] * len(lengths)]  # samples of each source before each stage
@@ -120,21 +122,36 @@ class Mixing:
             self._before.append([a + b for a, b in zip(self._before[-1], read, strict=True)])
 
     def ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each of these rows of a step's batch, and its sample there: int64[R] both.
+        """The source of each of these rows of a step's batch, and its sample there: int64[R] both, not to be written.
+
+        Steps that follow one another are worked out together, as in `sample_ids`.
 
         Raises:
             ValueError: the step is negative, or has samples beyond 2**63.
         """
-        before, source_M, skip = self._blocks(step)
+        i = self._stage(step)
+        steps = steps_together(self._global_batch)
+        first = step - (step - self._starts[i]) % steps
+        source_TB, sample_TB = self._together(first, min([first + steps, *self._starts[i + 1 : i + 2]]) - first)
+        return source_TB[step - first, rows], sample_TB[step - first, rows]
+
+    def _worked_out(self, first: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and samples of some steps of one stage: int64[steps, global_batch] both."""
+        before, source_M, skip = self._blocks(first, steps)
         by_source = np.argsort(source_M, kind="stable")
         count_S = np.bincount(source_M, minlength=len(before))
         number_M = np.empty(len(source_M), np.int64)
         number_M[by_source] = np.arange(len(source_M)) - np.repeat(np.cumsum(count_S) - count_S, count_S)
         number_M += np.array(before)[source_M]
-        batch = slice(skip, skip + self._global_batch)
-        source_R, number_R = source_M[batch][rows], number_M[batch][rows]
-        size_R, seed_R = self._length_S[source_R], self._seed_S[source_R]
-        return source_R, reshuffled(number_R, size=size_R, seed=seed_R, curriculum=self._curriculum)
+        shape = steps, self._global_batch
+        batches = slice(skip, skip + steps * self._global_batch)
+        source_N, number_N = source_M[batches], number_M[batches]
+        size_N, seed_N = self._length_S[source_N], self._seed_S[source_N]
+        sample_N = reshuffled(number_N, size=size_N, seed=seed_N, curriculum=self._curriculum)
+        found = source_N.reshape(shape), sample_N.reshape(shape)
+        for array in found:
+            array.flags.writeable = False
+        return found
 
     def counts(self, step: int) -> list[int]:
         """How many samples of each source are read before a step.
@@ -142,25 +159,31 @@ class Mixing:
         Raises:
             ValueError: as `ids`.
         """
-        before, source_M, skip = self._blocks(step)
+        before, source_M, skip = self._blocks(step, 1)
         return [
             a + b for a, b in zip(before, np.bincount(source_M[:skip], minlength=len(before)).tolist(), strict=True)
         ]
 
-    def _blocks(self, step: int) -> tuple[list[int], np.ndarray, int]:
-        """The blocks that hold a step's batch.
+    def _stage(self, step: int) -> int:
+        if step < 0:
+            raise ValueError(f"step={step}: expected 0 or more")
+        return bisect_right(self._starts, step) - 1
+
+    def _blocks(self, step: int, steps: int) -> tuple[list[int], np.ndarray, int]:
+        """The blocks that hold the batches of some steps of one stage.
 
         Returns:
             how many samples of each source come before them, the source of each of their samples, and how many of
-            those come before the batch.
+            those come before the batches.
         """
-        if step < 0 or (step + 1) * self._global_batch >= 2**63 - BLOCK:
-            raise ValueError(f"step={step}: expected 0 or more, and samples that can be numbered in 63 bits")
-        i = bisect_right(self._starts, step) - 1
+        samples = steps * self._global_batch
+        if step * self._global_batch + samples >= 2**63 - BLOCK:
+            raise ValueError(f"step={step}: expected samples that can be numbered in 63 bits")
+        i = self._stage(step)
         start = self._starts[i] * self._global_batch
         first = step * self._global_batch - start
         skip = first % BLOCK
-        edges = list(range(first - skip, first + self._global_batch + BLOCK, BLOCK))
+        edges = list(range(first - skip, first + samples + BLOCK, BLOCK))
         if i + 1 < len(self._starts):  # the last block of a stage ends with it
             edges[-1] = min(edges[-1], self._starts[i + 1] * self._global_batch - start)
         count_ES = [self._shares[i].counts(edge) for edge in edges]

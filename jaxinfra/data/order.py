@@ -11,6 +11,7 @@ for tiny n it is the order of n hashes. It is made for shuffling, not for secret
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,8 @@ _ROUNDS = 8  # even: the halves have their own widths again at the end
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
 _TINY = 64  # up to here the walk would be long, and hashes are sorted instead
 _MAX_BUCKETS = 2**14
+_TOGETHER = 1024
+"""Samples that are worked out at once; arrays of a few thousand stay in the cache of a core."""
 MAX_SIZE = 2**48
 """Samples of a source that can be told apart."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
@@ -50,16 +53,20 @@ class Curriculum:
             yield Problem(fields=("epochs",), message="must be at least 1", fix="use epochs=1")
 
 
-def sample_ids(step: int, *, global_batch: int, windows: int, seed: int) -> np.ndarray:
-    """The windows that make up the global batch of a step, int64[global_batch].
+def sample_ids(
+    step: int, *, global_batch: int, windows: int, seed: int, curriculum: Curriculum | None = None
+) -> np.ndarray:
+    """The windows that make up the global batch of a step, int64[global_batch], not to be written to.
 
-    A batch may run over the end of an epoch, and may hold several epochs of a small data set.
+    A batch may run over the end of an epoch, and may hold several epochs of a small data set. Steps that follow one
+    another are worked out together: of one by itself, NumPy's calls would cost more than its numbers.
 
     Args:
         step: number of the step, from 0.
         global_batch: rows of the batch over all processes.
         windows: how many windows there are, 1 to 2**48.
         seed: any integer.
+        curriculum: how the first epochs go.
 
     Raises:
         ValueError: an argument is out of range.
@@ -69,11 +76,26 @@ def sample_ids(step: int, *, global_batch: int, windows: int, seed: int) -> np.n
             f"step={step}, global_batch={global_batch}, windows={windows}: "
             "expected step >= 0, global_batch >= 1 and 1 to 2**48 windows"
         )
-    first = step * global_batch
-    if first + global_batch >= 2**63:
-        raise ValueError(f"step={step}: sample number {first} does not fit in 63 bits")
-    running = np.arange(first, first + global_batch, dtype=np.uint64)
-    return reshuffled(running, size=windows, seed=seed)
+    steps = steps_together(global_batch)
+    if (step + steps) * global_batch >= 2**63:
+        raise ValueError(f"step={step}: its samples cannot be numbered in 63 bits")
+    return _steps(step // steps * steps, steps, global_batch, windows, seed, curriculum)[step % steps]
+
+
+def steps_together(global_batch: int) -> int:
+    """How many steps are worked out together."""
+    return max(1, _TOGETHER // global_batch)
+
+
+@lru_cache(maxsize=16)
+def _steps(
+    first: int, steps: int, global_batch: int, windows: int, seed: int, curriculum: Curriculum | None
+) -> np.ndarray:
+    """The windows of some steps: int64[steps, global_batch]."""
+    running = np.arange(first * global_batch, (first + steps) * global_batch, dtype=np.uint64)
+    ids = reshuffled(running, size=windows, seed=seed, curriculum=curriculum).reshape(steps, global_batch)
+    ids.flags.writeable = False
+    return ids
 
 
 def reshuffled(
