@@ -6,6 +6,7 @@ Every document is a function of the seed and its number alone, so any range of t
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jaxinfra.config import Problem
 from jaxinfra.data.records.files import File, cut
@@ -57,10 +58,11 @@ class Synthetic:
         word = rng.randrange(self.vocabulary)
         for _ in range(rng.randint((self.words + 1) // 2, self.words + self.words // 2)):
             words.append(_spelled(word, syllables))
-            follower = rng.choice(_FOLLOWERS)
-            word = (
-                (word * 7 + follower * follower * 31) % self.vocabulary if follower else rng.randrange(self.vocabulary)
-            )
+            follower = _FOLLOWERS[int(rng.random() * len(_FOLLOWERS))]
+            if follower:
+                word = (7 * word + 31 * follower**2) % self.vocabulary
+            else:
+                word = rng.randrange(self.vocabulary)
         sentences = (words[start : start + _WORDS_A_SENTENCE] for start in range(0, len(words), _WORDS_A_SENTENCE))
         return "\n".join(" ".join(sentence) + "." for sentence in sentences) + "\n"
 
@@ -72,6 +74,7 @@ class Synthetic:
         return count
 
 
+@lru_cache(maxsize=1 << 16)
 def _spelled(word: int, syllables: int) -> str:
     spelled = ""
     for _ in range(syllables):
