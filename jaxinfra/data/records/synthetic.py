@@ -54,15 +54,12 @@ class Synthetic:
 
     def _document(self, number: int) -> str:
         rng = random.Random(f"{self.seed}:{number}")
-        words, syllables = [], self._syllables()
-        word = rng.randrange(self.vocabulary)
+        words, syllables, size = [], self._syllables(), self.vocabulary
+        word = rng.randrange(size)
         for _ in range(rng.randint((self.words + 1) // 2, self.words + self.words // 2)):
             words.append(_spelled(word, syllables))
             follower = _FOLLOWERS[int(rng.random() * len(_FOLLOWERS))]
-            if follower:
-                word = (7 * word + 31 * follower**2) % self.vocabulary
-            else:
-                word = rng.randrange(self.vocabulary)
+            word = (7 * word + 31 * follower**2) % size if follower else rng.randrange(size)
         sentences = (words[start : start + _WORDS_A_SENTENCE] for start in range(0, len(words), _WORDS_A_SENTENCE))
         return "\n".join(" ".join(sentence) + "." for sentence in sentences) + "\n"
 
