@@ -1,8 +1,9 @@
 """What every tokenizer offers, and what all kinds of them share: a hash, pickling, the file that they are kept in."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -26,6 +27,7 @@ class Tokenizer(ABC):
         end_of_document: the special token that ends documents.
         eot_id: its id.
         vocab_size: one more than the largest token id.
+        special: ids of the special tokens by their text.
     """
 
     kind: ClassVar[str]
@@ -35,6 +37,7 @@ class Tokenizer(ABC):
     end_of_document: str
     eot_id: int
     vocab_size: int
+    special: Mapping[str, int]
 
     @classmethod
     @abstractmethod
@@ -46,16 +49,48 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without an end of document; never a special token, whatever the text spells."""
+    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
+        """Token ids of each text, without ends of documents; never a special token, whatever a text spells.
 
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, as `encode` gives them."""
+        Args:
+            texts: each a document, or a part of one between special tokens.
+            inner: whether something comes before them in their documents: where a vocabulary puts a space before a
+                document, it puts none before these.
+        """
 
-    @abstractmethod
+    def encode(self, text: str, *, inner: bool = False) -> list[int]:
+        """Token ids of one text, as `encode_batch` gives them."""
+        return self.encode_batch([text], inner=inner)[0]
+
     def encode_control(self, text: str) -> list[int]:
         """Token ids of the text of a template: special tokens that are spelt in it become those tokens."""
+        ids: list[int] = []
+        for part in self.split(text):
+            ids += [part] if isinstance(part, int) else self.encode(part, inner=bool(ids))
+        return ids
+
+    def encode_located(self, text: str, *, inner: bool = False) -> tuple[list[int], np.ndarray]:
+        """Token ids of a text, and which of its bytes each stands for: from the first on, to before the second.
+
+        Returns:
+            The ids as `encode` gives them, and the bytes, int64[N, 2]. A token for a part of a character may get the
+            whole of it.
+        """
+        ids = self.encode(text, inner=inner)
+        ends_N = np.cumsum(self._byte_lengths_V[ids], dtype=np.int64)
+        if len(ids) and ends_N[-1] != len(text.encode()):
+            return ids, self._located(text, inner=inner)
+        return ids, np.stack([np.concatenate([[0], ends_N[:-1]])[: len(ids)], ends_N], axis=1)
+
+    def split(self, text: str) -> list[str | int]:
+        """The text of a template, cut at the special tokens that it spells, which are given as their ids."""
+        parts, start = [], 0
+        for found in self._spelt.finditer(text):
+            if found.start() > start:
+                parts.append(text[start : found.start()])
+            parts.append(self.special[found[0] if found[0] in self.special else found[0].strip()])
+            start = found.end()
+        return [*parts, text[start:]] if start < len(text) else parts
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -68,6 +103,19 @@ class Tokenizer(ABC):
         The lengths of the ids of a text sum to its bytes where the vocabulary is one of bytes (byte-level BPE,
         tiktoken, bytes) or falls back to them and rewrites nothing. One that puts a space before every text counts it.
         """
+
+    def _located(self, text: str, *, inner: bool) -> np.ndarray:
+        """As `encode_located`, from the library: for vocabularies that rewrite texts."""
+        raise AssertionError(f"{self.kind} has tokens of other bytes than those of the text")
+
+    @cached_property
+    def _byte_lengths_V(self) -> np.ndarray:
+        return self.byte_lengths()
+
+    @cached_property
+    def _spelt(self) -> re.Pattern[str]:
+        """Finds special tokens in the text of a template, the longest one that fits."""
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
 
     @cached_property
     def sha256(self) -> str:
@@ -90,6 +138,13 @@ def no_end(name: str, end_of_document: str, special: Iterable[str]) -> ConfigErr
         f"end_of_document={end_of_document}: {name} has no such token; "
         f"name the one that ends its documents{f', of {some}' if found else ''}"
     )
+
+
+def bytes_before(text: str) -> np.ndarray:
+    """Bytes of UTF-8 before each character of a text, and of all: int64[characters + 1]."""
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def common_problems(path: str | None, end_of_document: str) -> Iterable[Problem]:

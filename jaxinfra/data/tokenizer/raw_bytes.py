@@ -1,6 +1,5 @@
 """The vocabulary of the 256 bytes and one token more, which ends documents: nothing is learned, nothing is unknown."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -40,6 +39,7 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, end_of_document: str):
         self.end_of_document = end_of_document
+        self.special = {end_of_document: self.eot_id}
 
     @classmethod
     def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
@@ -48,18 +48,9 @@ class ByteTokenizer(Tokenizer):
             raise ConfigError(f"{name}: is not the description of the vocabulary of bytes; copy it anew")
         return cls(end_of_document)
 
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        return list(text.encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
         """See `Tokenizer`."""
         return [list(text.encode()) for text in texts]
-
-    def encode_control(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        parts = re.split(f"({re.escape(self.end_of_document)})", text)
-        return [i for part in parts for i in ([self.eot_id] if part == self.end_of_document else part.encode())]
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""

@@ -8,6 +8,7 @@ written into the content as their type.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -81,9 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eot_id = processor.piece_to_id(end_of_document)
         self._processor = processor
         control = [index for index in range(self.vocab_size) if processor.is_control(index)]
-        self._special: dict[str, int] = {processor.id_to_piece(index): index for index in control}
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._spelt = re.compile("|".join(map(re.escape, longest_first)))
+        self.special = {processor.id_to_piece(index): index for index in control}
 
     @classmethod
     def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
@@ -97,23 +96,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise no_end(name, end_of_document, ())
         return cls(content, processor, end_of_document)
 
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        return self._processor.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
         """See `Tokenizer`; runs on all cores."""
-        return self._processor.encode(list(texts), num_threads=-1)
-
-    def encode_control(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        ids, start = [], 0
-        for found in self._spelt.finditer(text):
-            if found.start() > start:
-                ids += self.encode(text[start : found.start()])
-            ids.append(self._special[found[0]])
-            start = found.end()
-        return ids + self.encode(text[start:]) if start < len(text) else ids
+        processor = self._inner if inner else self._processor
+        return processor.encode(list(texts), num_threads=-1 if len(texts) > 1 else 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
@@ -130,11 +116,27 @@ class SentencePieceTokenizer(Tokenizer):
                 lengths[index] = len(processor.id_to_piece(index).replace(_SPACE, " ").encode())
         return lengths
 
+    def _located(self, text: str, *, inner: bool) -> np.ndarray:
+        processor = self._inner if inner else self._processor
+        serialized = processor.encode(text, out_type="serialized_proto")
+        found = _library().sentencepiece_pb2.SentencePieceText.FromString(serialized)
+        return np.array([(piece.begin, piece.end) for piece in found.pieces], np.int64)
+
+    @cached_property
+    def _inner(self) -> Any:
+        """The processor that puts no space before a text."""
+        model = _parse(self.content, self.file_name)
+        if not model.normalizer_spec.add_dummy_prefix:
+            return self._processor
+        model.normalizer_spec.add_dummy_prefix = False
+        return _library().SentencePieceProcessor(model_proto=model.SerializeToString())
+
 
 def _library() -> Any:
     try:
         import sentencepiece
         import sentencepiece.sentencepiece_model_pb2
+        import sentencepiece.sentencepiece_pb2
     except ImportError as error:
         raise ConfigError(
             "tokenizer=sentence_piece_model: needs sentencepiece, which is not installed; "

@@ -113,6 +113,7 @@ class TiktokenTokenizer(Tokenizer):
         self.content = content
         self.end_of_document = end_of_document
         self.eot_id = special[end_of_document]
+        self.special = special
         self.vocab_size = encoding.max_token_value + 1
         self._encoding = encoding
         self._bytes: dict[int, bytes] = {rank: token for token, rank in encoding._mergeable_ranks.items()}
@@ -140,21 +141,16 @@ class TiktokenTokenizer(Tokenizer):
             raise ConfigError(f"{name}: tiktoken refuses it ({one_line(error)}); check pattern and ranks") from None
         return cls(content, encoding, special, end_of_document)
 
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
+    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
+        """See `Tokenizer`; runs on all cores and releases the GIL."""
+        if len(texts) == 1 or any(len(text) > LONGEST_GAP for text in texts):
+            return [self._encode(text) for text in texts]
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def _encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_GAP:
             return self._encoding.encode_ordinary(text)
         return [index for part in _parts(text) for index in self._encoding.encode_ordinary(part)]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `Tokenizer`; runs on all cores and releases the GIL."""
-        if any(len(text) > LONGEST_GAP for text in texts):
-            return [self.encode(text) for text in texts]
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
-
-    def encode_control(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        return self._encoding.encode(text, allowed_special="all")
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""

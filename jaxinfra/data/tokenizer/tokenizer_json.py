@@ -5,6 +5,7 @@ the bytes that each token stands for.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxinfra.config import Problem
-from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end
+from jaxinfra.data.tokenizer.base import Tokenizer, bytes_before, common_problems, no_end
 from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
@@ -105,8 +106,8 @@ class JsonTokenizer(Tokenizer):
         self.end_of_document = end_of_document
         self._backend = _backend(content, name)
         self._backend.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
-        added = self._backend.get_added_tokens_decoder()
-        self._special = {index: token.content for index, token in added.items() if token.special}
+        self._added = self._backend.get_added_tokens_decoder()
+        self.special = {token.content: index for index, token in self._added.items() if token.special}
         self._respelt = self._respell()
         self.eot_id = _end_id(self._backend, end_of_document, name)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -116,18 +117,11 @@ class JsonTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return cls(content, end_of_document, name)
 
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        return self._ordinary(self._backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
         """See `Tokenizer`; runs on all cores and releases the GIL."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self._inner if inner else self._backend
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._ordinary(encoding.ids) for encoding in encodings]
-
-    def encode_control(self, text: str) -> list[int]:
-        """See `Tokenizer`."""
-        return self._control_backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
@@ -135,7 +129,7 @@ class JsonTokenizer(Tokenizer):
 
     def byte_lengths(self) -> np.ndarray:
         """See `Tokenizer`."""
-        steps = _steps(self._backend.decoder)
+        steps = _steps(self._backend.decoder, "decoders")
         byte_level = "ByteLevel" in steps
         byte_fallback = "ByteFallback" in steps
         spaces = "Metaspace" in steps or any(_is_space(step) for step in steps.values())
@@ -149,13 +143,40 @@ class JsonTokenizer(Tokenizer):
                 lengths[index] = len(token.replace(_SPACE, " ").encode())
             else:
                 lengths[index] = len(self.decode([index]).encode())
-        for index, added in self._backend.get_added_tokens_decoder().items():
+        for index, added in self._added.items():
             lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
 
+    def _located(self, text: str, *, inner: bool) -> np.ndarray:
+        encoding = (self._inner if inner else self._backend).encode(text, add_special_tokens=False)
+        times = [len(self._respelt.get(index, (index,))) for index in encoding.ids]
+        return np.repeat(bytes_before(text)[np.array(encoding.offsets)], times, axis=0)
+
     @cached_property
-    def _control_backend(self) -> Backend:
-        return _backend(self.content, self.file_name)
+    def _inner(self) -> Backend:
+        """The backend for texts that do not begin a document."""
+        steps = _steps(self._backend.pre_tokenizer, "pretokenizers")
+        if steps.get("Metaspace", {}).get("prepend_scheme") != "first":
+            return self._backend
+        tree = json.loads(self.content)
+        for step in tree["pre_tokenizer"].get("pretokenizers", [tree["pre_tokenizer"]]):
+            if step["type"] == "Metaspace":
+                step["prepend_scheme"] = "never"
+        inner = Backend.from_str(json.dumps(tree))
+        inner.encode_special_tokens = True
+        return inner
+
+    @cached_property
+    def _spelt(self) -> re.Pattern[str]:
+        spelt = sorted(
+            (token for token in self._added.values() if token.special), key=lambda token: -len(token.content)
+        )
+        return re.compile(
+            "|".join(
+                (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+                for token in spelt
+            )
+        )
 
     def _ordinary(self, ids: list[int]) -> list[int]:
         if self._respelt and not self._respelt.keys().isdisjoint(ids):
@@ -167,7 +188,7 @@ class JsonTokenizer(Tokenizer):
 
         The token for what is unknown is not spelt by a text, but stands for what cannot be.
         """
-        spelt = {index: text for index, text in self._special.items() if index in _ids(self._backend, text)}
+        spelt = {index: text for text, index in self.special.items() if index in _ids(self._backend, text)}
         if spelt:
             model = json.loads(self.content)["model"]
             spelt.pop(model.get("unk_id", self._backend.token_to_id(model.get("unk_token") or "")), None)
@@ -207,12 +228,12 @@ def _ids(backend: Backend, text: str) -> list[int]:
     return [token.id for token in backend.model.tokenize(text)]
 
 
-def _steps(decoder: Any) -> dict[str, dict[str, Any]]:
-    """The parts of a decoder by their type."""
-    if decoder is None:
+def _steps(part: Any, parts: str) -> dict[str, dict[str, Any]]:
+    """The steps of a decoder or of a pre-tokenizer by their type; a sequence of them has them as `parts`."""
+    if part is None:
         return {}
-    tree = json.loads(decoder.__getstate__())
-    return {step["type"]: step for step in tree.get("decoders", [tree])}
+    tree = json.loads(part.__getstate__())
+    return {step["type"]: step for step in tree.get(parts, [tree])}
 
 
 def _is_space(step: dict[str, Any]) -> bool:
