@@ -1,4 +1,4 @@
-"""Stores of objects for tests: one server of each kind for all tests of a process, started when first asked for."""
+"""Stores of objects and brokers, one of each kind for all tests of a process, started when first asked for."""
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.servers import gcs as google
-from tests.servers import seaweed
+from tests.servers import kafka, seaweed
 from tests.servers.proxy import Faults, faulty
 
 BUCKET = "bucket-of-tests"
@@ -115,3 +115,9 @@ def _led_to(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
     server.faults.clear()
     yield server
     server.faults.clear()
+
+
+@pytest.fixture(scope="session")
+def kafka_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with kafka.brokers(tmp_path_factory.mktemp("kafka")) as servers:
+        yield servers
