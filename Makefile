@@ -32,7 +32,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample; under 5 minutes
-	$(LAUNCH) prepare configs/quickstart.py
+	$(LAUNCH) data prepare configs/data/python_stdlib.py
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120
 

@@ -1,6 +1,6 @@
 """The yardstick of `python -m launch bench step`: 4,096 tokens a step through a small Llama, in float32."""
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Constant
@@ -13,7 +13,12 @@ def config() -> Run:
     return Run(
         name="bench-small",
         model=TransformerConfig(vocab_size=8192, layers=4, width=256, heads=8, mlp_dim=1024, norm_eps=1e-6),
-        data=TokenData(store="stores/python-stdlib-8k", seq_len=256, mask_documents=False),
+        data=TokenData(
+            store="stores/python-stdlib-8k",
+            recipe="configs/data/python_stdlib_8k.py",
+            seq_len=256,
+            mask_documents=False,
+        ),
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Constant(), peak_lr=3e-4, clip_norm=None),
         train=TrainConfig(steps=100, global_batch=16, eval_every=None),

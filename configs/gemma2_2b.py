@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import WSD
@@ -18,9 +17,7 @@ def config() -> Run:
         model=replace(shape("gemma-2-2b"), remat="full"),
         data=TokenData(
             store="stores/text-gemma2",
-            corpus=Corpus(
-                root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/gemma2.json", end_of_document="<eos>"
-            ),
+            recipe="configs/data/text_gemma2.py",
             seq_len=8192,
         ),
         mesh=MeshConfig(fsdp=8, tensor=2),

@@ -1,7 +1,6 @@
 """GPT-2 124M on one machine of eight GPUs."""
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import WSD
@@ -16,7 +15,7 @@ def config() -> Run:
         model=shape("gpt2"),
         data=TokenData(
             store="stores/text-gpt2",
-            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/gpt2.json"),
+            recipe="configs/data/text_gpt2.py",
             seq_len=1024,
         ),
         mesh=MeshConfig(fsdp=8),

@@ -5,8 +5,7 @@ Sharded inside a slice; between the slices gradients meet once a step.
 
 from dataclasses import replace
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Cosine
@@ -21,12 +20,7 @@ def config() -> Run:
         model=replace(shape("llama-3.1-70b"), remat="full"),
         data=TokenData(
             store="stores/text-llama3",
-            corpus=Corpus(
-                root="corpora/text",
-                pattern="**/*.txt",
-                tokenizer="tokenizers/llama3.json",
-                end_of_document="<|end_of_text|>",
-            ),
+            recipe="configs/data/text_llama3.py",
             seq_len=8192,
         ),
         mesh=MeshConfig(replica=2, fsdp=32, tensor=4),

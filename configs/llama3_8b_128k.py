@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Cosine
@@ -19,12 +18,7 @@ def config() -> Run:
         model=replace(shape("llama-3.1-8b"), remat="full", context_attention="gather"),
         data=TokenData(
             store="stores/text-llama3",
-            corpus=Corpus(
-                root="corpora/text",
-                pattern="**/*.txt",
-                tokenizer="tokenizers/llama3.json",
-                end_of_document="<|end_of_text|>",
-            ),
+            recipe="configs/data/text_llama3.py",
             seq_len=131072,
         ),
         mesh=MeshConfig(fsdp=16, context=4),

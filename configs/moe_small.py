@@ -3,8 +3,7 @@
 A token's multiplications are those of the quickstart, from twice the parameters. Experts are kept even by biases.
 """
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import Muon, Optim
@@ -25,7 +24,7 @@ def config() -> Run:
             qk_norm=True,
             experts=Experts(count=8, chosen=2, shared=1, score="sigmoid", bias_rate=1e-2, balance_loss=1e-3),
         ),
-        data=TokenData(store="stores/python-stdlib", corpus=Corpus(vocab_size=4096), seq_len=256),
+        data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
         train=TrainConfig(steps=250, global_batch=16, eval_every=125),

@@ -1,6 +1,6 @@
 """The mixture of experts of `python -m launch parity`: every dimension that a mesh can cut divides by eight."""
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim

@@ -3,8 +3,7 @@
 The corpus is the standard library of the running Python: always there, no network.
 """
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 from jaxinfra.optim.optimizers import Muon, Optim
@@ -17,7 +16,7 @@ def config() -> Run:
     return Run(
         name="quickstart",
         model=TransformerConfig(vocab_size=4096, layers=4, width=192, heads=6, mlp_dim=512, rope=Rope(), qk_norm=True),
-        data=TokenData(store="stores/python-stdlib", corpus=Corpus(vocab_size=4096), seq_len=256),
+        data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
         train=TrainConfig(steps=250, global_batch=16, eval_every=125),

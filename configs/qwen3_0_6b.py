@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import WSD
@@ -18,7 +17,7 @@ def config() -> Run:
         model=replace(shape("qwen3-0.6b"), remat="dots"),
         data=TokenData(
             store="stores/text-qwen3",
-            corpus=Corpus(root="corpora/text", pattern="**/*.txt", tokenizer="tokenizers/qwen3.json"),
+            recipe="configs/data/text_qwen3.py",
             seq_len=4096,
         ),
         mesh=MeshConfig(fsdp=8),

@@ -3,7 +3,7 @@
 The images come with scikit-learn (the extra `digits`): no network.
 """
 
-from jaxinfra.data.digits import Digits
+from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Cosine
@@ -19,7 +19,7 @@ def config() -> Run:
             image_size=8, patch=2, channels=1, classes=10, layers=4, width=64, heads=4, mlp_dim=128, dropout=0.1
         ),
         task=Classification(label_smoothing=0.1),
-        data=Digits(),
+        data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=2e-3),
         train=TrainConfig(steps=1000, global_batch=96, eval_every=250),

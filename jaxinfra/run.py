@@ -10,8 +10,9 @@ from jaxinfra.checkpoint.checkpoints import CheckpointConfig
 from jaxinfra.config import Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.contract import DataConfig
-from jaxinfra.data.digits import Digits
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.image_data import ImageData
+from jaxinfra.data.mixture import Mixture
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.transformer import TransformerConfig
@@ -44,6 +45,8 @@ NOT_NUMERIC = (
     "optim.offload",
     "task.loss_chunks",
     "data.store",
+    "data.version",
+    "data.recipe",
     "data.prefetch",
     "data.threads",
 )
@@ -112,7 +115,7 @@ class Run:
     seed: int = 0
     model: TransformerConfig | VisionTransformerConfig
     task: CausalLM | Classification = field(default_factory=CausalLM)
-    data: TokenData | Digits
+    data: TokenData | Mixture | ImageData
     precision: Precision = Precision()
     mesh: MeshConfig = MeshConfig()
     rules: Rules = Rules()
@@ -291,14 +294,14 @@ def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
     return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": COMMAND_LINE})
 
 
-def of_text(run: Run) -> tuple[TransformerConfig, TokenData]:
+def of_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture]:
     """The model and the data of a run, for what works on text alone.
 
     Raises:
         ConfigError: they are of something else.
     """
     model, data = run.model, run.data
-    if isinstance(model, TransformerConfig) and isinstance(data, TokenData):
+    if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture):
         return model, data
     raise ConfigError(f"{run.name}: its model reads {model.unit}s, this is for language models; name another run")
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.config import load, read_record
-from jaxinfra.data.store import TokenStore
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.models.decoder import Cache, Transformer
@@ -72,13 +71,7 @@ class Sampler:
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
         run = load(directory / "run.json", root=Run).run
         _, data = of_text(run)
-        store = TokenStore.open(data.store)
-        trained_on = read_record(directory / "run.json").get("data")
-        if trained_on != store.manifest.fingerprint:
-            raise ConfigError(
-                f"{directory}: was trained on a store with fingerprint {trained_on}, {data.store} has "
-                f"{store.manifest.fingerprint}: its words are others; bring the store back"
-            )
+        text = data.pinned(read_record(directory / "run.json").get("data_versions", ())).open()
         program = sampling_program(run)
         folder = directory / "checkpoints"
         if not folder.exists():
@@ -89,7 +82,7 @@ class Sampler:
                 raise CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
             subtree = "params" if run.optim.ema_decay is None else "ema"
             wanted = program.params if subtree == "params" else program.state.ema
-            return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), store.tokenizer)
+            return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), text.tokenizer)
 
     def stream(self, prompt: str, *, max_tokens: int, draw: Draw) -> Iterator[str]:
         """Yields the continuation piece by piece, as soon as a piece is whole characters.

@@ -72,6 +72,14 @@ class RunDirectory:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    def data_versions(self) -> Sequence[str]:
+        """The versions of its stores that the run was begun on; () where it is not begun, or that is lost.
+
+        Raises:
+            ConfigError: the run record is damaged.
+        """
+        return read_record(self.record).get("data_versions", ()) if self.record.exists() else ()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the directory and holds it: a second start of the run is refused as long as this one goes on.
@@ -117,7 +125,7 @@ class RunDirectory:
         if found.get("data", data.fingerprint) != data.fingerprint:
             raise ConfigError(
                 f"{self.path}: was begun on data with fingerprint {found['data']}, {data.name} has "
-                f"{data.fingerprint}; use name=ANOTHER, or bring the data back"
+                f"{data.fingerprint}; use name=ANOTHER, or the version that it was begun on"
             )
 
 
@@ -146,10 +154,10 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     run = resolved(loaded.run, len(devices))
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
-    data = program.data.open(fix=prepare_hint)
+    directory = RunDirectory(path=Path(run.root) / run.name)
+    data = program.data.pinned(directory.data_versions()).open(fix=prepare_hint)
     data.check(run.model)
     data.heldout()  # refuses data without any
-    directory = RunDirectory(path=Path(run.root) / run.name)
 
     with (
         StopRequest() as stop,
@@ -205,7 +213,8 @@ def _record(
     }
     git = git_state(Path(jaxinfra.__file__).parent)
     written = record(loaded, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
-    return {**written, "data": data.fingerprint, "derived": {n: list(v) for n, v in numbers.items()}}
+    written |= {"data": data.fingerprint, "data_versions": [*data.versions]}
+    return {**written, "derived": {n: list(v) for n, v in numbers.items()}}
 
 
 class _Session:
@@ -248,6 +257,7 @@ class _Session:
                 rows=self.rows,
                 start_step=done,
                 steps=config.train.steps - done,
+                ids=self.data.ids,
             )
             with Prefetcher(batches, self._place) as ahead:
                 hooks = Hooks(

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 from launch import emulated
@@ -19,7 +20,10 @@ COMMANDS = {
     "train": "train CONFIG, or go on from its last checkpoint (the default: the word may be left out)",
     "show": "print the resolved config and every number that follows from it; no device is touched",
     "compile": "compile the train step for hardware that is not here: memory, cycles, collectives",
-    "prepare": "make the data that CONFIG trains on",
+    "data prepare": "tokenise a corpus into a store, in parallel; goes on where it was stopped",
+    "data show": "what a store holds: counts, lengths, versions, samples",
+    "data verify": "read all of a store, and compare every block with its hash",
+    "data peek": "exactly what a process of a run is fed at a step",
     "sample": "continue a text with the newest checkpoint of a run, streamed as it is decoded",
     "diff": "compare two configs or run records",
     "parity": "compare loss and gradients on every mesh with those of one device",
@@ -32,6 +36,8 @@ examples:
   python -m launch configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
   python -m launch show configs/llama3_8b.py mesh.fsdp=64
   python -m launch compile configs/llama3_8b.py --on v5p:4x4x4
+  python -m launch data prepare configs/data/python_stdlib.py
+  python -m launch data peek configs/quickstart.py --step 1234 --rank 3 --of 8
   python -m launch sample runs/quickstart "def main("
   python -m launch runs/quickstart/run.json
 
@@ -62,8 +68,13 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--devices", metavar="PLATFORM[:N]", help="cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
     )
-    importlib.import_module(f"launch.{command}").arguments(parser)
+    module_of(command).arguments(parser)
     return parser
+
+
+def module_of(command: str) -> ModuleType:
+    """The module of a command: of its one word, or of its two."""
+    return importlib.import_module(f"launch.{command.replace(' ', '.')}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,12 +87,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or argv[0] in ("-h", "--help"):
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    command, words = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("train", argv)
-    options = command_parser(command).parse_intermixed_args(words)
+    length = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
+    if not length:
+        _require_whole(argv)
+    command = " ".join(argv[:length]) or "train"
+    options = command_parser(command).parse_intermixed_args(argv[length:])
     named = getattr(options, "config", None)
-    if argv[0] not in COMMANDS and named is not None:
+    if not length and named is not None:
         _require_config_like(named)
     return argparse.Namespace(command=command, **vars(options))
+
+
+def _require_whole(argv: Sequence[str]) -> None:
+    """Refuses the first word of commands of two words without the second."""
+    seconds = [command.split()[1] for command in COMMANDS if command.startswith(f"{argv[0]} ")]
+    if not seconds or os.path.exists(argv[0]):
+        return
+    if argv[1:2] in (["-h"], ["--help"]):
+        help_parser().print_help()
+        raise SystemExit(0)
+    given = f"{argv[0]} {argv[1]}: no such command" if argv[1:] else f"{argv[0]}: is not all of a command"
+    raise ConfigError(f"{given}; use {argv[0]} {', '.join(seconds[:-1])} or {seconds[-1]}")
 
 
 def _require_config_like(word: str) -> None:
@@ -125,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(argv)
         choose_devices(options.devices)
         keep_compiled()
-        return importlib.import_module(f"launch.{options.command}").run(options, argv)
+        return module_of(options.command).run(options, argv)
     except JaxinfraError as error:
         if debug:
             traceback.print_exc()

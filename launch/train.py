@@ -17,10 +17,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from jaxinfra.session import train
 
     command = ["python", "-m", "launch", *argv]
-    overrides = " ".join(o for o in options.overrides if o.startswith("data."))
-    hint = f"python -m launch prepare {options.config} {overrides}".strip()
     loaded = config_argument.loaded(options)
-    summary = train(loaded, command=command, prepare_hint=hint)
+    summary = train(loaded, command=command, prepare_hint=config_argument.prepare_hint(options, loaded.run))
     if summary["status"] == "finished before":
         print(f"nothing to do: all {summary['steps']} steps are done, {summary.get('checkpoint', 'saved')}")
     elif loaded.run.track.console != "off":

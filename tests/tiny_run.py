@@ -22,8 +22,7 @@ from launch.__main__ import main
 STEPS = 12
 CONFIG = """\
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Cosine
@@ -39,7 +38,7 @@ def config() -> Run:
         model=TransformerConfig(vocab_size=304, layers=2, width=32, heads=8, mlp_dim=64),
         data=TokenData(
             store={store!r},
-            corpus=Corpus(root={text!r}, pattern="*.txt", heldout_fraction=0.2, vocab_size=300),
+            recipe={recipe!r},
             seq_len=32,
         ),
         precision=Precision(compute="float32"),
@@ -47,6 +46,20 @@ def config() -> Run:
         train=TrainConfig(steps={steps}, global_batch=8, eval_every=5),
         checkpoint=CheckpointConfig(every=5),
         track=TrackConfig(log_every=1, console="plain"),
+    )
+"""
+RECIPE = """\
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TrainBpe
+
+
+def config() -> Corpus:
+    return Corpus(
+        store={store!r},
+        source=TextFiles(root={text!r}, pattern="*.txt"),
+        tokenizer=TrainBpe(vocab_size=300),
+        heldout_fraction=0.2,
     )
 """
 
@@ -62,14 +75,15 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """A config file, and the place where its runs go."""
+    """A config file, the recipe of its data, and the place where its runs go."""
 
     config: Path
+    recipe: Path
     runs: Path
 
     def launch(self, *arguments: str, command: str = "train", config: Path | None = None) -> Ended:
         """Runs a command on the config in this process."""
-        words = [] if command == "train" else [command]
+        words = [] if command == "train" else command.split()
         return launch(*words, str(config or self.config), *arguments)
 
     def start(self, *arguments: str, devices: int = 1, env: Mapping[str, str] | None = None) -> subprocess.Popen:
@@ -174,7 +188,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_text(folder / "text")
     made = _write_config(folder, folder, STEPS)
-    assert launch("prepare", str(made.config)).code == 0
+    assert launch("data", "prepare", str(made.recipe), "--workers", "1").code == 0
     return folder
 
 
@@ -185,7 +199,8 @@ def tiny(tiny_data: Path, tmp_path: Path) -> Tiny:
 
 
 def _write_config(folder: Path, data: Path, steps: int) -> Tiny:
-    runs, config = folder / "runs", folder / "tiny.py"
-    text = CONFIG.format(runs=str(runs), store=str(data / "store"), text=str(data / "text"), steps=steps)
-    config.write_text(text)
-    return Tiny(config=config, runs=runs)
+    runs, config, recipe = folder / "runs", folder / "tiny.py", folder / "recipe.py"
+    store, text = str(data / "store"), str(data / "text")
+    recipe.write_text(RECIPE.format(store=store, text=text))
+    config.write_text(CONFIG.format(runs=str(runs), store=store, recipe=str(recipe), steps=steps))
+    return Tiny(config=config, recipe=recipe, runs=runs)

@@ -1,4 +1,4 @@
-"""One-dimensional integer arrays on disk: zarr 3 through TensorStore, with the errors of this project.
+"""Integer arrays on disk that grow along their first dimension: zarr 3 through TensorStore, with our errors.
 
 Every chunk carries a CRC-32C that is checked on each read, and a chunk that is missing is an error, never
 zeros. The layout was measured with batches of 64 random windows of 1,025 tokens on two cores, chunks not in the
@@ -14,6 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxinfra.data import storage
+from jaxinfra.errors import JaxinfraError
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
@@ -26,24 +27,35 @@ def cache_context() -> ts.Context:
     return storage.context(cache_bytes=CACHE_BYTES)
 
 
-def create(path: str, dtype: np.dtype, fill_value: int) -> ts.TensorStore:
-    """Makes an empty array in a new folder; `append` grows it.
+def create(
+    path: str,
+    dtype: np.dtype,
+    fill_value: int,
+    *,
+    shape: tuple[int, ...] = (),
+    chunk: int = CHUNK,
+    shard: int = SHARD,
+) -> ts.TensorStore:
+    """Makes an empty array in a new folder; `append` grows it along its first dimension.
 
     Args:
         path: local folder or URL.
         dtype: an integer type.
-        fill_value: a value that no element has; it pads the last chunk.
+        fill_value: a value that pads the last chunk; of tokens one that none has.
+        shape: of an element; () for numbers.
+        chunk: elements that are read together.
+        shard: elements of a file, a multiple of `chunk`.
     """
     crc = {"name": "crc32c"}
     plain = {"name": "bytes", "configuration": {"endian": "little"}}
-    sharding = {"chunk_shape": [CHUNK], "codecs": [plain, crc], "index_codecs": [plain, crc]}
+    sharding = {"chunk_shape": [chunk, *shape], "codecs": [plain, crc], "index_codecs": [plain, crc]}
     spec = _spec(path) | {
         "store_data_equal_to_fill_value": True,
         "metadata": {
-            "shape": [0],
+            "shape": [0, *shape],
             "data_type": dtype.name,
             "fill_value": fill_value,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *shape]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
@@ -57,7 +69,7 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
     start = array.shape[0]
 
     def write() -> ts.TensorStore:
-        longer = array.resize(exclusive_max=[start + len(values)]).result()
+        longer = array.resize(exclusive_max=[start + len(values), *values.shape[1:]]).result()
         longer[start : start + len(values)].write(values).result()
         return longer
 
@@ -93,6 +105,36 @@ def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length
         return found.result()
 
     return storage.checked(path, read)
+
+
+def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray]:
+    """Reads `array[s : s + n]` for every start and length, all at once.
+
+    Raises:
+        DataError: a range lies outside the array, or a chunk is missing or damaged.
+        StorageError: the storage may not or cannot be read.
+    """
+
+    def read() -> list[np.ndarray]:
+        with ts.Batch() as batch:
+            futures = [array[start : start + n].read(batch=batch) for start, n in zip(starts, lengths, strict=True)]
+        return [future.result() for future in futures]
+
+    return storage.checked(path, read)
+
+
+def read_each(
+    array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]
+) -> list[np.ndarray | JaxinfraError]:
+    """As `read_ranges`, with the error of each range that cannot be read in its place."""
+    futures = [array[start : start + n].read() for start, n in zip(starts, lengths, strict=True)]
+    found: list[np.ndarray | JaxinfraError] = []
+    for future in futures:
+        try:
+            found.append(storage.checked(path, future.result))
+        except JaxinfraError as error:
+            found.append(error)
+    return found
 
 
 def _spec(path: str) -> dict[str, Any]:

@@ -10,8 +10,11 @@ They hold all tokens that they are given in memory; the limits below say how man
 import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+
+from jaxinfra.data.store import TokenStore
 
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
@@ -112,3 +115,26 @@ def xz_bits_per_byte(texts: Iterable[str]) -> float:
         packed += len(compressor.compress(content))
     packed += len(compressor.flush())
     return 8 * packed / size
+
+
+def measured(store: TokenStore) -> dict[str, dict[str, float]]:
+    """Bits per byte of both on the first held-out documents within the limit, but at least one; {} where all are empty.
+
+    The text is what the tokens decode to.
+    """
+    offsets, manifest = store.offsets("heldout"), store.manifest
+    documents = max(1, int(np.searchsorted(offsets, HELDOUT_LIMIT_TOKENS, side="right")) - 1)
+    heldout = store.read("heldout", [0], int(offsets[documents]))[0]
+    ends = offsets[: documents + 1]
+    texts = [store.tokenizer.decode(heldout[a : b - 1].tolist()) for a, b in pairwise(ends.tolist())]
+    heldout_bytes = sum(len(text.encode()) for text in texts)
+    if not heldout_bytes:
+        return {}
+    ngram = ngram_bits_per_byte(
+        store.sample("train", TRAIN_LIMIT_TOKENS),
+        heldout,
+        heldout_bytes=heldout_bytes,
+        vocab_size=manifest.words.vocab_size,
+        eot_id=manifest.words.eot_id,
+    )
+    return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}

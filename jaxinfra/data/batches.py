@@ -5,14 +5,13 @@ on by starting at its step, with any number of processes, and sees every sample 
 processes apart is only which rows of the global batch each of them reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import grain
 import numpy as np
 
 from jaxinfra.data.contract import Batch, DataConfig, Samples
-from jaxinfra.data.order import sample_ids
 
 Rows = slice | np.ndarray
 """Rows of the global batch that this process reads."""
@@ -21,7 +20,7 @@ Rows = slice | np.ndarray
 class Batches:
     """The host batches of a range of steps; iterating yields `(step, batch)`, from the start each time.
 
-    With `fixed` the samples come in their own order, once, and rows beyond the last one repeat it with `weights` of 0,
+    Without `ids` the samples come in their own order, once, and rows beyond the last one repeat it with `weights` of 0,
     so that all shapes are the same; such batches always have `weights`. It is also a random-access source: item i is
     the batch of step `start_step + i`, made without the ones before it.
     """
@@ -35,26 +34,25 @@ class Batches:
         rows: Rows,
         start_step: int,
         steps: int,
-        fixed: bool = False,
+        ids: Callable[[int, int], np.ndarray] | None,
     ):
         """Plans the batches of `start_step` to `start_step + steps - 1`; reads none yet.
 
         Args:
-            data: the config.
+            data: how far ahead to read, and by how many threads.
             samples: what to read.
             global_batch: rows of a batch over all processes.
             rows: those of them to read here.
             start_step: first step.
             steps: number of batches.
-            fixed: in the order of the samples instead of the seed's.
+            ids: the samples of a step and a global batch (see `OpenData.ids`); None takes them in their own order.
         """
         self.samples = samples
-        self._data = data
+        self._data, self._ids = data, ids
         self._global_batch = global_batch
         self._rows = np.arange(global_batch)[rows]
         self._start_step = start_step
         self._steps = steps
-        self._fixed = fixed
 
     def __len__(self) -> int:
         return self._steps
@@ -64,10 +62,9 @@ class Batches:
         if not 0 <= index < self._steps:
             raise IndexError(index)
         step = self._start_step + index
-        if self._fixed:
+        if self._ids is None:
             return step, self._fixed_batch(step)
-        ids = sample_ids(step, global_batch=self._global_batch, windows=len(self.samples), seed=self._data.seed)
-        return step, self.samples.read(ids[self._rows], weighted=False)
+        return step, self.samples.read(self._ids(step, self._global_batch)[self._rows], weighted=False)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._data.prefetch)
@@ -84,4 +81,4 @@ class Batches:
 def heldout_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> Batches:
     """All samples in their own order, the same at every evaluation (see `Batches`)."""
     steps = -(-len(samples) // global_batch)
-    return Batches(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, fixed=True)
+    return Batches(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, ids=None)

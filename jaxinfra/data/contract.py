@@ -1,13 +1,11 @@
 """What a run needs of its data, of whatever kind: a config that opens it, and samples that are read by number."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 class Samples(Protocol):
@@ -50,6 +48,25 @@ class OpenData(Protocol):
         """By score, what simple models reach on the held-out samples, by their names."""
         ...
 
+    @property
+    def versions(self) -> Sequence[str]:
+        """Fingerprints of the stores that it is read from, in the order of the config."""
+        ...
+
+    def ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, int64[global_batch]: a function of nothing but the config."""
+        ...
+
+    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
+        """Training samples in lines for people.
+
+        Args:
+            ids: of the samples.
+            first_row: number of the first of them in the global batch.
+            chars: to show of each.
+        """
+        ...
+
     def heldout(self, at_most: int | None = None) -> Samples:
         """The held-out samples, or the first of them.
 
@@ -75,11 +92,6 @@ class DataConfig(Protocol):
     """
 
     unit: ClassVar[str]
-
-    @property
-    def seed(self) -> int:
-        """Of the order of samples."""
-        ...
 
     @property
     def prefetch(self) -> int:
@@ -111,11 +123,15 @@ class DataConfig(Protocol):
         """
         ...
 
-    def prepare(self, progress: Progress) -> Sequence[str]:
-        """Makes the data if it is not there, and says what it holds, line by line.
+    def pinned(self, versions: Sequence[str]) -> Self:
+        """The config that reads these versions of its stores, where it does not name others itself.
 
-        Raises:
-            ConfigError: it cannot be made so.
-            StorageError: it cannot be read or written.
+        Args:
+            versions: as of `OpenData.versions`; () pins nothing.
         """
+        ...
+
+    @property
+    def recipes(self) -> Mapping[str, str]:
+        """Config files that make it, by the stores that they make."""
         ...

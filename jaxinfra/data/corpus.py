@@ -1,233 +1,103 @@
-"""Which text files make up a corpus, and which of them are held out.
-
-It names and reads files; it neither tokenises nor writes. Invariants: the list of files is sorted by relative
-path, and whether a file is held out depends on its relative path alone, so adding a file moves no other file
-from one split to the other.
-"""
+"""The recipe of a token store, as a config file describes it: where its text is from and what is done to it."""
 
 import hashlib
-import os
-import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.data.dedup import Dedup
+from jaxinfra.data.document import Text
+from jaxinfra.data.filters import Filters
+from jaxinfra.data.forms import AnyForm
+from jaxinfra.data.records.sources import AnySource
+from jaxinfra.data.tokenizer import AnyTokenizer, TrainBpe
 
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
+SHARD_BYTES = 16 * 1024 * 1024
 
-STDLIB = "stdlib"
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
-_GLOB = frozenset("*?[")
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Rows that whole documents are packed into (see `packing`).
+
+    Attributes:
+        seq_len: targets of a row.
+        by_length: whether a row holds documents of like length alone, for runs that begin with the short ones.
+    """
+
+    seq_len: int
+    by_length: bool = False
+
+    def problems(self) -> Iterable[Problem]:
+        """Rows hold something."""
+        if self.seq_len < 1:
+            yield Problem(fields=("seq_len",), message="must be at least 1", fix="use seq_len=1024")
+
+    @property
+    def name(self) -> str:
+        """What it is called in a store."""
+        return f"{self.seq_len}-by-length" if self.by_length else str(self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The recipe of a token store: its text, its split and its tokenizer.
+    """How a store is made.
 
     Attributes:
-        root: folder that holds the files; the word `stdlib` is the running Python's standard library.
-        pattern: which files below the root, as in `pathlib.Path.glob`.
-        min_bytes: files shorter than this are left out.
-        heldout_fraction: expected share of the files that is never trained on, above 0 and below 1.
-        vocab_size: largest vocabulary to train; unused when `tokenizer` names an existing one.
-        tokenizer: path of an existing tokenizer.json; None trains a byte-level BPE on the training files.
-        end_of_document: the special token that closes every document.
+        store: folder or URL (`s3://`, `gs://`) of the store; its versions stand in it beside one another.
+        source: where the records are.
+        form: how a record becomes a document.
+        filters: which documents are good enough.
+        dedup: which documents are left out because they repeat another; None keeps all.
+        tokenizer: what makes tokens of text.
+        heldout_fraction: expected share of the records that is never trained on, above 0 and below 1. Whether a record
+            is depends on its key alone, so that others may come and go.
+        on_bad: what a record does that cannot be read: end the work, or be left out, counted and listed.
+        packs: rows that whole documents are packed into, for runs that ask for it.
+        baselines: whether to measure how well simple models know the held-out text.
+        shard_bytes: of the source, read by a worker at a time.
+        work: folder for what is in the making, which all workers must see; None is a hidden one in the store, or in
+            the user's cache where the store is remote.
     """
 
-    root: str = STDLIB
-    pattern: str = "**/*.py"
-    min_bytes: int = 1
+    store: str
+    source: AnySource
+    form: AnyForm = Text()
+    filters: Filters = Filters()
+    dedup: Dedup | None = None
+    tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
     heldout_fraction: float = 0.05
-    vocab_size: int = 8192
-    tokenizer: str | None = None
-    end_of_document: str = "<|endoftext|>"
+    on_bad: Literal["fail", "skip"] = "fail"
+    packs: tuple[Pack, ...] = ()
+    baselines: bool = False
+    shard_bytes: int = SHARD_BYTES
+    work: str | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the recipe itself; files are looked at by `scan`."""
-        if not self.root:
-            yield Problem(fields=("root",), message="names no folder", fix=f"use root={STDLIB} or a path")
-        if not self.pattern or PurePosixPath(self.pattern).is_absolute():
-            yield Problem(
-                fields=("pattern",),
-                message="must be a pattern relative to the root",
-                fix="use pattern=**/*.py",
-            )
-        if not 0 < self.heldout_fraction < 1:
-            yield Problem(
-                fields=("heldout_fraction",),
-                message="must be above 0 and below 1: both splits are needed",
-                fix="use heldout_fraction=0.05",
-            )
-        if self.tokenizer is None and self.vocab_size < 257:
-            yield Problem(
-                fields=("vocab_size",),
-                message="a byte-level vocabulary needs 256 bytes and the end of a document",
-                fix="use vocab_size=257 or more",
-            )
-        if self.min_bytes < 0:
-            yield Problem(fields=("min_bytes",), message="must not be negative", fix="use min_bytes=0")
-        if not self.end_of_document:
-            yield Problem(
-                fields=("end_of_document",),
-                message="must not be empty",
-                fix="use end_of_document=<|endoftext|>",
-            )
+        """Yields what is wrong with the recipe itself; nothing is looked up."""
+        yield from common_problems(self.store, self.heldout_fraction, self.shard_bytes)
+        if self.packs and self.form.group > 1:
+            yield Problem(fields=("packs", "form"), message="pairs are not packed", fix="use packs=()")
+        names = [pack.name for pack in self.packs]
+        if len(set(names)) < len(names):
+            yield Problem(fields=("packs",), message="two are alike", fix="name each once")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The files that a scan found.
-
-    Attributes:
-        root: the folder that holds them.
-        files: names relative to the root, sorted, per split.
-        bytes: bytes of text per split.
-        not_utf8: files left out because they are not UTF-8.
-        fingerprint: hash of the names and contents.
-    """
-
-    root: Path
-    files: dict[Split, tuple[str, ...]]
-    bytes: dict[Split, int]
-    not_utf8: tuple[str, ...]
-    fingerprint: str
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of text in all splits."""
-        return sum(self.bytes.values())
-
-    def texts(self, names: Iterable[str]) -> Iterator[str]:
-        """Yields the text of each named file, one in memory at a time; line ends stay as they are."""
-        for name in names:
-            yield _read(self.root / name).decode()
-
-
-def root_folder(corpus: Corpus) -> Path:
-    """The folder that `corpus.root` stands for.
-
-    Raises:
-        ConfigError: there is no such folder.
-        StorageError: it may not be read.
-    """
-    if corpus.root == STDLIB:
-        return Path(sysconfig.get_path("stdlib"))
-    root = Path(corpus.root).expanduser()
-    where = f"data.corpus.root={corpus.root}"
-    try:
-        with os.scandir(root):
-            return root
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: no such folder; give the folder that holds the text") from None
-    except NotADirectoryError:
-        raise ConfigError(f"{where}: is a file; give the folder and set data.corpus.pattern") from None
-    except PermissionError:
-        raise StorageError(f"{where}: permission denied; make the folder readable") from None
-
-
-def scan(corpus: Corpus) -> Source:
-    """Reads every file of the corpus once and says what is there.
-
-    Raises:
-        ConfigError: the folder is missing, no file matches, or one of the splits would be empty.
-        StorageError: a folder or file may not be read.
-    """
-    root = root_folder(corpus)
-    files: dict[Split, list[str]] = {"train": [], "heldout": []}
-    sizes: dict[Split, int] = {"train": 0, "heldout": 0}
-    not_utf8: list[str] = []
-    digest = hashlib.blake2b(digest_size=16)
-    for name in _names(corpus, root):
-        content = _read(root / name)
-        if len(content) < corpus.min_bytes:
-            continue
-        try:
-            content.decode()
-        except UnicodeDecodeError:
-            not_utf8.append(name)
-            continue
-        split: Split = "heldout" if draw(name) < corpus.heldout_fraction else "train"
-        files[split].append(name)
-        sizes[split] += len(content)
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    _check_splits(corpus, root, files, len(not_utf8))
-    return Source(
-        root=root,
-        files={split: tuple(names) for split, names in files.items()},
-        bytes=sizes,
-        not_utf8=tuple(not_utf8),
-        fingerprint=digest.hexdigest(),
-    )
-
-
-def _names(corpus: Corpus, root: Path) -> list[str]:
-    """Sorted relative names of the files that match; a folder that may not be listed is an error."""
-    parts = PurePosixPath(corpus.pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if _GLOB & set(part)), len(parts) - 1)
-    folders = os.walk(root.joinpath(*parts[:fixed]), onerror=_raise_unreadable)
-    if "**" in parts:
-        for _ in folders:  # `glob` passes over folders that it may not list
-            pass
-    else:
-        next(folders, None)
-    found = (path for path in root.glob(corpus.pattern) if path.is_file())
-    names = sorted(path.relative_to(root).as_posix() for path in found)
-    if corpus.root == STDLIB:
-        names = [name for name in names if not _NOT_STDLIB & set(name.split("/"))]
-    return names
-
-
-def _check_splits(corpus: Corpus, root: Path, files: dict[Split, list[str]], not_utf8: int) -> None:
-    names = files["train"] + files["heldout"]
-    if not names:
-        raise ConfigError(
-            f"data.corpus.pattern={corpus.pattern}: no UTF-8 file of {corpus.min_bytes} bytes or more "
-            f"matches in {root} ({not_utf8} not UTF-8); mend the pattern or data.corpus.root"
+def common_problems(store: str, heldout_fraction: float, shard_bytes: int) -> Iterable[Problem]:
+    """What may be wrong with the fields that all recipes have."""
+    if not store:
+        yield Problem(fields=("store",), message="names no folder", fix="use store=stores/NAME")
+    if not 0 < heldout_fraction < 1:
+        yield Problem(
+            fields=("heldout_fraction",),
+            message="must be above 0 and below 1: both splits are needed",
+            fix="use heldout_fraction=0.05",
         )
-    if len(names) == 1:
-        raise ConfigError(
-            f"data.corpus.pattern={corpus.pattern}: matches one file in {root}, which cannot be both trained on "
-            "and held out; cut it into several files or use a wider pattern"
-        )
-    draws = sorted(map(draw, names))
-    if not files["train"]:
-        raise ConfigError(
-            f"data.corpus.heldout_fraction={corpus.heldout_fraction}: holds out all {len(names)} files, "
-            f"none is left to train on; use at most {_floor(draws[-1])}"
-        )
-    if not files["heldout"]:
-        raise ConfigError(
-            f"data.corpus.heldout_fraction={corpus.heldout_fraction}: holds out none of {len(names)} files; "
-            f"use at least {_floor(draws[0]) + 1e-4:.4f}"
-        )
+    if shard_bytes < 1024:
+        yield Problem(fields=("shard_bytes",), message="must be at least 1024", fix=f"use shard_bytes={SHARD_BYTES}")
 
 
-def _floor(draw: float) -> float:
-    return int(draw * 10_000) / 10_000
-
-
-def draw(name: str) -> float:
-    """A number in [0, 1) that the name fixes: it decides the split and which files train the tokenizer."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+def draw(key: str) -> float:
+    """A number in [0, 1) that the key fixes: it decides the split, and what trains the tokenizer."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except PermissionError:
-        raise StorageError(f"{path}: permission denied; make it readable or leave it out by the pattern") from None
-    except FileNotFoundError:
-        raise StorageError(f"{path}: vanished while the corpus was read; start again") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
-
-
-def _raise_unreadable(error: OSError) -> None:
-    if isinstance(error, PermissionError):
-        raise StorageError(f"{error.filename}: permission denied; make the folder readable")

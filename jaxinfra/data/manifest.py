@@ -1,21 +1,22 @@
-"""What a token store says of itself: `manifest.json`, written last, so that a store without one is no store.
+"""What a version of a store says of itself: `manifest.json`, written last, so that a folder without one is none.
 
 It holds the recipe, the counts, the hash of every file and the baselines. It knows nothing of arrays.
 """
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
-from jaxinfra.config import decode, diff, encode
-from jaxinfra.data.corpus import Corpus, Split
-from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+Kind = Literal["text", "pairs", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,99 +24,154 @@ class SplitInfo:
     """What one split holds.
 
     Attributes:
-        tokens: number of token ids, each document with its end.
-        documents: number of documents.
-        bytes: bytes of text.
-        digest: BLAKE2b of the token ids as little-endian integers of the store's type.
+        documents: number of documents, or of images.
+        tokens: number of token ids, each document with its end; of images 0.
+        bytes: bytes of text, or of pixels.
+        longest: tokens of the longest document.
+        digest: of the hashes of all blocks, in their order: equal digests are equal contents.
     """
 
-    tokens: int
     documents: int
+    tokens: int
     bytes: int
+    longest: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackInfo:
+    """One packing of the documents of a split into rows (see `packing`).
+
+    Attributes:
+        rows: number of rows.
+        pieces: documents and parts of documents in them.
+        truncated: documents that are longer than a row, and so in several.
+        efficiency: share of the places in the rows that hold a target.
+        digest: of the arrays.
+    """
+
+    rows: int
+    pieces: int
+    truncated: int
+    efficiency: float
     digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
-    """Length and hash of one file of the store."""
+    """Length of one file of the store, and its XXH3-128; arrays whose blocks are hashed have no hash of the file."""
 
     bytes: int
-    digest: str
+    digest: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baselines:
-    """How well simple models know the held-out text, in bits per byte; None where it has no bytes.
+class TokenizerInfo:
+    """The tokenizer that made the tokens.
 
     Attributes:
-        xz_bits_per_byte: of a general compressor.
-        ngram_bits_per_byte: of an n-gram over tokens.
+        kind: of tokenizer (see `tokenizer`).
+        file: its file in the store.
+        sha256: of that file.
+        end_of_document: how the token that ends a document is spelt.
+        eot_id: that token.
+        vocab_size: one more than the largest token id.
     """
 
-    xz_bits_per_byte: float | None
-    ngram_bits_per_byte: float | None
+    kind: str
+    file: str
+    sha256: str
+    end_of_document: str
+    eot_id: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of the records.
+
+    Attributes:
+        records: that were read.
+        skipped: that could not be read, under the policy that allows it; `skipped.jsonl` lists them.
+        filtered: documents that a rule left out, by the rule.
+        duplicates: documents that repeat an earlier one.
+    """
+
+    records: int = 0
+    skipped: int = 0
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known of a store without opening its arrays.
+    """All that is known of a version without opening its arrays.
 
     Attributes:
-        corpus: the recipe that it was made from.
-        source_fingerprint: hash of the names and contents of the files that went in.
-        source_files: number of those files per split.
-        not_utf8: files left out because they are not UTF-8.
-        tokenizer_sha256: hash of the tokenizer.json.
-        vocab_size: one more than the largest token id.
-        eot_id: the token that ends a document.
-        dtype: integer type of the token ids.
+        kind: of the store: text, pairs of a chosen and a rejected answer, or images.
+        recipe: the config that it was made from, encoded.
+        source_digest: hash of the names, sizes and stamps of what was read.
+        counts: what became of the records.
+        dtype: type of the token ids, or of the pixels.
+        shape: of an image; () for tokens.
+        masked: whether there is a mask of the tokens that are learned.
+        block: tokens (or images) whose hash is kept: an inner chunk of the arrays.
+        tokenizer: None for images.
+        labels: names of the classes of images, in the order of their numbers.
         splits: what each split holds.
-        files: length and hash of every other file, by name relative to the store.
-        baselines: what a trained model has to beat.
+        packs: by `split/name`, the packings of its documents into rows.
+        files: length and hash of every other file, by name relative to the manifest.
+        baselines: what a trained model has to beat, by score and by who reaches it.
         versions: of Python and the packages that made the store.
         created: when it was made, in UTC.
     """
 
-    corpus: Corpus
-    source_fingerprint: str
-    source_files: dict[Split, int]
-    not_utf8: tuple[str, ...]
-    tokenizer_sha256: str
-    vocab_size: int
-    eot_id: int
+    kind: Kind
+    recipe: Mapping[str, Any]
+    source_digest: str
+    counts: Counts
     dtype: str
-    splits: dict[Split, SplitInfo]
-    files: dict[str, FileInfo]
-    baselines: Baselines
-    versions: dict[str, str]
+    shape: tuple[int, ...] = ()
+    masked: bool = False
+    block: int
+    tokenizer: TokenizerInfo | None
+    labels: tuple[str, ...] = ()
+    splits: Mapping[Split, SplitInfo]
+    packs: Mapping[str, PackInfo] = field(default_factory=dict)
+    files: Mapping[str, FileInfo]
+    baselines: Mapping[str, Mapping[str, float]]
+    versions: Mapping[str, str]
     created: str
 
     @property
     def fingerprint(self) -> str:
         """Hash of what a model can see of the store: equal fingerprints give equal batches."""
-        seen = [self.tokenizer_sha256, self.eot_id, self.dtype]
-        seen += [[name, info.digest, info.tokens] for name, info in sorted(self.splits.items())]
-        return _digest(seen)
+        tokenizer = self.tokenizer and [self.tokenizer.sha256, self.tokenizer.eot_id]
+        seen = [self.kind, tokenizer, self.dtype, list(self.shape), self.masked, list(self.labels)]
+        seen += [[name, info.digest] for name, info in sorted(self.splits.items())]
+        seen += [[name, info.digest] for name, info in sorted(self.packs.items())]
+        return digest_of(seen)
+
+    @property
+    def words(self) -> TokenizerInfo:
+        """The tokenizer of a store of text.
+
+        Raises:
+            DataError: it is one of images.
+        """
+        if self.tokenizer is None:
+            raise DataError(f"{self.fingerprint}: is a store of {self.kind}, not of text; name another store")
+        return self.tokenizer
 
     def bytes_per_token(self, split: Split) -> float:
         """Mean bytes of text that a token of the split stands for, ends of documents counted as tokens."""
         return self.splits[split].bytes / max(1, self.splits[split].tokens)
 
-    def write(self, folder: Path) -> None:
-        """Writes the file under its final name at once: to a temporary name, synced, then renamed."""
-        tree = asdict(self) | {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "corpus": encode(self.corpus),
-        }
-        tree["digest"] = _digest(tree)
-        partial = folder / (FILE_NAME + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(tree, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(folder / FILE_NAME)
+    def content(self) -> bytes:
+        """The manifest as a file."""
+        tree = asdict(self) | {"format": FORMAT, "fingerprint": self.fingerprint}
+        tree["digest"] = digest_of(tree)
+        return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def parse(content: bytes, path: str) -> Manifest:
@@ -128,41 +184,38 @@ def parse(content: bytes, path: str) -> Manifest:
         tree: dict[str, Any] = json.loads(content)
         found, digest = tree["format"], tree.pop("digest")
         if found != FORMAT:
+            newer = isinstance(found, int) and found > FORMAT
             raise DataError(
                 f"{path}: store format {found}, this version reads format {FORMAT}; "
-                "update jaxinfra or prepare the store again"
+                + ("update jaxinfra" if newer else "prepare the store again")
             )
-        if digest != _digest(tree):
+        if digest != digest_of(tree):
             raise ValueError("its digest does not fit its contents")
-        del tree["format"], tree["fingerprint"]
-        return Manifest(**tree | _typed(tree))
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        return Manifest(**{each.name: _typed(each.name, tree[each.name]) for each in fields(Manifest)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: damaged manifest ({cause}); prepare the store again") from None
+        raise DataError(f"{path}: damaged manifest ({cause}); copy the store anew or prepare it again") from None
 
 
-def check_recipe(manifest: Manifest, corpus: Corpus, path: str) -> None:
-    """Refuses a store that was made from another recipe than the one that is asked for.
-
-    Raises:
-        ConfigError: the recipes differ; the message has both values of each field that does.
-    """
-    differences = diff(manifest.corpus, corpus)
-    if differences:
-        shown = ", ".join(f"data.corpus.{each.path}={each.left!r} there, {each.right!r} here" for each in differences)
-        raise ConfigError(f"data.store={path}: was made from another recipe ({shown}); choose another data.store")
-
-
-def _digest(tree: Any) -> str:
+def digest_of(tree: Any) -> str:
+    """BLAKE2b of a tree of JSON values."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _typed(tree: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a manifest that are more than JSON values."""
-    return {
-        "corpus": decode(Corpus, tree["corpus"]),
-        "not_utf8": tuple(tree["not_utf8"]),
-        "splits": {name: SplitInfo(**info) for name, info in tree["splits"].items()},
-        "files": {name: FileInfo(**info) for name, info in tree["files"].items()},
-        "baselines": Baselines(**tree["baselines"]),
-    }
+def _typed(name: str, value: Any) -> Any:
+    """A field of a manifest from its JSON value."""
+    match name:
+        case "counts":
+            return Counts(**value)
+        case "tokenizer":
+            return value and TokenizerInfo(**value)
+        case "splits":
+            return {each: SplitInfo(**info) for each, info in value.items()}
+        case "packs":
+            return {each: PackInfo(**info) for each, info in value.items()}
+        case "files":
+            return {each: FileInfo(**info) for each, info in value.items()}
+        case "shape" | "labels":
+            return tuple(value)
+        case _:
+            return value

@@ -42,7 +42,7 @@ class Curriculum:
         epochs: of each source, how many go from short to long.
     """
 
-    buckets: int
+    buckets: int = 8
     epochs: int = 1
 
     def problems(self) -> Iterable[Problem]:

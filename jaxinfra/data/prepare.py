@@ -1,230 +1,230 @@
-"""From a corpus to a token store: train the tokenizer, tokenise, write, measure the baselines, publish.
+"""From a recipe to a version of a store: list, work in parallel, assemble, publish.
 
-All work happens in a hidden folder beside the store, which gets the store's name only when the manifest is
-written. So a store is whole or not there, whatever ends the process. An existing store is never changed.
+    source --pieces--> jobs --engine--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
+
+Everything before the last arrow happens in a work folder that is named by what is made, so that a killed preparation
+goes on with the parts that it has. Jobs and their order are a function of the recipe and the files: the same bytes come
+out of any engine and any number of workers.
 """
 
-import fcntl
-import os
-import platform
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-from etils import epath
+from jaxinfra.config import encode
+from jaxinfra.data import engines, parts, versions
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.engines import EngineName
+from jaxinfra.data.make_images import ImageMaker
+from jaxinfra.data.make_text import TextMaker
+from jaxinfra.data.manifest import Manifest, digest_of
+from jaxinfra.data.parts import Note
+from jaxinfra.data.recipe import Recipe
+from jaxinfra.data.records.record import Piece
+from jaxinfra.data.storage import Storage
+from jaxinfra.data.store import Store
+from jaxinfra.data.workspace import check_space, require_store, workspace
 
-from jaxinfra.data.baseline import HELDOUT_LIMIT_TOKENS, TRAIN_LIMIT_TOKENS, ngram_bits_per_byte, xz_bits_per_byte
-from jaxinfra.data.contract import Progress
-from jaxinfra.data.corpus import SPLITS, Corpus, Source, Split, draw, scan
-from jaxinfra.data.manifest import FILE_NAME, Baselines, FileInfo, Manifest, SplitInfo, check_recipe
-from jaxinfra.data.store import TOKENIZER, SplitWriter, TokenStore, hash_files, token_dtype
-from jaxinfra.data.tokenizer import Tokenizer, TokenizerFile, load, train_bpe
-from jaxinfra.errors import ConfigError, StorageError
-
-TOKENIZER_BYTES = 12_000_000
-"""Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
-_BATCH_BYTES = 4_000_000
-_BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
+NOT_CONTENT = ("store", "shard_bytes", "work")
+"""Fields of a recipe that do not change what comes out."""
+_LEAST_JOBS, _LEAST_BYTES = 64, 64 * 1024
 
 
-def prepare(corpus: Corpus, out: str | Path, progress: Progress | None = None) -> Manifest:
-    """Makes the token store `out`, or returns at once when it is already made from the same files.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far preparing is.
 
-    Memory grows with the number of files and with the largest one, which is one document. Beyond that it does
-    not grow with the text: the tokenizer and the baselines get no more of it than their limits say.
+    Attributes:
+        stage: what is being done.
+        done: bytes of the source.
+        total: bytes of the source, about.
+        tokens: that were made in this call.
+    """
 
-    Args:
-        corpus: the recipe.
-        out: local folder of the store; its parents are made.
-        progress: told about the steps on the way.
+    stage: str
+    done: int
+    total: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A version that is there.
+
+    Attributes:
+        path: of the version.
+        manifest: of it.
+        new: whether this call made it.
+    """
+
+    path: str
+    manifest: Manifest
+    new: bool
+
+
+class Maker(Protocol):
+    """What stores of one kind have of their own.
+
+    Attributes:
+        stage: what its jobs make, in a word.
+    """
+
+    stage: str
+
+    @property
+    def job(self) -> Callable[[Any], Note]:
+        """Makes a part of pieces of the source, and commits it; run by an engine."""
+        ...
+
+    @property
+    def identity(self) -> Any:
+        """What makes the contents besides the recipe and the source: JSON values."""
+        ...
+
+    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
+        """Puts what all jobs need into the folder of the parts, unless it is there from before."""
+        ...
+
+    def needed_bytes(self, source_bytes: int) -> int:
+        """Space that parts and arrays take, about; after `begin`."""
+        ...
+
+    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Any]:
+        """What to run for each group of pieces, by the number of its part."""
+        ...
+
+    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
+        """Makes all files of the version but the manifest, of all parts in their order.
+
+        Raises:
+            ConfigError: a split has nothing in it.
+            DataError: a part is damaged.
+        """
+        ...
+
+
+def maker_of(recipe: Recipe) -> Maker:
+    """The maker of a recipe.
 
     Raises:
-        ConfigError: the recipe does not work, or `out` holds something else; nothing is changed.
-        StorageError: a file cannot be read, or the store cannot be written.
-        DataError: `out` is a damaged store.
+        ConfigError: its tokenizer cannot be read.
     """
-    if "://" in str(out):
-        raise ConfigError(f"data.store={out}: a store is prepared in a local folder; copy it there afterwards")
-    folder = Path(out).expanduser().absolute()
-    tell = progress or (lambda stage, done, total: None)
-    source = scan(corpus)
-    if _is_occupied(folder):
-        return _existing(corpus, source, folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _workspace(folder) as work:
-            manifest = _build(corpus, source, work, tell)
-            os.rename(work, folder)
-    except OSError as error:
-        free = f", {_free_bytes(folder.parent):,} bytes free" if folder.parent.exists() else ""
-        raise StorageError(f"data.store={folder}: {error.strerror}{free}; mend it or choose another place") from error
-    return manifest
+    return TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
 
 
-def _build(corpus: Corpus, source: Source, work: Path, tell: Progress) -> Manifest:
-    """Fills the work folder, the manifest last."""
-    tell("tokenizer", 0, source.total_bytes)
-    tokenizer = _tokenizer(corpus, source)
-    _check_space(work, source, token_dtype(tokenizer.vocab_size))
-    tokenizer.save(work / TOKENIZER)
-    splits = {}
-    done = 0
-    for split in SPLITS:
-        writer = SplitWriter(work, split, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
-        for texts in _batches(source.texts(source.files[split])):
-            tell("tokens", done, source.total_bytes)
-            sizes = [len(text.encode()) for text in texts]
-            writer.add(zip(tokenizer.encode_batch(texts), sizes, strict=True))
-            done += sum(sizes)
-        splits[split] = writer.close()
-    manifest = _describe(corpus, source, tokenizer, splits, hash_files(work))
-    tell("baselines", done, source.total_bytes)
-    manifest = replace(manifest, baselines=_baselines(manifest, source, work))
-    manifest.write(work)
-    tell("done", done, source.total_bytes)
-    return manifest
+def prepare(
+    recipe: Recipe,
+    *,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Prepared:
+    """Makes a version of the store, or returns at once when this recipe has made one of the same files.
+
+    Memory: a worker holds the largest record and what it makes of a shard of the source; assembling, see `assemble`.
+
+    Args:
+        recipe: what to make.
+        engine: where the jobs run.
+        workers: how many at once; None is as many as there are cores.
+        tell: told about the steps on the way.
+
+    Raises:
+        ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.
+        DataError: a record cannot be read and the recipe does not skip it; what is done so far is kept.
+        StorageError: something cannot be read, or the store cannot be written.
+    """
+    store = Storage(recipe.store)
+    require_store(store)
+    known = versions.listed(store)
+    pieces = pieces_of(recipe)
+    maker = maker_of(recipe)
+    source_digest = digest_of([vars(piece) for piece in pieces])
+    made_of = digest_of([content_of(recipe), source_digest, maker.identity])
+    for each in known:
+        if each.made_of == made_of:
+            found = Store.open(recipe.store, each.fingerprint)
+            return Prepared(path=str(found), manifest=found.manifest, new=False)
+    with workspace(store, made_of, recipe.work) as work:
+        folder, build = work / "parts", work / "build"
+        folder.mkdir(exist_ok=True)
+        course = _Course(maker, pieces, tell)
+        course.begin(folder)
+        numbers = course.work(folder, plan(pieces, recipe.shard_bytes), engine, workers)
+        course.tell("store")
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir()
+        manifest = maker.assemble(folder, numbers, build, source_digest)
+        course.tell("done")
+        versions.publish(build, store, manifest, made_of)
+    return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
 
 
-def _tokenizer(corpus: Corpus, source: Source) -> Tokenizer:
-    if corpus.tokenizer is not None:
-        return load(TokenizerFile(path=corpus.tokenizer, end_of_document=corpus.end_of_document))
-    names = sorted(source.files["train"], key=draw)  # a fair sample, the same whatever else is in the folder
-    texts = _first_bytes(source.texts(names), TOKENIZER_BYTES)
-    return train_bpe(texts, vocab_size=corpus.vocab_size, end_of_document=corpus.end_of_document)
+def content_of(recipe: Recipe) -> Mapping[str, object]:
+    """The recipe without what does not change what comes out."""
+    return {name: value for name, value in encode(recipe).items() if name not in NOT_CONTENT}
 
 
-def _describe(
-    corpus: Corpus,
-    source: Source,
-    tokenizer: Tokenizer,
-    splits: dict[Split, SplitInfo],
-    files: dict[str, FileInfo],
-) -> Manifest:
-    packages = {name: version(name) for name in ("tokenizers", "tensorstore", "numpy")}
-    return Manifest(
-        corpus=corpus,
-        source_fingerprint=source.fingerprint,
-        source_files={split: len(names) for split, names in source.files.items()},
-        not_utf8=source.not_utf8,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        splits=splits,
-        files=files,
-        baselines=Baselines(xz_bits_per_byte=None, ngram_bits_per_byte=None),
-        versions=packages | {"python": platform.python_version()},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+def pieces_of(recipe: Recipe) -> Sequence[Piece]:
+    """The source in pieces of about a shard; in smaller ones where that would leave workers idle."""
+    pieces = recipe.source.pieces(recipe.shard_bytes)
+    size = shard_size(pieces, recipe.shard_bytes)
+    return pieces if size == recipe.shard_bytes else recipe.source.pieces(size)
 
 
-def _baselines(manifest: Manifest, source: Source, work: Path) -> Baselines:
-    """Measures both on the same documents: the first held-out ones within the limit, but at least one."""
-    store = TokenStore(epath.Path(work), manifest)
-    offsets = store.offsets("heldout")
-    documents = max(1, int(np.searchsorted(offsets, HELDOUT_LIMIT_TOKENS, side="right")) - 1)
-    names = source.files["heldout"][:documents]
-    heldout_bytes = sum(len(text.encode()) for text in source.texts(names))
-    if not heldout_bytes:  # nothing but empty files
-        return Baselines(xz_bits_per_byte=None, ngram_bits_per_byte=None)
-    return Baselines(
-        xz_bits_per_byte=xz_bits_per_byte(source.texts(names)),
-        ngram_bits_per_byte=ngram_bits_per_byte(
-            store.sample("train", TRAIN_LIMIT_TOKENS),
-            store.read("heldout", [0], int(offsets[documents]))[0],
-            heldout_bytes=heldout_bytes,
-            vocab_size=manifest.vocab_size,
-            eot_id=manifest.eot_id,
-        ),
-    )
+def shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
+    """Bytes that a job reads: a function of the source alone, not of the workers."""
+    even = sum(piece.size_bytes for piece in pieces) // _LEAST_JOBS
+    return min(shard_bytes, max(even, _LEAST_BYTES))
 
 
-def _existing(corpus: Corpus, source: Source, folder: Path) -> Manifest:
-    """The manifest of the store that is there, if it is the one asked for."""
-    if not (folder / FILE_NAME).exists():
-        raise ConfigError(f"data.store={folder}: holds something that is no token store; choose an empty place")
-    manifest = TokenStore.open(folder).manifest
-    check_recipe(manifest, corpus, str(folder))
-    other = f"delete {folder} to prepare it again, or choose another data.store"
-    if manifest.source_fingerprint != source.fingerprint:
-        raise ConfigError(f"data.store={folder}: the files in {source.root} have changed since it was made; {other}")
-    if corpus.tokenizer is not None and _tokenizer(corpus, source).sha256 != manifest.tokenizer_sha256:
-        raise ConfigError(f"data.store={folder}: {corpus.tokenizer} has changed since it was made; {other}")
-    return manifest
+def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
+    """Pieces in groups of about a shard, each to be read by one job."""
+    size = shard_size(pieces, shard_bytes)
+    groups: list[list[Piece]] = []
+    filled = size
+    for piece in pieces:
+        if filled >= size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.size_bytes
+    return [tuple(group) for group in groups]
 
 
-@contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, held by a lock; what is left in it is swept by the next call."""
-    work = folder.with_name(f".{folder.name}.partial")
-    work.mkdir(exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"data.store={folder}: another process is preparing it; wait for that one") from None
-        try:
-            for left in work.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(lock)
+class _Course:
+    """The work of one call, and what is told of it."""
 
+    def __init__(self, maker: Maker, pieces: Sequence[Piece], told: Callable[[Progress], None]):
+        self._maker, self._pieces, self._told = maker, pieces, told
+        self._total = sum(piece.size_bytes for piece in pieces)
+        self._done = self._tokens = 0
 
-def _check_space(work: Path, source: Source, dtype: np.dtype) -> None:
-    needed = source.total_bytes * dtype.itemsize // _BYTES_PER_TOKEN
-    free = _free_bytes(work)
-    if free < needed:
-        raise StorageError(
-            f"data.store: {work.parent} has {free:,} bytes free, the store needs about {needed:,}; "
-            "free some space or choose another place"
-        )
+    def begin(self, folder: Path) -> None:
+        """Makes what all jobs need."""
+        self.tell("begin")
+        self._maker.begin(folder, self._pieces)
+        check_space(folder, self._maker.needed_bytes(self._total))
 
+    def work(
+        self, folder: Path, groups: Sequence[tuple[Piece, ...]], engine: EngineName, workers: int | None
+    ) -> Sequence[int]:
+        """Makes the parts that are not there yet; returns the numbers of all."""
+        there = set(parts.numbers(folder))
+        todo = {number: group for number, group in enumerate(groups) if number not in there}
+        self._done = self._total - sum(piece.size_bytes for group in todo.values() for piece in group)
+        self.tell(self._maker.stage)
+        jobs = self._maker.jobs(folder, todo)
+        engines.run(engine, self._maker.job, jobs, workers=workers, done=self._job_done)
+        return range(len(groups))
 
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    def tell(self, stage: str) -> None:
+        """Tells how far it is."""
+        self._told(Progress(stage=stage, done=self._done, total=self._total, tokens=self._tokens))
 
-
-def _is_occupied(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Groups texts so that each group has at least `_BATCH_BYTES` characters, the last one perhaps less."""
-    texts = iter(texts)
-    for first in texts:
-        yield [first, *_first_bytes(texts, _BATCH_BYTES - len(first))]
-
-
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Yields texts until they have `limit` characters together."""
-    for text in texts if limit > 0 else ():
-        yield text
-        limit -= len(text)
-        if limit <= 0:
-            return
-
-
-def facts(manifest: Manifest) -> list[str]:
-    """What a store holds and what there is to beat, line by line."""
-    baselines = manifest.baselines
-    lines = [
-        f"tokenizer  {manifest.vocab_size} words, {manifest.bytes_per_token('train'):.2f} bytes a token",
-    ]
-    for split in SPLITS:
-        info = manifest.splits[split]
-        lines.append(f"{split:<9}  {info.documents} documents, {info.tokens} tokens, {info.bytes} bytes")
-    if baselines.xz_bits_per_byte is not None and baselines.ngram_bits_per_byte is not None:
-        lines.append(
-            f"to beat    {baselines.xz_bits_per_byte:.3f} bits a byte by xz -6, "
-            f"{baselines.ngram_bits_per_byte:.3f} by a 5-gram over tokens"
-        )
-    return lines
+    def _job_done(self, note: Note) -> None:
+        self._done += note.read_bytes
+        self._tokens += note.tokens
+        self.tell(self._maker.stage)

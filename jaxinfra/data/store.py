@@ -1,34 +1,47 @@
-"""A token store: the tokens of a corpus in one folder, written once and never changed.
+"""A store: tokens on disk or in a bucket, in versions that stand beside one another and never change.
 
-    manifest.json            what is in it; written last
-    tokenizer.json           how to read it
-    {train,heldout}/tokens   zarr 3, uint16 or uint32: all documents, each closed by the end-of-document token
-    {train,heldout}/offsets  zarr 3, int64[documents + 1]: where each document starts, and the end
+    versions.json            which versions there are, the newest last (see `versions`)
+    FINGERPRINT/
+      manifest.json          what is in it; written last
+      tokenizer.*            how to read it
+      {train,heldout}/
+        tokens               uint16 or uint32: all documents, each closed by the end-of-document token
+        mask                 uint8, where not all is learned: 1 for tokens that are
+        offsets, lengths     int64[documents + 1], int64[documents]: where each document starts, and its tokens
+        tokens.blocks, mask.blocks   uint64: XXH3 of each block of tokens
+        packs/NAME/{starts,lengths,rows}   rows of pieces of documents (see `packing`)
+      or, of images,
+        images, labels       uint8[images, height, width, channels], int32[images]
+        images.blocks        uint64: XXH3 of each block of images
 
-Invariants: a folder without a manifest is no store; whatever is damaged, short or missing is an error that
-names the file, never a silent zero. `SplitWriter` fills a folder; it does not decide where the folder is.
+All arrays are zarr 3 (see `arrays`). Invariants: a folder without a manifest is no version; whatever is damaged, short
+or missing is an error that names it, never a silent zero. docs/data.md describes the format for other readers.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
-from etils import epath
+import tensorstore as ts
+import xxhash
 
-from jaxinfra.data import arrays
+from jaxinfra.data import arrays, versions
 from jaxinfra.data import manifest as manifests
-from jaxinfra.data.corpus import SPLITS, Split
-from jaxinfra.data.manifest import FileInfo, Manifest, SplitInfo
+from jaxinfra.data.manifest import SPLITS, FileInfo, Manifest, Split
+from jaxinfra.data.storage import Storage
 from jaxinfra.data.tokenizer import Tokenizer, restore
-from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.errors import DataError, JaxinfraError
 
-PREPARE = "python -m launch prepare CONFIG"
-TOKENIZER = "tokenizer.json"
-_TOKENS = "tokens"
-_OFFSETS = "offsets"
-_READ_BYTES = 1024 * 1024
+PREPARE = "python -m launch data prepare RECIPE"
+TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
+IMAGES, LABELS = "images", "labels"
+BLOCKS = ".blocks"
 _PIECE = arrays.CHUNK
+_VERIFIED_AT_ONCE = 256
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -36,47 +49,154 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 2**16 else np.uint32)
 
 
-class TokenStore:
-    """A store opened for reading; safe to read from many threads."""
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Something that does not fit its hash.
 
-    def __init__(self, path: epath.Path, manifest: Manifest):
-        self.path = path
-        self.manifest = manifest
-        self.tokenizer = _read_tokenizer(path / TOKENIZER, manifest)
-        self._context = arrays.cache_context()
-        self._arrays = {
-            (split, name): arrays.open_array(str(path / split / name), self._context)
-            for split in SPLITS
-            for name in (_TOKENS, _OFFSETS)
-        }
-        for split, info in manifest.splits.items():
-            self._check_length(split, _TOKENS, info.tokens)
-            self._check_length(split, _OFFSETS, info.documents + 1)
+    Attributes:
+        file: of the store.
+        block: number of the block in the array, None where it is the file.
+        cause: what was found.
+    """
+
+    file: str
+    block: int | None
+    cause: str
+
+    @property
+    def place(self) -> str:
+        """The file, and the block of it."""
+        return self.file if self.block is None else f"{self.file} block {self.block}"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.cause}"
+
+
+class Store:
+    """A version opened for reading; safe to read from many threads."""
+
+    def __init__(self, storage: Storage, manifest: Manifest):
+        """Takes a version whose files are there."""
+        self.storage, self.manifest = storage, manifest
+        self._arrays: dict[str, ts.TensorStore] = {}
 
     @classmethod
-    def open(cls, path: str | Path | epath.Path, *, fix: str = PREPARE) -> "TokenStore":
-        """Opens a store and checks its manifest, its tokenizer and the length of every file.
+    def open(cls, path: str | Path, version: str | None = None, *, fix: str = PREPARE) -> Self:
+        """Opens a version and checks its manifest and the length of every file.
 
         Args:
-            path: the folder.
+            path: folder or URL of the store, or of one of its versions.
+            version: fingerprint of the one to open, or its beginning; None is the newest.
             fix: the command that makes the store, for the error when there is none.
 
         Raises:
-            ConfigError: there is no store.
+            ConfigError: there is no store, or not that version of it.
             DataError: it is damaged or of a newer format.
             StorageError: it may not be read.
         """
-        folder = epath.Path(path).expanduser()
-        manifest_path = folder / manifests.FILE_NAME
+        storage = versions.find(Storage(path), version, fix=fix)
+        found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
+        storage.check({name: info.bytes for name, info in found.files.items()})
+        return cls(storage, found)
+
+    def __str__(self) -> str:
+        return self.storage.url
+
+    def blocks(self, split: Split) -> Iterator[tuple[str, int]]:
+        """The arrays of a split whose blocks are hashed, and how many elements they have."""
+        info = self.manifest.splits[split]
+        if self.manifest.kind == "images":
+            yield IMAGES, info.documents
+        else:
+            yield TOKENS, info.tokens
+            if self.manifest.masked:
+                yield MASK, info.tokens
+
+    def verify(self) -> Iterator[tuple[str, int, Damage | None]]:
+        """Reads all there is and compares it with its hashes.
+
+        Yields:
+            What was looked at, bytes of it, and the damage if there is any.
+
+        Raises:
+            StorageError: it may not or cannot be read.
+        """
+        for name, info in self.manifest.files.items():
+            if info.digest is not None:
+                content = self.storage.read(name)
+                fits = xxhash.xxh3_128_hexdigest(content) == info.digest
+                yield name, info.bytes, None if fits else Damage(file=name, block=None, cause="does not fit its hash")
+        for split in self.manifest.splits:
+            for name, count in self.blocks(split):
+                yield from self._verify_blocks(split, name, count)
+
+    def _verify_blocks(self, split: Split, name: str, count: int) -> Iterator[tuple[str, int, Damage | None]]:
+        file, block = f"{split}/{name}", self.manifest.block
         try:
-            if not manifest_path.exists():
-                raise ConfigError(f"data.store={path}: no token store there; make it with: {fix}")
-            manifest = manifests.parse(manifest_path.read_bytes(), str(manifest_path))
-            for name, info in manifest.files.items():
-                _check_file(folder / name, info)
-            return cls(folder, manifest)
-        except OSError as error:
-            raise _unreadable(folder, error) from None
+            array, hashes = self.array(split, name), self.whole(split, name + BLOCKS)
+        except DataError as error:
+            yield file, 0, Damage(file=file, block=None, cause=str(error))
+            return
+        starts = np.arange(0, count, block)
+        for first in range(0, len(starts), _VERIFIED_AT_ONCE):
+            some = starts[first : first + _VERIFIED_AT_ONCE]
+            found = arrays.read_each(array, f"{self}/{file}", some.tolist(), np.minimum(block, count - some).tolist())
+            for number, content in enumerate(found, first):
+                size_bytes = content.nbytes if isinstance(content, np.ndarray) else 0
+                yield file, size_bytes, _block_damage(file, number, content, int(hashes[number]))
+
+    def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Reads ranges of any array of a split, such as `tokens`, `mask` or `offsets`, all at once.
+
+        Args:
+            split: which split.
+            name: of the array.
+            starts: first element of each range, int64[N].
+            lengths: elements of each range, int64[N].
+
+        Raises:
+            DataError: a range lies outside the array, or what is read is damaged.
+        """
+        path = f"{self}/{split}/{name}"
+        return arrays.read_ranges(self.array(split, name), path, starts.tolist(), lengths.tolist())
+
+    def whole(self, split: Split, name: str) -> np.ndarray:
+        """All of an array.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        array = self.array(split, name)
+        return arrays.read_ranges(array, f"{self}/{split}/{name}", [0], [array.shape[0]])[0]
+
+    def array(self, split: Split, name: str) -> ts.TensorStore:
+        """An array, opened once."""
+        key = f"{split}/{name}"
+        if key not in self._arrays:
+            self._arrays[key] = arrays.open_array(self.storage.where(key), arrays.cache_context())
+        return self._arrays[key]
+
+
+class TokenStore(Store):
+    """A version of a store of text, or of pairs of texts."""
+
+    def __init__(self, storage: Storage, manifest: Manifest):
+        """Takes a version whose files are there.
+
+        Raises:
+            DataError: its tokenizer is damaged, or another one.
+        """
+        super().__init__(storage, manifest)
+        info = manifest.words
+        self._vocabulary = storage.read(info.file)
+        if hashlib.sha256(self._vocabulary).hexdigest() != info.sha256:
+            raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; copy the store anew")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens."""
+        info = self.manifest.words
+        return restore(info.kind, self._vocabulary, info.end_of_document, name=f"{self}/{info.file}")
 
     def read(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Reads windows of consecutive tokens.
@@ -92,22 +212,17 @@ class TokenStore:
         Raises:
             DataError: a window lies outside the split, or what is read is damaged.
         """
-        starts = np.asarray(starts, np.int64)
-        tokens = self.manifest.splits[split].tokens
-        outside = (starts < 0) | (starts + length > tokens)
-        if outside.any():
-            first = int(starts[outside][0])
-            raise DataError(
-                f"{self.path / split / _TOKENS}: asked for tokens {first} to {first + length}, has {tokens}"
-            )
-        window_NL = self._read(split, _TOKENS, starts, length)
-        if window_NL.size and int(window_NL.max()) >= self.manifest.vocab_size:
-            row = int((window_NL >= self.manifest.vocab_size).any(axis=1).argmax())
-            raise DataError(
-                f"{self.path / split / _TOKENS}: an id beyond the vocabulary of {self.manifest.vocab_size} "
-                f"in tokens {starts[row]} to {starts[row] + length}; copy the store anew"
-            )
+        window_NL = self._windows(split, TOKENS, starts, length)
+        self._check(split, window_NL, starts)
         return window_NL
+
+    def read_mask(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
+        """Which tokens of windows are learned, uint8[N, length]; None where the store has no mask.
+
+        Raises:
+            DataError: as `read`.
+        """
+        return self._windows(split, MASK, starts, length) if self.manifest.masked else None
 
     def sample(self, split: Split, limit: int) -> np.ndarray:
         """All tokens of a split, or about `limit` of them in evenly spaced pieces if it has more."""
@@ -119,118 +234,58 @@ class TokenStore:
 
     def offsets(self, split: Split) -> np.ndarray:
         """Where each document starts, and the end of the last: int64[documents + 1]."""
-        length = self.manifest.splits[split].documents + 1
-        return self._read(split, _OFFSETS, np.zeros(1, np.int64), length)[0]
+        return self.whole(split, OFFSETS)
 
-    def verify(self) -> None:
-        """Reads every file and compares it with its hash in the manifest.
+    def lengths(self, split: Split) -> np.ndarray:
+        """Tokens of each document, with its end: int64[documents]."""
+        return self.whole(split, LENGTHS)
 
-        Raises:
-            DataError: a file is damaged; the message names it.
-            StorageError: it may not be read.
-        """
-        for name, info in self.manifest.files.items():
-            path = self.path / name
-            try:
-                _check_file(path, info)
-                digest = _hash_file(path)
-            except OSError as error:
-                raise _unreadable(path, error) from None
-            if digest != info.digest:
-                raise DataError(f"{path}: does not fit its hash in the manifest; copy the store anew")
+    def _windows(self, split: Split, name: str, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        starts = np.asarray(starts, np.int64)
+        tokens = self.manifest.splits[split].tokens
+        outside = (starts < 0) | (starts + length > tokens)
+        if outside.any():
+            first = int(starts[outside][0])
+            raise DataError(f"{self}/{split}/{name}: asked for tokens {first} to {first + length}, has {tokens}")
+        return arrays.read_windows(self.array(split, name), f"{self}/{split}/{name}", starts.tolist(), length)
 
-    def _read(self, split: Split, name: str, starts: np.ndarray, length: int) -> np.ndarray:
-        path = str(self.path / split / name)
-        return arrays.read_windows(self._arrays[split, name], path, starts.tolist(), length)
-
-    def _check_length(self, split: Split, name: str, expected: int) -> None:
-        found = self._arrays[split, name].shape[0]
-        if found != expected:
-            raise DataError(f"{self.path / split / name}: {found} elements, the manifest has {expected}; copy it anew")
+    def _check(self, split: Split, window_NL: np.ndarray, starts: Sequence[int] | np.ndarray) -> None:
+        words = self.manifest.words.vocab_size
+        if window_NL.size and int(window_NL.max()) >= words:
+            row = int((window_NL >= words).any(axis=1).argmax())
+            raise DataError(
+                f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {words} in tokens {starts[row]} to "
+                f"{starts[row] + window_NL.shape[1]}; copy the store anew"
+            )
 
 
-class SplitWriter:
-    """Appends documents to one split of an empty folder; holds about one shard of tokens in memory."""
-
-    def __init__(self, folder: Path, split: Split, *, vocab_size: int, eot_id: int):
-        self._dtype = token_dtype(vocab_size)
-        self._eot_id = eot_id
-        self._tokens_path = str(folder / split / _TOKENS)
-        self._offsets_path = str(folder / split / _OFFSETS)
-        self._array = arrays.create(self._tokens_path, self._dtype, int(np.iinfo(self._dtype).max))
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._waiting: list[np.ndarray] = []
-        self._waiting_tokens = 0
-        self._lengths: list[int] = []
-        self._bytes = 0
-
-    def add(self, documents: Iterable[tuple[Sequence[int], int]]) -> None:
-        """Appends documents, each as its token ids without the end and its bytes of text."""
-        for ids, size_bytes in documents:
-            tokens = np.empty(len(ids) + 1, self._dtype)
-            tokens[:-1] = ids
-            tokens[-1] = self._eot_id
-            self._waiting.append(tokens)
-            self._waiting_tokens += len(tokens)
-            self._lengths.append(len(tokens))
-            self._bytes += size_bytes
-            if self._waiting_tokens >= arrays.SHARD:
-                self._flush(whole_shards=True)
-
-    def close(self) -> SplitInfo:
-        """Writes what is left and says what the split holds."""
-        self._flush(whole_shards=False)
-        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
-        arrays.append(arrays.create(self._offsets_path, np.dtype(np.int64), -1), self._offsets_path, offsets)
-        return SplitInfo(
-            tokens=int(offsets[-1]),
-            documents=len(self._lengths),
-            bytes=self._bytes,
-            digest=self._digest.hexdigest(),
-        )
-
-    def _flush(self, *, whole_shards: bool) -> None:
-        tokens = np.concatenate([np.empty(0, self._dtype), *self._waiting])
-        cut = len(tokens) // arrays.SHARD * arrays.SHARD if whole_shards else len(tokens)
-        if cut:
-            self._array = arrays.append(self._array, self._tokens_path, tokens[:cut])
-            self._digest.update(tokens[:cut].astype(self._dtype.newbyteorder("<")).tobytes())
-        self._waiting, self._waiting_tokens = [tokens[cut:]], len(tokens) - cut
+def _block_damage(file: str, number: int, content: np.ndarray | JaxinfraError, expected: int) -> Damage | None:
+    if isinstance(content, np.ndarray):
+        fits = hash_block(content) == expected
+        return None if fits else Damage(file=file, block=number, cause="does not fit its hash")
+    if isinstance(content, DataError):
+        return Damage(file=file, block=number, cause=str(content))
+    raise content
 
 
-def _unreadable(path: epath.Path, error: OSError) -> StorageError:
-    return StorageError(f"{path}: cannot be read ({error.strerror or error}); mend the access")
+def hash_block(values: np.ndarray) -> int:
+    """XXH3 of values as little-endian integers."""
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(little).data)
 
 
-def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Length and hash of every file below a folder, by relative name."""
-    return {
-        path.relative_to(folder).as_posix(): FileInfo(bytes=path.stat().st_size, digest=_hash_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def hash_files(folder: Path, unhashed: Sequence[str]) -> dict[str, FileInfo]:
+    """Length and hash of every file below a folder, by relative name.
 
-
-def _hash_file(path: Path | epath.Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _read_tokenizer(path: epath.Path, manifest: Manifest) -> Tokenizer:
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
-        raise DataError(f"{path}: is not the tokenizer that made the store; copy the store anew")
-    return restore("tokenizer_json", content, manifest.corpus.end_of_document, str(path))
-
-
-def _check_file(path: epath.Path, info: FileInfo) -> None:
-    if not path.exists():
-        raise DataError(f"{path}: missing; prepare the store again or copy it anew")
-    found = path.stat().length
-    if found != info.bytes:
-        raise DataError(
-            f"{path}: {found} bytes, the manifest says {info.bytes}; prepare the store again or copy it anew"
-        )
+    Args:
+        folder: of a version.
+        unhashed: names of arrays whose blocks are hashed instead.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            in_blocks = any(name.startswith(f"{split}/{each}/c/") for split in SPLITS for each in unhashed)
+            digest = None if in_blocks else xxhash.xxh3_128_hexdigest(path.read_bytes())
+            found[name] = FileInfo(bytes=path.stat().st_size, digest=digest)
+    return found

@@ -41,7 +41,7 @@ def first_step_s(command: Sequence[str], environment: dict[str, str], log: Path)
 def prepared_store(config: str, overrides: Sequence[str], folder: Path) -> str:
     """Makes the data that the config trains on, in `folder`, and returns its path."""
     store = str(folder / "store")
-    command = [sys.executable, "-m", "launch", "prepare", config, *overrides, f"data.store={store}"]
+    command = [sys.executable, "-m", "launch", "data", "prepare", config, *overrides, f"data.store={store}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment(1))
     if done.returncode:
         raise children.ChildError(command, done.stderr)

@@ -20,10 +20,18 @@ TINY = [
     "model.mlp_dim=64",
     "model.vocab_size=512",
     "data.seq_len=16",
-    "data.corpus.vocab_size=300",
-    "data.corpus.heldout_fraction=0.3",
     "train.global_batch=8",
 ]
+RECIPE = """\
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TrainBpe
+
+
+def config() -> Corpus:
+    source = TextFiles(root={text!r})
+    return Corpus(store="none", source=source, tokenizer=TrainBpe(vocab_size=300), heldout_fraction=0.3)
+"""
 TITLES = [
     "step, float32, one device",
     "step, float32, fsdp=8, emulated",
@@ -96,7 +104,9 @@ def test_the_whole_benchmark(repo_root: Path, tmp_path: Path) -> None:
     corpus.mkdir()
     for i in range(12):
         (corpus / f"{i}.py").write_text("".join(f"value_{i}_{j} = {i * j}\n" for j in range(200)))
-    command = [sys.executable, "-m", "launch", "bench", "step", *TINY, f"data.corpus.root={corpus}"]
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.format(text=str(corpus)))
+    command = [sys.executable, "-m", "launch", "bench", "step", *TINY, f"data.recipe={recipe}"]
     command += ["--pairs", "1", "--json", str(out)]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

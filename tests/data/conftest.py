@@ -5,6 +5,8 @@ import pytest
 
 from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.prepare import prepare
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TrainBpe
 
 WORDS = [
     "def",
@@ -43,13 +45,18 @@ def text_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def corpus(text_root):
-    return Corpus(root=str(text_root), heldout_fraction=0.2, vocab_size=300)
+def corpus(text_root, tmp_path_factory):
+    """A recipe; tests only read the store that it makes."""
+    return Corpus(
+        store=str(tmp_path_factory.mktemp("stores") / "store"),
+        source=TextFiles(root=str(text_root)),
+        tokenizer=TrainBpe(vocab_size=300),
+        heldout_fraction=0.2,
+        baselines=True,
+    )
 
 
 @pytest.fixture(scope="session")
-def store_path(corpus, tmp_path_factory):
-    """A store that tests only read."""
-    path = tmp_path_factory.mktemp("stores") / "store"
-    prepare(corpus, path)
-    return path
+def store_path(corpus):
+    """A version that tests only read."""
+    return Path(prepare(corpus, workers=1).path)

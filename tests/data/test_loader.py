@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.feed import Prefetcher, process_rows, to_global
-from jaxinfra.data.loader import TokenData, Windows
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.store import TokenStore
+from jaxinfra.data.tokens import TokenData, Windows
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.models.transformer import TransformerConfig
 
@@ -23,8 +23,8 @@ T = 16
 
 
 @pytest.fixture(scope="module")
-def data(store_path, corpus):
-    return TokenData(store=str(store_path), corpus=corpus, seq_len=T, seed=3)
+def data(store_path):
+    return TokenData(store=str(store_path), seq_len=T, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def store(data):
 
 
 def batches(data, store, **options):
-    defaults = {"rows": slice(None), "start_step": 0, "steps": 6}
+    defaults = {"rows": slice(None), "start_step": 0, "steps": 6, "ids": data.open().ids}
     return Batches(data, Windows(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
 
 
@@ -116,7 +116,7 @@ def test_heldout_batches_cover_the_windows_once_with_equal_shapes(data, store):
     inputs = np.concatenate([batch["inputs"] for _, batch in found])
     weights = np.concatenate([batch["weights"] for _, batch in found])
     np.testing.assert_array_equal(inputs[:windows].ravel(), every[: windows * T])
-    np.testing.assert_array_equal(weights[:windows], inputs[:windows] != store.manifest.eot_id)
+    np.testing.assert_array_equal(weights[:windows], inputs[:windows] != store.manifest.words.eot_id)
     assert not weights[windows:].any()
 
 
@@ -135,7 +135,7 @@ def test_heldout_batches_have_weights_even_without_masks(data, store):
 
 def test_heldout_bytes_are_those_of_the_weighted_targets(data, store):
     tokens = store.read("heldout", [0], 5 * T + 1)[0]
-    targets = [int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.eot_id]
+    targets = [int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.words.eot_id]
     expected = len(store.tokenizer.decode(targets).encode())
     found = Windows(data, store, "heldout", 5).n_bytes
     assert abs(found - expected) <= 2  # the last character may be cut, and then decodes to 3 bytes
@@ -150,20 +150,14 @@ def test_a_split_that_is_too_short_says_which_length_fits(data, store):
         replace(data, seq_len=10**9).open()
 
 
-def test_a_store_of_another_recipe_is_refused(data, corpus):
-    other = replace(data, corpus=replace(corpus, heldout_fraction=0.5))
-    with pytest.raises(ConfigError, match=r"data\.corpus\.heldout_fraction=0\.2 there, 0\.5 here"):
-        other.open()
-
-
 def test_a_small_vocabulary_of_the_model_is_refused(data, store):
-    size = store.manifest.vocab_size
+    size = store.manifest.words.vocab_size
 
     def check(size):
         data.open().check(TransformerConfig(vocab_size=size, layers=1, width=8, heads=1, mlp_dim=8))
 
     check(size)
-    with pytest.raises(ConfigError, match=f"model.vocab_size={size - 1}.* {size} tokens"):
+    with pytest.raises(ConfigError, match=f"model.vocab_size={size - 1}.* {size} words"):
         check(size - 1)
 
 
@@ -267,5 +261,5 @@ def test_an_error_while_closing_is_raised_and_ends_the_wait():
 
 def test_ngram_and_model_share_a_scale(store):
     """A model that gives every token the same chance needs log2(vocabulary) bits a token."""
-    uniform = math.log2(store.manifest.vocab_size) / store.manifest.bytes_per_token("heldout")
-    assert store.manifest.baselines.ngram_bits_per_byte < uniform
+    uniform = math.log2(store.manifest.words.vocab_size) / store.manifest.bytes_per_token("heldout")
+    assert store.manifest.baselines["bits_per_byte"]["token 5-gram"] < uniform

@@ -1,184 +1,376 @@
 import fcntl
+import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from jaxinfra.data import parts
 from jaxinfra.data.baseline import ngram_bits_per_byte, xz_bits_per_byte
-from jaxinfra.data.corpus import Corpus, draw, scan
-from jaxinfra.data.manifest import Baselines
-from jaxinfra.data.prepare import prepare
+from jaxinfra.data.corpus import Corpus, draw
+from jaxinfra.data.prepare import plan, prepare
+from jaxinfra.data.records.jsonl import Jsonl
+from jaxinfra.data.records.record import Piece
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.storage import Storage
 from jaxinfra.data.store import TokenStore
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.data.tokenizer import Bytes, TokenizerFile, TrainBpe
+from jaxinfra.data.versions import listed
+from jaxinfra.errors import ConfigError, DataError, StorageError
+
+
+def contents(folder):
+    """Every file of a version but for what tells when it was made."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads(found.pop("manifest.json"))
+    return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
 
 
 def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_corpus_gives_the_same_store(corpus, store_path, tmp_path):
-    stages = []
-    manifest = prepare(corpus, tmp_path / "deep" / "store", lambda *call: stages.append(call))
-    first = TokenStore.open(store_path).manifest
-    assert manifest.fingerprint == first.fingerprint
-    assert replace(manifest, created=first.created) == first
-    assert [stage for stage, _, _ in stages] == ["tokenizer", "tokens", "tokens", "baselines", "done"]
-    assert stages[-1][1] == stages[-1][2] == sum(info.bytes for info in manifest.splits.values())
-    assert os.listdir(tmp_path / "deep") == ["store"]
+def lines(folder, documents, *, bad=()):
+    """JSONL of random words."""
+    rng = random.Random(0)
+    folder.mkdir(exist_ok=True)
+    with (folder / "lines.jsonl").open("w") as file:
+        for number in range(documents):
+            text = " ".join(rng.choices(["a", "bb", "ccc", "naïve", "漢字"], k=rng.randrange(1, 60)))
+            file.write("{broken\n" if number in bad else json.dumps({"text": f"{number} {text}"}) + "\n")
+    return folder
+
+
+def bytes_recipe(folder, store, **fields):
+    """One that needs no training and is cut into many jobs."""
+    return Corpus(store=str(store), source=Jsonl(root=str(folder)), tokenizer=Bytes(), heldout_fraction=0.1, **fields)
+
+
+def documents(store, split):
+    """Every document as text."""
+    offsets = store.offsets(split)
+    return [
+        store.tokenizer.decode(store.read(split, [a], b - a - 1)[0].tolist())
+        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shard_bytes", [1024, 5000, 10**6])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_whatever_the_workers_and_shards(tmp_path, shard_bytes, workers):
+    source = lines(tmp_path / "source", 400)
+    expected = prepare(bytes_recipe(source, tmp_path / "one"), workers=1)
+    found = prepare(bytes_recipe(source, tmp_path / "other", shard_bytes=shard_bytes), workers=workers)
+    (files, manifest), (other_files, other) = contents(Path(expected.path)), contents(Path(found.path))
+    assert files == other_files
+    assert manifest["fingerprint"] == other["fingerprint"]
+    assert {**manifest, "source_digest": 0} == {**other, "source_digest": 0}
+
+
+def test_every_record_is_a_document_of_one_split(tmp_path):
+    prepare(bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024), workers=1)
+    store = TokenStore.open(tmp_path / "store")
+    expected = [json.loads(line)["text"] for line in (tmp_path / "source" / "lines.jsonl").read_text().splitlines()]
+    found = {split: documents(store, split) for split in ("train", "heldout")}
+    assert sorted(found["train"] + found["heldout"]) == sorted(expected)
+    assert 10 <= len(found["heldout"]) <= 60
+    for texts in found.values():
+        assert texts == sorted(texts, key=expected.index)  # in the order of the source
 
 
 def test_a_prepared_store_is_left_as_it_is(corpus, store_path):
-    before = snapshot(store_path)
+    before = snapshot(store_path.parent)
     stages = []
-    manifest = prepare(corpus, store_path, lambda *call: stages.append(call))
-    assert manifest == TokenStore.open(store_path).manifest
+    again = prepare(corpus, tell=stages.append)
+    assert (again.path, again.new) == (str(store_path), False)
     assert not stages
-    assert snapshot(store_path) == before
+    assert snapshot(store_path.parent) == before
 
 
-def test_another_recipe_is_refused_with_both_values(corpus, store_path):
-    before = snapshot(store_path)
-    with pytest.raises(ConfigError, match=r"data\.corpus\.vocab_size=300 there, 400 here") as caught:
-        prepare(replace(corpus, vocab_size=400), store_path)
-    assert "\n" not in str(caught.value)
-    assert snapshot(store_path) == before
+def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
+    source = lines(tmp_path / "source", 100)
+    first = prepare(bytes_recipe(source, tmp_path / "store"), workers=1)
+    before = snapshot(Path(first.path))
+    second = prepare(replace(bytes_recipe(source, tmp_path / "store"), heldout_fraction=0.5), workers=1)
+    assert snapshot(Path(first.path)) == before
+    assert [each.fingerprint for each in listed(Storage(tmp_path / "store"))] == [
+        first.manifest.fingerprint,
+        second.manifest.fingerprint,
+    ]
+    assert TokenStore.open(tmp_path / "store").manifest == second.manifest  # the newest
+    assert TokenStore.open(tmp_path / "store", first.manifest.fingerprint[:8]).manifest == first.manifest
+    assert TokenStore.open(first.path).manifest == first.manifest
+    with pytest.raises(ConfigError, match=r"data\.version=0000: is not among the 2 versions of"):
+        TokenStore.open(tmp_path / "store", "0000")
+    with pytest.raises(ConfigError, match=r"data\.version=: fits several of the 2 versions of"):
+        TokenStore.open(tmp_path / "store", "")
 
 
-def test_changed_files_are_refused(text_root, tmp_path):
-    root = shutil.copytree(text_root, tmp_path / "text")
-    recipe = Corpus(root=str(root), heldout_fraction=0.2, vocab_size=300)
-    prepare(recipe, tmp_path / "store")
-    (root / "part0" / "new.py").write_text("x = 1\n")
-    with pytest.raises(ConfigError, match="have changed since"):
-        prepare(recipe, tmp_path / "store")
+def test_changed_files_make_a_version_beside_the_first(tmp_path):
+    source = lines(tmp_path / "source", 100)
+    recipe = bytes_recipe(source, tmp_path / "store")
+    first = prepare(recipe, workers=1)
+    with (source / "lines.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    second = prepare(recipe, workers=1)
+    assert second.new and second.manifest.counts.records == first.manifest.counts.records + 1
+    os.utime(source / "lines.jsonl", (1, 1))  # another time, the same text: the work is done, the version is there
+    third = prepare(recipe, workers=1)
+    assert third.path == second.path
+    assert len(list((tmp_path / "store").iterdir())) == 3
 
 
-def test_a_folder_with_something_else_is_not_touched(corpus, tmp_path):
-    (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds something that is no token store"):
-        prepare(corpus, tmp_path)
-    assert os.listdir(tmp_path) == ["precious.txt"]
+def test_a_folder_with_something_else_is_not_touched(tmp_path):
+    source = lines(tmp_path / "source", 100)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something that is no store"):
+        prepare(bytes_recipe(source, tmp_path / "mine"))
+    assert os.listdir(tmp_path / "mine") == ["precious.txt"]
     (tmp_path / "empty").mkdir()
-    prepare(corpus, tmp_path / "empty")
+    prepare(bytes_recipe(source, tmp_path / "empty"), workers=1)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "tokens", "baselines", "done"])
-def test_an_end_at_any_point_leaves_no_store(corpus, tmp_path, stage):
-    def stop(now, done, total):
-        if now == stage:
+@pytest.mark.parametrize("stage", ["begin", "tokens", "store", "done"])
+def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage):
+    calls = []
+
+    def stop(progress):
+        calls.append(progress)
+        if progress.stage == stage and (stage != "tokens" or len(calls) > 20):
             raise KeyboardInterrupt
 
+    recipe = replace(corpus, store=str(tmp_path / "store"), shard_bytes=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, tmp_path / "store", stop)
-    assert os.listdir(tmp_path) == []
+        prepare(recipe, workers=1, tell=stop)
+    assert os.listdir(tmp_path / "store") == [".work"]
+    with pytest.raises(ConfigError, match="no store there"):
+        TokenStore.open(tmp_path / "store")
+    (parts_folder,) = (tmp_path / "store" / ".work").glob("*/parts")
+    times = {path: path.stat().st_mtime_ns for path in parts_folder.iterdir()}
+    seen = []
+
+    def watch(progress):
+        if progress.stage == "store":
+            seen.append({path: path.stat().st_mtime_ns for path in times})
+
+    made = prepare(recipe, workers=1, tell=watch)
+    assert seen == [times]  # no part was made twice
+    assert contents(Path(made.path))[0] == contents(store_path)[0]
+    assert sorted(os.listdir(tmp_path / "store")) == sorted([made.manifest.fingerprint, "versions.json"])
 
 
-def test_what_a_killed_process_left_is_swept(corpus, tmp_path):
-    left = tmp_path / ".store.partial" / "train"
+KILLED = """
+import os, signal, sys
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.prepare import prepare
+from jaxinfra.data.records.jsonl import Jsonl
+from jaxinfra.data.tokenizer import Bytes
+
+
+class Killer:
+    def __init__(self, when):
+        self.left, self.stage = (int(when), None) if when.isdecimal() else (0, when)
+
+    def __call__(self, progress):
+        self.left -= 1
+        if progress.stage == self.stage or self.left == 0:
+            os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    recipe = Corpus(store=sys.argv[2], source=Jsonl(root=sys.argv[1]), tokenizer=Bytes(), heldout_fraction=0.1,
+                    shard_bytes=4096)
+    prepare(recipe, workers=2, tell=Killer(sys.argv[3]))
+"""
+
+
+def test_killed_at_any_moment_no_record_is_lost_or_doubled(tmp_path):
+    source, store = lines(tmp_path / "source", 2000), tmp_path / "store"
+    expected = prepare(bytes_recipe(source, tmp_path / "whole"), workers=1)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(source), str(store)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    parts_made = 0
+    for when in ("2", "3", "17", "23", "store", "done"):
+        process = subprocess.run([*command, when], env=environment, start_new_session=True, timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert not (store / "versions.json").exists()
+        found = len(list((store / ".work").glob("*/parts/*.npz")))
+        assert found >= parts_made
+        parts_made = found
+    assert parts_made > 40
+    made = prepare(bytes_recipe(source, store, shard_bytes=4096), workers=2)
+    assert contents(Path(made.path))[0] == contents(Path(expected.path))[0]
+
+
+def test_what_another_recipe_left_is_swept(tmp_path):
+    left = tmp_path / "store" / ".work" / "other" / "parts"
     left.mkdir(parents=True)
     (left / "junk").write_text("junk")
-    (left.parent / "manifest.json").write_text("{}")
-    prepare(corpus, tmp_path / "store")
-    assert os.listdir(tmp_path) == ["store"]
-    TokenStore.open(tmp_path / "store").verify()
+    prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store"), workers=1)
+    assert ".work" not in os.listdir(tmp_path / "store")
 
 
-def test_a_second_process_does_not_disturb_the_first(corpus, tmp_path):
-    work = tmp_path / ".store.partial"
-    work.mkdir()
-    (work / "half").write_text("half")
+def test_a_second_process_does_not_disturb_the_first(tmp_path):
+    work = tmp_path / "store" / ".work"
+    (work / "half").mkdir(parents=True)
     lock = os.open(work, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is preparing it"):
-            prepare(corpus, tmp_path / "store")
+            prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store"))
     finally:
         os.close(lock)
     assert (work / "half").exists()
 
 
-def test_too_little_space_is_said_before_anything_is_written(corpus, tmp_path, monkeypatch):
+def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
-    with pytest.raises(StorageError, match=r"1,000 bytes free, the store needs about \d") as caught:
-        prepare(corpus, tmp_path / "store")
-    assert str(tmp_path) in str(caught.value)
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(StorageError, match=r"1,000 bytes free, preparing needs about \d"):
+        prepare(bytes_recipe(lines(tmp_path / "source", 1000), tmp_path / "store"))
 
 
-def test_a_place_that_cannot_be_made_is_a_storage_error(corpus, tmp_path):
+def test_a_place_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="data.store="):
-        prepare(corpus, tmp_path / "file" / "store")
+    with pytest.raises(StorageError, match="store="):
+        prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "file" / "store"))
 
 
-def test_a_given_tokenizer_is_used_and_watched(corpus, store_path, tmp_path):
+def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 300, bad=[250]), tmp_path / "store", shard_bytes=1024)
+    with pytest.raises(DataError, match=r"lines\.jsonl:251: .*; mend the record, or .* on_bad=skip"):
+        prepare(recipe, workers=1)
+    assert os.listdir(tmp_path / "store") == [".work"]
+    assert len(parts.numbers(next((tmp_path / "store" / ".work").glob("*/parts")))) > 10
+
+
+def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path):
+    source = lines(tmp_path / "source", 300, bad=[7, 250])
+    made = prepare(bytes_recipe(source, tmp_path / "store", on_bad="skip"), workers=1)
+    assert (made.manifest.counts.records, made.manifest.counts.skipped) == (300, 2)
+    listed = [json.loads(line) for line in (Path(made.path) / "skipped.jsonl").read_text().splitlines()]
+    assert [each["where"].rpartition(":")[2] for each in listed] == ["8", "251"]
+    assert sum(info.documents for info in made.manifest.splits.values()) == 298
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_corpus_is_refused(tmp_path, text):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "lines.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match="corpus is empty: 0 records read"):
+        prepare(bytes_recipe(tmp_path / "source", tmp_path / "store"), workers=1)
+
+
+def test_both_splits_must_have_documents(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 20), tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"heldout_fraction=1e-09: of 20 records none is held out"):
+        prepare(replace(recipe, heldout_fraction=1e-9), workers=1)
+    with pytest.raises(ConfigError, match="none is left to train on"):
+        prepare(replace(recipe, heldout_fraction=1 - 1e-9), workers=1)
+
+
+def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, store_path, tmp_path):
     path = tmp_path / "tokenizer.json"
     shutil.copy(store_path / "tokenizer.json", path)
-    recipe = replace(corpus, tokenizer=str(path), vocab_size=999)
-    manifest = prepare(recipe, tmp_path / "store")
-    assert manifest.tokenizer_sha256 == TokenStore.open(store_path).manifest.tokenizer_sha256
-    assert prepare(recipe, tmp_path / "store") == manifest
-    path.write_text(path.read_text().replace('"dropout":null', '"dropout":0.5'))
-    with pytest.raises(ConfigError, match=r"tokenizer\.json has changed"):
-        prepare(recipe, tmp_path / "store")
+    recipe = replace(corpus, store=str(tmp_path / "store"), tokenizer=TokenizerFile(path=str(path)))
+    made = prepare(recipe, workers=1)
+    assert made.manifest.fingerprint == store_path.name
+    assert not prepare(recipe).new
+    path.write_text(path.read_text().replace('"dropout":null', '"dropout":0.0'))
+    other = prepare(recipe, workers=1)
+    assert other.new and other.manifest.fingerprint != made.manifest.fingerprint
 
 
-def test_heldout_files_without_a_byte_have_no_baselines(tmp_path):
-    root = tmp_path / "text"
-    root.mkdir()
-    names = [f"{letter}.py" for letter in "abcdefgh"]
-    for name in names:
-        (root / name).write_text("" if draw(name) < 0.5 else "x = 1\n")
-    recipe = Corpus(root=str(root), heldout_fraction=0.5, vocab_size=300, min_bytes=0)
-    manifest = prepare(recipe, tmp_path / "store")
-    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
-    assert manifest.baselines == Baselines(xz_bits_per_byte=None, ngram_bits_per_byte=None)
+def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024)
+
+    def stop(progress):
+        if progress.stage == "store":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, workers=1, tell=stop)
+    path = sorted((tmp_path / "store" / ".work").glob("*/parts/*.npz"))[3]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path.name}: damaged .*; delete it and prepare again"):
+        prepare(recipe, workers=1)
+    path.unlink()
+    made = prepare(recipe, workers=1)
+    assert made.manifest.counts.records == 300
 
 
-def test_baselines_of_a_long_split_are_those_of_its_first_whole_documents(corpus, store_path, tmp_path, monkeypatch):
+def test_pieces_are_grouped_by_size_alone():
+    sizes = [10, 1, 1, 30, 2, 2, 500, 1] * 40
+    pieces = [Piece(name=str(i), size_bytes=2**20 * size, stamp="") for i, size in enumerate(sizes)]
+    groups = plan(pieces, 2**26)
+    assert [piece for group in groups for piece in group] == pieces
+    assert all(sum(piece.size_bytes for piece in group[:-1]) < 2**26 for group in groups)
+    assert len(plan(pieces, 2**60)) >= 40
+
+
+def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
     store = TokenStore.open(store_path)
-    whole, offsets = store.manifest, store.offsets("heldout")
-    monkeypatch.setattr("jaxinfra.data.prepare.HELDOUT_LIMIT_TOKENS", whole.splits["heldout"].tokens)
-    assert prepare(corpus, tmp_path / "whole").baselines == whole.baselines
-    for limit, documents in [(offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
-        monkeypatch.setattr("jaxinfra.data.prepare.HELDOUT_LIMIT_TOKENS", int(limit))
-        found = prepare(corpus, tmp_path / f"limit{limit}")
-        assert found.fingerprint == whole.fingerprint
-        source = scan(corpus)
-        texts = list(source.texts(source.files["heldout"][:documents]))
-        tokens = store.read("heldout", [0], offsets[documents])[0]
-        assert found.baselines.xz_bits_per_byte == xz_bits_per_byte(texts)
-        assert found.baselines.ngram_bits_per_byte == ngram_bits_per_byte(
+    from jaxinfra.data import baseline
+
+    offsets = store.offsets("heldout")
+    for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
+        monkeypatch.setattr(baseline, "HELDOUT_LIMIT_TOKENS", int(limit))
+        texts = documents(store, "heldout")[:count]
+        found = baseline.measured(store)["bits_per_byte"]
+        assert found["xz -6"] == xz_bits_per_byte(texts)
+        assert found["token 5-gram"] == ngram_bits_per_byte(
             store.sample("train", 10**9),
-            tokens,
+            store.read("heldout", [0], offsets[count])[0],
             heldout_bytes=sum(len(text.encode()) for text in texts),
-            vocab_size=whole.vocab_size,
-            eot_id=whole.eot_id,
+            vocab_size=store.manifest.words.vocab_size,
+            eot_id=store.manifest.words.eot_id,
         )
+
+
+def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
+    (tmp_path / "text").mkdir()
+    for letter in "abcdefgh":
+        (tmp_path / "text" / f"{letter}.py").write_text("" if draw(f"{letter}.py") < 0.5 else "x = 1\n")
+    recipe = Corpus(
+        store=str(tmp_path / "store"),
+        source=TextFiles(root=str(tmp_path / "text"), min_bytes=0),
+        tokenizer=TrainBpe(vocab_size=300),
+        heldout_fraction=0.5,
+        baselines=True,
+    )
+    manifest = prepare(recipe, workers=1).manifest
+    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
+    assert manifest.baselines == {}
 
 
 def test_baselines_are_plausible(store_path):
     """16 words drawn at random: 4 bits a word of some 4 bytes, and nothing can do better."""
-    manifest = TokenStore.open(store_path).manifest
-    assert 0.8 < manifest.baselines.ngram_bits_per_byte < 2.5
-    assert 0.8 < manifest.baselines.xz_bits_per_byte < 2.5
+    found = TokenStore.open(store_path).manifest.baselines["bits_per_byte"]
+    assert 0.8 < found["token 5-gram"] < 2.5
+    assert 0.8 < found["xz -6"] < 2.5
 
 
 @pytest.mark.slow
 def test_the_standard_library_from_files_to_baselines(tmp_path):
-    manifest = prepare(Corpus(), tmp_path / "store")
+    recipe = Corpus(store=str(tmp_path / "store"), source=TextFiles(), on_bad="skip", baselines=True)
+    manifest = prepare(recipe).manifest
     train = manifest.splits["train"]
-    assert manifest.vocab_size == 8192
+    assert manifest.words.vocab_size == 8192
     assert 3 < train.bytes / train.tokens < 4.5
-    assert manifest.baselines.ngram_bits_per_byte is not None
-    assert 1.2 < manifest.baselines.ngram_bits_per_byte < 2.2
+    assert 1.2 < manifest.baselines["bits_per_byte"]["token 5-gram"] < 2.2
 
 
 def test_preparing_needs_no_jax():
-    code = "import sys, jaxinfra.data.prepare, jaxinfra.data.order; assert 'jax' not in sys.modules"
+    code = "import sys, jaxinfra.data.prepare, jaxinfra.data.mixing; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,13 +1,15 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxinfra.data import arrays
-from jaxinfra.data.corpus import scan
-from jaxinfra.data.store import SplitWriter, TokenStore, token_dtype
+from jaxinfra.data.assemble import SplitWriter
+from jaxinfra.data.corpus import draw
+from jaxinfra.data.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 SHARD = "train/tokens/c/0"
@@ -28,15 +30,18 @@ def use(path):
 
 
 def test_the_store_holds_every_document_and_its_end(store_path, corpus):
-    store, source = TokenStore.open(store_path), scan(corpus)
-    tokenizer, eot_id = store.tokenizer, store.manifest.eot_id
+    store = TokenStore.open(store_path)
+    tokenizer, eot_id = store.tokenizer, store.manifest.words.eot_id
+    names = sorted(path.relative_to(corpus.source.root).as_posix() for path in Path(corpus.source.root).rglob("*.py"))
     for split in ("train", "heldout"):
-        texts = list(source.texts(source.files[split]))
+        own = [name for name in names if (draw(name) < corpus.heldout_fraction) == (split == "heldout")]
+        texts = [(Path(corpus.source.root) / name).read_text(encoding="utf-8") for name in own]
         info, offsets = store.manifest.splits[split], store.offsets(split)
         tokens = store.read(split, [0], info.tokens)[0]
         assert (info.documents, info.bytes) == (len(texts), sum(len(text.encode()) for text in texts))
         assert offsets[0] == 0
         assert offsets[-1] == info.tokens
+        assert np.array_equal(store.lengths(split), np.diff(offsets))
         for text, start, end in zip(texts, offsets[:-1], offsets[1:], strict=True):
             assert tokenizer.decode(tokens[start : end - 1].tolist()) == text
             assert tokens[end - 1] == eot_id
@@ -62,17 +67,19 @@ def test_many_shards_hold_what_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "CHUNK", 16)
     monkeypatch.setattr(arrays, "SHARD", 64)
     rng = np.random.default_rng(0)
-    documents = [rng.integers(1, 100_000, size).tolist() for size in (0, 1, 62, 63, 64, 200, 5)]
-    writer = SplitWriter(tmp_path, "train", vocab_size=100_000, eot_id=0)
-    for ids in documents:
-        writer.add([(ids, 7)])
+    lengths = np.array([1, 2, 63, 64, 65, 201, 6])
+    writer = SplitWriter(tmp_path / "train", np.dtype(np.uint32), masked=True)
+    tokens = [rng.integers(0, 100_000, length).astype(np.uint32) for length in lengths]
+    masks = [rng.integers(0, 2, length).astype(np.uint8) for length in lengths]
+    for length, own, mask in zip(lengths, tokens, masks, strict=True):
+        writer.add(own, np.array([length]), mask, 7)
     info = writer.close()
-    expected = np.concatenate([np.array([*ids, 0], np.uint32) for ids in documents])
-    path = str(tmp_path / "train" / "tokens")
-    array = arrays.open_array(path, arrays.cache_context())
-    assert np.array_equal(arrays.read_windows(array, path, [0], info.tokens)[0], expected)
-    assert (info.tokens, info.documents, info.bytes) == (len(expected), 7, 49)
-    assert len(list((tmp_path / "train" / "tokens" / "c").iterdir())) == -(-len(expected) // 64)
+    for name, expected in (("tokens", np.concatenate(tokens)), ("mask", np.concatenate(masks))):
+        path = str(tmp_path / "train" / name)
+        array = arrays.open_array(path, arrays.cache_context())
+        assert np.array_equal(arrays.read_windows(array, path, [0], info.tokens)[0], expected)
+        assert len(list((tmp_path / "train" / name / "c").iterdir())) == -(-len(expected) // 64)
+    assert (info.tokens, info.documents, info.bytes, info.longest) == (lengths.sum(), 7, 49, 201)
 
 
 def test_the_type_leaves_a_value_that_is_no_token():
@@ -81,7 +88,7 @@ def test_the_type_leaves_a_value_that_is_no_token():
 
 
 def test_a_missing_store_says_how_to_make_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"no token store there; make it with: make data") as caught:
+    with pytest.raises(ConfigError, match=r"no store there; make it with: make data") as caught:
         TokenStore.open(tmp_path / "none", fix="make data")
     assert "\n" not in str(caught.value)
 
@@ -117,15 +124,51 @@ def test_a_shard_that_vanishes_later_is_an_error_not_zeros(copy):
         store.read("train", [0], 8)
 
 
-def test_verify_finds_a_file_that_was_replaced_by_another_whole_one(copy):
-    TokenStore.open(copy).verify()
+def damages(path):
+    return [damage.place for _, _, damage in TokenStore.open(path).verify() if damage is not None]
+
+
+def test_verify_reads_every_byte_and_finds_no_damage(store_path):
+    store = TokenStore.open(store_path)
+    looked_at = list(store.verify())
+    assert all(damage is None for _, _, damage in looked_at)
+    assert {name for name, _, _ in looked_at} >= {"train/tokens", "heldout/tokens", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("place", range(20))
+def test_verify_finds_a_flipped_bit_anywhere_and_names_the_block(copy, place):
+    rng = np.random.default_rng(place)
+    path = copy / SHARD
+    content = bytearray(path.read_bytes())
+    at = int(rng.integers(len(content)))
+    content[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+    blocks = -(-TokenStore.open(copy).manifest.splits["train"].tokens // arrays.CHUNK)
+    found = damages(copy)
+    block, in_data = divmod(at, 2 * arrays.CHUNK + 4)
+    assert found == [f"train/tokens block {block}"] or (block >= blocks and len(found) == blocks), (in_data, found)
+
+
+def test_verify_finds_blocks_that_were_replaced_by_other_whole_ones(copy):
     path = copy / "train" / "tokens"
     store = TokenStore.open(copy)
-    tokens = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
+    tokens = store.read("train", [0], store.manifest.splits["train"].tokens)[0].copy()
+    tokens[arrays.CHUNK + 5] ^= 1
     shutil.rmtree(path)
-    arrays.append(arrays.create(str(path), tokens.dtype, 2**16 - 1), str(path), tokens[::-1])
-    with pytest.raises(DataError, match=f"{SHARD}: does not fit its hash"):
-        TokenStore.open(copy).verify()
+    arrays.append(arrays.create(str(path), tokens.dtype, 2**16 - 1), str(path), tokens)
+    assert damages(copy) == ["train/tokens block 1"]
+
+
+def test_verify_finds_damage_to_every_other_file(copy):
+    manifest = TokenStore.open(copy).manifest
+    for name, info in manifest.files.items():
+        if info.digest is not None and name != "tokenizer.json":
+            path = copy / name
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            assert any(each.startswith((name, name.removesuffix(".blocks/c/0"))) for each in damages(copy)), name
+            path.write_bytes(content)
+    assert not damages(copy)
 
 
 def test_a_replaced_tokenizer_is_found(copy):
@@ -138,7 +181,9 @@ def test_a_replaced_tokenizer_is_found(copy):
 
 
 def test_an_id_beyond_the_vocabulary_is_found(copy):
-    replace(TokenStore.open(copy).manifest, vocab_size=200).write(copy)
+    manifest = TokenStore.open(copy).manifest
+    smaller = replace(manifest, tokenizer=replace(manifest.words, vocab_size=200))
+    (copy / "manifest.json").write_bytes(smaller.content())
     with pytest.raises(DataError, match="beyond the vocabulary of 200"):
         use(copy)
 
@@ -150,7 +195,8 @@ def test_a_damaged_or_newer_manifest_is_refused(copy):
         (path.read_text()[:-40], "damaged manifest"),
         ("[]", "damaged manifest"),
         (json.dumps({key: value for key, value in tree.items() if key != "splits"}), "damaged manifest"),
-        (json.dumps(tree | {"format": 2}), "store format 2, this version reads format 1"),
+        (json.dumps(tree | {"format": 3}), "store format 3, this version reads format 2; update jaxinfra"),
+        (json.dumps(tree | {"format": 1}), "store format 1, this version reads format 2; prepare the store again"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=words) as caught:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jaxinfra.config import load
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import MeshConfig

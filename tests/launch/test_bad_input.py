@@ -1,6 +1,7 @@
 """Wrong files, folders and words end with one line that says what to do, and change nothing that is there."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from jaxinfra.run import resolved
 
 def test_missing_store_names_the_command_that_makes_it(tiny: Tiny, tmp_path: Path) -> None:
     store = f"data.store={tmp_path / 'elsewhere'}"
-    line = refused(tiny.launch(store), r"data\.store=\S+: no token store there; make it with: python -m launch .*")
+    line = refused(tiny.launch(store), r"data\.store=\S+: no store there; make it with: python -m launch .*")
     command = line.partition("python -m launch ")[2].split()
     assert launch(*command).code == 0
     assert tiny.launch(store, "train.steps=1", "optim.schedule.warmup_steps=0").code == 0
@@ -89,61 +90,62 @@ def test_directory_of_another_config(begun: Tiny) -> None:
 
 
 def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -> None:
-    """The recipe is the same, but the text behind it has changed."""
-    text = tmp_path / "text"
+    """A run goes on with the version that it was begun on; where that is gone, it stays as it is."""
+    text, store = tmp_path / "text", tmp_path / "store"
     shutil.copytree(tiny_data / "text", text)
-    root, store = f"data.corpus.root={text}", f"data.store={tmp_path / 'store'}"
-    start = [root, store, "name=mine"]
-    assert begun.launch(root, store, command="prepare").code == 0
+    start = [f"data.store={store}", "name=mine"]
+    prepare = ["data", "prepare", str(begun.recipe), f"source.root={text}", f"store={store}"]
+    assert launch(*prepare).code == 0
     assert begun.launch(*start).code == 0
+    (first,) = (path.name for path in store.iterdir() if path.is_dir())
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
-    shutil.rmtree(tmp_path / "store")
     next(iter(sorted(text.iterdir()))).write_text("w1 w2 w3\n" * 100)
-    assert begun.launch(root, store, command="prepare").code == 0
+    assert launch(*prepare).code == 0
+    assert begun.launch(*start).code == 0
+    assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [first]
+    shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
+    shutil.rmtree(store)
+    assert launch(*prepare).code == 0
     before = contents(begun.runs)
+    refused(begun.launch(*start), rf"data\.version={first}: is not among the 1 versions of {store}; use .*")
+    second = next(path.name for path in store.iterdir() if path.is_dir())
     refused(
-        begun.launch(*start),
-        r"\S+/mine: was begun on data with fingerprint \w+, \S+/store has \w+; use name=ANOTHER, or .*",
+        begun.launch(*start, f"data.version={second}"),
+        rf"\S+/mine: was begun on data with fingerprint {first}, \S+ has {second}; use name=ANOTHER, or .*",
     )
     assert contents(begun.runs) == before
 
 
 def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     def prepare(*overrides: str) -> Ended:
-        return tiny.launch(f"data.store={tmp_path / 'new'}", *overrides, command="prepare")
+        return launch("data", "prepare", str(tiny.recipe), f"store={tmp_path / 'new'}", *overrides)
 
     (tmp_path / "empty").mkdir()
-    empty = f"data.corpus.root={tmp_path / 'empty'}"
-    refused(prepare(empty), r"data\.corpus\.pattern=\*\.txt: no UTF-8 file of 1 bytes or more matches in \S+/empty .*")
-    missing = f"data.corpus.root={tmp_path / 'nowhere'}"
-    refused(prepare(missing), r"data\.corpus\.root=\S+: no such folder; give the folder that holds the text")
-    through = f"data.corpus.root={tiny.config}"
-    refused(prepare(through), r"data\.corpus\.root=\S+: is a file; give the folder and set data\.corpus\.pattern")
+    refused(prepare(f"source.root={tmp_path / 'empty'}"), r"pattern=\*\.txt: matches no file in \S+/empty; mend the .*")
+    refused(prepare(f"source.root={tmp_path / 'nowhere'}"), r"root=\S+: no such folder; give the folder that holds .*")
+    refused(prepare(f"source.root={tiny.config}"), r"root=\S+: is a file; give its folder, .*")
     refused(
-        prepare("data.corpus.heldout_fraction=2"),
-        r"data\.corpus\.heldout_fraction=2\.0: must be above 0 and below 1: both splits are needed; use \S+=0\.05",
+        prepare("heldout_fraction=2"),
+        r"heldout_fraction=2\.0: must be above 0 and below 1: both splits are needed; use heldout_fraction=0\.05",
     )
     refused(
-        prepare("data.corpus.vocab_size=100"),
-        r"data\.corpus\.vocab_size=100: .*; use data\.corpus\.vocab_size=257 or more",
+        prepare("tokenizer.vocab_size=100"), r"tokenizer\.vocab_size=100: .*; use tokenizer\.vocab_size=257 or more"
     )
-    occupied = f"data.store={tmp_path}"
+    refused(prepare("--workers", "0"), r"--workers 0: must be at least 1; use --workers 2")
     refused(
-        tiny.launch(occupied, command="prepare"),
-        r"data\.store=\S+: holds something that is no token store; choose an empty place",
+        launch("data", "prepare", str(tiny.recipe), f"store={tmp_path}"),
+        r"store=\S+: holds something that is no store \(\S+\); choose an empty place",
     )
     assert not (tmp_path / "new").exists()
 
 
-def test_unreadable_corpus(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "read_bytes", denied)
-    code = tiny.config.read_text()
-    monkeypatch.setattr("jaxinfra.config.source._compiled", lambda path: compile(code, str(path), "exec"))
-    new = f"data.store={tmp_path / 'new'}"
-    refused(tiny.launch(new, command="prepare"), r"\S+\.txt: permission denied; make it readable or leave it out.*", 82)
+def test_what_is_no_recipe(tiny: Tiny, tmp_path: Path) -> None:
+    prepare = ("data", "prepare")
+    refused(launch(*prepare, str(tiny.config), "data.recipe=none"), r"\S+/tiny\.py: its data names no recipe; name .*")
+    refused(launch(*prepare, str(tiny.config), f"data.recipe={tiny.config}"), r"\S+/tiny\.py: is no recipe; name a .*")
+    part = tmp_path / "part.py"
+    part.write_text("from jaxinfra.train.loop import TrainConfig\n\n\ndef config():\n    return TrainConfig()\n")
+    refused(launch(*prepare, str(part)), r"\S+/part\.py: is neither a recipe nor a run; name a file such as .*")
 
 
 def test_no_space(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +190,7 @@ def test_devices(tiny: Tiny, devices: str) -> None:
 
 
 def test_command_word() -> None:
-    commands = "train, show, compile, prepare, sample, diff, parity, bench"
+    commands = "train, show, compile, data prepare, data show, data verify, data peek, sample, diff, parity, bench"
     unknown = rf"shwo: no such command and no such config; the commands are {commands}; did you mean show\?"
     refused(launch("shwo"), unknown)
     refused(launch("shwo", "config.py"), unknown)

@@ -114,10 +114,21 @@ WRONG_VALUES = {
         r"/dev/null/x/tiny: cannot be written: Not a directory; .*",
         82,
     ),
-    "store of another recipe": (
-        "data.corpus.min_bytes=5",
-        r"data\.store=\S+/store: was made from another recipe \(data\.corpus\.min_bytes=1 there, 5 here\); "
-        r"choose another data\.store",
+    "version that is not there": (
+        "data.version=00",
+        r"data\.version=00: is not among the 1 versions of \S+/store; use data\.version=none or one of \w+",
+    ),
+    "packing that is not there": (
+        "data.packing=best_fit",
+        r"data\.packing=best_fit: \S+ has no rows of 32 \(32\), it has none; add Pack\(seq_len=32\) to the packs .*",
+    ),
+    "packing without masks": (
+        "data.packing=best_fit data.mask_documents=false",
+        r"data\.packing=best_fit, data\.mask_documents=false: rows of whole documents keep them apart; use .*=true",
+    ),
+    "curriculum of windows": (
+        "data.curriculum=curriculum",
+        r"data\.curriculum=.+, data\.packing=windows: windows are all of one length; use \S+=best_fit_by_length",
     ),
     "shorter than a window": (
         "data.seq_len=100000",
@@ -266,7 +277,7 @@ CROSS_FIELD = {
     ),
     "tokenizer larger than the model": (
         "model.vocab_size=256",
-        r"model\.vocab_size=256: the store \S+/store has 300 tokens; use model\.vocab_size=300 or more",
+        r"model\.vocab_size=256: the store \S+/store/\w+ has 300 words; use model\.vocab_size=300 or more",
     ),
 }
 

@@ -11,7 +11,7 @@ from launch.__main__ import COMMANDS
 from launch.emulated import environment
 
 LLAMA_LIKE = """\
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.run import Run
 
@@ -62,9 +62,9 @@ def test_show_touches_no_device(tmp_path: Path, repo_root: Path) -> None:
 
 def test_show_keeps_brackets(tiny: Tiny) -> None:
     """Values are data, not markup."""
-    shown = tiny.launch("data.corpus.pattern=[a-z]*.txt", command="show")
+    shown = tiny.launch("data.store=[a-z]*", command="show")
     assert shown.code == 0
-    assert "data.corpus.pattern = '[a-z]*.txt'" in shown.out
+    assert "data.store = '[a-z]*'" in shown.out
 
 
 def test_show_sizes_the_mesh(tiny: Tiny) -> None:
@@ -86,13 +86,14 @@ def test_show_draws_the_pipeline(tiny: Tiny) -> None:
 def test_prepare_twice(tiny: Tiny, tmp_path: Path) -> None:
     """The second time changes nothing and says the same."""
     store = f"data.store={tmp_path / 'store'}"
-    first = tiny.launch(store, command="prepare")
+    first = tiny.launch(store, command="data prepare")
     before = contents(tmp_path / "store")
-    second = tiny.launch(store, command="prepare")
+    second = tiny.launch(store, command="data prepare")
     assert first.code == second.code == 0
     assert contents(tmp_path / "store") == before
-    said = [line for line in second.out.splitlines() if line.startswith(("store", "tokenizer  3", "train", "heldout"))]
+    said = [line for line in second.out.splitlines() if line.startswith(("fingerprint", "tokenizer", "train", "held"))]
     assert len(said) == 4 and all(line in first.out for line in said)
+    assert "made: " in first.out and "was there: " in second.out
 
 
 def test_diff(tiny: Tiny) -> None:
@@ -123,7 +124,7 @@ finally:
     heavy = {"jax", "numpy", "flax", "optax", "orbax", "rich", "tensorstore"} & sys.modules.keys()
     assert not heavy, heavy
 """
-    for arguments in (["--help"], ["train", "--help"], ["show", "--help"], ["sample", "--help"]):
+    for arguments in (["--help"], ["train", "--help"], ["show", "--help"], ["data", "prepare", "--help"]):
         shown = python(code, *arguments, repo_root=repo_root)
         assert shown.returncode == 0 and shown.stdout.startswith("usage: python -m launch"), shown.stderr
         assert shown.stderr == ""

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from tiny_run import Ended, Tiny, contents, ended, launch, start, summary
 
+from jaxinfra.data.digits import records
 from jaxinfra.errors import ConfigError
 from jaxinfra.track.jsonl import read
 
 STEPS = 12
+RECIPE = Path(__file__).parents[2] / "configs" / "data" / "digits.py"
 OF_TEXT = re.compile(r"\b[Tt]oken")
 CONFIG = """\
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
-from jaxinfra.data.digits import Digits
+from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.run import Precision, Run
 from jaxinfra.tasks.classification import Classification
@@ -32,7 +34,7 @@ def config() -> Run:
             image_size=8, patch=4, channels=1, classes=10, layers=2, width=32, heads=4, mlp_dim=64, dropout=0.1
         ),
         task=Classification(),
-        data=Digits(),
+        data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
         train=TrainConfig(steps=12, global_batch=16, eval_every=6),
         checkpoint=CheckpointConfig(every=6),
@@ -41,12 +43,20 @@ def config() -> Run:
 """
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the digits; tests only read it."""
+    store = tmp_path_factory.mktemp("digits") / "store"
+    assert launch("data", "prepare", str(RECIPE), f"store={store}", "--workers", "1").code == 0
+    return store
+
+
 @pytest.fixture
-def seen(tmp_path: Path) -> Tiny:
+def seen(digits: Path, tmp_path: Path) -> Tiny:
     """A small run on images, with a place for what it writes."""
     config, runs = tmp_path / "seen.py", tmp_path / "runs"
-    config.write_text(CONFIG.format(runs=str(runs)))
-    return Tiny(config=config, runs=runs)
+    config.write_text(CONFIG.format(runs=str(runs), store=str(digits)))
+    return Tiny(config=config, recipe=RECIPE, runs=runs)
 
 
 def test_whole_run(seen: Tiny) -> None:
@@ -63,8 +73,8 @@ def test_whole_run(seen: Tiny) -> None:
     found = summary(directory)
     assert found["images"] == STEPS * 16
     assert found["heldout"] == {name: evaluated[-1][f"eval/{name}"] for name in ("loss", "accuracy")}
-    assert round(found["heldout"]["accuracy"] * 359, 6).is_integer(), "each of 359 held-out images counts once"
-    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbour, accuracy +0\.9916", ended.out)
+    assert round(found["heldout"]["accuracy"] * 393, 6).is_integer(), "each of 393 held-out images counts once"
+    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbour, accuracy +0\.9949", ended.out)
     assert "images/s" in ended.out and not OF_TEXT.search(ended.out)
     page = (directory / "report.html").read_text()
     assert "Accuracy" in page and "images/s" in page and not OF_TEXT.search(page)
@@ -87,8 +97,13 @@ def test_show_and_prepare(seen: Tiny) -> None:
     assert shown.code == 0
     assert re.search(r"images a step +16 ", shown.out) and "FLOPs an image" in shown.out
     assert "model = vision_transformer_config" in shown.out and "Learning rate over 12 steps" in shown.out
-    prepared = seen.launch(command="prepare")
-    assert re.search(r"train +1438 images\nheldout +359 images\n", prepared.out)
+    store = launch("data", "show", str(seen.loaded().data.store))
+    assert re.search(r"train +1404 images, 89856 bytes\nheldout +393 images, 25152 bytes\n", store.out)
+    assert re.search(r"train: images of a class\n +0 +143 █+\n", store.out), store.out
+    peeked = seen.launch("--step", "3", "--rank", "1", "--of", "4", "mesh.fsdp=4", command="data peek")
+    assert re.search(
+        r"step 3, process 1 of 4, 4 of 16 rows\n.*\nrow 4: image \d+, 8x8x1, label (\d) \(\1\)\n", peeked.out
+    )
     assert not seen.runs.exists()
 
 
@@ -123,8 +138,15 @@ WRONG = {
     "colours": ("model.channels=3", r"model\.channels=3: the images have 1; use model\.channels=1"),
     "nothing": ("model.layers=0", r"model\.layers=0: must be at least 1; use model\.layers=1 or more"),
     "dropout": ("model.dropout=1", r"model\.dropout=1\.0: must be at least 0 and below 1; use model\.dropout=0\.1"),
-    "size of the data": ("data.image_size=12", r"data\.image_size=12: must be a multiple of 8; use \S+=16"),
-    "nothing held out": ("data.heldout_fraction=0", r"data\.heldout_fraction=0\.0: .*; use \S+=0\.2"),
+    "size of the data": (
+        "data.image_size=12 model.image_size=12",
+        r"data\.image_size=12: the images of \S+ have 8, and pixels become whole squares; use data\.image_size=16",
+    ),
+    "colours of the data": (
+        "data.channels=3 model.channels=3",
+        r"data\.channels=3: the images of \S+ have 1; use data\.channels=1",
+    ),
+    "another store": ("data.store=nowhere", r"data\.store=\S+/nowhere: no store there; make it with: .*"),
     "smoothing": ("task.label_smoothing=1", r"task\.label_smoothing=1\.0: .*; use task\.label_smoothing=0\.1"),
     "heads over tensor": (
         "mesh.tensor=8",
@@ -141,9 +163,9 @@ WRONG = {
     ),
     "another task": (
         "task=causal_lm",
-        r"model=vision_transformer_config, task=causal_lm, data=digits: read images, tokens and images, .*",
+        r"model=vision_transformer_config, task=causal_lm, data=image_data: read images, tokens and images, .*",
     ),
-    "classes": ("model.classes=9", r"model\.classes=9: the digits of scikit-learn are of 10 classes; use \S+=10"),
+    "classes": ("model.classes=9", r"model\.classes=9: the images of \S+ are of 10 classes; use \S+=10"),
 }
 
 
@@ -163,18 +185,18 @@ def test_wrong_value(seen: Tiny, case: tuple[str, str]) -> None:
     assert not seen.runs.exists()
 
 
-def test_without_scikit_learn(seen: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    pattern = r"data=digits: the images come with scikit-learn, which is not installed; .* extra digits"
-    refused(seen.launch(), pattern)
-    refused(seen.launch(command="prepare"), pattern)
-    assert seen.launch(command="show").code == 0
+    with pytest.raises(
+        ConfigError, match=r"the digits come with scikit-learn, which is not installed; .* extra digits"
+    ):
+        next(records())
 
 
 @pytest.mark.slow
-def test_digits_are_learned(repo_root: Path, tmp_path: Path) -> None:
+def test_digits_are_learned(repo_root: Path, digits: Path, tmp_path: Path) -> None:
     """The shipped config, as a user starts it: 97 of 100 unseen digits."""
     config = str(repo_root / "configs" / "vit_digits.py")
-    done = ended(start(config, f"root={tmp_path}", "--devices", "cpu"), timeout_s=900)
+    done = ended(start(config, f"root={tmp_path}", f"data.store={digits}", "--devices", "cpu"), timeout_s=900)
     assert done.code == 0, done
     assert summary(tmp_path / "vit-digits")["heldout"]["accuracy"] >= 0.97

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.program import Program

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Constant

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxinfra.data.digits import Digits
+from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
@@ -15,7 +15,9 @@ from jaxinfra.tasks.classification import Classification
 from tests.parity.cases import DOCUMENTS, ROWS, Case, on_host, put, too_different, values_on_host
 
 SHAPE = VisionTransformerConfig(image_size=8, patch=2, channels=1, classes=5, layers=3, width=32, heads=8, mlp_dim=64)
-TOKEN = replace(DOCUMENTS, name="token", model=SHAPE, task=Classification(), data=Digits())
+TOKEN = replace(
+    DOCUMENTS, name="token", model=SHAPE, task=Classification(), data=ImageData(store="none", image_size=8, channels=1)
+)
 """A class token makes 17 positions, which no mesh divides; three layers are uneven over two stages."""
 
 MEAN = replace(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block

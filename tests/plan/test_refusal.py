@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.refusal import explained, smaller
 from jaxinfra.run import Run

@@ -9,7 +9,7 @@ import math
 import jax
 import pytest
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.plan.collectives import Collective, collectives, summed

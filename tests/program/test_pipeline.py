@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 from jaxinfra.parallel.schedules import PipelineConfig

@@ -14,8 +14,7 @@ STEPS, WINDOW = 80, 20
 """Of a run; and over how many steps its loss is averaged."""
 
 CONFIG = """\
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.loader import TokenData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Cosine
@@ -29,21 +28,33 @@ def config() -> Run:
         name="curve",
         root={root!r},
         model=TransformerConfig(vocab_size=1024, layers=3, width=128, heads=4, mlp_dim=384, qk_norm=True),
-        data=TokenData(store={store!r}, corpus=Corpus(pattern="[a-h]*.py", vocab_size=1024), seq_len=128),
+        data=TokenData(store={store!r}, recipe={recipe!r}, seq_len=128),
         precision=Precision(compute="bfloat16"),
         optim=Optim(optimizer=AdamW(), schedule=Cosine(warmup_steps=20), peak_lr=4e-3),
         train=TrainConfig(steps={steps}, global_batch=16, eval_every={steps}),
         track=TrackConfig(log_every=1, console="off"),
     )
 """
+RECIPE = """\
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TrainBpe
+
+
+def config() -> Corpus:
+    source = TextFiles(root="stdlib", pattern="[a-h]*.py")
+    return Corpus(store="", source=source, tokenizer=TrainBpe(vocab_size=1024), on_bad="skip")
+"""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("curve")
-    path = folder / "curve.py"
-    path.write_text(CONFIG.format(root=str(folder / "runs"), store=str(folder / "store"), steps=STEPS))
-    assert launch("prepare", str(path)).code == 0
+    path, recipe = folder / "curve.py", folder / "recipe.py"
+    recipe.write_text(RECIPE)
+    places = {"root": str(folder / "runs"), "store": str(folder / "store"), "recipe": str(recipe)}
+    path.write_text(CONFIG.format(**places, steps=STEPS))
+    assert launch("data", "prepare", str(path)).code == 0
     return path
 
 

@@ -1,0 +1,15 @@
+"""The standard library of the running Python, always there, no network: 4,096 words trained on it."""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TrainBpe
+
+
+def config() -> Corpus:
+    return Corpus(
+        store="stores/python-stdlib",
+        source=TextFiles(root="stdlib", pattern="**/*.py"),
+        tokenizer=TrainBpe(vocab_size=4096),
+        on_bad="skip",
+        baselines=True,
+    )

@@ -1,0 +1,15 @@
+"""The standard library of the running Python, with 8,192 words."""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TrainBpe
+
+
+def config() -> Corpus:
+    return Corpus(
+        store="stores/python-stdlib-8k",
+        source=TextFiles(root="stdlib", pattern="**/*.py"),
+        tokenizer=TrainBpe(vocab_size=8192),
+        on_bad="skip",
+        baselines=True,
+    )

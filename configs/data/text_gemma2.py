@@ -1,0 +1,13 @@
+"""Text files as Gemma 2 reads them."""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TokenizerFile
+
+
+def config() -> Corpus:
+    return Corpus(
+        store="stores/text-gemma2",
+        source=TextFiles(root="corpora/text", pattern="**/*.txt"),
+        tokenizer=TokenizerFile(path="tokenizers/gemma2.json", end_of_document="<eos>"),
+    )

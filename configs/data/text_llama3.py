@@ -1,0 +1,13 @@
+"""Text files as Llama 3 reads them."""
+
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.tokenizer import TokenizerFile
+
+
+def config() -> Corpus:
+    return Corpus(
+        store="stores/text-llama3",
+        source=TextFiles(root="corpora/text", pattern="**/*.txt"),
+        tokenizer=TokenizerFile(path="tokenizers/llama3.json", end_of_document="<|end_of_text|>"),
+    )

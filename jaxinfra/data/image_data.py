@@ -1,0 +1,185 @@
+"""Training on images: samples of a store of images with labels (see `batches`)."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, Self
+
+import numpy as np
+
+from jaxinfra.config import Problem
+from jaxinfra.data.contract import Batch
+from jaxinfra.data.manifest import Split
+from jaxinfra.data.order import sample_ids
+from jaxinfra.data.store import IMAGES, LABELS, PREPARE, Store
+from jaxinfra.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """Training on a store of images.
+
+    Attributes:
+        store: folder or URL of the store.
+        version: fingerprint of the version to train on, or its beginning; None is the newest.
+        recipe: config file that makes the store, for `data prepare` of a run and for messages.
+        image_size: pixels of a side, a multiple of those of the store: every pixel becomes a square.
+        channels: of a pixel.
+        white: the value of a pixel that becomes 1; 0 becomes -1.
+        seed: of the order of images.
+        prefetch: host batches that are made ahead.
+        threads: threads that make host batches.
+    """
+
+    unit: ClassVar[str] = "image"
+    store: str
+    version: str | None = None
+    recipe: str | None = None
+    image_size: int
+    channels: int = 3
+    white: int = 255
+    seed: int = 0
+    prefetch: int = 4
+    threads: int = 1
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the numbers; the store is looked at by `open`."""
+        if not self.store:
+            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
+        for name in ("image_size", "channels", "white", "prefetch", "threads"):
+            if getattr(self, name) < 1:
+                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+
+    def pinned(self, versions: Sequence[str]) -> Self:
+        """See `DataConfig`."""
+        return replace(self, version=self.version or next(iter(versions), None))
+
+    @property
+    def recipes(self) -> Mapping[str, str]:
+        """See `DataConfig`."""
+        return {} if self.recipe is None else {self.store: self.recipe}
+
+    @property
+    def sample_units(self) -> int:
+        """An image is one."""
+        return 1
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """Images are whole (see `DataConfig`)."""
+        return {}
+
+    def open(self, *, fix: str = PREPARE) -> "Images":
+        """Opens the store and checks that it suits.
+
+        Args:
+            fix: the command that makes the store, for the error when there is none.
+
+        Raises:
+            ConfigError: there is no store, not that version, or its images have another size.
+            DataError: it is damaged.
+            StorageError: it may not be read.
+        """
+        store = Store.open(self.store, self.version, fix=fix)
+        if store.manifest.kind != "images":
+            raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, not images; name another store")
+        height, width, channels = store.manifest.shape
+        if height != width:
+            raise ConfigError(f"data.store={self.store}: its images are {height} x {width}, not square; prepare others")
+        if self.image_size % height:
+            fitting = -(-self.image_size // height) * height
+            raise ConfigError(
+                f"data.image_size={self.image_size}: the images of {store} have {height}, and pixels become whole "
+                f"squares; use data.image_size={fitting}"
+            )
+        if self.channels != channels:
+            raise ConfigError(
+                f"data.channels={self.channels}: the images of {store} have {channels}; use data.channels={channels}"
+            )
+        return Images(self, store)
+
+
+class Labelled:
+    """Images of a split with their labels: `Samples`."""
+
+    def __init__(self, data: ImageData, store: Store, split: Split, at_most: int | None = None):
+        """Counts them, the first `at_most` of them, and reads the labels."""
+        self._data, self._store = data, store
+        self._split: Split = split
+        self._labels = store.whole(split, LABELS)[:at_most]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """`images`, float32 `[B, H, W, channels]` from -1 to 1, and `labels`, int32 `[B]`; weights are ones."""
+        found = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))
+        pixels = np.concatenate(found).astype(np.float32) * (2 / self._data.white) - 1
+        scale = self._data.image_size // pixels.shape[1]
+        batch = {"images": pixels.repeat(scale, axis=1).repeat(scale, axis=2), "labels": self._labels[ids]}
+        return batch | {"weights": np.ones(len(ids), np.float32)} if weighted else batch
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label."""
+        return int(self._labels.max()) + 1
+
+
+class Classes(Protocol):
+    """What must be known of a model to learn labels."""
+
+    @property
+    def classes(self) -> int:
+        """That an image may be of."""
+        ...
+
+
+class Images:
+    """An open store of images: `OpenData`."""
+
+    def __init__(self, data: ImageData, store: Store):
+        """Takes a store whose images have the size of the config, or a part of it."""
+        self._data, self.store = data, store
+        self.name, self.fingerprint = str(store), store.manifest.fingerprint
+        self.train = Labelled(data, store, "train")
+        self.train_units = len(self.train)
+
+    @property
+    def versions(self) -> Sequence[str]:
+        """See `OpenData`."""
+        return (self.fingerprint,)
+
+    def ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
+        return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._data.seed)
+
+    def heldout(self, at_most: int | None = None) -> Labelled:
+        """The held-out images."""
+        return Labelled(self._data, self.store, "heldout", at_most)
+
+    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `OpenData`."""
+        batch, names = self.train.read(ids, weighted=False), self.store.manifest.labels
+        for row, (sample, image, label) in enumerate(
+            zip(ids, batch["images"], batch["labels"], strict=True), first_row
+        ):
+            named = f" ({names[label]})" if names else ""
+            yield f"row {row}: image {sample}, {'x'.join(map(str, image.shape))}, label {label}{named}"
+            yield f"mean {image.mean():.4f}, from {image.min():.4f} to {image.max():.4f}"[:chars]
+
+    def check(self, model: Classes) -> None:
+        """Refuses a model with fewer classes than there are labels.
+
+        Raises:
+            ConfigError: it has.
+        """
+        classes = max(self.train.classes, self.heldout().classes, len(self.store.manifest.labels))
+        if model.classes < classes:
+            raise ConfigError(
+                f"model.classes={model.classes}: the images of {self.store} are of {classes} classes; "
+                f"use model.classes={classes}"
+            )
+
+    @property
+    def baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """How often the nearest training image is of the right class, where it was measured."""
+        return self.store.manifest.baselines

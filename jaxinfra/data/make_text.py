@@ -1,0 +1,127 @@
+"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from jaxinfra.config import encode
+from jaxinfra.data import arrays, assemble, parts
+from jaxinfra.data.assemble import Keep, SplitWriter
+from jaxinfra.data.baseline import measured
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo
+from jaxinfra.data.parts import Note
+from jaxinfra.data.records.record import Piece
+from jaxinfra.data.storage import Storage
+from jaxinfra.data.store import MASK, TOKENS, TokenStore, hash_files, token_dtype
+from jaxinfra.data.tokenise import Job, sample_texts, tokenise
+from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
+
+TOKENIZER_BYTES = 12_000_000
+"""Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
+_BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
+_INFO = "tokenizer-info.json"
+
+
+class TextMaker:
+    """What preparing a corpus has of its own: `prepare.Maker`."""
+
+    stage = "tokens"
+
+    def __init__(self, corpus: Corpus):
+        """Reads the tokenizer, where the recipe names an existing one.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        self._corpus = corpus
+        self._given = None if isinstance(corpus.tokenizer, TrainBpe) else load(corpus.tokenizer)
+
+    @property
+    def identity(self) -> str | None:
+        """Hash of the tokenizer; one that is trained follows from all else."""
+        return self._given and self._given.sha256
+
+    @property
+    def job(self) -> Callable[[Job], Note]:
+        """See `prepare.Maker`."""
+        return tokenise
+
+    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
+        """Puts the tokenizer beside the parts; one that is trained is trained once.
+
+        Raises:
+            DataError: a record cannot be read and the recipe does not skip it.
+        """
+        known = folder / _INFO
+        if not known.exists():
+            given, config = self._given, self._corpus.tokenizer
+            if isinstance(config, TrainBpe):
+                texts = sample_texts(self._corpus, pieces, TOKENIZER_BYTES)
+                given = train_bpe(texts, vocab_size=config.vocab_size, end_of_document=config.end_of_document)
+            assert given is not None
+            info = TokenizerInfo(
+                kind=given.kind,
+                file=given.file_name,
+                sha256=given.sha256,
+                end_of_document=given.end_of_document,
+                eot_id=given.eot_id,
+                vocab_size=given.vocab_size,
+            )
+            parts.write_file(folder / info.file, given.content)
+            parts.write_file(known, json.dumps(asdict(info)).encode())
+        self._info = TokenizerInfo(**json.loads(known.read_bytes()))
+        self._dtype = token_dtype(self._info.vocab_size)
+
+    def needed_bytes(self, source_bytes: int) -> int:
+        """Parts and arrays exist at once."""
+        return 2 * source_bytes * self._dtype.itemsize // _BYTES_PER_TOKEN
+
+    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Job]:
+        """What to tokenise."""
+        corpus, info = self._corpus, self._info
+        return [
+            Job(number=number, pieces=group, corpus=corpus, folder=str(folder), tokenizer=info)
+            for number, group in groups.items()
+        ]
+
+    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
+        """Makes all files of the version but the manifest; see `prepare.Maker`."""
+        corpus = self._corpus
+        counts = assemble.counts(folder, numbers, build)
+        keep = assemble.kept(corpus, folder, numbers)
+        self._check_splits(keep, counts)
+        splits, packs = {}, {}
+        for split in SPLITS:
+            writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
+            assemble.copy(folder, numbers, split, keep, writer)
+            splits[split] = writer.close()
+            for pack in corpus.packs:
+                packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
+        shutil.copyfile(folder / self._info.file, build / self._info.file)
+        manifest = Manifest(
+            kind="text" if corpus.form.group == 1 else "pairs",
+            recipe=encode(corpus),
+            source_digest=source_digest,
+            counts=replace(counts, duplicates=sum(int((~keep_D).sum()) for keep_D in keep.values())),
+            dtype=self._dtype.name,
+            masked=corpus.form.masked,
+            block=arrays.CHUNK,
+            tokenizer=self._info,
+            splits=splits,
+            packs=packs,
+            files=hash_files(build, unhashed=(TOKENS, MASK)),
+            baselines={},
+            **assemble.made_now(),
+        )
+        if corpus.baselines:
+            manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
+        return manifest
+
+    def _check_splits(self, keep: Keep, counts: Counts) -> None:
+        found: dict[Split, int] = {
+            split: sum(int(keep_D.sum()) for (of, _), keep_D in keep.items() if of == split) for split in SPLITS
+        }
+        assemble.check_splits(self._corpus.store, found, counts, self._corpus.heldout_fraction)

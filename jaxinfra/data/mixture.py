@@ -1,0 +1,224 @@
+"""Training on several token stores at once, in exact shares that may change at given steps (see `mixing`)."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import ClassVar, Self
+
+import numpy as np
+
+from jaxinfra.config import Problem
+from jaxinfra.data.contract import Batch
+from jaxinfra.data.facts import rows
+from jaxinfra.data.manifest import digest_of
+from jaxinfra.data.mixing import Mixing, MixStage, stage_problems
+from jaxinfra.data.order import Curriculum
+from jaxinfra.data.store import PREPARE
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples, Vocabulary
+from jaxinfra.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixSource:
+    """A store of a mixture; its fields are those of `TokenData`."""
+
+    store: str
+    version: str | None = None
+    recipe: str | None = None
+    packing: Packing = "windows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Training on a mixture of token stores.
+
+    Attributes:
+        sources: the stores. One more at the end changes how often the others are read, not in which order.
+        stages: the weight of each source, from which step on; () weighs each by its size.
+        seq_len: tokens that a row predicts.
+        curriculum: the order of the first epochs of each source, short rows first; None shuffles all alike.
+        seed: of the order of samples.
+        prefetch: host batches that are made ahead.
+        threads: threads that make host batches.
+        mask_documents: whether attention, positions and loss keep the documents of a row apart.
+    """
+
+    unit: ClassVar[str] = "token"
+    sources: tuple[MixSource, ...]
+    stages: tuple[MixStage, ...] = ()
+    seq_len: int = 1024
+    curriculum: Curriculum | None = None
+    seed: int = 0
+    prefetch: int = 4
+    threads: int = 2
+    mask_documents: bool = True
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the numbers; the stores are looked at by `open`."""
+        if not self.sources:
+            yield Problem(fields=("sources",), message="are none", fix="name a store at least")
+        for i, each in enumerate(self.parts):
+            for problem in each.problems():
+                own = problem.fields[0] in ("store", "packing")
+                yield Problem(
+                    fields=(f"sources.{i}.{problem.fields[0]}" if own else problem.fields[0], *problem.fields[1:]),
+                    message=problem.message,
+                    fix=problem.fix,
+                )
+        if self.stages:
+            yield from stage_problems(self.stages, sources=len(self.sources))
+
+    @property
+    def parts(self) -> Sequence[TokenData]:
+        """Each store by itself."""
+        return [
+            TokenData(
+                **vars(source),
+                seq_len=self.seq_len,
+                curriculum=self.curriculum,
+                seed=self.seed,
+                prefetch=self.prefetch,
+                threads=self.threads,
+                mask_documents=self.mask_documents,
+            )
+            for source in self.sources
+        ]
+
+    def pinned(self, versions: Sequence[str]) -> Self:
+        """See `DataConfig`."""
+        known = [*versions, *[None] * len(self.sources)]
+        sources = (replace(each, version=each.version or known[i]) for i, each in enumerate(self.sources))
+        return replace(self, sources=tuple(sources))
+
+    @property
+    def recipes(self) -> Mapping[str, str]:
+        """See `DataConfig`."""
+        return {source.store: source.recipe for source in self.sources if source.recipe is not None}
+
+    @property
+    def sample_units(self) -> int:
+        """Tokens of a sequence."""
+        return self.seq_len
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """See `DataConfig`."""
+        return {"seq_len": (self.seq_len, "positions")}
+
+    def open(self, *, fix: str = PREPARE) -> "MixedText":
+        """Opens every store and checks that they go together.
+
+        Args:
+            fix: the command that makes the stores, for the error when there is none.
+
+        Raises:
+            ConfigError: one is not there or does not suit, or two were made by different tokenizers.
+            DataError: one is damaged.
+            StorageError: one may not be read.
+        """
+        found = [part.open(fix=fix) for part in self.parts]
+        first = found[0].store.manifest.words
+        for each in found[1:]:
+            words = each.store.manifest.words
+            if (words.sha256, words.eot_id) != (first.sha256, first.eot_id):
+                raise ConfigError(
+                    f"data.sources: {found[0].name} and {each.name} were made by different tokenizers "
+                    f"({first.sha256[:12]}, {words.sha256[:12]}); prepare one of them with the tokenizer of the other"
+                )
+        return MixedText(self, found)
+
+
+class MixedSamples:
+    """Samples of several stores, numbered through: `Samples`."""
+
+    def __init__(self, parts: Sequence[TokenSamples]):
+        self._parts = parts
+        self.offsets = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """Samples of these numbers, each read from its own store."""
+        source = np.searchsorted(self.offsets, ids, side="right") - 1
+        batch: Batch = {}
+        for number in np.unique(source):
+            own = source == number
+            for name, array in self._parts[number].read(ids[own] - self.offsets[number], weighted=weighted).items():
+                batch.setdefault(name, np.empty((len(ids), *array.shape[1:]), array.dtype))[own] = array
+        return batch
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Bytes of text that the targets with a weight of 1 stand for."""
+        return sum(part.n_bytes for part in self._parts)
+
+
+class MixedText:
+    """Open token stores: `OpenData`."""
+
+    def __init__(self, data: Mixture, parts: Sequence[Text]):
+        """Takes stores of one tokenizer."""
+        self._data, self._parts = data, parts
+        self.name = " + ".join(part.name for part in parts)
+        self.fingerprint = digest_of([part.fingerprint for part in parts])
+        self.train = MixedSamples([part.train for part in parts])
+        self.train_units = sum(part.train_units for part in parts)
+        self._mixing = lru_cache(maxsize=1)(self._mixing_of)
+
+    def _mixing_of(self, global_batch: int) -> Mixing:
+        return Mixing(
+            [len(part.train) for part in self._parts],
+            self._data.stages,
+            global_batch=global_batch,
+            seed=self._data.seed,
+            curriculum=self._data.curriculum,
+        )
+
+    @property
+    def versions(self) -> Sequence[str]:
+        """See `OpenData`."""
+        return [part.fingerprint for part in self._parts]
+
+    def ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
+        source, sample = self._mixing(global_batch).ids(step)
+        return self.train.offsets[source] + sample
+
+    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `OpenData`."""
+        for at, sample in enumerate(ids):
+            source = int(np.searchsorted(self.train.offsets, sample, side="right")) - 1
+            yield f"of {self._parts[source].name}"
+            batch = self.train.read(sample[None], weighted=False)
+            yield from rows(batch, self.tokenizer, sample[None] - self.train.offsets[source], first_row + at, chars)
+
+    def heldout(self, at_most: int | None = None) -> MixedSamples:
+        """The held-out samples of every store, or the first of each, as many of one as of another.
+
+        Raises:
+            ConfigError: a held-out split is shorter than one sample.
+        """
+        count = len(self._parts)
+        shares = [None if at_most is None else max(1, (at_most + count - 1 - i) // count) for i in range(count)]
+        return MixedSamples([part.heldout(share) for part, share in zip(self._parts, shares, strict=True)])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens of all of them."""
+        return self._parts[0].tokenizer
+
+    def check(self, model: Vocabulary) -> None:
+        """Refuses a model whose vocabulary is smaller than the stores'.
+
+        Raises:
+            ConfigError: it is.
+        """
+        for part in self._parts:
+            part.check(model)
+
+    @property
+    def baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """None: what was measured is of one store each."""
+        return {}

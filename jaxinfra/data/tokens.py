@@ -1,0 +1,285 @@
+"""Training on text: samples of a token store (see `batches`), in contiguous windows or in rows of whole documents."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Literal, Protocol, Self
+
+import numpy as np
+
+from jaxinfra.config import Problem
+from jaxinfra.data.batches import heldout_batches
+from jaxinfra.data.contract import Batch
+from jaxinfra.data.facts import rows
+from jaxinfra.data.manifest import Split
+from jaxinfra.data.order import Curriculum, sample_ids
+from jaxinfra.data.store import MASK, PREPARE, TOKENS, TokenStore
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.windows import packed_batch, split_inputs_targets, window_count
+from jaxinfra.errors import ConfigError
+
+Packing = Literal["windows", "best_fit", "best_fit_by_length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenData:
+    """Training on a token store.
+
+    Attributes:
+        store: folder or URL of the store.
+        version: fingerprint of the version to train on, or its beginning; None is the newest.
+        recipe: config file that makes the store, for `data prepare` of a run and for messages.
+        seq_len: tokens that a row predicts.
+        packing: what a row is: a window of consecutive tokens, or whole documents as the store has packed them.
+        curriculum: the order of the first epochs, short rows first; None shuffles all alike.
+        seed: of the order of samples.
+        prefetch: host batches that are made ahead.
+        threads: threads that make host batches.
+        mask_documents: whether attention, positions and loss keep the documents of a row apart.
+    """
+
+    unit: ClassVar[str] = "token"
+    store: str
+    version: str | None = None
+    recipe: str | None = None
+    seq_len: int = 1024
+    packing: Packing = "windows"
+    curriculum: Curriculum | None = None
+    seed: int = 0
+    prefetch: int = 4
+    threads: int = 2
+    mask_documents: bool = True
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the numbers; the store is looked at by `open`."""
+        if not self.store:
+            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
+        for name in ("seq_len", "prefetch", "threads"):
+            if getattr(self, name) < 1:
+                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        if self.packing != "windows" and not self.mask_documents:
+            yield Problem(
+                fields=("packing", "mask_documents"),
+                message="rows of whole documents keep them apart",
+                fix="use mask_documents=true",
+            )
+        if self.curriculum is not None and self.packing == "windows":
+            yield Problem(
+                fields=("curriculum", "packing"),
+                message="windows are all of one length",
+                fix="use packing=best_fit_by_length",
+            )
+
+    def pinned(self, versions: Sequence[str]) -> Self:
+        """See `DataConfig`."""
+        return replace(self, version=self.version or next(iter(versions), None))
+
+    @property
+    def recipes(self) -> Mapping[str, str]:
+        """See `DataConfig`."""
+        return {} if self.recipe is None else {self.store: self.recipe}
+
+    @property
+    def sample_units(self) -> int:
+        """Tokens of a sequence."""
+        return self.seq_len
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """See `DataConfig`."""
+        return {"seq_len": (self.seq_len, "positions")}
+
+    @property
+    def pack_name(self) -> str:
+        """The packing of the store that rows of whole documents are of."""
+        return f"{self.seq_len}-by-length" if self.packing == "best_fit_by_length" else str(self.seq_len)
+
+    def open(self, *, fix: str = PREPARE) -> "Text":
+        """Opens the store and checks that it suits.
+
+        Args:
+            fix: the command that makes the store, for the error when there is none.
+
+        Raises:
+            ConfigError: there is no store, not that version or packing, or it is shorter than one window.
+            DataError: it is damaged.
+            StorageError: it may not be read.
+        """
+        store = TokenStore.open(self.store, self.version, fix=fix)
+        if store.manifest.kind != "text":
+            raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, not text; name another store")
+        if store.manifest.masked and not self.mask_documents:
+            raise ConfigError(
+                f"data.mask_documents=false: {store} says which tokens are learned; use data.mask_documents=true"
+            )
+        return Text(self, store)
+
+
+class TokenSamples:
+    """Samples of a split: what windows and packed rows have in common."""
+
+    def __init__(self, data: TokenData, store: TokenStore, split: Split, found: int, at_most: int | None):
+        self._data, self._store = data, store
+        self._split: Split = split
+        self._count = found if at_most is None else min(at_most, found)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """Samples of these numbers; see `Samples`."""
+        raise NotImplementedError
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Bytes of text that the targets with a weight of 1 stand for.
+
+        With the summed loss of those targets in nats, bits per byte are `loss / log(2) / n_bytes`.
+        """
+        length_V = self._store.tokenizer.byte_lengths()
+        batches = heldout_batches(self._data, self, global_batch=min(64, len(self)), rows=slice(None))
+        return sum(int((length_V[batch["targets"]] * batch["weights"]).sum()) for _, batch in batches)
+
+
+class Windows(TokenSamples):
+    """The windows of a split, in the order of the text: `Samples`, each the mapping of `split_inputs_targets`."""
+
+    def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
+        """Counts them, the first `at_most` of them; reads none yet.
+
+        Raises:
+            ConfigError: there is not even one.
+        """
+        tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
+        windows = window_count(tokens, seq_len)
+        if not windows:
+            fix = f"data.seq_len={tokens - 1} or less" if tokens > 1 else "a recipe with another heldout_fraction"
+            raise ConfigError(
+                f"data.seq_len={seq_len}: a window needs {seq_len + 1} tokens, "
+                f"the {split} split of {store} has {tokens}; use {fix}, or a larger corpus"
+            )
+        super().__init__(data, store, split, windows, at_most)
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """Inputs and targets, and what keeps documents apart."""
+        data, store = self._data, self._store
+        starts, length = ids * data.seq_len, data.seq_len + 1
+        batch = split_inputs_targets(
+            store.read(self._split, starts, length),
+            eot_id=store.manifest.words.eot_id,
+            mask_documents=data.mask_documents,
+            mask_BW=store.read_mask(self._split, starts, length),
+        )
+        if weighted and "weights" not in batch:
+            batch["weights"] = np.ones(batch["targets"].shape, np.float32)
+        return batch
+
+
+class PackedRows(TokenSamples):
+    """The rows of whole documents that the store has packed: `Samples`, each the mapping of `packed_batch`."""
+
+    def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
+        """Counts them, the first `at_most` of them; reads none yet.
+
+        Raises:
+            ConfigError: the store has no such packing, or no row in it.
+        """
+        name = data.pack_name
+        info = store.manifest.packs.get(f"{split}/{name}")
+        if info is None:
+            known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]
+            raise ConfigError(
+                f"data.packing={data.packing}: {store} has no rows of {data.seq_len} ({name}), it has "
+                f"{', '.join(known)}; add Pack(seq_len={data.seq_len}) to the packs of its recipe and prepare it"
+            )
+        if not info.rows:
+            raise ConfigError(
+                f"data.packing={data.packing}: the {split} split of {store} has no row; use a larger corpus"
+            )
+        self._name = f"packs/{name}"
+        super().__init__(data, store, split, info.rows, at_most)
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """Inputs, targets, and what keeps documents apart; always with weights."""
+        store, split = self._store, self._split
+        borders = np.array(store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2)))
+        first_B, count_B = borders[:, 0], borders[:, 1] - borders[:, 0]
+        starts = np.concatenate(store.read_ranges(split, f"{self._name}/starts", first_B, count_B))
+        lengths = np.concatenate(store.read_ranges(split, f"{self._name}/lengths", first_B, count_B))
+        tokens_N = np.concatenate(store.read_ranges(split, TOKENS, starts, lengths + 1))
+        masked = store.manifest.masked
+        mask_N = np.concatenate(store.read_ranges(split, MASK, starts, lengths + 1)) if masked else None
+        return packed_batch(tokens_N, lengths, count_B, seq_len=self._data.seq_len, mask_N=mask_N)
+
+
+class Vocabulary(Protocol):
+    """What must be known of a model to read text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that it has an embedding for."""
+        ...
+
+
+class Text:
+    """An open token store: `OpenData`."""
+
+    def __init__(self, data: TokenData, store: TokenStore):
+        """Takes a store whose training split has at least one sample.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        self._data, self.store = data, store
+        self.name, self.fingerprint = str(store), store.manifest.fingerprint
+        self.train = self._samples("train")
+        self.train_units = store.manifest.splits["train"].tokens
+
+    @property
+    def versions(self) -> Sequence[str]:
+        """See `OpenData`."""
+        return (self.fingerprint,)
+
+    def ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
+        size, curriculum = len(self.train), self._data.curriculum
+        return sample_ids(step, global_batch=global_batch, windows=size, seed=self._data.seed, curriculum=curriculum)
+
+    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `OpenData`."""
+        return rows(self.train.read(ids, weighted=False), self.store.tokenizer, ids, first_row, chars)
+
+    def heldout(self, at_most: int | None = None) -> TokenSamples:
+        """The held-out samples.
+
+        Raises:
+            ConfigError: the held-out split is shorter than one sample.
+        """
+        return self._samples("heldout", at_most)
+
+    def _samples(self, split: Split, at_most: int | None = None) -> TokenSamples:
+        kind = Windows if self._data.packing == "windows" else PackedRows
+        return kind(self._data, self.store, split, at_most)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens."""
+        return self.store.tokenizer
+
+    def check(self, model: Vocabulary) -> None:
+        """Refuses a model whose vocabulary is smaller than the store's.
+
+        Raises:
+            ConfigError: it is; ids beyond the model's embedding would be read as garbage.
+        """
+        words = self.store.manifest.words.vocab_size
+        if words > model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={model.vocab_size}: the store {self.store} has {words} words; "
+                f"use model.vocab_size={words} or more"
+            )
+
+    @property
+    def baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """Bits per byte of a general compressor and of an n-gram, where they were measured."""
+        return self.store.manifest.baselines

@@ -1,0 +1,121 @@
+"""The versions of a store: which there are, which is meant, and how one is published.
+
+`versions.json` lists them, the newest last. It is written after the version that it names, at once; a version that it
+does not name can still be opened by its own path. Published versions are never changed or removed here.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jaxinfra.data import manifest as manifests
+from jaxinfra.data.manifest import Manifest
+from jaxinfra.data.parts import sync_folder
+from jaxinfra.data.storage import Storage
+from jaxinfra.errors import ConfigError, DataError
+
+INDEX = "versions.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """An entry of the list.
+
+    Attributes:
+        fingerprint: of its contents, and its folder.
+        made_of: digest of the recipe and of what it read: the same work is not done twice.
+        created: when it was made, in UTC.
+    """
+
+    fingerprint: str
+    made_of: str
+    created: str
+
+
+def listed(store: Storage) -> list[Version]:
+    """The versions of a store, the newest last; none where there is no store.
+
+    Raises:
+        DataError: the list is damaged.
+        StorageError: it may not be read.
+    """
+    if not store.exists(INDEX):
+        return []
+    try:
+        return [Version(**each) for each in json.loads(store.read(INDEX))["versions"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{store.where(INDEX)}: damaged list of versions ({error}); name a version by its path"
+        ) from None
+
+
+def find(store: Storage, version: str | None, *, fix: str) -> Storage:
+    """The folder of a version.
+
+    Args:
+        store: a store, or a version itself.
+        version: its fingerprint, or the beginning of it; None is the newest.
+        fix: the command that makes the store, for the error when there is none.
+
+    Raises:
+        ConfigError: there is none, or more than one begins so.
+        DataError: the list of versions is damaged.
+        StorageError: it may not be read.
+    """
+    known = listed(store)
+    if not known and store.exists(manifests.FILE_NAME):
+        return store
+    if not known:
+        raise ConfigError(f"data.store={store.url}: no store there; make it with: {fix}")
+    fitting = [each for each in known if version is None or each.fingerprint.startswith(version)]
+    if version is not None and len({each.fingerprint for each in fitting}) != 1:
+        there = ", ".join(each.fingerprint for each in (fitting or known)[-3:])
+        raise ConfigError(
+            f"data.version={version}: {'fits several of' if fitting else 'is not among'} the {len(known)} versions of "
+            f"{store.url}; use data.version=none or one of {there}"
+        )
+    return store.child(fitting[-1].fingerprint)
+
+
+def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> None:
+    """Puts a finished version beside the others: whole, or not at all.
+
+    Args:
+        build: a local folder with its files and no manifest; gone afterwards where the store is local.
+        store: where to.
+        manifest: of it.
+        made_of: see `Version`.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    known, fingerprint = listed(store), manifest.fingerprint
+    version = store.child(fingerprint)
+    if not version.exists(manifests.FILE_NAME):
+        (build / manifests.FILE_NAME).write_bytes(manifest.content())
+        local = local_folder(version)
+        if local is not None:
+            _sync(build)
+            build.rename(local)
+            sync_folder(local.parent)
+        else:
+            version.upload(build, last=[manifests.FILE_NAME])
+    entry = Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created)
+    kept = [asdict(each) for each in known if each.made_of != made_of]
+    store.write(INDEX, (json.dumps({"versions": [*kept, asdict(entry)]}, indent=2) + "\n").encode())
+
+
+def local_folder(storage: Storage) -> Path | None:
+    """The folder of a place on this machine; None of a bucket."""
+    return None if "://" in storage.url else Path(storage.url)
+
+
+def _sync(folder: Path) -> None:
+    """Makes every file below a folder durable."""
+    for path in folder.rglob("*"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
