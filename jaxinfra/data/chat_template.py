@@ -11,6 +11,7 @@ from typing import Literal
 
 from jaxinfra.data.chat_jinja import JinjaTemplate, is_file
 from jaxinfra.data.document import RecordError, Span
+from jaxinfra.errors import ConfigError
 
 Role = Literal["system", "user", "assistant"]
 
@@ -99,7 +100,13 @@ def _layout(template: str, roles: tuple[Role, ...]) -> Layout:
 
 @functools.lru_cache(maxsize=16)
 def _jinja(path: str) -> JinjaTemplate:
-    return JinjaTemplate.load(path)
+    template = JinjaTemplate.load(path)
+    if _begins_another(template):
+        raise ConfigError(
+            f"template={path}: begins another answer after the last message, so that it could be learned as the end "
+            "of one; let it do so only if add_generation_prompt, or use a preset"
+        )
+    return template
 
 
 def _chatml(roles: Sequence[Role]) -> Iterator[Fixed | Slot]:
@@ -183,6 +190,26 @@ def _turn_end(template: JinjaTemplate, roles: Sequence[Role], message: int | Non
     cut = len(after[:shared].rstrip()) or shared
     yield Fixed(text=after[:cut], ends=message)
     yield Fixed(text=after[cut:])
+
+
+def _begins_another(template: JinjaTemplate) -> bool:
+    """Whether a template ends a finished conversation as if another answer were to come.
+
+    Then what follows an answer ends like what comes before one, and the next message of the user goes on otherwise.
+    """
+    try:
+        ended = _marked(template, ("user", "assistant"))
+        continued = _marked(template, ("user", "assistant", "user"))
+    except RecordError:
+        return False
+    places = [ended.rfind(_mark(0)), ended.rfind(_mark(1))]
+    if min(places) < 0:
+        return False
+    before = ended[places[0] + len(_mark(0)) : places[1]].strip()
+    last = ended[places[1] + len(_mark(1)) :].strip()
+    if not before or before[-1] != last[-1:]:
+        return False
+    return not continued[continued.rfind(_mark(1)) + len(_mark(1)) :].strip().startswith(last)
 
 
 def _marked(template: JinjaTemplate, roles: Sequence[Role]) -> str:

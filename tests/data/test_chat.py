@@ -261,6 +261,28 @@ def test_templates_that_refuse_or_rewrite_messages_are_refused(tmp_path, source,
         document(Chat(template=template_file(tmp_path, source, bos_token="<bos>"), learn="all"), talk)
 
 
+ANSWERING = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [
+        (ANSWERING + "{% if add_generation_prompt %}<assistant>{% endif %}", "<end>"),
+        ("{% for m in messages %}{{ m.content }}<end>{% endfor %}", "<end>"),
+        ("{% for m in messages %}{{ m.content + ('\n' if not loop.last else '<end>') }}{% endfor %}", "<end>"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+    ],
+)
+def test_a_template_ends_turns_in_its_own_way(tmp_path, source, end):
+    spans = document(Chat(template=template_file(tmp_path, source)), TALK[1:3])
+    assert learned(spans) == ["Hello. \n", *([end] if end else [])]
+
+
+def test_a_template_that_begins_another_answer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="begins another answer after the last message.* add_generation_prompt"):
+        document(Chat(template=template_file(tmp_path, ANSWERING + "<assistant>")))
+
+
 def test_gemma_wants_turns_to_alternate():
     with pytest.raises(RecordError, match="message 2 is of the user, gemma expects the assistant there"):
         document(Chat(template="gemma"), [("user", "Hi"), ("user", "Hi?"), ("assistant", "Hello.")])

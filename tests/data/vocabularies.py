@@ -56,6 +56,7 @@ def _fallback(folder: Path) -> Tokenizer:
     backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_tokens([AddedToken("▁▁", normalized=False)])
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in (EOT, *MARKERS)])
     return _from_json(backend, folder / "fallback.json")
 

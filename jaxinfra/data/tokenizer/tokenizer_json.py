@@ -70,8 +70,7 @@ def load_json(config: TokenizerFile) -> "JsonTokenizer":
         ConfigError: there is no such file, it is no tokenizer, or it lacks the end of a document.
     """
     backend = _backend(read_content(config.path, "a tokenizer"), config.path)
-    content = _prepared(backend, config.end_of_document, config.path)
-    return JsonTokenizer(content, config.end_of_document, config.path)
+    return _prepared(backend, config.end_of_document, config.path)
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, end_of_document: str) -> "JsonTokenizer":
@@ -90,8 +89,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, end_of_document: str) ->
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    name = "the trained tokenizer"
-    return JsonTokenizer(_prepared(backend, end_of_document, name), end_of_document, name)
+    return _prepared(backend, end_of_document, "the trained tokenizer")
 
 
 class JsonTokenizer(Tokenizer):
@@ -100,11 +98,11 @@ class JsonTokenizer(Tokenizer):
     kind = "tokenizer_json"
     file_name = "tokenizer.json"
 
-    def __init__(self, content: bytes, end_of_document: str, name: str):
-        """Takes a content whose end of document is a special token, without padding and truncation."""
+    def __init__(self, content: bytes, backend: Backend, end_of_document: str, name: str):
+        """Takes what `content` was read as: its end of document is special, and it neither pads nor truncates."""
         self.content = content
         self.end_of_document = end_of_document
-        self._backend = _backend(content, name)
+        self._backend = backend
         self._backend.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
         self._added = self._backend.get_added_tokens_decoder()
         self.special = {token.content: index for index, token in self._added.items() if token.special}
@@ -115,7 +113,7 @@ class JsonTokenizer(Tokenizer):
     @classmethod
     def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
         """See `Tokenizer`."""
-        return cls(content, end_of_document, name)
+        return cls(content, _backend(content, name), end_of_document, name)
 
     def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
         """See `Tokenizer`; runs on all cores and releases the GIL."""
@@ -134,8 +132,10 @@ class JsonTokenizer(Tokenizer):
         byte_fallback = "ByteFallback" in steps
         spaces = "Metaspace" in steps or any(_is_space(step) for step in steps.values())
         lengths = np.zeros(self.vocab_size, np.int32)
-        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
-            if byte_level:
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index in self._added and (byte_level or self._added[index].special):
+                lengths[index] = 0 if self._added[index].special else len(token.encode())
+            elif byte_level:
                 lengths[index] = len(token)  # spelt with one character a byte
             elif byte_fallback and _is_byte(token):
                 lengths[index] = 1
@@ -143,8 +143,6 @@ class JsonTokenizer(Tokenizer):
                 lengths[index] = len(token.replace(_SPACE, " ").encode())
             else:
                 lengths[index] = len(self.decode([index]).encode())
-        for index, added in self._added.items():
-            lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
 
     def _located(self, text: str, *, inner: bool) -> np.ndarray:
@@ -214,14 +212,14 @@ def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
     return index
 
 
-def _prepared(backend: Backend, end_of_document: str, name: str) -> bytes:
-    """The canonical content: texts are neither cut nor padded, and the end of a document is special."""
+def _prepared(backend: Backend, end_of_document: str, name: str) -> JsonTokenizer:
+    """A tokenizer that neither cuts nor pads texts, whose end of a document is special."""
     added = backend.get_added_tokens_decoder().get(_end_id(backend, end_of_document, name))
     backend.no_padding()
     backend.no_truncation()
     if added is None or not added.special:
         backend.add_special_tokens([end_of_document])
-    return backend.to_str().encode()
+    return JsonTokenizer(backend.to_str().encode(), backend, end_of_document, name)
 
 
 def _ids(backend: Backend, text: str) -> list[int]:
