@@ -18,8 +18,8 @@ from jaxinfra.errors import JaxinfraError
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
-CACHE_BYTES = 32 * 1024 * 1024
-"""Enough for the indices of shards; chunks that are read at random seldom come back."""
+CACHE_BYTES = 16 * 1024 * 1024
+"""For the indices of shards: chunks that are read at random seldom come back, and memory takes twice as much."""
 
 
 def cache_context() -> ts.Context:

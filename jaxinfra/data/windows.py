@@ -9,6 +9,7 @@ Shape suffixes: B rows, T positions, W = T + 1 tokens of a window, N tokens, P p
 
 import numpy as np
 
+from jaxinfra.data import buffers
 from jaxinfra.data.contract import Batch
 
 
@@ -35,7 +36,8 @@ def split_inputs_targets(
         With either mask also
         `weights`, float32[B, T]: 0 where input and target are of two documents, or the target is not learned; else 1.
     """
-    ids_BW = window_BW.astype(np.int32)
+    ids_BW = buffers.empty(window_BW.shape, np.int32)
+    ids_BW[:] = window_BW
     batch = {"inputs": ids_BW[:, :-1], "targets": ids_BW[:, 1:]}
     shape = B, T = batch["inputs"].shape
     if mask_BW is not None or mask_documents:
@@ -80,10 +82,10 @@ def packed_batch(
     assert len(tokens_N) == end_P[-1] and filled_B.max() <= T, "the pieces are not those of the rows"
 
     def rows(values_N: np.ndarray, without_P: np.ndarray, dtype: type) -> np.ndarray:
-        out_BT = np.zeros(shape, dtype)
+        out_BT = buffers.empty(shape, dtype)
         chosen = np.delete(values_N, without_P)
         for row, end, filled in zip(out_BT, room_P[last_B - 1].tolist(), filled_B.tolist(), strict=True):
-            row[:filled] = chosen[end - filled : end]
+            row[:filled], row[filled:] = chosen[end - filled : end], 0
         return out_BT
 
     first_P, final_P = end_P - length_P - 1, end_P - 1
@@ -97,15 +99,19 @@ def packed_batch(
 
 
 def _weights(shape: tuple[int, int], mask_BW: np.ndarray | None) -> np.ndarray:
-    if mask_BW is None:
-        return np.ones(shape, np.float32)
-    return (mask_BW[:, 1:] != 0).astype(np.float32)
+    weights_BT = buffers.empty(shape, np.float32)
+    weights_BT[:] = 1 if mask_BW is None else mask_BW[:, 1:] != 0
+    return weights_BT
 
 
 def _stretches(shape: tuple[int, int], length_S: np.ndarray, number_S: np.ndarray) -> Batch:
     """Segments and positions of rows that consist of stretches with these lengths and numbers, row after row."""
-    start_S = np.cumsum(length_S) - length_S
-    positions = np.arange(shape[0] * shape[1], dtype=np.int32)
-    positions -= np.repeat(start_S.astype(np.int32), length_S)
-    segments = np.repeat(number_S.astype(np.int32), length_S)
-    return {"segments": segments.reshape(shape), "positions": positions.reshape(shape)}
+    length_S, number_S = length_S[length_S > 0], number_S[length_S > 0]
+    segments_BT, positions_BT = buffers.empty(shape, np.int32), buffers.empty(shape, np.int32)
+    segments_BT.reshape(-1)[:] = np.repeat(number_S.astype(np.int32), length_S)
+    steps_N = positions_BT.reshape(-1)  # from place to place, then their sums
+    steps_N[:] = 1
+    steps_N[0] = 0
+    steps_N[np.cumsum(length_S[:-1])] -= length_S[:-1]
+    np.cumsum(steps_N, out=steps_N)
+    return {"segments": segments_BT, "positions": positions_BT}
