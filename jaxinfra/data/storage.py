@@ -25,7 +25,9 @@ import tensorstore as ts
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError, StorageError
 
 RETRY_S = 60.0
-"""How long a failing request is tried again by default: a minute of waiting between a dozen tries."""
+"""How long a failing request is tried again: a minute of waiting between a dozen tries."""
+RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"
+"""Of the environment: another time in seconds."""
 IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """An upload holds so much in memory, or one file if that is larger."""
 
@@ -75,9 +77,26 @@ def check_url(url: str) -> str:
     return shown
 
 
+def context(*, retry_s: float | None = None, cache_bytes: int = 0) -> ts.Context:
+    """What all that is opened with the same arguments shares: a cache, and how often a request is tried again.
+
+    Raises:
+        ConfigError: the environment has a time that is none.
+    """
+    if retry_s is None:
+        text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
+        try:
+            retry_s = float(text)
+            if not 0 < retry_s <= 24 * 3600:
+                raise ValueError
+        except ValueError:
+            fix = f"use {RETRY_VARIABLE}={RETRY_S:.0f}"
+            raise ConfigError(f"{RETRY_VARIABLE}={text}: expected seconds, above 0 and up to a day; {fix}") from None
+    return _context(retry_s, cache_bytes)
+
+
 @cache
-def context(*, retry_s: float = RETRY_S, cache_bytes: int = 0) -> ts.Context:
-    """What all that is opened with the same arguments shares: a cache, and how often a request is tried again."""
+def _context(retry_s: float, cache_bytes: int) -> ts.Context:
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
     waits = [min(_FIRST_WAIT_S, retry_s / 8)]
@@ -137,12 +156,12 @@ def checked[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T
 class Storage:
     """One place; safe to use from many threads."""
 
-    def __init__(self, url: str | Path, *, retry_s: float = RETRY_S):
+    def __init__(self, url: str | Path, *, retry_s: float | None = None):
         """Looks at the URL; nothing is asked of the place itself.
 
         Args:
             url: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`.
-            retry_s: how long a failing request is tried again, about.
+            retry_s: how long a failing request is tried again, about; None is as the environment says, or `RETRY_S`.
 
         Raises:
             ConfigError: the URL is of no kind that is known, or has credentials in it.

@@ -242,6 +242,18 @@ def test_urls_are_understood_or_refused(monkeypatch):
     assert "sEcReT" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["soon", "0", "nan", "inf"])
+def test_the_budget_is_taken_from_the_environment(value, server, monkeypatch):
+    url = server.new_url()
+    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.1")
+    server.faults.down = True
+    with pytest.raises(StorageError, match="All 4 retry attempts failed"):
+        Storage(url).read("a")
+    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", value)
+    with pytest.raises(ConfigError, match=f"^JAXINFRA_STORAGE_RETRY_S={value}: expected seconds, above 0"):
+        Storage(url)
+
+
 def test_a_folder_that_may_not_be_written_is_an_error_of_the_storage(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=f"^{tmp_path}/file/x/a: .*mend the access"):
