@@ -11,6 +11,7 @@ from jaxinfra.data.document import Text
 from jaxinfra.data.filters import Filters
 from jaxinfra.data.forms import AnyForm
 from jaxinfra.data.records.sources import AnySource
+from jaxinfra.data.records.stream import Stream
 from jaxinfra.data.tokenizer import AnyTokenizer, TrainBpe
 
 SHARD_BYTES = 16 * 1024 * 1024
@@ -76,6 +77,9 @@ class Corpus:
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
         yield from common_problems(self.store, self.heldout_fraction, self.shard_bytes)
+        if isinstance(self.source, Stream) and isinstance(self.tokenizer, TrainBpe):
+            fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, or tokenizer=bytes"
+            yield Problem(fields=("source", "tokenizer"), message="no tokenizer is trained on a stream", fix=fix)
         if self.packs and self.form.group > 1:
             yield Problem(fields=("packs", "form"), message="pairs are not packed", fix="use packs=()")
         names = [pack.name for pack in self.packs]

@@ -12,11 +12,12 @@ from jaxinfra.data.assemble import Keep, SplitWriter
 from jaxinfra.data.baseline import measured
 from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo
-from jaxinfra.data.parts import Note
+from jaxinfra.data.parts import Note, Part
 from jaxinfra.data.records.record import Piece
+from jaxinfra.data.records.stream import Block
 from jaxinfra.data.storage import Storage
 from jaxinfra.data.store import MASK, TOKENS, TokenStore, hash_files, token_dtype
-from jaxinfra.data.tokenise import Job, sample_texts, tokenise
+from jaxinfra.data.tokenise import Job, load_tokenizer, make_part, sample_texts, tokenise
 from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
 
 TOKENIZER_BYTES = 12_000_000
@@ -74,6 +75,12 @@ class TextMaker:
             parts.write_file(known, json.dumps(asdict(info)).encode())
         self._info = TokenizerInfo(**json.loads(known.read_bytes()))
         self._dtype = token_dtype(self._info.vocab_size)
+
+    def part(self, folder: Path, block: Block) -> Part:
+        """The part that a block of a stream makes; after `begin`."""
+        tokenizer = load_tokenizer(folder / self._info.file, self._info)
+        part = make_part(self._corpus, tokenizer, block.records, read_bytes=block.read_bytes)
+        return replace(part, position=block.position)
 
     def needed_bytes(self, source_bytes: int) -> int:
         """Parts and arrays exist at once."""

@@ -13,6 +13,7 @@ from jaxinfra.data.storage import Storage
 from jaxinfra.errors import ConfigError, StorageError
 
 WORK = ".work"
+STREAM = ".stream"
 
 
 def require_store(store: Storage) -> None:
@@ -30,7 +31,7 @@ def require_store(store: Storage) -> None:
         there = {each.name for each in nearest.iterdir()}
     except OSError as error:
         raise StorageError(f"store={folder}: {error.strerror}; mend it or choose another place") from error
-    if nearest == folder and versions.INDEX not in there and (others := sorted(there - {WORK})):
+    if nearest == folder and versions.INDEX not in there and (others := sorted(there - {WORK, STREAM})):
         raise ConfigError(f"store={folder}: holds something that is no store ({others[0]}); choose an empty place")
 
 
@@ -70,6 +71,15 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
         free = f", {free_bytes(root.parent):,} bytes free" if root.parent.exists() else ""
         cause = f"{error.strerror or error}{free}"
         raise StorageError(f"store={store.url}: {cause}; mend it or choose another place") from error
+
+
+def kept_folder(store: Storage, name: str, place: str | None) -> Path:
+    """A folder of that name beside the one of what is in the making, which nothing removes; made if it is not there."""
+    root = _root(store, place)
+    beside = root.with_name(STREAM if root.name == WORK else root.name + STREAM)
+    folder = beside / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _root(store: Storage, place: str | None) -> Path:

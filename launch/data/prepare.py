@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.errors import ConfigError, Preempted
 from launch import config_argument
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=ENGINES, default="local", help="what runs the workers (default %(default)s)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="so many at once (default: one a core)")
+    follow = parser.add_argument_group("streams")
+    follow.add_argument("--follow", action="store_true", help="read a stream (Stdin, Kafka) as it comes, up to its end")
+    follow.add_argument("--until-idle", type=float, metavar="S", help="end when nothing has come for S seconds")
+    follow.add_argument("--seal-every", type=int, metavar="N", help="make a version of every N tokens that come, too")
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -35,14 +39,70 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from jaxinfra.data.facts import facts
     from jaxinfra.data.prepare import prepare
 
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"--workers {options.workers}: must be at least 1; use --workers 2")
+    _check(options)
+    if options.follow:
+        return _follow(options)
     for corpus in config_argument.recipes(options):
         validate(corpus)
         with bar() as tell:
             made = prepare(corpus, engine=options.engine, workers=options.workers, tell=tell)
         print(f"{'made' if made.new else 'was there'}: {made.path}")
         print("\n".join(facts(made.manifest)))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("workers", "until_idle", "seal_every"):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and not value > 0:
+            raise ConfigError(f"{option} {value}: must be above 0; use {option} 2")
+        if value is not None and options.follow == (name == "workers"):
+            raise ConfigError(
+                f"{option} {value}: {'a stream has one reader' if options.follow else 'is of streams'}; "
+                f"{'leave it out' if options.follow else 'add --follow'}"
+            )
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Reads a stream, and says of each version that it is sealed.
+
+    Raises:
+        ConfigError: the config is not the recipe of a stream.
+        Preempted: Ctrl-C or SIGTERM asked to stop; all that has come is kept.
+        JaxinfraError: see `data.follow`.
+    """
+    from jaxinfra.config import validate
+    from jaxinfra.data.facts import facts
+    from jaxinfra.data.follow import follow
+    from jaxinfra.runtime.signals import StopRequest
+
+    (recipe, *others) = config_argument.recipes(options)
+    if others:
+        raise ConfigError(f"{options.config}: names {1 + len(others)} recipes; follow one stream at a time")
+    validate(recipe)
+    made = None
+    with StopRequest() as stop, bar() as tell:
+        versions = follow(
+            recipe,
+            stopping=lambda: stop.reason is not None,
+            until_idle_s=options.until_idle,
+            seal_every_tokens=options.seal_every,
+            tell=tell,
+        )
+        try:
+            for made in versions:
+                print(f"{'sealed' if made.new else 'was there'}: {made.path}", flush=True)
+        except ConfigError as error:
+            if stop.reason is None:
+                raise
+            raise Preempted(
+                f"{stop.reason}: all that has come is kept, no version is made of it yet ({error}); start the same "
+                "command to go on"
+            ) from None
+    if made is not None:
+        print("\n".join(facts(made.manifest)))
+    if stop.reason is not None:
+        raise Preempted(f"{stop.reason}: all that has come is kept; start the same command to go on")
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxinfra.config import Problem
 from jaxinfra.data.records.jsonl import json_object
 from jaxinfra.data.records.record import Bad, Found
-from jaxinfra.data.records.stream import TICK_S, Position
+from jaxinfra.data.records.stream import TICK_S, Position, Stream
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _AT_ONCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kafka:
+class Kafka(Stream):
     """The messages of a topic, in the order of each partition. An empty message is a record that cannot be read.
 
     Attributes:
@@ -42,6 +42,11 @@ class Kafka:
     topic: str
     group: str = "jaxinfra"
     settings: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The topic: the brokers may have other names tomorrow."""
+        return f"kafka:{self.topic}"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
@@ -83,6 +88,7 @@ class Kafka:
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
+            "max.poll.interval.ms": 24 * 3600 * 1000,  # sealing a version may take long
             "log_level": 2,
         }
         if self.settings is None:

@@ -18,15 +18,20 @@ from jaxinfra.config import Problem
 from jaxinfra.data.records.jsonl import json_object
 from jaxinfra.data.records.lines import MAX_RECORD_BYTES
 from jaxinfra.data.records.record import Bad, Found
-from jaxinfra.data.records.stream import TICK_S, Position
+from jaxinfra.data.records.stream import TICK_S, Position, Stream
 from jaxinfra.errors import DataError, StorageError
 
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stdin:
+class Stdin(Stream):
     """JSON objects on standard input, one a line; blank lines are none."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "stdin"
 
     def problems(self) -> Iterable[Problem]:
         """Nothing can be wrong with it."""

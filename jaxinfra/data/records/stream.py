@@ -5,12 +5,14 @@ stream at the last position kept, gets every record once, however often it is ki
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
-from jaxinfra.data.records.record import Bad, Found
+from jaxinfra.data.records.record import Bad, Found, Piece
+from jaxinfra.errors import ConfigError
 
 Position = Mapping[str, Any]
 """Where a stream stands, in JSON; {} is its beginning."""
@@ -63,17 +65,34 @@ class Reader(Protocol):
         ...
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """A stream, as a config describes it."""
+class Stream(ABC):
+    """A stream, as a config describes it. It is no source whose pieces can be listed, and says so where it is one."""
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What is read, whichever way there: streams of the same name are the same stream."""
+
+    @abstractmethod
     def open(self, position: Position) -> AbstractContextManager[Reader]:
         """Opens it where it stood.
 
         Raises:
+            ConfigError: what it needs is not installed, or its settings are wrong.
             StorageError: it cannot be reached.
         """
-        ...
+
+    def pieces(self, split_bytes: int) -> Sequence[Piece]:
+        """Refuses.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
+
+    def read(self, piece: Piece) -> Iterator[Found | Bad]:
+        """Refuses, as `pieces`."""
+        raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
 
 
 def blocks(
