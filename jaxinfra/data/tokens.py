@@ -221,6 +221,20 @@ class Vocabulary(Protocol):
         ...
 
 
+def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
+    """Refuses a model whose vocabulary is smaller than the store's.
+
+    Raises:
+        ConfigError: it is; ids beyond the model's embedding would be read as garbage.
+    """
+    words = store.manifest.words.vocab_size
+    if words > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size}: the store {store} has {words} words; "
+            f"use model.vocab_size={words} or more"
+        )
+
+
 class Text:
     """An open token store: `OpenData`."""
 
@@ -272,12 +286,7 @@ class Text:
         Raises:
             ConfigError: it is; ids beyond the model's embedding would be read as garbage.
         """
-        words = self.store.manifest.words.vocab_size
-        if words > model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={model.vocab_size}: the store {self.store} has {words} words; "
-                f"use model.vocab_size={words} or more"
-            )
+        check_vocabulary(self.store, model)
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:

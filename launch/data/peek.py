@@ -11,15 +11,19 @@ from launch import config_argument
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxinfra.data.contract import DataConfig
     from jaxinfra.run import Run
+
+PREPARE = "python -m launch data prepare RECIPE"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides; the step, the process, and how much to show."""
-    config_argument.add(parser)
+    config_argument.add(parser, "a run, or a file whose config() returns its data alone")
     parser.add_argument("--step", type=int, default=0, help="counted from 0 (default %(default)s)")
     parser.add_argument("--rank", type=int, default=0, help="of the process, from 0 (default %(default)s)")
     parser.add_argument("--of", type=int, default=1, metavar="PROCESSES", help="how many there are (default 1)")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="rows of a step, where CONFIG is data alone")
     parser.add_argument("--rows", type=int, help="show so many (default: all)")
     parser.add_argument("--chars", type=int, default=200, help="of the text of a row (default %(default)s)")
 
@@ -32,25 +36,47 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such process, or the batch does not divide.
     """
-    from jaxinfra.config import validate
-
-    run = config_argument.loaded(options).run
-    validate(run)
     if options.step < 0:
         raise ConfigError(f"--step {options.step}: must not be negative; use --step 0")
     if options.of < 1:
         raise ConfigError(f"--of {options.of}: must be at least 1; use --of 1")
     if not 0 <= options.rank < options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
-    rows = rows_of(run, options.rank, options.of)
-    data = run.parts.data.open(fix=config_argument.prepare_hint(options, run))
-    ids = data.ids(options.step, run.train.global_batch)[rows]
-    print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {run.train.global_batch} rows")
-    print(f"{data.name}")
+    data, global_batch, rows, hint = _what(options)
+    opened = data.open(fix=hint)
+    ids = opened.ids(options.step, global_batch)[rows]
+    print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
+    print(opened.name)
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
-        for line in data.shown(sample[None], int(row), options.chars):
+        for line in opened.shown(sample[None], int(row), options.chars):
             print(line)
     return 0
+
+
+def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, str]":
+    """The data, the rows of a step and those of the process, and the command that makes the data."""
+    import numpy as np
+
+    from jaxinfra.config import load, validate
+    from jaxinfra.run import Run
+
+    config = load(options.config, options.overrides).run
+    validate(config)
+    size = options.global_batch
+    if isinstance(config, Run):
+        if size is not None:
+            raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
+        rows = rows_of(config, options.rank, options.of)
+        return config.parts.data, config.train.global_batch, rows, config_argument.prepare_hint(options, config)
+    if not hasattr(config, "unit") or not hasattr(config, "open"):
+        raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
+    if size is None or size < 1 or size % options.of:
+        raise ConfigError(
+            f"--global-batch {size}: {options.config} is data alone, with no batch of its own; use --global-batch "
+            f"{8 * options.of}"
+        )
+    part = size // options.of
+    return config, size, np.arange(part * options.rank, part * (options.rank + 1)), PREPARE
 
 
 def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":

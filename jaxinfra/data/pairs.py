@@ -1,0 +1,159 @@
+"""Pairs of a chosen and a rejected answer: samples of a store of pairs (see `batches`), one document a row."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+
+from jaxinfra.config import Problem
+from jaxinfra.data.contract import Batch
+from jaxinfra.data.facts import rows
+from jaxinfra.data.manifest import Split
+from jaxinfra.data.order import sample_ids
+from jaxinfra.data.store import MASK, OFFSETS, PREPARE, TOKENS, TokenStore
+from jaxinfra.data.tokens import Vocabulary, check_vocabulary
+from jaxinfra.data.windows import packed_batch
+from jaxinfra.errors import ConfigError
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairData:
+    """Pairs of documents that begin alike and end in a chosen and in a rejected answer.
+
+    Attributes:
+        store: folder or URL of the store.
+        version: fingerprint of the version to read, or its beginning; None is the newest.
+        recipe: config file that makes the store, for messages.
+        seq_len: targets of a row; what is longer is cut at its end.
+        seed: of the order of pairs.
+        prefetch: host batches that are made ahead.
+        threads: threads that make host batches.
+    """
+
+    unit: ClassVar[str] = "pair"
+    store: str
+    version: str | None = None
+    recipe: str | None = None
+    seq_len: int = 1024
+    seed: int = 0
+    prefetch: int = 4
+    threads: int = 2
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the numbers; the store is looked at by `open`."""
+        if not self.store:
+            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
+        for name in ("seq_len", "prefetch", "threads"):
+            if getattr(self, name) < 1:
+                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+
+    def pinned(self, versions: Sequence[str]) -> Self:
+        """See `DataConfig`."""
+        return replace(self, version=self.version or next(iter(versions), None))
+
+    @property
+    def recipes(self) -> Mapping[str, str]:
+        """See `DataConfig`."""
+        return {} if self.recipe is None else {self.store: self.recipe}
+
+    @property
+    def sample_units(self) -> int:
+        """A pair is one."""
+        return 1
+
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """See `DataConfig`."""
+        return {"seq_len": (self.seq_len, "positions")}
+
+    def open(self, *, fix: str = PREPARE) -> "Pairs":
+        """Opens the store.
+
+        Args:
+            fix: the command that makes the store, for the error when there is none.
+
+        Raises:
+            ConfigError: there is no store, not that version, or it holds no pairs.
+            DataError: it is damaged.
+            StorageError: it may not be read.
+        """
+        store = TokenStore.open(self.store, self.version, fix=fix)
+        if store.manifest.kind != "pairs":
+            raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, no pairs; name another store")
+        return Pairs(self, store)
+
+
+class PairSamples:
+    """The pairs of a split: `Samples`."""
+
+    def __init__(self, data: PairData, store: TokenStore, split: Split, at_most: int | None = None):
+        """Counts them, the first `at_most` of them; reads none yet."""
+        self._data, self._store = data, store
+        self._split: Split = split
+        found = store.manifest.splits[split].documents // len(SIDES)
+        self._count = found if at_most is None else min(at_most, found)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
+        store, split, seq_len = self._store, self._split, self._data.seq_len
+        sides = len(SIDES)
+        borders_B3 = np.array(store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1)))
+        starts_P = borders_B3[:, :-1].reshape(-1)
+        lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
+        tokens_N, mask_N = (
+            np.concatenate(store.read_ranges(split, name, starts_P, lengths_P + 1)) for name in (TOKENS, MASK)
+        )
+        one_P = np.ones(len(lengths_P), np.int64)
+        batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
+        return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
+
+
+class Pairs:
+    """An open store of pairs: `OpenData`."""
+
+    def __init__(self, data: PairData, store: TokenStore):
+        """Takes a store of pairs."""
+        self._data, self.store = data, store
+        self.name, self.fingerprint = str(store), store.manifest.fingerprint
+        self.train = PairSamples(data, store, "train")
+        self.train_units = len(self.train)
+
+    @property
+    def versions(self) -> Sequence[str]:
+        """See `OpenData`."""
+        return (self.fingerprint,)
+
+    def ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
+        return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._data.seed)
+
+    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `OpenData`."""
+        batch = self.train.read(ids, weighted=False)
+        for side in SIDES:
+            yield side
+            own = {name.removeprefix(f"{side}_"): array for name, array in batch.items() if name.startswith(side)}
+            yield from rows(own, self.store.tokenizer, ids, first_row, chars)
+
+    def heldout(self, at_most: int | None = None) -> PairSamples:
+        """The held-out pairs."""
+        return PairSamples(self._data, self.store, "heldout", at_most)
+
+    def check(self, model: Vocabulary) -> None:
+        """Refuses a model whose vocabulary is smaller than the store's.
+
+        Raises:
+            ConfigError: it is.
+        """
+        check_vocabulary(self.store, model)
+
+    @property
+    def baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """None are measured."""
+        return {}
