@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxinfra.config import Problem
 from jaxinfra.data.chat_jinja import is_file
-from jaxinfra.data.chat_template import PRESETS, Message, Role, spans
+from jaxinfra.data.chat_template import PRESETS, Message, Role, identity_of, spans
 from jaxinfra.data.document import Document, RecordError, as_text, value_of
 from jaxinfra.data.records.record import Record
 
@@ -41,12 +41,16 @@ class Chat:
     system: str | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; the file of a template is read with the first record."""
+        """Yields what is wrong with the form itself; files are not looked at."""
         if not self.field:
             yield Problem(fields=("field",), message="names no field", fix="use field=messages")
         yield from template_problems(self.template)
         if self.system is not None and not self.system.strip():
             yield Problem(fields=("system",), message="says nothing", fix="use system=none")
+
+    def identity(self) -> str | None:
+        """Hash of the template, where it is in a file."""
+        return identity_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The conversation as one document.

@@ -4,6 +4,7 @@ They run in the sandbox, with the names and filters that the field gives them (T
 day is not among them: the same record gives the same document tomorrow.
 """
 
+import hashlib
 import json
 from typing import Any, Self
 
@@ -21,7 +22,11 @@ def is_file(template: str) -> bool:
 
 
 class JinjaTemplate:
-    """A template, compiled."""
+    """A template, compiled.
+
+    Attributes:
+        digest: hash of its text and of the special tokens that it may use.
+    """
 
     def __init__(self, source: str, tokens: dict[str, str], name: str):
         """Takes the text of a template and the special tokens that it may use by name.
@@ -39,6 +44,7 @@ class JinjaTemplate:
             raise ConfigError(f"template={name}: is not a template ({one_line(error)})") from None
         if missing := sorted(used & set(_TOKENS) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; give the {_CONFIG} that defines it beside the file")
+        self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
         self._names = tokens | {"tools": None, "documents": None, "add_generation_prompt": False}
 
     @classmethod

@@ -91,6 +91,19 @@ def spans(
     return [part for part in parts if part.text]
 
 
+def identity_of(template: str) -> str | None:
+    """Hash of a template that is in a file, which is read anew; None for a preset.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if not is_file(template):
+        return None
+    _jinja.cache_clear()
+    _layout.cache_clear()
+    return _jinja(template).digest
+
+
 @functools.lru_cache(maxsize=4096)
 def _layout(template: str, roles: tuple[Role, ...]) -> Layout:
     if is_file(template):

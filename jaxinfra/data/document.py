@@ -49,6 +49,14 @@ class Form(Protocol):
         """Yields what is wrong with the form itself."""
         ...
 
+    def identity(self) -> str | None:
+        """Changes when a file that the form names does; None where it names none.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        ...
+
     def documents(self, record: Record) -> Sequence[Document]:
         """The documents of a record, `group` of them.
 
@@ -74,6 +82,10 @@ class Text:
         """Yields what is wrong with the form itself."""
         if not self.field:
             yield Problem(fields=("field",), message="names no field", fix="use field=text")
+
+    def identity(self) -> str | None:
+        """It names no file."""
+        return None
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The field as one document.

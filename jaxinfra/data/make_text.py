@@ -11,7 +11,7 @@ from jaxinfra.data import arrays, assemble, parts
 from jaxinfra.data.assemble import Keep, SplitWriter
 from jaxinfra.data.baseline import measured
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo
+from jaxinfra.data.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.parts import Note, Part
 from jaxinfra.data.records.record import Piece
 from jaxinfra.data.records.stream import Block
@@ -42,8 +42,9 @@ class TextMaker:
 
     @property
     def identity(self) -> str | None:
-        """Hash of the tokenizer; one that is trained follows from all else."""
-        return self._given and self._given.sha256
+        """Of the files that the recipe names; a tokenizer that is trained follows from all else."""
+        found = [self._given and self._given.sha256, self._corpus.form.identity()]
+        return digest_of(found) if any(found) else None
 
     @property
     def job(self) -> Callable[[Job], Note]:
@@ -60,8 +61,12 @@ class TextMaker:
         if not known.exists():
             given, config = self._given, self._corpus.tokenizer
             if isinstance(config, TrainBpe):
-                texts = sample_texts(self._corpus, pieces, TOKENIZER_BYTES)
-                given = train_bpe(texts, vocab_size=config.vocab_size, end_of_document=config.end_of_document)
+                given = train_bpe(
+                    sample_texts(self._corpus, pieces, TOKENIZER_BYTES),
+                    vocab_size=config.vocab_size,
+                    end_of_document=config.end_of_document,
+                    special_tokens=config.special_tokens,
+                )
             assert given is not None
             info = TokenizerInfo(
                 kind=given.kind,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from jaxinfra.config import Problem
 from jaxinfra.data.chat import messages_of, template_problems
-from jaxinfra.data.chat_template import Message, spans
+from jaxinfra.data.chat_template import Message, identity_of, spans
 from jaxinfra.data.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.data.records.record import Record
 
@@ -33,7 +33,7 @@ class Preference:
     template: str | None = "chatml"
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; the file of a template is read with the first record."""
+        """Yields what is wrong with the form itself; files are not looked at."""
         for name in ("prompt", "chosen", "rejected"):
             if getattr(self, name) == "":
                 yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")
@@ -45,6 +45,10 @@ class Preference:
                 message="answers that are whole conversations need a template",
                 fix="use template=chatml or prompt=prompt",
             )
+
+    def identity(self) -> str | None:
+        """Hash of the template, where it is in a file."""
+        return self.template and identity_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The chosen answer with its prompt, and the rejected one with it.
@@ -83,12 +87,16 @@ class Completion:
     template: str | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; the file of a template is read with the first record."""
+        """Yields what is wrong with the form itself; files are not looked at."""
         for name in ("prompt", "completion"):
             if not getattr(self, name):
                 yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")
         if self.template is not None:
             yield from template_problems(self.template)
+
+    def identity(self) -> str | None:
+        """Hash of the template, where it is in a file."""
+        return self.template and identity_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The prompt and its answer as one document.

@@ -110,7 +110,8 @@ class _Kept:
             except RecordError as error:
                 self._skip(each.where, str(error))
                 continue
-            reason = self.corpus.filters.reason(text_of(group))
+            reasons = (self.corpus.filters.reason(text_of([document])) for document in group)
+            reason = next(filter(None, reasons), None)
             if reason is None:
                 yield "heldout" if draw(each.key) < self.corpus.heldout_fraction else "train", group
             else:

@@ -37,6 +37,13 @@ def test_training_is_deterministic_and_survives_the_file(trained, tmp_path):
     assert loaded.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
 
 
+def test_special_tokens_of_a_template_are_trained_with_the_rest():
+    trained = train_bpe([*TEXTS, "".join(MARKERS) * 9], vocab_size=290, end_of_document=EOT, special_tokens=MARKERS)
+    assert trained.special == {EOT: 0, MARKERS[0]: 1, MARKERS[1]: 2}
+    assert trained.encode_control(f"{MARKERS[0]}{EOT}") == [1, 0]
+    assert not {0, 1, 2} & set(trained.encode("".join(MARKERS) + EOT))
+
+
 def test_padding_and_truncation_of_a_file_do_not_apply(trained, tmp_path):
     backend = Backend.from_buffer(trained.content)
     backend.enable_truncation(4)
@@ -199,6 +206,9 @@ def test_a_missing_library_is_named_with_its_extra(library, unusable, monkeypatc
     ("config", "message"),
     [
         (TrainBpe(vocab_size=256), "vocab_size=256: a byte-level vocabulary needs"),
+        (TrainBpe(vocab_size=258, special_tokens=("<a>", "<b>")), "use vocab_size=259 or more"),
+        (TrainBpe(special_tokens=("<a>", "<a>")), "special_tokens=.*: must be other texts than one another"),
+        (TrainBpe(special_tokens=("<|endoftext|>",)), "special_tokens=.*: must be other texts"),
         (TrainBpe(end_of_document=""), "end_of_document=.*: must not be empty"),
         (TokenizerFile(path=""), "path=.*: names no file"),
         (Tiktoken(path="x", encoding="r50k"), "encoding=r50k: is none of gpt2, cl100k_base, o200k_base"),

@@ -30,19 +30,29 @@ class TrainBpe:
     Attributes:
         vocab_size: the largest vocabulary; a small text gives fewer tokens.
         end_of_document: the special token that closes every document; its id is 0.
+        special_tokens: more of them, such as those of a template; their ids follow.
     """
 
     vocab_size: int = 8192
     end_of_document: str = "<|endoftext|>"
+    special_tokens: tuple[str, ...] = ()
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description."""
         yield from common_problems(None, self.end_of_document)
-        if self.vocab_size < 257:
+        least = 257 + len(self.special_tokens)
+        if self.vocab_size < least:
             yield Problem(
                 fields=("vocab_size",),
-                message="a byte-level vocabulary needs 256 bytes and the end of a document",
-                fix="use vocab_size=257 or more",
+                message="a byte-level vocabulary needs 256 bytes, the end of a document and its special tokens",
+                fix=f"use vocab_size={least} or more",
+            )
+        special = {self.end_of_document, *self.special_tokens}
+        if "" in self.special_tokens or len(special) <= len(self.special_tokens):
+            yield Problem(
+                fields=("special_tokens",),
+                message="must be other texts than one another and than the end of a document, and not empty",
+                fix="name each once",
             )
 
 
@@ -73,7 +83,9 @@ def load_json(config: TokenizerFile) -> "JsonTokenizer":
     return _prepared(backend, config.end_of_document, config.path)
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int, end_of_document: str) -> "JsonTokenizer":
+def train_bpe(
+    texts: Iterable[str], *, vocab_size: int, end_of_document: str, special_tokens: Sequence[str] = ()
+) -> "JsonTokenizer":
     """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); its id 0 ends documents.
 
     The same texts in the same order give the same tokenizer. A small text may give fewer than
@@ -84,7 +96,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, end_of_document: str) ->
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end_of_document],
+        special_tokens=[end_of_document, *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
