@@ -137,7 +137,7 @@ if __name__ == "__main__":  # Dask imports this module in its workers
     run(sys.argv[1], engine_jobs.die_once, jobs, workers=2, done=done)
     assert sorted(found) == list(range(7)), found
     try:
-        run(sys.argv[1], engine_jobs.fail, jobs, workers=2, done=lambda result: None)
+        run(sys.argv[1], engine_jobs.fail, jobs, workers=2, done=done)
     except DataError as error:
         assert str(error) == "shard 3: is damaged"
         print("same")

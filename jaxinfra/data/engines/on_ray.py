@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,8 +19,8 @@ _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "
 @contextmanager
 def started(workers: int | None) -> Iterator[Engine]:
     """Connects to Ray, or starts one, and leaves or ends it with the context."""
-    alone = not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules
-    with _environment(_ALONE | {"PYTHONPATH": python_path()} if alone else {}):
+    own = {} if os.environ.get("RAY_ADDRESS") else _ALONE | {"PYTHONPATH": python_path()}
+    with _environment(own):
         ray = needed("ray", by="engine=ray", install="jaxinfra[ray]")
         with _connected(ray, workers):
             yield from _engine(ray, workers)

@@ -106,7 +106,7 @@ def list_files(root: str, pattern: str) -> list[File]:
             _require_folder(root, base, pattern)
         else:
             fs.invalidate_cache()
-        files = list(_below(fs, "/".join((base.rstrip("/"), *parts[:fixed])), depth))
+        files = list(_below(fs, "/".join((base.rstrip("/"), *parts[:fixed])) or "/", depth))
     matches = re.compile(glob_translate("/".join(parts))).match
     skip = len(base.rstrip("/")) + 1
     named = ((info["name"][skip:], info) for info in files)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jaxinfra.config import Problem
 from jaxinfra.data.records.compressed import decompressed, is_compressed
-from jaxinfra.data.records.files import STDLIB, list_files, problems_of, whole
+from jaxinfra.data.records.files import STDLIB, list_files, problems_of, shown, whole
 from jaxinfra.data.records.lines import MAX_RECORD_BYTES, text_of
 from jaxinfra.data.records.record import Bad, Found, Piece
 from jaxinfra.errors import ConfigError
@@ -36,7 +36,10 @@ class TextFiles:
         files = list_files(self.root, self.pattern)
         pieces = [whole(file) for file in files if is_compressed(file.name) or file.size_bytes >= self.min_bytes]
         if not pieces:
-            raise ConfigError(f"min_bytes={self.min_bytes}: all {len(files)} files of {self.root} are shorter")
+            raise ConfigError(
+                f"min_bytes={self.min_bytes}: all {len(files)} files that match in {shown(self.root)} are shorter; "
+                "use less"
+            )
         return pieces
 
     def read(self, piece: Piece) -> Iterator[Found | Bad]:

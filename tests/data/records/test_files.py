@@ -78,6 +78,17 @@ def test_what_is_missing_is_told_apart(root):
         contents(root, "gone.py")
 
 
+def test_the_top_of_a_file_system_is_a_root(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    below = f"{tmp_path}/*.txt".removeprefix("/")
+    assert [file.name for file in list_files("/", below)] == [f"{tmp_path}/a.txt".removeprefix("/")]
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/top.txt", b"top")
+    assert [file.name for file in list_files("memory://", "*.txt")] == ["top.txt"]
+    assert contents("memory://", "top.txt") == b"top"
+    fs.rm("/top.txt")
+
+
 def test_a_file_for_a_root_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ConfigError, match=r"a\.txt: is a file; give its folder"):
@@ -177,7 +188,7 @@ def test_text_files_are_documents_with_their_names_for_keys(tmp_path):
     assert bad(source) == ["b.txt: not UTF-8 at byte 3"]
     (each,) = assert_cuts_do_not_matter(TextFiles(root=str(tmp_path), pattern="a*"), [1, 5])
     assert (each.key, each.where, each.record) == ("a.txt", "a.txt", {"text": "one\r\ntwo é\n"})
-    with pytest.raises(ConfigError, match="min_bytes=100: all 4 files of .* are shorter"):
+    with pytest.raises(ConfigError, match="min_bytes=100: all 4 files that match in .* are shorter; use less"):
         pieces_of(TextFiles(root=str(tmp_path), pattern="*", min_bytes=100))
 
 

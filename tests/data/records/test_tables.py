@@ -187,3 +187,16 @@ def test_a_damaged_array_record_is_named_and_never_read_as_a_shorter_one(tmp_pat
 def test_array_records_in_a_store_are_refused():
     with pytest.raises(ConfigError, match="^root=s3://bucket/x: ArrayRecord files are read from a local disk only"):
         validate(ArrayRecords(root="s3://bucket/x"))
+
+
+def test_files_without_records_have_none(tmp_path):
+    write_array_record(tmp_path / "a.array_record", [])
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    empty = datasets.Dataset.from_dict({"text": []}, features=datasets.Features({"text": datasets.Value("string")}))
+    empty.save_to_disk(tmp_path / "hf")
+    for source in (
+        ArrayRecords(root=str(tmp_path)),
+        Parquet(root=str(tmp_path)),
+        HuggingFace(path=str(tmp_path / "hf")),
+    ):
+        assert found(source, 1) == []
