@@ -36,6 +36,8 @@ def process_of(job: Job) -> tuple[int, str | None]:
 def fail(job: Job) -> int:
     if job.number == 3:
         raise DataError(f"shard {job.number}: is damaged")
+    if job.number > 3:
+        time.sleep(600)
     return job.number
 
 

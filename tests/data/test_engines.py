@@ -52,7 +52,7 @@ def test_an_error_of_a_job_comes_as_it_is_and_ends_the_others(workers, tmp_path)
     found = []
     with pytest.raises(DataError, match="^shard 3: is damaged$") as error:
         run("local", engine_jobs.fail, JOBS, workers=workers, done=found.append)
-    assert set(found) <= {0, 1, 2, 4}
+    assert set(found) <= {0, 1, 2}  # those after the third would take long
     if workers > 1:
         assert "engine_jobs.py" in str(error.value.__cause__)  # the traceback in the worker
 
@@ -118,6 +118,7 @@ def test_spark_without_java_is_one_line(monkeypatch):
 
 CLUSTER = """
 import os
+import signal
 import sys
 from jaxinfra.data.engines import run
 from jaxinfra.errors import ConfigError, DataError
@@ -141,6 +142,8 @@ if __name__ == "__main__":  # Dask imports this module in its workers
     except DataError as error:
         assert str(error) == "shard 3: is damaged"
         print("same")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
         if sys.argv[1] == "dask":
             run(sys.argv[1], engine_jobs.die, jobs, workers=2, done=lambda result: None)

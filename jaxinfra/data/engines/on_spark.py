@@ -13,7 +13,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -23,9 +24,23 @@ from jaxinfra.data.records.packages import needed
 from jaxinfra.errors import ConfigError
 
 _TRIES = 2
-_Prepare = Callable[[Callable[[Any], Outcome], Any], Callable[[], Outcome]]  # of a function and a job
 _LOOPBACK = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
 _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spark:
+    """Spark as it was found or started.
+
+    Attributes:
+        prepare: of a function and a job, what runs it as a Spark job in a thread of its own.
+        cancel: gives up all that run.
+        parallelism: tasks that it runs at once.
+    """
+
+    prepare: Callable[[Callable[[Any], Outcome], Any], Callable[[], Outcome]]
+    cancel: Callable[[], object]
+    parallelism: int
 
 
 @contextmanager
@@ -35,18 +50,21 @@ def started(workers: int | None) -> Iterator[Engine]:
     if os.environ.get("SPARK_REMOTE"):
         opened = _remote()
     elif pyspark.SparkContext._active_spark_context:
-        opened = _given(pyspark.SparkContext._active_spark_context)
+        opened = nullcontext(_of(pyspark.SparkContext._active_spark_context))
     else:
         opened = _own(pyspark, workers)
-    with opened as (prepare, parallelism):
-        most = workers or max(1, parallelism)
+    with opened as spark:
+        most = workers or max(1, spark.parallelism)
         with ThreadPoolExecutor(most, thread_name_prefix="spark") as threads:
 
             def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
                 with _no_word_of_pandas():
-                    return threads.submit(prepare(partial(call, function), job))
+                    return threads.submit(spark.prepare(partial(call, function), job))
 
-            yield Engine(submit=submit, workers=most)
+            try:
+                yield Engine(submit=submit, workers=most)
+            finally:
+                spark.cancel()  # or the threads would wait for their jobs
 
 
 @contextmanager
@@ -56,9 +74,8 @@ def _no_word_of_pandas() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _given(context: Any) -> Iterator[tuple[_Prepare, int]]:
-    """Jobs of a context of this process, which stays; those that are not done with are cancelled."""
+def _of(context: Any) -> _Spark:
+    """Jobs of a context of this process."""
     tag = f"jaxinfra-{uuid4()}"
 
     def collect(rows: Any) -> Outcome:
@@ -68,14 +85,13 @@ def _given(context: Any) -> Iterator[tuple[_Prepare, int]]:
     def prepare(function: Callable[[Any], Outcome], job: Any) -> Callable[[], Outcome]:
         return partial(collect, context.parallelize([job], 1).map(function))
 
-    try:
-        yield prepare, context.defaultParallelism
-    finally:
-        context.cancelJobsWithTag(tag)
+    return _Spark(
+        prepare=prepare, cancel=partial(context.cancelJobsWithTag, tag), parallelism=context.defaultParallelism
+    )
 
 
 @contextmanager
-def _own(pyspark: Any, workers: int | None) -> Iterator[tuple[_Prepare, int]]:
+def _own(pyspark: Any, workers: int | None) -> Iterator[_Spark]:
     master = os.environ.get("MASTER") or f"local[{workers or '*'},{_TRIES}]"
     settings = _QUIET | {"spark.master": master, "spark.app.name": "jaxinfra", "spark.task.maxFailures": str(_TRIES)}
     settings |= _LOOPBACK if master.startswith("local") else {}
@@ -88,8 +104,7 @@ def _own(pyspark: Any, workers: int | None) -> Iterator[tuple[_Prepare, int]]:
             context = pyspark.SparkContext(gateway=gateway, conf=conf)
         context.pythonExec = os.environ.get("PYSPARK_PYTHON", sys.executable)
         try:
-            with _given(context) as given:
-                yield given
+            yield _of(context)
         finally:
             context.stop()
     finally:
@@ -116,7 +131,7 @@ def _gateway(conf: Any) -> Any:
 
 
 @contextmanager
-def _remote() -> Iterator[tuple[_Prepare, int]]:
+def _remote() -> Iterator[_Spark]:
     """Jobs of a Spark Connect server, which has no contexts: they come as functions of tables of one row."""
     sql = needed("pyspark.sql", by="engine=spark with SPARK_REMOTE", install="pyspark[connect]")
     with _no_word_of_pandas():
@@ -126,10 +141,7 @@ def _remote() -> Iterator[tuple[_Prepare, int]]:
         table = session.range(0, 1, 1, 1).mapInArrow(partial(_rows, function, job), "outcome binary")
         return lambda: pickle.loads(table.collect()[0][0])
 
-    try:
-        yield prepare, cores()
-    finally:
-        session.interruptAll()
+    yield _Spark(prepare=prepare, cancel=session.interruptAll, parallelism=cores())
 
 
 def _rows(function: Callable[[Any], Outcome], job: Any, batches: Iterator[Any]) -> Iterator[Any]:

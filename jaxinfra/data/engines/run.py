@@ -1,7 +1,11 @@
 """Runs jobs on an engine, some at once, and hands over each result as it comes."""
 
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Literal
 
@@ -50,8 +54,37 @@ def run[J, R](
             return
     if jobs:
         most = None if workers is None else min(workers, len(jobs))
-        with _STARTED[engine](most) as started:
+        with _ended_by_signals() as taken, ExitStack() as stack:
+            started = stack.enter_context(_STARTED[engine](most))
+            taken()
             _drive(engine, started, function, jobs, done)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[Callable[[], None]]:
+    """SIGTERM, where nobody answers it, ends the block as an exception does, so that workers are ended.
+
+    Ray and Spark answer signals themselves once they are started. What this gives takes them back.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    during = dict(before)
+    if before[signal.SIGTERM] is signal.SIG_DFL:
+        during[signal.SIGTERM] = _exit
+    try:
+        _answer(during)
+        yield lambda: _answer(during)
+    finally:
+        _answer(before)
+
+
+def _answer(handlers: dict[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _drive(
