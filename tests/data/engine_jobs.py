@@ -54,7 +54,19 @@ def die_once(job: Job) -> int:
     if job.number == 2 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if job.number == 2:
+        (Path(job.folder) / "again").touch()
     return job.number
+
+
+def die_once_and_fail_last(job: Job) -> int:
+    if job.number == 6:
+        while not (Path(job.folder) / "again").exists():
+            time.sleep(0.1)
+        raise DataError(f"shard {job.number}: is damaged")
+    if job.number == 7:
+        time.sleep(600)
+    return die_once(job)
 
 
 def die(job: Job) -> int:

@@ -127,7 +127,7 @@ from tests.data.engine_jobs import Job
 from tests.data.listening import outside_of_loopback
 
 if __name__ == "__main__":  # Dask imports this module in its workers
-    jobs = [Job(number=number, folder=sys.argv[2]) for number in range(7)]
+    jobs = [Job(number=number, folder=sys.argv[2]) for number in range(8)]
     found = []
 
     def done(result):
@@ -135,12 +135,12 @@ if __name__ == "__main__":  # Dask imports this module in its workers
         if "SPARK_REMOTE" not in os.environ:  # whose server is another's
             assert not outside_of_loopback(), outside_of_loopback()
 
-    run(sys.argv[1], engine_jobs.die_once, jobs, workers=2, done=done)
-    assert sorted(found) == list(range(7)), found
     try:
-        run(sys.argv[1], engine_jobs.fail, jobs, workers=2, done=done)
+        run(sys.argv[1], engine_jobs.die_once_and_fail_last, jobs, workers=2, done=done)
     except DataError as error:
-        assert str(error) == "shard 3: is damaged"
+        assert str(error) == "shard 6: is damaged"
+        assert len(found) == len(set(found)), found
+        assert len(set(range(6)) - set(found)) <= 1, found  # one may have run when the last one failed
         print("same")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -165,7 +165,7 @@ def test_a_cluster_gives_what_processes_give(name, tmp_path):
     command = [sys.executable, str(tmp_path / "driver.py"), engine, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "died").exists()
+    assert (tmp_path / "again").exists()  # the job whose worker died was done by another
     said = [line for line in result.stdout.splitlines() if "(raylet)" not in line and line]  # of the worker that died
     assert said[0] == "same"
     assert [line.partition(":")[2][:32] for line in said[1:]] == [" a job was not run (KilledWorker"] * (name == "dask")

@@ -103,9 +103,11 @@ def _drive(
             except Exception as error:
                 cause = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise ConfigError(f"engine={name}: a job was not run ({cause}); look at its workers") from error
+        failed = next((outcome for outcome in outcomes if outcome.error is not None), None)
+        if not failed:
+            running |= {engine.submit(function, job) for job in islice(waiting, len(ended))}
         for outcome in outcomes:
-            if outcome.error is not None:
-                raise outcome.error from InWorker(outcome.traceback)
-        running |= {engine.submit(function, job) for job in islice(waiting, len(ended))}
-        for outcome in outcomes:
-            done(outcome.value)
+            if outcome.error is None:
+                done(outcome.value)
+        if failed and failed.error is not None:
+            raise failed.error from InWorker(failed.traceback)
