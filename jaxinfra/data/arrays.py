@@ -18,6 +18,8 @@ from jaxinfra.errors import JaxinfraError
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
+FEW, SHARD_OF_FEW = 512, 1024 * 1024
+"""Of arrays whose elements are read a few at a time: numbers of a document, or of a row."""
 CACHE_BYTES = 16 * 1024 * 1024
 """For the indices of shards: chunks that are read at random seldom come back, and memory takes twice as much."""
 
@@ -107,18 +109,21 @@ def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length
     return storage.checked(path, read)
 
 
-def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray]:
-    """Reads `array[s : s + n]` for every start and length, all at once.
+def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    """Reads `array[s : s + n]` for every start and length, all at once: one after the other in one array.
 
     Raises:
         DataError: a range lies outside the array, or a chunk is missing or damaged.
         StorageError: the storage may not or cannot be read.
     """
+    if not len(starts):
+        return np.empty((0, *array.shape[1:]), array.dtype.numpy_dtype)
 
-    def read() -> list[np.ndarray]:
+    def read() -> np.ndarray:
+        ranges = [array[start : start + n] for start, n in zip(starts, lengths, strict=True)]
         with ts.Batch() as batch:
-            futures = [array[start : start + n].read(batch=batch) for start, n in zip(starts, lengths, strict=True)]
-        return [future.result() for future in futures]
+            found = ts.concat(ranges, axis=0).read(batch=batch)
+        return found.result()
 
     return storage.checked(path, read)
 
@@ -126,7 +131,7 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
 def read_each(
     array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]
 ) -> list[np.ndarray | JaxinfraError]:
-    """As `read_ranges`, with the error of each range that cannot be read in its place."""
+    """Reads each range by itself; the error of one that cannot be read is in its place."""
     futures = [array[start : start + n].read() for start, n in zip(starts, lengths, strict=True)]
     found: list[np.ndarray | JaxinfraError] = []
     for future in futures:

@@ -142,9 +142,8 @@ def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -
     packs = pack(lengths_D, wanted.seq_len, by_length=wanted.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
     found = {
-        "starts": (offsets_D[packs.piece_document] + packs.piece_skip).astype(np.int64),
-        "lengths": packs.piece_length.astype(np.int64),
-        "rows": packs.row_offsets.astype(np.int64),
+        "pieces": np.stack([offsets_D[packs.piece_document] + packs.piece_skip, packs.piece_length], axis=1),
+        "rows": packs.row_offsets,
     }
     digest = xxhash.xxh3_128()
     for name, values in found.items():
@@ -160,9 +159,9 @@ def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Writes a whole array."""
-    fill = int(np.iinfo(values.dtype).max)
-    array = arrays.create(str(path), values.dtype, fill, chunk=arrays.CHUNK, shard=arrays.SHARD)
+    """Writes a whole array, of which few elements may be read at a time."""
+    fill, shape, few, shard = int(np.iinfo(values.dtype).max), values.shape[1:], arrays.FEW, arrays.SHARD_OF_FEW
+    array = arrays.create(str(path), values.dtype, fill, shape=shape, chunk=few, shard=shard)
     arrays.append(array, str(path), values)
 
 

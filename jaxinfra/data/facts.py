@@ -74,7 +74,7 @@ def samples(store: TokenStore, documents: int, chars: int) -> Iterator[str]:
     for split in SPLITS:
         info = store.manifest.splits[split]
         for number in np.linspace(0, info.documents - 1, min(documents, info.documents)).astype(int):
-            borders = store.read_ranges(split, "offsets", np.array([number]), np.array([2]))[0]
+            borders = store.read_ranges(split, "offsets", np.array([number]), np.array([2]))
             start, length = borders[:1], int(borders[1] - borders[0])
             shown = min(length, 4 * chars + 1)
             tokens, mask = store.read(split, start, shown)[0], store.read_mask(split, start, shown)

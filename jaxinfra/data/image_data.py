@@ -113,7 +113,7 @@ class Labelled:
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """`images`, float32 `[B, H, W, channels]` from -1 to 1, and `labels`, int32 `[B]`; weights are ones."""
         found = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))
-        pixels = np.concatenate(found).astype(np.float32) * (2 / self._data.white) - 1
+        pixels = found.astype(np.float32) * (2 / self._data.white) - 1
         scale = self._data.image_size // pixels.shape[1]
         batch = {"images": pixels.repeat(scale, axis=1).repeat(scale, axis=2), "labels": self._labels[ids]}
         return batch | {"weights": np.ones(len(ids), np.float32)} if weighted else batch

@@ -103,12 +103,10 @@ class PairSamples:
         """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
         store, split, seq_len = self._store, self._split, self._data.seq_len
         sides = len(SIDES)
-        borders_B3 = np.array(store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1)))
+        borders_B3 = store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1)).reshape(-1, sides + 1)
         starts_P = borders_B3[:, :-1].reshape(-1)
         lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
-        tokens_N, mask_N = (
-            np.concatenate(store.read_ranges(split, name, starts_P, lengths_P + 1)) for name in (TOKENS, MASK)
-        )
+        tokens_N, mask_N = (store.read_ranges(split, name, starts_P, lengths_P + 1) for name in (TOKENS, MASK))
         one_P = np.ones(len(lengths_P), np.int64)
         batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}

@@ -9,7 +9,8 @@
         mask                 uint8, where not all is learned: 1 for tokens that are
         offsets, lengths     int64[documents + 1], int64[documents]: where each document starts, and its tokens
         tokens.blocks, mask.blocks   uint64: XXH3 of each block of tokens
-        packs/NAME/{starts,lengths,rows}   rows of pieces of documents (see `packing`)
+        packs/NAME/pieces    int64[pieces, 2]: where each piece of a document starts, and its targets (see `packing`)
+        packs/NAME/rows      int64[rows + 1]: where the pieces of each row start
       or, of images,
         images, labels       uint8[images, height, width, channels], int32[images]
         images.blocks        uint64: XXH3 of each block of images
@@ -145,8 +146,8 @@ class Store:
                 size_bytes = content.nbytes if isinstance(content, np.ndarray) else 0
                 yield file, size_bytes, _block_damage(file, number, content, int(hashes[number]))
 
-    def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-        """Reads ranges of any array of a split, such as `tokens`, `mask` or `offsets`, all at once.
+    def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Reads ranges of any array of a split, such as `tokens`, `mask` or `offsets`: one after the other.
 
         Args:
             split: which split.
@@ -167,7 +168,7 @@ class Store:
             DataError: it is damaged.
         """
         array = self.array(split, name)
-        return arrays.read_ranges(array, f"{self}/{split}/{name}", [0], [array.shape[0]])[0]
+        return arrays.read_ranges(array, f"{self}/{split}/{name}", [0], [array.shape[0]])
 
     def array(self, split: Split, name: str) -> ts.TensorStore:
         """An array, opened once."""

@@ -202,14 +202,11 @@ class PackedRows(TokenSamples):
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Inputs, targets, and what keeps documents apart; always with weights."""
         store, split = self._store, self._split
-        borders = np.array(store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2)))
-        first_B, count_B = borders[:, 0], borders[:, 1] - borders[:, 0]
-        starts = np.concatenate(store.read_ranges(split, f"{self._name}/starts", first_B, count_B))
-        lengths = np.concatenate(store.read_ranges(split, f"{self._name}/lengths", first_B, count_B))
-        tokens_N = np.concatenate(store.read_ranges(split, TOKENS, starts, lengths + 1))
-        masked = store.manifest.masked
-        mask_N = np.concatenate(store.read_ranges(split, MASK, starts, lengths + 1)) if masked else None
-        return packed_batch(tokens_N, lengths, count_B, seq_len=self._data.seq_len, mask_N=mask_N)
+        first_B, end_B = store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2)).reshape(-1, 2).T
+        start_P, length_P = store.read_ranges(split, f"{self._name}/pieces", first_B, end_B - first_B).T
+        tokens_N = store.read_ranges(split, TOKENS, start_P, length_P + 1)
+        mask_N = store.read_ranges(split, MASK, start_P, length_P + 1) if store.manifest.masked else None
+        return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
 class Vocabulary(Protocol):
