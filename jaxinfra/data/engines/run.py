@@ -80,7 +80,8 @@ def _ended_by_signals() -> Iterator[Callable[[], None]]:
 def _answer(handlers: dict[signal.Signals, Any]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # it was not set by Python, and cannot be
+                signal.signal(number, handler)
 
 
 def _exit(number: int, frame: object) -> None:
