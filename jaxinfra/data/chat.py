@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxinfra.config import Problem
 from jaxinfra.data.chat_jinja import is_file
-from jaxinfra.data.chat_template import PRESETS, Message, Role, identity_of, spans
+from jaxinfra.data.chat_template import PRESETS, Message, Role, identity_of, markers_of, spans
 from jaxinfra.data.document import Document, RecordError, as_text, value_of
 from jaxinfra.data.records.record import Record
 
@@ -51,6 +51,10 @@ class Chat:
     def identity(self) -> str | None:
         """Hash of the template, where it is in a file."""
         return identity_of(self.template)
+
+    def markers(self) -> Sequence[str]:
+        """See `Form`."""
+        return markers_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The conversation as one document.

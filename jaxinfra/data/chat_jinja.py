@@ -26,6 +26,7 @@ class JinjaTemplate:
 
     Attributes:
         digest: hash of its text and of the special tokens that it may use.
+        markers: special tokens that it uses by their names.
     """
 
     def __init__(self, source: str, tokens: dict[str, str], name: str):
@@ -45,6 +46,7 @@ class JinjaTemplate:
         if missing := sorted(used & set(_TOKENS) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; give the {_CONFIG} that defines it beside the file")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
+        self.markers = tuple(tokens[name] for name in sorted(used & tokens.keys()))
         self._names = tokens | {"tools": None, "documents": None, "add_generation_prompt": False}
 
     @classmethod

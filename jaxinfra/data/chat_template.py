@@ -104,6 +104,15 @@ def identity_of(template: str) -> str | None:
     return _jinja(template).digest
 
 
+def markers_of(template: str) -> Sequence[str]:
+    """The special tokens that a template writes: of a file those that it uses by name, such as bos_token.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    return _jinja(template).markers if is_file(template) else MARKERS[template]
+
+
 @functools.lru_cache(maxsize=4096)
 def _layout(template: str, roles: tuple[Role, ...]) -> Layout:
     if is_file(template):
@@ -161,6 +170,13 @@ PRESETS: dict[str, Callable[[Sequence[Role]], Iterator[Fixed | Slot]]] = {
     "gemma": _gemma,
 }
 """ChatML (OpenAI 2023), and the templates that are published with Llama 3 and with Gemma 3."""
+
+MARKERS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+}
+"""The special tokens that each of them writes."""
 
 
 _BLANK = "\x0b"  # white space that no template writes

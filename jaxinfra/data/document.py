@@ -57,6 +57,14 @@ class Form(Protocol):
         """
         ...
 
+    def markers(self) -> Sequence[str]:
+        """The special tokens that its template is known to write.
+
+        Raises:
+            ConfigError: its file cannot be used.
+        """
+        ...
+
     def documents(self, record: Record) -> Sequence[Document]:
         """The documents of a record, `group` of them.
 
@@ -86,6 +94,10 @@ class Text:
     def identity(self) -> str | None:
         """It names no file."""
         return None
+
+    def markers(self) -> Sequence[str]:
+        """It writes none."""
+        return ()
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The field as one document.

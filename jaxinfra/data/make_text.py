@@ -19,6 +19,7 @@ from jaxinfra.data.storage import Storage
 from jaxinfra.data.store import MASK, TOKENS, TokenStore, hash_files, token_dtype
 from jaxinfra.data.tokenise import Job, load_tokenizer, make_part, sample_texts, tokenise
 from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
+from jaxinfra.errors import ConfigError
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
@@ -39,6 +40,7 @@ class TextMaker:
         """
         self._corpus = corpus
         self._given = None if isinstance(corpus.tokenizer, TrainBpe) else load(corpus.tokenizer)
+        self._check_markers()
 
     @property
     def identity(self) -> str | None:
@@ -131,6 +133,24 @@ class TextMaker:
         if corpus.baselines:
             manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
         return manifest
+
+    def _check_markers(self) -> None:
+        """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them.
+
+        Raises:
+            ConfigError: one is not; or the file of the template cannot be used.
+        """
+        config = self._corpus.tokenizer
+        if isinstance(config, TrainBpe):
+            special = {config.end_of_document, *config.special_tokens}
+        else:
+            special = self._given.special if self._given else {}
+        for marker in self._corpus.form.markers():
+            if marker not in special:
+                raise ConfigError(
+                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
+                    "could spell it; name it in tokenizer.special_tokens, or use another template"
+                )
 
     def _check_splits(self, keep: Keep, counts: Counts) -> None:
         found: dict[Split, int] = {

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from jaxinfra.config import Problem
 from jaxinfra.data.chat import messages_of, template_problems
-from jaxinfra.data.chat_template import Message, identity_of, spans
+from jaxinfra.data.chat_template import Message, identity_of, markers_of, spans
 from jaxinfra.data.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.data.records.record import Record
 
@@ -49,6 +49,10 @@ class Preference:
     def identity(self) -> str | None:
         """Hash of the template, where it is in a file."""
         return self.template and identity_of(self.template)
+
+    def markers(self) -> Sequence[str]:
+        """See `Form`."""
+        return () if self.template is None else markers_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The chosen answer with its prompt, and the rejected one with it.
@@ -97,6 +101,10 @@ class Completion:
     def identity(self) -> str | None:
         """Hash of the template, where it is in a file."""
         return self.template and identity_of(self.template)
+
+    def markers(self) -> Sequence[str]:
+        """See `Form`."""
+        return () if self.template is None else markers_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The prompt and its answer as one document.

@@ -50,9 +50,8 @@ def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
     ids, learned = encoded(tokenizer, *document)
     assert ids == tokenizer.encode_control("".join(span.text for span in document))
     answer = [*tokenizer.encode("class", inner=True), *tokenizer.encode_control("<|im_end|>")]
-    if tokenizer.kind != "bytes":
-        (end,) = tokenizer.encode_control("<|im_end|>")
-        assert ids.count(end) == 2 and learned[ids.index(end)] is False
+    (end,) = tokenizer.encode_control("<|im_end|>")
+    assert ids.count(end) == 2 and learned[ids.index(end)] is False
     text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
     assert text == tokenizer.decode(answer)
 
@@ -61,8 +60,7 @@ def test_a_message_spells_no_special_token(tokenizer):
     (document,) = Chat().documents({"messages": TALK})
     ids, learned = encoded(tokenizer, *document)
     special = [i for i in ids if i in tokenizer.special.values()]
-    if tokenizer.kind != "bytes":
-        assert special == [i for marker in MARKERS * 4 for i in tokenizer.encode_control(marker)]
+    assert special == [i for marker in MARKERS * 4 for i in tokenizer.encode_control(marker)]
     assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, control=True))[0][-1] == tokenizer.eot_id
     assert sum(learned) == len(learned) - learned.count(False) > 0
 

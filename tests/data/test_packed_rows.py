@@ -136,7 +136,7 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
         store=str(tmp_path / "store"),
         source=Jsonl(root=str(tmp_path)),
         form=Chat(),
-        tokenizer=Bytes(),
+        tokenizer=Bytes(special_tokens=("<|im_start|>", "<|im_end|>")),
         heldout_fraction=0.2,
         packs=(Pack(seq_len=256),),
     )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_a_store_of_conversations_learns_the_answers(tmp_path):
             assert piece[-1] == end
             learned.add(store.tokenizer.decode(piece.tolist()))
     assert learned == answers
+
+
+@pytest.mark.parametrize("form", [Chat(), Preference(), Chat(template="gemma")])
+@pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
+def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(tmp_path, form, tokenizer):
+    wanted = form.markers()[0]
+    with pytest.raises(ConfigError, match=rf"form: its template writes {re.escape(wanted)}, which is no special token"):
+        prepare(recipe(tmp_path, talks(5, random.Random(0)), form=form, tokenizer=tokenizer), workers=1)
+    assert not (tmp_path / "store").exists()
 
 
 def test_rules_are_counted_and_duplicates_are_left_out(tmp_path):

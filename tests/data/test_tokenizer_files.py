@@ -63,6 +63,17 @@ def test_an_ordinary_token_that_ends_documents_becomes_special(tmp_path):
     assert tokenizer.encode_control("aabb") == [0, 2, 1]
 
 
+def test_special_tokens_are_added_to_a_file_that_lacks_them(trained, tmp_path):
+    trained.save(tmp_path / "t.json")
+    first, second = MARKERS
+    tokenizer = load(TokenizerFile(path=str(tmp_path / "t.json"), special_tokens=MARKERS))
+    assert tokenizer.encode_control(f"{second}{first}") == [291, 290] and tokenizer.vocab_size == 292
+    assert tokenizer.encode_batch([*TEXTS, first]) == trained.encode_batch([*TEXTS, first])
+    tokenizer.save(tmp_path / "more.json")
+    again = load(TokenizerFile(path=str(tmp_path / "more.json"), special_tokens=(second,)))
+    assert again.sha256 == tokenizer.sha256
+
+
 def test_files_are_read_from_any_place(trained):
     with fsspec.open("memory://vocabularies/t.json", "wb") as file:
         file.write(trained.content)
@@ -214,6 +225,8 @@ def test_a_missing_library_is_named_with_its_extra(library, unusable, monkeypatc
         (Tiktoken(path="x", encoding="r50k"), "encoding=r50k: is none of gpt2, cl100k_base, o200k_base"),
         (Tiktoken(pattern="x"), "path=none: an own pattern"),
         (SentencePieceModel(path=""), "path=.*: names no file"),
+        (TokenizerFile(path="t.json", special_tokens=("",)), "special_tokens=.*: must be other texts"),
+        (Bytes(special_tokens=("<a>", "<a>")), "special_tokens=.*: must be other texts"),
         (Bytes(end_of_document=""), "end_of_document=.*: must not be empty"),
     ],
 )

@@ -25,7 +25,7 @@ def vocabulary(kind: str, folder: Path) -> Tokenizer:
         "fallback": _fallback,
         "tiktoken": _tiktoken,
         "sentencepiece": _sentencepiece,
-        "bytes": lambda _: load(Bytes(end_of_document=EOT)),
+        "bytes": lambda _: load(Bytes(end_of_document=EOT, special_tokens=MARKERS)),
     }[kind](folder)
 
 

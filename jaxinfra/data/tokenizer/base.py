@@ -147,9 +147,17 @@ def bytes_before(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def common_problems(path: str | None, end_of_document: str) -> Iterable[Problem]:
-    """Yields what is wrong with the fields that most descriptions of a tokenizer have; None stands for no path."""
+def common_problems(
+    *, path: str | None = None, end_of_document: str, special_tokens: Sequence[str] = ()
+) -> Iterable[Problem]:
+    """Yields what is wrong with the fields that most descriptions of a tokenizer have."""
     if path == "":
         yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
     if not end_of_document:
         yield Problem(fields=("end_of_document",), message="must not be empty", fix="use end_of_document=<|endoftext|>")
+    if "" in special_tokens or len({end_of_document, *special_tokens}) <= len(special_tokens):
+        yield Problem(
+            fields=("special_tokens",),
+            message="must be other texts than one another and than the end of a document, and not empty",
+            fix="name each once",
+        )

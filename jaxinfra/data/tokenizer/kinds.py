@@ -30,7 +30,7 @@ def load(config: TokenizerFile | Tiktoken | SentencePieceModel | Bytes) -> Token
         case SentencePieceModel():
             return load_sentence_pieces(config)
         case Bytes():
-            return ByteTokenizer(config.end_of_document)
+            return ByteTokenizer(config.end_of_document, config.special_tokens)
 
 
 def restore(kind: str, content: bytes, end_of_document: str, name: str) -> Tokenizer:

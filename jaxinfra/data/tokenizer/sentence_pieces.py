@@ -39,7 +39,7 @@ class SentencePieceModel:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description."""
-        yield from common_problems(self.path, self.end_of_document)
+        yield from common_problems(path=self.path, end_of_document=self.end_of_document)
 
 
 def load_sentence_pieces(config: SentencePieceModel) -> "SentencePieceTokenizer":

@@ -67,7 +67,8 @@ class Tiktoken:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description."""
-        yield from common_problems(self.path, self.end_of_document)
+        others = [text for text in self.special_tokens if text != self.end_of_document]
+        yield from common_problems(path=self.path, end_of_document=self.end_of_document, special_tokens=others)
         complete = self.pattern is not None and self.special_tokens
         if self.path is not None and self.encoding not in ENCODINGS and not complete:
             yield Problem(

@@ -39,20 +39,13 @@ class TrainBpe:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description."""
-        yield from common_problems(None, self.end_of_document)
+        yield from common_problems(end_of_document=self.end_of_document, special_tokens=self.special_tokens)
         least = 257 + len(self.special_tokens)
         if self.vocab_size < least:
             yield Problem(
                 fields=("vocab_size",),
                 message="a byte-level vocabulary needs 256 bytes, the end of a document and its special tokens",
                 fix=f"use vocab_size={least} or more",
-            )
-        special = {self.end_of_document, *self.special_tokens}
-        if "" in self.special_tokens or len(special) <= len(self.special_tokens):
-            yield Problem(
-                fields=("special_tokens",),
-                message="must be other texts than one another and than the end of a document, and not empty",
-                fix="name each once",
             )
 
 
@@ -63,14 +56,19 @@ class TokenizerFile:
     Attributes:
         path: of the file, or its URL.
         end_of_document: the special token that closes every document.
+        special_tokens: those that must be special, such as those of a template. What the file lacks is added to it:
+            ids follow its last one.
     """
 
     path: str
     end_of_document: str = "<|endoftext|>"
+    special_tokens: tuple[str, ...] = ()
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description."""
-        yield from common_problems(self.path, self.end_of_document)
+        yield from common_problems(
+            path=self.path, end_of_document=self.end_of_document, special_tokens=self.special_tokens
+        )
 
 
 def load_json(config: TokenizerFile) -> "JsonTokenizer":
@@ -80,7 +78,7 @@ def load_json(config: TokenizerFile) -> "JsonTokenizer":
         ConfigError: there is no such file, it is no tokenizer, or it lacks the end of a document.
     """
     backend = _backend(read_content(config.path, "a tokenizer"), config.path)
-    return _prepared(backend, config.end_of_document, config.path)
+    return _prepared(backend, config.end_of_document, config.path, config.special_tokens)
 
 
 def train_bpe(
@@ -224,13 +222,13 @@ def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
     return index
 
 
-def _prepared(backend: Backend, end_of_document: str, name: str) -> JsonTokenizer:
-    """A tokenizer that neither cuts nor pads texts, whose end of a document is special."""
-    added = backend.get_added_tokens_decoder().get(_end_id(backend, end_of_document, name))
+def _prepared(backend: Backend, end_of_document: str, name: str, special: Sequence[str] = ()) -> JsonTokenizer:
+    """A tokenizer that neither cuts nor pads texts, whose end of a document and other tokens are special."""
+    _end_id(backend, end_of_document, name)
     backend.no_padding()
     backend.no_truncation()
-    if added is None or not added.special:
-        backend.add_special_tokens([end_of_document])
+    already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    backend.add_special_tokens([text for text in (end_of_document, *special) if text not in already])
     return JsonTokenizer(backend.to_str().encode(), backend, end_of_document, name)
 
 
