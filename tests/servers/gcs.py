@@ -45,6 +45,8 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the end of an answer waits 40 ms for the client to confirm its beginning
+    wbufsize = -1
     server: "_Server"
 
     def _serve(self) -> None:
@@ -169,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # more would have to try again after a second
+
     def __init__(self, objects: Objects):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects = objects

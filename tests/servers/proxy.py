@@ -63,6 +63,8 @@ class Faults:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the end of an answer waits 40 ms for the client to confirm its beginning
+    wbufsize = -1
     server: "_Proxy"
 
     def _pass_on(self) -> None:
@@ -119,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Proxy(ThreadingHTTPServer):
+    request_queue_size = 128  # more would have to try again after a second
+
     def __init__(self, upstream_port: int, faults: Faults):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream_port = upstream_port
