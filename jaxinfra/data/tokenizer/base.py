@@ -1,6 +1,7 @@
 """What every tokenizer offers, and what all kinds of them share: a hash, pickling, the file that they are kept in."""
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,6 +139,11 @@ def no_end(name: str, end_of_document: str, special: Iterable[str]) -> ConfigErr
         f"end_of_document={end_of_document}: {name} has no such token; "
         f"name the one that ends its documents{f', of {some}' if found else ''}"
     )
+
+
+def threads() -> int:
+    """How many a tokenizer may use: what RAYON_NUM_THREADS tells the library `tokenizers` holds for all kinds."""
+    return int(os.environ.get("RAYON_NUM_THREADS") or 0) or os.cpu_count() or 1
 
 
 def bytes_before(text: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end
+from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
@@ -97,9 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(content, processor, end_of_document)
 
     def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
-        """See `Tokenizer`; runs on all cores."""
+        """See `Tokenizer`; runs on `threads`."""
         processor = self._inner if inner else self._processor
-        return processor.encode(list(texts), num_threads=-1 if len(texts) > 1 else 1)
+        return processor.encode(list(texts), num_threads=threads())
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""

@@ -7,7 +7,6 @@ the pattern and the special tokens: those of the public encodings are known here
 import base64
 import binascii
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end
+from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
@@ -143,10 +142,10 @@ class TiktokenTokenizer(Tokenizer):
         return cls(content, encoding, special, end_of_document)
 
     def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
-        """See `Tokenizer`; runs on all cores and releases the GIL."""
+        """See `Tokenizer`; runs on `threads` and releases the GIL."""
         if len(texts) == 1 or any(len(text) > LONGEST_GAP for text in texts):
             return [self._encode(text) for text in texts]
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=threads())
 
     def _encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_GAP:

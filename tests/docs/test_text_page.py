@@ -1,0 +1,56 @@
+"""The recipes that docs/text.md shows are recipes."""
+
+import re
+import textwrap
+from dataclasses import fields, replace
+from pathlib import Path
+
+from jaxinfra.config import validate
+from jaxinfra.data.chat import Chat
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.dedup import Dedup
+from jaxinfra.data.document import Text
+from jaxinfra.data.filters import Filters
+from jaxinfra.data.preference import Completion, Preference
+from jaxinfra.data.records.jsonl import Jsonl
+from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
+
+PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()
+NAMES = {
+    each.__name__: each
+    for each in (
+        Bytes,
+        Chat,
+        Completion,
+        Corpus,
+        Dedup,
+        Filters,
+        Jsonl,
+        Preference,
+        SentencePieceModel,
+        Text,
+        Tiktoken,
+        TokenizerFile,
+        TrainBpe,
+        replace,
+    )
+}
+
+
+def test_recipes_are_right():
+    blocks = re.findall(r"^    Corpus\(\n(?:     .*\n)+    \)$", PAGE, re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        validate(eval(textwrap.dedent(block), NAMES))
+
+
+def test_defaults_are_those_of_the_classes():
+    shown = re.findall(r"`(\w+)\(((?:\w+(?:=[^,)]+)?(?:, )?)*)\)`", PAGE)
+    assert {name for name, _ in shown} >= {"Chat", "Completion", "Preference", "Text", "TrainBpe", "Tiktoken"}
+    for name, arguments in shown:
+        defaults = {field.name: field.default for field in fields(NAMES[name])}
+        for argument in filter(None, arguments.split(", ")):
+            field, _, value = argument.partition("=")
+            assert field in defaults
+            if value and name not in ("Filters", "Dedup"):
+                assert eval(value) == defaults[field]
