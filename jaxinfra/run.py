@@ -47,7 +47,7 @@ NOT_NUMERIC = (
     "data.store",
     "data.version",
     "data.recipe",
-    "data.prefetch",
+    "data.prefetch_bytes",
     "data.threads",
 )
 """Fields that change where and how fast a run goes, or in what order it rounds, but not the numbers it is after.

@@ -5,13 +5,16 @@ on by starting at its step, with any number of processes, and sees every sample 
 processes apart is only which rows of the global batch each of them reads.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import grain
 import numpy as np
 
 from jaxinfra.data.contract import Batch, DataConfig, Samples
+
+_MOST_AHEAD = 16
+"""Batches; more would only be read in vain where a run ends early."""
 
 Rows = slice | np.ndarray
 """Rows of the global batch that this process reads."""
@@ -67,9 +70,25 @@ class Batches:
         return step, self.samples.read(self._ids(step, self._global_batch)[self._rows], weighted=False)
 
     def __iter__(self) -> Generator[tuple[int, Batch], None, None]:
-        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._data.prefetch)
-        with closing(iter(grain.MapDataset.source(self).to_iter_dataset(options))) as batches:
-            yield from batches
+        made: deque[Future[tuple[int, Batch]]] = deque()
+        ahead, asked = self._data.threads, 0  # until the first batch tells how large they are
+        with ThreadPoolExecutor(self._data.threads, thread_name_prefix="read-batches") as pool:
+            try:
+                while asked < self._steps or made:
+                    while asked < self._steps and len(made) <= ahead:
+                        made.append(pool.submit(self.__getitem__, asked))
+                        asked += 1
+                    step, batch = made.popleft().result()
+                    ahead = self._ahead(batch)
+                    yield step, batch
+            finally:
+                for future in made:
+                    future.cancel()
+
+    def _ahead(self, batch: Batch) -> int:
+        """How many batches like this one may be there or in the making at once, besides it."""
+        fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
+        return max(1, min(fitting, _MOST_AHEAD))
 
     def _fixed_batch(self, step: int) -> Batch:
         ids, count = step * self._global_batch + self._rows, len(self.samples)

@@ -94,8 +94,8 @@ class DataConfig(Protocol):
     unit: ClassVar[str]
 
     @property
-    def prefetch(self) -> int:
-        """Host batches that are made ahead."""
+    def prefetch_bytes(self) -> int:
+        """Of host batches that are made ahead."""
         ...
 
     @property

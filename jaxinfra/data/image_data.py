@@ -26,7 +26,7 @@ class ImageData:
         channels: of a pixel.
         white: the value of a pixel that becomes 1; 0 becomes -1.
         seed: of the order of images.
-        prefetch: host batches that are made ahead.
+        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
         threads: threads that make host batches.
     """
 
@@ -38,14 +38,14 @@ class ImageData:
     channels: int = 3
     white: int = 255
     seed: int = 0
-    prefetch: int = 4
+    prefetch_bytes: int = 2**26
     threads: int = 1
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
         if not self.store:
             yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        for name in ("image_size", "channels", "white", "prefetch", "threads"):
+        for name in ("image_size", "channels", "white", "prefetch_bytes", "threads"):
             if getattr(self, name) < 1:
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
 

@@ -39,7 +39,7 @@ class Mixture:
         seq_len: tokens that a row predicts.
         curriculum: the order of the first epochs of each source, short rows first; None shuffles all alike.
         seed: of the order of samples.
-        prefetch: host batches that are made ahead.
+        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
         threads: threads that make host batches.
         mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
@@ -50,8 +50,8 @@ class Mixture:
     seq_len: int = 1024
     curriculum: Curriculum | None = None
     seed: int = 0
-    prefetch: int = 4
-    threads: int = 2
+    prefetch_bytes: int = 2**26
+    threads: int = 4
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:
@@ -78,7 +78,7 @@ class Mixture:
                 seq_len=self.seq_len,
                 curriculum=self.curriculum,
                 seed=self.seed,
-                prefetch=self.prefetch,
+                prefetch_bytes=self.prefetch_bytes,
                 threads=self.threads,
                 mask_documents=self.mask_documents,
             )

@@ -29,7 +29,7 @@ class PairData:
         recipe: config file that makes the store, for messages.
         seq_len: targets of a row; what is longer is cut at its end.
         seed: of the order of pairs.
-        prefetch: host batches that are made ahead.
+        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
         threads: threads that make host batches.
     """
 
@@ -39,14 +39,14 @@ class PairData:
     recipe: str | None = None
     seq_len: int = 1024
     seed: int = 0
-    prefetch: int = 4
-    threads: int = 2
+    prefetch_bytes: int = 2**26
+    threads: int = 4
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
         if not self.store:
             yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        for name in ("seq_len", "prefetch", "threads"):
+        for name in ("seq_len", "prefetch_bytes", "threads"):
             if getattr(self, name) < 1:
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
 

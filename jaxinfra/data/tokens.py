@@ -33,7 +33,7 @@ class TokenData:
         packing: what a row is: a window of consecutive tokens, or whole documents as the store has packed them.
         curriculum: the order of the first epochs, short rows first; None shuffles all alike.
         seed: of the order of samples.
-        prefetch: host batches that are made ahead.
+        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
         threads: threads that make host batches.
         mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
@@ -46,15 +46,15 @@ class TokenData:
     packing: Packing = "windows"
     curriculum: Curriculum | None = None
     seed: int = 0
-    prefetch: int = 4
-    threads: int = 2
+    prefetch_bytes: int = 2**26
+    threads: int = 4
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
         if not self.store:
             yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        for name in ("seq_len", "prefetch", "threads"):
+        for name in ("seq_len", "prefetch_bytes", "threads"):
             if getattr(self, name) < 1:
                 yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
         if self.packing != "windows" and not self.mask_documents:

@@ -1,6 +1,7 @@
 import math
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import jax
@@ -49,7 +50,7 @@ def assert_same(left, right):
 
 
 def loader_threads():
-    return {t for t in threading.enumerate() if t.name.startswith(("grain-prefetch", "place-batches"))}
+    return {t for t in threading.enumerate() if t.name.startswith(("read-batches", "place-batches"))}
 
 
 def assert_threads_end(before):
@@ -161,7 +162,7 @@ def test_a_small_vocabulary_of_the_model_is_refused(data, store):
         check(size - 1)
 
 
-@pytest.mark.parametrize("wrong", [{"store": ""}, {"seq_len": 0}, {"prefetch": 0}, {"threads": 0}])
+@pytest.mark.parametrize("wrong", [{"store": ""}, {"seq_len": 0}, {"prefetch_bytes": 0}, {"threads": 0}])
 def test_a_wrong_field_is_named(wrong):
     with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}="):
         validate(TokenData(**{"store": "s"} | wrong))
@@ -185,6 +186,51 @@ def test_global_arrays_hold_the_batch(data, store):
     placed = to_global(batch, dict.fromkeys(batch, sharding), global_batch=GLOBAL_BATCH)
     assert_same({name: np.asarray(array) for name, array in placed.items()}, batch)
     assert all(array.sharding == sharding for array in placed.values())
+
+
+class Counted:
+    """Batches of so many bytes a row; those that were made are noted, and one may fail."""
+
+    def __init__(self, row_bytes, failing=None):
+        self.row_bytes, self.failing, self.made = row_bytes, failing, []
+
+    def __len__(self):
+        return 10**6
+
+    def read(self, ids, *, weighted):
+        if self.failing in ids:
+            raise DataError("damaged")
+        self.made.append(int(ids[0]))
+        return {"x": np.zeros((len(ids), self.row_bytes), np.uint8), "ids": ids}
+
+
+def counted(data, samples, steps=100):
+    def ids(step, global_batch):
+        return np.arange(step * global_batch, (step + 1) * global_batch)
+
+    return Batches(data, samples, global_batch=2, rows=slice(None), start_step=0, steps=steps, ids=ids)
+
+
+@pytest.mark.parametrize(("row_bytes", "ahead"), [(10_000, 5), (10**6, 1), (0, 16)])
+def test_batches_are_made_ahead_in_so_many_bytes(row_bytes, ahead):
+    samples = Counted(row_bytes)
+    data = TokenData(store="none", prefetch_bytes=5 * (2 * 10_000 + 16), threads=3)
+    with closing(iter(counted(data, samples))) as made:
+        next(made)  # which tells how large they are
+        for taken in range(2, 20):
+            next(made)
+            deadline_s = time.monotonic() + 5
+            while len(samples.made) < taken + ahead and time.monotonic() < deadline_s:
+                time.sleep(0.001)
+            assert taken + ahead <= len(samples.made) <= max(data.threads + 1, taken + ahead)
+
+
+def test_an_error_while_reading_is_raised_after_the_batches_before_it():
+    data = TokenData(store="none")
+    made = iter(counted(data, Counted(8, failing=11)))
+    assert [next(made)[0] for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="damaged"):
+        next(made)
 
 
 def test_prefetching_keeps_the_order_and_ends(data, store):
