@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxinfra.config.schema import children, conform, fields_of, is_config
-from jaxinfra.config.text import join, show
+from jaxinfra.config.text import join, show, without_credentials
 from jaxinfra.errors import ConfigError
 
 _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
@@ -39,11 +39,20 @@ class _Checked(Protocol):
 def validate(root: Any) -> None:
     """Checks a whole config: the type of every value, then the `problems()` of every part, depth first.
 
+    No part may have a URL with credentials in it: records keep every value.
+
     Raises:
         ConfigError: for the first problem, as `path=value, path=value: message; fix`.
     """
     root = conform(type(root), root)
     for path, node in _nodes(type(root), root, ""):
+        for field in fields_of(type(node)):
+            value = getattr(node, field.name)
+            if any(without_credentials(text) != text for text in _texts(value)):
+                raise ConfigError(
+                    f"{join(path, field.name)}={show(value)}: has credentials in it, which records would keep; "
+                    "give them by the environment or a profile"
+                )
         if isinstance(node, _Checked):
             for problem in node.problems():
                 raise ConfigError(_message(node, path, problem))
@@ -55,6 +64,14 @@ def _nodes(annotation: Any, value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _nodes(part_annotation, part, join(path, name))
     if is_config(type(value)):
         yield path, value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _texts(part)
 
 
 def _message(node: Any, path: str, problem: Problem) -> str:

@@ -75,6 +75,7 @@ def follow(
                     reader.committed(block.position)
                     heard_s = time.monotonic()
                 elif until_idle_s is not None and time.monotonic() - heard_s >= until_idle_s:
+                    reader.ask()
                     break
                 if seal_every_tokens is not None and course.unsealed_tokens >= seal_every_tokens:
                     yield course.seal()

@@ -203,6 +203,26 @@ def test_validate_reports_the_first_problem(run, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://AKIA:sEcReT@bucket/x", "s3://***@bucket/x"),
+        ("https://host/x?v=1&X-Amz-Signature=sEcReT&y=2", "https://host/x?v=1&X-Amz-Signature=***&y=2"),
+        ("az://x?sv=1&sig=sEcReT", "az://x?sv=1&sig=***"),
+        ("see http://user:sEcReT@host/ " + "and more " * 20, "see http://***@host/ and"),
+    ],
+)
+def test_credentials_are_refused_and_not_shown(url, shown):
+    with pytest.raises(ConfigError, match="has credentials in it, which records would keep") as caught:
+        validate(Run(name=url))
+    assert "sEcReT" not in str(caught.value) and shown in str(caught.value)
+
+
+def test_what_only_looks_like_credentials_passes():
+    for text in ("a:b@c", "s3://bucket/a@b:c", "https://host/x?design=1", "me@example.com", "git@host:x/y.git"):
+        validate(Run(name=text))
+
+
 def test_validate_passes_a_sound_run():
     validate(BASE)
 

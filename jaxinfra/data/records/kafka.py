@@ -115,7 +115,7 @@ class _Reader:
         self.read_bytes = 0
         from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 
-        partitions = self._partitions(REACHED_S)
+        partitions = self._partitions()
         if lost := sorted(set(self._offsets) - set(partitions)):
             raise DataError(f"{config}: partition {lost[0]}, which was read before, is gone; make another store")
         consumer.assign(
@@ -134,6 +134,10 @@ class _Reader:
         if offsets:
             self._consumer.commit(offsets=offsets, asynchronous=True)
 
+    def ask(self) -> None:
+        """Asks the brokers for the topic; the exception is translated where the stream was opened."""
+        self._partitions()
+
     def arrivals(self) -> Iterator[Found | Bad | None]:
         heard_s = time.monotonic()
         while True:
@@ -142,7 +146,7 @@ class _Reader:
             if messages:
                 heard_s = time.monotonic()
             elif time.monotonic() - heard_s > REACHED_S:
-                self._partitions(REACHED_S)
+                self.ask()
                 heard_s = time.monotonic()
             for message in messages:
                 if message.error():
@@ -177,10 +181,10 @@ class _Reader:
         if not error.retriable():
             raise KafkaException(error)
 
-    def _partitions(self, timeout_s: float) -> list[int]:
+    def _partitions(self) -> list[int]:
         from confluent_kafka import KafkaException
 
-        topic = self._consumer.list_topics(self._config.topic, timeout=timeout_s).topics[self._config.topic]
+        topic = self._consumer.list_topics(self._config.topic, timeout=REACHED_S).topics[self._config.topic]
         if topic.error is not None:
             raise KafkaException(topic.error)
         return sorted(topic.partitions)

@@ -60,6 +60,9 @@ class _Reader:
     def committed(self, position: Position) -> None:
         """Nobody looks on."""
 
+    def ask(self) -> None:
+        """A pipe is there as long as it is open."""
+
     def arrivals(self) -> Iterator[Found | Bad | None]:
         if self._expected:
             yield from self._skip()

@@ -64,6 +64,14 @@ class Reader(Protocol):
         """Hears that all up to a position is kept, for whoever looks on; nothing depends on it."""
         ...
 
+    def ask(self) -> None:
+        """Makes sure that nothing comes because nothing is there.
+
+        Raises:
+            StorageError: the stream cannot be reached.
+        """
+        ...
+
 
 class Stream(ABC):
     """A stream, as a config describes it. It is no source whose pieces can be listed, and says so where it is one."""

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from jaxinfra.data.records.record import Bad, Found
 from jaxinfra.data.records.stdin import Stdin
 from jaxinfra.data.records.stream import Block, Stream, blocks
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from tests.servers.kafka import send
+from tests.servers.kafka import brokers, send
 
 DOCUMENTS = [{"text": f"{number} " + "é" * (number % 50)} for number in range(300)]
 LINES = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in DOCUMENTS).encode()
@@ -118,6 +119,9 @@ def test_a_block_is_given_when_its_first_record_has_waited():
         def committed(self, position):
             pass
 
+        def ask(self):
+            pass
+
     found = list(blocks(Slow(), 10**6, stopping=lambda: False, wait_s=0.05))
     assert [block and len(block.records) for block in found] == [1, None]
 
@@ -174,6 +178,22 @@ def test_offsets_that_are_gone_are_an_error(source, kafka_servers, topic):
         read(source, {"0": 1000})
     with pytest.raises(DataError, match="partition 9, which was read before, is gone"):
         read(source, {"9": 1})
+
+
+def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxinfra.data.records.kafka.REACHED_S", 1.0)
+    with ExitStack() as cluster:
+        servers = cluster.enter_context(brokers(tmp_path))
+        send(servers, "t", DOCUMENTS[:8])
+        source, seen = Kafka(bootstrap_servers=servers, topic="t"), 0
+        with pytest.raises(StorageError, match="^kafka://127.*metadata"), source.open({}) as reader:
+            for found in reader.arrivals():
+                seen += found is not None
+                if seen == 8:
+                    cluster.close()
+        with pytest.raises(StorageError, match="metadata"), source.open({}):
+            pass
+    assert seen == 8
 
 
 def test_brokers_or_topics_that_are_not_there_are_one_line(kafka_servers, monkeypatch, tmp_path):
