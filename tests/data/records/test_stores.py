@@ -82,3 +82,13 @@ def test_a_store_that_knows_nobody_is_one_line(s3, fresh_clients, monkeypatch):
     with pytest.raises(StorageError, match=f"^{url}: permission denied[^\\n]*$") as error:
         read_all(Jsonl(root=url))
     assert s3.secret not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_down_is_one_line_in_the_end(s3, fresh_clients):
+    s3.faults.down = True
+    url = s3.new_url()
+    with pytest.raises(StorageError, match=f"^{url}: cannot be read [^\\n]*; check the disk or the store$") as error:
+        read_all(Jsonl(root=url))
+    assert s3.faults.fired > 1
+    assert s3.secret not in str(error.value)
