@@ -46,7 +46,8 @@ def _scheduler(distributed: Any, workers: int | None) -> Iterator[Any]:
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # of the scheduler's HTTP server, which there always is
+            scheduler_kwargs={"dashboard": False},
             worker_dashboard_address=None,
             silence_logs=logging.CRITICAL,
             memory_limit=0,  # none: the kernel's is enough
