@@ -90,7 +90,8 @@ def test_public_encodings_are_those_of_the_library(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path):
+def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # it would keep the file for other tests
     path = rank_file(tmp_path / "ranks.tiktoken")
     tokenizer = load(Tiktoken(path=str(path), encoding=encoding))
     pattern, special = ENCODINGS[encoding]
