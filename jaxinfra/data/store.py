@@ -30,7 +30,7 @@ import numpy as np
 import tensorstore as ts
 import xxhash
 
-from jaxinfra.data import arrays, versions
+from jaxinfra.data import arrays, tracked, versions
 from jaxinfra.data import manifest as manifests
 from jaxinfra.data.manifest import SPLITS, FileInfo, Manifest, Split
 from jaxinfra.data.storage import Storage
@@ -86,7 +86,7 @@ class Store:
         """Opens a version and checks its manifest and the length of every file.
 
         Args:
-            path: folder or URL of the store, or of one of its versions.
+            path: folder or URL of the store, or of one of its versions, or its `.dvc` file.
             version: fingerprint of the one to open, or its beginning; None is the newest.
             fix: the command that makes the store, for the error when there is none.
 
@@ -95,7 +95,7 @@ class Store:
             DataError: it is damaged or of a newer format.
             StorageError: it may not be read.
         """
-        storage = versions.find(Storage(path), version, fix=fix)
+        storage = versions.find(Storage(tracked.resolved(str(path))), version, fix=fix)
         found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
         storage.check({name: info.bytes for name, info in found.files.items()})
         return cls(storage, found)

@@ -1,0 +1,59 @@
+"""Stores that DVC tracks: a `.dvc` file stands for the folder beside it, brought from the cache or remote of DVC."""
+
+from pathlib import Path
+
+from jaxinfra.errors import ConfigError, DataError, StorageError
+
+SUFFIX = ".dvc"
+
+
+def resolved(path: str) -> str:
+    """Where a store is: the path itself, or the folder of the `.dvc` file that it names or has beside it.
+
+    A folder that is there and is tracked is used as it is unless the `.dvc` file itself is named: then it is made what
+    that file says, from DVC's cache, or from its remote.
+
+    Raises:
+        ConfigError: DVC is not installed, or the file is of no repository of DVC.
+        DataError: the folder was changed since it was added.
+        StorageError: what the file names is neither in the cache nor in the remote.
+    """
+    if "://" in path:
+        return path
+    named = path.endswith(SUFFIX)
+    file = Path(path).expanduser().absolute() if named else Path(f"{Path(path).expanduser().absolute()}{SUFFIX}")
+    folder = file.with_suffix("")
+    if not file.is_file() or (not named and folder.exists()):
+        return path
+    _bring(file)
+    return str(folder)
+
+
+def _bring(file: Path) -> None:
+    try:
+        from dvc.exceptions import CheckoutError, DvcException, NotDvcRepoError
+        from dvc.repo import Repo
+    except ImportError as error:
+        raise ConfigError(
+            f"{file}: is tracked by DVC, which is not installed; run pip install dvc, or install jaxinfra with its "
+            "extra dvc"
+        ) from error
+    try:
+        with Repo(str(file.parent)) as repo:
+            try:
+                repo.checkout(targets=[str(file)])
+            except CheckoutError:  # not in the cache
+                repo.pull(targets=[str(file)])
+    except NotDvcRepoError:
+        raise ConfigError(
+            f"{file}: is in no repository of DVC; clone it with the repository that it belongs to"
+        ) from None
+    except DvcException as error:
+        cause = " ".join(str(error).split())
+        if "unsaved files" in cause:  # the words of DVC are all that tells this error from others
+            raise DataError(
+                f"{file}: the folder beside it was changed since it was added; run dvc add, or remove the folder"
+            ) from None
+        raise StorageError(
+            f"{file}: cannot be brought ({cause}); run dvc pull where its remote can be reached"
+        ) from error
