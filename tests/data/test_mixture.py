@@ -121,8 +121,8 @@ def test_versions_are_pinned_in_the_order_of_the_sources(data):
     pinned = data.pinned(opened.versions)
     assert [each.version for each in pinned.sources] == list(opened.versions)
     assert pinned.open().fingerprint == opened.fingerprint
-    other = replace(data.sources[1], version="0")
-    with pytest.raises(ConfigError, match=r"data\.version=0: is not among the 1 versions of \S+store-b"):
+    other = replace(data.sources[1], version="none")
+    with pytest.raises(ConfigError, match=r"data\.version=none: is not among the 1 versions of \S+store-b"):
         replace(data, sources=(data.sources[0], other, data.sources[2])).open()
 
 

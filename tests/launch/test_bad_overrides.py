@@ -115,8 +115,8 @@ WRONG_VALUES = {
         82,
     ),
     "version that is not there": (
-        "data.version=00",
-        r"data\.version=00: is not among the 1 versions of \S+/store; use data\.version=none or one of \w+",
+        "data.version=xx",
+        r"data\.version=xx: is not among the 1 versions of \S+/store; use data\.version=none or one of \w+",
     ),
     "packing that is not there": (
         "data.packing=best_fit",
