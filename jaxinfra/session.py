@@ -44,7 +44,7 @@ from jaxinfra.train.loop import Hooks, Outcome, Reporter, Work, finite, fit
 
 _log = logging.getLogger(__name__)
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)

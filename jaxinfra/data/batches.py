@@ -5,9 +5,8 @@ on by starting at its step, with any number of processes, and sees every sample 
 processes apart is only which rows of the global batch each of them reads.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 
@@ -69,21 +68,18 @@ class Batches:
             return step, self._fixed_batch(step)
         return step, self.samples.read(self._ids(step, self._global_batch)[self._rows], weighted=False)
 
-    def __iter__(self) -> Generator[tuple[int, Batch], None, None]:
-        made: deque[Future[tuple[int, Batch]]] = deque()
-        ahead, asked = self._data.threads, 0  # until the first batch tells how large they are
-        with ThreadPoolExecutor(self._data.threads, thread_name_prefix="read-batches") as pool:
-            try:
-                while asked < self._steps or made:
-                    while asked < self._steps and len(made) <= ahead:
-                        made.append(pool.submit(self.__getitem__, asked))
-                        asked += 1
-                    step, batch = made.popleft().result()
-                    ahead = self._ahead(batch)
-                    yield step, batch
-            finally:
-                for future in made:
-                    future.cancel()
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        # Grain imports JAX, which whoever looks at single batches has no use for.
+        from grain import MapDataset, ReadOptions
+
+        if not self._steps:
+            return
+        step, batch = self[0]  # which tells how large they are
+        options = ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._ahead(batch))
+        yield step, batch
+        rest = MapDataset.source(self)[1:].to_iter_dataset(options)
+        with closing(iter(rest)) as batches:
+            yield from batches
 
     def _ahead(self, batch: Batch) -> int:
         """How many batches like this one may be there or in the making at once, besides it."""

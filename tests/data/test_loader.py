@@ -50,7 +50,7 @@ def assert_same(left, right):
 
 
 def loader_threads():
-    return {t for t in threading.enumerate() if t.name.startswith(("read-batches", "place-batches"))}
+    return {t for t in threading.enumerate() if t.name.startswith(("grain-prefetch", "place-batches"))}
 
 
 def assert_threads_end(before):
