@@ -66,6 +66,7 @@ def follow(
         kept = kept_folder(store, identity, recipe.work)
         maker.begin(kept, ())
         course = _Course(recipe, store, maker, work / "build", kept, identity, tell)
+        course.tell("tokens")
         with source.open(course.position) as reader:
             heard_s = time.monotonic()
             wait_s = WAIT_S if until_idle_s is None else min(WAIT_S, until_idle_s)
@@ -114,7 +115,11 @@ class _Course:
         note = parts.write(self._kept, self.count, part)
         self._count(note)
         self._tokens += note.tokens
-        self._told(Progress(stage="tokens", done=self._bytes, total=self._bytes, tokens=self._tokens))
+        self.tell("tokens")
+
+    def tell(self, stage: str) -> None:
+        """Tells how much has come."""
+        self._told(Progress(stage=stage, done=self._bytes, total=self._bytes, tokens=self._tokens))
 
     def seal(self) -> Prepared:
         """Makes a version of all that has come, unless there is one."""
@@ -122,6 +127,7 @@ class _Course:
             if each.made_of == self._made_of:
                 found = Store.open(self._store.url, each.fingerprint)
                 return Prepared(path=str(found), manifest=found.manifest, new=False)
+        self.tell("store")
         check_space(self._build.parent, sum(path.stat().st_size for path in self._kept.iterdir()))
         shutil.rmtree(self._build, ignore_errors=True)
         self._build.mkdir(parents=True)
