@@ -133,9 +133,10 @@ def test_a_signal_seals_what_has_come_and_asks_for_another_start(recipe, tmp_pat
 
 def test_a_signal_before_there_is_enough_to_seal_is_no_mistake_of_the_recipe(recipe, tmp_path):
     with started(recipe(), stdin=subprocess.PIPE) as child:
-        child.stdin.write(b'{"text": "alone"}\n')
+        child.stdin.write(json.dumps({"text": "alone " * 200}).encode() + b"\n")
         child.stdin.flush()
-        time.sleep(1.5)
+        while not parts_in(tmp_path / "store"):
+            time.sleep(0.05)
         child.send_signal(signal.SIGTERM)
         out = child.stdout.read().decode()
         child.stdin.close()
