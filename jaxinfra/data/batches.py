@@ -5,7 +5,7 @@ on by starting at its step, with any number of processes, and sees every sample 
 processes apart is only which rows of the global batch each of them reads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import numpy as np
@@ -68,7 +68,7 @@ class Batches:
             return step, self._fixed_batch(step)
         return step, self.samples.read(self._ids(step, self._global_batch)[self._rows], weighted=False)
 
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+    def __iter__(self) -> Generator[tuple[int, Batch], None, None]:
         # Grain imports JAX, which whoever looks at single batches has no use for.
         from grain import MapDataset, ReadOptions
 
