@@ -27,6 +27,7 @@ from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.contract import OpenData
 from jaxinfra.data.feed import Prefetcher, process_rows, to_global
+from jaxinfra.data.stopwatch import lateness
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
@@ -43,6 +44,13 @@ from jaxinfra.train.evaluate import evaluate
 from jaxinfra.train.loop import Hooks, Outcome, Reporter, Work, finite, fit
 
 _log = logging.getLogger(__name__)
+
+DATA_REMEDIES = {
+    "reading": "use a store nearer to this machine, or more data.threads",
+    "decoding": "use more data.threads, if there are cores for them",
+    "placing": "use a smaller train.global_batch a process, or faster links to the devices",
+}
+"""What helps where a stage of making batches is slow."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -273,7 +281,12 @@ class _Session:
                     flops=step_flops(program),
                     peak=self.peak * program.mesh.size,
                 )
+                start_s = time.monotonic()
                 outcome = fit(program, state, done, ahead, hooks, Reporter(hooks, ahead, work))
+                stages_s = {**batches.stages_s, "placing": ahead.placing.total_s}
+                late = lateness(ahead.late_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
+            if late is not None:
+                _log.warning("%s", late)
             self._save_last(outcome)
         return outcome
 

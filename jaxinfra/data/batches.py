@@ -5,12 +5,13 @@ on by starting at its step, with any number of processes, and sees every sample 
 processes apart is only which rows of the global batch each of them reads.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
 import numpy as np
 
 from jaxinfra.data.contract import Batch, DataConfig, Samples
+from jaxinfra.data.stopwatch import Stopwatch
 
 _MOST_AHEAD = 16
 """Batches; more would only be read in vain where a run ends early."""
@@ -55,6 +56,7 @@ class Batches:
         self._rows = np.arange(global_batch)[rows]
         self._start_step = start_step
         self._steps = steps
+        self._making = Stopwatch()
 
     def __len__(self) -> int:
         return self._steps
@@ -64,9 +66,16 @@ class Batches:
         if not 0 <= index < self._steps:
             raise IndexError(index)
         step = self._start_step + index
-        if self._ids is None:
-            return step, self._fixed_batch(step)
-        return step, self.samples.read(self._ids(step, self._global_batch)[self._rows], weighted=False)
+        with self._making.running():
+            if self._ids is None:
+                return step, self._fixed_batch(step)
+            return step, self.samples.read(self._ids(step, self._global_batch)[self._rows], weighted=False)
+
+    @property
+    def stages_s(self) -> Mapping[str, float]:
+        """What reading, and making batches of what is read, took so far: each divided by the threads that do it."""
+        reading_s, threads = self.samples.reading_s, self._data.threads
+        return {"reading": reading_s / threads, "decoding": (self._making.total_s - reading_s) / threads}
 
     def __iter__(self) -> Generator[tuple[int, Batch], None, None]:
         # Grain imports JAX, which whoever looks at single batches has no use for.

@@ -15,6 +15,11 @@ class Samples(Protocol):
         """How many, at least one."""
         ...
 
+    @property
+    def reading_s(self) -> float:
+        """Seconds that threads have spent in reading what is stored, as a part of `read`."""
+        ...
+
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """These samples as rows of arrays; `weighted` ones always have `weights`."""
         ...

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxinfra.data.contract import Batch
+from jaxinfra.data.stopwatch import Stopwatch
 
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
@@ -52,6 +53,11 @@ class Prefetcher[T]:
         """
         self.data_wait_s = 0.0
         """Time that the consumer has waited for batches."""
+        self.late_s = 0.0
+        """That time without the wait for the first batch, which nothing can be made before."""
+        self.placing = Stopwatch()
+        """Time that placing took."""
+        self._taken = 0
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -67,7 +73,10 @@ class Prefetcher[T]:
             raise StopIteration
         start_s = time.perf_counter()
         item = self._queue.get()
-        self.data_wait_s += time.perf_counter() - start_s
+        waited_s = time.perf_counter() - start_s
+        self.data_wait_s += waited_s
+        self.late_s += waited_s if self._taken else 0.0
+        self._taken += 1
         if isinstance(item, BaseException):
             self.close()
             raise item
@@ -92,7 +101,9 @@ class Prefetcher[T]:
         try:
             with _closing(batches):
                 for step, batch in batches:
-                    self._queue.put((step, place(batch)))
+                    with self.placing.running():
+                        placed = place(batch)
+                    self._queue.put((step, placed))
                     if self._stop.is_set():
                         break
         except BaseException as error:  # whatever it is belongs to the consumer

@@ -10,6 +10,7 @@ from jaxinfra.config import Problem
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.manifest import Split
 from jaxinfra.data.order import sample_ids
+from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store import IMAGES, LABELS, PREPARE, Store
 from jaxinfra.errors import ConfigError
 
@@ -105,14 +106,21 @@ class Labelled:
         """Counts them, the first `at_most` of them, and reads the labels."""
         self._data, self._store = data, store
         self._split: Split = split
+        self._reading = Stopwatch()
         self._labels = store.whole(split, LABELS)[:at_most]
 
     def __len__(self) -> int:
         return len(self._labels)
 
+    @property
+    def reading_s(self) -> float:
+        """See `Samples`."""
+        return self._reading.total_s
+
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """`images`, float32 `[B, H, W, channels]` from -1 to 1, and `labels`, int32 `[B]`; weights are ones."""
-        found = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))
+        with self._reading.running():
+            found = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))
         pixels = found.astype(np.float32) * (2 / self._data.white) - 1
         scale = self._data.image_size // pixels.shape[1]
         batch = {"images": pixels.repeat(scale, axis=1).repeat(scale, axis=2), "labels": self._labels[ids]}

@@ -139,6 +139,11 @@ class MixedSamples:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
+    @property
+    def reading_s(self) -> float:
+        """See `Samples`."""
+        return sum(part.reading_s for part in self._parts)
+
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Samples of these numbers, each read from its own store."""
         source = np.searchsorted(self.offsets, ids, side="right") - 1

@@ -11,6 +11,7 @@ from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
 from jaxinfra.data.manifest import Split
 from jaxinfra.data.order import sample_ids
+from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store import MASK, OFFSETS, PREPARE, TOKENS, TokenStore
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.data.windows import packed_batch
@@ -93,20 +94,28 @@ class PairSamples:
         """Counts them, the first `at_most` of them; reads none yet."""
         self._data, self._store = data, store
         self._split: Split = split
+        self._reading = Stopwatch()
         found = store.manifest.splits[split].documents // len(SIDES)
         self._count = found if at_most is None else min(at_most, found)
 
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def reading_s(self) -> float:
+        """See `Samples`."""
+        return self._reading.total_s
+
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
         store, split, seq_len = self._store, self._split, self._data.seq_len
         sides = len(SIDES)
-        borders_B3 = store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1)).reshape(-1, sides + 1)
-        starts_P = borders_B3[:, :-1].reshape(-1)
-        lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
-        tokens_N, mask_N = (store.read_ranges(split, name, starts_P, lengths_P + 1) for name in (TOKENS, MASK))
+        with self._reading.running():
+            borders = store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1))
+            borders_B3 = borders.reshape(-1, sides + 1)
+            starts_P = borders_B3[:, :-1].reshape(-1)
+            lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
+            tokens_N, mask_N = (store.read_ranges(split, name, starts_P, lengths_P + 1) for name in (TOKENS, MASK))
         one_P = np.ones(len(lengths_P), np.int64)
         batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}

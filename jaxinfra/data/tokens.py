@@ -13,6 +13,7 @@ from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
 from jaxinfra.data.manifest import Split
 from jaxinfra.data.order import Curriculum, sample_ids
+from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store import MASK, PREPARE, TOKENS, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.windows import packed_batch, split_inputs_targets, window_count
@@ -121,10 +122,16 @@ class TokenSamples:
     def __init__(self, data: TokenData, store: TokenStore, split: Split, found: int, at_most: int | None):
         self._data, self._store = data, store
         self._split: Split = split
+        self._reading = Stopwatch()
         self._count = found if at_most is None else min(at_most, found)
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def reading_s(self) -> float:
+        """See `Samples`."""
+        return self._reading.total_s
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Samples of these numbers; see `Samples`."""
@@ -164,12 +171,11 @@ class Windows(TokenSamples):
         """Inputs and targets, and what keeps documents apart."""
         data, store = self._data, self._store
         starts, length = ids * data.seq_len, data.seq_len + 1
-        batch = split_inputs_targets(
-            store.read(self._split, starts, length),
-            eot_id=store.manifest.words.eot_id,
-            mask_documents=data.mask_documents,
-            mask_BW=store.read_mask(self._split, starts, length),
-        )
+        with self._reading.running():
+            window_BW = store.read(self._split, starts, length)
+            mask_BW = store.read_mask(self._split, starts, length)
+        eot_id = store.manifest.words.eot_id
+        batch = split_inputs_targets(window_BW, eot_id=eot_id, mask_documents=data.mask_documents, mask_BW=mask_BW)
         if weighted and "weights" not in batch:
             batch["weights"] = np.ones(batch["targets"].shape, np.float32)
         return batch
@@ -202,10 +208,12 @@ class PackedRows(TokenSamples):
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Inputs, targets, and what keeps documents apart; always with weights."""
         store, split = self._store, self._split
-        first_B, end_B = store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2)).reshape(-1, 2).T
-        start_P, length_P = store.read_ranges(split, f"{self._name}/pieces", first_B, end_B - first_B).T
-        tokens_N = store.read_ranges(split, TOKENS, start_P, length_P + 1)
-        mask_N = store.read_ranges(split, MASK, start_P, length_P + 1) if store.manifest.masked else None
+        with self._reading.running():
+            borders = store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2))
+            first_B, end_B = borders.reshape(-1, 2).T
+            start_P, length_P = store.read_ranges(split, f"{self._name}/pieces", first_B, end_B - first_B).T
+            tokens_N = store.read_ranges(split, TOKENS, start_P, length_P + 1)
+            mask_N = store.read_ranges(split, MASK, start_P, length_P + 1) if store.manifest.masked else None
         return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 

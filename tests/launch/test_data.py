@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import Tiny, launch, refused
 
+from jaxinfra.data import arrays
 from jaxinfra.data.store import TokenStore
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.track.jsonl import read as read_metrics
 from launch.data.peek import rows_of
 
 ROW = re.compile(r"^row (\d+): sample (\d+), (\d+) documents, (\d+) of 32 targets count$", re.MULTILINE)
@@ -149,3 +152,26 @@ def test_a_run_on_packed_rows(tiny: Tiny, tmp_path: Path) -> None:
     ended = tiny.launch(f"data.store={tmp_path / 'store'}", "data.packing=best_fit", "name=packed")
     assert (ended.code, ended.err) == (0, "")
     assert len(tiny.losses("packed")) == 12
+
+
+def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = arrays.read_windows
+
+    def slow(*arguments: object) -> np.ndarray:
+        time.sleep(0.5)
+        return read(*arguments)
+
+    assert tiny.launch("name=fast", "track.console=off").code == 0
+    assert not caplog.messages
+    monkeypatch.setattr(arrays, "read_windows", slow)
+    ended = tiny.launch("name=slow", "data.threads=1", "train.eval_every=none", "train.eval_windows=1")
+    assert ended.code == 0
+    assert re.fullmatch(
+        r"data was late: waited \d+\.\d s of \d+\.\d s \(\d+%\) for batches; reading is the slow stage \(reading .*\); "
+        r"use a store nearer to this machine, or more data\.threads",
+        *caplog.messages,
+    ), caplog.messages
+    waited = [row["data_wait_s"] for row in read_metrics(tiny.directory("slow") / "metrics.jsonl") if "loss" in row]
+    assert sum(waited) > 2
