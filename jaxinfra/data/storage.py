@@ -221,8 +221,8 @@ class Storage:
             DataError: one is missing, shorter or longer.
             StorageError: the place cannot be read.
         """
-        for end in [self._end(name, size, 1) for name, size in sizes.items()]:
-            end.read()
+        for read in [self._ask_end(name, size_bytes, 1) for name, size_bytes in sizes.items()]:
+            read()
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object: who reads it finds all of it or, as before, nothing of it.
@@ -232,37 +232,58 @@ class Storage:
         """
         checked(self.where(name), self._objects.write(name, content).result, writing=True)
 
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replaces an object by what is made of it; when another process was faster, that is changed in its turn.
+
+        Args:
+            name: of the object.
+            change: from what is there, None if nothing is, to what shall be there. It may be called again, and on what
+                it made itself, if the answer to a write is lost.
+
+        Raises:
+            StorageError: it cannot be read or written.
+        """
+        while True:
+            found = checked(self.where(name), self._objects.read(name).result)
+            content = change(found.value if found.state == "value" else None)
+            write = self._objects.write(name, content, if_equal=found.stamp.generation)
+            if checked(self.where(name), write.result, writing=True).generation:
+                return
+
     def delete(self, name: str) -> None:
         """Removes an object, if there is one."""
         checked(self.where(name), self._objects.write(name, None).result, writing=True)
 
-    def upload(self, folder: Path, *, last: Sequence[str] = ()) -> None:
+    def upload(self, folder: Path, *, last: Sequence[str] = (), resume: bool = False) -> None:
         """Copies all files of a local folder, many at once, and looks whether each has arrived.
 
         Args:
             folder: files are named relative to it.
             last: names that are written when all others have arrived, in this order: who sees them sees all.
+            resume: whether what is there with the same length and end need not be written again; for places that
+                are named by what is in them.
 
         Raises:
             StorageError: a file cannot be read or written, or is not there after it was written.
         """
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        self._send(folder, [name for name in names if name not in last])
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        ends = {name: checked(str(path), lambda path=path: _end_of(path), writing=True) for name, path in files.items()}
+        there = set(self.names()) & files.keys() if resume else set()
+        done = {*self._arrived({name: ends[name] for name in there}), *last}
+        self._send({name: path for name, path in sorted(files.items()) if name not in done}, ends)
         for name in last:
-            self._send(folder, [name])
+            self._send({name: files[name]}, ends)
 
     def _listed(self, name: str) -> bool:
         """Whether a listing has the name; that there is no such bucket, S3 says in a listing alone."""
         alone = ts.KvStore.KeyRange(name, f"{name}\0")
         return bool(checked(self.where(name), self._objects.list(alone).result))
 
-    def _send(self, folder: Path, names: Sequence[str]) -> None:
+    def _send(self, files: Mapping[str, Path], ends: Mapping[str, "_End"]) -> None:
         writes: deque[tuple[str, int, ts.Future]] = deque()
         in_flight_bytes = 0
-        ends: dict[str, tuple[int, bytes]] = {}
-        for name in names:
-            content = checked(str(folder / name), (folder / name).read_bytes, writing=True)
-            ends[name] = (len(content), content[-_END_BYTES:])
+        for name, path in files.items():
+            content = checked(str(path), path.read_bytes, writing=True)
             in_flight_bytes += len(content)
             while writes and in_flight_bytes > IN_FLIGHT_BYTES:
                 written, size_bytes, future = writes.popleft()
@@ -271,40 +292,53 @@ class Storage:
             writes.append((name, len(content), self._objects.write(name, content)))
         for name, _, future in writes:
             checked(self.where(name), future.result, writing=True)
-        for name, end in [(name, self._end(name, size, _END_BYTES)) for name, (size, _) in ends.items()]:
-            try:
-                arrived = end.read() == ends[name][1]
-            except DataError:
-                arrived = False
-            if not arrived:
-                raise StorageError(
-                    f"{self.where(name)}: is not what was written a moment ago; nothing was made of it: try again, "
-                    "and see who else writes there"
-                )
+        if lost := sorted(files.keys() - self._arrived({name: ends[name] for name in files})):
+            raise StorageError(
+                f"{self.where(lost[0])}: is not what was written a moment ago; nothing was made of it: try again, and "
+                "see who else writes there"
+            )
 
-    def _end(self, name: str, size_bytes: int, at_most: int) -> "_End":
+    def _arrived(self, ends: Mapping[str, "_End"]) -> set[str]:
+        """Which objects are as long as they should be and end as they should."""
+        reads = [(name, self._ask_end(name, end.size_bytes, len(end.content))) for name, end in ends.items()]
+        arrived = set[str]()
+        for name, read in reads:
+            try:
+                arrived |= {name} if read() == ends[name].content else set()
+            except DataError:
+                continue  # it is missing, or of another length
+        return arrived
+
+    def _ask_end(self, name: str, size_bytes: int, at_most: int) -> Callable[[], bytes]:
+        """Asks for the last bytes of an object: what is returned waits for them, and fails if it has another length."""
         start = max(0, size_bytes - at_most)
-        read = self._objects.read(name, byte_range=slice(start, None) if start else None)
-        return _End(where=self.where(name), size_bytes=size_bytes, end_bytes=size_bytes - start, future=read)
+        future = self._objects.read(name, byte_range=slice(start, None) if start else None)
+        where = self.where(name)
+
+        def read() -> bytes:
+            found = checked(where, future.result)
+            if found.state != "value":
+                raise DataError(f"{where}: missing; {_COPY_ANEW}")
+            if (n_bytes := start + len(found.value)) != size_bytes:
+                raise DataError(f"{where}: {n_bytes} bytes, not {size_bytes}; {_COPY_ANEW}")
+            return found.value
+
+        return read
 
 
 @dataclass(frozen=True, kw_only=True)
 class _End:
-    """The last bytes of an object, which were asked for: there are as many as asked if it is as long as thought."""
+    """How long a file is, and its last bytes."""
 
-    where: str
     size_bytes: int
-    end_bytes: int
-    future: ts.Future
+    content: bytes
 
-    def read(self) -> bytes:
-        found = checked(self.where, self.future.result)
-        if found.state != "value":
-            raise DataError(f"{self.where}: missing; {_COPY_ANEW}")
-        if len(found.value) != self.end_bytes:
-            longer = len(found.value) - self.end_bytes
-            raise DataError(f"{self.where}: {self.size_bytes + longer} bytes, not {self.size_bytes}; {_COPY_ANEW}")
-        return found.value
+
+def _end_of(path: Path) -> _End:
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size_bytes - _END_BYTES))
+        return _End(size_bytes=size_bytes, content=file.read())
 
 
 def _translate(where: str, error: Exception, writing: bool) -> JaxinfraError:

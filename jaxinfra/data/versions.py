@@ -40,14 +40,14 @@ def listed(store: Storage) -> list[Version]:
         DataError: the list is damaged.
         StorageError: it may not be read.
     """
-    if not store.exists(INDEX):
-        return []
+    return _parsed(store.read(INDEX), store.where(INDEX)) if store.exists(INDEX) else []
+
+
+def _parsed(content: bytes, where: str) -> list[Version]:
     try:
-        return [Version(**each) for each in json.loads(store.read(INDEX))["versions"]]
+        return [Version(**each) for each in json.loads(content)["versions"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{store.where(INDEX)}: damaged list of versions ({error}); name a version by its path"
-        ) from None
+        raise DataError(f"{where}: damaged list of versions ({error}); name a version by its path") from None
 
 
 def find(store: Storage, version: str | None, *, fix: str) -> Storage:
@@ -90,7 +90,7 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
     Raises:
         StorageError: it cannot be written.
     """
-    known, fingerprint = listed(store), manifest.fingerprint
+    fingerprint = manifest.fingerprint
     version = store.child(fingerprint)
     if not version.exists(manifests.FILE_NAME):
         (build / manifests.FILE_NAME).write_bytes(manifest.content())
@@ -100,10 +100,15 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
             build.rename(local)
             sync_folder(local.parent)
         else:
-            version.upload(build, last=[manifests.FILE_NAME])
+            version.upload(build, last=[manifests.FILE_NAME], resume=True)  # its name is the hash of its contents
     entry = Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created)
-    kept = [asdict(each) for each in known if each.made_of != made_of]
-    store.write(INDEX, (json.dumps({"versions": [*kept, asdict(entry)]}, indent=2) + "\n").encode())
+
+    def add(content: bytes | None) -> bytes:
+        known = [] if content is None else _parsed(content, store.where(INDEX))
+        kept = [asdict(each) for each in known if each.made_of != made_of]
+        return (json.dumps({"versions": [*kept, asdict(entry)]}, indent=2) + "\n").encode()
+
+    store.update(INDEX, add)
 
 
 def local_folder(storage: Storage) -> Path | None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,21 @@ def test_objects_are_written_read_listed_and_deleted(kind, tmp_path, request):
     ]:
         with pytest.raises(DataError, match=message):
             storage.check(sizes)
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3", "gcs"])
+def test_no_update_of_several_at_once_is_lost(kind, tmp_path, request):
+    url = tmp_path if kind == "folder" else request.getfixturevalue(kind).new_url()
+
+    def add(number: int) -> None:
+        for part in range(3):
+            own = f"{number}.{part} ".encode()
+            Storage(url).update("list", lambda old, own=own: (old or b"") + own)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    expected = [f"{number}.{part}" for number in range(4) for part in range(3)]
+    assert sorted(Storage(url).read("list").decode().split()) == expected
 
 
 def test_an_upload_holds_a_bounded_share_in_memory_and_writes_the_named_last(place, folder, monkeypatch):
@@ -137,6 +153,26 @@ def test_a_manifest_is_not_written_while_files_are_missing(server, folder):
         assert not place.exists("manifest.json") or set(place.names()) == set(FILES)
     assert outcomes[0] == "failed"
     assert outcomes[-1] == "whole"
+
+
+def test_an_upload_that_failed_goes_on_with_what_is_missing(server, folder):
+    sent = []
+    server.faults.after = lambda request: sent.append(request) if request.startswith(("PUT", "POST")) else None
+    place = Storage(server.new_url())
+    place.upload(folder, last=["manifest.json"])
+    assert len(sent) == len(FILES)
+    for change, missing in [
+        (lambda: place.delete("a"), {"a"}),
+        (lambda: place.write("deep/er/b", FILES["deep/er/b"][:-1] + b"?"), {"deep/er/b"}),
+        (lambda: place.write("deep/er/b", b"short"), {"deep/er/b"}),
+        (lambda: place.write("empty", b"not"), {"empty"}),
+        (lambda: None, set()),
+    ]:
+        change()
+        sent.clear()
+        place.upload(folder, last=["manifest.json"], resume=True)
+        assert len(sent) == len(missing | {"manifest.json"})
+        assert {name: place.read(name) for name in place.names()} == FILES
 
 
 @pytest.mark.parametrize("kept", [0, 2000], ids=["lost", "cut"])
