@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.data.dedup import Dedup
-from jaxinfra.data.document import Text
-from jaxinfra.data.filters import Filters
-from jaxinfra.data.forms import AnyForm
+from jaxinfra.data.documents.dedup import Dedup
+from jaxinfra.data.documents.document import Text
+from jaxinfra.data.documents.filters import Filters
+from jaxinfra.data.documents.forms import AnyForm
 from jaxinfra.data.records.sources import AnySource
 from jaxinfra.data.records.stream import Stream
 from jaxinfra.data.tokenizer import AnyTokenizer, TrainBpe

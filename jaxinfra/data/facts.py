@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from jaxinfra.data.contract import Batch
-from jaxinfra.data.manifest import SPLITS, Manifest
-from jaxinfra.data.store import LABELS, Store, TokenStore
+from jaxinfra.data.store.manifest import SPLITS, Manifest
+from jaxinfra.data.store.store import LABELS, Store, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 
 BORDER = "⏎"

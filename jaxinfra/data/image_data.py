@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.contract import Batch
-from jaxinfra.data.manifest import Split
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
-from jaxinfra.data.store import IMAGES, LABELS, PREPARE, Store
+from jaxinfra.data.store.manifest import Split
+from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
 from jaxinfra.errors import ConfigError
 
 

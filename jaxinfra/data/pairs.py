@@ -9,10 +9,10 @@ import numpy as np
 from jaxinfra.config import Problem
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
-from jaxinfra.data.manifest import Split
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
-from jaxinfra.data.store import MASK, OFFSETS, PREPARE, TOKENS, TokenStore
+from jaxinfra.data.store.manifest import Split
+from jaxinfra.data.store.store import MASK, OFFSETS, PREPARE, TOKENS, TokenStore
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.data.windows import packed_batch
 from jaxinfra.errors import ConfigError

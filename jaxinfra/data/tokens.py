@@ -11,10 +11,10 @@ from jaxinfra.config import Problem
 from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
-from jaxinfra.data.manifest import Split
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
-from jaxinfra.data.store import MASK, PREPARE, TOKENS, TokenStore
+from jaxinfra.data.store.manifest import Split
+from jaxinfra.data.store.store import MASK, PREPARE, TOKENS, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.windows import packed_batch, split_inputs_targets, window_count
 from jaxinfra.errors import ConfigError

@@ -25,7 +25,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxinfra.config import load
-from jaxinfra.data import arrays
+from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run, of_text
 from jaxinfra.runtime.peak import CHIP_FLOPS

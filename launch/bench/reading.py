@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxinfra.data.batches import Batches
 from jaxinfra.data.contract import Batch
-from jaxinfra.data.store import TOKENS
+from jaxinfra.data.store.store import TOKENS
 from jaxinfra.data.tokens import Packing, TokenData
 from jaxinfra.data.windows import window_count
 from launch.bench.children import last_line

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxinfra.data import arrays
-from jaxinfra.data.assemble import SplitWriter, made_now, write_pack
 from jaxinfra.data.corpus import Pack
-from jaxinfra.data.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
-from jaxinfra.data.store import TOKENS, hash_files
+from jaxinfra.data.making.assemble import SplitWriter, made_now, write_pack
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
+from jaxinfra.data.store.store import TOKENS, hash_files
 from jaxinfra.data.tokenizer import Bytes, Tokenizer, load
 from launch.bench.reading import LENGTH, TYPE, Stores
 

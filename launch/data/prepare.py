@@ -10,7 +10,7 @@ from jaxinfra.errors import ConfigError, Preempted
 from launch import config_argument
 
 if TYPE_CHECKING:
-    from jaxinfra.data.prepare import Progress
+    from jaxinfra.data.making.prepare import Progress
 
 ENGINES = ("local", "ray", "dask", "spark")
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """
     from jaxinfra.config import validate
     from jaxinfra.data.facts import facts
-    from jaxinfra.data.prepare import prepare
+    from jaxinfra.data.making.prepare import prepare
 
     _check(options)
     if options.follow:
@@ -73,7 +73,7 @@ def _follow(options: argparse.Namespace) -> int:
     """
     from jaxinfra.config import validate
     from jaxinfra.data.facts import facts
-    from jaxinfra.data.follow import follow
+    from jaxinfra.data.making.follow import follow
     from jaxinfra.runtime.signals import StopRequest
 
     (recipe, *others) = config_argument.recipes(options)

@@ -17,9 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints versions, counts, lengths and samples."""
     from jaxinfra.data.facts import facts, histogram, labels, samples
-    from jaxinfra.data.storage import Storage
-    from jaxinfra.data.store import Store, TokenStore
-    from jaxinfra.data.versions import listed
+    from jaxinfra.data.store.storage import Storage
+    from jaxinfra.data.store.store import Store, TokenStore
+    from jaxinfra.data.store.versions import listed
 
     for name in ("samples", "chars"):
         if getattr(options, name) < 0:

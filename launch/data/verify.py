@@ -20,7 +20,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     Raises:
         DataError: something is damaged.
     """
-    from jaxinfra.data.store import Store
+    from jaxinfra.data.store.store import Store
 
     store = Store.open(options.store, options.version)
     looked_at = n_bytes = 0

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.prepare import prepare
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.records.text_files import TextFiles
 from jaxinfra.data.tokenizer import TrainBpe
 

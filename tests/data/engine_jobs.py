@@ -87,7 +87,7 @@ def sleep(job: Job) -> int:
 
 def drive_sleepers(folder: str) -> None:
     """A driver, as a process of its own."""
-    from jaxinfra.data.engines import run
+    from jaxinfra.data.making.engines import run
 
     run("local", sleep, [Job(number=number, folder=folder) for number in range(4)], workers=2, done=print)
 

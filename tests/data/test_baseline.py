@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxinfra.data.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.data.making.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
 
 VOCAB = 6
 

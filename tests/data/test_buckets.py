@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.data.prepare import prepare
-from jaxinfra.data.storage import Storage
-from jaxinfra.data.store import TokenStore
-from jaxinfra.data.versions import listed
+from jaxinfra.data.making.prepare import prepare
+from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.store.versions import listed
 from jaxinfra.errors import DataError, StorageError
 from tests.data.test_prepare import bytes_recipe, contents, lines
 from tests.tiny_run import launch, refused

@@ -5,8 +5,8 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxinfra.config import validate
-from jaxinfra.data.chat import Chat
-from jaxinfra.data.document import RecordError, Text
+from jaxinfra.data.documents.chat import Chat
+from jaxinfra.data.documents.document import RecordError, Text
 from jaxinfra.errors import ConfigError
 
 TALK = [

@@ -9,8 +9,8 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from jaxinfra.config import validate
-from jaxinfra.data.dedup import Dedup, Signer, duplicates
-from jaxinfra.data.shingles import run_codes, word_codes
+from jaxinfra.data.documents.dedup import Dedup, Signer, duplicates
+from jaxinfra.data.documents.shingles import run_codes, word_codes
 from jaxinfra.errors import ConfigError
 
 NEAR = Dedup(near=True)

@@ -6,9 +6,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from vocabularies import BYTE_PIECES, EOT, KINDS, MARKERS, TEXTS, vocabulary
 
-from jaxinfra.data.chat import Chat
-from jaxinfra.data.document import Span
-from jaxinfra.data.encoding import encode_documents
+from jaxinfra.data.documents.chat import Chat
+from jaxinfra.data.documents.document import Span
+from jaxinfra.data.documents.encoding import encode_documents
 from jaxinfra.data.tokenizer import SentencePieceModel, TokenizerFile, load
 
 TALK = [

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from jaxinfra.data.engines import run
+from jaxinfra.data.making.engines import run
 from jaxinfra.errors import ConfigError, DataError
 from tests.data import engine_jobs
 from tests.data.engine_jobs import Job, start_driver
@@ -120,7 +120,7 @@ CLUSTER = """
 import os
 import signal
 import sys
-from jaxinfra.data.engines import run
+from jaxinfra.data.making.engines import run
 from jaxinfra.errors import ConfigError, DataError
 from tests.data import engine_jobs
 from tests.data.engine_jobs import Job

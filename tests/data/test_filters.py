@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.data.filters import Filters
+from jaxinfra.data.documents.filters import Filters
 from jaxinfra.errors import ConfigError
 
 PROSE = (

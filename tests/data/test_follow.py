@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.data.storage import Storage
-from jaxinfra.data.store import TokenStore
-from jaxinfra.data.versions import listed
+from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.store.versions import listed
 from tests.servers.kafka import send
 
 COMMAND = [sys.executable, "-m", "launch", "data", "prepare"]

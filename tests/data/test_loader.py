@@ -14,7 +14,7 @@ from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.feed import Prefetcher, process_rows, to_global
 from jaxinfra.data.order import sample_ids
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData, Windows
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.models.transformer import TransformerConfig

@@ -11,9 +11,9 @@ import pytest
 from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches
 from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
-from jaxinfra.data.prepare import prepare
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.errors import ConfigError

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.batches import Batches, heldout_batches
-from jaxinfra.data.chat import Chat
 from jaxinfra.data.corpus import Corpus, Pack
+from jaxinfra.data.documents.chat import Chat
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.order import Curriculum
-from jaxinfra.data.prepare import prepare
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData

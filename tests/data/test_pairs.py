@@ -9,10 +9,10 @@ import pytest
 
 from jaxinfra.config import validate
 from jaxinfra.data.corpus import Corpus, Pack
-from jaxinfra.data.dedup import Dedup
+from jaxinfra.data.documents.dedup import Dedup
+from jaxinfra.data.documents.preference import Preference
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.pairs import PairData
-from jaxinfra.data.preference import Preference
-from jaxinfra.data.prepare import prepare
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData

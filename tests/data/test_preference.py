@@ -1,10 +1,10 @@
 import pytest
 
 from jaxinfra.config import decode, encode, validate
-from jaxinfra.data.chat import Chat
-from jaxinfra.data.document import RecordError
-from jaxinfra.data.forms import AnyForm
-from jaxinfra.data.preference import Completion, Preference
+from jaxinfra.data.documents.chat import Chat
+from jaxinfra.data.documents.document import RecordError
+from jaxinfra.data.documents.forms import AnyForm
+from jaxinfra.data.documents.preference import Completion, Preference
 from jaxinfra.errors import ConfigError
 
 ASKED = [{"role": "user", "content": "2+2?"}]

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.data import parts
-from jaxinfra.data.baseline import ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.corpus import Corpus, draw
-from jaxinfra.data.prepare import plan, prepare
+from jaxinfra.data.making import parts
+from jaxinfra.data.making.baseline import ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.data.making.prepare import plan, prepare
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.records.record import Piece
 from jaxinfra.data.records.text_files import TextFiles
-from jaxinfra.data.storage import Storage
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.store.versions import listed
 from jaxinfra.data.tokenizer import Bytes, TokenizerFile, TrainBpe
-from jaxinfra.data.versions import listed
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 
@@ -170,7 +170,7 @@ def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus,
 KILLED = """
 import os, signal, sys
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.prepare import prepare
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 
@@ -321,7 +321,7 @@ def test_pieces_are_grouped_by_size_alone():
 
 def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
     store = TokenStore.open(store_path)
-    from jaxinfra.data import baseline
+    from jaxinfra.data.making import baseline
 
     offsets = store.offsets("heldout")
     for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
@@ -372,5 +372,5 @@ def test_the_standard_library_from_files_to_baselines(tmp_path):
 
 
 def test_preparing_needs_no_jax():
-    code = "import sys, jaxinfra.data.prepare, jaxinfra.data.mixing; assert 'jax' not in sys.modules"
+    code = "import sys, jaxinfra.data.making.prepare, jaxinfra.data.mixing; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.prepare import prepare
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.records.array_records import ArrayRecords
 from jaxinfra.data.records.hugging_face import HuggingFace
 from jaxinfra.data.records.jsonl import Jsonl
@@ -21,7 +21,7 @@ from jaxinfra.data.records.parquet import Parquet
 from jaxinfra.data.records.python_source import PythonSource
 from jaxinfra.data.records.text_files import TextFiles
 from jaxinfra.data.records.text_lines import TextLines
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer import Bytes
 from tests.data.test_prepare import contents, documents
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from vocabularies import EOT, MARKERS, rank_file, spm_file
 
-from jaxinfra.data.chat import Chat
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.dedup import Dedup
-from jaxinfra.data.filters import Filters
-from jaxinfra.data.preference import Preference
-from jaxinfra.data.prepare import prepare
+from jaxinfra.data.documents.chat import Chat
+from jaxinfra.data.documents.dedup import Dedup
+from jaxinfra.data.documents.filters import Filters
+from jaxinfra.data.documents.preference import Preference
+from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.records.jsonl import Jsonl
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TrainBpe
 from jaxinfra.errors import ConfigError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.data import arrays
-from jaxinfra.data.storage import IN_FLIGHT_BYTES, Storage, check_url
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.storage import IN_FLIGHT_BYTES, Storage, check_url
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from tests.servers.fixtures import Server
 
@@ -79,7 +79,7 @@ def test_no_update_of_several_at_once_is_lost(kind, tmp_path, request):
 
 
 def test_an_upload_holds_a_bounded_share_in_memory_and_writes_the_named_last(place, folder, monkeypatch):
-    monkeypatch.setattr("jaxinfra.data.storage.IN_FLIGHT_BYTES", 1500)
+    monkeypatch.setattr("jaxinfra.data.store.storage.IN_FLIGHT_BYTES", 1500)
     place.upload(folder, last=["manifest.json"])
     assert {name: place.read(name) for name in place.names()} == FILES
     assert IN_FLIGHT_BYTES > 1500
@@ -211,8 +211,8 @@ def test_nothing_is_written_to_a_missing_bucket(server):
 
 _WRONG = """
 import sys
-from jaxinfra.data import arrays
-from jaxinfra.data.storage import Storage
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.storage import Storage
 from jaxinfra.errors import JaxinfraError
 place = Storage(sys.argv[1], retry_s=1)
 for call in [

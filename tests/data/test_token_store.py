@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.data import arrays
-from jaxinfra.data.assemble import SplitWriter
 from jaxinfra.data.corpus import draw
-from jaxinfra.data.store import TokenStore, token_dtype
+from jaxinfra.data.making.assemble import SplitWriter
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 SHARD = "train/tokens/c/0"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 pytestmark = pytest.mark.slow

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxinfra.config import validate
-from jaxinfra.data.chat import Chat
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.dedup import Dedup
-from jaxinfra.data.document import Text
-from jaxinfra.data.filters import Filters
-from jaxinfra.data.preference import Completion, Preference
+from jaxinfra.data.documents.chat import Chat
+from jaxinfra.data.documents.dedup import Dedup
+from jaxinfra.data.documents.document import Text
+from jaxinfra.data.documents.filters import Filters
+from jaxinfra.data.documents.preference import Completion, Preference
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
 

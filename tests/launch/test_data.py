@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_run import Tiny, launch, refused
 
-from jaxinfra.data import arrays
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.track.jsonl import read as read_metrics
 from launch.data.peek import rows_of

@@ -11,7 +11,7 @@ from tiny_run import Tiny
 
 from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.feed import to_global
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.windows import split_inputs_targets
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState

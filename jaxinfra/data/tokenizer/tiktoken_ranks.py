@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.data.documents.whole_file import one_line, read_content
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
-from jaxinfra.data.whole_file import one_line, read_content
 from jaxinfra.errors import ConfigError
 
 LONGEST_GAP = 100_000

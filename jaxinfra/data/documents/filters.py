@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.shingles import run_codes, word_codes
+from jaxinfra.data.documents.shingles import run_codes, word_codes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _DIGITS = re.compile(r"\d+")

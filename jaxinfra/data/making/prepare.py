@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxinfra.config import encode
-from jaxinfra.data import engines, parts, versions
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.engines import EngineName
-from jaxinfra.data.make_images import ImageMaker
-from jaxinfra.data.make_text import TextMaker
-from jaxinfra.data.manifest import Manifest, digest_of
-from jaxinfra.data.parts import Note
+from jaxinfra.data.making import engines, parts
+from jaxinfra.data.making.engines import EngineName
+from jaxinfra.data.making.make_images import ImageMaker
+from jaxinfra.data.making.make_text import TextMaker
+from jaxinfra.data.making.parts import Note
+from jaxinfra.data.making.workspace import check_space, require_store, workspace
 from jaxinfra.data.recipe import Recipe
 from jaxinfra.data.records.record import Piece
-from jaxinfra.data.storage import Storage
-from jaxinfra.data.store import Store
-from jaxinfra.data.workspace import check_space, require_store, workspace
+from jaxinfra.data.store import versions
+from jaxinfra.data.store.manifest import Manifest, digest_of
+from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.store import Store
 
 NOT_CONTENT = ("store", "shard_bytes", "work")
 """Fields of a recipe that do not change what comes out."""

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from jaxinfra.config import Problem
-from jaxinfra.data.shingles import STEP, run_codes, word_codes
+from jaxinfra.data.documents.shingles import STEP, run_codes, word_codes
 from jaxinfra.errors import ConfigError
 
 _SEED = 1  # of the permutations

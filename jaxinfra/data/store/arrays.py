@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.data import storage
+from jaxinfra.data.store import storage
 from jaxinfra.errors import JaxinfraError
 
 CHUNK = 8 * 1024

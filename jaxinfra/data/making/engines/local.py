@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from jaxinfra.data.engines.call import ONE_THREAD, Engine, Outcome, python_path
+from jaxinfra.data.making.engines.call import ONE_THREAD, Engine, Outcome, python_path
 from jaxinfra.errors import ConfigError
 
 _TRIES = 2
@@ -98,7 +98,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "jaxinfra.data.engines.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "jaxinfra.data.making.engines.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=os.environ | ONE_THREAD | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfra.data.chat_jinja import JinjaTemplate, is_file
-from jaxinfra.data.document import RecordError, Span
+from jaxinfra.data.documents.chat_jinja import JinjaTemplate, is_file
+from jaxinfra.data.documents.document import RecordError, Span
 from jaxinfra.errors import ConfigError
 
 Role = Literal["system", "user", "assistant"]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.data.chat_jinja import is_file
-from jaxinfra.data.chat_template import PRESETS, Message, Role, identity_of, markers_of, spans
-from jaxinfra.data.document import Document, RecordError, as_text, value_of
+from jaxinfra.data.documents.chat_jinja import is_file
+from jaxinfra.data.documents.chat_template import PRESETS, Message, Role, identity_of, markers_of, spans
+from jaxinfra.data.documents.document import Document, RecordError, as_text, value_of
 from jaxinfra.data.records.record import Record
 
 _ROLES: dict[str, Role] = {

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxinfra.config import Problem
-from jaxinfra.data.chat import messages_of, template_problems
-from jaxinfra.data.chat_template import Message, identity_of, markers_of, spans
-from jaxinfra.data.document import Document, RecordError, Span, as_text, value_of
+from jaxinfra.data.documents.chat import messages_of, template_problems
+from jaxinfra.data.documents.chat_template import Message, identity_of, markers_of, spans
+from jaxinfra.data.documents.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.data.records.record import Record
 
 

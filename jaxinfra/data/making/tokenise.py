@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxinfra.data import parts
 from jaxinfra.data.corpus import Corpus, draw
-from jaxinfra.data.dedup import Signer
-from jaxinfra.data.document import Document, RecordError
-from jaxinfra.data.encoding import encode_documents
-from jaxinfra.data.manifest import SPLITS, Split, TokenizerInfo
-from jaxinfra.data.parts import Note, Part
+from jaxinfra.data.documents.dedup import Signer
+from jaxinfra.data.documents.document import Document, RecordError
+from jaxinfra.data.documents.encoding import encode_documents
+from jaxinfra.data.making import parts
+from jaxinfra.data.making.parts import Note, Part
 from jaxinfra.data.records.record import Bad, Found, Piece
-from jaxinfra.data.store import token_dtype
+from jaxinfra.data.store.manifest import SPLITS, Split, TokenizerInfo
+from jaxinfra.data.store.store import token_dtype
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError
 

@@ -6,6 +6,6 @@ Every engine gives the same results: a job is a function of its own fields, and 
 Workers of a cluster must see the same file system and have the same packages as the driver.
 """
 
-from jaxinfra.data.engines.run import EngineName, run
+from jaxinfra.data.making.engines.run import EngineName, run
 
 __all__ = ["EngineName", "run"]

@@ -8,8 +8,8 @@ import hashlib
 import json
 from typing import Any, Self
 
-from jaxinfra.data.document import RecordError
-from jaxinfra.data.whole_file import exists, one_line, read_content
+from jaxinfra.data.documents.document import RecordError
+from jaxinfra.data.documents.whole_file import exists, one_line, read_content
 from jaxinfra.errors import ConfigError
 
 _CONFIG = "tokenizer_config.json"

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from jaxinfra.data.engines.call import Engine, Outcome, call, python_path
+from jaxinfra.data.making.engines.call import Engine, Outcome, call, python_path
 from jaxinfra.data.records.packages import needed
 
 _STORE_BYTES = 128 << 20  # results of jobs are small: what they make is written to files

@@ -7,17 +7,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from jaxinfra.config import encode
-from jaxinfra.data import arrays, assemble, parts
-from jaxinfra.data.assemble import Keep, SplitWriter
-from jaxinfra.data.baseline import measured
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo, digest_of
-from jaxinfra.data.parts import Note, Part
+from jaxinfra.data.making import assemble, parts
+from jaxinfra.data.making.assemble import Keep, SplitWriter
+from jaxinfra.data.making.baseline import measured
+from jaxinfra.data.making.parts import Note, Part
+from jaxinfra.data.making.tokenise import Job, load_tokenizer, make_part, sample_texts, tokenise
 from jaxinfra.data.records.record import Piece
 from jaxinfra.data.records.stream import Block
-from jaxinfra.data.storage import Storage
-from jaxinfra.data.store import MASK, TOKENS, TokenStore, hash_files, token_dtype
-from jaxinfra.data.tokenise import Job, load_tokenizer, make_part, sample_texts, tokenise
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo, digest_of
+from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, token_dtype
 from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
 from jaxinfra.errors import ConfigError
 

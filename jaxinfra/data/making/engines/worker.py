@@ -1,4 +1,4 @@
-"""A process of the local engine: `python -m jaxinfra.data.engines.worker FD` does the jobs that it is sent.
+"""A process of the local engine: `python -m jaxinfra.data.making.engines.worker FD` does the jobs that it is sent.
 
 It ends with the driver, however that ends: a thread sees the end of the connection while a job is running.
 """
@@ -11,7 +11,7 @@ import threading
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from jaxinfra.data.engines.call import Outcome, call
+from jaxinfra.data.making.engines.call import Outcome, call
 
 
 def _receive(connection: Connection, jobs: SimpleQueue[bytes]) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 import xxhash
 
 from jaxinfra.config import encode
-from jaxinfra.data import assemble, parts
-from jaxinfra.data.assemble import Blocks, write_array
 from jaxinfra.data.corpus import draw
-from jaxinfra.data.document import RecordError
+from jaxinfra.data.documents.document import RecordError
 from jaxinfra.data.image_set import ImageSet
-from jaxinfra.data.manifest import SPLITS, Manifest, Split, SplitInfo
-from jaxinfra.data.parts import Note, Open, Part
+from jaxinfra.data.making import assemble, parts
+from jaxinfra.data.making.assemble import Blocks, write_array
+from jaxinfra.data.making.parts import Note, Open, Part
 from jaxinfra.data.records.record import Bad, Piece, Record
-from jaxinfra.data.store import IMAGES, LABELS, hash_files
+from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, SplitInfo
+from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
 from jaxinfra.errors import ConfigError, DataError
 
 BLOCK_BYTES, SHARD_BLOCKS = 64 * 1024, 256

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from jaxinfra.data.manifest import Split
+from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import DataError
 
 _META = "meta"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxinfra.data.document import Document, Span
+from jaxinfra.data.documents.document import Document, Span
 from jaxinfra.data.tokenizer import Tokenizer
 
 

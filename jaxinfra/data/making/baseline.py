@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxinfra.data.store import TokenStore
+from jaxinfra.data.store.store import TokenStore
 
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024

@@ -9,10 +9,10 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxinfra.data import manifest as manifests
-from jaxinfra.data.manifest import Manifest
-from jaxinfra.data.parts import sync_folder
-from jaxinfra.data.storage import Storage
+from jaxinfra.data.making.parts import sync_folder
+from jaxinfra.data.store import manifest as manifests
+from jaxinfra.data.store.manifest import Manifest
+from jaxinfra.data.store.storage import Storage
 from jaxinfra.errors import ConfigError, DataError
 
 INDEX = "versions.json"

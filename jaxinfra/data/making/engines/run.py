@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Literal
 
-from jaxinfra.data.engines import local, on_dask, on_ray, on_spark
-from jaxinfra.data.engines.call import Engine, InWorker, cores
+from jaxinfra.data.making.engines import local, on_dask, on_ray, on_spark
+from jaxinfra.data.making.engines.call import Engine, InWorker, cores
 from jaxinfra.errors import ConfigError, JaxinfraError
 
 EngineName = Literal["local", "ray", "dask", "spark"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxinfra.data import versions
-from jaxinfra.data.manifest import digest_of
-from jaxinfra.data.storage import Storage
+from jaxinfra.data.store import versions
+from jaxinfra.data.store.manifest import digest_of
+from jaxinfra.data.store.storage import Storage
 from jaxinfra.errors import ConfigError, StorageError
 
 WORK = ".work"

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jaxinfra.data import arrays
 from jaxinfra.data.corpus import Corpus, Pack
-from jaxinfra.data.dedup import duplicates
-from jaxinfra.data.manifest import Counts, PackInfo, Split, SplitInfo
+from jaxinfra.data.documents.dedup import duplicates
+from jaxinfra.data.making.parts import Open
 from jaxinfra.data.packing import pack
-from jaxinfra.data.parts import Open
-from jaxinfra.data.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.manifest import Counts, PackInfo, Split, SplitInfo
+from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
 from jaxinfra.errors import ConfigError
 
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from jaxinfra.data.engines.call import ONE_THREAD, Engine, Outcome, call, cores, python_path
+from jaxinfra.data.making.engines.call import ONE_THREAD, Engine, Outcome, call, cores, python_path
 from jaxinfra.data.records.packages import needed
 from jaxinfra.errors import ConfigError
 

@@ -30,10 +30,10 @@ import numpy as np
 import tensorstore as ts
 import xxhash
 
-from jaxinfra.data import arrays, tracked, versions
-from jaxinfra.data import manifest as manifests
-from jaxinfra.data.manifest import SPLITS, FileInfo, Manifest, Split
-from jaxinfra.data.storage import Storage
+from jaxinfra.data.store import arrays, tracked, versions
+from jaxinfra.data.store import manifest as manifests
+from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split
+from jaxinfra.data.store.storage import Storage
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError, JaxinfraError
 

@@ -14,17 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxinfra.data import parts, versions
 from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.make_text import TextMaker
-from jaxinfra.data.manifest import digest_of
-from jaxinfra.data.parts import Note, Open
-from jaxinfra.data.prepare import Prepared, Progress, content_of
+from jaxinfra.data.making import parts
+from jaxinfra.data.making.make_text import TextMaker
+from jaxinfra.data.making.parts import Note, Open
+from jaxinfra.data.making.prepare import Prepared, Progress, content_of
+from jaxinfra.data.making.workspace import check_space, kept_folder, require_store, workspace
 from jaxinfra.data.recipe import Recipe
 from jaxinfra.data.records.stream import WAIT_S, Stream, blocks
-from jaxinfra.data.storage import Storage
-from jaxinfra.data.store import Store
-from jaxinfra.data.workspace import check_space, kept_folder, require_store, workspace
+from jaxinfra.data.store import versions
+from jaxinfra.data.store.manifest import digest_of
+from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.store import Store
 from jaxinfra.errors import ConfigError, DataError
 
 

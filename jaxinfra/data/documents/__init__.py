@@ -1,0 +1,1 @@
+"""What becomes of records: documents in spans of text, judged, compared and tokenised."""
