@@ -15,6 +15,7 @@ from jaxinfra.data.store.storage import Storage
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.store.versions import listed
 from tests.servers.kafka import send
+from tests.tiny_run import launch, refused
 
 COMMAND = [sys.executable, "-m", "launch", "data", "prepare"]
 DOCUMENTS = [{"text": f"{number} " + "é x" * (number % 40)} for number in range(400)]
@@ -87,19 +88,23 @@ def test_bad_records_end_the_work_or_are_left_out(recipe, tmp_path):
     assert TokenStore.open(tmp_path / "store").manifest.counts.skipped == 1
 
 
-def test_wrong_uses_are_one_line(recipe, tmp_path):
-    assert "source=stdin: is a stream, which has no end to prepare up to; add --follow" in run(recipe(), code=81)
-    assert "--seal-every 5: is of streams; add --follow" in run(recipe(), "--seal-every", "5", code=81)
-    assert "--workers 2: a stream has one reader" in run(recipe(), "--follow", "--workers", "2", code=81)
-    assert "--until-idle 0.0: must be above 0" in run(recipe(), "--follow", "--until-idle", "0", code=81)
-    assert "the corpus is empty: 0 records read" in run(recipe(), "--follow", stdin=b"", code=81)
-    trained = recipe("Stdin()").replace("Bytes()", "TrainBpe()")
-    Path(trained).write_text(Path(trained).read_text().replace("Bytes", "TrainBpe"))
-    assert "no tokenizer is trained on a stream" in run(trained, "--follow", code=81)
-    Path(trained).write_text(
-        RECIPE.format(store="x", source="Jsonl(root='x')", more="").replace("stdin import Stdin", "jsonl import Jsonl")
-    )
-    assert "source=Jsonl: is no stream; leave out --follow" in run(trained, "--follow", code=81)
+def test_wrong_uses_are_one_line(recipe, monkeypatch):
+    def refused_use(pattern, path, *arguments):
+        refused(launch("data", "prepare", path, *arguments), pattern)
+
+    refused_use("source=stdin: is a stream, which has no end to prepare up to; add --follow", recipe())
+    refused_use("--seal-every 5: is of streams; add --follow", recipe(), "--seal-every", "5")
+    refused_use("--workers 2: a stream has one reader; leave it out", recipe(), "--follow", "--workers", "2")
+    refused_use("--until-idle 0.0: must be above 0; .*", recipe(), "--follow", "--until-idle", "0")
+    trained = "tokenizer=train_bpe"
+    refused_use(".*no tokenizer is trained on a stream; use .*", recipe(), "--follow", trained)
+    files = ("source=jsonl", "source.root=x")
+    refused_use("source=Jsonl: is no stream; leave out --follow", recipe(), "--follow", *files)
+    with open("/dev/null") as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        refused_use("store=.*: the corpus is empty: 0 records read.*", recipe(), "--follow")
+    monkeypatch.setattr("sys.stdin", None)
+    refused(launch("data", "prepare", recipe(), "--follow"), "stdin: is closed; pipe the records in", code=82)
 
 
 def started(path, *arguments, **options):

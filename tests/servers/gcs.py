@@ -166,6 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, answer: dict[str, Any]) -> tuple[int, bytes, dict[str, str]]:
         return 200, json.dumps(answer).encode(), {"Content-Type": "application/json; charset=UTF-8"}
 
+    def handle_expect_100(self) -> bool:
+        go_on = super().handle_expect_100()
+        self.wfile.flush()
+        return go_on
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 

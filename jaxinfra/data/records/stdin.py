@@ -38,7 +38,13 @@ class Stdin(Stream):
         return ()
 
     def open(self, position: Position) -> AbstractContextManager["_Reader"]:
-        """Opens the stream, which begins anew, where it stood."""
+        """Opens the stream, which begins anew, where it stood.
+
+        Raises:
+            StorageError: standard input is closed.
+        """
+        if sys.stdin is None:
+            raise StorageError("stdin: is closed; pipe the records in")
         return nullcontext(_Reader(sys.stdin.fileno(), position))
 
 

@@ -99,7 +99,7 @@ def context(*, retry_s: float | None = None, cache_bytes: int = 0) -> ts.Context
 def _context(retry_s: float, cache_bytes: int) -> ts.Context:
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
-    waits = [min(_FIRST_WAIT_S, retry_s / 8)]
+    waits = [min(_FIRST_WAIT_S, retry_s / 32)]
     while sum(waits) < retry_s:
         waits.append(min(2 * waits[-1], _LONGEST_WAIT_S))
     retries = {
@@ -316,7 +316,12 @@ class Storage:
         where = self.where(name)
 
         def read() -> bytes:
-            found = checked(where, future.result)
+            try:
+                found = future.result()
+            except ValueError as error:
+                if str(error).startswith("OUT_OF_RANGE"):
+                    raise DataError(f"{where}: fewer than {size_bytes} bytes; {_COPY_ANEW}") from None
+                raise _translate(where, error, writing=False) from None
             if found.state != "value":
                 raise DataError(f"{where}: missing; {_COPY_ANEW}")
             if (n_bytes := start + len(found.value)) != size_bytes:
