@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.data import buffers
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
 from jaxinfra.data.mixing import Mixing, MixStage, stage_problems
@@ -151,7 +152,7 @@ class MixedSamples:
         for number in np.unique(source):
             own = source == number
             for name, array in self._parts[number].read(ids[own] - self.offsets[number], weighted=weighted).items():
-                batch.setdefault(name, np.empty((len(ids), *array.shape[1:]), array.dtype))[own] = array
+                batch.setdefault(name, buffers.empty((len(ids), *array.shape[1:]), array.dtype))[own] = array
         return batch
 
     @cached_property

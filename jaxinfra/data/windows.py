@@ -39,17 +39,25 @@ def split_inputs_targets(
     ids_BW = buffers.empty(window_BW.shape, np.int32)
     ids_BW[:] = window_BW
     batch = {"inputs": ids_BW[:, :-1], "targets": ids_BW[:, 1:]}
-    shape = B, T = batch["inputs"].shape
-    if mask_BW is not None or mask_documents:
-        batch["weights"] = _weights(shape, mask_BW)
-    if mask_documents:
-        # Few tokens end a document: finding them is the only pass over all tokens that compares.
-        end_E = np.flatnonzero(window_BW[:, :-1] == eot_id)
-        batch["weights"].reshape(-1)[end_E] = 0
-        row_B = np.arange(0, B * T, T)
-        start_S = np.sort(np.concatenate([row_B, end_E[end_E % T != T - 1] + 1]))
-        number_S = np.arange(1, len(start_S) + 1) - np.searchsorted(start_S, row_B)[start_S // T]
-        batch |= _stretches(shape, np.diff(start_S, append=B * T), number_S)
+    shape = batch["inputs"].shape
+    if not mask_documents:
+        if mask_BW is not None:
+            batch["weights"] = buffers.empty(shape, np.float32)
+            batch["weights"][:] = mask_BW[:, 1:] != 0
+        return batch
+    starts_BT = np.empty(shape, bool)
+    starts_BT[:, 0] = True
+    np.equal(window_BW[:, :-2], eot_id, out=starts_BT[:, 1:])
+    start_S = np.flatnonzero(starts_BT)  # few: all that follows from them is cheap
+    row_B = np.flatnonzero(start_S % shape[1] == 0)
+    stretches_B = np.append(row_B[1:], len(start_S)) - row_B
+    number_S = np.arange(1, len(start_S) + 1) - np.repeat(row_B, stretches_B)
+    batch |= _stretches(shape, np.append(start_S[1:], starts_BT.size) - start_S, number_S)
+    weights_BT = batch["weights"]
+    weights_BT[:] = 1 if mask_BW is None else mask_BW[:, 1:] != 0
+    last_B = np.where(window_BW[:, -2] == eot_id, 0, weights_BT[:, -1])
+    weights_BT.reshape(-1)[start_S[1:] - 1] = 0
+    weights_BT[:, -1] = last_B  # the last of a row is before no start in it
     return batch
 
 
@@ -93,25 +101,18 @@ def packed_batch(
     number_P = np.arange(1, len(length_P) + 1) - np.repeat(last_B - pieces_B, pieces_B)
     stretch_S = np.insert(length_P.astype(np.int64), last_B, T - filled_B)
     batch |= _stretches(shape, stretch_S, np.insert(number_P, last_B, 0))
-    if mask_N is None:
-        return batch | {"weights": (batch["segments"] != 0).astype(np.float32)}
-    return batch | {"weights": rows(mask_N != 0, first_P, np.float32)}
+    batch["weights"][:] = batch["segments"] != 0 if mask_N is None else rows(mask_N != 0, first_P, np.float32)
+    return batch
 
 
-def _weights(shape: tuple[int, int], mask_BW: np.ndarray | None) -> np.ndarray:
-    weights_BT = buffers.empty(shape, np.float32)
-    weights_BT[:] = 1 if mask_BW is None else mask_BW[:, 1:] != 0
-    return weights_BT
-
-
-def _stretches(shape: tuple[int, int], length_S: np.ndarray, number_S: np.ndarray) -> Batch:
-    """Segments and positions of rows that consist of stretches with these lengths and numbers, row after row."""
+def _stretches(shape: tuple[int, ...], length_S: np.ndarray, number_S: np.ndarray) -> Batch:
+    """Segments and positions of rows that consist of stretches with these lengths and numbers; room for weights."""
     length_S, number_S = length_S[length_S > 0], number_S[length_S > 0]
-    segments_BT, positions_BT = buffers.empty(shape, np.int32), buffers.empty(shape, np.int32)
-    segments_BT.reshape(-1)[:] = np.repeat(number_S.astype(np.int32), length_S)
-    steps_N = positions_BT.reshape(-1)  # from place to place, then their sums
+    block = buffers.empty((3, *shape), np.int32)
+    block[0].reshape(-1)[:] = np.repeat(number_S.astype(np.int32), length_S)
+    steps_N = block[1].reshape(-1)  # from place to place, then their sums
     steps_N[:] = 1
     steps_N[0] = 0
     steps_N[np.cumsum(length_S[:-1])] -= length_S[:-1]
     np.cumsum(steps_N, out=steps_N)
-    return {"segments": segments_BT, "positions": positions_BT}
+    return {"segments": block[0], "positions": block[1], "weights": block[2].view(np.float32)}

@@ -63,10 +63,10 @@ def tensorstore(stores: Stores) -> Iterator[np.ndarray]:
     while True:
         starts = (rng.integers(0, stores.windows, BATCH) * LENGTH).tolist()
         with ts.Batch() as together:
-            windows = [array[start : start + LENGTH + 1].translate_to[0] for start in starts]
-            asked.append(ts.stack(windows).read(batch=together))
+            windows = [array[start : start + LENGTH + 1] for start in starts]
+            asked.append(ts.concat(windows, axis=0).read(batch=together))
         if len(asked) > IN_FLIGHT:
-            yield asked.popleft().result()
+            yield asked.popleft().result().reshape(BATCH, LENGTH + 1)
 
 
 ALONE, OURS, GRAIN = "TensorStore alone", "jaxinfra", "Grain MapDataset, ArrayRecord"

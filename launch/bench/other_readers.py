@@ -64,4 +64,4 @@ class _Windows:
         return len(self._windows)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._windows[index]
+        return self._windows[index].copy()  # PyTorch warns of arrays that may not be written

@@ -97,16 +97,7 @@ def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length
         DataError: a chunk is missing or damaged.
         StorageError: the storage may not or cannot be read.
     """
-    if not len(starts):
-        return np.empty((0, length), array.dtype.numpy_dtype)
-
-    def read() -> np.ndarray:
-        windows = [array[start : start + length].translate_to[0] for start in starts]
-        with ts.Batch() as batch:  # opens each shard once, not for each window
-            found = ts.stack(windows).read(batch=batch)
-        return found.result()
-
-    return storage.checked(path, read)
+    return read_ranges(array, path, starts, [length] * len(starts)).reshape(len(starts), length)
 
 
 def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
@@ -121,7 +112,7 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
 
     def read() -> np.ndarray:
         ranges = [array[start : start + n] for start, n in zip(starts, lengths, strict=True)]
-        with ts.Batch() as batch:
+        with ts.Batch() as batch:  # opens each shard once, not for each range
             found = ts.concat(ranges, axis=0).read(batch=batch)
         return found.result()
 
