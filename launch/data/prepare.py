@@ -18,9 +18,7 @@ ENGINES = ("local", "ray", "dask", "spark")
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides, and where the work is done."""
     config_argument.add(parser, "a recipe such as configs/data/python_stdlib.py, or a run that names its recipes")
-    parser.add_argument(
-        "--engine", choices=ENGINES, default="local", help="what runs the workers (default %(default)s)"
-    )
+    parser.add_argument("--engine", choices=ENGINES, help="what runs the workers (default local)")
     parser.add_argument("--workers", type=int, metavar="N", help="so many at once (default: one a core)")
     follow = parser.add_argument_group("streams")
     follow.add_argument("--follow", action="store_true", help="read a stream (Stdin, Kafka) as it comes, up to its end")
@@ -45,18 +43,18 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for corpus in config_argument.recipes(options):
         validate(corpus)
         with bar() as tell:
-            made = prepare(corpus, engine=options.engine, workers=options.workers, tell=tell)
+            made = prepare(corpus, engine=options.engine or ENGINES[0], workers=options.workers, tell=tell)
         print(f"{'made' if made.new else 'was there'}: {made.path}")
         print("\n".join(facts(made.manifest)))
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("workers", "until_idle", "seal_every"):
+    for name in ("workers", "engine", "until_idle", "seal_every"):
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and not value > 0:
+        if isinstance(value, int | float) and not value > 0:
             raise ConfigError(f"{option} {value}: must be above 0; use {option} 2")
-        if value is not None and options.follow == (name == "workers"):
+        if value is not None and options.follow == (name in ("workers", "engine")):
             raise ConfigError(
                 f"{option} {value}: {'a stream has one reader' if options.follow else 'is of streams'}; "
                 f"{'leave it out' if options.follow else 'add --follow'}"

@@ -188,7 +188,7 @@ def test_a_server_that_goes_down_ends_a_run_and_its_next_start_goes_on(s3, tiny,
     expected = tiny.losses()
     store = Storage(s3.new_url())
     store.upload(Path(tiny.loaded().data.store), last=["versions.json"])
-    monkeypatch.setattr("jaxinfra.data.arrays.CACHE_BYTES", 0)  # every batch is asked for
+    monkeypatch.setattr("jaxinfra.data.store.arrays.CACHE_BYTES", 0)  # every batch is asked for
     reads = []
 
     def look(request):

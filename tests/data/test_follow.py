@@ -95,9 +95,11 @@ def test_wrong_uses_are_one_line(recipe, monkeypatch):
     refused_use("source=stdin: is a stream, which has no end to prepare up to; add --follow", recipe())
     refused_use("--seal-every 5: is of streams; add --follow", recipe(), "--seal-every", "5")
     refused_use("--workers 2: a stream has one reader; leave it out", recipe(), "--follow", "--workers", "2")
+    refused_use("--engine ray: a stream has one reader; leave it out", recipe(), "--follow", "--engine", "ray")
     refused_use("--until-idle 0.0: must be above 0; .*", recipe(), "--follow", "--until-idle", "0")
     trained = "tokenizer=train_bpe"
     refused_use(".*no tokenizer is trained on a stream; use .*", recipe(), "--follow", trained)
+    refused_use(".*bootstrap_servers=.*: must be HOST:PORT.*", recipe(), "--follow", "source=kafka")
     files = ("source=jsonl", "source.root=x")
     refused_use("source=Jsonl: is no stream; leave out --follow", recipe(), "--follow", *files)
     with open("/dev/null") as nothing:

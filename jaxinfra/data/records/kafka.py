@@ -38,8 +38,8 @@ class Kafka(Stream):
             encrypts stands there, and not in a config. None is none.
     """
 
-    bootstrap_servers: str
-    topic: str
+    bootstrap_servers: str = ""
+    topic: str = ""
     group: str = "jaxinfra"
     settings: str | None = None
 

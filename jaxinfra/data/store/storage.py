@@ -349,7 +349,7 @@ def _end_of(path: Path) -> _End:
 def _translate(where: str, error: Exception, writing: bool) -> JaxinfraError:
     """Errors of TensorStore start with an absl status code; notes in brackets follow, of the server's answer, too."""
     text = " ".join(str(error).split())
-    cause = text.split(" [")[0]
+    cause = text.split(" [")[0].removesuffix(": Unknown")
     for name in _SECRETS:
         if secret := os.environ.get(name):
             cause = cause.replace(secret, f"${name}")
