@@ -52,7 +52,7 @@ class Mixture:
     curriculum: Curriculum | None = None
     seed: int = 0
     prefetch_bytes: int = 2**26
-    threads: int = 4
+    threads: int = 2
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:

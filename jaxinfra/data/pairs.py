@@ -41,7 +41,7 @@ class PairData:
     seq_len: int = 1024
     seed: int = 0
     prefetch_bytes: int = 2**26
-    threads: int = 4
+    threads: int = 2
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
