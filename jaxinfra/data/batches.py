@@ -78,14 +78,14 @@ class Batches:
         return {"reading": reading_s / threads, "decoding": (self._making.total_s - reading_s) / threads}
 
     def __iter__(self) -> Generator[tuple[int, Batch], None, None]:
-        # Grain imports JAX, which whoever looks at single batches has no use for.
-        from grain import MapDataset, ReadOptions
-
         if not self._steps:
             return
         step, batch = self[0]  # which tells how large they are
-        options = ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._ahead(batch))
         yield step, batch
+        # Grain imports JAX: the first batch does not wait for that, and who looks at single batches has no use for it.
+        from grain import MapDataset, ReadOptions
+
+        options = ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._ahead(batch))
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
             yield from batches

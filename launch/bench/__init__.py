@@ -46,6 +46,11 @@ BENCHES = {
         parts=("speed", "first", "memory"),
         options=("pairs", "tokens"),
     ),
+    "prepare": Bench(
+        summary="tokens from text, by data prepare and by datasets.map, with one worker and two",
+        parts=("prepare", "map"),
+        options=("pairs", "text"),
+    ),
 }
 CONFIG, PAIRS = "configs/bench_small.py", 15
 
@@ -57,6 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=f"the model to time (default {CONFIG})")
     parser.add_argument("--pairs", type=int, help=f"timed turns of each side (default {PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens of the store that is read (default 200 million)")
+    parser.add_argument("--text", help="prepare: folder of the text files (default: Python's standard library)")
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; may be repeated ({parts})")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table as JSON, too")
@@ -87,7 +93,7 @@ def check(options: argparse.Namespace) -> None:
     for part in options.only or ():
         if part not in bench.parts:
             raise ConfigError(f"--only {part}: no part of bench {name}; use one of {', '.join(bench.parts)}")
-    for option in ("config", "pairs", "against", "devices", "tokens"):
+    for option in ("config", "pairs", "against", "devices", "tokens", "text"):
         value = getattr(options, option)
         if value is not None and option not in bench.options:
             raise ConfigError(f"--{option} {value}: bench {name} has no use for it; leave it out")

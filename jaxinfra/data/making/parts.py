@@ -71,7 +71,9 @@ def numbers(folder: Path) -> list[int]:
 
 
 def write(folder: Path, number: int, part: Part) -> Note:
-    """Commits a part: when this returns it is on the disk, whole.
+    """Commits a part: it is there whole or not at all, whatever ends the process.
+
+    If the machine goes down at once its name may be lost, but never a part of its content: it is made again then.
 
     Raises:
         OSError: it cannot be written; there is no part then.
@@ -100,6 +102,7 @@ def write_file(path: Path, content: bytes) -> None:
     """
     with _committed(path) as file:
         file.write(content)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -114,7 +117,6 @@ def _committed(path: Path) -> Iterator[BinaryIO]:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 class Open:

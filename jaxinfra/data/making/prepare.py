@@ -30,7 +30,7 @@ from jaxinfra.data.store.store import Store
 
 NOT_CONTENT = ("store", "shard_bytes", "work")
 """Fields of a recipe that do not change what comes out."""
-_LEAST_JOBS, _LEAST_BYTES = 64, 64 * 1024
+_LEAST_JOBS, _LEAST_BYTES = 32, 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)

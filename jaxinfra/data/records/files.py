@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -200,9 +201,14 @@ def parts_of(size_bytes: int, split_bytes: int) -> int:
     return max(1, round(size_bytes / max(1, split_bytes)))
 
 
+@cache
+def _stdlib() -> str:
+    return sysconfig.get_path("stdlib")
+
+
 def _file_system(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if root == STDLIB:
-        return LocalFileSystem(), sysconfig.get_path("stdlib")
+        return LocalFileSystem(), _stdlib()
     protocol = root.partition("://")[0] if "://" in root else None
     if protocol is None:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(root))
