@@ -49,7 +49,9 @@ def recipes(options: argparse.Namespace) -> "list[Recipe]":
         raise ConfigError(f"{options.config}: is neither a recipe nor a run; name a file such as configs/data/NAME.py")
     made = config.parts.data.recipes
     if not made:
-        raise ConfigError(f"{options.config}: its data names no recipe; name the recipe's file, or set data.recipe")
+        raise ConfigError(
+            f"{options.config}: its data names no recipe; name the file of the recipe, or give each store its recipe"
+        )
     found = []
     for store, path in made.items():
         recipe = load(path).run

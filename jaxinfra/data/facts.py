@@ -22,21 +22,21 @@ def facts(manifest: Manifest) -> Iterator[str]:
     if manifest.tokenizer is not None:
         tokenizer = manifest.tokenizer
         yield (
-            f"tokenizer    {tokenizer.kind}, {tokenizer.vocab_size} words, {manifest.bytes_per_token('train'):.2f} "
+            f"tokenizer    {tokenizer.kind}, {tokenizer.vocab_size:,} words, {manifest.bytes_per_token('train'):.2f} "
             f"bytes a token, {tokenizer.end_of_document} ends documents"
         )
     counts = manifest.counts
     left_out = {"skipped": counts.skipped, **counts.filtered, "duplicates": counts.duplicates}
-    shown = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
-    yield f"records      {counts.records} read{f'; left out: {shown}' if shown else ''}"
+    shown = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+    yield f"records      {counts.records:,} read{f'; left out: {shown}' if shown else ''}"
     what = "images" if manifest.kind == "images" else "documents"
     for split in SPLITS:
         info = manifest.splits[split]
-        tokens = f"{info.tokens} tokens, " if manifest.tokenizer else ""
-        yield f"{split:<11}  {info.documents} {what}, {tokens}{info.bytes} bytes"
+        tokens = f"{info.tokens:,} tokens, " if manifest.tokenizer else ""
+        yield f"{split:<11}  {info.documents:,} {what}, {tokens}{info.bytes:,} bytes"
     for name, pack in manifest.packs.items():
         yield (
-            f"packed       {name}: {pack.rows} rows, {pack.efficiency:.1%} of their places used, {pack.truncated} "
+            f"packed       {name}: {pack.rows:,} rows, {pack.efficiency:.1%} of their places used, {pack.truncated:,} "
             "documents cut"
         )
     for score, by in manifest.baselines.items():

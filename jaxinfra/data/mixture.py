@@ -61,12 +61,10 @@ class Mixture:
             yield Problem(fields=("sources",), message="are none", fix="name a store at least")
         for i, each in enumerate(self.parts):
             for problem in each.problems():
-                own = problem.fields[0] in ("store", "packing")
-                yield Problem(
-                    fields=(f"sources.{i}.{problem.fields[0]}" if own else problem.fields[0], *problem.fields[1:]),
-                    message=problem.message,
-                    fix=problem.fix,
-                )
+                named = {name: f"sources.{i}.{name}" for name in vars(self.sources[i])}
+                field, _, value = problem.fix.removeprefix("use ").partition("=")
+                fix = f"use {named[field]}={value}" if field in named else problem.fix
+                yield replace(problem, fields=tuple(named.get(name, name) for name in problem.fields), fix=fix)
         if self.stages:
             yield from stage_problems(self.stages, sources=len(self.sources))
 

@@ -79,7 +79,7 @@ def _follow(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.config}: names {1 + len(others)} recipes; follow one stream at a time")
     validate(recipe)
     made = None
-    with StopRequest() as stop, bar() as tell:
+    with StopRequest() as stop, bar(endless=True) as tell:
         versions = follow(
             recipe,
             stopping=lambda: stop.reason is not None,
@@ -105,28 +105,41 @@ def _follow(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def bar() -> Iterator[Callable[["Progress"], None]]:
-    """A bar for each stage, with tokens a second and the time that is left."""
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def bar(*, endless: bool = False) -> Iterator[Callable[["Progress"], None]]:
+    """A bar for each stage, with tokens a second and the time that is left where it can be told.
+
+    Args:
+        endless: the source is a stream, of which nobody knows how much will come.
+    """
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<8}"),
         BarColumn(),
-        DownloadColumn(),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[come]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Bars(*columns) as bars:
         tasks: dict[str, tuple[TaskID, float]] = {}
 
+        def finish() -> None:
+            for task, _ in tasks.values():
+                bars.update(task, total=1, completed=1)
+
         def tell(progress: "Progress") -> None:
             if progress.stage not in tasks:
-                tasks[progress.stage] = bars.add_task(progress.stage, speed=""), time.monotonic()
+                finish()
+                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come=""), time.monotonic()
             task, start_s = tasks[progress.stage]
-            speed = progress.tokens / max(time.monotonic() - start_s, 1e-9)
-            shown = f"{speed:,.0f} tokens/s" if progress.tokens and progress.stage == "tokens" else ""
-            bars.update(task, completed=progress.done, total=progress.total, speed=shown)
+            if progress.stage not in ("tokens", "images"):
+                return
+            come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
+            if progress.tokens:
+                come += f", {progress.tokens / max(time.monotonic() - start_s, 1e-9):,.0f} tokens/s"
+            bars.update(task, completed=progress.done, total=None if endless else progress.total, come=come)
 
         yield tell
+        finish()

@@ -75,7 +75,7 @@ def test_faults_on_the_way_change_nothing(fault, server, recipe, local, monkeypa
 
 def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(server, recipe, local, impatient):
     def stop(progress):
-        server.faults.down = progress.stage == "done"
+        server.faults.down = progress.stage == "publish"
 
     with pytest.raises(StorageError, match="start again when it answers$"):
         prepare(recipe, workers=1, tell=stop)

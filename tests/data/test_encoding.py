@@ -34,6 +34,8 @@ def tokenizer(request, vocabularies):
 def encoded(tokenizer, *spans):
     (tokens,) = encode_documents(tokenizer, [spans])
     assert len(tokens.ids_N) == len(tokens.learned_N)
+    parts = [part for span in spans for part in (tokenizer.split(span.text) if span.control else [span.text])]
+    assert tokens.n_bytes == sum(len(part.encode()) for part in parts if isinstance(part, str))
     return tokens.ids_N.tolist(), tokens.learned_N.tolist()
 
 

@@ -14,6 +14,7 @@ from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
+from jaxinfra.data.order import Curriculum
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.errors import ConfigError
@@ -140,6 +141,10 @@ def test_stores_of_other_tokenizers_are_refused(data, store_path):
         ({"stages": (MixStage(weights=(1.0, 1.0)),)}, r"stages\.0\.weights=.*there are 3 sources and 2 weights"),
         ({"stages": (MixStage(start_step=3, weights=(1.0, 1.0, 1.0)),)}, r"stages\.0\.start_step=3"),
         ({"seq_len": 0}, "seq_len=0: must be at least 1"),
+        (
+            {"curriculum": Curriculum()},
+            r"curriculum=.*, sources\.0\.packing=windows: .*; use sources\.0\.packing=best_fit_by_length",
+        ),
     ],
 )
 def test_what_cannot_be_mixed_is_said(data, change, message):

@@ -138,7 +138,7 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
     prepare(bytes_recipe(source, tmp_path / "empty"), workers=1)
 
 
-@pytest.mark.parametrize("stage", ["begin", "tokens", "store", "done"])
+@pytest.mark.parametrize("stage", ["begin", "tokens", "store", "publish"])
 def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage):
     calls = []
 
@@ -199,7 +199,7 @@ def test_killed_at_any_moment_no_record_is_lost_or_doubled(tmp_path):
     command = [sys.executable, str(tmp_path / "killed.py"), str(source), str(store)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     parts_made = 0
-    for when in ("2", "3", "17", "23", "store", "done"):
+    for when in ("2", "3", "17", "23", "store", "publish"):
         process = subprocess.run([*command, when], env=environment, start_new_session=True, timeout=60)
         assert process.returncode == -signal.SIGKILL
         assert not (store / "versions.json").exists()

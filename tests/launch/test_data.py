@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from tiny_run import Tiny, launch, refused
 
+from jaxinfra.data.making.prepare import Progress
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.track.jsonl import read as read_metrics
 from launch.data.peek import rows_of
+from launch.data.prepare import bar
 
 ROW = re.compile(r"^row (\d+): sample (\d+), (\d+) documents, (\d+) of 32 targets count$", re.MULTILINE)
 
@@ -84,7 +86,7 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
     assert (ended.code, ended.err) == (0, "")
     assert f"fingerprint  {store.manifest.fingerprint}" in ended.out
     info = store.manifest.splits["train"]
-    assert f"train        {info.documents} documents, {info.tokens} tokens, {info.bytes} bytes" in ended.out
+    assert f"train        {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes" in ended.out
     lengths = store.lengths("train")
     for low, high, count in re.findall(
         r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("heldout:")[0], re.MULTILINE
@@ -108,6 +110,21 @@ def test_verify_names_damaged_blocks(tiny_data: Path, tmp_path: Path) -> None:
     ended = launch("data", "verify", str(store))
     assert re.match(r"train/tokens block 0: ", ended.out)
     refused(ended, r"\S+: 1 of \d+ files and blocks are damaged, first train/tokens block 0; copy the store .*", 78)
+
+
+def test_the_bars_of_preparing_are_full_when_a_stage_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar() as tell:
+        tell(Progress(stage="begin", done=0, total=2000))
+        for done in (0, 1000, 2000):
+            tell(Progress(stage="tokens", done=done, total=2000, tokens=done // 2))
+        tell(Progress(stage="store", done=2000, total=2000, tokens=1000))
+    begin, tokens, store = capsys.readouterr().out.splitlines()
+    assert begin.startswith("begin") and re.match(r"tokens .* 2\.0 kB of 2\.0 kB, [\d,]+ tokens/s", tokens)
+    assert store.startswith("store") and len({line.count("━") for line in (begin, tokens, store)}) == 1
+    with bar(endless=True) as tell:
+        tell(Progress(stage="tokens", done=1000, total=1000, tokens=500))
+        assert " of " not in capsys.readouterr().out
+    assert re.match(r"tokens .* 1\.0 kB, [\d,]+ tokens/s", capsys.readouterr().out)
 
 
 def test_commands_of_two_words(tiny: Tiny) -> None:

@@ -21,10 +21,12 @@ class Tokens:
     Attributes:
         ids_N: int64.
         learned_N: bool.
+        n_bytes: of the text that they stand for; special tokens stand for none.
     """
 
     ids_N: np.ndarray
     learned_N: np.ndarray
+    n_bytes: int
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Tokens]:
@@ -62,7 +64,7 @@ def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
                 continue
             if run:
                 yield _Run(spans=run, inner=inner)
-            yield Tokens(ids_N=np.array([part], np.int64), learned_N=np.array([span.learned]))
+            yield Tokens(ids_N=np.array([part], np.int64), learned_N=np.array([span.learned]), n_bytes=0)
             run, inner = [], True
     if run:
         yield _Run(spans=run, inner=inner)
@@ -75,8 +77,9 @@ def _encode(tokenizer: Tokenizer, runs: Sequence[_Run]) -> list[Tokens]:
         numbers = [number for number, run in enumerate(runs) if run.inner == inner and not run.mixed]
         batch = tokenizer.encode_batch([runs[number].text for number in numbers], inner=inner) if numbers else []
         for number, ids in zip(numbers, batch, strict=True):
-            learned_N = np.full(len(ids), runs[number].spans[0].learned)
-            found[number] = Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N)
+            run = runs[number]
+            learned_N = np.full(len(ids), run.spans[0].learned)
+            found[number] = Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=len(run.text.encode()))
     return [found[number] if number in found else _encode_mixed(tokenizer, run) for number, run in enumerate(runs)]
 
 
@@ -88,11 +91,13 @@ def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
     before = np.concatenate([[0], np.cumsum(learned_bytes)])
     first_N, end_N = bytes_N2.T
     end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(learned_bytes))  # some libraries give spaces no width
-    return Tokens(ids_N=np.array(ids, np.int64), learned_N=before[end_N] > before[first_N])
+    learned_N = before[end_N] > before[first_N]
+    return Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=len(learned_bytes))
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(
         ids_N=np.concatenate([np.empty(0, np.int64), *(part.ids_N for part in parts)]),
         learned_N=np.concatenate([np.empty(0, bool), *(part.learned_N for part in parts)]),
+        n_bytes=sum(part.n_bytes for part in parts),
     )

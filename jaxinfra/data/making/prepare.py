@@ -158,7 +158,7 @@ def prepare(
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir()
         manifest = maker.assemble(folder, numbers, build, source_digest)
-        course.tell("done")
+        course.tell("publish")
         versions.publish(build, store, manifest, made_of)
     return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
 

@@ -174,11 +174,11 @@ class _Rows:
 
     def _encode(self) -> None:
         """Tokenises what waits, all at once."""
-        for document, found in zip(self._waiting, encode_documents(self._tokenizer, self._waiting), strict=True):
+        for found in encode_documents(self._tokenizer, self._waiting):
             self._check(found.ids_N)
             self._tokens.append(np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype))
             self._lengths.append(len(found.ids_N) + 1)
-            self._bytes.append(sum(len(span.text.encode()) for span in document))
+            self._bytes.append(found.n_bytes)
             if self._masked:
                 self._mask.append(np.append(found.learned_N, False).astype(np.uint8))
         self._waiting, self._waiting_chars = [], 0
