@@ -13,6 +13,7 @@ from tiny_run import Tiny, launch, refused
 from jaxinfra.data.making.prepare import Progress
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.track.jsonl import read as read_metrics
 from launch.data.peek import rows_of
@@ -192,3 +193,24 @@ def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
     ), caplog.messages
     waited = [row["data_wait_s"] for row in read_metrics(tiny.directory("slow") / "metrics.jsonl") if "loss" in row]
     assert sum(waited) > 2
+
+
+def test_bytes_that_are_no_text_are_refused_or_left_out(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
+    text = shutil.copytree(tiny_data / "text", tmp_path / "text")
+    (text / "latin.txt").write_bytes("né".encode("latin-1"))
+    prepare = ["data", "prepare", str(tiny.recipe), f"source.root={text}", f"store={tmp_path / 'store'}"]
+    refused(launch(*prepare), r"latin\.txt: .*UTF-8.*; mend the record, or leave such ones out by on_bad=skip", 78)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]
+    ended = launch(*prepare, "on_bad=skip")
+    assert ended.code == 0 and "left out: 1 skipped" in ended.out
+    (listed,) = (tmp_path / "store").glob("*/skipped.jsonl")
+    assert json.loads(listed.read_text())["where"] == "latin.txt"
+
+
+def test_ids_outside_of_the_vocabulary_are_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JsonTokenizer, "encode_batch", lambda self, texts, inner=False: [[1, 10**6] for _ in texts])
+    prepare = ["data", "prepare", str(tiny.recipe), f"store={tmp_path / 'store'}", "--workers", "1"]
+    refused(
+        launch(*prepare), r"token id 1000000: is outside the vocabulary of 300 of the tokenizer that gave it; .*", 78
+    )
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]
