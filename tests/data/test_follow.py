@@ -74,6 +74,21 @@ def test_standard_input_becomes_a_store_and_goes_on(recipe, tmp_path):
     assert sorted(documents(tmp_path / "store")) == sorted([*(each["text"] for each in DOCUMENTS), "one more"])
 
 
+def test_a_part_that_is_damaged_or_gone_is_an_error(recipe, tmp_path):
+    path = recipe()
+    run(path, "--follow")
+    first, second = sorted((tmp_path / "store").glob(".stream/*/0*.npz"))[:2]
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    assert f"{first}: damaged (" in run(path, "--follow", stdin=LINES + b'{"text": "more"}', code=78)
+    first.unlink()
+    assert f"{first}: missing, and the stream has gone on since; delete {first.parent}" in run(
+        path, "--follow", code=78
+    )
+    assert second.exists()
+
+
 def test_versions_are_sealed_on_the_way(recipe, tmp_path):
     out = run(recipe(), "--follow", "--seal-every", "4000")
     assert out.count("sealed: ") == len(listed(Storage(tmp_path / "store"))) > 2

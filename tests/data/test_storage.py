@@ -248,6 +248,25 @@ def test_wrong_credentials_are_one_line_and_are_not_shown(wrong, request, monkey
     assert "never-shown" not in run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("profile", ["default", "other"])
+def test_credentials_of_a_profile_are_found(profile, s3, tmp_path, monkeypatch):
+    own = {name: s3.environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    (tmp_path / "credentials").write_text(f"[{profile}]\n" + "".join(f"{k.lower()} = {v}\n" for k, v in own.items()))
+    (tmp_path / "config").write_text(f"[profile {profile}]\nregion = us-east-1\n")
+    for name in own:
+        monkeypatch.delenv(name)
+    if profile != "default":
+        monkeypatch.setenv("AWS_PROFILE", profile)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    code = "import sys; from jaxinfra.data.store.storage import Storage; Storage(sys.argv[1]).write('a', b'a')"
+    url = s3.new_url()
+    run = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert s3.get(f"{url}/a") == b"a"
+    assert s3.secret not in run.stdout + run.stderr
+
+
 @pytest.mark.parametrize(
     "url",
     [

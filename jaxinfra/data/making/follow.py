@@ -105,7 +105,10 @@ class _Course:
         known = {each.made_of for each in versions.listed(store)}
         for number in parts.numbers(kept):
             if number != self.count:
-                raise DataError(f"{parts.path_of(kept, self.count)}: missing; what it held of the stream is lost")
+                raise DataError(
+                    f"{parts.path_of(kept, self.count)}: missing, and the stream has gone on since; delete {kept} to "
+                    "read the stream from its beginning"
+                )
             with Open(kept, number) as part:
                 self._count(part.note)
             if self._made_of in known:

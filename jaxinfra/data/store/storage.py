@@ -137,6 +137,9 @@ def _s3_settings() -> dict[str, Any]:
     if "AWS_ACCESS_KEY_ID" in os.environ:
         # Else profiles are looked for first, and that they are not there is complained of on stderr.
         settings["aws_credentials"] = {"type": "environment"}
+    else:
+        # TensorStore looks for a profile of no name, whatever AWS_PROFILE says (0.1.86).
+        settings["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE") or "default"}
     return settings
 
 
