@@ -78,3 +78,21 @@ def test_many_threads_never_share_memory():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_memory_that_a_computation_has_yet_to_read_is_left_alone():
+    """A dropped device array lives until what was dispatched on it is done."""
+
+    @jax.jit
+    def slow(x):
+        busy = jax.lax.fori_loop(0, 20, lambda i, m: m @ m / 300, jax.numpy.ones((300, 300)))
+        return (x + (0 * busy.sum()).astype(x.dtype)).sum()
+
+    found = []
+    for number in range(30):
+        host = buffers.empty(SHAPE, np.int32)
+        host[:] = number
+        placed = jax.device_put(host)
+        found.append(slow(placed))
+        del host, placed
+    assert [int(one) for one in found] == [number * SHAPE[0] * SHAPE[1] for number in range(30)]
