@@ -70,7 +70,10 @@ def _bars(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def samples(store: TokenStore, documents: int, chars: int) -> Iterator[str]:
-    """Some documents of each split, evenly spaced, each with its end; what is not learned is in brackets."""
+    """Some documents of each split, evenly spaced, each with its end; what is not learned is in brackets.
+
+    Documents have one token at least, their end.
+    """
     for split in SPLITS:
         info = store.manifest.splits[split]
         for number in np.linspace(0, info.documents - 1, min(documents, info.documents)).astype(int):
@@ -108,12 +111,23 @@ def rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first_row: int, ch
 
 
 def spelt(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
-    """Tokens as text in one line; runs that are not learned stand in brackets."""
+    """Tokens as text in one line, special ones too; runs that are not learned stand in brackets."""
     if mask is None:
-        return repr(tokenizer.decode(tokens.tolist()))[1:-1]
-    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-    runs = [(mask[a], repr(tokenizer.decode(tokens[a:b].tolist()))[1:-1]) for a, b in pairwise(borders) if b > a]
+        return _text(tokenizer, tokens)
+    runs = [(mask[a], _text(tokenizer, tokens[a:b])) for a, b in _runs(np.diff(mask))]
     return "".join(text if learned else f"[{text}]" for learned, text in runs)
+
+
+def _text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    special = {index: text for text, index in tokenizer.special.items()}
+    special_N = np.isin(tokens, [*special])
+    runs = (tokens[a:b].tolist() for a, b in _runs(special_N[1:] | special_N[:-1]))
+    return "".join(special.get(run[0]) or repr(tokenizer.decode(run))[1:-1] for run in runs)
+
+
+def _runs(changes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where runs of tokens begin and end, by what changes between neighbours."""
+    return pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(changes) + 1])
 
 
 def _cut(text: str, chars: int) -> str:

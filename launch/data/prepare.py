@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from jaxinfra.errors import ConfigError, Preempted
@@ -122,7 +122,8 @@ def bar(*, endless: bool = False) -> Iterator[Callable[["Progress"], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns) as bars:
+    bars = Bars(*columns)
+    with ExitStack() as stack:
         tasks: dict[str, tuple[TaskID, float]] = {}
 
         def finish() -> None:
@@ -130,6 +131,8 @@ def bar(*, endless: bool = False) -> Iterator[Callable[["Progress"], None]]:
                 bars.update(task, total=1, completed=1)
 
         def tell(progress: "Progress") -> None:
+            if not tasks:
+                stack.enter_context(bars)  # which writes a line even where nothing is told
             if progress.stage not in tasks:
                 finish()
                 tasks[progress.stage] = bars.add_task(progress.stage, total=None, come=""), time.monotonic()

@@ -33,7 +33,7 @@ class SentencePieceModel:
         end_of_document: the piece that closes every document.
     """
 
-    path: str
+    path: str = ""
     special_tokens: tuple[str, ...] | None = None
     end_of_document: str = "</s>"
 

@@ -60,7 +60,7 @@ class TokenizerFile:
             ids follow its last one.
     """
 
-    path: str
+    path: str = ""
     end_of_document: str = "<|endoftext|>"
     special_tokens: tuple[str, ...] = ()
 
