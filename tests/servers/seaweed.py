@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import botocore.config
 import botocore.exceptions
 import botocore.session
 
@@ -56,11 +57,12 @@ def seaweed(folder: Path, bucket: str) -> Iterator[int]:
 
 
 def client(port: int, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Any:
-    """A client that does not go through TensorStore: to look and to damage."""
+    """A client that does not go through TensorStore: to look and to damage. It tries once: waits are ours."""
     return botocore.session.get_session().create_client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{port}",
         region_name=REGION,
+        config=botocore.config.Config(retries={"total_max_attempts": 1}),
         aws_access_key_id=access_key,
         aws_secret_access_key=secret_key,
     )
