@@ -1,5 +1,6 @@
 """Folders, S3 and Google Cloud Storage through one class: the same bytes, and one line when something is wrong."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -296,6 +297,31 @@ def test_urls_are_understood_or_refused(monkeypatch):
     with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL: has credentials in it") as caught:
         Storage("s3://bucket/x")
     assert "sEcReT" not in str(caught.value)
+
+
+_SILENT = """
+import os, socket
+from jaxinfra.data.store import storage
+with socket.socket() as silent:
+    silent.bind(("127.0.0.1", 0))
+    silent.listen(50)
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    storage._PATIENCE["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
+    try:
+        storage.Storage("s3://bucket/x", retry_s=0.1).read("a")
+    except storage.StorageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_says_nothing_has_failed(s3_server):
+    environment = os.environ | dict(s3_server.environment) | {"AWS_SECRET_ACCESS_KEY": "b"}
+    del environment["AWS_ENDPOINT_URL_S3"]
+    code = [sys.executable, "-c", _SILENT]
+    run = subprocess.run(code, capture_output=True, text=True, timeout=120, env=environment)
+    assert "s3://bucket/x/a: ABORTED: All 6 retry attempts failed: CURL error" in run.stdout, run
+    assert "1 bytes/sec" in run.stdout and run.stdout.endswith("; start again when it answers\n"), run
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "nan", "inf"])

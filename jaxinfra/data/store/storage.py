@@ -35,6 +35,7 @@ _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
 _END_BYTES = 256
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
+_SECRET_LENGTH = 8  # at least; what is shorter is found in words
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
 # TensorStore takes these from the environment alone, and without them waits for a silent server for ever.
 _PATIENCE = {
@@ -354,7 +355,7 @@ def _translate(where: str, error: Exception, writing: bool) -> JaxinfraError:
     text = " ".join(str(error).split())
     cause = text.split(" [")[0].removesuffix(": Unknown")
     for name in _SECRETS:
-        if secret := os.environ.get(name):
+        if len(secret := os.environ.get(name, "")) >= _SECRET_LENGTH:
             cause = cause.replace(secret, f"${name}")
     code = text.partition("[http_response_code='")[2].partition("'")[0]
     no_object = code == "404" and not _NO_BUCKET.search(cause)
