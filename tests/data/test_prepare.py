@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.data.corpus import Corpus, draw
-from jaxinfra.data.making import parts
+from jaxinfra.data.making import parts, tokenise
 from jaxinfra.data.making.baseline import ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.making.prepare import plan, prepare
 from jaxinfra.data.records.jsonl import Jsonl
@@ -72,6 +72,17 @@ def test_the_same_bytes_whatever_the_workers_and_shards(tmp_path, shard_bytes, w
     assert files == other_files
     assert manifest["fingerprint"] == other["fingerprint"]
     assert {**manifest, "source_digest": 0} == {**other, "source_digest": 0}
+
+
+def test_the_same_tokenizer_is_trained_whatever_the_shards(tmp_path, monkeypatch):
+    """It sees a part of a long piece alone, so pieces must be those of no shard."""
+    monkeypatch.setattr(tokenise, "_PIECE_CHARS", 500)
+    recipe = replace(
+        bytes_recipe(lines(tmp_path / "source", 400), tmp_path / "one"), tokenizer=TrainBpe(vocab_size=280)
+    )
+    other = replace(recipe, store=str(tmp_path / "other"), shard_bytes=1024)
+    found, again = (prepare(each, workers=1).manifest for each in (recipe, other))
+    assert found.tokenizer == again.tokenizer and found.fingerprint == again.fingerprint
 
 
 def test_every_record_is_a_document_of_one_split(tmp_path):

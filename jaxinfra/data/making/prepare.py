@@ -9,12 +9,12 @@ out of any engine and any number of workers.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxinfra.config import encode
-from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.corpus import SHARD_BYTES, Corpus
 from jaxinfra.data.making import engines, parts
 from jaxinfra.data.making.engines import EngineName
 from jaxinfra.data.making.make_images import ImageMaker
@@ -85,7 +85,12 @@ class Maker(Protocol):
         ...
 
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        """Puts what all jobs need into the folder of the parts, unless it is there from before."""
+        """Puts what all jobs need into the folder of the parts, unless it is there from before.
+
+        Args:
+            folder: of the parts.
+            pieces: of the source, the same ones whatever the recipe says of shards.
+        """
         ...
 
     def needed_bytes(self, source_bytes: int) -> int:
@@ -152,7 +157,8 @@ def prepare(
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
         course = _Course(maker, pieces, tell)
-        course.begin(folder)
+        usual = replace(recipe, shard_bytes=SHARD_BYTES)
+        course.begin(folder, pieces if recipe == usual else pieces_of(usual))
         numbers = course.work(folder, plan(pieces, recipe.shard_bytes), engine, workers)
         course.tell("store")
         shutil.rmtree(build, ignore_errors=True)
@@ -203,10 +209,10 @@ class _Course:
         self._total = sum(piece.size_bytes for piece in pieces)
         self._done = self._tokens = 0
 
-    def begin(self, folder: Path) -> None:
+    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Makes what all jobs need."""
         self.tell("begin")
-        self._maker.begin(folder, self._pieces)
+        self._maker.begin(folder, pieces)
         check_space(folder, self._maker.needed_bytes(self._total))
 
     def work(
