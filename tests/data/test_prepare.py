@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -220,6 +221,71 @@ def test_killed_at_any_moment_no_record_is_lost_or_doubled(tmp_path):
     assert parts_made > 40
     made = prepare(bytes_recipe(source, store, shard_bytes=4096), workers=2)
     assert contents(Path(made.path))[0] == contents(Path(expected.path))[0]
+
+
+def stopped_after(stage, nth=1):
+    """A `tell` that ends preparing at the n-th report of a stage."""
+    seen = []
+
+    def tell(progress):
+        seen.append(progress.stage)
+        if seen.count(stage) == nth:
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def test_parts_of_other_shards_are_not_taken_for_its_own(text_root, tmp_path):
+    """Whole files are the same pieces with any `shard_bytes`, and are grouped into other jobs."""
+    recipe = replace(bytes_recipe(text_root, tmp_path / "store"), source=TextFiles(root=str(text_root)))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, tell=stopped_after("tokens", 3))
+    made = prepare(replace(recipe, shard_bytes=1024), workers=1)
+    assert made.manifest.counts.records == 40
+    assert made.manifest.splits == prepare(replace(recipe, store=str(tmp_path / "whole")), workers=1).manifest.splits
+
+
+def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch):
+    recipe = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Storage, "update", interrupted)
+        prepare(recipe, workers=1)
+    assert not (tmp_path / "store" / "versions.json").exists()
+    made = prepare(recipe, workers=1)
+    assert TokenStore.open(tmp_path / "store").manifest.fingerprint == made.manifest.fingerprint
+
+
+def interrupted(*_arguments, **_options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_it_is_made_in_another_folder_if_asked(tmp_path, monkeypatch, other_disk):
+    work, rename = tmp_path / "work", Path.rename
+    (work / "mine").mkdir(parents=True)
+
+    def same_disk_alone(path, target):
+        if other_disk and path.is_relative_to(work) and not Path(target).is_relative_to(work):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", same_disk_alone)
+    made = prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "a" / "store", work=str(work)), workers=1)
+    assert all(damage is None for *_, damage in TokenStore.open(tmp_path / "a" / "store").verify())
+    assert (os.listdir(work), made.manifest.counts.records) == (["mine"], 100)
+
+
+def test_a_version_that_was_removed_is_made_again(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+    first = prepare(recipe, workers=1)
+    (Path(first.path) / "manifest.json").unlink()
+    assert prepare(recipe, workers=1).new
+    shutil.rmtree(first.path)
+    again = prepare(recipe, workers=1)
+    assert (again.new, again.path) == (True, first.path)
+    (Path(first.path) / "train" / "tokens" / "c" / "0").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"damaged \(.*c/0: .*\); remove the folder {Path(first.path).name} and prep"):
+        prepare(recipe, workers=1)
 
 
 def test_what_another_recipe_left_is_swept(tmp_path):

@@ -24,9 +24,10 @@ from jaxinfra.data.making.workspace import check_space, require_store, workspace
 from jaxinfra.data.recipe import Recipe
 from jaxinfra.data.records.record import Piece
 from jaxinfra.data.store import versions
-from jaxinfra.data.store.manifest import Manifest, digest_of
+from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
 from jaxinfra.data.store.storage import Storage
 from jaxinfra.data.store.store import Store
+from jaxinfra.errors import DataError
 
 NOT_CONTENT = ("store", "shard_bytes", "work")
 """Fields of a recipe that do not change what comes out."""
@@ -150,16 +151,18 @@ def prepare(
     source_digest = digest_of([vars(piece) for piece in pieces])
     made_of = digest_of([content_of(recipe), source_digest, maker.identity])
     for each in known:
-        if each.made_of == made_of:
-            found = Store.open(recipe.store, each.fingerprint)
+        if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
+            found = _opened(recipe.store, each.fingerprint)
             return Prepared(path=str(found), manifest=found.manifest, new=False)
-    with workspace(store, made_of, recipe.work) as work:
+    groups = plan(pieces, recipe.shard_bytes)
+    cut = digest_of([made_of, *map(len, groups)])  # parts that were cut in another way would lose or repeat records
+    with workspace(store, cut, recipe.work) as work:
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
         course = _Course(maker, pieces, tell)
         usual = replace(recipe, shard_bytes=SHARD_BYTES)
         course.begin(folder, pieces if recipe == usual else pieces_of(usual))
-        numbers = course.work(folder, plan(pieces, recipe.shard_bytes), engine, workers)
+        numbers = course.work(folder, groups, engine, workers)
         course.tell("store")
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir()
@@ -167,6 +170,21 @@ def prepare(
         course.tell("publish")
         versions.publish(build, store, manifest, made_of)
     return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
+
+
+def _opened(store: str, fingerprint: str) -> Store:
+    """The version that was made before.
+
+    Raises:
+        DataError: it is damaged; as others may read it, it is not replaced.
+    """
+    try:
+        return Store.open(store, fingerprint)
+    except DataError as error:
+        raise DataError(
+            f"{store}: what this recipe made before is damaged ({error}); remove the folder {fingerprint} and prepare "
+            "again"
+        ) from error
 
 
 def content_of(recipe: Recipe) -> Mapping[str, object]:

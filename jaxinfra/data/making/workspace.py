@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from jaxinfra.errors import ConfigError, StorageError
 
 WORK = ".work"
 STREAM = ".stream"
+_FINGERPRINT = re.compile("[0-9a-f]{32}")  # who was killed before the list was written leaves a version alone
 
 
 def require_store(store: Storage) -> None:
@@ -31,7 +33,8 @@ def require_store(store: Storage) -> None:
         there = {each.name for each in nearest.iterdir()}
     except OSError as error:
         raise StorageError(f"store={folder}: {error.strerror}; mend it or choose another place") from error
-    if nearest == folder and versions.INDEX not in there and (others := sorted(there - {WORK, STREAM})):
+    others = sorted(name for name in there - {WORK, STREAM} if not _FINGERPRINT.fullmatch(name))
+    if nearest == folder and versions.INDEX not in there and others:
         raise ConfigError(f"store={folder}: holds something that is no store ({others[0]}); choose an empty place")
 
 

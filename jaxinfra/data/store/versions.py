@@ -4,6 +4,7 @@
 does not name can still be opened by its own path. Published versions are never changed or removed here.
 """
 
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -82,7 +83,7 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
     """Puts a finished version beside the others: whole, or not at all.
 
     Args:
-        build: a local folder with its files and no manifest; gone afterwards where the store is local.
+        build: a local folder with its files and no manifest; gone afterwards where it could be renamed.
         store: where to.
         manifest: of it.
         made_of: see `Version`.
@@ -95,12 +96,9 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
     if not version.exists(manifests.FILE_NAME):
         (build / manifests.FILE_NAME).write_bytes(manifest.content())
         local = local_folder(version)
-        if local is not None:
-            _sync(build)
-            build.rename(local)
-            sync_folder(local.parent)
-        else:
-            version.upload(build, last=[manifests.FILE_NAME], resume=True)  # its name is the hash of its contents
+        if local is None or not _renamed(build, local):
+            # In a bucket what is there is of the same contents, for they name it; a folder may be anybody's.
+            version.upload(build, last=[manifests.FILE_NAME], resume=local is None)
     entry = Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created)
 
     def add(content: bytes | None) -> bytes:
@@ -114,6 +112,20 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
 def local_folder(storage: Storage) -> Path | None:
     """The folder of a place on this machine; None of a bucket."""
     return None if "://" in storage.url else Path(storage.url)
+
+
+def _renamed(build: Path, local: Path) -> bool:
+    """Whether one rename has put a version into place: not from another disk, nor over what a copy has left there."""
+    _sync(build)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        build.rename(local)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    sync_folder(local.parent)
+    return True
 
 
 def _sync(folder: Path) -> None:
