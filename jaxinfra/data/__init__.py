@@ -10,7 +10,7 @@
 | `corpus`, `image_set` | recipes: what a config file of `data prepare` returns |
 | `making/` | jobs, parts, arrays; engines; streams |
 | `store/` | places, arrays, manifest, versions |
-| `tokens`, `mixture`, `pairs`, `image_data` | what a run's config names, and samples of it |
+| `one_store`, `tokens`, `mixture`, `pairs`, `image_data` | what a run's config names, and samples of it |
 | `order`, `mixing`, `packing`, `windows` | pure functions |
 | `contract`, `batches`, `buffers`, `feed`, `stopwatch` | from samples to the devices |
 

@@ -1,63 +1,39 @@
 """Training on images: samples of a store of images with labels (see `batches`)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, Self
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.contract import Batch
-from jaxinfra.data.order import sample_ids
-from jaxinfra.data.stopwatch import Stopwatch
+from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
 from jaxinfra.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData:
+class ImageData(OneStore):
     """Training on a store of images.
 
     Attributes:
-        store: folder or URL of the store.
-        version: fingerprint of the version to train on, or its beginning; None is the newest.
-        recipe: config file that makes the store, for `data prepare` of a run and for messages.
         image_size: pixels of a side, a multiple of those of the store: every pixel becomes a square.
         channels: of a pixel.
         white: the value of a pixel that becomes 1; 0 becomes -1.
-        seed: of the order of images.
-        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
-        threads: threads that make host batches.
     """
 
     unit: ClassVar[str] = "image"
-    store: str
-    version: str | None = None
-    recipe: str | None = None
     image_size: int
     channels: int = 3
     white: int = 255
-    seed: int = 0
-    prefetch_bytes: int = 2**26
     threads: int = 1
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        for name in ("image_size", "channels", "white", "prefetch_bytes", "threads"):
-            if getattr(self, name) < 1:
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
-
-    def pinned(self, versions: Sequence[str]) -> Self:
-        """See `DataConfig`."""
-        return replace(self, version=self.version or next(iter(versions), None))
-
-    @property
-    def recipes(self) -> Mapping[str, str]:
-        """See `DataConfig`."""
-        return {} if self.recipe is None else {self.store: self.recipe}
+        yield from super().problems()
+        yield from at_least_one(self, "image_size", "channels", "white")
 
     @property
     def sample_units(self) -> int:
@@ -99,23 +75,14 @@ class ImageData:
         return Images(self, store)
 
 
-class Labelled:
+class Labelled(SplitSamples):
     """Images of a split with their labels: `Samples`."""
 
     def __init__(self, data: ImageData, store: Store, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them, and reads the labels."""
+        super().__init__(split, store.manifest.splits[split].documents, at_most)
         self._data, self._store = data, store
-        self._split: Split = split
-        self._reading = Stopwatch()
-        self._labels = store.whole(split, LABELS)[:at_most]
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    @property
-    def reading_s(self) -> float:
-        """See `Samples`."""
-        return self._reading.total_s
+        self._labels = store.whole(split, LABELS)[: len(self)]
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """`images`, float32 `[B, H, W, channels]` from -1 to 1, and `labels`, int32 `[B]`; weights are ones."""
@@ -141,24 +108,13 @@ class Classes(Protocol):
         ...
 
 
-class Images:
+class Images(OpenStore[Labelled]):
     """An open store of images: `OpenData`."""
 
     def __init__(self, data: ImageData, store: Store):
         """Takes a store whose images have the size of the config, or a part of it."""
+        super().__init__(data, store, Labelled(data, store, "train"))
         self._data, self.store = data, store
-        self.name, self.fingerprint = str(store), store.manifest.fingerprint
-        self.train = Labelled(data, store, "train")
-        self.train_units = len(self.train)
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return (self.fingerprint,)
-
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._data.seed)
 
     def heldout(self, at_most: int | None = None) -> Labelled:
         """The held-out images."""
@@ -186,8 +142,3 @@ class Images:
                 f"model.classes={model.classes}: the images of {self.store} are of {classes} classes; "
                 f"use model.classes={classes}"
             )
-
-    @property
-    def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """How often the nearest training image is of the right class, where it was measured."""
-        return self.store.manifest.baselines

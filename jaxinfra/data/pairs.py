@@ -1,16 +1,15 @@
 """Pairs of a chosen and a rejected answer: samples of a store of pairs (see `batches`), one document a row."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
-from jaxinfra.data.order import sample_ids
-from jaxinfra.data.stopwatch import Stopwatch
+from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import MASK, OFFSETS, PREPARE, TOKENS, TokenStore
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
@@ -21,44 +20,20 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairData:
+class PairData(OneStore):
     """Pairs of documents that begin alike and end in a chosen and in a rejected answer.
 
     Attributes:
-        store: folder or URL of the store.
-        version: fingerprint of the version to read, or its beginning; None is the newest.
-        recipe: config file that makes the store, for messages.
         seq_len: targets of a row; what is longer is cut at its end.
-        seed: of the order of pairs.
-        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
-        threads: threads that make host batches.
     """
 
     unit: ClassVar[str] = "pair"
-    store: str
-    version: str | None = None
-    recipe: str | None = None
     seq_len: int = 1024
-    seed: int = 0
-    prefetch_bytes: int = 2**26
-    threads: int = 2
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        for name in ("seq_len", "prefetch_bytes", "threads"):
-            if getattr(self, name) < 1:
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
-
-    def pinned(self, versions: Sequence[str]) -> Self:
-        """See `DataConfig`."""
-        return replace(self, version=self.version or next(iter(versions), None))
-
-    @property
-    def recipes(self) -> Mapping[str, str]:
-        """See `DataConfig`."""
-        return {} if self.recipe is None else {self.store: self.recipe}
+        yield from super().problems()
+        yield from at_least_one(self, "seq_len")
 
     @property
     def sample_units(self) -> int:
@@ -87,24 +62,13 @@ class PairData:
         return Pairs(self, store)
 
 
-class PairSamples:
+class PairSamples(SplitSamples):
     """The pairs of a split: `Samples`."""
 
     def __init__(self, data: PairData, store: TokenStore, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them; reads none yet."""
+        super().__init__(split, store.manifest.splits[split].documents // len(SIDES), at_most)
         self._data, self._store = data, store
-        self._split: Split = split
-        self._reading = Stopwatch()
-        found = store.manifest.splits[split].documents // len(SIDES)
-        self._count = found if at_most is None else min(at_most, found)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def reading_s(self) -> float:
-        """See `Samples`."""
-        return self._reading.total_s
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
@@ -121,24 +85,13 @@ class PairSamples:
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
 
 
-class Pairs:
+class Pairs(OpenStore[PairSamples]):
     """An open store of pairs: `OpenData`."""
 
     def __init__(self, data: PairData, store: TokenStore):
         """Takes a store of pairs."""
+        super().__init__(data, store, PairSamples(data, store, "train"))
         self._data, self.store = data, store
-        self.name, self.fingerprint = str(store), store.manifest.fingerprint
-        self.train = PairSamples(data, store, "train")
-        self.train_units = len(self.train)
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return (self.fingerprint,)
-
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._data.seed)
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
@@ -159,8 +112,3 @@ class Pairs:
             ConfigError: it is.
         """
         check_vocabulary(self.store, model)
-
-    @property
-    def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """None are measured."""
-        return {}

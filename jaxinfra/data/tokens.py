@@ -1,9 +1,9 @@
 """Training on text: samples of a token store (see `batches`), in contiguous windows or in rows of whole documents."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from jaxinfra.config import Problem
 from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
+from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.order import Curriculum, sample_ids
-from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import MASK, PREPARE, TOKENS, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
@@ -23,41 +23,26 @@ Packing = Literal["windows", "best_fit", "best_fit_by_length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenData:
+class TokenData(OneStore):
     """Training on a token store.
 
     Attributes:
-        store: folder or URL of the store.
-        version: fingerprint of the version to train on, or its beginning; None is the newest.
-        recipe: config file that makes the store, for `data prepare` of a run and for messages.
         seq_len: tokens that a row predicts.
         packing: what a row is: a window of consecutive tokens, or whole documents as the store has packed them.
         curriculum: the order of the first epochs, short rows first; None shuffles all alike.
-        seed: of the order of samples.
-        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
-        threads: threads that make host batches.
         mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
 
     unit: ClassVar[str] = "token"
-    store: str
-    version: str | None = None
-    recipe: str | None = None
     seq_len: int = 1024
     packing: Packing = "windows"
     curriculum: Curriculum | None = None
-    seed: int = 0
-    prefetch_bytes: int = 2**26
-    threads: int = 2
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        for name in ("seq_len", "prefetch_bytes", "threads"):
-            if getattr(self, name) < 1:
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+        yield from super().problems()
+        yield from at_least_one(self, "seq_len")
         if self.packing != "windows" and not self.mask_documents:
             yield Problem(
                 fields=("packing", "mask_documents"),
@@ -70,15 +55,6 @@ class TokenData:
                 message="windows are all of one length",
                 fix="use packing=best_fit_by_length",
             )
-
-    def pinned(self, versions: Sequence[str]) -> Self:
-        """See `DataConfig`."""
-        return replace(self, version=self.version or next(iter(versions), None))
-
-    @property
-    def recipes(self) -> Mapping[str, str]:
-        """See `DataConfig`."""
-        return {} if self.recipe is None else {self.store: self.recipe}
 
     @property
     def sample_units(self) -> int:
@@ -116,22 +92,12 @@ class TokenData:
         return Text(self, store)
 
 
-class TokenSamples:
+class TokenSamples(SplitSamples):
     """Samples of a split: what windows and packed rows have in common."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, found: int, at_most: int | None):
+        super().__init__(split, found, at_most)
         self._data, self._store = data, store
-        self._split: Split = split
-        self._reading = Stopwatch()
-        self._count = found if at_most is None else min(at_most, found)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def reading_s(self) -> float:
-        """See `Samples`."""
-        return self._reading.total_s
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Samples of these numbers; see `Samples`."""
@@ -240,7 +206,7 @@ def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
         )
 
 
-class Text:
+class Text(OpenStore[TokenSamples]):
     """An open token store: `OpenData`."""
 
     def __init__(self, data: TokenData, store: TokenStore):
@@ -250,14 +216,8 @@ class Text:
             ConfigError: it has none.
         """
         self._data, self.store = data, store
-        self.name, self.fingerprint = str(store), store.manifest.fingerprint
-        self.train = self._samples("train")
+        super().__init__(data, store, self._samples("train"))
         self.train_units = store.manifest.splits["train"].tokens
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return (self.fingerprint,)
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
@@ -292,8 +252,3 @@ class Text:
             ConfigError: it is; ids beyond the model's embedding would be read as garbage.
         """
         check_vocabulary(self.store, model)
-
-    @property
-    def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Bits per byte of a general compressor and of an n-gram, where they were measured."""
-        return self.store.manifest.baselines

@@ -98,7 +98,7 @@ def test_show_and_prepare(seen: Tiny) -> None:
     assert re.search(r"images a step +16 ", shown.out) and "FLOPs an image" in shown.out
     assert "model = vision_transformer_config" in shown.out and "Learning rate over 12 steps" in shown.out
     store = launch("data", "show", str(seen.loaded().data.store))
-    assert re.search(r"train +1404 images, 89856 bytes\nheldout +393 images, 25152 bytes\n", store.out)
+    assert re.search(r"train +1,404 images, 89,856 bytes\nheldout +393 images, 25,152 bytes\n", store.out)
     assert re.search(r"train: images of a class\n +0 +143 █+\n", store.out), store.out
     peeked = seen.launch("--step", "3", "--rank", "1", "--of", "4", "mesh.fsdp=4", command="data peek")
     assert re.search(
