@@ -44,7 +44,7 @@ def follow(
     Args:
         recipe: what to make; its source is a stream, its tokenizer an existing one.
         stopping: whether to seal what has come and end; asked at least twice a second while the stream is waited for.
-        until_idle_s: seal and end when nothing has come for so long; None waits for the end of the stream.
+        until_idle_s: seal and end when all has come and nothing more for so long; None waits for the end of the stream.
         seal_every_tokens: seal a version whenever so many have come, too; each takes as long as copying all tokens.
         tell: told about what has come.
 
@@ -76,8 +76,7 @@ def follow(
                     course.commit(maker.part(kept, block))
                     reader.committed(block.position)
                     heard_s = time.monotonic()
-                elif until_idle_s is not None and time.monotonic() - heard_s >= until_idle_s:
-                    reader.ask()
+                elif until_idle_s is not None and time.monotonic() - heard_s >= until_idle_s and reader.at_end():
                     break
                 if seal_every_tokens is not None and course.unsealed_tokens >= seal_every_tokens:
                     yield course.seal()

@@ -88,6 +88,7 @@ class Kafka(Stream):
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
+            "enable.partition.eof": True,
             "max.poll.interval.ms": 24 * 3600 * 1000,  # sealing a version may take long
             "log_level": 2,
         }
@@ -112,6 +113,7 @@ class _Reader:
     def __init__(self, config: Kafka, consumer: "Consumer", position: Position):
         self._config, self._consumer = config, consumer
         self._offsets: dict[int, int] = {int(number): offset for number, offset in position.items()}
+        self._ended = set[int]()
         self.read_bytes = 0
         from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 
@@ -134,9 +136,9 @@ class _Reader:
         if offsets:
             self._consumer.commit(offsets=offsets, asynchronous=True)
 
-    def ask(self) -> None:
-        """Asks the brokers for the topic; the exception is translated where the stream was opened."""
-        self._partitions()
+    def at_end(self) -> bool:
+        """Whether the end of every partition was seen. Asks the brokers: that they are gone is no silence."""
+        return self._ended.issuperset(self._partitions())
 
     def arrivals(self) -> Iterator[Found | Bad | None]:
         heard_s = time.monotonic()
@@ -146,11 +148,11 @@ class _Reader:
             if messages:
                 heard_s = time.monotonic()
             elif time.monotonic() - heard_s > REACHED_S:
-                self.ask()
+                self._partitions()
                 heard_s = time.monotonic()
             for message in messages:
                 if message.error():
-                    self._refuse(message)
+                    self._note(message)
                 else:
                     yield self._record(message)
             if not messages:
@@ -160,6 +162,7 @@ class _Reader:
         """What a message spells; the stream stands after it from now on."""
         number, offset, value = message.partition() or 0, message.offset() or 0, message.value() or b""
         self._offsets[number] = offset + 1
+        self._ended.discard(number)
         self.read_bytes += len(value)
         name = f"{self._config.topic}/{number}@{offset}"
         try:
@@ -167,12 +170,15 @@ class _Reader:
         except ValueError as error:
             return Bad(where=name, cause=str(error))
 
-    def _refuse(self, message: "Message") -> None:
-        """An error that came in place of a message; those that pass by themselves are waited for."""
+    def _note(self, message: "Message") -> None:
+        """What came in place of a message: the end of a partition, or an error; some pass by themselves."""
         from confluent_kafka import KafkaError, KafkaException
 
         error = message.error()
         assert error is not None
+        if error.code() == KafkaError._PARTITION_EOF:
+            self._ended.add(message.partition() or 0)
+            return
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise DataError(
                 f"{self._config}: partition {message.partition()} no longer has offset {message.offset()}, where it is "

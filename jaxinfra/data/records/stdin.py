@@ -66,8 +66,9 @@ class _Reader:
     def committed(self, position: Position) -> None:
         """Nobody looks on."""
 
-    def ask(self) -> None:
-        """A pipe is there as long as it is open."""
+    def at_end(self) -> bool:
+        """What is in a pipe comes at once."""
+        return True
 
     def arrivals(self) -> Iterator[Found | Bad | None]:
         if self._expected:

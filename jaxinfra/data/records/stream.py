@@ -64,8 +64,8 @@ class Reader(Protocol):
         """Hears that all up to a position is kept, for whoever looks on; nothing depends on it."""
         ...
 
-    def ask(self) -> None:
-        """Makes sure that nothing comes because nothing is there.
+    def at_end(self) -> bool:
+        """Whether nothing comes because all that is there has come.
 
         Raises:
             StorageError: the stream cannot be reached.

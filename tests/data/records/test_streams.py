@@ -119,8 +119,8 @@ def test_a_block_is_given_when_its_first_record_has_waited():
         def committed(self, position):
             pass
 
-        def ask(self):
-            pass
+        def at_end(self):
+            return True
 
     found = list(blocks(Slow(), 10**6, stopping=lambda: False, wait_s=0.05))
     assert [block and len(block.records) for block in found] == [1, None]
@@ -150,6 +150,22 @@ def test_a_topic_goes_on_where_it_was_left(source, kafka_servers, topic):
     assert position == {str(number): 75 for number in range(4)}
     send(kafka_servers, topic, [{"text": "later"}])
     assert texts(read(source, position)) == [{"text": "later"}]
+
+
+def test_the_end_is_seen_when_all_has_come(source, kafka_servers, topic):
+    send(kafka_servers, topic, DOCUMENTS[:8])
+    with source.open({}) as reader:
+        assert not reader.at_end()
+        arrivals = reader.arrivals()
+        assert sum(next(arrivals) is not None for _ in range(8)) <= 8
+        for _ in range(20):
+            if next(arrivals) is None and reader.at_end():
+                break
+        assert reader.at_end() and sum(reader.position.values()) == 8
+        send(kafka_servers, topic, DOCUMENTS[:1])
+        while next(arrivals) is None:
+            pass
+        assert sum(reader.position.values()) == 9 and not reader.at_end()
 
 
 def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topic):
