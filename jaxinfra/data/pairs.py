@@ -11,7 +11,7 @@ from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
 from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import MASK, OFFSETS, PREPARE, TOKENS, TokenStore
+from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.data.windows import packed_batch
 from jaxinfra.errors import ConfigError
@@ -79,7 +79,7 @@ class PairSamples(SplitSamples):
             borders_B3 = borders.reshape(-1, sides + 1)
             starts_P = borders_B3[:, :-1].reshape(-1)
             lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
-            tokens_N, mask_N = (store.read_ranges(split, name, starts_P, lengths_P + 1) for name in (TOKENS, MASK))
+            tokens_N, mask_N = store.read_pieces(split, starts_P, lengths_P + 1)
         one_P = np.ones(len(lengths_P), np.int64)
         batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}

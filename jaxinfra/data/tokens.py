@@ -14,7 +14,7 @@ from jaxinfra.data.facts import rows
 from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.store.manifest import Split
-from jaxinfra.data.store.store import MASK, PREPARE, TOKENS, TokenStore
+from jaxinfra.data.store.store import PREPARE, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.windows import packed_batch, split_inputs_targets, window_count
 from jaxinfra.errors import ConfigError
@@ -178,8 +178,7 @@ class PackedRows(TokenSamples):
             borders = store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2))
             first_B, end_B = borders.reshape(-1, 2).T
             start_P, length_P = store.read_ranges(split, f"{self._name}/pieces", first_B, end_B - first_B).T
-            tokens_N = store.read_ranges(split, TOKENS, start_P, length_P + 1)
-            mask_N = store.read_ranges(split, MASK, start_P, length_P + 1) if store.manifest.masked else None
+            tokens_N, mask_N = store.read_pieces(split, start_P, length_P + 1)
         return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if damages:
         raise DataError(
             f"{store}: {len(damages)} of {looked_at} files and blocks are damaged, first {damages[0].place}; copy the "
-            "store anew or prepare it again"
+            "store anew, or remove this version and prepare it again"
         )
     print(f"{store}: {looked_at} files and blocks, {n_bytes:,} bytes, every hash fits")
     return 0

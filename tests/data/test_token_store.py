@@ -9,6 +9,7 @@ import pytest
 from jaxinfra.data.corpus import draw
 from jaxinfra.data.making.assemble import SplitWriter
 from jaxinfra.data.store import arrays
+from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
@@ -186,6 +187,10 @@ def test_an_id_beyond_the_vocabulary_is_found(copy):
     (copy / "manifest.json").write_bytes(smaller.content())
     with pytest.raises(DataError, match="beyond the vocabulary of 200"):
         use(copy)
+    store = TokenStore.open(copy)
+    high = int(np.flatnonzero(store.read_ranges("train", "tokens", np.array([0]), np.array([2000])) >= 200)[0])
+    with pytest.raises(DataError, match=rf"beyond the vocabulary of 200 in tokens {high} to {high + 3};"):
+        store.read_pieces("train", np.array([0, high]), np.array([high, 3]))
 
 
 def test_a_damaged_or_newer_manifest_is_refused(copy):
@@ -202,6 +207,42 @@ def test_a_damaged_or_newer_manifest_is_refused(copy):
         with pytest.raises(DataError, match=words) as caught:
             TokenStore.open(copy)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"splits": {}}, "is text in no splits"),
+        ({"kind": "sounds"}, "is sounds in train, heldout"),
+        ({"kind": "images"}, "is images with a tokenizer"),
+        ({"block": 0}, "counts something in other than whole numbers"),
+        ({"masked": True}, "its fingerprint is not that of its contents"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(copy, change, words):
+    tree = json.loads((copy / "manifest.json").read_text()) | change
+    del tree["digest"]
+    (copy / "manifest.json").write_text(json.dumps(tree | {"digest": digest_of(tree)}))
+    with pytest.raises(DataError, match=rf"damaged manifest \(ValueError: {words}"):
+        TokenStore.open(copy)
+
+
+def test_another_version_in_the_place_of_one_is_found(copy, tmp_path):
+    named = TokenStore.open(copy).manifest.fingerprint
+    other = tmp_path / "0123456789abcdef0123456789abcdef"
+    shutil.copytree(copy, other)
+    with pytest.raises(DataError, match=rf"manifest\.json: is of version {named}, not of {other.name}; copy"):
+        TokenStore.open(other)
+    with pytest.raises(DataError, match=rf"is of version {named}, not of cafe; copy"):
+        TokenStore.open(copy, "cafe")
+    assert TokenStore.open(copy, named[:6]).manifest.fingerprint == named
+
+
+def test_verify_finds_that_hashes_are_too_few(copy):
+    store = TokenStore.open(copy)
+    fewer = TokenStore(store.storage, replace(store.manifest, block=arrays.CHUNK // 2))
+    (damage,) = {damage for *_, damage in fewer.verify() if damage and damage.file == "train/tokens"}
+    assert damage.cause.startswith("has ") and damage.block is None
 
 
 def test_a_flipped_bit_in_the_manifest_or_tokenizer_is_found(copy):

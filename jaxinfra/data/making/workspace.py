@@ -2,20 +2,18 @@
 
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from jaxinfra.data.store import versions
-from jaxinfra.data.store.manifest import digest_of
+from jaxinfra.data.store.manifest import digest_of, is_fingerprint
 from jaxinfra.data.store.storage import Storage
 from jaxinfra.errors import ConfigError, StorageError
 
 WORK = ".work"
 STREAM = ".stream"
-_FINGERPRINT = re.compile("[0-9a-f]{32}")  # who was killed before the list was written leaves a version alone
 
 
 def require_store(store: Storage) -> None:
@@ -33,7 +31,8 @@ def require_store(store: Storage) -> None:
         there = {each.name for each in nearest.iterdir()}
     except OSError as error:
         raise StorageError(f"store={folder}: {error.strerror}; mend it or choose another place") from error
-    others = sorted(name for name in there - {WORK, STREAM} if not _FINGERPRINT.fullmatch(name))
+    # A process that is killed before it lists its version leaves that alone.
+    others = sorted(name for name in there - {WORK, STREAM} if not is_fingerprint(name))
     if nearest == folder and versions.INDEX not in there and others:
         raise ConfigError(f"store={folder}: holds something that is no store ({others[0]}); choose an empty place")
 

@@ -5,6 +5,7 @@ It holds the recipe, the counts, the hash of every file and the baselines. It kn
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -17,6 +18,7 @@ FILE_NAME = "manifest.json"
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 Kind = Literal["text", "pairs", "images"]
+KINDS: tuple[Kind, ...] = ("text", "pairs", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +193,10 @@ def parse(content: bytes, path: str) -> Manifest:
             )
         if digest != digest_of(tree):
             raise ValueError("its digest does not fit its contents")
-        return Manifest(**{each.name: _typed(each.name, tree[each.name]) for each in fields(Manifest)})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = Manifest(**{each.name: _typed(each.name, tree[each.name]) for each in fields(Manifest)})
+        _check(manifest, tree["fingerprint"])
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: damaged manifest ({cause}); copy the store anew or prepare it again") from None
 
@@ -200,6 +204,30 @@ def parse(content: bytes, path: str) -> Manifest:
 def digest_of(tree: Any) -> str:
     """BLAKE2b of a tree of JSON values."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def is_fingerprint(name: str) -> bool:
+    """Whether a folder of this name is a version, or was to be one."""
+    return bool(re.fullmatch("[0-9a-f]{32}", name))
+
+
+def _check(manifest: Manifest, fingerprint: str) -> None:
+    """Looks at what all readers take for granted.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    counted = [manifest.block - 1]
+    for info in manifest.splits.values():
+        counted += [info.documents, info.tokens, info.bytes, info.longest]
+    if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
+        raise ValueError(f"is {manifest.kind} in {', '.join(manifest.splits) or 'no splits'}")
+    if (manifest.tokenizer is None) != (manifest.kind == "images"):
+        raise ValueError(f"is {manifest.kind} {'without' if manifest.tokenizer is None else 'with'} a tokenizer")
+    if not all(type(count) is int and count >= 0 for count in counted):
+        raise ValueError("counts something in other than whole numbers from 0")
+    if fingerprint != manifest.fingerprint:
+        raise ValueError("its fingerprint is not that of its contents")
 
 
 def _typed(name: str, value: Any) -> Any:

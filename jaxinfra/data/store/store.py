@@ -97,6 +97,13 @@ class Store:
         """
         storage = versions.find(Storage(tracked.resolved(str(path))), version, fix=fix)
         found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
+        named = storage.url.rpartition("/")[2]
+        for asked in (version, named if manifests.is_fingerprint(named) else None):
+            if asked is not None and not found.fingerprint.startswith(asked):
+                raise DataError(
+                    f"{storage.where(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {asked}; copy "
+                    "the version anew, or name the one that is there"
+                )
         storage.check({name: info.bytes for name, info in found.files.items()})
         return cls(storage, found)
 
@@ -139,6 +146,10 @@ class Store:
             yield file, 0, Damage(file=file, block=None, cause=str(error))
             return
         starts = np.arange(0, count, block)
+        if len(hashes) != len(starts):
+            cause = f"has {len(starts)} blocks, and hashes of {len(hashes)}"
+            yield file, 0, Damage(file=file, block=None, cause=cause)
+            return
         for first in range(0, len(starts), _VERIFIED_AT_ONCE):
             some = starts[first : first + _VERIFIED_AT_ONCE]
             found = arrays.read_each(array, f"{self}/{file}", some.tolist(), np.minimum(block, count - some).tolist())
@@ -214,8 +225,20 @@ class TokenStore(Store):
             DataError: a window lies outside the split, or what is read is damaged.
         """
         window_NL = self._windows(split, TOKENS, starts, length)
-        self._check(split, window_NL, starts)
+        self._check(split, window_NL.reshape(-1), np.asarray(starts), np.full(len(starts), length))
         return window_NL
+
+    def read_pieces(
+        self, split: Split, starts: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Reads ranges of tokens, and of the mask where there is one: one after the other, as `read_ranges`.
+
+        Raises:
+            DataError: as `read`.
+        """
+        tokens_N = self.read_ranges(split, TOKENS, starts, lengths)
+        self._check(split, tokens_N, starts, lengths)
+        return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
 
     def read_mask(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
         """Which tokens of windows are learned, uint8[N, length]; None where the store has no mask.
@@ -250,13 +273,13 @@ class TokenStore(Store):
             raise DataError(f"{self}/{split}/{name}: asked for tokens {first} to {first + length}, has {tokens}")
         return arrays.read_windows(self.array(split, name), f"{self}/{split}/{name}", starts.tolist(), length)
 
-    def _check(self, split: Split, window_NL: np.ndarray, starts: Sequence[int] | np.ndarray) -> None:
+    def _check(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
         words = self.manifest.words.vocab_size
-        if window_NL.size and int(window_NL.max()) >= words:
-            row = int((window_NL >= words).any(axis=1).argmax())
+        if tokens_N.size and int(tokens_N.max()) >= words:
+            piece = int(np.searchsorted(np.cumsum(lengths_P), (tokens_N >= words).argmax(), side="right"))
             raise DataError(
-                f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {words} in tokens {starts[row]} to "
-                f"{starts[row] + window_NL.shape[1]}; copy the store anew"
+                f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {words} in tokens {starts_P[piece]} to "
+                f"{starts_P[piece] + lengths_P[piece]}; copy the store anew"
             )
 
 

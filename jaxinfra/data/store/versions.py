@@ -47,7 +47,7 @@ def listed(store: Storage) -> list[Version]:
 def _parsed(content: bytes, where: str) -> list[Version]:
     try:
         return [Version(**each) for each in json.loads(content)["versions"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: damaged list of versions ({error}); name a version by its path") from None
 
 
