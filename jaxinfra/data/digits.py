@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.data.packages import needed
 
 
 def records() -> Iterator[dict[str, Any]]:
@@ -14,13 +14,7 @@ def records() -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError(
-            "source: the digits come with scikit-learn, which is not installed; "
-            "run pip install scikit-learn, or install jaxinfra with its extra digits"
-        ) from error
-    pixels, digits = load_digits(return_X_y=True)
+    datasets = needed("sklearn.datasets", by="the handwritten digits", install="jaxinfra[digits]")
+    pixels, digits = datasets.load_digits(return_X_y=True)
     for image, digit in zip(np.asarray(pixels).reshape(-1, 8, 8, 1), digits, strict=True):
         yield {"image": image.astype(np.uint8), "label": int(digit)}

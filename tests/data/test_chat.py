@@ -308,7 +308,7 @@ def test_unusable_templates_are_refused_in_one_line(tmp_path):
 
 def test_a_missing_jinja_is_named_with_its_extra(monkeypatch, file_of):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ConfigError, match="needs jinja2, .* its extra chat"):
+    with pytest.raises(ConfigError, match=r"needs jinja2 .* run pip install 'jaxinfra\[chat\]'"):
         document(Chat(template=file_of("plain")))
 
 

@@ -187,9 +187,7 @@ def test_wrong_value(seen: Tiny, case: tuple[str, str]) -> None:
 
 def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(
-        ConfigError, match=r"the digits come with scikit-learn, which is not installed; .* extra digits"
-    ):
+    with pytest.raises(ConfigError, match=r"handwritten digits: needs sklearn .* run pip install 'jaxinfra\[digits\]'"):
         next(records())
 
 

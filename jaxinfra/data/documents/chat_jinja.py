@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from jaxinfra.data.documents.document import RecordError
 from jaxinfra.data.documents.whole_file import exists, one_line, read_content
+from jaxinfra.data.packages import needed
 from jaxinfra.errors import ConfigError
 
 _CONFIG = "tokenizer_config.json"
@@ -131,14 +132,4 @@ def _environment(library: Any) -> Any:
 
 
 def _library() -> Any:
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.meta
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ConfigError(
-            "template: a file of a template needs jinja2, which is not installed; "
-            "run pip install jinja2, or install jaxinfra with its extra chat"
-        ) from error
-    return jinja2
+    return needed("jinja2", "ext", "meta", "sandbox", by="a template in a file", install="jaxinfra[chat]")

@@ -16,7 +16,7 @@ import xxhash
 
 from jaxinfra.config import Problem
 from jaxinfra.data.documents.shingles import STEP, run_codes, word_codes
-from jaxinfra.errors import ConfigError
+from jaxinfra.data.packages import needed
 
 _SEED = 1  # of the permutations
 _WEIGHTS = (0.05, 0.95)  # of pairs that are compared in vain, and of pairs that are missed
@@ -153,11 +153,4 @@ def _bands(dedup: Dedup) -> tuple[int, int]:
 
 
 def _library() -> Any:
-    try:
-        import datasketch
-    except ImportError as error:
-        raise ConfigError(
-            "dedup.near=true: needs datasketch, which is not installed; "
-            "run pip install datasketch, or install jaxinfra with its extra dedup"
-        ) from error
-    return datasketch
+    return needed("datasketch", by="dedup.near=true", install="jaxinfra[dedup]")

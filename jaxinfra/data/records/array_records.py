@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxinfra.config import Problem
+from jaxinfra.data.packages import needed
 from jaxinfra.data.records.files import cut, is_local, list_files, local_path, opened, problems_of, shown
 from jaxinfra.data.records.jsonl import json_object
 from jaxinfra.data.records.lines import text_of
-from jaxinfra.data.records.packages import needed
 from jaxinfra.data.records.record import Bad, Found, Piece, Record
 from jaxinfra.errors import ConfigError, DataError
 
@@ -79,7 +79,7 @@ class ArrayRecords:
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
-        module = needed("array_record.python.array_record_module", by=self.root, install="array-record")
+        module = needed("array_record.python.array_record_module", by=self.root, install="jaxinfra[arrayrecord]")
         path = local_path(self.root, name)
         with opened(self.root, name):  # the library reads a missing file, one that it may not read, as an empty one
             reader = module.ArrayRecordReader(path, _OPTIONS)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jaxinfra.data.records.packages import needed
+from jaxinfra.data.packages import needed
 from jaxinfra.data.records.record import Bad, Found
 from jaxinfra.errors import DataError
 

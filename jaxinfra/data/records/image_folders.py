@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.data.packages import needed
 from jaxinfra.data.records.files import File, cut, list_files, list_names, opened, problems_of, shown
-from jaxinfra.data.records.packages import needed
 from jaxinfra.data.records.record import Bad, Found, Piece
 from jaxinfra.errors import ConfigError, StorageError
 
@@ -95,13 +95,12 @@ def _decoded(content: bytes, mode: str) -> np.ndarray:
     Raises:
         ValueError: it is none, or has more than 8 bits a channel.
     """
-    images = needed("PIL.Image", by="image_folders", install="jaxinfra[images]")
-    ops = needed("PIL.ImageOps", by="image_folders", install="jaxinfra[images]")
+    pillow = needed("PIL", "Image", "ImageOps", by="source=image_folders", install="jaxinfra[images]")
     try:
-        with images.open(io.BytesIO(content)) as image:
+        with pillow.Image.open(io.BytesIO(content)) as image:
             if image.mode.startswith(("I", "F")):  # converted, all that is brighter than 255 would become white
                 raise ValueError("has more than 8 bits a channel")
-            pixels = np.asarray(ops.exif_transpose(image).convert(mode))
+            pixels = np.asarray(pillow.ImageOps.exif_transpose(image).convert(mode))
     except Exception as error:  # what decoders raise on damaged images is of every kind
         cause = str(error).partition("\n")[0]
         raise ValueError(f"is no image that can be used ({cause})") from error

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jaxinfra.data.packages import needed
 from jaxinfra.errors import ConfigError, DataError, StorageError
 
 SUFFIX = ".dvc"
@@ -30,25 +31,18 @@ def resolved(path: str) -> str:
 
 
 def _bring(file: Path) -> None:
+    dvc = needed("dvc", "exceptions", "repo", by=str(file), install="jaxinfra[dvc]")
     try:
-        from dvc.exceptions import CheckoutError, DvcException, NotDvcRepoError
-        from dvc.repo import Repo
-    except ImportError as error:
-        raise ConfigError(
-            f"{file}: is tracked by DVC, which is not installed; run pip install dvc, or install jaxinfra with its "
-            "extra dvc"
-        ) from error
-    try:
-        with Repo(str(file.parent)) as repo:
+        with dvc.repo.Repo(str(file.parent)) as repo:
             try:
                 repo.checkout(targets=[str(file)])
-            except CheckoutError:  # not in the cache
+            except dvc.exceptions.CheckoutError:  # not in the cache
                 repo.pull(targets=[str(file)])
-    except NotDvcRepoError:
+    except dvc.exceptions.NotDvcRepoError:
         raise ConfigError(
             f"{file}: is in no repository of DVC; clone it with the repository that it belongs to"
         ) from None
-    except DvcException as error:
+    except dvc.exceptions.DvcException as error:
         cause = " ".join(str(error).split())
         if "unsaved files" in cause:  # the words of DVC are all that tells this error from others
             raise DataError(

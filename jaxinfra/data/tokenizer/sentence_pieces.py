@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.documents.whole_file import one_line, read_content
+from jaxinfra.data.packages import needed
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.errors import ConfigError
 
@@ -133,16 +134,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _library() -> Any:
-    try:
-        import sentencepiece
-        import sentencepiece.sentencepiece_model_pb2
-        import sentencepiece.sentencepiece_pb2
-    except ImportError as error:
-        raise ConfigError(
-            "tokenizer=sentence_piece_model: needs sentencepiece, which is not installed; "
-            "run pip install sentencepiece, or install jaxinfra with its extra sentencepiece"
-        ) from error
-    return sentencepiece
+    parts = "sentencepiece_model_pb2", "sentencepiece_pb2"
+    return needed("sentencepiece", *parts, by="tokenizer=sentence_piece_model", install="jaxinfra[sentencepiece]")
 
 
 def _parse(content: bytes, name: str) -> Any:

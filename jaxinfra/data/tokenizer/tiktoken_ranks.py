@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.documents.whole_file import one_line, read_content
+from jaxinfra.data.packages import needed
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.errors import ConfigError
 
@@ -202,14 +203,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _library() -> Any:
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise ConfigError(
-            "tokenizer=tiktoken: needs tiktoken, which is not installed; "
-            "run pip install tiktoken, or install jaxinfra with its extra tiktoken"
-        ) from error
-    return tiktoken
+    return needed("tiktoken", by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
 
 
 def _named(encoding: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jaxinfra.config import validate
-from jaxinfra.data.records import packages
+from jaxinfra.data import packages
 from jaxinfra.data.records.image_folders import ImageFolders
 from jaxinfra.data.records.python_source import PythonSource
 from jaxinfra.data.records.sources import AnySource
@@ -194,7 +194,7 @@ def test_images_that_change_after_they_were_listed_are_not_read(images):
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"^x\.parquet needs pyarrow .*; run pip install 'jaxinfra\[parquet\]'$"):
+    with pytest.raises(ConfigError, match=r"^x\.parquet: needs pyarrow .*; run pip install 'jaxinfra\[parquet\]'$"):
         packages.needed("pyarrow", by="x.parquet", install="jaxinfra[parquet]")
 
 

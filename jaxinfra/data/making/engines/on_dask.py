@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxinfra.data.making.engines.call import ONE_THREAD, Engine, Outcome, call, python_path
-from jaxinfra.data.records.packages import needed
+from jaxinfra.data.packages import needed
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxinfra.data.making.engines.call import Engine, Outcome, call, python_path
-from jaxinfra.data.records.packages import needed
+from jaxinfra.data.packages import needed
 
 _STORE_BYTES = 128 << 20  # results of jobs are small: what they make is written to files
 # Ray listens on the loopback interface if told that this machine cannot be in a cluster. It reads that on import.

@@ -20,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from jaxinfra.data.making.engines.call import ONE_THREAD, Engine, Outcome, call, cores, python_path
-from jaxinfra.data.records.packages import needed
+from jaxinfra.data.packages import needed
 from jaxinfra.errors import ConfigError
 
 _TRIES = 2
