@@ -62,6 +62,10 @@ class OpenData(Protocol):
         """The samples of the global batch of a step, int64[global_batch]: a function of nothing but the config."""
         ...
 
+    def before(self, step: int, global_batch: int) -> Iterable[str]:
+        """What is read, and how often it was when a step begins, in lines for people."""
+        ...
+
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
         """Training samples in lines for people.
 

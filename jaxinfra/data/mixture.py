@@ -190,6 +190,11 @@ class MixedText:
         source, sample = self._mixing(global_batch).ids(step)
         return self.train.offsets[source] + sample
 
+    def before(self, step: int, global_batch: int) -> Iterator[str]:
+        """See `OpenData`."""
+        for part, count in zip(self._parts, self._mixing(global_batch).counts(step), strict=True):
+            yield f"{part.name}: {count / len(part.train):.3f} epochs before"
+
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
         for at, sample in enumerate(ids):

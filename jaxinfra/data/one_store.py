@@ -95,3 +95,7 @@ class OpenStore[S: SplitSamples]:
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
         return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._seed)
+
+    def before(self, step: int, global_batch: int) -> Iterable[str]:
+        """See `OpenData`."""
+        yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     opened = data.open(fix=hint)
     ids = opened.ids(options.step, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
-    print(opened.name)
+    print("\n".join(opened.before(options.step, global_batch)))
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
         for line in opened.shown(sample[None], int(row), options.chars):
             print(line)

@@ -4,7 +4,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
-from vocabularies import BYTE_PIECES, EOT, KINDS, MARKERS, TEXTS, vocabulary
+from vocabularies import BYTE_PIECES, EOT, KINDS, MARKERS, TEXTS, control, vocabulary
 
 from jaxinfra.data.documents.chat import Chat
 from jaxinfra.data.documents.document import Span
@@ -50,9 +50,9 @@ def test_a_text_gets_its_tokens_all_of_them_learned(tokenizer):
 def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
     (document,) = Chat().documents({"messages": TALK[2:]})
     ids, learned = encoded(tokenizer, *document)
-    assert ids == tokenizer.encode_control("".join(span.text for span in document))
-    answer = [*tokenizer.encode("class", inner=True), *tokenizer.encode_control("<|im_end|>")]
-    (end,) = tokenizer.encode_control("<|im_end|>")
+    assert ids == control(tokenizer, "".join(span.text for span in document))
+    answer = [*tokenizer.encode("class", inner=True), *control(tokenizer, "<|im_end|>")]
+    (end,) = control(tokenizer, "<|im_end|>")
     assert ids.count(end) == 2 and learned[ids.index(end)] is False
     text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
     assert text == tokenizer.decode(answer)
@@ -62,7 +62,7 @@ def test_a_message_spells_no_special_token(tokenizer):
     (document,) = Chat().documents({"messages": TALK})
     ids, learned = encoded(tokenizer, *document)
     special = [i for i in ids if i in tokenizer.special.values()]
-    assert special == [i for marker in MARKERS * 4 for i in tokenizer.encode_control(marker)]
+    assert special == [i for marker in MARKERS * 4 for i in control(tokenizer, marker)]
     assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, control=True))[0][-1] == tokenizer.eot_id
     assert sum(learned) == len(learned) - learned.count(False) > 0
 

@@ -106,7 +106,7 @@ def test_a_number_of_workers_that_cannot_be():
 @pytest.mark.parametrize("engine, package", [("ray", "ray"), ("dask", "distributed"), ("spark", "pyspark")])
 def test_an_engine_that_is_not_installed_is_named_by_its_extra(engine, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"^engine={engine} needs {package} .*'jaxinfra\[{engine}\]'$"):
+    with pytest.raises(ConfigError, match=rf"^engine={engine}: needs {package} .*'jaxinfra\[{engine}\]'$"):
         results(engine, engine_jobs.square, JOBS, 2)
 
 

@@ -117,6 +117,13 @@ def test_heldout_samples_are_of_every_store(data):
     assert every.n_bytes == sum(part.open().heldout().n_bytes for part in data.parts)
 
 
+def test_how_often_each_source_was_read_is_told(data):
+    opened = data.open()
+    read = np.concatenate([opened.ids(step, 16) for step in range(9)])
+    counts = np.histogram(read, opened.train.offsets)[0] / np.diff(opened.train.offsets)
+    assert [line.split()[-3] for line in opened.before(9, 16)] == [f"{epochs:.3f}" for epochs in counts]
+
+
 def test_versions_are_pinned_in_the_order_of_the_sources(data):
     opened = data.open()
     pinned = data.pinned(opened.versions)

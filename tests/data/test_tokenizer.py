@@ -3,7 +3,7 @@ import random
 
 import numpy as np
 import pytest
-from vocabularies import EOT, KINDS, MARKERS, TEXTS, vocabulary
+from vocabularies import EOT, KINDS, MARKERS, TEXTS, control, vocabulary
 
 from jaxinfra.data.tokenizer import StreamDecoder, restore
 from jaxinfra.errors import ConfigError
@@ -42,7 +42,7 @@ def test_byte_lengths_sum_to_the_bytes_of_the_text(kind, vocabularies):
 
 def test_no_text_spells_a_special_token(tokenizer):
     for token in (EOT, *MARKERS):
-        (index,) = tokenizer.encode_control(token)
+        (index,) = control(tokenizer, token)
         text = f"a{token}b<{token}>{token.upper()} "
         ids = tokenizer.encode(text)
         assert index not in ids and tokenizer.encode_batch([text, text]) == [ids, ids]
@@ -51,9 +51,9 @@ def test_no_text_spells_a_special_token(tokenizer):
 
 
 def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
-    assert tokenizer.encode_control(EOT) == [tokenizer.eot_id]
+    assert control(tokenizer, EOT) == [tokenizer.eot_id]
     text = f"a{EOT}class A{EOT}{EOT}"
-    ids = tokenizer.encode_control(text)
+    ids = control(tokenizer, text)
     assert ids == [
         *tokenizer.encode("a"),
         tokenizer.eot_id,
@@ -61,8 +61,8 @@ def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
         tokenizer.eot_id,
         tokenizer.eot_id,
     ]
-    assert tokenizer.encode_control(TEXTS[0]) == tokenizer.encode(TEXTS[0])
-    assert tokenizer.encode_control("") == []
+    assert control(tokenizer, TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert control(tokenizer, "") == []
 
 
 def test_a_tokenizer_is_made_again_from_what_a_store_keeps(tokenizer):
@@ -73,7 +73,7 @@ def test_a_tokenizer_is_made_again_from_what_a_store_keeps(tokenizer):
         assert (other.content, other.sha256) == (tokenizer.content, tokenizer.sha256)
         assert (other.eot_id, other.vocab_size) == (tokenizer.eot_id, tokenizer.vocab_size)
         assert other.encode_batch([*TEXTS, EOT]) == tokenizer.encode_batch([*TEXTS, EOT])
-        assert other.encode_control(f"{MARKERS[0]}a{EOT}") == tokenizer.encode_control(f"{MARKERS[0]}a{EOT}")
+        assert control(other, f"{MARKERS[0]}a{EOT}") == control(tokenizer, f"{MARKERS[0]}a{EOT}")
         assert (other.byte_lengths() == tokenizer.byte_lengths()).all()
 
 

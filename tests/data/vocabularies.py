@@ -101,3 +101,11 @@ def spm_file(path: Path) -> Path:
 
 def _sentencepiece(folder: Path) -> Tokenizer:
     return load(SentencePieceModel(path=str(spm_file(folder / "small.model")), end_of_document=EOT))
+
+
+def control(tokenizer, text):
+    """Token ids of the text of a template: special tokens that are spelt in it become those tokens."""
+    ids = []
+    for part in tokenizer.split(text):
+        ids += [part] if isinstance(part, int) else tokenizer.encode(part, inner=bool(ids))
+    return ids

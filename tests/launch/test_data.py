@@ -40,7 +40,9 @@ def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
     data = tiny.loaded().data.open()
     tokens = data.store.read("train", data.ids(7, 8)[:1] * 32, 33)[0]
     ended = tiny.launch("--step", "7", "--rows", "1", "--chars", "10000", command="data peek")
-    line = ended.out.splitlines()[3]
+    lines = ended.out.splitlines()
+    assert lines[1] == f"{data.name}: {7 * 8 / len(data.train):.3f} epochs before"
+    line = lines[3]
     plain = "".join(char for char in line if char not in "[]⏎").replace(data.store.tokenizer.end_of_document, "")
     assert plain.replace(" ", "") == repr(data.store.tokenizer.decode(tokens.tolist()))[1:-1].replace(" ", "")
 

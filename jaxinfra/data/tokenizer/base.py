@@ -6,7 +6,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -63,13 +62,6 @@ class Tokenizer(ABC):
         """Token ids of one text, as `encode_batch` gives them."""
         return self.encode_batch([text], inner=inner)[0]
 
-    def encode_control(self, text: str) -> list[int]:
-        """Token ids of the text of a template: special tokens that are spelt in it become those tokens."""
-        ids: list[int] = []
-        for part in self.split(text):
-            ids += [part] if isinstance(part, int) else self.encode(part, inner=bool(ids))
-        return ids
-
     def encode_located(self, text: str, *, inner: bool = False) -> tuple[list[int], np.ndarray]:
         """Token ids of a text, and which of its bytes each stands for: from the first on, to before the second.
 
@@ -122,10 +114,6 @@ class Tokenizer(ABC):
     def sha256(self) -> str:
         """Hash of `content`, in hexadecimal."""
         return hashlib.sha256(self.content).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Writes `content`."""
-        path.write_bytes(self.content)
 
     def __reduce__(self):
         return type(self).restore, (self.content, self.end_of_document, self.file_name)
