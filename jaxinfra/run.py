@@ -47,6 +47,9 @@ NOT_NUMERIC = (
     "data.store",
     "data.version",
     "data.recipe",
+    "data.sources.*.store",
+    "data.sources.*.version",
+    "data.sources.*.recipe",
     "data.prefetch_bytes",
     "data.threads",
 )

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import jaxinfra
 from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.checkpoint.storage import check_space, make_writable
-from jaxinfra.config import Loaded, diff, read_record, record, validate, write_record
+from jaxinfra.config import Difference, Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.contract import OpenData
@@ -80,13 +80,30 @@ class RunDirectory:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
-    def data_versions(self) -> Sequence[str]:
-        """The versions of its stores that the run was begun on; () where it is not begun, or that is lost.
+    def begun(self) -> Mapping[str, Any]:
+        """The run record; where it is lost, the one that the newest checkpoint was saved with; else {}.
 
         Raises:
             ConfigError: the run record is damaged.
+            CheckpointError: it is lost, and that of the checkpoint cannot be read.
         """
-        return read_record(self.record).get("data_versions", ()) if self.record.exists() else ()
+        if self.record.exists():
+            return read_record(self.record)
+        if not self.checkpoints.exists():
+            return {}
+        with Checkpoints(self.checkpoints, read_only=True) as checkpoints:
+            step = checkpoints.latest()
+            return {} if step is None else checkpoints.record(step)
+
+    def data_versions(self, run: Run) -> Sequence[str]:
+        """The versions of its stores that the run was begun on; () where it is not begun, or as another config.
+
+        Raises:
+            ConfigError: the run record is damaged.
+            CheckpointError: see `begun`.
+        """
+        found = self.begun()
+        return found.get("data_versions", ()) if found and not self._changed(run, found) else ()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -110,20 +127,18 @@ class RunDirectory:
         finally:
             os.close(holder)
 
-    def check(self, run: Run, data: OpenData, found: dict[str, Any]) -> None:
+    def check(self, run: Run, data: OpenData) -> None:
         """Refuses a directory that another config has begun, or the same one with other data.
 
         Args:
             run: the config.
             data: what is there to train on.
-            found: the run record; where it is lost, the one that the newest checkpoint was saved with.
 
         Raises:
             ConfigError: its record differs in something that changes the numbers.
         """
-        before = decode_record(self.record, found, Run)
-        changed = [d for d in diff(before, run) if not any(_under(d.path, skip) for skip in NOT_NUMERIC)]
-        if changed:
+        found = self.begun()
+        if changed := self._changed(run, found):
             first = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ConfigError(
@@ -136,9 +151,10 @@ class RunDirectory:
                 f"{data.fingerprint}; use name=ANOTHER, or the version that it was begun on"
             )
 
-
-def _under(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix + ".")
+    def _changed(self, run: Run, found: Mapping[str, Any]) -> list[Difference]:
+        """What a record differs in from a config, of what changes the numbers."""
+        before = decode_record(self.record, dict(found), Run)
+        return diff(before, run, ignore=NOT_NUMERIC)
 
 
 def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> dict[str, Any]:
@@ -163,7 +179,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
     directory = RunDirectory(path=Path(run.root) / run.name)
-    data = program.data.pinned(directory.data_versions()).open(fix=prepare_hint)
+    data = program.data.pinned(directory.data_versions(loaded.run)).open(fix=prepare_hint)
     data.check(run.model)
     data.heldout()  # refuses data without any
 
@@ -174,9 +190,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     ):
         done = checkpoints.latest() or 0
         if done:
-            known = directory.record.exists()
-            found = read_record(directory.record) if known else checkpoints.record(done)
-            directory.check(loaded.run, data, found)
+            directory.check(loaded.run, data)
         if done >= run.train.steps:
             return _finished_before(directory, done)
         check_space(directory.path, checkpoints.needed_bytes(program.state))

@@ -43,8 +43,14 @@ def dump(root: Any) -> str:
     return "".join(f"{path} = {format_value(value)}\n" for path, value in leaves(root).items())
 
 
-def diff(left: Any, right: Any) -> list[Difference]:
-    """Returns the leaves that differ, in field order; what only `right` has follows its neighbour there."""
+def diff(left: Any, right: Any, ignore: Collection[str] = ()) -> list[Difference]:
+    """Returns the leaves that differ, in field order; what only `right` has follows its neighbour there.
+
+    Args:
+        left: a config object.
+        right: another.
+        ignore: as of `fingerprint`.
+    """
     lefts, rights = leaves(left), leaves(right)
     order = list(lefts)
     position = 0
@@ -58,7 +64,8 @@ def diff(left: Any, right: Any) -> list[Difference]:
     return [
         Difference(path=path, left=one, right=other)
         for path, one, other in pairs
-        if path not in lefts or path not in rights or not same(one, other)
+        if (path not in lefts or path not in rights or not same(one, other))
+        and not any(is_below(path, prefix) for prefix in ignore)
     ]
 
 
@@ -75,7 +82,7 @@ def fingerprint(root: Any, ignore: Collection[str] = ()) -> str:
 
     Args:
         root: the config object.
-        ignore: dotted paths to leave out, each with all that lies below it.
+        ignore: dotted paths to leave out, each with all that lies below it; `*` in one stands for any name.
 
     Returns:
         The start of the SHA-256 of the canonical JSON of path and written value, sorted by path.

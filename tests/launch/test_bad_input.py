@@ -101,6 +101,7 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
     next(iter(sorted(text.iterdir()))).write_text("w1 w2 w3\n" * 100)
     assert launch(*prepare).code == 0
+    (begun.directory("mine") / "run.json").unlink()  # the checkpoint knows it too
     assert begun.launch(*start).code == 0
     assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [first]
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
@@ -113,7 +114,11 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
         begun.launch(*start, f"data.version={second}"),
         rf"\S+/mine: was begun on data with fingerprint {first}, \S+ has {second}; use name=ANOTHER, or .*",
     )
+    refused(begun.launch(*start, "data.seq_len=16"), r"\S+/mine: holds a run of another config: data\.seq_len is .*")
     assert contents(begun.runs) == before
+    shutil.rmtree(begun.directory("mine") / "checkpoints")
+    assert begun.launch(*start, "data.seed=5").code == 0  # another run that takes the place of one with nothing saved
+    assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [second]
 
 
 def test_corpus(tiny: Tiny, tmp_path: Path) -> None:

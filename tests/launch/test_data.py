@@ -155,7 +155,8 @@ def test_a_run_on_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
     record = json.loads((tiny.directory("cut") / "run.json").read_text())
     assert len(record["data_versions"]) == 2
     shutil.rmtree(tiny.directory("cut") / "checkpoints" / "12")
-    assert launch(str(config), "name=cut", "track.console=off").code == 0
+    moved = other.rename(tmp_path / "moved")
+    assert launch(str(config), "name=cut", "track.console=off", f"data.sources.1.store={moved}").code == 0
     assert tiny.losses("cut") == tiny.losses("whole")
     assert launch("sample", str(tiny.directory("cut")), "w1", "--max-tokens", "3").code == 0
 
