@@ -1,5 +1,6 @@
 """Making a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import xxhash
 
 from jaxinfra.config import encode
 from jaxinfra.data.corpus import draw
-from jaxinfra.data.documents.document import RecordError
+from jaxinfra.data.documents.document import RecordError, value_of
 from jaxinfra.data.image_set import ImageSet
 from jaxinfra.data.making import assemble, parts
 from jaxinfra.data.making.assemble import Blocks, write_array
+from jaxinfra.data.making.bad_records import BadRecords
 from jaxinfra.data.making.parts import Note, Open, Part
 from jaxinfra.data.records.record import Bad, Piece, Record
 from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, SplitInfo
@@ -52,20 +54,18 @@ def collect(job: Job) -> Note:
     """
     images: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
     labels: dict[Split, list[int]] = {split: [] for split in SPLITS}
-    skipped, records = [], 0
+    bad, records = BadRecords(job.images.on_bad), 0
     for piece in job.pieces:
         for each in job.images.source.read(piece):
             records += 1
-            try:
-                image, label = _pair(job.images, each.record) if not isinstance(each, Bad) else _refuse(each.cause)
-            except RecordError as error:
-                if job.images.on_bad == "fail":
-                    raise DataError(
-                        f"{each.where}: {error}; mend the record, or leave such ones out by on_bad=skip"
-                    ) from None
-                skipped.append((each.where, str(error)))
+            if isinstance(each, Bad):
+                bad.add(each.where, each.cause)
                 continue
-            assert not isinstance(each, Bad)
+            try:
+                image, label = _pair(job.images, each.record)
+            except RecordError as error:
+                bad.add(each.where, str(error))
+                continue
             split: Split = "heldout" if draw(each.key) < job.images.heldout_fraction else "train"
             images[split].append(image)
             labels[split].append(label)
@@ -78,27 +78,22 @@ def collect(job: Job) -> Note:
         splits=splits,
         records=records,
         read_bytes=sum(piece.size_bytes for piece in job.pieces),
-        skipped=tuple(skipped),
+        skipped=tuple(bad.found),
     )
     return parts.write(Path(job.folder), job.number, part)
 
 
-def _refuse(cause: str) -> tuple[np.ndarray, int]:
-    raise RecordError(cause)
-
-
 def _pair(recipe: ImageSet, record: Record) -> tuple[np.ndarray, int]:
     """The image `[height, width, channels]` and the label of a record."""
-    for field in (recipe.image, recipe.label):
-        if field not in record:
-            raise RecordError(f"no field {field}; it has {', '.join(map(str, record)) or 'none'}")
+    pixels, number = value_of(record, recipe.image), value_of(record, recipe.label)
     try:
-        image, label = np.asarray(record[recipe.image]), int(record[recipe.label])
+        image, label = np.asarray(pixels), operator.index(number)
     except (TypeError, ValueError) as error:
-        raise RecordError(f"{recipe.image} or {recipe.label} is no number ({error})") from None
+        raise RecordError(f"{recipe.image} or {recipe.label} is no whole number ({error})") from None
     if image.ndim == 2:
         image = image[:, :, None]
-    if image.ndim != 3 or not np.issubdtype(image.dtype, np.integer) or image.min() < 0 or image.max() > 255:
+    whole = image.ndim == 3 and image.size and np.issubdtype(image.dtype, np.integer)
+    if not whole or image.min() < 0 or image.max() > 255:
         raise RecordError(
             f"{recipe.image} is {image.dtype}{list(image.shape)}, expected 0 to 255 [height, width, channels]"
         )

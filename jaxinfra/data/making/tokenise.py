@@ -6,7 +6,7 @@ how often.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from jaxinfra.data.documents.dedup import Signer
 from jaxinfra.data.documents.document import Document, RecordError
 from jaxinfra.data.documents.encoding import encode_documents
 from jaxinfra.data.making import parts
+from jaxinfra.data.making.bad_records import BadRecords
 from jaxinfra.data.making.parts import Note, Part
 from jaxinfra.data.records.record import Bad, Found, Piece
 from jaxinfra.data.store.manifest import SPLITS, Split, TokenizerInfo
@@ -84,31 +85,30 @@ def make_part(corpus: Corpus, tokenizer: Tokenizer, records: Iterable[Found | Ba
         tokens=sum(len(arrays["tokens_N"]) for arrays in splits.values()),
         records=kept.records,
         read_bytes=read_bytes,
-        skipped=tuple(kept.skipped),
+        skipped=tuple(kept.bad.found),
         filtered=dict(kept.filtered),
     )
 
 
-@dataclass
 class _Kept:
     """Which records become documents, and a count of those that do not."""
 
-    corpus: Corpus
-    records: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    filtered: Counter[str] = field(default_factory=Counter)
+    def __init__(self, corpus: Corpus):
+        self.corpus, self.records = corpus, 0
+        self.bad = BadRecords(corpus.on_bad)
+        self.filtered = Counter[str]()
 
     def groups(self, records: Iterable[Found | Bad]) -> Iterator[tuple[Split, Sequence[Document]]]:
         """The split and the documents of each record that is kept."""
         for each in records:
             self.records += 1
             if isinstance(each, Bad):
-                self._skip(each.where, each.cause)
+                self.bad.add(each.where, each.cause)
                 continue
             try:
                 group = self.corpus.form.documents(each.record)
             except RecordError as error:
-                self._skip(each.where, str(error))
+                self.bad.add(each.where, str(error))
                 continue
             reasons = (self.corpus.filters.reason(text_of([document])) for document in group)
             reason = next(filter(None, reasons), None)
@@ -116,11 +116,6 @@ class _Kept:
                 yield "heldout" if draw(each.key) < self.corpus.heldout_fraction else "train", group
             else:
                 self.filtered[reason] += 1
-
-    def _skip(self, where: str, cause: str) -> None:
-        if self.corpus.on_bad == "fail":
-            raise DataError(f"{where}: {cause}; mend the record, or leave such ones out by on_bad=skip")
-        self.skipped.append((where, cause))
 
 
 class _Rows:
