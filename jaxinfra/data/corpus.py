@@ -10,34 +10,12 @@ from jaxinfra.data.documents.dedup import Dedup
 from jaxinfra.data.documents.document import Text
 from jaxinfra.data.documents.filters import Filters
 from jaxinfra.data.documents.forms import AnyForm
+from jaxinfra.data.packing import Pack
 from jaxinfra.data.records.sources import AnySource
 from jaxinfra.data.records.stream import Stream
 from jaxinfra.data.tokenizer import AnyTokenizer, TrainBpe
 
 SHARD_BYTES = 16 * 1024 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pack:
-    """Rows that whole documents are packed into (see `packing`).
-
-    Attributes:
-        seq_len: targets of a row.
-        by_length: whether a row holds documents of like length alone, for runs that begin with the short ones.
-    """
-
-    seq_len: int
-    by_length: bool = False
-
-    def problems(self) -> Iterable[Problem]:
-        """Rows hold something."""
-        if self.seq_len < 1:
-            yield Problem(fields=("seq_len",), message="must be at least 1", fix="use seq_len=1024")
-
-    @property
-    def name(self) -> str:
-        """What it is called in a store."""
-        return f"{self.seq_len}-by-length" if self.by_length else str(self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +60,8 @@ class Corpus:
             yield Problem(fields=("source", "tokenizer"), message="no tokenizer is trained on a stream", fix=fix)
         if self.packs and self.form.group > 1:
             yield Problem(fields=("packs", "form"), message="pairs are not packed", fix="use packs=()")
+        if self.baselines and self.form.group > 1:
+            yield Problem(fields=("baselines", "form"), message="pairs have none", fix="use baselines=false")
         names = [pack.name for pack in self.packs]
         if len(set(names)) < len(names):
             yield Problem(fields=("packs",), message="two are alike", fix="name each once")

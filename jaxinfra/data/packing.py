@@ -11,10 +11,36 @@ them as fit: the rows are those of the plain algorithm, in one operation for eac
 instead of one for each piece.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+
+from jaxinfra.config import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Rows that a recipe has whole documents packed into.
+
+    Attributes:
+        seq_len: targets of a row.
+        by_length: whether a row holds documents of like length alone, for runs that begin with the short ones.
+    """
+
+    seq_len: int
+    by_length: bool = False
+
+    def problems(self) -> Iterable[Problem]:
+        """Rows hold something."""
+        if self.seq_len < 1:
+            yield Problem(fields=("seq_len",), message="must be at least 1", fix="use seq_len=1024")
+
+    @property
+    def name(self) -> str:
+        """What it is called in a store."""
+        return f"{self.seq_len}-by-length" if self.by_length else str(self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
 from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.order import Curriculum, sample_ids
+from jaxinfra.data.packing import Pack
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import PREPARE, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
@@ -67,9 +68,9 @@ class TokenData(OneStore):
         return {"seq_len": (self.seq_len, "positions")}
 
     @property
-    def pack_name(self) -> str:
+    def pack(self) -> Pack:
         """The packing of the store that rows of whole documents are of."""
-        return f"{self.seq_len}-by-length" if self.packing == "best_fit_by_length" else str(self.seq_len)
+        return Pack(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
 
     def open(self, *, fix: str = PREPARE) -> "Text":
         """Opens the store and checks that it suits.
@@ -156,13 +157,14 @@ class PackedRows(TokenSamples):
         Raises:
             ConfigError: the store has no such packing, or no row in it.
         """
-        name = data.pack_name
+        name = data.pack.name
         info = store.manifest.packs.get(f"{split}/{name}")
         if info is None:
             known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]
+            wanted = f"Pack(seq_len={data.seq_len}{', by_length=True' if data.pack.by_length else ''})"
             raise ConfigError(
                 f"data.packing={data.packing}: {store} has no rows of {data.seq_len} ({name}), it has "
-                f"{', '.join(known)}; add Pack(seq_len={data.seq_len}) to the packs of its recipe and prepare it"
+                f"{', '.join(known)}; add {wanted} to the packs of its recipe and prepare it"
             )
         if not info.rows:
             raise ConfigError(

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from jaxinfra.data.contract import DataConfig
     from jaxinfra.run import Run
 
-PREPARE = "python -m launch data prepare RECIPE"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides; the step, the process, and how much to show."""
@@ -58,6 +56,7 @@ def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, st
     import numpy as np
 
     from jaxinfra.config import load, validate
+    from jaxinfra.data.store.store import PREPARE
     from jaxinfra.run import Run
 
     config = load(options.config, options.overrides).run

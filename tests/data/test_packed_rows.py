@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.batches import Batches, heldout_batches
-from jaxinfra.data.corpus import Corpus, Pack
+from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.documents.chat import Chat
 from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.order import Curriculum
+from jaxinfra.data.packing import Pack
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData
@@ -69,7 +70,7 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(store, packing
     expected = np.delete(tokens, offsets[:-1])
     found = rows["targets"][rows["weights"] > 0]
     assert sorted(found.tolist()) == sorted(expected.tolist())
-    assert opened.store.manifest.packs[f"train/{data.pack_name}"].rows == len(opened.train)
+    assert opened.store.manifest.packs[f"train/{data.pack.name}"].rows == len(opened.train)
 
 
 def test_documents_of_a_row_are_kept_apart(store):
@@ -122,6 +123,8 @@ def test_heldout_rows_count_their_bytes(store):
 def test_a_length_that_was_not_packed_says_which_were(store):
     with pytest.raises(ConfigError, match=r"has no rows of 65 \(65\), it has 64, 64-by-length; add Pack\(seq_len=65\)"):
         TokenData(store=store, seq_len=65, packing="best_fit").open()
+    with pytest.raises(ConfigError, match=r"add Pack\(seq_len=65, by_length=True\) to the packs of its recipe"):
+        TokenData(store=store, seq_len=65, packing="best_fit_by_length").open()
 
 
 def test_only_answers_of_conversations_are_learned(tmp_path):

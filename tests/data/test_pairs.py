@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.data.corpus import Corpus, Pack
+from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.documents.dedup import Dedup
 from jaxinfra.data.documents.preference import Preference
 from jaxinfra.data.making.prepare import prepare
+from jaxinfra.data.packing import Pack
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
@@ -80,5 +81,7 @@ def test_pairs_are_no_text_and_text_is_no_pairs(recipe, store_path):
         TokenData(store=recipe.store).open()
     with pytest.raises(ConfigError, match="holds text, no pairs"):
         PairData(store=str(store_path)).open()
+    with pytest.raises(ConfigError, match="baselines=true, form=.*: pairs have none; use baselines=false"):
+        validate(replace(recipe, baselines=True))
     with pytest.raises(ConfigError, match="pairs are not packed"):
         validate(replace(recipe, packs=(Pack(seq_len=8),)))

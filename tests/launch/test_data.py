@@ -91,9 +91,9 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
     info = store.manifest.splits["train"]
     assert f"train        {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes" in ended.out
     lengths = store.lengths("train")
-    for low, high, count in re.findall(
-        r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("heldout:")[0], re.MULTILINE
-    ):
+    bars = re.findall(r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("heldout:")[0], re.MULTILINE)
+    assert sum(int(count) for _, _, count in bars) == info.documents
+    for low, high, count in bars:
         first, last = int(low.replace(",", "")), int(high.replace(",", ""))
         assert int(count) == ((lengths >= first) & (lengths <= last)).sum()
     first = store.tokenizer.decode(store.read("train", [0], 60)[0].tolist())
@@ -163,7 +163,7 @@ def test_a_run_on_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_run_on_packed_rows(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tmp_path / "packed.py"
-    text = tiny.recipe.read_text().replace("import Corpus\n", "import Corpus, Pack\n")
+    text = tiny.recipe.read_text().replace("import Corpus\n", "import Corpus\nfrom jaxinfra.data.packing import Pack\n")
     recipe.write_text(
         text.replace("heldout_fraction=0.2,", "heldout_fraction=0.2,\n        packs=(Pack(seq_len=32),),")
     )

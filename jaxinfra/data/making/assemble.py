@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jaxinfra.data.corpus import Corpus, Pack
+from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.documents.dedup import duplicates
 from jaxinfra.data.making.parts import Open
-from jaxinfra.data.packing import pack
+from jaxinfra.data.packing import Pack, pack
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
