@@ -54,7 +54,7 @@ class Corpus:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
-        yield from common_problems(self.store, self.heldout_fraction, self.shard_bytes)
+        yield from common_problems(self.store, self.heldout_fraction, self.shard_bytes, self.work)
         if isinstance(self.source, Stream) and isinstance(self.tokenizer, TrainBpe):
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, or tokenizer=bytes"
             yield Problem(fields=("source", "tokenizer"), message="no tokenizer is trained on a stream", fix=fix)
@@ -67,7 +67,7 @@ class Corpus:
             yield Problem(fields=("packs",), message="two are alike", fix="name each once")
 
 
-def common_problems(store: str, heldout_fraction: float, shard_bytes: int) -> Iterable[Problem]:
+def common_problems(store: str, heldout_fraction: float, shard_bytes: int, work: str | None) -> Iterable[Problem]:
     """What may be wrong with the fields that all recipes have."""
     if not store:
         yield Problem(fields=("store",), message="names no folder", fix="use store=stores/NAME")
@@ -79,6 +79,8 @@ def common_problems(store: str, heldout_fraction: float, shard_bytes: int) -> It
         )
     if shard_bytes < 1024:
         yield Problem(fields=("shard_bytes",), message="must be at least 1024", fix=f"use shard_bytes={SHARD_BYTES}")
+    if work is not None and (not work or "://" in work):
+        yield Problem(fields=("work",), message="names no folder of this machine", fix="use work=PATH")
 
 
 def draw(key: str) -> float:

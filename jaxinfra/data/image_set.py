@@ -39,7 +39,7 @@ class ImageSet:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
-        yield from common_problems(self.store, self.heldout_fraction, self.shard_bytes)
+        yield from common_problems(self.store, self.heldout_fraction, self.shard_bytes, self.work)
         for name in ("image", "label"):
             if not getattr(self, name):
                 yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jaxinfra.data.contract import DataConfig
     from jaxinfra.run import Run
 
+_SAMPLES, _LARGEST_BATCH = 2**62, 2**24
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides; the step, the process, and how much to show."""
@@ -40,7 +42,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ConfigError(f"--of {options.of}: must be at least 1; use --of 1")
     if not 0 <= options.rank < options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
+    for name in ("rows", "chars"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"--{name} {value}: must not be negative; use --{name} 0 for none")
     data, global_batch, rows, hint = _what(options)
+    if options.step >= (last := _SAMPLES // global_batch):
+        raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last - 1} or less")
     opened = data.open(fix=hint)
     ids = opened.ids(options.step, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
@@ -66,16 +74,27 @@ def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, st
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
         rows = rows_of(config, options.rank, options.of)
-        return config.parts.data, config.train.global_batch, rows, config_argument.prepare_hint(options, config)
+        return _data_of(options, config), config.train.global_batch, rows, config_argument.prepare_hint(options, config)
     if not hasattr(config, "unit") or not hasattr(config, "open"):
         raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
-    if size is None or size < 1 or size % options.of:
+    if size is None or not 1 <= size <= _LARGEST_BATCH or size % options.of:
         raise ConfigError(
             f"--global-batch {size}: {options.config} is data alone, with no batch of its own; use --global-batch "
             f"{8 * options.of}"
         )
     part = size // options.of
     return config, size, np.arange(part * options.rank, part * (options.rank + 1)), PREPARE
+
+
+def _data_of(options: argparse.Namespace, config: "Run") -> "DataConfig":
+    """The data of a run; of the record of one, in the versions that it was begun on."""
+    from jaxinfra.config import read_record
+
+    data = config.parts.data
+    other = any(each.startswith("data.") for each in options.overrides)
+    if other or not options.config.endswith(".json"):
+        return data
+    return data.pinned(read_record(options.config).get("data_versions", ()))
 
 
 def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":

@@ -330,6 +330,15 @@ def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
     assert len(parts.numbers(next((tmp_path / "store" / ".work").glob("*/parts")))) > 10
 
 
+def test_the_fields_of_a_bad_record_are_named_in_one_line(tmp_path):
+    (tmp_path / "lines.jsonl").write_text(json.dumps({f"a\n{number}": "" for number in range(100)}))
+    with pytest.raises(
+        DataError, match=r"lines\.jsonl:1: no field text; it has a 0, a 1, .*, a 19 \.\.\.; mend"
+    ) as caught:
+        prepare(bytes_recipe(tmp_path, tmp_path / "store"), workers=1)
+    assert "\n" not in str(caught.value)
+
+
 def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path):
     source = lines(tmp_path / "source", 300, bad=[7, 250])
     made = prepare(bytes_recipe(source, tmp_path / "store", on_bad="skip"), workers=1)

@@ -104,6 +104,7 @@ def test_directory_of_other_data(begun: Tiny, tiny_data: Path, tmp_path: Path) -
     (begun.directory("mine") / "run.json").unlink()  # the checkpoint knows it too
     assert begun.launch(*start).code == 0
     assert json.loads((begun.directory("mine") / "run.json").read_text())["data_versions"] == [first]
+    assert f"{store}/{first}" in launch("data", "peek", str(begun.directory("mine") / "run.json"), "--rows", "0").out
     shutil.rmtree(begun.directory("mine") / "checkpoints" / "12")
     shutil.rmtree(store)
     assert launch(*prepare).code == 0
@@ -125,6 +126,8 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     def prepare(*overrides: str) -> Ended:
         return launch("data", "prepare", str(tiny.recipe), f"store={tmp_path / 'new'}", *overrides)
 
+    refused(prepare("work="), r"work='': names no folder of this machine; use work=PATH")
+    refused(prepare("work=s3://bucket/x"), r"work=\S+: names no folder of this machine; use work=PATH")
     (tmp_path / "empty").mkdir()
     refused(prepare(f"source.root={tmp_path / 'empty'}"), r"pattern=\*\.txt: matches no file in \S+/empty; mend the .*")
     refused(prepare(f"source.root={tmp_path / 'nowhere'}"), r"root=\S+: no such folder; give the folder that holds .*")
@@ -136,7 +139,7 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     refused(
         prepare("tokenizer.vocab_size=100"), r"tokenizer\.vocab_size=100: .*; use tokenizer\.vocab_size=257 or more"
     )
-    refused(prepare("--workers", "0"), r"--workers 0: must be at least 1; use --workers 2")
+    refused(prepare("--workers", "0"), r"--workers 0: must be above 0; use --workers 2")
     refused(
         launch("data", "prepare", str(tiny.recipe), f"store={tmp_path}"),
         r"store=\S+: holds something that is no store \(\S+\); choose an empty place",

@@ -64,6 +64,7 @@ def test_peek_at_data_alone(tiny: Tiny, tmp_path: Path) -> None:
     ended = launch("data", "peek", str(config), "--global-batch", "6", "--rank", "2", "--of", "3")
     assert [int(row) for row, *_ in ROW.findall(ended.out)] == [4, 5]
     refused(launch("data", "peek", str(config)), r"--global-batch None: \S+ is data alone, .*; use --global-batch 8")
+    refused(launch("data", "peek", str(config), "--global-batch", str(10**12)), r"--global-batch 10+: \S+ is data .*")
     refused(launch("data", "peek", str(tiny.recipe)), r"\S+recipe\.py: is neither a run nor data; name a run such .*")
 
 
@@ -71,6 +72,12 @@ def test_peek_at_data_alone(tiny: Tiny, tmp_path: Path) -> None:
     ("words", "pattern"),
     [
         (("--step", "-1"), r"--step -1: must not be negative; use --step 0"),
+        (
+            ("--step", str(10**30)),
+            r"--step 10+: samples are numbered in 62 bits; use --step 576460752303423487 or less",
+        ),
+        (("--rows", "-1"), r"--rows -1: must not be negative; use --rows 0 for none"),
+        (("--chars", "-1"), r"--chars -1: must not be negative; use --chars 0 for none"),
         (("--rank", "2", "--of", "2"), r"--rank 2: of 2 processes; use --rank 0 to 1"),
         (("--of", "0"), r"--of 0: must be at least 1; use --of 1"),
         (("--of", "3"), r"train\.global_batch=8, mesh\.fsdp=3: the batch does not divide .*"),

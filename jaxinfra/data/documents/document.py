@@ -6,10 +6,14 @@ text that came from a record never spells one.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 from jaxinfra.config import Problem
 from jaxinfra.data.records.record import Record
+
+_NAMED = 20
+"""Fields that a message lists."""
 
 
 class RecordError(Exception):
@@ -124,7 +128,8 @@ def value_of(record: Record, field: str) -> Any:
         RecordError: there is no such field.
     """
     if field not in record:
-        raise RecordError(f"no field {field}; it has {', '.join(map(str, record)) or 'none'}")
+        there = [" ".join(str(name).split()) for name in islice(record, _NAMED)]
+        raise RecordError(f"no field {field}; it has {', '.join(there) or 'none'}{' ...' * (len(record) > _NAMED)}")
     return record[field]
 
 

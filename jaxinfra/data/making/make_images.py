@@ -97,8 +97,9 @@ def _pair(recipe: ImageSet, record: Record) -> tuple[np.ndarray, int]:
         raise RecordError(
             f"{recipe.image} is {image.dtype}{list(image.shape)}, expected 0 to 255 [height, width, channels]"
         )
-    if label < 0 or (recipe.classes and label >= len(recipe.classes)):
-        raise RecordError(f"{recipe.label}={label}: expected 0 to {max(len(recipe.classes) - 1, 0) or 'more'}")
+    last = len(recipe.classes) - 1 if recipe.classes else int(np.iinfo(np.int32).max)
+    if not 0 <= label <= last:
+        raise RecordError(f"{recipe.label}={label}: expected a whole number from 0 to {last}")
     return image.astype(np.uint8), label
 
 
