@@ -39,9 +39,12 @@ NAMES = {
 
 def test_recipes_are_right():
     blocks = re.findall(r"^    Corpus\(\n(?:     .*\n)+    \)$", PAGE, re.MULTILINE)
-    assert len(blocks) == 2
-    for block in blocks:
-        validate(eval(textwrap.dedent(block), NAMES))
+    assert len(blocks) == 1
+    validate(eval(textwrap.dedent(blocks[0]), NAMES))
+    (file,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(file, names)
+    validate(names["config"]())
 
 
 def test_defaults_are_those_of_the_classes():
