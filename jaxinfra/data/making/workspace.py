@@ -31,10 +31,10 @@ def require_store(store: Storage) -> None:
         there = {each.name for each in nearest.iterdir()}
     except OSError as error:
         raise StorageError(f"store={folder}: {error.strerror}; mend it or choose another place") from error
-    # A process that is killed before it lists its version leaves that alone.
-    others = sorted(name for name in there - {WORK, STREAM} if not is_fingerprint(name))
+    # A process that is killed before it has listed its version leaves that, and a lock of the list.
+    others = {name for name in there - {WORK, STREAM} if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
     if nearest == folder and versions.INDEX not in there and others:
-        raise ConfigError(f"store={folder}: holds something that is no store ({others[0]}); choose an empty place")
+        raise ConfigError(f"store={folder}: holds something that is no store ({min(others)}); choose an empty place")
 
 
 @contextmanager
@@ -59,6 +59,8 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
         lock = os.open(root, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
+                raise BlockingIOError  # that one has removed it in this moment
             for left in root.iterdir():
                 if left != work:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
