@@ -289,6 +289,20 @@ def test_a_version_that_was_removed_is_made_again(tmp_path):
         prepare(recipe, workers=1)
 
 
+def test_a_source_that_changes_while_it_is_read_makes_no_version(tmp_path):
+    source = lines(tmp_path / "source", 300)
+    recipe = bytes_recipe(source, tmp_path / "store", shard_bytes=1024)
+
+    def change(progress):
+        if progress.stage == "tokens" and 0 < progress.done < progress.total:
+            (source / "new.jsonl").write_text(json.dumps({"text": "new"}))
+            (source / "lines.jsonl").write_text(json.dumps({"text": "other"}))
+
+    with pytest.raises(DataError, match=r"^lines\.jsonl: was changed while the source was read; start again"):
+        prepare(recipe, workers=1, tell=change)
+    assert os.listdir(tmp_path / "store") == [".work"]
+
+
 def test_what_another_recipe_left_is_swept(tmp_path):
     left = tmp_path / "store" / ".work" / "other" / "parts"
     left.mkdir(parents=True)

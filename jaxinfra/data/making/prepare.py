@@ -163,6 +163,7 @@ def prepare(
         usual = replace(recipe, shard_bytes=SHARD_BYTES)
         course.begin(folder, pieces if recipe == usual else pieces_of(usual))
         numbers = course.work(folder, groups, engine, workers)
+        _check_unchanged(recipe, pieces)
         course.tell("store")
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir()
@@ -170,6 +171,18 @@ def prepare(
         course.tell("publish")
         versions.publish(build, store, manifest, made_of)
     return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
+
+
+def _check_unchanged(recipe: Recipe, pieces: Sequence[Piece]) -> None:
+    """Looks whether what was read is still what was listed; others may have come.
+
+    Raises:
+        DataError: a file was changed or removed meanwhile, so that the parts are not all of the same.
+    """
+    stamps = {piece.name: piece.stamp for piece in recipe.source.pieces(recipe.shard_bytes)}
+    for piece in pieces:
+        if stamps.get(piece.name) != piece.stamp:
+            raise DataError(f"{piece.name}: was changed while the source was read; start again when it stays as it is")
 
 
 def _opened(store: str, fingerprint: str) -> Store:
