@@ -85,7 +85,8 @@ class Batches:
         # Grain imports JAX: the first batch does not wait for that, and who looks at single batches has no use for it.
         from grain import MapDataset, ReadOptions
 
-        options = ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=self._ahead(batch))
+        ahead = self._ahead(batch)
+        options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
             yield from batches

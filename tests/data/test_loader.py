@@ -225,6 +225,12 @@ def test_batches_are_made_ahead_in_so_many_bytes(row_bytes, ahead):
             assert taken + ahead <= len(samples.made) <= max(data.threads + 1, taken + ahead)
 
 
+def test_fewer_batches_than_threads_are_made_ahead_without_a_word(data, store, caplog):
+    few = replace(data, threads=64, prefetch_bytes=1)
+    assert [step for step, _ in batches(few, store)] == list(range(6))
+    assert not caplog.records
+
+
 def test_an_error_while_reading_is_raised_after_the_batches_before_it():
     data = TokenData(store="none")
     made = iter(counted(data, Counted(8, failing=11)))
