@@ -1,5 +1,7 @@
 """CPU devices that stand in for others: the environment of a process that has so many of them."""
 
+import os
+
 THREADS = 4
 """Of XLA's pool for each device.
 
@@ -8,6 +10,16 @@ devices, as by default, programs in which two collectives have no order (those o
 """
 
 
+ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""Scheduled for concurrency, such collectives start in another order on each device, whatever the number of threads."""
+
+
 def environment(devices: int) -> dict[str, str]:
-    """What JAX and XLA read when they start."""
-    return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(THREADS * devices)}
+    """What JAX and XLA read when they start; flags that are set already stay."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "NPROC": str(THREADS * devices),
+        "XLA_FLAGS": flags if ORDERED in flags else f"{flags} {ORDERED}".strip(),
+    }

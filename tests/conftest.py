@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import emulated
+
 pytest_plugins = ["tests.servers.fixtures"]
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +16,7 @@ ENVIRONMENT = {
     "JAX_NUM_CPU_DEVICES": "8",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "XLA_FLAGS": emulated.environment(8)["XLA_FLAGS"],
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)
