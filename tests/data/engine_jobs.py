@@ -94,7 +94,9 @@ def drive_sleepers(folder: str) -> None:
 
 def start_driver(folder: Path, pids: int) -> tuple["subprocess.Popen[str]", list[int]]:
     """Starts a driver and waits until its workers are at work."""
-    code = f"from tests.data.engine_jobs import drive_sleepers; drive_sleepers({str(folder)!r})"
+    # What the shell started in the background, and all that it starts, ignores Ctrl-C.
+    answer = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{answer}; from tests.data.engine_jobs import drive_sleepers; drive_sleepers({str(folder)!r})"
     driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     while len(names := [path.name for path in folder.iterdir()]) < pids:
         time.sleep(0.02)
