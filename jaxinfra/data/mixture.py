@@ -52,7 +52,7 @@ class Mixture:
     curriculum: Curriculum | None = None
     seed: int = 0
     prefetch_bytes: int = 2**26
-    threads: int = 2
+    threads: int = 6
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:

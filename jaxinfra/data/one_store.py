@@ -34,7 +34,7 @@ class OneStore:
     recipe: str | None = None
     seed: int = 0
     prefetch_bytes: int = 2**26
-    threads: int = 2
+    threads: int = 6
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields; the store is looked at by `open`."""
