@@ -1,5 +1,6 @@
 """Training on text: samples of a token store (see `batches`), in contiguous windows or in rows of whole documents."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,16 +94,16 @@ class TokenData(OneStore):
         return Text(self, store)
 
 
-class TokenSamples(SplitSamples):
+class TokenSamples(SplitSamples, ABC):
     """Samples of a split: what windows and packed rows have in common."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, found: int, at_most: int | None):
         super().__init__(split, found, at_most)
         self._data, self._store = data, store
 
+    @abstractmethod
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Samples of these numbers; see `Samples`."""
-        raise NotImplementedError
 
     @cached_property
     def n_bytes(self) -> int:

@@ -8,8 +8,8 @@ import numpy as np
 from jaxinfra.data.corpus import Pack
 from jaxinfra.data.making.assemble import SplitWriter, made_now, write_pack
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
-from jaxinfra.data.store.store import TOKENS, hash_files
+from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
+from jaxinfra.data.store.store import TOKENS, hash_files, info_of
 from jaxinfra.data.tokenizer import Bytes, Tokenizer, load
 from launch.bench.reading import LENGTH, TYPE, Stores
 
@@ -49,14 +49,7 @@ def build_store(stores: Stores, tokenizer: Tokenizer, rng: np.random.Generator) 
             writer.add(block_N, lengths_D, None, len(block_N))
         splits[split] = writer.close()
         packs[f"{split}/{LENGTH}"] = write_pack(root, split, Pack(seq_len=LENGTH), writer.lengths)
-    info = TokenizerInfo(
-        kind=tokenizer.kind,
-        file=tokenizer.file_name,
-        sha256=tokenizer.sha256,
-        end_of_document=tokenizer.end_of_document,
-        eot_id=tokenizer.eot_id,
-        vocab_size=tokenizer.vocab_size,
-    )
+    info = info_of(tokenizer)
     (root / info.file).write_bytes(tokenizer.content)
     manifest = Manifest(
         kind="text",

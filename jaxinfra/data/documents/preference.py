@@ -11,8 +11,22 @@ from jaxinfra.data.documents.document import Document, RecordError, Span, as_tex
 from jaxinfra.data.records.record import Record
 
 
+class _Templated:
+    """What forms with a template that may be None have in common."""
+
+    template: str | None
+
+    def identity(self) -> str | None:
+        """Hash of the template, where it is in a file."""
+        return self.template and identity_of(self.template)
+
+    def markers(self) -> Sequence[str]:
+        """See `Form`."""
+        return () if self.template is None else markers_of(self.template)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Preference:
+class Preference(_Templated):
     """Fields of the record hold a prompt and two answers: texts, or lists of messages.
 
     Answers may be whole conversations: then they begin with the prompt, or there is no prompt and what they share is
@@ -46,14 +60,6 @@ class Preference:
                 fix="use template=chatml or prompt=prompt",
             )
 
-    def identity(self) -> str | None:
-        """Hash of the template, where it is in a file."""
-        return self.template and identity_of(self.template)
-
-    def markers(self) -> Sequence[str]:
-        """See `Form`."""
-        return () if self.template is None else markers_of(self.template)
-
     def documents(self, record: Record) -> Sequence[Document]:
         """The chosen answer with its prompt, and the rejected one with it.
 
@@ -75,7 +81,7 @@ class Preference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
+class Completion(_Templated):
     """Fields of the record hold a prompt and its answer, which alone is learned: texts, or lists of messages.
 
     Attributes:
@@ -97,14 +103,6 @@ class Completion:
                 yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")
         if self.template is not None:
             yield from template_problems(self.template)
-
-    def identity(self) -> str | None:
-        """Hash of the template, where it is in a file."""
-        return self.template and identity_of(self.template)
-
-    def markers(self) -> Sequence[str]:
-        """See `Form`."""
-        return () if self.template is None else markers_of(self.template)
 
     def documents(self, record: Record) -> Sequence[Document]:
         """The prompt and its answer as one document.

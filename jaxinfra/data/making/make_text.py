@@ -18,7 +18,7 @@ from jaxinfra.data.records.stream import Block
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.store.storage import Storage
-from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, token_dtype
+from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
 from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
 from jaxinfra.errors import ConfigError
 
@@ -71,14 +71,7 @@ class TextMaker:
                     special_tokens=config.special_tokens,
                 )
             assert given is not None
-            info = TokenizerInfo(
-                kind=given.kind,
-                file=given.file_name,
-                sha256=given.sha256,
-                end_of_document=given.end_of_document,
-                eot_id=given.eot_id,
-                vocab_size=given.vocab_size,
-            )
+            info = info_of(given)
             parts.write_file(folder / info.file, given.content)
             parts.write_file(known, json.dumps(asdict(info)).encode())
         self._info = TokenizerInfo(**json.loads(known.read_bytes()))

@@ -32,7 +32,7 @@ import xxhash
 
 from jaxinfra.data.store import arrays, tracked, versions
 from jaxinfra.data.store import manifest as manifests
-from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split
+from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
 from jaxinfra.data.store.storage import Storage
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError, JaxinfraError
@@ -290,6 +290,18 @@ def _block_damage(file: str, number: int, content: np.ndarray | JaxinfraError, e
     if isinstance(content, DataError):
         return Damage(file=file, block=number, cause=str(content))
     raise content
+
+
+def info_of(tokenizer: Tokenizer) -> TokenizerInfo:
+    """What a manifest says of a tokenizer."""
+    return TokenizerInfo(
+        kind=tokenizer.kind,
+        file=tokenizer.file_name,
+        sha256=tokenizer.sha256,
+        end_of_document=tokenizer.end_of_document,
+        eot_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def hash_block(values: np.ndarray) -> int:
