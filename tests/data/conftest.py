@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 
 import pytest
+from vocabularies import KINDS, vocabulary
 
 from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.making.prepare import prepare
@@ -60,3 +61,16 @@ def corpus(text_root, tmp_path_factory):
 def store_path(corpus):
     """A version that tests only read."""
     return Path(prepare(corpus, workers=1).path)
+
+
+@pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory):
+    """A small vocabulary of every kind."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    return {kind: vocabulary(kind, folder) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, vocabularies):
+    """Each of them."""
+    return vocabularies[request.param]

@@ -4,7 +4,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
-from vocabularies import BYTE_PIECES, EOT, KINDS, MARKERS, TEXTS, control, vocabulary
+from vocabularies import BYTE_PIECES, EOT, MARKERS, TEXTS, control
 
 from jaxinfra.data.documents.chat import Chat
 from jaxinfra.data.documents.document import Span
@@ -18,17 +18,6 @@ TALK = [
     {"role": "assistant", "content": "class"},
 ]
 PLAIN = "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}{{ '\\n' }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def vocabularies(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabularies")
-    return {kind: vocabulary(kind, folder) for kind in KINDS}
-
-
-@pytest.fixture(params=KINDS)
-def tokenizer(request, vocabularies):
-    return vocabularies[request.param]
 
 
 def encoded(tokenizer, *spans):

@@ -11,17 +11,6 @@ from jaxinfra.errors import ConfigError
 LOSSLESS = [kind for kind in KINDS if kind != "unigram"]  # which knows the letters of TEXTS alone
 
 
-@pytest.fixture(scope="module")
-def vocabularies(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabularies")
-    return {kind: vocabulary(kind, folder) for kind in KINDS}
-
-
-@pytest.fixture(params=KINDS)
-def tokenizer(request, vocabularies):
-    return vocabularies[request.param]
-
-
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_texts_come_back_byte_for_byte(kind, vocabularies):
     tokenizer = vocabularies[kind]

@@ -13,9 +13,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.servers.handler import LocalServer, QuietHandler
 
 TOKEN = "a-token-that-is-never-shown"
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)")
@@ -43,7 +44,7 @@ class _Refused(Exception):
         self.reason = reason
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the end of an answer waits 40 ms for the client to confirm its beginning
     wbufsize = -1
@@ -166,20 +167,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, answer: dict[str, Any]) -> tuple[int, bytes, dict[str, str]]:
         return 200, json.dumps(answer).encode(), {"Content-Type": "application/json; charset=UTF-8"}
 
-    def handle_expect_100(self) -> bool:
-        go_on = super().handle_expect_100()
-        self.wfile.flush()
-        return go_on
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # more would have to try again after a second
-
+class _Server(LocalServer):
     def __init__(self, objects: Objects):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.objects = objects
 
 

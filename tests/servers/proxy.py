@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
+
+from tests.servers.handler import LocalServer, QuietHandler
 
 _HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
 
@@ -61,7 +62,7 @@ class Faults:
             return kind
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the end of an answer waits 40 ms for the client to confirm its beginning
     wbufsize = -1
@@ -116,20 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
         self.close_connection = True
 
-    def handle_expect_100(self) -> bool:
-        go_on = super().handle_expect_100()
-        self.wfile.flush()
-        return go_on
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _Proxy(ThreadingHTTPServer):
-    request_queue_size = 128  # more would have to try again after a second
-
+class _Proxy(LocalServer):
     def __init__(self, upstream_port: int, faults: Faults):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.upstream_port = upstream_port
         self.faults = faults
 
