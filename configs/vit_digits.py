@@ -16,11 +16,11 @@ def config() -> Run:
     return Run(
         name="vit-digits",
         model=VisionTransformerConfig(
-            image_size=8, patch=2, channels=1, classes=10, layers=4, width=64, heads=4, mlp_dim=128, dropout=0.1
+            image_size=8, patch=2, channels=1, classes=10, layers=4, width=64, heads=4, mlp_dim=128, dropout=0.2
         ),
         task=Classification(label_smoothing=0.1),
         data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=2e-3),
+        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=4e-3),
         train=TrainConfig(steps=1000, global_batch=96, eval_every=250),
     )
