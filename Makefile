@@ -31,7 +31,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
-quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample; under 5 minutes
+quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample: 3 to 5 minutes
 	$(LAUNCH) data prepare configs/data/python_stdlib.py
 	$(LAUNCH) configs/quickstart.py
 	$(LAUNCH) sample runs/quickstart "def main(" --max-tokens 120

@@ -38,7 +38,7 @@ TOKENS, LEAST_TOKENS = 200_000_000, 4 * BATCH * LENGTH
 TURN_S = 0.5
 WARM_UPS = 8
 """Batches of a turn before its time counts."""
-TURNS = 7
+TURNS = 15
 CHIPS, CHIP, MFU, MODEL = 64, "TPU v5p", 0.4, "configs/llama3_8b.py"
 GROWTH_BATCHES = 10_000
 MB = 1_000_000

@@ -66,7 +66,7 @@ def follow(
     with workspace(store, identity, recipe.work) as work:
         kept = kept_folder(store, identity, recipe.work)
         maker.begin(kept, ())
-        course = _Course(recipe, store, maker, work / "build", kept, identity, tell)
+        course = _Course(store, maker, work / "build", kept, identity, tell)
         course.tell("tokens")
         with source.open(course.position) as reader:
             heard_s = time.monotonic()
@@ -89,7 +89,6 @@ class _Course:
 
     def __init__(
         self,
-        recipe: Corpus,
         store: Storage,
         maker: TextMaker,
         build: Path,
@@ -97,7 +96,7 @@ class _Course:
         identity: str,
         told: Callable[[Progress], None],
     ):
-        self._recipe, self._store, self._maker, self._build = recipe, store, maker, build
+        self._store, self._maker, self._build = store, maker, build
         self._kept, self._identity, self._told = kept, identity, told
         self.count, self.position, self.unsealed_tokens = 0, {}, 0
         self._bytes = self._tokens = 0
