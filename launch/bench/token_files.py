@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxinfra.data.corpus import Pack
 from jaxinfra.data.making.assemble import SplitWriter, made_now, write_pack
+from jaxinfra.data.packing import Pack
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
 from jaxinfra.data.store.store import TOKENS, hash_files, info_of
