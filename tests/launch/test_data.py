@@ -107,6 +107,12 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
     assert first[:40] in ended.out
 
 
+def test_a_file_is_no_store(tiny: Tiny) -> None:
+    for command in ("show", "verify"):
+        for place in (tiny.config, tiny.config / "below"):
+            refused(launch("data", command, str(place)), rf"data\.store={place}: no store there; make it with: .*")
+
+
 def test_verify_names_damaged_blocks(tiny_data: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(tiny_data / "store", store)

@@ -64,10 +64,11 @@ def find(store: Storage, version: str | None, *, fix: str) -> Storage:
         DataError: the list of versions is damaged.
         StorageError: it may not be read.
     """
-    known = listed(store)
-    if not known and store.exists(manifests.FILE_NAME):
-        return store
+    in_a_file = _in_a_file(store)
+    known = [] if in_a_file else listed(store)
     if not known:
+        if not in_a_file and store.exists(manifests.FILE_NAME):
+            return store
         raise ConfigError(f"data.store={store.url}: no store there; make it with: {fix}")
     fitting = [each for each in known if version is None or each.fingerprint.startswith(version)]
     if version is not None and len({each.fingerprint for each in fitting}) != 1:
@@ -107,6 +108,12 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
         return (json.dumps({"versions": [*kept, asdict(entry)]}, indent=2) + "\n").encode()
 
     store.update(INDEX, add)
+
+
+def _in_a_file(storage: Storage) -> bool:
+    """Whether a place of this machine is a file, or below one: nothing can be there."""
+    folder = local_folder(storage)
+    return folder is not None and any(map(os.path.isfile, (folder, *folder.parents)))
 
 
 def local_folder(storage: Storage) -> Path | None:
