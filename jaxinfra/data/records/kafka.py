@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxinfra.config import Problem
+from jaxinfra.data.packages import needed
 from jaxinfra.data.records.jsonl import json_object
 from jaxinfra.data.records.record import Bad, Found
 from jaxinfra.data.records.stream import TICK_S, Position, Stream
@@ -63,20 +64,17 @@ class Kafka(Stream):
         """Finds the partitions and goes to where the stream stood.
 
         Raises:
-            ConfigError: nothing is installed that reads Kafka, or the settings are wrong.
+            ConfigError: confluent-kafka is not installed, or the settings are wrong.
             StorageError: the brokers do not answer, or there is no such topic.
         """
+        kafka = needed("confluent_kafka", by=str(self), install="jaxinfra[kafka]")
         try:
-            from confluent_kafka import Consumer, KafkaException
-        except ImportError:
-            raise ConfigError("nothing installed reads Kafka; run pip install 'jaxinfra[kafka]'") from None
-        try:
-            consumer = Consumer(self._settings())
-        except (KafkaException, ValueError) as error:
+            consumer = kafka.Consumer(self._settings())
+        except (kafka.KafkaException, ValueError) as error:
             raise ConfigError(f"{self}: {_cause(error)}; mend {self.settings or 'its fields'}") from None
         try:
             yield _Reader(self, consumer, position)
-        except KafkaException as error:
+        except kafka.KafkaException as error:
             raise StorageError(f"{self}: {_cause(error)}; see to the brokers, then start again") from None
         finally:
             consumer.close()

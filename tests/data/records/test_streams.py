@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 import threading
 import time
 import uuid
@@ -210,6 +211,13 @@ def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
         with pytest.raises(StorageError, match="metadata"), source.open({}):
             pass
     assert seen == 8
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    message = r"^kafka://h:1/t: needs confluent_kafka .*; run pip install 'jaxinfra\[kafka\]'$"
+    with pytest.raises(ConfigError, match=message), Kafka(bootstrap_servers="h:1", topic="t").open({}):
+        pass
 
 
 def test_brokers_or_topics_that_are_not_there_are_one_line(kafka_servers, monkeypatch, tmp_path):
