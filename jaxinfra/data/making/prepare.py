@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxinfra.config import encode
-from jaxinfra.data.corpus import SHARD_BYTES, Corpus
+from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.making import engines, parts
 from jaxinfra.data.making.engines import EngineName
 from jaxinfra.data.making.make_images import ImageMaker
@@ -27,6 +27,7 @@ from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
 from jaxinfra.data.store.storage import Storage
 from jaxinfra.data.store.store import Store
+from jaxinfra.data.store_recipe import SHARD_BYTES
 from jaxinfra.errors import DataError
 
 NOT_CONTENT = ("store", "shard_bytes", "work")
