@@ -20,6 +20,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     Raises:
         DataError: something is damaged.
     """
+    from jaxinfra.data.store.storage import REMAKE
     from jaxinfra.data.store.store import Store
 
     store = Store.open(options.store, options.version)
@@ -33,8 +34,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 print(damage)
     if damages:
         raise DataError(
-            f"{store}: {len(damages)} of {looked_at} files and blocks are damaged, first {damages[0].place}; copy the "
-            "store anew, or remove this version and prepare it again"
+            f"{store}: {len(damages)} of {looked_at} files and blocks are damaged, first {damages[0].place}; {REMAKE}"
         )
     print(f"{store}: {looked_at} files and blocks, {n_bytes:,} bytes, every hash fits")
     return 0

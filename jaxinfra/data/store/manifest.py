@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from jaxinfra.data.store.storage import REMAKE
 from jaxinfra.errors import DataError
 
 FORMAT = 2
@@ -198,7 +199,7 @@ def parse(content: bytes, path: str) -> Manifest:
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         cause = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: damaged manifest ({cause}); copy the store anew or prepare it again") from None
+        raise DataError(f"{path}: damaged manifest ({cause}); {REMAKE}") from None
 
 
 def digest_of(tree: Any) -> str:

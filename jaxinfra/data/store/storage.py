@@ -30,6 +30,8 @@ RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"
 """Of the environment: another time in seconds."""
 IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """An upload holds so much in memory, or one file if that is larger."""
+REMAKE = "remove this version, then prepare it again or copy it anew"
+"""What to do about a damaged version: nothing is written over one that is there."""
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
@@ -53,7 +55,6 @@ _NO_ACCESS = (
     "UNAVAILABLE",
 )
 _NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
-_COPY_ANEW = "prepare the store again or copy it anew"
 
 
 def check_url(url: str) -> str:
@@ -199,7 +200,7 @@ class Storage:
         found = checked(self.where(name), self._objects.read(name).result)
         if found.state != "value":
             self._listed(name)
-            raise DataError(f"{self.where(name)}: missing; {_COPY_ANEW}")
+            raise DataError(f"{self.where(name)}: missing; {REMAKE}")
         return found.value
 
     def exists(self, name: str) -> bool:
@@ -324,12 +325,12 @@ class Storage:
                 found = future.result()
             except ValueError as error:
                 if str(error).startswith("OUT_OF_RANGE"):
-                    raise DataError(f"{where}: fewer than {size_bytes} bytes; {_COPY_ANEW}") from None
+                    raise DataError(f"{where}: fewer than {size_bytes} bytes; {REMAKE}") from None
                 raise _translate(where, error, writing=False) from None
             if found.state != "value":
-                raise DataError(f"{where}: missing; {_COPY_ANEW}")
+                raise DataError(f"{where}: missing; {REMAKE}")
             if (n_bytes := start + len(found.value)) != size_bytes:
-                raise DataError(f"{where}: {n_bytes} bytes, not {size_bytes}; {_COPY_ANEW}")
+                raise DataError(f"{where}: {n_bytes} bytes, not {size_bytes}; {REMAKE}")
             return found.value
 
         return read
@@ -361,7 +362,7 @@ def _translate(where: str, error: Exception, writing: bool) -> JaxinfraError:
     no_object = code == "404" and not _NO_BUCKET.search(cause)
     refused = code and not no_object and code != "416"
     if not (writing or refused or cause.startswith(_NO_ACCESS) or isinstance(error, OSError)):
-        return DataError(f"{where}: {cause}; {_COPY_ANEW}")
+        return DataError(f"{where}: {cause}; {REMAKE}")
     return StorageError(f"{where}: {cause}; {_way_out(where, cause)}")
 
 

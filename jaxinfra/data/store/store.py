@@ -33,7 +33,7 @@ import xxhash
 from jaxinfra.data.store import arrays, tracked, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
-from jaxinfra.data.store.storage import Storage
+from jaxinfra.data.store.storage import REMAKE, Storage
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError, JaxinfraError
 
@@ -101,8 +101,8 @@ class Store:
         for asked in (version, named if manifests.is_fingerprint(named) else None):
             if asked is not None and not found.fingerprint.startswith(asked):
                 raise DataError(
-                    f"{storage.where(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {asked}; copy "
-                    "the version anew, or name the one that is there"
+                    f"{storage.where(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {asked}; "
+                    "remove it, then copy the version anew, or name the one that is there"
                 )
         storage.check({name: info.bytes for name, info in found.files.items()})
         return cls(storage, found)
@@ -202,7 +202,7 @@ class TokenStore(Store):
         info = manifest.words
         self._vocabulary = storage.read(info.file)
         if hashlib.sha256(self._vocabulary).hexdigest() != info.sha256:
-            raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; copy the store anew")
+            raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; {REMAKE}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -279,7 +279,7 @@ class TokenStore(Store):
             piece = int(np.searchsorted(np.cumsum(lengths_P), (tokens_N >= words).argmax(), side="right"))
             raise DataError(
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {words} in tokens {starts_P[piece]} to "
-                f"{starts_P[piece] + lengths_P[piece]}; copy the store anew"
+                f"{starts_P[piece] + lengths_P[piece]}; {REMAKE}"
             )
 
 
