@@ -18,7 +18,7 @@ _SHOWN_CHARACTERS = 60
 _USER = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
 _SIGNED = re.compile(
     r"(?<=[?&])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
-    r"|password)=[^&#\s]+",
+    r"|password)=[^&#\s]*[^&#\s\"'`)\]}>,;:.]",  # a closing quote, bracket or comma is the sentence's
     re.IGNORECASE,
 )
 

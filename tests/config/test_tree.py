@@ -209,6 +209,7 @@ def test_validate_reports_the_first_problem(run, message):
         ("s3://AKIA:sEcReT@bucket/x", "s3://***@bucket/x"),
         ("https://host/x?v=1&X-Amz-Signature=sEcReT&y=2", "https://host/x?v=1&X-Amz-Signature=***&y=2"),
         ("az://x?sv=1&sig=sEcReT", "az://x?sv=1&sig=***"),
+        ('"https://h/x?sig=sEcReT", (http://h?token=sEcReT"s).', '"https://h/x?sig=***", (http://h?token=***).'),
         ("see http://user:sEcReT@host/ " + "and more " * 20, "see http://***@host/ and"),
     ],
 )
