@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.data.corpus import Corpus, draw
+from jaxinfra.data.documents.dedup import Dedup
 from jaxinfra.data.making import parts, tokenise
 from jaxinfra.data.making.baseline import ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.making.prepare import plan, prepare
@@ -123,6 +124,32 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
         TokenStore.open(tmp_path / "store", "none")
     with pytest.raises(ConfigError, match=r"data\.version=: fits several of the 2 versions of"):
         TokenStore.open(tmp_path / "store", "")
+
+
+def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
+    first = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+    second = replace(first, heldout_fraction=0.5)
+    older, newer = prepare(first, workers=1), prepare(second, workers=1)
+    for recipe, made in ((first, older), (second, newer), (second, newer)):
+        again = prepare(recipe, workers=1)
+        assert (again.path, again.new) == (made.path, False)
+        assert TokenStore.open(tmp_path / "store").manifest == made.manifest
+    assert len(listed(Storage(tmp_path / "store"))) == 2
+
+
+def test_what_is_in_both_splits_stays_held_out(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = [f"text {number}" for number in range(60)]
+    (source / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
+    recipe = replace(bytes_recipe(source, tmp_path / "all"), heldout_fraction=0.3)
+    prepare(recipe, workers=1)
+    prepare(replace(recipe, store=str(tmp_path / "once"), dedup=Dedup()), workers=1)
+    every, once = TokenStore.open(tmp_path / "all"), TokenStore.open(tmp_path / "once")
+    heldout = set(documents(every, "heldout"))
+    assert heldout & set(documents(every, "train"))
+    assert sorted(documents(once, "heldout")) == sorted(heldout)
+    assert sorted(documents(once, "train")) == sorted(set(texts) - heldout)
 
 
 def test_changed_files_make_a_version_beside_the_first(tmp_path):

@@ -124,10 +124,11 @@ class _Course:
         self._told(Progress(stage=stage, done=self._bytes, total=self._bytes, tokens=self._tokens))
 
     def seal(self) -> Prepared:
-        """Makes a version of all that has come, unless there is one."""
+        """Makes a version of all that has come, unless there is one; it is the newest one then."""
         for each in versions.listed(self._store):
             if each.made_of == self._made_of:
                 found = Store.open(self._store.url, each.fingerprint)
+                versions.make_newest(self._store, each)
                 return Prepared(path=str(found), manifest=found.manifest, new=False)
         self.tell("store")
         check_space(self._build.parent, sum(path.stat().st_size for path in self._kept.iterdir()))

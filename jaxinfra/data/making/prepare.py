@@ -129,7 +129,9 @@ def prepare(
     workers: int | None = None,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> Prepared:
-    """Makes a version of the store, or returns at once when this recipe has made one of the same files.
+    """Makes a version of the store; one that this recipe has made of the same files is not made again.
+
+    Either way it is the newest one then, which runs take.
 
     Memory: a worker holds the largest record and what it makes of a shard of the source; assembling, see `assemble`.
 
@@ -154,6 +156,7 @@ def prepare(
     for each in known:
         if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
             found = _opened(recipe.store, each.fingerprint)
+            versions.make_newest(store, each)
             return Prepared(path=str(found), manifest=found.manifest, new=False)
     groups = plan(pieces, recipe.shard_bytes)
     cut = digest_of([made_of, *map(len, groups)])  # parts that were cut in another way would lose or repeat records

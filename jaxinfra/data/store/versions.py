@@ -1,7 +1,8 @@
 """The versions of a store: which there are, which is meant, and how one is published.
 
-`versions.json` lists them, the newest last. It is written after the version that it names, at once; a version that it
-does not name can still be opened by its own path. Published versions are never changed or removed here.
+`versions.json` lists them, the one that was prepared last at its end: that is the newest. It is written after the
+version that it names, at once; a version that it does not name can still be opened by its own path. Published versions
+are never changed or removed here.
 """
 
 import errno
@@ -100,14 +101,26 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
         if local is None or not _renamed(build, local):
             # In a bucket what is there is of the same contents, for they name it; a folder may be anybody's.
             version.upload(build, last=[manifests.FILE_NAME], resume=local is None)
-    entry = Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created)
+    _list_last(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
 
-    def add(content: bytes | None) -> bytes:
+
+def make_newest(store: Storage, version: Version) -> None:
+    """Lists a version that is there as the newest, which runs take; nothing is written where it is.
+
+    Raises:
+        StorageError: the list cannot be written.
+    """
+    if listed(store)[-1].fingerprint != version.fingerprint:
+        _list_last(store, version)
+
+
+def _list_last(store: Storage, version: Version) -> None:
+    def change(content: bytes | None) -> bytes:
         known = [] if content is None else _parsed(content, store.where(INDEX))
-        kept = [asdict(each) for each in known if each.made_of != made_of]
-        return (json.dumps({"versions": [*kept, asdict(entry)]}, indent=2) + "\n").encode()
+        kept = [asdict(each) for each in known if each.made_of != version.made_of]
+        return (json.dumps({"versions": [*kept, asdict(version)]}, indent=2) + "\n").encode()
 
-    store.update(INDEX, add)
+    store.update(INDEX, change)
 
 
 def _in_a_file(storage: Storage) -> bool:
