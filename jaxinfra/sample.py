@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.checkpoints import Checkpoints
-from jaxinfra.config import load, read_record
+from jaxinfra.config import load
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.models.decoder import Cache, Transformer
@@ -71,7 +71,7 @@ class Sampler:
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
         run = load(directory / "run.json", root=Run).run
         _, data = of_text(run)
-        text = data.pinned(read_record(directory / "run.json").get("data_versions", ())).open()
+        text = data.open()
         program = sampling_program(run)
         folder = directory / "checkpoints"
         if not folder.exists():

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -234,7 +234,9 @@ def _record(
         "mesh": dict(program.mesh.shape),
     }
     git = git_state(Path(jaxinfra.__file__).parent)
-    written = record(loaded, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
+    # A record names the versions that it is of: who replays it, or samples from the run, reads those.
+    pinned = replace(loaded, run=replace(loaded.run, data=loaded.run.data.pinned(data.versions)))
+    written = record(pinned, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
     written |= {"data": data.fingerprint, "data_versions": [*data.versions]}
     return {**written, "derived": {n: list(v) for n, v in numbers.items()}}
 

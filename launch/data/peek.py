@@ -74,7 +74,8 @@ def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, st
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
         rows = rows_of(config, options.rank, options.of)
-        return _data_of(options, config), config.train.global_batch, rows, config_argument.prepare_hint(options, config)
+        data, hint = config.parts.data, config_argument.prepare_hint(options, config)
+        return data, config.train.global_batch, rows, hint
     if not hasattr(config, "unit") or not hasattr(config, "open"):
         raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
     if size is None or not 1 <= size <= _LARGEST_BATCH or size % options.of:
@@ -84,17 +85,6 @@ def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, st
         )
     part = size // options.of
     return config, size, np.arange(part * options.rank, part * (options.rank + 1)), PREPARE
-
-
-def _data_of(options: argparse.Namespace, config: "Run") -> "DataConfig":
-    """The data of a run; of the record of one, in the versions that it was begun on."""
-    from jaxinfra.config import read_record
-
-    data = config.parts.data
-    other = any(each.startswith("data.") for each in options.overrides)
-    if other or not options.config.endswith(".json"):
-        return data
-    return data.pinned(read_record(options.config).get("data_versions", ()))
 
 
 def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":

@@ -1,9 +1,11 @@
 """A run from its config to its report, in this process, on eight emulated devices."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from tiny_run import STEPS, Tiny, contents, launch, summary
+from tiny_run import STEPS, Tiny, contents, launch, refused, summary
 
 from jaxinfra.track.jsonl import read
 
@@ -59,6 +61,29 @@ def test_replay_from_the_record(tiny: Tiny) -> None:
     tiny.config.unlink()
     assert launch(record, "name=second").code == 0
     assert tiny.losses("second") == tiny.losses("first")
+
+
+def test_replay_reads_the_versions_of_the_record(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
+    """Whatever was prepared since; where they are gone, it says so."""
+    text, store = shutil.copytree(tiny_data / "text", tmp_path / "text"), tmp_path / "store"
+    prepare = ["data", "prepare", str(tiny.recipe), f"source.root={text}", f"store={store}"]
+    assert launch(*prepare).code == 0
+    assert tiny.launch(f"data.store={store}", "name=first").code == 0
+    (text / "0.txt").write_text("w1 w2 w3\n" * 100)
+    assert launch(*prepare).code == 0
+    record = tiny.directory("first") / "run.json"
+    assert launch(str(record), "name=second").code == 0
+    assert tiny.losses("second") == tiny.losses("first")
+    first, second = (json.loads((tiny.directory(name) / "run.json").read_text()) for name in ("first", "second"))
+    assert second["data_versions"] == first["data_versions"] == [first["config"]["data"]["version"]]
+    (version,) = first["data_versions"]
+    assert f"{store}/{version}: " in launch("data", "peek", str(record), "data.threads=2", "--rows", "0").out
+    assert launch("sample", str(record.parent), "w1", "--max-tokens", "3").code == 0
+    shutil.rmtree(store)
+    assert launch(*prepare).code == 0
+    refused(
+        launch(str(record), "name=third"), rf"data\.version={version}: is not among the 1 versions of {store}; use .*"
+    )
 
 
 def test_console_off_prints_nothing(tiny: Tiny) -> None:
