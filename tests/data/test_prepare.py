@@ -15,6 +15,7 @@ import pytest
 
 from jaxinfra.data.corpus import Corpus, draw
 from jaxinfra.data.documents.dedup import Dedup
+from jaxinfra.data.documents.forms import Completion, Text
 from jaxinfra.data.making import parts, tokenise
 from jaxinfra.data.making.baseline import ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.making.prepare import plan, prepare
@@ -356,6 +357,26 @@ def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
     with pytest.raises(StorageError, match=r"1,000 bytes free, preparing needs about \d"):
         prepare(bytes_recipe(lines(tmp_path / "source", 1000), tmp_path / "store"))
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300), TrainBpe(vocab_size=600)])
+@pytest.mark.parametrize("form", [Text(), Completion()])
+def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, form):
+    asked = []
+    monkeypatch.setattr(
+        "jaxinfra.data.making.prepare.check_space", lambda folder, needed_bytes: asked.append(needed_bytes)
+    )
+    rng, letters = random.Random(0), "etaoinshrdlu"
+    words = ["".join(rng.choices(letters, k=rng.randrange(2, 9))) for _ in range(300)]
+    with (tmp_path / "lines.jsonl").open("w") as file:
+        for _ in range(200):
+            text, prompt = (" ".join(rng.choices(words, k=60)) for _ in range(2))
+            record = {"text": text} if form == Text() else {"prompt": prompt, "completion": text}
+            file.write(json.dumps(record) + "\n")
+    recipe = replace(bytes_recipe(tmp_path, tmp_path / "store"), tokenizer=tokenizer, form=form)
+    manifest = prepare(recipe, workers=1).manifest
+    arrays_bytes = sum(info.tokens for info in manifest.splits.values()) * (2 + manifest.masked)
+    assert [2 * arrays_bytes <= needed_bytes for needed_bytes in asked] == [True]
 
 
 def test_a_place_that_cannot_be_made_is_a_storage_error(tmp_path):

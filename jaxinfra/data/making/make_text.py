@@ -25,6 +25,7 @@ from jaxinfra.errors import ConfigError
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
 _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
+_FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
 _INFO = "tokenizer-info.json"
 
 
@@ -84,8 +85,9 @@ class TextMaker:
         return replace(part, position=block.position)
 
     def needed_bytes(self, source_bytes: int) -> int:
-        """Parts and arrays exist at once."""
-        return 2 * source_bytes * self._dtype.itemsize // _BYTES_PER_TOKEN
+        """Parts and arrays exist at once, and a byte of the mask beside each token. Low for compressed sources."""
+        bytes_per_token = 1 if self._info.vocab_size < _FEW_WORDS else _BYTES_PER_TOKEN
+        return 2 * source_bytes * (self._dtype.itemsize + self._corpus.form.masked) // bytes_per_token
 
     def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Job]:
         """What to tokenise."""
