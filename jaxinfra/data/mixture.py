@@ -116,7 +116,7 @@ class Mixture:
             DataError: one is damaged.
             StorageError: one may not be read.
         """
-        found = [part.open(fix=fix) for part in self.parts]
+        found = [part.open(at=f"data.sources.{i}", fix=fix) for i, part in enumerate(self.parts)]
         first = found[0].store.manifest.words
         for each in found[1:]:
             words = each.store.manifest.words

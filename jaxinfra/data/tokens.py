@@ -73,10 +73,11 @@ class TokenData(OneStore):
         """The packing of the store that rows of whole documents are of."""
         return Pack(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
 
-    def open(self, *, fix: str = PREPARE) -> "Text":
+    def open(self, *, at: str = "data", fix: str = PREPARE) -> "Text":
         """Opens the store and checks that it suits.
 
         Args:
+            at: the part of the config that names the store, for messages.
             fix: the command that makes the store, for the error when there is none.
 
         Raises:
@@ -84,14 +85,14 @@ class TokenData(OneStore):
             DataError: it is damaged.
             StorageError: it may not be read.
         """
-        store = TokenStore.open(self.store, self.version, fix=fix)
+        store = TokenStore.open(self.store, self.version, at=at, fix=fix)
         if store.manifest.kind != "text":
-            raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, not text; name another store")
+            raise ConfigError(f"{at}.store={self.store}: holds {store.manifest.kind}, not text; name another store")
         if store.manifest.masked and not self.mask_documents:
             raise ConfigError(
                 f"data.mask_documents=false: {store} says which tokens are learned; use data.mask_documents=true"
             )
-        return Text(self, store)
+        return Text(self, store, at)
 
 
 class TokenSamples(SplitSamples, ABC):
@@ -152,8 +153,8 @@ class Windows(TokenSamples):
 class PackedRows(TokenSamples):
     """The rows of whole documents that the store has packed: `Samples`, each the mapping of `packed_batch`."""
 
-    def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
-        """Counts them, the first `at_most` of them; reads none yet.
+    def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None, *, at: str):
+        """Counts them, the first `at_most` of them; reads none yet. `at` is as in `TokenData.open`.
 
         Raises:
             ConfigError: the store has no such packing, or no row in it.
@@ -164,12 +165,12 @@ class PackedRows(TokenSamples):
             known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]
             wanted = f"Pack(seq_len={data.seq_len}{', by_length=True' if data.pack.by_length else ''})"
             raise ConfigError(
-                f"data.packing={data.packing}: {store} has no rows of {data.seq_len} ({name}), it has "
+                f"{at}.packing={data.packing}: {store} has no rows of {data.seq_len} ({name}), it has "
                 f"{', '.join(known)}; add {wanted} to the packs of its recipe and prepare it"
             )
         if not info.rows:
             raise ConfigError(
-                f"data.packing={data.packing}: the {split} split of {store} has no row; use a larger corpus"
+                f"{at}.packing={data.packing}: the {split} split of {store} has no row; use a larger corpus"
             )
         self._name = f"packs/{name}"
         super().__init__(data, store, split, info.rows, at_most)
@@ -211,13 +212,13 @@ def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
 class Text(OpenStore[TokenSamples]):
     """An open token store: `OpenData`."""
 
-    def __init__(self, data: TokenData, store: TokenStore):
-        """Takes a store whose training split has at least one sample.
+    def __init__(self, data: TokenData, store: TokenStore, at: str):
+        """Takes a store whose training split has at least one sample; `at` is as in `TokenData.open`.
 
         Raises:
             ConfigError: it has none.
         """
-        self._data, self.store = data, store
+        self._data, self.store, self._at = data, store, at
         super().__init__(data, store, self._samples("train"))
         self.train_units = store.manifest.splits["train"].tokens
 
@@ -239,8 +240,9 @@ class Text(OpenStore[TokenSamples]):
         return self._samples("heldout", at_most)
 
     def _samples(self, split: Split, at_most: int | None = None) -> TokenSamples:
-        kind = Windows if self._data.packing == "windows" else PackedRows
-        return kind(self._data, self.store, split, at_most)
+        if self._data.packing == "windows":
+            return Windows(self._data, self.store, split, at_most)
+        return PackedRows(self._data, self.store, split, at_most, at=self._at)
 
     @property
     def tokenizer(self) -> Tokenizer:

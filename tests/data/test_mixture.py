@@ -130,7 +130,8 @@ def test_versions_are_pinned_in_the_order_of_the_sources(data):
     assert [each.version for each in pinned.sources] == list(opened.versions)
     assert pinned.open().fingerprint == opened.fingerprint
     other = replace(data.sources[1], version="none")
-    with pytest.raises(ConfigError, match=r"data\.version=none: is not among the 1 versions of \S+store-b"):
+    message = r"^data\.sources\.1\.version=none: is not among .* \S+store-b; use data\.sources\.1\.version=none or"
+    with pytest.raises(ConfigError, match=message):
         replace(data, sources=(data.sources[0], other, data.sources[2])).open()
 
 
@@ -161,6 +162,13 @@ def test_what_cannot_be_mixed_is_said(data, change, message):
 
 def test_a_store_that_is_gone_names_how_to_make_it(data, stores, tmp_path):
     shutil.copytree(stores[0], tmp_path / "copy")
-    gone = replace(data, sources=(MixSource(store=str(tmp_path / "none")),), stages=())
-    with pytest.raises(ConfigError, match=r"\S+/none: no store there; make it with: python -m launch data prepare"):
+    gone = replace(data, sources=(data.sources[0], MixSource(store=str(tmp_path / "none"))), stages=())
+    message = r"^data\.sources\.1\.store=\S+/none: no store there; make it with: python -m launch data prepare"
+    with pytest.raises(ConfigError, match=message):
         gone.open()
+
+
+def test_a_source_without_the_packing_is_named(data):
+    unpacked = replace(data, sources=(data.sources[0], replace(data.sources[1], packing="best_fit")), stages=())
+    with pytest.raises(ConfigError, match=r"^data\.sources\.1\.packing=best_fit: \S+store-b/\w+ has no rows of 16"):
+        unpacked.open()

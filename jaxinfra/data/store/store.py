@@ -82,12 +82,13 @@ class Store:
         self._arrays: dict[str, ts.TensorStore] = {}
 
     @classmethod
-    def open(cls, path: str | Path, version: str | None = None, *, fix: str = PREPARE) -> Self:
+    def open(cls, path: str | Path, version: str | None = None, *, at: str = "data", fix: str = PREPARE) -> Self:
         """Opens a version and checks its manifest and the length of every file.
 
         Args:
             path: folder or URL of the store, or of one of its versions, or its `.dvc` file.
             version: fingerprint of the one to open, or its beginning; None is the newest.
+            at: the part of the config that names the store, for messages.
             fix: the command that makes the store, for the error when there is none.
 
         Raises:
@@ -95,7 +96,7 @@ class Store:
             DataError: it is damaged or of a newer format.
             StorageError: it may not be read.
         """
-        storage = versions.find(Storage(tracked.resolved(str(path))), version, fix=fix)
+        storage = versions.find(Storage(tracked.resolved(str(path))), version, at=at, fix=fix)
         found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
         named = storage.url.rpartition("/")[2]
         for asked in (version, named if manifests.is_fingerprint(named) else None):

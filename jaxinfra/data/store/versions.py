@@ -52,12 +52,13 @@ def _parsed(content: bytes, where: str) -> list[Version]:
         raise DataError(f"{where}: damaged list of versions ({error}); name a version by its path") from None
 
 
-def find(store: Storage, version: str | None, *, fix: str) -> Storage:
+def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
     """The folder of a version.
 
     Args:
         store: a store, or a version itself.
         version: its fingerprint, or the beginning of it; None is the newest.
+        at: the part of the config that names the store, for messages.
         fix: the command that makes the store, for the error when there is none.
 
     Raises:
@@ -70,13 +71,13 @@ def find(store: Storage, version: str | None, *, fix: str) -> Storage:
     if not known:
         if not in_a_file and store.exists(manifests.FILE_NAME):
             return store
-        raise ConfigError(f"data.store={store.url}: no store there; make it with: {fix}")
+        raise ConfigError(f"{at}.store={store.url}: no store there; make it with: {fix}")
     fitting = [each for each in known if version is None or each.fingerprint.startswith(version)]
     if version is not None and len({each.fingerprint for each in fitting}) != 1:
         there = ", ".join(each.fingerprint for each in (fitting or known)[-3:])
         raise ConfigError(
-            f"data.version={version}: {'fits several of' if fitting else 'is not among'} the {len(known)} versions of "
-            f"{store.url}; use data.version=none or one of {there}"
+            f"{at}.version={version}: {'fits several of' if fitting else 'is not among'} the {len(known)} versions of "
+            f"{store.url}; use {at}.version=none or one of {there}"
         )
     return store.child(fitting[-1].fingerprint)
 
