@@ -1,5 +1,6 @@
 """Pairs of a chosen and a rejected answer: samples of a store of pairs (see `batches`), one document a row."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +17,8 @@ from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.data.windows import packed_batch
 from jaxinfra.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
 SIDES = ("chosen", "rejected")
 
 
@@ -24,7 +27,8 @@ class PairData(OneStore):
     """Pairs of documents that begin alike and end in a chosen and in a rejected answer.
 
     Attributes:
-        seq_len: targets of a row; what is longer is cut at its end.
+        seq_len: targets of a row. Of what is longer the last ones are kept: it loses the beginning of its prompt, and
+            where the answer alone is longer, that of the answer too (TRL's `truncation_mode="keep_end"`).
     """
 
     unit: ClassVar[str] = "pair"
@@ -77,8 +81,8 @@ class PairSamples(SplitSamples):
         with self._reading.running():
             borders = store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1))
             borders_B3 = borders.reshape(-1, sides + 1)
-            starts_P = borders_B3[:, :-1].reshape(-1)
             lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
+            starts_P = borders_B3[:, 1:].reshape(-1) - 1 - lengths_P
             tokens_N, mask_N = store.read_pieces(split, starts_P, lengths_P + 1)
         one_P = np.ones(len(lengths_P), np.int64)
         batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
@@ -92,6 +96,22 @@ class Pairs(OpenStore[PairSamples]):
         """Takes a store of pairs."""
         super().__init__(data, store, PairSamples(data, store, "train"))
         self._data, self.store = data, store
+        self._tell_of_cut()
+
+    def _tell_of_cut(self) -> None:
+        """Warns in one line if pairs are longer than a row."""
+        targets_B2 = self.store.lengths("train").reshape(-1, len(SIDES)) - 1
+        cut = int((targets_B2.max(axis=1) > self._data.seq_len).sum())
+        if cut:
+            _log.warning(
+                "data.seq_len=%d: %d of %d pairs of %s are longer and lose the beginning of their prompt; the longest "
+                "needs data.seq_len=%d",
+                self._data.seq_len,
+                cut,
+                len(self.train),
+                self.store,
+                targets_B2.max(),
+            )
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""

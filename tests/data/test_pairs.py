@@ -60,9 +60,28 @@ def test_both_sides_begin_alike_and_only_answers_are_learned(recipe):
         number = chosen.partition("?")[0]
         assert (chosen, learned.rstrip("\0")) == (f"{number}? yes {number}", f"yes {number}")
         rejected, learned = said(opened.store.tokenizer, batch, "rejected", row)
-        assert rejected == f"{number}? {'no' * (1 + int(number))}"[: T + 1]
+        assert rejected == f"{number}? {'no' * (1 + int(number))}"[-T:]  # and its end
+        assert learned == ("no" * (1 + int(number)))[-(T - 1) :]  # the first is an input alone, the last target the end
         seen.append(number)
     assert len(set(seen)) == count
+
+
+def test_pairs_that_are_cut_keep_their_answers_and_are_counted(recipe, caplog):
+    opened = PairData(store=recipe.store, seq_len=110).open()
+    assert not caplog.messages
+    longest = int(opened.store.lengths("train").max()) - 1
+    opened = PairData(store=recipe.store, seq_len=4).open()
+    count = len(opened.train)
+    assert caplog.messages == [
+        f"data.seq_len=4: {count} of {count} pairs of {opened.store} are longer and lose the beginning of their "
+        f"prompt; the longest needs data.seq_len={longest}"
+    ]
+    batch = opened.train.read(np.arange(count), weighted=False)
+    for side in ("chosen", "rejected"):
+        assert (batch[f"{side}_weights"].sum(axis=1) > 0).all()
+    caplog.clear()
+    PairData(store=recipe.store, seq_len=longest).open()
+    assert not caplog.messages
 
 
 def test_a_pair_that_is_repeated_is_left_out_whole(recipe, tmp_path):
