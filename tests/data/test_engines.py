@@ -127,6 +127,7 @@ from tests.data.engine_jobs import Job
 from tests.data.listening import outside_of_loopback
 
 if __name__ == "__main__":  # Dask imports this module in its workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     jobs = [Job(number=number, folder=sys.argv[2]) for number in range(8)]
     found = []
 
