@@ -235,7 +235,9 @@ def _record(
     }
     git = git_state(Path(jaxinfra.__file__).parent)
     # A record names the versions that it is of: who replays it, or samples from the run, reads those.
-    pinned = replace(loaded, run=replace(loaded.run, data=loaded.run.data.pinned(data.versions)))
+    run = replace(loaded.run, data=loaded.run.data.pinned(data.versions))
+    newest = {each.path: "newest at the start" for each in diff(loaded.run, run)}
+    pinned = replace(loaded, run=run, origins=loaded.origins | newest)
     written = record(pinned, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
     written |= {"data": data.fingerprint, "data_versions": [*data.versions]}
     return {**written, "derived": {n: list(v) for n, v in numbers.items()}}

@@ -65,6 +65,4 @@ def prepare_hint(options: argparse.Namespace, run: "Run") -> str:
     """The command that makes the data of a run."""
     changed = [each for each in options.overrides if each.startswith("data.")]
     known = run.parts.data.recipes
-    if known and not changed:
-        return " && ".join(f"python -m launch data prepare {path}" for path in known.values())
     return " ".join(["python -m launch data prepare", options.config if known else "RECIPE", *changed])

@@ -15,10 +15,11 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
 _RESERVED = frozenset({"none", "null", "true", "false"})
 _SHOWN_CHARACTERS = 60
-_USER = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]*(?=@)")
+_USER = re.compile(r"(?<=://)[^/@\s:]*:[^/\s]*(?=@)")
 _SIGNED = re.compile(
-    r"(?<=[?&])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
-    r"|password)=[^&#\s]*[^&#\s\"'`)\]}>,;:.]",  # a closing quote, bracket or comma is the sentence's
+    r"(?<=[?&#;])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
+    # A closing quote, bracket or comma is the sentence's.
+    r"|client_secret|password)=(?:[^&#\s]*[^&#\s\"'`)\]}>,;:.]|[^&#\s]+)",
     re.IGNORECASE,
 )
 

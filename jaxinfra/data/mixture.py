@@ -12,6 +12,7 @@ from jaxinfra.data import buffers
 from jaxinfra.data.contract import Batch
 from jaxinfra.data.facts import rows
 from jaxinfra.data.mixing import Mixing, MixStage, stage_problems
+from jaxinfra.data.one_store import pinned
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
@@ -86,8 +87,11 @@ class Mixture:
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        known = [*versions, *[None] * len(self.sources)]
-        sources = (replace(each, version=each.version or known[i]) for i, each in enumerate(self.sources))
+        known = dict(enumerate(versions))
+        sources = (
+            replace(each, version=pinned(each.version, known[i]) if i in known else each.version)
+            for i, each in enumerate(self.sources)
+        )
         return replace(self, sources=tuple(sources))
 
     @property

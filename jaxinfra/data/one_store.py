@@ -44,12 +44,17 @@ class OneStore:
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        return replace(self, version=self.version or next(iter(versions), None))
+        return replace(self, version=pinned(self.version, versions[0]) if versions else self.version)
 
     @property
     def recipes(self) -> Mapping[str, str]:
         """See `DataConfig`."""
         return {} if self.recipe is None else {self.store: self.recipe}
+
+
+def pinned(asked: str | None, known: str) -> str:
+    """The version to read where one is known already: that one, unless another is asked for."""
+    return known if asked is None or known.startswith(asked) else asked
 
 
 def at_least_one(config: object, *names: str) -> Iterable[Problem]:

@@ -10,7 +10,7 @@ from jaxinfra.errors import ConfigError, Preempted
 from launch import config_argument
 
 if TYPE_CHECKING:
-    from jaxinfra.data.making.prepare import Progress
+    from jaxinfra.data.making.prepare import Prepared, Progress
 
 ENGINES = ("local", "ray", "dask", "spark")
 
@@ -44,9 +44,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         validate(corpus)
         with bar() as tell:
             made = prepare(corpus, engine=options.engine or ENGINES[0], workers=options.workers, tell=tell)
-        print(f"{'made' if made.new else 'was there'}: {made.path}")
+        print(f"{'made' if made.new else _was_there(made)}: {made.path}")
         print("\n".join(facts(made.manifest)))
     return 0
+
+
+def _was_there(made: "Prepared") -> str:
+    return "was there, and is the newest now" if made.moved else "was there"
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -89,7 +93,7 @@ def _follow(options: argparse.Namespace) -> int:
         )
         try:
             for made in versions:
-                print(f"{'sealed' if made.new else 'was there'}: {made.path}", flush=True)
+                print(f"{'sealed' if made.new else _was_there(made)}: {made.path}", flush=True)
         except ConfigError as error:
             if stop.reason is None:
                 raise

@@ -210,6 +210,10 @@ def test_validate_reports_the_first_problem(run, message):
         ("https://host/x?v=1&X-Amz-Signature=sEcReT&y=2", "https://host/x?v=1&X-Amz-Signature=***&y=2"),
         ("az://x?sv=1&sig=sEcReT", "az://x?sv=1&sig=***"),
         ('"https://h/x?sig=sEcReT", (http://h?token=sEcReT"s).', '"https://h/x?sig=***", (http://h?token=***).'),
+        ("https://user:sEc@rEt@host/x", "https://***@host/x"),
+        ("https://host/x#access_token=sEcReT", "https://host/x#access_token=***"),
+        ("https://host/x?a=1&amp;client_secret=sEcReT", "https://host/x?a=1&amp;client_secret=***"),
+        ("https://host/x?token=...", "https://host/x?token=***"),
         ("see http://user:sEcReT@host/ " + "and more " * 20, "see http://***@host/ and"),
     ],
 )

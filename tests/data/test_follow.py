@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,10 @@ def test_standard_input_becomes_a_store_and_goes_on(recipe, tmp_path):
     assert f"sealed: {tmp_path}/store/" in run(path, "--follow")
     assert_each_once(tmp_path / "store")
     assert "was there: " in run(path, "--follow")
-    assert len(listed(Storage(tmp_path / "store"))) == 1
+    (version,) = listed(Storage(tmp_path / "store"))
+    shutil.rmtree(tmp_path / "store" / version.fingerprint)
+    assert "sealed" in run(path, "--follow"), "what was taken away is made again"
+    assert [each.fingerprint for each in listed(Storage(tmp_path / "store"))] == [version.fingerprint]
     assert "does not begin with the" in run(path, "--follow", stdin=LINES[1:], code=78)
     assert "sealed" in run(path, "--follow", stdin=LINES + b'{"text": "one more"}\n')
     assert len(listed(Storage(tmp_path / "store"))) == 2

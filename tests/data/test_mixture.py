@@ -129,6 +129,10 @@ def test_versions_are_pinned_in_the_order_of_the_sources(data):
     pinned = data.pinned(opened.versions)
     assert [each.version for each in pinned.sources] == list(opened.versions)
     assert pinned.open().fingerprint == opened.fingerprint
+    begun = replace(data.sources[0], version=opened.versions[0][:6])
+    named = replace(data, sources=(begun, replace(data.sources[1], version="ab"), data.sources[2]))
+    whole = [each.version for each in named.pinned(opened.versions).sources]
+    assert whole == [opened.versions[0], "ab", opened.versions[2]], "a beginning becomes the whole, another one stays"
     other = replace(data.sources[1], version="none")
     message = r"^data\.sources\.1\.version=none: is not among .* \S+store-b; use data\.sources\.1\.version=none or"
     with pytest.raises(ConfigError, match=message):

@@ -15,7 +15,7 @@ import pytest
 
 from jaxinfra.data.corpus import Corpus, draw
 from jaxinfra.data.documents.dedup import Dedup
-from jaxinfra.data.documents.forms import Completion, Text
+from jaxinfra.data.documents.forms import Completion, Preference, Text
 from jaxinfra.data.making import parts, tokenise
 from jaxinfra.data.making.baseline import ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.making.prepare import plan, prepare
@@ -131,9 +131,9 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
     first = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
     second = replace(first, heldout_fraction=0.5)
     older, newer = prepare(first, workers=1), prepare(second, workers=1)
-    for recipe, made in ((first, older), (second, newer), (second, newer)):
+    for recipe, made, moved in ((first, older, True), (second, newer, True), (second, newer, False)):
         again = prepare(recipe, workers=1)
-        assert (again.path, again.new) == (made.path, False)
+        assert (again.path, again.new, again.moved) == (made.path, False, moved)
         assert TokenStore.open(tmp_path / "store").manifest == made.manifest
     assert len(listed(Storage(tmp_path / "store"))) == 2
 
@@ -313,7 +313,7 @@ def test_a_version_that_was_removed_is_made_again(tmp_path):
     again = prepare(recipe, workers=1)
     assert (again.new, again.path) == (True, first.path)
     (Path(first.path) / "train" / "tokens" / "c" / "0").write_bytes(b"")
-    with pytest.raises(DataError, match=rf"damaged \(.*c/0: .*\); remove the folder {Path(first.path).name} and prep"):
+    with pytest.raises(DataError, match=rf"damaged \(.*c/0: .*\); move the folder {Path(first.path).name} away"):
         prepare(recipe, workers=1)
 
 
@@ -360,7 +360,7 @@ def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300), TrainBpe(vocab_size=600)])
-@pytest.mark.parametrize("form", [Text(), Completion()])
+@pytest.mark.parametrize("form", [Text(), Completion(), Preference(template=None)])
 def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, form):
     asked = []
     monkeypatch.setattr(
@@ -371,8 +371,9 @@ def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer,
     with (tmp_path / "lines.jsonl").open("w") as file:
         for _ in range(200):
             text, prompt = (" ".join(rng.choices(words, k=60)) for _ in range(2))
-            record = {"text": text} if form == Text() else {"prompt": prompt, "completion": text}
-            file.write(json.dumps(record) + "\n")
+            record = {"text": text, "prompt": prompt, "completion": text, "chosen": "yes", "rejected": "no"}
+            used = {Text: ("text",), Completion: ("prompt", "completion"), Preference: ("prompt", "chosen", "rejected")}
+            file.write(json.dumps({name: record[name] for name in used[type(form)]}) + "\n")
     recipe = replace(bytes_recipe(tmp_path, tmp_path / "store"), tokenizer=tokenizer, form=form)
     manifest = prepare(recipe, workers=1).manifest
     arrays_bytes = sum(info.tokens for info in manifest.splits.values()) * (2 + manifest.masked)

@@ -194,7 +194,7 @@ def test_a_truncated_array_is_an_error_of_the_data(damage, server, place):
     tokens = _array(place.where("tokens"))
     shard = place.where("tokens/c/0")
     server.put(shard, server.get(shard)[damage])
-    with pytest.raises(DataError, match=rf"^{place.url}/tokens: .*; remove this version, .* or copy it anew$"):
+    with pytest.raises(DataError, match=rf"^{place.url}/tokens: .*; move this version away, .* or copy it anew$"):
         _read_array(place.where("tokens"), len(tokens))
 
 

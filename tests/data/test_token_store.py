@@ -231,9 +231,9 @@ def test_another_version_in_the_place_of_one_is_found(copy, tmp_path):
     named = TokenStore.open(copy).manifest.fingerprint
     other = tmp_path / "0123456789abcdef0123456789abcdef"
     shutil.copytree(copy, other)
-    with pytest.raises(DataError, match=rf"manifest\.json: is of version {named}, not of {other.name}; remove it"):
+    with pytest.raises(DataError, match=rf"manifest\.json: is of version {named}, not of {other.name}; move"):
         TokenStore.open(other)
-    with pytest.raises(DataError, match=rf"is of version {named}, not of cafe; remove it"):
+    with pytest.raises(ConfigError, match=rf"^data\.version=cafe: {copy} is version {named}; use data\.version=none$"):
         TokenStore.open(copy, "cafe")
     assert TokenStore.open(copy, named[:6]).manifest.fingerprint == named
 

@@ -125,7 +125,7 @@ def test_verify_names_damaged_blocks(tiny_data: Path, tmp_path: Path) -> None:
     shard.write_bytes(content)
     ended = launch("data", "verify", str(store))
     assert re.match(r"train/tokens block 0: ", ended.out)
-    refused(ended, r"\S+: 1 of \d+ files and blocks are damaged, first train/tokens block 0; remove .*", 78)
+    refused(ended, r"\S+: 1 of \d+ files and blocks are damaged, first train/tokens block 0; move this .*", 78)
 
 
 def test_the_bars_of_preparing_are_full_when_a_stage_is_over(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,7 @@ def test_replay_reads_the_versions_of_the_record(tiny: Tiny, tiny_data: Path, tm
     first, second = (json.loads((tiny.directory(name) / "run.json").read_text()) for name in ("first", "second"))
     assert second["data_versions"] == first["data_versions"] == [first["config"]["data"]["version"]]
     (version,) = first["data_versions"]
+    assert first["origins"]["data.version"] == "newest at the start"
     assert f"{store}/{version}: " in launch("data", "peek", str(record), "data.threads=2", "--rows", "0").out
     assert launch("sample", str(record.parent), "w1", "--max-tokens", "3").code == 0
     shutil.rmtree(store)

@@ -23,7 +23,7 @@ from jaxinfra.data.making.workspace import check_space, kept_folder, require_sto
 from jaxinfra.data.recipe import Recipe
 from jaxinfra.data.records.stream import WAIT_S, Stream, blocks
 from jaxinfra.data.store import versions
-from jaxinfra.data.store.manifest import digest_of
+from jaxinfra.data.store.manifest import FILE_NAME, digest_of
 from jaxinfra.data.store.storage import Storage
 from jaxinfra.data.store.store import Store
 from jaxinfra.errors import ConfigError, DataError
@@ -126,10 +126,10 @@ class _Course:
     def seal(self) -> Prepared:
         """Makes a version of all that has come, unless there is one; it is the newest one then."""
         for each in versions.listed(self._store):
-            if each.made_of == self._made_of:
+            if each.made_of == self._made_of and self._store.child(each.fingerprint).exists(FILE_NAME):
                 found = Store.open(self._store.url, each.fingerprint)
-                versions.make_newest(self._store, each)
-                return Prepared(path=str(found), manifest=found.manifest, new=False)
+                moved = versions.make_newest(self._store, each)
+                return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
         self.tell("store")
         check_space(self._build.parent, sum(path.stat().st_size for path in self._kept.iterdir()))
         shutil.rmtree(self._build, ignore_errors=True)

@@ -85,9 +85,14 @@ class TextMaker:
         return replace(part, position=block.position)
 
     def needed_bytes(self, source_bytes: int) -> int:
-        """Parts and arrays exist at once, and a byte of the mask beside each token. Low for compressed sources."""
+        """Parts and arrays exist at once, and a byte of the mask beside each token.
+
+        An estimate: low for compressed sources, for documents of a few bytes, and for a text that the tokenizer was not
+        trained for.
+        """
         bytes_per_token = 1 if self._info.vocab_size < _FEW_WORDS else _BYTES_PER_TOKEN
-        return 2 * source_bytes * (self._dtype.itemsize + self._corpus.form.masked) // bytes_per_token
+        form = self._corpus.form
+        return 2 * source_bytes * form.group * (self._dtype.itemsize + form.masked) // bytes_per_token
 
     def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Job]:
         """What to tokenise."""

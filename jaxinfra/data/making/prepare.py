@@ -60,11 +60,13 @@ class Prepared:
         path: of the version.
         manifest: of it.
         new: whether this call made it.
+        moved: whether it was there and another one was the newest, which it is now.
     """
 
     path: str
     manifest: Manifest
     new: bool
+    moved: bool = False
 
 
 class Maker(Protocol):
@@ -156,8 +158,8 @@ def prepare(
     for each in known:
         if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
             found = _opened(recipe.store, each.fingerprint)
-            versions.make_newest(store, each)
-            return Prepared(path=str(found), manifest=found.manifest, new=False)
+            moved = versions.make_newest(store, each)
+            return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
     groups = plan(pieces, recipe.shard_bytes)
     cut = digest_of([made_of, *map(len, groups)])  # parts that were cut in another way would lose or repeat records
     with workspace(store, cut, recipe.work) as work:
@@ -199,8 +201,8 @@ def _opened(store: str, fingerprint: str) -> Store:
         return Store.open(store, fingerprint)
     except DataError as error:
         raise DataError(
-            f"{store}: what this recipe made before is damaged ({error}); remove the folder {fingerprint} and prepare "
-            "again"
+            f"{store}: what this recipe made before is damaged ({error}); move the folder {fingerprint} away and "
+            "prepare again"
         ) from error
 
 

@@ -30,7 +30,7 @@ RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"
 """Of the environment: another time in seconds."""
 IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """An upload holds so much in memory, or one file if that is larger."""
-REMAKE = "remove this version, then prepare it again or copy it anew"
+REMAKE = "move this version away, then prepare it again or copy it anew"
 """What to do about a damaged version: nothing is written over one that is there."""
 
 _FIRST_WAIT_S = 0.5
@@ -67,7 +67,8 @@ def check_url(url: str) -> str:
         return str(Path(url).expanduser().absolute())
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    elsewhere = parts.scheme != "file"
+    if "@" in parts.netloc or (elsewhere and ":" in parts.netloc) or parts.query or parts.fragment:
         raise ConfigError(
             f"{shown}: the URL of a store must not have credentials, a query or a fragment in it; "
             "give credentials by the environment or a profile"

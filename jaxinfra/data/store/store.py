@@ -35,7 +35,7 @@ from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
 from jaxinfra.data.store.storage import REMAKE, Storage
 from jaxinfra.data.tokenizer import Tokenizer, restore
-from jaxinfra.errors import DataError, JaxinfraError
+from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 
 PREPARE = "python -m launch data prepare RECIPE"
 TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
@@ -99,12 +99,14 @@ class Store:
         storage = versions.find(Storage(tracked.resolved(str(path))), version, at=at, fix=fix)
         found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
         named = storage.url.rpartition("/")[2]
-        for asked in (version, named if manifests.is_fingerprint(named) else None):
-            if asked is not None and not found.fingerprint.startswith(asked):
-                raise DataError(
-                    f"{storage.where(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {asked}; "
-                    "remove it, then copy the version anew, or name the one that is there"
-                )
+        if manifests.is_fingerprint(named) and found.fingerprint != named:
+            raise DataError(
+                f"{storage.where(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {named}; {REMAKE}"
+            )
+        if version is not None and not found.fingerprint.startswith(version):
+            raise ConfigError(
+                f"{at}.version={version}: {storage.url} is version {found.fingerprint}; use {at}.version=none"
+            )
         storage.check({name: info.bytes for name, info in found.files.items()})
         return cls(storage, found)
 

@@ -77,7 +77,7 @@ def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
         there = ", ".join(each.fingerprint for each in (fitting or known)[-3:])
         raise ConfigError(
             f"{at}.version={version}: {'fits several of' if fitting else 'is not among'} the {len(known)} versions of "
-            f"{store.url}; use {at}.version=none or one of {there}"
+            f"{store.url}; use {at}.version=none or one of {there}, and name=ANOTHER where a run was begun on it"
         )
     return store.child(fitting[-1].fingerprint)
 
@@ -105,14 +105,16 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
     _list_last(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
 
 
-def make_newest(store: Storage, version: Version) -> None:
-    """Lists a version that is there as the newest, which runs take; nothing is written where it is.
+def make_newest(store: Storage, version: Version) -> bool:
+    """Lists a version that is there as the newest, which runs take; tells whether it was another one.
 
     Raises:
         StorageError: the list cannot be written.
     """
-    if listed(store)[-1].fingerprint != version.fingerprint:
-        _list_last(store, version)
+    if listed(store)[-1].fingerprint == version.fingerprint:
+        return False
+    _list_last(store, version)
+    return True
 
 
 def _list_last(store: Storage, version: Version) -> None:
