@@ -116,7 +116,7 @@ WRONG_VALUES = {
     ),
     "version that is not there": (
         "data.version=xx",
-        r"data\.version=xx: is not among the 1 versions of \S+/store; use data\.version=none or one of \w+",
+        r"data\.version=xx: is not among the 1 versions of \S+/store; use data\.version=none or one of \w+, and .*",
     ),
     "packing that is not there": (
         "data.packing=best_fit",
