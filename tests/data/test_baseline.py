@@ -5,7 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from jaxinfra.data.corpus import Corpus
+from jaxinfra.data.corpus import draw as drawn
+from jaxinfra.data.making import baseline
 from jaxinfra.data.making.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.data.making.prepare import prepare
+from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.tokenizer import TrainBpe
+from tests.data.test_prepare import documents
 
 VOCAB = 6
 
@@ -66,3 +74,43 @@ def test_xz_is_that_of_the_texts_one_after_the_other():
     texts = ["def f(x):\n    return x\n" * 50, "naïve\n", "class A: pass\n" * 20]
     content = "".join(texts).encode()
     assert xz_bits_per_byte(texts) == 8 * len(lzma.compress(content, preset=6)) / len(content)
+
+
+def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
+    store = TokenStore.open(store_path)
+    offsets = store.offsets("heldout")
+    for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
+        monkeypatch.setattr(baseline, "HELDOUT_LIMIT_TOKENS", int(limit))
+        texts = documents(store, "heldout")[:count]
+        found = baseline.measured(store)["bits_per_byte"]
+        assert found["xz -6"] == xz_bits_per_byte(texts)
+        assert found["token 5-gram"] == ngram_bits_per_byte(
+            store.sample("train", 10**9),
+            store.read("heldout", [0], offsets[count])[0],
+            heldout_bytes=sum(len(text.encode()) for text in texts),
+            vocab_size=store.manifest.words.vocab_size,
+            eot_id=store.manifest.words.eot_id,
+        )
+
+
+def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
+    (tmp_path / "text").mkdir()
+    for letter in "abcdefgh":
+        (tmp_path / "text" / f"{letter}.py").write_text("" if drawn(f"{letter}.py") < 0.5 else "x = 1\n")
+    recipe = Corpus(
+        store=str(tmp_path / "store"),
+        source=TextFiles(root=str(tmp_path / "text"), min_bytes=0),
+        tokenizer=TrainBpe(vocab_size=300),
+        heldout_fraction=0.5,
+        baselines=True,
+    )
+    manifest = prepare(recipe, workers=1).manifest
+    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
+    assert manifest.baselines == {}
+
+
+def test_baselines_are_plausible(store_path):
+    """16 words drawn at random: 4 bits a word of some 4 bytes, and nothing can do better."""
+    found = TokenStore.open(store_path).manifest.baselines["bits_per_byte"]
+    assert 0.8 < found["token 5-gram"] < 2.5
+    assert 0.8 < found["xz -6"] < 2.5

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.data.corpus import Corpus, draw
+from jaxinfra.data.corpus import Corpus
 from jaxinfra.data.documents.dedup import Dedup
 from jaxinfra.data.documents.forms import Completion, Preference, Text
 from jaxinfra.data.making import parts, tokenise
-from jaxinfra.data.making.baseline import ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.data.making.prepare import plan, prepare
 from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.records.record import Piece
@@ -467,48 +466,6 @@ def test_pieces_are_grouped_by_size_alone():
     assert [piece for group in groups for piece in group] == pieces
     assert all(sum(piece.size_bytes for piece in group[:-1]) < 2**26 for group in groups)
     assert 20 <= len(plan(pieces, 2**60)) <= 40
-
-
-def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
-    store = TokenStore.open(store_path)
-    from jaxinfra.data.making import baseline
-
-    offsets = store.offsets("heldout")
-    for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
-        monkeypatch.setattr(baseline, "HELDOUT_LIMIT_TOKENS", int(limit))
-        texts = documents(store, "heldout")[:count]
-        found = baseline.measured(store)["bits_per_byte"]
-        assert found["xz -6"] == xz_bits_per_byte(texts)
-        assert found["token 5-gram"] == ngram_bits_per_byte(
-            store.sample("train", 10**9),
-            store.read("heldout", [0], offsets[count])[0],
-            heldout_bytes=sum(len(text.encode()) for text in texts),
-            vocab_size=store.manifest.words.vocab_size,
-            eot_id=store.manifest.words.eot_id,
-        )
-
-
-def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
-    (tmp_path / "text").mkdir()
-    for letter in "abcdefgh":
-        (tmp_path / "text" / f"{letter}.py").write_text("" if draw(f"{letter}.py") < 0.5 else "x = 1\n")
-    recipe = Corpus(
-        store=str(tmp_path / "store"),
-        source=TextFiles(root=str(tmp_path / "text"), min_bytes=0),
-        tokenizer=TrainBpe(vocab_size=300),
-        heldout_fraction=0.5,
-        baselines=True,
-    )
-    manifest = prepare(recipe, workers=1).manifest
-    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
-    assert manifest.baselines == {}
-
-
-def test_baselines_are_plausible(store_path):
-    """16 words drawn at random: 4 bits a word of some 4 bytes, and nothing can do better."""
-    found = TokenStore.open(store_path).manifest.baselines["bits_per_byte"]
-    assert 0.8 < found["token 5-gram"] < 2.5
-    assert 0.8 < found["xz -6"] < 2.5
 
 
 @pytest.mark.slow
