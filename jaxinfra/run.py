@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
 from jaxinfra.config import Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
-from jaxinfra.data.contract import DataConfig
 from jaxinfra.data.image_data import ImageData
+from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.data.mixture import Mixture
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError

@@ -21,12 +21,11 @@ import jax.numpy as jnp
 
 import jaxinfra
 from jaxinfra.checkpoint.checkpoints import Checkpoints
-from jaxinfra.checkpoint.storage import check_space, make_writable
 from jaxinfra.config import Difference, Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, heldout_batches
-from jaxinfra.data.contract import OpenData
-from jaxinfra.data.feed import Prefetcher, process_rows, to_global
+from jaxinfra.data.interfaces import OpenData
+from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
 from jaxinfra.data.stopwatch import lateness
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
@@ -36,6 +35,7 @@ from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, package_versions
 from jaxinfra.runtime.peak import peak_flops
 from jaxinfra.runtime.signals import StopRequest
+from jaxinfra.storage.checks import check_space, make_writable
 from jaxinfra.track.jsonl import read, read_json
 from jaxinfra.track.report import write_report
 from jaxinfra.track.tracker import Trackers, build

@@ -1,1 +1,1 @@
-"""`python -m launch`: the command line, one small file a command."""
+"""The command line of a clone: `python -m launch`."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import emulated
+from jaxinfra.runtime import emulated
 
-pytest_plugins = ["tests.servers.fixtures"]
+pytest_plugins = ["tests.servers.fixtures", "tests.stores"]
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {

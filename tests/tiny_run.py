@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfra.cli.main import main
 from jaxinfra.config import load
 from jaxinfra.run import Run
 from jaxinfra.track.jsonl import read
-from launch.__main__ import main
 
 STEPS = 12
 CONFIG = """\
@@ -49,8 +49,8 @@ def config() -> Run:
     )
 """
 RECIPE = """\
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.data.tokenizer import TrainBpe
 
 

@@ -1,13 +1,13 @@
 """The 1,797 handwritten digits of scikit-learn (the extra `digits`): no network."""
 
-from jaxinfra.data.image_set import ImageSet
-from jaxinfra.data.records.python_source import PythonSource
+from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.sources.python_source import PythonSource
 
 
 def config() -> ImageSet:
     return ImageSet(
         store="stores/digits",
-        source=PythonSource(factory="jaxinfra.data.digits:records"),
+        source=PythonSource(factory="jaxinfra.prepare.sources.digits:records"),
         classes=tuple("0123456789"),
         heldout_fraction=0.2,
         baselines=True,

@@ -18,9 +18,9 @@ import jax
 from etils import epath
 
 from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
-from jaxinfra.checkpoint.storage import absolute, cause_of, is_storage_failure, make_writable, writing_to
 from jaxinfra.config import Problem
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
+from jaxinfra.storage.checks import absolute, cause_of, is_storage_failure, make_writable, writing_to
 
 if TYPE_CHECKING:
     from jaxinfra.checkpoint.orbax_store import OrbaxStore

@@ -1,19 +1,16 @@
-"""What a run reads: made once into a store, then read in an order that is a pure function of the seed and the step.
+"""What a run reads: samples of stores, in an order that is a pure function of the seed and the step.
 
-    records --documents--> tokens --making--> store                                           once
-    store --samples--> ids(seed, step) --batches--> host arrays --feed--> device arrays       every step
+    store --samples--> ids(seed, step) --batches--> host arrays --prefetch--> device arrays       every step
 
 | read in this order | |
 | --- | --- |
-| `records/` | sources: files, tables, functions, streams |
-| `documents/`, `tokenizer/` | from a record to token ids |
-| `corpus`, `image_set` | recipes: what a config file of `data prepare` returns |
-| `making/` | jobs, parts, arrays; engines; streams |
-| `store/` | places, arrays, manifest, versions |
-| `one_store`, `tokens`, `mixture`, `pairs`, `image_data` | what a run's config names, and samples of it |
-| `order`, `mixing`, `packing`, `windows` | pure functions |
-| `contract`, `batches`, `buffers`, `feed`, `stopwatch` | from samples to the devices |
+| `interfaces` | what a run needs of its data |
+| `store/`, `tokenizer/` | arrays, manifest, versions; token ids and text |
+| `store_data`, `tokens`, `mixture`, `pairs`, `image_data` | what a run's config names, and samples of it |
+| `order`, `mixing`, `packing`, `sequences` | pure functions |
+| `batches`, `buffers`, `prefetch`, `stopwatch` | from samples to the devices |
+| `inspect` | what a store holds and a batch says, in lines for people |
 
-There is no iterator state: a run starts at any step, on any number of processes, by asking for that step. Only `feed`
-and iterating `batches` (by Grain) import JAX.
+There is no iterator state: a run starts at any step, on any number of processes, by asking for that step. Only
+`prefetch` and iterating `batches` (by Grain) import JAX. What makes a store is `jaxinfra.prepare`.
 """

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import numpy as np
 
-from jaxinfra.data.contract import Batch, DataConfig, Samples
+from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 
 _MOST_AHEAD = 16

@@ -7,10 +7,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.contract import Batch
-from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
+from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
+from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.errors import ConfigError
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data import buffers
-from jaxinfra.data.contract import Batch
-from jaxinfra.data.facts import rows
+from jaxinfra.data.inspect import rows
+from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.mixing import Mixing, MixStage, stage_problems
-from jaxinfra.data.one_store import pinned
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
+from jaxinfra.data.store_data import pinned
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples, Vocabulary
 from jaxinfra.errors import ConfigError

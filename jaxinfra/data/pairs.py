@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.contract import Batch
-from jaxinfra.data.facts import rows
-from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
+from jaxinfra.data.inspect import rows
+from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
+from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
-from jaxinfra.data.windows import packed_batch
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)

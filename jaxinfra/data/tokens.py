@@ -10,15 +10,15 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.data.batches import heldout_batches
-from jaxinfra.data.contract import Batch
-from jaxinfra.data.facts import rows
-from jaxinfra.data.one_store import OneStore, OpenStore, SplitSamples, at_least_one
+from jaxinfra.data.inspect import rows
+from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.packing import Pack
+from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import PREPARE, TokenStore
+from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples, at_least_one
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.windows import packed_batch, split_inputs_targets, window_count
 from jaxinfra.errors import ConfigError
 
 Packing = Literal["windows", "best_fit", "best_fit_by_length"]

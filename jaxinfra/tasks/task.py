@@ -62,7 +62,7 @@ class Task(Protocol):
 
         Args:
             sums: over all held-out batches.
-            heldout: the samples that they are of (see `data.contract.Samples`).
+            heldout: the samples that they are of (see `data.interfaces.Samples`).
         """
         ...
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.errors import StorageError
-from jaxinfra.track.files import Appender, replace_bytes
+from jaxinfra.storage.local import Appender, replace_bytes
 from jaxinfra.track.text import Derived
 
 METRICS = "metrics.jsonl"

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.errors import StorageError
+from jaxinfra.storage.local import replace_bytes
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import Chart, Point, Series, figure
-from jaxinfra.track.files import replace_bytes
 from jaxinfra.track.text import flatten, number, summary_rows, words
 
 RUN = "run.json"

@@ -22,7 +22,7 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import hparams, text
 
 from jaxinfra.errors import StorageError
-from jaxinfra.track.files import Appender
+from jaxinfra.storage.local import Appender
 from jaxinfra.track.text import Derived, flatten, number
 
 _events: Any = event_pb2  # protobuf makes its classes on import, where no type checker can see them

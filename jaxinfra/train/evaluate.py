@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.data.batches import Batches
-from jaxinfra.data.contract import Batch
+from jaxinfra.data.interfaces import Batch
 from jaxinfra.program import Program, TrainState
 
 

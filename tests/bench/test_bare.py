@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfra.bench import bare
+from jaxinfra.bench.measure import sizes_of
 from jaxinfra.config import load
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run
-from launch.bench import bare
-from launch.bench.measure import sizes_of
 
 TINY = [
     "model.layers=2",

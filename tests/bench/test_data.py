@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import launch
 
+from jaxinfra.bench.reading import BATCH, LENGTH, Request, Stores
+from jaxinfra.cli.bench import BENCHES, data, reading, token_files
 from jaxinfra.data.tokens import TokenData
-from launch.bench import BENCHES, data, reading, token_files
-from launch.bench.reading import BATCH, LENGTH, Request, Stores
+from tests.tiny_run import launch
 
 TOKENS = data.LEAST_TOKENS
 
@@ -58,7 +58,7 @@ def test_the_chips_eat_what_their_flops_allow() -> None:
 def test_first_batch_and_growth_are_measured_in_processes_without_jax(stores: Stores) -> None:
     assert reading.ask(Request(kind="first", folder=str(stores.folder), tokens=TOKENS)) > 0
     assert abs(data.growth_bytes(stores, batches=5)) < 2**30
-    code = "import sys, launch.bench.reading; sys.exit('jax' in sys.modules)"
+    code = "import sys, jaxinfra.bench.reading; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

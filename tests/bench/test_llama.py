@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import launch
 
-from launch.bench import BENCHES, llama
+from jaxinfra.bench import llama
+from jaxinfra.cli.bench import BENCHES
+from tests.tiny_run import launch
 
 SMALL = ("model.layers=2", "model.width=1024", "model.mlp_dim=2048", "model.heads=8", "model.vocab_size=8192")
 

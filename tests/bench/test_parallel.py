@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import launch
 
-from launch.bench import BENCHES
-from launch.bench.parallel import CASES
+from jaxinfra.bench.parallel import CASES
+from jaxinfra.cli.bench import BENCHES
+from tests.tiny_run import launch
 
 TINY = ["model.width=32", "model.heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
 

@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import launch, refused
 
-from launch.bench import BENCHES
-from launch.bench.prepare import OURS, THEIRS, TITLES, Side, rows, sides
+from jaxinfra.bench.prepare import OURS, THEIRS, TITLES, Side, rows, sides
+from jaxinfra.cli.bench import BENCHES
+from tests.tiny_run import launch, refused
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import launch
 
-from launch.bench import BENCHES
-from launch.bench.children import ChildError, last_line
-from launch.bench.start import first_step_s
-from launch.bench.step import CASES, Row, cells_of, machine, table
+from jaxinfra.bench.children import ChildError, last_line
+from jaxinfra.bench.start import first_step_s
+from jaxinfra.bench.step import CASES, Row, cells_of, machine, table
+from jaxinfra.cli.bench import BENCHES
+from tests.tiny_run import launch
 
 TINY = [
     "model.layers=1",
@@ -23,8 +23,8 @@ TINY = [
     "train.global_batch=8",
 ]
 RECIPE = """\
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.data.tokenizer import TrainBpe
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from jaxinfra.checkpoint.storage import check_space
 from jaxinfra.errors import CheckpointError, StorageError
+from jaxinfra.storage.checks import check_space
 
 from .child import random_state
 from .states import abstract, assert_same, make_mesh, make_state

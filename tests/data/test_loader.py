@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches, heldout_batches
-from jaxinfra.data.feed import Prefetcher, process_rows, to_global
 from jaxinfra.data.order import sample_ids
+from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData, Windows
 from jaxinfra.errors import ConfigError, DataError

@@ -10,14 +10,14 @@ import pytest
 
 from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
-from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.jsonl import Jsonl
 
 T = 16
 

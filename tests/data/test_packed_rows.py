@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.batches import Batches, heldout_batches
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.documents.chat import Chat
-from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import Pack
-from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.documents.chat import Chat
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.jsonl import Jsonl
 
 T = 64
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.documents.dedup import Dedup
-from jaxinfra.data.documents.preference import Preference
-from jaxinfra.data.making.prepare import prepare
 from jaxinfra.data.packing import Pack
 from jaxinfra.data.pairs import PairData
-from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.documents.dedup import Dedup
+from jaxinfra.prepare.documents.preference import Preference
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.jsonl import Jsonl
 
 T = 40
 

@@ -10,7 +10,7 @@ PROGRAM = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxinfra.data.feed import process_rows, to_global
+from jaxinfra.data.prefetch import process_rows, to_global
 
 port, rank = sys.argv[1], int(sys.argv[2])
 jax.config.update("jax_num_cpu_devices", 2)

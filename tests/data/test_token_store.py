@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.data.corpus import draw
-from jaxinfra.data.making.assemble import SplitWriter
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.prepare.builders.assemble import SplitWriter
+from jaxinfra.prepare.recipes.corpus import draw
 
 SHARD = "train/tokens/c/0"
 

@@ -3,10 +3,10 @@ import random
 
 import numpy as np
 import pytest
-from vocabularies import EOT, KINDS, MARKERS, TEXTS, control, vocabulary
 
 from jaxinfra.data.tokenizer import StreamDecoder, restore
 from jaxinfra.errors import ConfigError
+from tests.vocabularies import EOT, KINDS, MARKERS, TEXTS, control, vocabulary
 
 LOSSLESS = [kind for kind in KINDS if kind != "unigram"]  # which knows the letters of TEXTS alone
 

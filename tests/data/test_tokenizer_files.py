@@ -11,12 +11,12 @@ import tiktoken
 import tiktoken_ext.openai_public as public
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from vocabularies import EOT, MARKERS, TEXTS, control, rank_file, spm_file
 
 from jaxinfra.config import validate
 from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe, load, train_bpe
 from jaxinfra.data.tokenizer.tiktoken_ranks import ENCODINGS, LONGEST_GAP
 from jaxinfra.errors import ConfigError
+from tests.vocabularies import EOT, MARKERS, TEXTS, control, rank_file, spm_file
 
 REAL = "We've 12345 things'll\n\n  to DO, naïve 漢字 e\u0301 — iPhone's   \r\n\t!!/\n//x "
 

@@ -6,14 +6,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxinfra.config import validate
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.documents.chat import Chat
-from jaxinfra.data.documents.dedup import Dedup
-from jaxinfra.data.documents.document import Text
-from jaxinfra.data.documents.filters import Filters
-from jaxinfra.data.documents.preference import Completion, Preference
-from jaxinfra.data.records.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
+from jaxinfra.prepare.documents.chat import Chat
+from jaxinfra.prepare.documents.dedup import Dedup
+from jaxinfra.prepare.documents.document import Text
+from jaxinfra.prepare.documents.filters import Filters
+from jaxinfra.prepare.documents.preference import Completion, Preference
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.jsonl import Jsonl
 
 PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()
 NAMES = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from jaxinfra.cli.compile import shown
 from jaxinfra.config import load
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
@@ -20,7 +21,6 @@ from jaxinfra.plan.compiled import Compiled, compile_step
 from jaxinfra.plan.topology import parse
 from jaxinfra.run import Run
 from jaxinfra.train.loop import TrainConfig
-from launch.compile import shown
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FOLDER = Path(__file__).resolve().parent / "compile"

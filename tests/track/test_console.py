@@ -11,7 +11,7 @@ import time
 from rich.console import Console
 
 from jaxinfra.track.console import Bar, Plain, Progress
-from track import demo
+from tests.track import demo
 
 
 def on_terminal(columns: int, *arguments: object, terminal: str = "xterm-256color") -> str:

@@ -5,8 +5,8 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.track.jsonl import Jsonl, read
-from track import demo
-from track.test_tensorboard import events
+from tests.track import demo
+from tests.track.test_tensorboard import events
 
 
 def start(run_dir, start_step=0):

@@ -5,7 +5,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.track.jsonl import read
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import TrackConfig, Trackers, build
-from track import demo
+from tests.track import demo
 
 
 class Noting:

@@ -1,2 +1,2 @@
-from tiny_run import tiny as tiny
-from tiny_run import tiny_data as tiny_data
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny_run import Tiny
 
 from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
 from jaxinfra.models.latent import Latent
@@ -15,6 +14,7 @@ from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
 from jaxinfra.train.derived import derived, per_device_bytes, step_flops, units_per_step
+from tests.tiny_run import Tiny
 
 
 def test_flops_by_hand() -> None:

@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_run import Tiny
 
 from jaxinfra.data.batches import heldout_batches
-from jaxinfra.data.feed import to_global
+from jaxinfra.data.prefetch import to_global
+from jaxinfra.data.sequences import split_inputs_targets
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.windows import split_inputs_targets
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, resolved
 from jaxinfra.train.evaluate import evaluate
+from tests.tiny_run import Tiny
 
 SEQ_LEN, BATCH = 32, 8
 

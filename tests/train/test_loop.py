@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import Tiny
 
 import jaxinfra.session
 from jaxinfra.train.clock import StepClock
 from jaxinfra.train.loop import Hooks, Outcome, Reporter, TrainConfig, Work, fit
+from tests.tiny_run import Tiny
 
 
 class Steps:

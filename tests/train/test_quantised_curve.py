@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import launch
 
 from jaxinfra.parallel.layout import Quantise
 from jaxinfra.track.jsonl import read
+from tests.tiny_run import launch
 
 STEPS, WINDOW = 80, 20
 """Of a run; and over how many steps its loss is averaged."""
@@ -36,8 +36,8 @@ def config() -> Run:
     )
 """
 RECIPE = """\
-from jaxinfra.data.corpus import Corpus
-from jaxinfra.data.records.text_files import TextFiles
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.data.tokenizer import TrainBpe
 
 

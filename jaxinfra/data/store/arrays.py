@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.data.store import storage
 from jaxinfra.errors import JaxinfraError
+from jaxinfra.storage import objects
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
@@ -26,7 +26,7 @@ CACHE_BYTES = 16 * 1024 * 1024
 
 def cache_context() -> ts.Context:
     """A cache that all arrays opened with it share; requests that fail are tried again as `storage` says."""
-    return storage.context(cache_bytes=CACHE_BYTES)
+    return objects.context(cache_bytes=CACHE_BYTES)
 
 
 def create(
@@ -61,8 +61,8 @@ def create(
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return storage.checked(
-        path, lambda: ts.open(ts.Spec(spec), create=True, context=storage.context()).result(), writing=True
+    return objects.checked(
+        path, lambda: ts.open(ts.Spec(spec), create=True, context=objects.context()).result(), writing=True
     )
 
 
@@ -75,7 +75,7 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
         longer[start : start + len(values)].write(values).result()
         return longer
 
-    return storage.checked(path, write, writing=True)
+    return objects.checked(path, write, writing=True)
 
 
 def open_array(path: str, context: ts.Context) -> ts.TensorStore:
@@ -87,7 +87,7 @@ def open_array(path: str, context: ts.Context) -> ts.TensorStore:
     """
     # What the shared cache has of an array that was here before is looked at again, once.
     spec = _spec(path) | {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
-    return storage.checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
+    return objects.checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 
 
 def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length: int) -> np.ndarray:
@@ -116,7 +116,7 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
             found = ts.concat(ranges, axis=0).read(batch=batch)
         return found.result()
 
-    return storage.checked(path, read)
+    return objects.checked(path, read)
 
 
 def read_each(
@@ -127,7 +127,7 @@ def read_each(
     found: list[np.ndarray | JaxinfraError] = []
     for future in futures:
         try:
-            found.append(storage.checked(path, future.result))
+            found.append(objects.checked(path, future.result))
         except JaxinfraError as error:
             found.append(error)
     return found
@@ -136,6 +136,6 @@ def read_each(
 def _spec(path: str) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": storage.kvstore_spec(storage.check_url(path)),
+        "kvstore": objects.kvstore_spec(objects.check_url(path)),
         "fill_missing_data_reads": False,
     }

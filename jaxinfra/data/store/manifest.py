@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from jaxinfra.data.store.storage import REMAKE
 from jaxinfra.errors import DataError
+from jaxinfra.storage.objects import REMAKE
 
 FORMAT = 2
 FILE_NAME = "manifest.json"

@@ -33,9 +33,9 @@ import xxhash
 from jaxinfra.data.store import arrays, tracked, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
-from jaxinfra.data.store.storage import REMAKE, Storage
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
+from jaxinfra.storage.objects import REMAKE, Storage
 
 PREPARE = "python -m launch data prepare RECIPE"
 TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"

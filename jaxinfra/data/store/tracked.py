@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from jaxinfra.data.packages import needed
 from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.packages import needed
 
 SUFFIX = ".dvc"
 

@@ -11,11 +11,11 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxinfra.data.making.parts import sync_folder
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import Manifest
-from jaxinfra.data.store.storage import Storage
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.storage.local import sync_folder
+from jaxinfra.storage.objects import Storage
 
 INDEX = "versions.json"
 

@@ -14,10 +14,10 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.documents.whole_file import one_line, read_content
-from jaxinfra.data.packages import needed
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.errors import ConfigError
+from jaxinfra.packages import needed
+from jaxinfra.storage.small_files import one_line, read_content
 
 _SPACE = "\u2581"
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")

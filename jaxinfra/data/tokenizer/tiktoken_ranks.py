@@ -15,10 +15,10 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.data.documents.whole_file import one_line, read_content
-from jaxinfra.data.packages import needed
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.errors import ConfigError
+from jaxinfra.packages import needed
+from jaxinfra.storage.small_files import one_line, read_content
 
 LONGEST_GAP = 100_000
 """Characters of white space in one piece beyond which the library's patterns overflow its stack (from 300,000 on)."""

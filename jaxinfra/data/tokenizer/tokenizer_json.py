@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxinfra.config import Problem
-from jaxinfra.data.documents.whole_file import one_line, read_content
 from jaxinfra.data.tokenizer.base import Tokenizer, bytes_before, common_problems, no_end
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage.small_files import one_line, read_content
 
 _SPACE = "\u2581"  # how SentencePiece, and what follows it, spells a space
 

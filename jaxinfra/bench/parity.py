@@ -1,0 +1,267 @@
+"""Parity of meshes: loss and every gradient of small models on every mesh, against one device.
+
+Every way to spread the devices over the six mesh axes, each in two orders of the devices. What a mesh computes is
+the same sums in another order; in float32 they may differ by rounding, and by no more than `BOUND`.
+"""
+
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxinfra.errors import ConfigError, JaxinfraError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jaxinfra.parallel.mesh import MeshConfig
+    from jaxinfra.run import Run
+
+BOUND = 2e-5
+"""Largest difference of an array, as a part of its largest value."""
+ROUNDING = 1e-6
+"""An array whose largest value is a smaller part of that of all gradients is zero but for rounding."""
+CONFIGS = ("configs/parity_dense.py", "configs/parity_moe.py")
+MICROBATCHES = 4
+"""Of a step on a mesh; one device takes the batch whole."""
+
+type Arrays = Mapping[str, "np.ndarray"]
+
+
+class WorkerError(JaxinfraError):
+    """A process that compared meshes died."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One mesh: differences from one device, relative.
+
+    Attributes:
+        config: which model.
+        mesh: the sizes of the axes above 1.
+        loss: of the loss.
+        gradient: of the gradient that differs most.
+        leaf: the parameter of that gradient.
+        permuted: the larger of both with the devices in another order.
+    """
+
+    config: str
+    mesh: str
+    loss: float
+    gradient: float
+    leaf: str
+    permuted: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of its differences; NaN if any is."""
+        return max((self.loss, self.gradient, self.permuted), key=lambda d: (math.isnan(d), d))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one process compares: every `parts`-th mesh of each config, from the `part`-th on."""
+
+    configs: tuple[str, ...]
+    overrides: tuple[str, ...]
+    part: int
+    parts: int
+
+
+def meshes(devices: int) -> list["MeshConfig"]:
+    """Every way to spread so many devices over the six axes; one device for all comes first."""
+    from jaxinfra.parallel.mesh import AXES, MeshConfig
+
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    spread = (found for found in itertools.product(sizes, repeat=len(AXES)) if math.prod(found) == devices)
+    return [MeshConfig(**dict(zip(AXES, found, strict=True))) for found in spread]
+
+
+def loaded(config: str, overrides: Sequence[str]) -> "Run":
+    """The run of a config, in float32 throughout.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or it is no model of text.
+    """
+    from jaxinfra.config import load
+    from jaxinfra.run import Precision, Run, of_text
+
+    run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
+    of_text(run)
+    return run
+
+
+def on(run: "Run", mesh: "MeshConfig", microbatches: int) -> "Run":
+    """The run on a mesh.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    from jaxinfra.config import validate
+
+    run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
+    validate(run)
+    return run
+
+
+def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
+    """Random words in rows of two documents, some weights of zero."""
+    import numpy as np
+
+    from jaxinfra.run import of_text
+
+    draw, (model, data) = np.random.default_rng(seed), of_text(run)
+    rows, length = run.train.global_batch, data.seq_len
+    words = draw.integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
+    cut, place = draw.integers(1, length, (rows, 1)), np.arange(length)
+    return {
+        "inputs": words[:, :-1],
+        "targets": words[:, 1:],
+        "segments": (place >= cut).astype(np.int32),
+        "positions": np.where(place >= cut, place - cut, place).astype(np.int32),
+        "weights": (draw.random((rows, length)) > 0.2).astype(np.float32),
+    }
+
+
+def computed(run: "Run", order: Sequence[int] | None = None) -> Arrays:
+    """Sums of the loss and every gradient, by name, from the first parameters of the run.
+
+    Args:
+        run: on its mesh.
+        order: of the devices; None for their own.
+    """
+    import jax
+    import numpy as np
+
+    from jaxinfra.parallel.mesh import make_mesh, permuted
+    from jaxinfra.program import Program
+
+    devices = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
+    program = Program(run, devices if order is None else permuted(devices, order))
+    host = batch_of(run)
+    with program.on_mesh, jax.default_matmul_precision("highest"):
+        params = program.init(jax.random.key(run.seed)).params
+        batch = {name: jax.device_put(host[name], like.sharding) for name, like in program.batch.items()}
+        grads, sums = program.gradients(params, batch)
+        found = {"loss": sums["loss"], **{jax.tree_util.keystr(p): g for p, g in jax.tree.leaves_with_path(grads)}}
+        return {name: np.asarray(array) for name, array in found.items()}
+
+
+def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
+    """Of each array the largest difference, as a part of its largest value.
+
+    Of an array that is zero but for rounding (the bias of keys, which no score depends on): as a part of what rounding
+    may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.
+    """
+    import numpy as np
+
+    assert found.keys() == wanted.keys()
+    sizes = {name: float(np.abs(one).max()) for name, one in wanted.items()}
+    zero = ROUNDING * max((size for name, size in sizes.items() if name != "loss"), default=0.0)
+    return {
+        name: float(np.abs(found[name] - one).max()) / (sizes[name] if sizes[name] > zero else zero / BOUND)
+        for name, one in wanted.items()
+    }
+
+
+def rows(part: Part) -> Iterator[Row]:
+    """The rows of a part; all its meshes are checked before the first is computed.
+
+    Raises:
+        ConfigError: a model does not fit a mesh.
+    """
+    import jax
+    import numpy as np
+
+    from jaxinfra.parallel.mesh import MeshConfig
+
+    devices = len(jax.devices())
+    order = np.random.default_rng(1).permutation(devices).tolist()
+    chosen = meshes(devices)[part.part :: part.parts]
+    spread = {config: [_fitting(config, part.overrides, mesh) for mesh in chosen] for config in part.configs}
+    for config, runs in spread.items():
+        if not runs:
+            continue
+        wanted = computed(on(runs[0], MeshConfig(fsdp=1), 1))
+        for run in runs:
+            plain = differences(computed(run), wanted)
+            loss = plain.pop("loss")
+            leaf = max(plain, key=lambda name: (math.isnan(plain[name]), plain[name]))
+            shuffled = differences(computed(run, order), wanted)
+            yield Row(
+                config=Path(config).stem,
+                mesh=_named(run.mesh),
+                loss=loss,
+                gradient=plain[leaf],
+                leaf=re.sub(r"[\[\]']+", ".", leaf).strip("."),
+                permuted=max(shuffled.values(), key=lambda d: (math.isnan(d), d)),
+            )
+
+
+def _fitting(config: str, overrides: Sequence[str], mesh: "MeshConfig") -> "Run":
+    try:
+        return on(loaded(config, overrides), mesh, MICROBATCHES)
+    except ConfigError as error:
+        raise ConfigError(f"{config} on the mesh {_named(mesh)}, one of those that parity spreads: {error}") from error
+
+
+def _named(mesh: "MeshConfig") -> str:
+    return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
+
+
+def _worker(part: Part, out: Connection) -> None:
+    """Sends rows, or the error that ended them; leaves when its parent does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+    try:
+        for row in rows(part):
+            out.send(row)
+    except JaxinfraError as error:
+        out.send(error)
+
+
+def shared_out(configs: Sequence[str], overrides: Sequence[str], jobs: int) -> Iterator[Row]:
+    """The rows of all meshes, as so many processes come to them.
+
+    Raises:
+        ConfigError: a model does not fit a mesh.
+        WorkerError: a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for number in range(jobs):
+        reader, writer = context.Pipe(duplex=False)
+        part = Part(configs=tuple(configs), overrides=tuple(overrides), part=number, parts=jobs)
+        workers[reader] = context.Process(target=_worker, args=(part, writer), daemon=True)
+        workers[reader].start()
+        writer.close()  # the worker's is then the only one, and its end is seen here
+    while workers:
+        for reader in wait(list(workers)):
+            assert isinstance(reader, Connection)
+            try:
+                said = reader.recv()
+            except EOFError:
+                worker = workers.pop(reader)
+                worker.join()
+                if worker.exitcode:
+                    raise WorkerError(
+                        f"a process that compared meshes ended with {worker.exitcode}; the reason is what it said "
+                        "last, or a lack of memory: use --jobs 1"
+                    ) from None
+                continue
+            if isinstance(said, JaxinfraError):
+                raise said
+            yield said

@@ -1,0 +1,1 @@
+"""`python -m launch`: the command line, one small file a command."""

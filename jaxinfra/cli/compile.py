@@ -1,0 +1,110 @@
+"""`python -m launch compile CONFIG --on TOPOLOGY`: the train step, compiled for hardware that is not here."""
+
+import argparse
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxinfra.cli import config_argument
+from jaxinfra.errors import ConfigError
+from jaxinfra.storage import outputs
+
+if TYPE_CHECKING:
+    from jaxinfra.plan.chips import Chip
+    from jaxinfra.plan.compiled import Compiled
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, overrides, what to compile for, and files to write."""
+    config_argument.add(parser)
+    parser.add_argument(
+        "--on",
+        metavar="TOPOLOGY",
+        required=True,
+        help="v5p:4x4x4 (a slice of TPUs), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
+    parser.add_argument("--dump", metavar="FILE", type=Path, help="write the compiled program's text")
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Compiles, prints memory, cycles, kernels and collectives."""
+    from jaxinfra.plan.compiled import compile_step
+    from jaxinfra.plan.refusal import smaller, too_big
+    from jaxinfra.plan.topology import parse
+
+    if options.devices is not None:
+        raise ConfigError(f"--devices {options.devices}: compile uses none; say what to compile for with --on")
+    topology = parse(options.on)
+    for path in (options.dump, options.json):
+        if path is not None:
+            outputs.check(path)
+    if options.json is not None and options.json == options.dump:
+        raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two")
+    loaded = config_argument.loaded(options)
+    dump = None if options.dump is None else functools.partial(outputs.write, options.dump)
+    compiled = compile_step(loaded.run, topology, dump=dump, report=functools.partial(print, flush=True))
+    print("\n".join(shown(compiled, topology.chip)))
+    if options.json is not None:
+        outputs.write(options.json, json.dumps(compiled.to_json(), indent=1) + "\n")
+    needed, there = compiled.memory.total, topology.chip.hbm_bytes
+    if needed > there:  # the TPU compiler says so itself
+        fix = smaller(loaded.run, compiled.rows, needed / there)
+        raise ConfigError(f"{compiled.name} on {compiled.on}: {too_big(needed, there, fix)}")
+    return 0
+
+
+def shown(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
+    """The figures as lines."""
+    from jaxinfra.track.text import size
+
+    mesh = " x ".join(f"{axis} {size}" for axis, size in compiled.mesh.items()) or "one device"
+    yield f"{compiled.name} on {compiled.on}: {mesh}, {compiled.rows:g} rows of the batch a device and step"
+    yield from _memory(compiled, chip)
+    yield from _cycles(compiled, chip)
+    if compiled.traffic:
+        yield f"\nCollectives of one step, on one device{'' if compiled.cycles is None else ' (not in the cycles)'}"
+        yield f"  {'loops':5}  {'kind':18}  {'over':22}  {'links':7}  {'arrays':>6}  {'moved':>7}  {'bytes':>11}"
+    for row in compiled.traffic:
+        over = ", ".join(row.axes) or "-"
+        yield (
+            f"  {row.loops:5}  {row.kind:18}  {over:22}  {row.link:7}  {row.arrays:6}  {row.runs:7,}  "
+            f"{size(row.bytes):>11}"
+        )
+
+
+def _memory(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
+    from jaxinfra.track.text import percent, size
+
+    memory = compiled.memory
+    yield "\nMemory of one device"
+    rows = {
+        "arguments": (memory.arguments, "train state and batch"),
+        "temporaries": (memory.temporaries, "at once"),
+        "output": (memory.output, f"{size(memory.aliased)} of it in the place of arguments"),
+        "code": (memory.code, ""),
+        "total": (memory.total, f"{percent(memory.total / chip.hbm_bytes)} of {size(chip.hbm_bytes)}"),
+    }
+    if memory.host:
+        rows["in host memory"] = (memory.host, "besides")
+    for name, (n_bytes, note) in rows.items():
+        yield f"  {name:14}  {size(n_bytes):>11}  {note}".rstrip()
+
+
+def _cycles(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
+    if compiled.cycles is not None and chip.clock_hz is not None:
+        seconds, clock_ghz = compiled.cycles / chip.clock_hz, chip.clock_hz / 1e9
+        yield "\nCompute of one step, as the compiler estimates it"
+        yield f"  cycles        {compiled.cycles:15,}  {seconds:.4f} s at {clock_ghz:.2f} GHz"
+        yield f"  cycles a row  {compiled.cycles / compiled.rows:15,.0f}"
+        if compiled.unestimated:
+            yield f"  instructions without an estimate: {compiled.unestimated}"
+    if compiled.unknown_loops:
+        yield f"\nCounted once, for their length is not known: loops {', '.join(compiled.unknown_loops)}"
+    if compiled.kernels:
+        yield f"\nKernels{'' if compiled.cycles is None else ' without an estimate (not in the cycles)'}"
+        yield f"  {'loops':5}  {'name':44}  {'target':28}  {'runs':>6}"
+    for kernel in compiled.kernels:
+        yield f"  {kernel.loops:5}  {kernel.name:44}  {kernel.target:28}  {kernel.runs:6,}"

@@ -1,0 +1,119 @@
+"""`python -m launch data peek CONFIG --step N --rank R --of P`: exactly what a process is fed at a step."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxinfra.cli import config_argument
+from jaxinfra.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jaxinfra.data.interfaces import DataConfig
+    from jaxinfra.run import Run
+
+_SAMPLES, _LARGEST_BATCH = 2**62, 2**24
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and overrides; the step, the process, and how much to show."""
+    config_argument.add(parser, "a run, or a file whose config() returns its data alone")
+    parser.add_argument("--step", type=int, default=0, help="counted from 0 (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=0, help="of the process, from 0 (default %(default)s)")
+    parser.add_argument("--of", type=int, default=1, metavar="PROCESSES", help="how many there are (default 1)")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="rows of a step, where CONFIG is data alone")
+    parser.add_argument("--rows", type=int, help="show so many (default: all)")
+    parser.add_argument("--chars", type=int, default=200, help="of the text of a row (default %(default)s)")
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints the rows of the global batch that the process reads.
+
+    The batch is cut into equal parts in the order of the ranks, as the rows of a mesh are whose batch axes come first.
+
+    Raises:
+        ConfigError: there is no such process, or the batch does not divide.
+    """
+    if options.step < 0:
+        raise ConfigError(f"--step {options.step}: must not be negative; use --step 0")
+    if options.of < 1:
+        raise ConfigError(f"--of {options.of}: must be at least 1; use --of 1")
+    if not 0 <= options.rank < options.of:
+        raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
+    for name in ("rows", "chars"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"--{name} {value}: must not be negative; use --{name} 0 for none")
+    data, global_batch, rows, hint = _what(options)
+    if options.step >= (last := _SAMPLES // global_batch):
+        raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last - 1} or less")
+    opened = data.open(fix=hint)
+    ids = opened.ids(options.step, global_batch)[rows]
+    print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
+    print("\n".join(opened.before(options.step, global_batch)))
+    for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
+        for line in opened.shown(sample[None], int(row), options.chars):
+            print(line)
+    return 0
+
+
+def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, str]":
+    """The data, the rows of a step and those of the process, and the command that makes the data."""
+    import numpy as np
+
+    from jaxinfra.config import load, validate
+    from jaxinfra.data.store.store import PREPARE
+    from jaxinfra.run import Run
+
+    config = load(options.config, options.overrides).run
+    validate(config)
+    size = options.global_batch
+    if isinstance(config, Run):
+        if size is not None:
+            raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
+        rows = rows_of(config, options.rank, options.of)
+        data, hint = config.parts.data, config_argument.prepare_hint(options, config)
+        return data, config.train.global_batch, rows, hint
+    if not hasattr(config, "unit") or not hasattr(config, "open"):
+        raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
+    if size is None or not 1 <= size <= _LARGEST_BATCH or size % options.of:
+        raise ConfigError(
+            f"--global-batch {size}: {options.config} is data alone, with no batch of its own; use --global-batch "
+            f"{8 * options.of}"
+        )
+    part = size // options.of
+    return config, size, np.arange(part * options.rank, part * (options.rank + 1)), PREPARE
+
+
+def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":
+    """The rows of the global batch that a process reads, sorted.
+
+    Devices of the mesh belong to the processes in order, each to have as many.
+
+    Raises:
+        ConfigError: the mesh or the batch does not divide.
+    """
+    import numpy as np
+
+    from jaxinfra.config import validate
+    from jaxinfra.parallel.mesh import AXES
+    from jaxinfra.run import resolved
+
+    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    devices = max(fixed, of)
+    if devices % of:
+        raise ConfigError(f"--of {of}: the {fixed} devices of the mesh are not shared evenly by {of}; use --of {fixed}")
+    if fixed < of and -1 not in run.mesh.sizes:
+        raise ConfigError(f"--of {of}: the mesh has {fixed} devices, fewer than processes; use mesh.fsdp={of}")
+    run = resolved(run, devices)
+    validate(run)
+    sizes = dict(zip(AXES, run.mesh.sizes, strict=True))
+    own = np.arange(devices).reshape(of, -1)[rank]
+    places = dict(zip(AXES, np.unravel_index(own, run.mesh.sizes), strict=True))
+    shards, shard = 1, np.zeros_like(own)
+    for axis in run.rules.batch:
+        shards, shard = shards * sizes[axis], shard * sizes[axis] + places[axis]
+    per_shard = run.train.global_batch // shards
+    return np.unique(shard[:, None] * per_shard + np.arange(per_shard))

@@ -1,0 +1,37 @@
+"""`python -m launch data show STORE`: what a store holds."""
+
+import argparse
+from collections.abc import Sequence
+
+from jaxinfra.errors import ConfigError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The store, the version, and how much of it."""
+    parser.add_argument("store", metavar="STORE", help="folder or URL of a store, or of one of its versions")
+    parser.add_argument("--version", metavar="FINGERPRINT", help="the version, or its beginning (default: the newest)")
+    parser.add_argument("--samples", type=int, default=2, help="documents to show of each split (default %(default)s)")
+    parser.add_argument("--chars", type=int, default=300, help="of each (default %(default)s)")
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints versions, counts, lengths and samples."""
+    from jaxinfra.data.inspect import facts, histogram, labels, samples
+    from jaxinfra.data.store.store import Store, TokenStore
+    from jaxinfra.data.store.versions import listed
+    from jaxinfra.storage.objects import Storage
+
+    for name in ("samples", "chars"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"--{name} {getattr(options, name)}: must not be negative; use --{name} 0 for none")
+    store = Store.open(options.store, options.version)
+    print(f"store        {store}")
+    print("\n".join(facts(store.manifest)))
+    for version in listed(Storage(options.store)):
+        print(f"version      {version.fingerprint}  {version.created}")
+    if store.manifest.kind == "images":
+        print("\n".join(labels(store)))
+        return 0
+    text = TokenStore(store.storage, store.manifest)
+    print("\n".join([*histogram(text), *samples(text, options.samples, options.chars)]))
+    return 0

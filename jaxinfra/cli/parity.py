@@ -1,0 +1,88 @@
+"""`python -m launch parity`: loss and every gradient of small models on every mesh, against one device."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jaxinfra.bench.parity import BOUND, CONFIGS, Row, loaded, shared_out
+from jaxinfra.errors import ConfigError
+from jaxinfra.runtime import emulated
+from jaxinfra.storage import outputs
+
+BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
+"""What stands around the table on the page that `--write` names."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models, on how many devices."""
+    parser.add_argument(
+        "words", metavar="CONFIG or KEY=VALUE", nargs="*", help=f"models (default {', '.join(CONFIGS)}) and changes"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the meshes")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+
+
+def table(found: Iterable[Row]) -> str:
+    """The rows in Markdown, one line a mesh with all its models."""
+    by_mesh: dict[str, list[Row]] = {}
+    for row in found:
+        by_mesh.setdefault(row.mesh, []).append(row)
+    configs = sorted({row.config for rows in by_mesh.values() for row in rows})
+    head = ["mesh", *(f"{config}: {what}" for config in configs for what in ("loss", "gradients", "other order"))]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for mesh in sorted(by_mesh):
+        of_config = {row.config: row for row in by_mesh[mesh]}
+        cells = [mesh]
+        for config in configs:
+            row = of_config.get(config)
+            cells += [f"{d:.1e}" for d in (row.loss, row.gradient, row.permuted)] if row else [""] * 3
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def with_table(page: Path, text: str) -> str:
+    """A page with the table between its marks.
+
+    Raises:
+        ConfigError: the page has no marks.
+        StorageError: it cannot be read.
+    """
+    before, found, rest = outputs.read(page).partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not found or not end:
+        raise ConfigError(f"{page}: no place for the table; put {BEGIN} and {END} on lines of their own")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints the table as its rows come, and says whether all are within the bound."""
+    overrides = [word for word in options.words if "=" in word]
+    configs = [word for word in options.words if "=" not in word] or CONFIGS
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: expected 1 or more")
+    if options.write is not None:
+        outputs.check(options.write)
+        with_table(options.write, "")
+    for config in configs:
+        loaded(config, overrides)
+    if options.devices is None:
+        os.environ |= emulated.environment(8)
+    found: list[Row] = []
+    for row in shared_out(configs, overrides, options.jobs):
+        found.append(row)
+        print(
+            f"{row.config:14} {row.mesh:32} loss {row.loss:.1e}  gradients {row.gradient:.1e} ({row.leaf})"
+            f"  other order {row.permuted:.1e}{'' if row.worst <= BOUND else '  TOO FAR'}",
+            flush=True,
+        )
+    far = [row for row in found if not row.worst <= BOUND]
+    print(f"{len(found)} rows, {len({row.mesh for row in found})} meshes, {len(far)} beyond {BOUND:g}", file=sys.stderr)
+    if options.write:
+        outputs.write(options.write, with_table(options.write, table(found)))
+    if far:
+        raise ConfigError(
+            f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {BOUND:g} or less"
+        )
+    return 0

@@ -1,0 +1,54 @@
+"""`python -m launch show CONFIG`: the resolved config and every number that follows from it."""
+
+import argparse
+from collections.abc import Sequence
+
+from jaxinfra.cli import config_argument
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and overrides."""
+    config_argument.add(parser)
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints the tree, the derived numbers, the pipeline, the parameters with their shardings, and the rate."""
+    import math
+
+    from rich.markup import escape
+
+    from jaxinfra.cli.parameters import parameter_table
+    from jaxinfra.config import dump, validate
+    from jaxinfra.optim.schedules import plot, table
+    from jaxinfra.parallel.mesh import abstract_mesh
+    from jaxinfra.parallel.schedules import picture
+    from jaxinfra.program import Program
+    from jaxinfra.run import resolved
+    from jaxinfra.track.console import derived_table, stdout_console
+    from jaxinfra.train.derived import derived
+
+    loaded = config_argument.loaded(options)
+    validate(loaded.run)
+    count = options.devices.partition(":")[2] if options.devices else ""
+    fixed = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
+    run = resolved(loaded.run, int(count or fixed))
+    validate(run)
+    program = Program(run, abstract_mesh(run.mesh))
+    console = stdout_console()
+    origins = loaded.origins
+    for line in dump(run).splitlines():
+        path = line.partition(" = ")[0]
+        origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
+        console.print(escape(line) + origin)
+    console.print(derived_table(derived(program)))
+    if run.mesh.stage > 1:
+        console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
+        for row in picture(run.pipeline.table(run.mesh.stage, run.train.accumulate)):
+            console.print(row, markup=False, soft_wrap=True)
+    console.print(parameter_table(program))
+    course = {"peak_lr": run.optim.peak_lr, "steps": run.train.steps}
+    console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
+    for step, rate in table(run.optim.schedule, **course):
+        console.print(f"{step:>12,}  {rate:.2e}")
+    console.print(plot(run.optim.schedule, **course), markup=False)
+    return 0

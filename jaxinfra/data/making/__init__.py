@@ -1,1 +1,0 @@
-"""How a store is made: jobs on engines, parts that outlive a kill, arrays in the order of the source."""

@@ -1,0 +1,161 @@
+"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from jaxinfra.config import encode
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo, digest_of
+from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
+from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
+from jaxinfra.errors import ConfigError
+from jaxinfra.prepare import parts
+from jaxinfra.prepare.builders import assemble
+from jaxinfra.prepare.builders.assemble import Keep, SplitWriter
+from jaxinfra.prepare.builders.baseline import measured
+from jaxinfra.prepare.builders.tokenize import Job, load_tokenizer, make_part, sample_texts, tokenise
+from jaxinfra.prepare.parts import Note, Part
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.record import Piece
+from jaxinfra.prepare.sources.stream import Block
+from jaxinfra.storage.objects import Storage
+
+TOKENIZER_BYTES = 12_000_000
+"""Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
+_BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
+_FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
+_INFO = "tokenizer-info.json"
+
+
+class TextMaker:
+    """What preparing a corpus has of its own: `prepare.Maker`."""
+
+    stage = "tokens"
+
+    def __init__(self, corpus: Corpus):
+        """Reads the tokenizer, where the recipe names an existing one.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        self._corpus = corpus
+        self._given = None if isinstance(corpus.tokenizer, TrainBpe) else load(corpus.tokenizer)
+        self._check_markers()
+
+    @property
+    def identity(self) -> str | None:
+        """Of the files that the recipe names; a tokenizer that is trained follows from all else."""
+        found = [self._given and self._given.sha256, self._corpus.form.identity()]
+        return digest_of(found) if any(found) else None
+
+    @property
+    def job(self) -> Callable[[Job], Note]:
+        """See `prepare.Maker`."""
+        return tokenise
+
+    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
+        """Puts the tokenizer beside the parts; one that is trained is trained once.
+
+        Raises:
+            DataError: a record cannot be read and the recipe does not skip it.
+        """
+        known = folder / _INFO
+        if not known.exists():
+            given, config = self._given, self._corpus.tokenizer
+            if isinstance(config, TrainBpe):
+                given = train_bpe(
+                    sample_texts(self._corpus, pieces, TOKENIZER_BYTES),
+                    vocab_size=config.vocab_size,
+                    end_of_document=config.end_of_document,
+                    special_tokens=config.special_tokens,
+                )
+            assert given is not None
+            info = info_of(given)
+            parts.write_file(folder / info.file, given.content)
+            parts.write_file(known, json.dumps(asdict(info)).encode())
+        self._info = TokenizerInfo(**json.loads(known.read_bytes()))
+        self._dtype = token_dtype(self._info.vocab_size)
+
+    def part(self, folder: Path, block: Block) -> Part:
+        """The part that a block of a stream makes; after `begin`."""
+        tokenizer = load_tokenizer(folder / self._info.file, self._info)
+        part = make_part(self._corpus, tokenizer, block.records, read_bytes=block.read_bytes)
+        return replace(part, position=block.position)
+
+    def needed_bytes(self, source_bytes: int) -> int:
+        """Parts and arrays exist at once, and a byte of the mask beside each token.
+
+        An estimate: low for compressed sources, for documents of a few bytes, and for a text that the tokenizer was not
+        trained for.
+        """
+        bytes_per_token = 1 if self._info.vocab_size < _FEW_WORDS else _BYTES_PER_TOKEN
+        form = self._corpus.form
+        return 2 * source_bytes * form.group * (self._dtype.itemsize + form.masked) // bytes_per_token
+
+    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Job]:
+        """What to tokenise."""
+        corpus, info = self._corpus, self._info
+        return [
+            Job(number=number, pieces=group, corpus=corpus, folder=str(folder), tokenizer=info)
+            for number, group in groups.items()
+        ]
+
+    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
+        """Makes all files of the version but the manifest; see `prepare.Maker`."""
+        corpus = self._corpus
+        counts = assemble.counts(folder, numbers, build)
+        keep = assemble.kept(corpus, folder, numbers)
+        self._check_splits(keep, counts)
+        splits, packs = {}, {}
+        for split in SPLITS:
+            writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
+            assemble.copy(folder, numbers, split, keep, writer)
+            splits[split] = writer.close()
+            for pack in corpus.packs:
+                packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
+        shutil.copyfile(folder / self._info.file, build / self._info.file)
+        manifest = Manifest(
+            kind="text" if corpus.form.group == 1 else "pairs",
+            recipe=encode(corpus),
+            source_digest=source_digest,
+            counts=replace(counts, duplicates=sum(int((~keep_D).sum()) for keep_D in keep.values())),
+            dtype=self._dtype.name,
+            masked=corpus.form.masked,
+            block=arrays.CHUNK,
+            tokenizer=self._info,
+            splits=splits,
+            packs=packs,
+            files=hash_files(build, unhashed=(TOKENS, MASK)),
+            baselines={},
+            **assemble.made_now(),
+        )
+        if corpus.baselines:
+            manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
+        return manifest
+
+    def _check_markers(self) -> None:
+        """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them.
+
+        Raises:
+            ConfigError: one is not; or the file of the template cannot be used.
+        """
+        config = self._corpus.tokenizer
+        if isinstance(config, TrainBpe):
+            special = {config.end_of_document, *config.special_tokens}
+        else:
+            special = self._given.special if self._given else {}
+        for marker in self._corpus.form.markers():
+            if marker not in special:
+                raise ConfigError(
+                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
+                    "could spell it; name it in tokenizer.special_tokens, or use another template"
+                )
+
+    def _check_splits(self, keep: Keep, counts: Counts) -> None:
+        found: dict[Split, int] = {
+            split: sum(int(keep_D.sum()) for (of, _), keep_D in keep.items() if of == split) for split in SPLITS
+        }
+        assemble.check_splits(self._corpus.store, found, counts, self._corpus.heldout_fraction)

@@ -1,0 +1,156 @@
+"""Documents that repeat others: exactly, or nearly, by the share of runs of words that two have in common.
+
+Signatures are a function of a text alone, and what is found is a function of the signatures in their order: never of
+threads, processes or shards. A signature takes 16 bytes a document, and near ones 4 bytes more for each permutation
+(528 bytes with 128); `duplicates` takes about 100 bytes a document beyond them.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from jaxinfra.config import Problem
+from jaxinfra.packages import needed
+from jaxinfra.prepare.documents.shingles import STEP, run_codes, word_codes
+
+_SEED = 1  # of the permutations
+_WEIGHTS = (0.05, 0.95)  # of pairs that are compared in vain, and of pairs that are missed
+_PAIRS = 16_384  # that are compared together: 16 MiB with 128 permutations
+_BATCH = 2048  # runs that are hashed together: 1 MiB with 128 permutations
+_LETTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # of Chinese and Japanese, which has no spaces
+_WORD = re.compile(rf"[{_LETTERS}]|[^\W{_LETTERS}]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dedup:
+    """Which documents are left out because an earlier one is the same, or nearly.
+
+    Near duplicates are found by MinHash (Broder 1997), which estimates the share with an error of about
+    sqrt(share (1 - share) / permutations), 0.035 by default. Pairs are compared as locality-sensitive hashing
+    proposes them: nine of ten that just reach the threshold, nearly all above it.
+
+    Attributes:
+        near: whether to look for near duplicates too.
+        threshold: share of runs of words, of all that two documents have, from which on they are near.
+        permutations: of a signature; more are more exact and take more time and memory.
+        ngram: words of a run; case and punctuation do not count, and each letter of Chinese and Japanese is a word.
+    """
+
+    near: bool = False
+    threshold: float = 0.8
+    permutations: int = 128
+    ngram: int = 5
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description."""
+        if not 0 < self.threshold <= 1:
+            yield Problem(fields=("threshold",), message="must be above 0 and at most 1", fix="use threshold=0.8")
+        if not 2 <= self.permutations <= 4096:
+            yield Problem(fields=("permutations",), message="must be from 2 to 4096", fix="use permutations=128")
+        if self.ngram < 1:
+            yield Problem(fields=("ngram",), message="must be at least 1", fix="use ngram=5")
+
+
+class Signer:
+    """Makes signatures; one for each worker.
+
+    Raises:
+        ConfigError: near duplicates are asked for, and datasketch is not installed.
+    """
+
+    def __init__(self, dedup: Dedup):
+        self.dedup = dedup
+        self._blank = _minhash(dedup) if dedup.near else None
+
+    def exact(self, text: str) -> np.ndarray:
+        """Equal for equal texts alone: the 128 bits of XXH3, uint64[2]."""
+        return np.frombuffer(xxhash.xxh3_128_digest(text.encode()), ">u8").astype(np.uint64)
+
+    def near(self, text: str) -> np.ndarray:
+        """Two have as many equal numbers as the texts have equal runs of words, about: uint32[permutations]."""
+        assert self._blank is not None
+        codes = word_codes(_WORD.findall(text.lower()))
+        if not len(codes):
+            codes = self.exact(text)[:1]  # near to itself alone
+        runs = np.unique(run_codes(codes, min(self.dedup.ngram, len(codes))) >> np.uint64(32))
+        sketch = self._blank.copy()
+        for start in range(0, len(runs), _BATCH):
+            sketch.update_batch(runs[start : start + _BATCH].tolist())
+        return sketch.hashvalues
+
+    def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Both signatures; the second one is None where only exact duplicates are looked for."""
+        return self.exact(text), self.near(text) if self.dedup.near else None
+
+
+def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:
+    """Which documents repeat an earlier one.
+
+    Args:
+        dedup: what was asked for.
+        exact_N2: exact signatures in the order of the documents, uint64.
+        near_NP: near signatures in that order, uint32; None where only exact duplicates are looked for.
+
+    Returns:
+        bool[N]; the first of equal documents is kept. A near duplicate is dropped also when the earlier one that it
+        is near to was.
+
+    Raises:
+        ConfigError: near duplicates are asked for, and datasketch is not installed.
+    """
+    repeated_N = np.ones(len(exact_N2), bool)
+    both = np.ascontiguousarray(exact_N2).view([("high", np.uint64), ("low", np.uint64)]).reshape(-1)
+    repeated_N[np.unique(both, return_index=True)[1]] = False
+    if near_NP is not None:
+        firsts = np.flatnonzero(~repeated_N)
+        repeated_N[firsts[_near(dedup, near_NP, firsts)]] = True
+    return repeated_N
+
+
+def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """Which of the documents `firsts`, in their order, are near to an earlier one of them: bool.
+
+    Only those are compared that share a band: a few neighbouring numbers of their signatures (Leskovec et al., Mining
+    of Massive Datasets, section 3.4). Of each group that does, all are compared with its first, those that are not
+    near to that with its second, and so on.
+    """
+    bands, rows = _bands(dedup)
+    found = np.zeros(len(firsts), bool)
+    for band in range(bands):
+        keys = np.zeros(len(firsts), np.uint64)
+        for column in range(band * rows, (band + 1) * rows):
+            keys = keys * STEP + near_NP[firsts, column]
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=0) != 0) if len(order) else order
+        starts = np.union1d(starts, [0])
+        group = np.repeat(starts, np.diff(starts, append=len(order)))  # where the group of each begins
+        later = np.arange(len(order))
+        for first in itertools.count():
+            later = later[(group[later] + first < later) & ~found[order[later]]]
+            if not len(later):
+                break
+            for part in np.array_split(later, -(-len(later) // _PAIRS)):
+                ours, theirs = firsts[order[part]], firsts[order[group[part] + first]]
+                same = np.count_nonzero(near_NP[ours] == near_NP[theirs], axis=1)
+                found[order[part]] = same >= dedup.threshold * dedup.permutations
+    return found
+
+
+def _minhash(dedup: Dedup) -> Any:
+    """A sketch of nothing; its permutations are 32 bits wide."""
+    return _library().MinHash(dedup.permutations, seed=_SEED, hashfunc=int, scheme="affine32")
+
+
+def _bands(dedup: Dedup) -> tuple[int, int]:
+    """How many bands there are, and how many numbers each has, so that few pairs above the threshold are missed."""
+    lsh = _library().MinHashLSH(dedup.threshold, dedup.permutations, weights=_WEIGHTS)
+    return lsh.b, lsh.r
+
+
+def _library() -> Any:
+    return needed("datasketch", by="dedup.near=true", install="jaxinfra[dedup]")

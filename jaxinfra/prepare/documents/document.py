@@ -1,0 +1,148 @@
+"""What becomes of a record: a document, in spans of text that are tokenised one by one.
+
+A form says how. Whether a span is learned, and whether it may spell special tokens, is decided here and nowhere else:
+text that came from a record never spells one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Protocol
+
+from jaxinfra.config import Problem
+from jaxinfra.prepare.sources.record import Record
+
+_NAMED = 20
+"""Fields that a message lists."""
+
+
+class RecordError(Exception):
+    """A record does not have what its form asks for; the text says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A piece of the text of a document.
+
+    Attributes:
+        text: of the span.
+        learned: whether its tokens are targets of the loss.
+        control: whether it may spell special tokens: it is of a template, not of a record.
+    """
+
+    text: str
+    learned: bool = True
+    control: bool = False
+
+
+Document = Sequence[Span]
+
+
+class Form(Protocol):
+    """How records become documents.
+
+    Attributes:
+        masked: whether its documents have parts that are not learned.
+        group: documents that every record gives: 1, or 2 for a chosen and a rejected answer.
+    """
+
+    masked: ClassVar[bool]
+    group: ClassVar[int]
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the form itself."""
+        ...
+
+    def identity(self) -> str | None:
+        """Changes when a file that the form names does; None where it names none.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        ...
+
+    def markers(self) -> Sequence[str]:
+        """The special tokens that its template is known to write.
+
+        Raises:
+            ConfigError: its file cannot be used.
+        """
+        ...
+
+    def documents(self, record: Record) -> Sequence[Document]:
+        """The documents of a record, `group` of them.
+
+        Raises:
+            RecordError: the record does not have what is needed.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A field of the record is the document, all of it learned.
+
+    Attributes:
+        field: its name.
+    """
+
+    masked: ClassVar[bool] = False
+    group: ClassVar[int] = 1
+    field: str = "text"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the form itself."""
+        if not self.field:
+            yield Problem(fields=("field",), message="names no field", fix="use field=text")
+
+    def identity(self) -> str | None:
+        """It names no file."""
+        return None
+
+    def markers(self) -> Sequence[str]:
+        """It writes none."""
+        return ()
+
+    def documents(self, record: Record) -> Sequence[Document]:
+        """The field as one document.
+
+        Raises:
+            RecordError: there is no such field, or it is no text.
+        """
+        return [[Span(text=text_of(record, self.field))]]
+
+
+def text_of(record: Record, field: str) -> str:
+    """The text of a field.
+
+    Raises:
+        RecordError: there is none.
+    """
+    return as_text(value_of(record, field), field)
+
+
+def value_of(record: Record, field: str) -> Any:
+    """The value of a field.
+
+    Raises:
+        RecordError: there is no such field.
+    """
+    if field not in record:
+        there = [" ".join(str(name).split()) for name in islice(record, _NAMED)]
+        raise RecordError(f"no field {field}; it has {', '.join(there) or 'none'}{' ...' * (len(record) > _NAMED)}")
+    return record[field]
+
+
+def as_text(value: Any, what: str) -> str:
+    """The value, if it is a text.
+
+    Raises:
+        RecordError: it is none, or has half a surrogate pair in it, which JSON can spell and UTF-8 cannot.
+    """
+    if not isinstance(value, str):
+        raise RecordError(f"{what} is {type(value).__name__}, expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{what} has half a surrogate pair at character {error.start}: no valid Unicode") from None
+    return value

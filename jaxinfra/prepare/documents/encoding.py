@@ -1,0 +1,103 @@
+"""From documents to token ids, and which of them are learned.
+
+What stands between two special tokens is tokenised as one text, whoever wrote it: so a conversation gets the tokens
+that its template would give it when the model is used, except that no message spells a special token. A token is
+learned if any of its text is.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.prepare.documents.document import Document, Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of a document, without an end.
+
+    Attributes:
+        ids_N: int64.
+        learned_N: bool.
+        n_bytes: of the text that they stand for; special tokens stand for none.
+    """
+
+    ids_N: np.ndarray
+    learned_N: np.ndarray
+    n_bytes: int
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Tokens]:
+    """Tokenises documents together, on as many threads as the tokenizer takes."""
+    cut = [list(_cut(tokenizer, document)) for document in documents]
+    runs = [part for parts in cut for part in parts if isinstance(part, _Run)]
+    encoded = iter(_encode(tokenizer, runs))
+    return [_joined([next(encoded) if isinstance(part, _Run) else part for part in parts]) for parts in cut]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Text without special tokens, in spans, and whether something comes before it in its document."""
+
+    spans: Sequence[Span]
+    inner: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(span.text for span in self.spans)
+
+    @property
+    def mixed(self) -> bool:
+        return len({span.learned for span in self.spans}) > 1
+
+
+def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
+    """Yields the special tokens of a document, and the runs of text between them."""
+    run: list[Span] = []
+    inner = False
+    for span in document:
+        for part in tokenizer.split(span.text) if span.control else [span.text]:
+            if isinstance(part, str):
+                run.append(Span(text=part, learned=span.learned))
+                continue
+            if run:
+                yield _Run(spans=run, inner=inner)
+            yield Tokens(ids_N=np.array([part], np.int64), learned_N=np.array([span.learned]), n_bytes=0)
+            run, inner = [], True
+    if run:
+        yield _Run(spans=run, inner=inner)
+
+
+def _encode(tokenizer: Tokenizer, runs: Sequence[_Run]) -> list[Tokens]:
+    """The tokens of each run; those that are learned throughout, or not at all, are done together."""
+    found: dict[int, Tokens] = {}
+    for inner in (False, True):
+        numbers = [number for number, run in enumerate(runs) if run.inner == inner and not run.mixed]
+        batch = tokenizer.encode_batch([runs[number].text for number in numbers], inner=inner) if numbers else []
+        for number, ids in zip(numbers, batch, strict=True):
+            run = runs[number]
+            learned_N = np.full(len(ids), run.spans[0].learned)
+            found[number] = Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=len(run.text.encode()))
+    return [found[number] if number in found else _encode_mixed(tokenizer, run) for number, run in enumerate(runs)]
+
+
+def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
+    """The tokens of a run of which a part is learned."""
+    ids, bytes_N2 = tokenizer.encode_located(run.text, inner=run.inner)
+    sizes = [len(span.text.encode()) for span in run.spans]
+    learned_bytes = np.repeat([span.learned for span in run.spans], sizes)
+    before = np.concatenate([[0], np.cumsum(learned_bytes)])
+    first_N, end_N = bytes_N2.T
+    end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(learned_bytes))  # some libraries give spaces no width
+    learned_N = before[end_N] > before[first_N]
+    return Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=len(learned_bytes))
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    return Tokens(
+        ids_N=np.concatenate([np.empty(0, np.int64), *(part.ids_N for part in parts)]),
+        learned_N=np.concatenate([np.empty(0, bool), *(part.learned_N for part in parts)]),
+        n_bytes=sum(part.n_bytes for part in parts),
+    )

@@ -1,0 +1,149 @@
+"""From a stream to versions of a store: what comes is tokenised and kept as it comes, and sealed again and again.
+
+    stream --blocks--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
+              ^          |
+              +-position-+
+
+A block becomes a part, and where the stream stands after it is written in that part: one rename commits both. So every
+record is in the parts exactly once, whenever the process is killed. Parts of a stream are kept: a version is made of
+all of them, and the stream may not be there to be read again.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxinfra.data.store import versions
+from jaxinfra.data.store.manifest import FILE_NAME, digest_of
+from jaxinfra.data.store.store import Store
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare import parts
+from jaxinfra.prepare.builders.text import TextMaker
+from jaxinfra.prepare.parts import Note, Open
+from jaxinfra.prepare.prepare import Prepared, Progress, content_of
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.recipe import Recipe
+from jaxinfra.prepare.sources.stream import WAIT_S, Stream, blocks
+from jaxinfra.prepare.workspace import check_space, kept_folder, require_store, workspace
+from jaxinfra.storage.objects import Storage
+
+
+def follow(
+    recipe: Recipe,
+    *,
+    stopping: Callable[[], bool],
+    until_idle_s: float | None = None,
+    seal_every_tokens: int | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Iterator[Prepared]:
+    """Reads a stream from where the last call stood, and seals versions of all that has come since its beginning.
+
+    Memory: a block of the stream, about `shard_bytes` of text, and its tokens; sealing, see `assemble`.
+
+    Args:
+        recipe: what to make; its source is a stream, its tokenizer an existing one.
+        stopping: whether to seal what has come and end; asked at least twice a second while the stream is waited for.
+        until_idle_s: seal and end when all has come and nothing more for so long; None waits for the end of the stream.
+        seal_every_tokens: seal a version whenever so many have come, too; each takes as long as copying all tokens.
+        tell: told about what has come.
+
+    Yields:
+        Each version that was sealed, and at the end the newest, `new` if it was sealed now.
+
+    Raises:
+        ConfigError: the recipe does not work, or a split of what has come is empty.
+        DataError: a record cannot be read and the recipe does not skip it, or it is another stream than before.
+        StorageError: the stream or the store cannot be reached.
+    """
+    source = recipe.source
+    if not isinstance(recipe, Corpus) or not isinstance(source, Stream):
+        raise ConfigError(f"source={type(source).__name__}: is no stream; leave out --follow")
+    store = Storage(recipe.store)
+    require_store(store)
+    maker = TextMaker(recipe)
+    identity = digest_of([dict(content_of(recipe)) | {"source": source.name}, maker.identity])
+    with workspace(store, identity, recipe.work) as work:
+        kept = kept_folder(store, identity, recipe.work)
+        maker.begin(kept, ())
+        course = _Course(store, maker, work / "build", kept, identity, tell)
+        course.tell("tokens")
+        with source.open(course.position) as reader:
+            heard_s = time.monotonic()
+            wait_s = WAIT_S if until_idle_s is None else min(WAIT_S, until_idle_s)
+            for block in blocks(reader, recipe.shard_bytes, stopping=stopping, wait_s=wait_s):
+                if block is not None:
+                    course.commit(maker.part(kept, block))
+                    reader.committed(block.position)
+                    heard_s = time.monotonic()
+                elif until_idle_s is not None and time.monotonic() - heard_s >= until_idle_s and reader.at_end():
+                    break
+                if seal_every_tokens is not None and course.unsealed_tokens >= seal_every_tokens:
+                    yield course.seal()
+        if course.count or not stopping():
+            yield course.seal()
+
+
+class _Course:
+    """What has come so far, and what of it is sealed."""
+
+    def __init__(
+        self,
+        store: Storage,
+        maker: TextMaker,
+        build: Path,
+        kept: Path,
+        identity: str,
+        told: Callable[[Progress], None],
+    ):
+        self._store, self._maker, self._build = store, maker, build
+        self._kept, self._identity, self._told = kept, identity, told
+        self.count, self.position, self.unsealed_tokens = 0, {}, 0
+        self._bytes = self._tokens = 0
+        known = {each.made_of for each in versions.listed(store)}
+        for number in parts.numbers(kept):
+            if number != self.count:
+                raise DataError(
+                    f"{parts.path_of(kept, self.count)}: missing, and the stream has gone on since; delete {kept} to "
+                    "read the stream from its beginning"
+                )
+            with Open(kept, number) as part:
+                self._count(part.note)
+            if self._made_of in known:
+                self.unsealed_tokens = 0
+
+    def commit(self, part: parts.Part) -> None:
+        """Keeps a part."""
+        note = parts.write(self._kept, self.count, part)
+        self._count(note)
+        self._tokens += note.tokens
+        self.tell("tokens")
+
+    def tell(self, stage: str) -> None:
+        """Tells how much has come."""
+        self._told(Progress(stage=stage, done=self._bytes, total=self._bytes, tokens=self._tokens))
+
+    def seal(self) -> Prepared:
+        """Makes a version of all that has come, unless there is one; it is the newest one then."""
+        for each in versions.listed(self._store):
+            if each.made_of == self._made_of and self._store.child(each.fingerprint).exists(FILE_NAME):
+                found = Store.open(self._store.url, each.fingerprint)
+                moved = versions.make_newest(self._store, each)
+                return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
+        self.tell("store")
+        check_space(self._build.parent, sum(path.stat().st_size for path in self._kept.iterdir()))
+        shutil.rmtree(self._build, ignore_errors=True)
+        self._build.mkdir(parents=True)
+        manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))
+        versions.publish(self._build, self._store, manifest, self._made_of)
+        self.unsealed_tokens = 0
+        return Prepared(path=self._store.where(manifest.fingerprint), manifest=manifest, new=True)
+
+    @property
+    def _made_of(self) -> str:
+        return digest_of([self._identity, self.position])
+
+    def _count(self, note: Note) -> None:
+        self.count, self.position = self.count + 1, note.position
+        self.unsealed_tokens += note.tokens
+        self._bytes += note.read_bytes

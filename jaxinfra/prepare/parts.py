@@ -1,0 +1,165 @@
+"""Parts: what a job made of its records, one file each in the work folder; to rename one into place is to commit it.
+
+A part is an uncompressed `.npz`, whose every member has a CRC-32. A killed process leaves whole parts and temporary
+names, nothing between.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from jaxinfra.data.store.manifest import Split
+from jaxinfra.errors import DataError
+from jaxinfra.storage.local import sync_folder
+
+_META = "meta"
+_SUFFIX = ".npz"
+_DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one job made.
+
+    Attributes:
+        splits: the arrays of each split, by name: what they are is known to who makes and assembles them.
+        tokens: of all splits; of images 0.
+        records: how many were read.
+        read_bytes: of the source, about.
+        skipped: where and why a record could not be read.
+        filtered: documents left out, by rule.
+        position: where a stream stands after it.
+    """
+
+    splits: Mapping[Split, Mapping[str, np.ndarray]]
+    tokens: int = 0
+    records: int
+    read_bytes: int
+    skipped: tuple[tuple[str, str], ...] = ()
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    position: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What is known of a part without its arrays; see `Part`."""
+
+    number: int
+    tokens: int
+    records: int
+    read_bytes: int
+    skipped: tuple[tuple[str, str], ...]
+    filtered: Mapping[str, int]
+    position: Mapping[str, Any]
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Where a part stands."""
+    return folder / f"{number:08d}{_SUFFIX}"
+
+
+def numbers(folder: Path) -> list[int]:
+    """The parts that are there, in order; what a killed process left unfinished is none."""
+    return sorted(int(path.stem) for path in folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
+
+
+def write(folder: Path, number: int, part: Part) -> Note:
+    """Commits a part: it is there whole or not at all, whatever ends the process.
+
+    If the machine goes down at once its name may be lost, but never a part of its content: it is made again then.
+
+    Raises:
+        OSError: it cannot be written; there is no part then.
+    """
+    note = Note(
+        number=number,
+        tokens=part.tokens,
+        records=part.records,
+        read_bytes=part.read_bytes,
+        skipped=part.skipped,
+        filtered=dict(part.filtered),
+        position=dict(part.position),
+    )
+    arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
+    with _committed(path_of(folder, number)) as file:
+        meta = np.frombuffer(json.dumps(vars(note)).encode(), np.uint8)
+        np.savez(file, allow_pickle=False, **{_META: meta}, **arrays)
+    return note
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file that is on the disk, whole, when this returns.
+
+    Raises:
+        OSError: it cannot be written; what was there before is there still.
+    """
+    with _committed(path) as file:
+        file.write(content)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _committed(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name that gets its own when all is written and synced."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Open:
+    """A part whose arrays are read one by one, each for its own."""
+
+    def __init__(self, folder: Path, number: int):
+        """Opens a part.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        self._path = path_of(folder, number)
+        try:
+            self._arrays = np.load(self._path, allow_pickle=False)
+        except _DAMAGED as error:
+            raise self._damaged(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._arrays.close()
+
+    @property
+    def note(self) -> Note:
+        """What is known of it without its documents."""
+        found = json.loads(self._read(_META).tobytes())
+        return Note(**found | {"skipped": tuple((where, cause) for where, cause in found["skipped"])})
+
+    def read(self, split: Split, name: str) -> np.ndarray:
+        """An array of a split.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        return self._read(f"{split}.{name}")
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            return self._arrays[name]
+        except (KeyError, *_DAMAGED) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"{self._path}: damaged ({error}); delete it and prepare again: its records are read anew")

@@ -1,0 +1,274 @@
+"""From a recipe to a version of a store: list, work in parallel, assemble, publish.
+
+    source --pieces--> jobs --engine--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
+
+Everything before the last arrow happens in a work folder that is named by what is made, so that a killed preparation
+goes on with the parts that it has. Jobs and their order are a function of the recipe and the files: the same bytes come
+out of any engine and any number of workers.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxinfra.config import encode
+from jaxinfra.data.store import versions
+from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
+from jaxinfra.data.store.store import Store
+from jaxinfra.errors import DataError
+from jaxinfra.prepare import engines, parts
+from jaxinfra.prepare.builders.images import ImageMaker
+from jaxinfra.prepare.builders.text import TextMaker
+from jaxinfra.prepare.engines import EngineName
+from jaxinfra.prepare.parts import Note
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.recipe import Recipe
+from jaxinfra.prepare.recipes.store_recipe import SHARD_BYTES
+from jaxinfra.prepare.sources.record import Piece
+from jaxinfra.prepare.workspace import check_space, require_store, workspace
+from jaxinfra.storage.objects import Storage
+
+NOT_CONTENT = ("store", "shard_bytes", "work")
+"""Fields of a recipe that do not change what comes out."""
+_LEAST_JOBS, _LEAST_BYTES = 32, 64 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far preparing is.
+
+    Attributes:
+        stage: what is being done.
+        done: bytes of the source.
+        total: bytes of the source, about.
+        tokens: that were made in this call.
+    """
+
+    stage: str
+    done: int
+    total: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A version that is there.
+
+    Attributes:
+        path: of the version.
+        manifest: of it.
+        new: whether this call made it.
+        moved: whether it was there and another one was the newest, which it is now.
+    """
+
+    path: str
+    manifest: Manifest
+    new: bool
+    moved: bool = False
+
+
+class Maker(Protocol):
+    """What stores of one kind have of their own.
+
+    Attributes:
+        stage: what its jobs make, in a word.
+    """
+
+    stage: str
+
+    @property
+    def job(self) -> Callable[[Any], Note]:
+        """Makes a part of pieces of the source, and commits it; run by an engine."""
+        ...
+
+    @property
+    def identity(self) -> Any:
+        """What makes the contents besides the recipe and the source: JSON values."""
+        ...
+
+    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
+        """Puts what all jobs need into the folder of the parts, unless it is there from before.
+
+        Args:
+            folder: of the parts.
+            pieces: of the source, the same ones whatever the recipe says of shards.
+        """
+        ...
+
+    def needed_bytes(self, source_bytes: int) -> int:
+        """Space that parts and arrays take, about; after `begin`."""
+        ...
+
+    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Any]:
+        """What to run for each group of pieces, by the number of its part."""
+        ...
+
+    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
+        """Makes all files of the version but the manifest, of all parts in their order.
+
+        Raises:
+            ConfigError: a split has nothing in it.
+            DataError: a part is damaged.
+        """
+        ...
+
+
+def maker_of(recipe: Recipe) -> Maker:
+    """The maker of a recipe.
+
+    Raises:
+        ConfigError: its tokenizer cannot be read.
+    """
+    return TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Prepared:
+    """Makes a version of the store; one that this recipe has made of the same files is not made again.
+
+    Either way it is the newest one then, which runs take.
+
+    Memory: a worker holds the largest record and what it makes of a shard of the source; assembling, see `assemble`.
+
+    Args:
+        recipe: what to make.
+        engine: where the jobs run.
+        workers: how many at once; None is as many as there are cores.
+        tell: told about the steps on the way.
+
+    Raises:
+        ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.
+        DataError: a record cannot be read and the recipe does not skip it; what is done so far is kept.
+        StorageError: something cannot be read, or the store cannot be written.
+    """
+    store = Storage(recipe.store)
+    require_store(store)
+    known = versions.listed(store)
+    pieces = pieces_of(recipe)
+    maker = maker_of(recipe)
+    source_digest = digest_of([vars(piece) for piece in pieces])
+    made_of = digest_of([content_of(recipe), source_digest, maker.identity])
+    for each in known:
+        if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
+            found = _opened(recipe.store, each.fingerprint)
+            moved = versions.make_newest(store, each)
+            return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
+    groups = plan(pieces, recipe.shard_bytes)
+    cut = digest_of([made_of, *map(len, groups)])  # parts that were cut in another way would lose or repeat records
+    with workspace(store, cut, recipe.work) as work:
+        folder, build = work / "parts", work / "build"
+        folder.mkdir(exist_ok=True)
+        course = _Course(maker, pieces, tell)
+        usual = replace(recipe, shard_bytes=SHARD_BYTES)
+        course.begin(folder, pieces if recipe == usual else pieces_of(usual))
+        numbers = course.work(folder, groups, engine, workers)
+        _check_unchanged(recipe, pieces)
+        course.tell("store")
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir()
+        manifest = maker.assemble(folder, numbers, build, source_digest)
+        course.tell("publish")
+        versions.publish(build, store, manifest, made_of)
+    return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
+
+
+def _check_unchanged(recipe: Recipe, pieces: Sequence[Piece]) -> None:
+    """Looks whether what was read is still what was listed; others may have come.
+
+    Raises:
+        DataError: a file was changed or removed meanwhile, so that the parts are not all of the same.
+    """
+    stamps = {piece.name: piece.stamp for piece in recipe.source.pieces(recipe.shard_bytes)}
+    for piece in pieces:
+        if stamps.get(piece.name) != piece.stamp:
+            raise DataError(f"{piece.name}: was changed while the source was read; start again when it stays as it is")
+
+
+def _opened(store: str, fingerprint: str) -> Store:
+    """The version that was made before.
+
+    Raises:
+        DataError: it is damaged; as others may read it, it is not replaced.
+    """
+    try:
+        return Store.open(store, fingerprint)
+    except DataError as error:
+        raise DataError(
+            f"{store}: what this recipe made before is damaged ({error}); move the folder {fingerprint} away and "
+            "prepare again"
+        ) from error
+
+
+def content_of(recipe: Recipe) -> Mapping[str, object]:
+    """The recipe without what does not change what comes out."""
+    return {name: value for name, value in encode(recipe).items() if name not in NOT_CONTENT}
+
+
+def pieces_of(recipe: Recipe) -> Sequence[Piece]:
+    """The source in pieces of about a shard; in smaller ones where that would leave workers idle."""
+    pieces = recipe.source.pieces(recipe.shard_bytes)
+    size = shard_size(pieces, recipe.shard_bytes)
+    return pieces if size == recipe.shard_bytes else recipe.source.pieces(size)
+
+
+def shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
+    """Bytes that a job reads: a function of the source alone, not of the workers."""
+    even = sum(piece.size_bytes for piece in pieces) // _LEAST_JOBS
+    return min(shard_bytes, max(even, _LEAST_BYTES))
+
+
+def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
+    """Pieces in groups of about a shard, each to be read by one job."""
+    size = shard_size(pieces, shard_bytes)
+    groups: list[list[Piece]] = []
+    filled = size
+    for piece in pieces:
+        if filled >= size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.size_bytes
+    return [tuple(group) for group in groups]
+
+
+class _Course:
+    """The work of one call, and what is told of it."""
+
+    def __init__(self, maker: Maker, pieces: Sequence[Piece], told: Callable[[Progress], None]):
+        self._maker, self._pieces, self._told = maker, pieces, told
+        self._total = sum(piece.size_bytes for piece in pieces)
+        self._done = self._tokens = 0
+
+    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
+        """Makes what all jobs need."""
+        self.tell("begin")
+        self._maker.begin(folder, pieces)
+        check_space(folder, self._maker.needed_bytes(self._total))
+
+    def work(
+        self, folder: Path, groups: Sequence[tuple[Piece, ...]], engine: EngineName, workers: int | None
+    ) -> Sequence[int]:
+        """Makes the parts that are not there yet; returns the numbers of all."""
+        there = set(parts.numbers(folder))
+        todo = {number: group for number, group in enumerate(groups) if number not in there}
+        self._done = self._total - sum(piece.size_bytes for group in todo.values() for piece in group)
+        self.tell(self._maker.stage)
+        jobs = self._maker.jobs(folder, todo)
+        engines.run(engine, self._maker.job, jobs, workers=workers, done=self._job_done)
+        return range(len(groups))
+
+    def tell(self, stage: str) -> None:
+        """Tells how far it is."""
+        self._told(Progress(stage=stage, done=self._done, total=self._total, tokens=self._tokens))
+
+    def _job_done(self, note: Note) -> None:
+        self._done += note.read_bytes
+        self._tokens += note.tokens
+        self.tell(self._maker.stage)

@@ -1,0 +1,1 @@
+"""Recipes: what a config file of `data prepare` returns."""

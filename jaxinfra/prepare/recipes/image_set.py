@@ -1,0 +1,29 @@
+"""The recipe of a store of images with labels, as a config file describes it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxinfra.config import Problem
+from jaxinfra.prepare.recipes.store_recipe import StoreRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(StoreRecipe):
+    """How a store of images is made; all have one shape.
+
+    Attributes:
+        image: field of the image: uint8 (height, width, channels) or (height, width), or nested lists of such.
+        label: field of its class, a number from 0.
+        classes: names of the classes, in the order of their numbers; () where they have none.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    classes: tuple[str, ...] = ()
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the recipe itself; nothing is looked up."""
+        yield from super().problems()
+        for name in ("image", "label"):
+            if not getattr(self, name):
+                yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")

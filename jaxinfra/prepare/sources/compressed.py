@@ -1,0 +1,78 @@
+"""Reads .gz and .zst files as what they hold, in a stream. What is cut short or damaged is an error, never an end."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Buffer, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, cast
+
+import zstandard
+
+from jaxinfra.errors import DataError
+from jaxinfra.prepare.sources.files import opened, shown
+
+_SUFFIXES = (".gz", ".zst")
+_FEED_BYTES = 4096  # expands to at most 128 MiB: a block of zstd is 4 bytes or more, and 128 KiB at most
+_BUFFER_BYTES = 1 << 20
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a file is read through a decompressor, by its name."""
+    return name.endswith(_SUFFIXES)
+
+
+@contextmanager
+def decompressed(root: str, name: str) -> Iterator[BinaryIO]:
+    """Opens a file below the root; a compressed one is read as what it holds and cannot be sought in.
+
+    Raises:
+        StorageError: it may not or cannot be read, or is gone.
+        DataError: it is compressed and damaged or cut short; also while it is read.
+    """
+    with opened(root, name) as file:
+        if not is_compressed(name):
+            yield file
+            return
+        try:
+            if name.endswith(".gz"):
+                with gzip.GzipFile(fileobj=file) as plain:
+                    yield cast(BinaryIO, plain)
+            else:
+                with io.BufferedReader(_Zstd(file), _BUFFER_BYTES) as plain:
+                    yield plain
+        except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
+            cause = str(error).partition("\n")[0]
+            raise DataError(f"{shown(root)}/{name}: is damaged ({cause}); restore the file or make it again") from error
+
+
+class _Zstd(io.RawIOBase):
+    """The contents of all zstd frames of a file; unlike `zstandard`'s own reader it knows an unfinished frame."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._fed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        while not self._ready:
+            fed = self._fed or self._file.read(_FEED_BYTES)
+            self._fed = b""
+            if not fed:
+                if self._frame:
+                    raise EOFError("the last zstd frame is cut short")
+                return 0
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(frame.decompress(fed))
+            self._frame = frame
+            if frame.eof:
+                self._fed, self._frame = frame.unused_data, None
+        target = memoryview(buffer)
+        count = min(len(target), len(self._ready))
+        target[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count

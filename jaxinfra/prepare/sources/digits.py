@@ -1,0 +1,20 @@
+"""The handwritten digits that scikit-learn ships (Alpaydin and Kaynak 1998), as records: no network needed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxinfra.packages import needed
+
+
+def records() -> Iterator[dict[str, Any]]:
+    """Yields 1,797 grey images of 8 x 8 pixels from 0 to 16, `{"image": uint8[8, 8, 1], "label": int}`.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    datasets = needed("sklearn.datasets", by="the handwritten digits", install="jaxinfra[digits]")
+    pixels, digits = datasets.load_digits(return_X_y=True)
+    for image, digit in zip(np.asarray(pixels).reshape(-1, 8, 8, 1), digits, strict=True):
+        yield {"image": image.astype(np.uint8), "label": int(digit)}

@@ -1,0 +1,141 @@
+"""What every stream of records offers: blocks of them as they come, each with where the stream stands after it.
+
+A stream has no pieces and may have no end. Invariant: whoever keeps a block together with its position, and opens the
+stream at the last position kept, gets every record once, however often it is killed in between.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.sources.record import Bad, Found, Piece
+
+Position = Mapping[str, Any]
+"""Where a stream stands, in JSON; {} is its beginning."""
+TICK_S = 0.5
+"""A reader that nothing comes to says so this often."""
+WAIT_S = 5.0
+"""A record waits at most so long for others to share a block with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Records that came together.
+
+    Attributes:
+        records: in their order.
+        read_bytes: that they had.
+        position: where the stream stands after them.
+    """
+
+    records: tuple[Found | Bad, ...]
+    read_bytes: int
+    position: Position
+
+
+class Reader(Protocol):
+    """A stream that is open.
+
+    Attributes:
+        read_bytes: of the records so far.
+    """
+
+    read_bytes: int
+
+    @property
+    def position(self) -> Position:
+        """Where the stream stands after the record that came last."""
+        ...
+
+    def arrivals(self) -> Iterator[Found | Bad | None]:
+        """Yields records as they come, and None when there was none for a moment; ends where the stream ends.
+
+        Raises:
+            DataError: it is another stream than the one that stood at the position that it was opened at.
+            StorageError: it cannot be read.
+        """
+        ...
+
+    def committed(self, position: Position) -> None:
+        """Hears that all up to a position is kept, for whoever looks on; nothing depends on it."""
+        ...
+
+    def at_end(self) -> bool:
+        """Whether nothing comes because all that is there has come.
+
+        Raises:
+            StorageError: the stream cannot be reached.
+        """
+        ...
+
+
+class Stream(ABC):
+    """A stream, as a config describes it. It is no source whose pieces can be listed, and says so where it is one."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What is read, whichever way there: streams of the same name are the same stream."""
+
+    @abstractmethod
+    def open(self, position: Position) -> AbstractContextManager[Reader]:
+        """Opens it where it stood.
+
+        Raises:
+            ConfigError: what it needs is not installed, or its settings are wrong.
+            StorageError: it cannot be reached.
+        """
+
+    def pieces(self, split_bytes: int) -> Sequence[Piece]:
+        """Refuses.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
+
+    def read(self, piece: Piece) -> Iterator[Found | Bad]:
+        """Refuses, as `pieces`."""
+        raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
+
+
+def blocks(
+    reader: Reader, block_bytes: int, *, stopping: Callable[[], bool], wait_s: float = WAIT_S
+) -> Iterator[Block | None]:
+    """Gathers records to blocks.
+
+    Args:
+        reader: of an open stream.
+        block_bytes: of a block, about.
+        stopping: whether to end with what has come; asked at least once each `TICK_S`.
+        wait_s: how long the first record of a block waits for more.
+
+    Yields:
+        Blocks, and None when nothing came for a moment.
+
+    Raises:
+        DataError: as `Reader.arrivals`.
+        StorageError: as `Reader.arrivals`.
+    """
+    records: list[Found | Bad] = []
+    start_bytes, first_s = reader.read_bytes, 0.0
+    for arrival in reader.arrivals():
+        if arrival is None:
+            if not records:
+                yield None
+        else:
+            if not records:
+                first_s = time.monotonic()
+            records.append(arrival)
+        full = reader.read_bytes - start_bytes >= block_bytes
+        if records and (full or time.monotonic() - first_s >= wait_s):
+            yield Block(records=tuple(records), read_bytes=reader.read_bytes - start_bytes, position=reader.position)
+            records, start_bytes = [], reader.read_bytes
+        if stopping():
+            break
+    if records:
+        yield Block(records=tuple(records), read_bytes=reader.read_bytes - start_bytes, position=reader.position)

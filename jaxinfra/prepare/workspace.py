@@ -1,0 +1,115 @@
+"""Where a version is in the making: a folder that one process holds, whose parts outlive a kill."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxinfra.data.store import versions
+from jaxinfra.data.store.manifest import digest_of, is_fingerprint
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.storage.objects import Storage
+
+WORK = ".work"
+STREAM = ".stream"
+
+
+def require_store(store: Storage) -> None:
+    """Refuses a local folder with something else in it.
+
+    Raises:
+        ConfigError: it has.
+        StorageError: it may not be looked at, or cannot be a folder.
+    """
+    folder = versions.local_folder(store)
+    if folder is None:
+        return
+    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    try:
+        there = {each.name for each in nearest.iterdir()}
+    except OSError as error:
+        raise StorageError(f"store={folder}: {error.strerror}; mend it or choose another place") from error
+    # A process that is killed before it has listed its version leaves that, and a lock of the list.
+    others = {name for name in there - {WORK, STREAM} if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
+    if nearest == folder and versions.INDEX not in there and others:
+        raise ConfigError(f"store={folder}: holds something that is no store ({min(others)}); choose an empty place")
+
+
+@contextmanager
+def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]:
+    """The folder of one version in the making, held by a lock; kept when the work ends early, removed when it is done.
+
+    What is left there of other recipes of the store is removed: one version of it is in the making at a time.
+
+    Args:
+        store: what the version is of.
+        made_of: digest of the recipe and its source.
+        place: folder to work in; None is in the store, or in the user's cache where the store is remote.
+
+    Raises:
+        ConfigError: another process holds it.
+        StorageError: it cannot be written, from whatever is done inside.
+    """
+    root = _root(store, place)
+    work = root / made_of
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
+                raise BlockingIOError  # that one has removed it in this moment
+            for left in root.iterdir():
+                if left != work:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            work.mkdir(exist_ok=True)
+            yield work
+            shutil.rmtree(root)
+        except BlockingIOError:
+            raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
+        finally:
+            os.close(lock)
+    except OSError as error:
+        free = f", {free_bytes(root.parent):,} bytes free" if root.parent.exists() else ""
+        cause = f"{error.strerror or error}{free}"
+        raise StorageError(f"store={store.url}: {cause}; mend it or choose another place") from error
+
+
+def kept_folder(store: Storage, name: str, place: str | None) -> Path:
+    """A folder of that name beside the one of what is in the making, which nothing removes; made if it is not there."""
+    root = _root(store, place)
+    beside = root.with_name(STREAM if root.name == WORK else root.name + STREAM)
+    folder = beside / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _root(store: Storage, place: str | None) -> Path:
+    own = digest_of(store.url)
+    if place is not None:
+        return Path(place).expanduser().absolute() / own
+    if (local := versions.local_folder(store)) is not None:
+        return local / WORK
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "jaxinfra" / "prepare" / own
+
+
+def check_space(work: Path, needed_bytes: int) -> None:
+    """Refuses to begin what will not fit.
+
+    Raises:
+        StorageError: less than that is free.
+    """
+    free = free_bytes(work)
+    if free < needed_bytes:
+        raise StorageError(
+            f"store: {work} has {free:,} bytes free, preparing needs about {needed_bytes:,}; "
+            "free some space, or choose another place by work=FOLDER"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where a folder is."""
+    return shutil.disk_usage(folder).free

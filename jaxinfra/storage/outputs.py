@@ -1,0 +1,49 @@
+"""Files that a command writes when its long work is done: looked at before it begins, and never left half written."""
+
+import os
+from pathlib import Path
+
+from jaxinfra.errors import StorageError
+from jaxinfra.storage.local import replace_bytes
+
+
+def check(path: Path) -> None:
+    """Sees to it that a file can be written, before anything takes long.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise StorageError(f"{path}: is a folder; name a file")
+    if not folder.is_dir():
+        raise StorageError(f"{path}: its folder does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path}: its folder cannot be written to; mend it or name another file")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole, or leaves it as it was; what is no file (a pipe, `/dev/stdout`) is written to as it is.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            replace_bytes(path.resolve(), text.encode())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}; mend it or name another file") from error
+
+
+def read(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}; mend it or name another file") from error

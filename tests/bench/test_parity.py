@@ -1,0 +1,147 @@
+"""The command that compares meshes: which meshes, what is too far, and where the table goes."""
+
+import math
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxinfra.bench.parity import BOUND, CONFIGS, Row, differences, meshes
+from jaxinfra.cli.parity import BEGIN, END, table, with_table
+from tests.tiny_run import ended, launch, refused, start
+
+DENSE = CONFIGS[0]
+
+
+def row(**changes: object) -> Row:
+    values = {"config": "a", "mesh": "stage=2 fsdp=4", "loss": 0.0, "gradient": 1e-6, "leaf": "x", "permuted": 2e-6}
+    return Row(**{**values, **changes})
+
+
+def test_eight_devices_make_every_mesh_over_six_axes() -> None:
+    found = meshes(8)
+    assert len(found) == len({mesh.sizes for mesh in found}) == math.comb(3 + 5, 5) == 56
+    assert {math.prod(mesh.sizes) for mesh in found} == {8}
+
+
+def test_what_is_no_number_is_the_worst() -> None:
+    assert row(gradient=1e-4).worst == 1e-4
+    assert not row(loss=math.nan).worst <= BOUND
+    far = differences({"g": np.array([1.0, 2.0])}, {"g": np.array([1.0, 4.0])})
+    assert far == {"g": 0.5}
+    assert math.isnan(differences({"g": np.array([math.nan])}, {"g": np.array([1.0])})["g"])
+
+
+def test_a_gradient_that_is_nothing_but_rounding_is_held_to_rounding() -> None:
+    """Nothing depends on the bias of keys; its gradient is a few times 1e-8 of the others, here or there."""
+    wanted = {"g": np.array([1.0]), "bias": np.array([3e-8])}
+    assert differences({"g": np.array([1.0]), "bias": np.array([-2e-8])}, wanted)["bias"] <= BOUND
+    assert differences({"g": np.array([1.0]), "bias": np.array([2e-6])}, wanted)["bias"] > BOUND
+    small = {"g": np.array([1.0]), "x": np.array([1e-5])}
+    assert differences({"g": np.array([1.0]), "x": np.array([1.1e-5])}, small)["x"] == pytest.approx(0.1)
+
+
+def test_the_table_has_a_line_for_each_mesh() -> None:
+    lines = table([row(), row(config="b", loss=3e-7), row(mesh="tensor=8")]).splitlines()
+    assert lines[2:] == [
+        "| stage=2 fsdp=4 | 0.0e+00 | 1.0e-06 | 2.0e-06 | 3.0e-07 | 1.0e-06 | 2.0e-06 |",
+        "| tensor=8 | 0.0e+00 | 1.0e-06 | 2.0e-06 |  |  |  |",
+    ]
+
+
+def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(with_table(page, "| newer |"))
+    assert with_table(page, "| new |") == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
+
+
+def test_the_published_table_is_whole_and_within_the_bound(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "parallelism.md").read_text()
+    lines = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    assert lines[0] == table([row(config=Path(config).stem) for config in CONFIGS]).splitlines()[0]
+    cells = [line.strip("| ").split(" | ") for line in lines[2:]]
+    assert len({mesh for mesh, *_ in cells}) == len(meshes(8)) == len(cells)
+    assert all(len(found) == 3 * len(CONFIGS) and max(map(float, found)) <= BOUND for _, *found in cells)
+
+
+@pytest.mark.parametrize(
+    ("words", "line", "code"),
+    [
+        (("--jobs", "0"), "--jobs 0: expected 1 or more", 81),
+        (("--write", "{tmp}/none/page.md"), ".*its folder does not exist; make it first", 82),
+        (("--write", "{tmp}/page.md"), ".*cannot be read: No such file or directory; mend it or name another file", 82),
+        (("configs/none.py",), ".*configs/none.py.*", 81),
+        (("configs/vit_digits.py",), "vit-digits: its model reads images, this is for language models.*", 81),
+        ((DENSE, "model.layer=3"), ".*model.layer.*did you mean model.layers.*", 81),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said_at_once(
+    words: tuple[str, ...], line: str, code: int, repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repo_root)
+    refused(launch("parity", *(word.format(tmp=tmp_path) for word in words)), line, code)
+
+
+def test_a_page_without_marks_is_not_touched(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo_root)
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    refused(launch("parity", "--write", str(page)), r".*no place for the table; put .*")
+    assert page.read_text() == "nothing"
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_computed() -> None:
+    done = ended(start("parity", DENSE, "model.heads=6", "--devices", "cpu:4", "--jobs", "1"))
+    line = refused(done, rf"{DENSE} on the mesh .*, one of those that parity spreads: .*heads.*")
+    assert "=4" in line and done.out == ""
+
+
+def test_a_process_that_dies_ends_the_command() -> None:
+    done = ended(start("parity", DENSE, "--devices", "cpu:1", "--jobs", "1", env={"XLA_FLAGS": "--nonsense"}))
+    assert done.code == 1 and done.out == ""
+    assert re.fullmatch(r"error: a process that compared meshes ended with .*use --jobs 1", done.err.splitlines()[-1])
+
+
+def test_processes_leave_with_the_command(tmp_path: Path) -> None:
+    """Killed, it cannot take them along: they see that it is gone."""
+    env = {"XDG_CACHE_HOME": str(tmp_path), "PARITY_TEST": str(tmp_path)}
+    command = start("parity", DENSE, "--devices", "cpu:1", "--jobs", "1", env=env)
+    try:
+        workers = _until(lambda: _children(env), lambda found: len(found - {command.pid}) > 0)
+    finally:
+        command.send_signal(signal.SIGKILL)
+        ended(command)
+    assert workers
+    assert not _until(lambda: _children(env), lambda found: not found)
+
+
+def _children(env: dict[str, str]) -> set[int]:
+    """Processes that have this in their environment."""
+    wanted, found = f"PARITY_TEST={env['PARITY_TEST']}".encode(), set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.add(int(folder.name))
+        except (OSError, ProcessLookupError):
+            continue
+    return found
+
+
+def _until(look, good, patience_s: float = 60):
+    end_s = time.monotonic() + patience_s
+    while not good(found := look()) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+def test_two_devices_agree_with_one(repo_root: Path) -> None:
+    done = ended(start("parity", DENSE, "model.qkv_bias=true", "--devices", "cpu:2", "--jobs", "1"), timeout_s=1500)
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 6
+    assert "6 rows, 6 meshes, 0 beyond 2e-05" in done.err

@@ -1,0 +1,232 @@
+"""The commands about data: what they print is what is there, and what a run is fed."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxinfra.cli.data.peek import rows_of
+from jaxinfra.cli.data.prepare import bar
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.prepare.prepare import Progress
+from jaxinfra.track.jsonl import read as read_metrics
+from tests.tiny_run import Tiny, launch, refused
+
+ROW = re.compile(r"^row (\d+): sample (\d+), (\d+) documents, (\d+) of 32 targets count$", re.MULTILINE)
+
+
+def peek(tiny: Tiny, step: int, rank: int, of: int, *overrides: str) -> list[tuple[int, int]]:
+    """The rows that are shown, and their samples."""
+    ended = tiny.launch("--step", str(step), "--rank", str(rank), "--of", str(of), *overrides, command="data peek")
+    assert (ended.code, ended.err) == (0, "")
+    return [(int(row), int(sample)) for row, sample, _, _ in ROW.findall(ended.out)]
+
+
+@pytest.mark.parametrize("of", [1, 2, 4, 8])
+def test_peek_shows_every_process_its_part_of_the_same_batch(tiny: Tiny, of: int) -> None:
+    ids = tiny.loaded().data.open().ids(1234, 8)
+    shown = [pair for rank in range(of) for pair in peek(tiny, 1234, rank, of)]
+    assert shown == list(enumerate(ids.tolist()))
+
+
+def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
+    data = tiny.loaded().data.open()
+    tokens = data.store.read("train", data.ids(7, 8)[:1] * 32, 33)[0]
+    ended = tiny.launch("--step", "7", "--rows", "1", "--chars", "10000", command="data peek")
+    lines = ended.out.splitlines()
+    assert lines[1] == f"{data.name}: {7 * 8 / len(data.train):.3f} epochs before"
+    line = lines[3]
+    plain = "".join(char for char in line if char not in "[]⏎").replace(data.store.tokenizer.end_of_document, "")
+    assert plain.replace(" ", "") == repr(data.store.tokenizer.decode(tokens.tolist()))[1:-1].replace(" ", "")
+
+
+def test_processes_of_one_shard_see_the_same_rows(tiny: Tiny) -> None:
+    run = tiny.loaded("mesh.fsdp=2", "mesh.tensor=2")
+    assert [rows_of(run, rank, 4).tolist() for rank in range(4)] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
+    staged = tiny.loaded("mesh.stage=2", "mesh.fsdp=2", "train.accumulate=2")
+    assert np.array_equal(rows_of(staged, 0, 2), np.arange(8))
+
+
+def test_peek_at_data_alone(tiny: Tiny, tmp_path: Path) -> None:
+    config = tmp_path / "data.py"
+    store = tiny.loaded().data.store
+    config.write_text(
+        "from jaxinfra.data.tokens import TokenData\n\n\n"
+        f"def config():\n    return TokenData(store={store!r}, seq_len=32)\n"
+    )
+    ended = launch("data", "peek", str(config), "--global-batch", "6", "--rank", "2", "--of", "3")
+    assert [int(row) for row, *_ in ROW.findall(ended.out)] == [4, 5]
+    refused(launch("data", "peek", str(config)), r"--global-batch None: \S+ is data alone, .*; use --global-batch 8")
+    refused(launch("data", "peek", str(config), "--global-batch", str(10**12)), r"--global-batch 10+: \S+ is data .*")
+    refused(launch("data", "peek", str(tiny.recipe)), r"\S+recipe\.py: is neither a run nor data; name a run such .*")
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (("--step", "-1"), r"--step -1: must not be negative; use --step 0"),
+        (
+            ("--step", str(10**30)),
+            r"--step 10+: samples are numbered in 62 bits; use --step 576460752303423487 or less",
+        ),
+        (("--rows", "-1"), r"--rows -1: must not be negative; use --rows 0 for none"),
+        (("--chars", "-1"), r"--chars -1: must not be negative; use --chars 0 for none"),
+        (("--rank", "2", "--of", "2"), r"--rank 2: of 2 processes; use --rank 0 to 1"),
+        (("--of", "0"), r"--of 0: must be at least 1; use --of 1"),
+        (("--of", "3"), r"train\.global_batch=8, mesh\.fsdp=3: the batch does not divide .*"),
+        (("--of", "3", "mesh.fsdp=4"), r"--of 3: the 4 devices of the mesh are not shared evenly by 3; use --of 4"),
+        (("--of", "4", "mesh.fsdp=2"), r"--of 4: the mesh has 2 devices, fewer than processes; use mesh\.fsdp=4"),
+        (("--global-batch", "8"), r"--global-batch 8: \S+ is a run; use train\.global_batch=8"),
+    ],
+)
+def test_what_cannot_be_peeked_at(tiny: Tiny, words: tuple[str, ...], pattern: str) -> None:
+    refused(tiny.launch(*words, command="data peek"), pattern)
+
+
+def test_show_says_what_is_there(tiny: Tiny) -> None:
+    store = TokenStore.open(tiny.loaded().data.store)
+    ended = launch("data", "show", str(store), "--samples", "1", "--chars", "40")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"fingerprint  {store.manifest.fingerprint}" in ended.out
+    info = store.manifest.splits["train"]
+    assert f"train        {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes" in ended.out
+    lengths = store.lengths("train")
+    bars = re.findall(r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("heldout:")[0], re.MULTILINE)
+    assert sum(int(count) for _, _, count in bars) == info.documents
+    for low, high, count in bars:
+        first, last = int(low.replace(",", "")), int(high.replace(",", ""))
+        assert int(count) == ((lengths >= first) & (lengths <= last)).sum()
+    first = store.tokenizer.decode(store.read("train", [0], 60)[0].tolist())
+    assert first[:40] in ended.out
+
+
+def test_a_file_is_no_store(tiny: Tiny) -> None:
+    for command in ("show", "verify"):
+        for place in (tiny.config, tiny.config / "below"):
+            refused(launch("data", command, str(place)), rf"data\.store={place}: no store there; make it with: .*")
+
+
+def test_verify_names_damaged_blocks(tiny_data: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_data / "store", store)
+    good = launch("data", "verify", str(store))
+    assert good.code == 0 and re.search(r"\d+ files and blocks, [\d,]+ bytes, every hash fits", good.out)
+    (version,) = (path for path in store.iterdir() if path.is_dir())
+    shard = version / "train" / "tokens" / "c" / "0"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 4
+    shard.write_bytes(content)
+    ended = launch("data", "verify", str(store))
+    assert re.match(r"train/tokens block 0: ", ended.out)
+    refused(ended, r"\S+: 1 of \d+ files and blocks are damaged, first train/tokens block 0; move this .*", 78)
+
+
+def test_the_bars_of_preparing_are_full_when_a_stage_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar() as tell:
+        tell(Progress(stage="begin", done=0, total=2000))
+        for done in (0, 1000, 2000):
+            tell(Progress(stage="tokens", done=done, total=2000, tokens=done // 2))
+        tell(Progress(stage="store", done=2000, total=2000, tokens=1000))
+    begin, tokens, store = capsys.readouterr().out.splitlines()
+    assert begin.startswith("begin") and re.match(r"tokens .* 2\.0 kB of 2\.0 kB, [\d,]+ tokens/s", tokens)
+    assert store.startswith("store") and len({line.count("━") for line in (begin, tokens, store)}) == 1
+    with bar(endless=True) as tell:
+        tell(Progress(stage="tokens", done=1000, total=1000, tokens=500))
+        assert " of " not in capsys.readouterr().out
+    assert re.match(r"tokens .* 1\.0 kB, [\d,]+ tokens/s", capsys.readouterr().out)
+
+
+def test_commands_of_two_words(tiny: Tiny) -> None:
+    refused(launch("data"), r"data: is not all of a command; use data prepare, show, verify or peek")
+    refused(launch("data", "prepar", str(tiny.recipe)), r"data prepar: no such command; use data prepare, .* or peek")
+    assert launch("data", "--help").code == 0
+
+
+def test_a_run_on_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
+    """Two copies of the store, in shares that change; and the same losses when it goes on from the middle."""
+    store = tiny.loaded().data.store
+    other = shutil.copytree(store, tmp_path / "other")
+    text = tiny.config.read_text()
+    start, end = text.index("data=TokenData("), text.index("        precision=")
+    mixture = (
+        f"data=Mixture(\n            sources=(MixSource(store={store!r}), MixSource(store={str(other)!r})),\n"
+        "            stages=(MixStage(weights=(3.0, 1.0)), MixStage(start_step=6, weights=(1.0, 1.0))),\n"
+        "            seq_len=32,\n        ),\n"
+    )
+    imports = "from jaxinfra.data.mixing import MixStage\nfrom jaxinfra.data.mixture import Mixture, MixSource\n"
+    config = tmp_path / "mixed.py"
+    config.write_text(imports + text[:start] + mixture + text[end:].lstrip("\n"))
+    assert launch(str(config), "name=whole", "track.console=off").code == 0
+    assert launch(str(config), "name=cut", "track.console=off").code == 0
+    record = json.loads((tiny.directory("cut") / "run.json").read_text())
+    assert len(record["data_versions"]) == 2
+    shutil.rmtree(tiny.directory("cut") / "checkpoints" / "12")
+    moved = other.rename(tmp_path / "moved")
+    assert launch(str(config), "name=cut", "track.console=off", f"data.sources.1.store={moved}").code == 0
+    assert tiny.losses("cut") == tiny.losses("whole")
+    assert launch("sample", str(tiny.directory("cut")), "w1", "--max-tokens", "3").code == 0
+
+
+def test_a_run_on_packed_rows(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "packed.py"
+    text = tiny.recipe.read_text().replace("import Corpus\n", "import Corpus\nfrom jaxinfra.data.packing import Pack\n")
+    recipe.write_text(
+        text.replace("heldout_fraction=0.2,", "heldout_fraction=0.2,\n        packs=(Pack(seq_len=32),),")
+    )
+    assert launch("data", "prepare", str(recipe), f"store={tmp_path / 'store'}", "--workers", "1").code == 0
+    data = TokenData(store=str(tmp_path / "store"), seq_len=32, packing="best_fit").open()
+    assert data.store.manifest.packs["train/32"].efficiency > 0.9
+    ended = tiny.launch(f"data.store={tmp_path / 'store'}", "data.packing=best_fit", "name=packed")
+    assert (ended.code, ended.err) == (0, "")
+    assert len(tiny.losses("packed")) == 12
+
+
+def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = arrays.read_windows
+
+    def slow(*arguments: object) -> np.ndarray:
+        time.sleep(0.5)
+        return read(*arguments)
+
+    assert tiny.launch("name=fast", "track.console=off").code == 0
+    assert not caplog.messages
+    monkeypatch.setattr(arrays, "read_windows", slow)
+    ended = tiny.launch("name=slow", "data.threads=1", "train.eval_every=none", "train.eval_windows=1")
+    assert ended.code == 0
+    assert re.fullmatch(
+        r"data was late: waited \d+\.\d s of \d+\.\d s \(\d+%\) for batches; reading is the slow stage \(reading .*\); "
+        r"use a store nearer to this machine, or more data\.threads",
+        *caplog.messages,
+    ), caplog.messages
+    waited = [row["data_wait_s"] for row in read_metrics(tiny.directory("slow") / "metrics.jsonl") if "loss" in row]
+    assert sum(waited) > 2
+
+
+def test_bytes_that_are_no_text_are_refused_or_left_out(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
+    text = shutil.copytree(tiny_data / "text", tmp_path / "text")
+    (text / "latin.txt").write_bytes("né".encode("latin-1"))
+    prepare = ["data", "prepare", str(tiny.recipe), f"source.root={text}", f"store={tmp_path / 'store'}"]
+    refused(launch(*prepare), r"latin\.txt: .*UTF-8.*; mend the record, or leave such ones out by on_bad=skip", 78)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]
+    ended = launch(*prepare, "on_bad=skip")
+    assert ended.code == 0 and "left out: 1 skipped" in ended.out
+    (listed,) = (tmp_path / "store").glob("*/skipped.jsonl")
+    assert json.loads(listed.read_text())["where"] == "latin.txt"
+
+
+def test_ids_outside_of_the_vocabulary_are_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JsonTokenizer, "encode_batch", lambda self, texts, inner=False: [[1, 10**6] for _ in texts])
+    prepare = ["data", "prepare", str(tiny.recipe), f"store={tmp_path / 'store'}", "--workers", "1"]
+    refused(
+        launch(*prepare), r"token id 1000000: is outside the vocabulary of 300 of the tokenizer that gave it; .*", 78
+    )
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]

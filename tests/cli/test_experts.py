@@ -1,0 +1,47 @@
+"""A mixture of experts is trained on a mesh, logged, saved, resumed on another mesh, and sampled."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.sample import Draw, Sampler, sampling_program
+from jaxinfra.track.jsonl import read
+from tests.tiny_run import Tiny, launch
+
+MIXTURE = (
+    "model.experts=experts",
+    "model.experts.count=4",
+    "model.experts.dim=32",
+    "model.experts.bias_rate=0.01",
+    "model.experts.balance_loss=0.01",
+    "model.dense_layers=1",
+    "name=mixture",
+    "track.console=off",
+)
+
+
+def test_from_the_first_step_to_text(tiny: Tiny) -> None:
+    directory = tiny.directory("mixture")
+    assert tiny.launch(*MIXTURE, "mesh.fsdp=2", "mesh.expert=4").code == 0
+    shutil.rmtree(directory / "checkpoints" / "12")
+    assert tiny.launch(*MIXTURE, "mesh.fsdp=4", "mesh.tensor=2").code == 0
+    rows = [row for row in read(directory / "metrics.jsonl") if "loss" in row]
+    assert [int(row["step"]) for row in rows][-1] == 11 and rows[-1]["loss"] < rows[0]["loss"]
+    assert all(sum(row[f"expert_load/{e}"] for e in range(4)) == pytest.approx(4) for row in rows)
+    assert all(row["expert_dropped"] == 0 and row["expert_load_max"] >= 1 and row["balance_loss"] > 0 for row in rows)
+    assert launch("sample", str(directory), "w1 w7 w50", "--max-tokens", "4").code == 0
+    check_greedy(Sampler.from_run(directory))
+
+
+def check_greedy(sampler: Sampler) -> None:
+    """Word by word from a cache, each is the likeliest after reading all before it anew."""
+    prompt = sampler._tokenizer.encode("w1 w7 w50")
+    found = list(sampler.tokens(prompt, max_tokens=12, draw=Draw(temperature=0.0)))
+    program = sampling_program(sampler._program.run)
+    ids = np.array([[*prompt, *found]], np.int32)
+    with program.on_mesh:
+        model = program.model(sampler._params)
+        logits = np.asarray(jax.jit(lambda ids: model.hidden({"inputs": ids}) @ model.head())(ids))
+    assert found and logits[0].argmax(-1)[len(prompt) - 1 : -1].tolist() == found

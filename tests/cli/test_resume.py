@@ -1,0 +1,204 @@
+"""Stopping and going on: the numbers of an interrupted run are those of one that never stopped, bit for bit."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import resolved
+from jaxinfra.track.jsonl import Jsonl, read
+from tests.tiny_run import STEPS, Tiny, contents, ended, summary
+
+RECIPES = {
+    "plain": [],
+    "all that has state": [
+        "optim.optimizer=muon",
+        "optim.ema_decay=0.9",
+        "train.accumulate=2",
+        "train.global_batch=16",
+        "mesh.fsdp=4",
+        "mesh.tensor=2",
+        "precision.compute=bfloat16",
+    ],
+    "state in host memory": ["optim.offload=true", "optim.ema_decay=0.9", "mesh.fsdp=4", "mesh.tensor=2"],
+}
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Makes SIGTERM come while a step is being logged."""
+
+    def at(last: int) -> None:
+        def log(self: Jsonl, step: int, metrics: Mapping[str, float]) -> None:
+            plain(self, step, metrics)
+            if step == last:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(Jsonl, "log", log)
+
+    plain = Jsonl.log
+    yield at
+    monkeypatch.undo()
+
+
+def saved(tiny: Tiny, name: str, step: int, *overrides: str) -> list[np.ndarray]:
+    """All arrays of a checkpoint, restored onto the mesh of these overrides."""
+    run = resolved(tiny.loaded(*overrides), len(jax.devices()))
+    program = Program(run, make_mesh(run.mesh, jax.devices()))
+    with program.on_mesh, Checkpoints(tiny.directory(name) / "checkpoints", read_only=True) as checkpoints:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.restore(step, program.state))]
+
+
+def assert_same_bits(left: list[np.ndarray], right: list[np.ndarray]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_stop_and_go_on(tiny: Tiny, recipe: list[str], stop_after, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny.launch(*recipe, "name=whole").code == 0
+    stop_after(6)
+    stopped = tiny.launch(*recipe, "name=parts")
+    monkeypatch.undo()
+    assert stopped.code == 75
+    # The signal comes while step 6 is reported and step 7 runs.
+    assert stopped.err == (
+        f"error: {tiny.directory('parts')}: stopped by SIGTERM after step 8 of {STEPS}, saved; "
+        "start the same command to go on\n"
+    )
+    assert summary(tiny.directory("parts"))["status"] == "stopped"
+    assert set(tiny.losses("parts")) == set(range(8))
+    assert tiny.launch(*recipe, "name=parts").code == 0
+    assert summary(tiny.directory("parts"))["status"] == "finished"
+    assert tiny.losses("parts") == tiny.losses("whole")
+    assert_same_bits(saved(tiny, "parts", STEPS, *recipe), saved(tiny, "whole", STEPS, *recipe))
+
+
+def test_go_on_after_a_kill(tiny: Tiny) -> None:
+    """What was done after the last checkpoint is done again; the log has every step once."""
+    assert tiny.launch("name=whole").code == 0
+    assert tiny.launch().code == 0
+    shutil.rmtree(tiny.directory() / "checkpoints" / str(STEPS))
+    assert tiny.launch().code == 0
+    assert tiny.losses() == tiny.losses("whole")
+    assert [row["step"] for row in read(tiny.directory() / "metrics.jsonl") if "eval/loss" in row] == [4, 9, STEPS - 1]
+    assert_same_bits(saved(tiny, "tiny", STEPS), saved(tiny, "whole", STEPS))
+
+
+@pytest.mark.parametrize("memory", [(), ("optim.offload=true",)], ids=["on the devices", "on the host"])
+def test_go_on_with_another_mesh(tiny: Tiny, memory: tuple[str, ...]) -> None:
+    """And with its state in another memory: the restored arrays are the same, losses from there on to rounding."""
+    assert tiny.launch("name=whole").code == 0
+    assert tiny.launch().code == 0
+    shutil.rmtree(tiny.directory() / "checkpoints" / str(STEPS))
+    other = ("mesh.fsdp=4", "mesh.tensor=2", *memory)
+    assert_same_bits(saved(tiny, "tiny", 10), saved(tiny, "tiny", 10, *other))
+    assert tiny.launch(*other).code == 0
+    whole, moved = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("whole", "tiny"))
+    assert moved[:10] == whole[:10]
+    assert moved[10:] == pytest.approx(whole[10:], rel=1e-5)
+    record = json.loads((tiny.directory() / "run.json").read_text())
+    assert record["devices"]["mesh"] == {"replica": 1, "stage": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+
+
+STAGES = {
+    "uneven": ("mesh.stage=2", "mesh.fsdp=4"),
+    "two chunks a stage": (
+        "mesh.stage=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "pipeline.schedule=interleaved",
+        "pipeline.chunks=2",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
+def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...]) -> None:
+    """Trained and evaluated in stages, gone on with without them: the losses are those of a run without."""
+    model = ("model.layers=5", "train.accumulate=2", "train.global_batch=16")
+    whole, parts = (*model, "name=whole"), (*model, "name=parts")
+    assert tiny.launch(*whole).code == 0
+    staged = tiny.launch(*parts, *stages)
+    assert staged.code == 0, staged.err
+    shutil.rmtree(tiny.directory("parts") / "checkpoints" / str(STEPS))
+    assert_same_bits(saved(tiny, "parts", 10, *parts), saved(tiny, "parts", 10, *parts, *stages))
+    assert tiny.launch(*parts).code == 0
+    found, wanted = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("parts", "whole"))
+    assert found == pytest.approx(wanted, rel=2e-5)
+    heldout = [
+        [row["eval/loss"] for row in read(tiny.directory(name) / "metrics.jsonl") if "eval/loss" in row]
+        for name in ("parts", "whole")
+    ]
+    assert len(heldout[0]) == 3 and heldout[0] == pytest.approx(heldout[1], rel=2e-5)
+
+
+LONG = (
+    "train.steps=800",
+    "train.eval_every=none",
+    "checkpoint.every=1000",
+    "track.tensorboard=false",
+    "track.console=off",
+)
+
+
+def wait_for_step(tiny: Tiny, process: subprocess.Popen, step: int) -> None:
+    """Returns once `step` of the run "long" is logged."""
+    path = tiny.directory("long") / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if path.exists() and any(row["step"] >= step for row in read(path)):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.mark.slow
+def test_signals_to_a_process(tiny: Tiny) -> None:
+    """SIGTERM, then Ctrl-C, then to the end: the same losses as a process that was left alone."""
+    assert ended(tiny.start(*LONG, "name=whole"), 300).code == 0
+    done = 0
+    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+        process = tiny.start(*LONG, "name=long")
+        wait_for_step(tiny, process, done + 20)
+        process.send_signal(number)
+        found = ended(process)
+        assert found.code == 75
+        done = max(tiny.losses("long")) + 1
+        assert found.err == (
+            f"error: {tiny.directory('long')}: stopped by {name} after step {done} of 800, saved; "
+            "start the same command to go on\n"
+        )
+        assert (tiny.directory("long") / "checkpoints" / str(done)).is_dir()
+    assert done < 800
+    assert ended(tiny.start(*LONG, "name=long"), 300).code == 0
+    assert tiny.losses("long") == tiny.losses("whole")
+
+
+@pytest.mark.slow
+def test_second_interrupt_leaves_at_once(tiny: Tiny) -> None:
+    """Ctrl-C twice during the long first step: nothing is saved, and what was there stays."""
+    process = tiny.start(*LONG, "name=long")
+    record = tiny.directory("long") / "run.json"
+    deadline = time.monotonic() + 120
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    found = ended(process)
+    assert found.code == 130 and found.err.endswith("error: interrupted\n"), found.err
+    assert contents(tiny.directory("long") / "checkpoints") == {}

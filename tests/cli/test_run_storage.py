@@ -1,0 +1,67 @@
+"""Storage that fails while a run is going: it costs a checkpoint, and the run only where nothing can be saved."""
+
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfra.checkpoint.orbax_store import OrbaxStore
+from tests.tiny_run import STEPS, Tiny
+
+
+@pytest.fixture
+def full_at(monkeypatch: pytest.MonkeyPatch):
+    """Lets the disk be full when certain steps are saved; returns the steps that were tried."""
+
+    def at(*steps: int) -> list[int]:
+        def save(self: OrbaxStore, step: int, *arguments: Any) -> None:
+            tried.append(step)
+            if step in steps:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            plain(self, step, *arguments)
+
+        monkeypatch.setattr(OrbaxStore, "save", save)
+        return tried
+
+    tried: list[int] = []
+    plain = OrbaxStore.save
+    return at
+
+
+def saved(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def test_one_save_fails(tiny: Tiny, full_at, caplog: pytest.LogCaptureFixture) -> None:
+    """The run goes on, says so in one line, and saves the next time."""
+    tried = full_at(5)
+    with caplog.at_level(logging.ERROR):
+        ended = tiny.launch("track.console=off")
+    assert (ended.code, tried, saved(tiny.directory())) == (0, [5, 10, STEPS], [10, STEPS])
+    (message,) = caplog.messages
+    assert message.endswith(
+        "checkpoints/5: saving failed: No space left on device; intact: none; "
+        "mend the storage, the next save tries again"
+    )
+
+
+def test_every_save_fails(tiny: Tiny, full_at, caplog: pytest.LogCaptureFixture) -> None:
+    """The last one is tried twice; then the run ends with the error, and its metrics are whole."""
+    tried = full_at(5, 10, STEPS)
+    ended = tiny.launch("track.console=off")
+    assert (ended.code, tried) == (82, [5, 10, STEPS, STEPS])
+    assert "No space left on device; intact: none" in ended.err and ended.err.count("\n") == 1
+    assert set(tiny.losses()) == set(range(STEPS))
+
+
+def test_goes_on_from_the_last_good_one(tiny: Tiny, full_at, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_at(10, STEPS)
+    assert tiny.launch("track.console=off").code == 82
+    assert saved(tiny.directory()) == [5]
+    first = tiny.losses()
+    monkeypatch.undo()
+    assert tiny.launch("track.console=off").code == 0
+    assert saved(tiny.directory()) == [10, STEPS]
+    assert tiny.losses() == first

@@ -1,0 +1,200 @@
+"""A run on images from the command line: the same commands, and nothing of text."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.sources.digits import records
+from jaxinfra.track.jsonl import read
+from tests.tiny_run import Ended, Tiny, contents, ended, launch, start, summary
+
+STEPS = 12
+RECIPE = Path(__file__).parents[2] / "configs" / "data" / "digits.py"
+OF_TEXT = re.compile(r"\b[Tt]oken")
+CONFIG = """\
+from jaxinfra.checkpoint.checkpoints import CheckpointConfig
+from jaxinfra.data.image_data import ImageData
+from jaxinfra.models.vit import VisionTransformerConfig
+from jaxinfra.run import Precision, Run
+from jaxinfra.tasks.classification import Classification
+from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.train.loop import TrainConfig
+
+
+def config() -> Run:
+    return Run(
+        name="seen",
+        root={runs!r},
+        model=VisionTransformerConfig(
+            image_size=8, patch=4, channels=1, classes=10, layers=2, width=32, heads=4, mlp_dim=64, dropout=0.1
+        ),
+        task=Classification(),
+        data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
+        precision=Precision(compute="float32"),
+        train=TrainConfig(steps=12, global_batch=16, eval_every=6),
+        checkpoint=CheckpointConfig(every=6),
+        track=TrackConfig(log_every=1, console="plain"),
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the digits; tests only read it."""
+    store = tmp_path_factory.mktemp("digits") / "store"
+    assert launch("data", "prepare", str(RECIPE), f"store={store}", "--workers", "1").code == 0
+    return store
+
+
+@pytest.fixture
+def seen(digits: Path, tmp_path: Path) -> Tiny:
+    """A small run on images, with a place for what it writes."""
+    config, runs = tmp_path / "seen.py", tmp_path / "runs"
+    config.write_text(CONFIG.format(runs=str(runs), store=str(digits)))
+    return Tiny(config=config, recipe=RECIPE, runs=runs)
+
+
+def test_whole_run(seen: Tiny) -> None:
+    """Its speed is in images, its score accuracy, in every place that shows them."""
+    ended = seen.launch()
+    assert (ended.code, ended.err) == (0, "")
+    directory = seen.directory("seen")
+    rows = read(directory / "metrics.jsonl")
+    trained, evaluated = ([row for row in rows if name in row] for name in ("loss", "eval/loss"))
+    assert [row["step"] for row in trained] == list(range(STEPS))
+    assert [row["step"] for row in evaluated] == [5, 11]
+    assert trained[-1]["images_per_s"] * trained[-1]["step_time_s"] == pytest.approx(16)
+    assert all(0 <= row["accuracy"] <= 1 for row in trained) and not any("tokens" in name for name in trained[-1])
+    found = summary(directory)
+    assert found["images"] == STEPS * 16
+    assert found["heldout"] == {name: evaluated[-1][f"eval/{name}"] for name in ("loss", "accuracy")}
+    assert round(found["heldout"]["accuracy"] * 393, 6).is_integer(), "each of 393 held-out images counts once"
+    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbour, accuracy +0\.9949", ended.out)
+    assert "images/s" in ended.out and not OF_TEXT.search(ended.out)
+    page = (directory / "report.html").read_text()
+    assert "Accuracy" in page and "images/s" in page and not OF_TEXT.search(page)
+
+
+def test_stop_and_go_on_with_another_mesh(seen: Tiny) -> None:
+    """The same mesh gives the same losses bit for bit, another one the same to rounding."""
+    assert seen.launch("name=whole").code == 0
+    for name, mesh in (("same", ()), ("other", ("mesh.fsdp=2", "mesh.tensor=4"))):
+        assert seen.launch(f"name={name}").code == 0
+        shutil.rmtree(seen.directory(name) / "checkpoints" / str(STEPS))
+        assert seen.launch(f"name={name}", *mesh).code == 0
+    assert seen.losses("same") == seen.losses("whole")
+    whole, other = (list(map(float.fromhex, seen.losses(name).values())) for name in ("whole", "other"))
+    assert other[:6] == whole[:6] and other[6:] == pytest.approx(whole[6:], rel=1e-5)
+
+
+def test_show_and_prepare(seen: Tiny) -> None:
+    shown = seen.launch("mesh.fsdp=4", command="show")
+    assert shown.code == 0
+    assert re.search(r"images a step +16 ", shown.out) and "FLOPs an image" in shown.out
+    assert "model = vision_transformer_config" in shown.out and "Learning rate over 12 steps" in shown.out
+    store = launch("data", "show", str(seen.loaded().data.store))
+    assert re.search(r"train +1,404 images, 89,856 bytes\nheldout +393 images, 25,152 bytes\n", store.out)
+    assert re.search(r"train: images of a class\n +0 +143 █+\n", store.out), store.out
+    peeked = seen.launch("--step", "3", "--rank", "1", "--of", "4", "mesh.fsdp=4", command="data peek")
+    assert re.search(
+        r"step 3, process 1 of 4, 4 of 16 rows\n.*\nrow 4: image \d+, 8x8x1, label (\d) \(\1\)\n", peeked.out
+    )
+    assert not seen.runs.exists()
+
+
+def test_record_replays(seen: Tiny) -> None:
+    assert seen.launch("track.console=off").code == 0
+    record = seen.directory("seen") / "run.json"
+    assert json.loads(record.read_text())["config"]["model"]["kind"] == "vision_transformer_config"
+    assert launch(str(record), "name=again", "track.console=off").code == 0
+    assert seen.losses("again") == seen.losses("seen")
+
+
+def test_no_text_comes_of_it(seen: Tiny) -> None:
+    assert seen.launch("track.console=off").code == 0
+    before = contents(seen.runs)
+    refused(
+        launch("sample", str(seen.directory("seen")), "def"),
+        r"seen: its model reads images, this is for language models; name another run",
+    )
+    assert contents(seen.runs) == before
+
+
+WRONG = {
+    "patch": (
+        "model.patch=3",
+        r"model\.image_size=8, model\.patch=3: patches must tile the image; use model\.patch=2",
+    ),
+    "heads": (
+        "model.heads=5",
+        r"model\.width=32, model\.heads=5: heads must divide the width; use model\.width=35",
+    ),
+    "image": ("model.image_size=16", r"model\.image_size=16: the images have 8; use model\.image_size=8"),
+    "colours": ("model.channels=3", r"model\.channels=3: the images have 1; use model\.channels=1"),
+    "nothing": ("model.layers=0", r"model\.layers=0: must be at least 1; use model\.layers=1 or more"),
+    "dropout": ("model.dropout=1", r"model\.dropout=1\.0: must be at least 0 and below 1; use model\.dropout=0\.1"),
+    "size of the data": (
+        "data.image_size=12 model.image_size=12",
+        r"data\.image_size=12: the images of \S+ have 8, and pixels become whole squares; use data\.image_size=16",
+    ),
+    "colours of the data": (
+        "data.channels=3 model.channels=3",
+        r"data\.channels=3: the images of \S+ have 1; use data\.channels=1",
+    ),
+    "another store": ("data.store=nowhere", r"data\.store=\S+/nowhere: no store there; make it with: .*"),
+    "smoothing": ("task.label_smoothing=1", r"task\.label_smoothing=1\.0: .*; use task\.label_smoothing=0\.1"),
+    "heads over tensor": (
+        "mesh.tensor=8",
+        r"model\.heads=4, mesh\.tensor=8: 8 shards do not divide 4 heads; use mesh\.tensor=4 mesh\.fsdp=2",
+    ),
+    "stages without rows": (
+        "mesh.stage=2 train.global_batch=4",
+        r"train\.global_batch=4, .*mesh\.stage=2: stages cannot share the rows of a microbatch, .*=8",
+    ),
+    "sharded sequence": (
+        "mesh.context=2",
+        r"rules\.sequence=\(context,\), mesh\.context=2: images are no sequences, and stay whole; "
+        r"use rules\.sequence=\(context,\) mesh\.context=1",
+    ),
+    "another task": (
+        "task=causal_lm",
+        r"model=vision_transformer_config, task=causal_lm, data=image_data: read images, tokens and images, .*",
+    ),
+    "classes": ("model.classes=9", r"model\.classes=9: the images of \S+ are of 10 classes; use \S+=10"),
+}
+
+
+def refused(ended: Ended, pattern: str) -> str:
+    """The one line that a command was refused with."""
+    assert ended.code == ConfigError.exit_code and ended.err.count("\n") == 1, ended
+    line = ended.err.removeprefix("error: ").strip()
+    assert re.fullmatch(pattern, line), line
+    return line
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+def test_wrong_value(seen: Tiny, case: tuple[str, str]) -> None:
+    """The line says what would do; nothing is written."""
+    overrides, pattern = case
+    refused(seen.launch(*overrides.split()), pattern)
+    assert not seen.runs.exists()
+
+
+def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ConfigError, match=r"handwritten digits: needs sklearn .* run pip install 'jaxinfra\[digits\]'"):
+        next(records())
+
+
+@pytest.mark.slow
+def test_digits_are_learned(repo_root: Path, digits: Path, tmp_path: Path) -> None:
+    """The shipped config, as a user starts it: 97 of 100 unseen digits."""
+    config = str(repo_root / "configs" / "vit_digits.py")
+    done = ended(start(config, f"root={tmp_path}", f"data.store={digits}", "--devices", "cpu"), timeout_s=900)
+    assert done.code == 0, done
+    assert summary(tmp_path / "vit-digits")["heldout"]["accuracy"] >= 0.97

@@ -1,0 +1,206 @@
+"""Records that are made or decoded: functions, synthetic documents, images."""
+
+import sys
+from collections import Counter, defaultdict
+from typing import get_args
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxinfra import packages
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.prepare.sources.any_source import AnySource
+from jaxinfra.prepare.sources.image_folders import ImageFolders
+from jaxinfra.prepare.sources.python_source import PythonSource
+from jaxinfra.prepare.sources.synthetic import Synthetic
+from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
+
+MODULE = """
+def plain():
+    yield "one"
+    yield {"text": "two", "n": 2}
+
+def sharded(shard, shards):
+    yield from (str(number) for number in range(shard, 10, shards))
+
+sharded.version = "7"
+
+def broken():
+    yield "one"
+    raise KeyError("two")
+
+def odd():
+    yield from ["one", 2]
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "own_records.py").write_text(MODULE)
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "own_records"
+    sys.modules.pop("own_records", None)
+
+
+def test_a_function_yields_records(module):
+    one, two = assert_cuts_do_not_matter(PythonSource(factory=f"{module}:plain"), [1, 100])
+    assert one.record == {"text": "one"}
+    assert two.record == {"text": "two", "n": 2}
+    assert two.key == "own_records:plain/0#1"
+
+
+def test_a_function_yields_its_shards(module):
+    source = PythonSource(factory=f"{module}:sharded", shards=3)
+    records = assert_cuts_do_not_matter(source, [1], most=3)
+    assert [each.record["text"] for each in records] == [*"0369", *"147", *"258"]
+    assert {piece.stamp for piece in pieces_of(source)} == {"3:7"}
+
+
+def test_errors_of_a_function_name_it_and_the_record(module):
+    with pytest.raises(DataError, match=r"^own_records:broken/0: raised after 1 records \(KeyError: 'two'\)") as error:
+        read_all(PythonSource(factory=f"{module}:broken"))
+    assert isinstance(error.value.__cause__, KeyError)
+    assert bad(PythonSource(factory=f"{module}:odd")) == [
+        "own_records:odd/0 record 1: is int, expected a mapping or a text"
+    ]
+
+
+@pytest.mark.parametrize(
+    "factory, cause",
+    [
+        ("own_records:none", "own_records has no none"),
+        ("own_nothing:f", "ModuleNotFoundError: No module named 'own_nothing'"),
+        ("own_broken:f", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_that_is_not_there_is_named(module, factory, cause):
+    with pytest.raises(ConfigError, match=rf"^factory={factory}: cannot be imported \({cause}\)"):
+        pieces_of(PythonSource(factory=factory))
+
+
+@pytest.mark.parametrize("wrong", [{"factory": "a.b"}, {"factory": "a:b.c"}, {"factory": "a:b", "shards": 0}])
+def test_wrong_fields_of_a_function_are_named(wrong):
+    with pytest.raises(ConfigError, match=f"^{list(wrong)[-1]}="):
+        validate(PythonSource(**wrong))
+
+
+def test_synthetic_documents_depend_on_seed_and_number_alone():
+    source = Synthetic(documents=50, words=20, vocabulary=100)
+    records = assert_cuts_do_not_matter(source, [100, 1000], most=50)
+    assert len({each.record["text"] for each in records}) == 50
+    more = found(Synthetic(documents=60, words=20, vocabulary=100))
+    assert more[:50] == records
+    assert found(Synthetic(documents=50, words=20, vocabulary=100, seed=1)) != records
+
+
+@pytest.mark.parametrize("vocabulary", [2, 70, 71, 5000])
+def test_synthetic_words_are_as_many_as_asked_and_can_be_learned(vocabulary):
+    records = found(Synthetic(documents=400, words=100, vocabulary=vocabulary))
+    words = [each.record["text"].replace(".", "").split() for each in records]
+    lengths = [len(document) for document in words]
+    assert (min(lengths) >= 50, max(lengths) <= 150) == (True, True)
+    assert np.mean(lengths) == pytest.approx(100, rel=0.05)
+    kinds = {word for document in words for word in document}
+    assert len(kinds) <= vocabulary
+    assert len(kinds) > 0.9 * min(vocabulary, 1000)
+    followers = defaultdict(Counter)
+    for document in words:
+        for left, right in zip(document, document[1:], strict=False):
+            followers[left][right] += 1
+    likely = sum(sum(count for _, count in each.most_common(3)) for each in followers.values())
+    assert likely / sum(each.total() for each in followers.values()) > 0.85
+
+
+@pytest.mark.parametrize("field, value", [("documents", 0), ("words", 0), ("vocabulary", 1), ("seed", -1)])
+def test_wrong_fields_of_synthetic_documents_are_named(field, value):
+    with pytest.raises(ConfigError, match=f"^{field}={value}: must be"):
+        validate(Synthetic(**{field: value}))
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for name in ("dog/1.png", "cat/b/2.PNG", "cat/1.png", "cat-like/1.png"):
+        pixels[name] = rng.integers(0, 256, (5, 7, 3), np.uint8)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[name]).save(tmp_path / name)
+    (tmp_path / "cat" / "README").write_text("no image")
+    Image.fromarray(pixels["dog/1.png"]).save(tmp_path / "no_class.png")
+    return tmp_path, pixels
+
+
+def test_images_are_labelled_by_their_folders(images):
+    root, pixels = images
+    source = ImageFolders(root=str(root))
+    records = found(source, 1)
+    assert [(each.key, each.record["label"], each.record["class"]) for each in records] == [
+        ("cat/1.png", 0, "cat"),
+        ("cat/b/2.PNG", 0, "cat"),
+        ("cat-like/1.png", 1, "cat-like"),
+        ("dog/1.png", 2, "dog"),
+    ]
+    assert len(pieces_of(source, 1)) == 4
+    assert len(pieces_of(source)) == 3
+    for pattern in ("*/**/*", "**/*"):
+        for each, again in zip(records, found(ImageFolders(root=str(root), pattern=pattern)), strict=True):
+            assert np.array_equal(each.record["image"], pixels[each.key])
+            assert np.array_equal(each.record["image"], again.record["image"])
+    grey = found(ImageFolders(root=str(root), pattern="dog/*", mode="L"))
+    assert [(each.record["image"].shape, each.record["label"]) for each in grey] == [((5, 7, 1), 2)]
+
+
+def test_images_of_a_store_are_read(images):
+    root, pixels = images
+    fs = fsspec.filesystem("memory")
+    fs.put(str(root), "/images", recursive=True)
+    records = found(ImageFolders(root="memory://images"))
+    assert all(np.array_equal(each.record["image"], pixels[each.key]) for each in records)
+    assert [each.record["label"] for each in records] == [0, 0, 1, 2]
+    fs.rm("/images", recursive=True)
+
+
+def test_images_turned_damaged_and_deep(tmp_path):
+    (tmp_path / "a").mkdir()
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a" / "1.jpg", exif=exif)
+    (tmp_path / "a" / "2.png").write_bytes((tmp_path / "a" / "1.jpg").read_bytes()[:100])
+    (tmp_path / "a" / "3.png").write_bytes(b"nothing")
+    Image.fromarray(np.full((2, 2), 3000, np.uint16)).save(tmp_path / "a" / "4.png")
+    source = ImageFolders(root=str(tmp_path))
+    assert read_all(source)[0].record["image"].shape == (3, 2, 3)
+    names = ["a/2.png", "a/3.png", "a/4.png"]
+    assert [line.partition(":")[0] for line in bad(source)] == names
+    assert "more than 8 bits" in bad(source)[-1]
+
+
+def test_images_that_change_after_they_were_listed_are_not_read(images):
+    root, _ = images
+    source = ImageFolders(root=str(root))
+    pieces = pieces_of(source)
+    (root / "cat" / "1.png").unlink()
+    with pytest.raises(StorageError, match="/cat: changed since its files were listed"):
+        list(source.read(pieces[0]))
+    with pytest.raises(ConfigError, match=r"pattern=\*: names no folders|^pattern="):
+        validate(ImageFolders(root=str(root), pattern="*"))
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"^x\.parquet: needs pyarrow .*; run pip install 'jaxinfra\[parquet\]'$"):
+        packages.needed("pyarrow", by="x.parquet", install="jaxinfra[parquet]")
+
+
+def test_sources_are_a_choice_of_a_config():
+    from jaxinfra.config.schema import choices
+
+    named = choices(AnySource)
+    assert {"text_files", "jsonl", "hugging_face", "python_source", "image_folders"} <= named.keys()
+    assert len(named) == len(get_args(AnySource))

@@ -1,0 +1,94 @@
+"""The records of S3 and Google Cloud Storage are those of a folder, with their own clients and real requests."""
+
+import json
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.prepare.sources.files import list_files
+from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.sources.parquet import Parquet
+from tests.prepare.sources.reading import assert_cuts_do_not_matter, found, read_all
+
+ROWS = [{"text": f"row {number} é" * 20, "n": number} for number in range(500)]
+
+
+@pytest.fixture
+def fresh_clients():
+    """fsspec keeps its clients: those of another test speak to another server."""
+    yield
+    for kind in ("s3", "gs"):
+        fsspec.get_filesystem_class(kind).clear_instance_cache()
+
+
+@pytest.fixture
+def root(server, tmp_path, fresh_clients):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    files = {"a.jsonl": lines, "deep/er/b.jsonl.zst": zstandard.compress(lines), "ä b [1].jsonl": lines.splitlines()[0]}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "c.parquet", row_group_size=100)
+    url = server.new_url()
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            server.put(f"{url}/{path.relative_to(tmp_path).as_posix()}", path.read_bytes())
+    return url
+
+
+def test_records_of_a_store_are_those_of_a_folder(server, root, tmp_path):
+    for kind in (Jsonl, Parquet):
+        stored = assert_cuts_do_not_matter(kind(root=root), [1000], most=3)
+        assert [(each.key, each.record) for each in stored] == [
+            (each.key, each.record) for each in found(kind(root=str(tmp_path)))
+        ]
+    assert [file.name for file in list_files(root, "*")] == [file.name for file in list_files(str(tmp_path), "*")]
+    assert [file.name for file in list_files(root, "*/*/*")] == ["deep/er/b.jsonl.zst"]
+
+
+def test_a_replaced_object_has_another_stamp(server, root):
+    before = list_files(root, "a.jsonl")
+    assert before == list_files(root, "a.jsonl")
+    server.put(f"{root}/a.jsonl", b"x" * before[0].size_bytes)
+    assert before[0].stamp != list_files(root, "a.jsonl")[0].stamp
+    server.put(f"{root}/new.jsonl", b"x")
+    assert len(list_files(root, "new.*")) == 1  # what was listed before is not remembered
+
+
+def test_a_store_that_answers_badly_is_asked_again(server, root):
+    server.faults.unavailable = 0.2
+    assert [each.record for each in found(Jsonl(root=root, pattern="a.jsonl"), 5000)] == ROWS
+    assert server.faults.fired > 0
+
+
+def test_what_a_store_refuses_is_told_apart(server, root):
+    with pytest.raises(ConfigError, match="no such folder|matches no file"):
+        list_files(f"{root}/nowhere", "*")
+    with pytest.raises(ConfigError, match="no such folder|matches no file"):
+        list_files(f"{server.scheme}://no-such-bucket-of-tests/x", "*")
+    with pytest.raises(StorageError, match="gone.jsonl: is gone"):
+        source = Jsonl(root=root, pattern="a.jsonl")
+        (piece,) = source.pieces(1 << 30)
+        list(source.read(type(piece)(name="gone.jsonl", size_bytes=1, stamp="")))
+
+
+def test_a_store_that_knows_nobody_is_one_line(s3, fresh_clients, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-" + s3.secret)
+    url = s3.new_url()
+    with pytest.raises(StorageError, match=f"^{url}: permission denied[^\\n]*$") as error:
+        read_all(Jsonl(root=url))
+    assert s3.secret not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_down_is_one_line_in_the_end(s3, fresh_clients):
+    s3.faults.down = True
+    url = s3.new_url()
+    with pytest.raises(StorageError, match=f"^{url}: cannot be read [^\\n]*; check the disk or the store$") as error:
+        read_all(Jsonl(root=url))
+    assert s3.faults.fired > 1
+    assert s3.secret not in str(error.value)

@@ -1,0 +1,235 @@
+"""Streams give every record once, wherever they are left and opened again."""
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+import uuid
+from contextlib import ExitStack
+from itertools import pairwise
+
+import pytest
+
+from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.prepare.sources import stdin as module
+from jaxinfra.prepare.sources.kafka import Kafka
+from jaxinfra.prepare.sources.record import Bad, Found
+from jaxinfra.prepare.sources.stdin import Stdin
+from jaxinfra.prepare.sources.stream import Block, Stream, blocks
+from tests.servers.kafka import brokers, send
+
+DOCUMENTS = [{"text": f"{number} " + "é" * (number % 50)} for number in range(300)]
+LINES = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in DOCUMENTS).encode()
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Sends bytes to standard input, in pieces, and ends it."""
+    threads, opened = [], []
+
+    def sent(*pieces):
+        out, into = os.pipe()
+
+        def write():
+            with os.fdopen(into, "wb", buffering=0) as file:
+                for piece in pieces:
+                    file.write(piece)
+
+        threads.append(threading.Thread(target=write))
+        threads[-1].start()
+        opened.append(os.fdopen(out))
+        monkeypatch.setattr("sys.stdin", opened[-1])
+
+    yield sent
+    for thread, file in zip(threads, opened, strict=True):
+        thread.join()
+        file.close()
+
+
+def read(stream: Stream, position, block_bytes=10**6, at_most=10**9) -> list[Block]:
+    """The blocks of a stream up to its end, or until nothing comes for a second."""
+    found, quiet = [], 0
+    with stream.open(position) as reader:
+        for block in blocks(reader, block_bytes, stopping=lambda: len(found) >= at_most, wait_s=0.1):
+            if block is not None:
+                found.append(block)
+            quiet = quiet + 1 if block is None else 0
+            if quiet == 2:
+                break
+    return found[:at_most]
+
+
+def texts(found: list[Block]):
+    return [each.record for block in found for each in block.records if isinstance(each, Found)]
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 2, 3], [len(LINES) - 1], list(range(0, len(LINES), 7))])
+def test_lines_are_read_however_they_come(pipe, cuts):
+    pipe(*(LINES[a:b] for a, b in pairwise([0, *cuts, len(LINES)])))
+    assert texts(read(Stdin(), {})) == DOCUMENTS
+
+
+def test_standard_input_goes_on_where_it_was_left(pipe):
+    rng = random.Random(0)
+    position, seen = {}, []
+    while len(seen) < len(DOCUMENTS):
+        pipe(LINES)
+        new = read(Stdin(), position, block_bytes=rng.randrange(1, 3000), at_most=rng.randrange(1, 5))
+        seen += texts(new)
+        position = json.loads(json.dumps(new[-1].position))
+    assert seen == DOCUMENTS
+    assert position["bytes"] == len(LINES) and position["lines"] == len(DOCUMENTS)
+    pipe(LINES + b'{"text": "later"}')
+    assert texts(read(Stdin(), position)) == [{"text": "later"}]
+    pipe(LINES)
+    assert read(Stdin(), position) == []
+
+
+@pytest.mark.parametrize("other", [b"", LINES[:-1], b"x" + LINES[1:], LINES.replace(b"299", b"298")])
+def test_another_stream_is_refused(pipe, other):
+    pipe(LINES)
+    position = read(Stdin(), {})[-1].position
+    pipe(other)
+    with pytest.raises(DataError, match=rf"^stdin: does not begin with the {len(LINES)} bytes that were read"):
+        read(Stdin(), position)
+
+
+def test_bad_lines_are_named_by_their_numbers_in_the_stream(pipe, monkeypatch):
+    monkeypatch.setattr(module, "MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 64)
+    long = b'{"text": "' + b"x" * 1000 + b'"}\n'
+    pipe(b'{"text": "a"}\n\n{broken\n' + long + b'[1]\n{"text": "b"}\n' + long[:-1])
+    found = [each for block in read(Stdin(), {}) for each in block.records]
+    assert [each.where for each in found] == [f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7)]
+    assert [isinstance(each, Bad) for each in found] == [False, True, True, True, False, True]
+
+
+def test_a_block_is_given_when_its_first_record_has_waited():
+    class Slow:
+        read_bytes, position = 0, {}
+
+        def arrivals(self):
+            yield Found(key="a", where="a", record={})
+            yield None
+            time.sleep(0.05)
+            yield None
+            yield None
+
+        def committed(self, position):
+            pass
+
+        def at_end(self):
+            return True
+
+    found = list(blocks(Slow(), 10**6, stopping=lambda: False, wait_s=0.05))
+    assert [block and len(block.records) for block in found] == [1, None]
+
+
+@pytest.fixture
+def topic():
+    return f"topic-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def source(kafka_servers, topic, tmp_path):
+    settings = tmp_path / "client.properties"
+    settings.write_text("# brokers answer soon that there is nothing\n fetch.wait.max.ms = 50\n\n")
+    return Kafka(bootstrap_servers=kafka_servers, topic=topic, group=topic, settings=str(settings))
+
+
+def test_a_topic_goes_on_where_it_was_left(source, kafka_servers, topic):
+    send(kafka_servers, topic, DOCUMENTS)
+    assert not list(source.problems())
+    position, seen = {}, []
+    while new := read(source, position, block_bytes=1500, at_most=4):
+        seen += [each for block in new for each in block.records]
+        position = json.loads(json.dumps(new[-1].position))
+    assert sorted(each.record["text"] for each in seen) == sorted(each["text"] for each in DOCUMENTS)
+    assert len({each.key for each in seen}) == len(DOCUMENTS)
+    assert position == {str(number): 75 for number in range(4)}
+    send(kafka_servers, topic, [{"text": "later"}])
+    assert texts(read(source, position)) == [{"text": "later"}]
+
+
+def test_the_end_is_seen_when_all_has_come(source, kafka_servers, topic):
+    send(kafka_servers, topic, DOCUMENTS[:8])
+    with source.open({}) as reader:
+        assert not reader.at_end()
+        arrivals = reader.arrivals()
+        assert sum(next(arrivals) is not None for _ in range(8)) <= 8
+        for _ in range(20):
+            if next(arrivals) is None and reader.at_end():
+                break
+        assert reader.at_end() and sum(reader.position.values()) == 8
+        send(kafka_servers, topic, DOCUMENTS[:1])
+        while next(arrivals) is None:
+            pass
+        assert sum(reader.position.values()) == 9 and not reader.at_end()
+
+
+def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topic):
+    from confluent_kafka import Consumer, TopicPartition
+
+    send(kafka_servers, topic, DOCUMENTS[:8])
+    with source.open({}) as reader:
+        reader.committed({"0": 2, "3": 1})
+    consumer = Consumer({"bootstrap.servers": kafka_servers, "group.id": topic})
+    told = consumer.committed([TopicPartition(topic, number) for number in range(4)], timeout=30)
+    assert [each.offset for each in told] == [2, -1001, -1001, 1]
+    consumer.close()
+    assert len(texts(read(source, {}))) == 8
+
+
+def test_messages_that_are_no_records(source, kafka_servers, topic):
+    send(kafka_servers, topic, [b"{broken", b"", b"[]", b'{"text": "good"}'])
+    found = [each for block in read(source, {}) for each in block.records]
+    assert sorted(each.where for each in found) == [f"{topic}/{number}@0" for number in range(4)]
+    assert sorted(each.where for each in found if isinstance(each, Bad)) == [f"{topic}/{n}@0" for n in range(3)]
+
+
+def test_offsets_that_are_gone_are_an_error(source, kafka_servers, topic):
+    send(kafka_servers, topic, DOCUMENTS[:4])
+    with pytest.raises(DataError, match=r"partition 0 no longer has offset 1000, where it is to be read on"):
+        read(source, {"0": 1000})
+    with pytest.raises(DataError, match="partition 9, which was read before, is gone"):
+        read(source, {"9": 1})
+
+
+def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxinfra.prepare.sources.kafka.REACHED_S", 1.0)
+    with ExitStack() as cluster:
+        servers = cluster.enter_context(brokers(tmp_path))
+        send(servers, "t", DOCUMENTS[:8])
+        source, seen = Kafka(bootstrap_servers=servers, topic="t"), 0
+        with pytest.raises(StorageError, match="^kafka://127.*metadata"), source.open({}) as reader:
+            for found in reader.arrivals():
+                seen += found is not None
+                if seen == 8:
+                    cluster.close()
+        with pytest.raises(StorageError, match="metadata"), source.open({}):
+            pass
+    assert seen == 8
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    message = r"^kafka://h:1/t: needs confluent_kafka .*; run pip install 'jaxinfra\[kafka\]'$"
+    with pytest.raises(ConfigError, match=message), Kafka(bootstrap_servers="h:1", topic="t").open({}):
+        pass
+
+
+def test_brokers_or_topics_that_are_not_there_are_one_line(kafka_servers, monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxinfra.prepare.sources.kafka.REACHED_S", 1.0)
+    with pytest.raises(StorageError, match=r"^kafka://127\.0\.0\.1:1/t: Failed to get metadata: .*start again$"):
+        read(Kafka(bootstrap_servers="127.0.0.1:1", topic="t"), {})
+    with pytest.raises(StorageError, match=r"Unknown topic or partition"):
+        read(Kafka(bootstrap_servers=kafka_servers, topic="never-made"), {})
+    settings = tmp_path / "client.properties"
+    settings.write_text("# who\nsasl.password=sEcReT\nno.such.setting=1\n")
+    with pytest.raises(ConfigError, match="no.such.setting") as caught:
+        read(Kafka(bootstrap_servers=kafka_servers, topic="t", settings=str(settings)), {})
+    assert "sEcReT" not in str(caught.value)
+    problems = list(Kafka(bootstrap_servers="here", topic="").problems())
+    assert [problem.fields for problem in problems] == [("bootstrap_servers",), ("topic",)]

@@ -1,0 +1,116 @@
+import lzma
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.tokenizer import TrainBpe
+from jaxinfra.prepare.builders import baseline
+from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.corpus import draw as drawn
+from jaxinfra.prepare.sources.text_files import TextFiles
+from tests.prepare.test_prepare import documents
+
+VOCAB = 6
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    """Tokens with some structure; the last of the vocabulary never occurs."""
+    rng = np.random.default_rng(seed)
+    steps = rng.choice([0, 1, 1, 1, 2], count)
+    return (np.cumsum(steps) % (VOCAB - 1)).astype(np.uint16)
+
+
+def naive(train, vocab_size: int, order: int):
+    """The same model with dictionaries, straight from the formula."""
+    train = [int(token) for token in train]
+    grams = Counter(tuple(train[i : i + n]) for n in range(1, order + 1) for i in range(len(train) - n + 1))
+
+    def probability(history: tuple[int, ...], token: int) -> float:
+        shorter = probability(history[1:], token) if history else 1 / vocab_size
+        followers = [grams[(*history, w)] for w in range(vocab_size) if grams[(*history, w)]]
+        if not followers:
+            return shorter
+        count = grams[(*history, token)]
+        return (count + len(followers) * shorter) / (sum(followers) + len(followers))
+
+    return probability
+
+
+@pytest.mark.parametrize("order", [1, 2, 5])
+@pytest.mark.parametrize("length", [1, 3, 200])
+def test_it_equals_the_formula_written_with_dictionaries(order, length):
+    train, text = draw(length, 0), draw(60, 1)
+    text[20] = VOCAB - 1  # never seen in training
+    expected = naive(train, VOCAB, order)
+    words = [int(token) for token in text]
+    wanted = [expected(tuple(words[max(0, i - order + 1) : i]), words[i]) for i in range(len(words))]
+    found = NGram(train, vocab_size=VOCAB, order=order).probabilities(text)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_the_probabilities_of_all_next_tokens_sum_to_one():
+    model = NGram(draw(300, 0), vocab_size=VOCAB)
+    for seed in range(20):
+        history = np.random.default_rng(seed).integers(0, VOCAB, 6).astype(np.uint16)
+        total = sum(model.probabilities(np.append(history, token))[-1] for token in range(VOCAB))
+        assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_bits_per_byte_count_every_heldout_token_from_the_first():
+    train, heldout = draw(500, 0), draw(40, 1)
+    model = naive(np.concatenate([[0], train]), VOCAB, 5)
+    words = [0, *heldout.tolist()]
+    bits = sum(-math.log2(model(tuple(words[max(0, i - 4) : i]), words[i])) for i in range(1, len(words)))
+    found = ngram_bits_per_byte(train, heldout, heldout_bytes=100, vocab_size=VOCAB, eot_id=0)
+    assert found == pytest.approx(bits / 100)
+
+
+def test_xz_is_that_of_the_texts_one_after_the_other():
+    texts = ["def f(x):\n    return x\n" * 50, "naïve\n", "class A: pass\n" * 20]
+    content = "".join(texts).encode()
+    assert xz_bits_per_byte(texts) == 8 * len(lzma.compress(content, preset=6)) / len(content)
+
+
+def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
+    store = TokenStore.open(store_path)
+    offsets = store.offsets("heldout")
+    for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
+        monkeypatch.setattr(baseline, "HELDOUT_LIMIT_TOKENS", int(limit))
+        texts = documents(store, "heldout")[:count]
+        found = baseline.measured(store)["bits_per_byte"]
+        assert found["xz -6"] == xz_bits_per_byte(texts)
+        assert found["token 5-gram"] == ngram_bits_per_byte(
+            store.sample("train", 10**9),
+            store.read("heldout", [0], offsets[count])[0],
+            heldout_bytes=sum(len(text.encode()) for text in texts),
+            vocab_size=store.manifest.words.vocab_size,
+            eot_id=store.manifest.words.eot_id,
+        )
+
+
+def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
+    (tmp_path / "text").mkdir()
+    for letter in "abcdefgh":
+        (tmp_path / "text" / f"{letter}.py").write_text("" if drawn(f"{letter}.py") < 0.5 else "x = 1\n")
+    recipe = Corpus(
+        store=str(tmp_path / "store"),
+        source=TextFiles(root=str(tmp_path / "text"), min_bytes=0),
+        tokenizer=TrainBpe(vocab_size=300),
+        heldout_fraction=0.5,
+        baselines=True,
+    )
+    manifest = prepare(recipe, workers=1).manifest
+    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
+    assert manifest.baselines == {}
+
+
+def test_baselines_are_plausible(store_path):
+    """16 words drawn at random: 4 bits a word of some 4 bytes, and nothing can do better."""
+    found = TokenStore.open(store_path).manifest.baselines["bits_per_byte"]
+    assert 0.8 < found["token 5-gram"] < 2.5
+    assert 0.8 < found["xz -6"] < 2.5

@@ -1,0 +1,237 @@
+"""A stream becomes a store: every record once, wherever the process is killed."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.store.versions import listed
+from jaxinfra.storage.objects import Storage
+from tests.servers.kafka import send
+from tests.tiny_run import launch, refused
+
+COMMAND = [sys.executable, "-m", "launch", "data", "prepare"]
+DOCUMENTS = [{"text": f"{number} " + "é x" * (number % 40)} for number in range(400)]
+LINES = "".join(json.dumps(document) + "\n" for document in DOCUMENTS).encode()
+RECIPE = """
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.kafka import Kafka
+from jaxinfra.prepare.sources.stdin import Stdin
+from jaxinfra.data.tokenizer import Bytes
+def config():
+    return Corpus(store={store!r}, source={source}, tokenizer=Bytes(), heldout_fraction=0.1, shard_bytes=1024, {more})
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(source="Stdin()", more="", store=None):
+        path = tmp_path / "recipe.py"
+        path.write_text(RECIPE.format(store=store or str(tmp_path / "store"), source=source, more=more))
+        return str(path)
+
+    return write
+
+
+def run(*arguments, stdin=LINES, code=0):
+    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=60)
+    assert done.returncode == code, done
+    return done.stdout.decode() + done.stderr.decode()
+
+
+def documents(place) -> list[str]:
+    store = TokenStore.open(place)
+    found = []
+    for split in ("train", "heldout"):
+        offsets = store.offsets(split)
+        found += [
+            store.tokenizer.decode(store.read(split, [a], b - a - 1)[0].tolist())
+            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+    return found
+
+
+def assert_each_once(place):
+    assert sorted(documents(place)) == sorted(document["text"] for document in DOCUMENTS)
+
+
+def test_standard_input_becomes_a_store_and_goes_on(recipe, tmp_path):
+    path = recipe()
+    assert f"sealed: {tmp_path}/store/" in run(path, "--follow")
+    assert_each_once(tmp_path / "store")
+    assert "was there: " in run(path, "--follow")
+    (version,) = listed(Storage(tmp_path / "store"))
+    shutil.rmtree(tmp_path / "store" / version.fingerprint)
+    assert "sealed" in run(path, "--follow"), "what was taken away is made again"
+    assert [each.fingerprint for each in listed(Storage(tmp_path / "store"))] == [version.fingerprint]
+    assert "does not begin with the" in run(path, "--follow", stdin=LINES[1:], code=78)
+    assert "sealed" in run(path, "--follow", stdin=LINES + b'{"text": "one more"}\n')
+    assert len(listed(Storage(tmp_path / "store"))) == 2
+    assert sorted(documents(tmp_path / "store")) == sorted([*(each["text"] for each in DOCUMENTS), "one more"])
+
+
+def test_a_part_that_is_damaged_or_gone_is_an_error(recipe, tmp_path):
+    path = recipe()
+    run(path, "--follow")
+    first, second = sorted((tmp_path / "store").glob(".stream/*/0*.npz"))[:2]
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    assert f"{first}: damaged (" in run(path, "--follow", stdin=LINES + b'{"text": "more"}', code=78)
+    first.unlink()
+    assert f"{first}: missing, and the stream has gone on since; delete {first.parent}" in run(
+        path, "--follow", code=78
+    )
+    assert second.exists()
+
+
+def test_versions_are_sealed_on_the_way(recipe, tmp_path):
+    out = run(recipe(), "--follow", "--seal-every", "4000")
+    assert out.count("sealed: ") == len(listed(Storage(tmp_path / "store"))) > 2
+    assert_each_once(tmp_path / "store")
+
+
+def test_bad_records_end_the_work_or_are_left_out(recipe, tmp_path):
+    lines = LINES + b"{broken\n"
+    assert "stdin:401: not JSON" in run(recipe(), "--follow", stdin=lines, code=78)
+    run(recipe(more="on_bad='skip'"), "--follow", stdin=lines)
+    assert_each_once(tmp_path / "store")
+    assert TokenStore.open(tmp_path / "store").manifest.counts.skipped == 1
+
+
+def test_wrong_uses_are_one_line(recipe, monkeypatch):
+    def refused_use(pattern, path, *arguments):
+        refused(launch("data", "prepare", path, *arguments), pattern)
+
+    refused_use("source=stdin: is a stream, which has no end to prepare up to; add --follow", recipe())
+    refused_use("--seal-every 5: is of streams; add --follow", recipe(), "--seal-every", "5")
+    refused_use("--workers 2: a stream has one reader; leave it out", recipe(), "--follow", "--workers", "2")
+    refused_use("--engine ray: a stream has one reader; leave it out", recipe(), "--follow", "--engine", "ray")
+    refused_use("--until-idle 0.0: must be above 0; .*", recipe(), "--follow", "--until-idle", "0")
+    trained = "tokenizer=train_bpe"
+    refused_use(".*no tokenizer is trained on a stream; use .*", recipe(), "--follow", trained)
+    refused_use(".*bootstrap_servers=.*: must be HOST:PORT.*", recipe(), "--follow", "source=kafka")
+    files = ("source=jsonl", "source.root=x")
+    refused_use("source=Jsonl: is no stream; leave out --follow", recipe(), "--follow", *files)
+    with open("/dev/null") as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        refused_use("store=.*: the corpus is empty: 0 records read.*", recipe(), "--follow")
+    monkeypatch.setattr("sys.stdin", None)
+    refused(launch("data", "prepare", recipe(), "--follow"), "stdin: is closed; pipe the records in", code=82)
+
+
+def started(path, *arguments, **options):
+    return subprocess.Popen(
+        [*COMMAND, path, "--follow", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
+
+
+def parts_in(place: Path) -> int:
+    return len(list(place.glob(".stream/*/0*.npz")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_seals_what_has_come_and_asks_for_another_start(recipe, tmp_path, number):
+    path = recipe()
+    with started(path, stdin=subprocess.PIPE) as child:
+        child.stdin.write(LINES)
+        child.stdin.flush()
+        while not parts_in(tmp_path / "store"):
+            time.sleep(0.05)
+        child.send_signal(number)
+        out = child.stdout.read().decode()
+        child.stdin.close()
+    assert child.returncode == 75
+    assert "sealed: " in out and f"error: {number.name}: all that has come is kept; start the same command" in out
+    found = documents(tmp_path / "store")
+    assert 0 < len(found) == len(set(found)) and set(found) <= {document["text"] for document in DOCUMENTS}
+    run(path, "--follow")
+    assert_each_once(tmp_path / "store")
+
+
+def test_a_signal_before_there_is_enough_to_seal_is_no_mistake_of_the_recipe(recipe, tmp_path):
+    with started(recipe(), stdin=subprocess.PIPE) as child:
+        child.stdin.write(json.dumps({"text": "alone " * 200}).encode() + b"\n")
+        child.stdin.flush()
+        while not parts_in(tmp_path / "store"):
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        out = child.stdout.read().decode()
+        child.stdin.close()
+    assert child.returncode == 75
+    assert "error: SIGTERM: all that has come is kept, no version is made of it yet (" in out
+    assert parts_in(tmp_path / "store") == 1
+
+
+@pytest.mark.slow
+def test_every_line_is_there_once_whenever_the_process_is_killed(recipe, tmp_path):
+    rng = random.Random(0)
+    path, store, kills = recipe(), tmp_path / "store", 0
+    while kills < 8:
+        with started(path, stdin=subprocess.PIPE) as child:
+            begun, wanted = parts_in(store), rng.randrange(5)
+            for piece in range(0, len(LINES), 997):
+                child.stdin.write(LINES[piece : piece + 997])
+                child.stdin.flush()
+                time.sleep(0.01)
+                if parts_in(store) > begun + wanted:
+                    break
+            child.kill()
+            kills += 1
+        assert child.returncode == -signal.SIGKILL
+        if kills > 1:
+            assert parts_in(store) > 0
+    run(path, "--follow")
+    assert_each_once(store)
+
+
+@pytest.fixture
+def topic():
+    return f"topic-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.mark.slow
+def test_every_message_is_there_once_whenever_the_process_is_killed(recipe, tmp_path, kafka_servers, topic):
+    rng = random.Random(1)
+    path, store = recipe(f"Kafka(bootstrap_servers={kafka_servers!r}, topic={topic!r})"), tmp_path / "store"
+    quarter = len(DOCUMENTS) // 4
+    for turn in range(8):
+        if turn < 4:
+            send(kafka_servers, topic, DOCUMENTS[turn * quarter : (turn + 1) * quarter])
+        begun = parts_in(store)
+        with started(path, "--seal-every", "2000") as child:
+            deadline = time.monotonic() + 20
+            while parts_in(store) <= begun + rng.randrange(3) and time.monotonic() < deadline and turn < 5:
+                time.sleep(0.02)
+            time.sleep(rng.random() * 0.2)
+            child.kill()
+        assert child.returncode == -signal.SIGKILL
+    assert parts_in(store) > 4
+    out = run(path, "--follow", "--until-idle", "2")
+    assert "sealed" in out or "was there" in out
+    assert_each_once(store)
+
+
+def test_a_topic_becomes_a_store_until_nothing_comes(recipe, tmp_path, kafka_servers, topic):
+    send(kafka_servers, topic, [*DOCUMENTS, b"{broken"])
+    source = f"Kafka(bootstrap_servers={kafka_servers!r}, topic={topic!r})"
+    run(recipe(source, "on_bad='skip'"), "--follow", "--until-idle", "1")
+    assert_each_once(tmp_path / "store")
+    manifest = TokenStore.open(tmp_path / "store").manifest
+    assert (manifest.counts.records, manifest.counts.skipped) == (len(DOCUMENTS) + 1, 1)
+
+
+def test_a_stream_is_sealed_into_a_bucket(recipe, s3, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = s3.new_url()
+    run(recipe(store=url), "--follow")
+    assert_each_once(url)
+    assert "was there: " in run(recipe(store=url), "--follow")

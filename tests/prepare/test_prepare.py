@@ -1,0 +1,482 @@
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.data.store.versions import listed
+from jaxinfra.data.tokenizer import Bytes, TokenizerFile, TrainBpe
+from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.prepare import parts
+from jaxinfra.prepare.builders import tokenize
+from jaxinfra.prepare.documents.dedup import Dedup
+from jaxinfra.prepare.documents.forms import Completion, Preference, Text
+from jaxinfra.prepare.prepare import plan, prepare
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.sources.record import Piece
+from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.storage.objects import Storage
+
+
+def contents(folder):
+    """Every file of a version but for what tells when it was made."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads(found.pop("manifest.json"))
+    return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def lines(folder, documents, *, bad=()):
+    """JSONL of random words."""
+    rng = random.Random(0)
+    folder.mkdir(exist_ok=True)
+    with (folder / "lines.jsonl").open("w") as file:
+        for number in range(documents):
+            text = " ".join(rng.choices(["a", "bb", "ccc", "naïve", "漢字"], k=rng.randrange(1, 60)))
+            file.write("{broken\n" if number in bad else json.dumps({"text": f"{number} {text}"}) + "\n")
+    return folder
+
+
+def bytes_recipe(folder, store, **fields):
+    """One that needs no training and is cut into many jobs."""
+    return Corpus(store=str(store), source=Jsonl(root=str(folder)), tokenizer=Bytes(), heldout_fraction=0.1, **fields)
+
+
+def documents(store, split):
+    """Every document as text."""
+    offsets = store.offsets(split)
+    return [
+        store.tokenizer.decode(store.read(split, [a], b - a - 1)[0].tolist())
+        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shard_bytes", [1024, 5000, 10**6])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_whatever_the_workers_and_shards(tmp_path, shard_bytes, workers):
+    source = lines(tmp_path / "source", 400)
+    expected = prepare(bytes_recipe(source, tmp_path / "one"), workers=1)
+    found = prepare(bytes_recipe(source, tmp_path / "other", shard_bytes=shard_bytes), workers=workers)
+    (files, manifest), (other_files, other) = contents(Path(expected.path)), contents(Path(found.path))
+    assert files == other_files
+    assert manifest["fingerprint"] == other["fingerprint"]
+    assert {**manifest, "source_digest": 0} == {**other, "source_digest": 0}
+
+
+def test_the_same_tokenizer_is_trained_whatever_the_shards(tmp_path, monkeypatch):
+    """It sees a part of a long piece alone, so pieces must be those of no shard."""
+    monkeypatch.setattr(tokenize, "_PIECE_CHARS", 500)
+    recipe = replace(
+        bytes_recipe(lines(tmp_path / "source", 400), tmp_path / "one"), tokenizer=TrainBpe(vocab_size=280)
+    )
+    other = replace(recipe, store=str(tmp_path / "other"), shard_bytes=1024)
+    found, again = (prepare(each, workers=1).manifest for each in (recipe, other))
+    assert found.tokenizer == again.tokenizer and found.fingerprint == again.fingerprint
+
+
+def test_every_record_is_a_document_of_one_split(tmp_path):
+    prepare(bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024), workers=1)
+    store = TokenStore.open(tmp_path / "store")
+    expected = [json.loads(line)["text"] for line in (tmp_path / "source" / "lines.jsonl").read_text().splitlines()]
+    found = {split: documents(store, split) for split in ("train", "heldout")}
+    assert sorted(found["train"] + found["heldout"]) == sorted(expected)
+    assert 10 <= len(found["heldout"]) <= 60
+    for texts in found.values():
+        assert texts == sorted(texts, key=expected.index)  # in the order of the source
+
+
+def test_a_prepared_store_is_left_as_it_is(corpus, store_path):
+    before = snapshot(store_path.parent)
+    stages = []
+    again = prepare(corpus, tell=stages.append)
+    assert (again.path, again.new) == (str(store_path), False)
+    assert not stages
+    assert snapshot(store_path.parent) == before
+
+
+def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
+    source = lines(tmp_path / "source", 100)
+    first = prepare(bytes_recipe(source, tmp_path / "store"), workers=1)
+    before = snapshot(Path(first.path))
+    second = prepare(replace(bytes_recipe(source, tmp_path / "store"), heldout_fraction=0.5), workers=1)
+    assert snapshot(Path(first.path)) == before
+    assert [each.fingerprint for each in listed(Storage(tmp_path / "store"))] == [
+        first.manifest.fingerprint,
+        second.manifest.fingerprint,
+    ]
+    assert TokenStore.open(tmp_path / "store").manifest == second.manifest  # the newest
+    assert TokenStore.open(tmp_path / "store", first.manifest.fingerprint[:8]).manifest == first.manifest
+    assert TokenStore.open(first.path).manifest == first.manifest
+    with pytest.raises(ConfigError, match=r"data\.version=none: is not among the 2 versions of"):
+        TokenStore.open(tmp_path / "store", "none")
+    with pytest.raises(ConfigError, match=r"data\.version=: fits several of the 2 versions of"):
+        TokenStore.open(tmp_path / "store", "")
+
+
+def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
+    first = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+    second = replace(first, heldout_fraction=0.5)
+    older, newer = prepare(first, workers=1), prepare(second, workers=1)
+    for recipe, made, moved in ((first, older, True), (second, newer, True), (second, newer, False)):
+        again = prepare(recipe, workers=1)
+        assert (again.path, again.new, again.moved) == (made.path, False, moved)
+        assert TokenStore.open(tmp_path / "store").manifest == made.manifest
+    assert len(listed(Storage(tmp_path / "store"))) == 2
+
+
+def test_what_is_in_both_splits_stays_held_out(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = [f"text {number}" for number in range(60)]
+    (source / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
+    recipe = replace(bytes_recipe(source, tmp_path / "all"), heldout_fraction=0.3)
+    prepare(recipe, workers=1)
+    prepare(replace(recipe, store=str(tmp_path / "once"), dedup=Dedup()), workers=1)
+    every, once = TokenStore.open(tmp_path / "all"), TokenStore.open(tmp_path / "once")
+    heldout = set(documents(every, "heldout"))
+    assert heldout & set(documents(every, "train"))
+    assert sorted(documents(once, "heldout")) == sorted(heldout)
+    assert sorted(documents(once, "train")) == sorted(set(texts) - heldout)
+
+
+def test_changed_files_make_a_version_beside_the_first(tmp_path):
+    source = lines(tmp_path / "source", 100)
+    recipe = bytes_recipe(source, tmp_path / "store")
+    first = prepare(recipe, workers=1)
+    with (source / "lines.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    second = prepare(recipe, workers=1)
+    assert second.new and second.manifest.counts.records == first.manifest.counts.records + 1
+    os.utime(source / "lines.jsonl", (1, 1))  # another time, the same text: the work is done, the version is there
+    third = prepare(recipe, workers=1)
+    assert third.path == second.path
+    assert len(list((tmp_path / "store").iterdir())) == 3
+
+
+def test_a_folder_with_something_else_is_not_touched(tmp_path):
+    source = lines(tmp_path / "source", 100)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something that is no store"):
+        prepare(bytes_recipe(source, tmp_path / "mine"))
+    assert os.listdir(tmp_path / "mine") == ["precious.txt"]
+    (tmp_path / "empty").mkdir()
+    prepare(bytes_recipe(source, tmp_path / "empty"), workers=1)
+
+
+@pytest.mark.parametrize("stage", ["begin", "tokens", "store", "publish"])
+def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage):
+    calls = []
+
+    def stop(progress):
+        calls.append(progress)
+        if progress.stage == stage and (stage != "tokens" or len(calls) > 20):
+            raise KeyboardInterrupt
+
+    recipe = replace(corpus, store=str(tmp_path / "store"), shard_bytes=1024)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, workers=1, tell=stop)
+    assert os.listdir(tmp_path / "store") == [".work"]
+    with pytest.raises(ConfigError, match="no store there"):
+        TokenStore.open(tmp_path / "store")
+    (parts_folder,) = (tmp_path / "store" / ".work").glob("*/parts")
+    times = {path: path.stat().st_mtime_ns for path in parts_folder.iterdir()}
+    seen = []
+
+    def watch(progress):
+        if progress.stage == "store":
+            seen.append({path: path.stat().st_mtime_ns for path in times})
+
+    made = prepare(recipe, workers=1, tell=watch)
+    assert seen == [times]  # no part was made twice
+    assert contents(Path(made.path))[0] == contents(store_path)[0]
+    assert sorted(os.listdir(tmp_path / "store")) == sorted([made.manifest.fingerprint, "versions.json"])
+
+
+KILLED = """
+import os, signal, sys
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.data.tokenizer import Bytes
+
+
+class Killer:
+    def __init__(self, when):
+        self.left, self.stage = (int(when), None) if when.isdecimal() else (0, when)
+
+    def __call__(self, progress):
+        self.left -= 1
+        if progress.stage == self.stage or self.left == 0:
+            os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    recipe = Corpus(store=sys.argv[2], source=Jsonl(root=sys.argv[1]), tokenizer=Bytes(), heldout_fraction=0.1,
+                    shard_bytes=4096)
+    prepare(recipe, workers=2, tell=Killer(sys.argv[3]))
+"""
+
+
+def test_killed_at_any_moment_no_record_is_lost_or_doubled(tmp_path):
+    source, store = lines(tmp_path / "source", 2000), tmp_path / "store"
+    expected = prepare(bytes_recipe(source, tmp_path / "whole"), workers=1)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(source), str(store)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    parts_made = 0
+    for when in ("2", "3", "17", "23", "store", "publish"):
+        process = subprocess.run([*command, when], env=environment, start_new_session=True, timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert not (store / "versions.json").exists()
+        found = len(list((store / ".work").glob("*/parts/*.npz")))
+        assert found >= parts_made
+        parts_made = found
+    assert parts_made > 40
+    made = prepare(bytes_recipe(source, store, shard_bytes=4096), workers=2)
+    assert contents(Path(made.path))[0] == contents(Path(expected.path))[0]
+
+
+def stopped_after(stage, nth=1):
+    """A `tell` that ends preparing at the n-th report of a stage."""
+    seen = []
+
+    def tell(progress):
+        seen.append(progress.stage)
+        if seen.count(stage) == nth:
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def test_parts_of_other_shards_are_not_taken_for_its_own(text_root, tmp_path):
+    """Whole files are the same pieces with any `shard_bytes`, and are grouped into other jobs."""
+    recipe = replace(bytes_recipe(text_root, tmp_path / "store"), source=TextFiles(root=str(text_root)))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, tell=stopped_after("tokens", 3))
+    made = prepare(replace(recipe, shard_bytes=1024), workers=1)
+    assert made.manifest.counts.records == 40
+    assert made.manifest.splits == prepare(replace(recipe, store=str(tmp_path / "whole")), workers=1).manifest.splits
+
+
+def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch):
+    recipe = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Storage, "update", interrupted)
+        prepare(recipe, workers=1)
+    assert not (tmp_path / "store" / "versions.json").exists()
+    (tmp_path / "store" / "versions.json.__lock").touch()  # TensorStore writes so
+    made = prepare(recipe, workers=1)
+    assert TokenStore.open(tmp_path / "store").manifest.fingerprint == made.manifest.fingerprint
+
+
+def interrupted(*_arguments, **_options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_it_is_made_in_another_folder_if_asked(tmp_path, monkeypatch, other_disk):
+    work, rename = tmp_path / "work", Path.rename
+    (work / "mine").mkdir(parents=True)
+
+    def same_disk_alone(path, target):
+        if other_disk and path.is_relative_to(work) and not Path(target).is_relative_to(work):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", same_disk_alone)
+    made = prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "a" / "store", work=str(work)), workers=1)
+    assert all(damage is None for *_, damage in TokenStore.open(tmp_path / "a" / "store").verify())
+    assert (os.listdir(work), made.manifest.counts.records) == (["mine"], 100)
+
+
+def test_a_version_that_was_removed_is_made_again(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+    first = prepare(recipe, workers=1)
+    (Path(first.path) / "manifest.json").unlink()
+    assert prepare(recipe, workers=1).new
+    shutil.rmtree(first.path)
+    again = prepare(recipe, workers=1)
+    assert (again.new, again.path) == (True, first.path)
+    (Path(first.path) / "train" / "tokens" / "c" / "0").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"damaged \(.*c/0: .*\); move the folder {Path(first.path).name} away"):
+        prepare(recipe, workers=1)
+
+
+def test_a_source_that_changes_while_it_is_read_makes_no_version(tmp_path):
+    source = lines(tmp_path / "source", 300)
+    recipe = bytes_recipe(source, tmp_path / "store", shard_bytes=1024)
+
+    def change(progress):
+        if progress.stage == "tokens" and 0 < progress.done < progress.total:
+            (source / "new.jsonl").write_text(json.dumps({"text": "new"}))
+            (source / "lines.jsonl").write_text(json.dumps({"text": "other"}))
+
+    with pytest.raises(DataError, match=r"^lines\.jsonl: was changed while the source was read; start again"):
+        prepare(recipe, workers=1, tell=change)
+    assert os.listdir(tmp_path / "store") == [".work"]
+
+
+def test_what_another_recipe_left_is_swept(tmp_path):
+    left = tmp_path / "store" / ".work" / "other" / "parts"
+    left.mkdir(parents=True)
+    (left / "junk").write_text("junk")
+    prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store"), workers=1)
+    assert ".work" not in os.listdir(tmp_path / "store")
+
+
+def test_a_second_process_does_not_disturb_the_first(tmp_path):
+    work = tmp_path / "store" / ".work"
+    (work / "half").mkdir(parents=True)
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is preparing it"):
+            prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store"))
+    finally:
+        os.close(lock)
+    assert (work / "half").exists()
+
+
+def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
+    with pytest.raises(StorageError, match=r"1,000 bytes free, preparing needs about \d"):
+        prepare(bytes_recipe(lines(tmp_path / "source", 1000), tmp_path / "store"))
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300), TrainBpe(vocab_size=600)])
+@pytest.mark.parametrize("form", [Text(), Completion(), Preference(template=None)])
+def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, form):
+    asked = []
+    monkeypatch.setattr("jaxinfra.prepare.prepare.check_space", lambda folder, needed_bytes: asked.append(needed_bytes))
+    rng, letters = random.Random(0), "etaoinshrdlu"
+    words = ["".join(rng.choices(letters, k=rng.randrange(2, 9))) for _ in range(300)]
+    with (tmp_path / "lines.jsonl").open("w") as file:
+        for _ in range(200):
+            text, prompt = (" ".join(rng.choices(words, k=60)) for _ in range(2))
+            record = {"text": text, "prompt": prompt, "completion": text, "chosen": "yes", "rejected": "no"}
+            used = {Text: ("text",), Completion: ("prompt", "completion"), Preference: ("prompt", "chosen", "rejected")}
+            file.write(json.dumps({name: record[name] for name in used[type(form)]}) + "\n")
+    recipe = replace(bytes_recipe(tmp_path, tmp_path / "store"), tokenizer=tokenizer, form=form)
+    manifest = prepare(recipe, workers=1).manifest
+    arrays_bytes = sum(info.tokens for info in manifest.splits.values()) * (2 + manifest.masked)
+    assert [2 * arrays_bytes <= needed_bytes for needed_bytes in asked] == [True]
+
+
+def test_a_place_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="store="):
+        prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "file" / "store"))
+
+
+def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 300, bad=[250]), tmp_path / "store", shard_bytes=1024)
+    with pytest.raises(DataError, match=r"lines\.jsonl:251: .*; mend the record, or .* on_bad=skip"):
+        prepare(recipe, workers=1)
+    assert os.listdir(tmp_path / "store") == [".work"]
+    assert len(parts.numbers(next((tmp_path / "store" / ".work").glob("*/parts")))) > 10
+
+
+def test_the_fields_of_a_bad_record_are_named_in_one_line(tmp_path):
+    (tmp_path / "lines.jsonl").write_text(json.dumps({f"a\n{number}": "" for number in range(100)}))
+    with pytest.raises(
+        DataError, match=r"lines\.jsonl:1: no field text; it has a 0, a 1, .*, a 19 \.\.\.; mend"
+    ) as caught:
+        prepare(bytes_recipe(tmp_path, tmp_path / "store"), workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path):
+    source = lines(tmp_path / "source", 300, bad=[7, 250])
+    made = prepare(bytes_recipe(source, tmp_path / "store", on_bad="skip"), workers=1)
+    assert (made.manifest.counts.records, made.manifest.counts.skipped) == (300, 2)
+    listed = [json.loads(line) for line in (Path(made.path) / "skipped.jsonl").read_text().splitlines()]
+    assert [each["where"].rpartition(":")[2] for each in listed] == ["8", "251"]
+    assert sum(info.documents for info in made.manifest.splits.values()) == 298
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_corpus_is_refused(tmp_path, text):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "lines.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match="corpus is empty: 0 records read"):
+        prepare(bytes_recipe(tmp_path / "source", tmp_path / "store"), workers=1)
+
+
+def test_both_splits_must_have_documents(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 20), tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"heldout_fraction=1e-09: of 20 records none is held out"):
+        prepare(replace(recipe, heldout_fraction=1e-9), workers=1)
+    with pytest.raises(ConfigError, match="none is left to train on"):
+        prepare(replace(recipe, heldout_fraction=1 - 1e-9), workers=1)
+
+
+def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, store_path, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    shutil.copy(store_path / "tokenizer.json", path)
+    recipe = replace(corpus, store=str(tmp_path / "store"), tokenizer=TokenizerFile(path=str(path)))
+    made = prepare(recipe, workers=1)
+    assert made.manifest.fingerprint == store_path.name
+    assert not prepare(recipe).new
+    path.write_text(path.read_text().replace('"dropout":null', '"dropout":0.0'))
+    other = prepare(recipe, workers=1)
+    assert other.new and other.manifest.fingerprint != made.manifest.fingerprint
+
+
+def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
+    recipe = bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024)
+
+    def stop(progress):
+        if progress.stage == "store":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, workers=1, tell=stop)
+    path = sorted((tmp_path / "store" / ".work").glob("*/parts/*.npz"))[3]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path.name}: damaged .*; delete it and prepare again"):
+        prepare(recipe, workers=1)
+    path.unlink()
+    made = prepare(recipe, workers=1)
+    assert made.manifest.counts.records == 300
+
+
+def test_pieces_are_grouped_by_size_alone():
+    sizes = [10, 1, 1, 30, 2, 2, 500, 1] * 40
+    pieces = [Piece(name=str(i), size_bytes=2**20 * size, stamp="") for i, size in enumerate(sizes)]
+    groups = plan(pieces, 2**26)
+    assert [piece for group in groups for piece in group] == pieces
+    assert all(sum(piece.size_bytes for piece in group[:-1]) < 2**26 for group in groups)
+    assert 20 <= len(plan(pieces, 2**60)) <= 40
+
+
+@pytest.mark.slow
+def test_the_standard_library_from_files_to_baselines(tmp_path):
+    recipe = Corpus(store=str(tmp_path / "store"), source=TextFiles(), on_bad="skip", baselines=True)
+    manifest = prepare(recipe).manifest
+    train = manifest.splits["train"]
+    assert manifest.words.vocab_size == 8192
+    assert 3 < train.bytes / train.tokens < 4.5
+    assert 1.2 < manifest.baselines["bits_per_byte"]["token 5-gram"] < 2.2
+
+
+def test_preparing_needs_no_jax():
+    code = "import sys, jaxinfra.prepare.prepare, jaxinfra.data.mixing; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
