@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxinfra.bench import data, reading, token_files
 from jaxinfra.bench.reading import BATCH, LENGTH, Request, Stores
-from jaxinfra.cli.bench import BENCHES, data, reading, token_files
+from jaxinfra.cli.bench import BENCHES
 from jaxinfra.data.tokens import TokenData
 from tests.tiny_run import launch
 
