@@ -9,7 +9,8 @@ import pytest
 
 from jaxinfra.bench.children import ChildError, last_line
 from jaxinfra.bench.start import first_step_s
-from jaxinfra.bench.step import CASES, Row, cells_of, machine, table
+from jaxinfra.bench.step import CASES, Row, cells_of
+from jaxinfra.bench.table import machine, table
 from jaxinfra.cli.bench import BENCHES
 from tests.tiny_run import launch
 
