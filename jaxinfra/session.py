@@ -194,7 +194,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
         if done >= run.train.steps:
             return _finished_before(directory, done)
         needed_bytes = checkpoints.needed_bytes(program.state)
-        fix = "use another disk (root=FOLDER) or a smaller checkpoint.keep_last"
+        fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
         check_space(directory.path, needed_bytes, purpose="saving checkpoints", fix=fix)
         numbers = derived(program, data.train_units)
         written = _record(loaded, program, data, command, numbers)

@@ -133,7 +133,7 @@ class _Course:
                 return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
         self.tell("store")
         needed_bytes = sum(path.stat().st_size for path in self._kept.iterdir())
-        check_space(self._build.parent, needed_bytes, purpose="a version", fix="work in another place: work=FOLDER")
+        check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work=FOLDER on another disk")
         shutil.rmtree(self._build, ignore_errors=True)
         self._build.mkdir(parents=True)
         manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))

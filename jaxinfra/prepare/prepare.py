@@ -252,7 +252,7 @@ class _Course:
         self.tell("begin")
         self._maker.begin(folder, pieces)
         needed_bytes = self._maker.needed_bytes(self._total)
-        check_space(folder, needed_bytes, purpose="preparing", fix="work in another place: work=FOLDER")
+        check_space(folder, needed_bytes, purpose="preparing", fix="use work=FOLDER on another disk")
 
     def work(
         self, folder: Path, groups: Sequence[tuple[Piece, ...]], engine: EngineName, workers: int | None

@@ -11,6 +11,6 @@
 | `errors`, `mask` | turns failures into one-line errors, and keeps credentials out of them |
 
 There are two clients because neither can do the other's work. TensorStore has conditional writes and reads zarr arrays,
-but its listing has neither sizes nor versions and it knows S3 and Google Cloud Storage alone. fsspec opens Azure,
-Hugging Face, HTTP and more for reading, with files that can be sought in, but cannot publish a version safely.
+but lists names alone, not over HTTP, and has no driver for Azure or Hugging Face. fsspec opens all of these, with files
+that can be sought in, but cannot publish a version safely.
 """

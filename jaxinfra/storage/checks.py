@@ -35,7 +35,7 @@ def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix:
     """
     if not is_remote(folder) and (free := free_bytes(folder)) < needed_bytes:
         raise StorageError(
-            f"{folder}: {_size(free)} free, {purpose} needs about {_size(needed_bytes)}; free some space or {fix}"
+            f"{folder}: {_size(free)} free, {purpose} needs about {_size(needed_bytes)}; free some space, or {fix}"
         )
 
 

@@ -5,9 +5,8 @@ place fails within the budget for retries, in one line that names the URL.
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tensorstore as ts
@@ -16,8 +15,7 @@ from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage.connection import check_url, context, kvstore_spec
 from jaxinfra.storage.errors import REMAKE, checked, store_error
 
-IN_FLIGHT_BYTES = 256 * 1024 * 1024
-"""An upload holds so much in memory, or one file if that is larger."""
+_UPLOADS = 8  # files at once, each of which is in memory: of tokens, shards of 32 or 64 MiB
 _END_BYTES = 256
 
 
@@ -142,47 +140,34 @@ class Storage:
             StorageError: a file cannot be read or written, or is not there after it was written.
         """
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        ends = {name: checked(str(path), lambda path=path: _end_of(path), writing=True) for name, path in files.items()}
-        there = set(self.names()) & files.keys() if resume else set()
-        done = {*self._arrived({name: ends[name] for name in there}), *last}
-        self._send({name: path for name, path in sorted(files.items()) if name not in done}, ends)
+        there = set(self.names()) if resume else set[str]()
+
+        def copy(name: str) -> None:
+            if name not in there or name in last or not self._arrived(name, files[name]):
+                self.write(name, checked(str(files[name]), files[name].read_bytes, writing=True))
+                if not self._arrived(name, files[name]):
+                    raise StorageError(
+                        f"{self.where(name)}: is not what was written a moment ago; nothing was made of it: try again, "
+                        "and see who else writes there"
+                    )
+
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            list(pool.map(copy, sorted(files.keys() - set(last))))  # what has not begun is left out when one fails
         for name in last:
-            self._send({name: files[name]}, ends)
+            copy(name)
 
     def _listed(self, name: str) -> bool:
         """Whether a listing has the name; that there is no such bucket, S3 says in a listing alone."""
         alone = ts.KvStore.KeyRange(name, f"{name}\0")
         return bool(checked(self.where(name), self._objects.list(alone).result))
 
-    def _send(self, files: Mapping[str, Path], ends: Mapping[str, "_End"]) -> None:
-        writes: deque[tuple[str, int, ts.Future]] = deque()
-        in_flight_bytes = 0
-        for name, path in files.items():
-            content = checked(str(path), path.read_bytes, writing=True)
-            in_flight_bytes += len(content)
-            while writes and in_flight_bytes > IN_FLIGHT_BYTES:
-                written, size_bytes, future = writes.popleft()
-                checked(self.where(written), future.result, writing=True)
-                in_flight_bytes -= size_bytes
-            writes.append((name, len(content), self._objects.write(name, content)))
-        for name, _, future in writes:
-            checked(self.where(name), future.result, writing=True)
-        if lost := sorted(files.keys() - self._arrived({name: ends[name] for name in files})):
-            raise StorageError(
-                f"{self.where(lost[0])}: is not what was written a moment ago; nothing was made of it: try again, and "
-                "see who else writes there"
-            )
-
-    def _arrived(self, ends: Mapping[str, "_End"]) -> set[str]:
-        """Which objects are as long as they should be and end as they should."""
-        reads = [(name, self._ask_end(name, end.size_bytes, len(end.content))) for name, end in ends.items()]
-        arrived = set[str]()
-        for name, read in reads:
-            try:
-                arrived |= {name} if read() == ends[name].content else set()
-            except DataError:
-                continue  # it is missing, or of another length
-        return arrived
+    def _arrived(self, name: str, path: Path) -> bool:
+        """Whether an object is as long as a file, and ends as it does."""
+        size_bytes, end = checked(str(path), lambda: _end_of(path), writing=True)
+        try:
+            return self._ask_end(name, size_bytes, len(end))() == end
+        except DataError:
+            return False  # it is missing, or of another length
 
     def _ask_end(self, name: str, size_bytes: int, at_most: int) -> Callable[[], bytes]:
         """Asks for the last bytes of an object: what is returned waits for them, and fails if it has another length."""
@@ -206,16 +191,9 @@ class Storage:
         return read
 
 
-@dataclass(frozen=True, kw_only=True)
-class _End:
+def _end_of(path: Path) -> tuple[int, bytes]:
     """How long a file is, and its last bytes."""
-
-    size_bytes: int
-    content: bytes
-
-
-def _end_of(path: Path) -> _End:
-    size_bytes = path.stat().st_size
     with path.open("rb") as file:
+        size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(0, size_bytes - _END_BYTES))
-        return _End(size_bytes=size_bytes, content=file.read())
+        return size_bytes, file.read()

@@ -22,7 +22,7 @@ def check(path: Path) -> None:
     if not folder.is_dir():
         raise StorageError(f"{path}: its folder does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{path}: its folder cannot be written to; mend it or name another file")
+        raise StorageError(f"{path}: its folder cannot be written to; {_FIX}")
 
 
 def write(path: Path, text: str) -> None:

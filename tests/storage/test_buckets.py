@@ -65,14 +65,6 @@ def test_a_store_in_a_bucket_is_the_same_bytes(recipe, local):
     assert ended.code == 0 and "every hash fits" in ended.out, ended
 
 
-@pytest.mark.parametrize(("server", "fault"), [("s3", "unavailable"), ("gcs", "reset")], indirect=["server"])
-def test_faults_on_the_way_change_nothing(fault, server, recipe, local, monkeypatch):
-    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "4")
-    setattr(server.faults, fault, 0.3)
-    assert_same(prepare(recipe, workers=1), local)
-    assert server.faults.fired > 0
-
-
 def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(server, recipe, local, impatient):
     def stop(progress):
         server.faults.down = progress.stage == "publish"

@@ -13,7 +13,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage.connection import check_url
 from jaxinfra.storage.errors import REMAKE
-from jaxinfra.storage.objects import IN_FLIGHT_BYTES, Storage
+from jaxinfra.storage.objects import Storage
 from tests.servers.fixtures import Server
 
 FILES = {"a": b"1" * 1000, "deep/er/b": bytes(range(256)) * 9000, "empty": b"", "manifest.json": b"{}"}
@@ -82,11 +82,12 @@ def test_no_update_of_several_at_once_is_lost(kind, tmp_path, request):
     assert sorted(Storage(url).read("list").decode().split()) == expected
 
 
-def test_an_upload_holds_a_bounded_share_in_memory_and_writes_the_named_last(place, folder, monkeypatch):
-    monkeypatch.setattr("jaxinfra.storage.objects.IN_FLIGHT_BYTES", 1500)
-    place.upload(folder, last=["manifest.json"])
+def test_an_upload_writes_the_named_last(server, place, folder):
+    sent = []
+    server.faults.after = lambda request: sent.append(request) if request.startswith(("PUT", "POST")) else None
+    place.upload(folder, last=["a", "manifest.json"])
     assert {name: place.read(name) for name in place.names()} == FILES
-    assert IN_FLIGHT_BYTES > 1500
+    assert ["/a" in sent[-2] or "2Fa" in sent[-2], "manifest.json" in sent[-1]] == [True, True], sent
 
 
 def _array(path: str) -> np.ndarray:
