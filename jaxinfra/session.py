@@ -193,7 +193,9 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
             directory.check(loaded.run, data)
         if done >= run.train.steps:
             return _finished_before(directory, done)
-        check_space(directory.path, checkpoints.needed_bytes(program.state))
+        needed_bytes = checkpoints.needed_bytes(program.state)
+        fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
+        check_space(directory.path, needed_bytes, purpose="saving checkpoints", fix=fix)
         numbers = derived(program, data.train_units)
         written = _record(loaded, program, data, command, numbers)
         write_record(directory.record, written)

@@ -8,6 +8,7 @@ restored array is bit for bit what was saved, on whatever mesh it was and is.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from etils import epath
 from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
 from jaxinfra.config import Problem
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
-from jaxinfra.storage.checks import absolute, cause_of, is_storage_failure, make_writable, writing_to
+from jaxinfra.storage.checks import is_remote, make_writable
+from jaxinfra.storage.errors import cause_of, is_storage_failure, storage_errors
 
 if TYPE_CHECKING:
     from jaxinfra.checkpoint.orbax_store import OrbaxStore
@@ -77,13 +79,13 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, config: CheckpointConfig | None = None, *, read_only: bool = False
     ) -> None:
-        self.directory = absolute(directory)
+        self.directory = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
         self.config = config or CheckpointConfig()
         self._read_only = read_only
         self._writing: int | None = None
         if not read_only:
             make_writable(self.directory)
-        with writing_to(self.directory):
+        with storage_errors(self.directory):
             self._store = self._open()
 
     def steps(self) -> list[int]:

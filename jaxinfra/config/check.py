@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxinfra.config.schema import children, conform, fields_of, is_config
-from jaxinfra.config.text import join, show, without_credentials
+from jaxinfra.config.text import join, show
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage.mask import has_credentials
 
 _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
@@ -48,7 +49,7 @@ def validate(root: Any) -> None:
     for path, node in _nodes(type(root), root, ""):
         for field in fields_of(type(node)):
             value = getattr(node, field.name)
-            if any(without_credentials(text) != text for text in _texts(value)):
+            if any(map(has_credentials, _texts(value))):
                 raise ConfigError(
                     f"{join(path, field.name)}={show(value)}: has credentials in it, which records would keep; "
                     "give them by the environment or a profile"

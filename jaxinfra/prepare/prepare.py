@@ -27,7 +27,8 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.recipes.store_recipe import SHARD_BYTES
 from jaxinfra.prepare.sources.record import Piece
-from jaxinfra.prepare.workspace import check_space, require_store, workspace
+from jaxinfra.prepare.workspace import require_store, workspace
+from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import Storage
 
 NOT_CONTENT = ("store", "shard_bytes", "work")
@@ -250,7 +251,8 @@ class _Course:
         """Makes what all jobs need."""
         self.tell("begin")
         self._maker.begin(folder, pieces)
-        check_space(folder, self._maker.needed_bytes(self._total))
+        needed_bytes = self._maker.needed_bytes(self._total)
+        check_space(folder, needed_bytes, purpose="preparing", fix="use work=FOLDER on another disk")
 
     def work(
         self, folder: Path, groups: Sequence[tuple[Piece, ...]], engine: EngineName, workers: int | None

@@ -160,11 +160,7 @@ def test_no_space(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     full = replace_free(shutil.disk_usage("/"), 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     before = contents(begun.runs)
-    refused(
-        begun.launch(),
-        r"\S+/runs/tiny: 1e-06 GB free, checkpoints need \S+ GB; free some space, .* smaller checkpoint\.keep_last",
-        82,
-    )
+    refused(begun.launch(), r"\S+/runs/tiny: 1\.0 kB free, .* root=FOLDER .*checkpoint\.keep_last", 82)
     assert contents(begun.runs) == before
 
 
@@ -177,7 +173,7 @@ def test_unwritable_root(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", denied)
-    refused(tiny.launch(), r"\S+/runs/tiny: cannot be written: Permission denied; mend it or .*", 82)
+    refused(tiny.launch(), r"\S+/runs/tiny: .*Permission denied.*", 82)
     assert not tiny.runs.exists()
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from jaxinfra.errors import DataError
-from jaxinfra.storage.objects import REMAKE
+from jaxinfra.storage.errors import REMAKE
 
 FORMAT = 2
 FILE_NAME = "manifest.json"

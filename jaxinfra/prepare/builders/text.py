@@ -12,7 +12,6 @@ from jaxinfra.data.store.manifest import SPLITS, Counts, Manifest, Split, Tokeni
 from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
 from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
 from jaxinfra.prepare.builders.assemble import Keep, SplitWriter
 from jaxinfra.prepare.builders.baseline import measured
@@ -21,6 +20,7 @@ from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.stream import Block
+from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.objects import Storage
 
 TOKENIZER_BYTES = 12_000_000
@@ -74,8 +74,8 @@ class TextMaker:
                 )
             assert given is not None
             info = info_of(given)
-            parts.write_file(folder / info.file, given.content)
-            parts.write_file(known, json.dumps(asdict(info)).encode())
+            replace_bytes(folder / info.file, given.content)
+            replace_bytes(known, json.dumps(asdict(info)).encode())
         self._info = TokenizerInfo(**json.loads(known.read_bytes()))
         self._dtype = token_dtype(self._info.vocab_size)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.sources.files import File, cut
+from jaxinfra.prepare.sources.files import cut
 from jaxinfra.prepare.sources.record import Found, Piece
+from jaxinfra.storage.files import File
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _SYLLABLES = len(_CONSONANTS) * len(_VOWELS)

@@ -1,11 +1,6 @@
-"""Local files that no kill and no full disk leaves half written: replaced whole, or appended to by records.
+"""Appends records to a local file so that neither a kill nor a full disk leaves half a record before a whole one."""
 
-Not for checkpoints, which have a manifest, and not for object stores, which replace whole objects anyway.
-"""
-
-import contextlib
 import os
-import tempfile
 from collections import deque
 from pathlib import Path
 
@@ -63,32 +58,3 @@ class Appender:
             raise
         self._size_bytes += len(data)
         self._waiting.clear()
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, syncs it and renames it over `path`.
-
-    Raises:
-        OSError: no space, no permission; `path` is then unchanged and nothing is left beside it.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder as durable as the files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
