@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfra.runtime import emulated
 
-pytest_plugins = ["tests.servers.fixtures", "tests.stores"]
+pytest_plugins = ["tests.compile_cache", "tests.servers.fixtures", "tests.stores"]
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {

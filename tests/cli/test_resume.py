@@ -85,6 +85,7 @@ def test_stop_and_go_on(tiny: Tiny, recipe: list[str], stop_after, monkeypatch: 
     assert_same_bits(saved(tiny, "parts", STEPS, *recipe), saved(tiny, "whole", STEPS, *recipe))
 
 
+@pytest.mark.jax_range
 def test_go_on_after_a_kill(tiny: Tiny) -> None:
     """What was done after the last checkpoint is done again; the log has every step once."""
     assert tiny.launch("name=whole").code == 0
@@ -96,6 +97,7 @@ def test_go_on_after_a_kill(tiny: Tiny) -> None:
     assert_same_bits(saved(tiny, "tiny", STEPS), saved(tiny, "whole", STEPS))
 
 
+@pytest.mark.jax_range
 @pytest.mark.parametrize("memory", [(), ("optim.offload=true",)], ids=["on the devices", "on the host"])
 def test_go_on_with_another_mesh(tiny: Tiny, memory: tuple[str, ...]) -> None:
     """And with its state in another memory: the restored arrays are the same, losses from there on to rounding."""

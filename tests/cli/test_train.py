@@ -10,6 +10,7 @@ from jaxinfra.track.jsonl import read
 from tests.tiny_run import STEPS, Tiny, contents, launch, refused, summary
 
 
+@pytest.mark.jax_range
 def test_whole_run(tiny: Tiny) -> None:
     """It writes all that it promises; a second start says so and changes nothing."""
     ended = tiny.launch()
