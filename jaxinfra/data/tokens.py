@@ -129,7 +129,7 @@ class Windows(TokenSamples):
         tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
         windows = window_count(tokens, seq_len)
         if not windows:
-            fix = f"data.seq_len={tokens - 1} or less" if tokens > 1 else "a recipe with another heldout_fraction"
+            fix = f"data.seq_len={tokens - 1} or less" if tokens > 1 else "a recipe with more validation data"
             raise ConfigError(
                 f"data.seq_len={seq_len}: a window needs {seq_len + 1} tokens, "
                 f"the {split} split of {store} has {tokens}; use {fix}, or a larger corpus"

@@ -25,13 +25,14 @@ TINY = [
 ]
 RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.data.tokenizer import TrainBpe
 
 
 def config() -> Corpus:
     source = TextFiles(root={text!r})
-    return Corpus(store="none", source=source, tokenizer=TrainBpe(vocab_size=300), heldout_fraction=0.3)
+    return Corpus(store="none", source=source, tokenizer=TrainBpe(vocab_size=300), validation=ByKey(fraction=0.3))
 """
 TITLES = [
     "step, float32, one device",

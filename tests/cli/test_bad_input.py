@@ -133,8 +133,8 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     refused(prepare(f"source.root={tmp_path / 'nowhere'}"), r"root=\S+: no such folder; give the folder that holds .*")
     refused(prepare(f"source.root={tiny.config}"), r"root=\S+: is a file; give its folder, .*")
     refused(
-        prepare("heldout_fraction=2"),
-        r"heldout_fraction=2\.0: .*; use heldout_fraction=0\.05",
+        prepare("validation.fraction=2"),
+        r"validation\.fraction=2\.0: .*; use validation\.fraction=0\.\d+",
     )
     refused(
         prepare("tokenizer.vocab_size=100"), r"tokenizer\.vocab_size=100: .*; use tokenizer\.vocab_size=257 or more"

@@ -17,6 +17,7 @@ from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.preference import Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from tests.vocabularies import EOT, MARKERS, rank_file, spm_file
 
@@ -30,7 +31,7 @@ def source(folder, records):
 
 
 def recipe(tmp_path, records, **fields):
-    found = {"tokenizer": Bytes(), "heldout_fraction": 0.2} | fields
+    found = {"tokenizer": Bytes(), "validation": ByKey(fraction=0.2)} | fields
     return Corpus(store=str(tmp_path / "store"), source=source(tmp_path / "source", records), **found)
 
 

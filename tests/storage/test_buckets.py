@@ -113,10 +113,12 @@ def test_a_flipped_bit_is_found_when_it_is_read_and_named_by_verify(server, reci
 
 RECIPE = """
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 def config():
-    return Corpus(store={store!r}, source=Jsonl(root={root!r}), tokenizer=Bytes(), heldout_fraction=0.1, work={work!r})
+    return Corpus(store={store!r}, source=Jsonl(root={root!r}), tokenizer=Bytes(),
+                  validation=ByKey(fraction=0.1), work={work!r})
 """
 
 
