@@ -4,6 +4,8 @@ import os
 from collections import deque
 from pathlib import Path
 
+from jaxinfra.errors import StorageError
+
 _WAITING = 10_000  # records, about 3 MB of host memory at 300 bytes each
 
 
@@ -20,7 +22,7 @@ class Appender:
         Raises:
             OSError: it cannot be opened.
         """
-        self.dropped = 0
+        self.dropped, self._path = 0, path
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size_bytes = os.fstat(self._fd).st_size
         self._waiting: deque[bytes] = deque()
@@ -37,15 +39,20 @@ class Appender:
         self._waiting.append(record)
         self._write()
 
-    def close(self) -> int:
-        """Writes what waits, closes the file, and returns how many records were lost in all."""
+    def close(self) -> None:
+        """Writes what waits and closes the file.
+
+        Raises:
+            StorageError: records were lost; the message says how many.
+        """
         try:
             self._write()
         except OSError:
             self.dropped += len(self._waiting)
         finally:
             os.close(self._fd)
-        return self.dropped
+        if self.dropped:
+            raise StorageError(f"{self._path}: {self.dropped} records lost to a full disk; free space there")
 
     def _write(self) -> None:
         data = b"".join(self._waiting)
