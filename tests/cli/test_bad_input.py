@@ -34,21 +34,11 @@ def test_damaged_store(begun: Tiny, tiny_data: Path, tmp_path: Path) -> None:
     assert contents(begun.runs) == before
 
 
-WRONG_FILES = {
-    "def config(:\n": "wrong.py:1 SyntaxError",
-    "def config():\n    return 1 / 0\n": "wrong.py:2 ZeroDivisionError",
-    "import no_such_module\n": "wrong.py:1 no_such_module",
-    "run = 1\n": "wrong.py config()",
-    "def config():\n    return {}\n": "wrong.py dict",
-    "from jaxinfra.train.loop import TrainConfig\nconfig = lambda: TrainConfig()\n": "wrong.py Run TrainConfig",
-}
-
-
-@pytest.mark.parametrize(("text", "named"), WRONG_FILES.items(), ids=WRONG_FILES.values())
-def test_wrong_config_file(tmp_path: Path, text: str, named: str) -> None:
+def test_wrong_config_file(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
-    path.write_text(text)
-    refused(launch(str(path)), named)
+    for text, named in (("def config(:\n", f"{path}:1:"), ("def config():\n    return {}\n", f"{path}: dict")):
+        path.write_text(text)
+        refused(launch(str(path)), named)
 
 
 def test_config_file_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
