@@ -50,7 +50,6 @@ ON = ("--on", "v5e:2x4")
     [
         ((BIG, "--on", "v5e:2x2"), "v5e:2x2: GiB 15.75 model.remat=full, train.accumulate="),
         (("model.width=65536", "model.mlp_dim=65536", *ON), "v5e:2x4: GiB 16.00 mesh.fsdp mesh.replica"),
-        (("--on", "v9:2x2"), "v9:2x2: v4, v5p:4x4x4"),
         (("--on", "v5p:2x2"), "v5p:2x2: v5p:4x4x4"),
         (("--on", "v5e:3x4"), "v5e:3x4: v5e:2x4"),
         ((*ON, "mesh.fsdp=3"), "v5e:2x4: mesh.fsdp=-1"),

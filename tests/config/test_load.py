@@ -168,9 +168,7 @@ def decode_free_run(content):
     """Builds what the record describes without the decoder under test."""
     assert content["config"]["optim"]["schedule"]["kind"] == "wsd"
     return Run(
-        name="good",
-        train=Train(steps=7),
-        optim=type(Run(name="x").optim)(peak_lr=1.0, schedule=WSD(warmup_steps=10)),
+        name="good", train=Train(steps=7), optim=type(Run(name="x").optim)(peak_lr=1.0, schedule=WSD(warmup_steps=10))
     )
 
 
