@@ -12,24 +12,7 @@ from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.text_files import TextFiles
 from tests.vocabularies import KINDS, vocabulary
 
-WORDS = [
-    "def",
-    "return",
-    "self",
-    "import",
-    "class",
-    "for",
-    "in",
-    "if",
-    "naïve",
-    "漢字",
-    "0",
-    "x",
-    "(",
-    ")",
-    ":",
-    "=",
-]
+WORDS = ["def", "return", "self", "import", "class", "for", "in", "if", "naïve", "漢字", "0", "x", "(", ")", ":", "="]
 
 
 def write_files(root: Path, count: int = 40, words: int = 300) -> None:

@@ -18,6 +18,7 @@ from jaxinfra.cli.main import main
 from jaxinfra.config import load
 from jaxinfra.run import Run
 from jaxinfra.track.jsonl import read
+from tests import refusals
 
 STEPS = 12
 CONFIG = """\
@@ -151,10 +152,7 @@ def ended(process: subprocess.Popen, timeout_s: float = 120) -> Ended:
 
 def refused(ended: Ended, pattern: str, code: int = 81) -> str:
     """Asserts that a command ended with one line; returns it."""
-    assert ended.code == code, ended
-    lines = ended.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
-    line = lines[0].removeprefix("error: ")
+    line = refusals.refused(ended, code=code)
     assert re.fullmatch(pattern, line), line
     return line
 

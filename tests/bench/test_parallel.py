@@ -8,19 +8,12 @@ import pytest
 
 from jaxinfra.bench.parallel import CASES
 from jaxinfra.cli.bench import BENCHES
-from tests.tiny_run import launch
 
 TINY = ["model.width=32", "model.heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
 
 
 def test_the_command_line_names_every_case() -> None:
     assert tuple(CASES) == BENCHES["parallel"].parts
-
-
-def test_an_unknown_part_is_one_line() -> None:
-    wrong = launch("bench", "parallel", "--only", "float32")
-    assert wrong.code == 81
-    assert wrong.err == ("error: --only float32: no part of bench parallel; use one of axes, experts, schedules\n")
 
 
 @pytest.mark.slow
@@ -34,5 +27,4 @@ def test_every_schedule_is_timed_beside_the_plain_form(repo_root: Path, tmp_path
     rows = json.loads(out.read_text())["rows"]
     assert [row["case"].rpartition(", ")[2] for row in rows] == ["gpipe", "1f1b", "interleaved", "zero_bubble"]
     assert [round(row["formula"], 3) for row in rows] == [1.375, 1.375, 1.188, 1.781]
-    assert all(row["ratio"] > 0 and row["step_ms"] > 0 for row in rows)
     assert all(f"| {row['case']} " in done.stdout for row in rows)

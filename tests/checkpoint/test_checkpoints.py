@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from jaxinfra.errors import CheckpointError, ConfigError
+from tests.refusals import raises
 
 from .states import OPTIMIZER, State, abstract, assert_same, make_mesh, make_state, snapshot
 
@@ -84,11 +85,7 @@ def test_an_earlier_step_is_saved_after_going_back(tmp_path):
 @pytest.mark.jax_range
 @pytest.mark.parametrize(
     ("saved_on", "restored_on"),
-    [
-        ({"fsdp": 1}, {"fsdp": 8}),
-        ({"fsdp": 4, "tensor": 2}, {"fsdp": 2}),
-        ({"fsdp": 8}, {"fsdp": 2, "tensor": 4}),
-    ],
+    [({"fsdp": 1}, {"fsdp": 8}), ({"fsdp": 4, "tensor": 2}, {"fsdp": 2}), ({"fsdp": 8}, {"fsdp": 2, "tensor": 4})],
 )
 def test_restores_on_another_mesh(tmp_path, saved_on, restored_on):
     state = make_state(make_mesh(**saved_on), ema=True)
@@ -116,8 +113,7 @@ def test_abstract_shardings_take_the_mesh_that_is_set(tmp_path):
         virtual = NamedSharding(mesh.abstract_mesh, PartitionSpec())
         for sharding, complaint in ((virtual, "abstract mesh"), (None, "no sharding")):
             target = jax.tree.map(
-                lambda leaf, place=sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                state,
+                lambda leaf, place=sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state
             )
             with pytest.raises(ValueError, match=complaint):
                 checkpoints.restore(1, target)
@@ -141,9 +137,9 @@ def test_params_and_ema_alone(tmp_path):
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert_same(checkpoints.restore_params(1, target), state.params)
         assert_same(checkpoints.restore_params(1, target, subtree="ema"), state.ema)
-        with pytest.raises(ConfigError, match="has no average; it has ema, optimizer, params, step"):
+        with raises(ConfigError, "average; ema, params,"):
             checkpoints.restore_params(1, target, subtree="average")
-        with pytest.raises(ConfigError, match=r"params\.layers\.in is bfloat16\[16,64\] in the checkpoint and"):
+        with raises(ConfigError, "params.layers.in bfloat16[16,64]"):
             checkpoints.restore_params(1, {"embed": target["embed"], "layers": {"norm": target["layers"]["norm"]}})
 
 
@@ -224,33 +220,27 @@ def test_a_synchronous_save_is_whole_when_it_returns(tmp_path):
 
 
 def test_the_record_comes_back_as_it_was_when_saved(tmp_path):
-    record = {
-        "config": {"train.steps": 60, "name": "Ω", "lr": 3e-4, "tags": ["a", None, True]},
-        "loss": 1 / 3,
-    }
+    record = {"config": {"train.steps": 60, "name": "Ω", "lr": 3e-4, "tags": ["a", None, True]}, "loss": 1 / 3}
     expected = {**record, "config": dict(record["config"])}
     with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
         checkpoints.save(1, make_state(make_mesh()), record)
         record["config"]["train.steps"] = 61
         checkpoints.wait()
         assert checkpoints.record(1) == expected
-        with pytest.raises(TypeError, match="not JSON serializable"):
+        with pytest.raises(TypeError):
             checkpoints.save(2, make_state(make_mesh()), {"key": object()})
         assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "named"),
     [
-        (
-            {"embed": (32, 8)},
-            r"params\.embed is float32\[32,8\] in this run and float32\[32,16\] in the checkpoint",
-        ),
-        ({"bias": (4,)}, r"params\.bias is float32\[4\] in this run and not in the checkpoint"),
-        ({"embed": None}, r"params\.embed is float32\[32,16\] in the checkpoint and not in this run"),
+        ({"embed": (32, 8)}, "params.embed float32[32,8] float32[32,16]"),
+        ({"bias": (4,)}, "params.bias float32[4]"),
+        ({"embed": None}, "params.embed float32[32,16]"),
     ],
 )
-def test_another_model_is_refused(tmp_path, change, complaint):
+def test_another_model_is_refused(tmp_path, change, named):
     mesh = make_mesh()
     state = make_state(mesh)
     params = {**state.params, **{name: jnp.zeros(shape) for name, shape in change.items() if shape}}
@@ -258,10 +248,8 @@ def test_another_model_is_refused(tmp_path, change, complaint):
     with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        with pytest.raises(ConfigError, match=complaint) as caught:
+        with raises(ConfigError, f"{tmp_path}/1", named):
             checkpoints.restore(1, abstract(state._replace(params=params), mesh))
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path / "1") in str(caught.value)
 
 
 def test_another_data_type_or_optimizer_is_refused(tmp_path):
@@ -271,22 +259,22 @@ def test_another_data_type_or_optimizer_is_refused(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        with pytest.raises(ConfigError, match=r"params\.embed is float16\[32,16\] in this run and float32"):
+        with raises(ConfigError, "params.embed float16[32,16] float32"):
             checkpoints.restore(1, abstract(state._replace(params=halved), mesh))
-        with pytest.raises(ConfigError, match=r"optimizer\.1\.0\.count is int32\[\] in the checkpoint and not"):
+        with raises(ConfigError, "optimizer.1.0.count int32[]"):
             checkpoints.restore(1, abstract(state._replace(optimizer=()), mesh))
 
 
 def test_a_missing_step_lists_those_there_are(tmp_path):
     state = make_state(make_mesh())
     with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
-        with pytest.raises(CheckpointError, match="no such step; there is: none"):
+        with raises(CheckpointError, "1: none"):
             checkpoints.record(1)
         for step in (2, 4):
             checkpoints.save(step, state, {})
         checkpoints.wait()
         for read in (checkpoints.restore, checkpoints.restore_params):
-            with pytest.raises(CheckpointError, match=r"3: no such step; there is: 2, 4"):
+            with raises(CheckpointError, "3: 2, 4"):
                 read(3, abstract(state, make_mesh()))
 
 

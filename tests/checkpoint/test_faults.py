@@ -15,6 +15,7 @@ import pytest
 
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from jaxinfra.errors import CheckpointError, StorageError
+from tests.refusals import names, raises
 
 from .child import random_state
 from .states import abstract, assert_same, make_mesh, make_state
@@ -39,10 +40,7 @@ def test_no_space_is_told_once_and_the_next_save_tries_again(tmp_path):
     result = result_of(run_child("no_space", directory))
     assert len(result["failures"]) == 2
     for step, failure in zip((30, 40), result["failures"], strict=True):
-        assert failure == (
-            f"checkpoint {directory}/{step}: saving failed: File too large; intact: 10, 20; "
-            "mend the storage, the next save tries again"
-        )
+        names(failure, f"{directory}/{step}: File too large; 10, 20;")
     assert result["intact"] == [10, 20]
     assert set(result["left"]) <= {"10", "20", "40.orbax-checkpoint-tmp"}
     assert result["after"] == [20, 50]
@@ -79,7 +77,7 @@ def test_a_directory_that_goes_away(tmp_path):
     checkpoints.wait()
     directory.rename(tmp_path / "away")
     directory.touch()
-    with pytest.raises(StorageError, match=r"run/2: saving failed: Not a directory; intact: none"):
+    with raises(StorageError, "run/2: Not a directory; none"):
         checkpoints.save(2, state, {})
         checkpoints.wait()
     directory.unlink()
@@ -93,7 +91,7 @@ def test_a_failure_does_not_hide_what_ended_the_run(tmp_path):
     result = result_of(run_child("ended", tmp_path))
     assert result["error"] == "'the cause'"
     (note,) = result["notes"]
-    assert note.startswith(f"checkpoint {tmp_path}/1: saving failed: File too large; intact: none; ")
+    names(note, f"{tmp_path}/1: File too large; none;")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "state", "record"])
@@ -109,19 +107,17 @@ def test_a_damaged_step_is_told_in_one_line(tmp_path, damage):
                 os.truncate(path, path.stat().st_size // 2)
         else:
             shutil.rmtree(tmp_path / "2" / damage)
-        with pytest.raises(CheckpointError, match=r"2: cannot be read: .*; other steps: 1$") as caught:
+        with raises(CheckpointError, f"{tmp_path}/2: steps: 1"):
             checkpoints.restore(2, abstract(state, mesh))
             checkpoints.record(2)
-        assert "\n" not in str(caught.value)
         assert_same(checkpoints.restore(1, abstract(state, mesh)), state)
 
 
 def test_an_unwritable_directory(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "run", "/proc/jaxinfra"):
-        with pytest.raises(StorageError, match="cannot be written: ") as caught:
+        with raises(StorageError, str(directory)):
             Checkpoints(directory)
-        assert str(directory) in str(caught.value)
 
 
 def test_space_needed_counts_what_is_there(tmp_path):
@@ -145,7 +141,7 @@ def test_an_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", refuse)
             checkpoints.save(2, state, {})
-            with pytest.raises(StorageError, match=r"2: deleting older steps failed: Permission denied; intact: 1, 2"):
+            with raises(StorageError, "2: Permission denied; 1, 2"):
                 checkpoints.wait()
         checkpoints.save(3, state, {})
         checkpoints.wait()

@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfra.cli.main import COMMANDS
 from jaxinfra.runtime.emulated import environment
+from tests.refusals import refused
 from tests.tiny_run import Tiny, contents, ended, launch, start
 
 LLAMA_LIKE = """\
@@ -151,15 +152,10 @@ def test_devices_of_a_process(tiny: Tiny) -> None:
     assert " ".join(trained.out.split()).startswith("Derived numbers number value unit or how")
     assert "devices 2 fsdp 2" in " ".join(trained.out.split())
     wrong = ended(start(str(tiny.config), "--devices", "cpu:2", "train.global_batch=3"))
-    assert wrong.code == 81
-    assert wrong.err == (
-        "error: train.global_batch=3, mesh.fsdp=2: the batch does not divide into 2 equal parts; "
-        "use train.global_batch=4\n"
-    )
+    refused(wrong, "train.global_batch=3 mesh.fsdp=2 train.global_batch=4")
     absent = ended(start(str(tiny.config), "--devices", "gpu"))
-    assert absent.code in (0, 81)
     if absent.code:
-        assert absent.err.startswith("error: JAX_PLATFORMS=cuda: cannot be used: ") and absent.err.count("\n") == 1
+        refused(absent, "JAX_PLATFORMS=cuda")
 
 
 def test_emulated_devices_have_threads_to_wait_in() -> None:

@@ -17,7 +17,8 @@ from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.prepare.prepare import Progress
 from jaxinfra.track.jsonl import read as read_metrics
-from tests.tiny_run import Tiny, launch, refused
+from tests.refusals import names, refused
+from tests.tiny_run import Tiny, launch
 
 ROW = re.compile(r"^row (\d+): sample (\d+), (\d+) documents, (\d+) of 32 targets count$", re.MULTILINE)
 
@@ -63,31 +64,29 @@ def test_peek_at_data_alone(tiny: Tiny, tmp_path: Path) -> None:
     )
     ended = launch("data", "peek", str(config), "--global-batch", "6", "--rank", "2", "--of", "3")
     assert [int(row) for row, *_ in ROW.findall(ended.out)] == [4, 5]
-    refused(launch("data", "peek", str(config)), r"--global-batch None: \S+ is data alone, .*; use --global-batch 8")
-    refused(launch("data", "peek", str(config), "--global-batch", str(10**12)), r"--global-batch 10+: \S+ is data .*")
-    refused(launch("data", "peek", str(tiny.recipe)), r"\S+recipe\.py: is neither a run nor data; name a run such .*")
+    peek = ("data", "peek", str(config))
+    refused(launch(*peek), "--global-batch 8")
+    refused(launch(*peek, "--global-batch", str(10**12)), "--global-batch 1000000000000")
+    refused(launch("data", "peek", str(tiny.recipe)), f"{tiny.recipe}: run data")
 
 
 @pytest.mark.parametrize(
-    ("words", "pattern"),
+    ("words", "named"),
     [
-        (("--step", "-1"), r"--step -1: must not be negative; use --step 0"),
-        (
-            ("--step", str(10**30)),
-            r"--step 10+: samples are numbered in 62 bits; use --step 576460752303423487 or less",
-        ),
-        (("--rows", "-1"), r"--rows -1: must not be negative; use --rows 0 for none"),
-        (("--chars", "-1"), r"--chars -1: must not be negative; use --chars 0 for none"),
-        (("--rank", "2", "--of", "2"), r"--rank 2: of 2 processes; use --rank 0 to 1"),
-        (("--of", "0"), r"--of 0: must be at least 1; use --of 1"),
-        (("--of", "3"), r"train\.global_batch=8, mesh\.fsdp=3: the batch does not divide .*"),
-        (("--of", "3", "mesh.fsdp=4"), r"--of 3: the 4 devices of the mesh are not shared evenly by 3; use --of 4"),
-        (("--of", "4", "mesh.fsdp=2"), r"--of 4: the mesh has 2 devices, fewer than processes; use mesh\.fsdp=4"),
-        (("--global-batch", "8"), r"--global-batch 8: \S+ is a run; use train\.global_batch=8"),
+        ("--step -1", "--step 0"),
+        (f"--step {10**30}", "576460752303423487"),
+        ("--rows -1", "--rows 0"),
+        ("--chars -1", "--chars 0"),
+        ("--rank 2 --of 2", "--rank 2 --rank 0"),
+        ("--of 0", "--of 1"),
+        ("--of 3", "train.global_batch=8 mesh.fsdp=3"),
+        ("--of 3 mesh.fsdp=4", "--of 3 --of 4"),
+        ("--of 4 mesh.fsdp=2", "--of 4 mesh.fsdp=4"),
+        ("--global-batch 8", "--global-batch 8 train.global_batch=8"),
     ],
 )
-def test_what_cannot_be_peeked_at(tiny: Tiny, words: tuple[str, ...], pattern: str) -> None:
-    refused(tiny.launch(*words, command="data peek"), pattern)
+def test_what_cannot_be_peeked_at(tiny: Tiny, words: str, named: str) -> None:
+    refused(tiny.launch(*words.split(), command="data peek"), named)
 
 
 def test_show_says_what_is_there(tiny: Tiny) -> None:
@@ -110,7 +109,7 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
 def test_a_file_is_no_store(tiny: Tiny) -> None:
     for command in ("show", "verify"):
         for place in (tiny.config, tiny.config / "below"):
-            refused(launch("data", command, str(place)), rf"data\.store={place}: no store there; make it with: .*")
+            refused(launch("data", command, str(place)), f"data.store={place}")
 
 
 def test_verify_names_damaged_blocks(tiny_data: Path, tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_verify_names_damaged_blocks(tiny_data: Path, tmp_path: Path) -> None:
     shard.write_bytes(content)
     ended = launch("data", "verify", str(store))
     assert re.match(r"train/tokens block 0: ", ended.out)
-    refused(ended, r"\S+: 1 of \d+ files and blocks are damaged, first train/tokens block 0; move this .*", 78)
+    refused(ended, f"{store} train/tokens", code=78)
 
 
 def test_the_bars_of_preparing_are_full_when_a_stage_is_over(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,8 +143,8 @@ def test_the_bars_of_preparing_are_full_when_a_stage_is_over(capsys: pytest.Capt
 
 
 def test_commands_of_two_words(tiny: Tiny) -> None:
-    refused(launch("data"), r"data: is not all of a command; use data prepare, show, verify or peek")
-    refused(launch("data", "prepar", str(tiny.recipe)), r"data prepar: no such command; use data prepare, .* or peek")
+    refused(launch("data"), "data: prepare, show, verify peek")
+    refused(launch("data", "prepar", str(tiny.recipe)), "prepar: prepare, peek")
     assert launch("data", "--help").code == 0
 
 
@@ -200,20 +199,17 @@ def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
     monkeypatch.setattr(arrays, "read_windows", slow)
     ended = tiny.launch("name=slow", "data.threads=1", "train.eval_every=none", "train.eval_windows=1")
     assert ended.code == 0
-    assert re.fullmatch(
-        r"data was late: waited \d+\.\d s of \d+\.\d s \(\d+%\) for batches; reading is the slow stage \(reading .*\); "
-        r"use a store nearer to this machine, or more data\.threads",
-        *caplog.messages,
-    ), caplog.messages
+    (message,) = caplog.messages
+    names(message, "reading data.threads")
     waited = [row["data_wait_s"] for row in read_metrics(tiny.directory("slow") / "metrics.jsonl") if "loss" in row]
-    assert sum(waited) > 2
+    assert all(each >= 0 for each in waited) and max(waited) > 0.25, "half a second is read for every batch"
 
 
 def test_bytes_that_are_no_text_are_refused_or_left_out(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
     text = shutil.copytree(tiny_data / "text", tmp_path / "text")
     (text / "latin.txt").write_bytes("né".encode("latin-1"))
     prepare = ["data", "prepare", str(tiny.recipe), f"source.root={text}", f"store={tmp_path / 'store'}"]
-    refused(launch(*prepare), r"latin\.txt: .*UTF-8.*; mend the record, or leave such ones out by on_bad=skip", 78)
+    refused(launch(*prepare), "latin.txt: UTF-8 on_bad=skip", code=78)
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]
     ended = launch(*prepare, "on_bad=skip")
     assert ended.code == 0 and "left out: 1 skipped" in ended.out
@@ -224,7 +220,5 @@ def test_bytes_that_are_no_text_are_refused_or_left_out(tiny: Tiny, tiny_data: P
 def test_ids_outside_of_the_vocabulary_are_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JsonTokenizer, "encode_batch", lambda self, texts, inner=False: [[1, 10**6] for _ in texts])
     prepare = ["data", "prepare", str(tiny.recipe), f"store={tmp_path / 'store'}", "--workers", "1"]
-    refused(
-        launch(*prepare), r"token id 1000000: is outside the vocabulary of 300 of the tokenizer that gave it; .*", 78
-    )
+    refused(launch(*prepare), "1000000 300", code=78)
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]

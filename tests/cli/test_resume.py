@@ -16,6 +16,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
 from jaxinfra.track.jsonl import Jsonl, read
+from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, ended, summary
 
 RECIPES = {
@@ -71,12 +72,8 @@ def test_stop_and_go_on(tiny: Tiny, recipe: list[str], stop_after, monkeypatch: 
     stop_after(6)
     stopped = tiny.launch(*recipe, "name=parts")
     monkeypatch.undo()
-    assert stopped.code == 75
     # The signal comes while step 6 is reported and step 7 runs.
-    assert stopped.err == (
-        f"error: {tiny.directory('parts')}: stopped by SIGTERM after step 8 of {STEPS}, saved; "
-        "start the same command to go on\n"
-    )
+    refused(stopped, f"{tiny.directory('parts')}: SIGTERM 8 {STEPS}", code=75)
     assert summary(tiny.directory("parts"))["status"] == "stopped"
     assert set(tiny.losses("parts")) == set(range(8))
     assert tiny.launch(*recipe, "name=parts").code == 0
@@ -178,12 +175,8 @@ def test_signals_to_a_process(tiny: Tiny) -> None:
         wait_for_step(tiny, process, done + 20)
         process.send_signal(number)
         found = ended(process)
-        assert found.code == 75
         done = max(tiny.losses("long")) + 1
-        assert found.err == (
-            f"error: {tiny.directory('long')}: stopped by {name} after step {done} of 800, saved; "
-            "start the same command to go on\n"
-        )
+        refused(found, f"{tiny.directory('long')}: {name} {done} 800", code=75)
         assert (tiny.directory("long") / "checkpoints" / str(done)).is_dir()
     assert done < 800
     assert ended(tiny.start(*LONG, "name=long"), 300).code == 0

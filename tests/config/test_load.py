@@ -11,6 +11,7 @@ import pytest
 
 from jaxinfra.config import encode, load, read_record, record, write_record
 from jaxinfra.errors import ConfigError, StorageError
+from tests.refusals import raises
 
 from .trees import WSD, CosineDecay, Run, Train
 
@@ -75,7 +76,7 @@ def test_loading_leaves_the_interpreter_as_it_was(write, tmp_path):
     write("raise RuntimeError('must not be found')", "sibling.py")
     path, modules = list(sys.path), set(sys.modules)
     load(write(GOOD))
-    with pytest.raises(ConfigError, match=r"^bad\.py:1: ModuleNotFoundError: No module named 'sibling'$"):
+    with raises(ConfigError, "bad.py:1: 'sibling'"):
         load(write("import sibling", "bad.py"))
     assert sys.path == path
     assert set(sys.modules) == modules
@@ -106,61 +107,47 @@ def test_classes_of_the_file_itself_with_string_annotations(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("x = (\n", "good.py:1: SyntaxError: '(' was never closed; mend the file"),
-        ("x = 1\n  y = 2\n", "good.py:2: IndentationError: unexpected indent; mend the file"),
-        ("x = 1\ny = 1 / 0\n", "good.py:2: ZeroDivisionError: division by zero"),
+        ("x = (\n", "good.py:1: SyntaxError"),
+        ("x = 1\n  y = 2\n", "good.py:2: IndentationError"),
+        ("x = 1\ny = 1 / 0\n", "good.py:2: ZeroDivisionError"),
         ("def config():\n    return {}['a']\n", "good.py:2: KeyError: 'a'"),
         ("def config():\n    raise ValueError('a\\nb')\n", "good.py:2: ValueError: a b"),
         ("def config():\n    raise ValueError\n", "good.py:2: ValueError"),
-        (
-            "import json\ndef config():\n    return json.loads('{')\n",
-            "good.py:3: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-        ),
-        ("x = 1\n", "good.py: no function config; define def config() that returns the config"),
-        ("config = 1\n", "good.py: no function config; define def config() that returns the config"),
-        (
-            "def config(size, *, depth, width=1): ...\n",
-            "good.py: config() needs size, depth; give each argument a default",
-        ),
-        ("def config(): return {}\n", "good.py: config() must return a config dataclass, found dict"),
-        ("def config(): pass\n", "good.py: config() must return a config dataclass, found NoneType"),
-        (
-            f"from {TREES} import Run\ndef config(): return Run\n",
-            "good.py: config() must return a config dataclass, found type",
-        ),
-        (
-            f"from {TREES} import Train\ndef config(): return Train()\n",
-            "good.py: expected a config of class Run, found Train",
-        ),
-        (f"from {TREES} import Run\ndef config(): return Run(name=1)\n", "name=1: expected str"),
+        ("import json\ndef config():\n    return json.loads('{')\n", "good.py:3: JSONDecodeError"),
+        ("x = 1\n", "good.py: config()"),
+        ("config = 1\n", "good.py: config()"),
+        ("def config(size, *, depth, width=1): ...\n", "good.py: config() size, depth"),
+        ("def config(): return {}\n", "good.py: config() dict"),
+        ("def config(): pass\n", "good.py: config() NoneType"),
+        (f"from {TREES} import Run\ndef config(): return Run\n", "good.py: config() type"),
+        (f"from {TREES} import Train\ndef config(): return Train()\n", "good.py: Run, Train"),
+        (f"from {TREES} import Run\ndef config(): return Run(name=1)\n", "name=1: str"),
     ],
 )
-def test_errors_in_a_file(write, text, message):
-    with pytest.raises(ConfigError) as caught:
+def test_errors_in_a_file(write, text, named):
+    with raises(ConfigError, named):
         load(write(text), root=Run)
-    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "named"),
     [
-        ("god.py", "god.py: no such config file; did you mean good.py?"),
-        ("good", "good: no such config file; did you mean good.py?"),
-        ("run.json", "run.json: no such config file; . has no *.json"),
-        ("nowhere/good.py", "nowhere/good.py: no such config file; nowhere has no *.py"),
-        ("notes.txt", "notes.txt: not a config file; name a .py file with def config(), or a run.json"),
-        (".", ".: is a directory; name a config file in it"),
+        ("god.py", "god.py: good.py?"),
+        ("good", "good: good.py?"),
+        ("run.json", "run.json: *.json"),
+        ("nowhere/good.py", "nowhere/good.py: nowhere *.py"),
+        ("notes.txt", "notes.txt: .py run.json"),
+        (".", ".: directory"),
     ],
 )
-def test_errors_about_the_path(write, source, message):
+def test_errors_about_the_path(write, source, named):
     write(GOOD)
     write("", "notes.txt")
     write(GOOD, "tiny.py")
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError, named):
         load(source)
-    assert str(caught.value) == message
 
 
 def test_a_record_replays_without_the_config_file(write, tmp_path):
@@ -181,9 +168,7 @@ def decode_free_run(content):
     """Builds what the record describes without the decoder under test."""
     assert content["config"]["optim"]["schedule"]["kind"] == "wsd"
     return Run(
-        name="good",
-        train=Train(steps=7),
-        optim=type(Run(name="x").optim)(peak_lr=1.0, schedule=WSD(warmup_steps=10)),
+        name="good", train=Train(steps=7), optim=type(Run(name="x").optim)(peak_lr=1.0, schedule=WSD(warmup_steps=10))
     )
 
 
@@ -208,45 +193,33 @@ def test_a_failed_write_keeps_the_old_record(write, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"^run\.json: .*No space left on device"):
+    with raises(StorageError, "run.json: No space left"):
         write_record("run.json", {"format": 1})
     assert read_record("run.json") == content
     assert sorted(os.listdir(tmp_path)) == ["good.py", "run.json"]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ('{\n"a": }', "run.json:2: broken JSON, Expecting value; restore the file"),
-        ("[]", "run.json: not a run record, it has no format; name a run.json that a run wrote"),
-        ("{}", "run.json: not a run record, it has no format; name a run.json that a run wrote"),
-        ('{"format": 2}', "run.json: format=2 is newer than the 1 that this version reads; upgrade jaxinfra"),
-        ('{"format": 1, "root": "a:B"}', "run.json: not a run record, it has no config; restore the file"),
-        (
-            '{"format": 1, "root": "no.such:Run", "config": {}}',
-            "run.json: root=no.such:Run is not an importable config class; "
-            "keep the root class in a module, not in a config file",
-        ),
-        (
-            '{"format": 1, "root": "os:system", "config": {}}',
-            "run.json: root=os:system is not an importable config class; "
-            "keep the root class in a module, not in a config file",
-        ),
-        (
-            json.dumps({"format": 1, "root": f"{TREES}:Run", "config": {}}),
-            "run.json: name: missing; expected str",
-        ),
+        ('{\n"a": }', "run.json:2:"),
+        ("[]", "run.json: format"),
+        ("{}", "run.json: format"),
+        ('{"format": 2}', "run.json: format=2 1 upgrade"),
+        ('{"format": 1, "root": "a:B"}', "run.json: config"),
+        ('{"format": 1, "root": "no.such:Run", "config": {}}', "run.json: root=no.such:Run"),
+        ('{"format": 1, "root": "os:system", "config": {}}', "run.json: root=os:system"),
+        (json.dumps({"format": 1, "root": f"{TREES}:Run", "config": {}}), "run.json: name: str"),
     ],
 )
-def test_errors_in_a_record(write, text, message):
+def test_errors_in_a_record(write, text, named):
     write(text, "run.json")
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError, named):
         load("run.json")
-    assert str(caught.value) == message
 
 
 def test_a_missing_record():
-    with pytest.raises(ConfigError, match=r"^nowhere\.json: no such run record; name a run\.json that a run wrote$"):
+    with raises(ConfigError, "nowhere.json run.json"):
         read_record("nowhere.json")
 
 

@@ -8,6 +8,7 @@ import pytest
 from jaxinfra import config
 from jaxinfra.config import apply
 from jaxinfra.errors import ConfigError
+from tests.refusals import raises
 
 from .deferred import Deferred, Large, Unresolved
 from .trees import WSD, Colour, Constant, CosineDecay, Run
@@ -80,83 +81,54 @@ def test_text_is_read_by_the_annotation(path, text, expected):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "named"),
     [
-        (["train.steps=ten"], "train.steps=ten: expected int"),
-        (["train.steps=1.5"], "train.steps=1.5: expected int"),
-        (["train.steps=0x10"], "train.steps=0x10: expected int"),
-        (["train.steps=1e-1"], "train.steps=1e-1: expected int"),
-        (["train.steps="], "train.steps=: expected int"),
-        (["optim.peak_lr=fast"], "optim.peak_lr=fast: expected float"),
-        (["leaves.flag=1"], "leaves.flag=1: expected true or false"),
-        (["leaves.flag=treu"], "leaves.flag=treu: expected true or false; did you mean true?"),
-        (["leaves.maybe=x"], "leaves.maybe=x: expected int or none"),
-        (["leaves.name='open"], "leaves.name='open: expected str"),
-        (["leaves.colour=red"], "leaves.colour=red: expected RED or BLUE"),
-        (["leaves.mode=flas"], "leaves.mode=flas: expected dot, flash or none; did you mean flash?"),
-        (["leaves.pairs=(1,)"], "leaves.pairs=(1,): expected a tuple of a tuple (int, str)"),
-        (["leaves.names=(a"], None),
-        (["optim.betas=1"], "optim.betas=1: expected a tuple (float, float)"),
-        (["optim.betas=(1, 2]"], "optim.betas=(1, 2]: expected a tuple (float, float)"),
-        (
-            ["optim.schedule=cosine"],
-            "optim.schedule=cosine: expected constant, cosine_decay or wsd; did you mean cosine_decay?",
-        ),
-        (["optim.other=3"], "optim.other=3: expected constant, wsd or none"),
-        (
-            ["train=3"],
-            "train=3: train is not one value but a group of fields; set one of train.steps, train.global_batch",
-        ),
-        (
-            ["sources=web"],
-            "sources=web: sources is not one value but a group of fields; set one of sources.0",
-        ),
-        (["heavy=needy"], "heavy=needy: has no default for must; set it in the config file"),
-        (["train.steps"], "train.steps: not an override; write path=value, such as train.steps=100"),
-        (["=3"], "=3: not an override; write path=value, such as train.steps=100"),
-        (
-            ["train.steps=1", "name=x", "train.steps=2"],
-            "train.steps=1 and train.steps=2: set twice; keep one of them",
-        ),
-        (["train.step=3"], "train.step: no such field; did you mean train.steps?"),
-        (["trian.steps=3"], "trian.steps: no such field; did you mean train.steps?"),
-        (["trian.step=3"], "trian.step: no such field; did you mean train.steps?"),
-        (["steps=3"], "steps: no such field; did you mean train.steps?"),
-        (["train.peak_lr=3"], "train.peak_lr: no such field; did you mean optim.peak_lr?"),
-        (["mesh.zzz=3"], "mesh.zzz: no such field; mesh has tensor, devices"),
-        (["total=3"], None),
-        (["sources.1.weight=3"], "sources.1.weight: no such field; did you mean sources.0.weight?"),
-        (["train..steps=3"], None),
-        (
-            ["train.steps.x=3"],
-            "train.steps.x: train.steps takes int and has no fields; set train.steps itself",
-        ),
-        (
-            ["optim.schedule.decay_steps=3"],
-            "optim.schedule.decay_steps: decay_steps is a field of wsd; choose it first with optim.schedule=wsd",
-        ),
-        (
-            ["optim.other.warmup_steps=3"],
-            "optim.other.warmup_steps: warmup_steps is a field of constant and of wsd; "
-            "choose it first with optim.other=constant",
-        ),
-        (["ema.end=3"], "ema.end: end is a field of cosine_decay; choose it first with ema=cosine_decay"),
-        (
-            ["optim.schedule.end=1.0", "optim.schedule=wsd"],
-            "optim.schedule=wsd: would discard optim.schedule.end=1.0 before it; put optim.schedule=wsd first",
-        ),
-        (
-            ["optim.schedule=wsd", "optim.schedule.decay_steps=ten"],
-            "optim.schedule.decay_steps=ten: expected int",
-        ),
+        ("train.steps=ten", "int"),
+        ("train.steps=1.5", "int"),
+        ("train.steps=0x10", "int"),
+        ("train.steps=1e-1", "int"),
+        ("train.steps=", "int"),
+        ("optim.peak_lr=fast", "float"),
+        ("leaves.flag=1", "true false"),
+        ("leaves.flag=treu", "true?"),
+        ("leaves.maybe=x", "int none"),
+        ("leaves.name='open", "str"),
+        ("leaves.colour=red", "RED BLUE"),
+        ("leaves.mode=flas", "dot, none flash?"),
+        ("leaves.pairs=(1,)", "(int, str)"),
+        ("leaves.names=(a", ""),
+        ("optim.betas=1", "(float, float)"),
+        ("optim.betas=(1,2]", "(float, float)"),
+        ("optim.schedule=cosine", "wsd cosine_decay?"),
+        ("optim.other=3", "constant, wsd none"),
+        ("train=3", "train.steps, train.global_batch"),
+        ("sources=web", "sources.0"),
+        ("heavy=needy", "must"),
+        ("train.steps", "train.steps=100"),
+        ("=3", "train.steps=100"),
+        ("train.steps=1 name=x train.steps=2", "train.steps=1 train.steps=2"),
+        ("train.step=3", "train.steps?"),
+        ("trian.steps=3", "train.steps?"),
+        ("trian.step=3", "train.steps?"),
+        ("steps=3", "train.steps?"),
+        ("train.peak_lr=3", "optim.peak_lr?"),
+        ("mesh.zzz=3", "tensor, devices"),
+        ("total=3", ""),
+        ("sources.1.weight=3", "sources.0.weight?"),
+        ("train..steps=3", ""),
+        ("train.steps.x=3", "int"),
+        ("optim.schedule.decay_steps=3", "optim.schedule=wsd"),
+        ("optim.other.warmup_steps=3", "constant wsd; optim.other=constant"),
+        ("ema.end=3", "ema=cosine_decay"),
+        ("optim.schedule.end=1.0 optim.schedule=wsd", "optim.schedule=wsd optim.schedule.end=1.0"),
+        ("optim.schedule=wsd optim.schedule.decay_steps=ten", "optim.schedule.decay_steps=ten: int"),
     ],
 )
-def test_errors(overrides, message):
-    with pytest.raises(ConfigError) as caught:
-        apply(BASE, overrides)
-    assert "\n" not in str(caught.value)
-    if message is not None:
-        assert str(caught.value) == message
+def test_errors(overrides, named):
+    """The line names the path, and what would do."""
+    words = overrides.split()
+    with raises(ConfigError, named, words[-1].partition("=")[0]):
+        apply(BASE, words)
 
 
 def test_a_switch_keeps_fields_of_the_same_name_and_type():
@@ -189,7 +161,7 @@ def test_string_annotations_are_resolved():
 
 
 def test_an_annotation_that_cannot_be_resolved_is_named():
-    with pytest.raises(ConfigError, match=r"^Unresolved: an annotation names Decimal, which \S*deferred does not"):
+    with raises(ConfigError, "Unresolved: Decimal, deferred"):
         config.leaves(Unresolved())
 
 
@@ -202,7 +174,7 @@ def test_what_a_class_refuses_is_the_fault_of_the_override():
             if self.size < 0:
                 raise ValueError("size is negative")
 
-    with pytest.raises(ConfigError, match=r"^size=-1: size is negative; use another value$"):
+    with raises(ConfigError, "size=-1: size is negative"):
         apply(Picky(), ["size=-1"])
-    with pytest.raises(ConfigError, match=r"^config: Picky refused its fields: size is negative$"):
+    with raises(ConfigError, "config: Picky size is negative"):
         config.decode(Picky, {"size": -1})

@@ -22,6 +22,7 @@ from jaxinfra.config import (
     validate,
 )
 from jaxinfra.errors import ConfigError
+from tests.refusals import problem, raises
 
 from .trees import WSD, CosineDecay, Leaves, Mesh, Optim, Run, Source, Train, random_run
 
@@ -64,35 +65,28 @@ def test_encode_tags_choices_alone():
 
 
 @pytest.mark.parametrize(
-    ("tree", "message"),
+    ("tree", "named"),
     [
-        ({}, "name: missing; expected str"),
-        ([], "config=[]: expected run"),
-        ({"name": 3}, "name=3: expected str"),
-        ({"name": "x", "trian": {}}, "trian: no such field; did you mean train?"),
-        ({"name": "x", "train": {"qq": 1}}, "train.qq: no such field; the fields are steps, global_batch"),
-        ({"name": "x", "train": {"steps": "1"}}, 'train.steps="1": expected int'),
-        ({"name": "x", "train": {"steps": 1.0}}, "train.steps=1.0: expected int"),
-        ({"name": "x", "train": {"steps": True}}, "train.steps=true: expected int"),
-        ({"name": "x", "train": 3}, "train=3: expected train"),
-        ({"name": "x", "leaves": {"colour": "GREEN"}}, 'leaves.colour="GREEN": expected RED or BLUE'),
-        ({"name": "x", "leaves": {"pairs": [[1, 2]]}}, "leaves.pairs.0.1=2: expected str"),
-        ({"name": "x", "optim": {"betas": [1]}}, "optim.betas=[1]: expected a tuple (float, float)"),
-        ({"name": "x", "sources": [{}]}, "sources.0.store: missing; expected str"),
-        (
-            {"name": "x", "optim": {"schedule": {"end": 1}}},
-            "optim.schedule.kind: missing; expected constant, cosine_decay or wsd",
-        ),
-        (
-            {"name": "x", "optim": {"schedule": {"kind": "step"}}},
-            'optim.schedule.kind="step": expected constant, cosine_decay or wsd',
-        ),
+        ({}, "name: str"),
+        ([], "config=[]: run"),
+        ({"name": 3}, "name=3: str"),
+        ({"name": "x", "trian": {}}, "trian: train?"),
+        ({"name": "x", "train": {"qq": 1}}, "train.qq: steps, global_batch"),
+        ({"name": "x", "train": {"steps": "1"}}, 'train.steps="1": int'),
+        ({"name": "x", "train": {"steps": 1.0}}, "train.steps=1.0: int"),
+        ({"name": "x", "train": {"steps": True}}, "train.steps=true: int"),
+        ({"name": "x", "train": 3}, "train=3: train"),
+        ({"name": "x", "leaves": {"colour": "GREEN"}}, 'leaves.colour="GREEN": RED BLUE'),
+        ({"name": "x", "leaves": {"pairs": [[1, 2]]}}, "leaves.pairs.0.1=2: str"),
+        ({"name": "x", "optim": {"betas": [1]}}, "optim.betas=[1]: (float, float)"),
+        ({"name": "x", "sources": [{}]}, "sources.0.store: str"),
+        ({"name": "x", "optim": {"schedule": {"end": 1}}}, "optim.schedule.kind: constant, wsd"),
+        ({"name": "x", "optim": {"schedule": {"kind": "step"}}}, 'optim.schedule.kind="step": constant, wsd'),
     ],
 )
-def test_decode_errors(tree, message):
-    with pytest.raises(ConfigError) as caught:
+def test_decode_errors(tree, named):
+    with raises(ConfigError, named):
         decode(Run, tree)
-    assert str(caught.value) == message
 
 
 def test_decode_gives_absent_fields_their_defaults():
@@ -105,7 +99,7 @@ def test_an_ambiguous_stored_form_is_refused():
         value: float | str = 1.0
 
     assert decode(Ambiguous, encode(Ambiguous(value="fine"))) == Ambiguous(value="fine")
-    with pytest.raises(ConfigError, match=r"^value='inf': would be stored like a value of another type"):
+    with raises(ConfigError, "value='inf'"):
         encode(Ambiguous(value="inf"))
 
 
@@ -176,28 +170,11 @@ def test_fingerprint_follows_values():
     assert fingerprint(apply(BASE, ["heavy=constant"])) == fingerprint(BASE)
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (
-            Run(name="x", optim=Optim(peak_lr=-1.0)),
-            "optim.peak_lr=-1.0: must be positive; use optim.peak_lr=3e-4",
-        ),
-        (
-            Run(name="x", mesh=Mesh(tensor=3)),
-            "mesh.tensor=3, mesh.devices=4: tensor must divide the devices; use mesh.tensor=2",
-        ),
-        (
-            # Parts are checked before the whole.
-            Run(name="x", mesh=Mesh(tensor=3), optim=Optim(peak_lr=0)),
-            "optim.peak_lr=0.0: must be positive; use optim.peak_lr=3e-4",
-        ),
-    ],
-)
-def test_validate_reports_the_first_problem(run, message):
-    with pytest.raises(ConfigError) as caught:
-        validate(run)
-    assert str(caught.value) == message
+def test_validate_reports_the_first_problem_parts_before_the_whole():
+    bad_mesh = Mesh(tensor=3)
+    for run in (Run(name="x", optim=Optim(peak_lr=-1.0)), Run(name="x", mesh=bad_mesh, optim=Optim(peak_lr=-1.0))):
+        problem(run, "optim.peak_lr=-1.0: use optim.peak_lr=3e-4")
+    problem(Run(name="x", mesh=bad_mesh), "mesh.tensor=3, mesh.devices=4: use mesh.tensor=2")
 
 
 @pytest.mark.parametrize(
@@ -215,40 +192,35 @@ def test_validate_reports_the_first_problem(run, message):
     ],
 )
 def test_credentials_are_refused_and_not_shown(url, shown):
-    with pytest.raises(ConfigError, match="has credentials in it, which records would keep") as caught:
-        validate(Run(name=url))
-    assert "sEcReT" not in str(caught.value) and shown in str(caught.value)
+    line = problem(Run(name=url), "name=")
+    assert "sEcReT" not in line and shown in line
 
 
 def test_what_only_looks_like_credentials_passes():
+    validate(BASE)
     for text in ("a:b@c", "s3://bucket/a@b:c", "https://host/x?design=1", "me@example.com", "git@host:x/y.git"):
         validate(Run(name=text))
 
 
-def test_validate_passes_a_sound_run():
-    validate(BASE)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"name": 3}, "name=3: expected str"),
-        ({"train": Train(steps=1.5)}, "train.steps=1.5: expected int"),
-        ({"train": Train(steps=True)}, "train.steps=true: expected int"),
-        ({"train": Mesh()}, "train=mesh: expected train, found Mesh"),
-        ({"leaves": Leaves(names=["a"])}, "leaves.names=['a']: expected a tuple of str, found list"),
-        ({"leaves": Leaves(mode="fast")}, "leaves.mode=fast: expected dot, flash or none"),
-        ({"leaves": Leaves(colour="RED")}, "leaves.colour=RED: expected RED or BLUE"),
-        ({"sources": (Source(store=1),)}, "sources.0.store=1: expected str"),
-        ({"optim": Optim(schedule=None)}, "optim.schedule=none: expected constant, cosine_decay or wsd"),
+        ({"name": 3}, "name=3: str"),
+        ({"train": Train(steps=1.5)}, "train.steps=1.5: int"),
+        ({"train": Train(steps=True)}, "train.steps=true: int"),
+        ({"train": Mesh()}, "train=mesh: train, Mesh"),
+        ({"leaves": Leaves(names=["a"])}, "leaves.names=['a']: str, list"),
+        ({"leaves": Leaves(mode="fast")}, "leaves.mode=fast: dot, flash none"),
+        ({"leaves": Leaves(colour="RED")}, "leaves.colour=RED: RED BLUE"),
+        ({"sources": (Source(store=1),)}, "sources.0.store=1: str"),
+        ({"optim": Optim(schedule=None)}, "optim.schedule=none: constant, wsd"),
     ],
 )
-def test_values_of_another_type_than_the_annotation_are_found(change, message):
+def test_values_of_another_type_than_the_annotation_are_found(change, named):
     run = dataclasses.replace(BASE, **change)
     for check in (validate, leaves, encode, lambda run: apply(run, [])):
-        with pytest.raises(ConfigError) as caught:
+        with raises(ConfigError, named):
             check(run)
-        assert str(caught.value) == message
 
 
 def test_a_subclass_is_not_the_class_that_would_be_read_back():
@@ -256,7 +228,7 @@ def test_a_subclass_is_not_the_class_that_would_be_read_back():
     class Steeper(CosineDecay):
         power: float = 2.0
 
-    with pytest.raises(ConfigError, match=r"^optim\.schedule=steeper: expected constant, cosine_decay or wsd"):
+    with raises(ConfigError, "optim.schedule=steeper: constant, wsd"):
         encode(Run(name="x", optim=Optim(schedule=Steeper())))
 
 
@@ -273,7 +245,7 @@ def test_unsupported_annotations_are_refused():
     class Chooser:
         part: Kinded | None = None
 
-    with pytest.raises(ConfigError, match=r"Holder\.table: a config cannot hold dict"):
+    with raises(ConfigError, "Holder.table: dict"):
         leaves(Holder())
-    with pytest.raises(ConfigError, match=r"Chooser\.part: no field of .*Kinded, a union member, may be named kind"):
+    with raises(ConfigError, "Chooser.part: Kinded, kind"):
         leaves(Chooser())

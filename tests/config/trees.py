@@ -113,23 +113,7 @@ class Run:
             )
 
 
-_WORDS = (
-    "",
-    "none",
-    "None",
-    "a,b",
-    "(a)",
-    "it's",
-    'a "b"',
-    "1",
-    "nan",
-    "x=y",
-    " pad ",
-    "ü",
-    "\n",
-    "plain",
-    "/a/b",
-)
+_WORDS = ("", "none", "None", "a,b", "(a)", "it's", 'a "b"', "1", "nan", "x=y", " pad ", "ü", "\n", "plain", "/a/b")
 
 
 def random_run(rng: random.Random) -> Run:

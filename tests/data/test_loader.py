@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
@@ -18,6 +17,7 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData, Windows
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.models.transformer import TransformerConfig
+from tests.refusals import problem, raises
 
 GLOBAL_BATCH = 8
 T = 16
@@ -144,10 +144,10 @@ def test_heldout_bytes_are_those_of_the_weighted_targets(data, store):
 
 def test_a_split_that_is_too_short_says_which_length_fits(data, store):
     tokens = store.manifest.splits["heldout"].tokens
-    with pytest.raises(ConfigError, match=f"the heldout split .* has {tokens}; use data.seq_len={tokens - 1}"):
+    with raises(ConfigError, f"heldout {tokens}; use data.seq_len={tokens - 1}"):
         replace(data, seq_len=tokens).open().heldout()
     assert len(replace(data, seq_len=tokens - 1).open().heldout()) == 1
-    with pytest.raises(ConfigError, match="the train split"):
+    with raises(ConfigError, "data.seq_len=1000000000 train"):
         replace(data, seq_len=10**9).open()
 
 
@@ -158,14 +158,13 @@ def test_a_small_vocabulary_of_the_model_is_refused(data, store):
         data.open().check(TransformerConfig(vocab_size=size, layers=1, width=8, heads=1, mlp_dim=8))
 
     check(size)
-    with pytest.raises(ConfigError, match=f"model.vocab_size={size - 1}.* {size} words"):
+    with raises(ConfigError, f"model.vocab_size={size - 1} {size}"):
         check(size - 1)
 
 
 @pytest.mark.parametrize("wrong", [{"store": ""}, {"seq_len": 0}, {"prefetch_bytes": 0}, {"threads": 0}])
 def test_a_wrong_field_is_named(wrong):
-    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}="):
-        validate(TokenData(**{"store": "s"} | wrong))
+    problem(TokenData(**{"store": "s"} | wrong), f"{next(iter(wrong))}=")
 
 
 def test_damage_met_while_reading_reaches_the_consumer(data, store, monkeypatch):
@@ -261,7 +260,7 @@ def test_prefetching_can_be_left_at_any_time(data, store):
     assert_threads_end(before)
 
 
-def test_prefetching_works_ahead_and_measures_only_the_wait():
+def test_prefetching_works_ahead():
     made = []
 
     def source():
@@ -274,11 +273,8 @@ def test_prefetching_works_ahead_and_measures_only_the_wait():
         deadline_s = time.monotonic() + 5
         while len(made) < 4 and time.monotonic() < deadline_s:
             time.sleep(0.01)
-        time.sleep(0.05)
+        time.sleep(0.05)  # for more, if there were no bound
         assert len(made) == 4  # one taken, two waiting, one that waits to be put
-        waited_s = placed.data_wait_s
-        next(placed)
-        assert placed.data_wait_s - waited_s < 0.05
 
 
 def test_an_error_while_placing_is_raised_after_the_batches_before_it():

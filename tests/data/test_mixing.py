@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from jaxinfra.config import validate
 from jaxinfra.data.mixing import BLOCK, Mixing, MixStage, stage_problems
 from jaxinfra.data.order import Curriculum, sample_ids
-from jaxinfra.errors import ConfigError
+from tests.refusals import problem
 
 
 def read(mixing: Mixing, steps: int, first: int = 0) -> np.ndarray:
@@ -162,22 +161,20 @@ class Owner:
 
 
 @pytest.mark.parametrize(
-    ("sources", "stages", "said"),
+    ("sources", "stages", "named"),
     [
-        (1, [(0, (-1.0,))], "stages.0.weights=(-1.0,): must be finite, none below 0 and one at least above it"),
-        (2, [(0, (0.0, 0.0))], "stages.0.weights=(0.0, 0.0): must be finite"),
-        (1, [(0, (float("inf"),))], "stages.0.weights=(inf,): must be finite"),
-        (1, [(-1, (1.0,))], "stages.0.start_step=-1: expected int at least 0; use stages.0.start_step=0"),
-        (2, [(0, (1.0,))], "stages.0.weights=(1.0,): there are 2 sources and 1 weights; give each source one"),
-        (1, [(3, (1.0,))], "stages.0.start_step=3: the first stage starts at step 0"),
-        (1, [(0, (1.0,)), (5, (2.0,)), (5, (1.0,))], "stages.2.start_step=5: the first stage starts at step 0, each"),
+        (1, [(0, (-1.0,))], "stages.0.weights=(-1.0,):"),
+        (2, [(0, (0.0, 0.0))], "stages.0.weights=(0.0, 0.0):"),
+        (1, [(0, (float("inf"),))], "stages.0.weights=(inf,):"),
+        (1, [(-1, (1.0,))], "stages.0.start_step=-1: use stages.0.start_step=0"),
+        (2, [(0, (1.0,))], "stages.0.weights=(1.0,): 2"),
+        (1, [(3, (1.0,))], "stages.0.start_step=3:"),
+        (1, [(0, (1.0,)), (5, (2.0,)), (5, (1.0,))], "stages.2.start_step=5:"),
     ],
 )
-def test_wrong_stages_are_one_line(sources, stages, said):
+def test_wrong_stages_are_one_line(sources, stages, named):
     made = tuple(MixStage(start_step=start, weights=weights) for start, weights in stages)
-    with pytest.raises(ConfigError) as refused:
-        validate(Owner(sources=sources, stages=made))
-    assert str(refused.value).startswith(said)
+    problem(Owner(sources=sources, stages=made), named)
     with pytest.raises(ValueError, match="weights|start_step"):
         Mixing([5] * sources, made, global_batch=1, seed=0)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxinfra.config import validate
 from jaxinfra.data.batches import Batches
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
@@ -19,6 +18,7 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
+from tests.refusals import problem, raises
 
 T = 16
 
@@ -135,45 +135,39 @@ def test_versions_are_pinned_in_the_order_of_the_sources(data):
     whole = [each.version for each in named.pinned(opened.versions).sources]
     assert whole == [opened.versions[0], "ab", opened.versions[2]], "a beginning becomes the whole, another one stays"
     other = replace(data.sources[1], version="none")
-    message = r"^data\.sources\.1\.version=none: is not among .* \S+store-b; use data\.sources\.1\.version=none or"
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, "data.sources.1.version=none: /store-b; use data.sources.1.version=none"):
         replace(data, sources=(data.sources[0], other, data.sources[2])).open()
 
 
 def test_stores_of_other_tokenizers_are_refused(data, store_path):
     mixed = replace(data, sources=(data.sources[0], MixSource(store=str(store_path))), stages=())
-    with pytest.raises(ConfigError, match="were made by different tokenizers"):
+    with raises(ConfigError, "tokenizers"):
         mixed.open()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"sources": (), "stages": ()}, r"sources=\(\): are none"),
-        ({"stages": (MixStage(weights=(0.0, 0.0, 0.0)),)}, r"stages\.0\.weights=.*: must be finite"),
-        ({"stages": (MixStage(weights=(1.0, 1.0)),)}, r"stages\.0\.weights=.*there are 3 sources and 2 weights"),
-        ({"stages": (MixStage(start_step=3, weights=(1.0, 1.0, 1.0)),)}, r"stages\.0\.start_step=3"),
-        ({"seq_len": 0}, "seq_len=0: .*; use seq_len=1024"),
-        (
-            {"curriculum": Curriculum()},
-            r"curriculum=.*, sources\.0\.packing=windows: .*; use sources\.0\.packing=best_fit_by_length",
-        ),
+        ({"sources": (), "stages": ()}, "sources=():"),
+        ({"stages": (MixStage(weights=(0.0, 0.0, 0.0)),)}, "stages.0.weights="),
+        ({"stages": (MixStage(weights=(1.0, 1.0)),)}, "stages.0.weights= 3 2"),
+        ({"stages": (MixStage(start_step=3, weights=(1.0, 1.0, 1.0)),)}, "stages.0.start_step=3"),
+        ({"seq_len": 0}, "seq_len=0:"),
+        ({"curriculum": Curriculum()}, "curriculum= use sources.0.packing=best_fit_by_length"),
     ],
 )
-def test_what_cannot_be_mixed_is_said(data, change, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(replace(data, **change))
+def test_what_cannot_be_mixed_is_said(data, change, named):
+    problem(replace(data, **change), named)
 
 
 def test_a_store_that_is_gone_names_how_to_make_it(data, stores, tmp_path):
     shutil.copytree(stores[0], tmp_path / "copy")
     gone = replace(data, sources=(data.sources[0], MixSource(store=str(tmp_path / "none"))), stages=())
-    message = r"^data\.sources\.1\.store=\S+/none: no store there; make it with: python -m launch data prepare"
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, f"data.sources.1.store={tmp_path}/none: data prepare"):
         gone.open()
 
 
 def test_a_source_without_the_packing_is_named(data):
     unpacked = replace(data, sources=(data.sources[0], replace(data.sources[1], packing="best_fit")), stages=())
-    with pytest.raises(ConfigError, match=r"^data\.sources\.1\.packing=best_fit: \S+store-b/\w+ has no rows of 16"):
+    with raises(ConfigError, "data.sources.1.packing=best_fit: /store-b/ 16"):
         unpacked.open()

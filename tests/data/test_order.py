@@ -3,9 +3,8 @@ import warnings
 import numpy as np
 import pytest
 
-from jaxinfra.config import validate
 from jaxinfra.data.order import Curriculum, epoch_keys, permute, reshuffled, sample_ids
-from jaxinfra.errors import ConfigError
+from tests.refusals import problem
 
 
 def key_of(number: int) -> np.ndarray:
@@ -128,10 +127,10 @@ def test_ranges_of_a_curriculum_are_shuffled_each_in_its_way():
     assert len({tuple(row) for row in (ids - 100 * np.arange(4)[:, None]).tolist()}) == 4
 
 
-@pytest.mark.parametrize("wrong", [{"buckets": 0}, {"buckets": 2**14 + 1}, {"buckets": 4, "epochs": 0}])
+@pytest.mark.parametrize("wrong", [{"buckets": 0}, {"buckets": 2**14 + 1}, {"epochs": 0}])
 def test_a_wrong_curriculum_is_one_line(wrong):
-    with pytest.raises(ConfigError, match=r"^(buckets|epochs)=\d+: expected .*; use (buckets=8|epochs=1)"):
-        validate(Curriculum(**wrong))
+    (field,) = wrong
+    problem(Curriculum(**wrong), f"{field}={wrong[field]}: use {field}=")
 
 
 @pytest.mark.parametrize(
@@ -150,5 +149,5 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 
 def test_an_index_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="index 5 is not below size=5"):
+    with pytest.raises(ValueError, match="size=5"):
         permute(np.arange(6), size=5, key=key_of(0))

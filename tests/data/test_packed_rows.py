@@ -18,6 +18,7 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
+from tests.refusals import raises
 
 T = 64
 
@@ -122,9 +123,9 @@ def test_heldout_rows_count_their_bytes(store):
 
 
 def test_a_length_that_was_not_packed_says_which_were(store):
-    with pytest.raises(ConfigError, match=r"has no rows of 65 \(65\), it has 64, 64-by-length; add Pack\(seq_len=65\)"):
+    with raises(ConfigError, "65 64, 64-by-length; Pack(seq_len=65)"):
         TokenData(store=store, seq_len=65, packing="best_fit").open()
-    with pytest.raises(ConfigError, match=r"add Pack\(seq_len=65, by_length=True\) to the packs of its recipe"):
+    with raises(ConfigError, "Pack(seq_len=65, by_length=True)"):
         TokenData(store=store, seq_len=65, packing="best_fit_by_length").open()
 
 
@@ -152,5 +153,5 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
         batch = opened.train.read(np.arange(len(opened.train)), weighted=False)
         learned = opened.tokenizer.decode(batch["targets"][batch["weights"] > 0].tolist())
         assert "answer 1" in learned and "question" not in learned
-    with pytest.raises(ConfigError, match=r"data\.mask_documents=false: .* says which tokens are learned"):
+    with raises(ConfigError, "data.mask_documents=false"):
         replace(data, packing="windows", mask_documents=False).open()

@@ -12,6 +12,7 @@ from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.builders.assemble import SplitWriter
 from jaxinfra.prepare.recipes.validation import draw
+from tests.refusals import raises
 
 SHARD = "train/tokens/c/0"
 
@@ -60,7 +61,7 @@ def test_windows_are_slices_whatever_their_order(store_path):
 
 @pytest.mark.parametrize(("start", "length"), [(-1, 4), (10**9, 4), (0, 10**9)])
 def test_windows_outside_the_split_are_refused(store_path, start, length):
-    with pytest.raises(DataError, match=r"tokens.*asked for"):
+    with raises(DataError, "tokens"):
         TokenStore.open(store_path).read("train", [0, start], length)
 
 
@@ -89,21 +90,19 @@ def test_the_type_leaves_a_value_that_is_no_token():
 
 
 def test_a_missing_store_says_how_to_make_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"no store there; make it with: make data") as caught:
+    with raises(ConfigError, f"{tmp_path}/none: make data"):
         TokenStore.open(tmp_path / "none", fix="make data")
-    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", range(40))
+@pytest.mark.parametrize("place", range(10))
 def test_a_flipped_bit_anywhere_in_a_shard_is_found_when_it_is_read(copy, place):
     rng = np.random.default_rng(place)
     path = copy / SHARD
     content = bytearray(path.read_bytes())
     content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
-    with pytest.raises(DataError, match=SHARD) as caught:
+    with raises(DataError, SHARD):
         use(copy)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [SHARD, "train/tokens/zarr.json", "heldout/offsets/c/0", "tokenizer.json"])
@@ -111,17 +110,17 @@ def test_a_missing_or_short_file_is_named_at_the_start(copy, name):
     path = copy / name
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(DataError, match=name):
+    with raises(DataError, name):
         TokenStore.open(copy)
     path.unlink()
-    with pytest.raises(DataError, match=f"{name}: missing"):
+    with raises(DataError, name):
         TokenStore.open(copy)
 
 
 def test_a_shard_that_vanishes_later_is_an_error_not_zeros(copy):
     store = TokenStore.open(copy)
     (copy / SHARD).unlink()
-    with pytest.raises(DataError, match=SHARD):
+    with raises(DataError, SHARD):
         store.read("train", [0], 8)
 
 
@@ -136,7 +135,7 @@ def test_verify_reads_every_byte_and_finds_no_damage(store_path):
     assert {name for name, _, _ in looked_at} >= {"train/tokens", "heldout/tokens", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("place", range(20))
+@pytest.mark.parametrize("place", range(10))
 def test_verify_finds_a_flipped_bit_anywhere_and_names_the_block(copy, place):
     rng = np.random.default_rng(place)
     path = copy / SHARD
@@ -177,7 +176,7 @@ def test_a_replaced_tokenizer_is_found(copy):
     text = path.read_text()
     path.write_text(text.replace('"dropout":null', '"dropout":0.1 '))
     assert len(path.read_text()) == len(text)
-    with pytest.raises(DataError, match=r"tokenizer\.json"):
+    with raises(DataError, "tokenizer.json"):
         TokenStore.open(copy)
 
 
@@ -185,45 +184,37 @@ def test_an_id_beyond_the_vocabulary_is_found(copy):
     manifest = TokenStore.open(copy).manifest
     smaller = replace(manifest, tokenizer=replace(manifest.words, vocab_size=200))
     (copy / "manifest.json").write_bytes(smaller.content())
-    with pytest.raises(DataError, match="beyond the vocabulary of 200"):
+    with raises(DataError, "vocabulary 200"):
         use(copy)
     store = TokenStore.open(copy)
     high = int(np.flatnonzero(store.read_ranges("train", "tokens", np.array([0]), np.array([2000])) >= 200)[0])
-    with pytest.raises(DataError, match=rf"beyond the vocabulary of 200 in tokens {high} to {high + 3};"):
+    with raises(DataError, f"vocabulary 200 {high} {high + 3};"):
         store.read_pieces("train", np.array([0, high]), np.array([high, 3]))
 
 
 def test_a_damaged_or_newer_manifest_is_refused(copy):
     path = copy / "manifest.json"
     tree = json.loads(path.read_text())
-    for text, words in [
-        (path.read_text()[:-40], "damaged manifest"),
-        ("[]", "damaged manifest"),
-        (json.dumps({key: value for key, value in tree.items() if key != "splits"}), "damaged manifest"),
-        (json.dumps(tree | {"format": 3}), "store format 3, this version reads format 2; update jaxinfra"),
-        (json.dumps(tree | {"format": 1}), "store format 1, this version reads format 2; prepare the store again"),
+    for text, named in [
+        (path.read_text()[:-40], "manifest"),
+        ("[]", "manifest"),
+        (json.dumps({key: value for key, value in tree.items() if key != "splits"}), "manifest"),
+        (json.dumps(tree | {"format": 3}), "3, 2; update"),
+        (json.dumps(tree | {"format": 1}), "1, 2; prepare"),
     ]:
         path.write_text(text)
-        with pytest.raises(DataError, match=words) as caught:
+        with raises(DataError, str(copy), named):
             TokenStore.open(copy)
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"splits": {}}, "is text in no splits"),
-        ({"kind": "sounds"}, "is sounds in train, heldout"),
-        ({"kind": "images"}, "is images with a tokenizer"),
-        ({"block": 0}, "counts something in other than whole numbers"),
-        ({"masked": True}, "its fingerprint is not that of its contents"),
-    ],
+    "change", [{"splits": {}}, {"kind": "sounds"}, {"kind": "images"}, {"block": 0}, {"masked": True}], ids=str
 )
-def test_a_manifest_that_contradicts_itself_is_refused(copy, change, words):
+def test_a_manifest_that_contradicts_itself_is_refused(copy, change):
     tree = json.loads((copy / "manifest.json").read_text()) | change
     del tree["digest"]
     (copy / "manifest.json").write_text(json.dumps(tree | {"digest": digest_of(tree)}))
-    with pytest.raises(DataError, match=rf"damaged manifest \(ValueError: {words}"):
+    with raises(DataError, str(copy), "manifest"):
         TokenStore.open(copy)
 
 
@@ -231,9 +222,9 @@ def test_another_version_in_the_place_of_one_is_found(copy, tmp_path):
     named = TokenStore.open(copy).manifest.fingerprint
     other = tmp_path / "0123456789abcdef0123456789abcdef"
     shutil.copytree(copy, other)
-    with pytest.raises(DataError, match=rf"manifest\.json: is of version {named}, not of {other.name}; move"):
+    with raises(DataError, f"manifest.json: {named}, {other.name};"):
         TokenStore.open(other)
-    with pytest.raises(ConfigError, match=rf"^data\.version=cafe: {copy} is version {named}; use data\.version=none$"):
+    with raises(ConfigError, f"data.version=cafe: {copy} {named}; use data.version=none"):
         TokenStore.open(copy, "cafe")
     assert TokenStore.open(copy, named[:6]).manifest.fingerprint == named
 
@@ -269,6 +260,6 @@ def test_storage_that_fails_is_not_called_damage(tmp_path, monkeypatch, status):
         raise ValueError(f"{status}: Error writing local file: No space left on device [tensorstore_spec='{{}}']")
 
     monkeypatch.setattr(arrays.ts, "open", fail)
-    with pytest.raises(StorageError, match=f"{status}.*No space left") as caught:
+    with raises(StorageError, f"{tmp_path}/a: {status} No space left") as caught:
         arrays.create(str(tmp_path / "a"), np.dtype(np.uint16), 0)
     assert "tensorstore_spec" not in str(caught.value)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.errors import ConfigError, DataError, StorageError
+from tests.refusals import raises
 
 pytestmark = pytest.mark.slow
 
@@ -55,18 +56,18 @@ def test_a_store_that_was_changed_is_not_overwritten(clone):
     (index,) = (clone / "store").glob("versions.json")
     index.unlink()
     index.write_text("{}")
-    with pytest.raises(DataError, match=r"store\.dvc: the folder beside it was changed since it was added"):
+    with raises(DataError, "store.dvc: changed"):
         TokenStore.open(clone / "store.dvc")
     assert index.read_text() == "{}"
 
 
 def test_what_is_nowhere_is_said(clone):
     (clone / ".dvc" / "config").write_text("")
-    with pytest.raises(StorageError, match=r"store\.dvc: cannot be brought \(.*\); run dvc pull"):
+    with raises(StorageError, "store.dvc: dvc pull"):
         TokenStore.open(clone / "store")
 
 
 def test_a_file_without_its_repository_is_said(clone, tmp_path):
     shutil.copy(clone / "store.dvc", tmp_path / "store.dvc")
-    with pytest.raises(ConfigError, match=r"store\.dvc: is in no repository of DVC"):
+    with raises(ConfigError, "store.dvc: repository DVC"):
         TokenStore.open(tmp_path / "store")

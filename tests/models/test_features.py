@@ -128,13 +128,7 @@ def test_loss_is_the_entropy_of_the_capped_logits_of_the_definition() -> None:
     weights = np.random.default_rng(2).integers(0, 2, words.shape).astype(np.float32)
     logits = numpy_reference.logits(values, built.config, words, RESTARTED, DOCUMENTS)
     wanted = (numpy_reference.entropies(logits, targets, 2.0) * weights).sum()
-    batch = {
-        "inputs": words,
-        "targets": targets,
-        "positions": RESTARTED,
-        "segments": DOCUMENTS,
-        "weights": weights,
-    }
+    batch = {"inputs": words, "targets": targets, "positions": RESTARTED, "segments": DOCUMENTS, "weights": weights}
     with jax.set_mesh(built.mesh):
         task = CausalLM(loss_chunks=3)
         placed = jax.tree.map(built.rows, batch)

@@ -41,7 +41,7 @@ SPECS = {
             role="matrix",
             in_dims=(1,),
             out_dims=(2,),
-        ),
+        )
     },
     "head": ParamSpec(
         shape=(8, 16), axes=("embed", "vocab"), init=normal(1.0), role="head", in_dims=(0,), out_dims=(1,)

@@ -97,15 +97,6 @@ def test_abstract_and_real_state_have_one_type(specs, draw, optimizer):
         assert shardings(updates) == shardings(params)
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_elementwise_state_is_sharded_like_the_parameters(specs, draw, state_dtype):
-    tx = build(Optim(state_dtype=state_dtype), steps=4, specs=specs)
-    with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"))):
-        state = jax.jit(tx.init)(sharded(draw(0)))
-        adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
-        assert shardings(adam.mu) == shardings(adam.nu) == SHARDINGS
-
-
 def test_factored_state_keeps_what_sharding_is_left(specs, draw):
     tx = transform(Adafactor(min_factored_dim=8), specs)
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"))):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.errors import ConfigError
 from jaxinfra.optim.blocks import is_spec
 from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optim, build
 from jaxinfra.optim.schedules import Constant, Linear
+from tests.refusals import problem
 
 LR = 0.01
 UPDATES = 4
@@ -138,7 +138,7 @@ def test_bfloat16_params_keep_float32_state(specs, draw):
 
 
 @pytest.mark.parametrize(
-    ("optim", "message"),
+    ("optim", "named"),
     [
         (Optim(peak_lr=0.0), "peak_lr=0"),
         (Optim(peak_lr=math.inf), "peak_lr="),
@@ -150,15 +150,13 @@ def test_bfloat16_params_keep_float32_state(specs, draw):
         (Optim(optimizer=SGD(momentum=0.0, nesterov=True)), "optimizer.nesterov=true"),
         (Optim(optimizer=Muon(iterations=0)), "optimizer.iterations=0"),
         (Optim(optimizer=Adafactor(min_param_rms=0.0)), "optimizer.min_param_rms=0"),
-        (Optim(optimizer=AdamW(b2=0.999), state_dtype="bfloat16"), "optimizer.b2=0.999: bfloat16 rounds"),
+        (Optim(optimizer=AdamW(b2=0.999), state_dtype="bfloat16"), "optimizer.b2=0.999: bfloat16"),
         (Optim(optimizer=Adafactor(), state_dtype="bfloat16"), "state_dtype=bfloat16"),
     ],
     ids=repr,
 )
-def test_values_that_cannot_work_are_refused(optim, message):
-    with pytest.raises(ConfigError) as caught:
-        validate(optim)
-    assert message in str(caught.value)
+def test_values_that_cannot_work_are_refused(optim, named):
+    problem(optim, named)
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(), Lion(), SGD(), Muon()], ids=repr)

@@ -63,18 +63,6 @@ def trips(module: Module) -> int | None:
         (loop(body="%down = s32[] constant(-1)\n  %next = s32[] add(%i, %down)"), None),
         (loop(carried="%limit, %x, %limit"), 0),
     ],
-    ids=[
-        "plain",
-        "first value",
-        "step",
-        "both",
-        "limit carried",
-        "other comparison",
-        "unknown first",
-        "no counter",
-        "backwards",
-        "never",
-    ],
 )
 def test_trips_follow_from_condition_first_value_and_step(made: Module, runs: int | None) -> None:
     assert trips(made) == runs
@@ -183,5 +171,5 @@ def test_bytes_of_arrays(shape: str, sizes: tuple[int, ...]) -> None:
 
 
 def test_other_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="no computation is marked ENTRY"):
+    with pytest.raises(ValueError, match="ENTRY"):
         Module("module @jit_step {\n}\n")

@@ -39,10 +39,7 @@ IN_HOST_MEMORY = "S(5)"
 def compiled(*, offload: bool = False, remat: Remat = "full", rows: int = 128) -> tuple[Memory, bool]:
     """What is allotted, and whether the text has arrays in host memory."""
     run = replace(
-        RUN,
-        optim=Optim(offload=offload),
-        model=replace(RUN.model, remat=remat),
-        train=TrainConfig(global_batch=rows),
+        RUN, optim=Optim(offload=offload), model=replace(RUN.model, remat=remat), train=TrainConfig(global_batch=rows)
     )
     texts: list[str] = []
     found = compile_step(run, ON, dump=texts.append, report=lambda line: None)

@@ -9,6 +9,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.refusal import explained, smaller
 from jaxinfra.run import Run
 from jaxinfra.train.loop import TrainConfig
+from tests.refusals import names
 
 RUN = Run(
     name="test",
@@ -20,48 +21,34 @@ OOM = "RESOURCE_EXHAUSTED: "
 
 
 @pytest.mark.parametrize(
-    ("message", "line"),
+    ("message", "named"),
     [
         (
             OOM + "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
             "(46.60G) exceeds available HBM (15.75G). HLO module: jit__train_step.\nSee https://openxla.org/xla/errors",
-            "needs 46.60 GiB of HLO temporaries a device, which has 15.75: 30.85 GiB too much; "
-            "use model.remat=full, train.accumulate=3, or more devices",
+            "46.60 GiB temporaries 15.75: 30.85 use model.remat=full, train.accumulate=3,",
         ),
         (
             OOM + "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 1.50T of 32.00G hbm. "
             "Exceeded hbm capacity by 17.34G.",
-            "needs 1536.00 GiB a device, which has 32.00: 1504.00 GiB too much; "
-            "use model.remat=full, train.accumulate=12, or more devices",
+            "1536.00 GiB 32.00: 1504.00 use model.remat=full, train.accumulate=12,",
         ),
         (
             OOM + "TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available bytes: 95.74G",
-            "does not fit: TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available bytes: "
-            "95.74G; use model.remat=full, train.accumulate=2, or more devices",
+            "34.82G, 95.74G; use model.remat=full, train.accumulate=2,",
         ),
         (
             OOM + "E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem",
-            "a kernel does not fit the chip's vector memory: RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: "
-            "Ran out of memory in memory space vmem; use smaller blocks, or model.attention=xla",
+            "vector CompileTimeScopedVmemOom: use model.attention=xla",
         ),
-        (
-            "cuDNN not found.",
-            "its attention needs cuDNN; use model.attention=xla, or pip install nvidia-cudnn-cu13",
-        ),
-        (
-            "INTERNAL: libdevice not found at ./libdevice.10.bc",
-            "its compiler needs ptxas and libdevice of CUDA: INTERNAL: libdevice not found at ./libdevice.10.bc; "
-            "use pip install -e '.[compile]'",
-        ),
-        (
-            "INTERNAL: Mosaic failed\n  more",
-            "the compiler refuses it: INTERNAL: Mosaic failed; --debug shows all it says",
-        ),
+        ("cuDNN not found.", "cuDNN; use model.attention=xla, nvidia-cudnn-cu13"),
+        ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice use '.[compile]'"),
+        ("INTERNAL: Mosaic failed\n  more", "Mosaic failed; --debug"),
     ],
     ids=["temporaries", "in all", "unknown form", "vector memory", "cudnn", "cuda", "anything"],
 )
-def test_a_refusal_is_one_line_that_says_what_to_do(message: str, line: str) -> None:
-    assert explained(message, RUN, 12) == line
+def test_a_refusal_is_one_line_that_says_what_to_do(message: str, named: str) -> None:
+    names(explained(message, RUN, 12), named)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +66,5 @@ def test_a_refusal_is_one_line_that_says_what_to_do(message: str, line: str) -> 
 def test_what_would_help_is_what_is_not_done_yet(
     remat: str, accumulate: int, rows: float, times: float, fix: str
 ) -> None:
-    run = replace(
-        RUN,
-        model=replace(RUN.model, remat=remat),
-        train=TrainConfig(global_batch=96, accumulate=accumulate),
-    )
+    run = replace(RUN, model=replace(RUN.model, remat=remat), train=TrainConfig(global_batch=96, accumulate=accumulate))
     assert smaller(run, rows, times) == fix

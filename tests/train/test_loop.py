@@ -134,7 +134,7 @@ def test_hot_path_moves_nothing_unasked(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     def guarded(*arguments: Any) -> Outcome:
         calls.append(arguments)
         with jax.transfer_guard("disallow"):
-            with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"):
                 jnp.sin(np.ones(3))
             return fit(*arguments)
 
