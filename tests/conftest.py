@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfra.runtime import emulated
 
-pytest_plugins = ["tests.servers.fixtures", "tests.stores"]
+pytest_plugins = ["tests.compile_cache", "tests.servers.fixtures", "tests.stores"]
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -20,6 +20,43 @@ ENVIRONMENT = {
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)
+
+SLOW_S = 10
+"""Of a slow test that does not say how long it takes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts slow modules first, the longest first, and shares them out over the workers.
+
+    xdist gives each worker an equal, contiguous part of the list; an idle worker takes from the end of another's. So
+    each part begins with its share of the slow modules and ends with fast tests. The tests of a module stay together,
+    for the fixtures that they share. `@pytest.mark.slow(SECONDS)` says about how long a test takes.
+    """
+    slow: dict[str, list[pytest.Item]] = {}
+    fast: list[pytest.Item] = []
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow.setdefault(item.nodeid.partition("::")[0], []).append(item)
+        else:
+            fast.append(item)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    parts: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for module in sorted(slow, key=lambda module: -sum(map(_seconds, slow[module]))):
+        least = min(parts, key=lambda part: sum(map(_seconds, part)))
+        least += sorted(slow[module], key=lambda item: -_seconds(item))
+    size = len(items)
+    for number, part in enumerate(parts):
+        room = max(0, size // (workers - number) - len(part))
+        part += fast[:room]
+        del fast[:room]
+        size -= len(part)
+    items[:] = [item for part in [*parts, fast] for item in part]
+
+
+def _seconds(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("slow")
+    assert marker is not None
+    return marker.args[0] if marker.args else SLOW_S
 
 
 @pytest.fixture

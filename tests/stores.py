@@ -8,6 +8,7 @@ import pytest
 from jaxinfra.data.tokenizer import TrainBpe
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.text_files import TextFiles
 from tests.vocabularies import KINDS, vocabulary
 
@@ -37,7 +38,7 @@ def corpus(text_root, tmp_path_factory):
         store=str(tmp_path_factory.mktemp("stores") / "store"),
         source=TextFiles(root=str(text_root)),
         tokenizer=TrainBpe(vocab_size=300),
-        heldout_fraction=0.2,
+        validation=ByKey(fraction=0.2),
         baselines=True,
     )
 

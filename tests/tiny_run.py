@@ -51,6 +51,7 @@ def config() -> Run:
 """
 RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.data.tokenizer import TrainBpe
 
@@ -60,7 +61,7 @@ def config() -> Corpus:
         store={store!r},
         source=TextFiles(root={text!r}, pattern="*.txt"),
         tokenizer=TrainBpe(vocab_size=300),
-        heldout_fraction=0.2,
+        validation=ByKey(fraction=0.2),
     )
 """
 

@@ -4,7 +4,6 @@ import base64
 import io
 from pathlib import Path
 
-import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -80,6 +79,8 @@ def _tiktoken(folder: Path) -> Tokenizer:
 
 def spm_file(path: Path) -> Path:
     """A model of SentencePiece that leaves texts as they are, with markers that it calls user defined."""
+    import sentencepiece  # inside: every test process loads this file, also one with the base dependencies alone
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 10),

@@ -1,6 +1,7 @@
 """The 1,797 handwritten digits of scikit-learn (the extra `digits`): no network."""
 
 from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.python_source import PythonSource
 
 
@@ -9,6 +10,6 @@ def config() -> ImageSet:
         store="stores/digits",
         source=PythonSource(factory="jaxinfra.prepare.sources.digits:records"),
         classes=tuple("0123456789"),
-        heldout_fraction=0.2,
+        validation=ByKey(fraction=0.2),
         baselines=True,
     )

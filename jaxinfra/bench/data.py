@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import importlib
 import importlib.util
-import json
 import resource
 import sys
 import tempfile
@@ -26,13 +25,12 @@ import tensorstore as ts
 
 from jaxinfra.bench import reading, token_files
 from jaxinfra.bench.reading import BATCH, LENGTH, Request, Stores
-from jaxinfra.bench.step import machine, table
+from jaxinfra.bench.table import Findings, machine, table
 from jaxinfra.config import load
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run, of_text
 from jaxinfra.runtime.peak import CHIP_FLOPS
-from jaxinfra.storage import outputs
 
 TOKENS, LEAST_TOKENS = 200_000_000, 4 * BATCH * LENGTH
 TURN_S = 0.5
@@ -213,8 +211,8 @@ def _speed_lines(rows: Sequence[Row]) -> Iterator[str]:
     yield table(cells)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measures the chosen parts, or all, and prints the table and what it was measured on.
+def run(options: argparse.Namespace) -> Findings:
+    """Measures the chosen parts, or all.
 
     Raises:
         ConfigError: too few tokens are asked for.
@@ -222,31 +220,27 @@ def run(options: argparse.Namespace) -> int:
     tokens, turns = TOKENS if options.tokens is None else options.tokens, min(options.pairs, TURNS)
     if tokens < LEAST_TOKENS:
         raise ConfigError(f"--tokens {tokens}: expected {LEAST_TOKENS} or more, for batches of different windows")
-    chosen = options.only or ("speed", "first", "memory")
-    found: dict[str, Any] = {"tokens": tokens, "turns": turns, "machine": machine()}
+    figures: dict[str, Any] = {"tokens": tokens, "turns": turns}
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as name:
         print(f"writing {tokens:,} tokens ...", file=sys.stderr, flush=True)
         stores = token_files.build(Path(name), tokens, records=installed("grain"))
-        for part in chosen:
+        for part in options.only or ("speed", "first", "memory"):
             print(f"measuring {part} ...", file=sys.stderr, flush=True)
             if part == "speed":
                 rows = speed(stores, turns)
-                found["rows"] = [dataclasses.asdict(row) for row in rows]
+                figures["rows"] = [dataclasses.asdict(row) for row in rows]
                 lines += _speed_lines(rows)
             elif part == "first":
-                found["first_batch_s"] = median(first_s(stores, turns))
+                figures["first_batch_s"] = median(first_s(stores, turns))
                 lines.append(
-                    f"First batch {found['first_batch_s']:.2f} s after the start of a process, "
+                    f"First batch {figures['first_batch_s']:.2f} s after the start of a process, "
                     "which imports all that it needs, and no jax (goal < 1 s)."
                 )
             else:
-                found["growth_bytes"] = growth_bytes(stores, GROWTH_BATCHES)
-                grown = f"{found['growth_bytes'] / MB:.1f} MB larger (goal < 50)"
+                figures["growth_bytes"] = growth_bytes(stores, GROWTH_BATCHES)
+                grown = f"{figures['growth_bytes'] / MB:.1f} MB larger (goal < 50)"
                 lines.append(f"{GROWTH_BATCHES:,} batches make the process {grown}.")
-    print("\n".join(lines))
-    facts = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
-    print(f"\n{tokens:,} tokens, windows of {LENGTH:,}, batches of {BATCH}; medians of {turns} turns; {facts}.")
-    if options.json is not None:
-        outputs.write(options.json, json.dumps(found, indent=2) + "\n")
-    return 0
+    sizes = f"{tokens:,} tokens, windows of {LENGTH:,}, batches of {BATCH}"
+    note = f"{sizes}; medians of {turns} turns"
+    return Findings(text="\n".join(lines), note=note, figures=figures, facts=machine())

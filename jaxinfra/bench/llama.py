@@ -6,18 +6,16 @@ docs/compile.md). "best" is the policy of rematerialisation that computes least 
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
-from jaxinfra.bench.step import table
+from jaxinfra.bench.table import Findings, table
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.compiled import Compiled, compile_step
 from jaxinfra.plan.topology import parse
 from jaxinfra.run import Run
-from jaxinfra.storage import outputs
 
 ON = "v5p:4x4x4"
 CHIPS = 64
@@ -161,13 +159,12 @@ def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return cells
 
 
-def run(options: argparse.Namespace) -> int:
-    """Compiles the chosen parts, or all, and prints the table and what compiled it."""
+def run(options: argparse.Namespace) -> Findings:
+    """Compiles the chosen parts, or all."""
     rows = [row for part in options.only or CASES for row in CASES[part](options.overrides)]
-    facts = {name: version(name) for name in ("jax", "libtpu")}
-    print(table(cells_of(rows)))
-    print(f"\n{CONFIG} on {ON}; " + ", ".join(f"{name} {number}" for name, number in facts.items()) + ".")
-    if options.json is not None:
-        found = {"rows": [dataclasses.asdict(row) for row in rows], **facts}
-        outputs.write(options.json, json.dumps(found, indent=2) + "\n")
-    return 0
+    return Findings(
+        text=table(cells_of(rows)),
+        note=f"{CONFIG} on {ON}",
+        figures={"rows": [dataclasses.asdict(row) for row in rows]},
+        facts={name: version(name) for name in ("jax", "libtpu")},
+    )

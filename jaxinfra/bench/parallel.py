@@ -7,15 +7,13 @@ process; a ratio is the median of those of the pairs.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
 
 from jaxinfra.bench.children import Request, measured
-from jaxinfra.bench.step import machine, table
+from jaxinfra.bench.table import Findings, machine, table
 from jaxinfra.parallel.schedules import BACKWARD, FORWARD, PipelineConfig
-from jaxinfra.storage import outputs
 
 DEVICES = 8
 PLAIN = ("mesh.fsdp=8",)
@@ -122,8 +120,8 @@ def schedules(scope: Scope) -> Iterator[Row]:
 CASES = {"axes": axes, "experts": experts, "schedules": schedules}
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measures the chosen parts, or all, and prints the table and what it was measured on."""
+def run(options: argparse.Namespace) -> Findings:
+    """Measures the chosen parts, or all."""
     scope = Scope(config=options.config, overrides=tuple(options.overrides), pairs=options.pairs)
     rows: list[Row] = []
     for name in options.only or CASES:
@@ -133,10 +131,9 @@ def run(options: argparse.Namespace) -> int:
     for row in rows:
         formula = "" if row.formula is None else f"{row.formula:.3f}"
         cells.append((row.case, f"{row.step_ms:.1f} ms", f"{row.plain_ms:.1f} ms", f"{row.ratio:.3f}", formula))
-    facts = machine()
-    print(table(cells))
-    print(f"\nMedians of {scope.pairs} pairs in turns; " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
-    if options.json is not None:
-        found = {"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs, "machine": facts}
-        outputs.write(options.json, json.dumps(found, indent=2) + "\n")
-    return 0
+    return Findings(
+        text=table(cells),
+        note=f"Medians of {scope.pairs} pairs in turns",
+        figures={"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs},
+        facts=machine(),
+    )

@@ -9,12 +9,11 @@ import itertools
 import math
 import multiprocessing
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxinfra.parallel.mesh import MeshConfig
+    from jaxinfra.program import Program
     from jaxinfra.run import Run
 
 BOUND = 2e-5
@@ -112,7 +112,7 @@ def on(run: "Run", mesh: "MeshConfig", microbatches: int) -> "Run":
 
 
 def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
-    """Random words in rows of two documents, some weights of zero."""
+    """Random tokens `[global_batch, seq_len]`; with document masks two documents a row, and some weights of zero."""
     import numpy as np
 
     from jaxinfra.run import of_text
@@ -120,53 +120,69 @@ def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
     draw, (model, data) = np.random.default_rng(seed), of_text(run)
     rows, length = run.train.global_batch, data.seq_len
     words = draw.integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
-    cut, place = draw.integers(1, length, (rows, 1)), np.arange(length)
-    return {
-        "inputs": words[:, :-1],
-        "targets": words[:, 1:],
-        "segments": (place >= cut).astype(np.int32),
-        "positions": np.where(place >= cut, place - cut, place).astype(np.int32),
-        "weights": (draw.random((rows, length)) > 0.2).astype(np.float32),
-    }
+    batch = {"inputs": words[:, :-1], "targets": words[:, 1:]}
+    if data.mask_documents:
+        cut, place = draw.integers(1, length, (rows, 1)), np.arange(length)
+        batch["segments"] = (place >= cut).astype(np.int32)
+        batch["positions"] = np.where(place >= cut, place - cut, place).astype(np.int32)
+        batch["weights"] = (draw.random((rows, length)) > 0.2).astype(np.float32)
+    return batch
 
 
-def computed(run: "Run", order: Sequence[int] | None = None) -> Arrays:
-    """Sums of the loss and every gradient, by name, from the first parameters of the run.
-
-    Args:
-        run: on its mesh.
-        order: of the devices; None for their own.
-    """
+def program_of(run: "Run", order: Sequence[int] | None = None) -> "Program":
+    """The program of a run on the first devices here, in their own order or in another."""
     import jax
-    import numpy as np
 
     from jaxinfra.parallel.mesh import make_mesh, permuted
     from jaxinfra.program import Program
 
-    devices = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
-    program = Program(run, devices if order is None else permuted(devices, order))
-    host = batch_of(run)
+    mesh = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
+    return Program(run, mesh if order is None else permuted(mesh, order))
+
+
+def put(values: Any, like: Any) -> Any:
+    """Host arrays on the devices, sharded like `ShapeDtypeStruct`s."""
+    import jax
+
+    return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), values, like)
+
+
+def computed(program: "Program", batch: Mapping[str, "np.ndarray"], params: Any = None, step: int = 0) -> Arrays:
+    """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`, at one point.
+
+    Args:
+        program: of a run on its mesh.
+        batch: a global batch on the host.
+        params: values on the host; None for the first ones of the run.
+        step: whose dropout masks are taken.
+    """
+    import jax
+    import numpy as np
+
     with program.on_mesh, jax.default_matmul_precision("highest"):
-        params = program.init(jax.random.key(run.seed)).params
-        batch = {name: jax.device_put(host[name], like.sharding) for name, like in program.batch.items()}
-        grads, sums = program.gradients(params, batch)
-        found = {"loss": sums["loss"], **{jax.tree_util.keystr(p): g for p, g in jax.tree.leaves_with_path(grads)}}
-        return {name: np.asarray(array) for name, array in found.items()}
+        if params is None:
+            placed = program.init(jax.random.key(program.run.seed)).params
+        else:
+            placed = put(params, program.params)
+        expected = program.batch if batch.keys() == program.batch.keys() else program.heldout_batch
+        grads, sums = program.gradients(placed, program.with_words(put(dict(batch), expected), step))
+        leaves = jax.tree.leaves_with_path({"sum": sums, "grad": grads})
+        return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
-    """Of each array the largest difference, as a part of its largest value.
+    """Of each array the largest difference, as a part of its largest value; NaN where a value is.
 
-    Of an array that is zero but for rounding (the bias of keys, which no score depends on): as a part of what rounding
-    may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.
+    Of a gradient that is zero but for rounding (the bias of keys, which no score depends on): as a part of what
+    rounding may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.
     """
     import numpy as np
 
     assert found.keys() == wanted.keys()
     sizes = {name: float(np.abs(one).max()) for name, one in wanted.items()}
-    zero = ROUNDING * max((size for name, size in sizes.items() if name != "loss"), default=0.0)
+    zero = ROUNDING * max((size for name, size in sizes.items() if not name.startswith("sum.")), default=0.0)
     return {
-        name: float(np.abs(found[name] - one).max()) / (sizes[name] if sizes[name] > zero else zero / BOUND)
+        name: float(np.abs(found[name] - one).max()) / (sizes[name] if sizes[name] > zero else (zero / BOUND or 1.0))
         for name, one in wanted.items()
     }
 
@@ -189,20 +205,26 @@ def rows(part: Part) -> Iterator[Row]:
     for config, runs in spread.items():
         if not runs:
             continue
-        wanted = computed(on(runs[0], MeshConfig(fsdp=1), 1))
+        wanted = _compared(on(runs[0], MeshConfig(fsdp=1), 1))
         for run in runs:
-            plain = differences(computed(run), wanted)
-            loss = plain.pop("loss")
+            plain = differences(_compared(run), wanted)
+            loss = plain.pop("sum.loss")
             leaf = max(plain, key=lambda name: (math.isnan(plain[name]), plain[name]))
-            shuffled = differences(computed(run, order), wanted)
+            shuffled = differences(_compared(run, order), wanted)
             yield Row(
                 config=Path(config).stem,
                 mesh=_named(run.mesh),
                 loss=loss,
                 gradient=plain[leaf],
-                leaf=re.sub(r"[\[\]']+", ".", leaf).strip("."),
+                leaf=leaf.removeprefix("grad."),
                 permuted=max(shuffled.values(), key=lambda d: (math.isnan(d), d)),
             )
+
+
+def _compared(run: "Run", order: Sequence[int] | None = None) -> Arrays:
+    """The loss and every gradient, from the first parameters of the run."""
+    found = computed(program_of(run, order), batch_of(run))
+    return {name: one for name, one in found.items() if name == "sum.loss" or name.startswith("grad.")}
 
 
 def _fitting(config: str, overrides: Sequence[str], mesh: "MeshConfig") -> "Run":

@@ -8,7 +8,6 @@ tokens on disk.
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -21,13 +20,12 @@ from statistics import median
 from typing import Any
 
 from jaxinfra.bench.children import ChildError
-from jaxinfra.bench.step import machine, table
+from jaxinfra.bench.table import Findings, machine, table
 from jaxinfra.data.tokenizer import TokenizerFile, train_bpe
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Found
 from jaxinfra.prepare.sources.text_files import TextFiles
-from jaxinfra.storage import outputs
 
 OURS, THEIRS = "prepare", "map"
 TITLES = {OURS: "data prepare", THEIRS: "datasets.map"}
@@ -111,8 +109,8 @@ def timed_s(side: Side, root: str, pattern: str, tokenizer: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measures every side in turns, and prints the table."""
+def run(options: argparse.Namespace) -> Findings:
+    """Measures every side in turns."""
     source = TextFiles(root=options.text, pattern="**/*") if options.text else TextFiles()
     every = texts(source)
     n_bytes, turns = sum(len(text.encode()) for text in every), min(options.pairs, TURNS)
@@ -128,15 +126,9 @@ def run(options: argparse.Namespace) -> int:
                 times_s[side].append(timed_s(side, source.root, source.pattern, path))
     found = rows(times_s, n_bytes, tokens)
     cells = [("tokens by", "s", "MB/s", "Mtok/s", "of one worker", "of datasets.map"), *map(cells_of, found)]
-    print(table(cells))
-    facts = ", ".join(f"{k} {v}" for k, v in machine().items())
-    print(
-        f"\n{len(every):,} files, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens; medians of {turns} turns; {facts}. "
-        f"Goals: two workers {_FASTER} times one, and at least as fast as datasets.map."
-    )
-    if options.json is not None:
-        outputs.write(options.json, json.dumps({"rows": found, "machine": machine()}, indent=2) + "\n")
-    return 0
+    goals = f"Goals: two workers {_FASTER} times one, and at least as fast as datasets.map."
+    note = f"{len(every):,} files, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens; medians of {turns} turns"
+    return Findings(text=f"{table(cells)}\n\n{goals}", note=note, figures={"rows": found}, facts=machine())
 
 
 def rows(times_s: dict[Side, list[float]], n_bytes: int, tokens: int) -> list[dict[str, Any]]:

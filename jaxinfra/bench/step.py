@@ -6,19 +6,14 @@ else the machine does hits both sides of a pair alike.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
 from jaxinfra.bench.children import Request, Times, last_line, measured
 from jaxinfra.bench.start import start
-from jaxinfra.storage import outputs
+from jaxinfra.bench.table import Findings, machine, table
 
 DISPATCH = (
     "model.layers=2",
@@ -159,40 +154,14 @@ CASES: dict[str, Callable[[Scope], Iterator[Row]]] = {
 }
 
 
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "jax": importlib.metadata.version("jax"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
 def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The head of the table, and a line for each row."""
     head = ("case", "jaxinfra", "bare", "ratio", "goal")
     return [head, *((r.case, r.jaxinfra, r.bare, "" if r.ratio is None else f"{r.ratio:.3f}", r.goal) for r in rows)]
 
 
-def table(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that reads well as plain text, too; the first line is its head."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measures the chosen cases, or all, and prints the table and what it was measured on."""
+def run(options: argparse.Namespace) -> Findings:
+    """Measures the chosen cases, or all."""
     scope = Scope(
         config=options.config, overrides=tuple(options.overrides), pairs=options.pairs, against=options.against
     )
@@ -200,10 +169,9 @@ def run(options: argparse.Namespace) -> int:
     for name in options.only or CASES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         rows += CASES[name](scope)
-    facts = machine()
-    print(table(cells_of(rows)))
-    print(f"\nMedians of {scope.pairs} pairs in turns; " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
-    if options.json is not None:
-        found = {"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs, "machine": facts}
-        outputs.write(options.json, json.dumps(found, indent=2) + "\n")
-    return 0
+    return Findings(
+        text=table(cells_of(rows)),
+        note=f"Medians of {scope.pairs} pairs in turns",
+        figures={"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs},
+        facts=machine(),
+    )

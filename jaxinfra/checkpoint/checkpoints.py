@@ -8,6 +8,7 @@ restored array is bit for bit what was saved, on whatever mesh it was and is.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from etils import epath
 
 from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
-from jaxinfra.storage.checks import absolute, cause_of, is_storage_failure, make_writable, writing_to
+from jaxinfra.storage.checks import is_remote, make_writable
+from jaxinfra.storage.errors import cause_of, is_storage_failure, storage_errors
 
 if TYPE_CHECKING:
     from jaxinfra.checkpoint.orbax_store import OrbaxStore
@@ -37,18 +40,14 @@ class CheckpointConfig:
         asynchronous: train on while a checkpoint is being written.
     """
 
-    every: int = 100
-    keep_last: int = 2
-    keep_every: int | None = None
+    every: Count = 100
+    keep_last: Count = 2
+    keep_every: Count | None = None
     asynchronous: bool = True
 
     def problems(self) -> Iterable[Problem]:
-        """Counts below 1, and a `keep_every` that would keep nothing or less than it says."""
-        for field in ("every", "keep_last", "keep_every"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                yield Problem(fields=(field,), message="must be at least 1", fix=f"use {field}=1")
-        if self.every >= 1 and self.keep_every and self.keep_every % self.every:
+        """A `keep_every` that would keep nothing or less than it says."""
+        if self.keep_every and self.keep_every % self.every:
             rounded = -(-self.keep_every // self.every) * self.every
             yield Problem(
                 fields=("keep_every", "every"),
@@ -77,13 +76,13 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, config: CheckpointConfig | None = None, *, read_only: bool = False
     ) -> None:
-        self.directory = absolute(directory)
+        self.directory = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
         self.config = config or CheckpointConfig()
         self._read_only = read_only
         self._writing: int | None = None
         if not read_only:
             make_writable(self.directory)
-        with writing_to(self.directory):
+        with storage_errors(self.directory):
             self._store = self._open()
 
     def steps(self) -> list[int]:

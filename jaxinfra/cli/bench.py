@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """
     check(options)
     options.config, options.pairs = options.config or CONFIG, options.pairs or PAIRS
-    return importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
+    found = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
+    print(found)
+    if options.json is not None:
+        outputs.write(options.json, json.dumps({**found.figures, "facts": found.facts}, indent=2) + "\n")
+    return 0
 
 
 def check(options: argparse.Namespace) -> None:

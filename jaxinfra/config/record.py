@@ -17,7 +17,9 @@ from typing import Any
 from jaxinfra.config.codec import decode, encode
 from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import show
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import ConfigError
+from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.errors import storage_errors
 
 FORMAT = 1
 """The record format that this version writes; it reads this one and older ones."""
@@ -71,25 +73,14 @@ def record(
 
 
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Writes a record in one step: to a temporary file beside `path`, synced, then renamed.
+    """Replaces the file at `path` by a record; see `storage.atomic`.
 
     Raises:
         StorageError: the file cannot be written; an older one is then untouched.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_directory(target.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StorageError(f"{target}: cannot be written: {error.strerror}; free space or name another path") from error
+    with storage_errors(path):
+        replace_bytes(Path(path), text.encode())
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,14 +90,12 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: there is no such file, or it is not a record, or a newer version wrote it.
         StorageError: the file cannot be read.
     """
+    missing = f"{path}: no such run record; name a run.json that a run wrote"
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such run record; name a run.json that a run wrote") from error
+        with storage_errors(path, doing="read", missing=missing):
+            text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a run record, it is not UTF-8 text; restore the file") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from error
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -158,12 +147,3 @@ def _imported(path: str | os.PathLike[str], named: Any) -> type:
             f"keep the root class in a module, not in a config file"
         )
     return found
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename durable; it is a write to the directory."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

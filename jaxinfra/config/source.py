@@ -18,7 +18,8 @@ from jaxinfra.config.record import Loaded, decode_record, read_record
 from jaxinfra.config.schema import MISSING, children, choices, fields_of, is_config, is_node, resolve
 from jaxinfra.config.text import join, nearest, same, shorten
 from jaxinfra.config.view import leaves
-from jaxinfra.errors import ConfigError, JaxinfraError, StorageError
+from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.storage.errors import storage_errors
 
 COMMAND_LINE = "command line"
 """The origin of a leaf that an override has set."""
@@ -89,13 +90,13 @@ def _run_config_file(path: Path) -> Any:
 
 
 def _compiled(path: Path) -> Any:
+    with storage_errors(path, doing="read"):
+        content = path.read_bytes()
     try:
-        return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        return compile(content, str(path), "exec", dont_inherit=True)
     except SyntaxError as error:
         where = f"{path}:{error.lineno}" if error.lineno else str(path)
         raise ConfigError(f"{where}: {type(error).__name__}: {shorten(error.msg)}; mend the file") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from error
 
 
 def _config_function(path: Path, module: ModuleType) -> Any:

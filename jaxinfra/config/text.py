@@ -11,17 +11,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jaxinfra.storage.mask import masked
+
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
 _RESERVED = frozenset({"none", "null", "true", "false"})
 _SHOWN_CHARACTERS = 60
-_USER = re.compile(r"(?<=://)[^/@\s:]*:[^/\s]*(?=@)")
-_SIGNED = re.compile(
-    r"(?<=[?&#;])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
-    # A closing quote, bracket or comma is the sentence's.
-    r"|client_secret|password)=(?:[^&#\s]*[^&#\s\"'`)\]}>,;:.]|[^&#\s]+)",
-    re.IGNORECASE,
-)
 
 
 def snake_case(cls: type) -> str:
@@ -35,9 +30,8 @@ def join(path: str, name: str | int) -> str:
 
 
 def is_below(path: str, prefix: str) -> bool:
-    """Tells whether `path` is `prefix` or lies inside it; `*` in the prefix stands for any one name."""
-    names, wanted = path.split("."), prefix.split(".")
-    return len(wanted) <= len(names) and all(want in ("*", name) for name, want in zip(names, wanted, strict=False))
+    """Tells whether `path` is `prefix` or lies inside it."""
+    return path == prefix or path.startswith(f"{prefix}.")
 
 
 def format_value(value: Any) -> str:
@@ -63,14 +57,9 @@ def show(value: Any) -> str:
     return shorten(format_value(value))
 
 
-def without_credentials(text: str) -> str:
-    """The text with `***` for user and password, and for what signs or grants access, in the URLs in it."""
-    return _SIGNED.sub(r"\1=***", _USER.sub("***", text))
-
-
 def shorten(text: str) -> str:
-    """Puts a text on one line and cuts it to what a message can carry; credentials in URLs are left out."""
-    text = without_credentials(" ".join(text.split()))
+    """Puts a text on one line and cuts it to what a message can carry; credentials are left out."""
+    text = masked(" ".join(text.split()))
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

@@ -30,6 +30,8 @@ def facts(manifest: Manifest) -> Iterator[str]:
     shown = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
     yield f"records      {counts.records:,} read{f'; left out: {shown}' if shown else ''}"
     what = "images" if manifest.kind == "images" else "documents"
+    dropped = f", which {counts.overlap_dropped:,} training {what} were left out for" if counts.overlap_dropped else ""
+    yield f"overlap      {counts.overlap:,} of the validation {what} are in the training source too{dropped}"
     for split in SPLITS:
         info = manifest.splits[split]
         tokens = f"{info.tokens:,} tokens, " if manifest.tokenizer else ""

@@ -60,6 +60,19 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Executable:
+    """What is read of a compiled program.
+
+    Attributes:
+        text: in HLO.
+        memory: of one device.
+    """
+
+    text: str
+    memory: Memory
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """A custom call, for which the compiler has no estimate.
 
@@ -153,11 +166,9 @@ def compile_step(
     report(f"tracing {run.name} for {topology}, {topology.count} devices")
     executable = _compiled(program, topology, rows, report)
     report(f"compiled after {time.monotonic() - started_s:.0f} s")
-    text = executable.as_text()
     if dump is not None:
-        dump(text)
-    module = Module(text)
-    del text
+        dump(executable.text)
+    module = Module(executable.text)
     placed = domains(topology, list(np.asarray(program.mesh.devices).flat))
     instructions = [i for place in module.executed() for i in place.computation.instructions.values()]
     return Compiled(
@@ -165,7 +176,7 @@ def compile_step(
         on=str(topology),
         mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
         rows=rows,
-        memory=memory_of(executable),
+        memory=executable.memory,
         cycles=module.cycles() if any(i.cycles is not None for i in instructions) else None,
         unestimated=sum(i.cycles == NO_ESTIMATE for i in instructions),
         unknown_loops=module.unknown_loops(),
@@ -192,7 +203,15 @@ def memory_of(executable: Any) -> Memory:
     )
 
 
-def _compiled(program: Program, topology: Topology, rows: float, report: Callable[[str], object]) -> Any:
+def compile_lowered(lowered: Any, program: Program, topology: Topology) -> Executable:
+    """Compiles a lowered program; all that its result depends on is in the arguments, so it can be kept."""
+    del program, topology  # in `lowered`, but not in its text
+    with no_cache():
+        executable = lowered.compile()
+    return Executable(text=executable.as_text(), memory=memory_of(executable))
+
+
+def _compiled(program: Program, topology: Topology, rows: float, report: Callable[[str], object]) -> Executable:
     """The executable.
 
     Raises:
@@ -205,8 +224,7 @@ def _compiled(program: Program, topology: Topology, rows: float, report: Callabl
     try:
         lowered = program.lower()
         report("compiling: seconds for a small model, a minute or two for a large one")
-        with no_cache():
-            return lowered.compile()
+        return compile_lowered(lowered, program, topology)
     except RuntimeError as error:  # JaxRuntimeError, from the compiler, is one of them
         why = explained(str(error), program.run, rows)
         raise ConfigError(f"{program.run.name} on {topology}: {why}") from error

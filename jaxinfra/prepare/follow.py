@@ -25,7 +25,8 @@ from jaxinfra.prepare.prepare import Prepared, Progress, content_of
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.sources.stream import WAIT_S, Stream, blocks
-from jaxinfra.prepare.workspace import check_space, kept_folder, require_store, workspace
+from jaxinfra.prepare.workspace import kept_folder, require_store, workspace
+from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import Storage
 
 
@@ -131,7 +132,8 @@ class _Course:
                 moved = versions.make_newest(self._store, each)
                 return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
         self.tell("store")
-        check_space(self._build.parent, sum(path.stat().st_size for path in self._kept.iterdir()))
+        needed_bytes = sum(path.stat().st_size for path in self._kept.iterdir())
+        check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work=FOLDER on another disk")
         shutil.rmtree(self._build, ignore_errors=True)
         self._build.mkdir(parents=True)
         manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))

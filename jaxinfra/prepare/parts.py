@@ -5,20 +5,18 @@ names, nothing between.
 """
 
 import json
-import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import DataError
-from jaxinfra.storage.local import sync_folder
+from jaxinfra.storage.atomic import atomic_file
 
 _META = "meta"
 _SUFFIX = ".npz"
@@ -26,11 +24,11 @@ _DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What one job made.
+class Note:
+    """What is known of a part without its arrays.
 
     Attributes:
-        splits: the arrays of each split, by name: what they are is known to who makes and assembles them.
+        number: its place among the parts.
         tokens: of all splits; of images 0.
         records: how many were read.
         read_bytes: of the source, about.
@@ -39,7 +37,7 @@ class Part:
         position: where a stream stands after it.
     """
 
-    splits: Mapping[Split, Mapping[str, np.ndarray]]
+    number: int = 0
     tokens: int = 0
     records: int
     read_bytes: int
@@ -49,16 +47,10 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note:
-    """What is known of a part without its arrays; see `Part`."""
+class Part(Note):
+    """What one job made: also the arrays of each split by name, known to who makes and assembles them."""
 
-    number: int
-    tokens: int
-    records: int
-    read_bytes: int
-    skipped: tuple[tuple[str, str], ...]
-    filtered: Mapping[str, int]
-    position: Mapping[str, Any]
+    splits: Mapping[Split, Mapping[str, np.ndarray]]
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -74,50 +66,16 @@ def numbers(folder: Path) -> list[int]:
 def write(folder: Path, number: int, part: Part) -> Note:
     """Commits a part: it is there whole or not at all, whatever ends the process.
 
-    If the machine goes down at once its name may be lost, but never a part of its content: it is made again then.
-
     Raises:
         OSError: it cannot be written; there is no part then.
     """
-    note = Note(
-        number=number,
-        tokens=part.tokens,
-        records=part.records,
-        read_bytes=part.read_bytes,
-        skipped=part.skipped,
-        filtered=dict(part.filtered),
-        position=dict(part.position),
-    )
+    known: dict[str, Any] = {each.name: getattr(part, each.name) for each in fields(Note)}
+    note = replace(Note(**known), number=number)
     arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
-    with _committed(path_of(folder, number)) as file:
+    with atomic_file(path_of(folder, number)) as file:
         meta = np.frombuffer(json.dumps(vars(note)).encode(), np.uint8)
         np.savez(file, allow_pickle=False, **{_META: meta}, **arrays)
     return note
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file that is on the disk, whole, when this returns.
-
-    Raises:
-        OSError: it cannot be written; what was there before is there still.
-    """
-    with _committed(path) as file:
-        file.write(content)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def _committed(path: Path) -> Iterator[BinaryIO]:
-    """A file under a temporary name that gets its own when all is written and synced."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class Open:

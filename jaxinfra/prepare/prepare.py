@@ -17,17 +17,21 @@ from jaxinfra.config import encode
 from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
 from jaxinfra.data.store.store import Store
-from jaxinfra.errors import DataError
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import engines, parts
 from jaxinfra.prepare.builders.images import ImageMaker
+from jaxinfra.prepare.builders.job import Job
 from jaxinfra.prepare.builders.text import TextMaker
 from jaxinfra.prepare.engines import EngineName
 from jaxinfra.prepare.parts import Note
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.recipes.store_recipe import SHARD_BYTES
+from jaxinfra.prepare.recipes.validation import OtherStore, explicit
+from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.record import Piece
-from jaxinfra.prepare.workspace import check_space, require_store, workspace
+from jaxinfra.prepare.workspace import require_store, workspace
+from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import Storage
 
 NOT_CONTENT = ("store", "shard_bytes", "work")
@@ -93,16 +97,12 @@ class Maker(Protocol):
 
         Args:
             folder: of the parts.
-            pieces: of the source, the same ones whatever the recipe says of shards.
+            pieces: of the training source, the same ones whatever the recipe says of shards.
         """
         ...
 
     def needed_bytes(self, source_bytes: int) -> int:
         """Space that parts and arrays take, about; after `begin`."""
-        ...
-
-    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Any]:
-        """What to run for each group of pieces, by the number of its part."""
         ...
 
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
@@ -151,44 +151,55 @@ def prepare(
     store = Storage(recipe.store)
     require_store(store)
     known = versions.listed(store)
-    pieces = pieces_of(recipe)
+    sources = [pieces_of(recipe), validation_pieces(recipe)]
     maker = maker_of(recipe)
-    source_digest = digest_of([vars(piece) for piece in pieces])
+    source_digest = digest_of([vars(piece) for pieces in sources for piece in pieces])
     made_of = digest_of([content_of(recipe), source_digest, maker.identity])
     for each in known:
         if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
             found = _opened(recipe.store, each.fingerprint)
             moved = versions.make_newest(store, each)
             return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
-    groups = plan(pieces, recipe.shard_bytes)
-    cut = digest_of([made_of, *map(len, groups)])  # parts that were cut in another way would lose or repeat records
+    planned = [
+        Job(number=0, pieces=group, recipe=recipe, folder="", validation=validation)
+        for pieces, validation in zip(sources, (False, True), strict=True)
+        for group in plan(pieces, recipe.shard_bytes)
+    ]
+    # Parts that were cut in another way would lose or repeat records.
+    cut = digest_of([made_of, *(len(job.pieces) for job in planned)])
     with workspace(store, cut, recipe.work) as work:
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
-        course = _Course(maker, pieces, tell)
+        jobs = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
+        course = _Course(maker, jobs, tell)
         usual = replace(recipe, shard_bytes=SHARD_BYTES)
-        course.begin(folder, pieces if recipe == usual else pieces_of(usual))
-        numbers = course.work(folder, groups, engine, workers)
-        _check_unchanged(recipe, pieces)
+        course.begin(folder, sources[0] if recipe == usual else pieces_of(usual))
+        course.work(folder, engine, workers)
+        _check_unchanged(recipe, sources)
         course.tell("store")
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir()
-        manifest = maker.assemble(folder, numbers, build, source_digest)
+        manifest = maker.assemble(folder, range(len(jobs)), build, source_digest)
         course.tell("publish")
         versions.publish(build, store, manifest, made_of)
     return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
 
 
-def _check_unchanged(recipe: Recipe, pieces: Sequence[Piece]) -> None:
+def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None:
     """Looks whether what was read is still what was listed; others may have come.
 
     Raises:
         DataError: a file was changed or removed meanwhile, so that the parts are not all of the same.
     """
-    stamps = {piece.name: piece.stamp for piece in recipe.source.pieces(recipe.shard_bytes)}
-    for piece in pieces:
-        if stamps.get(piece.name) != piece.stamp:
-            raise DataError(f"{piece.name}: was changed while the source was read; start again when it stays as it is")
+    for source, pieces in zip((recipe.source, explicit(recipe.validation)), sources, strict=True):
+        if source is None or isinstance(source, OtherStore):  # whose versions never change
+            continue
+        stamps = {piece.name: piece.stamp for piece in source.pieces(recipe.shard_bytes)}
+        for piece in pieces:
+            if stamps.get(piece.name) != piece.stamp:
+                raise DataError(
+                    f"{piece.name}: was changed while the source was read; start again when it stays as it is"
+                )
 
 
 def _opened(store: str, fingerprint: str) -> Store:
@@ -213,9 +224,30 @@ def content_of(recipe: Recipe) -> Mapping[str, object]:
 
 def pieces_of(recipe: Recipe) -> Sequence[Piece]:
     """The source in pieces of about a shard; in smaller ones where that would leave workers idle."""
-    pieces = recipe.source.pieces(recipe.shard_bytes)
-    size = shard_size(pieces, recipe.shard_bytes)
-    return pieces if size == recipe.shard_bytes else recipe.source.pieces(size)
+    return _cut(recipe.source, recipe.shard_bytes)
+
+
+def validation_pieces(recipe: Recipe) -> Sequence[Piece]:
+    """The validation source in pieces; none where the validation split is a share of the source.
+
+    Raises:
+        ConfigError: there is nothing of that name, or nothing that matches.
+        StorageError: it may not or cannot be listed.
+    """
+    validation = explicit(recipe.validation)
+    if validation is None:
+        return ()
+    try:
+        return _cut(validation, recipe.shard_bytes)
+    except ConfigError as error:
+        where = str(error)
+        raise ConfigError(where if where.startswith("validation.") else f"validation.{where}") from error
+
+
+def _cut(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[Piece]:
+    pieces = source.pieces(shard_bytes)
+    size = shard_size(pieces, shard_bytes)
+    return pieces if size == shard_bytes else source.pieces(size)
 
 
 def shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
@@ -241,28 +273,25 @@ def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
 class _Course:
     """The work of one call, and what is told of it."""
 
-    def __init__(self, maker: Maker, pieces: Sequence[Piece], told: Callable[[Progress], None]):
-        self._maker, self._pieces, self._told = maker, pieces, told
-        self._total = sum(piece.size_bytes for piece in pieces)
+    def __init__(self, maker: Maker, jobs: Sequence[Job[Any]], told: Callable[[Progress], None]):
+        self._maker, self._jobs, self._told = maker, jobs, told
+        self._total = sum(job.read_bytes for job in jobs)
         self._done = self._tokens = 0
 
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Makes what all jobs need."""
         self.tell("begin")
         self._maker.begin(folder, pieces)
-        check_space(folder, self._maker.needed_bytes(self._total))
+        needed_bytes = self._maker.needed_bytes(self._total)
+        check_space(folder, needed_bytes, purpose="preparing", fix="use work=FOLDER on another disk")
 
-    def work(
-        self, folder: Path, groups: Sequence[tuple[Piece, ...]], engine: EngineName, workers: int | None
-    ) -> Sequence[int]:
-        """Makes the parts that are not there yet; returns the numbers of all."""
+    def work(self, folder: Path, engine: EngineName, workers: int | None) -> None:
+        """Makes the parts that are not there yet."""
         there = set(parts.numbers(folder))
-        todo = {number: group for number, group in enumerate(groups) if number not in there}
-        self._done = self._total - sum(piece.size_bytes for group in todo.values() for piece in group)
+        todo = [job for job in self._jobs if job.number not in there]
+        self._done = self._total - sum(job.read_bytes for job in todo)
         self.tell(self._maker.stage)
-        jobs = self._maker.jobs(folder, todo)
-        engines.run(engine, self._maker.job, jobs, workers=workers, done=self._job_done)
-        return range(len(groups))
+        engines.run(engine, self._maker.job, todo, workers=workers, done=self._job_done)
 
     def tell(self, stage: str) -> None:
         """Tells how far it is."""

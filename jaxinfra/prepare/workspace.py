@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import digest_of, is_fingerprint
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import ConfigError
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.objects import Storage
 
 WORK = ".work"
@@ -23,14 +24,12 @@ def require_store(store: Storage) -> None:
         ConfigError: it has.
         StorageError: it may not be looked at, or cannot be a folder.
     """
-    folder = versions.local_folder(store)
+    folder = store.folder
     if folder is None:
         return
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
-    try:
+    with storage_errors(f"store={folder}", doing="read"):
         there = {each.name for each in nearest.iterdir()}
-    except OSError as error:
-        raise StorageError(f"store={folder}: {error.strerror}; mend it or choose another place") from error
     # A process that is killed before it has listed its version leaves that, and a lock of the list.
     others = {name for name in there - {WORK, STREAM} if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
     if nearest == folder and versions.INDEX not in there and others:
@@ -54,7 +53,7 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
     """
     root = _root(store, place)
     work = root / made_of
-    try:
+    with storage_errors(f"store={store.url}"):
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root, os.O_RDONLY)
         try:
@@ -71,10 +70,6 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
             raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
         finally:
             os.close(lock)
-    except OSError as error:
-        free = f", {free_bytes(root.parent):,} bytes free" if root.parent.exists() else ""
-        cause = f"{error.strerror or error}{free}"
-        raise StorageError(f"store={store.url}: {cause}; mend it or choose another place") from error
 
 
 def kept_folder(store: Storage, name: str, place: str | None) -> Path:
@@ -90,26 +85,7 @@ def _root(store: Storage, place: str | None) -> Path:
     own = digest_of(store.url)
     if place is not None:
         return Path(place).expanduser().absolute() / own
-    if (local := versions.local_folder(store)) is not None:
+    if (local := store.folder) is not None:
         return local / WORK
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "jaxinfra" / "prepare" / own
-
-
-def check_space(work: Path, needed_bytes: int) -> None:
-    """Refuses to begin what will not fit.
-
-    Raises:
-        StorageError: less than that is free.
-    """
-    free = free_bytes(work)
-    if free < needed_bytes:
-        raise StorageError(
-            f"store: {work} has {free:,} bytes free, preparing needs about {needed_bytes:,}; "
-            "free some space, or choose another place by work=FOLDER"
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that are free where a folder is."""
-    return shutil.disk_usage(folder).free

@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 from jaxinfra.errors import StorageError
-from jaxinfra.storage.local import replace_bytes
+from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.errors import storage_errors
+
+_FIX = "mend it or name another file"
 
 
 def check(path: Path) -> None:
@@ -19,7 +22,7 @@ def check(path: Path) -> None:
     if not folder.is_dir():
         raise StorageError(f"{path}: its folder does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{path}: its folder cannot be written to; mend it or name another file")
+        raise StorageError(f"{path}: its folder cannot be written to; {_FIX}")
 
 
 def write(path: Path, text: str) -> None:
@@ -28,13 +31,11 @@ def write(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    try:
+    with storage_errors(path, fix=_FIX):
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
         else:
             replace_bytes(path.resolve(), text.encode())
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror}; mend it or name another file") from error
 
 
 def read(path: Path) -> str:
@@ -43,7 +44,5 @@ def read(path: Path) -> str:
     Raises:
         StorageError: it cannot be read.
     """
-    try:
+    with storage_errors(path, doing="read", fix=_FIX):
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}; mend it or name another file") from error

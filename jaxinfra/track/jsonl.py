@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfra.errors import StorageError
-from jaxinfra.storage.local import Appender, replace_bytes
+from jaxinfra.storage.appender import Appender
+from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.text import Derived
 
 METRICS = "metrics.jsonl"
@@ -44,14 +46,10 @@ class Jsonl:
             StorageError: the run directory cannot be written.
         """
         path = self._run_dir / METRICS
-        try:
+        with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             elapsed_s = cut(path, start_step)
             self._file = Appender(path)
-        except OSError as error:
-            raise StorageError(
-                f"{path}: cannot be written ({error.strerror}); free space or choose another run directory"
-            ) from error
         self._zero_s = time.monotonic() - elapsed_s
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -76,11 +74,9 @@ class Jsonl:
         Raises:
             StorageError: lines were lost; the message says how many.
         """
-        if self._file is None:
-            return
         file, self._file = self._file, None
-        if lost := file.close():
-            raise StorageError(f"{self._run_dir / METRICS}: {lost} lines lost to a full disk; free space there")
+        if file is not None:
+            file.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -106,10 +102,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: there is no such file, or it holds something else.
     """
+    with storage_errors(path, doing="read", fix="give the directory of a run that has started"):
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: not found; give the directory of a run that has started") from error
+        value = json.loads(content)
     except ValueError as error:
         raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
     if not isinstance(value, dict):

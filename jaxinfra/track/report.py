@@ -23,8 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxinfra.errors import StorageError
-from jaxinfra.storage.local import replace_bytes
+from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import Chart, Point, Series, figure
 from jaxinfra.track.text import flatten, number, summary_rows, words
@@ -61,10 +61,8 @@ def write_report(run_dir: Path) -> Path:
     summary = jsonl.read_json(summary_file) if summary_file.exists() else {}
     rows = jsonl.read(metrics_file) if metrics_file.exists() else []
     path = run_dir / REPORT
-    try:
+    with storage_errors(path):
         replace_bytes(path, page(record, rows, summary).encode())
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space there") from error
     return path
 
 

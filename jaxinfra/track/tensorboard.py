@@ -21,8 +21,8 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import hparams, text
 
-from jaxinfra.errors import StorageError
-from jaxinfra.storage.local import Appender
+from jaxinfra.storage.appender import Appender
+from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.text import Derived, flatten, number
 
 _events: Any = event_pb2  # protobuf makes its classes on import, where no type checker can see them
@@ -44,7 +44,7 @@ class TensorBoard:
         Raises:
             StorageError: the directory cannot be written.
         """
-        try:
+        with storage_errors(self._dir, fix="free space or set track.tensorboard=false"):
             self._dir.mkdir(parents=True, exist_ok=True)
             start = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{start_step}"
             self._file = Appender(self._dir / f"events.out.tfevents.{start}")
@@ -56,10 +56,6 @@ class TensorBoard:
             leaves = {key: _hparam(value) for key, value in flatten(config).items()}
             for summary in hparams(leaves, _HPARAM_METRICS):
                 self._add(start_step, summary=summary)
-        except OSError as error:
-            raise StorageError(
-                f"{self._dir}: not writable ({error.strerror}); free space or set track.tensorboard=false"
-            ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one event with a scalar for each metric; a name without a slash gets the prefix "train/".
@@ -82,11 +78,9 @@ class TensorBoard:
         Raises:
             StorageError: events were lost; the message says how many.
         """
-        if self._file is None:
-            return
         file, self._file = self._file, None
-        if lost := file.close():
-            raise StorageError(f"{self._dir}: {lost} events lost to a full disk; free space there")
+        if file is not None:
+            file.close()
 
     def _add(self, step: int, **content: Any) -> None:
         if self._file is None:

@@ -8,10 +8,14 @@ import pytest
 from jaxinfra.bench import llama
 from tests.tiny_run import launch
 
-SMALL = ("model.layers=2", "model.width=1024", "model.mlp_dim=2048", "model.heads=8", "model.vocab_size=8192")
+SMALL = (
+    *("model.layers=2", "model.width=1024", "model.mlp_dim=2048", "model.heads=8", "model.vocab_size=8192"),
+    *("data.seq_len=2048", "train.compiler=default"),
+)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_cache")
 def test_a_small_model_keeps_everything(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fits at once and takes more memory for that; attention runs forward once a layer, not twice."""
     monkeypatch.chdir(repo_root)

@@ -14,6 +14,7 @@ from tests.refusals import raises
 from .states import OPTIMIZER, State, abstract, assert_same, make_mesh, make_state, snapshot
 
 
+@pytest.mark.jax_range
 def test_resumed_training_is_bit_equal(tmp_path):
     mesh = make_mesh(fsdp=4, tensor=2)
 
@@ -81,6 +82,7 @@ def test_an_earlier_step_is_saved_after_going_back(tmp_path):
         assert checkpoints.steps() == [3, 5]
 
 
+@pytest.mark.jax_range
 @pytest.mark.parametrize(
     ("saved_on", "restored_on"),
     [({"fsdp": 1}, {"fsdp": 8}), ({"fsdp": 4, "tensor": 2}, {"fsdp": 2}), ({"fsdp": 8}, {"fsdp": 2, "tensor": 4})],

@@ -115,7 +115,7 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
     for place in (tmp_path / "nowhere", tiny.config):
         refused(prepare(f"source.root={place}"), f"root={place}")
     for wrong, field in (
-        ("heldout_fraction=2", "heldout_fraction=2.0"),
+        ("validation.fraction=2", "validation.fraction=2.0"),
         ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100"),
         ("--workers 0", "--workers"),
     ):
@@ -135,7 +135,7 @@ def test_no_space(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     before = contents(begun.runs)
-    refused(begun.launch(), "/runs/tiny: GB checkpoint.keep_last", code=82)
+    refused(begun.launch(), "/runs/tiny: kB checkpoint.keep_last", code=82)
     assert contents(begun.runs) == before
 
 

@@ -16,7 +16,7 @@ WITHOUT_A_FIX = (
     ("train.steps", "train.steps=100"),
     ("train.steps=3 train.steps=4", "train.steps=4"),
     ("mesh.tensor=-1", "mesh.fsdp=-1"),
-    ("mesh.fsdp=0", "mesh.fsdp=1"),
+    ("mesh.fsdp=0", "mesh.fsdp=-1"),
     ("mesh.fsdp=2 mesh.tensor=2", "mesh.tensor=2 cpu:4 8"),
     ("mesh.tensor=3", "mesh.fsdp=-1 3 8"),
     ("rules.batch=(fsdp,tensor)", "rules.batch=(fsdp, tensor)"),

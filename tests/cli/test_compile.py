@@ -8,6 +8,8 @@ import pytest
 from tests.refusals import refused
 from tests.tiny_run import Tiny
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 SLICES = ("--on", "2xv5e:2x4", "mesh.replica=2", "mesh.fsdp=8", "train.global_batch=32", "train.accumulate=2")
 
 

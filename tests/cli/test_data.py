@@ -177,9 +177,7 @@ def test_a_run_on_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_run_on_packed_rows(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tmp_path / "packed.py"
     text = tiny.recipe.read_text().replace("import Corpus\n", "import Corpus\nfrom jaxinfra.data.packing import Pack\n")
-    recipe.write_text(
-        text.replace("heldout_fraction=0.2,", "heldout_fraction=0.2,\n        packs=(Pack(seq_len=32),),")
-    )
+    recipe.write_text(text.replace("        validation=", "        packs=(Pack(seq_len=32),),\n        validation="))
     assert launch("data", "prepare", str(recipe), f"store={tmp_path / 'store'}", "--workers", "1").code == 0
     data = TokenData(store=str(tmp_path / "store"), seq_len=32, packing="best_fit").open()
     assert data.store.manifest.packs["train/32"].efficiency > 0.9

@@ -84,6 +84,7 @@ def test_stop_and_go_on(tiny: Tiny, recipe: list[str], stop_after, monkeypatch: 
     assert_same_bits(parts, whole)
 
 
+@pytest.mark.jax_range
 def test_go_on_after_a_kill(begun: Tiny, stopped: Path) -> None:
     """What was done after the last checkpoint is done again; the log has every step once."""
     whole = begun.losses()
@@ -93,6 +94,7 @@ def test_go_on_after_a_kill(begun: Tiny, stopped: Path) -> None:
     assert_same_bits(saved(begun, begun.directory(), STEPS), saved(begun, stopped.parent / "whole", STEPS))
 
 
+@pytest.mark.jax_range
 @pytest.mark.parametrize("memory", [(), ("optim.offload=true",)], ids=["on the devices", "on the host"])
 def test_go_on_with_another_mesh(begun: Tiny, memory: tuple[str, ...]) -> None:
     """And with its state in another memory: the restored arrays are the same, losses from there on to rounding."""

@@ -116,6 +116,7 @@ def test_keep_likeliest() -> None:
     assert kept(2, 0.5) == [False, True, False, False]
 
 
+@pytest.mark.jax_range
 def test_command(trained: Path) -> None:
     """Prints the prompt and goes on; the run is only read."""
     before = contents(trained)

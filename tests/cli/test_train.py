@@ -11,6 +11,7 @@ from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, launch, summary
 
 
+@pytest.mark.jax_range
 def test_whole_run(tiny: Tiny) -> None:
     """It writes all that it promises; a second start says so and changes nothing."""
     ended = tiny.launch()

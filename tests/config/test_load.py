@@ -185,14 +185,6 @@ def test_what_a_record_holds(write):
     assert '\n "format": 1' in Path("run.json").read_text()
 
 
-def test_writing_replaces_and_leaves_nothing_else(write, tmp_path):
-    content = replayable(write(GOOD))
-    write_record("run.json", {"format": 1})
-    write_record("run.json", content)
-    assert sorted(os.listdir(tmp_path)) == ["good.py", "run.json"]
-    assert read_record("run.json") == content
-
-
 def test_a_failed_write_keeps_the_old_record(write, tmp_path, monkeypatch):
     content = replayable(write(GOOD))
     write_record("run.json", content)

@@ -16,6 +16,7 @@ from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from tests.refusals import problem, raises
 
@@ -34,7 +35,7 @@ def stores(tmp_path_factory):
                 file.write(json.dumps({"text": letter * (20 + number % 30)}) + "\n")
         store = str(folder / f"store-{letter}")
         source = Jsonl(root=str(folder / letter))
-        prepare(Corpus(store=store, source=source, tokenizer=Bytes(), heldout_fraction=0.2), workers=1)
+        prepare(Corpus(store=store, source=source, tokenizer=Bytes(), validation=ByKey(fraction=0.2)), workers=1)
         found.append(store)
     return found
 

@@ -16,6 +16,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from tests.refusals import raises
 
@@ -36,7 +37,7 @@ def store(tmp_path_factory):
             store=str(folder / "store"),
             source=Jsonl(root=str(folder)),
             tokenizer=Bytes(),
-            heldout_fraction=0.1,
+            validation=ByKey(fraction=0.1),
             packs=(Pack(seq_len=T), Pack(seq_len=T, by_length=True)),
         ),
         workers=1,
@@ -141,7 +142,7 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
         source=Jsonl(root=str(tmp_path)),
         form=Chat(),
         tokenizer=Bytes(special_tokens=("<|im_start|>", "<|im_end|>")),
-        heldout_fraction=0.2,
+        validation=ByKey(fraction=0.2),
         packs=(Pack(seq_len=256),),
     )
     manifest = prepare(recipe, workers=1).manifest

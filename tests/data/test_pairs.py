@@ -16,6 +16,7 @@ from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.preference import Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from tests.refusals import names, problem, raises
 
@@ -34,7 +35,7 @@ def recipe(tmp_path_factory):
         source=Jsonl(root=str(folder)),
         form=Preference(template=None),
         tokenizer=Bytes(),
-        heldout_fraction=0.2,
+        validation=ByKey(fraction=0.2),
     )
     prepare(recipe, workers=1)
     return recipe

@@ -152,8 +152,8 @@ def _plain_model():
 
 
 UNUSABLE = {
-    "no file": (lambda at: TokenizerFile(path=f"{at}/none.json"), r"none\.json: cannot be read as a tokenizer \(No su"),
-    "no protocol": (lambda at: TokenizerFile(path="gopher://x/t.json"), r"gopher://x/t\.json: cannot be read as a t"),
+    "no file": (lambda at: TokenizerFile(path=f"{at}/none.json"), r"none\.json: "),
+    "no protocol": (lambda at: TokenizerFile(path="gopher://x/t.json"), r"^gopher://x/t\.json: "),
     "no JSON": (lambda at: TokenizerFile(path=f"{at}/empty"), r"empty: is not a tokenizer\.json"),
     "no end": (lambda at: TokenizerFile(path=f"{at}/bare.json"), r"bare\.json has no such token"),
     "no ranks": (lambda at: Tiktoken(path=f"{at}/bare.json"), r"bare\.json: line 1 is '\{', expected a token in base"),

@@ -1,4 +1,7 @@
-"""Every command that the documentation shows is run, in a fresh copy with a fresh environment."""
+"""Every command that the documentation shows is run, in a fresh copy, on less text and for fewer steps.
+
+The copy has the packages of the tests and nothing installed of itself; `.ci/run` proves what is installed from nothing.
+"""
 
 import os
 import re
@@ -6,6 +9,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sysconfig
+import threading
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +23,8 @@ from jaxinfra.run import Run
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 COMMAND = re.compile(r"^ {4}((?:make|python|pip|jaxinfra)\b.*?)(?:\s{2,}#.*)?$", re.MULTILINE)
+STEP = re.compile(r"step +\d+/\d+ ")
+"""How a line of a training step begins."""
 RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
     "make test-slow": "the command that runs this test",
@@ -25,7 +33,7 @@ RUN_ELSEWHERE = {
     "python -m launch bench llama": "tests/bench",
     "python -m launch bench data": "tests/bench",
     "python -m launch bench prepare": "tests/bench",
-    "python -m launch parity --write docs/parallelism.md": "tests/launch/test_parity.py",
+    "python -m launch parity --write docs/parallelism.md": "tests/bench/test_parity.py",
     "python -m launch compile configs/llama3_70b.py --on 2xv5p:4x4x8": "tests/plan/test_compiled.py",
     "python -m launch compile configs/llama3_8b_128k.py --on v5p:4x4x4": "tests/plan/test_compiled.py",
 }
@@ -79,40 +87,75 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def run(command: str, folder: Path, budget_s: float) -> tuple[int, str]:
-    """Runs a shell command; past its budget it is asked to stop, as a scheduler would."""
-    path = f"{folder}/.venv/bin:{os.environ['PATH']}"
+def install(folder: Path) -> None:
+    """Gives a copy the environment that `make` would install: the packages of this one, and the copy itself."""
+    venv.create(folder / ".venv", symlinks=True)
+    packages = next((folder / ".venv/lib").glob("python*")) / "site-packages"
+    packages.joinpath("clone.pth").write_text(
+        f"{folder}\nimport site; site.addsitedir({sysconfig.get_path('purelib')!r})"
+    )
+    command = folder / ".venv/bin/jaxinfra"
+    command.write_text(f"#!{folder}/.venv/bin/python\nfrom jaxinfra.cli.main import main\nraise SystemExit(main())\n")
+    command.chmod(0o755)
+    for stamp in (".installed", ".installed-test"):
+        (folder / ".venv" / stamp).touch()
+
+
+def shorten(folder: Path) -> None:
+    """Makes the quickstart train for a tenth of its steps, on a part of its text."""
+    for name, old, new in (
+        (
+            "configs/quickstart.py",
+            "steps=250, global_batch=16, eval_every=125",
+            "steps=40, global_batch=4, eval_every=20",
+        ),
+        ("configs/data/python_stdlib.py", '"**/*.py"', '"[a-d]*.py"'),
+    ):
+        text = (folder / name).read_text()
+        assert text.count(old) == 1, f"{name}: no {old}"
+        (folder / name).write_text(text.replace(old, new))
+
+
+def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 600) -> tuple[int, str]:
+    """Runs a shell command; with `stop`, asks it to stop after its first training step, as a scheduler would."""
     process = subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         cwd=folder,
-        env=environment() | {"PATH": path},
+        env=environment() | {"PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    try:
-        output, _ = process.communicate(timeout=budget_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    assert process.stdout is not None
+    watchdog = threading.Timer(patience_s, process.kill)
+    watchdog.start()
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if stop and STEP.match(line):
+            process.send_signal(signal.SIGTERM)
+            stop = False
+    watchdog.cancel()
+    return process.wait(), "".join(output)
 
 
 @pytest.mark.slow
 def test_a_newcomer_gets_what_the_readme_says(clone: Path) -> None:
-    code, output = run("make quickstart", clone, 1500)
+    install(clone)
+    shorten(clone)
+    code, output = run("make quickstart", clone)
     assert code == 0, output
     assert "Held-out bits per byte" in output
     assert "def main(" in output
     for command in ["jaxinfra --help", *ALL]:
         if command in RUN_ELSEWHERE or command.startswith(("make quickstart", "pip install")):
             continue
-        code, output = run(command, clone, 90)
+        code, output = run(command, clone, stop=True)
         assert code == 0 or (code == 75 and "start the same command to go on" in output), (command, output)
         assert "Traceback" not in output, (command, output)
 
 
 def test_make_says_what_is_missing_without_python(clone: Path) -> None:
-    code, output = run("make quickstart PYTHON=", clone, 60)
+    code, output = run("make quickstart PYTHON=", clone)
     assert code != 0
     assert "error: no Python >= 3.12" in output

@@ -149,13 +149,13 @@ def test_flops_count_what_a_token_passes() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"count": 0}, "count=0: use count=1"),
+        ({"count": 0}, "count=0: use count=8"),
         ({"chosen": 9}, "chosen=9, count=8: use chosen=8"),
         ({"groups": 2, "chosen_groups": 3}, "chosen_groups=3, groups=2: use chosen_groups=2"),
         ({"groups": 3}, "groups=3, count=8: use groups=2"),
         ({"groups": 8}, "groups=8, count=8: use groups=4"),
         ({"chosen": 3, "groups": 4}, "chosen=3, chosen_groups=1: use chosen_groups=2"),
-        ({"capacity_factor": 0.0}, "capacity_factor=0.0: use capacity_factor=1.25"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0: use capacity_factor=none"),
         ({"bias_rate": -0.1}, "bias_rate=-0.1: use bias_rate=0"),
     ],
 )

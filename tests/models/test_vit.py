@@ -12,8 +12,7 @@ from jaxinfra.models.zoo import VISION_SHAPES, vision_shape
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
 from jaxinfra.program import Program
 from tests.models.numpy_reference import normalise, tanh_gelu
-from tests.parity.cases import Case, put, values_on_host
-from tests.parity.test_vision import MEAN, TOKEN, batch_on_host
+from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put, values_on_host
 
 Params = dict[str, Any]
 
@@ -59,7 +58,7 @@ def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformer
 @pytest.mark.parametrize("run", [TOKEN, MEAN], ids=lambda run: run.name)
 def test_sums_are_those_of_the_definition(run) -> None:
     """Cross-entropy, right answers and weights of a batch, a third of it with weight zero."""
-    program, batch = Case(run=run).program(), batch_on_host()
+    program, batch = Case(run=run).program(), batch_on_host(TOKEN)
     values = values_on_host(program.specs)
     with program.on_mesh:
         placed = put(batch, program.heldout_batch)
@@ -82,11 +81,11 @@ def test_smoothing_mixes_the_target_with_all_classes() -> None:
         task = replace(TOKEN.task, label_smoothing=smoothing)
         program = Case(run=replace(TOKEN, task=task)).program()
         with program.on_mesh:
-            batch = put({**batch_on_host(), "labels": labels}, program.heldout_batch)
+            batch = put({**batch_on_host(TOKEN), "labels": labels}, program.heldout_batch)
             grads, _ = program.gradients(put(values_on_host(program.specs), program.params), batch)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
 
-    labels = batch_on_host()["labels"]
+    labels = batch_on_host(TOKEN)["labels"]
     plain, smooth = gradients(0.0, labels), gradients(epsilon, labels)
     every = [gradients(0.0, np.full_like(labels, label)) for label in range(classes)]
     for own, mixed, *others in zip(plain, smooth, *every, strict=True):

@@ -145,12 +145,14 @@ KERNELS = {
 }
 
 
+@pytest.mark.jax_range
 @pytest.mark.slow
 @pytest.mark.parametrize("case", KERNELS.values(), ids=KERNELS)
 def test_the_kernels_of_tpus_compute_the_same(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.jax_range
 @pytest.mark.parametrize(("form", "kernels"), [("ring", 9), ("gather", 6)])
 def test_they_lower_for_tpu(form: Form, kernels: int) -> None:
     """Forward, gradients of keys and values, and of queries: for each pair of blocks of a step, or piece of queries."""

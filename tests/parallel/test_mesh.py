@@ -83,7 +83,7 @@ def test_a_mesh_that_does_not_fit_says_what_would(config: MeshConfig, devices: i
 def test_sizes_that_no_devices_could_fit_are_problems() -> None:
     problem(MeshConfig(replica=-1), "replica=-1, fsdp=-1:")
     problem(MeshConfig(tensor=0), "tensor=0: tensor=1")
-    problem(MeshConfig(fsdp=-2), "fsdp=-2: fsdp=1")
+    problem(MeshConfig(fsdp=-2), "fsdp=-2: fsdp=-1")
 
 
 def test_axes_are_in_order_and_explicit() -> None:

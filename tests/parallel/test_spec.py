@@ -35,9 +35,9 @@ def test_other_seeds_and_other_paths_give_other_values() -> None:
     for path in drawn:
         assert not np.array_equal(plain[path], other[path])
         assert len(np.unique(plain[path])) > 0.99 * plain[path].size
-    gate, up = (plain[f"['blocks']['mlp']['{name}']['weight']"] for name in ("gate", "up"))
+    gate, up = (plain[f"blocks.mlp.{name}.weight"] for name in ("gate", "up"))
     assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.2
-    layers = plain["['blocks']['mlp']['up']['weight']"]
+    layers = plain["blocks.mlp.up.weight"]
     assert not np.array_equal(layers[0], layers[1])
 
 

@@ -1,51 +1,62 @@
-"""Loss and every gradient are those of one device, on every mesh, in any number of microbatches."""
+"""Loss and every gradient are those of one device: on every axis, schedule and remat policy, in any microbatches."""
 
-import functools
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxinfra.parallel.layout import Rules
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh import AXES, MeshConfig
 from jaxinfra.run import Run
-from tests.parity.cases import DOCUMENTS, RUNS, Case, gradients, meshes, too_different
+from tests.parity.cases import BIASES, DOCUMENTS, RUNS, TIGHT, Case, gradients, near_zero, on_one_device, too_different
+from tests.parity.cover import FAST, candidates, cover, pairs
 
-ACCUMULATE = (1, 2, 4)
-
-
-@functools.cache
-def on_one_device(name: str) -> dict[str, np.ndarray]:
-    return gradients(Case(run=next(run for run in RUNS if run.name == name)))
+CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
+MIXED = MeshConfig(fsdp=2, expert=4)
 
 
-def _covering() -> list[Case]:
-    """Every mesh of eight devices and some smaller ones, with runs and numbers of microbatches in turn."""
-    chosen = [*meshes(8), *meshes(4)[1::2], *meshes(2)[:2], *meshes(1)]
-    return [Case(run=RUNS[i % 2], mesh=mesh, accumulate=ACCUMULATE[(i + 1) % 3]) for i, mesh in enumerate(chosen)]
+def differs(case: Case) -> dict[str, float]:
+    """What is too different from one device, which has none of the features that only a mesh has."""
+    return too_different(gradients(case), on_one_device(RUNS.get(case.run.name, case.run)))
 
 
-def _complete() -> list[Case]:
-    """All runs on all meshes of eight devices in all numbers of microbatches; smaller meshes in one number each."""
-    large = itertools.product(RUNS, meshes(8), ACCUMULATE)
-    small = itertools.product(RUNS, [*meshes(4), *meshes(2), *meshes(1)], ACCUMULATE[1:2])
-    return [Case(run=run, mesh=mesh, accumulate=n) for run, mesh, n in (*large, *small)]
+def test_every_pair_that_there_is_has_a_case() -> None:
+    every, found = (set[tuple[str, str]]().union(*map(pairs, cases)) for cases in (candidates(), cover()))
+    assert found == every
+    assert {name for pair in every for name in pair} >= {*RUNS, *AXES}
 
 
-FAST = _covering()
-SLOW = [case for case in _complete() if case not in FAST]
+@pytest.mark.jax_range
+@pytest.mark.parametrize("case", cover()[:3], ids=str)
+def test_gradients_are_those_of_one_device_with_every_jax(case: Case) -> None:
+    assert not differs(case)
 
 
-@pytest.mark.parametrize("case", FAST, ids=str)
+@pytest.mark.parametrize("case", cover()[3:FAST], ids=str)
 def test_gradients_are_those_of_one_device(case: Case) -> None:
-    assert not too_different(gradients(case), on_one_device(case.run.name))
+    assert not differs(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_gradients_are_those_of_one_device_in_every_combination(case: Case) -> None:
-    assert not too_different(gradients(case), on_one_device(case.run.name))
+@pytest.mark.parametrize("case", cover()[FAST:], ids=str)
+def test_gradients_are_those_of_one_device_in_every_pair_of_choices(case: Case) -> None:
+    assert not differs(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(run=replace(TIGHT, rules=Rules(experts=("fsdp", "expert"))), mesh=MIXED),
+        Case(run=replace(TIGHT, rules=Rules(experts=())), mesh=MIXED),
+        # One row a microbatch: stages share its positions.
+        Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=1, stage=2, context=2), accumulate=32),
+        Case(run=BIASES, accumulate=4),
+    ],
+    ids=["experts over fsdp", "experts on every device", "a row a microbatch", "microbatches alone"],
+)
+def test_gradients_are_those_of_one_device_at_the_edges(case: Case) -> None:
+    assert not too_different(gradients(case), on_one_device(replace(case.run, rules=Rules())))
 
 
 @pytest.mark.parametrize(
@@ -62,19 +73,17 @@ def test_gradients_are_those_of_one_device_in_every_combination(case: Case) -> N
 def test_other_rules_change_nothing(rules: Rules) -> None:
     """What is not spread over `tensor` is whole on each of its devices, and each computes all of it."""
     rules = replace(rules, batch=tuple(axis for axis in rules.batch if axis not in rules.sequence))
-    case = Case(run=replace(DOCUMENTS, rules=rules), mesh=MeshConfig(replica=2, fsdp=2, tensor=2), accumulate=2)
-    assert not too_different(gradients(case), on_one_device(DOCUMENTS.name))
+    case = Case(run=replace(DOCUMENTS, rules=rules), mesh=CUBE, accumulate=2)
+    assert not too_different(gradients(case), on_one_device(DOCUMENTS))
 
 
 def test_the_order_of_devices_changes_no_bit() -> None:
-    cube = MeshConfig(replica=2, fsdp=2, tensor=2)
-    plain = gradients(Case(run=DOCUMENTS, mesh=cube, accumulate=2))
-    shuffled = gradients(Case(run=DOCUMENTS, mesh=cube, accumulate=2, shuffled=True))
+    plain = gradients(Case(run=DOCUMENTS, mesh=CUBE, accumulate=2))
+    shuffled = gradients(Case(run=DOCUMENTS, mesh=CUBE, accumulate=2, shuffled=True))
     assert {path for path, one in plain.items() if not np.array_equal(one, shuffled[path])} == set()
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
 def test_no_gradient_is_near_zero(run: Run) -> None:
     """Else a relative difference would say nothing."""
-    largest = {path: float(np.abs(one).max()) for path, one in on_one_device(run.name).items()}
-    assert {path for path, size in largest.items() if size < 1e-3 and "z_loss" not in path} == set()
+    assert near_zero(on_one_device(run)) == set()

@@ -4,7 +4,6 @@ Scales and sums in whole numbers are the same everywhere. What differs is the la
 rounding; once in a while that decides between two steps of the format, and the difference is one rounding more.
 """
 
-import functools
 import re
 from dataclasses import replace
 
@@ -16,26 +15,16 @@ from jaxinfra.parallel.layout import Quantise
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
-from tests.parity.cases import DOCUMENTS, Case, differences, gradients, too_different
-from tests.parity.test_experts import DEEPSEEK
+from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, differences, gradients, on_one_device, too_different
 
 PRODUCTS = 7
 """With weights of a layer: query, key, value, out; gate, up, down."""
 
 
-RUNS = {run.name: run for run in (DOCUMENTS, DEEPSEEK)}
-
-
-def run_of(quantise: Quantise, remat: Remat = "none", name: str = DOCUMENTS.name) -> Run:
-    run = RUNS[name]
+def run_of(quantise: Quantise, remat: Remat = "none", run: Run = DOCUMENTS) -> Run:
     return replace(
         run, model=replace(run.model, remat=remat), precision=Precision(compute="float32", quantise=quantise)
     )
-
-
-@functools.cache
-def on_one_device(quantise: Quantise, name: str = DOCUMENTS.name) -> dict[str, np.ndarray]:
-    return gradients(Case(run=run_of(quantise, name=name)))
 
 
 def off(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -51,9 +40,7 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
         Case(run=run_of("fp8"), mesh=MeshConfig(fsdp=1, tensor=8)),
         Case(run=run_of("int8"), mesh=MeshConfig(fsdp=8)),
         *(
-            pytest.param(
-                Case(run=run_of(quantise, name=DEEPSEEK.name), mesh=mesh, accumulate=2), marks=pytest.mark.slow
-            )
+            pytest.param(Case(run=run_of(quantise, run=DEEPSEEK), mesh=mesh, accumulate=2), marks=pytest.mark.slow)
             for quantise, mesh in (
                 ("int8", MeshConfig(fsdp=1, expert=2, context=2, tensor=2)),
                 ("fp8", MeshConfig(stage=2, fsdp=2, expert=2)),
@@ -64,24 +51,23 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
 )
 def test_the_mesh_changes_nothing_but_a_rounding(case: Case) -> None:
     """The loss to 5e-5; of every gradient less than a tenth of what quantising itself changes."""
-    quantise, name = case.run.precision.quantise, case.run.name
-    found, wanted, exact = gradients(case), on_one_device(quantise, name), on_one_device("none", name)
-    loss = "[1]['loss']"
-    assert found[loss] == pytest.approx(wanted[loss], rel=5e-5)
+    found, wanted = gradients(case), on_one_device(case.run)
+    exact = on_one_device(replace(case.run, precision=DOCUMENTS.precision))
+    assert found["sum.loss"] == pytest.approx(wanted["sum.loss"], rel=5e-5)
     for path, one in wanted.items():
-        if path.startswith("[0]"):
+        if path.startswith("grad."):
             assert off(found[path], one) < 0.1 * off(one, exact[path]), path
 
 
 @pytest.mark.parametrize("remat", ["full", "offload"])
 def test_rematerialisation_keeps_every_gradient(remat: Remat) -> None:
-    assert not too_different(gradients(Case(run=run_of("int8", remat))), on_one_device("int8"))
+    assert not too_different(gradients(Case(run=run_of("int8", remat))), on_one_device(run_of("int8")))
 
 
 @pytest.mark.parametrize("quantise", ["int8", "fp8"])
 def test_quantising_reaches_every_gradient(quantise: Quantise) -> None:
-    changed = differences(on_one_device(quantise), on_one_device("none"))
-    assert min(size for path, size in changed.items() if "weight']" in path and path.startswith("[0]")) > 1e-3
+    changed = differences(on_one_device(run_of(quantise)), on_one_device(DOCUMENTS))
+    assert min(size for path, size in changed.items() if path.endswith("weight") and path.startswith("grad.")) > 1e-3
 
 
 @pytest.mark.parametrize(("quantise", "kind"), [("int8", "i8"), ("fp8", "f8E4M3FN")])

@@ -36,7 +36,7 @@ IN_HOST_MEMORY = "S(5)"
 
 
 @functools.cache
-def compiled(*, offload: bool = False, remat: Remat = "full", rows: int = 4) -> tuple[Memory, bool]:
+def compiled(*, offload: bool = False, remat: Remat = "full", rows: int = 128) -> tuple[Memory, bool]:
     """What is allotted, and whether the text has arrays in host memory."""
     run = replace(
         RUN, optim=Optim(offload=offload), model=replace(RUN.model, remat=remat), train=TrainConfig(global_batch=rows)

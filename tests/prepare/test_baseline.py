@@ -11,7 +11,8 @@ from jaxinfra.prepare.builders import baseline
 from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.corpus import draw as drawn
+from jaxinfra.prepare.recipes.validation import ByKey
+from jaxinfra.prepare.recipes.validation import draw as drawn
 from jaxinfra.prepare.sources.text_files import TextFiles
 from tests.prepare.test_prepare import documents
 
@@ -101,7 +102,7 @@ def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
         store=str(tmp_path / "store"),
         source=TextFiles(root=str(tmp_path / "text"), min_bytes=0),
         tokenizer=TrainBpe(vocab_size=300),
-        heldout_fraction=0.5,
+        validation=ByKey(fraction=0.5),
         baselines=True,
     )
     manifest = prepare(recipe, workers=1).manifest

@@ -23,11 +23,13 @@ DOCUMENTS = [{"text": f"{number} " + "é x" * (number % 40)} for number in range
 LINES = "".join(json.dumps(document) + "\n" for document in DOCUMENTS).encode()
 RECIPE = """
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.kafka import Kafka
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.data.tokenizer import Bytes
 def config():
-    return Corpus(store={store!r}, source={source}, tokenizer=Bytes(), heldout_fraction=0.1, shard_bytes=1024, {more})
+    return Corpus(store={store!r}, source={source}, tokenizer=Bytes(), shard_bytes=1024,
+                  validation=ByKey(fraction=0.1), {more})
 """
 
 

@@ -11,6 +11,7 @@ from jaxinfra.data.store.store import IMAGES, LABELS, Store
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 
 RECORDS = [{"image": [[number, 1, 2], [3, 4, 5]], "label": number % 3} for number in range(60)]
@@ -37,7 +38,7 @@ def write(tmp_path):
         (tmp_path / "images.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         source = Jsonl(root=str(tmp_path), pattern="*.jsonl")
         classes = ("a", "b", "c")
-        return ImageSet(store=str(tmp_path / "store"), source=source, classes=classes, heldout_fraction=0.3)
+        return ImageSet(store=str(tmp_path / "store"), source=source, classes=classes, validation=ByKey(fraction=0.3))
 
     return written
 

@@ -23,6 +23,7 @@ from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.forms import Completion, Preference, Text
 from jaxinfra.prepare.prepare import plan, prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.text_files import TextFiles
@@ -53,7 +54,12 @@ def lines(folder, documents, *, bad=()):
 
 def bytes_recipe(folder, store, **fields):
     """One that needs no training and is cut into many jobs."""
-    return Corpus(store=str(store), source=Jsonl(root=str(folder)), tokenizer=Bytes(), heldout_fraction=0.1, **fields)
+    return Corpus(
+        store=str(store),
+        source=Jsonl(root=str(folder)),
+        tokenizer=Bytes(),
+        **{"validation": ByKey(fraction=0.1)} | fields,
+    )
 
 
 def documents(store, split):
@@ -112,7 +118,7 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
     source = lines(tmp_path / "source", 100)
     first = prepare(bytes_recipe(source, tmp_path / "store"), workers=1)
     before = snapshot(Path(first.path))
-    second = prepare(replace(bytes_recipe(source, tmp_path / "store"), heldout_fraction=0.5), workers=1)
+    second = prepare(replace(bytes_recipe(source, tmp_path / "store"), validation=ByKey(fraction=0.5)), workers=1)
     assert snapshot(Path(first.path)) == before
     assert [each.fingerprint for each in listed(Storage(tmp_path / "store"))] == [
         first.manifest.fingerprint,
@@ -129,7 +135,7 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
 
 def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
     first = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
-    second = replace(first, heldout_fraction=0.5)
+    second = replace(first, validation=ByKey(fraction=0.5))
     older, newer = prepare(first, workers=1), prepare(second, workers=1)
     for recipe, made, moved in ((first, older, True), (second, newer, True), (second, newer, False)):
         again = prepare(recipe, workers=1)
@@ -143,7 +149,7 @@ def test_what_is_in_both_splits_stays_held_out(tmp_path):
     source.mkdir()
     texts = [f"text {number}" for number in range(60)]
     (source / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
-    recipe = replace(bytes_recipe(source, tmp_path / "all"), heldout_fraction=0.3)
+    recipe = replace(bytes_recipe(source, tmp_path / "all"), validation=ByKey(fraction=0.3))
     prepare(recipe, workers=1)
     prepare(replace(recipe, store=str(tmp_path / "once"), dedup=Dedup()), workers=1)
     every, once = TokenStore.open(tmp_path / "all"), TokenStore.open(tmp_path / "once")
@@ -210,6 +216,7 @@ def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus,
 KILLED = """
 import os, signal, sys
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
@@ -226,8 +233,8 @@ class Killer:
 
 
 if __name__ == "__main__":
-    recipe = Corpus(store=sys.argv[2], source=Jsonl(root=sys.argv[1]), tokenizer=Bytes(), heldout_fraction=0.1,
-                    shard_bytes=4096)
+    recipe = Corpus(store=sys.argv[2], source=Jsonl(root=sys.argv[1]), tokenizer=Bytes(), shard_bytes=4096,
+                    validation=ByKey(fraction=0.1))
     prepare(recipe, workers=2, tell=Killer(sys.argv[3]))
 """
 
@@ -355,7 +362,7 @@ def test_a_second_process_does_not_disturb_the_first(tmp_path):
 def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
-    with pytest.raises(StorageError, match=r"1,000 bytes free, preparing needs about \d"):
+    with pytest.raises(StorageError, match=r"/store/\S+: 1.0 kB free, .*work=FOLDER"):
         prepare(bytes_recipe(lines(tmp_path / "source", 1000), tmp_path / "store"))
 
 
@@ -363,7 +370,7 @@ def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeyp
 @pytest.mark.parametrize("form", [Text(), Completion(), Preference(template=None)])
 def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, form):
     asked = []
-    monkeypatch.setattr("jaxinfra.prepare.prepare.check_space", lambda folder, needed_bytes: asked.append(needed_bytes))
+    monkeypatch.setattr("jaxinfra.prepare.prepare.check_space", lambda folder, needed, **_: asked.append(needed))
     rng, letters = random.Random(0), "etaoinshrdlu"
     words = ["".join(rng.choices(letters, k=rng.randrange(2, 9))) for _ in range(300)]
     with (tmp_path / "lines.jsonl").open("w") as file:
@@ -380,7 +387,7 @@ def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer,
 
 def test_a_place_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="store="):
+    with pytest.raises(StorageError, match="^store="):
         prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "file" / "store"))
 
 
@@ -420,10 +427,10 @@ def test_an_empty_corpus_is_refused(tmp_path, text):
 
 def test_both_splits_must_have_documents(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 20), tmp_path / "store")
-    with pytest.raises(ConfigError, match=r"heldout_fraction=1e-09: of 20 records none is held out"):
-        prepare(replace(recipe, heldout_fraction=1e-9), workers=1)
-    with pytest.raises(ConfigError, match="none is left to train on"):
-        prepare(replace(recipe, heldout_fraction=1 - 1e-9), workers=1)
+    with pytest.raises(ConfigError, match=r"^validation=by_key validation\.fraction=1e-09: "):
+        prepare(replace(recipe, validation=ByKey(fraction=1e-9)), workers=1)
+    with pytest.raises(ConfigError, match=r"^validation=by_key validation\.fraction="):
+        prepare(replace(recipe, validation=ByKey(fraction=1 - 1e-9)), workers=1)
 
 
 def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, store_path, tmp_path):

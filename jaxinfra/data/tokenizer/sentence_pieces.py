@@ -17,7 +17,8 @@ from jaxinfra.config import Problem
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import needed
-from jaxinfra.storage.small_files import one_line, read_content
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import read_content
 
 _SPACE = "\u2581"
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -92,7 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             processor.LoadFromSerializedProto(content)
         except RuntimeError as error:
-            raise ConfigError(f"{name}: is not a model of SentencePiece ({one_line(error)}); copy it anew") from None
+            raise ConfigError(f"{name}: is not a model of SentencePiece ({cause_of(error)}); copy it anew") from None
         if not processor.is_control(processor.piece_to_id(end_of_document)):
             raise no_end(name, end_of_document, ())
         return cls(content, processor, end_of_document)
@@ -146,7 +147,7 @@ def _parse(content: bytes, name: str) -> Any:
     try:
         model = form.FromString(content)
     except DecodeError as error:
-        raise ConfigError(f"{name}: is not a model of SentencePiece ({one_line(error)}); give its .model") from None
+        raise ConfigError(f"{name}: is not a model of SentencePiece ({cause_of(error)}); give its .model") from None
     if not model.pieces:
         raise ConfigError(f"{name}: is not a model of SentencePiece (it has no pieces); give its .model")
     return model

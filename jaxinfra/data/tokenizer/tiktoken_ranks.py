@@ -18,7 +18,8 @@ from jaxinfra.config import Problem
 from jaxinfra.data.tokenizer.base import Tokenizer, common_problems, no_end, threads
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import needed
-from jaxinfra.storage.small_files import one_line, read_content
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import read_content
 
 LONGEST_GAP = 100_000
 """Characters of white space in one piece beyond which the library's patterns overflow its stack (from 300,000 on)."""
@@ -127,7 +128,7 @@ class TiktokenTokenizer(Tokenizer):
             tree = json.loads(content)
             pattern, special, lines = tree["pattern"], tree["special_tokens"], tree["ranks"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{name}: is not a tiktoken.json ({one_line(error)}); copy it anew") from None
+            raise ConfigError(f"{name}: is not a tiktoken.json ({cause_of(error)}); copy it anew") from None
         ranks = _parse(lines.encode(), name)
         if end_of_document not in special:
             raise no_end(name, end_of_document, special)
@@ -139,7 +140,7 @@ class TiktokenTokenizer(Tokenizer):
         try:
             encoding = library.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except (ValueError, KeyError) as error:
-            raise ConfigError(f"{name}: tiktoken refuses it ({one_line(error)}); check pattern and ranks") from None
+            raise ConfigError(f"{name}: tiktoken refuses it ({cause_of(error)}); check pattern and ranks") from None
         return cls(content, encoding, special, end_of_document)
 
     def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
@@ -216,5 +217,5 @@ def _named(encoding: str) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"encoding={encoding}: its file is not in tiktoken's cache and cannot be fetched "
-            f"({one_line(error)[:200]}); give the path of the rank file"
+            f"({cause_of(error)}); give the path of the rank file"
         ) from error

@@ -18,7 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jaxinfra.config import Problem
 from jaxinfra.data.tokenizer.base import Tokenizer, bytes_before, common_problems, no_end
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.small_files import one_line, read_content
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import read_content
 
 _SPACE = "\u2581"  # how SentencePiece, and what follows it, spells a space
 
@@ -211,7 +212,7 @@ def _backend(content: bytes, name: str) -> Backend:
     try:
         return Backend.from_buffer(content)
     except Exception as error:  # the library raises the bare class
-        raise ConfigError(f"{name}: is not a tokenizer.json ({one_line(error)})") from None
+        raise ConfigError(f"{name}: is not a tokenizer.json ({cause_of(error)})") from None
 
 
 def _end_id(backend: Backend, end_of_document: str, name: str) -> int:

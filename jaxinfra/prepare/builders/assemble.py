@@ -1,35 +1,42 @@
 """From parts to the arrays of a version: every document that is kept, in the order of the source.
 
 Reads parts one after the other and holds one shard of tokens, and some numbers a document (8 bytes each for offsets
-and lengths; 16 more, and its MinHash, where duplicates are looked for). To begin again after a kill costs this step,
-not the tokenising.
+and lengths, 16 for its hash; 16 more, and its MinHash, where duplicates are looked for). To begin again after a kill
+costs this step, not the tokenising.
 """
 
 import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from jaxinfra.config.text import snake_case
 from jaxinfra.data.packing import Pack, pack
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import Counts, PackInfo, Split, SplitInfo
+from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.dedup import duplicates
+from jaxinfra.prepare.builders import overlap
+from jaxinfra.prepare.builders.overlap import shared
+from jaxinfra.prepare.builders.splits import Splits
+from jaxinfra.prepare.documents.dedup import Dedup, duplicates
 from jaxinfra.prepare.parts import Open
-from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.recipe import Recipe
+from jaxinfra.prepare.recipes.validation import AnyValidation, explicit
 
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
-Keep = Mapping[tuple[Split, int], np.ndarray]
-"""By split and part, which of its documents stay: bool[D]."""
+Keep = Mapping[Split, Sequence[np.ndarray]]
+"""By split, which documents of each part stay: bool[D]."""
 
 
 def counts(folder: Path, numbers: Sequence[int], build: Path) -> Counts:
@@ -48,31 +55,35 @@ def counts(folder: Path, numbers: Sequence[int], build: Path) -> Counts:
     return Counts(records=records, skipped=skipped, filtered=dict(sorted(filtered.items())))
 
 
-def check_splits(store: str, found: Mapping[Split, int], counts: Counts, heldout_fraction: float) -> None:
-    """Refuses a source that leaves nothing to train on, or nothing to look at.
+def check_splits(store: str, found: Mapping[Split, int], counts: Counts, validation: AnyValidation) -> None:
+    """Refuses sources that leave nothing to train on, or nothing to validate with.
 
     Args:
         store: for the message.
         found: documents or images of each split.
         counts: of the records.
-        heldout_fraction: of the recipe.
+        validation: of the recipe.
 
     Raises:
         ConfigError: a split is empty.
     """
-    total = sum(found.values())
-    if not total:
+    if all(found.values()):
+        return
+    left_out = f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
+    named, kind = explicit(validation), snake_case(type(validation))
+    if not sum(found.values()):
+        raise ConfigError(f"store={store}: the corpus is empty: {left_out}; mend the source or the filters")
+    if named is not None:
+        empty, other = ("validation", "source") if found["train"] else ("source", "validation")
         raise ConfigError(
-            f"store={store}: the corpus is empty: {counts.records} records read, {counts.skipped} skipped, "
-            f"{sum(counts.filtered.values())} filtered; mend the source or the filters"
+            f"{empty}: gives nothing ({left_out}, {max(found.values())} documents left, all of {other}); mend "
+            f"{empty} or the filters, or use validation=by_key"
         )
-    missing: dict[Split, str] = {"train": "none is left to train on", "heldout": "none is held out"}
-    for split, what in missing.items():
-        if not found[split]:
-            raise ConfigError(
-                f"heldout_fraction={heldout_fraction}: of {total} records {what}; use another fraction, or cut the "
-                "source into more records"
-            )
+    what = "none is left to train on" if found["heldout"] else "none is held out"
+    raise ConfigError(
+        f"validation={kind} validation.fraction={getattr(validation, 'fraction', None)}: of {sum(found.values())} "
+        f"records {what}; use another fraction, or validation=tail, which cuts the text of a single document"
+    )
 
 
 def made_now() -> dict[str, Any]:
@@ -83,51 +94,80 @@ def made_now() -> dict[str, Any]:
     }
 
 
-def kept(corpus: Corpus, folder: Path, numbers: Sequence[int]) -> Keep:
-    """Which documents stay: of those that are alike, held-out ones first, then the first in the source."""
-    keep: dict[tuple[Split, int], np.ndarray] = {}
-    exact, near = [], []
-    places: list[tuple[Split, int, int]] = []
-    group = corpus.form.group
+def kept(
+    recipe: Recipe, splits: Splits, counts: Counts, *, group: int = 1, dedup: Dedup | None = None
+) -> tuple[Keep, Counts]:
+    """Which documents stay, and what the others are counted as.
+
+    Of documents that are alike validation ones are kept first, then the first in the source. What is in both splits is
+    found among documents as they were read: where duplicates are removed, near ones count as well.
+
+    Args:
+        recipe: what to do with what is in both splits.
+        splits: of the parts.
+        counts: of the records.
+        group: documents of a record, which stay or go together.
+        dedup: which duplicates to remove.
+
+    Raises:
+        DataError: validation documents are in the training split too, and the recipe allows none.
+    """
+    digests = {split: _column(splits, split, "digest_D2").reshape(-1, 2 * group) for split in SPLITS}
+    size = len(digests["heldout"])
+    keep_G = np.ones(size + len(digests["train"]), bool)  # validation records first
+    if dedup is None:
+        overlap_H = shared(digests["heldout"], digests["train"])
+        if recipe.on_overlap == "drop":
+            keep_G[size:] = ~shared(digests["train"], digests["heldout"])
+    else:
+        names = ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
+        heldout, train = ([_column(splits, split, name)[::group] for name in names] for split in ("heldout", "train"))
+        keep_G = ~_repeats(dedup, heldout, train)
+        overlap_H = np.zeros(size, bool)
+        once = [rows[keep_G[:size]] for rows in heldout]
+        overlap_H[keep_G[:size]] = _repeats(dedup, train, once)[len(train[0]) :]
+    overlap.check(recipe.on_overlap, overlap_H, lambda: splits.where("heldout")[::group])
+    lost = group * int((~keep_G).sum())
+    counts = replace(
+        counts,
+        duplicates=lost if dedup is not None else 0,
+        overlap=group * int(overlap_H.sum()),
+        overlap_dropped=lost if dedup is None else 0,
+    )
+    keep_D, done, keep = np.repeat(keep_G, group), 0, {}
     for split in ("heldout", "train"):
-        for number in numbers:
-            with Open(folder, number) as part:
-                count = len(part.read(split, "lengths_D"))
-                if corpus.dedup is not None:
-                    exact.append(part.read(split, "exact_D2")[::group])
-                    near += [part.read(split, "near_DP")[::group]] if corpus.dedup.near else []
-            keep[split, number] = np.ones(count, bool)
-            places.append((split, number, count))
-    if corpus.dedup is None:
-        return keep
-    repeats = duplicates(corpus.dedup, np.concatenate(exact), np.concatenate(near) if near else None)
-    done = 0
-    for split, number, count in places:
-        keep[split, number] = ~np.repeat(repeats[done : done + count // group], group)
-        done += count // group
-    return keep
+        ends = done + np.cumsum([0, *(len(digest_D2) for (digest_D2,) in splits.read(split, "digest_D2"))])
+        keep[split] = [keep_D[start:end] for start, end in pairwise(ends.tolist())]
+        done = int(ends[-1])
+    return keep, counts
 
 
-def copy(folder: Path, numbers: Sequence[int], split: Split, keep: Keep, writer: "SplitWriter") -> None:
+def _column(splits: Splits, split: Split, name: str) -> np.ndarray:
+    return np.concatenate([rows for (rows,) in splits.read(split, name)])
+
+
+def _repeats(dedup: Dedup, earlier: Sequence[np.ndarray], later: Sequence[np.ndarray]) -> np.ndarray:
+    """`duplicates` of documents after others, of the exact signatures and the near ones of both."""
+    exact_N2, *near = (np.concatenate(both) for both in zip(earlier, later, strict=True))
+    return duplicates(dedup, exact_N2, near[0] if near else None)
+
+
+def copy(splits: Splits, split: Split, keep: Keep, writer: "SplitWriter") -> None:
     """Appends the documents of parts that stay to a split.
 
     Args:
-        folder: of the parts.
-        numbers: those to take, in order.
+        splits: of the parts.
         split: which.
         keep: which of its documents stay.
         writer: of the split.
     """
-    for number in numbers:
-        with Open(folder, number) as part:
-            lengths_D, keep_D = part.read(split, "lengths_D"), keep[split, number]
-            mask_N = part.read(split, "mask_N") if writer.masked else None
-            tokens_N, bytes_D = part.read(split, "tokens_N"), part.read(split, "bytes_D")
+    names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if writer.masked else ()))
+    for (tokens_N, lengths_D, bytes_D, *masks), keep_D in zip(splits.read(split, *names), keep[split], strict=True):
         if not keep_D.all():
             keep_N = np.repeat(keep_D, lengths_D)
-            tokens_N, mask_N = tokens_N[keep_N], None if mask_N is None else mask_N[keep_N]
+            tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
             lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
-        writer.add(tokens_N, lengths_D, mask_N, int(bytes_D.sum()))
+        writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
 
 
 def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -> PackInfo:

@@ -1,8 +1,9 @@
 """Making a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,24 @@ import xxhash
 from jaxinfra.config import encode
 from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, SplitInfo
 from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
-from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Blocks, write_array
-from jaxinfra.prepare.builders.bad_records import BadRecords
+from jaxinfra.prepare.builders.assemble import Blocks, Keep, write_array
+from jaxinfra.prepare.builders.job import Job, Records
+from jaxinfra.prepare.builders.overlap import digest_of_values, joined
+from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.document import RecordError, value_of
-from jaxinfra.prepare.parts import Note, Open, Part
-from jaxinfra.prepare.recipes.corpus import draw
+from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.image_set import ImageSet
-from jaxinfra.prepare.sources.record import Bad, Piece, Record
+from jaxinfra.prepare.sources.record import Piece, Record
 
 BLOCK_BYTES, SHARD_BLOCKS = 64 * 1024, 256
 _LARGEST_BASELINE = 20_000
 """Training images; the distances of all pairs are computed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one worker does at a time.
-
-    Attributes:
-        number: of the part that it makes.
-        pieces: what it reads.
-        images: the recipe.
-        folder: for parts.
-    """
-
-    number: int
-    pieces: tuple[Piece, ...]
-    images: ImageSet
-    folder: str
-
-
-def collect(job: Job) -> Note:
+def collect(job: Job[ImageSet]) -> Note:
     """Makes and commits the part of a job.
 
     Raises:
@@ -53,34 +38,21 @@ def collect(job: Job) -> Note:
         StorageError: the source cannot be read.
         OSError: the part cannot be written.
     """
-    images: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
-    labels: dict[Split, list[int]] = {split: [] for split in SPLITS}
-    bad, records = BadRecords(job.images.on_bad), 0
-    for piece in job.pieces:
-        for each in job.images.source.read(piece):
-            records += 1
-            if isinstance(each, Bad):
-                bad.add(each.where, each.cause)
-                continue
-            try:
-                image, label = _pair(job.images, each.record)
-            except RecordError as error:
-                bad.add(each.where, str(error))
-                continue
-            split: Split = "heldout" if draw(each.key) < job.images.heldout_fraction else "train"
-            images[split].append(image)
-            labels[split].append(label)
-    _require_one_shape([image for split in SPLITS for image in images[split]], job.pieces[0].name)
+    records, recipe = Records(job.recipe.on_bad), job.recipe
+    found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
+    for each, (image, label) in records.made(job.records(), partial(_pair, recipe)):
+        found[job.split_of(each.key)].append((each.where, image, label))
+    _require_one_shape([image for split in SPLITS for _, image, _ in found[split]], job.pieces[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
-        split: {"images": np.array(images[split], np.uint8), "labels": np.array(labels[split], np.int32)}
+        split: {
+            "images": np.array([image for _, image, _ in found[split]], np.uint8),
+            "labels": np.array([label for _, _, label in found[split]], np.int32),
+            "digest_D2": np.array([digest_of_values(image) for _, image, _ in found[split]], np.uint64).reshape(-1, 2),
+            "where_B": joined(where for where, _, _ in found[split]),
+        }
         for split in SPLITS
     }
-    part = Part(
-        splits=splits,
-        records=records,
-        read_bytes=sum(piece.size_bytes for piece in job.pieces),
-        skipped=tuple(bad.found),
-    )
+    part = Part(splits=splits, records=records.count, read_bytes=job.read_bytes, skipped=tuple(records.skipped))
     return parts.write(Path(job.folder), job.number, part)
 
 
@@ -125,7 +97,7 @@ class ImageMaker:
         self._images = images
 
     @property
-    def job(self) -> Callable[[Job], Note]:
+    def job(self) -> Callable[[Job[ImageSet]], Note]:
         """See `prepare.Maker`."""
         return collect
 
@@ -136,23 +108,17 @@ class ImageMaker:
         """Parts and arrays exist at once."""
         return 2 * source_bytes
 
-    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Job]:
-        """What to read."""
-        return [
-            Job(number=number, pieces=group, images=self._images, folder=str(folder))
-            for number, group in groups.items()
-        ]
-
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
         """Makes all files of the version but the manifest; see `prepare.Maker`."""
-        counts = assemble.counts(folder, numbers, build)
-        shape = self._shape(folder, numbers)
+        source = Splits(folder=folder, numbers=numbers)
+        keep, counts = assemble.kept(self._images, source, assemble.counts(folder, numbers, build))
+        found: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
+        assemble.check_splits(self._images.store, found, counts, self._images.validation)
+        shape = self._shape(source, keep)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
         splits: dict[Split, SplitInfo] = {
-            split: self._write(folder, numbers, build, split, shape, block) for split in SPLITS
+            split: self._write(source, keep, build, split, shape, block) for split in SPLITS
         }
-        found: dict[Split, int] = {split: info.documents for split, info in splits.items()}
-        assemble.check_splits(self._images.store, found, counts, self._images.heldout_fraction)
         manifest = Manifest(
             kind="images",
             recipe=encode(self._images),
@@ -169,25 +135,23 @@ class ImageMaker:
             **assemble.made_now(),
         )
         if self._images.baselines and found["train"] <= _LARGEST_BASELINE:
-            manifest = replace(manifest, baselines=nearest(*(list(_read(folder, numbers, split)) for split in SPLITS)))
+            manifest = replace(manifest, baselines=nearest(*(list(_read(source, keep, split)) for split in SPLITS)))
         return manifest
 
-    def _shape(self, folder: Path, numbers: Sequence[int]) -> tuple[int, ...]:
-        shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(folder, numbers, split) if len(images)}
+    def _shape(self, source: Splits, keep: Keep) -> tuple[int, ...]:
+        shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(source, keep, split) if len(images)}
         if len(shapes) > 1:
             raise _shapes_differ(shapes, self._images.store)
-        if not shapes:
-            raise ConfigError(f"store={self._images.store}: the source has no image; mend the source")
         return shapes.pop()
 
     def _write(
-        self, folder: Path, numbers: Sequence[int], build: Path, split: Split, shape: tuple[int, ...], block: int
+        self, source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[int, ...], block: int
     ) -> SplitInfo:
         writer = Blocks(
             build / split / IMAGES, np.dtype(np.uint8), shape=shape, block=block, shard=SHARD_BLOCKS * block
         )
         every, n_bytes = [np.empty(0, np.int32)], 0
-        for images, labels in _read(folder, numbers, split):
+        for images, labels in _read(source, keep, split):
             writer.add(images.reshape(-1, *shape))
             every.append(labels)
             n_bytes += images.nbytes
@@ -199,11 +163,10 @@ class ImageMaker:
         )
 
 
-def _read(folder: Path, numbers: Sequence[int], split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of each part."""
-    for number in numbers:
-        with Open(folder, number) as part:
-            yield part.read(split, "images"), part.read(split, "labels")
+def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and labels of each part that stay."""
+    for (images, labels), keep_D in zip(source.read(split, "images", "labels"), keep[split], strict=True):
+        yield images[keep_D], labels[keep_D]
 
 
 def nearest(train: Sequence[Any], heldout: Sequence[Any]) -> dict[str, dict[str, float]]:

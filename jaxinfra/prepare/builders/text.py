@@ -2,32 +2,41 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import SPLITS, Counts, Manifest, Split, TokenizerInfo, digest_of
+from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, digest_of
 from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
 from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Keep, SplitWriter
+from jaxinfra.prepare.builders.assemble import SplitWriter
 from jaxinfra.prepare.builders.baseline import measured
-from jaxinfra.prepare.builders.tokenize import Job, load_tokenizer, make_part, sample_texts, tokenise
+from jaxinfra.prepare.builders.job import Job
+from jaxinfra.prepare.builders.splits import Splits, find_tail
+from jaxinfra.prepare.builders.tokenize import (
+    TOKENIZER_INFO,
+    load_tokenizer,
+    make_part,
+    read_info,
+    sample_texts,
+    tokenise,
+)
 from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import OtherStore, Tail
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.stream import Block
+from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.objects import Storage
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
 _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
 _FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
-_INFO = "tokenizer-info.json"
 
 
 class TextMaker:
@@ -52,7 +61,7 @@ class TextMaker:
         return digest_of(found) if any(found) else None
 
     @property
-    def job(self) -> Callable[[Job], Note]:
+    def job(self) -> Callable[[Job[Corpus]], Note]:
         """See `prepare.Maker`."""
         return tokenise
 
@@ -60,9 +69,10 @@ class TextMaker:
         """Puts the tokenizer beside the parts; one that is trained is trained once.
 
         Raises:
+            ConfigError: the store that the validation split is of has another tokenizer or form.
             DataError: a record cannot be read and the recipe does not skip it.
         """
-        known = folder / _INFO
+        known = folder / TOKENIZER_INFO
         if not known.exists():
             given, config = self._given, self._corpus.tokenizer
             if isinstance(config, TrainBpe):
@@ -74,15 +84,17 @@ class TextMaker:
                 )
             assert given is not None
             info = info_of(given)
-            parts.write_file(folder / info.file, given.content)
-            parts.write_file(known, json.dumps(asdict(info)).encode())
-        self._info = TokenizerInfo(**json.loads(known.read_bytes()))
+            replace_bytes(folder / info.file, given.content)
+            replace_bytes(known, json.dumps(asdict(info)).encode())
+        self._info = read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
+        if isinstance(self._corpus.validation, OtherStore):
+            self._corpus.validation.require_same(self._info, kind=self._kind, masked=self._corpus.form.masked)
 
     def part(self, folder: Path, block: Block) -> Part:
         """The part that a block of a stream makes; after `begin`."""
-        tokenizer = load_tokenizer(folder / self._info.file, self._info)
-        part = make_part(self._corpus, tokenizer, block.records, read_bytes=block.read_bytes)
+        job = Job(number=0, pieces=(), recipe=self._corpus, folder=str(folder))
+        part = make_part(job, load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
         return replace(part, position=block.position)
 
     def needed_bytes(self, source_bytes: int) -> int:
@@ -95,33 +107,27 @@ class TextMaker:
         form = self._corpus.form
         return 2 * source_bytes * form.group * (self._dtype.itemsize + form.masked) // bytes_per_token
 
-    def jobs(self, folder: Path, groups: Mapping[int, tuple[Piece, ...]]) -> list[Job]:
-        """What to tokenise."""
-        corpus, info = self._corpus, self._info
-        return [
-            Job(number=number, pieces=group, corpus=corpus, folder=str(folder), tokenizer=info)
-            for number, group in groups.items()
-        ]
-
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
         """Makes all files of the version but the manifest; see `prepare.Maker`."""
         corpus = self._corpus
-        counts = assemble.counts(folder, numbers, build)
-        keep = assemble.kept(corpus, folder, numbers)
-        self._check_splits(keep, counts)
+        source = self._splits(folder, numbers)
+        counts, form = assemble.counts(folder, numbers, build), corpus.form
+        keep, counts = assemble.kept(corpus, source, counts, group=form.group, dedup=corpus.dedup)
+        left: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
+        assemble.check_splits(corpus.store, left, counts, corpus.validation)
         splits, packs = {}, {}
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
-            assemble.copy(folder, numbers, split, keep, writer)
+            assemble.copy(source, split, keep, writer)
             splits[split] = writer.close()
             for pack in corpus.packs:
                 packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
         shutil.copyfile(folder / self._info.file, build / self._info.file)
         manifest = Manifest(
-            kind="text" if corpus.form.group == 1 else "pairs",
+            kind=self._kind,
             recipe=encode(corpus),
             source_digest=source_digest,
-            counts=replace(counts, duplicates=sum(int((~keep_D).sum()) for keep_D in keep.values())),
+            counts=counts,
             dtype=self._dtype.name,
             masked=corpus.form.masked,
             block=arrays.CHUNK,
@@ -154,8 +160,16 @@ class TextMaker:
                     "could spell it; name it in tokenizer.special_tokens, or use another template"
                 )
 
-    def _check_splits(self, keep: Keep, counts: Counts) -> None:
-        found: dict[Split, int] = {
-            split: sum(int(keep_D.sum()) for (of, _), keep_D in keep.items() if of == split) for split in SPLITS
-        }
-        assemble.check_splits(self._corpus.store, found, counts, self._corpus.heldout_fraction)
+    @property
+    def _kind(self) -> Kind:
+        return "text" if self._corpus.form.group == 1 else "pairs"
+
+    def _splits(self, folder: Path, numbers: Sequence[int]) -> Splits:
+        splits, corpus = Splits(folder=folder, numbers=numbers), self._corpus
+        if not isinstance(corpus.validation, Tail):
+            return splits
+        form = corpus.form
+        tokenizer = None if form.masked or form.group > 1 else load_tokenizer(folder, self._info)
+        fraction = corpus.validation.fraction
+        cut = find_tail(splits, fraction, group=form.group, tokenizer=tokenizer, dedup=corpus.dedup)
+        return replace(splits, cut=cut)

@@ -1,54 +1,39 @@
-"""One job of preparing: read some pieces of a source, make documents, tokenise them, commit a part.
+"""One job of preparing text: read some pieces, make documents, tokenise them, commit a part.
 
 It is the same function on every engine. A part depends on its job alone, so it does not matter who makes it, when, or
 how often.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from jaxinfra.data.store.manifest import SPLITS, Split, TokenizerInfo
-from jaxinfra.data.store.store import token_dtype
+from jaxinfra.data.store.store import LENGTHS, OFFSETS, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders.bad_records import BadRecords
+from jaxinfra.prepare.builders.job import Job, Records
+from jaxinfra.prepare.builders.overlap import digest_of_values, joined
 from jaxinfra.prepare.documents.dedup import Signer
-from jaxinfra.prepare.documents.document import Document, RecordError
-from jaxinfra.prepare.documents.encoding import encode_documents
+from jaxinfra.prepare.documents.document import Document
+from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
 from jaxinfra.prepare.parts import Note, Part
-from jaxinfra.prepare.recipes.corpus import Corpus, draw
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import OtherStore, Tail, draw
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
 
+TOKENIZER_INFO = "tokenizer-info.json"
+"""The file beside the parts that says which tokenizer is there."""
 _BATCH_CHARS = 1_000_000
 _PIECE_CHARS = 1_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one worker does at a time.
-
-    Attributes:
-        number: of the part that it makes.
-        pieces: what it reads.
-        corpus: the recipe.
-        folder: for parts.
-        tokenizer: its file in that folder, and what it is.
-    """
-
-    number: int
-    pieces: tuple[Piece, ...]
-    corpus: Corpus
-    folder: str
-    tokenizer: TokenizerInfo
-
-
-def tokenise(job: Job) -> Note:
+def tokenise(job: Job[Corpus]) -> Note:
     """Makes and commits the part of a job.
 
     Raises:
@@ -56,108 +41,152 @@ def tokenise(job: Job) -> Note:
         StorageError: the source cannot be read.
         OSError: the part cannot be written.
     """
-    source, folder = job.corpus.source, Path(job.folder)
-    records = (record for piece in job.pieces for record in source.read(piece))
-    tokenizer = load_tokenizer(folder / job.tokenizer.file, job.tokenizer)
-    part = make_part(job.corpus, tokenizer, records, read_bytes=sum(piece.size_bytes for piece in job.pieces))
+    folder = Path(job.folder)
+    tokenizer = load_tokenizer(folder, read_info(folder))
+    other = job.recipe.validation
+    if job.validation and isinstance(other, OtherStore):
+        part = copy_part(job, other, tokenizer)
+    else:
+        part = make_part(job, tokenizer, job.records(), read_bytes=job.read_bytes)
     return parts.write(folder, job.number, part)
 
 
+def read_info(folder: Path) -> TokenizerInfo:
+    """The tokenizer that is beside the parts."""
+    return TokenizerInfo(**json.loads((folder / TOKENIZER_INFO).read_bytes()))
+
+
 @lru_cache(maxsize=2)
-def load_tokenizer(path: Path, info: TokenizerInfo) -> Tokenizer:
-    """The tokenizer in a file; a worker reads it once."""
+def load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
+    """The tokenizer beside the parts; a worker reads it once."""
+    path = folder / info.file
     return restore(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
-def make_part(corpus: Corpus, tokenizer: Tokenizer, records: Iterable[Found | Bad], *, read_bytes: int) -> Part:
+def make_part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad], *, read_bytes: int) -> Part:
     """Makes a part of records, in their order.
 
     Raises:
         DataError: a record cannot be read and the recipe does not skip it.
     """
-    kept = _Kept(corpus)
-    rows: dict[Split, _Rows] = {split: _Rows(corpus, tokenizer) for split in SPLITS}
-    for split, group in kept.groups(records):
-        rows[split].add(group)
-    splits: dict[Split, dict[str, np.ndarray]] = {split: each.finish() for split, each in rows.items()}
+    kept = _Kept(job)
+    rows: dict[Split, _Rows] = {split: _Rows(job.recipe, tokenizer) for split in SPLITS}
+    for split, where, group in kept.groups(records):
+        rows[split].add(where, group)
     return Part(
-        splits=splits,
-        tokens=sum(len(arrays["tokens_N"]) for arrays in splits.values()),
-        records=kept.records,
+        splits={split: each.finish() for split, each in rows.items()},
+        tokens=sum(each.tokens for each in rows.values()),
+        records=kept.records.count,
         read_bytes=read_bytes,
-        skipped=tuple(kept.bad.found),
+        skipped=tuple(kept.records.skipped),
         filtered=dict(kept.filtered),
+    )
+
+
+def copy_part(job: Job[Corpus], other: OtherStore, tokenizer: Tokenizer) -> Part:
+    """Makes a part of documents of another store, whose tokens are taken as they are.
+
+    Raises:
+        DataError: what is read is damaged.
+        StorageError: it cannot be read.
+    """
+    empty, rows = _Rows(job.recipe, tokenizer), _Rows(job.recipe, tokenizer)
+    group, records = job.recipe.form.group, 0
+    for piece in job.pieces:
+        store = other.open(piece.name)
+        documents = store.manifest.splits[other.split].documents
+        first, last = piece.start * group, documents if piece.end is None else piece.end * group
+        one = np.array([first]), np.array([last - first])
+        lengths_D = store.read_ranges(other.split, LENGTHS, *one)
+        start = store.read_ranges(other.split, OFFSETS, *one)[:1]
+        tokens_N, mask_N = store.read_pieces(other.split, start, lengths_D.sum(keepdims=True))
+        learned_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
+        ends = np.cumsum(lengths_D)
+        for number, (end, length) in enumerate(zip(ends.tolist(), lengths_D.tolist(), strict=True)):
+            ids_N, where = tokens_N[end - length : end - 1].astype(np.int64), f"{other.store} document {first + number}"
+            text = tokenizer.decode(ids_N.tolist())
+            found = Tokens(ids_N=ids_N, learned_N=learned_N[end - length : end - 1], n_bytes=len(text.encode()))
+            rows.add_tokens(where, found, text)
+        records += (last - first) // group
+    return Part(
+        splits={"train": empty.finish(), "heldout": rows.finish()},
+        tokens=rows.tokens,
+        records=records,
+        read_bytes=job.read_bytes,
     )
 
 
 class _Kept:
     """Which records become documents, and a count of those that do not."""
 
-    def __init__(self, corpus: Corpus):
-        self.corpus, self.records = corpus, 0
-        self.bad = BadRecords(corpus.on_bad)
+    def __init__(self, job: Job[Corpus]):
+        self._job = job
+        self.records = Records(job.recipe.on_bad)
         self.filtered = Counter[str]()
 
-    def groups(self, records: Iterable[Found | Bad]) -> Iterator[tuple[Split, Sequence[Document]]]:
-        """The split and the documents of each record that is kept."""
-        for each in records:
-            self.records += 1
-            if isinstance(each, Bad):
-                self.bad.add(each.where, each.cause)
-                continue
-            try:
-                group = self.corpus.form.documents(each.record)
-            except RecordError as error:
-                self.bad.add(each.where, str(error))
-                continue
-            reasons = (self.corpus.filters.reason(text_of([document])) for document in group)
+    def groups(self, records: Iterable[Found | Bad]) -> Iterator[tuple[Split, str, Sequence[Document]]]:
+        """The split of each record that is kept, where it is, and its documents."""
+        corpus = self._job.recipe
+        for each, group in self.records.made(records, corpus.form.documents):
+            reasons = (corpus.filters.reason(text_of([document])) for document in group)
             reason = next(filter(None, reasons), None)
             if reason is None:
-                yield "heldout" if draw(each.key) < self.corpus.heldout_fraction else "train", group
+                yield self._job.split_of(each.key), each.where, group
             else:
                 self.filtered[reason] += 1
 
 
 class _Rows:
-    """Documents of one split, tokenised in batches."""
+    """Documents of one split, tokenised in batches.
+
+    Attributes:
+        tokens: so far.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
         self._masked, self._dedup = corpus.form.masked, corpus.dedup
+        self._named = corpus.on_overlap == "fail"
         self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
         self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
         self._waiting: list[Document] = []
-        self._waiting_chars = 0
+        self._waiting_chars = self.tokens = 0
         self._tokens: list[np.ndarray] = []
         self._mask: list[np.ndarray] = []
         self._lengths: list[int] = []
         self._bytes: list[int] = []
+        self._digests: list[tuple[int, int]] = []
+        self._where: list[str] = []
         self._exact: list[np.ndarray] = []
         self._near: list[np.ndarray] = []
 
-    def add(self, group: Sequence[Document]) -> None:
+    def add(self, where: str, group: Sequence[Document]) -> None:
         """Takes the documents of a record."""
-        if self._sign is not None:
-            exact, near = self._sign(text_of(group))
-            self._exact += [exact] * len(group)
-            self._near += [near] * len(group) if near is not None else []
+        self._note(where, text_of(group), len(group))
         self._waiting += group
         self._waiting_chars += sum(len(span.text) for document in group for span in document)
         if self._waiting_chars >= _BATCH_CHARS:
             self._encode()
+
+    def add_tokens(self, where: str, found: Tokens, text: str) -> None:
+        """Takes a document that is tokenised; `text` is that of its record."""
+        self._note(where, text, 1)
+        self._append(found)
 
     def finish(self) -> dict[str, np.ndarray]:
         """The arrays of a part, D documents with N tokens.
 
         Returns:
             `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each,
-            int64; where some are not learned `mask_N`, uint8, 1 for those that are; where duplicates are looked for
-            `exact_D2`, the hash of each text, uint64, and `near_DP`, its MinHash.
+            int64; `digest_D2`: the hash of the tokens of each, uint64; where some are not learned `mask_N`, uint8, 1
+            for those that are; where duplicates are looked for `exact_D2`, the hash of each text, uint64, and
+            `near_DP`, its MinHash; where an overlap must be told `where_B`, the place of each, in lines of UTF-8.
         """
         self._encode()
         arrays = {
             "tokens_N": np.concatenate([np.empty(0, self._dtype), *self._tokens]),
             "lengths_D": np.array(self._lengths, np.int64),
             "bytes_D": np.array(self._bytes, np.int64),
+            "digest_D2": np.array(self._digests, np.uint64).reshape(-1, 2),
         }
         if self._masked:
             arrays["mask_N"] = np.concatenate([np.empty(0, np.uint8), *self._mask])
@@ -165,18 +194,34 @@ class _Rows:
             arrays["exact_D2"] = np.array(self._exact, np.uint64).reshape(-1, 2)
             if self._dedup is not None and self._dedup.near:
                 arrays["near_DP"] = np.array(self._near, np.uint32).reshape(-1, self._dedup.permutations)
+        if self._named:
+            arrays["where_B"] = joined(self._where)
         return arrays
+
+    def _note(self, where: str, text: str, count: int) -> None:
+        if self._named:
+            self._where += [where] * count
+        if self._sign is not None:
+            exact, near = self._sign(text)
+            self._exact += [exact] * count
+            self._near += [near] * count if near is not None else []
 
     def _encode(self) -> None:
         """Tokenises what waits, all at once."""
         for found in encode_documents(self._tokenizer, self._waiting):
             self._check(found.ids_N)
-            self._tokens.append(np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype))
-            self._lengths.append(len(found.ids_N) + 1)
-            self._bytes.append(found.n_bytes)
-            if self._masked:
-                self._mask.append(np.append(found.learned_N, False).astype(np.uint8))
+            self._append(found)
         self._waiting, self._waiting_chars = [], 0
+
+    def _append(self, found: Tokens) -> None:
+        tokens_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
+        self.tokens += len(tokens_N)
+        self._tokens.append(tokens_N)
+        self._lengths.append(len(tokens_N))
+        self._bytes.append(found.n_bytes)
+        self._digests.append(digest_of_values(tokens_N))
+        if self._masked:
+            self._mask.append(np.append(found.learned_N, False).astype(np.uint8))
 
     def _check(self, ids: np.ndarray) -> None:
         """A tokenizer that gives an id which its own vocabulary does not have must not fill a store with garbage."""
@@ -197,21 +242,41 @@ def sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
     """Texts of training records, about `limit_chars` in all, for a tokenizer to be trained on.
 
     Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
-    about `_PIECE_CHARS`.
+    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read.
 
     Raises:
         DataError: a record cannot be read and the recipe does not skip it.
         StorageError: the source cannot be read.
     """
+    if isinstance(corpus.validation, Tail):
+        sizes = np.cumsum([piece.size_bytes for piece in pieces])
+        before = int(np.searchsorted(sizes, sizes[-1] * (1 - corpus.validation.fraction), side="right"))
+        if not before:
+            yield from _before_tail(corpus, pieces[:1], limit_chars)
+            return
+        pieces = pieces[:before]
     for piece in sorted(pieces, key=lambda each: draw(f"{each.name}@{each.start}" if each.start else each.name)):
         taken = 0
-        for split, group in _Kept(corpus).groups(corpus.source.read(piece)):
-            if split == "train":
-                text = text_of(group)
-                yield text
-                taken += len(text)
+        for text in _training_texts(corpus, [piece]):
+            yield text
+            taken += len(text)
             if taken >= min(_PIECE_CHARS, limit_chars):
                 break
         limit_chars -= taken
         if limit_chars <= 0:
             return
+
+
+def _before_tail(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> Iterator[str]:
+    """The beginning of a first piece that reaches into the tail, such as the only file of a corpus."""
+    assert isinstance(corpus.validation, Tail)
+    texts = list(_training_texts(corpus, pieces))
+    left = min(limit_chars, int(sum(map(len, texts)) * (1 - corpus.validation.fraction)))
+    for text in texts:
+        yield text[: max(0, left)]
+        left -= len(text)
+
+
+def _training_texts(corpus: Corpus, pieces: Sequence[Piece]) -> Iterator[str]:
+    job = Job(number=0, pieces=tuple(pieces), recipe=corpus, folder="")
+    return (text_of(group) for split, _, group in _Kept(job).groups(job.records()) if split == "train")

@@ -11,7 +11,8 @@ from typing import Any, Self
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import needed
 from jaxinfra.prepare.documents.document import RecordError
-from jaxinfra.storage.small_files import exists, one_line, read_content
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import exists, read_content
 
 _CONFIG = "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -43,7 +44,7 @@ class JinjaTemplate:
             used = self._library.meta.find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
         except self._library.TemplateError as error:
-            raise ConfigError(f"template={name}: is not a template ({one_line(error)})") from None
+            raise ConfigError(f"template={name}: is not a template ({cause_of(error)})") from None
         if missing := sorted(used & set(_TOKENS) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; give the {_CONFIG} that defines it beside the file")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
@@ -75,14 +76,14 @@ class JinjaTemplate:
         try:
             return self._template.render(messages=messages, **self._names)
         except self._library.TemplateError as error:
-            raise RecordError(f"the template {self._name} refuses the conversation: {one_line(error)}") from None
+            raise RecordError(f"the template {self._name} refuses the conversation: {cause_of(error)}") from None
 
 
 def _config(path: str) -> dict[str, Any]:
     try:
         config = json.loads(read_content(path, "a template"))
     except ValueError as error:
-        raise ConfigError(f"template={path}: is not JSON ({one_line(error)}); give a {_CONFIG}") from None
+        raise ConfigError(f"template={path}: is not JSON ({cause_of(error)}); give a {_CONFIG}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"template={path}: is not a {_CONFIG}, which holds named values")
     return config

@@ -1,6 +1,5 @@
 """The recipe of a token store, as a config file describes it: where its text is from and what is done to it."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.forms import AnyForm
 from jaxinfra.prepare.recipes.store_recipe import StoreRecipe
+from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, OtherStore
 from jaxinfra.prepare.sources.stream import Stream
 
 
@@ -20,6 +20,7 @@ class Corpus(StoreRecipe):
     """How a store of text, or of pairs of texts, is made.
 
     Attributes:
+        validation: where the validation split comes from.
         form: how a record becomes a document.
         filters: which documents are good enough.
         dedup: which documents are left out because they repeat another; None keeps all.
@@ -27,6 +28,7 @@ class Corpus(StoreRecipe):
         packs: rows that whole documents are packed into, for runs that ask for it.
     """
 
+    validation: AnyValidation = ByKey()
     form: AnyForm = Text()
     filters: Filters = Filters()
     dedup: Dedup | None = None
@@ -39,6 +41,11 @@ class Corpus(StoreRecipe):
         if isinstance(self.source, Stream) and isinstance(self.tokenizer, TrainBpe):
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, or tokenizer=bytes"
             yield Problem(fields=("source", "tokenizer"), message="no tokenizer is trained on a stream", fix=fix)
+        if isinstance(self.source, Stream) and not isinstance(self.validation, ByKey):
+            message = "a stream is split by the keys of its records alone"
+            yield Problem(fields=("source", "validation"), message=message, fix="use validation=by_key")
+        if isinstance(self.validation, OtherStore):
+            yield from self._problems_of_other_store()
         if self.packs and self.form.group > 1:
             yield Problem(fields=("packs", "form"), message="pairs are not packed", fix="use packs=()")
         if self.baselines and self.form.group > 1:
@@ -47,8 +54,11 @@ class Corpus(StoreRecipe):
         if len(set(names)) < len(names):
             yield Problem(fields=("packs",), message="two are alike", fix="name each once")
 
-
-def draw(key: str) -> float:
-    """A number in [0, 1) that the key fixes: it decides the split, and what trains the tokenizer."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    def _problems_of_other_store(self) -> Iterable[Problem]:
+        if isinstance(self.tokenizer, TrainBpe):
+            message = "a tokenizer that is trained for this store is not that of another one"
+            fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, the tokenizer.json of that store"
+            yield Problem(fields=("validation", "tokenizer"), message=message, fix=fix)
+        if self.dedup is not None and (self.form.masked or self.form.group > 1):
+            message = "duplicates of another store are found among plain texts alone"
+            yield Problem(fields=("validation", "dedup"), message=message, fix="use dedup=none")

@@ -1,11 +1,13 @@
-"""What the recipes of all kinds of stores have: where records are, where the store goes, what is held out.
+"""What the recipes of all kinds of stores have: where records are, and where the store goes.
 
-What is made of a record, `corpus` and `image_set` say.
+What is made of a record, and what is validation data, `corpus` and `image_set` say.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.sources.any_source import AnySource
@@ -20,8 +22,9 @@ class StoreRecipe:
     Attributes:
         store: folder or URL (`s3://`, `gs://`) of the store; its versions stand in it beside one another.
         source: where the records are.
-        heldout_fraction: expected share of the records that is never trained on, above 0 and below 1. Whether a record
-            is depends on its key alone, so that others may come and go.
+        on_overlap: what documents do that are in the validation and in the training split: be counted and kept, be left
+            out of training, or end the work. They are kept by default, because short documents (empty files, thanks,
+            licenses) repeat in almost every corpus, and the count tells whether there is more to it.
         on_bad: what a record does that cannot be used: end the work, or be left out, counted and listed.
         baselines: whether to measure what simple models reach on what is held out: how well they know a text, how often
             the nearest training image is of the right class (for small sets).
@@ -32,24 +35,15 @@ class StoreRecipe:
 
     store: str
     source: AnySource
-    heldout_fraction: float = 0.05
+    on_overlap: Literal["fail", "drop", "keep"] = "keep"
     on_bad: Literal["fail", "skip"] = "fail"
     baselines: bool = False
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES
     work: str | None = None
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
         if not self.store:
             yield Problem(fields=("store",), message="names no folder", fix="use store=stores/NAME")
-        if not 0 < self.heldout_fraction < 1:
-            yield Problem(
-                fields=("heldout_fraction",),
-                message="must be above 0 and below 1: both splits are needed",
-                fix="use heldout_fraction=0.05",
-            )
-        if self.shard_bytes < 1024:
-            fix = f"use shard_bytes={SHARD_BYTES}"
-            yield Problem(fields=("shard_bytes",), message="must be at least 1024", fix=fix)
         if self.work is not None and (not self.work or "://" in self.work):
             yield Problem(fields=("work",), message="names no folder of this machine", fix="use work=PATH")

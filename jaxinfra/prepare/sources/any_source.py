@@ -12,16 +12,8 @@ from jaxinfra.prepare.sources.synthetic import Synthetic
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.prepare.sources.text_lines import TextLines
 
-AnySource = (
-    TextFiles
-    | TextLines
-    | Jsonl
-    | Parquet
-    | ArrayRecords
-    | HuggingFace
-    | PythonSource
-    | Synthetic
-    | ImageFolders
-    | Stdin
-    | Kafka
+FileSource = (
+    TextFiles | TextLines | Jsonl | Parquet | ArrayRecords | HuggingFace | PythonSource | Synthetic | ImageFolders
 )
+"""Sources whose records can be listed, read in parallel and read again."""
+AnySource = FileSource | Stdin | Kafka

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.files import cut, is_local, list_files, local_path, opened, problems_of, shown
+from jaxinfra.prepare.sources.files import cut, problems_of
 from jaxinfra.prepare.sources.jsonl import json_object
 from jaxinfra.prepare.sources.lines import text_of
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
+from jaxinfra.storage.files import is_local, list_files, local_path, opened, shown
 
 # The default reads 16 MiB ahead in every thread of a pool.
 _OPTIONS = "readahead_buffer_size:1M,max_parallelism:0"

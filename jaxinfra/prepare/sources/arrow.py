@@ -7,6 +7,7 @@ from typing import Any
 from jaxinfra.errors import DataError
 from jaxinfra.packages import needed
 from jaxinfra.prepare.sources.record import Bad, Found
+from jaxinfra.storage.errors import cause_of
 
 
 @contextmanager
@@ -27,8 +28,7 @@ def damage_named(where: str, extra: str) -> Iterator[Any]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        cause = str(error).partition("\n")[0]
-        raise DataError(f"{where}: is damaged ({cause}); restore the file or make it again") from error
+        raise DataError(f"{where}: is damaged ({cause_of(error)}); restore the file or make it again") from error
 
 
 def records_of(batch: Any, name: str, first: int) -> Iterator[Found | Bad]:

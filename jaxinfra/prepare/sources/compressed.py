@@ -10,7 +10,8 @@ from typing import BinaryIO, cast
 import zstandard
 
 from jaxinfra.errors import DataError
-from jaxinfra.prepare.sources.files import opened, shown
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import opened, shown
 
 _SUFFIXES = (".gz", ".zst")
 _FEED_BYTES = 4096  # expands to at most 128 MiB: a block of zstd is 4 bytes or more, and 128 KiB at most
@@ -42,8 +43,9 @@ def decompressed(root: str, name: str) -> Iterator[BinaryIO]:
                 with io.BufferedReader(_Zstd(file), _BUFFER_BYTES) as plain:
                     yield plain
         except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
-            cause = str(error).partition("\n")[0]
-            raise DataError(f"{shown(root)}/{name}: is damaged ({cause}); restore the file or make it again") from error
+            raise DataError(
+                f"{shown(root)}/{name}: is damaged ({cause_of(error)}); restore the file or make it again"
+            ) from error
 
 
 class _Zstd(io.RawIOBase):

@@ -13,8 +13,9 @@ from typing import Any
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.sources.arrow import damage_named, records_of
-from jaxinfra.prepare.sources.files import File, cut, is_local, list_files, local_path, opened, parts_of, shown, whole
+from jaxinfra.prepare.sources.files import cut, parts_of, whole
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.storage.files import File, is_local, list_files, local_path, opened, shown
 
 _DICT, _STATE = "dataset_dict.json", "state.json"
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; without it pyarrow reads a cut file as a shorter one

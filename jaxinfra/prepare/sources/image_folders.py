@@ -13,8 +13,10 @@ import numpy as np
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.files import File, cut, list_files, list_names, opened, problems_of, shown
+from jaxinfra.prepare.sources.files import cut, problems_of
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import File, list_files, list_names, opened, shown
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -102,6 +104,5 @@ def _decoded(content: bytes, mode: str) -> np.ndarray:
                 raise ValueError("has more than 8 bits a channel")
             pixels = np.asarray(pillow.ImageOps.exif_transpose(image).convert(mode))
     except Exception as error:  # what decoders raise on damaged images is of every kind
-        cause = str(error).partition("\n")[0]
-        raise ValueError(f"is no image that can be used ({cause})") from error
+        raise ValueError(f"is no image that can be used ({cause_of(error)})") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

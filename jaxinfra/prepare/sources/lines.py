@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from jaxinfra.prepare.sources.compressed import decompressed, is_compressed
-from jaxinfra.prepare.sources.files import cut, list_files, opened, whole
+from jaxinfra.prepare.sources.files import cut, whole
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
+from jaxinfra.storage.files import list_files, opened
 
 MAX_RECORD_BYTES = 256 << 20
 """Of one line or document: a longer one is no record, and reading it would take several times its size of memory."""

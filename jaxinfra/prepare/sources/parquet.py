@@ -8,8 +8,9 @@ from typing import Any
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.arrow import damage_named, records_of
-from jaxinfra.prepare.sources.files import cut, list_files, opened, parts_of, problems_of, shown, whole
+from jaxinfra.prepare.sources.files import cut, parts_of, problems_of, whole
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.storage.files import list_files, opened, shown
 
 _BATCH_ROWS = 128
 _BUFFER_BYTES = 1 << 20

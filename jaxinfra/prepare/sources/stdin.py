@@ -20,6 +20,7 @@ from jaxinfra.prepare.sources.jsonl import json_object
 from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES
 from jaxinfra.prepare.sources.record import Bad, Found
 from jaxinfra.prepare.sources.stream import TICK_S, Position, Stream
+from jaxinfra.storage.errors import storage_errors
 
 _CHUNK_BYTES = 1 << 20
 
@@ -137,11 +138,9 @@ class _Reader:
             left, self._left = self._left, b""
             yield left
         while True:
-            try:
+            with storage_errors("stdin", doing="read", fix="pipe the records in"):
                 ready, _, _ = select.select([self._descriptor], [], [], TICK_S)
                 chunk = os.read(self._descriptor, _CHUNK_BYTES) if ready else None
-            except OSError as error:
-                raise StorageError(f"stdin: cannot be read ({error.strerror}); pipe the records in") from None
             if chunk == b"":
                 return
             yield chunk

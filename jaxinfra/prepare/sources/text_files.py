@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.compressed import decompressed, is_compressed
-from jaxinfra.prepare.sources.files import STDLIB, list_files, problems_of, shown, whole
+from jaxinfra.prepare.sources.files import problems_of, whole
 from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES, text_of
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.storage.files import STDLIB, list_files, shown
 
 
 @dataclass(frozen=True, kw_only=True)

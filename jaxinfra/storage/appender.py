@@ -1,13 +1,10 @@
-"""Local files that no kill and no full disk leaves half written: replaced whole, or appended to by records.
+"""Appends records to a local file so that neither a kill nor a full disk leaves half a record before a whole one."""
 
-Not for checkpoints, which have a manifest, and not for object stores, which replace whole objects anyway.
-"""
-
-import contextlib
 import os
-import tempfile
 from collections import deque
 from pathlib import Path
+
+from jaxinfra.errors import StorageError
 
 _WAITING = 10_000  # records, about 3 MB of host memory at 300 bytes each
 
@@ -25,7 +22,7 @@ class Appender:
         Raises:
             OSError: it cannot be opened.
         """
-        self.dropped = 0
+        self.dropped, self._path = 0, path
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size_bytes = os.fstat(self._fd).st_size
         self._waiting: deque[bytes] = deque()
@@ -42,15 +39,20 @@ class Appender:
         self._waiting.append(record)
         self._write()
 
-    def close(self) -> int:
-        """Writes what waits, closes the file, and returns how many records were lost in all."""
+    def close(self) -> None:
+        """Writes what waits and closes the file.
+
+        Raises:
+            StorageError: records were lost; the message says how many.
+        """
         try:
             self._write()
         except OSError:
             self.dropped += len(self._waiting)
         finally:
             os.close(self._fd)
-        return self.dropped
+        if self.dropped:
+            raise StorageError(f"{self._path}: {self.dropped} records lost to a full disk; free space there")
 
     def _write(self) -> None:
         data = b"".join(self._waiting)
@@ -63,32 +65,3 @@ class Appender:
             raise
         self._size_bytes += len(data)
         self._waiting.clear()
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, syncs it and renames it over `path`.
-
-    Raises:
-        OSError: no space, no permission; `path` is then unchanged and nothing is left beside it.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder as durable as the files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

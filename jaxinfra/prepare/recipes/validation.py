@@ -1,0 +1,128 @@
+"""Where the validation split of a store comes from: a share of the source, another source, or another store."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jaxinfra.config import Problem
+from jaxinfra.data.store.manifest import Split, TokenizerInfo
+from jaxinfra.data.store.store import TokenStore
+from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.sources.any_source import FileSource
+from jaxinfra.prepare.sources.files import File, cut
+from jaxinfra.prepare.sources.record import Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """A share of the records of `source`.
+
+    Attributes:
+        fraction: how much of it, above 0 and below 1.
+    """
+
+    fraction: float = 0.05
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the fields."""
+        if not 0 < self.fraction < 1:
+            message = "must be above 0 and below 1: both splits are needed"
+            yield Problem(fields=("fraction",), message=message, fix="use fraction=0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByKey(_Share):
+    """Draws whole records: whether a record is taken depends on its key alone, so that others may come and go.
+
+    `fraction` is the expected share of the records.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail(_Share):
+    """Takes the end of the text, in the order of the source.
+
+    `fraction` is the share of the bytes of text. A plain text is cut between two tokens, so that one long document is
+    enough; of conversations and pairs whole records are taken.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherStore:
+    """Copies a split of another store, which must have the same tokenizer and the same form.
+
+    Attributes:
+        store: folder or URL of that store.
+        version: fingerprint of a version of it, or its beginning; None is the newest.
+        split: which one.
+    """
+
+    store: str = ""
+    version: str | None = None
+    split: Split = "heldout"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the fields; nothing is looked up."""
+        if not self.store:
+            yield Problem(fields=("store",), message="names no store", fix="use store=stores/NAME")
+
+    def open(self, fingerprint: str | None = None) -> TokenStore:
+        """Opens the store.
+
+        Raises:
+            ConfigError: there is no such store or version, or it is one of images.
+            DataError: it is damaged.
+        """
+        return TokenStore.open(self.store, fingerprint or self.version, at="validation")
+
+    def pieces(self, split_bytes: int) -> Sequence[Piece]:
+        """Ranges of documents, named by the version. Raises as `open`."""
+        manifest = self.open().manifest
+        info, group = manifest.splits[self.split], 2 if manifest.kind == "pairs" else 1
+        file = File(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
+        return cut(file, info.documents // group, split_bytes)
+
+    def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:
+        """Refuses a store whose documents another tokenizer or form made.
+
+        Raises:
+            ConfigError: it is one; or as `open`.
+        """
+        manifest = self.open().manifest
+        theirs = manifest.words
+        at = f"validation.store={self.store}"
+        if (theirs.sha256, theirs.eot_id) != (tokenizer.sha256, tokenizer.eot_id):
+            raise ConfigError(
+                f"{at}: has another tokenizer ({theirs.kind}, {theirs.vocab_size:,} words) than this recipe "
+                f"({tokenizer.kind}, {tokenizer.vocab_size:,} words); prepare both with one, such as the file "
+                f"{theirs.file} of that store"
+            )
+        if (manifest.kind, manifest.masked) != (kind, masked):
+            raise ConfigError(
+                f"{at}: holds {_kind(manifest.kind, manifest.masked)}, this recipe makes {_kind(kind, masked)}; "
+                "name a store that was made with the same form"
+            )
+
+
+def _kind(kind: str, masked: bool) -> str:
+    return f"{kind} with a mask" if masked else f"{kind} without a mask"
+
+
+AnyValidation = ByKey | Tail | OtherStore | FileSource
+ImageValidation = ByKey | FileSource
+
+
+def explicit(validation: AnyValidation) -> OtherStore | FileSource | None:
+    """What names records of its own; None where the validation split is a share of the source."""
+    return None if isinstance(validation, ByKey | Tail) else validation
+
+
+def split_of(validation: AnyValidation, key: str) -> Split:
+    """The split of a record of the source, by its key."""
+    return "heldout" if isinstance(validation, ByKey) and draw(key) < validation.fraction else "train"
+
+
+def draw(key: str) -> float:
+    """A number in [0, 1) that the key fixes: it decides the split, and what trains the tokenizer."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64

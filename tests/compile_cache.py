@@ -1,0 +1,80 @@
+"""What compilers made for hardware that is not here, kept in `.cache/compiled`.
+
+JAX's own cache does not do: it writes programs for described devices but cannot read them. Only their text and memory
+are kept, by all that they depend on. `make clean` forgets them; a fresh clone has none.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parent.parent / ".cache" / "compiled"
+COMPILERS = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda13-pjrt",
+    "jax-cuda13-plugin",
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+)
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+@pytest.fixture
+def compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that were compiled before are read from disk in this test."""
+    from jaxinfra.plan import compiled
+
+    monkeypatch.setattr(compiled, "compile_lowered", kept(compiled.compile_lowered, FOLDER))
+
+
+def kept(compile_lowered: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """The same function with its results in a folder."""
+    from jaxinfra.plan.compiled import Executable, Memory
+
+    def found(lowered: Any, program: Any, topology: Any) -> Executable:
+        path = folder / f"{key(lowered, program, topology)}.json.gz"
+        if path.exists():
+            stored = json.loads(gzip.decompress(path.read_bytes()))
+            return Executable(text=stored["text"], memory=Memory(**stored["memory"]))
+        executable = compile_lowered(lowered, program, topology)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(gzip.compress(json.dumps(asdict(executable)).encode(), compresslevel=3))
+        part.replace(path)
+        return executable
+
+    return found
+
+
+def key(lowered: Any, program: Any, topology: Any) -> str:
+    """A hash of the program, the order of its devices, the options, and the versions of the compilers."""
+    from jaxinfra.compiler import SETS
+
+    devices = np.asarray(program.mesh.devices).flat
+    said = [
+        lowered.as_text(),
+        str(topology),
+        [(device.id, device.process_index) for device in devices],
+        SETS[program.run.train.compiler],
+        {name: os.environ.get(name) for name in FLAGS},
+        {name: _version(name) for name in COMPILERS},
+    ]
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,115 @@
+"""A small set of cases in which every pair of choices meets, in place of all combinations.
+
+A case chooses a run, a mesh of eight devices, a number of microbatches, the order of the devices, how keys and values
+cross a sequence, a pipeline schedule and what layers keep for the backward pass. These meet in at least one case:
+
+- any two axes, with every two sizes that fit eight devices (four stages beside `fsdp` alone); an axis with all eight;
+- a run and an axis that is above 1, a number of microbatches, an order, a way across a sequence;
+- any two of: microbatches, order, way, schedule, remat; and each of them with each axis above 1;
+- a schedule or remat and a kind of layers: of one kind, of several, with experts, of images.
+
+The cover is greedy: of a fixed sample of all combinations that the product allows, the case that brings most pairs
+which no case before it has. The first cases therefore say most; `FAST` of them run with every test.
+"""
+
+import functools
+import itertools
+import random
+from dataclasses import replace
+
+from jaxinfra.bench.parity import meshes
+from jaxinfra.data.image_data import ImageData
+from jaxinfra.models.remat import Remat
+from jaxinfra.ops.route import Form
+from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.run import Run
+from tests.parity.cases import DEEP, RUNS, Case
+
+FAST = 10
+"""Of the cover; the rest is slow."""
+
+DRAWS = 60
+"""Of all combinations of one mesh."""
+
+ACCUMULATE = (1, 2, 4)
+FORMS: tuple[Form, ...] = ("ring", "gather")
+SCHEDULES = (
+    PipelineConfig(schedule="1f1b"),
+    PipelineConfig(schedule="gpipe"),
+    PipelineConfig(schedule="zero_bubble"),
+    PipelineConfig(schedule="interleaved", chunks=2),
+)
+REMATS: tuple[Remat | tuple[Remat, ...], ...] = ("none", "full", "dots", "weights", ("full", "dots"))
+
+
+def kind(run: Run) -> str:
+    """What its layers are."""
+    if isinstance(run.data, ImageData):
+        return "images"
+    if run.model.experts is not None:
+        return "experts"
+    return "several" if len(run.model.kinds) > 1 else "one"
+
+
+def allowed(case: Case) -> bool:
+    """Whether the product allows it, by the divisions that these runs do not all meet."""
+    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.layers
+    if mesh.context > 1 and isinstance(case.run.data, ImageData):
+        return False
+    if pipeline.schedule == "interleaved":
+        return layers % (2 * mesh.stage) == 0 and case.accumulate % mesh.stage == 0
+    return mesh.stage <= 2 or (layers % mesh.stage == 0 and mesh.fsdp > 1)
+
+
+def pairs(case: Case) -> set[tuple[str, str]]:
+    """The pairs of choices that meet in a case."""
+    model, mesh = case.run.model, case.mesh
+    sizes = [(axis, size) for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1]
+    exact, above = [f"{axis}={size}" for axis, size in sizes], [axis for axis, _ in sizes]
+    shared = [f"by {case.accumulate}", f"shuffled {case.shuffled}"]
+    form = [f"form {model.context_attention}"] if mesh.context > 1 else []
+    features = [f"remat {model.remat}", *([f"schedule {case.run.pipeline.schedule}"] if mesh.stage > 1 else [])]
+    return {
+        *itertools.combinations(exact, 2),
+        *itertools.product(exact, ["some case"]),
+        *itertools.combinations([*shared, *form, *features], 2),
+        *itertools.product([case.run.name], [*above, *shared, *form]),
+        *itertools.product([*shared, *form, *features], above),
+        *itertools.product([kind(case.run)], features),
+    }
+
+
+def _drawn(mesh: MeshConfig, draw: random.Random) -> Case:
+    """Any combination on a mesh; what has no use there is left as it is."""
+    run = draw.choice(list(RUNS.values()) if mesh.stage <= 2 else [DEEP])
+    model = replace(run.model, remat=draw.choice(REMATS))
+    if not isinstance(run.data, ImageData):
+        model = replace(model, context_attention=draw.choice(FORMS))
+    pipeline = draw.choice(SCHEDULES) if mesh.stage > 1 else run.pipeline
+    return Case(
+        run=replace(run, model=model, pipeline=pipeline),
+        mesh=mesh,
+        accumulate=draw.choice(ACCUMULATE),
+        shuffled=draw.random() < 0.5,
+    )
+
+
+@functools.cache
+def candidates() -> list[Case]:
+    """A sample of all combinations that the product allows, always the same."""
+    draw = random.Random(0)
+    drawn = (_drawn(mesh, draw) for mesh in meshes(8) for _ in range(DRAWS))
+    return [case for case in drawn if allowed(case)]
+
+
+@functools.cache
+def cover() -> list[Case]:
+    """The cases, those that bring most first."""
+    missing = set[tuple[str, str]]().union(*map(pairs, candidates()))
+    left, chosen = [(case, pairs(case)) for case in candidates()], []
+    while missing:
+        case, found = max(left, key=lambda each: len(each[1] & missing))
+        chosen.append(case)
+        missing -= found
+    return chosen

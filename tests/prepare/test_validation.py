@@ -1,0 +1,332 @@
+"""Validation data of every kind: what is in which split, what is in both, and what is refused."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from jaxinfra.config import apply, validate
+from jaxinfra.data.inspect import facts
+from jaxinfra.data.store.store import LABELS, Store, TokenStore
+from jaxinfra.data.tokenizer import Bytes, TokenizerFile, TrainBpe
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare.documents.chat import Chat
+from jaxinfra.prepare.documents.dedup import Dedup
+from jaxinfra.prepare.documents.preference import Preference
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, Tail
+from jaxinfra.prepare.sources.hugging_face import HuggingFace
+from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.sources.stdin import Stdin
+from jaxinfra.prepare.sources.text_files import TextFiles
+from tests.prepare.test_prepare import contents, documents, stopped_after
+from tests.tiny_run import ended, start
+
+WORDS = ["a", "bb", "naïve", "漢字", "🙂", "ccc dddd"]
+
+
+def texts(count, seed=0):
+    rng = random.Random(seed)
+    return [f"{seed} {number} {' '.join(rng.choices(WORDS, k=rng.randrange(1, 40)))}" for number in range(count)]
+
+
+def jsonl(folder, records):
+    folder.mkdir(exist_ok=True)
+    rows = [{"text": each} if isinstance(each, str) else each for each in records]
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Jsonl(root=str(folder))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Of 200 training texts, which are cut into several jobs."""
+    source = jsonl(tmp_path / "train", texts(200))
+    return Corpus(store=str(tmp_path / "store"), source=source, tokenizer=Bytes(), shard_bytes=1024)
+
+
+def splits(made):
+    store = TokenStore.open(made.path)
+    return documents(store, "train"), documents(store, "heldout")
+
+
+def fix_of(error):
+    """The overrides that a message suggests."""
+    return [word.rstrip(",.;") for word in str(error).rpartition("; use ")[2].split() if "=" in word]
+
+
+def test_a_source_of_its_own_is_the_validation_split(recipe, tmp_path):
+    other = jsonl(tmp_path / "val", texts(50, seed=1))
+    made = prepare(replace(recipe, validation=other), workers=1)
+    assert splits(made) == (texts(200), texts(50, seed=1))
+    assert (made.manifest.counts.records, made.manifest.counts.overlap) == (250, 0)
+    assert not prepare(replace(recipe, validation=other)).new
+    jsonl(tmp_path / "val", texts(51, seed=1))
+    assert prepare(replace(recipe, validation=other), workers=1).new
+
+
+def test_splits_of_a_hugging_face_folder(recipe, tmp_path):
+    rows = {name: datasets.Dataset.from_dict({"text": texts(30, seed)}) for seed, name in enumerate(("train", "val"))}
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "saved"))
+    train, validation = (HuggingFace(path=str(tmp_path / "saved"), split=name) for name in rows)
+    made = prepare(replace(recipe, source=train, validation=validation), workers=1)
+    assert splits(made) == (texts(30), texts(30, seed=1))
+
+
+def test_the_tail_is_the_end_of_the_text_in_order(recipe):
+    made = prepare(replace(recipe, validation=Tail(fraction=0.25)), workers=1)
+    train, tail = splits(made)
+    assert "".join([*train, *tail]) == "".join(texts(200))
+    assert train[:-1] == texts(200)[: len(train) - 1] and tail[1:] == texts(200)[-(len(tail) - 1) :]
+    info = made.manifest.splits
+    assert [info[split].bytes for split in info] == [len("".join(each).encode()) for each in (train, tail)]
+    assert abs(info["heldout"].bytes / (info["train"].bytes + info["heldout"].bytes) - 0.25) < 0.001
+    assert made.manifest.counts.records == 200
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.99])
+def test_one_long_document_is_cut_in_two(recipe, tmp_path, tokenizer, fraction):
+    text = "🙂漢字 naïve words " * 300
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "book.txt").write_text(text, encoding="utf-8")
+    source = TextFiles(root=str(tmp_path / "one"), pattern="*.txt")
+    recipe = replace(recipe, source=source, tokenizer=tokenizer, baselines=True)
+    with pytest.raises(ConfigError) as error:
+        prepare(recipe, workers=1)
+    recipe = apply(recipe, [word for word in fix_of(error.value) if word == "validation=tail"])
+    made = prepare(apply(recipe, [f"validation.fraction={fraction}"]), workers=1)
+    (first,), (second,) = splits(made)
+    assert first + second == text  # no character is cut
+    sizes = [made.manifest.splits[split].bytes for split in ("train", "heldout")]
+    assert sizes == [len(first.encode()), len(second.encode())]
+    assert abs(sizes[1] - fraction * sum(sizes)) <= 24  # a token, and a character that is not cut
+    assert not any(damage for *_, damage in TokenStore.open(made.path).verify())
+
+
+def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "book.txt").write_text("early words " * 400 + "ЖЖЖЖЖЖ " * 100, encoding="utf-8")
+    source = TextFiles(root=str(tmp_path / "one"), pattern="*.txt")
+    recipe = replace(recipe, source=source, tokenizer=TrainBpe(vocab_size=300))
+    learned = []
+    for fraction in (0.5, 0.01):
+        made = prepare(replace(recipe, validation=Tail(fraction=fraction)), workers=1)
+        learned.append(len(TokenStore.open(made.path).tokenizer.encode("ЖЖЖЖЖЖ ")))
+    assert learned[0] == 13 > learned[1]  # bytes alone
+
+
+def test_conversations_and_pairs_are_whole_in_the_tail(recipe, tmp_path):
+    talks = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]} for text in texts(40)
+    ]
+    special = Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))
+    fields = {"tokenizer": special, "validation": Tail(fraction=0.3)}
+    made = prepare(replace(recipe, source=jsonl(tmp_path / "talks", talks), form=Chat(), **fields), workers=1)
+    train, tail = splits(made)
+    assert len(train) + len(tail) == 40 and all(text.endswith("yes\n") for text in [*train, *tail])
+    pairs = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in texts(40)]
+    made = prepare(replace(recipe, source=jsonl(tmp_path / "pairs", pairs), form=Preference(), **fields), workers=1)
+    found = made.manifest.splits
+    assert found["train"].documents + found["heldout"].documents == 80
+    assert found["train"].documents % 2 == 0 and found["heldout"].documents > 0
+
+
+def test_a_split_of_another_store(recipe, tmp_path):
+    other = replace(recipe, store=str(tmp_path / "other"), source=jsonl(tmp_path / "b", texts(80, seed=2)))
+    theirs = splits(prepare(other, workers=1))
+    for split, expected in zip(("train", "heldout"), theirs, strict=True):
+        named = replace(recipe, validation=OtherStore(store=other.store, split=split))
+        made = prepare(named, workers=1)
+        assert splits(made) == (texts(200), expected)
+        assert made.manifest.splits["heldout"].bytes == len("".join(expected).encode())
+    jsonl(tmp_path / "b", [*texts(80, seed=2), *texts(200)[:9]])
+    prepare(other, workers=1)
+    newer = prepare(replace(named, validation=OtherStore(store=other.store, split="train")), workers=1)
+    assert newer.new and newer.manifest.counts.overlap > 0  # what both have is found among tokens
+
+
+def test_a_masked_store_keeps_its_mask(recipe, tmp_path):
+    talks = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]} for text in texts(40)
+    ]
+    special = Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))
+    source = jsonl(tmp_path / "talks", talks)
+    other = replace(recipe, source=source, form=Chat(), tokenizer=special, store=str(tmp_path / "other"))
+    made = prepare(other, workers=1)
+    again = prepare(replace(other, store=recipe.store, validation=OtherStore(store=other.store)), workers=1)
+    assert again.manifest.splits["heldout"] == made.manifest.splits["heldout"]
+    assert again.manifest.counts.overlap == made.manifest.splits["heldout"].documents
+    with pytest.raises(ConfigError, match=r"^validation\.store="):
+        prepare(replace(recipe, tokenizer=special, validation=OtherStore(store=other.store)), workers=1)
+
+
+def test_a_store_of_another_tokenizer_is_refused(recipe, tmp_path):
+    other = replace(recipe, tokenizer=TrainBpe(vocab_size=270), store=str(tmp_path / "other"))
+    made = prepare(other, workers=1)
+    named = replace(recipe, validation=OtherStore(store=other.store))
+    with pytest.raises(ConfigError, match=r"^validation\.store=.*tokenizer\.json"):
+        prepare(named, workers=1)
+    same = TokenizerFile(path=f"{made.path}/tokenizer.json")
+    assert prepare(replace(named, tokenizer=same), workers=1).manifest.splits["heldout"].documents
+    with pytest.raises(ConfigError, match=r"^validation=\S+, tokenizer="):
+        validate(replace(named, tokenizer=TrainBpe(vocab_size=270)))
+    with pytest.raises(ConfigError, match=r"^validation\.store=.*no store there"):
+        prepare(replace(named, validation=OtherStore(store=str(tmp_path / "nowhere"))), workers=1)
+
+
+def test_what_is_in_both_is_counted_dropped_or_refused(recipe, tmp_path):
+    mine = texts(200)
+    other = jsonl(tmp_path / "val", [*texts(50, seed=1), mine[7], mine[70], mine[7]])
+    recipe = replace(recipe, validation=other)
+    kept = prepare(recipe, workers=1).manifest
+    assert (kept.counts.overlap, kept.counts.overlap_dropped, kept.splits["train"].documents) == (3, 0, 200)
+    assert any(line.startswith("overlap      3 of") for line in facts(kept))
+    with pytest.raises(DataError, match=r"^on_overlap=fail: 3 of 53 .*(all\.jsonl at byte \d+.*){3}") as error:
+        prepare(replace(recipe, on_overlap="fail"), workers=1)
+    assert "on_overlap=drop" in str(error.value)
+    made = prepare(replace(recipe, on_overlap="drop"), workers=1)
+    assert (made.manifest.counts.overlap, made.manifest.counts.overlap_dropped) == (3, 2)
+    assert splits(made)[0] == [text for text in mine if text not in (mine[7], mine[70])]
+    assert len(splits(made)[1]) == 53
+    jsonl(tmp_path / "val", texts(50, seed=1))
+    assert prepare(replace(recipe, on_overlap="fail"), workers=1).new
+
+
+def test_near_copies_count_where_they_are_looked_for(recipe, tmp_path):
+    rng = random.Random(3)
+    long = [" ".join(f"w{rng.randrange(10**6)}" for _ in range(200)) for _ in range(30)]
+    copies = [long[3] + " end", long[9]]
+    named = {"source": jsonl(tmp_path / "long", long), "validation": jsonl(tmp_path / "val", ["one", *copies])}
+    counts = {
+        near: prepare(replace(recipe, dedup=dedup, **named), workers=1).manifest.counts
+        for near, dedup in ((None, None), (False, Dedup()), (True, Dedup(near=True)))
+    }
+    assert [counts[near].overlap for near in (None, False, True)] == [1, 1, 2]
+    assert [counts[near].duplicates for near in (None, False, True)] == [0, 1, 2]
+
+
+def test_the_tail_of_a_corpus_with_copies(recipe, tmp_path):
+    source = jsonl(tmp_path / "copies", texts(60) * 2)
+    tail = replace(recipe, source=source, validation=Tail(fraction=0.25))
+    counts = prepare(tail, workers=1).manifest.counts
+    assert 20 < counts.overlap < 40
+    dropped = prepare(replace(tail, on_overlap="drop"), workers=1)
+    assert not set(splits(dropped)[0]) & set(splits(dropped)[1])
+    alone = prepare(replace(tail, dedup=Dedup()), workers=1)
+    assert alone.manifest.counts.duplicates in (59, 60)  # one may be cut by the beginning of the tail
+    with pytest.raises(DataError, match=r"^on_overlap=fail: .*all\.jsonl at byte "):
+        prepare(replace(tail, on_overlap="fail"), workers=1)
+
+
+@pytest.mark.parametrize("kind", ["source", "tail", "store"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_whatever_the_workers_and_shards(recipe, tmp_path, kind, workers):
+    other = replace(recipe, store=str(tmp_path / "other"), source=jsonl(tmp_path / "b", texts(300, seed=2)))
+    prepare(other, workers=1)
+    validation = {"source": other.source, "tail": Tail(fraction=0.2), "store": OtherStore(store=other.store)}[kind]
+    recipe = replace(recipe, validation=validation, dedup=Dedup())
+    expected = prepare(recipe, workers=1)
+    again = prepare(replace(recipe, store=str(tmp_path / "again"), shard_bytes=3000), workers=workers)
+    assert contents(Path(again.path))[0] == contents(Path(expected.path))[0]
+    stopped = replace(recipe, store=str(tmp_path / "stopped"))
+    for stage, nth in (("tokens", 9), ("publish", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(stopped, workers=1, tell=stopped_after(stage, nth))
+    assert contents(Path(prepare(stopped, workers=workers).path))[0] == contents(Path(expected.path))[0]
+
+
+def test_an_empty_validation_source_is_one_line_and_leaves_no_version(recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"^validation\.pattern="):
+        prepare(replace(recipe, validation=Jsonl(root=str(tmp_path / "empty"))), workers=1)
+    with pytest.raises(ConfigError, match=r"^validation\.root="):
+        prepare(replace(recipe, validation=Jsonl(root=str(tmp_path / "nowhere"))), workers=1)
+    named = replace(recipe, validation=jsonl(tmp_path / "blank", []))
+    with pytest.raises(ConfigError, match=r"^validation: ") as error:
+        prepare(named, workers=1)
+    assert not list((tmp_path / "store").glob("*/manifest.json"))
+    assert prepare(apply(named, fix_of(error.value)), workers=1).new
+    with pytest.raises(ConfigError, match=r"^source: "):
+        prepare(replace(recipe, source=named.validation, validation=recipe.source), workers=1)
+
+
+def test_what_does_not_go_together_is_refused(recipe):
+    stream = replace(recipe, source=Stdin())
+    with pytest.raises(ConfigError, match=r"^source=\S+, validation=tail") as error:
+        validate(replace(stream, validation=Tail()))
+    validate(apply(replace(stream, validation=Tail()), fix_of(error.value)))
+    with pytest.raises(ConfigError, match=r"^validation=stdin: expected by_key, tail, "):
+        apply(recipe, ["validation=stdin"])
+    with pytest.raises(ConfigError, match=r"^validation\.store=''"):
+        validate(apply(recipe, ["validation=other_store"]))
+    for fraction in (0, 1):
+        with pytest.raises(ConfigError, match=r"^validation\.fraction="):
+            validate(replace(recipe, validation=ByKey(fraction=fraction)))
+    assert apply(recipe, ["validation=tail", "validation.fraction=0.1"]).validation == Tail(fraction=0.1)
+    assert apply(recipe, ["validation=by_key", "validation.fraction=0.1"]).validation == ByKey(fraction=0.1)
+    named = apply(recipe, ["validation=text_files", "validation.root=val"]).validation
+    assert named == TextFiles(root="val")
+
+
+def test_images_of_their_own_source(tmp_path):
+    def images(folder, first, count):
+        return jsonl(tmp_path / folder, [{"image": [[n, 1]], "label": n % 3} for n in range(first, first + count)])
+
+    recipe = ImageSet(
+        store=str(tmp_path / "store"), source=images("a", 0, 60), validation=images("b", 50, 30), baselines=True
+    )
+    made = prepare(recipe, workers=1)
+    store = Store.open(made.path)
+    np.testing.assert_array_equal(store.whole("heldout", LABELS), np.arange(50, 80) % 3)
+    assert (made.manifest.counts.overlap, made.manifest.splits["train"].documents) == (10, 60)
+    dropped = prepare(replace(recipe, on_overlap="drop"), workers=1).manifest
+    assert (dropped.counts.overlap_dropped, dropped.splits["train"].documents) == (10, 50)
+    with pytest.raises(DataError, match=r"^on_overlap=fail: 10 of 30 .*all\.jsonl:1, "):
+        prepare(replace(recipe, on_overlap="fail"), workers=1)
+    with pytest.raises(ConfigError, match=r"^validation=tail: expected by_key"):
+        apply(recipe, ["validation=tail"])
+
+
+RECIPE = """\
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.data.tokenizer import Bytes
+
+
+def config() -> Corpus:
+    return Corpus(store={store!r}, source=Jsonl(root={source!r}), tokenizer=Bytes(), shard_bytes=1024)
+"""
+
+
+def test_the_commands_tell_the_overlap(tmp_path):
+    path, store = tmp_path / "recipe.py", str(tmp_path / "store")
+    source = jsonl(tmp_path / "train", texts(50)).root
+    jsonl(tmp_path / "val", texts(50)[:2])
+    path.write_text(RECIPE.format(store=store, source=source))
+    validation = ("validation=jsonl", f"validation.root={tmp_path / 'val'}", "--workers", "1")
+    for command in (("prepare", str(path), *validation), ("show", store)):
+        done = ended(start("data", *command))
+        assert done.code == 0 and "overlap      2 of the validation documents" in done.out, done
+    refused = ended(start("data", "prepare", str(path), *validation, "on_overlap=fail"))
+    assert (refused.code, len(refused.err.strip().splitlines())) == (78, 1), refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray", "dask", "spark"])
+def test_every_engine_gives_the_same_bytes(engine, tmp_path):
+    path = tmp_path / "recipe.py"
+    source, other = jsonl(tmp_path / "train", texts(60)).root, jsonl(tmp_path / "val", texts(60, seed=1)).root
+    path.write_text(RECIPE.format(store=str(tmp_path / "one"), source=source))
+    validation = ("validation=jsonl", f"validation.root={other}")
+    made = {}
+    for store, arguments in (("one", ("--workers", "1")), ("two", ("--engine", engine, "--workers", "2"))):
+        command = ("data", "prepare", str(path), f"store={tmp_path / store}", *validation, *arguments)
+        assert ended(start(*command), timeout_s=300).code == 0
+        made[store] = contents(Path(TokenStore.open(tmp_path / store).storage.url))
+    assert made["two"] == made["one"]
