@@ -79,12 +79,6 @@ def test_the_bare_step_does_the_same_work(run: Run, tokens_BW: np.ndarray, frame
         np.testing.assert_allclose(bare_grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_both_have_the_same_parameters(run: Run, framework) -> None:
-    made = jax.eval_shape(lambda key: bare.init(key, sizes_of(run)), jax.random.key(0))
-    assert {name: a.shape for name, a in made.items()} == {name: a.shape for name, a in framework[0].items()}
-    assert made.keys() == bare.FSDP.keys()
-
-
 def test_sharded_and_whole_bare_steps_agree(run: Run) -> None:
     sizes = sizes_of(run)
     losses = []

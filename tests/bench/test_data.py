@@ -8,7 +8,6 @@ import pytest
 
 from jaxinfra.bench import data, reading, token_files
 from jaxinfra.bench.reading import BATCH, LENGTH, Request, Stores
-from jaxinfra.cli.bench import BENCHES
 from jaxinfra.data.tokens import TokenData
 from tests.tiny_run import launch
 
@@ -67,7 +66,3 @@ def test_the_table_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for row in found["rows"]:
         assert f"| {row['reader']} " in ended.out
         assert row["cores"] == pytest.approx(1e-9 * row["cpu_ns"] * data.eaten_tokens_per_s())
-
-
-def test_the_command_line_names_every_part() -> None:
-    assert BENCHES["data"].parts == ("speed", "first", "memory")

@@ -6,17 +6,12 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.bench import llama
-from jaxinfra.cli.bench import BENCHES
 from tests.tiny_run import launch
 
 SMALL = (
     *("model.layers=2", "model.width=1024", "model.mlp_dim=2048", "model.heads=8", "model.vocab_size=8192"),
     *("data.seq_len=2048", "train.compiler=default"),
 )
-
-
-def test_the_command_line_names_every_case() -> None:
-    assert tuple(llama.CASES) == BENCHES["llama"].parts
 
 
 @pytest.mark.slow

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.bench.parallel import CASES
-from jaxinfra.cli.bench import BENCHES
-
 TINY = ["model.width=32", "model.heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
-
-
-def test_the_command_line_names_every_case() -> None:
-    assert tuple(CASES) == BENCHES["parallel"].parts
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfra.bench import llama, parallel
 from jaxinfra.bench.children import ChildError, last_line
 from jaxinfra.bench.start import first_step_s
 from jaxinfra.bench.step import CASES, Row, cells_of
-from jaxinfra.bench.table import machine, table
+from jaxinfra.bench.table import table
 from jaxinfra.cli.bench import BENCHES
 from tests.refusals import names, refused
 from tests.tiny_run import launch
@@ -47,8 +48,12 @@ TITLES = [
 ]
 
 
-def test_the_command_line_names_every_case() -> None:
-    assert tuple(CASES) == BENCHES["step"].parts
+PARTS = {"step": CASES, "parallel": parallel.CASES, "llama": llama.CASES, "data": ("speed", "first", "memory")}
+
+
+@pytest.mark.parametrize("bench", PARTS)
+def test_the_command_line_names_every_part(bench: str) -> None:
+    assert BENCHES[bench].parts == tuple(PARTS[bench])
 
 
 @pytest.mark.parametrize(
@@ -86,10 +91,6 @@ def test_the_table_is_markdown() -> None:
     lines = table(cells_of([Row(case="a", jaxinfra="1.0 ms", bare="", ratio=None, goal="")])).splitlines()
     assert lines[0].startswith("| case") and lines[1].startswith("|---") and lines[2].startswith("| a ")
     assert len({line.count("|") for line in lines}) == 1
-
-
-def test_the_machine_is_named() -> None:
-    assert all(machine().values())
 
 
 def test_a_failed_child_is_one_line_with_its_reason() -> None:

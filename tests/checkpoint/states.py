@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("replica", "stage", "fsdp", "expert", "context", "tensor")
+from jaxinfra.parallel import mesh
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -21,9 +21,7 @@ class State(NamedTuple):
 
 
 def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    shape = (1, 1, fsdp, 1, 1, tensor)
-    devices = jax.devices()[: fsdp * tensor]
-    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    return mesh.make_mesh(mesh.MeshConfig(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor])
 
 
 def spec_of(leaf: Any) -> PartitionSpec:

@@ -12,12 +12,13 @@ from tests.tiny_run import tiny_data as tiny_data
 
 @pytest.fixture(scope="session")
 def stopped(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped between its checkpoints: it has something to lose."""
+    """A run that was stopped between its checkpoints: it has something to lose. `../whole` is what it comes to."""
     folder = tmp_path_factory.mktemp("stopped")
     config = folder / "tiny.py"
     made = tiny_data / "tiny.py"
     config.write_text(made.read_text().replace(str(tiny_data / "runs"), str(folder / "runs")))
     assert launch(str(config), "track.console=off").code == 0
+    shutil.copytree(folder / "runs" / "tiny", folder / "whole")
     shutil.rmtree(folder / "runs" / "tiny" / "checkpoints" / "12")
     return folder / "runs"
 

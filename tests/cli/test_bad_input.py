@@ -135,7 +135,7 @@ def test_no_space(begun: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     before = contents(begun.runs)
-    refused(begun.launch(), "/runs/tiny: free checkpoint.keep_last", code=82)
+    refused(begun.launch(), "/runs/tiny: kB checkpoint.keep_last", code=82)
     assert contents(begun.runs) == before
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -51,11 +52,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
 
 
-def saved(tiny: Tiny, name: str, step: int, *overrides: str) -> list[np.ndarray]:
+def saved(tiny: Tiny, directory: Path, step: int, *overrides: str) -> list[np.ndarray]:
     """All arrays of a checkpoint, restored onto the mesh of these overrides."""
     run = resolved(tiny.loaded(*overrides), len(jax.devices()))
     program = Program(run, make_mesh(run.mesh, jax.devices()))
-    with program.on_mesh, Checkpoints(tiny.directory(name) / "checkpoints", read_only=True) as checkpoints:
+    with program.on_mesh, Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.restore(step, program.state))]
 
 
@@ -79,35 +80,32 @@ def test_stop_and_go_on(tiny: Tiny, recipe: list[str], stop_after, monkeypatch: 
     assert tiny.launch(*recipe, "name=parts").code == 0
     assert summary(tiny.directory("parts"))["status"] == "finished"
     assert tiny.losses("parts") == tiny.losses("whole")
-    assert_same_bits(saved(tiny, "parts", STEPS, *recipe), saved(tiny, "whole", STEPS, *recipe))
+    parts, whole = (saved(tiny, tiny.directory(name), STEPS, *recipe) for name in ("parts", "whole"))
+    assert_same_bits(parts, whole)
 
 
 @pytest.mark.jax_range
-def test_go_on_after_a_kill(tiny: Tiny) -> None:
+def test_go_on_after_a_kill(begun: Tiny, stopped: Path) -> None:
     """What was done after the last checkpoint is done again; the log has every step once."""
-    assert tiny.launch("name=whole").code == 0
-    assert tiny.launch().code == 0
-    shutil.rmtree(tiny.directory() / "checkpoints" / str(STEPS))
-    assert tiny.launch().code == 0
-    assert tiny.losses() == tiny.losses("whole")
-    assert [row["step"] for row in read(tiny.directory() / "metrics.jsonl") if "eval/loss" in row] == [4, 9, STEPS - 1]
-    assert_same_bits(saved(tiny, "tiny", STEPS), saved(tiny, "whole", STEPS))
+    whole = begun.losses()
+    assert begun.launch().code == 0
+    assert begun.losses() == whole and len(whole) == STEPS
+    assert [row["step"] for row in read(begun.directory() / "metrics.jsonl") if "eval/loss" in row] == [4, 9, STEPS - 1]
+    assert_same_bits(saved(begun, begun.directory(), STEPS), saved(begun, stopped.parent / "whole", STEPS))
 
 
 @pytest.mark.jax_range
 @pytest.mark.parametrize("memory", [(), ("optim.offload=true",)], ids=["on the devices", "on the host"])
-def test_go_on_with_another_mesh(tiny: Tiny, memory: tuple[str, ...]) -> None:
+def test_go_on_with_another_mesh(begun: Tiny, memory: tuple[str, ...]) -> None:
     """And with its state in another memory: the restored arrays are the same, losses from there on to rounding."""
-    assert tiny.launch("name=whole").code == 0
-    assert tiny.launch().code == 0
-    shutil.rmtree(tiny.directory() / "checkpoints" / str(STEPS))
     other = ("mesh.fsdp=4", "mesh.tensor=2", *memory)
-    assert_same_bits(saved(tiny, "tiny", 10), saved(tiny, "tiny", 10, *other))
-    assert tiny.launch(*other).code == 0
-    whole, moved = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("whole", "tiny"))
+    assert_same_bits(saved(begun, begun.directory(), 10), saved(begun, begun.directory(), 10, *other))
+    whole = list(map(float.fromhex, begun.losses().values()))
+    assert begun.launch(*other).code == 0
+    moved = list(map(float.fromhex, begun.losses().values()))
     assert moved[:10] == whole[:10]
     assert moved[10:] == pytest.approx(whole[10:], rel=1e-5)
-    record = json.loads((tiny.directory() / "run.json").read_text())
+    record = json.loads((begun.directory() / "run.json").read_text())
     assert record["devices"]["mesh"] == {"replica": 1, "stage": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
 
 
@@ -133,7 +131,8 @@ def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...])
     staged = tiny.launch(*parts, *stages)
     assert staged.code == 0, staged.err
     shutil.rmtree(tiny.directory("parts") / "checkpoints" / str(STEPS))
-    assert_same_bits(saved(tiny, "parts", 10, *parts), saved(tiny, "parts", 10, *parts, *stages))
+    directory = tiny.directory("parts")
+    assert_same_bits(saved(tiny, directory, 10, *parts), saved(tiny, directory, 10, *parts, *stages))
     assert tiny.launch(*parts).code == 0
     found, wanted = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("parts", "whole"))
     assert found == pytest.approx(wanted, rel=2e-5)

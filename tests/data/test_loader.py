@@ -1,4 +1,3 @@
-import math
 import threading
 import time
 from contextlib import closing
@@ -54,7 +53,7 @@ def loader_threads():
 
 
 def assert_threads_end(before):
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 60
     while loader_threads() - before:
         assert time.monotonic() < deadline_s, loader_threads() - before
         time.sleep(0.01)
@@ -218,7 +217,7 @@ def test_batches_are_made_ahead_in_so_many_bytes(row_bytes, ahead):
         next(made)  # which tells how large they are
         for taken in range(2, 20):
             next(made)
-            deadline_s = time.monotonic() + 5
+            deadline_s = time.monotonic() + 60
             while len(samples.made) < taken + ahead and time.monotonic() < deadline_s:
                 time.sleep(0.001)
             assert taken + ahead <= len(samples.made) <= max(data.threads + 1, taken + ahead)
@@ -270,7 +269,7 @@ def test_prefetching_works_ahead():
 
     with Prefetcher(source(), lambda batch: batch, depth=2) as placed:
         next(placed)
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + 60
         while len(made) < 4 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         time.sleep(0.05)  # for more, if there were no bound
@@ -305,9 +304,3 @@ def test_an_error_while_closing_is_raised_and_ends_the_wait():
     placed = Prefetcher(Source(), lambda batch: batch)
     with pytest.raises(OSError, match="cannot close"):
         next(placed)
-
-
-def test_ngram_and_model_share_a_scale(store):
-    """A model that gives every token the same chance needs log2(vocabulary) bits a token."""
-    uniform = math.log2(store.manifest.words.vocab_size) / store.manifest.bytes_per_token("heldout")
-    assert store.manifest.baselines["bits_per_byte"]["token 5-gram"] < uniform

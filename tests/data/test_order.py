@@ -71,16 +71,7 @@ def test_seeds_and_epochs_have_their_own_order():
 
 def test_the_order_never_changes():
     """Runs go on from their step alone, so a changed order would repeat and skip data silently."""
-    assert sample_ids(0, global_batch=8, windows=1000, seed=0).tolist() == [
-        657,
-        965,
-        591,
-        644,
-        787,
-        123,
-        251,
-        374,
-    ]
+    assert sample_ids(0, global_batch=8, windows=1000, seed=0).tolist() == [657, 965, 591, 644, 787, 123, 251, 374]
     assert sample_ids(10**9, global_batch=4, windows=2**40, seed=42).tolist() == [
         558393253839,
         575456855571,

@@ -40,9 +40,11 @@ def test_any_window_equals_the_loop_over_positions():
         "positions": np.int32,
         "weights": np.float32,
     }
-    for row, window in enumerate(window_BW):
-        found = [batch[name][row] for name in ("segments", "positions", "weights")]
-        np.testing.assert_array_equal(found, naive(window.tolist(), EOT))
+    for windows in (window_BW, [[EOT] * 5] * 2, [[1] * 5] * 2, [[1, 1, 1, EOT, 1]], [[1] * 4 + [EOT]]):
+        batch = split_inputs_targets(np.array(windows), eot_id=EOT, mask_documents=True)
+        for row, window in enumerate(np.array(windows)):
+            found = [batch[name][row] for name in ("segments", "positions", "weights")]
+            np.testing.assert_array_equal(found, naive(window.tolist(), EOT))
 
 
 def test_without_masks_there_are_only_inputs_and_targets():
@@ -65,14 +67,6 @@ def test_a_target_counts_only_if_it_is_learned():
     assert set(plain) == {"inputs", "targets", "weights"}
     assert plain["weights"].tolist() == [[0, 1, 1, 1]]
     assert plain["weights"].dtype == np.float32
-
-
-@pytest.mark.parametrize("window", [[[EOT] * 5, [EOT] * 5], [[1] * 5, [1] * 5], [[1, 1, 1, EOT, 1]], [[1] * 4 + [EOT]]])
-def test_ends_anywhere_equal_the_loop_over_positions(window):
-    batch = split_inputs_targets(np.array(window), eot_id=EOT, mask_documents=True)
-    for row, tokens in enumerate(window):
-        found = [batch[name][row] for name in ("segments", "positions", "weights")]
-        np.testing.assert_array_equal(found, naive(tokens, EOT))
 
 
 def test_packed_rows_are_documents_side_by_side_and_padding():

@@ -11,18 +11,14 @@ from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.models.zoo import VISION_SHAPES, vision_shape
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
 from jaxinfra.program import Program
+from tests.models.numpy_reference import normalise, tanh_gelu
 from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put, values_on_host
 
 Params = dict[str, Any]
 
 
-def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * scale + bias
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+def layer_norm(x_TD: np.ndarray, params: Params, eps: float) -> np.ndarray:
+    return np.stack([normalise(x, params, "layernorm", eps, 0.0) for x in x_TD])
 
 
 def attend(x_TD: np.ndarray, w: Params, heads: int) -> np.ndarray:
@@ -49,12 +45,12 @@ def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformer
     x_TD = np.stack(rows) + params["positions"]
     for number in range(config.layers):
         w = jax.tree.map(lambda a, number=number: a[number], params["blocks"])
-        y_TD = layer_norm(x_TD, **w["attention_norm"], eps=config.norm_eps)
+        y_TD = layer_norm(x_TD, w["attention_norm"], config.norm_eps)
         x_TD = x_TD + attend(y_TD, w["attention"], config.heads)
-        y_TD = layer_norm(x_TD, **w["mlp_norm"], eps=config.norm_eps)
-        hidden = gelu(y_TD @ w["mlp"]["up"]["weight"] + w["mlp"]["up"]["bias"])
+        y_TD = layer_norm(x_TD, w["mlp_norm"], config.norm_eps)
+        hidden = tanh_gelu(y_TD @ w["mlp"]["up"]["weight"] + w["mlp"]["up"]["bias"])
         x_TD = x_TD + hidden @ w["mlp"]["down"]["weight"] + w["mlp"]["down"]["bias"]
-    x_TD = layer_norm(x_TD, **params["norm"], eps=config.norm_eps)
+    x_TD = layer_norm(x_TD, params["norm"], config.norm_eps)
     pooled = x_TD[0] if config.pool == "class" else x_TD.mean(0)
     return pooled @ params["classes"] + params["classes_bias"]
 

@@ -112,29 +112,3 @@ def test_large_logits_do_not_overflow() -> None:
     logits = jnp.asarray([[[1e4, 0.0, -1e4]]])
     for target, loss in ((0, 0.0), (1, 1e4), (2, 2e4)):
         assert token_losses(logits, jnp.full((1, 1), target), CrossEntropy())[0] == loss
-
-
-def temporaries_bytes(fun: Any, *shapes: jax.ShapeDtypeStruct) -> int:
-    step = jax.jit(jax.value_and_grad(fun, argnums=(0, 1)))
-    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-
-
-def test_gradients_are_made_without_all_logits() -> None:
-    rows, length, width, words = 2, 512, 16, 8192
-    logits_bytes = 4 * rows * length * words
-    float_, int_ = jnp.dtype("float32"), jnp.dtype("int32")
-    tokens = (rows, length)
-    shapes = [
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((*tokens, width), float_), ((width, words), float_), (tokens, int_), (tokens, float_))
-    ]
-
-    def chunked(x, w, targets, weights):
-        return cross_entropy(x, w, targets, weights, CrossEntropy(chunks=16))[0]
-
-    def plain(x, w, targets, weights):
-        return jnp.sum(token_losses(x @ w, targets, CrossEntropy())[0] * weights)
-
-    with jax.set_mesh(make_mesh(MESHES["one"], jax.devices()[:1])):
-        assert temporaries_bytes(chunked, *shapes) < logits_bytes / 4
-        assert temporaries_bytes(plain, *shapes) > logits_bytes

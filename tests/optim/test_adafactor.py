@@ -1,12 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxinfra.optim.adafactor import Factored, scale_by_factored_rms
 from jaxinfra.optim.optimizers import Adafactor, Optim, build
 from jaxinfra.optim.schedules import Constant
-from jaxinfra.parallel.spec import ParamSpec, normal
 
 LR = 0.1
 RULE = Adafactor(min_factored_dim=8, weight_decay=0.0)
@@ -57,23 +55,6 @@ def test_small_and_one_dimensional_parameters_keep_the_whole_moment(specs, draw)
 
 def is_factored(leaf):
     return isinstance(leaf, Factored)
-
-
-def test_plain_matrix_matches_optax():
-    spec = ParamSpec(shape=(12, 20), axes=(None, None), init=normal(1.0), role="matrix", in_dims=(0,), out_dims=(1,))
-    param = jax.random.normal(jax.random.key(0), spec.shape)
-    optim = Optim(optimizer=RULE, schedule=Constant(), peak_lr=LR)
-    ours = build(optim, steps=5, specs={"w": spec})
-    theirs = optax.adafactor(LR, min_dim_size_to_factor=8)
-    got = want = {"w": param}
-    state, their_state = ours.init(got), theirs.init(want)
-    for seed in range(1, 5):
-        grads = {"w": jax.random.normal(jax.random.key(seed), spec.shape)}
-        updates, state = ours.update(grads, state, got)
-        got = optax.apply_updates(got, updates)
-        updates, their_state = theirs.update(grads, their_state, want)
-        want = optax.apply_updates(want, updates)
-    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)
 
 
 def test_a_gradient_of_zero_moves_nothing(specs, draw):

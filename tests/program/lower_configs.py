@@ -30,7 +30,7 @@ def traced(path: str) -> dict[str, Any]:
         built.train_step.trace(built.state, built.batch)
         built.eval_step.trace(built.state.params, built.batch)
         built.init.trace(jax.eval_shape(lambda: jax.random.key(0)))
-    return {"params": built.num_params, "backend": _backend()}
+    return {"backend": _backend()}
 
 
 def _backend() -> str | None:

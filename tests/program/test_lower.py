@@ -31,9 +31,7 @@ def in_a_process(what: str, platforms: str) -> dict[str, Any]:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_building_and_tracing_need_no_backend(config: str) -> None:
     """With a platform that does not exist, JAX fails as soon as anything asks it for a device."""
-    found = in_a_process("trace", "nowhere")[config]
-    assert found["backend"] is None
-    assert found["params"] > 0
+    assert in_a_process("trace", "nowhere")[config] == {"backend": None}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -7,7 +7,6 @@ from flax import nnx
 
 from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
 from jaxinfra.models.latent import Latent
-from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.mesh import abstract_mesh
@@ -53,15 +52,6 @@ def test_flops_of_options() -> None:
     assert visible_keys(6, 2) == pytest.approx(11 / 6)
     assert visible_keys(6, None) == visible_keys(6, 9) == pytest.approx(21 / 6)
     assert plain - flops_per_token(local, 6) == pytest.approx(12 * 2 * 4 * 2 * (21 - 11) / 6)
-
-
-def test_flops_of_layers_before_those_with_experts() -> None:
-    base = {"vocab_size": 10, "width": 8, "heads": 2, "mlp_dim": 16}
-    all_dense, one = TransformerConfig(**base, layers=1), Experts(count=2, chosen=1)
-    mixed = flops_per_token(TransformerConfig(**base, layers=2, dense_layers=1, experts=one), 6)
-    alone = flops_per_token(TransformerConfig(**base, layers=2, experts=one), 6)
-    head = 6 * 10 * 8
-    assert mixed - alone == flops_per_token(all_dense, 6) - head
 
 
 def test_flops_against_the_compiler() -> None:
