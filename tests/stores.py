@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.data.tokenizer import TrainBpe
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import TrainBpe
 from tests.vocabularies import KINDS, vocabulary
 
 WORDS = ["def", "return", "self", "import", "class", "for", "in", "if", "naïve", "漢字", "0", "x", "(", ")", ":", "="]

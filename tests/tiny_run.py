@@ -53,7 +53,7 @@ RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.text_files import TextFiles
-from jaxinfra.data.tokenizer import TrainBpe
+from jaxinfra.prepare.tokenizers import TrainBpe
 
 
 def config() -> Corpus:

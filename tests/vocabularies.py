@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, Tokenizer, TokenizerFile, load, train_bpe
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, load, train_bpe
 
 EOT = "<|endoftext|>"
 TEXTS = ["def naïve(x):\n\treturn  'é漢字 🙂'\n" * 5, "class A:\n    pass\n" * 20, "\r\n  \x00 tail"]

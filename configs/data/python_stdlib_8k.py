@@ -1,8 +1,8 @@
 """The standard library of the running Python, with 8,192 words."""
 
-from jaxinfra.data.tokenizer import TrainBpe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import TrainBpe
 
 
 def config() -> Corpus:

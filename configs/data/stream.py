@@ -1,8 +1,8 @@
 """JSON objects with a text, one a line, as they come through a pipe."""
 
-from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.stdin import Stdin
+from jaxinfra.prepare.tokenizers import Bytes
 
 
 def config() -> Corpus:

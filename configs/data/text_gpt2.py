@@ -1,8 +1,8 @@
 """Text files as GPT-2 reads them."""
 
-from jaxinfra.data.tokenizer import TokenizerFile
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import TokenizerFile
 
 
 def config() -> Corpus:

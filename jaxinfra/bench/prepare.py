@@ -21,11 +21,11 @@ from typing import Any
 
 from jaxinfra.bench.children import ChildError
 from jaxinfra.bench.table import Findings, machine, table
-from jaxinfra.data.tokenizer import TokenizerFile, train_bpe
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Found
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import TokenizerFile, train_bpe
 
 OURS, THEIRS = "prepare", "map"
 TITLES = {OURS: "data prepare", THEIRS: "datasets.map"}

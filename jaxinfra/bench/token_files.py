@@ -10,8 +10,9 @@ from jaxinfra.data.packing import Pack
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
 from jaxinfra.data.store.store import TOKENS, hash_files, info_of
-from jaxinfra.data.tokenizer import Bytes, Tokenizer, load
+from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.prepare.builders.assemble import SplitWriter, made_now, write_pack
+from jaxinfra.prepare.tokenizers import Bytes, load
 
 DOCUMENT = 500
 """Tokens of a document in the mean."""

@@ -12,12 +12,12 @@ from jaxinfra.data.batches import Batches
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
-from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.tokenizers import Bytes
 from tests.refusals import problem, raises
 
 T = 16

@@ -10,7 +10,6 @@ import pytest
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import Pack
-from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.chat import Chat
@@ -18,6 +17,7 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.tokenizers import Bytes
 from tests.refusals import raises
 
 T = 64

@@ -9,7 +9,6 @@ import pytest
 
 from jaxinfra.data.packing import Pack
 from jaxinfra.data.pairs import PairData
-from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.dedup import Dedup
@@ -18,6 +17,7 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.tokenizers import Bytes
 from tests.refusals import names, problem, raises
 
 T = 40

@@ -75,10 +75,13 @@ def test_damaged_content_is_refused(tokenizer):
     for content in (b"", b"{}", tokenizer.content[: len(tokenizer.content) // 2]):
         with pytest.raises(ConfigError, match="store/t"):
             restore(tokenizer.kind, content, EOT, "store/t")
-    with pytest.raises(ConfigError, match="of kind runes, known are tokenizer_json, tiktoken, sentencepiece, bytes"):
+    with pytest.raises(ConfigError, match="newer jaxinfra"):
         restore("runes", tokenizer.content, EOT, "store/t")
+    for kind in ("tiktoken", "sentencepiece"):
+        with pytest.raises(ConfigError, match="store/t.*prepare the store again"):
+            restore(kind, tokenizer.content, EOT, "store/t")
     if tokenizer.kind != "bytes":
-        with pytest.raises(ConfigError, match=r"end_of_document=<end>: store/t has no such token"):
+        with pytest.raises(ConfigError, match="end_of_document=<end>"):
             restore(tokenizer.kind, tokenizer.content, "<end>", "store/t")
 
 
@@ -92,7 +95,7 @@ def test_a_stream_of_text_comes_out_whole(kind, vocabularies, text):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fallback"])  # see StreamDecoder
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "tiktoken", "bytes"])  # others: see StreamDecoder
 def test_a_stream_of_any_ids_comes_out_as_decode_gives_it(kind, vocabularies):
     tokenizer = vocabularies[kind]
     rng = random.Random(0)

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxinfra.config import validate
-from jaxinfra.data.tokenizer import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
@@ -14,6 +13,7 @@ from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.preference import Completion, Preference
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()
 NAMES = {

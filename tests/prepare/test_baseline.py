@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.tokenizer import TrainBpe
 from jaxinfra.prepare.builders import baseline
 from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.prepare.prepare import prepare
@@ -14,6 +13,7 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.recipes.validation import draw as drawn
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import TrainBpe
 from tests.prepare.test_prepare import documents
 
 VOCAB = 6

@@ -134,16 +134,16 @@ def test_runs_of_words_are_equal_where_the_words_are():
 def test_a_missing_datasketch_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     Signer(Dedup())
-    with pytest.raises(ConfigError, match=r"needs datasketch .* run pip install 'jaxinfra\[dedup\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'jaxinfra\[dedup\]'"):
         Signer(NEAR)
 
 
 @pytest.mark.parametrize(
     ("dedup", "message"),
     [
-        (Dedup(threshold=0.0), "threshold=0.0: .*; use threshold=0.8"),
-        (Dedup(permutations=1), "permutations=1: .*; use permutations=128"),
-        (Dedup(ngram=0), "ngram=0: .*; use ngram=5"),
+        (Dedup(threshold=0.0), "threshold=0.0: .*threshold=0.8"),
+        (Dedup(permutations=1), "permutations=1: .*permutations=128"),
+        (Dedup(ngram=0), "ngram=0: .*ngram=5"),
     ],
 )
 def test_descriptions_say_what_is_wrong_with_them(dedup, message):

@@ -5,10 +5,10 @@ import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxinfra.data.tokenizer import SentencePieceModel, TokenizerFile, load
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.document import Span
 from jaxinfra.prepare.documents.encoding import encode_documents
+from jaxinfra.prepare.tokenizers import SentencePieceModel, TokenizerFile, load
 from tests.vocabularies import BYTE_PIECES, EOT, MARKERS, TEXTS, control
 
 TALK = [

@@ -26,7 +26,7 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.kafka import Kafka
 from jaxinfra.prepare.sources.stdin import Stdin
-from jaxinfra.data.tokenizer import Bytes
+from jaxinfra.prepare.tokenizers import Bytes
 def config():
     return Corpus(store={store!r}, source={source}, tokenizer=Bytes(), shard_bytes=1024,
                   validation=ByKey(fraction=0.1), {more})

@@ -62,8 +62,8 @@ def test_a_completion_is_learned_and_its_prompt_is_not():
 @pytest.mark.parametrize(
     ("form", "record", "message"),
     [
-        (Preference(), {"prompt": "a", "chosen": "b"}, "no field rejected; it has prompt, chosen"),
-        (Preference(), {"prompt": "a", "chosen": "b", "rejected": 1}, "rejected is int, expected a list of messages"),
+        (Preference(), {"prompt": "a", "chosen": "b"}, "rejected.*prompt, chosen"),
+        (Preference(), {"prompt": "a", "chosen": "b", "rejected": 1}, "rejected is int"),
         (Preference(), {"prompt": ASKED, "chosen": ASKED, "rejected": WORSE}, "chosen has no message of the assistant"),
         (Preference(), {"prompt": "a", "chosen": " ", "rejected": "c"}, "message 1 of chosen is empty"),
         (Preference(prompt=None), {"chosen": GOOD, "rejected": WORSE}, "begin with different messages"),
@@ -72,9 +72,9 @@ def test_a_completion_is_learned_and_its_prompt_is_not():
             {"chosen": ASKED + GOOD, "rejected": ASKED + GOOD},
             "has no message of the assistant",
         ),
-        (Preference(template=None), {"prompt": ASKED, "chosen": "b", "rejected": "c"}, "prompt is list, expected a te"),
+        (Preference(template=None), {"prompt": ASKED, "chosen": "b", "rejected": "c"}, "prompt is list"),
         (Completion(), {"prompt": "a", "completion": ""}, "the answer is empty"),
-        (Completion(), {"prompt": "a", "completion": None}, "completion is NoneType, expected a text"),
+        (Completion(), {"prompt": "a", "completion": None}, "completion is NoneType"),
     ],
 )
 def test_records_without_answers_are_refused_with_the_cause(form, record, message):
@@ -85,11 +85,11 @@ def test_records_without_answers_are_refused_with_the_cause(form, record, messag
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Preference(chosen=""), "chosen=.*: names no field"),
-        (Preference(template="alpaca"), "template=alpaca: is none of"),
-        (Preference(prompt=None, template=None), "prompt=none, template=none: .* need a template"),
-        (Completion(prompt=""), "prompt=.*: names no field"),
-        (Completion(template=""), "template=.*: is none of"),
+        (Preference(chosen=""), "chosen=.*chosen=chosen"),
+        (Preference(template="alpaca"), "template=alpaca: .*template=chatml"),
+        (Preference(prompt=None, template=None), "prompt=none, template=none: .*template=chatml"),
+        (Completion(prompt=""), "prompt=.*prompt=prompt"),
+        (Completion(template=""), "template=.*template=chatml"),
     ],
 )
 def test_forms_say_what_is_wrong_with_them(form, message):

@@ -15,7 +15,6 @@ import pytest
 
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.store.versions import listed
-from jaxinfra.data.tokenizer import Bytes, TokenizerFile, TrainBpe
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import tokenize
@@ -27,6 +26,7 @@ from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from jaxinfra.storage.objects import Storage
 
 
@@ -219,7 +219,7 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.data.tokenizer import Bytes
+from jaxinfra.prepare.tokenizers import Bytes
 
 
 class Killer:

@@ -13,7 +13,6 @@ import pytest
 import zstandard
 
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.tokenizer import Bytes
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
@@ -24,6 +23,7 @@ from jaxinfra.prepare.sources.parquet import Parquet
 from jaxinfra.prepare.sources.python_source import PythonSource
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.prepare.sources.text_lines import TextLines
+from jaxinfra.prepare.tokenizers import Bytes
 from tests.prepare.test_prepare import contents, documents
 from tests.tiny_run import ended, start
 
@@ -122,7 +122,7 @@ ENGINE_RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.data.tokenizer import Bytes
+from jaxinfra.prepare.tokenizers import Bytes
 
 
 def config() -> Corpus:

@@ -12,7 +12,6 @@ import pytest
 from jaxinfra.config import apply, validate
 from jaxinfra.data.inspect import facts
 from jaxinfra.data.store.store import LABELS, Store, TokenStore
-from jaxinfra.data.tokenizer import Bytes, TokenizerFile, TrainBpe
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
@@ -25,6 +24,7 @@ from jaxinfra.prepare.sources.hugging_face import HuggingFace
 from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from tests.prepare.test_prepare import contents, documents, stopped_after
 from tests.tiny_run import ended, start
 
@@ -296,7 +296,7 @@ def test_images_of_their_own_source(tmp_path):
 RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.data.tokenizer import Bytes
+from jaxinfra.prepare.tokenizers import Bytes
 
 
 def config() -> Corpus:

@@ -115,7 +115,7 @@ RECIPE = """
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.data.tokenizer import Bytes
+from jaxinfra.prepare.tokenizers import Bytes
 def config():
     return Corpus(store={store!r}, source=Jsonl(root={root!r}), tokenizer=Bytes(),
                   validation=ByKey(fraction=0.1), work={work!r})

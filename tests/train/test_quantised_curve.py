@@ -38,7 +38,7 @@ def config() -> Run:
 RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.text_files import TextFiles
-from jaxinfra.data.tokenizer import TrainBpe
+from jaxinfra.prepare.tokenizers import TrainBpe
 
 
 def config() -> Corpus:

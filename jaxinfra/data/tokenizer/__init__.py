@@ -1,32 +1,29 @@
-"""Text to token ids and back, by vocabularies of four kinds behind one face.
+"""Token ids and text: the tokenizer that a store keeps, and decoding of ids that come one at a time.
 
-    load(TokenizerFile(path="llama3.json"))      any tokenizer.json
-    load(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken
-    load(SentencePieceModel(path="spm.model"))   SentencePiece
-    load(Bytes())                                the 256 bytes
-    train_bpe(texts, vocab_size=8192, ...)       a new byte-level BPE
-
-Ordinary text never spells a special token, whatever the kind. Nothing here knows of records, files of text or stores.
+There are two kinds: a `tokenizer.json`, and the bytes of UTF-8. `jaxinfra.prepare.tokenizers` makes them, of what a
+recipe names. Ordinary text never spells a special token, whatever the kind.
 """
 
 from jaxinfra.data.tokenizer.base import Tokenizer
-from jaxinfra.data.tokenizer.kinds import AnyTokenizer, load, restore
-from jaxinfra.data.tokenizer.raw_bytes import Bytes
-from jaxinfra.data.tokenizer.sentence_pieces import SentencePieceModel
+from jaxinfra.data.tokenizer.raw_bytes import ByteTokenizer
 from jaxinfra.data.tokenizer.stream import StreamDecoder
-from jaxinfra.data.tokenizer.tiktoken_ranks import Tiktoken
-from jaxinfra.data.tokenizer.tokenizer_json import TokenizerFile, TrainBpe, train_bpe
+from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
+from jaxinfra.errors import ConfigError
 
-__all__ = [
-    "AnyTokenizer",
-    "Bytes",
-    "SentencePieceModel",
-    "StreamDecoder",
-    "Tiktoken",
-    "Tokenizer",
-    "TokenizerFile",
-    "TrainBpe",
-    "load",
-    "restore",
-    "train_bpe",
-]
+__all__ = ["ByteTokenizer", "JsonTokenizer", "StreamDecoder", "Tokenizer", "restore"]
+
+_KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (JsonTokenizer, ByteTokenizer)}
+_CONVERTED = ("tiktoken", "sentencepiece")  # kinds that stores had once
+
+
+def restore(kind: str, content: bytes, end_of_document: str, name: str) -> Tokenizer:
+    """Makes the tokenizer that had this `kind`, `content` and `end_of_document`; `name` is for errors.
+
+    Raises:
+        ConfigError: there is no such kind, or the content is damaged.
+    """
+    if kind in _CONVERTED:
+        raise ConfigError(f"{name}: {kind} vocabularies are kept as tokenizer.json now; prepare the store again")
+    if kind not in _KINDS:
+        raise ConfigError(f"{name}: is a tokenizer of kind {kind}, known are {', '.join(_KINDS)}; use a newer jaxinfra")
+    return _KINDS[kind].restore(content, end_of_document, name)

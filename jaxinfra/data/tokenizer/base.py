@@ -1,7 +1,6 @@
 """What every tokenizer offers, and what all kinds of them share: a hash, pickling, the file that they are kept in."""
 
 import hashlib
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
 
 
@@ -129,29 +127,8 @@ def no_end(name: str, end_of_document: str, special: Iterable[str]) -> ConfigErr
     )
 
 
-def threads() -> int:
-    """How many a tokenizer may use: what RAYON_NUM_THREADS tells the library `tokenizers` holds for all kinds."""
-    return int(os.environ.get("RAYON_NUM_THREADS") or 0) or os.cpu_count() or 1
-
-
 def bytes_before(text: str) -> np.ndarray:
     """Bytes of UTF-8 before each character of a text, and of all: int64[characters + 1]."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
     return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def common_problems(
-    *, path: str | None = None, end_of_document: str, special_tokens: Sequence[str] = ()
-) -> Iterable[Problem]:
-    """Yields what is wrong with the fields that most descriptions of a tokenizer have."""
-    if path == "":
-        yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
-    if not end_of_document:
-        yield Problem(fields=("end_of_document",), message="must not be empty", fix="use end_of_document=<|endoftext|>")
-    if "" in special_tokens or len({end_of_document, *special_tokens}) <= len(special_tokens):
-        yield Problem(
-            fields=("special_tokens",),
-            message="must be other texts than one another and than the end of a document, and not empty",
-            fix="name each once",
-        )

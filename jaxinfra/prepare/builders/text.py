@@ -10,7 +10,6 @@ from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, digest_of
 from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
-from jaxinfra.data.tokenizer import TrainBpe, load, train_bpe
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.builders import assemble
 from jaxinfra.prepare.builders.assemble import SplitWriter
@@ -30,12 +29,14 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, Tail
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.stream import Block
+from jaxinfra.prepare.tokenizers import TrainBpe, convert, train_bpe
 from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.objects import Storage
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
 _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
+_CHECKED_CHARS = 200_000  # of the source that a converted tokenizer is tried on: seconds
 _FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
 
 
@@ -51,7 +52,9 @@ class TextMaker:
             ConfigError: it cannot be read.
         """
         self._corpus = corpus
-        self._given = None if isinstance(corpus.tokenizer, TrainBpe) else load(corpus.tokenizer)
+        self._given, self._check = None, None
+        if not isinstance(corpus.tokenizer, TrainBpe):
+            self._given, self._check = convert(corpus.tokenizer)
         self._check_markers()
 
     @property
@@ -66,9 +69,10 @@ class TextMaker:
         return tokenise
 
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        """Puts the tokenizer beside the parts; one that is trained is trained once.
+        """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
 
         Raises:
+            ConfigError: a converted tokenizer gives texts of the source other tokens.
             ConfigError: the store that the validation split is of has another tokenizer or form.
             DataError: a record cannot be read and the recipe does not skip it.
         """
@@ -83,6 +87,8 @@ class TextMaker:
                     special_tokens=config.special_tokens,
                 )
             assert given is not None
+            if self._check is not None:
+                self._check(sample_texts(self._corpus, pieces, _CHECKED_CHARS))
             info = info_of(given)
             replace_bytes(folder / info.file, given.content)
             replace_bytes(known, json.dumps(asdict(info)).encode())

@@ -1,1 +1,1 @@
-"""What becomes of records: documents in spans of text, judged, compared and tokenised."""
+"""What becomes of records: documents in spans of text, judged, compared and tokenized."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.documents.chat_jinja import is_file
-from jaxinfra.prepare.documents.chat_template import PRESETS, Message, Role, identity_of, markers_of, spans
+from jaxinfra.prepare.documents.chat_template import Message, Role, Templated, spans, template_problems
 from jaxinfra.prepare.documents.document import Document, RecordError, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
@@ -20,7 +19,7 @@ _ROLES: dict[str, Role] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat:
+class Chat(Templated[str]):
     """A field of the record holds a conversation: messages of `role` and `content`, or of `from` and `value`.
 
     The second spelling is that of ShareGPT, whose roles are human and gpt. A system message without text counts as
@@ -48,14 +47,6 @@ class Chat:
         if self.system is not None and not self.system.strip():
             yield Problem(fields=("system",), message="says nothing", fix="use system=none")
 
-    def identity(self) -> str | None:
-        """Hash of the template, where it is in a file."""
-        return identity_of(self.template)
-
-    def markers(self) -> Sequence[str]:
-        """See `Form`."""
-        return markers_of(self.template)
-
     def documents(self, record: Record) -> Sequence[Document]:
         """The conversation as one document.
 
@@ -71,16 +62,6 @@ class Chat:
             raise RecordError(f"{self.field} has no message of the assistant to learn from")
         learned = frozenset(answers[-1:] if self.learn == "last" else answers)
         return [spans(self.template, messages, learned, everything=self.learn == "all")]
-
-
-def template_problems(template: str) -> Iterable[Problem]:
-    """Yields what is wrong with the name of a template."""
-    if template not in PRESETS and not is_file(template):
-        yield Problem(
-            fields=("template",),
-            message=f"is none of {', '.join(PRESETS)} and no .jinja or .json file",
-            fix="use template=chatml",
-        )
 
 
 def messages_of(value: Any, field: str) -> list[Message]:

@@ -6,16 +6,26 @@ day is not among them: the same record gives the same document tomorrow.
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from typing import Any, Self
 
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from jaxinfra.errors import ConfigError
-from jaxinfra.packages import needed
 from jaxinfra.prepare.documents.document import RecordError
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import exists, read_content
 
 _CONFIG = "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_BEGIN, _END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has
+BLOCK = re.compile(f"{_BEGIN}[^{_BEGIN}]*?{_END}")
+"""A generation block in what is rendered with `blocks`."""
 
 
 def is_file(template: str) -> bool:
@@ -27,6 +37,7 @@ class JinjaTemplate:
     """A template, compiled.
 
     Attributes:
+        generates: whether it has `{% generation %}` blocks, which hold what the assistant writes.
         digest: hash of its text and of the special tokens that it may use.
         markers: special tokens that it uses by their names.
     """
@@ -35,28 +46,29 @@ class JinjaTemplate:
         """Takes the text of a template and the special tokens that it may use by name.
 
         Raises:
-            ConfigError: it is no template, uses tokens that are not given, or jinja2 is not installed.
+            ConfigError: it is no template, or uses tokens that are not given.
         """
         self._name = name
-        self._library = _library()
-        environment = _environment(self._library)
+        environment = _environment()
         try:
-            used = self._library.meta.find_undeclared_variables(environment.parse(source))
+            parsed = environment.parse(source)
+            used = find_undeclared_variables(parsed)
             self._template = environment.from_string(source)
-        except self._library.TemplateError as error:
+        except TemplateError as error:
             raise ConfigError(f"template={name}: is not a template ({cause_of(error)})") from None
         if missing := sorted(used & set(_TOKENS) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; give the {_CONFIG} that defines it beside the file")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
         self.markers = tuple(tokens[name] for name in sorted(used & tokens.keys()))
-        self._names = tokens | {"tools": None, "documents": None, "add_generation_prompt": False}
+        self.generates = any(isinstance(node.node, nodes.ExtensionAttribute) for node in parsed.find_all(nodes.Call))
+        self._names = tokens | {"tools": None, "documents": None}
 
     @classmethod
     def load(cls, path: str) -> Self:
         """Reads a template, from a file of its own or from a tokenizer_config.json.
 
         Raises:
-            ConfigError: it cannot be read, has no template, or jinja2 is not installed.
+            ConfigError: it cannot be read, or has no template.
         """
         if path.endswith(".json"):
             config = _config(path)
@@ -67,16 +79,27 @@ class JinjaTemplate:
         tokens = _tokens(_config(config_path)) if exists(config_path) else {}
         return cls(source, tokens, path)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, str]], *, answering: bool = False, blocks: bool = False) -> str:
         """The conversation as text.
+
+        Args:
+            messages: each with a role and a content.
+            answering: whether an answer is to follow (`add_generation_prompt`).
+            blocks: whether noncharacters are left around generation blocks, as `BLOCK` finds them.
 
         Raises:
             RecordError: the template refuses it.
         """
         try:
-            return self._template.render(messages=messages, **self._names)
-        except self._library.TemplateError as error:
+            text = self._template.render(messages=messages, add_generation_prompt=answering, **self._names)
+        except TemplateError as error:
             raise RecordError(f"the template {self._name} refuses the conversation: {cause_of(error)}") from None
+        return text if blocks else without_blocks(text)
+
+
+def without_blocks(text: str) -> str:
+    """Takes away what `render` leaves around generation blocks."""
+    return text.replace(_BEGIN, "").replace(_END, "")
 
 
 def _config(path: str) -> dict[str, Any]:
@@ -106,31 +129,32 @@ def _tokens(config: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _environment(library: Any) -> Any:
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant writes, as in Transformers."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
+
+    def _between(self, caller: Callable[[], str]) -> str:
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+def _environment() -> Environment:
     """The sandbox of Transformers (`utils/chat_template_utils.py`), without the date."""
 
     def refuse(message: str) -> None:
-        raise library.TemplateError(message)
+        raise TemplateError(message)
 
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
-    class Generation(library.ext.Extension):
-        """`{% generation %}` marks answers for Transformers; here it writes what is in it."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = library.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, library.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     return environment
-
-
-def _library() -> Any:
-    return needed("jinja2", "ext", "meta", "sandbox", by="a template in a file", install="jaxinfra[chat]")

@@ -1,19 +1,26 @@
-"""How a conversation is laid out as text: what the template writes, and where the messages go between it.
+"""How a conversation is laid out as text: what its template writes, where the messages go, and what is learned.
 
-A layout depends on the roles of the messages alone, so it is made once for each sequence of roles. It keeps the words
-of the template apart from those of the messages, which is what makes special tokens safe and answers learnable.
+A template is rendered with marks in place of messages, once for each sequence of roles. So its words stay apart from
+those of the messages, which is what makes special tokens safe. What is learned of an answer is what is inside of the
+template's `{% generation %}` blocks; a template that has none is rendered for each answer up to the message before it
+and up to the answer itself, and the difference is learned (TRL, `SFTTrainer` with `assistant_only_loss`).
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.chat_jinja import JinjaTemplate, is_file
+from jaxinfra.config import Problem
+from jaxinfra.prepare.documents.chat_jinja import BLOCK, JinjaTemplate, is_file, without_blocks
 from jaxinfra.prepare.documents.document import RecordError, Span
 
 Role = Literal["system", "user", "assistant"]
+
+_Range = tuple[int, int]
+_MARK = "4f1c0e9d-{}-4f1c0e9d"  # a word that no template writes
+_ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,39 +32,18 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed:
-    """Words of a template.
+class _Part:
+    """Words of a template, or the place of a message.
 
     Attributes:
-        text: what it writes.
-        ends: the message whose turn this ends, if it is what a model must say to end its turn.
+        text: what the template writes; white space around messages counts as the template's.
+        message: the number of the message whose text goes here, in place of words.
+        learned: whether it is a target of the loss.
     """
 
-    text: str
-    ends: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """Where the content of a message goes.
-
-    Attributes:
-        message: its number.
-        strip_left: whether white space before it is taken away.
-        strip_right: whether white space after it is.
-    """
-
-    message: int
-    strip_left: bool = False
-    strip_right: bool = False
-
-    def fill(self, content: str) -> str:
-        """The content as the template writes it."""
-        content = content.lstrip() if self.strip_left else content
-        return content.rstrip() if self.strip_right else content
-
-
-Layout = Sequence[Fixed | Slot]
+    text: str = ""
+    message: int | None = None
+    learned: bool
 
 
 def spans(
@@ -68,108 +54,175 @@ def spans(
     Args:
         template: the name of a preset, or the path of a file.
         messages: at least one.
-        learned: the messages that are learned, each with what ends its turn.
+        learned: the messages of the assistant that are learned, each with what ends its turn.
         everything: whether all of the text is learned, that of the template too.
 
     Raises:
         RecordError: the template refuses the messages, or writes them otherwise than they are.
-        ConfigError: the file of the template cannot be used.
+        ConfigError: the file of the template cannot be used, or does not tell answers apart.
     """
-    roles = tuple(message.role for message in messages)
-    layout = _layout(template, roles)
-    parts = []
-    for part in layout:
-        if isinstance(part, Slot):
-            text = part.fill(messages[part.message].content)
-            parts.append(Span(text=text, learned=everything or part.message in learned))
-        else:
-            parts.append(Span(text=part.text, learned=everything or part.ends in learned, control=True))
+    texts = [message.content.strip() for message in messages]
+    around = tuple(tuple(message.content.split(text, 1)) for message, text in zip(messages, texts, strict=True))
+    answers = None if everything else tuple(sorted(learned))
+    layout = _layout(template, tuple(message.role for message in messages), around, answers)
+    found = [
+        Span(text=part.text, learned=part.learned, control=True)
+        if part.message is None
+        else Span(text=texts[part.message], learned=part.learned)
+        for part in layout
+    ]
     if is_file(template):
-        written = _jinja(template).render([{"role": message.role, "content": message.content} for message in messages])
-        if written != "".join(part.text for part in parts):
+        written = compiled(template).render([vars(message) for message in messages])
+        if written != "".join(span.text for span in found):
             raise RecordError(f"the template {template} rewrites its messages; use one that writes them as they are")
-    return [part for part in parts if part.text]
+    return found
 
 
-def identity_of(template: str) -> str | None:
-    """Hash of a template that is in a file, which is read anew; None for a preset.
+class Templated[Name: (str, str | None)]:
+    """What forms have in common that lay conversations out by a template, or by none."""
+
+    template: Name
+
+    def identity(self) -> str | None:
+        """Hash of the template, where it is in a file, which is read anew.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        if self.template is None or not is_file(self.template):
+            return None
+        compiled.cache_clear()
+        _layout.cache_clear()
+        return compiled(self.template).digest
+
+    def markers(self) -> Sequence[str]:
+        """The special tokens that the template writes: of a file those that it uses by name, such as bos_token.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        if self.template is None:
+            return ()
+        return compiled(self.template).markers if is_file(self.template) else MARKERS[self.template]
+
+
+def template_problems(template: str) -> Iterable[Problem]:
+    """Yields what is wrong with the name of a template."""
+    if template not in PRESETS and not is_file(template):
+        yield Problem(
+            fields=("template",),
+            message=f"is none of {', '.join(PRESETS)} and no .jinja or .json file",
+            fix="use template=chatml",
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(template: str) -> JinjaTemplate:
+    """The template of a preset or of a file.
 
     Raises:
         ConfigError: the file cannot be used.
     """
     if not is_file(template):
-        return None
-    _jinja.cache_clear()
-    _layout.cache_clear()
-    return _jinja(template).digest
-
-
-def markers_of(template: str) -> Sequence[str]:
-    """The special tokens that a template writes: of a file those that it uses by name, such as bos_token.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    return _jinja(template).markers if is_file(template) else MARKERS[template]
+        return JinjaTemplate(PRESETS[template], {}, template)
+    return JinjaTemplate.load(template)
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(template: str, roles: tuple[Role, ...]) -> Layout:
-    if is_file(template):
-        return _read(_jinja(template), template, roles)
-    return tuple(PRESETS[template](roles))
+def _layout(
+    name: str, roles: tuple[Role, ...], around: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
+) -> Sequence[_Part]:
+    """The layout of messages of these roles, with this white space around them; None as `answers` learns all."""
+    template = compiled(name)
+    talk = [
+        {"role": role, "content": space[0] + _MARK.format(number) + space[-1]}
+        for number, (role, space) in enumerate(zip(roles, around, strict=True))
+    ]
+    written = template.render(talk, blocks=True)
+    places = []
+    for number, role in enumerate(roles):
+        mark = _MARK.format(number)
+        if (times := written.count(mark)) != 1:
+            cause = "does not write once and as it is" if times else "leaves out"
+            raise RecordError(f"the template {name} {cause} message {number + 1}, which is of the {role}")
+        places.append((written.index(mark), written.index(mark) + len(mark)))
+    if answers is None:
+        learned = [(0, len(written))]
+    elif template.generates:
+        learned = _generated(written, places, answers, name)
+    else:
+        learned = [_added(template, talk, written, places[number], number, name) for number in answers]
+    return tuple(_parts(written, places, learned))
 
 
-@functools.lru_cache(maxsize=16)
-def _jinja(path: str) -> JinjaTemplate:
-    template = JinjaTemplate.load(path)
-    if _begins_another(template):
-        raise ConfigError(
-            f"template={path}: begins another answer after the last message, so that it could be learned as the end "
-            "of one; let it do so only if add_generation_prompt, or use a preset"
+def _generated(written: str, places: Sequence[_Range], answers: Collection[int], name: str) -> list[_Range]:
+    """The blocks that the answers are in, or that follow them."""
+    blocks: dict[int, list[_Range]] = {}
+    for block in BLOCK.finditer(written):
+        inside = [number for number, (start, _) in enumerate(places) if block.start() < start < block.end()]
+        before = [number for number, (start, _) in enumerate(places) if start < block.start()]
+        for number in inside or before[-1:]:
+            blocks.setdefault(number, []).append(block.span())
+    for number in answers:
+        if not any(start < places[number][0] < stop for start, stop in blocks.get(number, ())):
+            raise RecordError(f"the template {name} has message {number + 1} in no {{% generation %}}; {_ADD_BLOCKS}")
+    return [block for number in answers for block in blocks[number]]
+
+
+def _added(
+    template: JinjaTemplate, talk: list[dict[str, str]], written: str, place: _Range, number: int, name: str
+) -> _Range:
+    """What an answer adds to the conversation, from where a model begins to the end of its turn."""
+    before, prompt = (template.render(talk[:number], answering=asked) if number else "" for asked in (False, True))
+    after, next_turn = template.render(talk[: number + 1]), {"role": "user", "content": "4f1c0e9d"}
+    goes_on = written if prompt != before else template.render([*talk[: number + 1], next_turn])
+    if not (after.startswith(before) and written.startswith(after) and goes_on.startswith(after)):
+        raise RecordError(
+            f"the template {name} does not write message {number + 1} and what comes before it in the same way where "
+            f"the conversation ends and where it goes on; {_ADD_BLOCKS}"
         )
-    return template
+    end = after[place[1] :]
+    start = len(prompt) if prompt != before and after.startswith(prompt) else place[0]
+    return start, place[1] + len(end.rstrip() or end)  # white space behind what ends a turn ends nothing
 
 
-def _chatml(roles: Sequence[Role]) -> Iterator[Fixed | Slot]:
-    for number, role in enumerate(roles):
-        yield Fixed(text=f"<|im_start|>{role}\n")
-        yield Slot(message=number)
-        yield Fixed(text="<|im_end|>", ends=number)
-        yield Fixed(text="\n")
+def _parts(written: str, places: Sequence[_Range], learned: Sequence[_Range]) -> Iterator[_Part]:
+    """Cuts what a template wrote at messages, and where learning begins and ends."""
+    numbers = {place: number for number, place in enumerate(places)}
+    cuts = {0, len(written), *itertools.chain(*places, *learned)}
+    for start, stop in itertools.pairwise(sorted(cuts)):
+        is_learned = any(first <= start and stop <= last for first, last in learned)
+        number, text = numbers.get((start, stop)), without_blocks(written[start:stop])
+        if number is not None:
+            yield _Part(message=number, learned=is_learned)
+        elif text:
+            yield _Part(text=text, learned=is_learned)
 
 
-def _llama3(roles: Sequence[Role]) -> Iterator[Fixed | Slot]:
-    yield Fixed(text="<|begin_of_text|>")
-    for number, role in enumerate(roles):
-        yield Fixed(text=f"<|start_header_id|>{role}<|end_header_id|>\n\n")
-        yield Slot(message=number, strip_left=True, strip_right=True)
-        yield Fixed(text="<|eot_id|>", ends=number)
-
-
-def _gemma(roles: Sequence[Role]) -> Iterator[Fixed | Slot]:
-    """Its turns alternate; what a system message says opens the first turn of the user."""
-    first = 1 if roles[0] == "system" else 0
-    yield Fixed(text="<bos>")
-    for number, role in enumerate(roles[first:], first):
-        expected = "user" if (number - first) % 2 == 0 else "assistant"
-        if role != expected:
-            raise RecordError(f"message {number + 1} is of the {role}, gemma expects the {expected} there")
-        yield Fixed(text=f"<start_of_turn>{'model' if role == 'assistant' else role}\n")
-        if first and number == first:
-            yield Slot(message=0)
-            yield Fixed(text="\n\n")
-        yield Slot(message=number, strip_left=True, strip_right=True)
-        yield Fixed(text="<end_of_turn>", ends=number)
-        yield Fixed(text="\n")
-
-
-PRESETS: dict[str, Callable[[Sequence[Role]], Iterator[Fixed | Slot]]] = {
-    "chatml": _chatml,
-    "llama3": _llama3,
-    "gemma": _gemma,
+PRESETS = {
+    "chatml": """
+{%- for m in messages -%}
+    {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
+    "llama3": """<|begin_of_text|>
+{%- for m in messages -%}
+    {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
+{%- endfor -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}""",
+    "gemma": """<bos>
+{%- set first = 1 if messages[0].role == 'system' else 0 -%}
+{%- for m in messages[first:] -%}
+    {%- if m.role != ('assistant' if loop.index0 % 2 else 'user') -%}
+        {{ raise_exception('turns of the user and the assistant must alternate') }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}
+    {{- messages[0].content + '\n\n' if first and loop.first }}
+    {{- m.content | trim + '<end_of_turn>\n' }}
+{%- endfor -%}
+{{ '<start_of_turn>model\n' if add_generation_prompt }}""",
 }
-"""ChatML (OpenAI 2023), and the templates that are published with Llama 3 and with Gemma 3."""
+"""ChatML (OpenAI 2023), and the layouts of the templates that are published with Llama 3 and with Gemma 3."""
 
 MARKERS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -177,74 +230,3 @@ MARKERS = {
     "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
 }
 """The special tokens that each of them writes."""
-
-
-_BLANK = "\x0b"  # white space that no template writes
-_MARK = "4f1c0e9d"  # a word that no template writes
-
-
-def _read(template: JinjaTemplate, name: str, roles: Sequence[Role]) -> Layout:
-    """The layout of a Jinja template, seen in what it writes around marked contents."""
-    written = _marked(template, roles)
-    places = []
-    for number, role in enumerate(roles):
-        mark = _mark(number)
-        if written.count(mark) != 1:
-            times = "leaves out" if mark not in written else "does not write once and as it is"
-            raise RecordError(f"the template {name} {times} message {number + 1}, which is of the {role}")
-        places.append((written.index(mark), number, mark))
-    layout: list[Fixed | Slot] = []
-    end = 0
-    before: int | None = None
-    for start, number, mark in sorted(places):
-        stop = start + len(mark)
-        kept_left, kept_right = written[start - 1 : start] == _BLANK, written[stop : stop + 1] == _BLANK
-        layout += _turn_end(template, roles, before, written[end : start - kept_left])
-        layout.append(Slot(message=number, strip_left=not kept_left, strip_right=not kept_right))
-        end, before = stop + kept_right, number
-    return [*layout, *_turn_end(template, roles, before, written[end:])]
-
-
-def _turn_end(template: JinjaTemplate, roles: Sequence[Role], message: int | None, after: str) -> Iterator[Fixed]:
-    """Cuts what is written after a message into what ends its turn, and the rest.
-
-    What follows the last message of a conversation ends its turn, but for the white space at its end.
-    """
-    if message is None or roles[message] != "assistant":
-        yield Fixed(text=after)
-        return
-    alone = _marked(template, roles[: message + 1])
-    last = alone[alone.rindex(_mark(message)) + len(_mark(message)) :].removeprefix(_BLANK)
-    shared = next((i for i, (a, b) in enumerate(zip(last, after, strict=False)) if a != b), min(len(last), len(after)))
-    cut = len(after[:shared].rstrip()) or shared
-    yield Fixed(text=after[:cut], ends=message)
-    yield Fixed(text=after[cut:])
-
-
-def _begins_another(template: JinjaTemplate) -> bool:
-    """Whether a template ends a finished conversation as if another answer were to come.
-
-    Then what follows an answer ends like what comes before one, and the next message of the user goes on otherwise.
-    """
-    try:
-        ended = _marked(template, ("user", "assistant"))
-        continued = _marked(template, ("user", "assistant", "user"))
-    except RecordError:
-        return False
-    places = [ended.rfind(_mark(0)), ended.rfind(_mark(1))]
-    if min(places) < 0:
-        return False
-    before = ended[places[0] + len(_mark(0)) : places[1]].strip()
-    last = ended[places[1] + len(_mark(1)) :].strip()
-    if not before or before[-1] != last[-1:]:
-        return False
-    return not continued[continued.rfind(_mark(1)) + len(_mark(1)) :].strip().startswith(last)
-
-
-def _marked(template: JinjaTemplate, roles: Sequence[Role]) -> str:
-    contents = (f"{_BLANK}{_mark(number)}{_BLANK}" for number in range(len(roles)))
-    return template.render([{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)])
-
-
-def _mark(number: int) -> str:
-    return f"{_MARK}-{number}-{_MARK}"

@@ -106,7 +106,7 @@ def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -
 def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
     """Which of the documents `firsts`, in their order, are near to an earlier one of them: bool.
 
-    Only those are compared that share a band: a few neighbouring numbers of their signatures (Leskovec et al., Mining
+    Only those are compared that share a band: a few neighboring numbers of their signatures (Leskovec et al., Mining
     of Massive Datasets, section 3.4). Of each group that does, all are compared with its first, those that are not
     near to that with its second, and so on.
     """

@@ -1,4 +1,4 @@
-"""What becomes of a record: a document, in spans of text that are tokenised one by one.
+"""What becomes of a record: a document, in spans of text that are tokenized one by one.
 
 A form says how. Whether a span is learned, and whether it may spell special tokens, is decided here and nowhere else:
 text that came from a record never spells one.

@@ -1,6 +1,6 @@
 """From documents to token ids, and which of them are learned.
 
-What stands between two special tokens is tokenised as one text, whoever wrote it: so a conversation gets the tokens
+What stands between two special tokens is tokenized as one text, whoever wrote it: so a conversation gets the tokens
 that its template would give it when the model is used, except that no message spells a special token. A token is
 learned if any of its text is.
 """
@@ -30,7 +30,7 @@ class Tokens:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Tokens]:
-    """Tokenises documents together, on as many threads as the tokenizer takes."""
+    """Tokenizes documents together, on as many threads as the tokenizer takes."""
     cut = [list(_cut(tokenizer, document)) for document in documents]
     runs = [part for parts in cut for part in parts if isinstance(part, _Run)]
     encoded = iter(_encode(tokenizer, runs))

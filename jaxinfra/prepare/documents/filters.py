@@ -5,11 +5,13 @@ Training Gopher", appendix A.1). A rule without a value is off. Words are what s
 characters are of those in words.
 """
 
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from jaxinfra.prepare.documents.shingles import run_codes, word_codes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _DIGITS = re.compile(r"\d+")
+_MARKS = re.compile(r"#|\.\.\.|\u2026")
 _SYMBOLS = re.compile(r"[^\w\s]+|_+")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013")
@@ -120,18 +123,18 @@ class Filters:
                 value = measure(measured)
                 if value < limit if rule.startswith("min_") else value > limit:
                     return rule
-        if any(map(_above, measured.top_run_shares(len(self.max_top_run_shares)), self.max_top_run_shares)):
+        if any(map(operator.lt, self.max_top_run_shares, measured.top_run_shares())):
             return "max_top_run_shares"
-        shares = measured.duplicate_run_shares(len(self.max_duplicate_run_shares))
-        return "max_duplicate_run_shares" if any(map(_above, shares, self.max_duplicate_run_shares)) else None
+        if any(map(operator.lt, self.max_duplicate_run_shares, measured.duplicate_run_shares())):
+            return "max_duplicate_run_shares"
+        return None
 
 
 class _Measured:
-    """A text and what is measured of it, when it is asked for."""
+    """A text in words, lines and paragraphs, which are found when they are asked for."""
 
     def __init__(self, text: str, stop_words: Sequence[str]):
-        self.text = text
-        self._stop_words = frozenset(stop_words)
+        self.text, self.stop_words = text, frozenset(stop_words)
 
     @cached_property
     def words(self) -> list[str]:
@@ -152,36 +155,11 @@ class _Measured:
     @cached_property
     def ends_N(self) -> np.ndarray:
         """Characters of all words before each one, and of all: int64[words + 1]."""
-        return np.concatenate([[0], np.cumsum(np.fromiter(map(len, self.words), np.int64, len(self.words)))])
+        return np.concatenate([[0], np.cumsum([len(word) for word in self.words], dtype=np.int64)])
 
-    def mean_word_chars(self) -> float:
-        return _share(sum(map(len, self.words)), len(self.words))
-
-    def digit_share(self) -> float:
-        return _share(sum(map(len, _DIGITS.findall(self.text))), len(self.text))
-
-    def symbol_share(self) -> float:
-        return _share(sum(map(len, _SYMBOLS.findall(self.text))), len(self.text))
-
-    def marks_per_word(self) -> float:
-        marks = self.text.count("#") + self.text.count("...") + self.text.count("\u2026")
-        return _share(marks, len(self.words))
-
-    def alphabetic_word_share(self) -> float:
-        return _share(sum(word.isalpha() or any(map(str.isalpha, word)) for word in self.words), len(self.words))
-
-    def stop_words(self) -> int:
-        return len(self._stop_words.intersection(self.text.lower().split()))
-
-    def bullet_line_share(self) -> float:
-        return _share(sum(line.startswith(_BULLETS) for line in self.lines), len(self.lines))
-
-    def ellipsis_line_share(self) -> float:
-        return _share(sum(line.endswith(("...", "\u2026")) for line in self.lines), len(self.lines))
-
-    def top_run_shares(self, count: int) -> Iterable[float]:
-        """Yields the shares for runs of 2, 3, ... words."""
-        for n in range(_TOP_RUN, _TOP_RUN + count):
+    def top_run_shares(self) -> Iterable[float]:
+        """Yields the shares of the most frequent runs of 2, 3, ... words, while they are shorter than the text."""
+        for n in itertools.count(_TOP_RUN):
             runs = run_codes(self.codes_N, n)
             if len(runs) < 2:
                 return
@@ -191,9 +169,9 @@ class _Measured:
             chars = int((self.ends_N[starts + n] - self.ends_N[starts]).max())
             yield _share(most * chars if most > 1 else 0, int(self.ends_N[-1]))
 
-    def duplicate_run_shares(self, count: int) -> Iterable[float]:
+    def duplicate_run_shares(self) -> Iterable[float]:
         """Yields the shares for runs of 5, 6, ... words, until there are none that repeat."""
-        for n in range(_DUPLICATE_RUN, _DUPLICATE_RUN + count):
+        for n in itertools.count(_DUPLICATE_RUN):
             runs = run_codes(self.codes_N, n)
             _, first = np.unique(runs, return_index=True)
             if len(first) == len(runs):
@@ -207,26 +185,13 @@ class _Measured:
             yield _share(int(np.diff(self.ends_N)[inside].sum()), int(self.ends_N[-1]))
 
 
-_MEASURES: dict[str, Callable[[_Measured], float]] = {
-    "min_chars": lambda measured: len(measured.text),
-    "max_chars": lambda measured: len(measured.text),
-    "min_words": lambda measured: len(measured.words),
-    "max_words": lambda measured: len(measured.words),
-    "min_mean_word_chars": _Measured.mean_word_chars,
-    "max_mean_word_chars": _Measured.mean_word_chars,
-    "max_marks_per_word": _Measured.marks_per_word,
-    "max_bullet_line_share": _Measured.bullet_line_share,
-    "max_ellipsis_line_share": _Measured.ellipsis_line_share,
-    "max_duplicate_line_share": lambda measured: _repeated(measured.lines),
-    "max_duplicate_line_char_share": lambda measured: _repeated_chars(measured.lines),
-    "max_duplicate_paragraph_share": lambda measured: _repeated(measured.paragraphs),
-    "max_duplicate_paragraph_char_share": lambda measured: _repeated_chars(measured.paragraphs),
-    "min_stop_words": _Measured.stop_words,
-    "max_digit_share": _Measured.digit_share,
-    "max_symbol_share": _Measured.symbol_share,
-    "min_alphabetic_word_share": _Measured.alphabetic_word_share,
-}
-"""What the value of each rule is compared with, in the order in which rules are tried."""
+def _share(part: float, whole: int) -> float:
+    """Part of the whole; an empty whole has none."""
+    return part / whole if whole else 0.0
+
+
+def _share_of(parts: Sequence[str], is_one: Callable[[str], Any]) -> float:
+    return _share(sum(map(bool, map(is_one, parts))), len(parts))
 
 
 def _repeated(parts: Sequence[str]) -> float:
@@ -234,14 +199,30 @@ def _repeated(parts: Sequence[str]) -> float:
 
 
 def _repeated_chars(parts: Sequence[str]) -> float:
-    total = sum(map(len, parts))
-    return _share(total - sum(map(len, set(parts))), total)
+    return _share(len("".join(parts)) - len("".join(set(parts))), len("".join(parts)))
 
 
-def _share(part: float, whole: int) -> float:
-    """Part of the whole; an empty whole has none."""
-    return part / whole if whole else 0.0
+def _found(pattern: re.Pattern[str], text: str) -> float:
+    return _share(sum(map(len, pattern.findall(text))), len(text))
 
 
-def _above(value: float, limit: float) -> bool:
-    return value > limit
+_MEASURES: dict[str, Callable[[_Measured], float]] = {
+    "min_chars": lambda of: len(of.text),
+    "max_chars": lambda of: len(of.text),
+    "min_words": lambda of: len(of.words),
+    "max_words": lambda of: len(of.words),
+    "min_mean_word_chars": lambda of: _share(len("".join(of.words)), len(of.words)),
+    "max_mean_word_chars": lambda of: _share(len("".join(of.words)), len(of.words)),
+    "max_marks_per_word": lambda of: _share(len(_MARKS.findall(of.text)), len(of.words)),
+    "max_bullet_line_share": lambda of: _share_of(of.lines, lambda line: line.startswith(_BULLETS)),
+    "max_ellipsis_line_share": lambda of: _share_of(of.lines, lambda line: line.endswith(("...", "\u2026"))),
+    "max_duplicate_line_share": lambda of: _repeated(of.lines),
+    "max_duplicate_line_char_share": lambda of: _repeated_chars(of.lines),
+    "max_duplicate_paragraph_share": lambda of: _repeated(of.paragraphs),
+    "max_duplicate_paragraph_char_share": lambda of: _repeated_chars(of.paragraphs),
+    "min_stop_words": lambda of: len(of.stop_words.intersection(of.text.lower().split())),
+    "max_digit_share": lambda of: _found(_DIGITS, of.text),
+    "max_symbol_share": lambda of: _found(_SYMBOLS, of.text),
+    "min_alphabetic_word_share": lambda of: _share_of(of.words, lambda word: any(map(str.isalpha, word))),
+}
+"""What the value of each rule is compared with, in the order in which rules are tried."""

@@ -5,28 +5,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.documents.chat import messages_of, template_problems
-from jaxinfra.prepare.documents.chat_template import Message, identity_of, markers_of, spans
+from jaxinfra.prepare.documents.chat import messages_of
+from jaxinfra.prepare.documents.chat_template import Message, Templated, spans, template_problems
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
 
-class _Templated:
-    """What forms with a template that may be None have in common."""
-
-    template: str | None
-
-    def identity(self) -> str | None:
-        """Hash of the template, where it is in a file."""
-        return self.template and identity_of(self.template)
-
-    def markers(self) -> Sequence[str]:
-        """See `Form`."""
-        return () if self.template is None else markers_of(self.template)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Preference(_Templated):
+class Preference(Templated[str | None]):
     """Fields of the record hold a prompt and two answers: texts, or lists of messages.
 
     Answers may be whole conversations: then they begin with the prompt, or there is no prompt and what they share is
@@ -81,7 +67,7 @@ class Preference(_Templated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(_Templated):
+class Completion(Templated[str | None]):
     """Fields of the record hold a prompt and its answer, which alone is learned: texts, or lists of messages.
 
     Attributes:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from jaxinfra.config import Problem
 from jaxinfra.data.packing import Pack
-from jaxinfra.data.tokenizer import AnyTokenizer, TrainBpe
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.filters import Filters
@@ -13,6 +12,7 @@ from jaxinfra.prepare.documents.forms import AnyForm
 from jaxinfra.prepare.recipes.store_recipe import StoreRecipe
 from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, OtherStore
 from jaxinfra.prepare.sources.stream import Stream
+from jaxinfra.prepare.tokenizers import AnyTokenizer, TrainBpe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""What tokenizers of recipes share: problems of their descriptions, and the proof that a converted one is the same."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxinfra.config import Problem
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.errors import ConfigError
+
+TRICKY = (
+    "We've 12345 things'll\n\n  to DO, naïve 漢字 e\u0301 — iPhone's   \r\n\t!!/\n//x ",
+    " a  b   c    d\t\te\n\n\nf \r\n g\u00a0h\u2028i\u3000j",
+    "  \n ",
+    "def f(x):\n\treturn {'é': [x**2, 3.14159e-10, 0xFF]}  # ok?\n" + " " * 300 + "x" + "\n" * 40,
+    "ﬁ ﬀ Å Ａ ½ ① ｶﾞ İ ẞ 한국어 ру́сский العربية हिन्दी ไทย \U0001f9d1\u200d\U0001f680 \U0001f1e9\U0001f1ea",
+    "\x00\x01\x7f\x80\ufffd\ufeff\U0010fffd",
+    "a<0x41>b</s><s><unk><pad>[INST]<|endoftext|>{{x}}",
+    "supercalifragilistic" * 9 + "a" * 500,
+    "",
+)
+"""Texts on which libraries disagree first: white space, scripts, normalization, spelled bytes and special tokens."""
+
+_PRECISION = 1e-6  # of sums in float32
+
+
+def common_problems(
+    *, path: str | None = None, end_of_document: str, special_tokens: Sequence[str] = ()
+) -> Iterable[Problem]:
+    """Yields what is wrong with the fields that most descriptions of a tokenizer have."""
+    if path == "":
+        yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
+    if not end_of_document:
+        yield Problem(fields=("end_of_document",), message="must not be empty", fix="use end_of_document=<|endoftext|>")
+    if "" in special_tokens or len({end_of_document, *special_tokens}) <= len(special_tokens):
+        yield Problem(
+            fields=("special_tokens",),
+            message="must be other texts than one another and than the end of a document, and not empty",
+            fix="name each once",
+        )
+
+
+def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
+    """All pairs of tokens that make a token, by its rank: libraries that merge the least union take any of them."""
+    return [
+        (token[:cut], token[cut:])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A tokenizer, and what the library that its file is of makes of texts.
+
+    Attributes:
+        tokenizer: that was made of the file.
+        encode: token ids of the original library.
+        decode: text of the original library.
+        unknown: the id of what the vocabulary has no token for; the libraries spell it differently.
+        scores: of the pieces of a unigram model, which may cut a text in several ways that are equally likely; which
+            of them is taken hangs on rounding.
+        name: of the file, for errors.
+    """
+
+    tokenizer: Tokenizer
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    unknown: int | None = None
+    scores: np.ndarray | None = None
+    name: str
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Compares ids and decoded text with those of the original library.
+
+        Raises:
+            ConfigError: a text gets other ids, or another text comes back.
+        """
+        special = self.tokenizer.special
+        for text in texts:
+            for each in (text, *(f"a{token}b{token} c" for token in special if token in text)):
+                self._compare(each)
+
+    def _compare(self, text: str) -> None:
+        expected, found = self.encode(text), self.tokenizer.encode(text)
+        if expected != found and not self._equally_likely(expected, found):
+            at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
+            where = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
+            raise self._refusal(f"near {where!r} it gives the ids {_few(found[at:])}, expected {_few(expected[at:])}")
+        if self.unknown not in expected and self.decode(expected) != self.tokenizer.decode(found):
+            raise self._refusal(f"the text {text[:40]!r} comes back as {self.tokenizer.decode(found)[:40]!r}")
+
+    def _equally_likely(self, expected: list[int], found: list[int]) -> bool:
+        """Whether two ways to cut a text are equally likely, to the precision of sums in float32."""
+        if self.scores is None or expected.count(self.unknown or 0) != found.count(self.unknown or 0):
+            return False
+        sums = self.scores[expected].sum(), self.scores[found].sum()
+        return bool(np.isclose(*sums, rtol=_PRECISION))
+
+    def _refusal(self, cause: str) -> ConfigError:
+        return ConfigError(
+            f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of this "
+            "vocabulary with tokenizer=tokenizer_file"
+        )
+
+
+def _few(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:4])) or "none"

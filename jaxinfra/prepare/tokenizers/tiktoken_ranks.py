@@ -1,0 +1,195 @@
+"""Vocabularies of tiktoken: a file of ranks, a pattern that cuts text into words, and special tokens.
+
+A rank file has a line a token: its bytes in base64, a space, its rank, which is its id. The file alone does not say
+the pattern and the special tokens: those of the public encodings are known here by name. The library is asked whether
+the converted tokenizer gives the same ids.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, decoders, pre_tokenizers
+
+from jaxinfra.config import Problem
+from jaxinfra.data.tokenizer.base import no_end
+from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
+from jaxinfra.errors import ConfigError
+from jaxinfra.packages import needed
+from jaxinfra.prepare.tokenizers.common import Converted, common_problems, merges_of
+from jaxinfra.storage.errors import cause_of
+from jaxinfra.storage.files import read_content
+
+_WORDS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_WORDS_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_WORDS_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {
+    "gpt2": _WORDS_GPT2,
+    "r50k_base": _WORDS_GPT2,
+    "p50k_base": _WORDS_GPT2,
+    "p50k_edit": _WORDS_GPT2,
+    "cl100k_base": _WORDS_CL100K,
+    "o200k_base": _WORDS_O200K,
+    "o200k_harmony": _WORDS_O200K,
+}
+"""Patterns of the public encodings (tiktoken 0.14, `tiktoken_ext.openai_public`)."""
+_FILL_IN = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+SPECIAL_TOKENS: dict[str, dict[str, int]] = {
+    "gpt2": {"<|endoftext|>": 50256},
+    "cl100k_base": {"<|endoftext|>": 100257} | _FILL_IN,
+    "o200k_base": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+}
+"""Special tokens of the encodings whose rank file may be named by a path."""
+
+_AS_IT_IS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that a byte-level vocabulary spells as they are
+_OTHERS = sorted(set(range(256)).difference(_PLAIN))
+_LETTERS = {byte: chr(256 + number) for number, byte in enumerate(_OTHERS)}
+_ATOM = r"(\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|*+?])"
+_POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiktoken:
+    """A vocabulary of tiktoken, which becomes a tokenizer.json.
+
+    Attributes:
+        path: of the rank file, or its URL; None lets the library look for the encoding itself, in its cache
+            (`TIKTOKEN_CACHE_DIR`) or at its place on the network.
+        encoding: name of the pattern and the special tokens: gpt2, cl100k_base or o200k_base; without a path any
+            that the library knows by itself.
+        pattern: regular expression that cuts text into words, in place of that of the encoding.
+        special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
+        end_of_document: the special token that closes every document.
+    """
+
+    path: str | None = None
+    encoding: str = "cl100k_base"
+    pattern: str | None = None
+    special_tokens: tuple[str, ...] = ()
+    end_of_document: str = "<|endoftext|>"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description."""
+        others = [text for text in self.special_tokens if text != self.end_of_document]
+        yield from common_problems(path=self.path, end_of_document=self.end_of_document, special_tokens=others)
+        complete = self.pattern is not None and self.special_tokens
+        if self.path is not None and self.encoding not in SPECIAL_TOKENS and not complete:
+            yield Problem(
+                fields=("encoding",),
+                message=f"is none of {', '.join(SPECIAL_TOKENS)}",
+                fix="use encoding=cl100k_base, or give pattern and special_tokens",
+            )
+        if self.path is None and (self.pattern is not None or self.special_tokens):
+            yield Problem(
+                fields=("path",),
+                message="an own pattern and own special tokens need a file of ranks",
+                fix="give the path of one",
+            )
+
+
+def convert_tiktoken(config: Tiktoken) -> Converted:
+    """Converts a vocabulary of tiktoken.
+
+    Raises:
+        ConfigError: its file cannot be read or is damaged, it lacks the end of a document, or tiktoken is missing.
+    """
+    library = needed("tiktoken", by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
+    name = config.path or config.encoding
+    if config.path is None:
+        pattern, ranks, special = _of_library(library, config.encoding)
+    else:
+        ranks = _parse(read_content(config.path, "a tokenizer"), config.path)
+        pattern, special = config.pattern or PATTERNS[config.encoding], SPECIAL_TOKENS.get(config.encoding, {})
+        if config.special_tokens:
+            special = {text: max(ranks.values()) + 1 + i for i, text in enumerate(config.special_tokens)}
+    if config.end_of_document not in special:
+        raise no_end(name, config.end_of_document, special)
+    if taken := set(special.values()) & set(ranks.values()):
+        raise ConfigError(
+            f"{name}: id {min(taken)} is both a token of its file and a special one; the encoding fits another file"
+        )
+    try:
+        original = library.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        content = _content(pattern, ranks, special)
+    except Exception as error:  # both libraries raise bare classes
+        raise ConfigError(f"{name}: tiktoken refuses it ({cause_of(error)}); check pattern and ranks") from None
+    return Converted(
+        tokenizer=JsonTokenizer.restore(content, config.end_of_document, name),
+        encode=original.encode_ordinary,
+        decode=original.decode,
+        name=name,
+    )
+
+
+def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
+    """The tokenizer.json of ranks.
+
+    The library merges the two neighbors whose union has the least rank; a pair has the rank of its union, and so all
+    pairs that make a token are merges.
+    """
+    spelled = {token: token.decode("latin-1").translate(_LETTERS) for token in sorted(ranks, key=ranks.__getitem__)}
+    merges = [[spelled[left], spelled[right]] for left, right in merges_of(ranks)]
+    by_id = sorted(special.items(), key=lambda item: item[1])
+    vocab = {text: ranks[token] for token, text in spelled.items()} | dict(by_id)
+    words = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_POSSESSIVE.sub(r"(?>\1\2)", pattern)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tree = {
+        "version": "1.0",
+        "added_tokens": [{"id": index, "content": text, "special": True} | _AS_IT_IS for text, index in by_id],
+        "pre_tokenizer": json.loads(words.__getstate__()),
+        "decoder": json.loads(decoders.ByteLevel().__getstate__()),
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
+    }
+    return json.dumps(tree, ensure_ascii=False).encode()
+
+
+def _parse(content: bytes, name: str) -> dict[bytes, int]:
+    """The ranks of a file, which must have a token for every byte."""
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            start = line[:40].decode(errors="replace")
+            raise ConfigError(
+                f"{name}: line {number} is {start!r}, expected a token in base64 and its rank; give a file of ranks"
+            ) from None
+    missing = [value for value in range(256) if bytes([value]) not in ranks]
+    if missing or len(set(ranks.values())) < len(ranks):
+        cause = f"no token for byte {missing[0]}" if missing else "two tokens of one rank"
+        raise ConfigError(f"{name}: is not a whole file of ranks ({cause}); copy it anew")
+    return ranks
+
+
+def _of_library(library: Any, encoding: str) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """Pattern, ranks and special tokens of an encoding that the library has."""
+    if encoding not in PATTERNS:
+        raise ConfigError(f"encoding={encoding}: its pattern is not known; use one of {', '.join(PATTERNS)}")
+    try:
+        found = library.get_encoding(encoding)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"encoding={encoding}: its file is not in tiktoken's cache and cannot be fetched "
+            f"({cause_of(error)}); give the path of the rank file"
+        ) from error
+    ranks = {token: found.encode_single_token(token) for token in found.token_byte_values()}
+    return PATTERNS[encoding], ranks, {text: found.encode_single_token(text) for text in found.special_tokens_set}
