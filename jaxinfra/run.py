@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from jaxinfra.checkpoint.checkpoints import CheckpointConfig
-from jaxinfra.config import Loaded, Problem, fingerprint
+from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.interfaces import DataConfig
@@ -27,36 +27,6 @@ from jaxinfra.tasks.classification import Classification
 from jaxinfra.tasks.task import Task
 from jaxinfra.track.tracker import TrackConfig
 from jaxinfra.train.loop import TrainConfig
-
-NOT_NUMERIC = (
-    "name",
-    "root",
-    "mesh",
-    "rules",
-    "pipeline",
-    "checkpoint",
-    "track",
-    "train.accumulate",
-    "train.compiler",
-    "train.eval_every",
-    "model.attention",
-    "model.context_attention",
-    "model.remat",
-    "optim.offload",
-    "task.loss_chunks",
-    "data.store",
-    "data.version",
-    "data.recipe",
-    "data.sources.*.store",
-    "data.sources.*.version",
-    "data.sources.*.recipe",
-    "data.prefetch_bytes",
-    "data.threads",
-)
-"""Fields that change where and how fast a run goes, or in what order it rounds, but not the numbers it is after.
-
-The store is known by its fingerprint, not by its place.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +66,9 @@ class Parts(NamedTuple):
 class Run:
     """All that a run is.
 
+    Fields marked `NOT_FINGERPRINTED`, here and below, change where and how fast a run goes, or in what order it rounds,
+    but not the numbers it is after. The store is known by its fingerprint, not by its place.
+
     Attributes:
         name: of its directory.
         root: where run directories stand.
@@ -113,20 +86,20 @@ class Run:
         track: where metrics go.
     """
 
-    name: str
-    root: str = "runs"
+    name: Annotated[str, NOT_FINGERPRINTED]
+    root: Annotated[str, NOT_FINGERPRINTED] = "runs"
     seed: int = 0
     model: TransformerConfig | VisionTransformerConfig
     task: CausalLM | Classification = field(default_factory=CausalLM)
     data: TokenData | Mixture | ImageData
     precision: Precision = Precision()
-    mesh: MeshConfig = MeshConfig()
-    rules: Rules = Rules()
-    pipeline: PipelineConfig = PipelineConfig()
+    mesh: Annotated[MeshConfig, NOT_FINGERPRINTED] = MeshConfig()
+    rules: Annotated[Rules, NOT_FINGERPRINTED] = Rules()
+    pipeline: Annotated[PipelineConfig, NOT_FINGERPRINTED] = PipelineConfig()
     optim: Optim = field(default_factory=Optim)
     train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
+    checkpoint: Annotated[CheckpointConfig, NOT_FINGERPRINTED] = field(default_factory=CheckpointConfig)
+    track: Annotated[TrackConfig, NOT_FINGERPRINTED] = field(default_factory=TrackConfig)
 
     @property
     def parts(self) -> Parts:
@@ -138,7 +111,7 @@ class Run:
 
     def _batch_parts(self) -> int:
         """Into how many parts a global batch is cut, over devices and over microbatches."""
-        return self._shards(self.rules.batch) * max(self.train.accumulate, 1)
+        return self._shards(self.rules.batch) * self.train.accumulate
 
     def problems(self) -> Iterable[Problem]:
         """What only shows where two parts meet. Mesh axes of -1 are left out: resolve them first."""
@@ -237,7 +210,7 @@ class Run:
             yield Problem(
                 fields=("train.accumulate", "mesh.stage", "pipeline.schedule"),
                 message="interleaved microbatches come in rounds, one a stage",
-                fix=f"use train.accumulate={_rounded_up(max(self.train.accumulate, 1), self.mesh.stage)}",
+                fix=f"use train.accumulate={_rounded_up(self.train.accumulate, self.mesh.stage)}",
             )
         if self.loss_spread() is None:
             rows = self._batch_parts() * self.mesh.stage
@@ -290,8 +263,8 @@ def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
         loaded: the config with the overrides of the command line.
         file: the config without them.
     """
-    digest = fingerprint(loaded.run, NOT_NUMERIC)
-    if digest == fingerprint(file, NOT_NUMERIC) or loaded.origins["name"] == COMMAND_LINE:
+    digest = fingerprint(loaded.run)
+    if digest == fingerprint(file) or loaded.origins["name"] == COMMAND_LINE:
         return loaded
     name = f"{loaded.run.name}-{digest[:6]}"
     return replace(loaded, run=replace(loaded.run, name=name), origins={**loaded.origins, "name": COMMAND_LINE})

@@ -30,7 +30,7 @@ from jaxinfra.data.stopwatch import lateness
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
-from jaxinfra.run import NOT_NUMERIC, Run, resolved
+from jaxinfra.run import Run, resolved
 from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, package_versions
 from jaxinfra.runtime.peak import peak_flops
@@ -154,7 +154,7 @@ class RunDirectory:
     def _changed(self, run: Run, found: Mapping[str, Any]) -> list[Difference]:
         """What a record differs in from a config, of what changes the numbers."""
         before = decode_record(self.record, dict(found), Run)
-        return diff(before, run, ignore=NOT_NUMERIC)
+        return diff(before, run, fingerprinted_only=True)
 
 
 def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from etils import epath
 
 from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import is_remote, make_writable
 from jaxinfra.storage.errors import cause_of, is_storage_failure, storage_errors
@@ -39,18 +40,14 @@ class CheckpointConfig:
         asynchronous: train on while a checkpoint is being written.
     """
 
-    every: int = 100
-    keep_last: int = 2
-    keep_every: int | None = None
+    every: Count = 100
+    keep_last: Count = 2
+    keep_every: Count | None = None
     asynchronous: bool = True
 
     def problems(self) -> Iterable[Problem]:
-        """Counts below 1, and a `keep_every` that would keep nothing or less than it says."""
-        for field in ("every", "keep_last", "keep_every"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                yield Problem(fields=(field,), message="must be at least 1", fix=f"use {field}=1")
-        if self.every >= 1 and self.keep_every and self.keep_every % self.every:
+        """A `keep_every` that would keep nothing or less than it says."""
+        if self.keep_every and self.keep_every % self.every:
             rounded = -(-self.keep_every // self.every) * self.every
             yield Problem(
                 fields=("keep_every", "every"),

@@ -12,11 +12,13 @@ from jaxinfra.config.check import Problem, validate
 from jaxinfra.config.codec import decode, encode
 from jaxinfra.config.overrides import apply
 from jaxinfra.config.record import Loaded, read_record, record, write_record
+from jaxinfra.config.schema import NOT_FINGERPRINTED
 from jaxinfra.config.source import load
 from jaxinfra.config.view import ABSENT, Difference, diff, dump, fingerprint, format_diff, leaves
 
 __all__ = [
     "ABSENT",
+    "NOT_FINGERPRINTED",
     "Difference",
     "Loaded",
     "Problem",

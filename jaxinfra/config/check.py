@@ -9,8 +9,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxinfra.config.schema import children, conform, fields_of, is_config
-from jaxinfra.config.text import join, show
+from jaxinfra.config.schema import (
+    MISSING,
+    ConfigField,
+    children,
+    conform,
+    describe,
+    fields_of,
+    is_config,
+    is_within,
+    least,
+)
+from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.mask import has_credentials
 
@@ -38,9 +48,10 @@ class _Checked(Protocol):
 
 
 def validate(root: Any) -> None:
-    """Checks a whole config: the type of every value, then the `problems()` of every part, depth first.
+    """Checks a whole config: the type of every value, then the limits and `problems()` of every part, depth first.
 
-    No part may have a URL with credentials in it: records keep every value.
+    A part's `problems()` may rely on the limits of its fields. No part may have a URL with credentials in it: records
+    keep every value.
 
     Raises:
         ConfigError: for the first problem, as `path=value, path=value: message; fix`.
@@ -54,6 +65,8 @@ def validate(root: Any) -> None:
                     f"{join(path, field.name)}={show(value)}: has credentials in it, which records would keep; "
                     "give them by the environment or a profile"
                 )
+            if not is_within(field.annotation, value):
+                raise ConfigError(_outside(field, value, join(path, field.name)))
         if isinstance(node, _Checked):
             for problem in node.problems():
                 raise ConfigError(_message(node, path, problem))
@@ -73,6 +86,12 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, tuple):
         for part in value:
             yield from _texts(part)
+
+
+def _outside(field: ConfigField, value: Any, path: str) -> str:
+    works = field.make_default() if not field.required else least(field.annotation)
+    fix = "" if works is MISSING else f"; use {path}={format_value(works)}"
+    return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
 
 
 def _message(node: Any, path: str, problem: Problem) -> str:

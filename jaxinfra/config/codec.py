@@ -90,8 +90,8 @@ def _decode(annotation: Any, coded: Any, path: str) -> Any:
         if classes:
             coded = dict(coded)
             return _decode_fields(_chosen(classes, coded.pop(KIND, MISSING), path), coded, path)
-        if is_config(annotation):
-            return _decode_fields(annotation, coded, path)
+        if is_config(cls := members(annotation)[0]):
+            return _decode_fields(cls, coded, path)
     if isinstance(coded, list) and _tuples(annotation):
         return _decode_tuple(annotation, coded, path)
     value = _decode_leaf(annotation, coded)

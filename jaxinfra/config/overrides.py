@@ -20,6 +20,7 @@ from jaxinfra.config.schema import (
     fields_of,
     is_config,
     is_node,
+    members,
     words_of,
 )
 from jaxinfra.config.text import is_below, join, nearest, shorten
@@ -137,7 +138,7 @@ def _switch(old: Any, cls: type, change: _Change) -> Any:
     kept = {
         field.name: getattr(old, field.name)
         for field in fields_of(cls)
-        if field.name in before and before[field.name].annotation == field.annotation
+        if field.name in before and members(before[field.name].annotation) == members(field.annotation)
     }
     _require_kept(set(kept), change)
     missing = [field.name for field in fields_of(cls) if field.required and field.name not in kept]

@@ -3,6 +3,7 @@
 A *config class* is a dataclass. A *leaf* is an int, float, bool, str, None, enum member, one of a `Literal`,
 or a tuple of these. A *node* is a config object or a non-empty tuple of config objects. A field whose
 annotation is a union with a config class in it is a *choice*: members are chosen by snake_case class name.
+`Annotated` says more of a field: limits of annotated-types, such as `Annotated[int, Ge(1)]`, and `NOT_FINGERPRINTED`.
 
 Nothing here reads or writes text. `conform` holds the invariant that the rest of the package relies on: every
 value in the tree has exactly the type that its annotation says, so an int in a float field becomes a float.
@@ -11,11 +12,15 @@ value in the tree has exactly the type that its annotation says, so an int in a 
 import dataclasses
 import enum
 import functools
+import math
+import operator
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
@@ -23,12 +28,22 @@ from jaxinfra.errors import ConfigError
 KIND = "kind"
 """The key that names the chosen class in an encoded tree."""
 
+_LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
+    Ge: (operator.ge, "at least"),
+    Gt: (operator.gt, "above"),
+    Le: (operator.le, "at most"),
+    Lt: (operator.lt, "below"),
+}
 _SCALARS = (bool, int, float, str, types.NoneType)
 
 
 class _Mark(enum.Enum):
     MISMATCH = enum.auto()
+    NOT_FINGERPRINTED = enum.auto()
 
+
+NOT_FINGERPRINTED = _Mark.NOT_FINGERPRINTED
+"""In `Annotated`: two configs that differ in this field, or below it, alone have one fingerprint."""
 
 MISMATCH = _Mark.MISMATCH
 """What a match or a parse returns when the value does not fit; None cannot say so, as it is a leaf value."""
@@ -67,7 +82,7 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
         ConfigError: an annotation cannot be resolved or says something that a config cannot hold.
     """
     try:
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise ConfigError(
             f"{cls.__qualname__}: an annotation names {error.name}, which {cls.__module__} does not define; "
@@ -102,12 +117,52 @@ def resolve(cls: type, seen: set[type] | None = None) -> None:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the alternatives of an annotation, nested unions and `type` aliases flattened."""
+    """Returns the alternatives of an annotation, nested unions and `type` aliases flattened, without metadata."""
+    return tuple(dict.fromkeys(member for member, _ in _alternatives(annotation)))
+
+
+def _alternatives(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Yields each alternative of an annotation with its metadata."""
     if isinstance(annotation, typing.TypeAliasType):
-        return members(annotation.__value__)
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        return tuple(dict.fromkeys(part for arg in get_args(annotation) for part in members(arg)))
-    return (types.NoneType if annotation is None else annotation,)
+        yield from _alternatives(annotation.__value__, metadata)
+    elif get_origin(annotation) is Annotated:
+        yield from _alternatives(annotation.__origin__, (*metadata, *annotation.__metadata__))
+    elif get_origin(annotation) in (typing.Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _alternatives(part, metadata)
+    else:
+        yield types.NoneType if annotation is None else annotation, metadata
+
+
+def is_fingerprinted(annotation: Any) -> bool:
+    """Tells whether a field counts in fingerprints."""
+    return not any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation))
+
+
+def is_within(annotation: Any, value: Any) -> bool:
+    """Tells whether a value that conforms lies within the limits of its annotation."""
+    return any(_member_has(member, metadata, value) for member, metadata in _alternatives(annotation))
+
+
+def _member_has(member: Any, metadata: tuple[Any, ...], value: Any) -> bool:
+    if get_origin(member) is tuple:
+        items = items_of(member, len(value)) if isinstance(value, tuple) else None
+        return items is not None and all(is_within(*pair) for pair in zip(items, value, strict=True))
+    fits = type(value) is member or match(member, value) is not MISMATCH
+    return fits and all(holds(value, bound) for bound, holds, _ in _limits(metadata))
+
+
+def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any], bool], str]]:
+    """Yields each limit's bound, what must hold of a value and it, and the words for that."""
+    for each in metadata:
+        if type(each) in _LIMITS:
+            yield getattr(each, type(each).__name__.lower()), *_LIMITS[type(each)]
+
+
+def least(annotation: Any) -> Any:
+    """Returns the lower limit of an annotation, or `MISSING`."""
+    found = (each.ge for _, metadata in _alternatives(annotation) for each in metadata if isinstance(each, Ge))
+    return next(found, MISSING)
 
 
 def is_config(cls: Any) -> bool:
@@ -145,13 +200,14 @@ def is_node(annotation: Any, value: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """Says what an annotation accepts, in the words of the command line: `int or none`, `cosine or wsd`."""
+    """Says what an annotation accepts, in the words of the command line: `int at least 1 or none`, `cosine or wsd`."""
     return one_of(words_of(annotation))
 
 
 def words_of(annotation: Any) -> list[str]:
     """Returns the parts of `describe`: type names, or the words that a closed set consists of."""
-    return [word for member in members(annotation) for word in _words(member)]
+    alternatives = dict.fromkeys(_alternatives(annotation))
+    return [word for member, metadata in alternatives for word in _words(member, metadata)]
 
 
 def conform(annotation: Any, value: Any, path: str = "") -> Any:
@@ -223,7 +279,7 @@ def _config_classes(annotation: Any) -> list[type]:
     return found
 
 
-def _words(member: Any) -> list[str]:
+def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
     if member is bool:
         return ["true", "false"]
     if get_origin(member) is Literal:
@@ -237,7 +293,10 @@ def _words(member: Any) -> list[str]:
         return [snake_case(member)]
     if issubclass(member, enum.Enum):
         return [item.name for item in member]
-    return ["none" if member is types.NoneType else member.__name__]
+    if member is types.NoneType:
+        return ["none"]
+    limits = ("finite" if bound == math.inf else f"{words} {bound}" for bound, _, words in _limits(metadata))
+    return [f"{member.__name__} {' and '.join(limits)}".rstrip()]
 
 
 def _found(value: Any) -> str:
@@ -247,7 +306,10 @@ def _found(value: Any) -> str:
 
 
 def _require_supported(annotation: Any, where: str) -> None:
-    for member in members(annotation):
+    for member, metadata in _alternatives(annotation):
+        for each in metadata:
+            if each is not NOT_FINGERPRINTED and (type(each) not in _LIMITS or member not in (int, float)):
+                raise ConfigError(f"{where}: a config reads Ge, Gt, Le and Lt, of int and float; found {each}")
         if get_origin(member) is tuple:
             for arg in get_args(member):
                 if arg is not Ellipsis:

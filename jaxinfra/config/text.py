@@ -30,9 +30,8 @@ def join(path: str, name: str | int) -> str:
 
 
 def is_below(path: str, prefix: str) -> bool:
-    """Tells whether `path` is `prefix` or lies inside it; `*` in the prefix stands for any one name."""
-    names, wanted = path.split("."), prefix.split(".")
-    return len(wanted) <= len(names) and all(want in ("*", name) for name, want in zip(names, wanted, strict=False))
+    """Tells whether `path` is `prefix` or lies inside it."""
+    return path == prefix or path.startswith(f"{prefix}.")
 
 
 def format_value(value: Any) -> str:

@@ -7,12 +7,12 @@ objects differ in length).
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfra.config.schema import children, choices, conform, is_config, is_node
-from jaxinfra.config.text import format_value, is_below, join, same, snake_case
+from jaxinfra.config.schema import children, choices, conform, is_config, is_fingerprinted, is_node
+from jaxinfra.config.text import format_value, join, same, snake_case
 
 ABSENT = "absent"
 """What a difference shows for a path that one side does not have."""
@@ -29,13 +29,17 @@ class Difference:
     right: Any
 
 
-def leaves(root: Any) -> dict[str, Any]:
+def leaves(root: Any, *, fingerprinted_only: bool = False) -> dict[str, Any]:
     """Returns the leaf values by dotted path, in field order.
+
+    Args:
+        root: a config object.
+        fingerprinted_only: leaves out what is marked `NOT_FINGERPRINTED`, each field with all that lies below it.
 
     Raises:
         ConfigError: a value does not fit the annotation of its field.
     """
-    return dict(_leaves(type(root), conform(type(root), root), ""))
+    return dict(_leaves(type(root), conform(type(root), root), "", fingerprinted_only))
 
 
 def dump(root: Any) -> str:
@@ -43,15 +47,15 @@ def dump(root: Any) -> str:
     return "".join(f"{path} = {format_value(value)}\n" for path, value in leaves(root).items())
 
 
-def diff(left: Any, right: Any, ignore: Collection[str] = ()) -> list[Difference]:
+def diff(left: Any, right: Any, *, fingerprinted_only: bool = False) -> list[Difference]:
     """Returns the leaves that differ, in field order; what only `right` has follows its neighbour there.
 
     Args:
         left: a config object.
         right: another.
-        ignore: as of `fingerprint`.
+        fingerprinted_only: as of `leaves`.
     """
-    lefts, rights = leaves(left), leaves(right)
+    lefts, rights = (leaves(each, fingerprinted_only=fingerprinted_only) for each in (left, right))
     order = list(lefts)
     position = 0
     for path in rights:
@@ -64,8 +68,7 @@ def diff(left: Any, right: Any, ignore: Collection[str] = ()) -> list[Difference
     return [
         Difference(path=path, left=one, right=other)
         for path, one, other in pairs
-        if (path not in lefts or path not in rights or not same(one, other))
-        and not any(is_below(path, prefix) for prefix in ignore)
+        if path not in lefts or path not in rights or not same(one, other)
     ]
 
 
@@ -77,29 +80,22 @@ def format_diff(differences: Sequence[Difference]) -> str:
     return "\n".join(f"{path:<{path_width}}  {left:<{left_width}} -> {right}" for path, left, right in rows)
 
 
-def fingerprint(root: Any, ignore: Collection[str] = ()) -> str:
-    """Returns 16 hex digits that name the values of a config.
+def fingerprint(root: Any) -> str:
+    """Returns 16 hex digits that name the values of a config, those of fields marked `NOT_FINGERPRINTED` left out.
 
-    Args:
-        root: the config object.
-        ignore: dotted paths to leave out, each with all that lies below it; `*` in one stands for any name.
-
-    Returns:
-        The start of the SHA-256 of the canonical JSON of path and written value, sorted by path.
+    They are the start of the SHA-256 of the canonical JSON of path and written value, sorted by path.
     """
-    kept = {
-        path: format_value(value)
-        for path, value in leaves(root).items()
-        if not any(is_below(path, prefix) for prefix in ignore)
-    }
+    kept = {path: format_value(value) for path, value in leaves(root, fingerprinted_only=True).items()}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_FINGERPRINT_CHARACTERS]
 
 
-def _leaves(annotation: Any, value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _leaves(annotation: Any, value: Any, path: str, fingerprinted_only: bool) -> Iterator[tuple[str, Any]]:
+    if fingerprinted_only and not is_fingerprinted(annotation):
+        return
     if is_config(type(value)) and choices(annotation):
         yield path, snake_case(type(value))
     if not is_node(annotation, value):
         yield path, value
     for name, part_annotation, part in children(annotation, value):
-        yield from _leaves(part_annotation, part, join(path, name))
+        yield from _leaves(part_annotation, part, join(path, name), fingerprinted_only)

@@ -1,16 +1,17 @@
 """Training on images: samples of a store of images with labels (see `batches`)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED
+from jaxinfra.config.limits import Count
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
-from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples, at_least_one
+from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
 from jaxinfra.errors import ConfigError
 
 
@@ -25,15 +26,10 @@ class ImageData(OneStore):
     """
 
     unit: ClassVar[str] = "image"
-    image_size: int
-    channels: int = 3
-    white: int = 255
-    threads: int = 1
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the numbers; the store is looked at by `open`."""
-        yield from super().problems()
-        yield from at_least_one(self, "image_size", "channels", "white")
+    image_size: Count
+    channels: Count = 3
+    white: Count = 255
+    threads: Annotated[Count, NOT_FINGERPRINTED] = 1
 
     @property
     def sample_units(self) -> int:

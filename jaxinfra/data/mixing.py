@@ -25,6 +25,7 @@ from math import isfinite, lcm
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Natural
 from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, steps_together, stream_seed
 
 BLOCK = 64
@@ -41,13 +42,11 @@ class MixStage:
             one tenth.
     """
 
-    start_step: int = 0
+    start_step: Natural = 0
     weights: tuple[float, ...]
 
     def problems(self) -> Iterable[Problem]:
         """Weights are numbers from 0 up, one at least above."""
-        if self.start_step < 0:
-            yield Problem(fields=("start_step",), message="must not be negative", fix="use start_step=0")
         if not all(isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
             yield Problem(
                 fields=("weights",),

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.data import buffers
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
@@ -25,9 +26,9 @@ from jaxinfra.errors import ConfigError
 class MixSource:
     """A store of a mixture; its fields are those of `TokenData`."""
 
-    store: str
-    version: str | None = None
-    recipe: str | None = None
+    store: Annotated[str, NOT_FINGERPRINTED]
+    version: Annotated[str | None, NOT_FINGERPRINTED] = None
+    recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
     packing: Packing = "windows"
 
 
@@ -49,11 +50,11 @@ class Mixture:
     unit: ClassVar[str] = "token"
     sources: tuple[MixSource, ...]
     stages: tuple[MixStage, ...] = ()
-    seq_len: int = 1024
+    seq_len: Count = 1024
     curriculum: Curriculum | None = None
     seed: int = 0
-    prefetch_bytes: int = 2**26
-    threads: int = 6
+    prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
+    threads: Annotated[Count, NOT_FINGERPRINTED] = 6
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:

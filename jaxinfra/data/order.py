@@ -9,13 +9,14 @@ for halves of unequal width), walked until it lands below n (cycle walking: Blac
 for tiny n it is the order of n hashes. It is made for shuffling, not for secrets.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Le
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 
 _ROUNDS = 8  # even: the halves have their own widths again at the end
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
@@ -42,15 +43,8 @@ class Curriculum:
         epochs: of each source, how many go from short to long.
     """
 
-    buckets: int = 8
-    epochs: int = 1
-
-    def problems(self) -> Iterable[Problem]:
-        """At least one of each."""
-        if not 1 <= self.buckets <= _MAX_BUCKETS:
-            yield Problem(fields=("buckets",), message=f"must be from 1 to {_MAX_BUCKETS}", fix="use buckets=8")
-        if self.epochs < 1:
-            yield Problem(fields=("epochs",), message="must be at least 1", fix="use epochs=1")
+    buckets: Annotated[int, Ge(1), Le(_MAX_BUCKETS)] = 8
+    epochs: Count = 1
 
 
 def sample_ids(

@@ -11,13 +11,12 @@ them as fit: the rows are those of the plain algorithm, in one operation for eac
 instead of one for each piece.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +28,8 @@ class Pack:
         by_length: whether a row holds documents of like length alone, for runs that begin with the short ones.
     """
 
-    seq_len: int
+    seq_len: Count
     by_length: bool = False
-
-    def problems(self) -> Iterable[Problem]:
-        """Rows hold something."""
-        if self.seq_len < 1:
-            yield Problem(fields=("seq_len",), message="must be at least 1", fix="use seq_len=1024")
 
     @property
     def name(self) -> str:

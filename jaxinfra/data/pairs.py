@@ -1,19 +1,19 @@
 """Pairs of a chosen and a rejected answer: samples of a store of pairs (see `batches`), one document a row."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
-from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples, at_least_one
+from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.errors import ConfigError
 
@@ -32,12 +32,7 @@ class PairData(OneStore):
     """
 
     unit: ClassVar[str] = "pair"
-    seq_len: int = 1024
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the numbers; the store is looked at by `open`."""
-        yield from super().problems()
-        yield from at_least_one(self, "seq_len")
+    seq_len: Count = 1024
 
     @property
     def sample_units(self) -> int:

@@ -5,11 +5,12 @@ What a sample is, `tokens`, `pairs` and `image_data` know; data of several store
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
@@ -29,18 +30,17 @@ class OneStore:
         threads: threads that make host batches.
     """
 
-    store: str
-    version: str | None = None
-    recipe: str | None = None
+    store: Annotated[str, NOT_FINGERPRINTED]
+    version: Annotated[str | None, NOT_FINGERPRINTED] = None
+    recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
     seed: int = 0
-    prefetch_bytes: int = 2**26
-    threads: int = 6
+    prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
+    threads: Annotated[Count, NOT_FINGERPRINTED] = 6
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields; the store is looked at by `open`."""
         if not self.store:
             yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
-        yield from at_least_one(self, "prefetch_bytes", "threads")
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
@@ -55,13 +55,6 @@ class OneStore:
 def pinned(asked: str | None, known: str) -> str:
     """The version to read where one is known already: that one, unless another is asked for."""
     return known if asked is None or known.startswith(asked) else asked
-
-
-def at_least_one(config: object, *names: str) -> Iterable[Problem]:
-    """Yields the fields of a config that are smaller than 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
 
 
 class SplitSamples:

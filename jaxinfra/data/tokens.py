@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
@@ -17,7 +18,7 @@ from jaxinfra.data.packing import Pack
 from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import PREPARE, TokenStore
-from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples, at_least_one
+from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
 
@@ -36,7 +37,7 @@ class TokenData(OneStore):
     """
 
     unit: ClassVar[str] = "token"
-    seq_len: int = 1024
+    seq_len: Count = 1024
     packing: Packing = "windows"
     curriculum: Curriculum | None = None
     mask_documents: bool = True
@@ -44,7 +45,6 @@ class TokenData(OneStore):
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
         yield from super().problems()
-        yield from at_least_one(self, "seq_len")
         if self.packing != "windows" and not self.mask_documents:
             yield Problem(
                 fields=("packing", "mask_documents"),

@@ -12,7 +12,6 @@ Shape suffixes: B batch, T queries, S cached tokens, D residual width, H heads, 
 of its part without position, P width of its rotated part, V width of a value head, R width of a latent.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.models.attention import Place, among_themselves, write
 from jaxinfra.models.layers import BLOCK, Linear, Norm, Stack
 from jaxinfra.ops.attention import Kernel, See, attend
@@ -42,23 +41,16 @@ class Latent:
         value_dim: features of a value head (`v_head_dim`).
     """
 
-    kv_rank: int = 512
-    q_rank: int | None = None
-    nope_dim: int = 128
-    rope_dim: int = 64
-    value_dim: int = 128
+    kv_rank: Count = 512
+    q_rank: Count | None = None
+    nope_dim: Count = 128
+    rope_dim: Count = 64
+    value_dim: Count = 128
 
     @property
     def head_dim(self) -> int:
         """Width of a query or key head."""
         return self.nope_dim + self.rope_dim
-
-    def problems(self) -> Iterable[Problem]:
-        """Widths are positive."""
-        for name in ("kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=64")
 
 
 class Latents(NamedTuple):

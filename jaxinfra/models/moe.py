@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count, Natural, NonNegative, Positive
 from jaxinfra.models.layers import ACTIVATIONS, BLOCK, MLP, Stack
 from jaxinfra.models.model import LayerSums
 from jaxinfra.models.remat import product
@@ -58,37 +59,22 @@ class Experts:
         z_loss: weight of the squared log-normaliser of the router's logits, summed likewise.
     """
 
-    count: int = 8
-    chosen: int = 2
-    dim: int | None = None
-    shared: int = 0
+    count: Count = 8
+    chosen: Count = 2
+    dim: Count | None = None
+    shared: Natural = 0
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True
     scale: float = 1.0
-    groups: int = 1
-    chosen_groups: int = 1
-    bias_rate: float = 0.0
-    capacity_factor: float | None = None
-    balance_loss: float = 0.0
-    z_loss: float = 0.0
+    groups: Count = 1
+    chosen_groups: Count = 1
+    bias_rate: NonNegative = 0.0
+    capacity_factor: Positive | None = None
+    balance_loss: NonNegative = 0.0
+    z_loss: NonNegative = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """There are as many experts and groups as are chosen; weights and rates are not negative."""
-        wrong = False
-        for name in ("count", "chosen", "dim", "groups", "chosen_groups"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                wrong = True
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
-        for name in ("shared", "bias_rate", "balance_loss", "z_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                yield Problem(fields=(name,), message="must be 0 or more", fix=f"use {name}=0")
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            yield Problem(fields=("capacity_factor",), message="must be above 0", fix="use capacity_factor=1.25")
-        if not wrong:
-            yield from self._choice_problems()
-
-    def _choice_problems(self) -> Iterable[Problem]:
+        """There are as many experts and groups as are chosen, and groups are of one size."""
         if self.chosen > self.count:
             yield Problem(
                 fields=("chosen", "count"), message="there are not so many experts", fix=f"use chosen={self.count}"

@@ -3,14 +3,14 @@
 What is built of it is in `models.decoder`.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count, Decay, Natural, Positive
 from jaxinfra.models import flops
 from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
@@ -80,19 +80,19 @@ class TransformerConfig:
     """
 
     unit: ClassVar[str] = "token"
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    mlp_dim: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: Count
+    layers: Count
+    width: Count
+    heads: Count
+    mlp_dim: Count
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
     latent: Latent | None = None
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     experts: Experts | None = None
-    dense_layers: int = 0
+    dense_layers: Natural = 0
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     norm_offset: float = 0.0
     post_norms: bool = False
     qkv_bias: bool = False
@@ -100,19 +100,19 @@ class TransformerConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sights: tuple[Sight, ...] = ("global",)
-    window: int | None = None
-    softcap: float | None = None
+    window: Count | None = None
+    softcap: Positive | None = None
     query_scale: float | None = None
     rope: Rope | None = Rope()
     local_rope: Rope | None = None
-    learned_positions: int | None = None
+    learned_positions: Count | None = None
     tied: bool = False
     scale_embeddings: bool = False
-    logit_softcap: float | None = None
-    attention: Kernel | None = None
-    context_attention: Form | Literal["auto"] = "auto"
-    dropout: float = 0.0
-    remat: Remat | tuple[Remat, ...] = "none"
+    logit_softcap: Positive | None = None
+    attention: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
+    context_attention: Annotated[Form | Literal["auto"], NOT_FINGERPRINTED] = "auto"
+    dropout: Decay = 0.0
+    remat: Annotated[Remat | tuple[Remat, ...], NOT_FINGERPRINTED] = "none"
 
     @property
     def groups(self) -> int:
@@ -137,33 +137,21 @@ class TransformerConfig:
         return self.head_width if self.latent is None else self.latent.rope_dim
 
     def problems(self) -> Iterable[Problem]:
-        """Sizes are positive and divide; every option has what it needs."""
-        sizes = ("vocab_size", "layers", "width", "heads", "mlp_dim", "kv_heads", "head_dim", "window")
-        for name in (*sizes, "learned_positions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                fix = f"use {name}=1 or more" if name in sizes else f"use {name}=none"
-                yield Problem(fields=(name,), message="must be at least 1", fix=fix)
-        for name, usual in (("norm_eps", "1e-5"), ("softcap", "50.0"), ("logit_softcap", "30.0")):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                yield Problem(fields=(name,), message="must be above 0", fix=f"use {name}={usual}")
+        """Sizes divide; every option has what it needs."""
         if self.latent is not None:
             yield from self._problems_of_latent()
-        elif self.head_dim is None and self.heads > 0 and self.width % self.heads:
+        elif self.head_dim is None and self.width % self.heads:
             fitting = -(-self.width // (2 * self.heads)) * 2 * self.heads  # rotary positions pair features
             yield Problem(
                 fields=("width", "heads"),
                 message="heads must divide the width",
                 fix=f"use width={fitting} or set head_dim",
             )
-        if self.groups > 0 and self.heads % self.groups:
+        if self.heads % self.groups:
             fitting = max(g for g in range(1, self.groups + 1) if self.heads % g == 0)
             yield Problem(
                 fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=f"use kv_heads={fitting}"
             )
-        if self.dense_layers < 0:
-            yield Problem(fields=("dense_layers",), message="must not be negative", fix="use dense_layers=0")
         if self.dense_layers and self.experts is None:
             yield Problem(
                 fields=("dense_layers", "experts"),
@@ -172,13 +160,11 @@ class TransformerConfig:
             )
         if self.experts is not None and self.mlp_bias:
             yield Problem(fields=("mlp_bias", "experts"), message="experts have no biases", fix="use mlp_bias=false")
-        if not 0 <= self.dropout < 1:
-            yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
         if not self.sights:
             yield Problem(fields=("sights",), message="names no layer", fix='use sights=("global",)')
         if "local" in self.sights and self.window is None:
             yield Problem(fields=("sights", "window"), message="local layers need a window", fix="use window=4096")
-        if not 0 < len(self.remats) <= max(self.layers, 1):
+        if not 0 < len(self.remats) <= self.layers:
             yield Problem(
                 fields=("remat", "layers"),
                 message=f"{len(self.remats)} policies for {self.layers} layers",
@@ -229,7 +215,7 @@ class TransformerConfig:
     def problems_with(self, data: Sequences) -> Iterable[Problem]:
         """Learned positions are as many as a sequence has."""
         longest = self.learned_positions
-        if longest is not None and 0 < longest < data.seq_len:
+        if longest is not None and longest < data.seq_len:
             yield Problem(
                 fields=("data.seq_len", "model.learned_positions"),
                 message="sequences are longer than the learned positions",

@@ -10,11 +10,10 @@ that divides them, elsewhere never.
 Shape suffixes: B batch, N patches, T positions, P features of a patch, D width, C classes, L layers, S stages.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count, Decay, Positive
 from jaxinfra.models.attention import Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
 from jaxinfra.models.model import Inputs, LayerSums, Staged
@@ -75,19 +75,19 @@ class VisionTransformerConfig:
     """
 
     unit: ClassVar[str] = "image"
-    image_size: int
-    patch: int
-    classes: int
-    layers: int
-    width: int
-    heads: int
-    mlp_dim: int
-    channels: int = 3
+    image_size: Count
+    patch: Count
+    classes: Count
+    layers: Count
+    width: Count
+    heads: Count
+    mlp_dim: Count
+    channels: Count = 3
     pool: Literal["class", "mean"] = "class"
-    norm_eps: float = 1e-6
-    attention: Kernel | None = None
-    dropout: float = 0.0
-    remat: Remat = "none"
+    norm_eps: Positive = 1e-6
+    attention: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
+    dropout: Decay = 0.0
+    remat: Annotated[Remat, NOT_FINGERPRINTED] = "none"
 
     @property
     def patches(self) -> int:
@@ -100,17 +100,7 @@ class VisionTransformerConfig:
         return self.patches + (self.pool == "class")
 
     def problems(self) -> Iterable[Problem]:
-        """Sizes are positive; patches tile the image, and heads the width."""
-        sizes = ("image_size", "patch", "channels", "classes", "layers", "width", "heads", "mlp_dim")
-        wrong = [name for name in sizes if getattr(self, name) < 1]
-        for name in wrong:
-            yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
-        if not 0 < self.norm_eps < math.inf:
-            yield Problem(fields=("norm_eps",), message="must be above 0", fix="use norm_eps=1e-6")
-        if not 0 <= self.dropout < 1:
-            yield Problem(fields=("dropout",), message="must be at least 0 and below 1", fix="use dropout=0.1")
-        if wrong:
-            return
+        """Patches tile the image, and heads the width."""
         if self.image_size % self.patch:
             fitting = max(n for n in range(1, self.patch) if self.image_size % n == 0)
             yield Problem(

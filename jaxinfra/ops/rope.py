@@ -6,12 +6,15 @@ The two halves of the rotated part form the pairs (the convention of published L
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count, Positive, PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +58,19 @@ class YarnScaling:
         mscale_all_dim: the w of whole scores, of features that are not rotated too.
     """
 
-    factor: float = 40.0
-    original_length: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Annotated[float, Ge(1)] = 40.0
+    original_length: Count = 4096
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """It stretches, and the ramp has two ends."""
-        if self.factor < 1:
-            yield Problem(fields=("factor",), message="must be at least 1", fix="use factor=40.0")
-        if self.original_length < 1:
-            yield Problem(fields=("original_length",), message="must be at least 1", fix="use original_length=4096")
-        if not 0 < self.beta_slow < self.beta_fast:
+        """The ramp has two ends."""
+        if self.beta_slow >= self.beta_fast:
             yield Problem(
                 fields=("beta_slow", "beta_fast"),
-                message="must be positive, the fast one larger",
+                message="the fast one must be larger",
                 fix="use beta_slow=1.0 beta_fast=32.0",
             )
 
@@ -103,18 +102,14 @@ class Rope:
         scaling: how frequencies are stretched for contexts longer than those first trained on.
     """
 
-    theta: float = 10000.0
-    fraction: float = 1.0
+    theta: Positive = 10000.0
+    fraction: PositiveShare = 1.0
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """The base is positive and the fraction is one."""
-        if self.theta <= 0:
-            yield Problem(fields=("theta",), message="must be positive", fix="use theta=10000.0")
-        if isinstance(self.scaling, YarnScaling) and 0 < self.theta <= 1:
-            yield Problem(fields=("theta",), message="must be above 1 to be stretched", fix="use theta=10000.0")
-        if not 0 < self.fraction <= 1:
-            yield Problem(fields=("fraction",), message="must be above 0 and at most 1", fix="use fraction=1.0")
+        """A base of 1 turns all features alike, which leaves nothing to stretch."""
+        if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
+            yield Problem(fields=("theta", "scaling"), message="theta must be above 1", fix="use theta=10000.0")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians a position, float64 `[rotated / 2]`, where `rotated = fraction * head_dim`."""

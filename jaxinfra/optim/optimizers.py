@@ -8,16 +8,17 @@ Invariants: weight decay is decoupled from the gradient, multiplied by the learn
 rate at t.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Ge, Gt
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count, Decay, NonNegative, Positive, PositiveShare
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
 from jaxinfra.optim.blocks import block, is_matrix, is_spec
 from jaxinfra.optim.muon import orthogonalize
@@ -38,17 +39,10 @@ class AdamW:
         weight_decay: fraction of a parameter taken away per unit of learning rate.
     """
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def problems(self) -> Iterable[Problem]:
-        """Decays below 1, and an epsilon that keeps the division finite."""
-        yield from _decay_problems(b1=self.b1, b2=self.b2)
-        yield from _weight_decay_problems(self.weight_decay)
-        if self.eps <= 0:
-            yield Problem(fields=("eps",), message="must be above 0", fix="use eps=1e-8")
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,28 +59,12 @@ class Adafactor:
         weight_decay: fraction of a parameter taken away per unit of learning rate.
     """
 
-    decay_power: float = 0.8
-    min_factored_dim: int = 128
-    clip_rms: float | None = 1.0
+    decay_power: PositiveShare = 0.8
+    min_factored_dim: Annotated[int, Ge(2)] = 128
+    clip_rms: Annotated[float, Gt(0)] | None = 1.0
     scale_by_param: bool = True
-    min_param_rms: float = 1e-3
-    weight_decay: float = 0.0
-
-    def problems(self) -> Iterable[Problem]:
-        """A moment that forgets, and limits above 0."""
-        yield from _weight_decay_problems(self.weight_decay)
-        if not 0 < self.decay_power <= 1:
-            yield Problem(fields=("decay_power",), message="must be above 0 and at most 1", fix="use decay_power=0.8")
-        if self.min_factored_dim < 2:
-            yield Problem(fields=("min_factored_dim",), message="must be at least 2", fix="use min_factored_dim=128")
-        if self.clip_rms is not None and self.clip_rms <= 0:
-            yield Problem(fields=("clip_rms",), message="must be above 0", fix="use clip_rms=1.0, or None for no limit")
-        if self.min_param_rms <= 0:
-            yield Problem(
-                fields=("min_param_rms",),
-                message="must be above 0, or parameters that start at 0 never move",
-                fix="use min_param_rms=1e-3",
-            )
+    min_param_rms: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +80,9 @@ class Lion:
         weight_decay: fraction of a parameter taken away per unit of learning rate.
     """
 
-    b1: float = 0.9
-    b2: float = 0.99
-    weight_decay: float = 1.0
-
-    def problems(self) -> Iterable[Problem]:
-        """Decays below 1."""
-        yield from _decay_problems(b1=self.b1, b2=self.b2)
-        yield from _weight_decay_problems(self.weight_decay)
+    b1: Decay = 0.9
+    b2: Decay = 0.99
+    weight_decay: NonNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +95,12 @@ class SGD:
         weight_decay: fraction of a parameter taken away per unit of learning rate, past the momentum.
     """
 
-    momentum: float = 0.9
+    momentum: Decay = 0.9
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """Momentum below 1, and some where Nesterov's needs it."""
-        yield from _decay_problems(momentum=self.momentum)
-        yield from _weight_decay_problems(self.weight_decay)
+        """Nesterov's step needs momentum."""
         if self.nesterov and self.momentum == 0:
             yield Problem(
                 fields=("momentum", "nesterov"),
@@ -155,24 +126,15 @@ class Muon:
         weight_decay: fraction of a parameter taken away per unit of learning rate, in both halves.
     """
 
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     nesterov: bool = True
-    iterations: int = 5
+    iterations: Count = 5
     scale: Literal["rms", "width"] = "rms"
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def problems(self) -> Iterable[Problem]:
-        """Decays below 1, and at least one iteration."""
-        yield from _decay_problems(momentum=self.momentum, b1=self.b1, b2=self.b2)
-        yield from _weight_decay_problems(self.weight_decay)
-        if self.eps <= 0:
-            yield Problem(fields=("eps",), message="must be above 0", fix="use eps=1e-8")
-        if self.iterations < 1:
-            yield Problem(fields=("iterations",), message="must be at least 1", fix="use iterations=5")
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
 
 
 type Optimizer = AdamW | Adafactor | Lion | SGD | Muon
@@ -195,29 +157,15 @@ class Optim:
 
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Cosine()
-    peak_lr: float = 3e-4
-    clip_norm: float | None = 1.0
-    ema_decay: float | None = None
+    peak_lr: Positive = 3e-4
+    clip_norm: Annotated[float, Gt(0)] | None = 1.0
+    ema_decay: Decay | None = None
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    offload: bool = False
+    offload: Annotated[bool, NOT_FINGERPRINTED] = False
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
 
     def problems(self) -> Iterable[Problem]:
-        """Positive rates and limits, and means that bfloat16 can keep."""
-        if not 0 < self.peak_lr < math.inf:
-            yield Problem(fields=("peak_lr",), message="must be above 0 and finite", fix="use peak_lr=3e-4")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            yield Problem(
-                fields=("clip_norm",),
-                message="must be above 0",
-                fix="use clip_norm=1.0, or None for no limit",
-            )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            yield Problem(
-                fields=("ema_decay",),
-                message="must be at least 0 and below 1",
-                fix="use ema_decay=0.999, or None for none",
-            )
+        """Means that bfloat16 can keep."""
         if self.state_dtype == "bfloat16":
             yield from _bfloat16_problems(self.optimizer)
 
@@ -278,17 +226,6 @@ def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
     rest = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
     labels = jax.tree.map(lambda spec: "muon" if is_matrix(spec) else "adamw", specs, is_leaf=is_spec)
     return optax.partition({"muon": matrices, "adamw": rest}, labels)
-
-
-def _decay_problems(**decays: float) -> Iterable[Problem]:
-    for name, value in decays.items():
-        if not 0 <= value < 1:
-            yield Problem(fields=(name,), message="must be at least 0 and below 1", fix=f"use {name}=0.9")
-
-
-def _weight_decay_problems(weight_decay: float) -> Iterable[Problem]:
-    if weight_decay < 0:
-        yield Problem(fields=("weight_decay",), message="must not be negative", fix="use weight_decay=0")
 
 
 def _bfloat16_problems(optimizer: Optimizer) -> Iterable[Problem]:

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Natural, PositiveShare, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,7 @@ class Constant:
         warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
     """
 
-    warmup_steps: int = 0
-
-    def problems(self) -> Iterable[Problem]:
-        """No negative warm-up."""
-        yield from _warmup_problems(self.warmup_steps)
+    warmup_steps: Natural = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +45,8 @@ class Linear:
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
-
-    def problems(self) -> Iterable[Problem]:
-        """No negative warm-up, and a final rate between 0 and the peak."""
-        yield from _warmup_problems(self.warmup_steps)
-        yield from _final_problems(self.final_fraction)
+    warmup_steps: Natural = 0
+    final_fraction: Share = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +58,8 @@ class Cosine:
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    warmup_steps: int = 0
-    final_fraction: float = 0.1
-
-    def problems(self) -> Iterable[Problem]:
-        """No negative warm-up, and a final rate between 0 and the peak."""
-        yield from _warmup_problems(self.warmup_steps)
-        yield from _final_problems(self.final_fraction)
+    warmup_steps: Natural = 0
+    final_fraction: Share = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +73,10 @@ class WSD:
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2
+    warmup_steps: Natural = 0
+    decay_fraction: PositiveShare = 0.2
     shape: Literal["linear", "sqrt"] = "sqrt"
-    final_fraction: float = 0.0
-
-    def problems(self) -> Iterable[Problem]:
-        """No negative warm-up, and fractions that are fractions."""
-        yield from _warmup_problems(self.warmup_steps)
-        yield from _final_problems(self.final_fraction)
-        if not 0 < self.decay_fraction <= 1:
-            yield Problem(
-                fields=("decay_fraction",),
-                message="must be above 0 and at most 1: it is the part of the run that decays",
-                fix="use decay_fraction=0.2, or the constant schedule for no decay",
-            )
+    final_fraction: Share = 0.0
 
     def decay_steps(self, steps: int) -> int:
         """How many of a run's `steps` decay."""
@@ -117,11 +93,7 @@ class InverseSqrt:
         warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
     """
 
-    warmup_steps: int = 0
-
-    def problems(self) -> Iterable[Problem]:
-        """No negative warm-up."""
-        yield from _warmup_problems(self.warmup_steps)
+    warmup_steps: Natural = 0
 
 
 type Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
@@ -219,17 +191,3 @@ def _decay(config: Schedule, t: Any, steps: int, xp: ModuleType) -> Any:
 def _progress(t: Any, start: int, stop: int, xp: ModuleType) -> Any:
     """0 up to step `start`, 1 from step `stop` on, straight in between."""
     return xp.clip((t - start) / max(stop - start, 1), 0.0, 1.0)
-
-
-def _warmup_problems(warmup_steps: int) -> Iterable[Problem]:
-    if warmup_steps < 0:
-        yield Problem(fields=("warmup_steps",), message="must not be negative", fix="use warmup_steps=0")
-
-
-def _final_problems(final_fraction: float) -> Iterable[Problem]:
-    if not 0 <= final_fraction <= 1:
-        yield Problem(
-            fields=("final_fraction",),
-            message="must lie between 0 and 1: it is a fraction of the peak rate",
-            fix="use final_fraction=0.1",
-        )

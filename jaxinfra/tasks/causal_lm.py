@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count, NonNegative
 from jaxinfra.models.decoder import Transformer
 from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy
 from jaxinfra.tasks.task import Field
@@ -51,25 +52,18 @@ class CausalLM:
     """
 
     unit: ClassVar[str] = "token"
-    loss_chunks: int | None = None
-    z_loss: float = 0.0
+    loss_chunks: Annotated[Count | None, NOT_FINGERPRINTED] = None
+    z_loss: NonNegative = 0.0
 
     @property
     def by_position(self) -> bool:
         """The loss of a position needs that position alone."""
         return True
 
-    def problems(self) -> Iterable[Problem]:
-        """Chunks are counted from one."""
-        if self.loss_chunks is not None and self.loss_chunks < 1:
-            yield Problem(fields=("loss_chunks",), message="must be at least 1", fix="use loss_chunks=none")
-        if self.z_loss < 0:
-            yield Problem(fields=("z_loss",), message="must not be negative", fix="use z_loss=1e-4")
-
     def problems_with(self, data: TokenBatches) -> Iterable[Problem]:
         """Chunks divide the sequence."""
         chunks = self.loss_chunks
-        if chunks is not None and chunks > 0 and data.seq_len % chunks:
+        if chunks is not None and data.seq_len % chunks:
             fitting = next(n for n in range(chunks, 0, -1) if data.seq_len % n == 0)
             yield Problem(
                 fields=("task.loss_chunks", "data.seq_len"),
@@ -80,7 +74,7 @@ class CausalLM:
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
         """Chunks divide it."""
         chunks = self.loss_chunks
-        if chunks is not None and chunks > 0 and positions % chunks:
+        if chunks is not None and positions % chunks:
             fitting = next(n for n in range(min(chunks, positions), 0, -1) if positions % n == 0)
             yield Problem(
                 fields=("task.loss_chunks",),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Decay
 from jaxinfra.models.model import Model
 from jaxinfra.parallel.layout import Layout
 from jaxinfra.tasks.task import Field
@@ -51,19 +52,12 @@ class Classification:
     """
 
     unit: ClassVar[str] = "image"
-    label_smoothing: float = 0.0
+    label_smoothing: Decay = 0.0
 
     @property
     def by_position(self) -> bool:
         """All positions stand for one class."""
         return False
-
-    def problems(self) -> Iterable[Problem]:
-        """Smoothing leaves something to learn."""
-        if not 0 <= self.label_smoothing < 1:
-            yield Problem(
-                fields=("label_smoothing",), message="must be at least 0 and below 1", fix="use label_smoothing=0.1"
-            )
 
     def problems_with(self, data: Images) -> Iterable[Problem]:
         """Nothing: any images will do."""

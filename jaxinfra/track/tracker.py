@@ -7,13 +7,13 @@ the first step.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.track.console import Bar, Plain, stdout_console
 from jaxinfra.track.jsonl import Jsonl
 from jaxinfra.track.tensorboard import TensorBoard
@@ -129,15 +129,10 @@ class TrackConfig:
             a terminal and plain lines elsewhere, "off" prints nothing.
     """
 
-    log_every: int = 10
+    log_every: Count = 10
     jsonl: bool = True
     tensorboard: bool = True
     console: Literal["auto", "bar", "plain", "off"] = "auto"
-
-    def problems(self) -> Iterator[Problem]:
-        """Finds what is wrong with the values."""
-        if self.log_every < 1:
-            yield Problem(fields=("log_every",), message="must be at least 1", fix="use log_every=10")
 
     def due(self, step: int, total_steps: int) -> bool:
         """Says whether step `step`, counted from 0, is one to log: each `log_every`-th, and the last."""

@@ -5,14 +5,15 @@ before the one that runs. The order of things after a step: report, evaluate, sa
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 
 from jaxinfra.compiler import OptionSet
-from jaxinfra.config import Problem
+from jaxinfra.config import NOT_FINGERPRINTED
+from jaxinfra.config.limits import Count
 from jaxinfra.errors import NonFiniteError
 from jaxinfra.program import Program, TrainState
 from jaxinfra.track.memory import rss_bytes
@@ -32,19 +33,12 @@ class TrainConfig:
         compiler: a set of options for the compiler of the steps (see `jaxinfra.compiler`).
     """
 
-    steps: int = 1000
-    global_batch: int = 32
-    accumulate: int = 1
-    eval_every: int | None = 100
-    eval_windows: int | None = None
-    compiler: OptionSet = "default"
-
-    def problems(self) -> Iterable[Problem]:
-        """All are counted from one."""
-        for name in ("steps", "global_batch", "accumulate", "eval_every", "eval_windows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield Problem(fields=(name,), message="must be at least 1", fix=f"use {name}=1 or more")
+    steps: Count = 1000
+    global_batch: Count = 32
+    accumulate: Annotated[Count, NOT_FINGERPRINTED] = 1
+    eval_every: Annotated[Count | None, NOT_FINGERPRINTED] = 100
+    eval_windows: Count | None = None
+    compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
 
     def evaluates(self, done: int) -> bool:
         """Whether there is an evaluation after `done` steps."""

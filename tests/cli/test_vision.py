@@ -136,8 +136,8 @@ WRONG = {
     ),
     "image": ("model.image_size=16", r"model\.image_size=16: the images have 8; use model\.image_size=8"),
     "colours": ("model.channels=3", r"model\.channels=3: the images have 1; use model\.channels=1"),
-    "nothing": ("model.layers=0", r"model\.layers=0: must be at least 1; use model\.layers=1 or more"),
-    "dropout": ("model.dropout=1", r"model\.dropout=1\.0: must be at least 0 and below 1; use model\.dropout=0\.1"),
+    "nothing": ("model.layers=0", r"model\.layers=0: .*; use model\.layers=1"),
+    "dropout": ("model.dropout=1", r"model\.dropout=1\.0: .*; use model\.dropout=0\.0"),
     "size of the data": (
         "data.image_size=12 model.image_size=12",
         r"data\.image_size=12: the images of \S+ have 8, and pixels become whole squares; use data\.image_size=16",
@@ -147,7 +147,7 @@ WRONG = {
         r"data\.channels=3: the images of \S+ have 1; use data\.channels=1",
     ),
     "another store": ("data.store=nowhere", r"data\.store=\S+/nowhere: no store there; make it with: .*"),
-    "smoothing": ("task.label_smoothing=1", r"task\.label_smoothing=1\.0: .*; use task\.label_smoothing=0\.1"),
+    "smoothing": ("task.label_smoothing=1", r"task\.label_smoothing=1\.0: .*; use task\.label_smoothing=0\.0"),
     "heads over tensor": (
         "mesh.tensor=8",
         r"model\.heads=4, mesh\.tensor=8: 8 shards do not divide 4 heads; use mesh\.tensor=4 mesh\.fsdp=2",

@@ -167,7 +167,7 @@ class Owner:
         (1, [(0, (-1.0,))], "stages.0.weights=(-1.0,): must be finite, none below 0 and one at least above it"),
         (2, [(0, (0.0, 0.0))], "stages.0.weights=(0.0, 0.0): must be finite"),
         (1, [(0, (float("inf"),))], "stages.0.weights=(inf,): must be finite"),
-        (1, [(-1, (1.0,))], "stages.0.start_step=-1: must not be negative; use stages.0.start_step=0"),
+        (1, [(-1, (1.0,))], "stages.0.start_step=-1: expected int at least 0; use stages.0.start_step=0"),
         (2, [(0, (1.0,))], "stages.0.weights=(1.0,): there are 2 sources and 1 weights; give each source one"),
         (1, [(3, (1.0,))], "stages.0.start_step=3: the first stage starts at step 0"),
         (1, [(0, (1.0,)), (5, (2.0,)), (5, (1.0,))], "stages.2.start_step=5: the first stage starts at step 0, each"),

@@ -152,7 +152,7 @@ def test_stores_of_other_tokenizers_are_refused(data, store_path):
         ({"stages": (MixStage(weights=(0.0, 0.0, 0.0)),)}, r"stages\.0\.weights=.*: must be finite"),
         ({"stages": (MixStage(weights=(1.0, 1.0)),)}, r"stages\.0\.weights=.*there are 3 sources and 2 weights"),
         ({"stages": (MixStage(start_step=3, weights=(1.0, 1.0, 1.0)),)}, r"stages\.0\.start_step=3"),
-        ({"seq_len": 0}, "seq_len=0: must be at least 1"),
+        ({"seq_len": 0}, "seq_len=0: .*; use seq_len=1024"),
         (
             {"curriculum": Curriculum()},
             r"curriculum=.*, sources\.0\.packing=windows: .*; use sources\.0\.packing=best_fit_by_length",

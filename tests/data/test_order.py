@@ -130,7 +130,7 @@ def test_ranges_of_a_curriculum_are_shuffled_each_in_its_way():
 
 @pytest.mark.parametrize("wrong", [{"buckets": 0}, {"buckets": 2**14 + 1}, {"buckets": 4, "epochs": 0}])
 def test_a_wrong_curriculum_is_one_line(wrong):
-    with pytest.raises(ConfigError, match=r"^(buckets|epochs)=\d+: must be .*; use (buckets|epochs)="):
+    with pytest.raises(ConfigError, match=r"^(buckets|epochs)=\d+: expected .*; use (buckets=8|epochs=1)"):
         validate(Curriculum(**wrong))
 
 

@@ -147,7 +147,7 @@ def test_flops_count_what_a_token_passes() -> None:
 
 
 WRONG = {
-    "count=0: must be at least 1; use count=1 or more": replace(PLAIN, count=0),
+    "count=0: expected int at least 1; use count=8": replace(PLAIN, count=0),
     "chosen=9, count=8: there are not so many experts; use chosen=8": replace(PLAIN, chosen=9),
     "chosen_groups=3, groups=2: there are not so many groups; use chosen_groups=2": replace(
         PLAIN, groups=2, chosen_groups=3
@@ -155,8 +155,10 @@ WRONG = {
     "groups=3, count=8: groups of equal size have two experts at least; use groups=2": replace(PLAIN, groups=3),
     "groups=8, count=8: groups of equal size have two experts at least; use groups=4": replace(PLAIN, groups=8),
     "chosen=3, chosen_groups=1: 1 groups have 2 experts; use chosen_groups=2": replace(PLAIN, chosen=3, groups=4),
-    "capacity_factor=0.0: must be above 0; use capacity_factor=1.25": replace(PLAIN, capacity_factor=0.0),
-    "bias_rate=-0.1: must be 0 or more; use bias_rate=0": replace(PLAIN, bias_rate=-0.1),
+    "capacity_factor=0.0: expected float above 0 and finite or none; use capacity_factor=none": replace(
+        PLAIN, capacity_factor=0.0
+    ),
+    "bias_rate=-0.1: expected float at least 0 and finite; use bias_rate=0.0": replace(PLAIN, bias_rate=-0.1),
 }
 
 

@@ -100,8 +100,8 @@ def test_a_mesh_that_does_not_fit_says_what_would(config: MeshConfig, devices: i
     ("config", "message"),
     [
         (MeshConfig(replica=-1), "replica=-1, fsdp=-1: only one mesh axis may be -1; give replica a size"),
-        (MeshConfig(tensor=0), "tensor=0: an axis size must be at least 1, or -1 for the rest; use tensor=1"),
-        (MeshConfig(fsdp=-2), "fsdp=-2: an axis size must be at least 1, or -1 for the rest; use fsdp=1"),
+        (MeshConfig(tensor=0), "tensor=0: expected -1 or int at least 1; use tensor=1"),
+        (MeshConfig(fsdp=-2), "fsdp=-2: expected -1 or int at least 1; use fsdp=-1"),
     ],
 )
 def test_sizes_that_no_devices_could_fit_are_problems(config: MeshConfig, message: str) -> None:

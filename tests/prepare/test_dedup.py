@@ -141,9 +141,9 @@ def test_a_missing_datasketch_is_named_with_its_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("dedup", "message"),
     [
-        (Dedup(threshold=0.0), "threshold=0.0: must be above 0"),
-        (Dedup(permutations=1), "permutations=1: must be from 2 to 4096"),
-        (Dedup(ngram=0), "ngram=0: must be at least 1"),
+        (Dedup(threshold=0.0), "threshold=0.0: .*; use threshold=0.8"),
+        (Dedup(permutations=1), "permutations=1: .*; use permutations=128"),
+        (Dedup(ngram=0), "ngram=0: .*; use ngram=5"),
     ],
 )
 def test_descriptions_say_what_is_wrong_with_them(dedup, message):

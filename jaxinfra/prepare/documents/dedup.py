@@ -7,14 +7,14 @@ threads, processes or shards. A signature takes 16 bytes a document, and near on
 
 import itertools
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
+from annotated_types import Ge, Le
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count, PositiveShare
 from jaxinfra.packages import needed
 from jaxinfra.prepare.documents.shingles import STEP, run_codes, word_codes
 
@@ -42,18 +42,9 @@ class Dedup:
     """
 
     near: bool = False
-    threshold: float = 0.8
-    permutations: int = 128
-    ngram: int = 5
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description."""
-        if not 0 < self.threshold <= 1:
-            yield Problem(fields=("threshold",), message="must be above 0 and at most 1", fix="use threshold=0.8")
-        if not 2 <= self.permutations <= 4096:
-            yield Problem(fields=("permutations",), message="must be from 2 to 4096", fix="use permutations=128")
-        if self.ngram < 1:
-            yield Problem(fields=("ngram",), message="must be at least 1", fix="use ngram=5")
+    threshold: PositiveShare = 0.8
+    permutations: Annotated[int, Ge(2), Le(4096)] = 128
+    ngram: Count = 5
 
 
 class Signer:

@@ -7,13 +7,14 @@ characters are of those in words.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Natural, NonNegative, Share
 from jaxinfra.prepare.documents.shingles import run_codes, word_codes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -51,26 +52,26 @@ class Filters:
         max_duplicate_run_shares: characters in runs of 5, 6, ... words that repeat an earlier one.
     """
 
-    min_chars: int | None = None
-    max_chars: int | None = None
-    min_words: int | None = None
-    max_words: int | None = None
-    min_mean_word_chars: float | None = None
-    max_mean_word_chars: float | None = None
-    max_digit_share: float | None = None
-    max_symbol_share: float | None = None
-    max_marks_per_word: float | None = None
-    min_alphabetic_word_share: float | None = None
-    min_stop_words: int | None = None
+    min_chars: Natural | None = None
+    max_chars: Natural | None = None
+    min_words: Natural | None = None
+    max_words: Natural | None = None
+    min_mean_word_chars: NonNegative | None = None
+    max_mean_word_chars: NonNegative | None = None
+    max_digit_share: Share | None = None
+    max_symbol_share: Share | None = None
+    max_marks_per_word: NonNegative | None = None
+    min_alphabetic_word_share: Share | None = None
+    min_stop_words: Natural | None = None
     stop_words: tuple[str, ...] = STOP_WORDS
-    max_bullet_line_share: float | None = None
-    max_ellipsis_line_share: float | None = None
-    max_duplicate_line_share: float | None = None
-    max_duplicate_line_char_share: float | None = None
-    max_duplicate_paragraph_share: float | None = None
-    max_duplicate_paragraph_char_share: float | None = None
-    max_top_run_shares: tuple[float, ...] = ()
-    max_duplicate_run_shares: tuple[float, ...] = ()
+    max_bullet_line_share: Share | None = None
+    max_ellipsis_line_share: Share | None = None
+    max_duplicate_line_share: Share | None = None
+    max_duplicate_line_char_share: Share | None = None
+    max_duplicate_paragraph_share: Share | None = None
+    max_duplicate_paragraph_char_share: Share | None = None
+    max_top_run_shares: tuple[Share, ...] = ()
+    max_duplicate_run_shares: tuple[Share, ...] = ()
 
     @classmethod
     def gopher(cls) -> Self:
@@ -95,15 +96,6 @@ class Filters:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the rules."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            limits = value if isinstance(value, tuple) else (value,)
-            for limit in limits:
-                if isinstance(limit, str) or limit is None:
-                    continue
-                if limit < 0 or ("share" in field.name and limit > 1):
-                    wanted = "between 0 and 1" if "share" in field.name else "at least 0"
-                    yield Problem(fields=(field.name,), message=f"must be {wanted}", fix=f"leave {field.name} out")
         for low, high in (
             ("min_chars", "max_chars"),
             ("min_words", "max_words"),

@@ -5,7 +5,9 @@ What is made of a record, `corpus` and `image_set` say.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.sources.any_source import AnySource
@@ -32,24 +34,15 @@ class StoreRecipe:
 
     store: str
     source: AnySource
-    heldout_fraction: float = 0.05
+    heldout_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     on_bad: Literal["fail", "skip"] = "fail"
     baselines: bool = False
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES
     work: str | None = None
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
         if not self.store:
             yield Problem(fields=("store",), message="names no folder", fix="use store=stores/NAME")
-        if not 0 < self.heldout_fraction < 1:
-            yield Problem(
-                fields=("heldout_fraction",),
-                message="must be above 0 and below 1: both splits are needed",
-                fix="use heldout_fraction=0.05",
-            )
-        if self.shard_bytes < 1024:
-            fix = f"use shard_bytes={SHARD_BYTES}"
-            yield Problem(fields=("shard_bytes",), message="must be at least 1024", fix=fix)
         if self.work is not None and (not self.work or "://" in self.work):
             yield Problem(fields=("work",), message="names no folder of this machine", fix="use work=PATH")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import Count
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
 
@@ -32,14 +33,12 @@ class PythonSource:
     """
 
     factory: str = ""
-    shards: int = 1
+    shards: Count = 1
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
         if not _FACTORY.fullmatch(self.factory):
             yield Problem(fields=("factory",), message="names no function", fix="use factory=package.module:function")
-        if self.shards < 1:
-            yield Problem(fields=("shards",), message="must be 1 or more", fix="use shards=1")
 
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         """One piece a shard, taken to be of `split_bytes`: how much it yields is not known.

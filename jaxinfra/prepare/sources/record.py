@@ -4,11 +4,9 @@ A source lists its files without reading them, and cuts large ones, so that piec
 list of pieces, their order and the records of each are a function of the files alone: never of who reads them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-from jaxinfra.config import Problem
 
 Record = Mapping[str, Any]
 """The fields of a record by their names."""
@@ -63,10 +61,6 @@ class Bad:
 
 class Source(Protocol):
     """Records, as a config describes where they are."""
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself; nothing is looked up."""
-        ...
 
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         """All that there is to read, sorted by name and start; files much larger than `split_bytes` are cut.

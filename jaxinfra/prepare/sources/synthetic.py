@@ -4,11 +4,14 @@ Every document is a function of the seed and its number alone, so any range of t
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
-from jaxinfra.config import Problem
+from annotated_types import Ge
+
+from jaxinfra.config.limits import Count, Natural
 from jaxinfra.prepare.sources.files import cut
 from jaxinfra.prepare.sources.record import Found, Piece
 from jaxinfra.storage.files import File
@@ -30,16 +33,10 @@ class Synthetic:
         seed: other seeds give other documents of the same language.
     """
 
-    documents: int = 1000
-    words: int = 200
-    vocabulary: int = 1000
-    seed: int = 0
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
-        for field, least in (("documents", 1), ("words", 1), ("vocabulary", 2), ("seed", 0)):
-            if getattr(self, field) < least:
-                yield Problem(fields=(field,), message=f"must be {least} or more", fix=f"use {field}={least}")
+    documents: Count = 1000
+    words: Count = 200
+    vocabulary: Annotated[int, Ge(2)] = 1000
+    seed: Natural = 0
 
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         """Ranges of documents."""

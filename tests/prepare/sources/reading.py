@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+from jaxinfra.config import validate
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source
 
 WHOLE = 1 << 60
 
 
 def pieces_of(source: Source, split_bytes: int = WHOLE) -> Sequence[Piece]:
-    assert not list(source.problems())
+    validate(source)
     return source.pieces(split_bytes)
 
 

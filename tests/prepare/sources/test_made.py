@@ -117,7 +117,7 @@ def test_synthetic_words_are_as_many_as_asked_and_can_be_learned(vocabulary):
 
 @pytest.mark.parametrize("field, value", [("documents", 0), ("words", 0), ("vocabulary", 1), ("seed", -1)])
 def test_wrong_fields_of_synthetic_documents_are_named(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}={value}: must be"):
+    with pytest.raises(ConfigError, match=f"^{field}={value}: expected int at least"):
         validate(Synthetic(**{field: value}))
 
 

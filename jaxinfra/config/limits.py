@@ -1,0 +1,15 @@
+"""Types of config fields that have limits, where several classes have the same ones."""
+
+import math
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le, Lt
+
+type Count = Annotated[int, Ge(1)]
+type Natural = Annotated[int, Ge(0)]
+type Positive = Annotated[float, Gt(0), Lt(math.inf)]
+type NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
+type Share = Annotated[float, Ge(0), Le(1)]
+type PositiveShare = Annotated[float, Gt(0), Le(1)]
+type Decay = Annotated[float, Ge(0), Lt(1)]
+"""Of a moving mean; also a part that must leave something, such as that of dropout."""

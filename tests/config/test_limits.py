@@ -1,0 +1,98 @@
+"""Limits of fields stand in their annotations: what lies outside is refused in one form, with a value that works."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from jaxinfra.config import Problem, apply, decode, dump, encode, fingerprint, leaves, validate
+from jaxinfra.config.limits import Count, Decay, Positive, PositiveShare, Share
+from jaxinfra.config.schema import NOT_FINGERPRINTED, describe
+from jaxinfra.errors import ConfigError
+
+type AxisSize = Literal[-1] | Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited:
+    required: Count
+    axis: AxisSize = -1
+    steps: Annotated[Count | None, NOT_FINGERPRINTED] = None
+    rate: Positive = 3e-4
+    clip: Annotated[float, Gt(0)] | None = 1.0
+    dropout: Decay = 0.0
+    shares: tuple[Share, ...] = (0.5,)
+    part: PositiveShare | Literal["auto"] = "auto"
+    buckets: Annotated[int, Ge(2), Le(8)] = 4
+
+    def problems(self):
+        if 100 // self.required == 7:  # which relies on the limit
+            yield Problem(fields=("required",), message="is 13 or 14", fix="use required=1")
+
+
+GOOD = Limited(required=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "works"),
+    [
+        ("required", (0, -1), 1),
+        ("axis", (0, -2), -1),
+        ("steps", (0,), None),
+        ("rate", (0.0, -1.0, math.inf, math.nan), 3e-4),
+        ("clip", (0.0, math.nan), 1.0),
+        ("dropout", (-0.1, 1.0, math.nan), 0.0),
+        ("shares", ((0.5, 1.1), (-0.1,)), (0.5,)),
+        ("part", (0.0, 1.5), "auto"),
+        ("buckets", (1, 9), 4),
+    ],
+)
+def test_what_lies_outside_is_refused_and_the_suggestion_works(field: str, values: tuple, works: Any) -> None:
+    for value in values:
+        wrong = Limited(**{"required": 3, field: value})
+        with pytest.raises(ConfigError) as caught:
+            validate(wrong)
+        assert caught.value.exit_code == 81
+        fix = str(caught.value).rpartition("; use ")[2]
+        assert str(caught.value).startswith(f"{field}=") and fix.startswith(f"{field}=")
+        mended = apply(wrong, [fix])
+        validate(mended)
+        assert leaves(mended)[field] == works
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["axis=1", "steps=1", "rate=1e-9", "clip=inf", "dropout=0.999", "shares=0,1", "part=1", "buckets=2"],
+        ["axis=-1", "steps=none", "clip=none", "dropout=0", "shares=()", "part=auto", "buckets=8"],
+    ],
+)
+def test_bounds_themselves_pass_and_are_read_and_stored_as_without_limits(overrides: list[str]) -> None:
+    run = apply(GOOD, overrides)
+    validate(run)
+    assert decode(Limited, encode(run)) == run
+    assert apply(GOOD, [line.replace(" = ", "=") for line in dump(run).splitlines()]) == run
+
+
+def test_a_description_has_the_limits() -> None:
+    assert describe(Annotated[Count | None, NOT_FINGERPRINTED]) == "int at least 1 or none"
+    assert describe(Positive) == "float above 0 and finite"
+    assert describe(tuple[Decay, ...]) == "a tuple of float at least 0 and below 1"
+    assert describe(AxisSize) == "-1 or int at least 1"
+
+
+def test_a_marked_field_is_in_no_fingerprint_and_all_others_are() -> None:
+    assert fingerprint(apply(GOOD, ["steps=7"])) == fingerprint(GOOD)
+    assert fingerprint(apply(GOOD, ["buckets=7"])) != fingerprint(GOOD)
+    assert leaves(GOOD).keys() - leaves(GOOD, fingerprinted_only=True).keys() == {"steps"}
+
+
+@pytest.mark.parametrize("annotation", [Annotated[int, Interval(ge=1)], Annotated[str, Lt("b")]])
+def test_a_limit_that_no_config_reads_is_refused(annotation: Any) -> None:
+    cls = dataclass(frozen=True, kw_only=True)(
+        type("Odd", (), {"__annotations__": {"x": annotation}, "__module__": __name__})
+    )
+    with pytest.raises(ConfigError, match=r"Odd\.x"):
+        validate(cls(x=annotation.__origin__(1)))

@@ -1,0 +1,101 @@
+"""Which fields of a run make it another run: every field of every class that a run may hold is changed once."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from jaxinfra.config import Loaded, apply, fingerprint, leaves
+from jaxinfra.config.schema import children, is_config, members, words_of
+from jaxinfra.data.image_data import ImageData
+from jaxinfra.data.mixing import MixStage
+from jaxinfra.data.mixture import MixSource, Mixture
+from jaxinfra.data.order import Curriculum
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.latent import Latent
+from jaxinfra.models.moe import Experts
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.models.vit import VisionTransformerConfig
+from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon, Optim
+from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
+from jaxinfra.run import Run, named
+from jaxinfra.tasks.classification import Classification
+
+DECODER = TransformerConfig(vocab_size=300, layers=2, width=32, heads=4, mlp_dim=64, experts=Experts(), latent=Latent())
+TEXT = Run(name="text", model=DECODER, data=TokenData(store="s", curriculum=Curriculum()))
+MIXED = replace(TEXT, data=Mixture(sources=(MixSource(store="a"),), stages=(MixStage(weights=(1.0,)),)))
+IMAGES = Run(
+    name="images",
+    model=VisionTransformerConfig(image_size=8, patch=4, classes=10, layers=2, width=32, heads=4, mlp_dim=64),
+    task=Classification(),
+    data=ImageData(store="s", image_size=8),
+)
+RUNS = [
+    TEXT,
+    MIXED,
+    IMAGES,
+    *(replace(TEXT, optim=Optim(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
+    *(replace(TEXT, optim=Optim(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
+    *(
+        replace(TEXT, model=replace(DECODER, local_rope=Rope(scaling=scaling)))
+        for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling())
+    ),
+]
+NOT_THE_NUMBERS = {
+    *("name", "root", "mesh", "rules", "pipeline", "checkpoint", "track", "optim.offload", "task.loss_chunks"),
+    *("train.accumulate", "train.compiler", "train.eval_every"),
+    *("model.attention", "model.context_attention", "model.remat"),
+    *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads"),
+    *("data.sources.0.store", "data.sources.0.version", "data.sources.0.recipe"),
+}
+"""Where and how fast a run goes, and in what order it rounds; each with what lies below it."""
+
+
+def nodes(annotation: Any, value: Any, path: str = "") -> Iterator[tuple[type, str, Any, Any]]:
+    """Every field of a tree: the class that has it, its path, annotation and value."""
+    for name, part_annotation, part in children(annotation, value):
+        below = f"{path}.{name}".lstrip(".")
+        yield type(value), below, part_annotation, part
+        yield from nodes(part_annotation, part, below)
+
+
+def changed(run: Run, path: str, annotation: Any) -> Run | None:
+    """The run with another value in a field; None where the field is a group, or its other classes need arguments."""
+    for text in (*words_of(annotation), "1", "2", "0.25", "0.75", "x", "()", "(1.0, 2.0)", "(fsdp,)", "(full,)"):
+        try:
+            other = apply(run, [f"{path}={text}"])
+        except ConfigError:
+            continue
+        if leaves(other) != leaves(run):
+            return other
+    return None
+
+
+def test_a_field_names_another_run_if_it_changes_the_numbers() -> None:
+    fields = {}
+    for run in RUNS:
+        for owner, path, annotation, _ in nodes(Run, run):
+            fields.setdefault((owner, path.rpartition(".")[2]), (run, path, annotation))
+    for run, path, annotation in fields.values():
+        other = changed(run, path, annotation)
+        if other is None:
+            assert any(is_config(member) or "tuple" in str(member) for member in members(annotation)), path
+            continue
+        same = any(f"{path}.".startswith(f"{prefix}.") for prefix in NOT_THE_NUMBERS)
+        assert (fingerprint(other) == fingerprint(run)) == same, path
+        origins = {"name": "command line" if path == "name" else "file"}
+        found = named(Loaded(run=other, source="x.py", origins=origins), run).run.name
+        assert found == (other.name if same else f"{run.name}-{fingerprint(other)[:6]}"), path
+
+
+def test_every_class_that_a_run_may_hold_is_walked() -> None:
+    def classes(annotation: Any) -> Iterator[type]:
+        for member in members(annotation):
+            if is_config(member):
+                yield member
+            yield from (cls for part in getattr(member, "__args__", ()) if part is not ... for cls in classes(part))
+
+    walked = [(annotation, value) for run in RUNS for _, _, annotation, value in nodes(Run, run)]
+    possible = {cls for annotation, _ in walked for cls in classes(annotation)}
+    assert possible == {type(value) for _, value in walked if is_config(type(value))}
