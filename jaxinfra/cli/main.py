@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.runtime import emulated
+from jaxinfra.runtime import emulated, platforms
 
 COMMANDS = {
     "train": "train CONFIG, or go on from its last checkpoint (the default: the word may be left out)",
@@ -122,10 +122,14 @@ def _require_config_like(word: str) -> None:
 def choose_devices(devices: str | None) -> None:
     """Tells JAX which platform to use, and how many CPU devices to emulate; before JAX is imported.
 
+    Without `devices` and JAX_PLATFORMS, JAX tries the platforms that have hardware here.
+
     Raises:
         ConfigError: it is not `cpu`, `cpu:N`, `gpu` or `tpu`.
     """
     if devices is None:
+        if "JAX_PLATFORMS" not in os.environ and (found := platforms.usable()):
+            os.environ["JAX_PLATFORMS"] = found
         return
     platform, _, count = devices.partition(":")
     known = platform in ("cpu", "gpu", "tpu") and (not count or platform == "cpu")
