@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,4 +66,4 @@ def prepare_hint(options: argparse.Namespace, run: "Run") -> str:
     """The command that makes the data of a run."""
     changed = [each for each in options.overrides if each.startswith("data.")]
     known = run.parts.data.recipes
-    return " ".join(["python -m launch data prepare", options.config if known else "RECIPE", *changed])
+    return " ".join([f"{COMMAND} data prepare", options.config if known else "RECIPE", *changed])

@@ -13,11 +13,13 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.runtime import emulated
+from jaxinfra.runtime import emulated, platforms
 
 COMMANDS = {
     "train": "train CONFIG, or go on from its last checkpoint (the default: the word may be left out)",
+    "init": "write the quickstart's config and the recipe of its data into a folder",
     "show": "print the resolved config and every number that follows from it; no device is touched",
     "compile": "compile the train step for hardware that is not here: memory, cycles, collectives",
     "data prepare": "tokenise a corpus into a store, in parallel; goes on where it was stopped",
@@ -29,17 +31,17 @@ COMMANDS = {
     "parity": "compare loss and gradients on every mesh with those of one device",
     "bench": "time the framework against hand-written code",
 }
-EPILOG = """\
+EPILOG = f"""\
 examples:
-  python -m launch configs/quickstart.py
-  python -m launch configs/quickstart.py train.steps=400 optim.peak_lr=3e-4
-  python -m launch configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
-  python -m launch show configs/llama3_8b.py mesh.fsdp=64
-  python -m launch compile configs/llama3_8b.py --on v5p:4x4x4
-  python -m launch data prepare configs/data/python_stdlib.py
-  python -m launch data peek configs/quickstart.py --step 1234 --rank 3 --of 8
-  python -m launch sample runs/quickstart "def main("
-  python -m launch runs/quickstart/run.json
+  {COMMAND} configs/quickstart.py
+  {COMMAND} configs/quickstart.py train.steps=400 optim.peak_lr=3e-4
+  {COMMAND} configs/quickstart.py mesh.fsdp=4 mesh.tensor=2 --devices cpu:8
+  {COMMAND} show configs/llama3_8b.py mesh.fsdp=64
+  {COMMAND} compile configs/llama3_8b.py --on v5p:4x4x4
+  {COMMAND} data prepare configs/data/python_stdlib.py
+  {COMMAND} data peek configs/quickstart.py --step 1234 --rank 3 --of 8
+  {COMMAND} sample runs/quickstart "def main("
+  {COMMAND} runs/quickstart/run.json
 
 exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no good checkpoint,
 80 no longer a number, 81 config or layout wrong, 82 storage unavailable.
@@ -49,8 +51,8 @@ exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no g
 def help_parser() -> argparse.ArgumentParser:
     """What `--help` prints when no command is named."""
     top = argparse.ArgumentParser(
-        prog="python -m launch",
-        usage="python -m launch [COMMAND] ...",
+        prog=COMMAND,
+        usage=f"{COMMAND} [COMMAND] ...",
         description="Train JAX models on any mesh from one typed config.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,7 +65,7 @@ def help_parser() -> argparse.ArgumentParser:
 
 def command_parser(command: str) -> argparse.ArgumentParser:
     """The arguments of one command, with those that all share."""
-    parser = argparse.ArgumentParser(prog=f"python -m launch {command}", description=COMMANDS[command])
+    parser = argparse.ArgumentParser(prog=f"{COMMAND} {command}", description=COMMANDS[command])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--devices", metavar="PLATFORM[:N]", help="cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
@@ -122,10 +124,14 @@ def _require_config_like(word: str) -> None:
 def choose_devices(devices: str | None) -> None:
     """Tells JAX which platform to use, and how many CPU devices to emulate; before JAX is imported.
 
+    Without `devices` and JAX_PLATFORMS, JAX tries the platforms that have hardware here.
+
     Raises:
         ConfigError: it is not `cpu`, `cpu:N`, `gpu` or `tpu`.
     """
     if devices is None:
+        if "JAX_PLATFORMS" not in os.environ and (found := platforms.usable()):
+            os.environ["JAX_PLATFORMS"] = found
         return
     platform, _, count = devices.partition(":")
     known = platform in ("cpu", "gpu", "tpu") and (not count or platform == "cpu")

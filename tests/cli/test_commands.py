@@ -1,5 +1,6 @@
 """The commands besides training, and what the command line costs before it does anything."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_devices_of_a_process(tiny: Tiny) -> None:
     absent = ended(start(str(tiny.config), "--devices", "gpu"))
     if absent.code:
         refused(absent, "JAX_PLATFORMS=cuda")
+
+
+def test_a_start_without_a_platform_prints_nothing_of_plugins(tiny: Tiny) -> None:
+    """Both plugins are installed with the extra `test`; their hardware is not everywhere that tests run."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "TPU_"))}
+    words = [sys.executable, "-m", "launch", str(tiny.config), "train.steps=3", "mesh.fsdp=1", "name=quiet"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.lstrip().startswith("Derived numbers")
 
 
 def test_emulated_devices_have_threads_to_wait_in() -> None:

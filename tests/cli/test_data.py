@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,7 +19,10 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.data.tokens import TokenData
+from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.prepare.prepare import Progress
+from jaxinfra.program import Program
+from jaxinfra.run import resolved
 from jaxinfra.track.jsonl import read as read_metrics
 from tests.refusals import names, refused
 from tests.tiny_run import Tiny, launch
@@ -49,11 +55,40 @@ def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
     assert plain.replace(" ", "") == repr(data.store.tokenizer.decode(tokens.tolist()))[1:-1].replace(" ", "")
 
 
-def test_processes_of_one_shard_see_the_same_rows(tiny: Tiny) -> None:
-    run = tiny.loaded("mesh.fsdp=2", "mesh.tensor=2")
-    assert [rows_of(run, rank, 4).tolist() for rank in range(4)] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-    staged = tiny.loaded("mesh.stage=2", "mesh.fsdp=2", "train.accumulate=2")
-    assert np.array_equal(rows_of(staged, 0, 2), np.arange(8))
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "mesh.fsdp=2 mesh.tensor=4",
+        "mesh.stage=2 mesh.fsdp=4 train.global_batch=16 train.accumulate=2",
+        "mesh.fsdp=2 mesh.context=2 mesh.tensor=2",
+        "mesh.replica=2 mesh.fsdp=2 mesh.expert=2 model.experts=experts",
+        "mesh.replica=4 mesh.fsdp=2 rules.batch=(fsdp,replica,expert)",
+    ],
+)
+@pytest.mark.parametrize("of", [1, 2, 4])
+def test_peek_shows_the_rows_that_the_loader_reads_for_the_devices_of_a_process(
+    tiny: Tiny, overrides: str, of: int
+) -> None:
+    run = resolved(tiny.loaded(*overrides.split()), len(jax.devices()))
+    sharding, shape = next(
+        (each.sharding, each.shape) for each in Program(run, make_mesh(run.mesh, jax.devices())).batch.values()
+    )
+    placed = sharding.devices_indices_map(shape)
+    for rank in range(of):
+        own = jax.devices()[rank * 8 // of : (rank + 1) * 8 // of]
+        rows = {row for device in own for row in range(shape[0])[placed[device][0]]}
+        assert rows_of(run, rank, of).tolist() == sorted(rows)
+
+
+def test_peek_starts_no_device(tiny: Tiny) -> None:
+    program = (
+        "import sys; from jaxinfra.cli.main import main; code = main(sys.argv[1:]); "
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized(); sys.exit(code)"
+    )
+    words = ["data", "peek", str(tiny.config), "--rank", "1", "--of", "4"]
+    ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and "process 1 of 4, 2 of 8 rows" in ended.stdout
 
 
 def test_peek_at_data_alone(tiny: Tiny, tmp_path: Path) -> None:

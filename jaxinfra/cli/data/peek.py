@@ -3,6 +3,8 @@
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from jaxinfra.cli import config_argument
@@ -95,10 +97,10 @@ def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":
     Raises:
         ConfigError: the mesh or the batch does not divide.
     """
-    import numpy as np
-
     from jaxinfra.config import validate
-    from jaxinfra.parallel.mesh import AXES
+    from jaxinfra.data.prefetch import process_rows
+    from jaxinfra.parallel.mesh import make_mesh
+    from jaxinfra.program import Program
     from jaxinfra.run import resolved
 
     fixed = math.prod(size for size in run.mesh.sizes if size != -1)
@@ -109,11 +111,21 @@ def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":
         raise ConfigError(f"--of {of}: the mesh has {fixed} devices, fewer than processes; use mesh.fsdp={of}")
     run = resolved(run, devices)
     validate(run)
-    sizes = dict(zip(AXES, run.mesh.sizes, strict=True))
-    own = np.arange(devices).reshape(of, -1)[rank]
-    places = dict(zip(AXES, np.unravel_index(own, run.mesh.sizes), strict=True))
-    shards, shard = 1, np.zeros_like(own)
-    for axis in run.rules.batch:
-        shards, shard = shards * sizes[axis], shard * sizes[axis] + places[axis]
-    per_shard = run.train.global_batch // shards
-    return np.unique(shard[:, None] * per_shard + np.arange(per_shard))
+    mesh = make_mesh(run.mesh, [_Device(id=i, process_index=i // (devices // of), here=rank) for i in range(devices)])
+    one = next(iter(Program(run, mesh).batch.values()))
+    return process_rows(one.sharding, one.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Device:
+    """What a sharding asks of a device: who has it, and which process asks. JAX starts nothing for it."""
+
+    id: int
+    process_index: int
+    here: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+    @property
+    def client(self) -> SimpleNamespace:
+        return SimpleNamespace(process_index=lambda: self.here)

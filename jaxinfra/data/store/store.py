@@ -30,6 +30,7 @@ import numpy as np
 import tensorstore as ts
 import xxhash
 
+from jaxinfra.command import COMMAND
 from jaxinfra.data.store import arrays, tracked, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
@@ -38,7 +39,7 @@ from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.storage.errors import REMAKE
 from jaxinfra.storage.objects import Storage
 
-PREPARE = "python -m launch data prepare RECIPE"
+PREPARE = f"{COMMAND} data prepare RECIPE"
 TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
 IMAGES, LABELS = "images", "labels"
 BLOCKS = ".blocks"

@@ -1,0 +1,49 @@
+"""`jaxinfra init [FOLDER]`: the quickstart's config and the recipe of its data, to start from outside a clone."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxinfra.command import COMMAND
+from jaxinfra.errors import ConfigError, StorageError
+
+FILES = ("configs/quickstart.py", "configs/data/python_stdlib.py")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder."""
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="where to write (default: here)")
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Writes the files and prints the commands that use them.
+
+    Raises:
+        ConfigError: one of them is there already; none is written then.
+        StorageError: one cannot be written.
+    """
+    folder = Path(options.folder)
+    for name in FILES:
+        if (folder / name).exists():
+            raise ConfigError(f"{folder / name}: is there already and stays; use {COMMAND} init ANOTHER_FOLDER")
+    for name in FILES:
+        text = _packaged(name).read_text(encoding="utf-8")
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise StorageError(
+                f"{folder / name}: cannot be written: {error.strerror}; free space or name another folder"
+            ) from error
+        print(f"wrote {folder / name}")
+    print("next:" if options.folder == "." else f"next:\n  cd {options.folder}")
+    print(f"  {COMMAND} data prepare {FILES[0]}\n  {COMMAND} {FILES[0]}")
+    return 0
+
+
+def _packaged(name: str) -> Path:
+    """A file of the clone: in it, or where the wheel has it."""
+    package = Path(__file__).parents[1]
+    inside = package / "example" / name
+    return inside if inside.exists() else package.parent / name
