@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -26,11 +26,10 @@ _DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What one job made.
+class Note:
+    """What is known of a part without its arrays.
 
     Attributes:
-        splits: the arrays of each split, by name: what they are is known to who makes and assembles them.
         tokens: of all splits; of images 0.
         records: how many were read.
         read_bytes: of the source, about.
@@ -39,7 +38,6 @@ class Part:
         position: where a stream stands after it.
     """
 
-    splits: Mapping[Split, Mapping[str, np.ndarray]]
     tokens: int = 0
     records: int
     read_bytes: int
@@ -49,16 +47,14 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note:
-    """What is known of a part without its arrays; see `Part`."""
+class Part(Note):
+    """What one job made.
 
-    number: int
-    tokens: int
-    records: int
-    read_bytes: int
-    skipped: tuple[tuple[str, str], ...]
-    filtered: Mapping[str, int]
-    position: Mapping[str, Any]
+    Attributes:
+        splits: the arrays of each split, by name: what they are is known to who makes and assembles them.
+    """
+
+    splits: Mapping[Split, Mapping[str, np.ndarray]]
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -79,15 +75,7 @@ def write(folder: Path, number: int, part: Part) -> Note:
     Raises:
         OSError: it cannot be written; there is no part then.
     """
-    note = Note(
-        number=number,
-        tokens=part.tokens,
-        records=part.records,
-        read_bytes=part.read_bytes,
-        skipped=part.skipped,
-        filtered=dict(part.filtered),
-        position=dict(part.position),
-    )
+    note = Note(**{each.name: getattr(part, each.name) for each in fields(Note)})
     arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
     with _committed(path_of(folder, number)) as file:
         meta = np.frombuffer(json.dumps(vars(note)).encode(), np.uint8)

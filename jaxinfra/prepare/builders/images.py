@@ -1,7 +1,7 @@
 """Making a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,18 +88,14 @@ def _shapes_differ(shapes: set[tuple[int, ...]], where: str) -> DataError:
 
 
 class ImageMaker:
-    """What preparing images has of its own: `prepare.Maker`."""
+    """What preparing images has of its own."""
 
     stage = "images"
+    job = staticmethod(collect)
     identity = None
 
     def __init__(self, images: ImageSet):
         self._images = images
-
-    @property
-    def job(self) -> Callable[[Job[ImageSet]], Note]:
-        """See `prepare.Maker`."""
-        return collect
 
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Nothing is needed."""
@@ -109,7 +105,7 @@ class ImageMaker:
         return 2 * source_bytes
 
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        """Makes all files of the version but the manifest; see `prepare.Maker`."""
+        """Makes all files of the version but the manifest; raises as `TextMaker.assemble`."""
         source = Splits(folder=folder, numbers=numbers)
         keep, counts = assemble.kept(self._images, source, assemble.counts(folder, numbers, build))
         found: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
