@@ -18,7 +18,7 @@ from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
 from jaxinfra.prepare.builders.assemble import Blocks, Keep, write_array
 from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.overlap import digest_of_values, joined
+from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.document import RecordError, value_of
 from jaxinfra.prepare.parts import Note, Part
@@ -48,7 +48,7 @@ def collect(job: Job[ImageSet]) -> Note:
             "images": np.array([image for _, image, _ in found[split]], np.uint8),
             "labels": np.array([label for _, _, label in found[split]], np.int32),
             "digest_D2": np.array([digest_of_values(image) for _, image, _ in found[split]], np.uint64).reshape(-1, 2),
-            "where_B": joined(where for where, _, _ in found[split]),
+            "where_D": np.array([where for where, _, _ in found[split]], np.str_),
         }
         for split in SPLITS
     }
