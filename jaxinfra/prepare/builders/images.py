@@ -109,7 +109,7 @@ class ImageMaker:
         source = Splits(folder=folder, numbers=numbers)
         keep, counts = assemble.kept(self._images, source, assemble.counts(folder, numbers, build))
         found: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
-        assemble.check_splits(self._images.store, found, counts, self._images.validation)
+        assemble.check_splits(self._images, found, counts)
         shape = self._shape(source, keep)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
         splits: dict[Split, SplitInfo] = {

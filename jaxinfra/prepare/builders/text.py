@@ -118,10 +118,10 @@ class TextMaker:
         source = self._splits(folder, numbers)
         counts, form = assemble.counts(folder, numbers, build), corpus.form
         if not counts.records:
-            assemble.check_splits(corpus.store, dict.fromkeys(SPLITS, 0), counts, corpus.validation)
+            assemble.check_splits(corpus, dict.fromkeys(SPLITS, 0), counts)
         keep, counts = assemble.kept(corpus, source, counts, group=form.group, dedup=corpus.dedup)
         left: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
-        assemble.check_splits(corpus.store, left, counts, corpus.validation)
+        assemble.check_splits(corpus, left, counts)
         splits, packs = {}, {}
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
