@@ -8,7 +8,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,6 @@ class Note:
     """What is known of a part without its arrays.
 
     Attributes:
-        number: its place among the parts.
         tokens: of all splits; of images 0.
         records: how many were read.
         read_bytes: of the source, about.
@@ -37,7 +36,6 @@ class Note:
         position: where a stream stands after it.
     """
 
-    number: int = 0
     tokens: int = 0
     records: int
     read_bytes: int
@@ -48,7 +46,11 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class Part(Note):
-    """What one job made: also the arrays of each split by name, known to who makes and assembles them."""
+    """What one job made.
+
+    Attributes:
+        splits: the arrays of each split, by name: what they are is known to who makes and assembles them.
+    """
 
     splits: Mapping[Split, Mapping[str, np.ndarray]]
 
@@ -69,8 +71,7 @@ def write(folder: Path, number: int, part: Part) -> Note:
     Raises:
         OSError: it cannot be written; there is no part then.
     """
-    known: dict[str, Any] = {each.name: getattr(part, each.name) for each in fields(Note)}
-    note = replace(Note(**known), number=number)
+    note = Note(**{each.name: getattr(part, each.name) for each in fields(Note)})
     arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
     with atomic_file(path_of(folder, number)) as file:
         meta = np.frombuffer(json.dumps(vars(note)).encode(), np.uint8)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jaxinfra.config import encode
 from jaxinfra.data.store import versions
@@ -73,57 +73,6 @@ class Prepared:
     moved: bool = False
 
 
-class Maker(Protocol):
-    """What stores of one kind have of their own.
-
-    Attributes:
-        stage: what its jobs make, in a word.
-    """
-
-    stage: str
-
-    @property
-    def job(self) -> Callable[[Any], Note]:
-        """Makes a part of pieces of the source, and commits it; run by an engine."""
-        ...
-
-    @property
-    def identity(self) -> Any:
-        """What makes the contents besides the recipe and the source: JSON values."""
-        ...
-
-    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        """Puts what all jobs need into the folder of the parts, unless it is there from before.
-
-        Args:
-            folder: of the parts.
-            pieces: of the training source, the same ones whatever the recipe says of shards.
-        """
-        ...
-
-    def needed_bytes(self, source_bytes: int) -> int:
-        """Space that parts and arrays take, about; after `begin`."""
-        ...
-
-    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        """Makes all files of the version but the manifest, of all parts in their order.
-
-        Raises:
-            ConfigError: a split has nothing in it.
-            DataError: a part is damaged.
-        """
-        ...
-
-
-def maker_of(recipe: Recipe) -> Maker:
-    """The maker of a recipe.
-
-    Raises:
-        ConfigError: its tokenizer cannot be read.
-    """
-    return TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
-
-
 def prepare(
     recipe: Recipe,
     *,
@@ -152,7 +101,7 @@ def prepare(
     require_store(store)
     known = versions.listed(store)
     sources = [pieces_of(recipe), validation_pieces(recipe)]
-    maker = maker_of(recipe)
+    maker = TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
     source_digest = digest_of([vars(piece) for pieces in sources for piece in pieces])
     made_of = digest_of([content_of(recipe), source_digest, maker.identity])
     for each in known:
@@ -273,7 +222,7 @@ def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
 class _Course:
     """The work of one call, and what is told of it."""
 
-    def __init__(self, maker: Maker, jobs: Sequence[Job[Any]], told: Callable[[Progress], None]):
+    def __init__(self, maker: TextMaker | ImageMaker, jobs: Sequence[Job[Any]], told: Callable[[Progress], None]):
         self._maker, self._jobs, self._told = maker, jobs, told
         self._total = sum(job.read_bytes for job in jobs)
         self._done = self._tokens = 0

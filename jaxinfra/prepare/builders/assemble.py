@@ -29,9 +29,11 @@ from jaxinfra.prepare.builders import overlap
 from jaxinfra.prepare.builders.overlap import shared
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.dedup import Dedup, duplicates
+from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.parts import Open
+from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
-from jaxinfra.prepare.recipes.validation import AnyValidation, explicit
+from jaxinfra.prepare.recipes.validation import ByKey, Tail
 
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
@@ -55,34 +57,35 @@ def counts(folder: Path, numbers: Sequence[int], build: Path) -> Counts:
     return Counts(records=records, skipped=skipped, filtered=dict(sorted(filtered.items())))
 
 
-def check_splits(store: str, found: Mapping[Split, int], counts: Counts, validation: AnyValidation) -> None:
+def check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> None:
     """Refuses sources that leave nothing to train on, or nothing to validate with.
 
     Args:
-        store: for the message.
+        recipe: what the sources are of.
         found: documents or images of each split.
         counts: of the records.
-        validation: of the recipe.
 
     Raises:
         ConfigError: a split is empty.
     """
     if all(found.values()):
         return
+    validation, left = recipe.validation, sum(found.values())
     left_out = f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
-    named, kind = explicit(validation), snake_case(type(validation))
-    if not sum(found.values()):
-        raise ConfigError(f"store={store}: the corpus is empty: {left_out}; mend the source or the filters")
-    if named is not None:
-        empty, other = ("validation", "source") if found["train"] else ("source", "validation")
+    if not left:
+        raise ConfigError(f"store={recipe.store}: the corpus is empty: {left_out}; mend the source or the filters")
+    if not isinstance(validation, ByKey | Tail):
+        empty = "validation" if found["train"] else "source"
         raise ConfigError(
-            f"{empty}: gives nothing ({left_out}, {max(found.values())} documents left, all of {other}); mend "
-            f"{empty} or the filters, or use validation=by_key"
+            f"{empty}: gives nothing ({left_out}; the {left} that are left are of the other source); mend {empty} or "
+            "the filters, or use validation=by_key"
         )
     what = "none is left to train on" if found["heldout"] else "none is held out"
+    cuttable = isinstance(recipe, Corpus) and isinstance(validation, ByKey) and isinstance(recipe.form, Text)
+    fix = "or use validation=tail, which cuts the text of a single document" if cuttable else "or more records"
     raise ConfigError(
-        f"validation={kind} validation.fraction={getattr(validation, 'fraction', None)}: of {sum(found.values())} "
-        f"records {what}; use another fraction, or validation=tail, which cuts the text of a single document"
+        f"validation={snake_case(type(validation))} validation.fraction={validation.fraction}: of {left} "
+        f"records {what}; use another fraction, {fix}"
     )
 
 

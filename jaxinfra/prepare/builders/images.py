@@ -1,7 +1,7 @@
 """Making a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
 from jaxinfra.prepare.builders.assemble import Blocks, Keep, write_array
 from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.overlap import digest_of_values, joined
+from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.document import RecordError, value_of
 from jaxinfra.prepare.parts import Note, Part
@@ -48,7 +48,7 @@ def collect(job: Job[ImageSet]) -> Note:
             "images": np.array([image for _, image, _ in found[split]], np.uint8),
             "labels": np.array([label for _, _, label in found[split]], np.int32),
             "digest_D2": np.array([digest_of_values(image) for _, image, _ in found[split]], np.uint64).reshape(-1, 2),
-            "where_B": joined(where for where, _, _ in found[split]),
+            "where_D": np.array([where for where, _, _ in found[split]], np.str_),
         }
         for split in SPLITS
     }
@@ -88,18 +88,14 @@ def _shapes_differ(shapes: set[tuple[int, ...]], where: str) -> DataError:
 
 
 class ImageMaker:
-    """What preparing images has of its own: `prepare.Maker`."""
+    """What preparing images has of its own."""
 
     stage = "images"
+    job = staticmethod(collect)
     identity = None
 
     def __init__(self, images: ImageSet):
         self._images = images
-
-    @property
-    def job(self) -> Callable[[Job[ImageSet]], Note]:
-        """See `prepare.Maker`."""
-        return collect
 
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Nothing is needed."""
@@ -109,11 +105,11 @@ class ImageMaker:
         return 2 * source_bytes
 
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        """Makes all files of the version but the manifest; see `prepare.Maker`."""
+        """Makes all files of the version but the manifest; raises as `TextMaker.assemble`."""
         source = Splits(folder=folder, numbers=numbers)
         keep, counts = assemble.kept(self._images, source, assemble.counts(folder, numbers, build))
         found: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
-        assemble.check_splits(self._images.store, found, counts, self._images.validation)
+        assemble.check_splits(self._images, found, counts)
         shape = self._shape(source, keep)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
         splits: dict[Split, SplitInfo] = {

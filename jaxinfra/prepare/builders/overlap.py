@@ -1,6 +1,6 @@
 """Contamination: validation documents that training documents repeat; how they are found and what becomes of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -15,16 +15,6 @@ def digest_of_values(values: np.ndarray) -> tuple[int, int]:
     """The 128 bits of XXH3 of an array of one type, in two numbers."""
     digest = xxhash.xxh3_128_intdigest(np.ascontiguousarray(values).data)
     return digest >> 64, digest & (2**64 - 1)
-
-
-def joined(lines: Iterable[str]) -> np.ndarray:
-    """Texts as an array of bytes; `separated` gives them back."""
-    return np.frombuffer("".join(f"{line.replace('\n', ' ')}\n" for line in lines).encode(), np.uint8)
-
-
-def separated(lines_B: np.ndarray) -> list[str]:
-    """The texts that `joined` was given."""
-    return lines_B.tobytes().decode().split("\n")[:-1]
 
 
 def shared(ours_NK: np.ndarray, theirs_MK: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.builders.overlap import digest_of_values, joined, separated
+from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.documents.dedup import Dedup, Signer
 from jaxinfra.prepare.parts import Open
 
@@ -81,17 +81,15 @@ class Splits:
 
     def where(self, split: Split) -> list[str]:
         """The place of each document of a split, where the parts name them."""
-        return [line for (lines_B,) in self.read(split, "where_B") for line in separated(lines_B)]
+        return [where for (where_D,) in self.read(split, "where_D") for where in where_D.tolist()]
 
 
 def part_of(values: np.ndarray, name: str, lengths_D: np.ndarray, cut: Cut, index: int, split: Split) -> np.ndarray:
     """What of an array of a part is before the tail ("train"), or in it."""
     before = split == "train"
     start, end = _range(len(lengths_D), cut, index, split)
-    if name == "where_B":
-        return joined(separated(values)[start:end])
     halves = cut.halves if index == cut.index else None
-    if name in ("tokens_N", "mask_N"):
+    if name.endswith("_N"):
         offsets = np.concatenate([[0], np.cumsum(lengths_D)])
         if halves is None:
             return values[offsets[start] : offsets[end]]
@@ -99,7 +97,7 @@ def part_of(values: np.ndarray, name: str, lengths_D: np.ndarray, cut: Cut, inde
         return np.append(values[:middle], values.dtype.type(halves.eot_id)) if before else values[middle:]
     if halves is None:
         return values[start:end]
-    rows = halves.rows[name].astype(values.dtype)
+    rows = halves.rows[name].astype(values.dtype) if name in halves.rows else values[[cut.document] * 2]
     return np.concatenate([values[:end], rows[:1]] if before else [rows[1:], values[cut.document + 1 :]])
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from jaxinfra.prepare.builders.tokenize import (
     sample_texts,
     tokenise,
 )
-from jaxinfra.prepare.parts import Note, Part
+from jaxinfra.prepare.parts import Part
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, Tail
 from jaxinfra.prepare.sources.record import Piece
@@ -41,9 +41,10 @@ _FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, o
 
 
 class TextMaker:
-    """What preparing a corpus has of its own: `prepare.Maker`."""
+    """What preparing a corpus has of its own."""
 
     stage = "tokens"
+    job = staticmethod(tokenise)
 
     def __init__(self, corpus: Corpus):
         """Reads the tokenizer, where the recipe names an existing one.
@@ -63,13 +64,12 @@ class TextMaker:
         found = [self._given and self._given.sha256, self._corpus.form.identity()]
         return digest_of(found) if any(found) else None
 
-    @property
-    def job(self) -> Callable[[Job[Corpus]], Note]:
-        """See `prepare.Maker`."""
-        return tokenise
-
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
+
+        Args:
+            folder: of the parts.
+            pieces: of the training source, the same ones whatever the recipe says of shards.
 
         Raises:
             ConfigError: a converted tokenizer gives texts of the source other tokens.
@@ -114,13 +114,20 @@ class TextMaker:
         return 2 * source_bytes * form.group * (self._dtype.itemsize + form.masked) // bytes_per_token
 
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        """Makes all files of the version but the manifest; see `prepare.Maker`."""
+        """Makes all files of the version but the manifest, of all parts in their order.
+
+        Raises:
+            ConfigError: a split has nothing in it.
+            DataError: a part is damaged; or a document is in both splits, and the recipe allows none.
+        """
         corpus = self._corpus
         source = self._splits(folder, numbers)
         counts, form = assemble.counts(folder, numbers, build), corpus.form
+        if not counts.records:
+            assemble.check_splits(corpus, dict.fromkeys(SPLITS, 0), counts)
         keep, counts = assemble.kept(corpus, source, counts, group=form.group, dedup=corpus.dedup)
         left: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
-        assemble.check_splits(corpus.store, left, counts, corpus.validation)
+        assemble.check_splits(corpus, left, counts)
         splits, packs = {}, {}
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)

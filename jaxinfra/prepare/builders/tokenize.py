@@ -18,7 +18,7 @@ from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.overlap import digest_of_values, joined
+from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.documents.dedup import Signer
 from jaxinfra.prepare.documents.document import Document
 from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
@@ -179,7 +179,7 @@ class _Rows:
             `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each,
             int64; `digest_D2`: the hash of the tokens of each, uint64; where some are not learned `mask_N`, uint8, 1
             for those that are; where duplicates are looked for `exact_D2`, the hash of each text, uint64, and
-            `near_DP`, its MinHash; where an overlap must be told `where_B`, the place of each, in lines of UTF-8.
+            `near_DP`, its MinHash; where an overlap ends the work `where_D`, the place of each.
         """
         self._encode()
         arrays = {
@@ -195,7 +195,7 @@ class _Rows:
             if self._dedup is not None and self._dedup.near:
                 arrays["near_DP"] = np.array(self._near, np.uint32).reshape(-1, self._dedup.permutations)
         if self._named:
-            arrays["where_B"] = joined(self._where)
+            arrays["where_D"] = np.array(self._where, np.str_)
         return arrays
 
     def _note(self, where: str, text: str, count: int) -> None:
