@@ -116,7 +116,7 @@ def shorten(folder: Path) -> None:
         (folder / name).write_text(text.replace(old, new))
 
 
-def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 600) -> tuple[int, str]:
+def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 1500) -> tuple[int, str]:
     """Runs a shell command; with `stop`, asks it to stop after its first training step, as a scheduler would."""
     process = subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
