@@ -65,6 +65,19 @@ def repo_root() -> Path:
     return ROOT
 
 
+@pytest.fixture
+def quick_compiles() -> Iterator[None]:
+    """Compiles without most of LLVM's optimizations, which toy programs wait for much longer than they run.
+
+    XLA's own passes, and so collectives and memory, stay as they are. Bits do not.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def mesh_context_is_left() -> Iterator[None]:
     """A mesh set by one test must not be seen by the next."""

@@ -50,6 +50,8 @@ def _chunks(x: jax.Array, chunks: int) -> jax.Array:
 
     Interleaved, not consecutive, so that a sharded length stays sharded alike in every chunk.
     """
+    if chunks == 1:
+        return x[None]  # JAX 0.11 cannot reshape by a dimension of 1 what is reduced over a mesh axis
     B, T, *rest = x.shape
     return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *rest), 2, 0)
 

@@ -109,14 +109,14 @@ def shorten(folder: Path) -> None:
             "steps=250, global_batch=16, eval_every=125",
             "steps=40, global_batch=4, eval_every=20",
         ),
-        ("configs/data/python_stdlib.py", '"**/*.py"', '"[a-d]*.py"'),
+        ("configs/data/python_stdlib.py", '"**/*.py"', '"**/[a-d]*.py"'),
     ):
         text = (folder / name).read_text()
         assert text.count(old) == 1, f"{name}: no {old}"
         (folder / name).write_text(text.replace(old, new))
 
 
-def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 600) -> tuple[int, str]:
+def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 1500) -> tuple[int, str]:
     """Runs a shell command; with `stop`, asks it to stop after its first training step, as a scheduler would."""
     process = subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
@@ -126,17 +126,18 @@ def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 6
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert process.stdout is not None
     watchdog = threading.Timer(patience_s, process.kill)
     watchdog.start()
     output = []
-    for line in process.stdout:
-        output.append(line)
-        if stop and STEP.match(line):
-            process.send_signal(signal.SIGTERM)
-            stop = False
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if stop and STEP.match(line):
+                process.send_signal(signal.SIGTERM)
+                stop = False
     watchdog.cancel()
-    return process.wait(), "".join(output)
+    return process.returncode, "".join(output)
 
 
 @pytest.mark.slow
