@@ -13,7 +13,7 @@ ifndef PYTHON
 PYTHON := $(shell $(FIND_PYTHON))
 endif
 
-.PHONY: help quickstart test test-slow test-all lint bench clean
+.PHONY: help quickstart test test-slow test-all test-oldest lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +55,20 @@ test-slow: $(VENV)/.installed-test ## run the slow tests
 test-all: lint ## lint, and run all tests, fast and slow
 	$(PYTEST)
 
+# The oldest Python that is supported and here, in a place of pyenv's too, with the oldest JAX.
+OLDEST := .venv-oldest
+OLDEST_PYTHON = for candidate in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3.12 "$(PYTHON)"; do \
+	"$$candidate" -c 'import ensurepip' 2>/dev/null && echo "$$candidate" && exit; done
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VENV)/.installed
+	"$(shell $(OLDEST_PYTHON))" -m venv $(OLDEST)
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python -c constraints-oldest.txt \
+		-c <(grep -v '^jax' constraints.txt) -e . pytest pytest-xdist
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## run a small set with the oldest Python and JAX that are supported
+	$(OLDEST)/bin/python -m pytest -n 2 -m jax_range tests/cli tests/checkpoint tests/ops tests/parity
+
 lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -65,4 +79,4 @@ bench: $(VENV)/.installed ## time the train step against a bare JAX loop
 	$(LAUNCH) bench step
 
 clean: ## remove what was installed and built; runs and stores stay
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
