@@ -19,12 +19,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     from jaxinfra.cli.parameters import parameter_table
     from jaxinfra.config import dump, validate
-    from jaxinfra.optim.schedules import plot, table
+    from jaxinfra.optim.schedules import table
     from jaxinfra.parallel.mesh import abstract_mesh
     from jaxinfra.parallel.schedules import picture
     from jaxinfra.program import Program
     from jaxinfra.run import resolved
     from jaxinfra.track.console import derived_table, stdout_console
+    from jaxinfra.track.curve import curve
     from jaxinfra.train.derived import derived
 
     loaded = config_argument.loaded(options)
@@ -50,5 +51,5 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
     for step, rate in table(run.optim.schedule, **course):
         console.print(f"{step:>12,}  {rate:.2e}")
-    console.print(plot(run.optim.schedule, **course), markup=False)
+    console.print(curve(table(run.optim.schedule, **course, rows=200)), markup=False)
     return 0

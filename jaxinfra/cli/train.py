@@ -34,4 +34,4 @@ def print_losses(metrics: Path) -> None:
     losses = [(int(row["step"]), row["loss"]) for row in read(metrics) if "loss" in row] if metrics.exists() else []
     if losses:
         print("Training loss")
-        print(curve([loss for _, loss in losses], steps=(losses[0][0] + 1, losses[-1][0] + 1)))
+        print(curve([(step + 1, loss) for step, loss in losses]))

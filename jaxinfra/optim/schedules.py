@@ -134,20 +134,6 @@ def table(config: Schedule, *, peak_lr: float, steps: int, rows: int = 11) -> li
     return [(at, float(learning_rate(config, at, peak_lr=peak_lr, steps=steps))) for at in chosen]
 
 
-def plot(config: Schedule, *, peak_lr: float, steps: int, width: int = 60, height: int = 12) -> str:
-    """The schedule drawn in `width` columns and `height` rows of text, from step 0 to the last step."""
-    columns = np.round(np.linspace(0, steps - 1, width))
-    rates = learning_rate(config, columns, peak_lr=peak_lr, steps=steps)
-    rows = np.round((1 - rates / peak_lr) * (height - 1)).astype(int)
-    labels = {0: f"{peak_lr:.2e}", height - 1: f"{0:.2e}"}
-    lines = [
-        f"{labels.get(row, ''):>8} |" + "".join("*" if at == row else " " for at in rows).rstrip()
-        for row in range(height)
-    ]
-    last = f"step {steps - 1}"
-    return "\n".join([*lines, " " * 9 + "+" + "-" * width, " " * 10 + "0" + last.rjust(width - 1)])
-
-
 def schedule_problems(config: Schedule, steps: int, *, path: str = "") -> Iterable[Problem]:
     """What cannot work in a run of `steps` steps.
 

@@ -13,7 +13,6 @@ from jaxinfra.optim.schedules import (
     InverseSqrt,
     Linear,
     learning_rate,
-    plot,
     schedule,
     schedule_problems,
     table,
@@ -84,13 +83,6 @@ def test_table_has_both_ends_and_the_end_of_warmup():
     assert rows[-1][0] == STEPS - 1
     assert [step for step, _ in rows] == sorted({step for step, _ in rows})
     assert table(Constant(), peak_lr=PEAK, steps=1) == [(0, PEAK)]
-
-
-def test_plot_shows_the_shape():
-    lines = plot(Linear(), peak_lr=PEAK, steps=STEPS, width=12, height=12).splitlines()
-    assert lines[0] == "2.00e-02 |*"
-    assert [line.index("*") for line in lines[:12]] == list(range(10, 22))
-    assert lines[-1].endswith("step 99")
 
 
 @pytest.mark.parametrize(
