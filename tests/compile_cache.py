@@ -31,7 +31,7 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 @pytest.fixture
-def compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def compile_cache(all_optimizations: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that were compiled before are read from disk in this test."""
     from jaxinfra.plan import compiled
 

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
+    # Toy programs wait for LLVM's optimizations much longer than they run. XLA's own passes, and so collectives and
+    # memory, stay as they are.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -66,16 +68,13 @@ def repo_root() -> Path:
 
 
 @pytest.fixture
-def quick_compiles() -> Iterator[None]:
-    """Compiles without most of LLVM's optimizations, which toy programs wait for much longer than they run.
-
-    XLA's own passes, and so collectives and memory, stay as they are. Bits do not.
-    """
+def all_optimizations() -> Iterator[None]:
+    """Compiles as a user's program is: for what real compilers make of a program."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,6 @@ from jaxinfra.sample import Draw, Sampler, sampling_program
 from jaxinfra.track.jsonl import read
 from tests.tiny_run import Tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MIXTURE = (
     "model.experts=experts",
     "model.experts.count=4",

@@ -12,8 +12,6 @@ from jaxinfra.optim.schedules import Cosine
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.spec import ParamSpec, normal
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 OPTIMIZERS = [AdamW(), Adafactor(min_factored_dim=8), Lion(), SGD(nesterov=True), Muon()]
 NAMES = [type(optimizer).__name__ for optimizer in OPTIMIZERS]
 MESHES = [{"fsdp": 8, "tensor": 1}, {"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "tensor": 2}]

@@ -83,9 +83,10 @@ def pairs(case: Case) -> set[tuple[str, str]]:
 def _drawn(mesh: MeshConfig, draw: random.Random) -> Case:
     """Any combination on a mesh; what has no use there is left as it is."""
     run = draw.choice(list(RUNS.values()) if mesh.stage <= 2 else [DEEP])
-    model = replace(run.model, remat=draw.choice(REMATS))
-    if not isinstance(run.data, ImageData):
-        model = replace(model, context_attention=draw.choice(FORMS))
+    if isinstance(run.data, ImageData):
+        model = replace(run.model, remat=draw.choice([remat for remat in REMATS if isinstance(remat, str)]))
+    else:
+        model = replace(run.model, remat=draw.choice(REMATS), context_attention=draw.choice(FORMS))
     pipeline = draw.choice(SCHEDULES) if mesh.stage > 1 else run.pipeline
     return Case(
         run=replace(run, model=model, pipeline=pipeline),

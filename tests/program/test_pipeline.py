@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
@@ -15,8 +14,6 @@ from jaxinfra.plan.hlo import Module
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from jaxinfra.train.loop import TrainConfig
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROWS, LENGTH, WIDTH = 8, 128, 128
 CUBE = MeshConfig(replica=2, stage=2, fsdp=2)

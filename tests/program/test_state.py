@@ -1,7 +1,6 @@
 """The train state: where its arrays live, that its first values know no mesh, that a step takes its place."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -62,16 +61,7 @@ def first_values(mesh: MeshConfig) -> dict[str, np.ndarray]:
         return on_host(program.init(jax.random.key(7)))
 
 
-@pytest.fixture
-def quick_compiles() -> Iterator[None]:
-    """Without LLVM's optimizations: first values compile ten times faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def test_first_values_are_the_same_to_the_last_bit_on_every_mesh(quick_compiles: None) -> None:
+def test_first_values_are_the_same_to_the_last_bit_on_every_mesh() -> None:
     wanted = first_values(MeshConfig(fsdp=1))
     for mesh in (*ALONE, CUBE, MeshConfig(replica=4, fsdp=2), MeshConfig(fsdp=2), MeshConfig(replica=2, fsdp=2)):
         found = first_values(mesh)
