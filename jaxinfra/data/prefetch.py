@@ -1,5 +1,6 @@
 """From host batches to device arrays: which rows a process reads, and a thread that places them ahead."""
 
+import importlib
 import queue
 import threading
 import time
@@ -60,6 +61,9 @@ class Prefetcher[T]:
         self._taken = 0
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
+        # Grain is imported while no other thread imports: it patches `__import__` for all of them (etils' lazy imports),
+        # and an import that JAX makes while it traces would then fail.
+        importlib.import_module("grain")
         self._thread = threading.Thread(
             target=self._fill, args=(iter(batches), place), name="place-batches", daemon=True
         )
