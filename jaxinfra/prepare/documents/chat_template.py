@@ -8,18 +8,20 @@ and up to the answer itself, and the difference is learned (TRL, `SFTTrainer` wi
 
 import functools
 import itertools
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, override
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.documents.chat_jinja import BLOCK, JinjaTemplate, is_file, without_blocks
-from jaxinfra.prepare.documents.document import RecordError, Span
+from jaxinfra.prepare.documents.document import Form, RecordError, Span
 
 Role = Literal["system", "user", "assistant"]
 
 _Range = tuple[int, int]
 _MARK = "4f1c0e9d-{}-4f1c0e9d"  # a word that no template writes
+_MARKER = re.compile(r"<[^<>\s]+>")  # as presets spell special tokens
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
 
@@ -31,25 +33,10 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Words of a template, or the place of a message.
-
-    Attributes:
-        text: what the template writes; white space around messages counts as the template's.
-        message: the number of the message whose text goes here, in place of words.
-        learned: whether it is a target of the loss.
-    """
-
-    text: str = ""
-    message: int | None = None
-    learned: bool
-
-
 def spans(
     template: str, messages: Sequence[Message], learned: Collection[int], *, everything: bool = False
 ) -> list[Span]:
-    """A conversation as spans.
+    """Lays a conversation out as spans.
 
     Args:
         template: the name of a preset, or the path of a file.
@@ -66,10 +53,10 @@ def spans(
     answers = None if everything else tuple(sorted(learned))
     layout = _layout(template, tuple(message.role for message in messages), around, answers)
     found = [
-        Span(text=part.text, learned=part.learned, control=True)
-        if part.message is None
-        else Span(text=texts[part.message], learned=part.learned)
-        for part in layout
+        Span(text=part, learned=is_learned, control=True)
+        if isinstance(part, str)
+        else Span(text=texts[part], learned=is_learned)
+        for part, is_learned in layout
     ]
     if is_file(template):
         written = compiled(template).render([vars(message) for message in messages])
@@ -78,47 +65,38 @@ def spans(
     return found
 
 
-class Templated[Name: (str, str | None)]:
-    """What forms have in common that lay conversations out by a template, or by none."""
+class Templated[Name: (str, str | None)](Form):
+    """A form that lays conversations out by a template, or by none."""
 
     template: Name
 
-    def identity(self) -> str | None:
-        """Hash of the template, where it is in a file, which is read anew.
+    @override
+    def problems(self) -> Iterable[Problem]:
+        yield from super().problems()
+        if self.template is not None and self.template not in PRESETS and not is_file(self.template):
+            message = f"is none of {', '.join(PRESETS)} and no .jinja or .json file"
+            yield Problem(fields=("template",), message=message, fix="use template=chatml")
 
-        Raises:
-            ConfigError: the file cannot be used.
-        """
+    @override
+    def identity(self) -> str | None:
         if self.template is None or not is_file(self.template):
             return None
         compiled.cache_clear()
         _layout.cache_clear()
         return compiled(self.template).digest
 
+    @override
     def markers(self) -> Sequence[str]:
-        """The special tokens that the template writes: of a file those that it uses by name, such as bos_token.
-
-        Raises:
-            ConfigError: the file cannot be used.
-        """
         if self.template is None:
             return ()
-        return compiled(self.template).markers if is_file(self.template) else MARKERS[self.template]
-
-
-def template_problems(template: str) -> Iterable[Problem]:
-    """Yields what is wrong with the name of a template."""
-    if template not in PRESETS and not is_file(template):
-        yield Problem(
-            fields=("template",),
-            message=f"is none of {', '.join(PRESETS)} and no .jinja or .json file",
-            fix="use template=chatml",
-        )
+        if is_file(self.template):
+            return compiled(self.template).markers
+        return tuple(dict.fromkeys(_MARKER.findall(PRESETS[self.template])))
 
 
 @functools.lru_cache(maxsize=16)
 def compiled(template: str) -> JinjaTemplate:
-    """The template of a preset or of a file.
+    """Compiles the template of a preset or of a file.
 
     Raises:
         ConfigError: the file cannot be used.
@@ -131,8 +109,13 @@ def compiled(template: str) -> JinjaTemplate:
 @functools.lru_cache(maxsize=4096)
 def _layout(
     name: str, roles: tuple[Role, ...], around: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
-) -> Sequence[_Part]:
-    """The layout of messages of these roles, with this white space around them; None as `answers` learns all."""
+) -> Sequence[tuple[str | int, bool]]:
+    """Lays out messages of these roles, with this white space around them; None as `answers` learns all.
+
+    Returns:
+        Words of the template and, in place of messages, their numbers, in order; each with whether it is learned.
+        White space around messages counts as the template's.
+    """
     template = compiled(name)
     talk = [
         {"role": role, "content": space[0] + _MARK.format(number) + space[-1]}
@@ -186,17 +169,14 @@ def _added(
     return start, place[1] + len(end.rstrip() or end)  # white space behind what ends a turn ends nothing
 
 
-def _parts(written: str, places: Sequence[_Range], learned: Sequence[_Range]) -> Iterator[_Part]:
+def _parts(written: str, places: Sequence[_Range], learned: Sequence[_Range]) -> Iterator[tuple[str | int, bool]]:
     """Cuts what a template wrote at messages, and where learning begins and ends."""
     numbers = {place: number for number, place in enumerate(places)}
     cuts = {0, len(written), *itertools.chain(*places, *learned)}
     for start, stop in itertools.pairwise(sorted(cuts)):
-        is_learned = any(first <= start and stop <= last for first, last in learned)
-        number, text = numbers.get((start, stop)), without_blocks(written[start:stop])
-        if number is not None:
-            yield _Part(message=number, learned=is_learned)
-        elif text:
-            yield _Part(text=text, learned=is_learned)
+        part = numbers.get((start, stop), without_blocks(written[start:stop]))
+        if part != "":
+            yield part, any(first <= start and stop <= last for first, last in learned)
 
 
 PRESETS = {
@@ -223,10 +203,3 @@ PRESETS = {
 {{ '<start_of_turn>model\n' if add_generation_prompt }}""",
 }
 """ChatML (OpenAI 2023), and the layouts of the templates that are published with Llama 3 and with Gemma 3."""
-
-MARKERS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
-}
-"""The special tokens that each of them writes."""
