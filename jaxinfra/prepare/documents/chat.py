@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, override
+from typing import Any, ClassVar, Literal, override
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.documents.chat_template import Message, Role, Templated, spans
 from jaxinfra.prepare.documents.document import Document, RecordError, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
-_ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_ROLES |= {"human": "user", "gpt": "assistant"}  # of ShareGPT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class Chat(Templated[str]):
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         if not answers and self.learn != "all":
             raise RecordError(f"{self.field} has no message of the assistant to learn from")
-        learned = frozenset(answers[-1:] if self.learn == "last" else answers)
-        return [spans(self.template, messages, learned, everything=self.learn == "all")]
+        learned = {"assistant": answers, "last": answers[-1:], "all": None}[self.learn]
+        return [spans(self.template, messages, learned)]
 
 
 def messages_of(value: Any, field: str) -> list[Message]:

@@ -8,20 +8,20 @@ and up to the answer itself, and the difference is learned (TRL, `SFTTrainer` wi
 
 import functools
 import itertools
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.documents.chat_jinja import BLOCK, JinjaTemplate, is_file, without_blocks
+from jaxinfra.prepare.documents.chat_jinja import BLOCK, PRESETS, JinjaTemplate, is_file, without_blocks
 from jaxinfra.prepare.documents.document import Form, RecordError, Span
 
 Role = Literal["system", "user", "assistant"]
 
 _Range = tuple[int, int]
+compiled = functools.lru_cache(maxsize=16)(JinjaTemplate.load)
+"""The template of a preset or of a file."""
 _MARK = "4f1c0e9d-{}-4f1c0e9d"  # a word that no template writes
-_MARKER = re.compile(r"<[^<>\s]+>")  # as presets spell special tokens
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
 
@@ -33,16 +33,14 @@ class Message:
     content: str
 
 
-def spans(
-    template: str, messages: Sequence[Message], learned: Collection[int], *, everything: bool = False
-) -> list[Span]:
+def spans(template: str, messages: Sequence[Message], learned: Sequence[int] | None) -> list[Span]:
     """Lays a conversation out as spans.
 
     Args:
         template: the name of a preset, or the path of a file.
         messages: at least one.
-        learned: the messages of the assistant that are learned, each with what ends its turn.
-        everything: whether all of the text is learned, that of the template too.
+        learned: the messages of the assistant that are learned, in order, each with what ends its turn; None is all of
+            the text, that of the template too.
 
     Raises:
         RecordError: the template refuses the messages, or writes them otherwise than they are.
@@ -50,12 +48,10 @@ def spans(
     """
     texts = [message.content.strip() for message in messages]
     around = tuple(tuple(message.content.split(text, 1)) for message, text in zip(messages, texts, strict=True))
-    answers = None if everything else tuple(sorted(learned))
+    answers = None if learned is None else tuple(learned)
     layout = _layout(template, tuple(message.role for message in messages), around, answers)
     found = [
-        Span(text=part, learned=is_learned, control=True)
-        if isinstance(part, str)
-        else Span(text=texts[part], learned=is_learned)
+        Span(text=part if (control := isinstance(part, str)) else texts[part], learned=is_learned, control=control)
         for part, is_learned in layout
     ]
     if is_file(template):
@@ -87,23 +83,7 @@ class Templated[Name: (str, str | None)](Form):
 
     @override
     def markers(self) -> Sequence[str]:
-        if self.template is None:
-            return ()
-        if is_file(self.template):
-            return compiled(self.template).markers
-        return tuple(dict.fromkeys(_MARKER.findall(PRESETS[self.template])))
-
-
-@functools.lru_cache(maxsize=16)
-def compiled(template: str) -> JinjaTemplate:
-    """Compiles the template of a preset or of a file.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    if not is_file(template):
-        return JinjaTemplate(PRESETS[template], {}, template)
-    return JinjaTemplate.load(template)
+        return () if self.template is None else compiled(self.template).markers
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,29 +157,3 @@ def _parts(written: str, places: Sequence[_Range], learned: Sequence[_Range]) ->
         part = numbers.get((start, stop), without_blocks(written[start:stop]))
         if part != "":
             yield part, any(first <= start and stop <= last for first, last in learned)
-
-
-PRESETS = {
-    "chatml": """
-{%- for m in messages -%}
-    {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
-{%- endfor -%}
-{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
-    "llama3": """<|begin_of_text|>
-{%- for m in messages -%}
-    {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
-{%- endfor -%}
-{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}""",
-    "gemma": """<bos>
-{%- set first = 1 if messages[0].role == 'system' else 0 -%}
-{%- for m in messages[first:] -%}
-    {%- if m.role != ('assistant' if loop.index0 % 2 else 'user') -%}
-        {{ raise_exception('turns of the user and the assistant must alternate') }}
-    {%- endif -%}
-    {{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}
-    {{- messages[0].content + '\n\n' if first and loop.first }}
-    {{- m.content | trim + '<end_of_turn>\n' }}
-{%- endfor -%}
-{{ '<start_of_turn>model\n' if add_generation_prompt }}""",
-}
-"""ChatML (OpenAI 2023), and the layouts of the templates that are published with Llama 3 and with Gemma 3."""
