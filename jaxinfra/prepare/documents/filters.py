@@ -24,7 +24,8 @@ _DIGITS = re.compile(r"\d+")
 _MARKS = re.compile(r"#|\.\.\.|\u2026")
 _SYMBOLS = re.compile(r"[^\w\s]+|_+")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
-_BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013")
+_has_bullet = operator.methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
+_is_open = operator.methodcaller("endswith", ("...", "\u2026"))
 _TOP_RUN, _DUPLICATE_RUN = 2, 5  # words of the shortest runs that are counted (Rae et al. 2021, table A1)
 
 
@@ -191,14 +192,6 @@ def _repeated(parts: Sequence[str]) -> float:
 
 def _repeated_chars(parts: Sequence[str]) -> float:
     return _share(len("".join(parts)) - len("".join(set(parts))), len("".join(parts)))
-
-
-def _has_bullet(line: str) -> bool:
-    return line.startswith(_BULLETS)
-
-
-def _is_open(line: str) -> bool:
-    return line.endswith(("...", "\u2026"))
 
 
 def _has_letter(word: str) -> bool:

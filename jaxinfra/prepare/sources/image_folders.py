@@ -5,7 +5,6 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal, override
 
 import numpy as np
@@ -45,20 +44,18 @@ class ImageFolders(Files):
     @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         """Lists ranges of the sorted files of a class: one an image would be too many."""
-        images = _images(list_files(self.root, self.pattern))
-        if not images:
+        classes = _classes(list_files(self.root, self.pattern))
+        if not classes:
             raise ConfigError(f"pattern={self.pattern}: matches no image in a folder in {shown(self.root)}; mend it")
-        classes = {name: list(files) for name, files in groupby(images, key=_class_of)}
-        return [
-            piece for name, files in classes.items() for piece in cut(_folder(name, files), len(files), split_bytes)
-        ]
+        found = ((_folder(name, files), len(files)) for name, files in classes.items())
+        return [piece for folder, count in found for piece in cut(folder, count, split_bytes)]
 
     @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
         label = list_names(self.root).index(piece.name)
         first, _, rest = self.pattern.partition("/")
         below = f"{glob.escape(piece.name)}/{'**/' if first == '**' else ''}{rest}"
-        files = _images(list_files(self.root, below))
+        files = _classes(list_files(self.root, below)).get(piece.name, [])
         if _folder(piece.name, files).stamp != piece.stamp:
             raise StorageError(f"{shown(self.root)}/{piece.name}: changed since its files were listed; start again")
 
@@ -71,14 +68,14 @@ class ImageFolders(Files):
             yield read_as(parse, content, key=file.name, where=file.name)
 
 
-def _class_of(file: File) -> str:
-    return file.name.partition("/")[0]
-
-
-def _images(files: Iterable[File]) -> list[File]:
-    """Sorts the images in folders class by class: in order of names alone, `a-b/1.png` is before `a/1.png`."""
-    images = [file for file in files if "/" in file.name and file.name.lower().endswith(_SUFFIXES)]
-    return sorted(images, key=lambda file: (_class_of(file), file.name))
+def _classes(files: Iterable[File]) -> dict[str, list[File]]:
+    """Sorts the images in folders into classes: in order of names alone, `a-b/1.png` is before `a/1.png`."""
+    found: dict[str, list[File]] = {}
+    for file in files:
+        folder, slash, name = file.name.partition("/")
+        if slash and name.lower().endswith(_SUFFIXES):
+            found.setdefault(folder, []).append(file)
+    return dict(sorted(found.items()))
 
 
 def _folder(name: str, files: Sequence[File]) -> File:
