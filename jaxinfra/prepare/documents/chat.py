@@ -52,11 +52,7 @@ class Chat(Templated[str]):
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
-    """Returns the messages of a conversation, at least one.
-
-    Raises:
-        RecordError: the value is none, or one of its messages has no known role or no text.
-    """
+    """Returns the messages of a conversation, at least one, or raises a RecordError that says what is wrong with it."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise RecordError(f"{field} is {type(value).__name__}, expected a list of messages")
     messages = [_message(item, f"message {number} of {field}") for number, item in enumerate(value, 1)]

@@ -44,11 +44,7 @@ class JinjaTemplate:
     """
 
     def __init__(self, source: str, tokens: dict[str, str], name: str):
-        """Takes the text of a template and the special tokens that it may use by name.
-
-        Raises:
-            ConfigError: it is no template, or uses tokens that are not given.
-        """
+        """Compiles a template that may use special tokens by name; a ConfigError says what is wrong with it."""
         self._name = name
         environment = _environment()
         try:
@@ -66,11 +62,7 @@ class JinjaTemplate:
 
     @classmethod
     def load(cls, template: str) -> Self:
-        """Takes a preset, or reads a template from a file of its own or from a tokenizer_config.json.
-
-        Raises:
-            ConfigError: it cannot be read, or has no template.
-        """
+        """Takes a preset, or reads a .jinja or a tokenizer_config.json; raises a ConfigError if it has no template."""
         if not is_file(template):
             made = cls(PRESETS[template], {}, template)
             made.markers = tuple(dict.fromkeys(_MARKER.findall(PRESETS[template])))
@@ -85,15 +77,12 @@ class JinjaTemplate:
         return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)}, template)
 
     def render(self, messages: list[dict[str, str]], *, answering: bool = False, blocks: bool = False) -> str:
-        """The conversation as text.
+        """Writes messages, each with a role and a content, as text, or raises a RecordError of the template's words.
 
         Args:
-            messages: each with a role and a content.
+            messages: the conversation.
             answering: whether an answer is to follow (`add_generation_prompt`).
             blocks: whether noncharacters are left around generation blocks, as `BLOCK` finds them.
-
-        Raises:
-            RecordError: the template refuses it.
         """
         try:
             text = self._template.render(messages=messages, add_generation_prompt=answering, **self._names)

@@ -102,11 +102,7 @@ class Text(Form):
 
 
 def value_of(record: Record, field: str) -> Any:
-    """Returns the value of a field.
-
-    Raises:
-        RecordError: there is no such field.
-    """
+    """Returns the value of a field, or raises a RecordError that says which fields there are."""
     if field not in record:
         there = [" ".join(str(name).split()) for name in islice(record, _NAMED)]
         raise RecordError(f"no field {field}; it has {', '.join(there) or 'none'}{' ...' * (len(record) > _NAMED)}")
@@ -114,11 +110,7 @@ def value_of(record: Record, field: str) -> Any:
 
 
 def as_text(value: Any, what: str) -> str:
-    """Returns the value, if it is a text.
-
-    Raises:
-        RecordError: it is none, or has half a surrogate pair in it, which JSON can spell and UTF-8 cannot.
-    """
+    """Returns the value, or raises a RecordError: it is no text, or JSON spells one in it that UTF-8 cannot."""
     if not isinstance(value, str):
         raise RecordError(f"{what} is {type(value).__name__}, expected a text")
     try:

@@ -87,11 +87,7 @@ def _folder(name: str, files: Sequence[File]) -> File:
 
 
 def _decoded(content: bytes, mode: str) -> np.ndarray:
-    """Decodes an image to pixels, uint8 (height, width, channels).
-
-    Raises:
-        ValueError: it is none, or has more than 8 bits a channel.
-    """
+    """Decodes an image to uint8 (height, width, channels); a ValueError says why it cannot."""
     pillow = needed("PIL", "Image", "ImageOps", by="source=image_folders", install="jaxinfra[images]")
     try:
         with pillow.Image.open(io.BytesIO(content)) as image:

@@ -24,11 +24,7 @@ class Jsonl(LineFiles):
 
 
 def json_object(content: bytes) -> Record:
-    """Reads the JSON object that `content` spells in UTF-8.
-
-    Raises:
-        ValueError: it spells none, or one that no text can be made of.
-    """
+    """Reads a JSON object in UTF-8; a ValueError says that it is none, or one that no text can be made of."""
     text = text_of(content)
     try:
         value = json.loads(text)

@@ -51,11 +51,7 @@ class LineFiles(Files):
 
 
 def text_of(content: bytes) -> str:
-    """Decodes UTF-8.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
+    """Decodes UTF-8; a ValueError says where it is none."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:

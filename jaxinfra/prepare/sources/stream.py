@@ -65,12 +65,8 @@ class Reader(ABC):
         return
 
     def at_end(self) -> bool:
-        """Tells whether nothing comes because all that is there has come. What is in a pipe comes at once.
-
-        Raises:
-            StorageError: the stream cannot be reached.
-        """
-        return True
+        """Tells whether nothing comes because all has come; raises a StorageError if the stream is out of reach."""
+        return True  # what is in a pipe comes at once
 
 
 class Stream(Source):
@@ -102,20 +98,13 @@ class Stream(Source):
 def blocks(
     reader: Reader, block_bytes: int, *, stopping: Callable[[], bool], wait_s: float = WAIT_S
 ) -> Iterator[Block | None]:
-    """Gathers records to blocks.
+    """Gathers records to blocks; yields None when nothing came for a moment. Raises as `Reader.arrivals`.
 
     Args:
         reader: of an open stream.
         block_bytes: of a block, about.
         stopping: whether to end with what has come; asked at least once each `TICK_S`.
         wait_s: how long the first record of a block waits for more.
-
-    Yields:
-        Blocks, and None when nothing came for a moment.
-
-    Raises:
-        DataError: as `Reader.arrivals`.
-        StorageError: as `Reader.arrivals`.
     """
     records: list[Found | Bad] = []
     start_bytes, first_s = reader.read_bytes, 0.0

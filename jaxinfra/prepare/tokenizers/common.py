@@ -85,11 +85,7 @@ class Converted:
     name: str
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compares ids and decoded text with those of the original library.
-
-        Raises:
-            ConfigError: a text gets other ids, or another text comes back.
-        """
+        """Compares ids and decoded text with those of the original library; a ConfigError says where they differ."""
         special = self.tokenizer.special
         for text in texts:
             for each in (text, *(f"a{token}b{token} c" for token in special if token in text)):

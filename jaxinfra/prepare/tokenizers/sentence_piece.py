@@ -49,11 +49,7 @@ class SentencePieceModel(Vocabulary):
 
 
 def convert_sentence_piece(config: SentencePieceModel) -> Converted:
-    """Converts a model of SentencePiece.
-
-    Raises:
-        ConfigError: there is no such file, it is no model, it lacks a special token, or sentencepiece is missing.
-    """
+    """Converts a model of SentencePiece. Raises as `convert`."""
     by, install = "tokenizer=sentence_piece_model", "jaxinfra[sentencepiece]"
     library = needed("sentencepiece", "sentencepiece_model_pb2", by=by, install=install)
     model = _parse(library.sentencepiece_model_pb2.ModelProto, read_content(config.path, "a tokenizer"), config.path)
@@ -103,7 +99,7 @@ def _make_control(model: Any, config: SentencePieceModel) -> None:
 
 
 def _backend(model: Any) -> Backend:
-    """A tokenizer of the library `tokenizers` that does what a model says, with its own normalization."""
+    """Makes a tokenizer of the library `tokenizers` that does what a model says, with its own normalization."""
     types, spec = model.SentencePiece, model.normalizer_spec
     special = [piece.piece for piece in model.pieces if piece.type in (types.CONTROL, types.UNKNOWN)]
     defined = [piece.piece for piece in model.pieces if piece.type == types.USER_DEFINED]

@@ -96,11 +96,7 @@ class Tiktoken(Vocabulary):
 
 
 def convert_tiktoken(config: Tiktoken) -> Converted:
-    """Converts a vocabulary of tiktoken.
-
-    Raises:
-        ConfigError: its file cannot be read or is damaged, it lacks the end of a document, or tiktoken is missing.
-    """
+    """Converts a vocabulary of tiktoken. Raises as `convert`."""
     library = needed("tiktoken", by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
     name = config.path or config.encoding
     if config.path is None:
@@ -130,7 +126,7 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
 
 
 def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
-    """The tokenizer.json of ranks.
+    """Makes the tokenizer.json of ranks.
 
     The library merges the two neighbors whose union has the least rank; a pair has the rank of its union, and so all
     pairs that make a token are merges.
@@ -152,7 +148,7 @@ def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int
 
 
 def _parse(content: bytes, name: str) -> dict[bytes, int]:
-    """The ranks of a file, which must have a token for every byte."""
+    """Reads the ranks of a file, which must have a token for every byte."""
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -172,7 +168,7 @@ def _parse(content: bytes, name: str) -> dict[bytes, int]:
 
 
 def _of_library(library: Any, encoding: str) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """Pattern, ranks and special tokens of an encoding that the library has."""
+    """Returns pattern, ranks and special tokens of an encoding that the library has."""
     if encoding not in PATTERNS:
         raise ConfigError(f"encoding={encoding}: its pattern is not known; use one of {', '.join(PATTERNS)}")
     try:
