@@ -2,20 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.documents.chat_template import Message, Role, Templated, spans, template_problems
+from jaxinfra.prepare.documents.chat_template import Message, Role, Templated, spans
 from jaxinfra.prepare.documents.document import Document, RecordError, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "human": "user",
-    "gpt": "assistant",
-}
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_ROLES |= {"human": "user", "gpt": "assistant"}  # of ShareGPT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,44 +27,32 @@ class Chat(Templated[str]):
         system: text of a system message for conversations that have none.
     """
 
-    masked: ClassVar[bool] = True
-    group: ClassVar[int] = 1
+    named: ClassVar[tuple[str, ...]] = ("field",)
     field: str = "messages"
     template: str = "chatml"
     learn: Literal["assistant", "last", "all"] = "assistant"
     system: str | None = None
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; files are not looked at."""
-        if not self.field:
-            yield Problem(fields=("field",), message="names no field", fix="use field=messages")
-        yield from template_problems(self.template)
+        yield from super().problems()
         if self.system is not None and not self.system.strip():
             yield Problem(fields=("system",), message="says nothing", fix="use system=none")
 
+    @override
     def documents(self, record: Record) -> Sequence[Document]:
-        """The conversation as one document.
-
-        Raises:
-            RecordError: there is no conversation, it has nothing to learn, or the template refuses it.
-            ConfigError: the file of the template cannot be used.
-        """
         messages = messages_of(value_of(record, self.field), self.field)
         if self.system is not None and messages[0].role != "system":
             messages = [Message(role="system", content=self.system), *messages]
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         if not answers and self.learn != "all":
             raise RecordError(f"{self.field} has no message of the assistant to learn from")
-        learned = frozenset(answers[-1:] if self.learn == "last" else answers)
-        return [spans(self.template, messages, learned, everything=self.learn == "all")]
+        learned = {"assistant": answers, "last": answers[-1:], "all": None}[self.learn]
+        return [spans(self.template, messages, learned)]
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
-    """The messages of a conversation, at least one.
-
-    Raises:
-        RecordError: the value is none, or one of its messages has no known role or no text.
-    """
+    """Returns the messages of a conversation, at least one, or raises a RecordError that says what is wrong with it."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise RecordError(f"{field} is {type(value).__name__}, expected a list of messages")
     messages = [_message(item, f"message {number} of {field}") for number, item in enumerate(value, 1)]

@@ -23,6 +23,7 @@ from jaxinfra.storage.files import exists, read_content
 
 _CONFIG = "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_MARKER = re.compile(r"<[^<>\s]+>")  # as presets spell special tokens
 _BEGIN, _END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has
 BLOCK = re.compile(f"{_BEGIN}[^{_BEGIN}]*?{_END}")
 """A generation block in what is rendered with `blocks`."""
@@ -39,15 +40,11 @@ class JinjaTemplate:
     Attributes:
         generates: whether it has `{% generation %}` blocks, which hold what the assistant writes.
         digest: hash of its text and of the special tokens that it may use.
-        markers: special tokens that it uses by their names.
+        markers: special tokens that it writes: of a file those that it uses by their names.
     """
 
     def __init__(self, source: str, tokens: dict[str, str], name: str):
-        """Takes the text of a template and the special tokens that it may use by name.
-
-        Raises:
-            ConfigError: it is no template, or uses tokens that are not given.
-        """
+        """Compiles a template that may use special tokens by name; a ConfigError says what is wrong with it."""
         self._name = name
         environment = _environment()
         try:
@@ -64,31 +61,28 @@ class JinjaTemplate:
         self._names = tokens | {"tools": None, "documents": None}
 
     @classmethod
-    def load(cls, path: str) -> Self:
-        """Reads a template, from a file of its own or from a tokenizer_config.json.
-
-        Raises:
-            ConfigError: it cannot be read, or has no template.
-        """
-        if path.endswith(".json"):
-            config = _config(path)
-            return cls(_source(config, path), _tokens(config), path)
-        source = read_content(path, "a template").decode(errors="replace")
-        beside = path.rpartition("/")[0]
-        config_path = f"{beside}/{_CONFIG}" if beside else _CONFIG
-        tokens = _tokens(_config(config_path)) if exists(config_path) else {}
-        return cls(source, tokens, path)
+    def load(cls, template: str) -> Self:
+        """Takes a preset, or reads a .jinja or a tokenizer_config.json; raises a ConfigError if it has no template."""
+        if not is_file(template):
+            made = cls(PRESETS[template], {}, template)
+            made.markers = tuple(dict.fromkeys(_MARKER.findall(PRESETS[template])))
+            return made
+        path = template if template.endswith(".json") else "".join((*template.rpartition("/")[:2], _CONFIG))
+        config = _config(path) if path == template or exists(path) else {}
+        source = (
+            _source(config, path) if path == template else read_content(template, "a template").decode(errors="replace")
+        )
+        tokens = {name: config.get(name) for name in _TOKENS}
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+        return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)}, template)
 
     def render(self, messages: list[dict[str, str]], *, answering: bool = False, blocks: bool = False) -> str:
-        """The conversation as text.
+        """Writes messages, each with a role and a content, as text, or raises a RecordError of the template's words.
 
         Args:
-            messages: each with a role and a content.
+            messages: the conversation.
             answering: whether an answer is to follow (`add_generation_prompt`).
             blocks: whether noncharacters are left around generation blocks, as `BLOCK` finds them.
-
-        Raises:
-            RecordError: the template refuses it.
         """
         try:
             text = self._template.render(messages=messages, add_generation_prompt=answering, **self._names)
@@ -122,13 +116,6 @@ def _source(config: dict[str, Any], path: str) -> str:
     return found
 
 
-def _tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name; each is a text, or has one as its content."""
-    found = {name: config.get(name) for name in _TOKENS}
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant writes, as in Transformers."""
 
@@ -143,18 +130,44 @@ class _Generation(Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
 def _environment() -> Environment:
     """The sandbox of Transformers (`utils/chat_template_utils.py`), without the date."""
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
+    extensions = [_Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = refuse
     return environment
+
+
+PRESETS = {
+    "chatml": """
+{%- for m in messages -%}
+    {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
+    "llama3": """<|begin_of_text|>
+{%- for m in messages -%}
+    {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
+{%- endfor -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}""",
+    "gemma": """<bos>
+{%- set first = 1 if messages[0].role == 'system' else 0 -%}
+{%- for m in messages[first:] -%}
+    {%- if m.role != ('assistant' if loop.index0 % 2 else 'user') -%}
+        {{ raise_exception('turns of the user and the assistant must alternate') }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}
+    {{- messages[0].content + '\n\n' if first and loop.first }}
+    {{- m.content | trim + '<end_of_turn>\n' }}
+{%- endfor -%}
+{{ '<start_of_turn>model\n' if add_generation_prompt }}""",
+}
+"""ChatML (OpenAI 2023), and the layouts of the templates that are published with Llama 3 and with Gemma 3."""

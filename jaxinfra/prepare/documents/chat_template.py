@@ -10,15 +10,17 @@ import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.documents.chat_jinja import BLOCK, JinjaTemplate, is_file, without_blocks
-from jaxinfra.prepare.documents.document import RecordError, Span
+from jaxinfra.prepare.documents.chat_jinja import BLOCK, PRESETS, JinjaTemplate, is_file, without_blocks
+from jaxinfra.prepare.documents.document import Form, RecordError, Span
 
 Role = Literal["system", "user", "assistant"]
 
 _Range = tuple[int, int]
+compiled = functools.lru_cache(maxsize=16)(JinjaTemplate.load)
+"""The template of a preset or of a file."""
 _MARK = "4f1c0e9d-{}-4f1c0e9d"  # a word that no template writes
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
@@ -31,31 +33,14 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Words of a template, or the place of a message.
-
-    Attributes:
-        text: what the template writes; white space around messages counts as the template's.
-        message: the number of the message whose text goes here, in place of words.
-        learned: whether it is a target of the loss.
-    """
-
-    text: str = ""
-    message: int | None = None
-    learned: bool
-
-
-def spans(
-    template: str, messages: Sequence[Message], learned: Collection[int], *, everything: bool = False
-) -> list[Span]:
-    """A conversation as spans.
+def spans(template: str, messages: Sequence[Message], learned: Sequence[int] | None) -> list[Span]:
+    """Lays a conversation out as spans.
 
     Args:
         template: the name of a preset, or the path of a file.
         messages: at least one.
-        learned: the messages of the assistant that are learned, each with what ends its turn.
-        everything: whether all of the text is learned, that of the template too.
+        learned: the messages of the assistant that are learned, in order, each with what ends its turn; None is all of
+            the text, that of the template too.
 
     Raises:
         RecordError: the template refuses the messages, or writes them otherwise than they are.
@@ -63,13 +48,11 @@ def spans(
     """
     texts = [message.content.strip() for message in messages]
     around = tuple(tuple(message.content.split(text, 1)) for message, text in zip(messages, texts, strict=True))
-    answers = None if everything else tuple(sorted(learned))
+    answers = None if learned is None else tuple(learned)
     layout = _layout(template, tuple(message.role for message in messages), around, answers)
     found = [
-        Span(text=part.text, learned=part.learned, control=True)
-        if part.message is None
-        else Span(text=texts[part.message], learned=part.learned)
-        for part in layout
+        Span(text=part if (control := isinstance(part, str)) else texts[part], learned=is_learned, control=control)
+        for part, is_learned in layout
     ]
     if is_file(template):
         written = compiled(template).render([vars(message) for message in messages])
@@ -78,61 +61,41 @@ def spans(
     return found
 
 
-class Templated[Name: (str, str | None)]:
-    """What forms have in common that lay conversations out by a template, or by none."""
+class Templated[Name: (str, str | None)](Form):
+    """A form that lays conversations out by a template, or by none."""
 
     template: Name
 
-    def identity(self) -> str | None:
-        """Hash of the template, where it is in a file, which is read anew.
+    @override
+    def problems(self) -> Iterable[Problem]:
+        yield from super().problems()
+        if self.template is not None and self.template not in PRESETS and not is_file(self.template):
+            message = f"is none of {', '.join(PRESETS)} and no .jinja or .json file"
+            yield Problem(fields=("template",), message=message, fix="use template=chatml")
 
-        Raises:
-            ConfigError: the file cannot be used.
-        """
+    @override
+    def identity(self) -> str | None:
         if self.template is None or not is_file(self.template):
             return None
         compiled.cache_clear()
         _layout.cache_clear()
         return compiled(self.template).digest
 
+    @override
     def markers(self) -> Sequence[str]:
-        """The special tokens that the template writes: of a file those that it uses by name, such as bos_token.
-
-        Raises:
-            ConfigError: the file cannot be used.
-        """
-        if self.template is None:
-            return ()
-        return compiled(self.template).markers if is_file(self.template) else MARKERS[self.template]
-
-
-def template_problems(template: str) -> Iterable[Problem]:
-    """Yields what is wrong with the name of a template."""
-    if template not in PRESETS and not is_file(template):
-        yield Problem(
-            fields=("template",),
-            message=f"is none of {', '.join(PRESETS)} and no .jinja or .json file",
-            fix="use template=chatml",
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def compiled(template: str) -> JinjaTemplate:
-    """The template of a preset or of a file.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    if not is_file(template):
-        return JinjaTemplate(PRESETS[template], {}, template)
-    return JinjaTemplate.load(template)
+        return () if self.template is None else compiled(self.template).markers
 
 
 @functools.lru_cache(maxsize=4096)
 def _layout(
     name: str, roles: tuple[Role, ...], around: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
-) -> Sequence[_Part]:
-    """The layout of messages of these roles, with this white space around them; None as `answers` learns all."""
+) -> Sequence[tuple[str | int, bool]]:
+    """Lays out messages of these roles, with this white space around them; None as `answers` learns all.
+
+    Returns:
+        Words of the template and, in place of messages, their numbers, in order; each with whether it is learned.
+        White space around messages counts as the template's.
+    """
     template = compiled(name)
     talk = [
         {"role": role, "content": space[0] + _MARK.format(number) + space[-1]}
@@ -186,47 +149,11 @@ def _added(
     return start, place[1] + len(end.rstrip() or end)  # white space behind what ends a turn ends nothing
 
 
-def _parts(written: str, places: Sequence[_Range], learned: Sequence[_Range]) -> Iterator[_Part]:
+def _parts(written: str, places: Sequence[_Range], learned: Sequence[_Range]) -> Iterator[tuple[str | int, bool]]:
     """Cuts what a template wrote at messages, and where learning begins and ends."""
     numbers = {place: number for number, place in enumerate(places)}
     cuts = {0, len(written), *itertools.chain(*places, *learned)}
     for start, stop in itertools.pairwise(sorted(cuts)):
-        is_learned = any(first <= start and stop <= last for first, last in learned)
-        number, text = numbers.get((start, stop)), without_blocks(written[start:stop])
-        if number is not None:
-            yield _Part(message=number, learned=is_learned)
-        elif text:
-            yield _Part(text=text, learned=is_learned)
-
-
-PRESETS = {
-    "chatml": """
-{%- for m in messages -%}
-    {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
-{%- endfor -%}
-{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
-    "llama3": """<|begin_of_text|>
-{%- for m in messages -%}
-    {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
-{%- endfor -%}
-{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}""",
-    "gemma": """<bos>
-{%- set first = 1 if messages[0].role == 'system' else 0 -%}
-{%- for m in messages[first:] -%}
-    {%- if m.role != ('assistant' if loop.index0 % 2 else 'user') -%}
-        {{ raise_exception('turns of the user and the assistant must alternate') }}
-    {%- endif -%}
-    {{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}
-    {{- messages[0].content + '\n\n' if first and loop.first }}
-    {{- m.content | trim + '<end_of_turn>\n' }}
-{%- endfor -%}
-{{ '<start_of_turn>model\n' if add_generation_prompt }}""",
-}
-"""ChatML (OpenAI 2023), and the layouts of the templates that are published with Llama 3 and with Gemma 3."""
-
-MARKERS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
-}
-"""The special tokens that each of them writes."""
+        part = numbers.get((start, stop), without_blocks(written[start:stop]))
+        if part != "":
+            yield part, any(first <= start and stop <= last for first, last in learned)

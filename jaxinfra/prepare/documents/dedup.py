@@ -56,15 +56,16 @@ class Signer:
 
     def __init__(self, dedup: Dedup):
         self.dedup = dedup
-        self._blank = _minhash(dedup) if dedup.near else None
+        self._blank: Any = None
+        if dedup.near:  # a sketch of nothing; its permutations are 32 bits wide
+            self._blank = _library().MinHash(dedup.permutations, seed=_SEED, hashfunc=int, scheme="affine32")
 
     def exact(self, text: str) -> np.ndarray:
-        """Equal for equal texts alone: the 128 bits of XXH3, uint64[2]."""
+        """Returns what is equal for equal texts alone: the 128 bits of XXH3, uint64[2]."""
         return np.frombuffer(xxhash.xxh3_128_digest(text.encode()), ">u8").astype(np.uint64)
 
     def near(self, text: str) -> np.ndarray:
-        """Two have as many equal numbers as the texts have equal runs of words, about: uint32[permutations]."""
-        assert self._blank is not None
+        """Returns uint32[permutations], of which about as many are equal for two texts as their runs of words are."""
         codes = word_codes(_WORD.findall(text.lower()))
         if not len(codes):
             codes = self.exact(text)[:1]  # near to itself alone
@@ -75,12 +76,12 @@ class Signer:
         return sketch.hashvalues
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Both signatures; the second one is None where only exact duplicates are looked for."""
+        """Returns both signatures; the second one is None where only exact duplicates are looked for."""
         return self.exact(text), self.near(text) if self.dedup.near else None
 
 
 def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:
-    """Which documents repeat an earlier one.
+    """Tells which documents repeat an earlier one.
 
     Args:
         dedup: what was asked for.
@@ -104,17 +105,18 @@ def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -
 
 
 def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
-    """Which of the documents `firsts`, in their order, are near to an earlier one of them: bool.
+    """Tells which of the documents `firsts`, in their order, are near to an earlier one of them: bool.
 
     Only those are compared that share a band: a few neighboring numbers of their signatures (Leskovec et al., Mining
     of Massive Datasets, section 3.4). Of each group that does, all are compared with its first, those that are not
     near to that with its second, and so on.
     """
-    bands, rows = _bands(dedup)
+    # How many bands there are, and numbers in each, so that few pairs above the threshold are missed.
+    lsh = _library().MinHashLSH(dedup.threshold, dedup.permutations, weights=_WEIGHTS)
     found = np.zeros(len(firsts), bool)
-    for band in range(bands):
+    for band in range(lsh.b):
         keys = np.zeros(len(firsts), np.uint64)
-        for column in range(band * rows, (band + 1) * rows):
+        for column in range(band * lsh.r, (band + 1) * lsh.r):
             keys = keys * STEP + near_NP[firsts, column]
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.diff(keys[order], prepend=0) != 0) if len(order) else order
@@ -130,17 +132,6 @@ def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
                 same = np.count_nonzero(near_NP[ours] == near_NP[theirs], axis=1)
                 found[order[part]] = same >= dedup.threshold * dedup.permutations
     return found
-
-
-def _minhash(dedup: Dedup) -> Any:
-    """A sketch of nothing; its permutations are 32 bits wide."""
-    return _library().MinHash(dedup.permutations, seed=_SEED, hashfunc=int, scheme="affine32")
-
-
-def _bands(dedup: Dedup) -> tuple[int, int]:
-    """How many bands there are, and how many numbers each has, so that few pairs above the threshold are missed."""
-    lsh = _library().MinHashLSH(dedup.threshold, dedup.permutations, weights=_WEIGHTS)
-    return lsh.b, lsh.r
 
 
 def _library() -> Any:

@@ -4,16 +4,16 @@ A form says how. Whether a span is learned, and whether it may spell special tok
 text that came from a record never spells one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, override
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.sources.record import Record
 
-_NAMED = 20
-"""Fields that a message lists."""
+_NAMED = 20  # fields that a message lists
 
 
 class RecordError(Exception):
@@ -38,48 +38,54 @@ class Span:
 Document = Sequence[Span]
 
 
-class Form(Protocol):
+class Form(ABC):
     """How records become documents.
 
     Attributes:
         masked: whether its documents have parts that are not learned.
         group: documents that every record gives: 1, or 2 for a chosen and a rejected answer.
+        named: its fields that name fields of records.
     """
 
-    masked: ClassVar[bool]
-    group: ClassVar[int]
+    masked: ClassVar[bool] = True
+    group: ClassVar[int] = 1
+    named: ClassVar[tuple[str, ...]]
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself."""
-        ...
+        """Yields what is wrong with the form itself; files are not looked at."""
+        for name in self.named:
+            if getattr(self, name) == "":
+                default = getattr(type(self), name)
+                yield Problem(fields=(name,), message="names no field", fix=f"use {name}={default}")
 
     def identity(self) -> str | None:
-        """Changes when a file that the form names does; None where it names none.
+        """Changes when a file that the form names does, which is read anew; None where it names none.
 
         Raises:
             ConfigError: the file cannot be used.
         """
-        ...
+        return None
 
     def markers(self) -> Sequence[str]:
-        """The special tokens that its template is known to write.
+        """Returns the special tokens that its template writes: of a file those that it uses by name, as bos_token.
 
         Raises:
             ConfigError: its file cannot be used.
         """
-        ...
+        return ()
 
+    @abstractmethod
     def documents(self, record: Record) -> Sequence[Document]:
-        """The documents of a record, `group` of them.
+        """Makes the documents of a record, `group` of them.
 
         Raises:
-            RecordError: the record does not have what is needed.
+            RecordError: the record does not have what is needed, or the template refuses it.
+            ConfigError: the file of the template cannot be used.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(Form):
     """A field of the record is the document, all of it learned.
 
     Attributes:
@@ -87,46 +93,16 @@ class Text:
     """
 
     masked: ClassVar[bool] = False
-    group: ClassVar[int] = 1
+    named: ClassVar[tuple[str, ...]] = ("field",)
     field: str = "text"
 
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself."""
-        if not self.field:
-            yield Problem(fields=("field",), message="names no field", fix="use field=text")
-
-    def identity(self) -> str | None:
-        """It names no file."""
-        return None
-
-    def markers(self) -> Sequence[str]:
-        """It writes none."""
-        return ()
-
+    @override
     def documents(self, record: Record) -> Sequence[Document]:
-        """The field as one document.
-
-        Raises:
-            RecordError: there is no such field, or it is no text.
-        """
-        return [[Span(text=text_of(record, self.field))]]
-
-
-def text_of(record: Record, field: str) -> str:
-    """The text of a field.
-
-    Raises:
-        RecordError: there is none.
-    """
-    return as_text(value_of(record, field), field)
+        return [[Span(text=as_text(value_of(record, self.field), self.field))]]
 
 
 def value_of(record: Record, field: str) -> Any:
-    """The value of a field.
-
-    Raises:
-        RecordError: there is no such field.
-    """
+    """Returns the value of a field, or raises a RecordError that says which fields there are."""
     if field not in record:
         there = [" ".join(str(name).split()) for name in islice(record, _NAMED)]
         raise RecordError(f"no field {field}; it has {', '.join(there) or 'none'}{' ...' * (len(record) > _NAMED)}")
@@ -134,11 +110,7 @@ def value_of(record: Record, field: str) -> Any:
 
 
 def as_text(value: Any, what: str) -> str:
-    """The value, if it is a text.
-
-    Raises:
-        RecordError: it is none, or has half a surrogate pair in it, which JSON can spell and UTF-8 cannot.
-    """
+    """Returns the value, or raises a RecordError: it is no text, or JSON spells one in it that UTF-8 cannot."""
     if not isinstance(value, str):
         raise RecordError(f"{what} is {type(value).__name__}, expected a text")
     try:

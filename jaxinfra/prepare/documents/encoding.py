@@ -29,15 +29,7 @@ class Tokens:
     n_bytes: int
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Tokens]:
-    """Tokenizes documents together, on as many threads as the tokenizer takes."""
-    cut = [list(_cut(tokenizer, document)) for document in documents]
-    runs = [part for parts in cut for part in parts if isinstance(part, _Run)]
-    encoded = iter(_encode(tokenizer, runs))
-    return [_joined([next(encoded) if isinstance(part, _Run) else part for part in parts]) for parts in cut]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
     """Text without special tokens, in spans, and whether something comes before it in its document."""
 
@@ -51,6 +43,21 @@ class _Run:
     @property
     def mixed(self) -> bool:
         return len({span.learned for span in self.spans}) > 1
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Tokens]:
+    """Tokenizes documents together, on as many threads as the tokenizer takes."""
+    cut = [list(_cut(tokenizer, document)) for document in documents]
+    runs = [part for parts in cut for part in parts if isinstance(part, _Run)]
+    encoded = {run: _encode_mixed(tokenizer, run) for run in runs if run.mixed}
+    for inner in (False, True):  # what is learned throughout, or not at all, is done together
+        whole = [run for run in runs if run.inner == inner and not run.mixed]
+        batch = tokenizer.encode_batch([run.text for run in whole], inner=inner) if whole else []
+        for run, ids in zip(whole, batch, strict=True):
+            learned_N = np.full(len(ids), run.spans[0].learned)
+            n_bytes = len(run.text.encode())
+            encoded[run] = Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=n_bytes)
+    return [_joined([encoded[part] if isinstance(part, _Run) else part for part in parts]) for parts in cut]
 
 
 def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
@@ -70,21 +77,8 @@ def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
         yield _Run(spans=run, inner=inner)
 
 
-def _encode(tokenizer: Tokenizer, runs: Sequence[_Run]) -> list[Tokens]:
-    """The tokens of each run; those that are learned throughout, or not at all, are done together."""
-    found: dict[int, Tokens] = {}
-    for inner in (False, True):
-        numbers = [number for number, run in enumerate(runs) if run.inner == inner and not run.mixed]
-        batch = tokenizer.encode_batch([runs[number].text for number in numbers], inner=inner) if numbers else []
-        for number, ids in zip(numbers, batch, strict=True):
-            run = runs[number]
-            learned_N = np.full(len(ids), run.spans[0].learned)
-            found[number] = Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=len(run.text.encode()))
-    return [found[number] if number in found else _encode_mixed(tokenizer, run) for number, run in enumerate(runs)]
-
-
 def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
-    """The tokens of a run of which a part is learned."""
+    """Tokenizes a run of which a part is learned."""
     ids, bytes_N2 = tokenizer.encode_located(run.text, inner=run.inner)
     sizes = [len(span.text.encode()) for span in run.spans]
     learned_bytes = np.repeat([span.learned for span in run.spans], sizes)

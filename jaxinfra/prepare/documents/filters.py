@@ -9,7 +9,7 @@ import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
 
@@ -24,78 +24,66 @@ _DIGITS = re.compile(r"\d+")
 _MARKS = re.compile(r"#|\.\.\.|\u2026")
 _SYMBOLS = re.compile(r"[^\w\s]+|_+")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
-_BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013")
+_has_bullet = operator.methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
+_is_open = operator.methodcaller("endswith", ("...", "\u2026"))
 _TOP_RUN, _DUPLICATE_RUN = 2, 5  # words of the shortest runs that are counted (Rae et al. 2021, table A1)
+
+
+def _rule(measure: Callable[["_Measured"], Any], gopher: Any = None, *, off: tuple[()] | None = None) -> Any:
+    """Returns the field of a rule: what its value is compared with, and the value of the paper."""
+    return field(default=off, metadata={"measure": measure, "gopher": off if gopher is None else gopher})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What a text must be like; `Filters.gopher()` has the values of the paper.
+    """What a text must be like; `Filters.gopher()` has the values of the paper. Rules are tried in this order.
+
+    `min_` is the least that passes, `max_` the most.
 
     Attributes:
-        min_chars: characters at least.
-        max_chars: characters at most.
-        min_words: words at least.
-        max_words: words at most.
-        min_mean_word_chars: mean characters of a word at least.
-        max_mean_word_chars: mean characters of a word at most.
-        max_digit_share: digits among its characters, white space included.
-        max_symbol_share: characters that are no letter, digit or white space among all.
         max_marks_per_word: `#` and ellipses for every word.
-        min_alphabetic_word_share: words with a letter among all.
-        min_stop_words: how many of `stop_words` it has, each counted once.
-        stop_words: in lower case.
         max_bullet_line_share: lines that begin with a bullet among those that are not empty.
         max_ellipsis_line_share: lines that end with an ellipsis among those that are not empty.
         max_duplicate_line_share: lines that repeat an earlier one among those that are not empty.
         max_duplicate_line_char_share: characters of such lines among those of all lines.
         max_duplicate_paragraph_share: paragraphs that repeat an earlier one.
         max_duplicate_paragraph_char_share: characters of such paragraphs among those of all paragraphs.
+        min_stop_words: how many of `stop_words` it has, each counted once.
+        stop_words: in lower case.
+        max_digit_share: digits among its characters, white space included.
+        max_symbol_share: characters that are no letter, digit or white space among all.
+        min_alphabetic_word_share: words with a letter among all.
         max_top_run_shares: characters in the most frequent run of 2, 3, ... words, if it occurs twice.
         max_duplicate_run_shares: characters in runs of 5, 6, ... words that repeat an earlier one.
     """
 
-    min_chars: Natural | None = None
-    max_chars: Natural | None = None
-    min_words: Natural | None = None
-    max_words: Natural | None = None
-    min_mean_word_chars: NonNegative | None = None
-    max_mean_word_chars: NonNegative | None = None
-    max_digit_share: Share | None = None
-    max_symbol_share: Share | None = None
-    max_marks_per_word: NonNegative | None = None
-    min_alphabetic_word_share: Share | None = None
-    min_stop_words: Natural | None = None
+    min_chars: Natural | None = _rule(lambda of: len(of.text))
+    max_chars: Natural | None = _rule(lambda of: len(of.text))
+    min_words: Natural | None = _rule(lambda of: len(of.words), 50)
+    max_words: Natural | None = _rule(lambda of: len(of.words), 100_000)
+    min_mean_word_chars: NonNegative | None = _rule(lambda of: of.mean_word_chars, 3)
+    max_mean_word_chars: NonNegative | None = _rule(lambda of: of.mean_word_chars, 10)
+    max_marks_per_word: NonNegative | None = _rule(lambda of: _share(len(_MARKS.findall(of.text)), len(of.words)), 0.1)
+    max_bullet_line_share: Share | None = _rule(lambda of: _share_of(of.lines, _has_bullet), 0.9)
+    max_ellipsis_line_share: Share | None = _rule(lambda of: _share_of(of.lines, _is_open), 0.3)
+    max_duplicate_line_share: Share | None = _rule(lambda of: _repeated(of.lines), 0.3)
+    max_duplicate_line_char_share: Share | None = _rule(lambda of: _repeated_chars(of.lines), 0.2)
+    max_duplicate_paragraph_share: Share | None = _rule(lambda of: _repeated(of.paragraphs), 0.3)
+    max_duplicate_paragraph_char_share: Share | None = _rule(lambda of: _repeated_chars(of.paragraphs), 0.2)
+    min_stop_words: Natural | None = _rule(lambda of: len(of.stop_words.intersection(of.text.lower().split())), 2)
     stop_words: tuple[str, ...] = STOP_WORDS
-    max_bullet_line_share: Share | None = None
-    max_ellipsis_line_share: Share | None = None
-    max_duplicate_line_share: Share | None = None
-    max_duplicate_line_char_share: Share | None = None
-    max_duplicate_paragraph_share: Share | None = None
-    max_duplicate_paragraph_char_share: Share | None = None
-    max_top_run_shares: tuple[Share, ...] = ()
-    max_duplicate_run_shares: tuple[Share, ...] = ()
+    max_digit_share: Share | None = _rule(lambda of: _found(_DIGITS, of.text))
+    max_symbol_share: Share | None = _rule(lambda of: _found(_SYMBOLS, of.text))
+    min_alphabetic_word_share: Share | None = _rule(lambda of: _share_of(of.words, _has_letter), 0.8)
+    max_top_run_shares: tuple[Share, ...] = _rule(lambda of: of.top_run_shares(), (0.20, 0.18, 0.16), off=())
+    max_duplicate_run_shares: tuple[Share, ...] = _rule(
+        lambda of: of.duplicate_run_shares(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
+    )
 
     @classmethod
     def gopher(cls) -> Self:
-        """The rules and values of Rae et al. 2021, appendix A.1 and table A1."""
-        return cls(
-            min_words=50,
-            max_words=100_000,
-            min_mean_word_chars=3,
-            max_mean_word_chars=10,
-            max_marks_per_word=0.1,
-            min_alphabetic_word_share=0.8,
-            min_stop_words=2,
-            max_bullet_line_share=0.9,
-            max_ellipsis_line_share=0.3,
-            max_duplicate_line_share=0.3,
-            max_duplicate_line_char_share=0.2,
-            max_duplicate_paragraph_share=0.3,
-            max_duplicate_paragraph_char_share=0.2,
-            max_top_run_shares=(0.20, 0.18, 0.16),
-            max_duplicate_run_shares=(0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
-        )
+        """Returns the rules with the values of the paper."""
+        return cls(**{rule.name: rule.metadata["gopher"] for rule in fields(cls) if rule.metadata})
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the rules."""
@@ -115,18 +103,18 @@ class Filters:
             )
 
     def reason(self, text: str) -> str | None:
-        """The name of the first rule that a text breaks, cheap rules first; None if it passes all."""
+        """Returns the name of the first rule that a text breaks, cheap rules first; None if it passes all."""
         measured = _Measured(text, self.stop_words)
-        for rule, measure in _MEASURES.items():
-            limit = getattr(self, rule)
-            if limit is not None:
-                value = measure(measured)
-                if value < limit if rule.startswith("min_") else value > limit:
-                    return rule
-        if any(map(operator.lt, self.max_top_run_shares, measured.top_run_shares())):
-            return "max_top_run_shares"
-        if any(map(operator.lt, self.max_duplicate_run_shares, measured.duplicate_run_shares())):
-            return "max_duplicate_run_shares"
+        for rule in fields(self):
+            limit = getattr(self, rule.name)
+            if rule.metadata and limit is not None:
+                value = rule.metadata["measure"](measured)
+                if isinstance(limit, tuple):
+                    broken = any(map(operator.lt, limit, value))
+                else:
+                    broken = value < limit if rule.name.startswith("min_") else value > limit
+                if broken:
+                    return rule.name
         return None
 
 
@@ -139,6 +127,10 @@ class _Measured:
     @cached_property
     def words(self) -> list[str]:
         return self.text.split()
+
+    @property
+    def mean_word_chars(self) -> float:
+        return _share(len("".join(self.words)), len(self.words))
 
     @cached_property
     def lines(self) -> list[str]:
@@ -190,8 +182,8 @@ def _share(part: float, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _share_of(parts: Sequence[str], is_one: Callable[[str], Any]) -> float:
-    return _share(sum(map(bool, map(is_one, parts))), len(parts))
+def _share_of(parts: Sequence[str], is_one: Callable[[str], bool]) -> float:
+    return _share(sum(map(is_one, parts)), len(parts))
 
 
 def _repeated(parts: Sequence[str]) -> float:
@@ -202,27 +194,9 @@ def _repeated_chars(parts: Sequence[str]) -> float:
     return _share(len("".join(parts)) - len("".join(set(parts))), len("".join(parts)))
 
 
+def _has_letter(word: str) -> bool:
+    return any(map(str.isalpha, word))
+
+
 def _found(pattern: re.Pattern[str], text: str) -> float:
     return _share(sum(map(len, pattern.findall(text))), len(text))
-
-
-_MEASURES: dict[str, Callable[[_Measured], float]] = {
-    "min_chars": lambda of: len(of.text),
-    "max_chars": lambda of: len(of.text),
-    "min_words": lambda of: len(of.words),
-    "max_words": lambda of: len(of.words),
-    "min_mean_word_chars": lambda of: _share(len("".join(of.words)), len(of.words)),
-    "max_mean_word_chars": lambda of: _share(len("".join(of.words)), len(of.words)),
-    "max_marks_per_word": lambda of: _share(len(_MARKS.findall(of.text)), len(of.words)),
-    "max_bullet_line_share": lambda of: _share_of(of.lines, lambda line: line.startswith(_BULLETS)),
-    "max_ellipsis_line_share": lambda of: _share_of(of.lines, lambda line: line.endswith(("...", "\u2026"))),
-    "max_duplicate_line_share": lambda of: _repeated(of.lines),
-    "max_duplicate_line_char_share": lambda of: _repeated_chars(of.lines),
-    "max_duplicate_paragraph_share": lambda of: _repeated(of.paragraphs),
-    "max_duplicate_paragraph_char_share": lambda of: _repeated_chars(of.paragraphs),
-    "min_stop_words": lambda of: len(of.stop_words.intersection(of.text.lower().split())),
-    "max_digit_share": lambda of: _found(_DIGITS, of.text),
-    "max_symbol_share": lambda of: _found(_SYMBOLS, of.text),
-    "min_alphabetic_word_share": lambda of: _share_of(of.words, lambda word: any(map(str.isalpha, word))),
-}
-"""What the value of each rule is compared with, in the order in which rules are tried."""

@@ -1,18 +1,40 @@
-"""Two answers to one prompt as two documents: the chosen one, then the rejected one. Only the answers are learned."""
+"""A prompt with one answer as a document, or with two as two: the chosen one, then the rejected one.
 
+Only the answers are learned.
+"""
+
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.documents.chat import messages_of
-from jaxinfra.prepare.documents.chat_template import Message, Templated, spans, template_problems
+from jaxinfra.prepare.documents.chat_template import Message, Templated, spans
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
 
+class _Answered(Templated[str | None]):
+    """A prompt and its answers: texts, or lists of messages. `named` is the field of the prompt, then the answers'."""
+
+    prompt: Any
+
+    @override
+    def documents(self, record: Record) -> Sequence[Document]:
+        fields = [getattr(self, name) for name in self.named[1:]]
+        prompt = None if self.prompt is None else value_of(record, self.prompt)
+        answers = [value_of(record, field) for field in fields]
+        if self.template is None:
+            shown = as_text(prompt, str(self.prompt))
+            return [_text(shown, as_text(*answer)) for answer in zip(answers, fields, strict=True)]
+        turns = [_turns(*answer) for answer in zip(answers, fields, strict=True)]
+        shared = _shared(*turns) if self.prompt is None else _turns(prompt, self.prompt, role="user")
+        return [_conversation(self.template, shared, *answer) for answer in zip(turns, fields, strict=True)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Preference(Templated[str | None]):
+class Preference(_Answered):
     """Fields of the record hold a prompt and two answers: texts, or lists of messages.
 
     Answers may be whole conversations: then they begin with the prompt, or there is no prompt and what they share is
@@ -25,49 +47,26 @@ class Preference(Templated[str | None]):
         template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
     """
 
-    masked: ClassVar[bool] = True
     group: ClassVar[int] = 2
+    named: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected")
     prompt: str | None = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
     template: str | None = "chatml"
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; files are not looked at."""
-        for name in ("prompt", "chosen", "rejected"):
-            if getattr(self, name) == "":
-                yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")
-        if self.template is not None:
-            yield from template_problems(self.template)
-        elif self.prompt is None:
-            yield Problem(
-                fields=("prompt", "template"),
-                message="answers that are whole conversations need a template",
-                fix="use template=chatml or prompt=prompt",
+        yield from super().problems()
+        if self.template is None and self.prompt is None:
+            message, fix = (
+                "answers that are whole conversations need a template",
+                "use template=chatml or prompt=prompt",
             )
-
-    def documents(self, record: Record) -> Sequence[Document]:
-        """The chosen answer with its prompt, and the rejected one with it.
-
-        Raises:
-            RecordError: a field is not there or is no answer, or the template refuses it.
-            ConfigError: the file of the template cannot be used.
-        """
-        prompt = None if self.prompt is None else value_of(record, self.prompt)
-        answers = [(value_of(record, field), field) for field in (self.chosen, self.rejected)]
-        if self.template is None:
-            shown = as_text(prompt, str(self.prompt))
-            return [answered_text(shown, as_text(answer, field)) for answer, field in answers]
-        turns = [_turns(answer, field) for answer, field in answers]
-        shared = _shared(*turns) if self.prompt is None else _turns(prompt, self.prompt, role="user")
-        return [
-            answered_turns(self.template, shared, answer, field)
-            for answer, (_, field) in zip(turns, answers, strict=True)
-        ]
+            yield Problem(fields=("prompt", "template"), message=message, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(Templated[str | None]):
+class Completion(_Answered):
     """Fields of the record hold a prompt and its answer, which alone is learned: texts, or lists of messages.
 
     Attributes:
@@ -76,80 +75,45 @@ class Completion(Templated[str | None]):
         template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
     """
 
-    masked: ClassVar[bool] = True
-    group: ClassVar[int] = 1
+    named: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     prompt: str = "prompt"
     completion: str = "completion"
     template: str | None = None
 
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; files are not looked at."""
-        for name in ("prompt", "completion"):
-            if not getattr(self, name):
-                yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")
-        if self.template is not None:
-            yield from template_problems(self.template)
 
-    def documents(self, record: Record) -> Sequence[Document]:
-        """The prompt and its answer as one document.
-
-        Raises:
-            RecordError: a field is not there or is no answer, or the template refuses it.
-            ConfigError: the file of the template cannot be used.
-        """
-        prompt, answer = value_of(record, self.prompt), value_of(record, self.completion)
-        if self.template is None:
-            return [answered_text(as_text(prompt, self.prompt), as_text(answer, self.completion))]
-        shared, turns = _turns(prompt, self.prompt, role="user"), _turns(answer, self.completion)
-        return [answered_turns(self.template, shared, turns, self.completion)]
-
-
-def answered_text(prompt: str, answer: str) -> Document:
-    """A text and its answer; the text is not learned.
-
-    Raises:
-        RecordError: the answer is empty.
-    """
+def _text(prompt: str, answer: str) -> Document:
+    """Joins a text and its answer; the text is not learned."""
     if not answer:
         raise RecordError("the answer is empty")
     return [Span(text=text, learned=learned) for text, learned in ((prompt, False), (answer, True)) if text]
 
 
-def answered_turns(template: str, prompt: Sequence[Message], answer: Sequence[Message], field: str) -> Document:
-    """A conversation of which the assistant's messages after the prompt are learned.
+def _conversation(template: str, prompt: Sequence[Message], answer: Sequence[Message], field: str) -> Document:
+    """Lays out a conversation of which the assistant's messages after the prompt are learned.
 
     Args:
         template: as in `Chat`.
         prompt: at least one message.
         answer: what follows, or all of the conversation.
         field: where the answer is from.
-
-    Raises:
-        RecordError: nothing is answered, or the template refuses the conversation.
     """
-    messages = answer if list(answer[: len(prompt)]) == list(prompt) else [*prompt, *answer]
-    learned = [
-        number for number, message in enumerate(messages) if number >= len(prompt) and message.role == "assistant"
-    ]
+    start = len(prompt)
+    messages = answer if list(answer[:start]) == list(prompt) else [*prompt, *answer]
+    learned = [number for number in range(start, len(messages)) if messages[number].role == "assistant"]
     if not learned:
         raise RecordError(f"{field} has no message of the assistant after the prompt")
     return spans(template, messages, learned)
 
 
 def _turns(value: Any, field: str, role: str = "assistant") -> list[Message]:
-    """The messages of a field; a text is one of `role`."""
+    """Returns the messages of a field; a text is one of `role`."""
     return messages_of([{"role": role, "content": value}] if isinstance(value, str) else value, field)
 
 
 def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> Sequence[Message]:
-    """What two conversations begin with.
-
-    Raises:
-        RecordError: they share nothing, or are the same.
-    """
-    count = 0
-    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
-        count += 1
-    if not count:
+    """Returns what two conversations begin with."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    if not shared:
         raise RecordError("the chosen and the rejected conversation begin with different messages")
-    return chosen[:count]
+    return shared

@@ -1,82 +1,58 @@
 """Every record of ArrayRecord files is a record, its bytes read as JSON, as text or as they are."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.files import cut, problems_of
+from jaxinfra.prepare.sources.files import Files, damaged
 from jaxinfra.prepare.sources.jsonl import json_object
-from jaxinfra.prepare.sources.lines import text_of
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
-from jaxinfra.storage.files import is_local, list_files, local_path, opened, shown
+from jaxinfra.prepare.sources.lines import text_record
+from jaxinfra.prepare.sources.record import Bad, Found, Piece, read_as
+from jaxinfra.storage.files import File, local_path, opened
 
 # The default reads 16 MiB ahead in every thread of a pool.
 _OPTIONS = "readahead_buffer_size:1M,max_parallelism:0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayRecords:
+class ArrayRecords(Files):
     """Records of ArrayRecord files (of Grain and TFDS), which its library reads from local disks only.
 
     Attributes:
-        root: local folder that holds the files.
-        pattern: which files below the root, as in `pathlib.Path.glob`.
         decode: what a record is: `json` an object of that kind; `text` is UTF-8, for a record `{"text": str}`;
             `bytes` gives `{"bytes": bytes}`.
     """
 
-    root: str = ""
     pattern: str = "**/*.array_record*"
     decode: Literal["json", "text", "bytes"] = "json"
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
-        yield from problems_of(self.root, self.pattern, "**/*.array_record*")
+        yield from super().problems()
         if "://" in self.root and not self.root.startswith("file://"):
-            yield Problem(
-                fields=("root",),
-                message="ArrayRecord files are read from a local disk only",
-                fix="copy them there and use root=PATH, or keep them as Parquet",
-            )
+            message = "ArrayRecord files are read from a local disk only"
+            fix = "copy them there and use root=PATH, or keep them as Parquet"
+            yield Problem(fields=("root",), message=message, fix=fix)
 
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Ranges of records of the files. Raises as `Source.pieces` does.
+    @override
+    def _count(self, file: File) -> int:
+        with self._opened(file.name) as reader:
+            return reader.num_records()
 
-        Raises:
-            DataError: a file is damaged.
-        """
-        if not is_local(self.root):
-            raise ConfigError(f"root={shown(self.root)}: ArrayRecord files are read from a local disk only; copy them")
-        pieces: list[Piece] = []
-        for file in list_files(self.root, self.pattern):
-            with self._opened(file.name) as reader:
-                pieces += cut(file, reader.num_records(), split_bytes)
-        return pieces
-
+    @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the records `piece.start` to `piece.end` of a file. Raises as `Source.read` does."""
+        parse = {"json": json_object, "text": text_record, "bytes": lambda content: {"bytes": content}}[self.decode]
         with self._opened(piece.name) as reader:
             end = reader.num_records() if piece.end is None else piece.end
             if piece.start < end:
                 reader.seek(piece.start)
             for index in range(piece.start, end):
-                where = f"{piece.name} record {index}"
-                try:
-                    record = self._decoded(reader.read())
-                except ValueError as error:
-                    yield Bad(where=where, cause=str(error))
-                else:
-                    yield Found(key=f"{piece.name}#{index}", where=where, record=record)
-
-    def _decoded(self, content: bytes) -> Record:
-        if self.decode == "json":
-            return json_object(content)
-        return {"text": text_of(content)} if self.decode == "text" else {"bytes": content}
+                key, where = f"{piece.name}#{index}", f"{piece.name} record {index}"
+                yield read_as(parse, reader.read(), key=key, where=where)
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
@@ -92,5 +68,4 @@ class ArrayRecords:
             finally:
                 reader.close()  # raises again what reading raised
         except (RuntimeError, IndexError) as error:
-            cause = str(error).partition("; ")[0]
-            raise DataError(f"{path}: is damaged ({cause}); restore the file or make it again") from error
+            raise damaged(path, str(error).partition("; ")[0]) from error

@@ -5,22 +5,21 @@ import io
 import zlib
 from collections.abc import Buffer, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from typing import BinaryIO, cast, override
 
 import zstandard
 
-from jaxinfra.errors import DataError
+from jaxinfra.prepare.sources.files import damaged
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import opened, shown
 
-_SUFFIXES = (".gz", ".zst")
 _FEED_BYTES = 4096  # expands to at most 128 MiB: a block of zstd is 4 bytes or more, and 128 KiB at most
 _BUFFER_BYTES = 1 << 20
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a file is read through a decompressor, by its name."""
-    return name.endswith(_SUFFIXES)
+    """Tells whether a file is read through a decompressor, by its name."""
+    return name.endswith((".gz", ".zst"))
 
 
 @contextmanager
@@ -35,17 +34,12 @@ def decompressed(root: str, name: str) -> Iterator[BinaryIO]:
         if not is_compressed(name):
             yield file
             return
+        zipped = name.endswith(".gz")
         try:
-            if name.endswith(".gz"):
-                with gzip.GzipFile(fileobj=file) as plain:
-                    yield cast(BinaryIO, plain)
-            else:
-                with io.BufferedReader(_Zstd(file), _BUFFER_BYTES) as plain:
-                    yield plain
+            with gzip.GzipFile(fileobj=file) if zipped else io.BufferedReader(_Zstd(file), _BUFFER_BYTES) as plain:
+                yield cast(BinaryIO, plain)
         except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
-            raise DataError(
-                f"{shown(root)}/{name}: is damaged ({cause_of(error)}); restore the file or make it again"
-            ) from error
+            raise damaged(f"{shown(root)}/{name}", cause_of(error)) from error
 
 
 class _Zstd(io.RawIOBase):
@@ -57,9 +51,11 @@ class _Zstd(io.RawIOBase):
         self._fed = b""
         self._ready = memoryview(b"")
 
+    @override
     def readable(self) -> bool:
         return True
 
+    @override
     def readinto(self, buffer: Buffer, /) -> int:
         while not self._ready:
             fed = self._fed or self._file.read(_FEED_BYTES)

@@ -1,42 +1,66 @@
-"""What sources of files have in common: checks of their fields, and pieces of files.
+"""What sources of files have in common: their fields and what may be wrong with them, and pieces of files.
 
 The files themselves are listed and read by `jaxinfra.storage.files`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import override
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.sources.record import Piece
-from jaxinfra.storage.files import File
+from jaxinfra.errors import DataError
+from jaxinfra.prepare.sources.record import Piece, Source
+from jaxinfra.storage.files import File, list_files
 
 
-def problems_of(root: str, pattern: str, example: str) -> Iterable[Problem]:
-    """Yields what is wrong with the fields `root` and `pattern` of a source."""
-    if not root:
-        yield Problem(
-            fields=("root",), message="names no folder", fix="use root=PATH or a URL such as s3://bucket/text"
-        )
-    parts = pattern.split("/")
-    if not pattern or PurePosixPath(pattern).is_absolute() or ".." in parts:
-        message = "must be a pattern relative to the root"
-    elif any("**" in part and part != "**" for part in parts):
-        message = "** stands for folders and must be alone between slashes"
-    else:
-        return
-    yield Problem(fields=("pattern",), message=message, fix=f"use pattern={example}")
+@dataclass(frozen=True, kw_only=True)
+class Files(Source):
+    """Files below a root, as the sources of each kind of file read them.
+
+    Attributes:
+        root: folder or URL that holds the files.
+        pattern: which files below the root, as in `pathlib.Path.glob`.
+    """
+
+    root: str = ""
+    pattern: str = "**/*"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description itself."""
+        if not self.root:
+            fix = "use root=PATH or a URL such as s3://bucket/text"
+            yield Problem(fields=("root",), message="names no folder", fix=fix)
+        parts = self.pattern.split("/")
+        if not self.pattern or PurePosixPath(self.pattern).is_absolute() or ".." in parts:
+            message = "must be a pattern relative to the root"
+        elif any("**" in part and part != "**" for part in parts):
+            message = "** stands for folders and must be alone between slashes"
+        else:
+            return
+        yield Problem(fields=("pattern",), message=message, fix=f"use pattern={type(self).pattern}")
+
+    @override
+    def pieces(self, split_bytes: int) -> Sequence[Piece]:
+        return cut_files(list_files(self.root, self.pattern), self._count, split_bytes)
+
+    def _count(self, file: File) -> int:
+        """Returns of how many bytes, rows or records a file is, between which it is cut; 1 if it is not cut."""
+        return 1
 
 
-def whole(file: File) -> Piece:
-    """The piece that is a whole file."""
-    return Piece(name=file.name, size_bytes=file.size_bytes, stamp=file.stamp)
+def cut_files(files: Iterable[File], count: Callable[[File], int], split_bytes: int) -> list[Piece]:
+    """Cuts files into pieces of about `split_bytes`; `count` is asked of those alone that are large enough."""
+    pieces = []
+    for file in files:
+        large = _parts(file, split_bytes) > 1
+        pieces += cut(file, count(file) if large else 1, split_bytes)
+    return pieces
 
 
 def cut(file: File, count: int, split_bytes: int) -> list[Piece]:
     """Cuts a file into about equal ranges of its `count` bytes, rows or records, each of about `split_bytes`."""
-    parts = min(parts_of(file.size_bytes, split_bytes), count)
-    if parts <= 1:
-        return [whole(file)]
+    parts = max(1, min(_parts(file, split_bytes), count))
     bounds: list[int | None] = [count * part // parts for part in range(parts)]
     return [
         Piece(name=file.name, start=start or 0, end=end, size_bytes=file.size_bytes // parts, stamp=file.stamp)
@@ -44,6 +68,10 @@ def cut(file: File, count: int, split_bytes: int) -> list[Piece]:
     ]
 
 
-def parts_of(size_bytes: int, split_bytes: int) -> int:
-    """Into how many parts of about `split_bytes` so many bytes are cut; at least 1."""
-    return max(1, round(size_bytes / max(1, split_bytes)))
+def damaged(where: str, cause: str) -> DataError:
+    """Returns the error for a file that is not what it should be."""
+    return DataError(f"{where}: is damaged ({cause}); restore the file or make it again")
+
+
+def _parts(file: File, split_bytes: int) -> int:
+    return max(1, round(file.size_bytes / max(1, split_bytes)))

@@ -8,13 +8,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.prepare.sources.arrow import damage_named, records_of
-from jaxinfra.prepare.sources.files import cut, parts_of, whole
-from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.prepare.sources.arrow import arrow_file, records_of
+from jaxinfra.prepare.sources.files import cut_files
+from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source
 from jaxinfra.storage.files import File, is_local, list_files, local_path, opened, shown
 
 _DICT, _STATE = "dataset_dict.json", "state.json"
@@ -22,7 +22,7 @@ _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; without it pya
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFace:
+class HuggingFace(Source):
     """Rows of a `Dataset`, or of one split of a `DatasetDict`. Files of a store are not cut.
 
     Attributes:
@@ -40,16 +40,12 @@ class HuggingFace:
         if self.split is not None and (not self.split or set("/*?[") & set(self.split)):
             yield Problem(fields=("split",), message="is no name of a split", fix="use split=train")
 
+    @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Ranges of rows of the Arrow files. Raises as `Source.pieces` does.
+        return cut_files(self._files(), self._rows, split_bytes)
 
-        Raises:
-            DataError: a file that the folder should have is missing.
-        """
-        return [piece for file in self._files() for piece in self._cut(file, split_bytes)]
-
+    @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the rows `piece.start` to `piece.end` of a file. Raises as `Source.read` does."""
         first = 0
         with self._batches(piece.name) as batches:
             for batch in batches:
@@ -63,11 +59,15 @@ class HuggingFace:
                     return
 
     def _files(self) -> list[File]:
-        here = shown(self.path)
+        here, folder = shown(self.path), ""
         names = {file.name for file in list_files(self.path, "*.json")}
-        folder = ""
         if _DICT in names:
-            folder = f"{self._split(self._json(_DICT)['splits'])}/"
+            splits = self._json(_DICT)["splits"]
+            split = splits[0] if self.split is None and len(splits) == 1 else self.split
+            if split not in splits:
+                fix = f"use split={splits[0] if splits else 'none'}"
+                raise ConfigError(f"split={split or 'none'}: {here} has {', '.join(splits)}; {fix}")
+            folder = f"{split}/"
         elif self.split is not None:
             raise ConfigError(f"split={self.split}: {here} has no splits; use split=none")
         elif _STATE not in names:
@@ -77,19 +77,9 @@ class HuggingFace:
             raise ConfigError(f"path={here}: its rows are chosen by an index; save dataset.flatten_indices() instead")
         files = {file.name: file for file in list_files(self.path, f"{folder}*")}
         wanted = sorted(folder + item["filename"] for item in state["_data_files"])
-        missing = [name for name in wanted if name not in files]
-        if missing:
+        if missing := [name for name in wanted if name not in files]:
             raise DataError(f"{here}/{missing[0]}: is missing, {folder}{_STATE} names it; restore the file")
         return [files[name] for name in wanted]
-
-    def _split(self, splits: Sequence[str]) -> str:
-        split = splits[0] if self.split is None and len(splits) == 1 else self.split
-        if split is None or split not in splits:
-            raise ConfigError(
-                f"split={'none' if split is None else split}: {shown(self.path)} has {', '.join(splits)}; "
-                f"use split={splits[0] if splits else 'none'}"
-            )
-        return split
 
     def _json(self, name: str) -> dict[str, Any]:
         with opened(self.path, name) as file:
@@ -98,20 +88,20 @@ class HuggingFace:
             except ValueError as error:
                 raise DataError(f"{shown(self.path)}/{name}: is damaged ({error}); restore the file") from None
 
-    def _cut(self, file: File, split_bytes: int) -> list[Piece]:
-        if parts_of(file.size_bytes, split_bytes) == 1 or not is_local(self.path):
-            return [whole(file)]
+    def _rows(self, file: File) -> int:
+        if not is_local(self.path):
+            return 1
         with self._batches(file.name) as batches:
-            return cut(file, sum(batch.num_rows for batch in batches), split_bytes)
+            return sum(batch.num_rows for batch in batches)
 
     @contextmanager
     def _batches(self, name: str) -> Iterator[Iterable[Any]]:
-        """The record batches of a file; of a local one they are mapped, so passing over them reads little."""
-        where = f"{shown(self.path)}/{name}"
-        with opened(self.path, name) as file, damage_named(where, "huggingface") as pa:
+        """Opens the record batches of a file; a local one is mapped, so passing over them reads little."""
+        with arrow_file(self.path, name, "huggingface") as (pa, file):
             file.seek(-min(len(_END), file.seek(0, 2)), 2)
             if file.read() != _END:
-                raise DataError(f"{where}: is cut short; restore the file or save the dataset again")
+                fix = "restore the file or save the dataset again"
+                raise DataError(f"{shown(self.path)}/{name}: is cut short; {fix}")
             file.seek(0)
             source = pa.memory_map(local_path(self.path, name)) if is_local(self.path) else file
             with pa.ipc.open_stream(source) as batches:

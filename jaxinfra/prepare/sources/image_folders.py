@@ -5,16 +5,15 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from typing import Literal, override
 
 import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.files import cut, problems_of
-from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.prepare.sources.files import Files, cut
+from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, read_as
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import File, list_files, list_names, opened, shown
 
@@ -22,81 +21,73 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolders:
+class ImageFolders(Files):
     """Images `class/name.png`, as records `{"image": uint8 (height, width, channels), "label": int, "class": str}`.
 
     A label is the number of its class, from 0, in the sorted names of the folders below the root. The key is the name
-    of the file relative to the root. Images are turned as their EXIF data says.
+    of the file relative to the root. Images are turned as their EXIF data says. Only files whose names end as those of
+    images do are read.
 
     Attributes:
-        root: folder or URL that holds the folders.
-        pattern: which files below the root, as in `pathlib.Path.glob`; only names that end as images do are read.
         mode: RGB gives 3 channels, L (grey) 1, whatever a file has.
     """
 
-    root: str = ""
     pattern: str = "*/**/*"
     mode: Literal["RGB", "L"] = "RGB"
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
-        yield from problems_of(self.root, self.pattern, "*/*.png")
+        yield from super().problems()
         if "/" not in self.pattern:
             yield Problem(fields=("pattern",), message="names no folders of classes", fix="use pattern=*/*.png")
 
+    @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Ranges of the sorted files of a class: one an image would be too many. Raises as `Source.pieces` does."""
-        images = _images(list_files(self.root, self.pattern))
-        if not images:
+        """Lists ranges of the sorted files of a class: one an image would be too many."""
+        classes = _classes(list_files(self.root, self.pattern))
+        if not classes:
             raise ConfigError(f"pattern={self.pattern}: matches no image in a folder in {shown(self.root)}; mend it")
-        folders = [_folder(name, list(files)) for name, files in groupby(images, key=_class_of)]
-        return [piece for folder, count in folders for piece in cut(folder, count, split_bytes)]
+        found = ((_folder(name, files), len(files)) for name, files in classes.items())
+        return [piece for folder, count in found for piece in cut(folder, count, split_bytes)]
 
+    @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the images of a range of a class. Raises as `Source.read` does."""
         label = list_names(self.root).index(piece.name)
         first, _, rest = self.pattern.partition("/")
         below = f"{glob.escape(piece.name)}/{'**/' if first == '**' else ''}{rest}"
-        files = _images(list_files(self.root, below))
-        if _folder(piece.name, files)[0].stamp != piece.stamp:
+        files = _classes(list_files(self.root, below)).get(piece.name, [])
+        if _folder(piece.name, files).stamp != piece.stamp:
             raise StorageError(f"{shown(self.root)}/{piece.name}: changed since its files were listed; start again")
+
+        def parse(content: bytes) -> Record:
+            return {"image": _decoded(content, self.mode), "label": label, "class": piece.name}
+
         for file in files[piece.start : piece.end]:
             with opened(self.root, file.name) as stream:
                 content = stream.read()
-            try:
-                image_HWC = _decoded(content, self.mode)
-            except ValueError as error:
-                yield Bad(where=file.name, cause=str(error))
-            else:
-                record = {"image": image_HWC, "label": label, "class": piece.name}
-                yield Found(key=file.name, where=file.name, record=record)
+            yield read_as(parse, content, key=file.name, where=file.name)
 
 
-def _class_of(file: File) -> str:
-    return file.name.partition("/")[0]
+def _classes(files: Iterable[File]) -> dict[str, list[File]]:
+    """Sorts the images in folders into classes: in order of names alone, `a-b/1.png` is before `a/1.png`."""
+    found: dict[str, list[File]] = {}
+    for file in files:
+        folder, slash, name = file.name.partition("/")
+        if slash and name.lower().endswith(_SUFFIXES):
+            found.setdefault(folder, []).append(file)
+    return dict(sorted(found.items()))
 
 
-def _images(files: Iterable[File]) -> list[File]:
-    """The images in folders, class by class: in order of names alone, `a-b/1.png` is before `a/1.png`."""
-    images = [file for file in files if "/" in file.name and file.name.lower().endswith(_SUFFIXES)]
-    return sorted(images, key=lambda file: (_class_of(file), file.name))
-
-
-def _folder(name: str, files: Sequence[File]) -> tuple[File, int]:
-    """The files of a class taken for one, and how many there are."""
+def _folder(name: str, files: Sequence[File]) -> File:
+    """Takes the files of a class for one."""
     stamps = hashlib.blake2b(digest_size=16)
     for file in files:
         stamps.update(f"{file.name}\0{file.stamp}\0".encode())
-    size_bytes = sum(file.size_bytes for file in files)
-    return File(name=name, size_bytes=size_bytes, stamp=stamps.hexdigest()), len(files)
+    return File(name=name, size_bytes=sum(file.size_bytes for file in files), stamp=stamps.hexdigest())
 
 
 def _decoded(content: bytes, mode: str) -> np.ndarray:
-    """The pixels of an image, uint8 (height, width, channels).
-
-    Raises:
-        ValueError: it is none, or has more than 8 bits a channel.
-    """
+    """Decodes an image to uint8 (height, width, channels); a ValueError says why it cannot."""
     pillow = needed("PIL", "Image", "ImageOps", by="source=image_folders", install="jaxinfra[images]")
     try:
         with pillow.Image.open(io.BytesIO(content)) as image:

@@ -2,49 +2,29 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
-from jaxinfra.config import Problem
-from jaxinfra.prepare.sources.files import problems_of
-from jaxinfra.prepare.sources.lines import line_pieces, read_records, text_of
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
+from jaxinfra.prepare.sources.lines import LineFiles, text_of
+from jaxinfra.prepare.sources.record import Record
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a character beyond U+FFFF
+_JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl:
-    """JSON objects, one a line; blank lines are none. `NaN` and `Infinity`, which Python writes, are read as numbers.
+class Jsonl(LineFiles):
+    """JSON objects, one a line; blank lines are none. `NaN` and `Infinity` of Python are read as numbers."""
 
-    Attributes:
-        root: folder or URL that holds the files.
-        pattern: which files below the root, as in `pathlib.Path.glob`; .gz and .zst are decompressed.
-    """
-
-    root: str = ""
     pattern: str = "**/*.jsonl*"
 
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
-        return problems_of(self.root, self.pattern, "**/*.jsonl")
-
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Ranges of bytes of the files. Raises as `Source.pieces` does."""
-        return line_pieces(self.root, self.pattern, split_bytes)
-
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the objects of the lines that begin in the piece. Raises as `Source.read` does."""
-        return read_records(self.root, piece, lambda line: json_object(line) if line.strip() else None)
+    @override
+    def _record(self, line: bytes) -> Record | None:
+        return json_object(line) if line.strip() else None
 
 
 def json_object(content: bytes) -> Record:
-    """The JSON object that `content` spells in UTF-8.
-
-    Raises:
-        ValueError: it spells none, or one that no text can be made of.
-    """
+    """Reads a JSON object in UTF-8; a ValueError says that it is none, or one that no text can be made of."""
     text = text_of(content)
     try:
         value = json.loads(text)
@@ -61,13 +41,10 @@ def json_object(content: bytes) -> Record:
     return value
 
 
-_JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
-
-
 def _has_half(value: Any) -> bool:
-    """Whether a text in a JSON value has half of a surrogate pair, which UTF-8 cannot spell."""
+    """Tells whether a text in a JSON value has half of a surrogate pair, which UTF-8 cannot spell."""
     if isinstance(value, str):
         return any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):
         return any(_has_half(part) for item in value.items() for part in item)
-    return isinstance(value, list) and any(_has_half(part) for part in value)
+    return isinstance(value, list) and any(map(_has_half, value))

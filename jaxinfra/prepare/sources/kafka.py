@@ -10,17 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, override
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.packages import needed
 from jaxinfra.prepare.sources.jsonl import json_object
-from jaxinfra.prepare.sources.record import Bad, Found
-from jaxinfra.prepare.sources.stream import TICK_S, Position, Stream
-
-if TYPE_CHECKING:
-    from confluent_kafka import Consumer, Message
+from jaxinfra.prepare.sources.record import Bad, Found, read_as
+from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
 
 REACHED_S = 60.0
 """Brokers that do not answer for so long have failed."""
@@ -45,9 +42,9 @@ class Kafka(Stream):
     settings: str | None = None
 
     @property
+    @override
     def name(self) -> str:
-        """The topic: the brokers may have other names tomorrow."""
-        return f"kafka:{self.topic}"
+        return f"kafka:{self.topic}"  # the brokers may have other names tomorrow
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
@@ -60,20 +57,15 @@ class Kafka(Stream):
                 yield Problem(fields=(name,), message="is empty", fix=f"use {name}=NAME")
 
     @contextmanager
+    @override
     def open(self, position: Position) -> Iterator["_Reader"]:
-        """Finds the partitions and goes to where the stream stood.
-
-        Raises:
-            ConfigError: confluent-kafka is not installed, or the settings are wrong.
-            StorageError: the brokers do not answer, or there is no such topic.
-        """
         kafka = needed("confluent_kafka", by=str(self), install="jaxinfra[kafka]")
         try:
             consumer = kafka.Consumer(self._settings())
         except (kafka.KafkaException, ValueError) as error:
             raise ConfigError(f"{self}: {_cause(error)}; mend {self.settings or 'its fields'}") from None
         try:
-            yield _Reader(self, consumer, position)
+            yield _Reader(self, kafka, consumer, position)
         except kafka.KafkaException as error:
             raise StorageError(f"{self}: {_cause(error)}; see to the brokers, then start again") from None
         finally:
@@ -96,48 +88,44 @@ class Kafka(Stream):
             lines = Path(self.settings).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise ConfigError(f"settings={self.settings}: cannot be read ({error}); name a file of settings") from None
-        found = [line.split("=", 1) for line in map(str.strip, lines) if line and not line.startswith("#")]
-        if bad := [number for number, pair in enumerate(found, 1) if len(pair) != 2]:
+        found = [line.partition("=") for line in map(str.strip, lines) if line and not line.startswith("#")]
+        if bad := [number for number, (_, sign, _) in enumerate(found, 1) if not sign]:
             raise ConfigError(f"settings={self.settings}: setting {bad[0]} is not name=value; write one a line")
-        return {name.strip(): value.strip() for name, value in found} | own
+        return {name.strip(): value.strip() for name, _, value in found} | own
 
     def __str__(self) -> str:
         return f"kafka://{self.bootstrap_servers}/{self.topic}"
 
 
-class _Reader:
+class _Reader(Reader):
     """All partitions of a topic. A position has the offset of the next message of each, by its number in decimal."""
 
-    def __init__(self, config: Kafka, consumer: "Consumer", position: Position):
-        self._config, self._consumer = config, consumer
+    def __init__(self, config: Kafka, kafka: Any, consumer: Any, position: Position):
+        self._config, self._kafka, self._consumer = config, kafka, consumer
         self._offsets: dict[int, int] = {int(number): offset for number, offset in position.items()}
         self._ended = set[int]()
-        self.read_bytes = 0
-        from confluent_kafka import OFFSET_BEGINNING, TopicPartition
-
         partitions = self._partitions()
         if lost := sorted(set(self._offsets) - set(partitions)):
             raise DataError(f"{config}: partition {lost[0]}, which was read before, is gone; make another store")
-        consumer.assign(
-            [TopicPartition(config.topic, number, self._offsets.get(number, OFFSET_BEGINNING)) for number in partitions]
-        )
+        beginning = kafka.OFFSET_BEGINNING
+        consumer.assign(self._places({number: self._offsets.get(number, beginning) for number in partitions}))
 
     @property
+    @override
     def position(self) -> Position:
         return {str(number): offset for number, offset in sorted(self._offsets.items())}
 
+    @override
     def committed(self, position: Position) -> None:
-        """Tells the brokers."""
-        from confluent_kafka import TopicPartition
+        if position:
+            offsets = {int(number): offset for number, offset in position.items()}
+            self._consumer.commit(offsets=self._places(offsets), asynchronous=True)
 
-        offsets = [TopicPartition(self._config.topic, int(number), offset) for number, offset in position.items()]
-        if offsets:
-            self._consumer.commit(offsets=offsets, asynchronous=True)
-
+    @override
     def at_end(self) -> bool:
-        """Whether the end of every partition was seen. Asks the brokers: that they are gone is no silence."""
-        return self._ended.issuperset(self._partitions())
+        return self._ended.issuperset(self._partitions())  # asks the brokers: that they are gone is no silence
 
+    @override
     def arrivals(self) -> Iterator[Found | Bad | None]:
         heard_s = time.monotonic()
         while True:
@@ -156,46 +144,38 @@ class _Reader:
             if not messages:
                 yield None
 
-    def _record(self, message: "Message") -> Found | Bad:
-        """What a message spells; the stream stands after it from now on."""
+    def _record(self, message: Any) -> Found | Bad:
+        """Reads what a message spells; the stream stands after it from now on."""
         number, offset, value = message.partition() or 0, message.offset() or 0, message.value() or b""
         self._offsets[number] = offset + 1
         self._ended.discard(number)
         self.read_bytes += len(value)
         name = f"{self._config.topic}/{number}@{offset}"
-        try:
-            return Found(key=name, where=name, record=json_object(value))
-        except ValueError as error:
-            return Bad(where=name, cause=str(error))
+        return read_as(json_object, value, key=name, where=name)
 
-    def _note(self, message: "Message") -> None:
-        """What came in place of a message: the end of a partition, or an error; some pass by themselves."""
-        from confluent_kafka import KafkaError, KafkaException
-
-        error = message.error()
-        assert error is not None
-        if error.code() == KafkaError._PARTITION_EOF:
-            self._ended.add(message.partition() or 0)
-            return
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+    def _note(self, message: Any) -> None:
+        """Takes what came in place of a message: the end of a partition, or an error; some pass by themselves."""
+        error, number = message.error(), message.partition() or 0
+        if error.code() == self._kafka.KafkaError._PARTITION_EOF:
+            self._ended.add(number)
+        elif error.code() == self._kafka.KafkaError._AUTO_OFFSET_RESET:
             raise DataError(
-                f"{self._config}: partition {message.partition()} no longer has offset {message.offset()}, where it is "
-                "to be read on (the topic was made anew, or keeps messages for too short); make another store"
+                f"{self._config}: partition {number} no longer has offset {message.offset()}, where it is to be read "
+                "on (the topic was made anew, or keeps messages for too short); make another store"
             )
-        if not error.retriable():
-            raise KafkaException(error)
+        elif not error.retriable():
+            raise self._kafka.KafkaException(error)
 
     def _partitions(self) -> list[int]:
-        from confluent_kafka import KafkaException
-
         topic = self._consumer.list_topics(self._config.topic, timeout=REACHED_S).topics[self._config.topic]
         if topic.error is not None:
-            raise KafkaException(topic.error)
+            raise self._kafka.KafkaException(topic.error)
         return sorted(topic.partitions)
+
+    def _places(self, offsets: dict[int, Any]) -> list[Any]:
+        return [self._kafka.TopicPartition(self._config.topic, *each) for each in offsets.items()]
 
 
 def _cause(error: Exception) -> str:
-    from confluent_kafka import KafkaError
-
     first = error.args[0] if error.args else ""
-    return first.str() if isinstance(first, KafkaError) else str(error)
+    return str(error) if isinstance(first, str) else first.str()

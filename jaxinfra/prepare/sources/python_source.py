@@ -8,18 +8,18 @@ import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
-from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, Source, read_as
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonSource:
+class PythonSource(Source):
     """What `function()` yields, or `function(shard, shards)` for each of several shards.
 
     It yields mappings, or texts for records `{"text": str}`; the same ones in the same order whenever it is called.
@@ -40,42 +40,28 @@ class PythonSource:
         if not _FACTORY.fullmatch(self.factory):
             yield Problem(fields=("factory",), message="names no function", fix="use factory=package.module:function")
 
+    @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """One piece a shard, taken to be of `split_bytes`: how much it yields is not known.
-
-        Raises:
-            ConfigError: there is no such function.
-        """
+        """Lists one piece a shard, taken to be of `split_bytes`: how much it yields is not known."""
         stamp = f"{self.shards}:{getattr(self._function(), 'version', '')}"
         return [
             Piece(name=self.factory, start=shard, end=shard + 1, size_bytes=split_bytes, stamp=stamp)
             for shard in range(self.shards)
         ]
 
+    @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields what the function does for a shard.
-
-        Raises:
-            ConfigError: there is no such function.
-            DataError: the function raised; its error is the cause.
-        """
+        """Yields what the function does for a shard; what it raises is the cause of a DataError."""
         function = self._function()
-        name = f"{self.factory}/{piece.start}"
-        index = 0
+        name, index = f"{self.factory}/{piece.start}", 0
         try:
             for value in function(piece.start, self.shards) if self.shards > 1 else function():
-                where = f"{name} record {index}"
-                record = {"text": value} if isinstance(value, str) else value
-                if isinstance(record, Mapping):
-                    yield Found(key=f"{name}#{index}", where=where, record=record)
-                else:
-                    yield Bad(where=where, cause=f"is {type(value).__name__}, expected a mapping or a text")
+                yield read_as(_record, value, key=f"{name}#{index}", where=f"{name} record {index}")
                 index += 1
         except JaxinfraError:
             raise
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise DataError(f"{name}: raised after {index} records ({cause}); mend the function") from error
+            raise DataError(f"{name}: raised after {index} records ({_cause(error)}); mend the function") from error
 
     def _function(self) -> Any:
         module, _, function = self.factory.partition(":")
@@ -84,5 +70,16 @@ class PythonSource:
         except AttributeError:
             cause = f"{module} has no {function}"
         except Exception as error:  # the module may do anything when it is imported
-            cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+            cause = _cause(error)
         raise ConfigError(f"factory={self.factory}: cannot be imported ({cause}); run where it can, or mend it")
+
+
+def _record(value: Any) -> Record:
+    record = {"text": value} if isinstance(value, str) else value
+    if not isinstance(record, Mapping):
+        raise ValueError(f"is {type(value).__name__}, expected a mapping or a text")
+    return record
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

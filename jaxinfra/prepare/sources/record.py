@@ -4,9 +4,10 @@ A source lists its files without reading them, and cuts large ones, so that piec
 list of pieces, their order and the records of each are a function of the files alone: never of who reads them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 Record = Mapping[str, Any]
 """The fields of a record by their names."""
@@ -59,23 +60,33 @@ class Bad:
     cause: str
 
 
-class Source(Protocol):
+def read_as[T](parse: Callable[[T], Record], content: T, *, key: str, where: str) -> Found | Bad:
+    """Makes a record of its content; a ValueError of `parse` says what is wrong with it."""
+    try:
+        return Found(key=key, where=where, record=parse(content))
+    except ValueError as error:
+        return Bad(where=where, cause=str(error))
+
+
+class Source(ABC):
     """Records, as a config describes where they are."""
 
+    @abstractmethod
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """All that there is to read, sorted by name and start; files much larger than `split_bytes` are cut.
+        """Lists all that there is to read, sorted by name and start; files much larger than `split_bytes` are cut.
 
         Raises:
-            ConfigError: there is nothing of that name, or nothing that matches.
+            ConfigError: there is nothing of that name, or nothing that matches, or a package is missing.
+            DataError: a file that has to be opened to be cut is damaged, or a file is missing.
             StorageError: it may not or cannot be listed.
         """
-        ...
 
+    @abstractmethod
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
         """Yields the records of a piece in their order; holds no more of them in memory than the format needs.
 
         Raises:
+            ConfigError: the files do not have what the config asks for.
             StorageError: the file may not or cannot be read, or is gone.
             DataError: the file as a whole is damaged, so that it cannot be told where its records are.
         """
-        ...

@@ -8,18 +8,18 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import override
 
 import xxhash
 
-from jaxinfra.config import Problem
 from jaxinfra.errors import DataError, StorageError
 from jaxinfra.prepare.sources.jsonl import json_object
 from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES
-from jaxinfra.prepare.sources.record import Bad, Found
-from jaxinfra.prepare.sources.stream import TICK_S, Position, Stream
+from jaxinfra.prepare.sources.record import Bad, Found, read_as
+from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
 from jaxinfra.storage.errors import storage_errors
 
 _CHUNK_BYTES = 1 << 20
@@ -30,81 +30,60 @@ class Stdin(Stream):
     """JSON objects on standard input, one a line; blank lines are none."""
 
     @property
+    @override
     def name(self) -> str:
-        """What messages call it."""
         return "stdin"
 
-    def problems(self) -> Iterable[Problem]:
-        """Nothing can be wrong with it."""
-        return ()
-
+    @override
     def open(self, position: Position) -> AbstractContextManager["_Reader"]:
-        """Opens the stream, which begins anew, where it stood.
-
-        Raises:
-            StorageError: standard input is closed.
-        """
         if sys.stdin is None:
             raise StorageError("stdin: is closed; pipe the records in")
         return nullcontext(_Reader(sys.stdin.fileno(), position))
 
 
-class _Reader:
+class _Reader(Reader):
     """Lines of a file descriptor. Offsets and numbers are those of the stream, not of this process's share of it."""
 
     def __init__(self, descriptor: int, position: Position):
-        self._descriptor = descriptor
-        self._expected = position
+        self._descriptor, self._expected = descriptor, position
         self._digest = xxhash.xxh3_128()
         self._offset = self._lines = 0
-        self._left = b""
-        self.read_bytes = 0
+        self._left = b""  # of a chunk, behind what is passed over
 
     @property
+    @override
     def position(self) -> Position:
         return {"bytes": self._offset, "lines": self._lines, "digest": self._digest.hexdigest()}
 
-    def committed(self, position: Position) -> None:
-        """Nobody looks on."""
-
-    def at_end(self) -> bool:
-        """What is in a pipe comes at once."""
-        return True
-
+    @override
     def arrivals(self) -> Iterator[Found | Bad | None]:
         if self._expected:
             yield from self._skip()
-        digest, size_bytes = self._digest.copy(), 0
-        parts: list[bytes] | None = []  # None of a line that is too long
-        for part in self._parts():
-            if part is None:
+        digest, size_bytes, parts = self._digest.copy(), 0, list[bytes]()
+        for chunk in self._chunks():
+            if chunk is None:
                 yield None
                 continue
-            digest.update(part)
-            size_bytes += len(part)
-            if parts is not None:
-                parts = [*parts, part] if size_bytes <= MAX_RECORD_BYTES else None
-            if part.endswith(b"\n"):
-                found = self._line(parts, size_bytes, digest)
-                if found is not None:
-                    yield found
-                digest, size_bytes, parts = digest.copy(), 0, []
-        if size_bytes and (found := self._line(parts, size_bytes, digest)) is not None:
-            yield found
+            for part in io.BytesIO(chunk) if chunk else [b""]:
+                digest.update(part)
+                size_bytes += len(part)
+                parts = [*parts, part] if size_bytes <= MAX_RECORD_BYTES else []
+                if part.endswith(b"\n") or (not chunk and size_bytes):
+                    found = self._line(parts, size_bytes, digest)
+                    if found is not None:
+                        yield found
+                    digest, size_bytes, parts = digest.copy(), 0, []
 
-    def _line(self, parts: list[bytes] | None, size_bytes: int, digest: xxhash.xxh3_128) -> Found | Bad | None:
-        """What a line spells; the stream stands after it from now on."""
+    def _line(self, parts: list[bytes], size_bytes: int, digest: xxhash.xxh3_128) -> Found | Bad | None:
+        """Reads what a line spells; the stream stands after it from now on."""
         start = self._offset
         self._offset, self._lines, self._digest = start + size_bytes, self._lines + 1, digest
         self.read_bytes += size_bytes
         where = f"stdin:{self._lines}"
-        if parts is None:
+        if not parts:
             return Bad(where=where, cause=f"longer than {MAX_RECORD_BYTES >> 20} MiB")
         content = b"".join(parts).strip()
-        try:
-            return Found(key=f"stdin@{start}", where=where, record=json_object(content)) if content else None
-        except ValueError as error:
-            return Bad(where=where, cause=str(error))
+        return read_as(json_object, content, key=f"stdin@{start}", where=where) if content else None
 
     def _skip(self) -> Iterator[None]:
         """Passes over what was read before, and looks whether it is the same."""
@@ -125,15 +104,8 @@ class _Reader:
                 "from its beginning, or make another store"
             )
 
-    def _parts(self) -> Iterator[bytes | None]:
-        """Lines, or parts of them where they come in parts; None when nothing came for a moment."""
-        for chunk in self._chunks():
-            if chunk is None:
-                yield None
-            else:
-                yield from io.BytesIO(chunk)
-
     def _chunks(self) -> Iterator[bytes | None]:
+        """Yields what comes, None when nothing did for a moment, and at the end of the stream b""."""
         if self._left:
             left, self._left = self._left, b""
             yield left
@@ -141,6 +113,6 @@ class _Reader:
             with storage_errors("stdin", doing="read", fix="pipe the records in"):
                 ready, _, _ = select.select([self._descriptor], [], [], TICK_S)
                 chunk = os.read(self._descriptor, _CHUNK_BYTES) if ready else None
+            yield chunk
             if chunk == b"":
                 return
-            yield chunk

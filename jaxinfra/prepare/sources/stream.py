@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, override
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source
 
 Position = Mapping[str, Any]
 """Where a stream stands, in JSON; {} is its beginning."""
@@ -37,20 +37,21 @@ class Block:
     position: Position
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """A stream that is open.
 
     Attributes:
         read_bytes: of the records so far.
     """
 
-    read_bytes: int
+    read_bytes: int = 0
 
     @property
+    @abstractmethod
     def position(self) -> Position:
         """Where the stream stands after the record that came last."""
-        ...
 
+    @abstractmethod
     def arrivals(self) -> Iterator[Found | Bad | None]:
         """Yields records as they come, and None when there was none for a moment; ends where the stream ends.
 
@@ -58,22 +59,17 @@ class Reader(Protocol):
             DataError: it is another stream than the one that stood at the position that it was opened at.
             StorageError: it cannot be read.
         """
-        ...
 
     def committed(self, position: Position) -> None:
         """Hears that all up to a position is kept, for whoever looks on; nothing depends on it."""
-        ...
+        return
 
     def at_end(self) -> bool:
-        """Whether nothing comes because all that is there has come.
-
-        Raises:
-            StorageError: the stream cannot be reached.
-        """
-        ...
+        """Tells whether nothing comes because all has come; raises a StorageError if the stream is out of reach."""
+        return True  # what is in a pipe comes at once
 
 
-class Stream(ABC):
+class Stream(Source):
     """A stream, as a config describes it. It is no source whose pieces can be listed, and says so where it is one."""
 
     @property
@@ -90,52 +86,44 @@ class Stream(ABC):
             StorageError: it cannot be reached.
         """
 
+    @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Refuses.
-
-        Raises:
-            ConfigError: always.
-        """
         raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
 
+    @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Refuses, as `pieces`."""
         raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
 
 
 def blocks(
     reader: Reader, block_bytes: int, *, stopping: Callable[[], bool], wait_s: float = WAIT_S
 ) -> Iterator[Block | None]:
-    """Gathers records to blocks.
+    """Gathers records to blocks; yields None when nothing came for a moment. Raises as `Reader.arrivals`.
 
     Args:
         reader: of an open stream.
         block_bytes: of a block, about.
         stopping: whether to end with what has come; asked at least once each `TICK_S`.
         wait_s: how long the first record of a block waits for more.
-
-    Yields:
-        Blocks, and None when nothing came for a moment.
-
-    Raises:
-        DataError: as `Reader.arrivals`.
-        StorageError: as `Reader.arrivals`.
     """
     records: list[Found | Bad] = []
     start_bytes, first_s = reader.read_bytes, 0.0
+
+    def block() -> Block:
+        read_bytes = reader.read_bytes - start_bytes
+        return Block(records=tuple(records), read_bytes=read_bytes, position=reader.position)
+
     for arrival in reader.arrivals():
-        if arrival is None:
-            if not records:
-                yield None
-        else:
-            if not records:
-                first_s = time.monotonic()
+        if arrival is not None:
+            first_s = first_s if records else time.monotonic()
             records.append(arrival)
+        elif not records:
+            yield None
         full = reader.read_bytes - start_bytes >= block_bytes
         if records and (full or time.monotonic() - first_s >= wait_s):
-            yield Block(records=tuple(records), read_bytes=reader.read_bytes - start_bytes, position=reader.position)
+            yield block()
             records, start_bytes = [], reader.read_bytes
         if stopping():
             break
     if records:
-        yield Block(records=tuple(records), read_bytes=reader.read_bytes - start_bytes, position=reader.position)
+        yield block()

@@ -3,17 +3,18 @@
 Every document is a function of the seed and its number alone, so any range of them is made without the others.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, override
 
 from annotated_types import Ge
 
 from jaxinfra.config.limits import Count, Natural
 from jaxinfra.prepare.sources.files import cut
-from jaxinfra.prepare.sources.record import Found, Piece
+from jaxinfra.prepare.sources.record import Found, Piece, Source
 from jaxinfra.storage.files import File
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -23,7 +24,7 @@ _FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # which of a word's followers comes next;
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic:
+class Synthetic(Source):
     """Records `{"text": str}` of words; seven in eight are one of three that may follow the word before.
 
     Attributes:
@@ -38,14 +39,14 @@ class Synthetic:
     vocabulary: Annotated[int, Ge(2)] = 1000
     seed: Natural = 0
 
+    @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Ranges of documents."""
         size_bytes = self.documents * self.words * (2 * self._syllables() + 1)
         stamp = f"1:{self.words}:{self.vocabulary}:{self.seed}"  # 1: what is made of these numbers
         return cut(File(name="synthetic", size_bytes=size_bytes, stamp=stamp), self.documents, split_bytes)
 
+    @override
     def read(self, piece: Piece) -> Iterator[Found]:
-        """Yields the documents `piece.start` to `piece.end`."""
         for number in range(piece.start, self.documents if piece.end is None else piece.end):
             key = f"{piece.name}#{number}"
             yield Found(key=key, where=f"{piece.name} document {number}", record={"text": self._document(number)})
@@ -62,11 +63,8 @@ class Synthetic:
         return "\n".join(" ".join(sentence) + "." for sentence in sentences) + "\n"
 
     def _syllables(self) -> int:
-        """Of a word, so many that the vocabulary can be spelled."""
-        count = 1
-        while _SYLLABLES**count < self.vocabulary:
-            count += 1
-        return count
+        """Returns how many syllables a word must have for the vocabulary to be spelled."""
+        return next(count for count in itertools.count(1) if _SYLLABLES**count >= self.vocabulary)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -1,19 +1,20 @@
 """Every text file is a record: its whole text, line ends as they are."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import override
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import Natural
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.compressed import decompressed, is_compressed
-from jaxinfra.prepare.sources.files import problems_of, whole
-from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES, text_of
-from jaxinfra.prepare.sources.record import Bad, Found, Piece
+from jaxinfra.prepare.sources.files import Files, cut_files
+from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES, text_record
+from jaxinfra.prepare.sources.record import Bad, Found, Piece, read_as
 from jaxinfra.storage.files import STDLIB, list_files, shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextFiles:
+class TextFiles(Files):
     """Text files, as records `{"text": str}`; the key of each is its name relative to the root.
 
     Attributes:
@@ -24,35 +25,22 @@ class TextFiles:
 
     root: str = STDLIB
     pattern: str = "**/*.py"
-    min_bytes: int = 1
+    min_bytes: Natural = 1
 
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
-        yield from problems_of(self.root, self.pattern, "**/*.txt")
-        if self.min_bytes < 0:
-            yield Problem(fields=("min_bytes",), message="must not be negative", fix="use min_bytes=0")
-
+    @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """One piece a file: documents are not cut. Raises as `Source.pieces` does."""
         files = list_files(self.root, self.pattern)
-        pieces = [whole(file) for file in files if is_compressed(file.name) or file.size_bytes >= self.min_bytes]
-        if not pieces:
-            raise ConfigError(
-                f"min_bytes={self.min_bytes}: all {len(files)} files that match in {shown(self.root)} are shorter; "
-                "use less"
-            )
-        return pieces
+        found = [file for file in files if is_compressed(file.name) or file.size_bytes >= self.min_bytes]
+        if not found:
+            here = f"all {len(files)} files that match in {shown(self.root)}"
+            raise ConfigError(f"min_bytes={self.min_bytes}: {here} are shorter; use less")
+        return cut_files(found, self._count, split_bytes)
 
+    @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the file, unless it turns out to be too short. Raises as `Source.read` does."""
         with decompressed(self.root, piece.name) as file:
             content = file.read(MAX_RECORD_BYTES + 1)
         if len(content) > MAX_RECORD_BYTES:
             yield Bad(where=piece.name, cause=f"longer than {MAX_RECORD_BYTES >> 20} MiB")
         elif len(content) >= self.min_bytes:
-            try:
-                record = {"text": text_of(content)}
-            except ValueError as error:
-                yield Bad(where=piece.name, cause=str(error))
-            else:
-                yield Found(key=piece.name, where=piece.name, record=record)
+            yield read_as(text_record, content, key=piece.name, where=piece.name)

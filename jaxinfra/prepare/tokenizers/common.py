@@ -26,24 +26,35 @@ TRICKY = (
 _PRECISION = 1e-6  # of sums in float32
 
 
-def common_problems(
-    *, path: str | None = None, end_of_document: str, special_tokens: Sequence[str] = ()
-) -> Iterable[Problem]:
-    """Yields what is wrong with the fields that most descriptions of a tokenizer have."""
-    if path == "":
-        yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
-    if not end_of_document:
-        yield Problem(fields=("end_of_document",), message="must not be empty", fix="use end_of_document=<|endoftext|>")
-    if "" in special_tokens or len({end_of_document, *special_tokens}) <= len(special_tokens):
-        yield Problem(
-            fields=("special_tokens",),
-            message="must be other texts than one another and than the end of a document, and not empty",
-            fix="name each once",
-        )
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """A tokenizer, as a config describes it.
+
+    Attributes:
+        end_of_document: the special token that closes every document.
+    """
+
+    end_of_document: str = "<|endoftext|>"
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields what is wrong with the description; its file is not looked at."""
+        if getattr(self, "path", None) == "":
+            yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
+        if not self.end_of_document:
+            fix = f"use end_of_document={type(self).end_of_document}"
+            yield Problem(fields=("end_of_document",), message="must not be empty", fix=fix)
+        special = self._added()
+        if "" in special or len({self.end_of_document, *special}) <= len(special):
+            message = "must be other texts than one another and than the end of a document, and not empty"
+            yield Problem(fields=("special_tokens",), message=message, fix="name each once")
+
+    def _added(self) -> Sequence[str]:
+        """Returns special tokens that it names beside the end of a document."""
+        return getattr(self, "special_tokens", ())
 
 
 def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
-    """All pairs of tokens that make a token, by its rank: libraries that merge the least union take any of them."""
+    """Returns all pairs of tokens that make a token, by its rank: libraries that merge the least union take any."""
     return [
         (token[:cut], token[cut:])
         for token in sorted(ranks, key=ranks.__getitem__)
@@ -74,11 +85,7 @@ class Converted:
     name: str
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compares ids and decoded text with those of the original library.
-
-        Raises:
-            ConfigError: a text gets other ids, or another text comes back.
-        """
+        """Compares ids and decoded text with those of the original library; a ConfigError says where they differ."""
         special = self.tokenizer.special
         for text in texts:
             for each in (text, *(f"a{token}b{token} c" for token in special if token in text)):
@@ -86,25 +93,24 @@ class Converted:
 
     def _compare(self, text: str) -> None:
         expected, found = self.encode(text), self.tokenizer.encode(text)
+        cause = None
         if expected != found and not self._equally_likely(expected, found):
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
             where = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
-            raise self._refusal(f"near {where!r} it gives the ids {_few(found[at:])}, expected {_few(expected[at:])}")
-        if self.unknown not in expected and self.decode(expected) != self.tokenizer.decode(found):
-            raise self._refusal(f"the text {text[:40]!r} comes back as {self.tokenizer.decode(found)[:40]!r}")
+            cause = f"near {where!r} it gives the ids {_few(found[at:])}, expected {_few(expected[at:])}"
+        elif self.unknown not in expected and self.decode(expected) != (back := self.tokenizer.decode(found)):
+            cause = f"the text {text[:40]!r} comes back as {back[:40]!r}"
+        if cause:
+            raise ConfigError(
+                f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of this "
+                "vocabulary with tokenizer=tokenizer_file"
+            )
 
     def _equally_likely(self, expected: list[int], found: list[int]) -> bool:
-        """Whether two ways to cut a text are equally likely, to the precision of sums in float32."""
+        """Tells whether two ways to cut a text are equally likely, to the precision of sums in float32."""
         if self.scores is None or expected.count(self.unknown or 0) != found.count(self.unknown or 0):
             return False
-        sums = self.scores[expected].sum(), self.scores[found].sum()
-        return bool(np.isclose(*sums, rtol=_PRECISION))
-
-    def _refusal(self, cause: str) -> ConfigError:
-        return ConfigError(
-            f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of this "
-            "vocabulary with tokenizer=tokenizer_file"
-        )
+        return bool(np.isclose(self.scores[expected].sum(), self.scores[found].sum(), rtol=_PRECISION))
 
 
 def _few(ids: Sequence[int]) -> str:

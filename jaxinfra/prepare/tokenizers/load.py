@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from jaxinfra.config import Problem
 from jaxinfra.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
-from jaxinfra.prepare.tokenizers.common import TRICKY, common_problems
+from jaxinfra.prepare.tokenizers.common import TRICKY, Vocabulary
 from jaxinfra.prepare.tokenizers.sentence_piece import SentencePieceModel, convert_sentence_piece
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import Tiktoken, convert_tiktoken
 from jaxinfra.prepare.tokenizers.train import TrainBpe
@@ -14,47 +13,33 @@ from jaxinfra.storage.files import read_content
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
+class TokenizerFile(Vocabulary):
     """An existing tokenizer.json.
 
     Attributes:
         path: of the file, or its URL.
-        end_of_document: the special token that closes every document.
         special_tokens: those that must be special, such as those of a template. What the file lacks is added to it:
             ids follow its last one.
     """
 
     path: str = ""
-    end_of_document: str = "<|endoftext|>"
     special_tokens: tuple[str, ...] = ()
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description."""
-        yield from common_problems(
-            path=self.path, end_of_document=self.end_of_document, special_tokens=self.special_tokens
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """The bytes of UTF-8 are the tokens.
+class Bytes(Vocabulary):
+    """The bytes of UTF-8 are the tokens; the id of the end of a document, which templates may spell, is 256.
 
     Attributes:
-        end_of_document: how templates spell the token that ends documents; its id is 256.
         special_tokens: more of them, such as those of a template; their ids follow.
     """
 
-    end_of_document: str = "<|endoftext|>"
     special_tokens: tuple[str, ...] = ()
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description."""
-        yield from common_problems(end_of_document=self.end_of_document, special_tokens=self.special_tokens)
 
 
 Existing = TokenizerFile | Tiktoken | SentencePieceModel | Bytes
 """A tokenizer that is not trained on the text of the recipe."""
-AnyTokenizer = TrainBpe | TokenizerFile | Tiktoken | SentencePieceModel | Bytes
+AnyTokenizer = TrainBpe | Existing
 """The tokenizer of a recipe: one that is trained on its text, or an existing one."""
 Check = Callable[[Iterable[str]], None]
 """Compares what a tokenizer makes of texts with what it should."""

@@ -5,20 +5,19 @@ turns or HTML tags: which of them only a template may spell is decided when the 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from jaxinfra.config import Problem
 from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.tokenizers.common import Converted, common_problems, merges_of
+from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_content
 
@@ -30,7 +29,7 @@ _NEVER = -1e5  # a score so low that unigrams never choose the piece
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentencePieceModel:
+class SentencePieceModel(Vocabulary):
     """A model of SentencePiece, which becomes a tokenizer.json.
 
     Attributes:
@@ -44,23 +43,15 @@ class SentencePieceModel:
     special_tokens: tuple[str, ...] | None = None
     end_of_document: str = "</s>"
 
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description."""
-        yield from common_problems(path=self.path, end_of_document=self.end_of_document)
+    @override
+    def _added(self) -> Sequence[str]:
+        return ()  # pieces of the model, which are looked at with it
 
 
 def convert_sentence_piece(config: SentencePieceModel) -> Converted:
-    """Converts a model of SentencePiece.
-
-    Raises:
-        ConfigError: there is no such file, it is no model, it lacks a special token, or sentencepiece is missing.
-    """
-    library = needed(
-        "sentencepiece",
-        "sentencepiece_model_pb2",
-        by="tokenizer=sentence_piece_model",
-        install="jaxinfra[sentencepiece]",
-    )
+    """Converts a model of SentencePiece. Raises as `convert`."""
+    by, install = "tokenizer=sentence_piece_model", "jaxinfra[sentencepiece]"
+    library = needed("sentencepiece", "sentencepiece_model_pb2", by=by, install=install)
     model = _parse(library.sentencepiece_model_pb2.ModelProto, read_content(config.path, "a tokenizer"), config.path)
     _make_control(model, config)
     if model.trainer_spec.model_type == model.trainer_spec.WORD:
@@ -78,17 +69,16 @@ def convert_sentence_piece(config: SentencePieceModel) -> Converted:
 
 
 def _parse(form: Any, content: bytes, name: str) -> Any:
-    """The model as a protocol buffer."""
+    """Reads the model as a protocol buffer."""
     from google.protobuf.message import DecodeError
 
     try:
         model = form.FromString(content)
-        cause = "" if model.pieces else "it has no pieces"
+        if not model.pieces:
+            raise DecodeError("it has no pieces")
+        return model
     except DecodeError as error:
-        model, cause = None, cause_of(error)
-    if cause:
-        raise ConfigError(f"{name}: is not a model of SentencePiece ({cause}); give its .model")
-    return model
+        raise ConfigError(f"{name}: is not a model of SentencePiece ({cause_of(error)}); give its .model") from None
 
 
 def _make_control(model: Any, config: SentencePieceModel) -> None:
@@ -109,7 +99,7 @@ def _make_control(model: Any, config: SentencePieceModel) -> None:
 
 
 def _backend(model: Any) -> Backend:
-    """A tokenizer of the library `tokenizers` that does what a model says, with its own normalization."""
+    """Makes a tokenizer of the library `tokenizers` that does what a model says, with its own normalization."""
     types, spec = model.SentencePiece, model.normalizer_spec
     special = [piece.piece for piece in model.pieces if piece.type in (types.CONTROL, types.UNKNOWN)]
     defined = [piece.piece for piece in model.pieces if piece.type == types.USER_DEFINED]

@@ -9,9 +9,9 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
 
 from tokenizers import Regex, decoders, pre_tokenizers
 
@@ -20,7 +20,7 @@ from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.tokenizers.common import Converted, common_problems, merges_of
+from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_content
 
@@ -62,7 +62,7 @@ _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiktoken:
+class Tiktoken(Vocabulary):
     """A vocabulary of tiktoken, which becomes a tokenizer.json.
 
     Attributes:
@@ -72,40 +72,31 @@ class Tiktoken:
             that the library knows by itself.
         pattern: regular expression that cuts text into words, in place of that of the encoding.
         special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
-        end_of_document: the special token that closes every document.
     """
 
     path: str | None = None
     encoding: str = "cl100k_base"
     pattern: str | None = None
     special_tokens: tuple[str, ...] = ()
-    end_of_document: str = "<|endoftext|>"
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description."""
-        others = [text for text in self.special_tokens if text != self.end_of_document]
-        yield from common_problems(path=self.path, end_of_document=self.end_of_document, special_tokens=others)
+        yield from super().problems()
         complete = self.pattern is not None and self.special_tokens
         if self.path is not None and self.encoding not in SPECIAL_TOKENS and not complete:
-            yield Problem(
-                fields=("encoding",),
-                message=f"is none of {', '.join(SPECIAL_TOKENS)}",
-                fix="use encoding=cl100k_base, or give pattern and special_tokens",
-            )
+            fix = "use encoding=cl100k_base, or give pattern and special_tokens"
+            yield Problem(fields=("encoding",), message=f"is none of {', '.join(SPECIAL_TOKENS)}", fix=fix)
         if self.path is None and (self.pattern is not None or self.special_tokens):
-            yield Problem(
-                fields=("path",),
-                message="an own pattern and own special tokens need a file of ranks",
-                fix="give the path of one",
-            )
+            message = "an own pattern and own special tokens need a file of ranks"
+            yield Problem(fields=("path",), message=message, fix="give the path of one")
+
+    @override
+    def _added(self) -> Sequence[str]:
+        return [text for text in self.special_tokens if text != self.end_of_document]
 
 
 def convert_tiktoken(config: Tiktoken) -> Converted:
-    """Converts a vocabulary of tiktoken.
-
-    Raises:
-        ConfigError: its file cannot be read or is damaged, it lacks the end of a document, or tiktoken is missing.
-    """
+    """Converts a vocabulary of tiktoken. Raises as `convert`."""
     library = needed("tiktoken", by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
     name = config.path or config.encoding
     if config.path is None:
@@ -135,7 +126,7 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
 
 
 def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
-    """The tokenizer.json of ranks.
+    """Makes the tokenizer.json of ranks.
 
     The library merges the two neighbors whose union has the least rank; a pair has the rank of its union, and so all
     pairs that make a token are merges.
@@ -144,12 +135,8 @@ def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int
     merges = [[spelled[left], spelled[right]] for left, right in merges_of(ranks)]
     by_id = sorted(special.items(), key=lambda item: item[1])
     vocab = {text: ranks[token] for token, text in spelled.items()} | dict(by_id)
-    words = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_POSSESSIVE.sub(r"(?>\1\2)", pattern)), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut = pre_tokenizers.Split(Regex(_POSSESSIVE.sub(r"(?>\1\2)", pattern)), behavior="isolated")
+    words = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tree = {
         "version": "1.0",
         "added_tokens": [{"id": index, "content": text, "special": True} | _AS_IT_IS for text, index in by_id],
@@ -161,7 +148,7 @@ def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int
 
 
 def _parse(content: bytes, name: str) -> dict[bytes, int]:
-    """The ranks of a file, which must have a token for every byte."""
+    """Reads the ranks of a file, which must have a token for every byte."""
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -181,7 +168,7 @@ def _parse(content: bytes, name: str) -> dict[bytes, int]:
 
 
 def _of_library(library: Any, encoding: str) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """Pattern, ranks and special tokens of an encoding that the library has."""
+    """Returns pattern, ranks and special tokens of an encoding that the library has."""
     if encoding not in PATTERNS:
         raise ConfigError(f"encoding={encoding}: its pattern is not known; use one of {', '.join(PATTERNS)}")
     try:

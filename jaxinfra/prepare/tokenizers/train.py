@@ -2,39 +2,35 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import override
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxinfra.config import Problem
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
-from jaxinfra.prepare.tokenizers.common import common_problems
+from jaxinfra.prepare.tokenizers.common import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBpe:
+class TrainBpe(Vocabulary):
     """A byte-level BPE that is trained on the text of the recipe.
 
     Attributes:
         vocab_size: the largest vocabulary; a small text gives fewer tokens.
-        end_of_document: the special token that closes every document; its id is 0.
-        special_tokens: more of them, such as those of a template; their ids follow.
+        special_tokens: more of them, such as those of a template; their ids follow that of the end of a document, 0.
     """
 
     vocab_size: int = 8192
-    end_of_document: str = "<|endoftext|>"
     special_tokens: tuple[str, ...] = ()
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description."""
-        yield from common_problems(end_of_document=self.end_of_document, special_tokens=self.special_tokens)
+        yield from super().problems()
         least = 257 + len(self.special_tokens)
         if self.vocab_size < least:
-            yield Problem(
-                fields=("vocab_size",),
-                message="a byte-level vocabulary needs 256 bytes, the end of a document and its special tokens",
-                fix=f"use vocab_size={least} or more",
-            )
+            message = "a byte-level vocabulary needs 256 bytes, the end of a document and its special tokens"
+            yield Problem(fields=("vocab_size",), message=message, fix=f"use vocab_size={least} or more")
 
 
 def train_bpe(
@@ -42,8 +38,7 @@ def train_bpe(
 ) -> JsonTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); its id 0 ends documents.
 
-    The same texts in the same order give the same tokenizer. A small text may give fewer than
-    `vocab_size` tokens.
+    The same texts in the same order give the same tokenizer.
     """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
