@@ -114,6 +114,11 @@ class Open:
         """
         return self._read(f"{split}.{name}")
 
+    def read_all(self, split: Split) -> dict[str, np.ndarray]:
+        """All arrays of a split. Raises as `read`."""
+        names = (name.removeprefix(f"{split}.") for name in self._arrays.files if name.startswith(f"{split}."))
+        return {name: self.read(split, name) for name in names}
+
     def _read(self, name: str) -> np.ndarray:
         try:
             return self._arrays[name]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -144,20 +145,25 @@ class _Rows:
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
-        self._masked, self._dedup = corpus.form.masked, corpus.dedup
-        self._named = corpus.on_overlap == "fail"
-        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
         self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
+        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
         self._waiting: list[Document] = []
         self._waiting_chars = self.tokens = 0
-        self._tokens: list[np.ndarray] = []
-        self._mask: list[np.ndarray] = []
-        self._lengths: list[int] = []
-        self._bytes: list[int] = []
-        self._digests: list[tuple[int, int]] = []
-        self._where: list[str] = []
-        self._exact: list[np.ndarray] = []
-        self._near: list[np.ndarray] = []
+        self._types: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "tokens_N": (self._dtype, ()),
+            "lengths_D": (np.int64, ()),
+            "bytes_D": (np.int64, ()),
+            "digest_D2": (np.uint64, (2,)),
+        }
+        if corpus.form.masked:
+            self._types["mask_N"] = np.uint8, ()
+        if corpus.dedup is not None:
+            self._types["exact_D2"] = np.uint64, (2,)
+            if corpus.dedup.near:
+                self._types["near_DP"] = np.uint32, (corpus.dedup.permutations,)
+        if corpus.on_overlap == "fail":
+            self._types["where_D"] = np.str_, ()
+        self._rows: dict[str, list[Any]] = {name: [] for name in self._types}
 
     def add(self, where: str, group: Sequence[Document]) -> None:
         """Takes the documents of a record."""
@@ -173,7 +179,7 @@ class _Rows:
         self._append(found)
 
     def finish(self) -> dict[str, np.ndarray]:
-        """The arrays of a part, D documents with N tokens.
+        """Returns the arrays of a part, D documents with N tokens.
 
         Returns:
             `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each,
@@ -182,29 +188,18 @@ class _Rows:
             `near_DP`, its MinHash; where an overlap ends the work `where_D`, the place of each.
         """
         self._encode()
-        arrays = {
-            "tokens_N": np.concatenate([np.empty(0, self._dtype), *self._tokens]),
-            "lengths_D": np.array(self._lengths, np.int64),
-            "bytes_D": np.array(self._bytes, np.int64),
-            "digest_D2": np.array(self._digests, np.uint64).reshape(-1, 2),
+        return {
+            name: np.concatenate([np.empty(0, dtype), *self._rows[name]])
+            if name.endswith("_N")
+            else np.array(self._rows[name], dtype).reshape(-1, *shape)
+            for name, (dtype, shape) in self._types.items()
         }
-        if self._masked:
-            arrays["mask_N"] = np.concatenate([np.empty(0, np.uint8), *self._mask])
-        if self._sign is not None:
-            arrays["exact_D2"] = np.array(self._exact, np.uint64).reshape(-1, 2)
-            if self._dedup is not None and self._dedup.near:
-                arrays["near_DP"] = np.array(self._near, np.uint32).reshape(-1, self._dedup.permutations)
-        if self._named:
-            arrays["where_D"] = np.array(self._where, np.str_)
-        return arrays
 
     def _note(self, where: str, text: str, count: int) -> None:
-        if self._named:
-            self._where += [where] * count
-        if self._sign is not None:
-            exact, near = self._sign(text)
-            self._exact += [exact] * count
-            self._near += [near] * count if near is not None else []
+        exact, near = (None, None) if self._sign is None else self._sign(text)
+        for name, value in (("exact_D2", exact), ("near_DP", near), ("where_D", where)):
+            if name in self._rows:
+                self._rows[name] += [value] * count
 
     def _encode(self) -> None:
         """Tokenises what waits, all at once."""
@@ -216,15 +211,15 @@ class _Rows:
     def _append(self, found: Tokens) -> None:
         tokens_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
         self.tokens += len(tokens_N)
-        self._tokens.append(tokens_N)
-        self._lengths.append(len(tokens_N))
-        self._bytes.append(found.n_bytes)
-        self._digests.append(digest_of_values(tokens_N))
-        if self._masked:
-            self._mask.append(np.append(found.learned_N, False).astype(np.uint8))
+        self._rows["tokens_N"].append(tokens_N)
+        self._rows["lengths_D"].append(len(tokens_N))
+        self._rows["bytes_D"].append(found.n_bytes)
+        self._rows["digest_D2"].append(digest_of_values(tokens_N))
+        if "mask_N" in self._rows:
+            self._rows["mask_N"].append(np.append(found.learned_N, False).astype(np.uint8))
 
     def _check(self, ids: np.ndarray) -> None:
-        """A tokenizer that gives an id which its own vocabulary does not have must not fill a store with garbage."""
+        """Refuses an id that the tokenizer's own vocabulary does not have: it would fill a store with garbage."""
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
             wrong = int(ids.max()) if ids.max() >= self._tokenizer.vocab_size else int(ids.min())
             raise DataError(
