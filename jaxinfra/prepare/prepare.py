@@ -41,14 +41,7 @@ _LEAST_JOBS, _LEAST_BYTES = 32, 64 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far preparing is.
-
-    Attributes:
-        stage: what is being done.
-        done: bytes of the source.
-        total: bytes of the source, about.
-        tokens: that were made in this call.
-    """
+    """How far preparing is: `done` of about `total` bytes of the source, and tokens that were made in this call."""
 
     stage: str
     done: int
@@ -61,8 +54,6 @@ class Prepared:
     """A version that is there.
 
     Attributes:
-        path: of the version.
-        manifest: of it.
         new: whether this call made it.
         moved: whether it was there and another one was the newest, which it is now.
     """
@@ -135,11 +126,7 @@ def prepare(
 
 
 def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None:
-    """Looks whether what was read is still what was listed; others may have come.
-
-    Raises:
-        DataError: a file was changed or removed meanwhile, so that the parts are not all of the same.
-    """
+    """Raises DataError if what was read is not what was listed, so that parts are of different files."""
     for source, pieces in zip((recipe.source, explicit(recipe.validation)), sources, strict=True):
         if source is None or isinstance(source, OtherStore):  # whose versions never change
             continue
@@ -154,8 +141,7 @@ def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None
 def existing(store: Storage, known: Sequence[Version], made_of: str) -> Prepared | None:
     """Returns the known version that was made of the same, and makes it the newest one; None if there is none.
 
-    Raises:
-        DataError: it is damaged; as others may read it, it is not replaced.
+    A damaged one is a DataError: as others may read it, it is not replaced.
     """
     for each in known:
         if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
@@ -172,12 +158,12 @@ def existing(store: Storage, known: Sequence[Version], made_of: str) -> Prepared
 
 
 def content_of(recipe: Recipe) -> Mapping[str, object]:
-    """The recipe without what does not change what comes out."""
+    """Returns the recipe without what does not change what comes out."""
     return {name: value for name, value in encode(recipe).items() if name not in _NOT_CONTENT}
 
 
 def _validation_pieces(recipe: Recipe) -> Sequence[Piece]:
-    """The validation source in pieces; none where the validation split is a share of the source."""
+    """Lists the validation source; () where the validation split is a share of the source."""
     validation = explicit(recipe.validation)
     if validation is None:
         return ()

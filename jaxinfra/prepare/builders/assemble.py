@@ -41,7 +41,7 @@ Keep = Mapping[Split, Sequence[np.ndarray]]
 
 
 def made_now() -> dict[str, Any]:
-    """The fields of a manifest that say by what it was made, and when."""
+    """Returns the fields of a manifest that say by what it was made, and when."""
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -132,16 +132,7 @@ def _left_out(counts: Counts) -> str:
 
 
 def _check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> None:
-    """Refuses sources that leave nothing to train on, or nothing to validate with.
-
-    Args:
-        recipe: what the sources are of.
-        found: documents or images of each split.
-        counts: of the records.
-
-    Raises:
-        ConfigError: a split is empty.
-    """
+    """Refuses sources that leave nothing to train on, or nothing to validate with; `found` is left of each split."""
     if all(found.values()):
         return
     validation, left = recipe.validation, sum(found.values())
@@ -175,14 +166,7 @@ def _repeats(dedup: Dedup, earlier: Sequence[np.ndarray], later: Sequence[np.nda
 
 
 def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -> PackInfo:
-    """Packs the documents of a split into rows, and writes where their pieces are.
-
-    Args:
-        build: the folder of the version.
-        split: which.
-        wanted: how.
-        lengths_D: tokens of each document, with its end.
-    """
+    """Packs documents of so many tokens, with their ends, into rows, and writes where their pieces are."""
     packs = pack(lengths_D, wanted.seq_len, by_length=wanted.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
     found = {
@@ -213,14 +197,9 @@ class Blocks:
     """An array that grows by whole shards, and the hash of each of its blocks; holds one shard in memory."""
 
     def __init__(self, path: Path, dtype: np.dtype, *, shape: tuple[int, ...] = (), block: int, shard: int):
-        """Begins an empty array in a new folder.
+        """Begins an empty array in a new folder, of elements of this shape; () is that of numbers.
 
-        Args:
-            path: of the folder.
-            dtype: of the elements.
-            shape: of an element; () for numbers.
-            block: elements that are read and hashed together.
-            shard: elements of a file, a multiple of `block`.
+        A block of elements is read and hashed together; a shard of them, some blocks, is a file.
         """
         self._path, self._block, self._shard = path, block, shard
         fill = int(np.iinfo(dtype).max)
@@ -262,14 +241,7 @@ class SplitWriter:
         self._bytes = 0
 
     def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, n_bytes: int) -> None:
-        """Appends documents.
-
-        Args:
-            tokens_N: of all of them, each with its end.
-            lengths_D: tokens of each.
-            mask_N: which tokens are learned; None where there is no mask.
-            n_bytes: bytes of text that they stand for.
-        """
+        """Appends documents, each with its end; `mask_N` says which tokens are learned, `n_bytes` are of their text."""
         self._tokens.add(tokens_N)
         if self._mask is not None and mask_N is not None:
             self._mask.add(mask_N)

@@ -31,13 +31,7 @@ _LARGEST_BASELINE = 20_000
 
 
 def collect(job: Job[ImageSet]) -> Note:
-    """Makes and commits the part of a job.
-
-    Raises:
-        DataError: a record cannot be used and the recipe does not skip it; nothing is committed.
-        StorageError: the source cannot be read.
-        OSError: the part cannot be written.
-    """
+    """Makes and commits the part of a job; raises as `tokenise` does of text."""
     records, recipe = Records(job.recipe.on_bad), job.recipe
     found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
     for each, (image, label) in records.made(job.records(), partial(_pair, recipe)):
@@ -145,7 +139,7 @@ def _write(source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[i
 
 
 def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of each part that stay."""
+    """Yields images and labels of each part that stay."""
     for (images, labels), keep_D in zip(source.read(split, "images", "labels"), keep[split], strict=True):
         yield images[keep_D], labels[keep_D]
 

@@ -68,9 +68,7 @@ class TextMaker:
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
 
-        Args:
-            folder: of the parts.
-            pieces: of the training source, the same ones whatever the recipe says of shards.
+        `pieces` are of the training source, the same ones whatever the recipe says of shards.
 
         Raises:
             ConfigError: a converted tokenizer gives texts of the source other tokens; or the store that the validation
@@ -99,7 +97,7 @@ class TextMaker:
             self._corpus.validation.require_same(self._info, kind=self._kind, masked=self._corpus.form.masked)
 
     def part(self, folder: Path, block: Block) -> Part:
-        """The part that a block of a stream makes; after `begin`."""
+        """Makes the part of a block of a stream; after `begin`."""
         job = Job(number=0, pieces=(), recipe=self._corpus, folder=str(folder))
         part = make_part(job, load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
         return replace(part, position=block.position)

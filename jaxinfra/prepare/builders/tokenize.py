@@ -35,10 +35,10 @@ _PIECE_CHARS = 1_000_000
 
 
 def tokenise(job: Job[Corpus]) -> Note:
-    """Makes and commits the part of a job.
+    """Makes and commits the part of a job; nothing is committed where that raises.
 
     Raises:
-        DataError: a record cannot be read and the recipe does not skip it; nothing is committed.
+        DataError: a record cannot be read and the recipe does not skip it.
         StorageError: the source cannot be read.
         OSError: the part cannot be written.
     """
@@ -53,44 +53,35 @@ def tokenise(job: Job[Corpus]) -> Note:
 
 
 def read_info(folder: Path) -> TokenizerInfo:
-    """The tokenizer that is beside the parts."""
+    """Reads which tokenizer is beside the parts."""
     return TokenizerInfo(**json.loads((folder / TOKENIZER_INFO).read_bytes()))
 
 
 @lru_cache(maxsize=2)
 def load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
-    """The tokenizer beside the parts; a worker reads it once."""
+    """Reads the tokenizer beside the parts; a worker does it once."""
     path = folder / info.file
     return restore(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
 def make_part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad], *, read_bytes: int) -> Part:
-    """Makes a part of records, in their order.
-
-    Raises:
-        DataError: a record cannot be read and the recipe does not skip it.
-    """
-    kept = _Kept(job)
+    """Makes a part of records, in their order; raises as `tokenise`."""
+    seen, filtered = Records(job.recipe.on_bad), Counter[str]()
     rows: dict[Split, _Rows] = {split: _Rows(job.recipe, tokenizer) for split in SPLITS}
-    for split, where, group in kept.groups(records):
+    for split, where, group in _groups(job, records, seen, filtered):
         rows[split].add(where, group)
     return Part(
         splits={split: each.finish() for split, each in rows.items()},
         tokens=sum(each.tokens for each in rows.values()),
-        records=kept.records.count,
+        records=seen.count,
         read_bytes=read_bytes,
-        skipped=tuple(kept.records.skipped),
-        filtered=dict(kept.filtered),
+        skipped=tuple(seen.skipped),
+        filtered=filtered,
     )
 
 
 def copy_part(job: Job[Corpus], other: OtherStore, tokenizer: Tokenizer) -> Part:
-    """Makes a part of documents of another store, whose tokens are taken as they are.
-
-    Raises:
-        DataError: what is read is damaged.
-        StorageError: it cannot be read.
-    """
+    """Makes a part of documents of another store, whose tokens are taken as they are; raises as `OtherStore.open`."""
     empty, rows = _Rows(job.recipe, tokenizer), _Rows(job.recipe, tokenizer)
     group, records = job.recipe.form.group, 0
     for piece in job.pieces:
@@ -117,32 +108,22 @@ def copy_part(job: Job[Corpus], other: OtherStore, tokenizer: Tokenizer) -> Part
     )
 
 
-class _Kept:
-    """Which records become documents, and a count of those that do not."""
-
-    def __init__(self, job: Job[Corpus]):
-        self._job = job
-        self.records = Records(job.recipe.on_bad)
-        self.filtered = Counter[str]()
-
-    def groups(self, records: Iterable[Found | Bad]) -> Iterator[tuple[Split, str, Sequence[Document]]]:
-        """The split of each record that is kept, where it is, and its documents."""
-        corpus = self._job.recipe
-        for each, group in self.records.made(records, corpus.form.documents):
-            reasons = (corpus.filters.reason(text_of([document])) for document in group)
-            reason = next(filter(None, reasons), None)
-            if reason is None:
-                yield self._job.split_of(each.key), each.where, group
-            else:
-                self.filtered[reason] += 1
+def _groups(
+    job: Job[Corpus], records: Iterable[Found | Bad], seen: Records, filtered: Counter[str]
+) -> Iterator[tuple[Split, str, Sequence[Document]]]:
+    """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
+    corpus = job.recipe
+    for each, group in seen.made(records, corpus.form.documents):
+        reasons = (corpus.filters.reason(text_of([document])) for document in group)
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            yield job.split_of(each.key), each.where, group
+        else:
+            filtered[reason] += 1
 
 
 class _Rows:
-    """Documents of one split, tokenised in batches.
-
-    Attributes:
-        tokens: so far.
-    """
+    """Documents of one split, tokenised in batches, and how many tokens they have so far."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
         self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
@@ -229,7 +210,7 @@ class _Rows:
 
 
 def text_of(group: Sequence[Document]) -> str:
-    """The text of the record that documents were made of, without what the template adds."""
+    """Returns the text of the record that documents were made of, without what the template adds."""
     return "".join(span.text for document in group for span in document if not span.control)
 
 
@@ -237,11 +218,8 @@ def sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
     """Texts of training records, about `limit_chars` in all, for a tokenizer to be trained on.
 
     Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
-    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read.
-
-    Raises:
-        DataError: a record cannot be read and the recipe does not skip it.
-        StorageError: the source cannot be read.
+    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read. Raises
+    as `tokenise`.
     """
     if isinstance(corpus.validation, Tail):
         sizes = np.cumsum([piece.size_bytes for piece in pieces])
@@ -274,4 +252,5 @@ def _before_tail(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
 
 def _training_texts(corpus: Corpus, pieces: Sequence[Piece]) -> Iterator[str]:
     job = Job(number=0, pieces=tuple(pieces), recipe=corpus, folder="")
-    return (text_of(group) for split, _, group in _Kept(job).groups(job.records()) if split == "train")
+    groups = _groups(job, job.records(), Records(corpus.on_bad), Counter())
+    return (text_of(group) for split, _, group in groups if split == "train")

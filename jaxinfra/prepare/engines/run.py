@@ -45,7 +45,7 @@ def run[J, R](
         done: told each result.
 
     Raises:
-        Exception: the first that the function or `done` raised, as it is; the other jobs are given up.
+        Exception: the first that the function or `done` raised; the other jobs are given up.
         ConfigError: the engine cannot be started, or a job killed its workers.
     """
     if workers is not None and workers < 1:
