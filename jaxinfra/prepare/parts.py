@@ -46,31 +46,23 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class Part(Note):
-    """What one job made.
-
-    Attributes:
-        splits: the arrays of each split, by name: what they are is known to who makes and assembles them.
-    """
+    """What one job made: the arrays of each split, by names that are known to who makes and assembles them."""
 
     splits: Mapping[Split, Mapping[str, np.ndarray]]
 
 
 def path_of(folder: Path, number: int) -> Path:
-    """Where a part stands."""
+    """Returns where a part stands."""
     return folder / f"{number:08d}{_SUFFIX}"
 
 
 def numbers(folder: Path) -> list[int]:
-    """The parts that are there, in order; what a killed process left unfinished is none."""
+    """Lists the parts that are there, in order; what a killed process left unfinished is none."""
     return sorted(int(path.stem) for path in folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
 
 
 def write(folder: Path, number: int, part: Part) -> Note:
-    """Commits a part: it is there whole or not at all, whatever ends the process.
-
-    Raises:
-        OSError: it cannot be written; there is no part then.
-    """
+    """Commits a part: it is there whole or not at all, whatever ends the process, or an OSError."""
     note = Note(**{each.name: getattr(part, each.name) for each in fields(Note)})
     arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
     with atomic_file(path_of(folder, number)) as file:
@@ -80,14 +72,9 @@ def write(folder: Path, number: int, part: Part) -> Note:
 
 
 class Open:
-    """A part whose arrays are read one by one, each for its own."""
+    """A part whose arrays are read one by one; a damaged one raises DataError."""
 
     def __init__(self, folder: Path, number: int):
-        """Opens a part.
-
-        Raises:
-            DataError: it is damaged.
-        """
         self._path = path_of(folder, number)
         try:
             self._arrays = np.load(self._path, allow_pickle=False)
@@ -102,17 +89,18 @@ class Open:
 
     @property
     def note(self) -> Note:
-        """What is known of it without its documents."""
+        """What is known of it without its arrays."""
         found = json.loads(self._read(_META).tobytes())
         return Note(**found | {"skipped": tuple((where, cause) for where, cause in found["skipped"])})
 
     def read(self, split: Split, name: str) -> np.ndarray:
-        """An array of a split.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """Reads an array of a split."""
         return self._read(f"{split}.{name}")
+
+    def read_all(self, split: Split) -> dict[str, np.ndarray]:
+        """Reads all arrays of a split."""
+        names = (name.removeprefix(f"{split}.") for name in self._arrays.files if name.startswith(f"{split}."))
+        return {name: self.read(split, name) for name in names}
 
     def _read(self, name: str) -> np.ndarray:
         try:

@@ -17,6 +17,7 @@ from jaxinfra.config import encode
 from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
 from jaxinfra.data.store.store import Store
+from jaxinfra.data.store.versions import Version
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import engines, parts
 from jaxinfra.prepare.builders.images import ImageMaker
@@ -34,21 +35,13 @@ from jaxinfra.prepare.workspace import require_store, workspace
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import Storage
 
-NOT_CONTENT = ("store", "shard_bytes", "work")
-"""Fields of a recipe that do not change what comes out."""
+_NOT_CONTENT = ("store", "shard_bytes", "work")  # fields of a recipe that do not change what comes out
 _LEAST_JOBS, _LEAST_BYTES = 32, 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far preparing is.
-
-    Attributes:
-        stage: what is being done.
-        done: bytes of the source.
-        total: bytes of the source, about.
-        tokens: that were made in this call.
-    """
+    """How far preparing is: `done` of about `total` bytes of the source, and tokens that were made in this call."""
 
     stage: str
     done: int
@@ -61,8 +54,6 @@ class Prepared:
     """A version that is there.
 
     Attributes:
-        path: of the version.
-        manifest: of it.
         new: whether this call made it.
         moved: whether it was there and another one was the newest, which it is now.
     """
@@ -100,15 +91,12 @@ def prepare(
     store = Storage(recipe.store)
     require_store(store)
     known = versions.listed(store)
-    sources = [pieces_of(recipe), validation_pieces(recipe)]
+    sources = [_cut(recipe.source, recipe.shard_bytes), _validation_pieces(recipe)]
     maker = TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
     source_digest = digest_of([vars(piece) for pieces in sources for piece in pieces])
     made_of = digest_of([content_of(recipe), source_digest, maker.identity])
-    for each in known:
-        if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
-            found = _opened(recipe.store, each.fingerprint)
-            moved = versions.make_newest(store, each)
-            return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
+    if (found := existing(store, known, made_of)) is not None:
+        return found
     planned = [
         Job(number=0, pieces=group, recipe=recipe, folder="", validation=validation)
         for pieces, validation in zip(sources, (False, True), strict=True)
@@ -120,10 +108,13 @@ def prepare(
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
         jobs = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
-        course = _Course(maker, jobs, tell)
-        usual = replace(recipe, shard_bytes=SHARD_BYTES)
-        course.begin(folder, sources[0] if recipe == usual else pieces_of(usual))
-        course.work(folder, engine, workers)
+        course = _Course(jobs, folder, tell)
+        course.tell("begin")
+        usual = recipe.shard_bytes == SHARD_BYTES
+        maker.begin(folder, sources[0] if usual else _cut(recipe.source, SHARD_BYTES))
+        needed_bytes = maker.needed_bytes(course.total)
+        check_space(folder, needed_bytes, purpose="preparing", fix="use work=FOLDER on another disk")
+        course.work(maker, engine, workers)
         _check_unchanged(recipe, sources)
         course.tell("store")
         shutil.rmtree(build, ignore_errors=True)
@@ -135,11 +126,7 @@ def prepare(
 
 
 def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None:
-    """Looks whether what was read is still what was listed; others may have come.
-
-    Raises:
-        DataError: a file was changed or removed meanwhile, so that the parts are not all of the same.
-    """
+    """Raises DataError if what was read is not what was listed, so that parts are of different files."""
     for source, pieces in zip((recipe.source, explicit(recipe.validation)), sources, strict=True):
         if source is None or isinstance(source, OtherStore):  # whose versions never change
             continue
@@ -151,38 +138,32 @@ def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None
                 )
 
 
-def _opened(store: str, fingerprint: str) -> Store:
-    """The version that was made before.
+def existing(store: Storage, known: Sequence[Version], made_of: str) -> Prepared | None:
+    """Returns the known version that was made of the same, and makes it the newest one; None if there is none.
 
-    Raises:
-        DataError: it is damaged; as others may read it, it is not replaced.
+    A damaged one is a DataError: as others may read it, it is not replaced.
     """
-    try:
-        return Store.open(store, fingerprint)
-    except DataError as error:
-        raise DataError(
-            f"{store}: what this recipe made before is damaged ({error}); move the folder {fingerprint} away and "
-            "prepare again"
-        ) from error
+    for each in known:
+        if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
+            try:
+                found = Store.open(store.url, each.fingerprint)
+            except DataError as error:
+                raise DataError(
+                    f"{store.url}: what this recipe made before is damaged ({error}); move the folder "
+                    f"{each.fingerprint} away and prepare again"
+                ) from error
+            moved = versions.make_newest(store, each)
+            return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
+    return None
 
 
 def content_of(recipe: Recipe) -> Mapping[str, object]:
-    """The recipe without what does not change what comes out."""
-    return {name: value for name, value in encode(recipe).items() if name not in NOT_CONTENT}
+    """Returns the recipe without what does not change what comes out."""
+    return {name: value for name, value in encode(recipe).items() if name not in _NOT_CONTENT}
 
 
-def pieces_of(recipe: Recipe) -> Sequence[Piece]:
-    """The source in pieces of about a shard; in smaller ones where that would leave workers idle."""
-    return _cut(recipe.source, recipe.shard_bytes)
-
-
-def validation_pieces(recipe: Recipe) -> Sequence[Piece]:
-    """The validation source in pieces; none where the validation split is a share of the source.
-
-    Raises:
-        ConfigError: there is nothing of that name, or nothing that matches.
-        StorageError: it may not or cannot be listed.
-    """
+def _validation_pieces(recipe: Recipe) -> Sequence[Piece]:
+    """Lists the validation source; () where the validation split is a share of the source."""
     validation = explicit(recipe.validation)
     if validation is None:
         return ()
@@ -194,12 +175,13 @@ def validation_pieces(recipe: Recipe) -> Sequence[Piece]:
 
 
 def _cut(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[Piece]:
+    """A source in pieces of about a shard; in smaller ones where that would leave workers idle."""
     pieces = source.pieces(shard_bytes)
-    size = shard_size(pieces, shard_bytes)
+    size = _shard_size(pieces, shard_bytes)
     return pieces if size == shard_bytes else source.pieces(size)
 
 
-def shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
+def _shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
     """Bytes that a job reads: a function of the source alone, not of the workers."""
     even = sum(piece.size_bytes for piece in pieces) // _LEAST_JOBS
     return min(shard_bytes, max(even, _LEAST_BYTES))
@@ -207,7 +189,7 @@ def shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
 
 def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
     """Pieces in groups of about a shard, each to be read by one job."""
-    size = shard_size(pieces, shard_bytes)
+    size = _shard_size(pieces, shard_bytes)
     groups: list[list[Piece]] = []
     filled = size
     for piece in pieces:
@@ -220,33 +202,27 @@ def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
 
 
 class _Course:
-    """The work of one call, and what is told of it."""
+    """The jobs of one call, and what is told of them."""
 
-    def __init__(self, maker: TextMaker | ImageMaker, jobs: Sequence[Job[Any]], told: Callable[[Progress], None]):
-        self._maker, self._jobs, self._told = maker, jobs, told
-        self._total = sum(job.read_bytes for job in jobs)
+    def __init__(self, jobs: Sequence[Job[Any]], folder: Path, told: Callable[[Progress], None]):
+        self._jobs, self._folder, self._told = jobs, folder, told
+        self.total = sum(job.read_bytes for job in jobs)
         self._done = self._tokens = 0
 
-    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        """Makes what all jobs need."""
-        self.tell("begin")
-        self._maker.begin(folder, pieces)
-        needed_bytes = self._maker.needed_bytes(self._total)
-        check_space(folder, needed_bytes, purpose="preparing", fix="use work=FOLDER on another disk")
-
-    def work(self, folder: Path, engine: EngineName, workers: int | None) -> None:
+    def work(self, maker: TextMaker | ImageMaker, engine: EngineName, workers: int | None) -> None:
         """Makes the parts that are not there yet."""
-        there = set(parts.numbers(folder))
+        there = set(parts.numbers(self._folder))
         todo = [job for job in self._jobs if job.number not in there]
-        self._done = self._total - sum(job.read_bytes for job in todo)
-        self.tell(self._maker.stage)
-        engines.run(engine, self._maker.job, todo, workers=workers, done=self._job_done)
+        self._done = self.total - sum(job.read_bytes for job in todo)
+        self.tell(maker.stage)
+
+        def done(note: Note) -> None:
+            self._done += note.read_bytes
+            self._tokens += note.tokens
+            self.tell(maker.stage)
+
+        engines.run(engine, maker.job, todo, workers=workers, done=done)
 
     def tell(self, stage: str) -> None:
         """Tells how far it is."""
-        self._told(Progress(stage=stage, done=self._done, total=self._total, tokens=self._tokens))
-
-    def _job_done(self, note: Note) -> None:
-        self._done += note.read_bytes
-        self._tokens += note.tokens
-        self.tell(self._maker.stage)
+        self._told(Progress(stage=stage, done=self._done, total=self.total, tokens=self._tokens))

@@ -18,12 +18,7 @@ STREAM = ".stream"
 
 
 def require_store(store: Storage) -> None:
-    """Refuses a local folder with something else in it.
-
-    Raises:
-        ConfigError: it has.
-        StorageError: it may not be looked at, or cannot be a folder.
-    """
+    """Raises ConfigError for a local folder with something else in it, StorageError for one that cannot be read."""
     folder = store.folder
     if folder is None:
         return
@@ -73,19 +68,15 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
 
 
 def kept_folder(store: Storage, name: str, place: str | None) -> Path:
-    """A folder of that name beside the one of what is in the making, which nothing removes; made if it is not there."""
+    """Makes a folder beside the one of what is in the making, unless it is there; nothing removes it."""
     root = _root(store, place)
-    beside = root.with_name(STREAM if root.name == WORK else root.name + STREAM)
-    folder = beside / name
+    folder = root.with_name(STREAM if root.name == WORK else root.name + STREAM) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _root(store: Storage, place: str | None) -> Path:
-    own = digest_of(store.url)
-    if place is not None:
-        return Path(place).expanduser().absolute() / own
-    if (local := store.folder) is not None:
-        return local / WORK
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "jaxinfra" / "prepare" / own
+    if place is None and store.folder is not None:
+        return store.folder / WORK
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxinfra" / "prepare"
+    return (cache if place is None else Path(place).expanduser().absolute()) / digest_of(store.url)

@@ -17,22 +17,14 @@ class Appender:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens `path`, made if it is not there.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Opens `path`, made if it is not there; raises OSError where it cannot be opened."""
         self.dropped, self._path = 0, path
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size_bytes = os.fstat(self._fd).st_size
         self._waiting: deque[bytes] = deque()
 
     def append(self, record: bytes) -> None:
-        """Writes the records that wait, then this one.
-
-        Raises:
-            OSError: they could not be written now; they wait for the next call.
-        """
+        """Writes the records that wait, then this one. All wait for the next call where that raises OSError."""
         if len(self._waiting) == _WAITING:
             self._waiting.popleft()
             self.dropped += 1
@@ -40,11 +32,7 @@ class Appender:
         self._write()
 
     def close(self) -> None:
-        """Writes what waits and closes the file.
-
-        Raises:
-            StorageError: records were lost; the message says how many.
-        """
+        """Writes what waits and closes the file; StorageError says how many records were lost."""
         try:
             self._write()
         except OSError:

@@ -6,19 +6,10 @@ import tempfile
 from pathlib import Path
 
 from etils import epath
+from rich.filesize import decimal
 
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.errors import storage_errors
-
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
-def free_bytes(folder: epath.PathLike) -> int:
-    """Returns the bytes that are free on the disk of a local folder, which need not exist yet."""
-    place = Path(os.path.abspath(folder))
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix: str) -> None:
@@ -33,18 +24,18 @@ def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix:
     Raises:
         StorageError: there is less room than that.
     """
-    if not is_remote(folder) and (free := free_bytes(folder)) < needed_bytes:
+    if is_remote(folder):
+        return
+    place = Path(os.path.abspath(folder))
+    existing = next(each for each in (place, *place.parents) if each.exists())
+    if (free := shutil.disk_usage(existing).free) < needed_bytes:
         raise StorageError(
-            f"{folder}: {_size(free)} free, {purpose} needs about {_size(needed_bytes)}; free some space, or {fix}"
+            f"{folder}: {decimal(free)} free, {purpose} needs about {decimal(needed_bytes)}; free some space, or {fix}"
         )
 
 
 def make_writable(folder: epath.PathLike) -> None:
-    """Makes `folder` if it is missing and checks, by writing a file, that this process may write there.
-
-    Raises:
-        StorageError: it cannot be made or written.
-    """
+    """Makes `folder` if it is missing; raises StorageError, found by writing a file, where this process may not."""
     with storage_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         if not is_remote(folder):
@@ -57,8 +48,3 @@ def make_writable(folder: epath.PathLike) -> None:
 def is_remote(folder: epath.PathLike) -> bool:
     """Tells whether a folder is a URL of an object store."""
     return "://" in os.fspath(folder)
-
-
-def _size(size_bytes: int) -> str:
-    unit, name = next((each for each in _UNITS if size_bytes >= each[0]), (1, "bytes"))
-    return f"{size_bytes / unit:,.1f} {name}"

@@ -80,11 +80,7 @@ def _context(retry_s: float, cache_bytes: int) -> ts.Context:
     waits = [min(_FIRST_WAIT_S, retry_s / 32)]
     while sum(waits) < retry_s:
         waits.append(min(2 * waits[-1], _LONGEST_WAIT_S))
-    retries = {
-        "max_retries": len(waits),
-        "initial_delay": f"{waits[0]}s",
-        "max_delay": f"{_LONGEST_WAIT_S}s",
-    }
+    retries = {"max_retries": len(waits), "initial_delay": f"{waits[0]}s", "max_delay": f"{_LONGEST_WAIT_S}s"}
     cache_pool = {"total_bytes_limit": cache_bytes}
     return ts.Context({"cache_pool": cache_pool, "s3_request_retries": retries, "gcs_request_retries": retries})
 
@@ -95,11 +91,7 @@ def kvstore_spec(url: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{url}/"}
     parts = urlsplit(url)
     path = parts.path.strip("/")
-    spec: dict[str, Any] = {
-        "driver": _DRIVERS[parts.scheme],
-        "bucket": parts.netloc,
-        "path": f"{path}/" if path else "",
-    }
+    spec = {"driver": _DRIVERS[parts.scheme], "bucket": parts.netloc, "path": f"{path}/" if path else ""}
     return spec | _s3_settings() if parts.scheme == "s3" else spec
 
 

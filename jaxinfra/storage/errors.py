@@ -24,14 +24,8 @@ _STATUS = re.compile(
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _HTTP_CODE = re.compile(r"\[http_response_code='(\d+)'")
 _NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
-_NO_ACCESS = (
-    "ABORTED",
-    "DEADLINE_EXCEEDED",
-    "INTERNAL",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "UNAUTHENTICATED",
-    "UNAVAILABLE",
+_NO_ACCESS = re.compile(
+    "ABORTED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
 )
 _CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "s3fs"})
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -88,7 +82,7 @@ def store_error(where: str, error: Exception, *, writing: bool = False) -> DataE
     code = found[1] if (found := _HTTP_CODE.search(status)) else ""
     no_object = code == "404" and not _NO_BUCKET.search(cause)
     refused = code and not no_object and code != "416"
-    if writing or refused or status.startswith(_NO_ACCESS) or isinstance(error, OSError):
+    if writing or refused or _NO_ACCESS.match(status) or isinstance(error, OSError):
         return _storage_error(where, cause, "written" if writing else "read", None)
     return DataError(f"{where}: {cause}; {REMAKE}")
 

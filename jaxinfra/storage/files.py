@@ -1,7 +1,8 @@
 """Lists and reads files at any place that fsspec has a package for: folders, S3, Azure, Hugging Face, HTTP and more.
 
 It knows neither records nor formats. Names are relative to the root, with slashes, and sorted. A folder that may not
-be listed is an error, never passed over. No message has credentials in it.
+be listed is an error, never passed over. No message has credentials in it. All functions raise ConfigError for a URL
+that nothing is installed for, and StorageError for what may not or cannot be read or listed, or is gone.
 """
 
 import io
@@ -11,7 +12,6 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -55,11 +55,7 @@ def shown(root: str) -> str:
 
 
 def is_local(root: str) -> bool:
-    """Whether the root is a folder of this machine.
-
-    Raises:
-        ConfigError: the root is a URL that nothing is installed for.
-    """
+    """Tells whether the root is a folder of this machine."""
     return isinstance(_file_system(root)[0], LocalFileSystem)
 
 
@@ -79,7 +75,6 @@ def list_files(root: str, pattern: str) -> list[File]:
 
     Raises:
         ConfigError: there is no such folder, or nothing in it matches.
-        StorageError: a folder may not or cannot be listed.
     """
     fs, base = _file_system(root)
     parts = PurePosixPath(pattern).parts
@@ -87,14 +82,20 @@ def list_files(root: str, pattern: str) -> list[File]:
     depth = None if "**" in parts else len(parts) - fixed
     with _listing(root):
         if isinstance(fs, LocalFileSystem):
-            _require_folder(root, base, pattern)
+            if os.path.isfile(base):
+                raise ConfigError(f"root={root}: is a file; give its folder, and set the pattern (now {pattern})")
+            os.scandir(base).close()
         else:
             fs.invalidate_cache()
         files = list(_below(fs, "/".join((base.rstrip("/"), *parts[:fixed])) or "/", depth))
     matches = re.compile(glob_translate("/".join(parts))).match
     skip = len(base.rstrip("/")) + 1
     named = ((info["name"][skip:], info) for info in files)
-    found = [_listed(name, info) for name, info in named if matches(name)]
+    found = [
+        File(name=name, size_bytes=info["size"], stamp=f"{info['size']}:{_version(info)}")
+        for name, info in named
+        if matches(name)
+    ]
     if root == STDLIB:
         found = [file for file in found if not _NOT_STDLIB & set(file.name.split("/"))]
     if not found:
@@ -103,12 +104,7 @@ def list_files(root: str, pattern: str) -> list[File]:
 
 
 def list_names(root: str) -> list[str]:
-    """The sorted names of the folders that are directly below the root.
-
-    Raises:
-        ConfigError: there is no such folder.
-        StorageError: it may not or cannot be listed.
-    """
+    """Returns the sorted names of the folders directly below the root; ConfigError where that is no folder."""
     fs, base = _file_system(root)
     with _listing(root):
         fs.invalidate_cache()
@@ -119,11 +115,7 @@ def list_names(root: str) -> list[str]:
 
 @contextmanager
 def opened(root: str, name: str) -> Iterator[BinaryIO]:
-    """Opens a file below the root for reading; it can be sought in.
-
-    Raises:
-        StorageError: it may not or cannot be read, or is gone; also while it is read.
-    """
+    """Opens a file below the root for reading; it can be sought in. What fails while it is read is translated too."""
     fs, base = _file_system(root)
     with storage_errors(f"{shown(root)}/{name}", doing="read"):
         path = f"{base.rstrip('/')}/{name}"
@@ -137,44 +129,28 @@ def opened(root: str, name: str) -> Iterator[BinaryIO]:
 
 
 def read_content(path: str, what: str) -> bytes:
-    """The bytes of a small file that a recipe names.
-
-    Args:
-        path: of the file, or its URL.
-        what: it should be, for the error.
+    """Returns the bytes of a small file that a recipe names, by its path or URL; `what` it should be, for the error.
 
     Raises:
-        ConfigError: there is no such file, or its URL is one that nothing is installed for.
-        StorageError: it may not or cannot be read.
+        ConfigError: there is no such file.
     """
     fs, place = _file_system(path, field="")
     doing = f"read as {what}"
-    with storage_errors(
-        shown(path), doing=doing, missing=f"{shown(path)}: cannot be {doing}: no such file; mend the path"
-    ):
+    missing = f"{shown(path)}: cannot be {doing}: no such file; mend the path"
+    with storage_errors(shown(path), doing=doing, missing=missing):
         return cast(bytes, fs.cat_file(place))
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file.
-
-    Raises:
-        ConfigError: its URL is one that nothing is installed for.
-        StorageError: its place cannot be looked at.
-    """
+    """Tells whether there is such a file."""
     fs, place = _file_system(path, field="")
     with storage_errors(shown(path), doing="looked for"):
         return fs.exists(place)
 
 
-@cache
-def _stdlib() -> str:
-    return sysconfig.get_path("stdlib")
-
-
 def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFileSystem, str]:
     if root == STDLIB:
-        return LocalFileSystem(), _stdlib()
+        return LocalFileSystem(), sysconfig.get_path("stdlib")
     protocol = root.partition("://")[0] if "://" in root else None
     if protocol is None:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(root))
@@ -192,13 +168,6 @@ def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFil
 def _listing(root: str) -> AbstractContextManager[None]:
     missing = f"root={shown(root)}: no such folder; give the folder that holds the files"
     return storage_errors(shown(root), doing="read", missing=missing)
-
-
-def _require_folder(root: str, base: str, pattern: str) -> None:
-    if os.path.isfile(base):
-        raise ConfigError(f"root={root}: is a file; give its folder, and set the pattern (now {pattern})")
-    with os.scandir(base):
-        pass
 
 
 def _below(fs: fsspec.AbstractFileSystem, folder: str, depth: int | None) -> Iterator[dict[str, Any]]:
@@ -224,6 +193,5 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str, depth: int | None) -> Ite
             yield from _below(fs, info["name"].rstrip("/"), depth and depth - 1)
 
 
-def _listed(name: str, info: dict[str, Any]) -> File:
-    version = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    return File(name=name, size_bytes=info["size"], stamp=f"{info['size']}:{str(version).strip('"')}")
+def _version(info: dict[str, Any]) -> str:
+    return str(next((info[key] for key in _VERSIONS if info.get(key)), "")).strip('"')

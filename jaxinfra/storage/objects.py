@@ -20,17 +20,17 @@ _END_BYTES = 256
 
 
 class Storage:
-    """One place; safe to use from many threads."""
+    """One place; safe to use from many threads.
+
+    All that asks the place raises StorageError where that cannot be read or written.
+    """
 
     def __init__(self, url: str | Path, *, retry_s: float | None = None):
         """Looks at the URL; nothing is asked of the place itself.
 
         Args:
-            url: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`.
+            url: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`; another, or credentials in it: ConfigError.
             retry_s: how long a failing request is tried again, about; None is as the environment says, or `RETRY_S`.
-
-        Raises:
-            ConfigError: the URL is of no kind that is known, or has credentials in it.
         """
         self.url = check_url(str(url))
         spec = kvstore_spec(self.url)
@@ -57,12 +57,7 @@ class Storage:
         return child
 
     def read(self, name: str) -> bytes:
-        """A whole object.
-
-        Raises:
-            DataError: it is missing.
-            StorageError: the place cannot be read.
-        """
+        """Returns a whole object; raises DataError where it is missing."""
         found = checked(self.where(name), self._objects.read(name).result)
         if found.state != "value":
             self._listed(name)
@@ -70,11 +65,7 @@ class Storage:
         return found.value
 
     def exists(self, name: str) -> bool:
-        """Whether there is an object of that name; there is none below a file.
-
-        Raises:
-            StorageError: the place cannot be read, or the server says that there is no such bucket.
-        """
+        """Tells whether there is an object of that name; there is none below a file. No bucket is a StorageError."""
         if self.folder is not None and any(map(os.path.isfile, (self.folder, *self.folder.parents))):
             return False
         found = checked(self.where(name), self._objects.read(name, byte_range=slice(0, 0)).result)
@@ -85,24 +76,12 @@ class Storage:
         return sorted(name.decode() for name in checked(self.url, self._objects.list().result))
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Looks whether objects are there and as long as they should be; of each, one byte is read.
-
-        Args:
-            sizes: bytes that each should have.
-
-        Raises:
-            DataError: one is missing, shorter or longer.
-            StorageError: the place cannot be read.
-        """
+        """Raises DataError for an object that is missing or of another size in bytes; of each, one byte is read."""
         for read in [self._ask_end(name, size_bytes, 1) for name, size_bytes in sizes.items()]:
             read()
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes an object: who reads it finds all of it or, as before, nothing of it.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Writes an object: who reads it finds all of it or, as before, nothing of it."""
         checked(self.where(name), self._objects.write(name, content).result, writing=True)
 
     def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
@@ -112,9 +91,6 @@ class Storage:
             name: of the object.
             change: from what is there, None if nothing is, to what shall be there. It may be called again, and on what
                 it made itself, if the answer to a write is lost.
-
-        Raises:
-            StorageError: it cannot be read or written.
         """
         while True:
             found = checked(self.where(name), self._objects.read(name).result)
@@ -135,9 +111,6 @@ class Storage:
             last: names that are written when all others have arrived, in this order: who sees them sees all.
             resume: whether what is there with the same length and end need not be written again; for places that
                 are named by what is in them.
-
-        Raises:
-            StorageError: a file cannot be read or written, or is not there after it was written.
         """
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         there = set(self.names()) if resume else set[str]()

@@ -1,4 +1,7 @@
-"""Files that a command writes when its long work is done: looked at before it begins, and never left half written."""
+"""Files that a command writes when its long work is done: looked at before it begins, and never left half written.
+
+What cannot be read or written is a StorageError.
+"""
 
 import os
 from pathlib import Path
@@ -11,11 +14,7 @@ _FIX = "mend it or name another file"
 
 
 def check(path: Path) -> None:
-    """Sees to it that a file can be written, before anything takes long.
-
-    Raises:
-        StorageError: it cannot.
-    """
+    """Raises StorageError for a file that cannot be written, before anything takes long."""
     folder = path.absolute().parent
     if path.is_dir():
         raise StorageError(f"{path}: is a folder; name a file")
@@ -26,11 +25,7 @@ def check(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file whole, or leaves it as it was; what is no file (a pipe, `/dev/stdout`) is written to as it is.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Writes a file whole, or leaves it as it was; what is no file (a pipe, `/dev/stdout`) is written to as it is."""
     with storage_errors(path, fix=_FIX):
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
@@ -39,10 +34,6 @@ def write(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Returns the text of a file."""
     with storage_errors(path, doing="read", fix=_FIX):
         return path.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.atomic import atomic_file, move_folder, replace_bytes
-from jaxinfra.storage.checks import check_space, free_bytes, make_writable
+from jaxinfra.storage.checks import check_space, make_writable
 
 _KILLED = """
 import os, signal, sys
@@ -68,9 +68,9 @@ def test_too_little_space_is_told_with_both_numbers_and_a_fix(tmp_path):
     check_space("gs://bucket/run", 10**18, purpose="saving", fix="save less")
     with pytest.raises(StorageError) as caught:
         check_space(folder, 10**18, purpose="saving", fix="save less")
-    for part in (f"{folder}: ", " free, saving needs ", "1,000,000.0 TB", "save less"):
+    for part in (f"{folder}: ", " free, saving needs ", "1.0 EB", "save less"):
         assert part in str(caught.value)
-    assert free_bytes(folder) > 0 and not (tmp_path / "not").exists()
+    assert not (tmp_path / "not").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_storage(path):

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from jaxinfra.data.packing import Pack, pack
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
-from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.builders import overlap
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.builders.overlap import shared
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.dedup import Dedup, duplicates
@@ -35,18 +33,84 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
 
+_SHOWN = 3  # documents that are in both splits
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
 Keep = Mapping[Split, Sequence[np.ndarray]]
 """By split, which documents of each part stay: bool[D]."""
 
 
-def counts(folder: Path, numbers: Sequence[int], build: Path) -> Counts:
-    """What became of the records of parts, but for duplicates; `skipped.jsonl` in `build` lists the skipped ones."""
+def made_now() -> dict[str, Any]:
+    """Returns the fields of a manifest that say by what it was made, and when."""
+    return {
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def kept(
+    recipe: Recipe, splits: Splits, build: Path, *, group: int = 1, dedup: Dedup | None = None
+) -> tuple[Keep, Counts]:
+    """Decides which documents stay, and counts what became of the others.
+
+    Of documents that are alike validation ones are kept first, then the first in the source. What is in both splits is
+    found among documents as they were read: where duplicates are removed, near ones count as well.
+
+    Args:
+        recipe: what to do with what is in both splits.
+        splits: of the parts.
+        build: gets the list of the records that were skipped.
+        group: documents of a record, which stay or go together.
+        dedup: which duplicates to remove.
+
+    Raises:
+        ConfigError: a split is empty.
+        DataError: validation documents are in the training split too, and the recipe allows none; or a part is damaged.
+    """
+    counts = _counts(splits, build)
+    if not counts.records:
+        raise _empty(recipe, counts)
+    names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
+    sizes_H, heldout = _columns(splits, "heldout", names)
+    sizes_T, train = _columns(splits, "train", names)
+    size = sum(sizes_H) // group  # validation records come first
+    if dedup is None:
+        heldout_HK, train_TK = (columns[0].reshape(-1, 2 * group) for columns in (heldout, train))
+        overlap_H, keep_G = shared(heldout_HK, train_TK), np.ones(size + len(train_TK), bool)
+        if recipe.on_overlap == "drop":
+            keep_G[size:] = ~shared(train_TK, heldout_HK)
+    else:
+        heldout, train = ([rows[::group] for rows in columns] for columns in (heldout, train))
+        keep_G = ~_repeats(dedup, heldout, train)
+        overlap_H = np.zeros(size, bool)
+        once = [rows[keep_G[:size]] for rows in heldout]
+        overlap_H[keep_G[:size]] = _repeats(dedup, train, once)[len(train[0]) :]
+    if recipe.on_overlap == "fail" and (both := np.flatnonzero(overlap_H)).size:
+        where_H = _columns(splits, "heldout", ("where_D",))[1][0][::group]
+        some = ", ".join(where_H[both[:_SHOWN]].tolist()) + (", ..." if len(both) > _SHOWN else "")
+        raise DataError(
+            f"on_overlap=fail: {len(both):,} of {size:,} validation documents are in the training split too ({some}); "
+            "mend the sources, or leave them out of training by on_overlap=drop"
+        )
+    lost = group * int((~keep_G).sum())
+    counts = replace(
+        counts,
+        duplicates=lost if dedup is not None else 0,
+        overlap=group * int(overlap_H.sum()),
+        overlap_dropped=lost if dedup is None else 0,
+    )
+    keep_D = np.split(np.repeat(keep_G, group), np.cumsum([*sizes_H, *sizes_T])[:-1])
+    keep: Keep = {"heldout": keep_D[: len(sizes_H)], "train": keep_D[len(sizes_H) :]}
+    _check_splits(recipe, {split: sum(int(each.sum()) for each in keep[split]) for split in SPLITS}, counts)
+    return keep, counts
+
+
+def _counts(splits: Splits, build: Path) -> Counts:
+    """Counts records; `skipped.jsonl` in `build` lists those that could not be used."""
     records = skipped = 0
     filtered = Counter[str]()
-    for number in numbers:
-        with Open(folder, number) as part:
+    for number in splits.numbers:
+        with Open(splits.folder, number) as part:
             note = part.note
         records, skipped = records + note.records, skipped + len(note.skipped)
         filtered.update(note.filtered)
@@ -57,28 +121,28 @@ def counts(folder: Path, numbers: Sequence[int], build: Path) -> Counts:
     return Counts(records=records, skipped=skipped, filtered=dict(sorted(filtered.items())))
 
 
-def check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> None:
-    """Refuses sources that leave nothing to train on, or nothing to validate with.
+def _empty(recipe: Recipe, counts: Counts) -> ConfigError:
+    return ConfigError(
+        f"store={recipe.store}: the corpus is empty: {_left_out(counts)}; mend the source or the filters"
+    )
 
-    Args:
-        recipe: what the sources are of.
-        found: documents or images of each split.
-        counts: of the records.
 
-    Raises:
-        ConfigError: a split is empty.
-    """
+def _left_out(counts: Counts) -> str:
+    return f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
+
+
+def _check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> None:
+    """Refuses sources that leave nothing to train on, or nothing to validate with; `found` is left of each split."""
     if all(found.values()):
         return
     validation, left = recipe.validation, sum(found.values())
-    left_out = f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
     if not left:
-        raise ConfigError(f"store={recipe.store}: the corpus is empty: {left_out}; mend the source or the filters")
+        raise _empty(recipe, counts)
     if not isinstance(validation, ByKey | Tail):
         empty = "validation" if found["train"] else "source"
         raise ConfigError(
-            f"{empty}: gives nothing ({left_out}; the {left} that are left are of the other source); mend {empty} or "
-            "the filters, or use validation=by_key"
+            f"{empty}: gives nothing ({_left_out(counts)}; the {left} that are left are of the other source); mend "
+            f"{empty} or the filters, or use validation=by_key"
         )
     what = "none is left to train on" if found["heldout"] else "none is held out"
     cuttable = isinstance(recipe, Corpus) and isinstance(validation, ByKey) and isinstance(recipe.form, Text)
@@ -89,64 +153,10 @@ def check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> 
     )
 
 
-def made_now() -> dict[str, Any]:
-    """The fields of a manifest that say by what it was made, and when."""
-    return {
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def kept(
-    recipe: Recipe, splits: Splits, counts: Counts, *, group: int = 1, dedup: Dedup | None = None
-) -> tuple[Keep, Counts]:
-    """Which documents stay, and what the others are counted as.
-
-    Of documents that are alike validation ones are kept first, then the first in the source. What is in both splits is
-    found among documents as they were read: where duplicates are removed, near ones count as well.
-
-    Args:
-        recipe: what to do with what is in both splits.
-        splits: of the parts.
-        counts: of the records.
-        group: documents of a record, which stay or go together.
-        dedup: which duplicates to remove.
-
-    Raises:
-        DataError: validation documents are in the training split too, and the recipe allows none.
-    """
-    digests = {split: _column(splits, split, "digest_D2").reshape(-1, 2 * group) for split in SPLITS}
-    size = len(digests["heldout"])
-    keep_G = np.ones(size + len(digests["train"]), bool)  # validation records first
-    if dedup is None:
-        overlap_H = shared(digests["heldout"], digests["train"])
-        if recipe.on_overlap == "drop":
-            keep_G[size:] = ~shared(digests["train"], digests["heldout"])
-    else:
-        names = ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
-        heldout, train = ([_column(splits, split, name)[::group] for name in names] for split in ("heldout", "train"))
-        keep_G = ~_repeats(dedup, heldout, train)
-        overlap_H = np.zeros(size, bool)
-        once = [rows[keep_G[:size]] for rows in heldout]
-        overlap_H[keep_G[:size]] = _repeats(dedup, train, once)[len(train[0]) :]
-    overlap.check(recipe.on_overlap, overlap_H, lambda: splits.where("heldout")[::group])
-    lost = group * int((~keep_G).sum())
-    counts = replace(
-        counts,
-        duplicates=lost if dedup is not None else 0,
-        overlap=group * int(overlap_H.sum()),
-        overlap_dropped=lost if dedup is None else 0,
-    )
-    keep_D, done, keep = np.repeat(keep_G, group), 0, {}
-    for split in ("heldout", "train"):
-        ends = done + np.cumsum([0, *(len(digest_D2) for (digest_D2,) in splits.read(split, "digest_D2"))])
-        keep[split] = [keep_D[start:end] for start, end in pairwise(ends.tolist())]
-        done = int(ends[-1])
-    return keep, counts
-
-
-def _column(splits: Splits, split: Split, name: str) -> np.ndarray:
-    return np.concatenate([rows for (rows,) in splits.read(split, name)])
+def _columns(splits: Splits, split: Split, names: Sequence[str]) -> tuple[list[int], list[np.ndarray]]:
+    """Reads arrays of all parts: how many documents each part has, and the arrays, each as one."""
+    found = list(splits.read(split, *names))
+    return [len(rows[0]) for rows in found], [np.concatenate(column) for column in zip(*found, strict=True)]
 
 
 def _repeats(dedup: Dedup, earlier: Sequence[np.ndarray], later: Sequence[np.ndarray]) -> np.ndarray:
@@ -155,33 +165,8 @@ def _repeats(dedup: Dedup, earlier: Sequence[np.ndarray], later: Sequence[np.nda
     return duplicates(dedup, exact_N2, near[0] if near else None)
 
 
-def copy(splits: Splits, split: Split, keep: Keep, writer: "SplitWriter") -> None:
-    """Appends the documents of parts that stay to a split.
-
-    Args:
-        splits: of the parts.
-        split: which.
-        keep: which of its documents stay.
-        writer: of the split.
-    """
-    names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if writer.masked else ()))
-    for (tokens_N, lengths_D, bytes_D, *masks), keep_D in zip(splits.read(split, *names), keep[split], strict=True):
-        if not keep_D.all():
-            keep_N = np.repeat(keep_D, lengths_D)
-            tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
-            lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
-        writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
-
-
 def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -> PackInfo:
-    """Packs the documents of a split into rows, and writes where their pieces are.
-
-    Args:
-        build: the folder of the version.
-        split: which.
-        wanted: how.
-        lengths_D: tokens of each document, with its end.
-    """
+    """Packs documents of so many tokens, with their ends, into rows, and writes where their pieces are."""
     packs = pack(lengths_D, wanted.seq_len, by_length=wanted.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
     found = {
@@ -212,14 +197,9 @@ class Blocks:
     """An array that grows by whole shards, and the hash of each of its blocks; holds one shard in memory."""
 
     def __init__(self, path: Path, dtype: np.dtype, *, shape: tuple[int, ...] = (), block: int, shard: int):
-        """Begins an empty array in a new folder.
+        """Begins an empty array in a new folder, of elements of this shape; () is that of numbers.
 
-        Args:
-            path: of the folder.
-            dtype: of the elements.
-            shape: of an element; () for numbers.
-            block: elements that are read and hashed together.
-            shard: elements of a file, a multiple of `block`.
+        A block of elements is read and hashed together; a shard of them, some blocks, is a file.
         """
         self._path, self._block, self._shard = path, block, shard
         fill = int(np.iinfo(dtype).max)
@@ -261,14 +241,7 @@ class SplitWriter:
         self._bytes = 0
 
     def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, n_bytes: int) -> None:
-        """Appends documents.
-
-        Args:
-            tokens_N: of all of them, each with its end.
-            lengths_D: tokens of each.
-            mask_N: which tokens are learned; None where there is no mask.
-            n_bytes: bytes of text that they stand for.
-        """
+        """Appends documents, each with its end; `mask_N` says which tokens are learned, `n_bytes` are of their text."""
         self._tokens.add(tokens_N)
         if self._mask is not None and mask_N is not None:
             self._mask.add(mask_N)

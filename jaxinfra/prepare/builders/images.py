@@ -31,26 +31,20 @@ _LARGEST_BASELINE = 20_000
 
 
 def collect(job: Job[ImageSet]) -> Note:
-    """Makes and commits the part of a job.
-
-    Raises:
-        DataError: a record cannot be used and the recipe does not skip it; nothing is committed.
-        StorageError: the source cannot be read.
-        OSError: the part cannot be written.
-    """
+    """Makes and commits the part of a job; raises as `tokenise` does of text."""
     records, recipe = Records(job.recipe.on_bad), job.recipe
     found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
     for each, (image, label) in records.made(job.records(), partial(_pair, recipe)):
         found[job.split_of(each.key)].append((each.where, image, label))
-    _require_one_shape([image for split in SPLITS for _, image, _ in found[split]], job.pieces[0].name)
+    _one_shape({image.shape for rows in found.values() for _, image, _ in rows}, job.pieces[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
         split: {
-            "images": np.array([image for _, image, _ in found[split]], np.uint8),
-            "labels": np.array([label for _, _, label in found[split]], np.int32),
-            "digest_D2": np.array([digest_of_values(image) for _, image, _ in found[split]], np.uint64).reshape(-1, 2),
-            "where_D": np.array([where for where, _, _ in found[split]], np.str_),
+            "images": np.array([image for _, image, _ in rows], np.uint8),
+            "labels": np.array([label for _, _, label in rows], np.int32),
+            "digest_D2": np.array([digest_of_values(image) for _, image, _ in rows], np.uint64).reshape(-1, 2),
+            "where_D": np.array([where for where, _, _ in rows], np.str_),
         }
-        for split in SPLITS
+        for split, rows in found.items()
     }
     part = Part(splits=splits, records=records.count, read_bytes=job.read_bytes, skipped=tuple(records.skipped))
     return parts.write(Path(job.folder), job.number, part)
@@ -76,15 +70,12 @@ def _pair(recipe: ImageSet, record: Record) -> tuple[np.ndarray, int]:
     return image.astype(np.uint8), label
 
 
-def _require_one_shape(images: Sequence[np.ndarray], where: str) -> None:
-    shapes = {image.shape for image in images}
+def _one_shape(shapes: set[tuple[int, ...]], where: str) -> tuple[int, ...]:
+    """Returns the shape of all images, () where there are none; refuses several."""
     if len(shapes) > 1:
-        raise _shapes_differ(shapes, where)
-
-
-def _shapes_differ(shapes: set[tuple[int, ...]], where: str) -> DataError:
-    some = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3])
-    return DataError(f"{where}: images of {len(shapes)} shapes ({some}), all must have one; resize them first")
+        some = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3])
+        raise DataError(f"{where}: images of {len(shapes)} shapes ({some}), all must have one; resize them first")
+    return next(iter(shapes), ())
 
 
 class ImageMaker:
@@ -107,14 +98,11 @@ class ImageMaker:
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
         """Makes all files of the version but the manifest; raises as `TextMaker.assemble`."""
         source = Splits(folder=folder, numbers=numbers)
-        keep, counts = assemble.kept(self._images, source, assemble.counts(folder, numbers, build))
-        found: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
-        assemble.check_splits(self._images, found, counts)
-        shape = self._shape(source, keep)
+        keep, counts = assemble.kept(self._images, source, build)
+        shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(source, keep, split) if len(images)}
+        shape = _one_shape(shapes, self._images.store)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
-        splits: dict[Split, SplitInfo] = {
-            split: self._write(source, keep, build, split, shape, block) for split in SPLITS
-        }
+        splits: dict[Split, SplitInfo] = {split: _write(source, keep, build, split, shape, block) for split in SPLITS}
         manifest = Manifest(
             kind="images",
             recipe=encode(self._images),
@@ -130,37 +118,28 @@ class ImageMaker:
             baselines={},
             **assemble.made_now(),
         )
-        if self._images.baselines and found["train"] <= _LARGEST_BASELINE:
+        if self._images.baselines and splits["train"].documents <= _LARGEST_BASELINE:
             manifest = replace(manifest, baselines=nearest(*(list(_read(source, keep, split)) for split in SPLITS)))
         return manifest
 
-    def _shape(self, source: Splits, keep: Keep) -> tuple[int, ...]:
-        shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(source, keep, split) if len(images)}
-        if len(shapes) > 1:
-            raise _shapes_differ(shapes, self._images.store)
-        return shapes.pop()
 
-    def _write(
-        self, source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[int, ...], block: int
-    ) -> SplitInfo:
-        writer = Blocks(
-            build / split / IMAGES, np.dtype(np.uint8), shape=shape, block=block, shard=SHARD_BLOCKS * block
-        )
-        every, n_bytes = [np.empty(0, np.int32)], 0
-        for images, labels in _read(source, keep, split):
-            writer.add(images.reshape(-1, *shape))
-            every.append(labels)
-            n_bytes += images.nbytes
-        digest, labels = writer.close(), np.concatenate(every)
-        write_array(build / split / LABELS, labels)
-        seen = digest + xxhash.xxh3_128_hexdigest(labels.astype("<i4").tobytes())
-        return SplitInfo(
-            documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=xxhash.xxh3_128_hexdigest(seen.encode())
-        )
+def _write(source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[int, ...], block: int) -> SplitInfo:
+    writer = Blocks(build / split / IMAGES, np.dtype(np.uint8), shape=shape, block=block, shard=SHARD_BLOCKS * block)
+    every, n_bytes = [np.empty(0, np.int32)], 0
+    for images, labels in _read(source, keep, split):
+        writer.add(images.reshape(-1, *shape))
+        every.append(labels)
+        n_bytes += images.nbytes
+    digest, labels = writer.close(), np.concatenate(every)
+    write_array(build / split / LABELS, labels)
+    seen = digest + xxhash.xxh3_128_hexdigest(labels.astype("<i4").tobytes())
+    return SplitInfo(
+        documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=xxhash.xxh3_128_hexdigest(seen.encode())
+    )
 
 
 def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of each part that stay."""
+    """Yields images and labels of each part that stay."""
     for (images, labels), keep_D in zip(source.read(split, "images", "labels"), keep[split], strict=True):
         yield images[keep_D], labels[keep_D]
 

@@ -14,13 +14,9 @@ from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
 
 @dataclass(frozen=True, kw_only=True)
 class Job[R: Recipe]:
-    """What one worker does at a time.
+    """What one worker does at a time: the pieces that it reads, and the number and folder of the part that it makes.
 
     Attributes:
-        number: of the part that it makes.
-        pieces: what it reads.
-        recipe: what the part is for.
-        folder: for parts.
         validation: whether the pieces are of the recipe's own validation source.
     """
 
@@ -48,37 +44,25 @@ class Job[R: Recipe]:
 
 @dataclass
 class Records:
-    """Records that were read, and those of them that cannot be used.
-
-    Attributes:
-        on_bad: of the recipe.
-        count: of all.
-        skipped: where each bad one was, and what is wrong with it.
-    """
+    """Counts records that were read, and lists where each bad one was and what is wrong with it."""
 
     on_bad: Literal["fail", "skip"]
     count: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def made[T](self, records: Iterable[Found | Bad], make: Callable[[Record], T]) -> Iterator[tuple[Found, T]]:
-        """Yields each record that can be used, and what is made of it.
-
-        Raises:
-            DataError: one cannot be used, and the recipe leaves none out.
-        """
+        """Yields each record that can be used, and what is made of it; DataError for others if none may be skipped."""
         for each in records:
             self.count += 1
-            if isinstance(each, Bad):
-                self._leave_out(each.where, each.cause)
-                continue
             try:
+                if isinstance(each, Bad):
+                    raise RecordError(each.cause)
                 made = make(each.record)
             except RecordError as error:
-                self._leave_out(each.where, str(error))
-                continue
-            yield each, made
-
-    def _leave_out(self, where: str, cause: str) -> None:
-        if self.on_bad == "fail":
-            raise DataError(f"{where}: {cause}; mend the record, or leave such ones out by on_bad=skip")
-        self.skipped.append((where, cause))
+                if self.on_bad == "fail":
+                    raise DataError(
+                        f"{each.where}: {error}; mend the record, or leave such ones out by on_bad=skip"
+                    ) from None
+                self.skipped.append((each.where, str(error)))
+            else:
+                yield each, made

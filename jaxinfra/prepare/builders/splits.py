@@ -4,9 +4,10 @@ Parts hold what their jobs read. Where the tail begins is known when all of them
 parts as training ones, and are told apart while they are read.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,50 +19,24 @@ from jaxinfra.prepare.parts import Open
 
 _WINDOW = 16  # tokens, of which the last ones show whether a character is cut
 
-
-@dataclass(frozen=True, kw_only=True)
-class Halves:
-    """A document that is cut: the first half is for training, the second one is the beginning of the tail.
-
-    Attributes:
-        tokens: of the first half, without an end.
-        eot_id: the token that ends it.
-        rows: of both halves, by the name of an array that has a row a document: [2] or [2, K].
-    """
-
-    tokens: int
-    eot_id: int
-    rows: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Where the tail begins.
-
-    Attributes:
-        index: of the part, among all.
-        document: of that part; the tail begins with it.
-        halves: how the document is cut; None where the tail begins with the whole of it.
-    """
-
-    index: int
-    document: int
-    halves: Halves | None = None
+type _Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Parts in their order, and where they are cut.
+    """Parts in their order, and where the tail begins.
 
     Attributes:
         folder: of the parts.
         numbers: of all.
-        cut: where the tail begins; None where the parts say what is of which split.
+        tail: index of the first part with documents of the tail; None where the parts say what is of which split.
+        parted: the arrays of that part, by split.
     """
 
     folder: Path
     numbers: Sequence[int]
-    cut: Cut | None = None
+    tail: int | None = None
+    parted: Mapping[Split, _Arrays] | None = None
 
     def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields arrays of a split, for each part.
@@ -70,47 +45,24 @@ class Splits:
             DataError: a part is damaged.
         """
         for index, number in enumerate(self.numbers):
+            if index == self.tail and self.parted is not None:
+                yield tuple(self.parted[split][name] for name in names)
+                continue
             with Open(self.folder, number) as part:
-                if self.cut is None:
+                if self.tail is None:
                     yield tuple(part.read(split, name) for name in names)
-                    continue
-                lengths_D = part.read("train", "lengths_D")
-                yield tuple(
-                    part_of(part.read("train", name), name, lengths_D, self.cut, index, split) for name in names
-                )
-
-    def where(self, split: Split) -> list[str]:
-        """The place of each document of a split, where the parts name them."""
-        return [where for (where_D,) in self.read(split, "where_D") for where in where_D.tolist()]
+                else:
+                    end = None if (index < self.tail) == (split == "train") else 0
+                    yield tuple(part.read("train", name)[:end] for name in names)
 
 
-def part_of(values: np.ndarray, name: str, lengths_D: np.ndarray, cut: Cut, index: int, split: Split) -> np.ndarray:
-    """What of an array of a part is before the tail ("train"), or in it."""
-    before = split == "train"
-    start, end = _range(len(lengths_D), cut, index, split)
-    halves = cut.halves if index == cut.index else None
-    if name.endswith("_N"):
-        offsets = np.concatenate([[0], np.cumsum(lengths_D)])
-        if halves is None:
-            return values[offsets[start] : offsets[end]]
-        middle = offsets[cut.document] + halves.tokens
-        return np.append(values[:middle], values.dtype.type(halves.eot_id)) if before else values[middle:]
-    if halves is None:
-        return values[start:end]
-    rows = halves.rows[name].astype(values.dtype) if name in halves.rows else values[[cut.document] * 2]
-    return np.concatenate([values[:end], rows[:1]] if before else [rows[1:], values[cut.document + 1 :]])
-
-
-def _range(count: int, cut: Cut, index: int, split: Split) -> tuple[int, int]:
-    first = 0 if index > cut.index else count if index < cut.index else cut.document
-    return (0, first) if split == "train" else (first, count)
-
-
-def find_tail(parts: Splits, fraction: float, *, group: int, tokenizer: Tokenizer | None, dedup: Dedup | None) -> Cut:
+def with_tail(
+    splits: Splits, fraction: float, *, group: int, tokenizer: Tokenizer | None, dedup: Dedup | None
+) -> Splits:
     """Finds where the last part of the text begins.
 
     Args:
-        parts: all, not cut.
+        splits: of which all is training data so far.
         fraction: of the bytes of text.
         group: documents of a record, which are not parted.
         tokenizer: cuts the document that the tail begins in between two tokens; None leaves documents whole.
@@ -119,50 +71,58 @@ def find_tail(parts: Splits, fraction: float, *, group: int, tokenizer: Tokenize
     Raises:
         DataError: a part is damaged.
     """
-    sizes = [bytes_D for (bytes_D,) in parts.read("train", "bytes_D")]
+    sizes = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
     ends = np.cumsum([int(bytes_D.sum()) for bytes_D in sizes])
     left = int(ends[-1] * (1 - fraction))
     index = int(np.searchsorted(ends, left, side="right"))
     if index == len(sizes):
-        return Cut(index=index, document=0)
+        return replace(splits, tail=index)
     left -= int(ends[index - 1]) if index else 0
     document = int(np.searchsorted(np.cumsum(sizes[index]), left, side="right"))
     left -= int(sizes[index][:document].sum())
+    with Open(splits.folder, splits.numbers[index]) as part:
+        arrays = part.read_all("train")
     if tokenizer is not None:
-        share = left / int(sizes[index][document])
-        halves = _halves(parts.folder, parts.numbers[index], document, share, tokenizer, dedup)
-        if halves is not None:
-            return Cut(index=index, document=document, halves=halves)
+        parted = _parted_within(arrays, document, left / int(sizes[index][document]), tokenizer, dedup)
+        if parted is not None:
+            return replace(splits, tail=index, parted=parted)
     document = document // group * group
-    first = not document and not any(map(len, sizes[:index]))
-    return Cut(index=index, document=group if first else document)
+    if not document and not any(map(len, sizes[:index])):
+        document = group  # the first record is for training
+    token = int(arrays["lengths_D"][:document].sum())
+    at = {name: token if name.endswith("_N") else document for name in arrays}
+    train = {name: values[: at[name]] for name, values in arrays.items()}
+    heldout = {name: values[at[name] :] for name, values in arrays.items()}
+    return replace(splits, tail=index, parted={"train": train, "heldout": heldout})
 
 
-def _halves(
-    folder: Path, number: int, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None
-) -> Halves | None:
+def _parted_within(
+    arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None
+) -> Mapping[Split, _Arrays] | None:
     """Cuts a document before a token that begins a character; None where no such token is near."""
-    with Open(folder, number) as part:
-        lengths_D, bytes_D = part.read("train", "lengths_D"), part.read("train", "bytes_D")
-        start = int(lengths_D[:document].sum())
-        tokens_N = part.read("train", "tokens_N")[start : start + int(lengths_D[document])]
+    start = int(arrays["lengths_D"][:document].sum())
+    tokens_N = arrays["tokens_N"][start : start + int(arrays["lengths_D"][document])]
     ids, at = tokens_N[:-1].tolist(), int((len(tokens_N) - 1) * share)
     while 0 < at < len(ids) and tokenizer.decode(ids[max(0, at - _WINDOW) : at]).endswith("\ufffd"):
         at += 1
     if not 0 < at < len(ids):
         return None
+    halves = np.append(tokens_N[:at], tokens_N[-1]), tokens_N[at:]
     texts = tokenizer.decode(ids[:at]), tokenizer.decode(ids[at:])
     first_bytes = len(texts[0].encode())
-    rows = {
-        "lengths_D": np.array([at + 1, len(tokens_N) - at]),
-        "bytes_D": np.array([first_bytes, int(bytes_D[document]) - first_bytes]),
-        "digest_D2": np.array(
-            [digest_of_values(np.append(tokens_N[:at], tokens_N[-1])), digest_of_values(tokens_N[at:])], np.uint64
-        ),
+    rows: dict[str, Any] = {
+        "lengths_D": [len(half_N) for half_N in halves],
+        "bytes_D": [first_bytes, int(arrays["bytes_D"][document]) - first_bytes],
+        "digest_D2": [digest_of_values(half_N) for half_N in halves],
     }
     if dedup is not None:
-        signatures = [Signer(dedup)(text) for text in texts]
-        rows["exact_D2"] = np.array([exact for exact, _ in signatures])
-        if dedup.near:
-            rows["near_DP"] = np.array([near for _, near in signatures])
-    return Halves(tokens=at, eot_id=tokenizer.eot_id, rows=rows)
+        rows["exact_D2"], rows["near_DP"] = zip(*map(Signer(dedup), texts), strict=True)
+    train, heldout = {}, {}
+    for name, values in arrays.items():
+        if name == "tokens_N":
+            train[name], heldout[name] = np.append(values[:start], halves[0]), values[start + at :]
+        else:
+            both = np.array(rows[name], values.dtype) if name in rows else values[[document] * 2]
+            train[name] = np.concatenate([values[:document], both[:1]])
+            heldout[name] = np.concatenate([both[1:], values[document + 1 :]])
+    return {"train": train, "heldout": heldout}

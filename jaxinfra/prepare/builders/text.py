@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, digest_of
+from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, SplitInfo, digest_of
 from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import SplitWriter
+from jaxinfra.prepare.builders.assemble import Keep, SplitWriter
 from jaxinfra.prepare.builders.baseline import measured
 from jaxinfra.prepare.builders.job import Job
-from jaxinfra.prepare.builders.splits import Splits, find_tail
+from jaxinfra.prepare.builders.splits import Splits, with_tail
 from jaxinfra.prepare.builders.tokenize import (
     TOKENIZER_INFO,
     load_tokenizer,
@@ -50,12 +52,11 @@ class TextMaker:
         """Reads the tokenizer, where the recipe names an existing one.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: it cannot be read; or the template of the form does not go with it, or cannot be used.
         """
         self._corpus = corpus
-        self._given, self._check = None, None
-        if not isinstance(corpus.tokenizer, TrainBpe):
-            self._given, self._check = convert(corpus.tokenizer)
+        config = corpus.tokenizer
+        self._given, self._check = (None, None) if isinstance(config, TrainBpe) else convert(config)
         self._check_markers()
 
     @property
@@ -67,13 +68,11 @@ class TextMaker:
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
 
-        Args:
-            folder: of the parts.
-            pieces: of the training source, the same ones whatever the recipe says of shards.
+        `pieces` are of the training source, the same ones whatever the recipe says of shards.
 
         Raises:
-            ConfigError: a converted tokenizer gives texts of the source other tokens.
-            ConfigError: the store that the validation split is of has another tokenizer or form.
+            ConfigError: a converted tokenizer gives texts of the source other tokens; or the store that the validation
+                split is of has another tokenizer or form.
             DataError: a record cannot be read and the recipe does not skip it.
         """
         known = folder / TOKENIZER_INFO
@@ -98,7 +97,7 @@ class TextMaker:
             self._corpus.validation.require_same(self._info, kind=self._kind, masked=self._corpus.form.masked)
 
     def part(self, folder: Path, block: Block) -> Part:
-        """The part that a block of a stream makes; after `begin`."""
+        """Makes the part of a block of a stream; after `begin`."""
         job = Job(number=0, pieces=(), recipe=self._corpus, folder=str(folder))
         part = make_part(job, load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
         return replace(part, position=block.position)
@@ -122,17 +121,11 @@ class TextMaker:
         """
         corpus = self._corpus
         source = self._splits(folder, numbers)
-        counts, form = assemble.counts(folder, numbers, build), corpus.form
-        if not counts.records:
-            assemble.check_splits(corpus, dict.fromkeys(SPLITS, 0), counts)
-        keep, counts = assemble.kept(corpus, source, counts, group=form.group, dedup=corpus.dedup)
-        left: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
-        assemble.check_splits(corpus, left, counts)
+        keep, counts = assemble.kept(corpus, source, build, group=corpus.form.group, dedup=corpus.dedup)
         splits, packs = {}, {}
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
-            assemble.copy(source, split, keep, writer)
-            splits[split] = writer.close()
+            splits[split] = _copy(source, split, keep, writer)
             for pack in corpus.packs:
                 packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
         shutil.copyfile(folder / self._info.file, build / self._info.file)
@@ -156,11 +149,7 @@ class TextMaker:
         return manifest
 
     def _check_markers(self) -> None:
-        """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them.
-
-        Raises:
-            ConfigError: one is not; or the file of the template cannot be used.
-        """
+        """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them."""
         config = self._corpus.tokenizer
         if isinstance(config, TrainBpe):
             special = {config.end_of_document, *config.special_tokens}
@@ -178,11 +167,20 @@ class TextMaker:
         return "text" if self._corpus.form.group == 1 else "pairs"
 
     def _splits(self, folder: Path, numbers: Sequence[int]) -> Splits:
-        splits, corpus = Splits(folder=folder, numbers=numbers), self._corpus
-        if not isinstance(corpus.validation, Tail):
+        splits, validation, form = Splits(folder=folder, numbers=numbers), self._corpus.validation, self._corpus.form
+        if not isinstance(validation, Tail):
             return splits
-        form = corpus.form
         tokenizer = None if form.masked or form.group > 1 else load_tokenizer(folder, self._info)
-        fraction = corpus.validation.fraction
-        cut = find_tail(splits, fraction, group=form.group, tokenizer=tokenizer, dedup=corpus.dedup)
-        return replace(splits, cut=cut)
+        return with_tail(splits, validation.fraction, group=form.group, tokenizer=tokenizer, dedup=self._corpus.dedup)
+
+
+def _copy(splits: Splits, split: Split, keep: Keep, writer: SplitWriter) -> SplitInfo:
+    """Writes the documents of parts that stay."""
+    names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if writer.masked else ()))
+    for (tokens_N, lengths_D, bytes_D, *masks), keep_D in zip(splits.read(split, *names), keep[split], strict=True):
+        if not keep_D.all():
+            keep_N = np.repeat(keep_D, lengths_D)
+            tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
+            lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
+        writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
+    return writer.close()

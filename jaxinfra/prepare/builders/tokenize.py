@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,10 +35,10 @@ _PIECE_CHARS = 1_000_000
 
 
 def tokenise(job: Job[Corpus]) -> Note:
-    """Makes and commits the part of a job.
+    """Makes and commits the part of a job; nothing is committed where that raises.
 
     Raises:
-        DataError: a record cannot be read and the recipe does not skip it; nothing is committed.
+        DataError: a record cannot be read and the recipe does not skip it.
         StorageError: the source cannot be read.
         OSError: the part cannot be written.
     """
@@ -52,44 +53,35 @@ def tokenise(job: Job[Corpus]) -> Note:
 
 
 def read_info(folder: Path) -> TokenizerInfo:
-    """The tokenizer that is beside the parts."""
+    """Reads which tokenizer is beside the parts."""
     return TokenizerInfo(**json.loads((folder / TOKENIZER_INFO).read_bytes()))
 
 
 @lru_cache(maxsize=2)
 def load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
-    """The tokenizer beside the parts; a worker reads it once."""
+    """Reads the tokenizer beside the parts; a worker does it once."""
     path = folder / info.file
     return restore(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
 def make_part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad], *, read_bytes: int) -> Part:
-    """Makes a part of records, in their order.
-
-    Raises:
-        DataError: a record cannot be read and the recipe does not skip it.
-    """
-    kept = _Kept(job)
+    """Makes a part of records, in their order; raises as `tokenise`."""
+    seen, filtered = Records(job.recipe.on_bad), Counter[str]()
     rows: dict[Split, _Rows] = {split: _Rows(job.recipe, tokenizer) for split in SPLITS}
-    for split, where, group in kept.groups(records):
+    for split, where, group in _groups(job, records, seen, filtered):
         rows[split].add(where, group)
     return Part(
         splits={split: each.finish() for split, each in rows.items()},
         tokens=sum(each.tokens for each in rows.values()),
-        records=kept.records.count,
+        records=seen.count,
         read_bytes=read_bytes,
-        skipped=tuple(kept.records.skipped),
-        filtered=dict(kept.filtered),
+        skipped=tuple(seen.skipped),
+        filtered=filtered,
     )
 
 
 def copy_part(job: Job[Corpus], other: OtherStore, tokenizer: Tokenizer) -> Part:
-    """Makes a part of documents of another store, whose tokens are taken as they are.
-
-    Raises:
-        DataError: what is read is damaged.
-        StorageError: it cannot be read.
-    """
+    """Makes a part of documents of another store, whose tokens are taken as they are; raises as `OtherStore.open`."""
     empty, rows = _Rows(job.recipe, tokenizer), _Rows(job.recipe, tokenizer)
     group, records = job.recipe.form.group, 0
     for piece in job.pieces:
@@ -116,48 +108,43 @@ def copy_part(job: Job[Corpus], other: OtherStore, tokenizer: Tokenizer) -> Part
     )
 
 
-class _Kept:
-    """Which records become documents, and a count of those that do not."""
-
-    def __init__(self, job: Job[Corpus]):
-        self._job = job
-        self.records = Records(job.recipe.on_bad)
-        self.filtered = Counter[str]()
-
-    def groups(self, records: Iterable[Found | Bad]) -> Iterator[tuple[Split, str, Sequence[Document]]]:
-        """The split of each record that is kept, where it is, and its documents."""
-        corpus = self._job.recipe
-        for each, group in self.records.made(records, corpus.form.documents):
-            reasons = (corpus.filters.reason(text_of([document])) for document in group)
-            reason = next(filter(None, reasons), None)
-            if reason is None:
-                yield self._job.split_of(each.key), each.where, group
-            else:
-                self.filtered[reason] += 1
+def _groups(
+    job: Job[Corpus], records: Iterable[Found | Bad], seen: Records, filtered: Counter[str]
+) -> Iterator[tuple[Split, str, Sequence[Document]]]:
+    """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
+    corpus = job.recipe
+    for each, group in seen.made(records, corpus.form.documents):
+        reasons = (corpus.filters.reason(text_of([document])) for document in group)
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            yield job.split_of(each.key), each.where, group
+        else:
+            filtered[reason] += 1
 
 
 class _Rows:
-    """Documents of one split, tokenised in batches.
-
-    Attributes:
-        tokens: so far.
-    """
+    """Documents of one split, tokenised in batches, and how many tokens they have so far."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
-        self._masked, self._dedup = corpus.form.masked, corpus.dedup
-        self._named = corpus.on_overlap == "fail"
-        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
         self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
+        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
         self._waiting: list[Document] = []
         self._waiting_chars = self.tokens = 0
-        self._tokens: list[np.ndarray] = []
-        self._mask: list[np.ndarray] = []
-        self._lengths: list[int] = []
-        self._bytes: list[int] = []
-        self._digests: list[tuple[int, int]] = []
-        self._where: list[str] = []
-        self._exact: list[np.ndarray] = []
-        self._near: list[np.ndarray] = []
+        self._types: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "tokens_N": (self._dtype, ()),
+            "lengths_D": (np.int64, ()),
+            "bytes_D": (np.int64, ()),
+            "digest_D2": (np.uint64, (2,)),
+        }
+        if corpus.form.masked:
+            self._types["mask_N"] = np.uint8, ()
+        if corpus.dedup is not None:
+            self._types["exact_D2"] = np.uint64, (2,)
+            if corpus.dedup.near:
+                self._types["near_DP"] = np.uint32, (corpus.dedup.permutations,)
+        if corpus.on_overlap == "fail":
+            self._types["where_D"] = np.str_, ()
+        self._rows: dict[str, list[Any]] = {name: [] for name in self._types}
 
     def add(self, where: str, group: Sequence[Document]) -> None:
         """Takes the documents of a record."""
@@ -173,7 +160,7 @@ class _Rows:
         self._append(found)
 
     def finish(self) -> dict[str, np.ndarray]:
-        """The arrays of a part, D documents with N tokens.
+        """Returns the arrays of a part, D documents with N tokens.
 
         Returns:
             `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each,
@@ -182,29 +169,18 @@ class _Rows:
             `near_DP`, its MinHash; where an overlap ends the work `where_D`, the place of each.
         """
         self._encode()
-        arrays = {
-            "tokens_N": np.concatenate([np.empty(0, self._dtype), *self._tokens]),
-            "lengths_D": np.array(self._lengths, np.int64),
-            "bytes_D": np.array(self._bytes, np.int64),
-            "digest_D2": np.array(self._digests, np.uint64).reshape(-1, 2),
+        return {
+            name: np.concatenate([np.empty(0, dtype), *self._rows[name]])
+            if name.endswith("_N")
+            else np.array(self._rows[name], dtype).reshape(-1, *shape)
+            for name, (dtype, shape) in self._types.items()
         }
-        if self._masked:
-            arrays["mask_N"] = np.concatenate([np.empty(0, np.uint8), *self._mask])
-        if self._sign is not None:
-            arrays["exact_D2"] = np.array(self._exact, np.uint64).reshape(-1, 2)
-            if self._dedup is not None and self._dedup.near:
-                arrays["near_DP"] = np.array(self._near, np.uint32).reshape(-1, self._dedup.permutations)
-        if self._named:
-            arrays["where_D"] = np.array(self._where, np.str_)
-        return arrays
 
     def _note(self, where: str, text: str, count: int) -> None:
-        if self._named:
-            self._where += [where] * count
-        if self._sign is not None:
-            exact, near = self._sign(text)
-            self._exact += [exact] * count
-            self._near += [near] * count if near is not None else []
+        exact, near = (None, None) if self._sign is None else self._sign(text)
+        for name, value in (("exact_D2", exact), ("near_DP", near), ("where_D", where)):
+            if name in self._rows:
+                self._rows[name] += [value] * count
 
     def _encode(self) -> None:
         """Tokenises what waits, all at once."""
@@ -216,15 +192,15 @@ class _Rows:
     def _append(self, found: Tokens) -> None:
         tokens_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
         self.tokens += len(tokens_N)
-        self._tokens.append(tokens_N)
-        self._lengths.append(len(tokens_N))
-        self._bytes.append(found.n_bytes)
-        self._digests.append(digest_of_values(tokens_N))
-        if self._masked:
-            self._mask.append(np.append(found.learned_N, False).astype(np.uint8))
+        self._rows["tokens_N"].append(tokens_N)
+        self._rows["lengths_D"].append(len(tokens_N))
+        self._rows["bytes_D"].append(found.n_bytes)
+        self._rows["digest_D2"].append(digest_of_values(tokens_N))
+        if "mask_N" in self._rows:
+            self._rows["mask_N"].append(np.append(found.learned_N, False).astype(np.uint8))
 
     def _check(self, ids: np.ndarray) -> None:
-        """A tokenizer that gives an id which its own vocabulary does not have must not fill a store with garbage."""
+        """Refuses an id that the tokenizer's own vocabulary does not have: it would fill a store with garbage."""
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
             wrong = int(ids.max()) if ids.max() >= self._tokenizer.vocab_size else int(ids.min())
             raise DataError(
@@ -234,7 +210,7 @@ class _Rows:
 
 
 def text_of(group: Sequence[Document]) -> str:
-    """The text of the record that documents were made of, without what the template adds."""
+    """Returns the text of the record that documents were made of, without what the template adds."""
     return "".join(span.text for document in group for span in document if not span.control)
 
 
@@ -242,11 +218,8 @@ def sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
     """Texts of training records, about `limit_chars` in all, for a tokenizer to be trained on.
 
     Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
-    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read.
-
-    Raises:
-        DataError: a record cannot be read and the recipe does not skip it.
-        StorageError: the source cannot be read.
+    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read. Raises
+    as `tokenise`.
     """
     if isinstance(corpus.validation, Tail):
         sizes = np.cumsum([piece.size_bytes for piece in pieces])
@@ -279,4 +252,5 @@ def _before_tail(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
 
 def _training_texts(corpus: Corpus, pieces: Sequence[Piece]) -> Iterator[str]:
     job = Job(number=0, pieces=tuple(pieces), recipe=corpus, folder="")
-    return (text_of(group) for split, _, group in _Kept(job).groups(job.records()) if split == "train")
+    groups = _groups(job, job.records(), Records(corpus.on_bad), Counter())
+    return (text_of(group) for split, _, group in groups if split == "train")

@@ -15,11 +15,7 @@ from jaxinfra.prepare.sources.record import Piece
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """A share of the records of `source`.
-
-    Attributes:
-        fraction: how much of it, above 0 and below 1.
-    """
+    """A share of the records of `source`: a fraction above 0 and below 1."""
 
     fraction: float = 0.05
 
@@ -67,27 +63,18 @@ class OtherStore:
             yield Problem(fields=("store",), message="names no store", fix="use store=stores/NAME")
 
     def open(self, fingerprint: str | None = None) -> TokenStore:
-        """Opens the store.
-
-        Raises:
-            ConfigError: there is no such store or version, or it is one of images.
-            DataError: it is damaged.
-        """
+        """Opens the store; ConfigError where there is none, or it is one of images, DataError if it is damaged."""
         return TokenStore.open(self.store, fingerprint or self.version, at="validation")
 
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Ranges of documents, named by the version. Raises as `open`."""
+        """Lists ranges of documents, named by the version. Raises as `open`."""
         manifest = self.open().manifest
         info, group = manifest.splits[self.split], 2 if manifest.kind == "pairs" else 1
         file = File(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
         return cut(file, info.documents // group, split_bytes)
 
     def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:
-        """Refuses a store whose documents another tokenizer or form made.
-
-        Raises:
-            ConfigError: it is one; or as `open`.
-        """
+        """Raises ConfigError for a store whose documents another tokenizer or form made, and as `open`."""
         manifest = self.open().manifest
         theirs = manifest.words
         at = f"validation.store={self.store}"
@@ -113,16 +100,16 @@ ImageValidation = ByKey | FileSource
 
 
 def explicit(validation: AnyValidation) -> OtherStore | FileSource | None:
-    """What names records of its own; None where the validation split is a share of the source."""
+    """Returns what names records of its own; None where the validation split is a share of the source."""
     return None if isinstance(validation, ByKey | Tail) else validation
 
 
 def split_of(validation: AnyValidation, key: str) -> Split:
-    """The split of a record of the source, by its key."""
+    """Returns the split of a record of the source, by its key."""
     return "heldout" if isinstance(validation, ByKey) and draw(key) < validation.fraction else "train"
 
 
 def draw(key: str) -> float:
-    """A number in [0, 1) that the key fixes: it decides the split, and what trains the tokenizer."""
+    """Returns a number in [0, 1) that the key fixes: it decides the split, and what trains the tokenizer."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
