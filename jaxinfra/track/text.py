@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-type Derived = Mapping[str, tuple[int | float | str, str]]
-"""Derived numbers by name: the value, and its unit or how it was computed."""
-
 _SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.bench.parity import BOUND, CONFIGS, Row, differences, meshes
+from jaxinfra.bench import PARITY_CONFIGS as CONFIGS
+from jaxinfra.bench.parity import BOUND, Row, differences, meshes
 from jaxinfra.cli.parity import BEGIN, END, table, with_table
 from tests.tiny_run import ended, launch, refused, start
 
