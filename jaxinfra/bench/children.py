@@ -3,7 +3,6 @@
 The number of emulated CPU devices is fixed when JAX starts, so each case is a process of its own.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -26,46 +25,31 @@ class ChildError(JaxinfraError):
         super().__init__(f"{' '.join(command)}: {last[0]}; run it by itself")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to measure.
-
-    Attributes:
-        kind: a key of `measure.KINDS`, or `meshes`.
-        config: path of the config file.
-        overrides: changes to it; they size the mesh, too.
-        pairs: timed turns of each side.
-        plain: of `meshes`, the overrides of the other side.
-    """
-
-    kind: str
-    config: str
-    overrides: list[str]
-    pairs: int
-    plain: list[str] | None = None
-
-
 def environment(devices: int) -> dict[str, str]:
-    """The environment of a process with so many emulated CPU devices."""
+    """Returns the environment of a process with so many emulated CPU devices."""
     return {**os.environ, **emulated.environment(devices)}
 
 
-def last_line(command: Sequence[str], devices: int) -> Any:
-    """Runs a command to its end and reads the last line that it prints, as JSON.
+def output(command: Sequence[str], environment: dict[str, str]) -> str:
+    """Runs a command to its end and returns what it prints.
 
     Raises:
         ConfigError: it refused what it was asked.
-        ChildError: it failed.
+        ChildError: it failed, or printed nothing.
     """
-    done = subprocess.run(command, env=environment(devices), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == ConfigError.exit_code:
-        raise ConfigError(done.stderr.strip().splitlines()[-1])
+        raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode or not done.stdout.strip():
         raise ChildError(command, done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
-def measured(request: Request, devices: int) -> Any:
-    """The answer of `jaxinfra.bench.measure` in a process with so many devices."""
-    words = json.dumps(dataclasses.asdict(request))
-    return last_line([sys.executable, "-m", "jaxinfra.bench.measure", words], devices)
+def last_line(command: Sequence[str], devices: int) -> Any:
+    """Runs a command as `output` does, and reads the last line that it prints, as JSON."""
+    return json.loads(output(command, environment(devices)).splitlines()[-1])
+
+
+def asked(module: str, devices: int, **request: Any) -> Any:
+    """Returns the answer of `python -m jaxinfra.bench.MODULE REQUEST`, REQUEST in JSON."""
+    return last_line([sys.executable, "-m", f"jaxinfra.bench.{module}", json.dumps(request)], devices)

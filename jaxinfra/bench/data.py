@@ -5,7 +5,6 @@ batches, and counts those of half a second and the CPU time of all threads and p
 """
 
 import argparse
-import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,8 +23,8 @@ import numpy as np
 import tensorstore as ts
 
 from jaxinfra.bench import reading, token_files
-from jaxinfra.bench.reading import BATCH, LENGTH, Request, Stores
-from jaxinfra.bench.table import Findings, machine, table
+from jaxinfra.bench.reading import BATCH, LENGTH, Stores
+from jaxinfra.bench.table import Columns, Findings, Row, ratio, table
 from jaxinfra.config import load
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
@@ -92,38 +91,15 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What a loader did in one turn.
-
-    Attributes:
-        tokens_per_s: after its first batches.
-        cpu_ns: CPU time of all its threads and processes a token, its start included.
-    """
-
-    tokens_per_s: float
-    cpu_ns: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table of speeds.
-
-    Attributes:
-        reader: what reads.
-        tokens_per_s: median of the turns.
-        cpu_ns: median CPU time a token.
-        cores: that would be busy with feeding `CHIPS` chips that train `MODEL`.
-        of_alone: speed as a part of that of TensorStore alone, the median of the turns.
-        of_grain: and of Grain's, where it is installed.
-    """
-
-    reader: str
-    tokens_per_s: float
-    cpu_ns: float
-    cores: float
-    of_alone: float
-    of_grain: float | None
+COLUMNS: Columns = {
+    "reader": ("batches by", str),
+    "tokens_per_s": ("Mtok/s", lambda speed: f"{speed / 1e6:.1f}"),
+    "cpu_ns": ("CPU ns a token", "{:.1f}".format),  # of all threads and processes, the start included
+    "cores": (f"cores for {CHIPS} {CHIP}", "{:.4f}".format),  # busy with feeding chips that train `MODEL`
+    "of_alone": ("of TensorStore alone", "{:.2f}".format),
+    "of_grain": ("of Grain", "{:.1f}".format),  # where it is installed
+}
+"""Medians of the turns."""
 
 
 def cpu_s() -> float:
@@ -132,8 +108,8 @@ def cpu_s() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def turn(reader: Reader, stores: Stores, seconds: float) -> Turn:
-    """Starts a loader, reads for so long, and ends it."""
+def turn(reader: Reader, stores: Stores, seconds: float) -> tuple[float, float]:
+    """Starts a loader, reads for so long, and ends it; returns tokens a second, and CPU nanoseconds a token."""
     gc.collect()
     start_cpu_s = cpu_s()
     batches = reader(stores)
@@ -147,10 +123,7 @@ def turn(reader: Reader, stores: Stores, seconds: float) -> Turn:
     if close is not None:
         close()
     tokens = BATCH * LENGTH
-    return Turn(
-        tokens_per_s=count * tokens / spent_s,
-        cpu_ns=1e9 * (cpu_s() - start_cpu_s) / ((count + WARM_UPS) * tokens),
-    )
+    return count * tokens / spent_s, 1e9 * (cpu_s() - start_cpu_s) / ((count + WARM_UPS) * tokens)
 
 
 def eaten_tokens_per_s() -> float:
@@ -159,56 +132,27 @@ def eaten_tokens_per_s() -> float:
     return CHIPS * CHIP_FLOPS[CHIP] * MFU * data.seq_len / model.flops(data)
 
 
-def speed(stores: Stores, turns: int) -> list[Row]:
-    """All loaders in turns; the first turn of each is dropped."""
+def speed(stores: Stores, turns: int) -> Iterator[Row]:
+    """Times all loaders in turns; the first turn of each is dropped."""
     sides = readers()
-    found: dict[str, list[Turn]] = {name: [] for name in sides}
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_ns: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(turns + 1):
         for name, reader in sides.items():
-            one = turn(reader, stores, TURN_S)
+            found = turn(reader, stores, TURN_S)
             if number:
-                found[name].append(one)
+                speeds[name].append(found[0])
+                cpu_ns[name].append(found[1])
     eaten = eaten_tokens_per_s()
-
-    def ratio(name: str, other: str) -> float:
-        return median(a.tokens_per_s / b.tokens_per_s for a, b in zip(found[name], found[other], strict=True))
-
-    rows = []
-    for name, all_turns in found.items():
-        cpu_ns = median(one.cpu_ns for one in all_turns)
-        rows.append(
-            Row(
-                reader=name,
-                tokens_per_s=median(one.tokens_per_s for one in all_turns),
-                cpu_ns=cpu_ns,
-                cores=1e-9 * cpu_ns * eaten,
-                of_alone=ratio(name, ALONE),
-                of_grain=ratio(name, GRAIN) if GRAIN in found else None,
-            )
-        )
-    return rows
-
-
-def first_s(stores: Stores, turns: int) -> list[float]:
-    """Seconds from the start of a process, imports and all, to its first batch."""
-    request = Request(kind="first", folder=str(stores.folder), tokens=stores.tokens)
-    return [reading.ask(request) for _ in range(turns + 1)][1:]
-
-
-def growth_bytes(stores: Stores, batches: int) -> int:
-    """How much larger a process of its own has become after so many batches, documents masked."""
-    return int(reading.ask(Request(kind="growth", folder=str(stores.folder), tokens=stores.tokens, batches=batches)))
-
-
-def _speed_lines(rows: Sequence[Row]) -> Iterator[str]:
-    cells: list[Sequence[str]] = [
-        ("batches by", "Mtok/s", "CPU ns a token", f"cores for {CHIPS} {CHIP}", "of TensorStore alone", "of Grain")
-    ]
-    for row in rows:
-        speeds = f"{row.tokens_per_s / 1e6:.1f}", f"{row.cpu_ns:.1f}", f"{row.cores:.4f}"
-        of_grain = "" if row.of_grain is None else f"{row.of_grain:.1f}"
-        cells.append((row.reader, *speeds, f"{row.of_alone:.2f}", of_grain))
-    yield table(cells)
+    for name, own in speeds.items():
+        yield {
+            "reader": name,
+            "tokens_per_s": median(own),
+            "cpu_ns": median(cpu_ns[name]),
+            "cores": 1e-9 * median(cpu_ns[name]) * eaten,
+            "of_alone": ratio(own, speeds[ALONE]),
+            "of_grain": ratio(own, speeds[GRAIN]) if GRAIN in speeds else None,
+        }
 
 
 def run(options: argparse.Namespace) -> Findings:
@@ -228,19 +172,18 @@ def run(options: argparse.Namespace) -> Findings:
         for part in options.only or ("speed", "first", "memory"):
             print(f"measuring {part} ...", file=sys.stderr, flush=True)
             if part == "speed":
-                rows = speed(stores, turns)
-                figures["rows"] = [dataclasses.asdict(row) for row in rows]
-                lines += _speed_lines(rows)
+                figures["rows"] = list(speed(stores, turns))
+                lines.append(table(COLUMNS, figures["rows"]))
             elif part == "first":
-                figures["first_batch_s"] = median(first_s(stores, turns))
+                times_s = [reading.ask("first", stores) for _ in range(turns + 1)]
+                figures["first_batch_s"] = median(times_s[1:])
                 lines.append(
                     f"First batch {figures['first_batch_s']:.2f} s after the start of a process, "
                     "which imports all that it needs, and no jax (goal < 1 s)."
                 )
             else:
-                figures["growth_bytes"] = growth_bytes(stores, GROWTH_BATCHES)
+                figures["growth_bytes"] = int(reading.ask("growth", stores, GROWTH_BATCHES))
                 grown = f"{figures['growth_bytes'] / MB:.1f} MB larger (goal < 50)"
                 lines.append(f"{GROWTH_BATCHES:,} batches make the process {grown}.")
     sizes = f"{tokens:,} tokens, windows of {LENGTH:,}, batches of {BATCH}"
-    note = f"{sizes}; medians of {turns} turns"
-    return Findings(text="\n".join(lines), note=note, figures=figures, facts=machine())
+    return Findings(text="\n".join(lines), note=f"{sizes}; medians of {turns} turns", figures=figures)

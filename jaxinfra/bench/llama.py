@@ -5,12 +5,12 @@ docs/compile.md). "best" is the policy of rematerialisation that computes least 
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
-from jaxinfra.bench.table import Findings, table
+from jaxinfra.bench import last
+from jaxinfra.bench.table import Columns, Findings, Row, table
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.compiled import Compiled, compile_step
@@ -29,78 +29,48 @@ POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Other:
-    """What another implementation of the same step compiles to.
-
-    Attributes:
-        name: of it.
-        sequences: of a chip and step.
-        remat: what it keeps.
-        temporaries_gib: of one chip.
-        cycles: of one sequence.
-    """
-
-    name: str
-    sequences: int
-    remat: str
-    temporaries_gib: float
-    cycles: float
+COLUMNS: Columns = {
+    "name": ("step", str),
+    "sequences": ("sequences a chip", str),
+    "remat": ("remat", str),
+    "arguments_gib": ("arguments", "{:.2f} GiB".format),  # train state and batch of one chip
+    "temporaries_gib": ("temporaries", lambda gib: gib if isinstance(gib, str) else f"{gib:.2f} GiB"),
+    "temp_size_gib": ("`temp_size_in_bytes`", "{:.2f} GiB".format),  # the same as JAX calls it
+    "cycles": ("cycles a sequence", lambda cycles: cycles if isinstance(cycles, str) else f"{cycles / 1e9:.3f}e9"),
+    "attention": ("forward kernels", str),  # of attention, runs in a step: their cycles are not known
+}
 
 
-OTHERS = (
-    Other(name="MaxText 0.2.5", sequences=4, remat="full", temporaries_gib=35.3, cycles=2.49e9),
-    Other(name="bare JAX step", sequences=1, remat="full", temporaries_gib=6.9, cycles=2.46e9),
-    Other(name="bare JAX step", sequences=2, remat="full", temporaries_gib=11.4, cycles=2.46e9),
-    Other(name="bare JAX step", sequences=2, remat="dots", temporaries_gib=52.6, cycles=2.25e9),
+OTHERS: tuple[Row, ...] = tuple(
+    dict.fromkeys(COLUMNS) | {"name": name, "sequences": n, "remat": remat, "temporaries_gib": gib, "cycles": cycles}
+    for name, n, remat, gib, cycles in (
+        ("MaxText 0.2.5", 4, "full", "35.3 GiB", "2.49e9"),
+        ("bare JAX step", 1, "full", "6.9 GiB", "2.46e9"),
+        ("bare JAX step", 2, "full", "11.4 GiB", "2.46e9"),
+        ("bare JAX step", 2, "dots", "52.6 GiB", "2.25e9"),
+    )
 )
 """Figures given to this project, not produced by it: the same topology and model, splash attention in blocks of 512."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        part: "full", "dots" or "best".
-        sequences: of a chip and step.
-        remat: the policy.
-        arguments_gib: train state and batch of one chip.
-        temporaries_gib: of one chip.
-        temp_size_gib: the same as JAX calls it, see `plan.compiled.Memory`.
-        cycles: of one sequence.
-        attention: how often the forward kernel of attention runs in a step; its cycles are not known.
-    """
-
-    part: str
-    sequences: int
-    remat: str
-    arguments_gib: float
-    temporaries_gib: float
-    temp_size_gib: float
-    cycles: float
-    attention: int
-
-
 def _compiled(sequences: int, policy: str, overrides: Sequence[str]) -> Compiled:
     changes = [f"train.global_batch={CHIPS * sequences}", f"model.remat={policy}", *overrides]
-    changes = list({change.partition("=")[0]: change for change in changes}.values())
-    print(f"compiling {' '.join(changes)} ...", file=sys.stderr, flush=True)
-    return compile_step(load(CONFIG, changes, root=Run).run, parse(ON), report=lambda line: None)
+    print(f"compiling {' '.join(last(changes))} ...", file=sys.stderr, flush=True)
+    return compile_step(load(CONFIG, last(changes), root=Run).run, parse(ON), report=lambda line: None)
 
 
 def _row(part: str, sequences: int, policy: str, found: Compiled) -> Row:
     assert found.cycles is not None, found.on
-    return Row(
-        part=part,
-        sequences=sequences,
-        remat=policy,
-        arguments_gib=found.memory.arguments / GIB,
-        temporaries_gib=found.memory.temporaries / GIB,
-        temp_size_gib=found.memory.temp_size / GIB,
-        cycles=found.cycles / sequences,
-        attention=sum(kernel.runs for kernel in found.kernels if "fwd" in kernel.name),
-    )
+    return {
+        "part": part,
+        "sequences": sequences,
+        "remat": policy,
+        "arguments_gib": found.memory.arguments / GIB,
+        "temporaries_gib": found.memory.temporaries / GIB,
+        "temp_size_gib": found.memory.temp_size / GIB,
+        "cycles": found.cycles / sequences,
+        "attention": sum(kernel.runs for kernel in found.kernels if "fwd" in kernel.name),
+    }
 
 
 def full(overrides: Sequence[str]) -> Iterator[Row]:
@@ -111,7 +81,7 @@ def full(overrides: Sequence[str]) -> Iterator[Row]:
 
 def dots(overrides: Sequence[str]) -> Iterator[Row]:
     """Products with weights are kept, where others have done so."""
-    for sequences in sorted({other.sequences for other in OTHERS if other.remat == "dots"}):
+    for sequences in sorted({other["sequences"] for other in OTHERS if other["remat"] == "dots"}):
         yield _row("dots", sequences, "dots", _compiled(sequences, "dots", overrides))
 
 
@@ -134,37 +104,13 @@ def best(overrides: Sequence[str]) -> Iterator[Row]:
 CASES = {"full": full, "dots": dots, "best": best}
 
 
-def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The table, others after ours of as many sequences."""
-    head = (
-        "step",
-        "sequences a chip",
-        "remat",
-        "arguments",
-        "temporaries",
-        "`temp_size_in_bytes`",
-        "cycles a sequence",
-    )
-    cells: list[tuple[str, ...]] = [(*head, "forward kernels")]
-    for sequences in SEQUENCES:
-        for row in rows:
-            if row.sequences == sequences:
-                sizes = [f"{gib:.2f} GiB" for gib in (row.arguments_gib, row.temporaries_gib, row.temp_size_gib)]
-                figures = (*sizes, f"{row.cycles / 1e9:.3f}e9", str(row.attention))
-                cells.append(("jaxinfra", str(sequences), row.remat, *figures))
-        for other in OTHERS:
-            if other.sequences == sequences:
-                figures = (f"{other.temporaries_gib:.1f} GiB", "", f"{other.cycles / 1e9:.2f}e9", "")
-                cells.append((other.name, str(sequences), other.remat, "", *figures))
-    return cells
-
-
 def run(options: argparse.Namespace) -> Findings:
-    """Compiles the chosen parts, or all."""
+    """Compiles the chosen parts, or all; the table has others after ours of as many sequences."""
     rows = [row for part in options.only or CASES for row in CASES[part](options.overrides)]
+    shown = [*({**row, "name": "jaxinfra"} for row in rows), *OTHERS]
     return Findings(
-        text=table(cells_of(rows)),
+        text=table(COLUMNS, [row for each in SEQUENCES for row in shown if row["sequences"] == each]),
         note=f"{CONFIG} on {ON}",
-        figures={"rows": [dataclasses.asdict(row) for row in rows]},
+        figures={"rows": rows},
         facts={name: version(name) for name in ("jax", "libtpu")},
     )

@@ -10,19 +10,19 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxinfra.bench import CONFIG, bare
-from jaxinfra.bench.children import Request, Times
+from jaxinfra.bench.children import Times
+from jaxinfra.bench.parity import batch_of, put
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.parallel.mesh import make_mesh
-from jaxinfra.program import Program, TrainState
+from jaxinfra.program import Program
 from jaxinfra.run import Run, of_text, resolved
 from jaxinfra.train.loop import Hooks, Reporter, Work, fit
 
@@ -52,57 +52,44 @@ def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
     )
 
 
-class Framework:
-    """The train step of a `Program`, with a state and a batch to call it on."""
+class Side:
+    """A train step, what it carries from one call to the next, and the batch of every call."""
 
-    def __init__(self, run: Run):
-        self.program = Program(run, make_mesh(run.mesh, jax.devices()))
-        self.batch = self._batch(run)
+    def __init__(self, step: Any, carried: list[Any], batch: Any, context: Callable[[], Any] = nullcontext):
+        self.step, self.carried, self.batch, self.context = step, carried, batch, context
         self.values: Any = None
-        with self.context():
-            self.state: TrainState = self.program.init(jax.random.key(run.seed))
-
-    def _batch(self, run: Run) -> dict[str, jax.Array]:
-        model, data = of_text(run)
-        shape = (run.train.global_batch, data.seq_len + 1)
-        tokens_BW = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
-        arrays = {"inputs": tokens_BW[:, :-1], "targets": tokens_BW[:, 1:]}
-        return {name: jax.device_put(array, self.program.batch[name].sharding) for name, array in arrays.items()}
-
-    def context(self) -> AbstractContextManager[Any]:
-        """What the training loop runs in."""
-        return self.program.on_mesh
 
     def call(self) -> None:
         """Dispatches one step."""
-        self.state, self.values = self.program.train_step(self.state, self.batch)
+        *self.carried, self.values = self.step(*self.carried, self.batch)
 
     def wait(self) -> None:
         """Waits until all of it is done."""
-        jax.block_until_ready((self.state, self.values))
+        jax.block_until_ready((self.carried, self.values))
 
 
-class Bare:
-    """The hand-written step, likewise."""
-
-    def __init__(self, sizes: bare.Sizes):
-        self.step, self.params, self.state, self.batch = bare.build(sizes, len(jax.devices()))
-        self.values: Any = None
-
-    def context(self) -> AbstractContextManager[Any]:
-        """Nothing: its mesh is in its shardings."""
-        return nullcontext()
-
-    def call(self) -> None:
-        """Dispatches one step."""
-        self.params, self.state, self.values = self.step(self.params, self.state, self.batch)
-
-    def wait(self) -> None:
-        """Waits until all of it is done."""
-        jax.block_until_ready((self.params, self.state, self.values))
+def framework(program: Program) -> Side:
+    """Returns the train step of a program on random tokens, none of them masked."""
+    tokens = batch_of(program.run)
+    shapes = {name: program.batch[name] for name in ("inputs", "targets")}
+    with program.on_mesh:
+        state = program.init(jax.random.key(program.run.seed))
+    batch = put({name: tokens[name] for name in shapes}, shapes)
+    return Side(program.train_step, [state], batch, lambda: program.on_mesh)
 
 
-def turns(sides: dict[str, Framework | Bare], pairs: int, *, to_the_end: bool = True) -> Times:
+def program_of(run: Run) -> Program:
+    """Returns the program of a run on the devices here."""
+    return Program(run, make_mesh(run.mesh, jax.devices()))
+
+
+def by_hand(run: Run, naive: bool = False) -> Side:
+    """Returns the bare step of the same model, whose mesh is in its shardings."""
+    step, *carried, batch = bare.build(sizes_of(run, naive), len(jax.devices()))
+    return Side(step, carried, batch)
+
+
+def turns(sides: dict[str, Side], pairs: int, *, to_the_end: bool = True) -> Times:
     """Times the sides in turns; the devices are idle when a turn begins.
 
     Args:
@@ -125,42 +112,40 @@ def turns(sides: dict[str, Framework | Bare], pairs: int, *, to_the_end: bool = 
 
 
 def step(run: Run, pairs: int) -> Times:
-    """Whole steps of jaxinfra and of the bare step."""
-    return turns({"jaxinfra": Framework(run), "bare": Bare(sizes_of(run))}, pairs)
+    """Times whole steps of jaxinfra and of the bare step."""
+    return turns({"jaxinfra": framework(program_of(run)), "bare": by_hand(run)}, pairs)
 
 
 def meshes(run: Run, plain: Run, pairs: int) -> Times:
-    """Whole steps of jaxinfra on two meshes, or on one under two schedules."""
-    return turns({"mesh": Framework(run), "plain": Framework(plain)}, pairs)
+    """Times whole steps of jaxinfra on two meshes, or on one under two schedules."""
+    return turns({"mesh": framework(program_of(run)), "plain": framework(program_of(plain))}, pairs)
 
 
 def alone(run: Run, pairs: int) -> Times:
-    """Whole steps of jaxinfra, then of the bare step, each with the machine to itself."""
-    times_s = turns({"jaxinfra": Framework(run)}, pairs)
-    return times_s | turns({"bare": Bare(sizes_of(run))}, pairs)
+    """Times whole steps of jaxinfra, then of the bare step, each with the machine to itself."""
+    times_s = turns({"jaxinfra": framework(program_of(run))}, pairs)
+    return times_s | turns({"bare": by_hand(run)}, pairs)
 
 
 def layouts(run: Run, pairs: int) -> Times:
-    """Whole bare steps without and with the layouts of products that XLA runs fast."""
-    return turns({"naive": Bare(sizes_of(run, naive=True)), "bare": Bare(sizes_of(run))}, pairs)
+    """Times whole bare steps without and with the layouts of products that XLA runs fast."""
+    return turns({"naive": by_hand(run, naive=True), "bare": by_hand(run)}, pairs)
 
 
 def dispatch(run: Run, pairs: int) -> Times:
-    """Host time of a step: of its call alone, on both sides, and of a turn of the training loop."""
-    framework = Framework(run)
-    times_s = turns({"jaxinfra": framework, "bare": Bare(sizes_of(run))}, 20 * pairs, to_the_end=False)
-    return times_s | {"loop": [loop_host_s(framework) for _ in range(pairs)]}
+    """Times the host's work on a step: of its call alone, on both sides, and of a turn of the training loop."""
+    program = program_of(run)
+    ours = framework(program)
+    times_s = turns({"jaxinfra": ours, "bare": by_hand(run)}, 20 * pairs, to_the_end=False)
+    return times_s | {"loop": [loop_host_s(program, ours) for _ in range(pairs)]}
 
 
-class _Same:
-    """The same placed batch for so many steps."""
+class _Same(Iterator[tuple[int, dict[str, jax.Array]]]):
+    """Yields the same placed batch for so many steps."""
 
     def __init__(self, batch: dict[str, jax.Array], steps: int):
         self.data_wait_s = 0.0
         self._items = iter([(step, batch) for step in range(steps)])
-
-    def __iter__(self) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        return self
 
     def __next__(self) -> tuple[int, dict[str, jax.Array]]:
         return next(self._items)
@@ -182,8 +167,8 @@ class _NoLog:
     def log(self, step: int, metrics: Any) -> None: ...
 
 
-def loop_host_s(framework: Framework, steps: int = 50) -> float:
-    """Seconds a step of the training loop, with nothing due, less those in which it waits for the devices."""
+def loop_host_s(program: Program, side: Side, steps: int = 50) -> float:
+    """Returns seconds a step of the training loop, with nothing due, less those in which it waits for the devices."""
     hooks = Hooks(
         log=_NoLog(),
         due=lambda step: False,
@@ -191,20 +176,15 @@ def loop_host_s(framework: Framework, steps: int = 50) -> float:
         save=lambda done, state, values: None,
         stop=lambda: None,
     )
-    assert framework.program.run.train.steps > steps, "the last step is evaluated"
-    batches = _Same(framework.batch, steps)
+    assert program.run.train.steps > steps, "the last step is evaluated"
+    batches = _Same(side.batch, steps)
     reporter = _Waiting(hooks, batches, Work(unit="token", units=1, flops=1.0, peak=1.0))
-    framework.wait()
-    with framework.context():
+    side.wait()
+    with program.on_mesh:
         start_s = time.perf_counter()
-        framework.state = fit(framework.program, framework.state, 0, batches, hooks, reporter).state
+        side.carried = [fit(program, side.carried[0], 0, batches, hooks, reporter).state]
         spent_s = time.perf_counter() - start_s
     return (spent_s - reporter.waited_s) / steps
-
-
-def sizes(run: Run, pairs: int) -> dict[str, Any]:
-    """Nothing measured: the sizes of the bare step."""
-    return dataclasses.asdict(sizes_of(run))
 
 
 KINDS: dict[str, Callable[[Run, int], Any]] = {
@@ -212,30 +192,38 @@ KINDS: dict[str, Callable[[Run, int], Any]] = {
     "alone": alone,
     "layouts": layouts,
     "dispatch": dispatch,
-    "sizes": sizes,
+    "sizes": lambda run, pairs: dataclasses.asdict(sizes_of(run)),
 }
 
 
-def main() -> int:
-    """Answers the request on the command line; what it refuses is the last line of its errors."""
-    request = Request(**json.loads(sys.argv[1]))
-    try:
-        run = _run(request.config, request.overrides)
-        if request.plain is not None:
-            found = meshes(run, _run(request.config, request.plain), request.pairs)
-        else:
-            found = KINDS[request.kind](run, request.pairs)
-    except ConfigError as refused:
-        print(refused, file=sys.stderr)
-        return refused.exit_code
-    print(json.dumps(found))
-    return 0
+def answer(*, kind: str, config: str, overrides: Sequence[str], pairs: int, plain: Sequence[str] | None = None) -> Any:
+    """Measures what is asked for.
+
+    Args:
+        kind: a key of `KINDS`, or `meshes`.
+        config: path of the config file.
+        overrides: changes to it; they size the mesh, too.
+        pairs: timed turns of each side.
+        plain: of `meshes`, the overrides of the other side.
+    """
+    run = _run(config, overrides)
+    return KINDS[kind](run, pairs) if plain is None else meshes(run, _run(config, plain), pairs)
 
 
 def _run(config: str, overrides: Sequence[str]) -> Run:
     run = resolved(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
     return run
+
+
+def main() -> int:
+    """Answers the request on the command line; what it refuses is the last line of its errors."""
+    try:
+        print(json.dumps(answer(**json.loads(sys.argv[1]))))
+    except ConfigError as refused:
+        print(refused, file=sys.stderr)
+        return refused.exit_code
+    return 0
 
 
 if __name__ == "__main__":

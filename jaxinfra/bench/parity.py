@@ -13,26 +13,25 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import numpy as np
+
+from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError, JaxinfraError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from jaxinfra.parallel.mesh import MeshConfig
-    from jaxinfra.program import Program
-    from jaxinfra.run import Run
+from jaxinfra.parallel.mesh import AXES, MeshConfig, make_mesh, permuted
+from jaxinfra.program import Program
+from jaxinfra.run import Precision, Run, of_text
 
 BOUND = 2e-5
 """Largest difference of an array, as a part of its largest value."""
 ROUNDING = 1e-6
 """An array whose largest value is a smaller part of that of all gradients is zero but for rounding."""
-CONFIGS = ("configs/parity_dense.py", "configs/parity_moe.py")
 MICROBATCHES = 4
 """Of a step on a mesh; one device takes the batch whole."""
 
-type Arrays = Mapping[str, "np.ndarray"]
+type Arrays = Mapping[str, np.ndarray]
 
 
 class WorkerError(JaxinfraError):
@@ -62,61 +61,40 @@ class Row:
     @property
     def worst(self) -> float:
         """The largest of its differences; NaN if any is."""
-        return max((self.loss, self.gradient, self.permuted), key=lambda d: (math.isnan(d), d))
+        return max((self.loss, self.gradient, self.permuted), key=_badness)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """What one process compares: every `parts`-th mesh of each config, from the `part`-th on."""
-
-    configs: tuple[str, ...]
-    overrides: tuple[str, ...]
-    part: int
-    parts: int
-
-
-def meshes(devices: int) -> list["MeshConfig"]:
+def meshes(devices: int) -> list[MeshConfig]:
     """Every way to spread so many devices over the six axes; one device for all comes first."""
-    from jaxinfra.parallel.mesh import AXES, MeshConfig
-
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     spread = (found for found in itertools.product(sizes, repeat=len(AXES)) if math.prod(found) == devices)
     return [MeshConfig(**dict(zip(AXES, found, strict=True))) for found in spread]
 
 
-def loaded(config: str, overrides: Sequence[str]) -> "Run":
+def loaded(config: str, overrides: Sequence[str]) -> Run:
     """The run of a config, in float32 throughout.
 
     Raises:
         ConfigError: the file or an override is wrong, or it is no model of text.
     """
-    from jaxinfra.config import load
-    from jaxinfra.run import Precision, Run, of_text
-
     run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
     of_text(run)
     return run
 
 
-def on(run: "Run", mesh: "MeshConfig", microbatches: int) -> "Run":
+def on(run: Run, mesh: MeshConfig, microbatches: int) -> Run:
     """The run on a mesh.
 
     Raises:
         ConfigError: it does not fit.
     """
-    from jaxinfra.config import validate
-
     run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
     validate(run)
     return run
 
 
-def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
+def batch_of(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     """Random tokens `[global_batch, seq_len]`; with document masks two documents a row, and some weights of zero."""
-    import numpy as np
-
-    from jaxinfra.run import of_text
-
     draw, (model, data) = np.random.default_rng(seed), of_text(run)
     rows, length = run.train.global_batch, data.seq_len
     words = draw.integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
@@ -129,25 +107,18 @@ def batch_of(run: "Run", seed: int = 0) -> dict[str, "np.ndarray"]:
     return batch
 
 
-def program_of(run: "Run", order: Sequence[int] | None = None) -> "Program":
+def program_of(run: Run, order: Sequence[int] | None = None) -> Program:
     """The program of a run on the first devices here, in their own order or in another."""
-    import jax
-
-    from jaxinfra.parallel.mesh import make_mesh, permuted
-    from jaxinfra.program import Program
-
     mesh = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
     return Program(run, mesh if order is None else permuted(mesh, order))
 
 
 def put(values: Any, like: Any) -> Any:
     """Host arrays on the devices, sharded like `ShapeDtypeStruct`s."""
-    import jax
-
     return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), values, like)
 
 
-def computed(program: "Program", batch: Mapping[str, "np.ndarray"], params: Any = None, step: int = 0) -> Arrays:
+def computed(program: Program, batch: Mapping[str, np.ndarray], params: Any = None, step: int = 0) -> Arrays:
     """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`, at one point.
 
     Args:
@@ -156,9 +127,6 @@ def computed(program: "Program", batch: Mapping[str, "np.ndarray"], params: Any 
         params: values on the host; None for the first ones of the run.
         step: whose dropout masks are taken.
     """
-    import jax
-    import numpy as np
-
     with program.on_mesh, jax.default_matmul_precision("highest"):
         if params is None:
             placed = program.init(jax.random.key(program.run.seed)).params
@@ -176,8 +144,6 @@ def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
     Of a gradient that is zero but for rounding (the bias of keys, which no score depends on): as a part of what
     rounding may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.
     """
-    import numpy as np
-
     assert found.keys() == wanted.keys()
     sizes = {name: float(np.abs(one).max()) for name, one in wanted.items()}
     zero = ROUNDING * max((size for name, size in sizes.items() if not name.startswith("sum.")), default=0.0)
@@ -187,29 +153,22 @@ def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
     }
 
 
-def rows(part: Part) -> Iterator[Row]:
-    """The rows of a part; all its meshes are checked before the first is computed.
+def rows(configs: Sequence[str], overrides: Sequence[str], part: int, parts: int) -> Iterator[Row]:
+    """Compares every `parts`-th mesh, from the `part`-th on; all are checked before the first is computed.
 
     Raises:
         ConfigError: a model does not fit a mesh.
     """
-    import jax
-    import numpy as np
-
-    from jaxinfra.parallel.mesh import MeshConfig
-
     devices = len(jax.devices())
     order = np.random.default_rng(1).permutation(devices).tolist()
-    chosen = meshes(devices)[part.part :: part.parts]
-    spread = {config: [_fitting(config, part.overrides, mesh) for mesh in chosen] for config in part.configs}
+    chosen = meshes(devices)[part::parts]
+    spread = {config: [_fitting(config, overrides, mesh) for mesh in chosen] for config in configs if chosen}
     for config, runs in spread.items():
-        if not runs:
-            continue
         wanted = _compared(on(runs[0], MeshConfig(fsdp=1), 1))
         for run in runs:
             plain = differences(_compared(run), wanted)
             loss = plain.pop("sum.loss")
-            leaf = max(plain, key=lambda name: (math.isnan(plain[name]), plain[name]))
+            leaf = max(plain, key=lambda name: _badness(plain[name]))
             shuffled = differences(_compared(run, order), wanted)
             yield Row(
                 config=Path(config).stem,
@@ -217,28 +176,32 @@ def rows(part: Part) -> Iterator[Row]:
                 loss=loss,
                 gradient=plain[leaf],
                 leaf=leaf.removeprefix("grad."),
-                permuted=max(shuffled.values(), key=lambda d: (math.isnan(d), d)),
+                permuted=max(shuffled.values(), key=_badness),
             )
 
 
-def _compared(run: "Run", order: Sequence[int] | None = None) -> Arrays:
+def _compared(run: Run, order: Sequence[int] | None = None) -> Arrays:
     """The loss and every gradient, from the first parameters of the run."""
     found = computed(program_of(run, order), batch_of(run))
     return {name: one for name, one in found.items() if name == "sum.loss" or name.startswith("grad.")}
 
 
-def _fitting(config: str, overrides: Sequence[str], mesh: "MeshConfig") -> "Run":
+def _fitting(config: str, overrides: Sequence[str], mesh: MeshConfig) -> Run:
     try:
         return on(loaded(config, overrides), mesh, MICROBATCHES)
     except ConfigError as error:
         raise ConfigError(f"{config} on the mesh {_named(mesh)}, one of those that parity spreads: {error}") from error
 
 
-def _named(mesh: "MeshConfig") -> str:
+def _badness(difference: float) -> tuple[bool, float]:
+    return math.isnan(difference), difference
+
+
+def _named(mesh: MeshConfig) -> str:
     return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
 
 
-def _worker(part: Part, out: Connection) -> None:
+def _worker(out: Connection, *part: Any) -> None:
     """Sends rows, or the error that ended them; leaves when its parent does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -249,7 +212,7 @@ def _worker(part: Part, out: Connection) -> None:
 
     threading.Thread(target=leave, daemon=True).start()
     try:
-        for row in rows(part):
+        for row in rows(*part):
             out.send(row)
     except JaxinfraError as error:
         out.send(error)
@@ -266,8 +229,8 @@ def shared_out(configs: Sequence[str], overrides: Sequence[str], jobs: int) -> I
     workers = {}
     for number in range(jobs):
         reader, writer = context.Pipe(duplex=False)
-        part = Part(configs=tuple(configs), overrides=tuple(overrides), part=number, parts=jobs)
-        workers[reader] = context.Process(target=_worker, args=(part, writer), daemon=True)
+        part = (writer, tuple(configs), tuple(overrides), number, jobs)
+        workers[reader] = context.Process(target=_worker, args=part, daemon=True)
         workers[reader].start()
         writer.close()  # the worker's is then the only one, and its end is seen here
     while workers:

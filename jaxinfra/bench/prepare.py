@@ -9,18 +9,17 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jaxinfra.bench.children import ChildError
-from jaxinfra.bench.table import Findings, machine, table
+from jaxinfra.bench.children import output
+from jaxinfra.bench.table import Columns, Findings, Row, ratio, table
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Found
@@ -32,7 +31,15 @@ TITLES = {OURS: "data prepare", THEIRS: "datasets.map"}
 WORKERS = (1, 2)
 TURNS = 5
 VOCABULARY = 8192
-_FASTER, _NOT_SLOWER = 1.6, 1.0
+COLUMNS: Columns = {
+    "side": ("tokens by", str),
+    "median_s": ("s", "{:.2f}".format),
+    "mb_per_s": ("MB/s", "{:.2f}".format),
+    "mtok_per_s": ("Mtok/s", "{:.2f}".format),
+    "of_one_worker": ("of one worker", "{:.2f}".format),
+    "of_datasets": ("of datasets.map", "{:.2f}".format),
+}
+GOALS = "Goals: two workers 1.6 times one, and at least as fast as datasets.map."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +110,7 @@ def timed_s(side: Side, root: str, pattern: str, tokenizer: Path) -> float:
     command = [sys.executable, "-m", "jaxinfra.bench.prepare", side.maker, str(side.workers), root, pattern]
     command.append(str(tokenizer))
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ChildError(command, done.stderr)
-    return float(done.stdout.split()[-1])
+    return float(output(command, environment).split()[-1])
 
 
 def run(options: argparse.Namespace) -> Findings:
@@ -124,38 +128,26 @@ def run(options: argparse.Namespace) -> Findings:
             for side in times_s:
                 print(f"turn {turn + 1} of {turns}: {side.title} ...", file=sys.stderr, flush=True)
                 times_s[side].append(timed_s(side, source.root, source.pattern, path))
-    found = rows(times_s, n_bytes, tokens)
-    cells = [("tokens by", "s", "MB/s", "Mtok/s", "of one worker", "of datasets.map"), *map(cells_of, found)]
-    goals = f"Goals: two workers {_FASTER} times one, and at least as fast as datasets.map."
+    found = list(rows(times_s, n_bytes, tokens))
     note = f"{len(every):,} files, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens; medians of {turns} turns"
-    return Findings(text=f"{table(cells)}\n\n{goals}", note=note, figures={"rows": found}, facts=machine())
+    return Findings(text=f"{table(COLUMNS, found)}\n\n{GOALS}", note=note, figures={"rows": found})
 
 
-def rows(times_s: dict[Side, list[float]], n_bytes: int, tokens: int) -> list[dict[str, Any]]:
-    """The lines of the table; ratios are medians of those of the turns."""
+def rows(times_s: dict[Side, list[float]], n_bytes: int, tokens: int) -> Iterator[Row]:
+    """Yields the lines of the table; ratios are medians of those of the turns."""
 
-    def ratio(other: Side, own: Side) -> float | None:
-        pairs = zip(times_s.get(other, []), times_s[own], strict=False)
-        return median([a / b for a, b in pairs]) if other in times_s and other != own else None
+    def ratio_to(other: Side, own: Side) -> float | None:
+        return ratio(times_s[other], times_s[own]) if other in times_s and other != own else None
 
-    return [
-        {
+    for side, own in times_s.items():
+        yield {
             "side": side.title,
             "median_s": median(own),
             "mb_per_s": n_bytes / 1e6 / median(own),
             "mtok_per_s": tokens / 1e6 / median(own),
-            "of_one_worker": ratio(dataclasses.replace(side, workers=1), side),
-            "of_datasets": ratio(dataclasses.replace(side, maker=THEIRS), side),
+            "of_one_worker": ratio_to(dataclasses.replace(side, workers=1), side),
+            "of_datasets": ratio_to(dataclasses.replace(side, maker=THEIRS), side),
         }
-        for side, own in times_s.items()
-    ]
-
-
-def cells_of(row: dict[str, Any]) -> Sequence[str]:
-    """A line of the table as text."""
-    speeds = (f"{row[name]:.2f}" for name in ("median_s", "mb_per_s", "mtok_per_s"))
-    ratios = ("" if row[name] is None else f"{row[name]:.2f}" for name in ("of_one_worker", "of_datasets"))
-    return (row["side"], *speeds, *ratios)
 
 
 def main(words: Sequence[str]) -> None:

@@ -5,24 +5,24 @@ does, and no more: no jax.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jaxinfra.bench.children import last_line
+from jaxinfra.bench.children import asked
 from jaxinfra.data.batches import Batches
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.sequences import window_count
 from jaxinfra.data.store.store import TOKENS
 from jaxinfra.data.tokens import Packing, TokenData
+from jaxinfra.track.memory import rss_bytes
 
 LENGTH, BATCH = 1024, 64
 """A batch is so many windows of so many tokens, and the one that follows."""
@@ -85,49 +85,34 @@ def jaxinfra(
             yield batch
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a process of its own measures, of the batches of a run with documents masked.
+def ask(kind: Literal["first", "growth"], stores: Stores, batches: int = 0) -> float:
+    """Measures in a process of its own; see `answer`."""
+    sent_s = time.time()
+    where = str(stores.folder)
+    return asked("reading", 1, kind=kind, folder=where, tokens=stores.tokens, batches=batches, sent_s=sent_s)
 
-    Attributes:
+
+def answer(*, kind: str, folder: str, tokens: int, batches: int, sent_s: float) -> float:
+    """Measures the batches of a run with documents masked.
+
+    Args:
         kind: seconds to the "first" batch, imports and all; or "growth" of the resident memory in bytes.
         folder: see `Stores`.
         tokens: see `Stores`.
         batches: read while memory grows, after those that warm it up.
-        sent_s: when it was sent, by the clock.
+        sent_s: when it was asked, by the clock.
     """
-
-    kind: Literal["first", "growth"]
-    folder: str
-    tokens: int
-    batches: int = 0
-    sent_s: float = 0.0
-
-
-def ask(request: Request) -> float:
-    """Starts the process and reads its answer."""
-    words = asdict(request) | {"sent_s": time.time()}
-    return last_line([sys.executable, "-m", "jaxinfra.bench.reading", json.dumps(words)], 1)
-
-
-def answer(request: Request) -> float:
-    """The answer to a request."""
-    stores = Stores(folder=Path(request.folder), tokens=request.tokens)
-    with closing(jaxinfra(stores)) as batches:
-        next(batches)
-        if request.kind == "first":
-            return time.time() - request.sent_s
+    with closing(jaxinfra(Stores(folder=Path(folder), tokens=tokens))) as steps:
+        next(steps)
+        if kind == "first":
+            return time.time() - sent_s
         for _ in range(GROWTH_WARM_UPS):
-            next(batches)
-        before = _resident_bytes()
-        for _ in range(request.batches):
-            next(batches)
-        return _resident_bytes() - before
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            next(steps)
+        before = rss_bytes()
+        for _ in range(batches):
+            next(steps)
+        return rss_bytes() - before
 
 
 if __name__ == "__main__":
-    print(answer(Request(**json.loads(sys.argv[1]))))
+    print(answer(**json.loads(sys.argv[1])))

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from jaxinfra.bench import children
 
-SIDES = ("jaxinfra", "bare")
-
 
 def first_step_s(command: Sequence[str], environment: dict[str, str], log: Path) -> float:
     """Seconds until the command prints a line that begins with "step"; it is killed then.
@@ -42,16 +40,14 @@ def prepared_store(config: str, overrides: Sequence[str], folder: Path) -> str:
     """Makes the data that the config trains on, in `folder`, and returns its path."""
     store = str(folder / "store")
     command = [sys.executable, "-m", "launch", "data", "prepare", config, *overrides, f"data.store={store}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment(1))
-    if done.returncode:
-        raise children.ChildError(command, done.stderr)
+    children.output(command, children.environment(1))
     return store
 
 
 def start(config: str, overrides: Sequence[str], pairs: int) -> children.Times:
     """Seconds to the first step, on one device, in turns; the first turn of each fills its cache and is dropped."""
-    times_s: children.Times = {side: [] for side in SIDES}
-    sizes = children.measured(children.Request(kind="sizes", config=config, overrides=[*overrides], pairs=1), 1)
+    times_s: children.Times = {"jaxinfra": [], "bare": []}
+    sizes = children.asked("measure", 1, kind="sizes", config=config, overrides=[*overrides], pairs=1)
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as name:
         folder = Path(name)
         store = prepared_store(config, overrides, folder)

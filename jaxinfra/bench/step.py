@@ -5,15 +5,15 @@ else the machine does hits both sides of a pair alike.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from statistics import median
 
-from jaxinfra.bench.children import Request, Times, last_line, measured
+from jaxinfra.bench import last
+from jaxinfra.bench.children import Times, asked, last_line
 from jaxinfra.bench.start import start
-from jaxinfra.bench.table import Findings, machine, table
+from jaxinfra.bench.table import Cases, Columns, Findings, Row, in_turns, ratio
 
 DISPATCH = (
     "model.layers=2",
@@ -30,148 +30,96 @@ LAYOUT_PAIRS = 5
 START_PAIRS = 5
 AGAINST_TURNS = 3
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table: two sides, the ratio of the first to the second, and what it should be."""
-
-    case: str
-    jaxinfra: str
-    bare: str
-    ratio: float | None
-    goal: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scope:
-    """What is asked for on the command line."""
-
-    config: str
-    overrides: tuple[str, ...]
-    pairs: int
-    against: Path | None
-
-    def measured(self, kind: str, *overrides: str, devices: int = 1, pairs: int | None = None) -> Times:
-        """Times of a kind (see `measure.KINDS`), with these overrides before those of the command line."""
-        last = {change.partition("=")[0]: change for change in (*self.overrides, f"mesh.fsdp={devices}", *overrides)}
-        request = Request(kind=kind, config=self.config, overrides=list(last.values()), pairs=pairs or self.pairs)
-        return measured(request, devices)
+COLUMNS: Columns = {
+    "case": ("case", str),
+    "jaxinfra": ("jaxinfra", str),
+    "bare": ("bare", str),
+    "ratio": ("ratio", "{:.3f}".format),
+    "goal": ("goal", str),
+}
+"""Two sides, the ratio of the first to the second, and what it should be."""
 
 
 def _ms(times_s: Sequence[float], digits: int = 1) -> str:
     return f"{1e3 * median(times_s):.{digits}f} ms"
 
 
-def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    return median(x / y for x, y in zip(a, b, strict=True))
+def _row(
+    case: str,
+    first_s: Sequence[float],
+    second_s: Sequence[float],
+    goal: str,
+    *,
+    notes: tuple[str, str] = ("", ""),
+    written: Callable[[Sequence[float]], str] = _ms,
+) -> Row:
+    first, second = (f"{written(times_s)}{note}" for times_s, note in zip((first_s, second_s), notes, strict=True))
+    return {"case": case, "jaxinfra": first, "bare": second, "ratio": ratio(first_s, second_s), "goal": goal}
 
 
-def _where(devices: int) -> str:
-    return "one device" if devices == 1 else f"fsdp={devices}, emulated"
+def measured(options: argparse.Namespace, kind: str, *overrides: str, devices: int = 1, pairs: int = 0) -> Times:
+    """Returns times of a kind (see `measure.KINDS`), with these overrides after those of the command line."""
+    changes = last((*options.overrides, f"mesh.fsdp={devices}", *overrides))
+    pairs = pairs or options.pairs
+    return asked("measure", devices, kind=kind, config=options.config, overrides=changes, pairs=pairs)
 
 
-def step_rows(scope: Scope, dtype: str, devices: int) -> Iterator[Row]:
-    """A whole step; in bfloat16 also what the layouts of its products are worth."""
-    compute = f"precision.compute={dtype}"
-    times_s = scope.measured("step", compute, devices=devices)
-    ours, bare = times_s["jaxinfra"], times_s["bare"]
-    case = f"step, {dtype}, {_where(devices)}"
-    yield Row(case=case, jaxinfra=_ms(ours), bare=_ms(bare), ratio=_ratio(ours, bare), goal="<= 1.02")
-    if scope.against is not None:
-        yield from against_rows(scope, scope.against, dtype, devices)
+def step_rows(options: argparse.Namespace, dtype: str, devices: int) -> Iterator[Row]:
+    """Times a whole step; in bfloat16 also what the layouts of its products are worth."""
+    where = f"step, {dtype}, {'one device' if devices == 1 else f'fsdp={devices}, emulated'}"
+    timed = partial(measured, options, devices=devices)
+    times_s = timed("step", f"precision.compute={dtype}")
+    yield _row(where, times_s["jaxinfra"], times_s["bare"], "<= 1.02")
+    if options.against is not None:
+        yield from against_rows(options, dtype, devices, where)
     if dtype == "bfloat16":
-        times_s = scope.measured("layouts", compute, devices=devices, pairs=min(scope.pairs, LAYOUT_PAIRS))
-        naive, bare = times_s["naive"], times_s["bare"]
-        yield Row(
-            case=f"bare step, {dtype}, {_where(devices)}: naive products against fast layouts",
-            jaxinfra=f"{_ms(naive)} (naive)",
-            bare=_ms(bare),
-            ratio=_ratio(naive, bare),
-            goal="> 1",
-        )
+        times_s = timed("layouts", f"precision.compute={dtype}", pairs=min(options.pairs, LAYOUT_PAIRS))
+        case = f"bare {where}: naive products against fast layouts"
+        yield _row(case, times_s["naive"], times_s["bare"], "> 1", notes=(" (naive)", ""))
 
 
-def against_rows(scope: Scope, script: Path, dtype: str, devices: int) -> Iterator[Row]:
-    """A whole step against that of another script, each side in processes of its own, in turns."""
-    words = ["--devices", str(devices), "--fsdp", str(devices), "--dtype", {"float32": "f32"}.get(dtype, "bf16")]
-    ours_s, bare_s, theirs_s = [], [], []
-    for _ in range(min(scope.pairs, AGAINST_TURNS)):
-        times_s = scope.measured("alone", f"precision.compute={dtype}", devices=devices)
-        ours_s.append(median(times_s["jaxinfra"]))
-        bare_s.append(median(times_s["bare"]))
-        said = last_line([sys.executable, str(script), *words], devices)
-        theirs_s.append(said["median_step_ms"] / 1e3)
-    for name, times_s in (("jaxinfra", ours_s), ("bare", bare_s)):
-        yield Row(
-            case=f"step, {dtype}, {_where(devices)}: {name} against {script.name}",
-            jaxinfra=_ms(times_s) if name == "jaxinfra" else f"{_ms(times_s)} (bare)",
-            bare=f"{_ms(theirs_s)} ({script.name})",
-            ratio=_ratio(times_s, theirs_s),
-            goal="<= 1.02" if name == "jaxinfra" else "about 1 or less",
-        )
+def against_rows(options: argparse.Namespace, dtype: str, devices: int, where: str) -> Iterator[Row]:
+    """Times a whole step against that of another script, each side in processes of its own, in turns."""
+    script, short = options.against, {"float32": "f32"}.get(dtype, "bf16")
+    words = ["--devices", str(devices), "--fsdp", str(devices), "--dtype", short]
+    found: list[dict[str, float]] = []
+    for _ in range(min(options.pairs, AGAINST_TURNS)):
+        times_s = measured(options, "alone", f"precision.compute={dtype}", devices=devices)
+        theirs = last_line([sys.executable, str(script), *words], devices)["median_step_ms"] / 1e3
+        found.append({name: median(each) for name, each in times_s.items()} | {"theirs": theirs})
+    sides = {name: [turn[name] for turn in found] for name in found[0]}
+    for name, note, goal in (("jaxinfra", "", "<= 1.02"), ("bare", " (bare)", "about 1 or less")):
+        case, notes = f"{where}: {name} against {script.name}", (note, f" ({script.name})")
+        yield _row(case, sides[name], sides["theirs"], goal, notes=notes)
 
 
-def dispatch_rows(scope: Scope) -> Iterator[Row]:
-    """Host time of a small step: of the call alone, and of a turn of the training loop."""
-    times_s = scope.measured("dispatch", *DISPATCH)
-    ours, bare, loop = (times_s[name] for name in ("jaxinfra", "bare", "loop"))
-    yield Row(
-        case="dispatch: call of the step, devices idle",
-        jaxinfra=_ms(ours, 3),
-        bare=_ms(bare, 3),
-        ratio=_ratio(ours, bare),
-        goal="<= 0.5 ms",
-    )
-    yield Row(
-        case="a turn of the training loop, without the wait for devices",
-        jaxinfra=_ms(loop, 3),
-        bare="",
-        ratio=None,
-        goal="",
-    )
+def dispatch_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Times the host's work on a small step: of the call alone, and of a turn of the training loop."""
+    times_s = measured(options, "dispatch", *DISPATCH)
+    ms = partial(_ms, digits=3)
+    case = "dispatch: call of the step, devices idle"
+    yield _row(case, times_s["jaxinfra"], times_s["bare"], "<= 0.5 ms", written=ms)
+    case = "a turn of the training loop, without the wait for devices"
+    yield {"case": case, "jaxinfra": ms(times_s["loop"]), "bare": "", "ratio": None, "goal": ""}
 
 
-def start_rows(scope: Scope) -> Iterator[Row]:
-    """Process start to the end of the first step."""
-    times_s = start(scope.config, (*scope.overrides, "mesh.fsdp=1"), min(scope.pairs, START_PAIRS))
-    ours, bare = times_s["jaxinfra"], times_s["bare"]
-    yield Row(
-        case="process start to end of first step, warm compile cache",
-        jaxinfra=f"{median(ours):.2f} s",
-        bare=f"{median(bare):.2f} s",
-        ratio=_ratio(ours, bare),
-        goal="<= 2.0",
-    )
+def start_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Times process start to the end of the first step."""
+    times_s = start(options.config, (*options.overrides, "mesh.fsdp=1"), min(options.pairs, START_PAIRS))
+    case = "process start to end of first step, warm compile cache"
+    yield _row(case, times_s["jaxinfra"], times_s["bare"], "<= 2.0", written=lambda each: f"{median(each):.2f} s")
 
 
-CASES: dict[str, Callable[[Scope], Iterator[Row]]] = {
-    "float32": lambda scope: step_rows(scope, "float32", 1),
-    "float32-fsdp8": lambda scope: step_rows(scope, "float32", 8),
-    "bfloat16": lambda scope: step_rows(scope, "bfloat16", 1),
-    "bfloat16-fsdp8": lambda scope: step_rows(scope, "bfloat16", 8),
+CASES: Cases = {
+    "float32": partial(step_rows, dtype="float32", devices=1),
+    "float32-fsdp8": partial(step_rows, dtype="float32", devices=8),
+    "bfloat16": partial(step_rows, dtype="bfloat16", devices=1),
+    "bfloat16-fsdp8": partial(step_rows, dtype="bfloat16", devices=8),
     "dispatch": dispatch_rows,
     "start": start_rows,
 }
 
 
-def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The head of the table, and a line for each row."""
-    head = ("case", "jaxinfra", "bare", "ratio", "goal")
-    return [head, *((r.case, r.jaxinfra, r.bare, "" if r.ratio is None else f"{r.ratio:.3f}", r.goal) for r in rows)]
-
-
 def run(options: argparse.Namespace) -> Findings:
     """Measures the chosen cases, or all."""
-    scope = Scope(
-        config=options.config, overrides=tuple(options.overrides), pairs=options.pairs, against=options.against
-    )
-    rows: list[Row] = []
-    for name in options.only or CASES:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows += CASES[name](scope)
-    return Findings(
-        text=table(cells_of(rows)),
-        note=f"Medians of {scope.pairs} pairs in turns",
-        figures={"rows": [dataclasses.asdict(row) for row in rows], "pairs": scope.pairs},
-        facts=machine(),
-    )
+    return in_turns(options, CASES, COLUMNS)

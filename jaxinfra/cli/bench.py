@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxinfra.bench import CONFIG
+from jaxinfra.cli.config_argument import add_number
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
 
@@ -62,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the config, before options")
     parser.add_argument("--config", help=f"the model to time (default {CONFIG})")
-    parser.add_argument("--pairs", type=int, help=f"timed turns of each side (default {PAIRS})")
+    add_number(parser, "--pairs", 1, help=f"timed turns of each side (default {PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens of the store that is read (default 200 million)")
     parser.add_argument("--text", help="prepare: folder of the text files (default: Python's standard library)")
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
@@ -103,8 +104,6 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, option)
         if value is not None and option not in bench.options:
             raise ConfigError(f"--{option} {value}: bench {name} has no use for it; leave it out")
-    if options.pairs is not None and options.pairs < 1:
-        raise ConfigError(f"--pairs {options.pairs}: expected 1 or more")
     if options.against is not None and not options.against.is_file():
         raise ConfigError(f"--against {options.against}: no such script")
     if options.json is not None:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     compiled = compile_step(loaded.run, topology, dump=dump, report=functools.partial(print, flush=True))
     print("\n".join(shown(compiled, topology.chip)))
     if options.json is not None:
-        outputs.write(options.json, json.dumps(compiled.to_json(), indent=1) + "\n")
+        outputs.write(options.json, json.dumps(asdict(compiled), indent=1) + "\n")
     needed, there = compiled.memory.total, topology.chip.hbm_bytes
     if needed > there:  # the TPU compiler says so itself
         fix = smaller(loaded.run, compiled.rows, needed / there)

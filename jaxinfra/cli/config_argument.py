@@ -1,8 +1,8 @@
-"""The arguments that name a config: a file and overrides."""
+"""Arguments that several commands have: a config with its overrides, a store, whole numbers from a least one on."""
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError
@@ -17,6 +17,24 @@ def add(parser: argparse.ArgumentParser, what: str = "a config file, or the run.
     """Adds CONFIG, which is `what`, and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help=what)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to it, such as train.steps=400")
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Adds STORE and --version."""
+    parser.add_argument("store", metavar="STORE", help="folder or URL of a store, or of one of its versions")
+    parser.add_argument("--version", metavar="FINGERPRINT", help="the version, or its beginning (default: the newest)")
+
+
+def add_number(parser: argparse._ActionsContainer, option: str, least: int, **settings: Any) -> None:
+    """Adds an option that takes a whole number; one below `least` is a ConfigError."""
+
+    def read(text: str) -> int:
+        if (value := int(text)) < least:
+            raise ConfigError(f"{option} {value}: expected {least} or more; use {option} {least}")
+        return value
+
+    read.__name__ = "int"  # as argparse names it where the text is no number
+    parser.add_argument(option, type=read, **settings)
 
 
 def loaded(options: argparse.Namespace) -> "Loaded[Run]":

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfra.command import COMMAND
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import ConfigError
+from jaxinfra.storage.errors import storage_errors
 
 FILES = ("configs/quickstart.py", "configs/data/python_stdlib.py")
 
@@ -28,14 +29,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             raise ConfigError(f"{folder / name}: is there already and stays; use {COMMAND} init ANOTHER_FOLDER")
     for name in FILES:
         text = _packaged(name).read_text(encoding="utf-8")
-        try:
+        with storage_errors(folder / name, fix="free space or name another folder"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("x", encoding="utf-8") as file:
                 file.write(text)
-        except OSError as error:
-            raise StorageError(
-                f"{folder / name}: cannot be written: {error.strerror}; free space or name another folder"
-            ) from error
         print(f"wrote {folder / name}")
     print("next:" if options.folder == "." else f"next:\n  cd {options.folder}")
     print(f"  {COMMAND} data prepare {FILES[0]}\n  {COMMAND} {FILES[0]}")

@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jaxinfra.cli import config_argument
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and overrides."""
-    config_argument.add(parser)
+    from jaxinfra.program import Program
+
+arguments = config_argument.add
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -17,7 +20,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     from rich.markup import escape
 
-    from jaxinfra.cli.parameters import parameter_table
     from jaxinfra.config import dump, validate
     from jaxinfra.optim.schedules import table
     from jaxinfra.parallel.mesh import abstract_mesh
@@ -46,10 +48,26 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
         for row in picture(run.pipeline.table(run.mesh.stage, run.train.accumulate)):
             console.print(row, markup=False, soft_wrap=True)
-    console.print(parameter_table(program))
+    console.print(_parameters(program))
     course = {"peak_lr": run.optim.peak_lr, "steps": run.train.steps}
     console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
     for step, rate in table(run.optim.schedule, **course):
         console.print(f"{step:>12,}  {rate:.2e}")
     console.print(curve(table(run.optim.schedule, **course, rows=200)), markup=False)
     return 0
+
+
+def _parameters(program: "Program") -> "Table":
+    """Makes a table of the name, shape, sharding and role of every parameter."""
+    import jax
+
+    from jaxinfra.track.console import titled_table
+
+    table = titled_table("Parameters", "name", "shape", "sharded over", "role")
+    table.add_column("elements", justify="right")
+    arrays = jax.tree.leaves(program.params)
+    for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):
+        name = ".".join(str(key.key) for key in path)
+        axes = ", ".join(f"{dim}:{part}" for dim, part in enumerate(array.sharding.spec) if part) or "-"
+        table.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
+    return table

@@ -6,10 +6,7 @@ from pathlib import Path
 
 from jaxinfra.cli import config_argument
 
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and overrides."""
-    config_argument.add(parser)
+arguments = config_argument.add
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:

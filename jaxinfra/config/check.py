@@ -12,13 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 from jaxinfra.config.schema import (
     MISSING,
     ConfigField,
-    children,
     conform,
     describe,
     fields_of,
     is_config,
     is_within,
     least,
+    walk,
 )
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
@@ -57,7 +57,9 @@ def validate(root: Any) -> None:
         ConfigError: for the first problem, as `path=value, path=value: message; fix`.
     """
     root = conform(type(root), root)
-    for path, node in _nodes(type(root), root, ""):
+    for path, _, node in walk(type(root), root, parts_first=True):
+        if not is_config(type(node)):
+            continue
         for field in fields_of(type(node)):
             value = getattr(node, field.name)
             if any(map(has_credentials, _texts(value))):
@@ -70,14 +72,6 @@ def validate(root: Any) -> None:
         if isinstance(node, _Checked):
             for problem in node.problems():
                 raise ConfigError(_message(node, path, problem))
-
-
-def _nodes(annotation: Any, value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yields every config object with its path, parts before the whole."""
-    for name, part_annotation, part in children(annotation, value):
-        yield from _nodes(part_annotation, part, join(path, name))
-    if is_config(type(value)):
-        yield path, value
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -58,8 +58,9 @@ def _encode(annotation: Any, value: Any, path: str) -> Any:
             for name, part_annotation, part in children(annotation, value)
         }
     if isinstance(value, tuple):
-        items = enumerate(zip(_items_for(annotation, value), value, strict=True))
-        return [_encode(item, part, join(path, index)) for index, (item, part) in items]
+        fitting = (each for each in _tuples(annotation) if is_node(each, value) or match(each, value) is not MISMATCH)
+        items = items_of(next(fitting), len(value)) or ()
+        return [_encode(item, part, join(path, i)) for i, (item, part) in enumerate(zip(items, value, strict=True))]
     coded = value
     if isinstance(value, enum.Enum):
         coded = value.name
@@ -70,26 +71,18 @@ def _encode(annotation: Any, value: Any, path: str) -> Any:
     return coded
 
 
-def _items_for(annotation: Any, value: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the annotations of the items of a tuple that conforms to one member of `annotation`."""
-    fitting = [items_of(member, len(value)) for member in _tuples(annotation) if _fits(member, value)]
-    return fitting[0] or ()
-
-
-def _fits(member: Any, value: tuple[Any, ...]) -> bool:
-    return is_node(member, value) or match(member, value) is not MISMATCH
-
-
 def _tuples(annotation: Any) -> list[Any]:
     return [member for member in members(annotation) if get_origin(member) is tuple]
 
 
 def _decode(annotation: Any, coded: Any, path: str) -> Any:
     if isinstance(coded, dict):
-        classes = choices(annotation)
-        if classes:
-            coded = dict(coded)
-            return _decode_fields(_chosen(classes, coded.pop(KIND, MISSING), path), coded, path)
+        if classes := choices(annotation):
+            kind = coded.get(KIND, MISSING)
+            if kind not in classes:
+                found = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
+                raise ConfigError(f"{join(path, KIND)}{found} expected {one_of(classes)}")
+            return _decode_fields(classes[kind], {name: part for name, part in coded.items() if name != KIND}, path)
         if is_config(cls := members(annotation)[0]):
             return _decode_fields(cls, coded, path)
     if isinstance(coded, list) and _tuples(annotation):
@@ -98,14 +91,6 @@ def _decode(annotation: Any, coded: Any, path: str) -> Any:
     if value is MISMATCH:
         raise ConfigError(f"{path or 'config'}={_show_json(coded)}: expected {describe(annotation)}")
     return value
-
-
-def _chosen(classes: dict[str, type], kind: Any, path: str) -> type:
-    if kind is MISSING:
-        raise ConfigError(f"{join(path, KIND)}: missing; expected {one_of(classes)}")
-    if kind not in classes:
-        raise ConfigError(f"{join(path, KIND)}={_show_json(kind)}: expected {one_of(classes)}")
-    return classes[kind]
 
 
 def _decode_fields(cls: type, coded: dict[str, Any], path: str) -> Any:

@@ -21,10 +21,10 @@ from jaxinfra.config.schema import (
     is_config,
     is_node,
     members,
+    walk,
     words_of,
 )
 from jaxinfra.config.text import is_below, join, nearest, shorten
-from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError
 
 
@@ -114,14 +114,12 @@ def _assign(annotation: Any, value: Any, change: _Change) -> Any:
     if not choices(annotation) and is_node(annotation, value):
         inside = f"set one of {', '.join(parts)}" if parts else "it has none to set"
         raise ConfigError(f"{override}: {override.path} is not one value but a group of fields; {inside}")
-    own_words = [word for word in words_of(annotation) if _is_accepted(annotation, word)]
-    near = nearest(override.text, own_words)
+    words = words_of(annotation)
+    near = nearest(
+        override.text, [w for w in words if w in choices(annotation) or parse(annotation, w) is not MISMATCH]
+    )
     hint = f"; did you mean {near}?" if near else ""
     raise ConfigError(f"{override}: expected {describe(annotation)}{hint}")
-
-
-def _is_accepted(annotation: Any, word: str) -> bool:
-    return word in choices(annotation) or parse(annotation, word) is not MISMATCH
 
 
 def _chosen(annotation: Any, text: str) -> type | None:
@@ -181,7 +179,7 @@ def _unknown_path(annotation: Any, value: Any, names: Sequence[str], path: str, 
 
 def _nearest_path(root: Any, path: str, names: Sequence[str], siblings: Sequence[str]) -> str | None:
     """Returns the likeliest existing path: a sibling, a namesake elsewhere, a similar path."""
-    known = _paths(root)
+    known = [each for each, _, _ in walk(type(root), root) if each]
     full = ".".join([path, *names] if path else names)
     sibling = nearest(names[0], siblings)
     mended = ".".join([join(path, sibling), *names[1:]]) if sibling else full
@@ -194,12 +192,3 @@ def _nearest_path(root: Any, path: str, names: Sequence[str], siblings: Sequence
         below = [each for each in known if is_below(each, join(path, sibling))]
         return nearest(mended, below)
     return nearest(full, known, cutoff=0.75)
-
-
-def _paths(root: Any) -> list[str]:
-    """Returns the paths of all leaves and of all nodes above them, in field order."""
-    found: dict[str, None] = {}
-    for path in leaves(root):
-        names = path.split(".")
-        found.update(dict.fromkeys(".".join(names[: count + 1]) for count in range(len(names))))
-    return list(found)

@@ -92,13 +92,8 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
     for field in given:
         _require_supported(hints[field.name], f"{cls.__qualname__}.{field.name}")
     return tuple(
-        ConfigField(
-            name=field.name,
-            annotation=hints[field.name],
-            default=field.default,
-            factory=field.default_factory,
-        )
-        for field in given
+        ConfigField(name=each.name, annotation=hints[each.name], default=each.default, factory=each.default_factory)
+        for each in given
     )
 
 
@@ -132,11 +127,6 @@ def _alternatives(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[t
             yield from _alternatives(part, metadata)
     else:
         yield types.NoneType if annotation is None else annotation, metadata
-
-
-def is_fingerprinted(annotation: Any) -> bool:
-    """Tells whether a field counts in fingerprints."""
-    return not any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation))
 
 
 def is_within(annotation: Any, value: Any) -> bool:
@@ -192,6 +182,30 @@ def children(annotation: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
     elif isinstance(value, tuple):
         for index, (item, part) in enumerate(zip(_node_items(annotation, len(value)), value, strict=False)):
             yield str(index), item, part
+
+
+def walk(
+    annotation: Any, value: Any, path: str = "", *, parts_first: bool = False, fingerprinted_only: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path, annotation, value) of a value and of everything below it, in field order.
+
+    Args:
+        annotation: of the value.
+        value: a node or a leaf.
+        path: of the value; "" is the root.
+        parts_first: yields the parts of a node before the node.
+        fingerprinted_only: leaves out what is marked `NOT_FINGERPRINTED`, with all that lies below it.
+    """
+    if fingerprinted_only and any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation)):
+        return
+    if not parts_first:
+        yield path, annotation, value
+    for name, part_annotation, part in children(annotation, value):
+        yield from walk(
+            part_annotation, part, join(path, name), parts_first=parts_first, fingerprinted_only=fingerprinted_only
+        )
+    if parts_first:
+        yield path, annotation, value
 
 
 def is_node(annotation: Any, value: Any) -> bool:
@@ -317,7 +331,7 @@ def _require_supported(annotation: Any, where: str) -> None:
         elif get_origin(member) is Literal:
             if not all(type(arg) in (str, int, bool, types.NoneType) for arg in get_args(member)):
                 raise ConfigError(f"{where}: a Literal may hold str, int, bool and None; found {member}")
-        elif not (member in _SCALARS or is_config(member) or _is_enum(member)):
+        elif not (member in _SCALARS or is_config(member) or isinstance(member, enum.EnumType)):
             name = member.__name__ if isinstance(member, type) else member
             raise ConfigError(
                 f"{where}: a config cannot hold {name}; use int, float, bool, str, None, an enum, a Literal, "
@@ -329,7 +343,3 @@ def _require_supported(annotation: Any, where: str) -> None:
     for cls in choices(annotation).values():
         if KIND in (field.name for field in dataclasses.fields(cls)):
             raise ConfigError(f"{where}: no field of {cls.__qualname__}, a union member, may be named {KIND}")
-
-
-def _is_enum(member: Any) -> bool:
-    return isinstance(member, type) and issubclass(member, enum.Enum)

@@ -7,17 +7,15 @@ objects differ in length).
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfra.config.schema import children, choices, conform, is_config, is_fingerprinted, is_node
-from jaxinfra.config.text import format_value, join, same, snake_case
+from jaxinfra.config.schema import choices, conform, is_config, is_node, walk
+from jaxinfra.config.text import format_value, same, snake_case
 
 ABSENT = "absent"
 """What a difference shows for a path that one side does not have."""
-
-_FINGERPRINT_CHARACTERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,14 @@ def leaves(root: Any, *, fingerprinted_only: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: a value does not fit the annotation of its field.
     """
-    return dict(_leaves(type(root), conform(type(root), root), "", fingerprinted_only))
+    found = {}
+    everything = walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only)
+    for path, annotation, value in everything:
+        if is_config(type(value)) and choices(annotation):
+            found[path] = snake_case(type(value))
+        elif not is_node(annotation, value):
+            found[path] = value
+    return found
 
 
 def dump(root: Any) -> str:
@@ -87,15 +92,4 @@ def fingerprint(root: Any) -> str:
     """
     kept = {path: format_value(value) for path, value in leaves(root, fingerprinted_only=True).items()}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:_FINGERPRINT_CHARACTERS]
-
-
-def _leaves(annotation: Any, value: Any, path: str, fingerprinted_only: bool) -> Iterator[tuple[str, Any]]:
-    if fingerprinted_only and not is_fingerprinted(annotation):
-        return
-    if is_config(type(value)) and choices(annotation):
-        yield path, snake_case(type(value))
-    if not is_node(annotation, value):
-        yield path, value
-    for name, part_annotation, part in children(annotation, value):
-        yield from _leaves(part_annotation, part, join(path, name), fingerprinted_only)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

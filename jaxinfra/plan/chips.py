@@ -63,16 +63,9 @@ def _tpu(
     )
 
 
-def _gpu(name: str, kind: str, *, hbm_bytes: int, hbm_bytes_per_s: float, flops: float) -> Chip:
-    return Chip(
-        name=name,
-        platform="cuda",
-        kind=kind,
-        dimensions=2,
-        hbm_bytes=hbm_bytes,
-        hbm_bytes_per_s=hbm_bytes_per_s,
-        flops=flops,
-    )
+def _gpu(name: str, kind: str, hbm_bytes: int, gb_per_s: float, flops: float) -> Chip:
+    memory = {"hbm_bytes": hbm_bytes, "hbm_bytes_per_s": gb_per_s * 1e9}
+    return Chip(name=name, platform="cuda", kind=kind, dimensions=2, flops=flops, **memory)
 
 
 CHIPS = {
@@ -88,33 +81,9 @@ CHIPS = {
         _tpu("v6e", "TPU v6 lite", (16, 16), gib=32, gb_per_s=1640, flops=CHIP_FLOPS["TPU v6e"], units=4, side=256),
         # 192 GiB, 7380 GB/s and 2307 TFLOP/s a chip of two devices.
         _tpu("tpu7x", "TPU7x", (16, 24, 24), gib=96, gb_per_s=3690, flops=CHIP_FLOPS["TPU7x"], units=4, side=256),
-        _gpu(
-            "a100",
-            "NVIDIA A100-SXM4-80GB",
-            hbm_bytes=85100068864,
-            hbm_bytes_per_s=2039e9,
-            flops=CHIP_FLOPS["NVIDIA A100"],
-        ),
-        _gpu(
-            "h100",
-            "NVIDIA H100 80GB HBM3",
-            hbm_bytes=84942979072,
-            hbm_bytes_per_s=3352e9,
-            flops=CHIP_FLOPS["NVIDIA H100"],
-        ),
-        _gpu(
-            "h200",
-            "NVIDIA H200 141GB HBM3e",
-            hbm_bytes=151397597184,
-            hbm_bytes_per_s=4800e9,
-            flops=CHIP_FLOPS["NVIDIA H200"],
-        ),
-        _gpu(
-            "b200",
-            "NVIDIA B200",
-            hbm_bytes=191514411008,
-            hbm_bytes_per_s=7672e9,
-            flops=CHIP_FLOPS["NVIDIA B200"],
-        ),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 85_100_068_864, 2039, CHIP_FLOPS["NVIDIA A100"]),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3352, CHIP_FLOPS["NVIDIA H100"]),
+        _gpu("h200", "NVIDIA H200 141GB HBM3e", 151_397_597_184, 4800, CHIP_FLOPS["NVIDIA H200"]),
+        _gpu("b200", "NVIDIA B200", 191_514_411_008, 7672, CHIP_FLOPS["NVIDIA B200"]),
     )
 }

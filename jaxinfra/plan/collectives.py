@@ -6,7 +6,9 @@ there is an all-reduce whose result is sliced, fused with the slice (then it mov
 leaves a TPU slice stands in the text as a send to the runtime that joins slices ("megascale").
 """
 
+import itertools
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,13 +169,11 @@ class _Reader:
         names: list[str | None] = [yielder.name]
         if yielder.type.startswith("("):
             users = computation.users.get(yielder.name, [])
-            taken = {user.number("index"): user.name for user in users if user.kind == "get-tuple-element"}
+            taken = {user.index: user.name for user in users}
             names = [taken.get(index) for index in range(len(sizes))]
         sliced = [name is not None and self._only_sliced(computation, name) for name in names]
-        return (
-            tuple(size for size, cut in zip(sizes, sliced, strict=True) if not cut),
-            tuple(size for size, cut in zip(sizes, sliced, strict=True) if cut),
-        )
+        cut = tuple(itertools.compress(sizes, sliced))
+        return tuple(itertools.compress(sizes, map(operator.not_, sliced))), cut
 
     def _only_sliced(self, computation: Computation, name: str) -> bool:
         """Whether nothing is done with an array but to take a slice of it."""
@@ -208,10 +208,8 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     Raises:
         ValueError: a form that is not known here.
     """
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
-        return _listed(pairs[1])
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
-        return _listed(listed[1])
+    if listed := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", attributes):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     if "replica_groups={}" in attributes:
         return [list(range(devices))]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
@@ -223,11 +221,6 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     raise ValueError(f"a form of replica groups that is not known here: {attributes[:500]}")
 
 
-def _listed(groups: str) -> list[list[int]]:
-    """`{0,1},{2,3}`."""
-    return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", groups)]
-
-
 def _named(sizes: dict[str, int], axes: str) -> list[list[int]]:
     """Groups along axes of a mesh over devices in order, or along a part of one: `'fsdp':(2)4`.
 
@@ -235,7 +228,8 @@ def _named(sizes: dict[str, int], axes: str) -> list[list[int]]:
     """
     shape: list[int] = []
     along: list[int] = []
-    parts = {name: (int(before or 0), int(size or 0)) for name, before, size in re.findall(_PART, axes)}
+    found = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    parts = {name: (int(before or 0), int(size or 0)) for name, before, size in found}
     for name, size in sizes.items():
         before, middle = parts.get(name, (size, 1))
         if name in parts and not middle:
@@ -245,9 +239,6 @@ def _named(sizes: dict[str, int], axes: str) -> list[list[int]]:
     ids = np.arange(math.prod(sizes.values())).reshape(shape)
     group = math.prod(shape[axis] for axis in along)
     return np.moveaxis(ids, along, range(-len(along), 0)).reshape(-1, group).tolist()
-
-
-_PART = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
 
 def _numbers(text: str) -> list[int]:

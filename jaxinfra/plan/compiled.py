@@ -7,9 +7,10 @@ cycles are read from the text of what would run. Not in the cycles: collectives,
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -118,10 +119,6 @@ class Compiled:
     kernels: list[Kernel]
     traffic: list[Traffic]
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
 
 def program_for(run: Run, topology: Topology) -> Program:
     """The program of a run on described devices; a mesh axis of -1 takes what is left of them.
@@ -189,6 +186,7 @@ def memory_of(executable: Any) -> Memory:
     """What a compiled program takes of each device."""
     stats = executable.memory_analysis()
     outlasting = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    hosted = stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
     return Memory(
         arguments=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
@@ -196,10 +194,7 @@ def memory_of(executable: Any) -> Memory:
         temporaries=stats.total_allocation_bytes - outlasting,
         temp_size=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
-        host=stats.host_argument_size_in_bytes
-        + stats.host_output_size_in_bytes
-        - stats.host_alias_size_in_bytes
-        + stats.host_temp_size_in_bytes,
+        host=hosted + stats.host_temp_size_in_bytes,
     )
 
 
@@ -251,11 +246,10 @@ def no_cache() -> Iterator[None]:
 
 def _kernels(module: Module) -> list[Kernel]:
     """All custom calls that compute, those of one name and loop level together; of a choice the branch with most."""
-    runs: dict[tuple[int, str, str], int] = {}
+    runs: Counter[tuple[int, str, str]] = Counter()
     for place in module.executed(lambda place: place.times * len(list(_custom_calls(place)))):
         for name, target in _custom_calls(place):
-            key = (place.loops, name, target)
-            runs[key] = runs.get(key, 0) + place.times
+            runs[place.loops, name, target] += place.times
     return [Kernel(loops=loops, name=name, target=target, runs=n) for (loops, name, target), n in sorted(runs.items())]
 
 

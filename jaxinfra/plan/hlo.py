@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-BITS = {"pred": 8, "token": 0}
-"""Bits of an element where the name of its format has no digits."""
+_BITS = {"pred": 8, "token": 0}  # of an element where the name of its format has no digits
 
 NO_ESTIMATE = 2**63 - 1
 """What the TPU compiler writes for the cycles of an instruction that it cannot estimate."""
@@ -60,9 +59,10 @@ class Instruction:
         """Bytes of the arrays that it yields."""
         return array_bytes(self.type)
 
-    def number(self, attribute: str) -> int | None:
-        """The integer of an attribute such as `index=3`."""
-        found = re.search(rf"\b{attribute}=(\d+)", self.attributes)
+    @property
+    def index(self) -> int | None:
+        """Which element a `get-tuple-element` yields; None of every other kind."""
+        found = re.search(r"\bindex=(\d+)", self.attributes) if self.kind == "get-tuple-element" else None
         return int(found[1]) if found else None
 
     def text(self, attribute: str) -> str | None:
@@ -216,8 +216,7 @@ class Module:
             return loop.trips
         condition = self.computations[loop.calls["condition"][0]]
         body = self.computations[loop.calls["body"][0]]
-        compared = self._comparison(condition)
-        if compared is None:
+        if (compared := self._comparison(condition)) is None:
             return None
         index, limit = compared
         carried = computation.instructions[loop.operands[0]]
@@ -241,27 +240,25 @@ class Module:
                 _source(condition, operands[int(each.literal)]) if each.kind == "parameter" else each
                 for each in (counter, limit)
             )
-        index = counter.number("index") if counter.kind == "get-tuple-element" else None
         value = int(limit.literal) if limit.literal.isdecimal() and limit.kind == "constant" else None
         if value is None and limit.name in condition.instructions:
             value = self._constant(condition, limit.name)
-        return None if index is None or value is None else (index, value)
+        return None if counter.index is None or value is None else (counter.index, value)
 
     def _constant(self, computation: Computation, name: str) -> int | None:
         """The number that an instruction yields, if it is one, also where loops carry it unchanged."""
         source = _source(computation, name)
         if source.kind == "constant":
             return int(source.literal) if re.fullmatch(r"-?\d+", source.literal) else None
-        if source.kind != "get-tuple-element" or computation.name not in self._loops:
+        index = source.index
+        if index is None or computation.name not in self._loops:
             return None
         outer, loop = self._loops[computation.name]
-        index = source.number("index")
         carried, body = outer.instructions[loop.operands[0]], self.computations[loop.calls["body"][0]]
         after = body.instructions[body.root]
-        if index is None or carried.kind != "tuple" or after.kind != "tuple":
+        if carried.kind != "tuple" or after.kind != "tuple":
             return None
-        again = _source(body, after.operands[index])
-        unchanged = again.kind == "get-tuple-element" and again.number("index") == index
+        unchanged = _source(body, after.operands[index]).index == index
         return self._constant(outer, carried.operands[index]) if unchanged else None
 
     def _step(self, body: Computation, index: int) -> int | None:
@@ -280,15 +277,17 @@ class Module:
 def array_bytes(shape: str) -> tuple[int, ...]:
     """Bytes of the arrays of a type: `f32[2,8]{1,0}`, or several in parentheses. Tokens are none."""
     shapes = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
-    return tuple(math.ceil(_width(dtype) * math.prod(int(d) for d in dims.split(",") if d)) for dtype, dims in shapes)
+    return tuple(
+        math.ceil(_bits(dtype) / 8 * math.prod(map(int, dims.split(",")) if dims else ())) for dtype, dims in shapes
+    )
 
 
-def _width(dtype: str) -> float:
-    """Bytes of one element: `f8e4m3fn` has one, `s4` a half."""
+def _bits(dtype: str) -> int:
+    """Bits of one element: `f8e4m3fn` has eight, `s4` four."""
     digits = re.match(r"[a-z]+(\d+)", dtype)
-    if digits is None and dtype not in BITS:
+    if digits is None and dtype not in _BITS:
         raise ValueError(f"{dtype}: a number format that is not known here")
-    return (int(digits[1]) if digits else BITS[dtype]) / 8
+    return int(digits[1]) if digits else _BITS[dtype]
 
 
 def _source(computation: Computation, name: str) -> Instruction:

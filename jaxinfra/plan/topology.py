@@ -25,12 +25,20 @@ MOST_DEVICES = 65_536
 """More than anyone has, and as many as can be laid out in seconds."""
 
 INSTALL = "pip install -e '.[compile]'"
-_TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server, which only Google's machines have
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences it, whatever topology is then asked for
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+_ENVIRONMENT = {
+    "tpu": {
+        "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server, which only Google's machines have
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences it, whatever topology is then asked for
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+    },
+    "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},  # of a driver that is not here
 }
+_COMPILERS = {
+    "tpu": ("libtpu", ("libtpu",)),
+    "cuda": ("jax-cuda13-plugin", ("jax_plugins", "jax_plugins.xla_cuda13")),
+}
+"""Packages, and the modules that show that they are installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +119,11 @@ def prepare(topology: Topology) -> None:
     """
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")
-    wanted, package = ("libtpu", "libtpu") if topology.chip.platform == "tpu" else (_plugin(), "jax-cuda13-plugin")
-    if wanted is None or importlib.util.find_spec(wanted) is None:
+    package, modules = _COMPILERS[topology.chip.platform]
+    if not all(importlib.util.find_spec(module) for module in modules):
         raise ConfigError(f"--on {topology}: the compiler for it, {package}, is not installed; use {INSTALL}")
-    if topology.chip.platform == "tpu":
-        for name, value in _TPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-    else:
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of a driver that is not here
+    for name, value in _ENVIRONMENT[topology.chip.platform].items():
+        os.environ.setdefault(name, value)
 
 
 def devices(topology: Topology) -> Sequence[Device]:
@@ -136,9 +141,8 @@ def devices(topology: Topology) -> Sequence[Device]:
             name = f"{topology.chip.name}:{sizes}"
             described = topologies.get_topology_desc(name, platform="tpu", wrap=topology.wrap, **slices)
         else:
-            described = topologies.get_topology_desc(
-                platform="cuda", topology=f"1x{sizes}", target_config=_gpu_target(topology.chip)
-            )
+            target = _gpu_target(topology.chip)
+            described = topologies.get_topology_desc(platform="cuda", topology=f"1x{sizes}", target_config=target)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"--on {topology}: the compiler knows no such slice: {' '.join(str(error).split())}; use --on "
@@ -153,13 +157,6 @@ def domains(topology: Topology, placed: Sequence[Device]) -> list[int]:
     if topology.chip.platform == "cuda":
         return [device.process_index for device in placed]
     return [device.slice_index if topology.slices > 1 else 0 for device in placed]
-
-
-def _plugin() -> str | None:
-    """The module of JAX's CUDA plugin."""
-    if importlib.util.find_spec("jax_plugins") is None:
-        return None
-    return "jax_plugins.xla_cuda13"
 
 
 def _gpu_target(chip: Chip) -> str:

@@ -88,32 +88,23 @@ def figure(chart: Chart, steps: tuple[int, int]) -> str:
     """Draws `chart` over the steps from the first to the last of `steps`, as one HTML `figure`."""
     lines = [(s.label, [(step, value / chart.divisor) for step, value in downsample(s.points)]) for s in chart.series]
     lines = [(label, points) for label, points in lines if points]
-    heading = f"<figcaption><h3>{escape(chart.title)}</h3>{_unit(chart.unit)}{_legend(lines)}</figcaption>"
+    unit = f'<span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
+    legend = "".join(  # each label with its last value; the script puts the values under the pointer there
+        f'<span class="key s{i}">{escape(label)} <b>{escape(number(points[-1][1]))}</b></span>'
+        for i, (label, points) in enumerate(lines)
+    )
+    title = f"<h3>{escape(chart.title)}</h3>"
+    heading = f'<figcaption>{title}{unit}<span class="legend">{legend}</span></figcaption>'
     if not lines:
         return f'<figure>{heading}<p class="empty">No values logged.</p></figure>'
     axis = _axis([value for _, points in lines for _, value in points], chart)
-    body = _grid(axis, steps)
-    for i, (_, points) in enumerate(lines):
-        body += _line(i, points, axis, steps)
+    body = _grid(axis, steps) + "".join(_line(i, points, axis, steps) for i, (_, points) in enumerate(lines))
     data = escape(json.dumps(_data(lines, steps), separators=(",", ":")))
     return (
         f'<figure data-chart="{data}">{heading}'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)} over steps">'
         f'{body}<line class="rule" y1="{TOP}" y2="{BOTTOM}"/></svg></figure>'
     )
-
-
-def _unit(unit: str) -> str:
-    return f'<span class="unit">{escape(unit)}</span>' if unit else ""
-
-
-def _legend(lines: Iterable[tuple[str, Sequence[Point]]]) -> str:
-    """Writes each label with its last value; the script puts the values under the pointer there."""
-    entries = [
-        f'<span class="key s{i}">{escape(label)} <b>{escape(number(points[-1][1]))}</b></span>'
-        for i, (label, points) in enumerate(lines)
-    ]
-    return f'<span class="legend">{"".join(entries)}</span>'
 
 
 def _data(lines: Iterable[tuple[str, Sequence[Point]]], steps: tuple[int, int]) -> dict[str, object]:

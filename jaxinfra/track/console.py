@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, override
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -18,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jaxinfra.track.text import Derived, count, duration, number, percent, summary_rows, words
+from jaxinfra.track.base import Derived, Tracker
+from jaxinfra.track.text import count, duration, number, percent, summary_rows, words
 
 _REFRESH_PER_S = 4
 _LOG_WIDTH = 110  # characters of a table in a log file, which has no width of its own
@@ -44,8 +45,7 @@ def stdout_console() -> Console:
 
 def derived_table(derived: Derived) -> RenderableType:
     """Lays out the derived numbers of a run, to be printed before its first step."""
-    table = _table("Derived numbers")
-    table.add_column("number")
+    table = titled_table("Derived numbers", "number")
     table.add_column("value", justify="right")
     table.add_column("unit or how", style="dim")
     for name, (value, how) in derived.items():
@@ -55,17 +55,17 @@ def derived_table(derived: Derived) -> RenderableType:
 
 def summary_table(values: Mapping[str, Any]) -> RenderableType:
     """Lays out the summary of a run, to be printed after its last step."""
-    table = _table("Summary")
+    table = titled_table("Summary", "")
     table.show_header = False
-    table.add_column()
     table.add_column(overflow="fold")
     for label, value in summary_rows(values):
         table.add_row(Text(label), Text(value))
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+def titled_table(title: str, *columns: str) -> Table:
+    """Makes an empty table in the style of all that are printed."""
+    return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
 
 
 class Progress:
@@ -99,37 +99,46 @@ class Progress:
         return f"{self.done:>{len(total)}}/{total}"
 
 
-class Plain:
-    """Prints a line with fixed columns at the first step, then every `log_every` steps, and at the last."""
+class ConsoleTracker(Tracker):
+    """Prints the derived numbers at the start and the summary at the end."""
 
-    def __init__(self, console: Console, log_every: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._log_every = log_every
         self._progress = Progress(0, 0)
-        self._printed = 0  # steps done when the last line was printed
-        self._first = True
 
+    @override
     def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        """Prints the derived numbers."""
         self._progress = Progress(start_step, total_steps)
         self._console.print(derived_table(derived))
 
+    @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints a line if one is due; evaluations have their own line and are always due."""
         self._progress.take(step, metrics)
-        if any(name.startswith("eval/") for name in metrics):
+
+    @override
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self.close()
+        self._console.print(summary_table(values))
+
+
+class Plain(ConsoleTracker):
+    """Prints a line with fixed columns at the first step, then every `log_every` steps, and at the last."""
+
+    def __init__(self, console: Console, log_every: int) -> None:
+        super().__init__(console)
+        self._log_every = log_every
+        self._printed = 0  # steps done when the last line was printed
+        self._first = True
+
+    @override
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().log(step, metrics)
+        if any(name.startswith("eval/") for name in metrics):  # has its own line, and is always due
             values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self._line(f"step {self._progress.steps()}  {values}")
         elif self._due(step + 1):
             self._first, self._printed = False, step + 1
             self._line(self._columns())
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Prints the summary."""
-        self._console.print(summary_table(values))
-
-    def close(self) -> None:
-        """Does nothing: every line was flushed when it was printed."""
 
     def _due(self, done: int) -> bool:
         on_grid = done % self._log_every == 0 or done - self._printed >= self._log_every
@@ -150,41 +159,24 @@ class Plain:
         print(line, file=self._console.file, flush=True)
 
 
-class Bar:
+class Bar(ConsoleTracker):
     """Draws one line at the bottom of a terminal; everything else that is printed scrolls above it."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(0, 0)
-        self._live: Live | None = None
+    _live: Live | None = None
 
+    @override
     def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        """Prints the derived numbers and starts to draw."""
-        self._progress = Progress(start_step, total_steps)
-        self._console.print(derived_table(derived))
-        live = Live(
-            console=self._console,
-            get_renderable=self._draw,
-            refresh_per_second=_REFRESH_PER_S,
-            transient=True,
+        super().start(record, derived, start_step=start_step, total_steps=total_steps)
+        self._live = Live(
+            console=self._console, get_renderable=self._draw, refresh_per_second=_REFRESH_PER_S, transient=True
         )
-        live.start()
-        self._live = live
+        self._live.start()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes note; nothing is drawn here."""
-        self._progress.take(step, metrics)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Takes the bar away and prints the summary."""
-        self.close()
-        self._console.print(summary_table(values))
-
+    @override
     def close(self) -> None:
-        """Takes the bar away and gives the cursor back."""
-        if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()  # gives the cursor back
 
     def _draw(self) -> RenderableType:
         cells = [f"{self._progress.steps()}", *self._cells()]

@@ -15,13 +15,13 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.track.text import Derived
+from jaxinfra.track.base import Derived, FileTracker
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -31,20 +31,11 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _log = logging.getLogger(__name__)
 
 
-class Jsonl:
+class Jsonl(FileTracker):
     """Writes metrics.jsonl line by line, and summary.json at the end, into `run_dir`."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._file: Appender | None = None
-        self._zero_s = 0.0
-
+    @override
     def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        """Opens the file and drops what a killed run left of steps from `start_step` on.
-
-        Raises:
-            StorageError: the run directory cannot be written.
-        """
         path = self._run_dir / METRICS
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,31 +43,15 @@ class Jsonl:
             self._file = Appender(path)
         self._zero_s = time.monotonic() - elapsed_s
 
+    @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line.
-
-        Raises:
-            OSError: it could not be written now; it waits, and the next call tries again.
-        """
-        if self._file is None:
-            raise RuntimeError("Jsonl.log was called before start or after close")
         line = {"step": step, "time_s": round(time.monotonic() - self._zero_s, 4), **_encode(metrics)}
-        self._file.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
+    @override
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Replaces summary.json by `values`."""
         text = json.dumps(_encode(values), indent=2, allow_nan=False)
         replace_bytes(self._run_dir / SUMMARY, text.encode() + b"\n")
-
-    def close(self) -> None:
-        """Writes what still waits and closes the file; does nothing the second time.
-
-        Raises:
-            StorageError: lines were lost; the message says how many.
-        """
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:

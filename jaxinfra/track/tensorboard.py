@@ -14,8 +14,8 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from textwrap import indent
+from typing import Any, override
 
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
@@ -23,7 +23,8 @@ from tensorboardX.summary import hparams, text
 
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.track.text import Derived, flatten, number
+from jaxinfra.track.base import Derived, FileTracker
+from jaxinfra.track.text import flatten, number
 
 _events: Any = event_pb2  # protobuf makes its classes on import, where no type checker can see them
 _summaries: Any = summary_pb2
@@ -31,23 +32,16 @@ _summaries: Any = summary_pb2
 _HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0}
 
 
-class TensorBoard:
-    """Writes event files into `<run_dir>/tensorboard`."""
+class TensorBoard(FileTracker):
+    """Writes event files into `<run_dir>/tensorboard`; a start opens one with the purge mark and the config."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._dir = run_dir / "tensorboard"
-        self._file: Appender | None = None
-
+    @override
     def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        """Opens a new event file with the purge mark, the config, the derived numbers and hyperparameters.
-
-        Raises:
-            StorageError: the directory cannot be written.
-        """
-        with storage_errors(self._dir, fix="free space or set track.tensorboard=false"):
-            self._dir.mkdir(parents=True, exist_ok=True)
+        folder = self._run_dir / "tensorboard"
+        with storage_errors(folder, fix="free space or set track.tensorboard=false"):
+            folder.mkdir(parents=True, exist_ok=True)
             start = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{start_step}"
-            self._file = Appender(self._dir / f"events.out.tfevents.{start}")
+            self._file = Appender(folder / f"events.out.tfevents.{start}")
             self._add(start_step, file_version="brain.Event:2")
             self._add(start_step, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
@@ -57,36 +51,17 @@ class TensorBoard:
             for summary in hparams(leaves, _HPARAM_METRICS):
                 self._add(start_step, summary=summary)
 
+    @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds one event with a scalar for each metric; a name without a slash gets the prefix "train/".
-
-        Raises:
-            OSError: it could not be written now; it waits, and the next call tries again.
-        """
         values = [
             _summaries.Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
             for name, value in metrics.items()
         ]
         self._add(step, summary=_summaries.Summary(value=values))
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Does nothing: the summary of a run has no place in TensorBoard beyond its last scalars."""
-
-    def close(self) -> None:
-        """Closes the event file; does nothing the second time.
-
-        Raises:
-            StorageError: events were lost; the message says how many.
-        """
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
-
     def _add(self, step: int, **content: Any) -> None:
-        if self._file is None:
-            raise RuntimeError("TensorBoard.log was called before start or after close")
         event = _events.Event(wall_time=time.time(), step=step, **content)
-        self._file.append(_framed(event.SerializeToString()))
+        self._append(_framed(event.SerializeToString()))
 
 
 def _framed(body: bytes) -> bytes:
@@ -96,8 +71,7 @@ def _framed(body: bytes) -> bytes:
 
 
 def _as_code(config: Mapping[str, Any]) -> str:
-    lines = json.dumps(config, indent=2, default=str).splitlines()
-    return "\n".join(f"    {line}" for line in lines)  # four spaces make a code block in Markdown
+    return indent(json.dumps(config, indent=2, default=str), "    ")  # a code block in Markdown
 
 
 def _as_table(derived: Derived) -> str:

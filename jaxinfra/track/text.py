@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-type Derived = Mapping[str, tuple[int | float | str, str]]
-"""Derived numbers by name: the value, and its unit or how it was computed."""
-
 _SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -36,14 +33,20 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}%"
 
 
-def size(n_bytes: float) -> str:
-    """Writes a number of bytes in the largest binary unit that keeps it at one or more."""
-    if not math.isfinite(n_bytes):
-        return str(n_bytes)
+def size_unit(n_bytes: float) -> tuple[float, str]:
+    """Returns the largest binary unit that keeps a number of bytes at one or more, and its name."""
     power = 0
     while abs(n_bytes) >= 1024 and power < len(_SIZE_UNITS) - 1:
         n_bytes, power = n_bytes / 1024, power + 1
-    return f"{n_bytes:.{2 if power else 0}f} {_SIZE_UNITS[power]}"
+    return 1024.0**power, _SIZE_UNITS[power]
+
+
+def size(n_bytes: float) -> str:
+    """Writes a number of bytes in its `size_unit`."""
+    if not math.isfinite(n_bytes):
+        return str(n_bytes)
+    divisor, unit = size_unit(n_bytes)
+    return f"{n_bytes / divisor:.{2 if divisor > 1 else 0}f} {unit}"
 
 
 def duration(seconds: float) -> str:

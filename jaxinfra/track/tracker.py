@@ -1,4 +1,4 @@
-"""What a tracker is, which trackers a run has, and the fan-out that the training loop talks to.
+"""Which trackers a run has, and the fan-out that the training loop talks to.
 
 Not for choosing or computing metrics: the loop does that, and hands over Python floats, so that no tracker
 ever waits for a device. Invariant: a tracker never ends a run that has begun. Storage that fails after
@@ -7,76 +7,42 @@ the first step.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self, override
 
 from jaxinfra.config.limits import Count
+from jaxinfra.track.base import Derived, Tracker
 from jaxinfra.track.console import Bar, Plain, stdout_console
 from jaxinfra.track.jsonl import Jsonl
 from jaxinfra.track.tensorboard import TensorBoard
-from jaxinfra.track.text import Derived
 
 _log = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """One place where metrics go.
-
-    A step is counted from 0. A run that resumes at step s logs step s next.
-    """
-
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        """Takes the run record and the derived numbers; forgets what was logged from `start_step` on."""
-        ...
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes metrics of one step; a step may be logged in parts (training, then "eval/...")."""
-        ...
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Takes the final values of the run; called at most once, before `close`."""
-        ...
-
-    def close(self) -> None:
-        """Writes out and lets go of everything; a second call does nothing."""
-        ...
-
-
-class Trackers:
-    """Hands everything to each tracker in order; itself a tracker and a context manager that closes."""
+class Trackers(Tracker):
+    """Hands everything to each tracker in order; a context manager that closes."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = tuple(trackers)
         self._failures = [0] * len(self._trackers)
 
+    @override
     def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        """Starts each tracker.
-
-        Raises:
-            StorageError: a tracker cannot write where it should.
-        """
         for tracker in self._trackers:
             tracker.start(record, derived, start_step=start_step, total_steps=total_steps)
 
+    @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands the metrics of `step` to each tracker; one whose storage fails is reported and counted."""
-        for i, tracker in enumerate(self._trackers):
-            try:
-                tracker.log(step, metrics)
-            except OSError as error:
-                self._failed(i, error)
+        self._each(lambda tracker: tracker.log(step, metrics))
 
+    @override
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Hands the final values to each tracker; one whose storage fails is reported and counted."""
-        for i, tracker in enumerate(self._trackers):
-            try:
-                tracker.summary(values)
-            except OSError as error:
-                self._failed(i, error)
+        self._each(lambda tracker: tracker.summary(values))
 
+    @override
     def close(self) -> None:
         """Closes all trackers, whatever any of them raises, then raises the first error.
 
@@ -110,11 +76,16 @@ class Trackers:
                 raise
             _log.exception("a tracker failed to close after the error that ended the run")
 
-    def _failed(self, i: int, error: OSError) -> None:
-        self._failures[i] += 1
-        if self._failures[i] == 1:
-            name = type(self._trackers[i]).__name__
-            _log.error("%s: %s; training goes on, further failures are counted", name, error)
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        """Calls each tracker; one whose storage fails is reported once, and counted."""
+        for i, tracker in enumerate(self._trackers):
+            try:
+                call(tracker)
+            except OSError as error:
+                self._failures[i] += 1
+                if self._failures[i] == 1:
+                    name = type(tracker).__name__
+                    _log.error("%s: %s; training goes on, further failures are counted", name, error)
 
 
 @dataclass(frozen=True, kw_only=True)

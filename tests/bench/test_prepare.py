@@ -27,7 +27,8 @@ def test_parts_are_makers() -> None:
 def test_ratios_are_of_turns() -> None:
     one, two = Side(maker=OURS, workers=1), Side(maker=OURS, workers=2)
     other = Side(maker=THEIRS, workers=2)
-    found = rows({one: [4.0, 2.0, 3.0], two: [2.0, 2.0, 1.0], other: [3.0, 4.0, 1.0]}, 10**6, 10**6)
+    times_s = {one: [4.0, 2.0, 3.0], two: [2.0, 2.0, 1.0], other: [3.0, 4.0, 1.0]}
+    found = list(rows(times_s, 10**6, 10**6))
     assert [row["of_one_worker"] for row in found] == [None, 2.0, None]
     assert [row["of_datasets"] for row in found] == [None, 1.5, None]
     assert found[1]["mb_per_s"] == 0.5

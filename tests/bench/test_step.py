@@ -9,7 +9,7 @@ import pytest
 from jaxinfra.bench import llama, parallel
 from jaxinfra.bench.children import ChildError, last_line
 from jaxinfra.bench.start import first_step_s
-from jaxinfra.bench.step import CASES, Row, cells_of
+from jaxinfra.bench.step import CASES, COLUMNS
 from jaxinfra.bench.table import table
 from jaxinfra.cli.bench import BENCHES
 from tests.refusals import names, refused
@@ -88,7 +88,8 @@ def test_a_file_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> N
 
 
 def test_the_table_is_markdown() -> None:
-    lines = table(cells_of([Row(case="a", jaxinfra="1.0 ms", bare="", ratio=None, goal="")])).splitlines()
+    row = {"case": "a", "jaxinfra": "1.0 ms", "bare": "", "ratio": None, "goal": ""}
+    lines = table(COLUMNS, [row]).splitlines()
     assert lines[0].startswith("| case") and lines[1].startswith("|---") and lines[2].startswith("| a ")
     assert len({line.count("|") for line in lines}) == 1
 

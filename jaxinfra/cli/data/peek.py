@@ -1,6 +1,7 @@
 """`python -m launch data peek CONFIG --step N --rank R --of P`: exactly what a process is fed at a step."""
 
 import argparse
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ _SAMPLES, _LARGEST_BATCH = 2**62, 2**24
 def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides; the step, the process, and how much to show."""
     config_argument.add(parser, "a run, or a file whose config() returns its data alone")
-    parser.add_argument("--step", type=int, default=0, help="counted from 0 (default %(default)s)")
-    parser.add_argument("--rank", type=int, default=0, help="of the process, from 0 (default %(default)s)")
-    parser.add_argument("--of", type=int, default=1, metavar="PROCESSES", help="how many there are (default 1)")
+    number = functools.partial(config_argument.add_number, parser)
+    number("--step", 0, default=0, help="counted from 0 (default %(default)s)")
+    number("--rank", 0, default=0, help="of the process, from 0 (default %(default)s)")
+    number("--of", 1, default=1, metavar="PROCESSES", help="how many there are (default 1)")
     parser.add_argument("--global-batch", type=int, metavar="N", help="rows of a step, where CONFIG is data alone")
-    parser.add_argument("--rows", type=int, help="show so many (default: all)")
-    parser.add_argument("--chars", type=int, default=200, help="of the text of a row (default %(default)s)")
+    number("--rows", 0, help="show so many (default: all)")
+    number("--chars", 0, default=200, help="of the text of a row (default %(default)s)")
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -38,16 +40,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such process, or the batch does not divide.
     """
-    if options.step < 0:
-        raise ConfigError(f"--step {options.step}: must not be negative; use --step 0")
-    if options.of < 1:
-        raise ConfigError(f"--of {options.of}: must be at least 1; use --of 1")
-    if not 0 <= options.rank < options.of:
+    if options.rank >= options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
-    for name in ("rows", "chars"):
-        value = getattr(options, name)
-        if value is not None and value < 0:
-            raise ConfigError(f"--{name} {value}: must not be negative; use --{name} 0 for none")
     data, global_batch, rows, hint = _what(options)
     if options.step >= (last := _SAMPLES // global_batch):
         raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last - 1} or less")

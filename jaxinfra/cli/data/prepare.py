@@ -19,11 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides, and where the work is done."""
     config_argument.add(parser, "a recipe such as configs/data/python_stdlib.py, or a run that names its recipes")
     parser.add_argument("--engine", choices=ENGINES, help="what runs the workers (default local)")
-    parser.add_argument("--workers", type=int, metavar="N", help="so many at once (default: one a core)")
+    config_argument.add_number(parser, "--workers", 1, metavar="N", help="so many at once (default: one a core)")
     follow = parser.add_argument_group("streams")
     follow.add_argument("--follow", action="store_true", help="read a stream (Stdin, Kafka) as it comes, up to its end")
     follow.add_argument("--until-idle", type=float, metavar="S", help="end when nothing has come for S seconds")
-    follow.add_argument("--seal-every", type=int, metavar="N", help="make a version of every N tokens that come, too")
+    help_text = "make a version of every N tokens that come, too"
+    config_argument.add_number(follow, "--seal-every", 1, metavar="N", help=help_text)
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -56,7 +57,7 @@ def _was_there(made: "Prepared") -> str:
 def _check(options: argparse.Namespace) -> None:
     for name in ("workers", "engine", "until_idle", "seal_every"):
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if isinstance(value, int | float) and not value > 0:
+        if name == "until_idle" and value is not None and not value > 0:
             raise ConfigError(f"{option} {value}: must be above 0; use {option} 2")
         if value is not None and options.follow == (name in ("workers", "engine")):
             raise ConfigError(
@@ -119,14 +120,8 @@ def bar(*, endless: bool = False) -> Iterator[Callable[["Progress"], None]]:
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description:<8}"),
-        BarColumn(),
-        TextColumn("{task.fields[come]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    bars = Bars(*columns)
+    name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
+    bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         tasks: dict[str, tuple[TaskID, float]] = {}
 

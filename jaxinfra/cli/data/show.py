@@ -3,15 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxinfra.errors import ConfigError
+from jaxinfra.cli.config_argument import add_number, add_store
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The store, the version, and how much of it."""
-    parser.add_argument("store", metavar="STORE", help="folder or URL of a store, or of one of its versions")
-    parser.add_argument("--version", metavar="FINGERPRINT", help="the version, or its beginning (default: the newest)")
-    parser.add_argument("--samples", type=int, default=2, help="documents to show of each split (default %(default)s)")
-    parser.add_argument("--chars", type=int, default=300, help="of each (default %(default)s)")
+    add_store(parser)
+    add_number(parser, "--samples", 0, default=2, help="documents to show of each split (default %(default)s)")
+    add_number(parser, "--chars", 0, default=300, help="of each (default %(default)s)")
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -21,9 +20,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from jaxinfra.data.store.versions import listed
     from jaxinfra.storage.objects import Storage
 
-    for name in ("samples", "chars"):
-        if getattr(options, name) < 0:
-            raise ConfigError(f"--{name} {getattr(options, name)}: must not be negative; use --{name} 0 for none")
     store = Store.open(options.store, options.version)
     print(f"store        {store}")
     print("\n".join(facts(store.manifest)))

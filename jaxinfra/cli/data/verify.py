@@ -3,15 +3,12 @@
 import argparse
 from collections.abc import Sequence
 
+from jaxinfra.cli import config_argument
 from jaxinfra.errors import DataError
 
 _LISTED = 100
 
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """The store and the version."""
-    parser.add_argument("store", metavar="STORE", help="folder or URL of a store, or of one of its versions")
-    parser.add_argument("--version", metavar="FINGERPRINT", help="the version, or its beginning (default: the newest)")
+arguments = config_argument.add_store
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
