@@ -61,7 +61,7 @@ class Prefetcher[T]:
         self._taken = 0
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
-        # Grain is imported while no other thread imports: it patches `__import__` for all of them (etils' lazy imports),
+        # Grain is imported while no other thread imports: it patches `__import__` for all (lazy imports of etils),
         # and an import that JAX makes while it traces would then fail.
         importlib.import_module("grain")
         self._thread = threading.Thread(
