@@ -30,7 +30,7 @@ BLOCK = re.compile(f"{_BEGIN}[^{_BEGIN}]*?{_END}")
 
 
 def is_file(template: str) -> bool:
-    """Whether a template is one of a file, by its name."""
+    """Tells whether a template is one of a file, by its name."""
     return template.endswith((".jinja", ".jinja2", ".json"))
 
 
@@ -56,7 +56,8 @@ class JinjaTemplate:
         if missing := sorted(used & set(_TOKENS) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; give the {_CONFIG} that defines it beside the file")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
-        self.markers = tuple(tokens[name] for name in sorted(used & tokens.keys()))
+        by_name = [tokens[name] for name in sorted(used & tokens.keys())]
+        self.markers = tuple(by_name if is_file(name) else dict.fromkeys(_MARKER.findall(source)))
         self.generates = any(isinstance(node.node, nodes.ExtensionAttribute) for node in parsed.find_all(nodes.Call))
         self._names = tokens | {"tools": None, "documents": None}
 
@@ -64,9 +65,7 @@ class JinjaTemplate:
     def load(cls, template: str) -> Self:
         """Takes a preset, or reads a .jinja or a tokenizer_config.json; raises a ConfigError if it has no template."""
         if not is_file(template):
-            made = cls(PRESETS[template], {}, template)
-            made.markers = tuple(dict.fromkeys(_MARKER.findall(PRESETS[template])))
-            return made
+            return cls(PRESETS[template], {}, template)
         path = template if template.endswith(".json") else "".join((*template.rpartition("/")[:2], _CONFIG))
         config = _config(path) if path == template or exists(path) else {}
         source = (
@@ -107,7 +106,7 @@ def _config(path: str) -> dict[str, Any]:
 
 
 def _source(config: dict[str, Any], path: str) -> str:
-    """The template of a tokenizer_config.json; of several the one called default."""
+    """Returns the template of a tokenizer_config.json; of several the one called default."""
     found = config.get("chat_template")
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found}.get("default")

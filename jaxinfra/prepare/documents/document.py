@@ -39,7 +39,7 @@ Document = Sequence[Span]
 
 
 class Form(ABC):
-    """How records become documents.
+    """How records become documents. Every method raises a ConfigError if a file that the form names cannot be used.
 
     Attributes:
         masked: whether its documents have parts that are not learned.
@@ -59,19 +59,11 @@ class Form(ABC):
                 yield Problem(fields=(name,), message="names no field", fix=f"use {name}={default}")
 
     def identity(self) -> str | None:
-        """Changes when a file that the form names does, which is read anew; None where it names none.
-
-        Raises:
-            ConfigError: the file cannot be used.
-        """
+        """Returns what changes when a file that the form names does, which is read anew; None where it names none."""
         return None
 
     def markers(self) -> Sequence[str]:
-        """Returns the special tokens that its template writes: of a file those that it uses by name, as bos_token.
-
-        Raises:
-            ConfigError: its file cannot be used.
-        """
+        """Returns the special tokens that its template writes: of a file those that it uses by name, as bos_token."""
         return ()
 
     @abstractmethod
@@ -80,7 +72,6 @@ class Form(ABC):
 
         Raises:
             RecordError: the record does not have what is needed, or the template refuses it.
-            ConfigError: the file of the template cannot be used.
         """
 
 

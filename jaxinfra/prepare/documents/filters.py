@@ -83,7 +83,7 @@ class Filters:
     @classmethod
     def gopher(cls) -> Self:
         """Returns the rules with the values of the paper."""
-        return cls(**{rule.name: rule.metadata["gopher"] for rule in fields(cls) if rule.metadata})
+        return cls(**{name: rule["gopher"] for name, rule in _RULES.items()})
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the rules."""
@@ -105,17 +105,20 @@ class Filters:
     def reason(self, text: str) -> str | None:
         """Returns the name of the first rule that a text breaks, cheap rules first; None if it passes all."""
         measured = _Measured(text, self.stop_words)
-        for rule in fields(self):
-            limit = getattr(self, rule.name)
-            if rule.metadata and limit is not None:
-                value = rule.metadata["measure"](measured)
+        for name, rule in _RULES.items():
+            limit = getattr(self, name)
+            if limit is not None and limit != ():
+                value = rule["measure"](measured)
                 if isinstance(limit, tuple):
                     broken = any(map(operator.lt, limit, value))
                 else:
-                    broken = value < limit if rule.name.startswith("min_") else value > limit
+                    broken = value < limit if name.startswith("min_") else value > limit
                 if broken:
-                    return rule.name
+                    return name
         return None
+
+
+_RULES = {rule.name: rule.metadata for rule in fields(Filters) if rule.metadata}
 
 
 class _Measured:
