@@ -70,21 +70,8 @@ def init(key: jax.Array, sizes: Sizes) -> Params:
 
 OUTSIDE = ("embedding", "head", "norm")
 """The parameters that are not stacked layers."""
-FSDP = {
-    "query": PartitionSpec(None, "fsdp"),
-    "key": PartitionSpec(None, "fsdp"),
-    "value": PartitionSpec(None, "fsdp"),
-    "out": PartitionSpec(None, None, None, "fsdp"),
-    "gate": PartitionSpec(None, "fsdp"),
-    "up": PartitionSpec(None, "fsdp"),
-    "down": PartitionSpec(None, None, "fsdp"),
-    "embedding": PartitionSpec(None, "fsdp"),
-    "head": PartitionSpec("fsdp"),
-    "attention_norm": PartitionSpec(),
-    "mlp_norm": PartitionSpec(),
-    "norm": PartitionSpec(),
-}
-"""Where the parameters are sharded."""
+FSDP = {"query": 1, "key": 1, "value": 1, "out": 3, "gate": 1, "up": 1, "down": 2, "embedding": 1, "head": 0}
+"""The dimension along which a parameter is sharded; norms are whole."""
 
 
 @jax.custom_vjp
@@ -123,11 +110,9 @@ def loss(params: Params, tokens_BW: jax.Array, sizes: Sizes, mesh: Mesh | None =
     cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
     def pin(x_BTD: jax.Array) -> jax.Array:
-        return (
-            x_BTD
-            if mesh is None
-            else jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, PartitionSpec("fsdp")))
-        )
+        if mesh is None:
+            return x_BTD
+        return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, PartitionSpec("fsdp")))
 
     def norm(x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
@@ -164,7 +149,9 @@ def build(sizes: Sizes, devices: int) -> tuple[Step, Params, Any, jax.Array]:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    shardings = {name: NamedSharding(mesh, spec) for name, spec in FSDP.items()}
+    specs = {name: PartitionSpec(*[None] * dim, "fsdp") for name, dim in FSDP.items()}
+    specs |= dict.fromkeys(("attention_norm", "mlp_norm", "norm"), PartitionSpec())
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = jax.jit(lambda key: init(key, sizes), out_shardings=shardings)(jax.random.key(0))
     state = jax.jit(optimizer.init)(params)
     tokens_BW = np.random.default_rng(0).integers(0, sizes.vocab, (sizes.batch, sizes.length + 1), np.int32)

@@ -16,17 +16,14 @@ from grain.sources import ArrayRecordDataSource
 from jaxinfra.bench.reading import BATCH, LENGTH, TYPE, Stores
 
 
-def _records(stores: Stores) -> Any:
-    return ArrayRecordDataSource(str(stores.records))
-
-
 def _window(record: bytes) -> np.ndarray:
     return np.frombuffer(record, TYPE)
 
 
 def grain_dataset(stores: Stores) -> Iterator[np.ndarray]:
     """Grain over ArrayRecord, as a `MapDataset` with the threads that it has by default."""
-    dataset = grain.MapDataset.source(_records(stores)).seed(0).shuffle().repeat().map(_window).batch(BATCH)
+    records: Any = ArrayRecordDataSource(str(stores.records))
+    dataset = grain.MapDataset.source(records).seed(0).shuffle().repeat().map(_window).batch(BATCH)
     with closing(iter(dataset.to_iter_dataset())) as batches:
         yield from batches
 
@@ -38,7 +35,7 @@ class _Decode(grain.transforms.Map):
 
 def grain_loader(stores: Stores) -> Iterator[np.ndarray]:
     """Grain over ArrayRecord, as a `DataLoader` that works in this process."""
-    records = _records(stores)
+    records: Any = ArrayRecordDataSource(str(stores.records))
     order = grain.samplers.IndexSampler(len(records), shuffle=True, seed=0)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # it reads flags of absl, which launch has none of

@@ -4,78 +4,11 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from jaxinfra.bench import CONFIG
-from jaxinfra.cli.config_argument import add_number
+from jaxinfra.cli.arguments import BENCHES, PAIRS
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A benchmark.
-
-    Attributes:
-        summary: what it says.
-        parts: of it, in the order of its table.
-        options: of the command line that it has a use for, besides --only, --json and changes to the config.
-    """
-
-    summary: str
-    parts: tuple[str, ...]
-    options: tuple[str, ...]
-
-
-BENCHES = {
-    "step": Bench(
-        summary="the train step, dispatch and start against a bare JAX loop of the same model",
-        parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
-        options=("config", "pairs", "against"),
-    ),
-    "parallel": Bench(
-        summary="the train step on every mesh axis and pipeline schedule, on 8 emulated devices, against fsdp=8",
-        parts=("axes", "experts", "schedules"),
-        options=("config", "pairs"),
-    ),
-    "llama": Bench(
-        summary="the step of Llama 3.1 8B, compiled for 64 TPU v5p chips: memory and cycles beside those of others",
-        parts=("full", "dots", "best"),
-        options=(),
-    ),
-    "data": Bench(
-        summary="batches of random windows by our loader, TensorStore alone, Grain and PyTorch; first batch; memory",
-        parts=("speed", "first", "memory"),
-        options=("pairs", "tokens"),
-    ),
-    "prepare": Bench(
-        summary="tokens from text, by data prepare and by datasets.map, with one worker and two",
-        parts=("prepare", "map"),
-        options=("pairs", "text"),
-    ),
-}
-PAIRS = 15
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Which benchmark, how exactly, and on which model."""
-    parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the config, before options")
-    parser.add_argument("--config", help=f"the model to time (default {CONFIG})")
-    add_number(parser, "--pairs", 1, help=f"timed turns of each side (default {PAIRS})")
-    parser.add_argument("--tokens", type=int, help="data: tokens of the store that is read (default 200 million)")
-    parser.add_argument("--text", help="prepare: folder of the text files (default: Python's standard library)")
-    parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
-    parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; may be repeated ({parts})")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the table as JSON, too")
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="SCRIPT",
-        help="step: time this script of a bare step as well: it takes --devices, --fsdp and --dtype, "
-        "and prints a line of JSON with median_step_ms",
-    )
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:

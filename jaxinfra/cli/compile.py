@@ -5,37 +5,19 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxinfra.cli import config_argument
 from jaxinfra.errors import ConfigError
+from jaxinfra.plan.chips import Chip
+from jaxinfra.plan.compiled import Compiled, compile_step
+from jaxinfra.plan.refusal import smaller, too_big
+from jaxinfra.plan.topology import parse
 from jaxinfra.storage import outputs
-
-if TYPE_CHECKING:
-    from jaxinfra.plan.chips import Chip
-    from jaxinfra.plan.compiled import Compiled
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, overrides, what to compile for, and files to write."""
-    config_argument.add(parser)
-    parser.add_argument(
-        "--on",
-        metavar="TOPOLOGY",
-        required=True,
-        help="v5p:4x4x4 (a slice of TPUs), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)",
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
-    parser.add_argument("--dump", metavar="FILE", type=Path, help="write the compiled program's text")
+from jaxinfra.track.text import percent, size
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Compiles, prints memory, cycles, kernels and collectives."""
-    from jaxinfra.plan.compiled import compile_step
-    from jaxinfra.plan.refusal import smaller, too_big
-    from jaxinfra.plan.topology import parse
-
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: compile uses none; say what to compile for with --on")
     topology = parse(options.on)
@@ -57,11 +39,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def shown(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
+def shown(compiled: Compiled, chip: Chip) -> Iterator[str]:
     """The figures as lines."""
-    from jaxinfra.track.text import size
-
-    mesh = " x ".join(f"{axis} {size}" for axis, size in compiled.mesh.items()) or "one device"
+    mesh = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.items()) or "one device"
     yield f"{compiled.name} on {compiled.on}: {mesh}, {compiled.rows:g} rows of the batch a device and step"
     yield from _memory(compiled, chip)
     yield from _cycles(compiled, chip)
@@ -76,9 +56,7 @@ def shown(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
         )
 
 
-def _memory(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
-    from jaxinfra.track.text import percent, size
-
+def _memory(compiled: Compiled, chip: Chip) -> Iterator[str]:
     memory = compiled.memory
     yield "\nMemory of one device"
     rows = {
@@ -94,7 +72,7 @@ def _memory(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
         yield f"  {name:14}  {size(n_bytes):>11}  {note}".rstrip()
 
 
-def _cycles(compiled: "Compiled", chip: "Chip") -> Iterator[str]:
+def _cycles(compiled: Compiled, chip: Chip) -> Iterator[str]:
     if compiled.cycles is not None and chip.clock_hz is not None:
         seconds, clock_ghz = compiled.cycles / chip.clock_hz, chip.clock_hz / 1e9
         yield "\nCompute of one step, as the compiler estimates it"

@@ -3,17 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Two configs."""
-    parser.add_argument("left", metavar="A", help="a config file or run.json")
-    parser.add_argument("right", metavar="B", help="a config file or run.json")
+from jaxinfra.config import diff, format_diff, load
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints a line for each field that differs; nothing differs: says so."""
-    from jaxinfra.config import diff, format_diff, load
-
     differences = diff(load(options.left).run, load(options.right).run)
     print(format_diff(differences) if differences else "no difference")
     return 0

@@ -11,11 +11,6 @@ from jaxinfra.storage.errors import storage_errors
 FILES = ("configs/quickstart.py", "configs/data/python_stdlib.py")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder."""
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="where to write (default: here)")
-
-
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Writes the files and prints the commands that use them.
 

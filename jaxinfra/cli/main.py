@@ -11,26 +11,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from types import ModuleType
 
+from jaxinfra.cli.arguments import ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.runtime import emulated, platforms
 
-COMMANDS = {
-    "train": "train CONFIG, or go on from its last checkpoint (the default: the word may be left out)",
-    "init": "write the quickstart's config and the recipe of its data into a folder",
-    "show": "print the resolved config and every number that follows from it; no device is touched",
-    "compile": "compile the train step for hardware that is not here: memory, cycles, collectives",
-    "data prepare": "tokenise a corpus into a store, in parallel; goes on where it was stopped",
-    "data show": "what a store holds: counts, lengths, versions, samples",
-    "data verify": "read all of a store, and compare every block with its hash",
-    "data peek": "exactly what a process of a run is fed at a step",
-    "sample": "continue a text with the newest checkpoint of a run, streamed as it is decoded",
-    "diff": "compare two configs or run records",
-    "parity": "compare loss and gradients on every mesh with those of one device",
-    "bench": "time the framework against hand-written code",
-}
 EPILOG = f"""\
 examples:
   {COMMAND} configs/quickstart.py
@@ -70,13 +56,8 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--devices", metavar="PLATFORM[:N]", help="cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
     )
-    module_of(command).arguments(parser)
+    ARGUMENTS[command](parser)
     return parser
-
-
-def module_of(command: str) -> ModuleType:
-    """The module of a command: of its one word, or of its two."""
-    return importlib.import_module(f"jaxinfra.cli.{command.replace(' ', '.')}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -157,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(argv)
         choose_devices(options.devices)
         keep_compiled()
-        return module_of(options.command).run(options, argv)
+        module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
+        return module.run(options, argv)
     except JaxinfraError as error:
         if debug:
             traceback.print_exc()

@@ -5,34 +5,18 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxinfra.bench import PARITY_CONFIGS
-from jaxinfra.cli.config_argument import add_number
+from jaxinfra.bench.parity import BOUND, Row, loaded, shared_out
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime import emulated
 from jaxinfra.storage import outputs
-
-if TYPE_CHECKING:
-    from jaxinfra.bench.parity import Row
 
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 """What stands around the table on the page that `--write` names."""
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Which models, on how many devices."""
-    parser.add_argument(
-        "words",
-        metavar="CONFIG or KEY=VALUE",
-        nargs="*",
-        help=f"models (default {', '.join(PARITY_CONFIGS)}) and changes",
-    )
-    add_number(parser, "--jobs", 1, default=os.cpu_count(), help="processes that share the meshes")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
-
-
-def table(found: "Iterable[Row]") -> str:
+def table(found: Iterable[Row]) -> str:
     """The rows in Markdown, one line a mesh with all its models."""
     by_mesh: dict[str, list[Row]] = {}
     for row in found:
@@ -66,8 +50,6 @@ def with_table(page: Path, text: str) -> str:
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the table as its rows come, and says whether all are within the bound."""
-    from jaxinfra.bench.parity import BOUND, loaded, shared_out
-
     overrides = [word for word in options.words if "=" in word]
     configs = [word for word in options.words if "=" not in word] or PARITY_CONFIGS
     if options.write is not None:

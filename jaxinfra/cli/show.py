@@ -1,35 +1,26 @@
 """`python -m launch show CONFIG`: the resolved config and every number that follows from it."""
 
 import argparse
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import jax
+from rich.markup import escape
+from rich.table import Table
 
 from jaxinfra.cli import config_argument
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from jaxinfra.program import Program
-
-arguments = config_argument.add
+from jaxinfra.config import dump, validate
+from jaxinfra.optim.schedules import table
+from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.parallel.schedules import picture
+from jaxinfra.program import Program
+from jaxinfra.run import resolved
+from jaxinfra.track.console import derived_table, stdout_console, titled_table
+from jaxinfra.train.derived import derived
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the tree, the derived numbers, the pipeline, the parameters with their shardings, and the rate."""
-    import math
-
-    from rich.markup import escape
-
-    from jaxinfra.config import dump, validate
-    from jaxinfra.optim.schedules import table
-    from jaxinfra.parallel.mesh import abstract_mesh
-    from jaxinfra.parallel.schedules import picture
-    from jaxinfra.program import Program
-    from jaxinfra.run import resolved
-    from jaxinfra.track.console import derived_table, stdout_console
-    from jaxinfra.track.curve import curve
-    from jaxinfra.train.derived import derived
-
     loaded = config_argument.loaded(options)
     validate(loaded.run)
     count = options.devices.partition(":")[2] if options.devices else ""
@@ -57,17 +48,13 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def _parameters(program: "Program") -> "Table":
+def _parameters(program: Program) -> Table:
     """Makes a table of the name, shape, sharding and role of every parameter."""
-    import jax
-
-    from jaxinfra.track.console import titled_table
-
-    table = titled_table("Parameters", "name", "shape", "sharded over", "role")
-    table.add_column("elements", justify="right")
+    rows = titled_table("Parameters", "name", "shape", "sharded over", "role")
+    rows.add_column("elements", justify="right")
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):
         name = ".".join(str(key.key) for key in path)
         axes = ", ".join(f"{dim}:{part}" for dim, part in enumerate(array.sharding.spec) if part) or "-"
-        table.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
-    return table
+        rows.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
+    return rows

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfra.cli import config_argument
-
-arguments = config_argument.add
+from jaxinfra.session import train
+from jaxinfra.track.curve import curve
+from jaxinfra.track.jsonl import read
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Trains to the end, or says that there is nothing left to do."""
-    from jaxinfra.session import train
-
     command = ["python", "-m", "launch", *argv]
     loaded = config_argument.loaded(options)
     summary = train(loaded, command=command, prepare_hint=config_argument.prepare_hint(options, loaded.run))
@@ -25,9 +24,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def print_losses(metrics: Path) -> None:
     """Draws the training loss of a run that has logged any."""
-    from jaxinfra.track.curve import curve
-    from jaxinfra.track.jsonl import read
-
     losses = [(int(row["step"]), row["loss"]) for row in read(metrics) if "loss" in row] if metrics.exists() else []
     if losses:
         print("Training loss")

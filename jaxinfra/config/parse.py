@@ -9,12 +9,13 @@ import ast
 import enum
 import re
 import types
+from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin
 
 from jaxinfra.config.schema import MISMATCH, is_config, items_of, members
 
 _INT = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
-_SCIENTIFIC = re.compile(r"([+-]?\d+)(?:\.(\d+))?[eE]\+?(\d{1,2})", re.ASCII)
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}", re.ASCII)
 _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.""", re.DOTALL)
 _CLOSING = {"(": ")", "[": "]"}
 
@@ -82,13 +83,10 @@ def _spells(text: str, value: Any) -> bool:
 
 
 def _parse_int(text: str) -> Any:
-    if _INT.fullmatch(text):
-        return int(text)
-    if found := _SCIENTIFIC.fullmatch(text):
-        digits, fraction, exponent = found[1], (found[2] or "").rstrip("0"), int(found[3])
-        if len(fraction) <= exponent:
-            return int(digits + fraction) * 10 ** (exponent - len(fraction))
-    return MISMATCH
+    if not (_INT.fullmatch(text) or _SCIENTIFIC.fullmatch(text)):
+        return MISMATCH
+    value = Decimal(text)  # exact, and reads underscores, too
+    return int(value) if value == int(value) else MISMATCH
 
 
 def _parse_enum(cls: type[enum.Enum], text: str) -> Any:

@@ -5,9 +5,9 @@ config file nor the command line. It is written once, at once: a reader sees the
 """
 
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -134,13 +134,10 @@ def decode_record(path: str | os.PathLike[str], record: dict[str, Any], root: ty
 
 
 def _imported(path: str | os.PathLike[str], named: Any) -> type:
-    module, _, qualname = named.partition(":") if isinstance(named, str) else ("", "", "")
     found: Any = None
-    if module and qualname:
-        with contextlib.suppress(ImportError, AttributeError):
-            found = importlib.import_module(module)
-            for name in qualname.split("."):
-                found = getattr(found, name)
+    if isinstance(named, str) and ":" in named:
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            found = pkgutil.resolve_name(named)
     if not is_config(found):
         raise ConfigError(
             f"{path}: root={show(named)} is not an importable config class; "

@@ -188,21 +188,22 @@ class Module:
             if instruction.kind == "while" and self.trips(place.computation, instruction) is None
         ]
 
-    def cycles(self) -> int:
-        """The estimated cycles of one run, loops multiplied out; of a choice the longest branch counts."""
-        return self._cycles(self.entry)
+    def cycles(self, name: str | None = None) -> int:
+        """Returns the estimated cycles of one run, loops multiplied out; of a choice the longest branch counts.
 
-    def _cycles(self, name: str) -> int:
-        computation, total = self.computations[name], 0
+        Args:
+            name: of a computation; None is the whole program.
+        """
+        computation, total = self.computations[name or self.entry], 0
         for instruction in computation.instructions.values():
             total += instruction.cycles if instruction.cycles not in (None, NO_ESTIMATE) else 0
             if instruction.kind == "while":
                 (body,) = instruction.calls["body"]
-                total += self._cycles(body) * self._runs(computation, instruction)
+                total += self.cycles(body) * self._runs(computation, instruction)
             elif instruction.kind == "conditional":
-                total += max(self._cycles(branch) for branch in _called(instruction))
+                total += max(self.cycles(branch) for branch in _called(instruction))
             elif instruction.kind in ("call", "async-start"):
-                total += sum(self._cycles(called) for called in _called(instruction))
+                total += sum(self.cycles(called) for called in _called(instruction))
         return total
 
     def _runs(self, computation: Computation, loop: Instruction) -> int:

@@ -7,7 +7,7 @@ the steps of their horizontal axis, so that the script of the page can point at 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -24,21 +24,13 @@ _LOG_RATIO = 1000  # from this ratio of largest to smallest on, a linear axis hi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line of a chart: points in the order of their steps, values that are not finite included."""
-
-    label: str
-    points: Sequence[Point]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Chart:
     """What one chart shows.
 
     Attributes:
         title: what is measured.
         unit: of the values as they are drawn, "" for a bare number.
-        series: one to four lines.
+        lines: one to four by label: points in the order of their steps, values that are not finite included.
         scale: how values become heights; "auto" takes the logarithm if they span three decades.
         zero: whether the axis must reach down to zero.
         divisor: what values are divided by to be in `unit`.
@@ -46,7 +38,7 @@ class Chart:
 
     title: str
     unit: str = ""
-    series: tuple[Series, ...]
+    lines: Mapping[str, Sequence[Point]]
     scale: Literal["linear", "auto"] = "linear"
     zero: bool = False
     divisor: float = 1.0
@@ -86,8 +78,11 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
 
 def figure(chart: Chart, steps: tuple[int, int]) -> str:
     """Draws `chart` over the steps from the first to the last of `steps`, as one HTML `figure`."""
-    lines = [(s.label, [(step, value / chart.divisor) for step, value in downsample(s.points)]) for s in chart.series]
-    lines = [(label, points) for label, points in lines if points]
+    lines = [
+        (label, [(step, value / chart.divisor) for step, value in downsample(points)])
+        for label, points in chart.lines.items()
+        if points
+    ]
     unit = f'<span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
     legend = "".join(  # each label with its last value; the script puts the values under the pointer there
         f'<span class="key s{i}">{escape(label)} <b>{escape(number(points[-1][1]))}</b></span>'

@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
-from jaxinfra.track.charts import Chart, Point, Series, figure
+from jaxinfra.track.charts import Chart, Point, figure
 from jaxinfra.track.text import flatten, number, size_unit, summary_rows, words
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived")
@@ -112,7 +112,7 @@ def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
     used = {*_NOT_CHARTED, *_KNOWN, *memory, *speeds, *scored, *scored.values()}
     others = sorted(key for key in points if key not in used)
     charts = _known_charts(points, scored, speeds, memory)
-    charts += [Chart(title=key, series=_series({key: key}, points)) for key in others[:_OTHER_CHARTS]]
+    charts += [Chart(title=key, lines={key: points[key]}) for key in others[:_OTHER_CHARTS]]
     steps = [int(row["step"]) for row in rows] or [0]
     return "".join(figure(chart, (min(steps), max(steps))) for chart in charts), others[_OTHER_CHARTS:]
 
@@ -126,27 +126,27 @@ def _known_charts(points: _Points, scored: _Labels, speeds: _Labels, memory: _La
         speeds: labels of the metrics of throughput.
         memory: labels of those of memory, in bytes.
     """
-    sizes = _series(memory, points)
-    largest = max((value for s in sizes for _, value in s.points if math.isfinite(value)), default=1.0)
+    sizes = _lines(memory, points)
+    largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)
     divisor, unit = size_unit(largest)
     scores = [
-        Chart(title=words(trained).capitalize(), series=_series({trained: "training", name: "held-out"}, points))
+        Chart(title=words(trained).capitalize(), lines=_lines({trained: "training", name: "held-out"}, points))
         for name, trained in scored.items()
         if trained != "loss"
     ]
-    loss = _series({"loss": "training", "eval/loss": "held-out"}, points)
-    times = _series({"step_time_s": "step", "data_wait_s": "waiting for data"}, points)
+    loss = _lines({"loss": "training", "eval/loss": "held-out"}, points)
+    times = _lines({"step_time_s": "step", "data_wait_s": "waiting for data"}, points)
     return [
-        Chart(title="Loss", unit="nats", series=loss, scale="auto"),
+        Chart(title="Loss", unit="nats", lines=loss, scale="auto"),
         *scores,
-        Chart(title="Learning rate", series=_series({"lr": "lr"}, points), zero=True),
-        Chart(title="Gradient norm", series=_series({"grad_norm": "norm"}, points), scale="auto", zero=True),
-        Chart(title="Throughput", unit=", ".join(speeds.values()), series=_series(speeds, points), zero=True),
-        Chart(title="MFU", unit="%", series=_series({"mfu": "MFU"}, points), zero=True, divisor=0.01),
-        Chart(title="Time of a step", unit="s", series=times, scale="auto", zero=True),
-        Chart(title="Memory", unit=unit, series=sizes, zero=True, divisor=divisor),
+        Chart(title="Learning rate", lines=_lines({"lr": "lr"}, points), zero=True),
+        Chart(title="Gradient norm", lines=_lines({"grad_norm": "norm"}, points), scale="auto", zero=True),
+        Chart(title="Throughput", unit=", ".join(speeds.values()), lines=_lines(speeds, points), zero=True),
+        Chart(title="MFU", unit="%", lines=_lines({"mfu": "MFU"}, points), zero=True, divisor=0.01),
+        Chart(title="Time of a step", unit="s", lines=times, scale="auto", zero=True),
+        Chart(title="Memory", unit=unit, lines=sizes, zero=True, divisor=divisor),
     ]
 
 
-def _series(labels: Mapping[str, str], points: _Points) -> tuple[Series, ...]:
-    return tuple(Series(label=label, points=points[key]) for key, label in labels.items() if key in points)
+def _lines(labels: _Labels, points: _Points) -> _Points:
+    return {label: points[key] for key, label in labels.items() if key in points}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.bench.prepare import OURS, THEIRS, TITLES, Side, rows, sides
-from jaxinfra.cli.bench import BENCHES
+from jaxinfra.cli.arguments import BENCHES
 from tests.refusals import refused
 from tests.tiny_run import launch
 

@@ -11,7 +11,7 @@ from jaxinfra.bench.children import ChildError, last_line
 from jaxinfra.bench.start import first_step_s
 from jaxinfra.bench.step import CASES, COLUMNS
 from jaxinfra.bench.table import table
-from jaxinfra.cli.bench import BENCHES
+from jaxinfra.cli.arguments import BENCHES
 from tests.refusals import names, refused
 from tests.tiny_run import launch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.cli.main import COMMANDS
+from jaxinfra.cli.arguments import COMMANDS
 from jaxinfra.runtime.emulated import environment
 from tests.refusals import refused
 from tests.tiny_run import Tiny, contents, ended, launch, start

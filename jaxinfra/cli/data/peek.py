@@ -1,35 +1,24 @@
 """`python -m launch data peek CONFIG --step N --rank R --of P`: exactly what a process is fed at a step."""
 
 import argparse
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from jaxinfra.cli import config_argument
+from jaxinfra.config import load, validate
+from jaxinfra.data.interfaces import DataConfig
+from jaxinfra.data.prefetch import process_rows
+from jaxinfra.data.store.store import PREPARE
 from jaxinfra.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from jaxinfra.data.interfaces import DataConfig
-    from jaxinfra.run import Run
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Program
+from jaxinfra.run import Run, resolved
 
 _SAMPLES, _LARGEST_BATCH = 2**62, 2**24
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and overrides; the step, the process, and how much to show."""
-    config_argument.add(parser, "a run, or a file whose config() returns its data alone")
-    number = functools.partial(config_argument.add_number, parser)
-    number("--step", 0, default=0, help="counted from 0 (default %(default)s)")
-    number("--rank", 0, default=0, help="of the process, from 0 (default %(default)s)")
-    number("--of", 1, default=1, metavar="PROCESSES", help="how many there are (default 1)")
-    parser.add_argument("--global-batch", type=int, metavar="N", help="rows of a step, where CONFIG is data alone")
-    number("--rows", 0, help="show so many (default: all)")
-    number("--chars", 0, default=200, help="of the text of a row (default %(default)s)")
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -55,14 +44,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, str]":
+def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str]:
     """The data, the rows of a step and those of the process, and the command that makes the data."""
-    import numpy as np
-
-    from jaxinfra.config import load, validate
-    from jaxinfra.data.store.store import PREPARE
-    from jaxinfra.run import Run
-
     config = load(options.config, options.overrides).run
     validate(config)
     size = options.global_batch
@@ -83,7 +66,7 @@ def _what(options: argparse.Namespace) -> "tuple[DataConfig, int, np.ndarray, st
     return config, size, np.arange(part * options.rank, part * (options.rank + 1)), PREPARE
 
 
-def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":
+def rows_of(run: Run, rank: int, of: int) -> np.ndarray:
     """The rows of the global batch that a process reads, sorted.
 
     Devices of the mesh belong to the processes in order, each to have as many.
@@ -91,12 +74,6 @@ def rows_of(run: "Run", rank: int, of: int) -> "np.ndarray":
     Raises:
         ConfigError: the mesh or the batch does not divide.
     """
-    from jaxinfra.config import validate
-    from jaxinfra.data.prefetch import process_rows
-    from jaxinfra.parallel.mesh import make_mesh
-    from jaxinfra.program import Program
-    from jaxinfra.run import resolved
-
     fixed = math.prod(size for size in run.mesh.sizes if size != -1)
     devices = max(fixed, of)
     if devices % of:

@@ -4,27 +4,20 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from jaxinfra.cli import config_argument
+from rich.filesize import decimal
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from jaxinfra.cli.arguments import ENGINES
+from jaxinfra.config import load, validate
+from jaxinfra.data.inspect import facts
 from jaxinfra.errors import ConfigError, Preempted
-
-if TYPE_CHECKING:
-    from jaxinfra.prepare.prepare import Prepared, Progress
-
-ENGINES = ("local", "ray", "dask", "spark")
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and overrides, and where the work is done."""
-    config_argument.add(parser, "a recipe such as configs/data/python_stdlib.py, or a run that names its recipes")
-    parser.add_argument("--engine", choices=ENGINES, help="what runs the workers (default local)")
-    config_argument.add_number(parser, "--workers", 1, metavar="N", help="so many at once (default: one a core)")
-    follow = parser.add_argument_group("streams")
-    follow.add_argument("--follow", action="store_true", help="read a stream (Stdin, Kafka) as it comes, up to its end")
-    follow.add_argument("--until-idle", type=float, metavar="S", help="end when nothing has come for S seconds")
-    help_text = "make a version of every N tokens that come, too"
-    config_argument.add_number(follow, "--seal-every", 1, metavar="N", help=help_text)
+from jaxinfra.prepare.follow import follow
+from jaxinfra.prepare.prepare import Prepared, Progress, prepare
+from jaxinfra.prepare.recipes.recipe import Recipe, is_recipe
+from jaxinfra.runtime.signals import StopRequest
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -34,36 +27,58 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         ConfigError: a recipe is wrong, or the config names none.
         JaxinfraError: see `data.prepare`.
     """
-    from jaxinfra.config import validate
-    from jaxinfra.data.inspect import facts
-    from jaxinfra.prepare.prepare import prepare
-
     _check(options)
     if options.follow:
         return _follow(options)
-    for corpus in config_argument.recipes(options):
+    for corpus in recipes(options):
         validate(corpus)
         with bar() as tell:
             made = prepare(corpus, engine=options.engine or ENGINES[0], workers=options.workers, tell=tell)
-        print(f"{'made' if made.new else _was_there(made)}: {made.path}")
+        _say(made, "made")
         print("\n".join(facts(made.manifest)))
     return 0
 
 
-def _was_there(made: "Prepared") -> str:
-    return "was there, and is the newest now" if made.moved else "was there"
+def recipes(options: argparse.Namespace) -> list[Recipe]:
+    """The recipe that the file is, or those of the stores that a run trains on.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or the run names no recipe.
+    """
+    config = load(options.config, options.overrides).run
+    if is_recipe(config):
+        return [config]
+    from jaxinfra.run import Run  # imports jax, which a recipe has no use for
+
+    if not isinstance(config, Run):
+        raise ConfigError(f"{options.config}: is neither a recipe nor a run; name a file such as configs/data/NAME.py")
+    made = config.parts.data.recipes
+    if not made:
+        raise ConfigError(
+            f"{options.config}: its data names no recipe; name the file of the recipe, or give each store its recipe"
+        )
+    found = []
+    for store, path in made.items():
+        recipe = load(path).run
+        if not is_recipe(recipe):
+            raise ConfigError(f"{path}: is no recipe; name a file whose config() returns one")
+        found.append(replace(recipe, store=store))
+    return found
+
+
+def _say(made: Prepared, new: str) -> None:
+    there = "was there, and is the newest now" if made.moved else "was there"
+    print(f"{new if made.new else there}: {made.path}", flush=True)
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("workers", "engine", "until_idle", "seal_every"):
-        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
-        if name == "until_idle" and value is not None and not value > 0:
-            raise ConfigError(f"{option} {value}: must be above 0; use {option} 2")
-        if value is not None and options.follow == (name in ("workers", "engine")):
-            raise ConfigError(
-                f"{option} {value}: {'a stream has one reader' if options.follow else 'is of streams'}; "
-                f"{'leave it out' if options.follow else 'add --follow'}"
-            )
+    if options.until_idle is not None and not options.until_idle > 0:
+        raise ConfigError(f"--until-idle {options.until_idle}: must be above 0; use --until-idle 2")
+    names = ("workers", "engine") if options.follow else ("until_idle", "seal_every")
+    why = "a stream has one reader; leave it out" if options.follow else "is of streams; add --follow"
+    for name in names:
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: {why}")
 
 
 def _follow(options: argparse.Namespace) -> int:
@@ -74,12 +89,7 @@ def _follow(options: argparse.Namespace) -> int:
         Preempted: Ctrl-C or SIGTERM asked to stop; all that has come is kept.
         JaxinfraError: see `data.follow`.
     """
-    from jaxinfra.config import validate
-    from jaxinfra.data.inspect import facts
-    from jaxinfra.prepare.follow import follow
-    from jaxinfra.runtime.signals import StopRequest
-
-    (recipe, *others) = config_argument.recipes(options)
+    (recipe, *others) = recipes(options)
     if others:
         raise ConfigError(f"{options.config}: names {1 + len(others)} recipes; follow one stream at a time")
     validate(recipe)
@@ -94,7 +104,7 @@ def _follow(options: argparse.Namespace) -> int:
         )
         try:
             for made in versions:
-                print(f"{'sealed' if made.new else _was_there(made)}: {made.path}", flush=True)
+                _say(made, "sealed")
         except ConfigError as error:
             if stop.reason is None:
                 raise
@@ -110,16 +120,12 @@ def _follow(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def bar(*, endless: bool = False) -> Iterator[Callable[["Progress"], None]]:
+def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
     """A bar for each stage, with tokens a second and the time that is left where it can be told.
 
     Args:
         endless: the source is a stream, of which nobody knows how much will come.
     """
-    from rich.filesize import decimal
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
     name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
     bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
@@ -129,7 +135,7 @@ def bar(*, endless: bool = False) -> Iterator[Callable[["Progress"], None]]:
             for task, _ in tasks.values():
                 bars.update(task, total=1, completed=1)
 
-        def tell(progress: "Progress") -> None:
+        def tell(progress: Progress) -> None:
             if not tasks:
                 stack.enter_context(bars)  # which writes a line even where nothing is told
             if progress.stage not in tasks:

@@ -3,12 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxinfra.cli import config_argument
+from jaxinfra.data.store.store import Store
 from jaxinfra.errors import DataError
+from jaxinfra.storage.errors import REMAKE
 
 _LISTED = 100
-
-arguments = config_argument.add_store
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -17,9 +16,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     Raises:
         DataError: something is damaged.
     """
-    from jaxinfra.data.store.store import Store
-    from jaxinfra.storage.errors import REMAKE
-
     store = Store.open(options.store, options.version)
     looked_at = n_bytes = 0
     damages = []
