@@ -133,13 +133,10 @@ def test_wrong_credentials_are_one_line_and_stand_nowhere(wrong, request, writte
         names(done.err.splitlines()[-1], f"error: {url}/versions.json: credentials allowed")
         assert "sEcReT" not in done.out + done.err
     assert all(b"sEcReT" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for call in (
-        lambda place: place.write("a", b"a"),
-        lambda place: place.delete("a"),
-        lambda place: place.exists("a"),
-    ):
-        with raises(StorageError, f"{url}/a: credentials allowed"):
-            call(Storage(url))
+    if server.scheme == "s3":  # Google's token is read once a process
+        for call, *content in (("write", b"a"), ("delete",), ("exists",), ("read",)):
+            with raises(StorageError, f"{url}/a: credentials allowed"):
+                getattr(Storage(url), call)("a", *content)
 
 
 def test_right_credentials_stand_nowhere(s3, written):
