@@ -1,18 +1,79 @@
-"""Fixtures of small stores, and of a small vocabulary of every kind."""
+"""Small sources, recipes and stores, what is in them, and a small vocabulary of every kind."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
+from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
+from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.text_files import TextFiles
-from jaxinfra.prepare.tokenizers import TrainBpe
+from jaxinfra.prepare.tokenizers import Bytes, TrainBpe
 from tests.vocabularies import KINDS, vocabulary
 
 WORDS = ["def", "return", "self", "import", "class", "for", "in", "if", "naïve", "漢字", "0", "x", "(", ")", ":", "="]
+
+
+RECIPE = """
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import ByKey
+from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.sources.kafka import Kafka
+from jaxinfra.prepare.sources.stdin import Stdin
+from jaxinfra.prepare.tokenizers import Bytes
+def config():
+    return Corpus(store={store!r}, source={source}, tokenizer=Bytes(), shard_bytes=1024,
+                  validation=ByKey(fraction=0.1), {more})
+"""
+
+
+def recipe_file(folder, store, source, more=""):
+    """The file of a recipe; its source and more fields are given as code."""
+    (folder / "recipe.py").write_text(RECIPE.format(store=str(store), source=source, more=more))
+    return str(folder / "recipe.py")
+
+
+def jsonl(folder, records):
+    """A source of records in one file; a text is a record of one field."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"text": each} if isinstance(each, str) else each for each in records]
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Jsonl(root=str(folder))
+
+
+def bytes_recipe(folder, store, **fields):
+    """A recipe of JSONL that needs no training and is cut into many jobs."""
+    fields = {"tokenizer": Bytes(), "validation": ByKey(fraction=0.1)} | fields
+    return Corpus(store=str(store), source=Jsonl(root=str(folder)), **fields)
+
+
+def ids_of(store, *splits):
+    """The token ids of every document, its end left out."""
+    found = []
+    for split in splits or ("train", "heldout"):
+        offsets = store.offsets(split)
+        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+            *ids, last = store.read(split, [start], end - start)[0].tolist()
+            assert last == store.tokenizer.eot_id
+            found.append(ids)
+    return found
+
+
+def documents(store, *splits):
+    """Every document as text."""
+    store = store if isinstance(store, TokenStore) else TokenStore.open(store)
+    return [store.tokenizer.decode(ids) for ids in ids_of(store, *splits)]
+
+
+def contents(folder):
+    """Every file of a version but for what tells when it was made."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads(found.pop("manifest.json"))
+    return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
 
 
 def write_files(root: Path, count: int = 40, words: int = 300) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from jaxinfra.cli.main import main
 from jaxinfra.config import load
 from jaxinfra.run import Run
 from jaxinfra.track.jsonl import read
-from tests import refusals
 
 STEPS = 12
 CONFIG = """\
@@ -148,13 +146,6 @@ def ended(process: subprocess.Popen, timeout_s: float = 120) -> Ended:
         out, err = process.communicate()
         raise AssertionError(f"still running after {timeout_s} s\n{out}\n{err}") from None
     return Ended(code=process.returncode, out=out, err=err)
-
-
-def refused(ended: Ended, pattern: str, code: int = 81) -> str:
-    """Asserts that a command ended with one line; returns it."""
-    line = refusals.refused(ended, code=code)
-    assert re.fullmatch(pattern, line), line
-    return line
 
 
 def write_text(folder: Path, files: int = 30, words: int = 120) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -78,24 +79,16 @@ def _tiktoken(folder: Path) -> Tokenizer:
     return load(Tiktoken(path=str(path), special_tokens=(EOT, *MARKERS), end_of_document=EOT))
 
 
-def spm_file(path: Path) -> Path:
-    """A model of SentencePiece that leaves texts as they are, with markers that it calls user defined."""
+def spm_file(path: Path, texts: Sequence[str] | None = None, **fields: object) -> Path:
+    """A model of SentencePiece; without fields one that leaves texts as they are, with markers as user defined."""
     import sentencepiece  # inside: every test process loads this file, also one with the base dependencies alone
 
     model = io.BytesIO()
+    plain = {"model_type": "bpe", "vocab_size": 340, "hard_vocab_limit": False, "byte_fallback": True}
+    plain |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    plain |= {"control_symbols": [EOT], "user_defined_symbols": [*MARKERS, "\n\n"]}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 10),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=340,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        control_symbols=[EOT],
-        user_defined_symbols=[*MARKERS, "\n\n"],
-        minloglevel=2,
+        sentence_iterator=iter(texts or TEXTS * 10), model_writer=model, minloglevel=2, **(fields or plain)
     )
     path.write_bytes(model.getvalue())
     return path

@@ -1,22 +1,29 @@
+"""Batches are read ahead, in order, by any number of processes, into memory that is used again."""
+
+import gc
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from jaxinfra.data import buffers, stopwatch
 from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.order import sample_ids
-from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
+from jaxinfra.data.prefetch import Prefetcher
+from jaxinfra.data.stopwatch import Stopwatch, lateness
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokens import TokenData, Windows
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.models.transformer import TransformerConfig
-from tests.refusals import problem, raises
+from tests.refusals import names, problem, raises
+from tests.servers.guard import free_ports
 
 GLOBAL_BATCH = 8
 T = 16
@@ -66,13 +73,6 @@ def test_rows_are_the_windows_of_the_order(data, store):
         ids = sample_ids(step, global_batch=GLOBAL_BATCH, windows=windows, seed=3)
         np.testing.assert_array_equal(batch["inputs"], [every[i * T : i * T + T] for i in ids])
         np.testing.assert_array_equal(batch["targets"], [every[i * T + 1 : i * T + T + 1] for i in ids])
-
-
-def test_every_target_is_seen_exactly_once_an_epoch(data, store):
-    every = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
-    windows = (len(every) - 1) // T
-    seen = [batch["targets"] for _, batch in batches(data, store, global_batch=1, steps=windows)]
-    assert np.array_equal(np.sort(np.ravel(seen)), np.sort(every[1 : windows * T + 1]))
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 6])
@@ -172,18 +172,9 @@ def test_damage_met_while_reading_reaches_the_consumer(data, store, monkeypatch)
 
     before = loader_threads()
     monkeypatch.setattr(TokenStore, "read", damaged)
-    with pytest.raises(DataError, match="shard 3"), Prefetcher(batches(data, store), dict) as placed:
+    with raises(DataError, "shard 3"), Prefetcher(batches(data, store), dict) as placed:
         next(placed)
     assert_threads_end(before)
-
-
-def test_global_arrays_hold_the_batch(data, store):
-    sharding = NamedSharding(jax.make_mesh((1,), ("fsdp",)), P("fsdp"))
-    assert process_rows(sharding, (GLOBAL_BATCH, T)).tolist() == list(range(GLOBAL_BATCH))
-    _, batch = batches(data, store)[0]
-    placed = to_global(batch, dict.fromkeys(batch, sharding), global_batch=GLOBAL_BATCH)
-    assert_same({name: np.asarray(array) for name, array in placed.items()}, batch)
-    assert all(array.sharding == sharding for array in placed.values())
 
 
 class Counted:
@@ -233,7 +224,7 @@ def test_an_error_while_reading_is_raised_after_the_batches_before_it():
     data = TokenData(store="none")
     made = iter(counted(data, Counted(8, failing=11)))
     assert [next(made)[0] for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(DataError, match="damaged"):
+    with raises(DataError, "damaged"):
         next(made)
 
 
@@ -304,3 +295,146 @@ def test_an_error_while_closing_is_raised_and_ends_the_wait():
     placed = Prefetcher(Source(), lambda batch: batch)
     with pytest.raises(OSError, match="cannot close"):
         next(placed)
+
+
+REMEDIES = {"reading": "read less", "decoding": "decode less"}
+
+
+def test_threads_count_severally_and_errors_end_the_count(monkeypatch):
+    """Two that run from 1 to 4 and from 2 to 7, the first by an error, are 8 seconds of work."""
+    times_s = iter([1.0, 2.0, 4.0, 7.0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(times_s))
+    watch = Stopwatch()
+    one, other = watch.running(), watch.running()
+    one.__enter__()
+    other.__enter__()
+    assert not one.__exit__(ValueError, ValueError(), None)
+    other.__exit__(None, None, None)
+    assert watch.total_s == 8
+
+
+def test_a_run_that_hardly_waits_says_nothing():
+    assert lateness(5.0, 100.0, {"reading": 50.0, "decoding": 1.0}, REMEDIES) is None
+
+
+def test_the_slowest_stage_is_named():
+    found = lateness(20.0, 100.0, {"reading": 5.0, "decoding": 50.0}, REMEDIES)
+    names(found or "", "20.0 100.0 decoding is reading 5.0 decode less")
+
+
+PROGRAM = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxinfra.data.prefetch import process_rows, to_global
+
+port, rank = sys.argv[1], int(sys.argv[2])
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank, initialization_timeout=60)
+whole = np.arange(8 * 6, dtype=np.int32).reshape(8, 6)
+devices = np.array(jax.devices())
+layouts = {
+    "batch across processes": (devices.reshape(2, 2), P("fsdp", "context")),
+    "sequence across processes": (devices.reshape(2, 2).T, P("fsdp", "context")),
+    "rows interleaved": (devices.reshape(2, 2).T, P(("fsdp", "context"), None)),
+    "replicated": (devices.reshape(2, 2), P(None, None)),
+}
+for name, (grid, spec) in layouts.items():
+    mesh = jax.sharding.Mesh(grid, ("fsdp", "context"), axis_types=(AxisType.Explicit,) * 2)
+    sharding = NamedSharding(mesh, spec)
+    rows = process_rows(sharding, (8, 6))
+    placed = to_global({"inputs": whole[rows]}, {"inputs": sharding}, global_batch=8)["inputs"]
+    assert placed.shape == (8, 6), name
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index], err_msg=name)
+    print(name, rows.tolist(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_each_device_gets_its_part_of_the_global_batch():
+    command = [sys.executable, "-c", PROGRAM, str(free_ports(1)[0])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "batch across processes [0, 1, 2, 3]" in outputs[0]
+    assert "batch across processes [4, 5, 6, 7]" in outputs[1]
+    assert "sequence across processes [0, 1, 2, 3, 4, 5, 6, 7]" in outputs[1]
+
+
+SHAPE = (64, 1031)
+"""Of no other test: nobody else takes or leaves memory of this size."""
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_arrays_are_like_those_of_numpy():
+    for shape, dtype in (((3, 4), np.int32), (SHAPE, np.float32), ((70_000,), np.dtype(np.uint16)), ((0, 5), np.int8)):
+        array = buffers.empty(shape, dtype)
+        assert array.shape == shape
+        assert array.dtype == dtype
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        array[...] = 3
+        assert (array == 3).all()
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it():
+    array = buffers.empty(SHAPE, np.int32)
+    first = address(array)
+    del array
+    gc.collect()
+    assert address(buffers.empty(SHAPE, np.float32)) == first
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda a: a, lambda a: a[:, 1:], lambda a: a.reshape(-1)[5:].view(np.uint8), memoryview, jax.device_put]
+)
+def test_memory_that_something_refers_to_is_left_alone(keep):
+    array = buffers.empty(SHAPE, np.int32)
+    array[:] = 7
+    kept = keep(array)
+    before = np.asarray(kept).tobytes()
+    del array
+    gc.collect()
+    others = [buffers.empty(SHAPE, np.int32) for _ in range(3)]
+    for other in others:
+        other[:] = 8
+    assert np.asarray(kept).tobytes() == before
+
+
+def test_many_threads_never_share_memory():
+    def work(number: int) -> None:
+        for _ in range(200):
+            array = buffers.empty(SHAPE, np.int32)
+            array[:] = number
+            assert (array == number).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_memory_that_a_computation_has_yet_to_read_is_left_alone():
+    """A dropped device array lives until what was dispatched on it is done."""
+
+    @jax.jit
+    def slow(x):
+        busy = jax.lax.fori_loop(0, 20, lambda i, m: m @ m / 300, jax.numpy.ones((300, 300)))
+        return (x + (0 * busy.sum()).astype(x.dtype)).sum()
+
+    found = []
+    for number in range(30):
+        host = buffers.empty(SHAPE, np.int32)
+        host[:] = number
+        placed = jax.device_put(host)
+        found.append(slow(placed))
+        del host, placed
+    assert [int(one) for one in found] == [number * SHAPE[0] * SHAPE[1] for number in range(30)]

@@ -1,24 +1,31 @@
-"""Mixtures of stores, from the config to the batch."""
+"""Mixtures of stores, rows of whole documents and pairs of answers, from the config to the batch."""
 
 import json
+import random
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxinfra.data.batches import Batches
+from jaxinfra.data.batches import Batches, heldout_batches
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
+from jaxinfra.data.packing import Pack
+from jaxinfra.data.pairs import PairData
+from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.documents.chat import Chat
+from jaxinfra.prepare.documents.dedup import Dedup
+from jaxinfra.prepare.documents.preference import Preference
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.tokenizers import Bytes
-from tests.refusals import problem, raises
+from tests.refusals import names, problem, raises
+from tests.stores import bytes_recipe, jsonl
 
 T = 16
 
@@ -29,14 +36,10 @@ def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixture")
     found = []
     for letter, documents in (("a", 60), ("b", 200), ("c", 30)):
-        (folder / letter).mkdir()
-        with (folder / letter / "text.jsonl").open("w") as file:
-            for number in range(documents):
-                file.write(json.dumps({"text": letter * (20 + number % 30)}) + "\n")
-        store = str(folder / f"store-{letter}")
-        source = Jsonl(root=str(folder / letter))
-        prepare(Corpus(store=store, source=source, tokenizer=Bytes(), validation=ByKey(fraction=0.2)), workers=1)
-        found.append(store)
+        source = jsonl(folder / letter, [letter * (20 + number % 30) for number in range(documents)])
+        recipe = bytes_recipe(source.root, folder / f"store-{letter}", validation=ByKey(fraction=0.2))
+        prepare(recipe, workers=1)
+        found.append(recipe.store)
     return found
 
 
@@ -50,19 +53,10 @@ def data(stores):
     )
 
 
-def batches(data, *, rows=slice(None), start_step=0, steps=30, global_batch=12):
+def batches(data, *, start_step=0, steps=30):
     opened = data.open()
-    return list(
-        Batches(
-            data,
-            opened.train,
-            global_batch=global_batch,
-            rows=rows,
-            start_step=start_step,
-            steps=steps,
-            ids=opened.ids,
-        )
-    )
+    options = {"global_batch": 12, "rows": slice(None), "start_step": start_step, "steps": steps, "ids": opened.ids}
+    return list(Batches(data, opened.train, **options))
 
 
 def letters(batch):
@@ -79,32 +73,11 @@ def test_shares_are_those_of_the_stages(data):
     assert later["a"] == 0 and abs(later["b"] - later["c"]) <= 40
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_the_rows_of_all_processes_make_up_the_same_batches(data, processes):
-    whole = batches(data)
-    parts = [batches(data, rows=own) for own in np.array_split(np.arange(12), processes)]
-    for index, (step, expected) in enumerate(whole):
-        assert all(part[index][0] == step for part in parts)
-        for name, array in expected.items():
-            assert np.array_equal(array, np.concatenate([part[index][1][name] for part in parts]))
-
-
 def test_a_run_that_goes_on_reads_the_same_tail(data):
     whole, tail = batches(data), batches(data, start_step=13, steps=17)
     for (step, left), (other, right) in zip(whole[13:], tail, strict=True):
         assert step == other
         assert all(np.array_equal(left[name], right[name]) for name in left)
-
-
-def test_every_sample_of_a_store_is_read_once_an_epoch(data):
-    opened = data.open()
-    offsets = opened.train.offsets
-    ids = np.concatenate([opened.ids(step, 12) for step in range(400)])
-    for source in range(3):
-        own = ids[(ids >= offsets[source]) & (ids < offsets[source + 1])] - offsets[source]
-        count = offsets[source + 1] - offsets[source]
-        for epoch in range(len(own) // count):
-            assert sorted(own[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
 
 
 def test_heldout_samples_are_of_every_store(data):
@@ -171,3 +144,154 @@ def test_a_source_without_the_packing_is_named(data):
     unpacked = replace(data, sources=(data.sources[0], replace(data.sources[1], packing="best_fit")), stages=())
     with raises(ConfigError, "data.sources.1.packing=best_fit: /store-b/ 16"):
         unpacked.open()
+
+
+PACKED = 64
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Documents of 1 to 200 bytes, each beginning with its number."""
+    folder, rng = tmp_path_factory.mktemp("packed"), random.Random(0)
+    source = jsonl(folder / "source", [f"{number} " + "x" * int(200 * rng.random() ** 3) for number in range(300)])
+    packs = (Pack(seq_len=PACKED), Pack(seq_len=PACKED, by_length=True))
+    prepare(bytes_recipe(source.root, folder / "store", packs=packs), workers=1)
+    return str(folder / "store")
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "best_fit_by_length"])
+def test_every_token_but_the_first_of_a_document_is_a_target_once(store, packing):
+    data = TokenData(store=store, seq_len=PACKED, packing=packing)
+    opened = data.open()
+    rows = opened.train.read(np.arange(len(opened.train)), weighted=False)
+    offsets = opened.store.offsets("train")
+    tokens = opened.store.read("train", [0], offsets[-1])[0]
+    expected = np.delete(tokens, offsets[:-1])
+    found = rows["targets"][rows["weights"] > 0]
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    assert opened.store.manifest.packs[f"train/{data.pack.name}"].rows == len(opened.train)
+
+
+def test_a_curriculum_reads_short_documents_first_and_all_of_them_once(store):
+    data = TokenData(store=store, seq_len=PACKED, packing="best_fit_by_length", curriculum=Curriculum(buckets=4))
+    opened = data.open()
+    count = len(opened.train)
+    read = np.concatenate([opened.ids(step, 1) for step in range(2 * count)])
+    first, second = read[:count], read[count:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(count))
+    rows = opened.train.read(first, weighted=False)
+    longest = (rows["positions"] * (rows["segments"] > 0)).max(axis=1)
+    quarters = [part.mean() for part in np.array_split(longest, 4)]
+    assert quarters == sorted(quarters) and quarters[0] < quarters[-1] / 2
+
+
+def test_heldout_rows_count_their_bytes(store):
+    data = TokenData(store=store, seq_len=PACKED, packing="best_fit")
+    opened = data.open()
+    info = opened.store.manifest.splits["heldout"]
+    assert opened.heldout().n_bytes == info.bytes - info.documents  # the first byte of each follows nothing
+    batches = list(heldout_batches(data, opened.heldout(), global_batch=4, rows=slice(None)))
+    assert sum(batch["weights"].sum() for _, batch in batches) == info.tokens - info.documents
+
+
+def test_a_length_that_was_not_packed_says_which_were(store):
+    with raises(ConfigError, "65 64, 64-by-length; Pack(seq_len=65)"):
+        TokenData(store=store, seq_len=65, packing="best_fit").open()
+    with raises(ConfigError, "Pack(seq_len=65, by_length=True)"):
+        TokenData(store=store, seq_len=65, packing="best_fit_by_length").open()
+
+
+def test_only_answers_of_conversations_are_learned(tmp_path):
+    talks = [(f"question {number} <|im_end|>", f"answer {number}") for number in range(40)]
+    records = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in talks
+    ]
+    fields = {"form": Chat(), "tokenizer": Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))}
+    fields |= {"validation": ByKey(fraction=0.2), "packs": (Pack(seq_len=256),)}
+    source = jsonl(tmp_path / "source", records)
+    assert prepare(bytes_recipe(source.root, tmp_path / "store", **fields), workers=1).manifest.masked
+    for packing in ("windows", "best_fit"):
+        data = TokenData(store=str(tmp_path / "store"), seq_len=256, packing=packing)
+        opened = data.open()
+        batch = opened.train.read(np.arange(len(opened.train)), weighted=False)
+        learned = opened.tokenizer.decode(batch["targets"][batch["weights"] > 0].tolist())
+        assert "answer 1" in learned and "question" not in learned
+    assert learned.count("answer") == opened.store.manifest.splits["train"].documents
+    with raises(ConfigError, "data.mask_documents=false"):
+        replace(data, packing="windows", mask_documents=False).open()
+
+
+PAIR = 40
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    answers = [{"prompt": f"{n}? ", "chosen": f"yes {n}", "rejected": "no" * (1 + n)} for n in range(50)]
+    source = jsonl(folder / "source", answers)
+    fields = {"form": Preference(template=None), "validation": ByKey(fraction=0.2)}
+    recipe = bytes_recipe(source.root, folder / "store", **fields)
+    prepare(recipe, workers=1)
+    return recipe
+
+
+def said(tokenizer, batch, side, row):
+    used = batch[f"{side}_segments"][row] > 0
+    targets = batch[f"{side}_targets"][row]
+    learned = batch[f"{side}_weights"][row] > 0
+    whole = [int(batch[f"{side}_inputs"][row][0]), *targets[used].tolist()]
+    return tokenizer.decode(whole), tokenizer.decode(targets[learned].tolist())
+
+
+def test_both_sides_begin_alike_and_only_answers_are_learned(recipe):
+    opened = PairData(store=recipe.store, seq_len=PAIR).open()
+    count = len(opened.train)
+    assert count + len(opened.heldout()) == 50
+    batch = opened.train.read(np.arange(count), weighted=False)
+    assert {array.shape for array in batch.values()} == {(count, PAIR)}
+    seen = []
+    for row in range(count):
+        chosen, learned = said(opened.store.tokenizer, batch, "chosen", row)
+        number = chosen.partition("?")[0]
+        assert (chosen, learned.rstrip("\0")) == (f"{number}? yes {number}", f"yes {number}")
+        rejected, learned = said(opened.store.tokenizer, batch, "rejected", row)
+        assert rejected == f"{number}? {'no' * (1 + int(number))}"[-PAIR:]  # and its end
+        # The first is an input alone, the last target the end.
+        assert learned == ("no" * (1 + int(number)))[-(PAIR - 1) :]
+        seen.append(number)
+    assert len(set(seen)) == count
+
+
+def test_pairs_that_are_cut_keep_their_answers_and_are_counted(recipe, caplog):
+    opened = PairData(store=recipe.store, seq_len=110).open()
+    assert not caplog.messages
+    longest = int(opened.store.lengths("train").max()) - 1
+    opened = PairData(store=recipe.store, seq_len=4).open()
+    count = len(opened.train)
+    (message,) = caplog.messages
+    names(message, f"data.seq_len=4: {count} {opened.store} data.seq_len={longest}")
+    batch = opened.train.read(np.arange(count), weighted=False)
+    for side in ("chosen", "rejected"):
+        assert (batch[f"{side}_weights"].sum(axis=1) > 0).all()
+    caplog.clear()
+    PairData(store=recipe.store, seq_len=longest).open()
+    assert not caplog.messages
+
+
+def test_a_pair_that_is_repeated_is_left_out_whole(recipe, tmp_path):
+    records = [json.loads(line) for line in (Path(recipe.source.root) / "all.jsonl").read_text().splitlines()]
+    source = jsonl(tmp_path / "source", records * 2)
+    twice = replace(recipe, store=str(tmp_path / "store"), source=source, dedup=Dedup())
+    manifest = prepare(twice, workers=1).manifest
+    assert sum(info.documents for info in manifest.splits.values()) == 100
+    assert (manifest.counts.records, manifest.counts.duplicates) == (100, 100)
+
+
+def test_pairs_are_no_text_and_text_is_no_pairs(recipe, store_path):
+    with raises(ConfigError, f"{recipe.store} pairs"):
+        TokenData(store=recipe.store).open()
+    with raises(ConfigError, f"{store_path} text pairs"):
+        PairData(store=str(store_path)).open()
+    problem(replace(recipe, baselines=True), "baselines=true, form= use baselines=false")
+    problem(replace(recipe, packs=(Pack(seq_len=8),)), "packs= pairs")

@@ -1,8 +1,12 @@
-import warnings
+"""The order in which samples of one source and of a mixture are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
+from jaxinfra.data.mixing import BLOCK, Mixing, MixStage, stage_problems
 from jaxinfra.data.order import Curriculum, epoch_keys, permute, reshuffled, sample_ids
 from tests.refusals import problem
 
@@ -38,29 +42,6 @@ def test_every_position_of_a_small_range_is_reached_about_equally_often():
     assert len(np.unique(table, axis=0)) > 0.9 * 5040  # of 7! permutations
 
 
-def test_neighbours_are_torn_apart():
-    size = 100_000
-    out = permute(np.arange(size), size=size, key=key_of(5))
-    assert abs(np.corrcoef(np.arange(size), out)[0, 1]) < 0.02
-    assert abs(np.abs(np.diff(out)).mean() / (size / 3) - 1) < 0.02  # two independent uniforms differ by n/3
-
-
-@pytest.mark.parametrize(("windows", "global_batch"), [(10, 4), (10, 10), (10, 25), (1, 3), (97, 8)])
-def test_each_window_is_read_once_an_epoch_whatever_the_batch(windows, global_batch):
-    epochs = 4
-    steps = -(-windows * epochs // global_batch)
-    ids = np.concatenate([sample_ids(s, global_batch=global_batch, windows=windows, seed=1) for s in range(steps)])
-    for epoch in range(epochs):
-        one = ids[epoch * windows : (epoch + 1) * windows]
-        assert np.array_equal(np.sort(one), np.arange(windows))
-
-
-def test_the_order_does_not_depend_on_the_batch_size():
-    small = np.concatenate([sample_ids(s, global_batch=4, windows=50, seed=9) for s in range(30)])
-    large = np.concatenate([sample_ids(s, global_batch=24, windows=50, seed=9) for s in range(5)])
-    assert np.array_equal(small, large)
-
-
 def test_seeds_and_epochs_have_their_own_order():
     def epoch(seed, number):
         return tuple(sample_ids(number, global_batch=100, windows=100, seed=seed).tolist())
@@ -78,13 +59,6 @@ def test_the_order_never_changes():
         244483891281,
         552278399329,
     ]
-
-
-def test_a_far_step_is_read_like_any_other():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # integer overflow of scalars would warn
-        ids = sample_ids(10**9, global_batch=4096, windows=10**12, seed=7)
-    assert len(np.unique(ids)) == 4096
 
 
 def test_indices_of_ranges_of_any_size_go_through_one_call():
@@ -139,6 +113,161 @@ def test_arguments_out_of_range_are_refused(arguments):
         sample_ids(**arguments, seed=0)
 
 
-def test_an_index_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="size=5"):
-        permute(np.arange(6), size=5, key=key_of(0))
+def read(mixing: Mixing, steps: int, first: int = 0) -> np.ndarray:
+    """Sources and samples of some steps in the order they are read: [2, N]."""
+    return np.concatenate([np.stack(mixing.ids(step)) for step in range(first, first + steps)], axis=1)
+
+
+def random_mixing(rng: np.random.Generator, steps: int) -> tuple[list[int], list[MixStage], int]:
+    """Lengths, stages and a global batch of any kind, with tiny and unused sources and late stages."""
+    sources = int(rng.integers(1, 9))
+    lengths = [int(n) for n in rng.choice([1, 2, 7, 100, 641, 5000], sources)]
+    starts = [0, *sorted(rng.choice(np.arange(1, steps), int(rng.integers(0, 4)), replace=False).tolist())]
+    stages = []
+    for start in starts:
+        weights = rng.random(sources) ** 4 * (rng.random(sources) < 0.8)
+        weights[rng.integers(sources)] += 0.01
+        stages.append(MixStage(start_step=start, weights=tuple(weights.tolist())))
+    return lengths, stages, int(rng.choice([1, 3, 24, 64, 100, 640]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_source_is_read_in_whole_epochs(seed):
+    rng = np.random.default_rng(seed)
+    lengths, stages, global_batch = random_mixing(rng, steps=60)
+    curriculum = Curriculum(buckets=int(rng.integers(1, 9))) if seed % 2 else None
+    mixing = Mixing(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
+    source_N, sample_N = read(mixing, 60)
+    for source, length in enumerate(lengths):
+        own = sample_N[source_N == source]
+        for start in range(0, len(own), length):
+            epoch = own[start : start + length]
+            assert len(np.unique(epoch)) == len(epoch), "a sample comes twice in an epoch"
+            assert epoch.min() >= 0
+            assert epoch.max() < length
+    assert np.bincount(source_N, minlength=len(lengths)).tolist() == mixing.counts(60)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_are_exact_to_the_stated_bound(seed):
+    steps = 80
+    lengths, stages, global_batch = random_mixing(np.random.default_rng(seed), steps)
+    mixing = Mixing(lengths, stages, global_batch=global_batch, seed=seed)
+    source_N, _ = read(mixing, steps)
+    at_step = np.searchsorted([stage.start_step for stage in stages], np.arange(len(source_N)) // global_batch, "right")
+    share_stages = np.array([np.array(stage.weights) / sum(stage.weights) for stage in stages])
+    due_NS = np.cumsum(share_stages[at_step - 1], axis=0)
+    read_NS = np.cumsum(source_N[:, None] == np.arange(len(lengths)), axis=0)
+    error_N = np.abs(read_NS - due_NS).max(axis=1)
+    assert (error_N < 2 * at_step + BLOCK / 4).all()
+    first_stage = (stages[1].start_step if len(stages) > 1 else steps) * global_batch
+    assert (error_N[:first_stage][BLOCK - 1 :: BLOCK] < 2).all()
+
+
+def test_shares_hold_for_thousands_of_sources_and_for_rare_ones():
+    weights = tuple(1 / (i + 1) ** 2 for i in range(3000))
+    mixing = Mixing([10] * 3000, [MixStage(weights=weights)], global_batch=64, seed=0)
+    for step in (1, 77, 10**5, 10**9):
+        off = np.array(mixing.counts(step), float) - 64.0 * step * np.array(weights) / sum(weights)
+        assert np.abs(off).max() < 2
+
+
+def test_a_source_of_no_weight_is_not_read_and_goes_on_where_it_was():
+    stages = [MixStage(weights=(1, 1)), MixStage(start_step=5, weights=(1, 0)), MixStage(start_step=9, weights=(0, 1))]
+    mixing = Mixing([40, 1000], stages, global_batch=10, seed=1)
+    assert set(read(mixing, 4, first=5)[0]) == {0}
+    assert set(read(mixing, 4, first=9)[0]) == {1}
+    assert mixing.counts(5) == [25, 25]
+    assert mixing.counts(9) == [65, 25]
+    source_N, sample_N = read(mixing, 100)
+    own = sample_N[source_N == 1]
+    alone = np.concatenate(
+        [Mixing([1, 1000], [MixStage(weights=(0, 1))], global_batch=9, seed=1).ids(s)[1] for s in range(90)]
+    )
+    assert np.array_equal(own[:810], alone)
+
+
+@pytest.mark.parametrize("global_batch", [8, 24, 120])
+def test_any_number_of_processes_reads_the_same_batches(global_batch):
+    mixing = Mixing([50, 7, 1], [MixStage(weights=(0.5, 0.3, 0.2))], global_batch=global_batch, seed=3)
+    for step, processes in zip(range(7, 40), [1, 2, 3, 4, 8] * 7, strict=False):  # their number changes in mid-run
+        rows = np.array_split(np.random.default_rng(step).permutation(global_batch), processes)
+        whole = np.stack(mixing.ids(step))
+        for part in rows:
+            assert np.array_equal(np.stack(mixing.ids(step, part)), whole[:, part])
+
+
+def test_the_order_of_a_mixture_does_not_depend_on_the_batch_size():
+    def order(global_batch: int) -> np.ndarray:
+        return read(Mixing([50, 7], [MixStage(weights=(2, 1))], global_batch=global_batch, seed=3), 960 // global_batch)
+
+    assert np.array_equal(order(4), order(96))
+
+
+def test_one_source_is_read_as_by_itself():
+    mixing = Mixing([97], global_batch=10, seed=5)
+    for step in (0, 9, 10**9):
+        assert np.array_equal(mixing.ids(step)[1], sample_ids(step, global_batch=10, windows=97, seed=5))
+
+
+def test_another_source_does_not_reshuffle_the_others():
+    def order(lengths: Sequence[int]) -> np.ndarray:
+        source_N, sample_N = read(Mixing(lengths, global_batch=10, seed=5), 40)
+        return sample_N[source_N == 1][:100]
+
+    assert np.array_equal(order([60, 80]), order([60, 80, 50]))
+
+
+def test_without_stages_sources_run_through_their_epochs_together():
+    assert Mixing([300, 147, 1], global_batch=448, seed=0).counts(3) == [900, 441, 3]
+
+
+def test_decimal_weights_are_taken_at_their_word():
+    tenths = Mixing([9, 9], [MixStage(weights=(0.1, 0.9))], global_batch=10, seed=0)
+    assert tenths.counts(10**17) == [10**17, 9 * 10**17]
+
+
+def test_neighbours_of_a_batch_are_of_any_source():
+    """Row i of every batch, which one process reads, has its share of every source."""
+    mixing = Mixing([1000, 1000], [MixStage(weights=(1, 1))], global_batch=64, seed=0)
+    first = np.array([mixing.ids(step)[0] for step in range(200)])
+    assert (np.abs(first.mean(axis=0) - 0.5) < 0.2).all()
+
+
+def test_the_order_of_a_mixture_never_changes():
+    """Runs go on from their step alone, so a changed order would repeat and skip data silently."""
+    stages = [MixStage(weights=(0.7, 0.2, 0.1)), MixStage(start_step=1000, weights=(0.1, 0.2, 0.7))]
+    mixing = Mixing([1000, 10**6, 3], stages, global_batch=8, seed=42, curriculum=Curriculum(buckets=4))
+    assert [array.tolist() for array in mixing.ids(3)] == [
+        [1, 0, 0, 1, 1, 0, 0, 1],
+        [248032, 73, 178, 14891, 5765, 137, 1, 86855],
+    ]
+    assert [array.tolist() for array in mixing.ids(10**6)] == [[2, 2, 2, 2, 2, 2, 1, 2], [0, 2, 0, 1, 0, 1, 606215, 2]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    sources: int
+    stages: tuple[MixStage, ...] = field(default=())
+
+    def problems(self):
+        yield from stage_problems(self.stages, sources=self.sources)
+
+
+@pytest.mark.parametrize(
+    ("sources", "stages", "named"),
+    [
+        (1, [(0, (-1.0,))], "stages.0.weights=(-1.0,):"),
+        (2, [(0, (0.0, 0.0))], "stages.0.weights=(0.0, 0.0):"),
+        (1, [(0, (float("inf"),))], "stages.0.weights=(inf,):"),
+        (1, [(-1, (1.0,))], "stages.0.start_step=-1: use stages.0.start_step=0"),
+        (2, [(0, (1.0,))], "stages.0.weights=(1.0,): 2"),
+        (1, [(3, (1.0,))], "stages.0.start_step=3:"),
+        (1, [(0, (1.0,)), (5, (2.0,)), (5, (1.0,))], "stages.2.start_step=5:"),
+    ],
+)
+def test_wrong_stages_are_one_line(sources, stages, named):
+    made = tuple(MixStage(start_step=start, weights=weights) for start, weights in stages)
+    problem(Owner(sources=sources, stages=made), named)
+    with pytest.raises(ValueError, match="weights|start_step"):
+        Mixing([5] * sources, made, global_batch=1, seed=0)

@@ -6,6 +6,7 @@ import pytest
 
 from jaxinfra.data.tokenizer import StreamDecoder, restore
 from jaxinfra.errors import ConfigError
+from tests.refusals import raises
 from tests.vocabularies import EOT, KINDS, MARKERS, TEXTS, control, vocabulary
 
 LOSSLESS = [kind for kind in KINDS if kind != "unigram"]  # which knows the letters of TEXTS alone
@@ -43,13 +44,8 @@ def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
     assert control(tokenizer, EOT) == [tokenizer.eot_id]
     text = f"a{EOT}class A{EOT}{EOT}"
     ids = control(tokenizer, text)
-    assert ids == [
-        *tokenizer.encode("a"),
-        tokenizer.eot_id,
-        *tokenizer.encode("class A"),
-        tokenizer.eot_id,
-        tokenizer.eot_id,
-    ]
+    end = tokenizer.eot_id
+    assert ids == [*tokenizer.encode("a"), end, *tokenizer.encode("class A"), end, end]
     assert control(tokenizer, TEXTS[0]) == tokenizer.encode(TEXTS[0])
     assert control(tokenizer, "") == []
 
@@ -72,17 +68,13 @@ def test_the_content_does_not_depend_on_how_the_vocabulary_was_read(tmp_path, to
 
 
 def test_damaged_content_is_refused(tokenizer):
-    for content in (b"", b"{}", tokenizer.content[: len(tokenizer.content) // 2]):
-        with pytest.raises(ConfigError, match="store/t"):
-            restore(tokenizer.kind, content, EOT, "store/t")
-    with pytest.raises(ConfigError, match="newer jaxinfra"):
-        restore("runes", tokenizer.content, EOT, "store/t")
-    for kind in ("tiktoken", "sentencepiece"):
-        with pytest.raises(ConfigError, match="store/t.*prepare the store again"):
-            restore(kind, tokenizer.content, EOT, "store/t")
-    if tokenizer.kind != "bytes":
-        with pytest.raises(ConfigError, match="end_of_document=<end>"):
-            restore(tokenizer.kind, tokenizer.content, "<end>", "store/t")
+    whole, kind = tokenizer.content, tokenizer.kind
+    cases = [(kind, content, EOT, "store/t") for content in (b"", b"{}", whole[: len(whole) // 2])]
+    cases += [(other, whole, EOT, "store/t prepare") for other in ("tiktoken", "sentencepiece")]
+    cases += [("runes", whole, EOT, "newer"), *[(kind, whole, "<end>", "end_of_document=<end>")][: kind != "bytes"]]
+    for kind, content, end, named in cases:
+        with raises(ConfigError, named):
+            restore(kind, content, end, "store/t")
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "🙂" * 9, "\ufffd real \ufffd\ufffd"])

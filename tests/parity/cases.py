@@ -138,9 +138,7 @@ LOOSE = replace(
 """Mixtral's experts: a softmax, and nothing is dropped."""
 
 SIGHTS = replace(
-    TIGHT,
-    name="sights",
-    model=replace(TIGHT.model, dense_layers=1, layers=3, sights=("local", "global"), window=5),
+    TIGHT, name="sights", model=replace(TIGHT.model, dense_layers=1, layers=3, sights=("local", "global"), window=5)
 )
 """Layers of two sights, uneven over two stages: some compute what nobody counts. One comes before, without experts."""
 

@@ -26,20 +26,13 @@ def test_every_pair_that_there_is_has_a_case() -> None:
     assert {name for pair in every for name in pair} >= {*RUNS, *AXES}
 
 
-@pytest.mark.jax_range
-@pytest.mark.parametrize("case", cover()[:3], ids=str)
-def test_gradients_are_those_of_one_device_with_every_jax(case: Case) -> None:
-    assert not differs(case)
+def marked(number: int) -> tuple[pytest.MarkDecorator, ...]:
+    """Three cases run with every JAX that is supported; those that bring little are slow."""
+    return (pytest.mark.jax_range,) if number < 3 else (pytest.mark.slow,) if number >= FAST else ()
 
 
-@pytest.mark.parametrize("case", cover()[3:FAST], ids=str)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marked(n), id=str(case)) for n, case in enumerate(cover())])
 def test_gradients_are_those_of_one_device(case: Case) -> None:
-    assert not differs(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cover()[FAST:], ids=str)
-def test_gradients_are_those_of_one_device_in_every_pair_of_choices(case: Case) -> None:
     assert not differs(case)
 
 

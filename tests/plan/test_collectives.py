@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfra.plan.collectives import SLICED, Collective, Traffic, collectives, summed
+from jaxinfra.plan.collectives import SLICED, Collective, collectives
 from jaxinfra.plan.hlo import Module
 
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
@@ -222,71 +222,6 @@ def test_a_computation_that_is_started_and_waited_for_counts_once() -> None:
     assert collectives(module, MESH) == [one("all-to-all", ("tensor",), 32)]
 
 
-def test_a_loop_in_a_loop_multiplies() -> None:
-    def loop(name: str, runs: int, inside: str) -> str:
-        return f"""
-%{name}_condition (p: (s32[], f32[8])) -> pred[] {{
-  %p.{name} = (s32[], f32[8]) parameter(0)
-  %n = s32[] constant({runs})
-  %i = s32[] get-tuple-element(%p.{name}), index=0
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}}
-
-%{name} (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
-  %p = (s32[], f32[8]) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %x = f32[8] get-tuple-element(%p), index=1
-  %one = s32[] constant(1)
-  %zero = s32[] constant(0)
-  %next = s32[] add(%i, %one)
-  {inside}
-  ROOT %out = (s32[], f32[8]) tuple(%next, %x)
-}}
-"""
-
-    start = "%before = (s32[], f32[8]) tuple(%zero, %x)"
-    inner = "%w = (s32[], f32[8]) while(%before), condition=%layers_condition, body=%layers"
-    gather = "%g = f32[16] all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}"
-    sum_of_all = f"%r = f32[8] {REDUCE}"
-    module = entry(
-        "%zero = s32[] constant(0)",
-        "%x = f32[8] parameter(0)",
-        start,
-        "ROOT %w = (s32[], f32[8]) while(%before), condition=%microbatches_condition, body=%microbatches",
-        before=loop("layers", 5, gather) + loop("microbatches", 3, f"{start}\n  {inner}\n  {sum_of_all}"),
-    )
-    assert summed(collectives(module, MESH)) == [
-        Traffic(loops=1, kind="all-reduce", axes=("tensor",), link="local", arrays=1, runs=3, bytes=96),
-        Traffic(loops=2, kind="all-gather", axes=("tensor",), link="local", arrays=1, runs=15, bytes=960),
-    ]
-
-
-def test_a_chain_of_fusions_counts_once() -> None:
-    """The TPU compiler writes an asynchronous collective as a start, fusions that go on with it, and an end."""
-    gather = 'f32[16] all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="3"}'
-    target = 'custom_call_target="AsyncCollective'
-    parts = f"""
-%begin (p: f32[8]) -> f32[16] {{
-  %all-gather.1 = {gather}
-  ROOT %custom-call.1 = (f32[8], f32[16]) custom-call(%all-gather.1), {target}Start"
-}}
-
-%go_on (p: f32[8]) -> f32[16] {{
-  %all-gather.2 = {gather}
-  ROOT %add = f32[16] add(%all-gather.2, %q)
-}}
-
-%end (p: f32[8]) -> f32[16] {{
-  %all-gather.3 = {gather}
-  ROOT %custom-call.2 = f32[16] custom-call(%p, %all-gather.3), {target}Done"
-}}
-"""
-    calls = [
-        f"%f.{n} = f32[16] fusion(%p), kind=kCustom, calls=%{part}" for n, part in enumerate(("begin", "go_on", "end"))
-    ]
-    assert collectives(entry(*calls, before=parts), MESH) == [one("all-gather", ("tensor",), 64)]
-
-
 SEND = (
     "%send = (f32[96,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%g, %token), channel_id=2, "
     'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
@@ -321,15 +256,3 @@ def test_groups_that_join_hosts_cross_the_network() -> None:
     )
     found = collectives(module, MESH, [0] * 4 + [1] * 4)
     assert [(each.axes, each.link) for each in found] == [(("replica",), "network"), (("tensor",), "local")]
-
-
-def test_rows_add_up_what_runs_in_a_step() -> None:
-    found = [
-        one("all-gather", ("fsdp",), 64, 32, loops=1, times=5),
-        one("all-gather", ("fsdp",), 8, loops=1, times=2),
-        one("all-gather", ("fsdp",), 8),
-    ]
-    assert summed(found) == [
-        Traffic(loops=0, kind="all-gather", axes=("fsdp",), link="local", arrays=1, runs=1, bytes=8),
-        Traffic(loops=1, kind="all-gather", axes=("fsdp",), link="local", arrays=3, runs=12, bytes=496),
-    ]

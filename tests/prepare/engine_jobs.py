@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from jaxinfra.errors import DataError
 
 
@@ -102,3 +104,17 @@ def start_driver(folder: Path, pids: int) -> tuple["subprocess.Popen[str]", list
         time.sleep(0.02)
         assert driver.poll() is None
     return driver, [int(name.partition(".")[2]) for name in names]
+
+
+def outside_of_loopback() -> list[tuple[str, int]]:
+    """Addresses that other machines could reach."""
+    this = psutil.Process()
+    found = []
+    for process in [this, *this.children(recursive=True)]:
+        try:
+            found += [each.laddr for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+        except psutil.NoSuchProcess:
+            continue
+    return [
+        (address.ip, address.port) for address in found if address.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    ]

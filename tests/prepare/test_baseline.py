@@ -1,6 +1,7 @@
 import lzma
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,11 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare.builders import baseline
 from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.recipes.validation import draw as drawn
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.prepare.tokenizers import TrainBpe
-from tests.prepare.test_prepare import documents
+from tests.stores import bytes_recipe, documents
 
 VOCAB = 6
 
@@ -54,14 +54,6 @@ def test_it_equals_the_formula_written_with_dictionaries(order, length):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-def test_the_probabilities_of_all_next_tokens_sum_to_one():
-    model = NGram(draw(300, 0), vocab_size=VOCAB)
-    for seed in range(20):
-        history = np.random.default_rng(seed).integers(0, VOCAB, 6).astype(np.uint16)
-        total = sum(model.probabilities(np.append(history, token))[-1] for token in range(VOCAB))
-        assert total == pytest.approx(1, abs=1e-12)
-
-
 def test_bits_per_byte_count_every_heldout_token_from_the_first():
     train, heldout = draw(500, 0), draw(40, 1)
     model = naive(np.concatenate([[0], train]), VOCAB, 5)
@@ -95,23 +87,10 @@ def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatc
 
 
 def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
-    (tmp_path / "text").mkdir()
     for letter in "abcdefgh":
-        (tmp_path / "text" / f"{letter}.py").write_text("" if drawn(f"{letter}.py") < 0.5 else "x = 1\n")
-    recipe = Corpus(
-        store=str(tmp_path / "store"),
-        source=TextFiles(root=str(tmp_path / "text"), min_bytes=0),
-        tokenizer=TrainBpe(vocab_size=300),
-        validation=ByKey(fraction=0.5),
-        baselines=True,
-    )
-    manifest = prepare(recipe, workers=1).manifest
+        (tmp_path / f"{letter}.py").write_text("" if drawn(f"{letter}.py") < 0.5 else "x = 1\n")
+    fields = {"tokenizer": TrainBpe(vocab_size=300), "validation": ByKey(fraction=0.5), "baselines": True}
+    recipe = bytes_recipe("none", tmp_path / "store", **fields)
+    manifest = prepare(replace(recipe, source=TextFiles(root=str(tmp_path), min_bytes=0)), workers=1).manifest
     assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
     assert manifest.baselines == {}
-
-
-def test_baselines_are_plausible(store_path):
-    """16 words drawn at random: 4 bits a word of some 4 bytes, and nothing can do better."""
-    found = TokenStore.open(store_path).manifest.baselines["bits_per_byte"]
-    assert 0.8 < found["token 5-gram"] < 2.5
-    assert 0.8 < found["xz -6"] < 2.5

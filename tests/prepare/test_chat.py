@@ -1,14 +1,18 @@
+"""Conversations and pairs of answers become texts of which the answers are learned."""
+
 import itertools
 import json
 from dataclasses import replace
 
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from jaxinfra.config import validate
+from jaxinfra.config import decode, encode
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.document import RecordError, Text
+from jaxinfra.prepare.documents.forms import AnyForm
+from jaxinfra.prepare.documents.preference import Completion, Preference
+from tests.refusals import raises
 
 TALK = [
     ("system", "Be kind."),
@@ -138,17 +142,6 @@ def test_the_jinja_template_of_a_family_gives_the_spans_of_its_preset(name, file
     assert of_messages(by_file) == of_messages(by_name)
 
 
-def test_jinja_itself_writes_the_same(file_of):
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    for name, source, bos in (
-        ("llama3", LLAMA3, "<|begin_of_text|>"),
-        ("gemma", GEMMA, "<bos>"),
-        ("chatml", CHATML, ""),
-    ):
-        written = environment.from_string(source).render(**record(), bos_token=bos)
-        assert written == EXPECTED[name] == text(document(Chat(template=file_of(name))))
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_a_message_spells_is_never_of_the_template(name, file_of):
     marks = "".join(("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<bos>", "{{ bos_token }}"))
@@ -202,65 +195,47 @@ def test_a_system_message_is_given_to_those_without():
 
 
 BAD_RECORDS = {
-    "no field": ({"text": ""}, "messages.*text"),
-    "a text": ({"messages": "Hi"}, "messages is str"),
-    "nothing": ({"messages": None}, "messages is NoneType"),
+    "no field": ({"text": ""}, "messages text"),
+    "a text": ({"messages": "Hi"}, "messages str"),
+    "nothing": ({"messages": None}, "messages NoneType"),
     "no messages": ({"messages": []}, "messages"),
     "system alone": ({"messages": [{"role": "system", "content": ""}]}, "messages"),
-    "no message": ({"messages": ["Hi"]}, "message 1 of messages is str"),
-    "no content": ({"messages": [{"role": "user"}]}, "message 1 of messages has no content"),
-    "role": (record([("user", "Hi"), ("tool", "x")]), "message 2 of messages .*tool.*system, user"),
-    "role of a kind": ({"messages": [{"role": ["user"], "content": "x"}]}, r"\['user'\]"),
-    "no text": (record([("user", ["Hi"])]), "message 1 of messages is list"),
-    "half a pair": (record([("user", "a\ud83d")]), "surrogate pair at character 1"),
+    "no message": ({"messages": ["Hi"]}, "message 1 of messages str"),
+    "no content": ({"messages": [{"role": "user"}]}, "message 1 of messages content"),
+    "role": (record([("user", "Hi"), ("tool", "x")]), "message 2 of messages tool system, user"),
+    "role of a kind": ({"messages": [{"role": ["user"], "content": "x"}]}, "['user']"),
+    "no text": (record([("user", ["Hi"])]), "message 1 of messages list"),
+    "half a pair": (record([("user", "a\ud83d")]), "surrogate character 1"),
     "empty": (record([("user", "Hi"), ("assistant", " ")]), "message 2 of messages"),
-    "no answer": (record([("user", "Hi")]), "no message of the assistant"),
+    "no answer": (record([("user", "Hi")]), "assistant"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_RECORDS)
 def test_records_that_are_no_conversation_are_refused_with_the_cause(case):
-    bad, message = BAD_RECORDS[case]
-    with pytest.raises(RecordError, match=message):
+    bad, named = BAD_RECORDS[case]
+    with raises(RecordError, named):
         Chat().documents(bad)
-
-
-def test_half_a_surrogate_pair_is_no_text():
-    with pytest.raises(RecordError, match="text has half a surrogate pair at character 2"):
+    with raises(RecordError, "text surrogate character 2"):
         Text().documents({"text": "ab\udc00"})
 
 
 @pytest.mark.parametrize(
-    ("source", "talk", "message"),
+    ("source", "talk", "named"),
     [
         (GEMMA, TALK[2:], "Conversation roles must alternate"),
-        (
-            "{{ messages[0]['content'] | upper }}{{ messages[1]['content'] }}",
-            TALK[1:3],
-            "does not write once|leaves out",
-        ),
-        ("{{ messages[1]['content'] }}", TALK[1:3], "leaves out message 1, which is of the user"),
-        ("{% for m in messages * 2 %}{{ m['content'] }}{% endfor %}", TALK[1:3], "does not write once"),
-        (
-            PLAIN.replace("m['content']", "m['content'].replace('o', '0')"),
-            TALK[1:3],
-            "leaves out|rewrites its messages",
-        ),
-        (PLAIN.replace("m['content']", "m['content'].replace('H', 'h')"), TALK[1:3], "rewrites its messages"),
-        (
-            "{{ messages[0]['content'] }}{{ nothing.more }}",
-            TALK[1:2],
-            "'nothing' is undefined",
-        ),
-        ("{{ messages.append(1) }}", TALK[1:3], "refuses the conversation"),
+        ("{{ messages[0]['content'] | upper }}{{ messages[1]['content'] }}", TALK[1:3], "message"),
+        ("{{ messages[1]['content'] }}", TALK[1:3], "message 1 user"),
+        ("{% for m in messages * 2 %}{{ m['content'] }}{% endfor %}", TALK[1:3], "once"),
+        (PLAIN.replace("m['content']", "m['content'].replace('o', '0')"), TALK[1:3], "messages"),
+        (PLAIN.replace("m['content']", "m['content'].replace('H', 'h')"), TALK[1:3], "rewrites messages"),
+        ("{{ messages[0]['content'] }}{{ nothing.more }}", TALK[1:2], "'nothing'"),
+        ("{{ messages.append(1) }}", TALK[1:3], "conversation"),
     ],
 )
-def test_templates_that_refuse_or_rewrite_messages_are_refused(tmp_path, source, talk, message):
-    with pytest.raises(RecordError, match=message):
+def test_templates_that_refuse_or_rewrite_messages_are_refused(tmp_path, source, talk, named):
+    with raises(RecordError, named):
         document(Chat(template=template_file(tmp_path, source, bos_token="<bos>"), learn="all"), talk)
-
-
-ANSWERING = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
 
 
 ANSWERING = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
@@ -297,7 +272,7 @@ def test_a_template_begins_and_ends_turns_in_its_own_way(tmp_path, source, expec
     ],
 )
 def test_where_beginnings_do_not_hold_blocks_are_asked_for(tmp_path, source, talk):
-    with pytest.raises(RecordError, match=r"\{% generation %\}"):
+    with raises(RecordError, "{% generation %}"):
         document(Chat(template=template_file(tmp_path, source)), talk)
     assert document(Chat(template=template_file(tmp_path, source), learn="all"), talk)
 
@@ -312,41 +287,100 @@ def test_generation_blocks_say_what_is_learned(tmp_path):
     )
     assert learned(document(Chat(template=template_file(tmp_path / "beside", beside)))) == learned(document(form))
     without = template_file(tmp_path / "without", BLOCKS.replace("m.role == 'assistant'", "loop.first"))
-    with pytest.raises(RecordError, match=r"message 3 in no \{% generation %\}"):
+    with raises(RecordError, "message 3 {% generation %}"):
         document(Chat(template=without))
 
 
 def test_gemma_wants_turns_to_alternate():
-    with pytest.raises(RecordError, match="must alternate"):
+    with raises(RecordError, "alternate"):
         document(Chat(template="gemma"), [("user", "Hi"), ("user", "Hi?"), ("assistant", "Hello.")])
 
 
 def test_unusable_templates_are_refused_in_one_line(tmp_path):
-    cases = {
-        str(tmp_path / "none.jinja"): r"none\.jinja: ",
-        template_file(tmp_path, "{% for %}"): r"chat_template\.jinja: is not a template",
-    }
-    (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "bad.json").write_text("{")
-    (tmp_path / "bare.json").write_text("{}")
-    cases[str(tmp_path / "list.json")] = "list.json"
-    cases[str(tmp_path / "bad.json")] = "bad.json"
-    cases[str(tmp_path / "bare.json")] = r"bare\.json: .*\.jinja"
-    for template, message in cases.items():
-        with pytest.raises(ConfigError, match=message):
-            document(Chat(template=template))
-    with pytest.raises(ConfigError, match=r"bos_token.*tokenizer_config\.json"):
+    for name, content in (("list.json", "[]"), ("bad.json", "{"), ("bare.json", "{}")):
+        (tmp_path / name).write_text(content)
+    template_file(tmp_path, "{% for %}")
+    for name in ("none.jinja", "chat_template.jinja", "list.json", "bad.json", "bare.json"):
+        with raises(ConfigError, f"{tmp_path}/{name}: "):
+            document(Chat(template=str(tmp_path / name)))
+    with raises(ConfigError, "bos_token tokenizer_config.json"):
         document(Chat(template=template_file(tmp_path / "alone", LLAMA3)))
 
 
+ASKED = [{"role": "user", "content": "2+2?"}]
+GOOD, WORSE = [{"role": "assistant", "content": "4"}], [{"role": "assistant", "content": "5"}]
+SPELT = [
+    ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n", ["4", "<|im_end|>"]),
+    ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n", ["5", "<|im_end|>"]),
+]
+
+
+def shown(documents):
+    return [
+        ("".join(span.text for span in document), [span.text for span in document if span.learned])
+        for document in documents
+    ]
+
+
 @pytest.mark.parametrize(
-    ("form", "message"),
+    "record",
     [
-        (Chat(field=""), "field=.*field=messages"),
-        (Chat(template="alpaca"), "template=alpaca: .*template=chatml"),
-        (Chat(system=" "), "system=.*system=none"),
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": WORSE},
+        {"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + WORSE},
+        {"prompt": "2+2?", "chosen": ASKED + GOOD, "rejected": ASKED + WORSE},
     ],
 )
-def test_forms_say_what_is_wrong_with_them(form, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(form)
+def test_a_prompt_with_two_answers_gives_two_documents(record):
+    form = Preference()
+    assert len(form.documents(record)) == form.group
+    assert shown(form.documents(record)) == SPELT
+
+
+def test_conversations_without_a_prompt_share_their_beginning():
+    talk = [*ASKED, *GOOD, {"role": "user", "content": "And 3+3?"}]
+    record = {"chosen": [*talk, {"role": "assistant", "content": "6"}], "rejected": [*talk, *GOOD]}
+    (chosen, rejected) = shown(Preference(prompt=None).documents(record))
+    assert (chosen[1], rejected[1]) == (["6", "<|im_end|>"], ["4", "<|im_end|>"])
+    assert chosen[0].startswith(SPELT[0][0]) and rejected[0].startswith(SPELT[0][0])
+
+
+def test_texts_are_joined_where_there_is_no_template():
+    record = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+    assert shown(Preference(template=None).documents(record)) == [("2+2=4", ["4"]), ("2+2=5", ["5"])]
+    assert not any(span.control for document in Preference(template=None).documents(record) for span in document)
+
+
+def test_a_completion_is_learned_and_its_prompt_is_not():
+    assert shown(Completion().documents({"prompt": "2+2=", "completion": "4"})) == [("2+2=4", ["4"])]
+    assert shown(Completion().documents({"prompt": "", "completion": "4"})) == [("4", ["4"])]
+    form = Completion(completion="answer", template="chatml")
+    for answer in ("4", GOOD):
+        assert shown(form.documents({"prompt": "2+2?", "answer": answer})) == SPELT[:1]
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "named"),
+    [
+        (Preference(), {"prompt": "a", "chosen": "b"}, "rejected prompt, chosen"),
+        (Preference(), {"prompt": "a", "chosen": "b", "rejected": 1}, "rejected int"),
+        (Preference(), {"prompt": ASKED, "chosen": ASKED, "rejected": WORSE}, "chosen assistant"),
+        (Preference(), {"prompt": "a", "chosen": " ", "rejected": "c"}, "message 1 of chosen"),
+        (Preference(prompt=None), {"chosen": GOOD, "rejected": WORSE}, "different"),
+        (Preference(prompt=None), {"chosen": ASKED + GOOD, "rejected": ASKED + GOOD}, "assistant"),
+        (Preference(template=None), {"prompt": ASKED, "chosen": "b", "rejected": "c"}, "prompt list"),
+        (Completion(), {"prompt": "a", "completion": ""}, "answer empty"),
+        (Completion(), {"prompt": "a", "completion": None}, "completion NoneType"),
+    ],
+)
+def test_records_without_answers_are_refused_with_the_cause(form, record, named):
+    with raises(RecordError, named):
+        form.documents(record)
+
+
+def test_every_form_says_what_its_documents_are():
+    documents = {Chat: (True, 1), Completion: (True, 1), Preference: (True, 2)}
+    for form in (Chat(learn="last"), Completion(), Preference(template=None)):
+        assert (form.masked, form.group) == documents[type(form)]
+        assert decode(type(form), encode(form)) == form
+    assert set(documents) < set(AnyForm.__args__)

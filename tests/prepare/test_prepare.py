@@ -21,20 +21,13 @@ from jaxinfra.prepare.builders import tokenize
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.forms import Completion, Preference, Text
 from jaxinfra.prepare.prepare import plan, prepare
-from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from jaxinfra.storage.objects import Storage
-
-
-def contents(folder):
-    """Every file of a version but for what tells when it was made."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    manifest = json.loads(found.pop("manifest.json"))
-    return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
+from tests.refusals import raises
+from tests.stores import bytes_recipe, contents, documents, jsonl
 
 
 def snapshot(folder):
@@ -50,37 +43,6 @@ def lines(folder, documents, *, bad=()):
             text = " ".join(rng.choices(["a", "bb", "ccc", "naïve", "漢字"], k=rng.randrange(1, 60)))
             file.write("{broken\n" if number in bad else json.dumps({"text": f"{number} {text}"}) + "\n")
     return folder
-
-
-def bytes_recipe(folder, store, **fields):
-    """One that needs no training and is cut into many jobs."""
-    return Corpus(
-        store=str(store),
-        source=Jsonl(root=str(folder)),
-        tokenizer=Bytes(),
-        **{"validation": ByKey(fraction=0.1)} | fields,
-    )
-
-
-def documents(store, split):
-    """Every document as text."""
-    offsets = store.offsets(split)
-    return [
-        store.tokenizer.decode(store.read(split, [a], b - a - 1)[0].tolist())
-        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
-
-
-@pytest.mark.parametrize("shard_bytes", [1024, 5000, 10**6])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_bytes_whatever_the_workers_and_shards(tmp_path, shard_bytes, workers):
-    source = lines(tmp_path / "source", 400)
-    expected = prepare(bytes_recipe(source, tmp_path / "one"), workers=1)
-    found = prepare(bytes_recipe(source, tmp_path / "other", shard_bytes=shard_bytes), workers=workers)
-    (files, manifest), (other_files, other) = contents(Path(expected.path)), contents(Path(found.path))
-    assert files == other_files
-    assert manifest["fingerprint"] == other["fingerprint"]
-    assert {**manifest, "source_digest": 0} == {**other, "source_digest": 0}
 
 
 def test_the_same_tokenizer_is_trained_whatever_the_shards(tmp_path, monkeypatch):
@@ -105,15 +67,6 @@ def test_every_record_is_a_document_of_one_split(tmp_path):
         assert texts == sorted(texts, key=expected.index)  # in the order of the source
 
 
-def test_a_prepared_store_is_left_as_it_is(corpus, store_path):
-    before = snapshot(store_path.parent)
-    stages = []
-    again = prepare(corpus, tell=stages.append)
-    assert (again.path, again.new) == (str(store_path), False)
-    assert not stages
-    assert snapshot(store_path.parent) == before
-
-
 def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
     source = lines(tmp_path / "source", 100)
     first = prepare(bytes_recipe(source, tmp_path / "store"), workers=1)
@@ -127,10 +80,9 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
     assert TokenStore.open(tmp_path / "store").manifest == second.manifest  # the newest
     assert TokenStore.open(tmp_path / "store", first.manifest.fingerprint[:8]).manifest == first.manifest
     assert TokenStore.open(first.path).manifest == first.manifest
-    with pytest.raises(ConfigError, match=r"data\.version=none: is not among the 2 versions of"):
-        TokenStore.open(tmp_path / "store", "none")
-    with pytest.raises(ConfigError, match=r"data\.version=: fits several of the 2 versions of"):
-        TokenStore.open(tmp_path / "store", "")
+    for version in ("none", ""):  # the second fits both
+        with raises(ConfigError, f"data.version={version}: {tmp_path}/store 2"):
+            TokenStore.open(tmp_path / "store", version)
 
 
 def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
@@ -145,11 +97,9 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
 
 
 def test_what_is_in_both_splits_stays_held_out(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
     texts = [f"text {number}" for number in range(60)]
-    (source / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
-    recipe = replace(bytes_recipe(source, tmp_path / "all"), validation=ByKey(fraction=0.3))
+    source = jsonl(tmp_path / "source", texts * 2).root
+    recipe = bytes_recipe(source, tmp_path / "all", validation=ByKey(fraction=0.3))
     prepare(recipe, workers=1)
     prepare(replace(recipe, store=str(tmp_path / "once"), dedup=Dedup()), workers=1)
     every, once = TokenStore.open(tmp_path / "all"), TokenStore.open(tmp_path / "once")
@@ -177,27 +127,20 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
     source = lines(tmp_path / "source", 100)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds something that is no store"):
+    with raises(ConfigError, f"{tmp_path}/mine"):
         prepare(bytes_recipe(source, tmp_path / "mine"))
     assert os.listdir(tmp_path / "mine") == ["precious.txt"]
     (tmp_path / "empty").mkdir()
     prepare(bytes_recipe(source, tmp_path / "empty"), workers=1)
 
 
-@pytest.mark.parametrize("stage", ["begin", "tokens", "store", "publish"])
-def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage):
-    calls = []
-
-    def stop(progress):
-        calls.append(progress)
-        if progress.stage == stage and (stage != "tokens" or len(calls) > 20):
-            raise KeyboardInterrupt
-
+@pytest.mark.parametrize(("stage", "nth"), [("begin", 1), ("tokens", 20), ("store", 1), ("publish", 1)])
+def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage, nth):
     recipe = replace(corpus, store=str(tmp_path / "store"), shard_bytes=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, workers=1, tell=stop)
+        prepare(recipe, workers=1, tell=stopped_after(stage, nth))
     assert os.listdir(tmp_path / "store") == [".work"]
-    with pytest.raises(ConfigError, match="no store there"):
+    with raises(ConfigError, f"{tmp_path}/store"):
         TokenStore.open(tmp_path / "store")
     (parts_folder,) = (tmp_path / "store" / ".work").glob("*/parts")
     times = {path: path.stat().st_mtime_ns for path in parts_folder.iterdir()}
@@ -215,11 +158,8 @@ def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus,
 
 KILLED = """
 import os, signal, sys
-from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.prepare.tokenizers import Bytes
+from tests.stores import bytes_recipe
 
 
 class Killer:
@@ -233,9 +173,7 @@ class Killer:
 
 
 if __name__ == "__main__":
-    recipe = Corpus(store=sys.argv[2], source=Jsonl(root=sys.argv[1]), tokenizer=Bytes(), shard_bytes=4096,
-                    validation=ByKey(fraction=0.1))
-    prepare(recipe, workers=2, tell=Killer(sys.argv[3]))
+    prepare(bytes_recipe(sys.argv[1], sys.argv[2], shard_bytes=4096), workers=2, tell=Killer(sys.argv[3]))
 """
 
 
@@ -272,7 +210,7 @@ def stopped_after(stage, nth=1):
 
 def test_parts_of_other_shards_are_not_taken_for_its_own(text_root, tmp_path):
     """Whole files are the same pieces with any `shard_bytes`, and are grouped into other jobs."""
-    recipe = replace(bytes_recipe(text_root, tmp_path / "store"), source=TextFiles(root=str(text_root)))
+    recipe = replace(bytes_recipe("none", tmp_path / "store"), source=TextFiles(root=str(text_root)))
     with pytest.raises(KeyboardInterrupt):
         prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, tell=stopped_after("tokens", 3))
     made = prepare(replace(recipe, shard_bytes=1024), workers=1)
@@ -282,6 +220,10 @@ def test_parts_of_other_shards_are_not_taken_for_its_own(text_root, tmp_path):
 
 def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch):
     recipe = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
+
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Storage, "update", interrupted)
         prepare(recipe, workers=1)
@@ -289,10 +231,6 @@ def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch)
     (tmp_path / "store" / "versions.json.__lock").touch()  # TensorStore writes so
     made = prepare(recipe, workers=1)
     assert TokenStore.open(tmp_path / "store").manifest.fingerprint == made.manifest.fingerprint
-
-
-def interrupted(*_arguments, **_options):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("other_disk", [False, True])
@@ -320,7 +258,7 @@ def test_a_version_that_was_removed_is_made_again(tmp_path):
     again = prepare(recipe, workers=1)
     assert (again.new, again.path) == (True, first.path)
     (Path(first.path) / "train" / "tokens" / "c" / "0").write_bytes(b"")
-    with pytest.raises(DataError, match=rf"damaged \(.*c/0: .*\); move the folder {Path(first.path).name} away"):
+    with raises(DataError, "c/0", Path(first.path).name):
         prepare(recipe, workers=1)
 
 
@@ -333,7 +271,7 @@ def test_a_source_that_changes_while_it_is_read_makes_no_version(tmp_path):
             (source / "new.jsonl").write_text(json.dumps({"text": "new"}))
             (source / "lines.jsonl").write_text(json.dumps({"text": "other"}))
 
-    with pytest.raises(DataError, match=r"^lines\.jsonl: was changed while the source was read; start again"):
+    with raises(DataError, "lines.jsonl: changed"):
         prepare(recipe, workers=1, tell=change)
     assert os.listdir(tmp_path / "store") == [".work"]
 
@@ -352,7 +290,7 @@ def test_a_second_process_does_not_disturb_the_first(tmp_path):
     lock = os.open(work, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process is preparing it"):
+        with raises(ConfigError, f"{tmp_path}/store another process"):
             prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store"))
     finally:
         os.close(lock)
@@ -362,7 +300,7 @@ def test_a_second_process_does_not_disturb_the_first(tmp_path):
 def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
-    with pytest.raises(StorageError, match=r"/store/\S+: 1.0 kB free, .*work=FOLDER"):
+    with raises(StorageError, f"{tmp_path}/store/ 1.0 kB work=FOLDER"):
         prepare(bytes_recipe(lines(tmp_path / "source", 1000), tmp_path / "store"))
 
 
@@ -387,13 +325,13 @@ def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer,
 
 def test_a_place_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="^store="):
+    with raises(StorageError, "store="):
         prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "file" / "store"))
 
 
 def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 300, bad=[250]), tmp_path / "store", shard_bytes=1024)
-    with pytest.raises(DataError, match=r"lines\.jsonl:251: .*; mend the record, or .* on_bad=skip"):
+    with raises(DataError, "lines.jsonl:251: on_bad=skip"):
         prepare(recipe, workers=1)
     assert os.listdir(tmp_path / "store") == [".work"]
     assert len(parts.numbers(next((tmp_path / "store" / ".work").glob("*/parts")))) > 10
@@ -401,11 +339,8 @@ def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
 
 def test_the_fields_of_a_bad_record_are_named_in_one_line(tmp_path):
     (tmp_path / "lines.jsonl").write_text(json.dumps({f"a\n{number}": "" for number in range(100)}))
-    with pytest.raises(
-        DataError, match=r"lines\.jsonl:1: no field text; it has a 0, a 1, .*, a 19 \.\.\.; mend"
-    ) as caught:
+    with raises(DataError, "lines.jsonl:1: text; 0, 1, 19 ...;"):
         prepare(bytes_recipe(tmp_path, tmp_path / "store"), workers=1)
-    assert "\n" not in str(caught.value)
 
 
 def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path):
@@ -419,18 +354,16 @@ def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_corpus_is_refused(tmp_path, text):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "lines.jsonl").write_text(text)
-    with pytest.raises(ConfigError, match="corpus is empty: 0 records read"):
-        prepare(bytes_recipe(tmp_path / "source", tmp_path / "store"), workers=1)
+    (tmp_path / "lines.jsonl").write_text(text)
+    with raises(ConfigError, "store= empty: 0 records"):
+        prepare(bytes_recipe(tmp_path, tmp_path / "store"), workers=1)
 
 
 def test_both_splits_must_have_documents(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 20), tmp_path / "store")
-    with pytest.raises(ConfigError, match=r"^validation=by_key validation\.fraction=1e-09: "):
-        prepare(replace(recipe, validation=ByKey(fraction=1e-9)), workers=1)
-    with pytest.raises(ConfigError, match=r"^validation=by_key validation\.fraction="):
-        prepare(replace(recipe, validation=ByKey(fraction=1 - 1e-9)), workers=1)
+    for fraction in (1e-9, 1 - 1e-9):
+        with raises(ConfigError, f"validation=by_key validation.fraction={fraction}: "):
+            prepare(replace(recipe, validation=ByKey(fraction=fraction)), workers=1)
 
 
 def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, store_path, tmp_path):
@@ -447,18 +380,13 @@ def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, sto
 
 def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024)
-
-    def stop(progress):
-        if progress.stage == "store":
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, workers=1, tell=stop)
+        prepare(recipe, workers=1, tell=stopped_after("store"))
     path = sorted((tmp_path / "store" / ".work").glob("*/parts/*.npz"))[3]
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{path.name}: damaged .*; delete it and prepare again"):
+    with raises(DataError, f"{path.name}: damaged delete"):
         prepare(recipe, workers=1)
     path.unlink()
     made = prepare(recipe, workers=1)
@@ -472,16 +400,6 @@ def test_pieces_are_grouped_by_size_alone():
     assert [piece for group in groups for piece in group] == pieces
     assert all(sum(piece.size_bytes for piece in group[:-1]) < 2**26 for group in groups)
     assert 20 <= len(plan(pieces, 2**60)) <= 40
-
-
-@pytest.mark.slow
-def test_the_standard_library_from_files_to_baselines(tmp_path):
-    recipe = Corpus(store=str(tmp_path / "store"), source=TextFiles(), on_bad="skip", baselines=True)
-    manifest = prepare(recipe).manifest
-    train = manifest.splits["train"]
-    assert manifest.words.vocab_size == 8192
-    assert 3 < train.bytes / train.tokens < 4.5
-    assert 1.2 < manifest.baselines["bits_per_byte"]["token 5-gram"] < 2.2
 
 
 def test_preparing_needs_no_jax():

@@ -1,51 +1,33 @@
-"""Recipes from records to a store: tokenizers, forms, filters and duplicates together."""
+"""Recipes from records to a store: tokenizers, forms, filters and duplicates together, and images with labels."""
 
-import json
 import random
-import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from jaxinfra.data.store.store import TokenStore
-from jaxinfra.errors import ConfigError
+from jaxinfra.data.image_data import ImageData
+from jaxinfra.data.store.store import IMAGES, LABELS, Store, TokenStore
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.preference import Preference
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TrainBpe
+from tests.refusals import raises
+from tests.stores import bytes_recipe, documents, ids_of, jsonl
 from tests.vocabularies import EOT, MARKERS, rank_file, spm_file
 
 CHAT_BPE = TrainBpe(vocab_size=300, special_tokens=MARKERS)
 
 
-def source(folder, records):
-    folder.mkdir()
-    (folder / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return Jsonl(root=str(folder))
-
-
 def recipe(tmp_path, records, **fields):
-    found = {"tokenizer": Bytes(), "validation": ByKey(fraction=0.2)} | fields
-    return Corpus(store=str(tmp_path / "store"), source=source(tmp_path / "source", records), **found)
-
-
-def documents(path):
-    """The ids and the mask of every document, its end left out."""
-    store = TokenStore.open(path)
-    found = []
-    for split in ("train", "heldout"):
-        offsets = store.offsets(split)
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-            ids = store.read(split, [start], end - start)[0]
-            assert ids[-1] == store.tokenizer.eot_id
-            found.append(ids[:-1].tolist())
-    return store, found
+    source = jsonl(tmp_path / "source", records).root
+    return bytes_recipe(source, tmp_path / "store", **{"validation": ByKey(fraction=0.2)} | fields)
 
 
 def words(rng, count):
@@ -74,30 +56,9 @@ def test_a_store_is_read_with_the_tokenizer_that_made_it(tmp_path, kind):
     }[kind]()
     texts = [f"{number} naïve class {EOT} 漢\n" for number in range(40)]
     made = prepare(recipe(tmp_path, [{"text": text} for text in texts], tokenizer=tokenizer), workers=1)
-    store, found = documents(made.path)
-    assert sorted(store.tokenizer.decode(ids) for ids in found) == sorted(texts)
-    assert not any(store.tokenizer.eot_id in ids for ids in found)
-
-
-def test_a_store_of_conversations_learns_the_answers(tmp_path):
-    records = talks(60, random.Random(0))
-    made = prepare(recipe(tmp_path, records, form=Chat(), tokenizer=CHAT_BPE), workers=1)
-    assert made.manifest.masked
-    store, found = documents(made.path)
-    end = store.tokenizer.special[MARKERS[1]]
-    assert all(ids.count(end) == 2 and store.tokenizer.eot_id not in ids for ids in found)
-    answers = {record["messages"][1]["content"] for record in records}
-    learned = set()
-    for split in ("train", "heldout"):
-        offsets = store.offsets(split)
-        total = int(offsets[-1])
-        ids, mask = store.read(split, [0], total)[0], store.read_mask(split, [0], total)[0].astype(bool)
-        assert not mask[offsets[1:] - 1].any()
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-            piece = ids[start:stop][mask[start:stop]]
-            assert piece[-1] == end
-            learned.add(store.tokenizer.decode(piece.tolist()))
-    assert learned == answers
+    store = TokenStore.open(made.path)
+    assert sorted(documents(store)) == sorted(texts)
+    assert not any(store.tokenizer.eot_id in ids for ids in ids_of(store))
 
 
 def test_a_tokenizer_that_the_source_shows_to_be_another_is_refused_before_anything_is_written(tmp_path):
@@ -106,7 +67,7 @@ def test_a_tokenizer_that_the_source_shows_to_be_another_is_refused_before_anyth
         path=str(rank_file(tmp_path / "ranks")), pattern=r"^zz..|[\s\S]", special_tokens=(EOT,), end_of_document=EOT
     )
     texts = [{"text": f"{number}\nzz  y"} for number in range(40)]
-    with pytest.raises(ConfigError, match="ranks: .*tokenizer=tokenizer_file"):
+    with raises(ConfigError, "ranks: tokenizer=tokenizer_file"):
         prepare(recipe(tmp_path, texts, tokenizer=tokenizer), workers=1)
     assert not list((tmp_path / "store").rglob("*.json"))
 
@@ -114,8 +75,7 @@ def test_a_tokenizer_that_the_source_shows_to_be_another_is_refused_before_anyth
 @pytest.mark.parametrize("form", [Chat(), Preference(), Chat(template="gemma")])
 @pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
 def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(tmp_path, form, tokenizer):
-    wanted = form.markers()[0]
-    with pytest.raises(ConfigError, match=rf"form: .*{re.escape(wanted)}.*tokenizer.special_tokens"):
+    with raises(ConfigError, f"form: {form.markers()[0]} tokenizer.special_tokens"):
         prepare(recipe(tmp_path, talks(5, random.Random(0)), form=form, tokenizer=tokenizer), workers=1)
     assert not (tmp_path / "store").exists()
 
@@ -127,16 +87,12 @@ def test_rules_are_counted_and_duplicates_are_left_out(tmp_path):
     short = [words(rng, 3) for _ in range(7)]
     loud = ["! " * 100 + words(rng, 60) for _ in range(4)]
     texts = [*originals, *near, *originals[10:15], *short, *loud]
-    fields = {
-        "filters": Filters(min_words=10, max_symbol_share=0.1),
-        "dedup": Dedup(near=True),
-        "shard_bytes": 4096,
-    }
+    fields = {"filters": Filters(min_words=10, max_symbol_share=0.1), "dedup": Dedup(near=True), "shard_bytes": 4096}
     made = prepare(recipe(tmp_path, [{"text": text} for text in texts], **fields), workers=1)
     assert made.manifest.counts.filtered == {"max_symbol_share": 4, "min_words": 7}
     assert made.manifest.counts.duplicates == 15
-    store, found = documents(made.path)
-    kept = {store.tokenizer.decode(ids) for ids in found}
+    found = documents(made.path)
+    kept = set(found)
     assert len(kept) == len(found) == 30 and kept <= {*originals, *near}
     for original, other in zip(originals, near, strict=False):
         assert (original in kept) != (other in kept)
@@ -164,9 +120,87 @@ def test_another_template_in_the_same_file_makes_another_version(tmp_path):
     template.write_text(template.read_text().replace("': '", "'> '"))
     second = prepare(chats, workers=1)
     assert second.new and second.manifest.fingerprint != first.manifest.fingerprint
-    store, found = documents(second.path)
-    assert all(store.tokenizer.decode(ids).startswith("user> ") for ids in found)
+    assert all(text.startswith("user> ") for text in documents(second.path))
     assert Chat().identity() is None
-    with pytest.raises(ConfigError, match="none.jinja"):
+    with raises(ConfigError, "none.jinja"):
         prepare(replace(chats, form=Chat(template=str(tmp_path / "none.jinja"))), workers=1)
     assert not list(Path(chats.store).glob(".work/*"))
+
+
+RECORDS = [{"image": [[number, 1, 2], [3, 4, 5]], "label": number % 3} for number in range(60)]
+NO_NUMBERS, NO_IMAGE = "image or label whole number", "image 0 to 255"
+BAD = {
+    "no label": ({"image": [[1]]}, "label; image"),
+    "a label that is a text": ({"image": [[1]], "label": "2"}, NO_NUMBERS),
+    "a label between two": ({"image": [[1]], "label": 1.5}, NO_NUMBERS),
+    "a label below 0": ({"image": [[1]], "label": -1}, "label=-1: 0 to 2"),
+    "a label that is infinite": ({"image": [[1]], "label": float("inf")}, NO_NUMBERS),
+    "no label at all": ({"image": [[1]], "label": None}, NO_NUMBERS),
+    "a label of no class": ({"image": [[1]], "label": 3}, "label=3: 0 to 2"),
+    "rows of two lengths": ({"image": [[1], [1, 2]], "label": 0}, NO_NUMBERS),
+    "no rows": ({"image": [], "label": 0}, f"{NO_IMAGE} float64[0]"),
+    "no pixels": ({"image": [[[]]], "label": 0}, f"{NO_IMAGE} float64[1, 1, 0]"),
+    "shares of white": ({"image": [[0.5]], "label": 0}, f"{NO_IMAGE} float64[1, 1, 1]"),
+    "brighter than white": ({"image": [[256]], "label": 0}, f"{NO_IMAGE} int64[1, 1, 1]"),
+    "a row": ({"image": [1, 2], "label": 0}, f"{NO_IMAGE} int64[2]"),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(records) -> ImageSet:
+        source, classes = jsonl(tmp_path / "images", records), ("a", "b", "c")
+        return ImageSet(store=str(tmp_path / "store"), source=source, classes=classes, validation=ByKey(fraction=0.3))
+
+    return written
+
+
+def test_every_image_is_in_one_split_with_its_label(write):
+    recipe = write(RECORDS)
+    store = Store.open(prepare(recipe, workers=1).path)
+    assert store.manifest.shape == (2, 3, 1) and store.manifest.labels == recipe.classes
+    images, labels = (
+        np.concatenate([store.whole(split, name) for split in store.manifest.splits]) for name in (IMAGES, LABELS)
+    )
+    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(60))
+    assert all(image.tolist() == [[[image[0, 0, 0]], [1], [2]], [[3], [4], [5]]] for image in images)
+    assert labels.tolist() == (images[:, 0, 0, 0] % 3).tolist()
+    assert not any(damage for _, _, damage in store.verify())
+
+
+def test_every_image_is_read_once_an_epoch_with_its_label(write):
+    recipe = write(RECORDS)
+    made = prepare(replace(recipe, classes=()), workers=1)
+    opened = ImageData(store=recipe.store, image_size=6, channels=1)
+    with raises(ConfigError, "2 x 3 square"):
+        opened.open()
+    square = write([{"image": [[number, 2], [3, 255]], "label": number % 3} for number in range(60)])
+    assert prepare(square, workers=1).manifest.fingerprint != made.manifest.fingerprint
+    opened = replace(opened, image_size=2).open()
+    count = len(opened.train)
+    assert count == 60 - len(opened.heldout())
+    batch = opened.train.read(opened.ids(0, count), weighted=False)
+    first = np.rint((batch["images"][:, 0, 0, 0] + 1) / 2 * 255).astype(int)
+    assert len(set(first.tolist())) == count
+    np.testing.assert_array_equal(batch["labels"], first % 3)
+
+
+def test_labels_without_classes_fit_in_32_bits(write):
+    recipe = replace(write([*RECORDS, {"image": [[1]], "label": 2**31}]), classes=())
+    with raises(DataError, "label=2147483648: 0 to 2147483647"):
+        prepare(recipe, workers=1)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_image_is_named_or_left_out(write, case):
+    bad, named = BAD[case]
+    recipe = write([*RECORDS, bad])
+    with raises(DataError, f"all.jsonl {named}"):
+        prepare(recipe, workers=1)
+    counts = prepare(replace(recipe, on_bad="skip"), workers=1).manifest.counts
+    assert (counts.records, counts.skipped) == (61, 1)
+
+
+def test_images_of_two_shapes_are_refused(write):
+    with raises(DataError, "2 shapes 1x1x1, 2x3x1 resize"):
+        prepare(write([*RECORDS, {"image": [[1]], "label": 0}]), workers=1)

@@ -1,7 +1,6 @@
 """Tokenizers of recipes: converted ones give what their libraries give, and what is wrong is said in one line."""
 
 import hashlib
-import io
 import sys
 
 import fsspec
@@ -10,22 +9,16 @@ import sentencepiece
 import tiktoken
 import tiktoken_ext.openai_public as public
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers
 
-from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.tokenizers import (
-    Bytes,
-    SentencePieceModel,
-    Tiktoken,
-    TokenizerFile,
-    TrainBpe,
-    convert,
-    load,
-    train_bpe,
-)
+from jaxinfra.prepare.documents.chat import Chat
+from jaxinfra.prepare.documents.document import Span
+from jaxinfra.prepare.documents.encoding import encode_documents
+from jaxinfra.prepare.tokenizers import SentencePieceModel, Tiktoken, TokenizerFile, convert, load, train_bpe
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import PATTERNS, SPECIAL_TOKENS
-from tests.vocabularies import EOT, MARKERS, TEXTS, control, rank_file, spm_file
+from tests.refusals import raises
+from tests.vocabularies import BYTE_PIECES, EOT, MARKERS, TEXTS, control, rank_file, spm_file
 
 REAL = "We've 12345 things'll\n\n  to DO, naïve 漢字 e\u0301 — iPhone's   \r\n\t!!/\n//x "
 
@@ -139,21 +132,20 @@ def test_an_own_pattern_is_read_as_tiktoken_reads_it(tmp_path):
 def test_a_file_that_does_not_round_trip_is_refused(tmp_path):
     """Here `^` is the beginning of a text, and of every line for the library that runs the converted tokenizer."""
     path = str(rank_file(tmp_path / "ranks"))
-    with pytest.raises(ConfigError, match="round-trip.*tokenizer=tokenizer_file") as error:
+    with raises(ConfigError, "round-trip tokenizer=tokenizer_file"):
         load(Tiktoken(path=path, pattern=r"^..|[\s\S]", special_tokens=(EOT,)))
-    assert "\n" not in str(error.value)
     _, check = convert(Tiktoken(path=path, pattern=r"^zz..|[\s\S]", special_tokens=(EOT,)))
     check(TEXTS)
-    with pytest.raises(ConfigError, match=r"ranks: .*round-trip.*'x\\nzz  y'"):
+    with raises(ConfigError, r"ranks: round-trip 'x\nzz  y'"):
         check(["x\nzz  y"])
 
 
 def test_an_encoding_without_a_file_comes_from_the_cache_of_tiktoken(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="encoding=o200k_base: its file is not in tiktoken's cache"):
+    with raises(ConfigError, "encoding=o200k_base: tiktoken's cache"):
         load(Tiktoken(encoding="o200k_base"))
-    with pytest.raises(ConfigError, match="encoding=none: .*use one of gpt2"):
+    with raises(ConfigError, "encoding=none: use gpt2"):
         load(Tiktoken(encoding="none"))
 
 
@@ -169,37 +161,16 @@ SPM = {
 
 @pytest.mark.parametrize("case", SPM)
 def test_models_of_sentencepiece_of_every_kind_give_the_ids_of_the_library(tmp_path, case):
-    path, model = tmp_path / "spm.model", io.BytesIO()
-    fields = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2} | SPM[case]
     texts = [line for text in (REAL, *TEXTS) for line in text.split("\n")] * 10
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **fields)
-    path.write_bytes(model.getvalue())
+    fields = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | SPM[case]
+    path = spm_file(tmp_path / "spm.model", texts, **fields)
     tokenizer = load(SentencePieceModel(path=str(path)))
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    for text in (
-        REAL,
-        *TEXTS,
-        "</s>",
-        "</s><s><unk>",
-        "<0x41>",
-        "foo",
-        " foo<0x41>foo\n\nfoo",
-        "\u00c9\u0302 \uff76\uff9e",
-    ):
+    odd = ("</s>", "</s><s><unk>", "<0x41>", "foo", " foo<0x41>foo\n\nfoo", "\u00c9\u0302 \uff76\uff9e")
+    for text in (REAL, *TEXTS, *odd):
         assert tokenizer.encode(text) == library.encode(text)
         if library.unk_id() not in library.encode(text):
             assert tokenizer.decode(tokenizer.encode(text)) == library.decode(library.encode(text))
-
-
-def test_a_model_of_sentencepiece_gives_the_ids_of_the_library(tmp_path):
-    path = spm_file(tmp_path / "spm.model")
-    tokenizer = load(SentencePieceModel(path=str(path), end_of_document=EOT))
-    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    for text in (REAL, *TEXTS, EOT, "</s><s><unk>"):
-        assert tokenizer.encode(text) == library.encode(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert library.piece_to_id(MARKERS[0]) in library.encode(MARKERS[0])  # which is what must not be
-    assert tokenizer.vocab_size == library.get_piece_size()
 
 
 def test_user_defined_pieces_may_be_left_to_texts(tmp_path):
@@ -213,39 +184,31 @@ def test_user_defined_pieces_may_be_left_to_texts(tmp_path):
     assert tokenizer.byte_lengths()[[first_id, second_id]].tolist() == [0, len(second)]
 
 
-def _plain_model(**fields):
-    """As the library trains one that is told nothing else."""
-    model = io.BytesIO()
-    texts = iter(["hello world"] * 50)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, minloglevel=2, **fields)
-    return model.getvalue()
-
-
 UNUSABLE = {
-    "no file": (lambda at: TokenizerFile(path=f"{at}/none.json"), r"none\.json: "),
-    "no protocol": (lambda at: TokenizerFile(path="gopher://x/t.json"), r"gopher://x/t\.json: "),
-    "no JSON": (lambda at: TokenizerFile(path=f"{at}/empty"), "empty: .*tokenizer.json"),
-    "no end": (lambda at: TokenizerFile(path=f"{at}/bare.json"), "end_of_document=.*bare.json"),
-    "no ranks": (lambda at: Tiktoken(path=f"{at}/bare.json"), "bare.json: line 1 .*file of ranks"),
-    "few ranks": (lambda at: Tiktoken(path=f"{at}/empty"), "empty: .*no token for byte 0"),
-    "two of a rank": (lambda at: Tiktoken(path=f"{at}/twice"), "twice: .*one rank"),
+    "no file": (lambda at: TokenizerFile(path=f"{at}/none.json"), "none.json: "),
+    "no protocol": (lambda at: TokenizerFile(path="gopher://x/t.json"), "gopher://x/t.json: "),
+    "no JSON": (lambda at: TokenizerFile(path=f"{at}/empty"), "empty: tokenizer.json"),
+    "no end": (lambda at: TokenizerFile(path=f"{at}/bare.json"), "end_of_document= bare.json"),
+    "no ranks": (lambda at: Tiktoken(path=f"{at}/bare.json"), "bare.json: line 1 ranks"),
+    "few ranks": (lambda at: Tiktoken(path=f"{at}/empty"), "empty: byte 0"),
+    "two of a rank": (lambda at: Tiktoken(path=f"{at}/twice"), "twice: rank"),
     "ranks, other end": (
         lambda at: Tiktoken(path=f"{at}/ranks", end_of_document="<end>"),
-        r"end_of_document=<end>: .*<\|endofprompt\|>, <\|endoftext\|>",
+        "end_of_document=<end>: <|endofprompt|>, <|endoftext|>",
     ),
-    "ranks, bad pattern": (lambda at: Tiktoken(path=f"{at}/ranks", pattern="("), "ranks: .*check pattern"),
+    "ranks, bad pattern": (lambda at: Tiktoken(path=f"{at}/ranks", pattern="("), "ranks: check pattern"),
     "ranks over special tokens": (lambda at: Tiktoken(path=f"{at}/many", encoding="gpt2"), "many: id 50256"),
-    "no model": (lambda at: SentencePieceModel(path=f"{at}/bare.json"), r"bare.json: .*give its \.model"),
-    "empty model": (lambda at: SentencePieceModel(path=f"{at}/empty"), r"empty: .*give its \.model"),
+    "no model": (lambda at: SentencePieceModel(path=f"{at}/bare.json"), "bare.json: .model"),
+    "empty model": (lambda at: SentencePieceModel(path=f"{at}/empty"), "empty: .model"),
     "model, other end": (
         lambda at: SentencePieceModel(path=f"{at}/spm.model", end_of_document="hello"),
-        "end_of_document=hello: .*</s>, <s>",
+        "end_of_document=hello: </s>, <s>",
     ),
     "model, no marker": (
         lambda at: SentencePieceModel(path=f"{at}/spm.model", special_tokens=("<turn>",)),
-        "special_tokens: .*<turn>.*<s>, </s>",
+        "special_tokens: <turn> <s>, </s>",
     ),
-    "model of words": (lambda at: SentencePieceModel(path=f"{at}/words.model"), "words.model: .*unigrams"),
+    "model of words": (lambda at: SentencePieceModel(path=f"{at}/words.model"), "words.model: unigrams"),
 }
 
 
@@ -257,47 +220,126 @@ def unusable(tmp_path_factory):
     rank_file(at / "ranks")
     (at / "twice").write_bytes((at / "ranks").read_bytes() + b"eHh4eA== 17\n")
     (at / "many").write_bytes((at / "ranks").read_bytes() + b"eHh4eA== 50256\n")
-    (at / "spm.model").write_bytes(_plain_model(vocab_size=12))
-    (at / "words.model").write_bytes(_plain_model(vocab_size=5, model_type="word"))
+    spm_file(at / "spm.model", ["hello world"] * 50, vocab_size=12)
+    spm_file(at / "words.model", ["hello world"] * 50, vocab_size=5, model_type="word")
     return at
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_unusable_files_are_refused_in_one_line(case, unusable):
-    config, message = UNUSABLE[case]
-    with pytest.raises(ConfigError, match=message) as error:
+    config, named = UNUSABLE[case]
+    with raises(ConfigError, named):
         load(config(unusable))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("library", ["tiktoken", "sentencepiece"])
-def test_a_missing_library_is_named_with_its_extra(library, unusable, monkeypatch):
-    monkeypatch.setitem(sys.modules, library, None)
-    config = {
-        "tiktoken": Tiktoken(path=f"{unusable}/ranks"),
-        "sentencepiece": SentencePieceModel(path=f"{unusable}/spm.model"),
-    }[library]
-    with pytest.raises(ConfigError, match=rf"pip install 'jaxinfra\[{library}\]'"):
-        load(config)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (TrainBpe(vocab_size=256), "vocab_size=256: .*vocab_size=257"),
-        (TrainBpe(vocab_size=258, special_tokens=("<a>", "<b>")), "vocab_size=259 or more"),
-        (TrainBpe(special_tokens=("<a>", "<a>")), "special_tokens="),
-        (TrainBpe(special_tokens=("<|endoftext|>",)), "special_tokens="),
-        (TrainBpe(end_of_document=""), "end_of_document="),
-        (TokenizerFile(path=""), "path="),
-        (Tiktoken(path="x", encoding="r50k"), "encoding=r50k: .*encoding=cl100k_base"),
-        (Tiktoken(pattern="x"), "path=none"),
-        (SentencePieceModel(path=""), "path="),
-        (TokenizerFile(path="t.json", special_tokens=("",)), "special_tokens="),
-        (Bytes(special_tokens=("<a>", "<a>")), "special_tokens="),
-        (Bytes(end_of_document=""), "end_of_document="),
-    ],
+    ("library", "config"), [("tiktoken", Tiktoken(path="x")), ("sentencepiece", SentencePieceModel(path="x"))]
 )
-def test_descriptions_say_what_is_wrong_with_them(config, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(config)
+def test_a_missing_library_is_named_with_its_extra(library, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with raises(ConfigError, f"pip install 'jaxinfra[{library}]'"):
+        load(config)
+
+
+TALK = [
+    {"role": "user", "content": "  class é\n"},
+    {"role": "assistant", "content": "\nas 漢 <|im_end|> b"},
+    {"role": "user", "content": "as"},
+    {"role": "assistant", "content": "class"},
+]
+PLAIN = "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}{{ '\\n' }}{% endfor %}"
+
+
+def encoded(tokenizer, *spans):
+    (tokens,) = encode_documents(tokenizer, [spans])
+    assert len(tokens.ids_N) == len(tokens.learned_N)
+    parts = [part for span in spans for part in (tokenizer.split(span.text) if span.control else [span.text])]
+    assert tokens.n_bytes == sum(len(part.encode()) for part in parts if isinstance(part, str))
+    return tokens.ids_N.tolist(), tokens.learned_N.tolist()
+
+
+def test_a_text_gets_its_tokens_all_of_them_learned(tokenizer):
+    documents = [[Span(text=text)] for text in (*TEXTS, EOT, "")]
+    for (span,), tokens in zip(documents, encode_documents(tokenizer, documents), strict=True):
+        assert tokens.ids_N.tolist() == tokenizer.encode(span.text)
+        assert tokens.learned_N.all()
+    assert encoded(tokenizer) == ([], [])
+
+
+def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
+    (document,) = Chat().documents({"messages": TALK[2:]})
+    ids, learned = encoded(tokenizer, *document)
+    assert ids == control(tokenizer, "".join(span.text for span in document))
+    answer = [*tokenizer.encode("class", inner=True), *control(tokenizer, "<|im_end|>")]
+    (end,) = control(tokenizer, "<|im_end|>")
+    assert ids.count(end) == 2 and learned[ids.index(end)] is False
+    text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+    assert text == tokenizer.decode(answer)
+
+
+def test_a_message_spells_no_special_token(tokenizer):
+    (document,) = Chat().documents({"messages": TALK})
+    ids, learned = encoded(tokenizer, *document)
+    special = [i for i in ids if i in tokenizer.special.values()]
+    assert special == [i for marker in MARKERS * 4 for i in control(tokenizer, marker)]
+    assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, control=True))[0][-1] == tokenizer.eot_id
+    assert sum(learned) == len(learned) - learned.count(False) > 0
+
+
+def test_a_token_across_a_boundary_is_learned(vocabularies):
+    bpe = vocabularies["tiktoken"]  # which has tokens for two spaces and for "class"
+    for unlearned, answer in (("a ", " b"), ("a  cl", "ass"), ("é\n", "\nb")):
+        ids, learned = encoded(bpe, Span(text=unlearned, learned=False), Span(text=answer))
+        assert ids == bpe.encode(unlearned + answer)
+        before = len(bpe.encode(unlearned.rstrip(" \ncl")))
+        assert learned == [False] * (len(learned) - sum(learned)) + [True] * sum(learned)
+        assert before <= learned.index(True) < len(ids) and bpe.decode(ids[learned.index(True) :]).endswith(answer)
+        ids, learned = encoded(bpe, Span(text=answer), Span(text=unlearned, learned=False))
+        assert learned[0] and not learned[-1]
+
+
+def test_no_token_is_learned_that_is_not_of_an_answer(tokenizer, tmp_path):
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    (document,) = Chat(template=str(tmp_path / "plain.jinja")).documents({"messages": TALK})
+    ids, learned = encoded(tokenizer, *document)
+    assert ids == tokenizer.encode("".join(span.text for span in document))
+    answers = "".join(span.text for span in document if span.learned)
+    text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+    assert text.replace(" ", "") == answers.replace(" ", "") or tokenizer.kind == "tokenizer_json"
+    assert sum(map(len, text.split())) <= sum(map(len, answers.split())) + 4
+
+
+@pytest.fixture(scope="module")
+def rewriting(tmp_path_factory):
+    """Vocabularies that put a space before a document, and rewrite texts."""
+    folder = tmp_path_factory.mktemp("rewriting")
+    fields = {"vocab_size": 290, "byte_fallback": True, "hard_vocab_limit": False}
+    spm_file(folder / "spm.model", ["hello wide world"] * 50, **fields)
+    words = ["<unk>", *BYTE_PIECES, *"▁abhelowid", "▁h", "he", "▁he"]
+    merges = [("▁", "h"), ("▁h", "e"), ("h", "e")]
+    backend = Backend(
+        models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "t.json"))
+    return [
+        load(SentencePieceModel(path=str(folder / "spm.model"))),
+        load(TokenizerFile(path=str(folder / "t.json"), end_of_document="</s>")),
+    ]
+
+
+def test_a_space_is_put_before_a_document_and_nowhere_else_and_what_is_learned_is_found(rewriting):
+    end = Span(text="</s>", control=True)
+    spans = (Span(text="a\uff41\u3000he", learned=False), Span(text=" hello"), Span(text=" wide", learned=False))
+    for tokenizer in rewriting:
+        ids, _ = encoded(tokenizer, Span(text="hello", control=True), end, Span(text="hello"), end)
+        eot_id = tokenizer.eot_id
+        assert ids == [*tokenizer.encode("hello"), eot_id, *tokenizer.encode("hello", inner=True), eot_id]
+        assert tokenizer.encode("hello") != tokenizer.encode("hello", inner=True)
+        assert tokenizer.decode(ids) == "hellohello"
+        ids, learned = encoded(tokenizer, *spans)
+        assert ids == tokenizer.encode("".join(span.text for span in spans))
+        answer = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+        assert answer.strip() == "hello"

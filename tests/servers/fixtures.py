@@ -117,6 +117,12 @@ def _led_to(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
     server.faults.clear()
 
 
+@pytest.fixture
+def topic() -> str:
+    """A name that no other test has."""
+    return f"topic-{uuid.uuid4().hex[:8]}"
+
+
 @pytest.fixture(scope="session")
 def kafka_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with kafka.brokers(tmp_path_factory.mktemp("kafka")) as servers:

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.servers.handler import LocalServer, QuietHandler
+from tests.servers.proxy import LocalServer, QuietHandler
 
 TOKEN = "a-token-that-is-never-shown"
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)")
 _OBJECTS = re.compile(r"(?:/upload)?/storage/v1/b/([^/]+)/o")
 _BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
-_PAGE = 50
 
 
 @dataclass
@@ -88,9 +87,11 @@ class _Handler(QuietHandler):
             bucket = self._bucket(match[1])
             if self.command == "GET":
                 return self._json(self._list(match[1]))
-            name, content = self._uploaded(body)
+            if self.query.get("uploadType") != "media":
+                raise _Refused(400, f"uploadType={self.query.get('uploadType')} is not served")
+            name = self.query["name"]
             self._check_conditions(bucket[name][0] if name in bucket else 0)
-            bucket[name] = next(self.server.objects.generations), content
+            bucket[name] = next(self.server.objects.generations), body
             return self._json(self._describe(match[1], name))
         if match := _BUCKET.fullmatch(path):
             self._bucket(match[1])
@@ -120,17 +121,6 @@ class _Handler(QuietHandler):
             raise _Refused(416, "The requested range cannot be satisfied.")
         return 206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{total}"}
 
-    def _uploaded(self, body: bytes) -> tuple[str, bytes]:
-        if self.query.get("uploadType") == "media":
-            return self.query["name"], body
-        if self.query.get("uploadType") != "multipart":
-            raise _Refused(400, f"uploadType={self.query.get('uploadType')} is not served")
-        boundary = self.headers["Content-Type"].partition("boundary=")[2].strip("\"'").encode()
-        _, description, content, _ = body.split(b"--" + boundary)
-        name = json.loads(description.partition(b"\r\n\r\n" if b"\r\n\r\n" in description else b"\n\n")[2])["name"]
-        separator = b"\r\n\r\n" if b"\r\n\r\n" in content else b"\n\n"
-        return name, content.partition(separator)[2].removesuffix(b"\n").removesuffix(b"\r")
-
     def _list(self, bucket: str) -> dict[str, Any]:
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
         items: list[str] = []
@@ -144,12 +134,7 @@ class _Handler(QuietHandler):
                 prefixes.add(prefix + head + found)
             else:
                 items.append(name)
-        page = int(self.query.get("pageToken", 0))
-        answer: dict[str, Any] = {
-            "items": [self._describe(bucket, name) for name in items[page : page + _PAGE]],
-            "prefixes": sorted(prefixes) if not page else [],
-        }
-        return answer | ({"nextPageToken": str(page + _PAGE)} if len(items) > page + _PAGE else {})
+        return {"items": [self._describe(bucket, name) for name in items], "prefixes": sorted(prefixes)}
 
     def _describe(self, bucket: str, name: str) -> dict[str, Any]:
         generation, content = self.server.objects.buckets[bucket][name]

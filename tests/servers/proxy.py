@@ -8,9 +8,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-from tests.servers.handler import LocalServer, QuietHandler
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """Answers at once to who waits before it sends, and says nothing on the terminal."""
+
+    def handle_expect_100(self) -> bool:
+        go_on = super().handle_expect_100()
+        self.wfile.flush()
+        return go_on
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class LocalServer(ThreadingHTTPServer):
+    """Takes a free port of the loopback interface."""
+
+    request_queue_size = 128  # more would have to try again after a second
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]):
+        super().__init__(("127.0.0.1", 0), handler)
+
 
 _HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
 

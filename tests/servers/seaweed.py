@@ -16,16 +16,11 @@ REGION = "us-east-1"
 _MAKER = ("AKIAOFTHEMAKER", "makes-buckets")
 _IDENTITIES = {
     "identities": [
-        {
-            "name": "tester",
-            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-            "actions": ["Read", "Write", "List"],
-        },
-        {
-            "name": "maker",
-            "credentials": [{"accessKey": _MAKER[0], "secretKey": _MAKER[1]}],
-            "actions": ["Admin", "Read", "Write", "List"],
-        },
+        {"name": name, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions}
+        for name, access, secret, actions in (
+            ("tester", ACCESS_KEY, SECRET_KEY, ["Read", "Write", "List"]),
+            ("maker", *_MAKER, ["Admin", "Read", "Write", "List"]),
+        )
     ]
 }
 

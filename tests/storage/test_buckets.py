@@ -11,15 +11,26 @@ from jaxinfra.data.store.versions import listed
 from jaxinfra.errors import DataError, StorageError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.storage.objects import Storage
-from tests.prepare.test_prepare import bytes_recipe, contents, lines
-from tests.tiny_run import launch, refused
+from tests.refusals import names, raises, refused
+from tests.stores import bytes_recipe, contents, jsonl, recipe_file
+from tests.tiny_run import ended, launch, start
 from tests.tiny_run import tiny as tiny
 from tests.tiny_run import tiny_data as tiny_data
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return lines(tmp_path_factory.mktemp("lines") / "source", 300)
+    folder = tmp_path_factory.mktemp("lines")
+    jsonl(folder, [f"{number} " + "naïve 漢字 " * (number % 30) for number in range(300)])
+    return folder
+
+
+@pytest.fixture
+def written(tmp_path, source):
+    """The file of a recipe of it."""
+    return lambda store: recipe_file(
+        tmp_path, store, f"Jsonl(root={str(source)!r})", f"work={str(tmp_path / 'work')!r}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +72,15 @@ def test_a_store_in_a_bucket_is_the_same_bytes(recipe, local):
     assert made.manifest.fingerprint == local.manifest.fingerprint
     assert_same(made, local)
     assert not prepare(recipe, workers=1).new
-    ended = launch("data", "verify", recipe.store)
-    assert ended.code == 0 and "every hash fits" in ended.out, ended
+    done = launch("data", "verify", recipe.store)
+    assert done.code == 0 and "every hash fits" in done.out, done
 
 
 def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(server, recipe, local, impatient):
     def stop(progress):
         server.faults.down = progress.stage == "publish"
 
-    with pytest.raises(StorageError, match=rf"^{recipe.store}/"):
+    with raises(StorageError, f"{recipe.store}/"):
         prepare(recipe, workers=1, tell=stop)
     server.faults.clear()
     assert listed(Storage(recipe.store)) == [] == Storage(recipe.store).names()
@@ -82,20 +93,17 @@ def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(ser
 def test_a_server_that_goes_down_while_it_is_read_is_one_line(server, recipe, impatient):
     store = TokenStore.open(prepare(recipe, workers=1).path)
     server.faults.down = True
-    with pytest.raises(StorageError, match="/train/tokens: .*ABORTED"):
+    with raises(StorageError, "/train/tokens: ABORTED"):
         store.read("train", [0], 100)
-    ended = launch("data", "verify", recipe.store)
-    refused(ended, rf"{recipe.store}/versions\.json: .*ABORTED.*", code=82)
+    refused(launch("data", "verify", recipe.store), f"{recipe.store}/versions.json: ABORTED", code=82)
 
 
-@pytest.mark.parametrize(
-    ("damage", "cause"), [(lambda b: b[:-3], "fewer than .* bytes|bytes, not"), (lambda b: b + b"x", "bytes, not")]
-)
-def test_an_object_of_another_length_is_found_when_the_store_is_opened(server, recipe, damage, cause):
+@pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: content + b"x"])
+def test_an_object_of_another_length_is_found_when_the_store_is_opened(server, recipe, damage):
     made = prepare(recipe, workers=1)
     shard = f"{made.path}/train/tokens/c/0"
     server.put(shard, damage(server.get(shard)))
-    with pytest.raises(DataError, match=rf"^{shard}: .*({cause})"):
+    with raises(DataError, f"{shard}: bytes"):
         TokenStore.open(recipe.store)
 
 
@@ -105,59 +113,56 @@ def test_a_flipped_bit_is_found_when_it_is_read_and_named_by_verify(server, reci
     content = bytearray(server.get(shard))
     content[1000] ^= 4
     server.put(shard, bytes(content))
-    with pytest.raises(DataError, match="train/tokens: "):
+    with raises(DataError, "train/tokens: "):
         TokenStore.open(recipe.store).read("train", [0], 5000)
-    ended = launch("data", "verify", recipe.store)
-    assert ended.code == 78 and "train/tokens block 0" in ended.err, ended
+    refused(launch("data", "verify", recipe.store), "train/tokens block 0", code=78)
 
 
-RECIPE = """
-from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.prepare.tokenizers import Bytes
-def config():
-    return Corpus(store={store!r}, source=Jsonl(root={root!r}), tokenizer=Bytes(),
-                  validation=ByKey(fraction=0.1), work={work!r})
-"""
-
-
-@pytest.fixture
-def written(tmp_path, source):
-    def write(store):
-        path = tmp_path / "recipe.py"
-        path.write_text(RECIPE.format(store=store, root=str(source), work=str(tmp_path / "work")))
-        return str(path)
-
-    return write
-
-
-def test_wrong_credentials_are_one_line_and_stand_nowhere(s3, written, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sEcReT-wrong")
+@pytest.mark.parametrize(
+    "wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING"]
+)
+def test_wrong_credentials_are_one_line_and_stand_nowhere(wrong, request, written, tmp_path, monkeypatch):
+    server = request.getfixturevalue("gcs" if wrong.startswith("GOOGLE") else "s3")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "sEcReT-token")
-    url = s3.new_url()
+    monkeypatch.setenv(wrong, "nobody" if wrong == "AWS_ACCESS_KEY_ID" else "sEcReT-wrong")
+    url = server.new_url()
     for command in (["prepare", written(url)], ["verify", url], ["show", url]):
-        ended = launch("data", *command)
-        refused(ended, rf"{url}/versions\.json: .*PERMISSION_DENIED.*", code=82)
-        assert "sEcReT" not in ended.out + ended.err
+        # A process of its own: libraries of C++ write to its terminal, too.
+        done = ended(start("data", *command))
+        assert done.code == 82
+        names(done.err.splitlines()[-1], f"error: {url}/versions.json: credentials allowed")
+        assert "sEcReT" not in done.out + done.err
     assert all(b"sEcReT" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    if server.scheme == "s3":  # Google's token is read once a process
+        for call, *content in (("write", b"a"), ("delete",), ("exists",), ("read",)):
+            with raises(StorageError, f"{url}/a: credentials allowed"):
+                getattr(Storage(url), call)("a", *content)
 
 
-def test_right_credentials_stand_nowhere(s3, written, tmp_path):
+def test_right_credentials_stand_nowhere(s3, written):
     url = s3.new_url()
-    ended = launch("data", "prepare", written(url), "--workers", "1")
-    assert ended.code == 0, ended
-    assert s3.secret not in ended.out + ended.err
+    done = launch("data", "prepare", written(url), "--workers", "1")
+    assert done.code == 0, done
+    assert s3.secret not in done.out + done.err
     place = Storage(url)
     assert all(s3.secret.encode() not in place.read(name) for name in place.names())
 
 
-def test_credentials_in_the_url_of_a_store_are_refused_and_not_shown(written, tmp_path):
-    for url in ("s3://AKIA:sEcReT@bucket/store", "s3://bucket/store?X-Amz-Signature=sEcReT"):
-        for command in (["prepare", written(url)], ["verify", url], ["show", url]):
-            ended = launch("data", *command)
-            refused(ended, r".*s3://\S*bucket/store\S*: .*credentials.*")
-            assert "sEcReT" not in ended.out + ended.err
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:sEcReT@bucket/store",
+        "s3://sEcReT@bucket/store",
+        "s3://bucket/store?X-Amz-Signature=sEcReT",
+        "gs://bucket/store#sEcReT",
+        "https://user:sEcReT@host/store?token=sEcReT",
+    ],
+)
+def test_a_url_with_credentials_is_refused_without_showing_them(url, written):
+    for command in (["prepare", written(url)], ["verify", url], ["show", url]):
+        done = launch("data", *command)
+        refused(done, "credentials")
+        assert "sEcReT" not in done.out + done.err
 
 
 @pytest.mark.slow
@@ -191,7 +196,7 @@ def test_a_server_that_goes_down_ends_a_run_and_its_next_start_goes_on(s3, tiny,
 
     s3.faults.after = look
     arguments = (f"data.store={store.url}", "name=elsewhere", few)
-    refused(tiny.launch(*arguments), rf"{store.url}/\S+: .*ABORTED.*", code=82)
+    refused(tiny.launch(*arguments), f"{store.url}/ ABORTED", code=82)
     done = tiny.losses("elsewhere")
     assert 0 < len(done) < len(expected)
     s3.faults.clear()

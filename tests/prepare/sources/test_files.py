@@ -1,17 +1,27 @@
+"""Files of folders and stores, and the records of their lines."""
+
+import gzip
+import json
 import os
+import random
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
 import fsspec
 import pytest
+import zstandard
 
-from jaxinfra.config import validate
-from jaxinfra.errors import ConfigError, StorageError
+from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.prepare.sources import lines
+from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.text_files import TextFiles
 from jaxinfra.prepare.sources.text_lines import TextLines
 from jaxinfra.storage.files import list_files, list_names, opened
-from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of
+from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
+from tests.refusals import raises
 
 NAMES = ["a.py", "b.txt", "one/a.py", "one/two/a.py", "one/two/b.py", "one-two/.hidden.py", "z [1]/c.py"]
 
@@ -68,13 +78,13 @@ def test_files_are_opened_by_their_names_and_sought_in(root):
 
 
 def test_what_is_missing_is_told_apart(root):
-    with pytest.raises(ConfigError, match=r"^pattern=\*\.md: "):
+    with raises(ConfigError, "pattern=*.md: "):
         list_files(root, "*.md")
-    with pytest.raises(ConfigError, match=r"^pattern=no/\*\.py: |^root="):
+    with raises(ConfigError, "no"):
         list_files(root, "no/*.py")
-    with pytest.raises(ConfigError, match="^root=.*/nowhere: "):
+    with raises(ConfigError, "root= /nowhere: "):
         list_files(f"{root}/nowhere", "*")
-    with pytest.raises(StorageError, match="gone.py: .*No such file"):
+    with raises(StorageError, "gone.py: No such file"):
         contents(root, "gone.py")
 
 
@@ -91,7 +101,7 @@ def test_the_top_of_a_file_system_is_a_root(tmp_path):
 
 def test_a_file_for_a_root_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ConfigError, match=r"^root=.*a\.txt: is a file"):
+    with raises(ConfigError, f"root={tmp_path}/a.txt: file"):
         list_files(str(tmp_path / "a.txt"), "**/*")
 
 
@@ -138,24 +148,18 @@ def test_a_folder_that_may_not_be_listed_is_an_error(as_nobody):
         (root / "closed.txt").chmod(0)
         (root / "closed").chmod(0)
         try:
-            with pytest.raises(StorageError, match="/closed: .*Permission denied"):
+            with raises(StorageError, "/closed: Permission denied"):
                 list_files(folder, "**/*.txt")
             assert [file.name for file in list_files(folder, "*.txt")] == ["a.txt", "closed.txt"]
-            with pytest.raises(StorageError, match=r"/closed\.txt: .*Permission denied"):
+            with raises(StorageError, "/closed.txt: Permission denied"):
                 contents(folder, "closed.txt")
         finally:
             (root / "closed").chmod(0o700)
 
 
-@pytest.mark.parametrize(
-    "root, message",
-    [
-        ("nothing://bucket", "nothing:// is not known"),
-        ("adl://bucket/x", "nothing installed reads adl://; install what fsspec reads adl:// with"),
-    ],
-)
-def test_a_url_that_nothing_reads_is_refused(root, message):
-    with pytest.raises(ConfigError, match=f"^root={root}: {message}"):
+@pytest.mark.parametrize("root", ["nothing://bucket", "adl://bucket/x"])
+def test_a_url_that_nothing_reads_is_refused(root):
+    with raises(ConfigError, f"root={root}: {root.partition('://')[0]}://"):
         list_files(root, "*")
 
 
@@ -164,19 +168,9 @@ def test_a_missing_package_is_named_by_the_extra_without_the_credentials(monkeyp
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, "root=s3://***@bucket/x: pip install 'jaxinfra[s3]'") as error:
         list_files("s3://key:secret@bucket/x?token=secret", "*")
-    assert str(error.value).startswith("root=s3://***@bucket/x: ")
-    assert "pip install 'jaxinfra[s3]'" in str(error.value) and "secret" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [("root", ""), ("pattern", ""), ("pattern", "/x/*"), ("pattern", "../*"), ("pattern", "a**"), ("min_bytes", -1)],
-)
-def test_wrong_fields_are_named(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}="):
-        validate(TextFiles(**{field: value}))
+    assert "secret" not in str(error.value)
 
 
 def test_text_files_are_documents_with_their_names_for_keys(tmp_path):
@@ -189,7 +183,7 @@ def test_text_files_are_documents_with_their_names_for_keys(tmp_path):
     assert bad(source) == ["b.txt: not UTF-8 at byte 3"]
     (each,) = assert_cuts_do_not_matter(TextFiles(root=str(tmp_path), pattern="a*"), [1, 5])
     assert (each.key, each.where, each.record) == ("a.txt", "a.txt", {"text": "one\r\ntwo é\n"})
-    with pytest.raises(ConfigError, match="^min_bytes=100: all 4 "):
+    with raises(ConfigError, "min_bytes=100: 4"):
         pieces_of(TextFiles(root=str(tmp_path), pattern="*", min_bytes=100))
 
 
@@ -201,7 +195,141 @@ def test_the_standard_library_is_the_one_that_runs():
     assert names == sorted(path.as_posix() for path in found if not own & set(path.parts))
 
 
-def test_a_store_is_read_as_a_folder_is(root):
-    folder = assert_cuts_do_not_matter(TextLines(root=root, pattern="**/*"), [1, 3])
-    assert [each.record["text"] for each in folder] == sorted(NAMES)
-    assert [each.key for each in found(TextLines(root=root, pattern="a.py"))] == ["a.py@0"]
+def texts(source, split_bytes=1 << 60):
+    return [each.record["text"] for each in found(source, split_bytes)]
+
+
+@pytest.fixture
+def ragged(tmp_path):
+    """Lines of every length, some empty, ends of both kinds, the last without an end."""
+    rng = random.Random(0)
+    rows = ["x" * rng.choice([0, 1, 2, 7, 90]) + "é漢" * rng.randrange(3) for _ in range(40)]
+    for name, ends in (("a.txt", ["\n"]), ("b/c.txt", ["\r\n", "\n"])):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        body = "".join(row + rng.choice(ends) for row in rows).removesuffix("\n").removesuffix("\r") + "last"
+        path.write_bytes(body.encode())
+    return tmp_path
+
+
+def test_every_line_is_read_once_as_python_reads_it_wherever_files_are_cut(ragged):
+    records = assert_cuts_do_not_matter(TextLines(root=str(ragged)), [1, 2, 3, 10, 100, 1000], most=1000)
+    rows = [row for name in ("a.txt", "b/c.txt") for row in (ragged / name).read_bytes().decode().split("\n")]
+    assert [each.record["text"] for each in records] == [row.removesuffix("\r") for row in rows if row.strip("\r")]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_have_the_same_records_and_are_not_cut(ragged, tmp_path_factory, suffix):
+    plain = (ragged / "a.txt").read_bytes()
+    root = tmp_path_factory.mktemp("compressed")
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    # Two members, as `cat a.gz b.gz` gives.
+    (root / f"a.txt{suffix}").write_bytes(pack(plain[:500]) + pack(plain[500:]))
+    source = TextLines(root=str(root))
+    assert len(pieces_of(source, 10)) == 1
+    assert texts(source) == texts(TextLines(root=str(ragged), pattern="a.txt"))
+    keys = [each.key.partition("@")[2] for each in found(source)]
+    assert keys == [each.key.partition("@")[2] for each in found(TextLines(root=str(ragged), pattern="a.txt"))]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_damaged_compressed_file_is_named_and_never_read_as_a_shorter_one(tmp_path, suffix, damage):
+    body = b"".join(b"%d\n" % number for number in range(100_000))
+    if suffix == ".gz":
+        packed = bytearray(gzip.compress(body))
+    else:
+        packed = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(body))
+    if damage == "cut":
+        del packed[-10:]
+    else:
+        packed[len(packed) // 2] ^= 16
+    (tmp_path / f"a.txt{suffix}").write_bytes(packed)
+    with raises(DataError, f"a.txt{suffix}: damaged"):
+        read_all(TextLines(root=str(tmp_path)))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\n\ufefftwo\n".encode())
+    assert texts(TextLines(root=str(tmp_path))) == ["one", "\ufefftwo"]
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "one"}\n'.encode())
+    assert texts(Jsonl(root=str(tmp_path))) == ["one"]
+
+
+def test_a_line_too_long_is_bad_and_the_next_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_RECORD_BYTES", 1 << 20)
+    rows = [b"a", b"b" * (1 << 20), b"c" * ((5 << 20) + 3), b"d"]
+    (tmp_path / "a.txt").write_bytes(b"\n".join(rows))
+    for split_bytes in (10_000, 1 << 20, 1 << 30):
+        assert bad(TextLines(root=str(tmp_path)), split_bytes) == ["a.txt:3: longer than 1 MiB"]
+        read = [len(each.record["text"]) for each in read_all(TextLines(root=str(tmp_path))) if hasattr(each, "key")]
+        assert read == [1, 1 << 20, 1]
+
+
+BAD_LINES = {
+    b"{": "not JSON: Expecting property name enclosed in double quotes at column 2",
+    b'{"a": 1} x': "not JSON: Extra data at column 10",
+    b"[1]": "is an array, expected an object",
+    b'"a"': "is a string, expected an object",
+    b"null": "is null, expected an object",
+    b"3.5": "is a number, expected an object",
+    b'{"a": "caf\xe9"}': "not UTF-8 at byte 10",
+    b'{"a": ' + b"1" * 5000 + b"}": "has a number of more than 4300 digits",
+    b"[" * 200_000: "is nested too deeply",
+    rb'{"a": ["\ud83d"]}': "spells half a character (an unpaired \\ud800 to \\udfff)",
+}
+
+
+def test_bad_lines_are_named_by_number_and_cause_wherever_files_are_cut(tmp_path):
+    rows = []
+    for line in BAD_LINES:
+        rows += [b'{"text": "fine"}', b"", line]
+    (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(rows))
+    expected = [f"a.jsonl:{3 * index + 3}: {cause}" for index, cause in enumerate(BAD_LINES.values())]
+    for split_bytes in (1000, 1 << 30):
+        assert bad(Jsonl(root=str(tmp_path)), split_bytes) == expected
+        assert len(read_all(Jsonl(root=str(tmp_path)), split_bytes)) == 2 * len(BAD_LINES)
+
+
+def test_what_json_can_spell_is_read(tmp_path):
+    lines = [
+        r'{"text": "\ud83d\ude00 \u00e9", "n": 123456789012345678901234567890, "deep": {"a": [null, true]}}',
+        '{"nan": NaN, "inf": -Infinity}',
+        '  {"text": "漢"}  ',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    records = [each.record for each in assert_cuts_do_not_matter(Jsonl(root=str(tmp_path)), [1, 50])]
+    assert records[0] == json.loads(lines[0])
+    assert records[0]["text"] == "😀 é"
+    assert str(records[1]) == "{'nan': nan, 'inf': -inf}"
+    assert records[2] == {"text": "漢"}
+
+
+def test_where_a_record_is_found(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
+    assert [each.where for each in found(Jsonl(root=str(tmp_path)))] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
+    assert [each.where for each in found(Jsonl(root=str(tmp_path)), 10)][-1] == "a.jsonl at byte 19"
+    assert [each.key for each in found(Jsonl(root=str(tmp_path)), 10)] == ["a.jsonl@0", "a.jsonl@10", "a.jsonl@19"]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """200 MB of text in a file of some kilobytes: the worst a decompressor is given."""
+    line = json.dumps({"text": "word " * 2000}).encode() + b"\n"
+    with zstandard.open(tmp_path / "a.jsonl.zst", "wb") as file:
+        for _ in range(20_000):
+            file.write(line)
+    code = """if True:
+        import resource, sys
+        from jaxinfra.prepare.sources.any_source import Jsonl
+        source = Jsonl(root=sys.argv[1])
+        before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        count = sum(1 for piece in source.pieces(1 << 20) for found in source.read(piece))
+        grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
+        heavy = {"jax", "pyarrow", "datasets", "PIL", "array_record", "s3fs"} & set(sys.modules)
+        print(count, grown_kb, *heavy)
+    """
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    count, grown_kb, *heavy = result.stdout.split()
+    assert int(count) == 20_000
+    assert int(grown_kb) < 150_000
+    assert not heavy  # what a source does not need is not imported

@@ -2,21 +2,17 @@
 
 import sys
 from collections import Counter, defaultdict
-from typing import get_args
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinfra import packages
-from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.python_source import PythonSource
 from jaxinfra.prepare.sources.synthetic import Synthetic
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
+from tests.refusals import names, raises
 
 MODULE = """
 def plain():
@@ -61,31 +57,24 @@ def test_a_function_yields_its_shards(module):
 
 
 def test_errors_of_a_function_name_it_and_the_record(module):
-    with pytest.raises(DataError, match=r"^own_records:broken/0: raised after 1 records \(KeyError: 'two'\)") as error:
+    with raises(DataError, "own_records:broken/0: 1 KeyError 'two'") as error:
         read_all(PythonSource(factory=f"{module}:broken"))
     assert isinstance(error.value.__cause__, KeyError)
-    assert bad(PythonSource(factory=f"{module}:odd")) == [
-        "own_records:odd/0 record 1: is int, expected a mapping or a text"
-    ]
+    (line,) = bad(PythonSource(factory=f"{module}:odd"))
+    names(line, "own_records:odd/0 record 1: int")
 
 
 @pytest.mark.parametrize(
     "factory, cause",
     [
-        ("own_records:none", "own_records has no none"),
-        ("own_nothing:f", "ModuleNotFoundError: No module named 'own_nothing'"),
-        ("own_broken:f", "ZeroDivisionError: division by zero"),
+        ("own_records:none", "none"),
+        ("own_nothing:f", "ModuleNotFoundError: own_nothing"),
+        ("own_broken:f", "ZeroDivisionError:"),
     ],
 )
 def test_a_function_that_is_not_there_is_named(module, factory, cause):
-    with pytest.raises(ConfigError, match=rf"^factory={factory}: cannot be imported \({cause}\)"):
+    with raises(ConfigError, f"factory={factory}: {cause}"):
         pieces_of(PythonSource(factory=factory))
-
-
-@pytest.mark.parametrize("wrong", [{"factory": "a.b"}, {"factory": "a:b.c"}, {"factory": "a:b", "shards": 0}])
-def test_wrong_fields_of_a_function_are_named(wrong):
-    with pytest.raises(ConfigError, match=f"^{list(wrong)[-1]}="):
-        validate(PythonSource(**wrong))
 
 
 def test_synthetic_documents_depend_on_seed_and_number_alone():
@@ -113,12 +102,6 @@ def test_synthetic_words_are_as_many_as_asked_and_can_be_learned(vocabulary):
             followers[left][right] += 1
     likely = sum(sum(count for _, count in each.most_common(3)) for each in followers.values())
     assert likely / sum(each.total() for each in followers.values()) > 0.85
-
-
-@pytest.mark.parametrize("field, value", [("documents", 0), ("words", 0), ("vocabulary", 1), ("seed", -1)])
-def test_wrong_fields_of_synthetic_documents_are_named(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}={value}: expected int at least"):
-        validate(Synthetic(**{field: value}))
 
 
 @pytest.fixture
@@ -154,16 +137,6 @@ def test_images_are_labelled_by_their_folders(images):
     assert [(each.record["image"].shape, each.record["label"]) for each in grey] == [((5, 7, 1), 2)]
 
 
-def test_images_of_a_store_are_read(images):
-    root, pixels = images
-    fs = fsspec.filesystem("memory")
-    fs.put(str(root), "/images", recursive=True)
-    records = found(ImageFolders(root="memory://images"))
-    assert all(np.array_equal(each.record["image"], pixels[each.key]) for each in records)
-    assert [each.record["label"] for each in records] == [0, 0, 1, 2]
-    fs.rm("/images", recursive=True)
-
-
 def test_images_turned_damaged_and_deep(tmp_path):
     (tmp_path / "a").mkdir()
     pixels = np.zeros((2, 3, 3), np.uint8)
@@ -186,21 +159,5 @@ def test_images_that_change_after_they_were_listed_are_not_read(images):
     source = ImageFolders(root=str(root))
     pieces = pieces_of(source)
     (root / "cat" / "1.png").unlink()
-    with pytest.raises(StorageError, match="/cat: changed since its files were listed"):
+    with raises(StorageError, "/cat: changed"):
         list(source.read(pieces[0]))
-    with pytest.raises(ConfigError, match=r"pattern=\*: names no folders|^pattern="):
-        validate(ImageFolders(root=str(root), pattern="*"))
-
-
-def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"^x\.parquet: needs pyarrow .*; run pip install 'jaxinfra\[parquet\]'$"):
-        packages.needed("pyarrow", by="x.parquet", install="jaxinfra[parquet]")
-
-
-def test_sources_are_a_choice_of_a_config():
-    from jaxinfra.config.schema import choices
-
-    named = choices(AnySource)
-    assert {"text_files", "jsonl", "hugging_face", "python_source", "image_folders"} <= named.keys()
-    assert len(named) == len(get_args(AnySource))

@@ -13,6 +13,7 @@ from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.parquet import Parquet
 from jaxinfra.storage.files import list_files
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, found, read_all
+from tests.refusals import raises
 
 ROWS = [{"text": f"row {number} é" * 20, "n": number} for number in range(500)]
 
@@ -66,11 +67,10 @@ def test_a_store_that_answers_badly_is_asked_again(server, root):
 
 
 def test_what_a_store_refuses_is_told_apart(server, root):
-    with pytest.raises(ConfigError, match="^root=|^pattern="):
-        list_files(f"{root}/nowhere", "*")
-    with pytest.raises(ConfigError, match="^root=|^pattern="):
-        list_files(f"{server.scheme}://no-such-bucket-of-tests/x", "*")
-    with pytest.raises(StorageError, match="gone.jsonl: .*No such file"):
+    for missing in (f"{root}/nowhere", f"{server.scheme}://no-such-bucket-of-tests/x"):
+        with raises(ConfigError, "="):
+            list_files(missing, "*")
+    with raises(StorageError, "gone.jsonl: No such file"):
         source = Jsonl(root=root, pattern="a.jsonl")
         (piece,) = source.pieces(1 << 30)
         list(source.read(type(piece)(name="gone.jsonl", size_bytes=1, stamp="")))
@@ -79,7 +79,7 @@ def test_what_a_store_refuses_is_told_apart(server, root):
 def test_a_store_that_knows_nobody_is_one_line(s3, fresh_clients, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-" + s3.secret)
     url = s3.new_url()
-    with pytest.raises(StorageError, match=f"^{url}: .*Permission denied[^\\n]*$") as error:
+    with raises(StorageError, f"{url}: Permission denied") as error:
         read_all(Jsonl(root=url))
     assert s3.secret not in str(error.value)
 
@@ -88,7 +88,7 @@ def test_a_store_that_knows_nobody_is_one_line(s3, fresh_clients, monkeypatch):
 def test_a_store_that_is_down_is_one_line_in_the_end(s3, fresh_clients):
     s3.faults.down = True
     url = s3.new_url()
-    with pytest.raises(StorageError, match=f"^{url}: [^\\n]*$") as error:
+    with raises(StorageError, f"{url}: ") as error:
         read_all(Jsonl(root=url))
     assert s3.faults.fired > 1
     assert s3.secret not in str(error.value)

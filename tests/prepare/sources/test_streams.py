@@ -5,10 +5,9 @@ import os
 import random
 import sys
 import threading
-import time
-import uuid
 from contextlib import ExitStack
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +17,7 @@ from jaxinfra.prepare.sources.kafka import Kafka
 from jaxinfra.prepare.sources.record import Bad, Found
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.stream import Block, Stream, blocks
+from tests.refusals import raises
 from tests.servers.kafka import brokers, send
 
 DOCUMENTS = [{"text": f"{number} " + "é" * (number % 50)} for number in range(300)]
@@ -92,7 +92,7 @@ def test_another_stream_is_refused(pipe, other):
     pipe(LINES)
     position = read(Stdin(), {})[-1].position
     pipe(other)
-    with pytest.raises(DataError, match=rf"^stdin: does not begin with the {len(LINES)} bytes that were read"):
+    with raises(DataError, f"stdin: {len(LINES)} bytes"):
         read(Stdin(), position)
 
 
@@ -107,29 +107,12 @@ def test_bad_lines_are_named_by_their_numbers_in_the_stream(pipe, monkeypatch):
 
 
 def test_a_block_is_given_when_its_first_record_has_waited():
-    class Slow:
-        read_bytes, position = 0, {}
-
-        def arrivals(self):
-            yield Found(key="a", where="a", record={})
-            yield None
-            time.sleep(0.05)
-            yield None
-            yield None
-
-        def committed(self, position):
-            pass
-
-        def at_end(self):
-            return True
-
-    found = list(blocks(Slow(), 10**6, stopping=lambda: False, wait_s=0.05))
-    assert [block and len(block.records) for block in found] == [1, None]
-
-
-@pytest.fixture
-def topic():
-    return f"topic-{uuid.uuid4().hex[:8]}"
+    arrivals = [Found(key="a", where="a", record={}), None, None]
+    reader = SimpleNamespace(
+        read_bytes=0, position={}, arrivals=lambda: iter(arrivals), committed=lambda _: None, at_end=lambda: True
+    )
+    found = list(blocks(reader, 10**6, stopping=lambda: False, wait_s=0.0))
+    assert [block and len(block.records) for block in found] == [1, None, None]
 
 
 @pytest.fixture
@@ -182,19 +165,11 @@ def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topi
     assert len(texts(read(source, {}))) == 8
 
 
-def test_messages_that_are_no_records(source, kafka_servers, topic):
-    send(kafka_servers, topic, [b"{broken", b"", b"[]", b'{"text": "good"}'])
-    found = [each for block in read(source, {}) for each in block.records]
-    assert sorted(each.where for each in found) == [f"{topic}/{number}@0" for number in range(4)]
-    assert sorted(each.where for each in found if isinstance(each, Bad)) == [f"{topic}/{n}@0" for n in range(3)]
-
-
 def test_offsets_that_are_gone_are_an_error(source, kafka_servers, topic):
     send(kafka_servers, topic, DOCUMENTS[:4])
-    with pytest.raises(DataError, match=r"partition 0 no longer has offset 1000, where it is to be read on"):
-        read(source, {"0": 1000})
-    with pytest.raises(DataError, match="partition 9, which was read before, is gone"):
-        read(source, {"9": 1})
+    for position, named in (({"0": 1000}, "partition 0 1000"), ({"9": 1}, "partition 9")):
+        with raises(DataError, named):
+            read(source, position)
 
 
 def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
@@ -203,33 +178,30 @@ def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
         servers = cluster.enter_context(brokers(tmp_path))
         send(servers, "t", DOCUMENTS[:8])
         source, seen = Kafka(bootstrap_servers=servers, topic="t"), 0
-        with pytest.raises(StorageError, match="^kafka://127.*metadata"), source.open({}) as reader:
+        with raises(StorageError, "kafka://127 metadata"), source.open({}) as reader:
             for found in reader.arrivals():
                 seen += found is not None
                 if seen == 8:
                     cluster.close()
-        with pytest.raises(StorageError, match="metadata"), source.open({}):
+        with raises(StorageError, "metadata"), source.open({}):
             pass
     assert seen == 8
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
-    message = r"^kafka://h:1/t: needs confluent_kafka .*; run pip install 'jaxinfra\[kafka\]'$"
-    with pytest.raises(ConfigError, match=message), Kafka(bootstrap_servers="h:1", topic="t").open({}):
-        pass
+    with raises(ConfigError, "kafka://h:1/t: confluent_kafka 'jaxinfra[kafka]'"):
+        Kafka(bootstrap_servers="h:1", topic="t").open({}).__enter__()
 
 
 def test_brokers_or_topics_that_are_not_there_are_one_line(kafka_servers, monkeypatch, tmp_path):
     monkeypatch.setattr("jaxinfra.prepare.sources.kafka.REACHED_S", 1.0)
-    with pytest.raises(StorageError, match=r"^kafka://127\.0\.0\.1:1/t: Failed to get metadata: .*start again$"):
+    with raises(StorageError, "kafka://127.0.0.1:1/t: metadata"):
         read(Kafka(bootstrap_servers="127.0.0.1:1", topic="t"), {})
-    with pytest.raises(StorageError, match=r"Unknown topic or partition"):
+    with raises(StorageError, "Unknown topic"):
         read(Kafka(bootstrap_servers=kafka_servers, topic="never-made"), {})
     settings = tmp_path / "client.properties"
     settings.write_text("# who\nsasl.password=sEcReT\nno.such.setting=1\n")
-    with pytest.raises(ConfigError, match="no.such.setting") as caught:
+    with raises(ConfigError, "no.such.setting") as caught:
         read(Kafka(bootstrap_servers=kafka_servers, topic="t", settings=str(settings)), {})
     assert "sEcReT" not in str(caught.value)
-    problems = list(Kafka(bootstrap_servers="here", topic="").problems())
-    assert [problem.fields for problem in problems] == [("bootstrap_servers",), ("topic",)]

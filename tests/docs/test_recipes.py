@@ -1,7 +1,8 @@
-"""The recipes that docs/data.md shows make stores."""
+"""The recipes that docs/data.md and docs/text.md show are right and make stores."""
 
 import re
-from dataclasses import replace
+import textwrap
+from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,11 @@ import pytest
 
 from jaxinfra.config import load, validate
 from jaxinfra.data.store.store import TokenStore
+from jaxinfra.prepare import tokenizers
+from jaxinfra.prepare.documents import chat, dedup, document, filters, preference
 from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes import corpus
+from jaxinfra.prepare.sources import jsonl
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 FILES = {
@@ -55,3 +60,30 @@ def test_recipes_make_the_splits_that_they_name(name, tmp_path, monkeypatch):
     validate(recipe)
     splits = TokenStore.open(prepare(replace(recipe, baselines=True), workers=1).path).manifest.splits
     assert (splits["train"].documents, splits["heldout"].documents) == (train, validation)
+
+
+TEXT_PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()
+MODULES = (chat, corpus, dedup, document, filters, jsonl, preference, tokenizers)
+NAMES = {"replace": replace} | {name: value for module in MODULES for name, value in vars(module).items()}
+
+
+def test_recipes_are_right():
+    blocks = re.findall(r"^    Corpus\(\n(?:     .*\n)+    \)$", TEXT_PAGE, re.MULTILINE)
+    assert len(blocks) == 1
+    validate(eval(textwrap.dedent(blocks[0]), NAMES))
+    (file,) = re.findall(r"^```python\n(.*?)^```$", TEXT_PAGE, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(file, names)
+    validate(names["config"]())
+
+
+def test_defaults_are_those_of_the_classes():
+    shown = re.findall(r"`(\w+)\(((?:\w+(?:=[^,)]+)?(?:, )?)*)\)`", TEXT_PAGE)
+    assert {name for name, _ in shown} >= {"Chat", "Completion", "Preference", "Text", "TrainBpe", "Tiktoken"}
+    for name, arguments in shown:
+        defaults = {field.name: field.default for field in fields(NAMES[name])}
+        for argument in filter(None, arguments.split(", ")):
+            field, _, value = argument.partition("=")
+            assert field in defaults
+            if value and name not in ("Filters", "Dedup"):
+                assert eval(value) == defaults[field]

@@ -1,0 +1,163 @@
+"""Evaluation, training, dropout and experts do on every mesh what they do on one device."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.parallel.mesh import MeshConfig
+from tests.parity.cases import (
+    BIASES,
+    DOCUMENTS,
+    DROPPING,
+    MEAN,
+    STEP,
+    TIGHT,
+    Case,
+    batch_on_host,
+    evaluated,
+    gradients,
+    on_host,
+    on_one_device,
+    put,
+    too_different,
+)
+
+STAGED = MeshConfig(stage=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=2, context=4)),
+        pytest.param(Case(run=BIASES, mesh=STAGED, accumulate=4), marks=pytest.mark.slow),
+        # What experts count, too: stages that have nothing to do count nothing.
+        pytest.param(Case(run=TIGHT, mesh=STAGED, accumulate=4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_evaluation_is_that_of_one_device(case: Case) -> None:
+    assert not too_different(evaluated(case), evaluated(Case(run=case.run)))
+
+
+def test_what_is_evaluated_is_what_is_trained() -> None:
+    run = replace(MEAN, model=replace(MEAN.model, dropout=0.0))
+    staged = Case(run=run, mesh=MeshConfig(stage=2, fsdp=2), accumulate=2)
+    sums, *others = [evaluated(Case(run=run)), evaluated(staged), gradients(Case(run=run)), gradients(staged)]
+    for other in others:
+        found = {name.removeprefix("sum."): one for name, one in other.items() if not name.startswith("grad.")}
+        assert not too_different(found, sums)
+
+
+def test_masks_change_with_the_step_and_the_loss_with_them() -> None:
+    """Else the agreement of meshes would say nothing."""
+    now, later = on_one_device(DROPPING), gradients(Case(run=DROPPING), step=STEP + 1)
+    for other in (later, on_one_device(BIASES)):
+        assert len(too_different(now, other)) > len(now) * 0.9
+
+
+def test_evaluation_drops_nothing() -> None:
+    dropping, plain = (evaluated(Case(run=run)) for run in (replace(BIASES, model=DROPPING.model), BIASES))
+    assert dropping == plain
+
+
+def test_each_step_of_training_has_masks_of_its_own() -> None:
+    """The same batch and parameters, another step: another loss."""
+    program = Case(run=DROPPING).program()
+    losses = []
+    with program.on_mesh:
+        batch = put(batch_on_host(program.run), program.batch)
+        for step in (0, 1, 0):
+            state = program.init(jax.random.key(0))
+            state = replace(state, step=state.step + step)
+            losses.append(float(program.train_step(state, batch)[1]["loss"]))
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_experts_are_full() -> None:
+    """Else that nobody drops anything on any mesh would prove nothing."""
+    sums = on_one_device(TIGHT)
+    load, kept = sums["sum.expert_load"], sums["sum.expert_kept"]
+    assert load.shape == (2, 8) and load.sum() == 2 * 3 * 32 * 16
+    assert 0.05 < 1 - kept.sum() / load.sum() < 0.5
+
+
+def test_a_dense_model_takes_the_expert_axis_for_data() -> None:
+    dense = Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=2, expert=2, tensor=2), accumulate=2)
+    assert not too_different(gradients(dense), on_one_device(DOCUMENTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [(MeshConfig(fsdp=2, expert=4), 1), (MeshConfig(replica=2, stage=2, fsdp=1, expert=2), 4)],
+    ids=["fsdp-expert", "replica-stage-expert"],
+)
+def test_biases_move_alike_on_every_mesh(mesh: MeshConfig, accumulate: int) -> None:
+    """By the choices of the whole step: of all microbatches, stages and replicas."""
+
+    def biases(case: Case) -> tuple[np.ndarray, dict[str, float]]:
+        program = case.program()
+        with program.on_mesh:
+            state = program.init(jax.random.key(0))
+            for step in range(2):
+                state, metrics = program.train_step(state, put(batch_on_host(case.run, seed=step), program.batch))
+        return np.asarray(state.params["blocks"]["mlp"]["bias"]), {n: float(v) for n, v in metrics.items()}
+
+    wanted, wanted_metrics = biases(Case(run=TIGHT))
+    moved, metrics = biases(Case(run=TIGHT, mesh=mesh, accumulate=accumulate))
+    assert np.array_equal(moved, wanted) and set(np.round(np.abs(wanted) / 0.05).flat) <= {0, 1, 2}
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
+
+
+def trained(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[dict[str, float]]]:
+    """The state before the first step and after the last, and the metrics of each step."""
+    program, metrics = case.program(), []
+    with program.on_mesh:
+        state = program.init(jax.random.key(0))
+        start = on_host(state)
+        for step in range(case.run.train.steps):
+            state, found = program.train_step(state, put(batch_on_host(case.run, seed=step), program.batch))
+            metrics.append({name: float(value) for name, value in found.items()})
+    return start, _roots(on_host(state)), metrics
+
+
+def _roots(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The roots of second moments in their place: a square has twice the relative error of the gradient."""
+    return {path: np.sqrt(value) if ".nu" in path else value for path, value in state.items()}
+
+
+@functools.cache
+def trained_on_one_device() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[dict[str, float]]]:
+    return trained(Case(run=DOCUMENTS))
+
+
+def test_the_steps_move_every_parameter_and_clip() -> None:
+    """Else their agreement would say nothing."""
+    start, end, metrics = trained_on_one_device()
+    still = {
+        path
+        for path, before in start.items()
+        if path.startswith(("params.", "ema.")) and np.abs(end[path] - before).max() < 0.005 * np.abs(before).max()
+    }
+    assert still == set()
+    assert all(row["grad_norm"] > (DOCUMENTS.optim.clip_norm or np.inf) for row in metrics)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(run=DOCUMENTS, mesh=MeshConfig(replica=2, fsdp=2, tensor=2), accumulate=2),
+        Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=8)),
+        Case(run=DOCUMENTS, mesh=MeshConfig(replica=4, fsdp=1, tensor=2), accumulate=4),
+    ],
+    ids=str,
+)
+def test_the_state_after_three_steps_is_that_of_one_device(case: Case) -> None:
+    _, wanted, wanted_metrics = trained_on_one_device()
+    _, found, metrics = trained(case)
+    assert not too_different(found, wanted)
+    for row, wanted_row in zip(metrics, wanted_metrics, strict=True):
+        assert row == pytest.approx(wanted_row, rel=1e-5)

@@ -1,0 +1,68 @@
+"""What is wrong with a field of a recipe is one line that names it, and the suggested override mends it."""
+
+import pytest
+
+from jaxinfra.config import apply, validate
+from jaxinfra.prepare.documents.chat import Chat
+from jaxinfra.prepare.documents.dedup import Dedup
+from jaxinfra.prepare.documents.filters import Filters
+from jaxinfra.prepare.documents.preference import Completion, Preference
+from jaxinfra.prepare.sources.array_records import ArrayRecords
+from jaxinfra.prepare.sources.image_folders import ImageFolders
+from jaxinfra.prepare.sources.kafka import Kafka
+from jaxinfra.prepare.sources.python_source import PythonSource
+from jaxinfra.prepare.sources.synthetic import Synthetic
+from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
+from tests.refusals import problem, suggested
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "mends"),
+    [
+        (Chat(field=""), "field=", True),
+        (Chat(template="alpaca"), "template=alpaca:", True),
+        (Chat(system=" "), "system=", True),
+        (Preference(chosen=""), "chosen=", True),
+        (Preference(template="alpaca"), "template=alpaca:", True),
+        (Preference(prompt=None, template=None), "prompt=none, template=none:", True),
+        (Completion(prompt=""), "prompt=", True),
+        (Completion(template=""), "template=", True),
+        (Dedup(threshold=0.0), "threshold=0.0:", True),
+        (Dedup(permutations=1), "permutations=1:", True),
+        (Dedup(ngram=0), "ngram=0:", True),
+        (Filters(max_digit_share=1.5), "max_digit_share=1.5", False),
+        (Filters(min_chars=-1), "min_chars=-1", False),
+        (Filters(max_top_run_shares=(0.2, 2.0)), "max_top_run_shares=", False),
+        (Filters(min_words=9, max_words=8), "min_words=9, max_words=8: smaller", False),
+        (Filters(min_stop_words=3, stop_words=("a", "b")), "min_stop_words=3, stop_words=", True),
+        (TrainBpe(vocab_size=256), "vocab_size=256:", True),
+        (TrainBpe(vocab_size=258, special_tokens=("<a>", "<b>")), "vocab_size=259", True),
+        (TrainBpe(special_tokens=("<a>", "<a>")), "special_tokens=", False),
+        (TrainBpe(special_tokens=("<|endoftext|>",)), "special_tokens=", False),
+        (TrainBpe(end_of_document=""), "end_of_document=", False),
+        (TokenizerFile(path=""), "path=", False),
+        (TokenizerFile(path="t.json", special_tokens=("",)), "special_tokens=", False),
+        (Tiktoken(path="x", encoding="r50k"), "encoding=r50k:", True),
+        (Tiktoken(pattern="x"), "path=none", False),
+        (SentencePieceModel(path=""), "path=", False),
+        (Bytes(special_tokens=("<a>", "<a>")), "special_tokens=", False),
+        (Bytes(end_of_document=""), "end_of_document=", False),
+        (TextFiles(root=""), "root=", False),
+        (TextFiles(min_bytes=-1), "min_bytes=-1", True),
+        *((TextFiles(pattern=pattern), f"pattern={pattern!r}", False) for pattern in ("", "/x/*", "../*", "a**")),
+        *((PythonSource(factory=factory), "factory=", False) for factory in ("a.b", "a:b.c")),
+        (PythonSource(factory="a:b", shards=0), "shards=0", False),
+        *((Synthetic(**{field: 0}), f"{field}=0", False) for field in ("documents", "words", "vocabulary")),
+        (Synthetic(seed=-1), "seed=-1", False),
+        (ImageFolders(root="x", pattern="*"), "pattern=*", False),
+        (ArrayRecords(root="s3://bucket/x"), "root=s3://bucket/x: local", False),
+        (Kafka(bootstrap_servers="here", topic="t"), "bootstrap_servers=here HOST:PORT", False),
+        (Kafka(bootstrap_servers="h:1", topic=""), "topic=", False),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_is_named_with_what_mends_it(config, named, mends):
+    line = problem(config, named)
+    if mends:
+        validate(apply(config, suggested(line)))
