@@ -16,6 +16,7 @@ from jaxinfra.parallel.schedules import picture
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
 from jaxinfra.track.console import derived_table, stdout_console, titled_table
+from jaxinfra.track.curve import curve
 from jaxinfra.train.derived import derived
 
 

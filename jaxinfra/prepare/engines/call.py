@@ -28,10 +28,21 @@ class Outcome:
     traceback: str = ""
 
 
-type Submit = Callable[[Callable[[Any], Any], Any], Future[Outcome]]
-"""Begins `call(function, job)` on a worker; the future raises only what is wrong with the engine."""
-type Engine = tuple[Submit, int]
-"""Workers that were started, and how many jobs they are given at once."""
+class InWorker(Exception):
+    """The cause of an error that a worker raised; its text is the traceback there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Workers that were started.
+
+    Attributes:
+        submit: begins `call(function, job)` on one of them; its future raises only what is wrong with the engine.
+        workers: how many jobs it is given at once.
+    """
+
+    submit: Callable[[Callable[[Any], Any], Any], Future[Outcome]]
+    workers: int
 
 
 def call(function: Callable[[Any], Any], job: Any) -> Outcome:
@@ -40,19 +51,23 @@ def call(function: Callable[[Any], Any], job: Any) -> Outcome:
     try:
         return Outcome(value=function(job))
     except Exception as error:
-        text = "".join(traceback.format_exception(error))
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # it cannot be sent as it is
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        return Outcome(error=error, traceback=text)
+        return Outcome(error=_portable(error), traceback="".join(traceback.format_exception(error)))
 
 
 def cores() -> int:
-    """Returns how many cores this process may use."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def python_path() -> str:
-    """Returns what PYTHONPATH must be for another process to import what this one can."""
+    """What PYTHONPATH must be for another process to import what this one can."""
     return os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, of another type if it cannot be sent as it is."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

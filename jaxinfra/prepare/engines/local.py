@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import Any
 
 from jaxinfra.errors import ConfigError
@@ -27,84 +26,96 @@ _TRIES = 2
 def started(workers: int | None) -> Iterator[Engine]:
     """Starts workers as they are needed; all end with the context."""
     assert workers is not None
-    all_workers, idle = [_Worker() for _ in range(workers)], SimpleQueue["_Worker"]()
-    for worker in all_workers:
-        idle.put(worker)
-
-    def call(function: Callable[[Any], Any], job: Any) -> Outcome:
-        """Has a job done by a worker, and once more by its next process if that dies."""
-        worker, how = idle.get(), ""
-        try:
-            for _ in range(_TRIES):
-                try:
-                    return worker.call(function, job)
-                except (EOFError, OSError):
-                    how = worker.ended()
-        finally:
-            idle.put(worker)
-        raise ConfigError(
-            f"workers={workers}: a worker {how} while it ran a job, twice; "
-            "if memory ran out use fewer workers or smaller pieces"
-        )
+    pool = _Pool(workers)
 
     def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
-        return threads.submit(call, function, job)
+        return threads.submit(pool.call, function, job)
 
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="worker") as threads:
             try:
-                yield submit, workers
+                yield Engine(submit=submit, workers=workers)
             finally:
-                for worker in all_workers:
-                    worker.kill()
+                pool.kill()
     finally:
-        for worker in all_workers:
+        pool.disconnect()
+
+
+class _Pool:
+    """Workers, one for each thread that calls."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._lock = threading.Lock()
+        self._workers: dict[int, _Worker] = {}
+        self._closed = False
+
+    def call(self, function: Callable[[Any], Any], job: Any) -> Outcome:
+        """Has a job done by the worker of this thread, and once more by a new one if it dies."""
+        how = ""
+        for _ in range(_TRIES):
+            worker = self._own()
+            try:
+                return worker.call(function, job)
+            except (EOFError, OSError):
+                how = self._ended(worker)
+        raise ConfigError(
+            f"workers={self._size}: a worker {how} while it ran a job, twice; "
+            "if memory ran out use fewer workers or smaller pieces"
+        )
+
+    def kill(self) -> None:
+        """Ends all workers, whatever they are doing; the threads that wait for them go on."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers.values():
+                worker.kill()
+
+    def disconnect(self) -> None:
+        """Closes what is left when the threads have ended."""
+        for worker in self._workers.values():
             worker.ended()
+
+    def _own(self) -> "_Worker":
+        with self._lock:
+            if self._closed:
+                raise ConfigError("the engine is closed")
+            thread = threading.get_ident()
+            if thread not in self._workers:
+                self._workers[thread] = _Worker()
+            return self._workers[thread]
+
+    def _ended(self, worker: "_Worker") -> str:
+        with self._lock:
+            del self._workers[threading.get_ident()]
+        return worker.ended()
 
 
 class _Worker:
-    """A process that is started by its first job, and by the next one after it has died."""
+    """A process, and the connection to it."""
 
     def __init__(self):
-        self._lock, self._closed = threading.Lock(), False
-        self._process: subprocess.Popen[bytes] | None = None
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "jaxinfra.prepare.engines.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | ONE_THREAD | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
+            )
+        self._connection = Connection(ours.detach())
 
     def call(self, function: Callable[[Any], Any], job: Any) -> Outcome:
         """Raises EOFError or OSError when the process is gone."""
-        with self._lock:  # a process must not be started while `kill` looks for one
-            if self._closed:
-                raise ConfigError("the engine is closed")
-            if self._process is None:
-                self._process, self._connection = _process()
         self._connection.send((function, job))
         return self._connection.recv()
 
     def kill(self) -> None:
-        """Ends the process, whatever it is doing; a thread in `call` sees it gone, and no other is started."""
-        with self._lock:
-            self._closed = True
-            if self._process is not None:
-                self._process.kill()
+        """Ends the process; a thread in `call` sees it gone."""
+        self._process.kill()
 
     def ended(self) -> str:
-        """Closes the connection, waits for the end of the process, and says how it came."""
-        with self._lock:
-            process, self._process = self._process, None
-        if process is None:
-            return ""
+        """Waits for the end of the process, whose connection is closed, and says how it came."""
         self._connection.close()
-        code = process.wait()
+        code = self._process.wait()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _process() -> tuple["subprocess.Popen[bytes]", Connection]:
-    """Starts a process, with a connection to it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jaxinfra.prepare.engines.worker", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
-            env=os.environ | ONE_THREAD | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
-        )
-    return process, Connection(ours.detach())

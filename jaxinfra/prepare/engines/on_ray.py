@@ -19,6 +19,15 @@ _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "
 @contextmanager
 def started(workers: int | None) -> Iterator[Engine]:
     """Connects to Ray, or starts one, and leaves or ends it with the context."""
+    own = {} if os.environ.get("RAY_ADDRESS") else _ALONE | {"PYTHONPATH": python_path()}
+    with _environment(own):
+        ray = needed("ray", by="engine=ray", install="jaxinfra[ray]")
+        with _connected(ray, workers):
+            yield from _engine(ray, workers)
+
+
+def _engine(ray: Any, workers: int | None) -> Iterator[Engine]:
+    task = ray.remote(num_cpus=1, max_retries=1)(call)
     running: dict[Future[Outcome], Any] = {}
 
     def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
@@ -28,16 +37,11 @@ def started(workers: int | None) -> Iterator[Engine]:
         future.add_done_callback(lambda ended: running.pop(ended, None))
         return future
 
-    own = {} if os.environ.get("RAY_ADDRESS") else _ALONE | {"PYTHONPATH": python_path()}
-    with _environment(own):
-        ray = needed("ray", by="engine=ray", install="jaxinfra[ray]")
-        with _connected(ray, workers):
-            task = ray.remote(num_cpus=1, max_retries=1)(call)
-            try:
-                yield submit, workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            finally:
-                for reference in list(running.values()):
-                    ray.cancel(reference, force=True)
+    try:
+        yield Engine(submit=submit, workers=workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+    finally:
+        for reference in list(running.values()):
+            ray.cancel(reference, force=True)
 
 
 @contextmanager
@@ -45,15 +49,18 @@ def _connected(ray: Any, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        own = {
-            "num_cpus": workers,
-            "include_dashboard": False,
-            "object_store_memory": _STORE_BYTES,
-            "_temp_dir": folder,
-        }
-        settings = {} if os.environ.get("RAY_ADDRESS") else own
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            ray.init(
+                num_cpus=workers,
+                include_dashboard=False,
+                object_store_memory=_STORE_BYTES,
+                _temp_dir=folder,
+                **quiet,
+            )
         try:
             yield
         finally:
@@ -69,6 +76,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
+            if value is None:
+                del os.environ[name]
+            else:
                 os.environ[name] = value

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -27,10 +28,19 @@ _LOOPBACK = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.
 _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF"}
 
 
-type _Prepare = Callable[[Callable[[Any], Outcome], Any], Callable[[], Outcome]]
-"""Makes of a function and a job what runs it as a Spark job, in a thread of its own."""
-type _Spark = tuple[_Prepare, Callable[[], object], int]
-"""Spark as it was found or started: `_Prepare`, what gives up all jobs that run, and tasks that it runs at once."""
+@dataclass(frozen=True, kw_only=True)
+class _Spark:
+    """Spark as it was found or started.
+
+    Attributes:
+        prepare: of a function and a job, what runs it as a Spark job in a thread of its own.
+        cancel: gives up all that run.
+        parallelism: tasks that it runs at once.
+    """
+
+    prepare: Callable[[Callable[[Any], Outcome], Any], Callable[[], Outcome]]
+    cancel: Callable[[], object]
+    parallelism: int
 
 
 @contextmanager
@@ -43,18 +53,18 @@ def started(workers: int | None) -> Iterator[Engine]:
         opened = nullcontext(_of(pyspark.SparkContext._active_spark_context))
     else:
         opened = _own(pyspark, workers)
-    with opened as (prepare, cancel, parallelism):
-        most = workers or max(1, parallelism)
+    with opened as spark:
+        most = workers or max(1, spark.parallelism)
         with ThreadPoolExecutor(most, thread_name_prefix="spark") as threads:
 
             def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
                 with _no_word_of_pandas():
-                    return threads.submit(prepare(partial(call, function), job))
+                    return threads.submit(spark.prepare(partial(call, function), job))
 
             try:
-                yield submit, most
+                yield Engine(submit=submit, workers=most)
             finally:
-                cancel()  # or the threads would wait for their jobs
+                spark.cancel()  # or the threads would wait for their jobs
 
 
 @contextmanager
@@ -75,7 +85,9 @@ def _of(context: Any) -> _Spark:
     def prepare(function: Callable[[Any], Outcome], job: Any) -> Callable[[], Outcome]:
         return partial(collect, context.parallelize([job], 1).map(function))
 
-    return prepare, partial(context.cancelJobsWithTag, tag), context.defaultParallelism
+    return _Spark(
+        prepare=prepare, cancel=partial(context.cancelJobsWithTag, tag), parallelism=context.defaultParallelism
+    )
 
 
 @contextmanager
@@ -129,7 +141,7 @@ def _remote() -> Iterator[_Spark]:
         table = session.range(0, 1, 1, 1).mapInArrow(partial(_rows, function, job), "outcome binary")
         return lambda: pickle.loads(table.collect()[0][0])
 
-    yield prepare, session.interruptAll, cores()
+    yield _Spark(prepare=prepare, cancel=session.interruptAll, parallelism=cores())
 
 
 def _rows(function: Callable[[Any], Outcome], job: Any, batches: Iterator[Any]) -> Iterator[Any]:

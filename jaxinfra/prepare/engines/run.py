@@ -4,22 +4,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Literal
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.prepare.engines import local, on_dask, on_ray, on_spark
-from jaxinfra.prepare.engines.call import Outcome, cores
+from jaxinfra.prepare.engines.call import Engine, InWorker, cores
 
 EngineName = Literal["local", "ray", "dask", "spark"]
 
 _STARTED = {"local": local.started, "ray": on_ray.started, "dask": on_dask.started, "spark": on_spark.started}
-
-
-class InWorker(Exception):
-    """The cause of an error that a worker raised; its text is the traceback there."""
 
 
 def run[J, R](
@@ -45,7 +41,7 @@ def run[J, R](
         done: told each result.
 
     Raises:
-        Exception: the first that the function or `done` raised; the other jobs are given up.
+        Exception: the first that the function or `done` raised, as it is; the other jobs are given up.
         ConfigError: the engine cannot be started, or a job killed its workers.
     """
     if workers is not None and workers < 1:
@@ -58,52 +54,61 @@ def run[J, R](
             return
     if jobs:
         most = None if workers is None else min(workers, len(jobs))
-        with _ended_by_signals() as taken, _STARTED[engine](most) as (submit, at_once):
+        with _ended_by_signals() as taken, ExitStack() as stack:
+            started = stack.enter_context(_STARTED[engine](most))
             taken()
-            waiting = iter(jobs)
-            running = {submit(function, job) for job in islice(waiting, at_once)}
-            while running:
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                outcomes = [_outcome(engine, future) for future in ended]
-                failed = next((outcome for outcome in outcomes if outcome.error is not None), None)
-                if not failed:
-                    running |= {submit(function, job) for job in islice(waiting, len(ended))}
-                for outcome in outcomes:
-                    if outcome.error is None:
-                        done(outcome.value)
-                if failed and failed.error is not None:
-                    raise failed.error from InWorker(failed.traceback)
-
-
-def _outcome(engine: EngineName, future: Future[Outcome]) -> Outcome:
-    try:
-        return future.result()
-    except JaxinfraError:
-        raise
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(f"engine={engine}: a job was not run ({cause}); look at its workers") from error
+            _drive(engine, started, function, jobs, done)
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[Callable[[], None]]:
-    """Ends the block on SIGTERM, where nobody answers it, as an exception does, so that workers are ended.
+    """SIGTERM, where nobody answers it, ends the block as an exception does, so that workers are ended.
 
     Ray and Spark answer signals themselves once they are started. What this gives takes them back.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     during = dict(before)
     if before[signal.SIGTERM] is signal.SIG_DFL:
-        during[signal.SIGTERM] = lambda number, frame: sys.exit(128 + number)
-
-    def answer(handlers: dict[signal.Signals, Any]) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                if handler is not None:  # it was not set by Python, and cannot be
-                    signal.signal(number, handler)
-
+        during[signal.SIGTERM] = _exit
     try:
-        answer(during)
-        yield lambda: answer(during)
+        _answer(during)
+        yield lambda: _answer(during)
     finally:
-        answer(before)
+        _answer(before)
+
+
+def _answer(handlers: dict[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:  # it was not set by Python, and cannot be
+                signal.signal(number, handler)
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _drive(
+    name: str, engine: Engine, function: Callable[[Any], Any], jobs: Sequence[Any], done: Callable[[Any], object]
+) -> None:
+    waiting = iter(jobs)
+    running = {engine.submit(function, job) for job in islice(waiting, engine.workers)}
+    while running:
+        ended, running = wait(running, return_when=FIRST_COMPLETED)
+        outcomes = []
+        for future in ended:
+            try:
+                outcomes.append(future.result())
+            except JaxinfraError:
+                raise
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise ConfigError(f"engine={name}: a job was not run ({cause}); look at its workers") from error
+        failed = next((outcome for outcome in outcomes if outcome.error is not None), None)
+        if not failed:
+            running |= {engine.submit(function, job) for job in islice(waiting, len(ended))}
+        for outcome in outcomes:
+            if outcome.error is None:
+                done(outcome.value)
+        if failed and failed.error is not None:
+            raise failed.error from InWorker(failed.traceback)
