@@ -27,7 +27,7 @@ STEP = re.compile(r"step +\d+/\d+ ")
 """How a line of a training step begins."""
 RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
-    "make test-slow": "the command that runs this test",
+    "make test-all": "the command that runs this test",
     "python -m launch bench step": "tests/bench",
     "python -m launch bench parallel": "tests/bench",
     "python -m launch bench llama": "tests/bench",
