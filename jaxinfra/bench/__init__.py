@@ -1,4 +1,4 @@
-"""What times the framework against hand-written code, and compares its meshes with one device.
+"""Times the framework against hand-written code, and compares its meshes with one device.
 
 The commands `bench` and `parity` are its users; nothing else imports it.
 """

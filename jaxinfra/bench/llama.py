@@ -21,7 +21,7 @@ ON = "v5p:4x4x4"
 CHIPS = 64
 CONFIG = "configs/llama3_8b.py"
 SEQUENCES = (1, 2, 4)
-"""Of a chip and step."""
+"""Sequences a chip takes in a step."""
 
 POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(dots,full)", "full")
 """From what computes least again to what computes most."""
@@ -86,7 +86,7 @@ def dots(overrides: Sequence[str]) -> Iterator[Row]:
 
 
 def best(overrides: Sequence[str]) -> Iterator[Row]:
-    """Of the policies that fit the one that computes least again."""
+    """Picks, among the policies that fit, the one that recomputes least."""
     hbm_bytes = parse(ON).chip.hbm_bytes
     for sequences in SEQUENCES:
         for policy in POLICIES:

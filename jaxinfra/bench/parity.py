@@ -29,7 +29,7 @@ BOUND = 2e-5
 ROUNDING = 1e-6
 """An array whose largest value is a smaller part of that of all gradients is zero but for rounding."""
 MICROBATCHES = 4
-"""Of a step on a mesh; one device takes the batch whole."""
+"""Microbatches of a step on a mesh; one device takes the whole batch."""
 
 type Arrays = Mapping[str, np.ndarray]
 
@@ -139,7 +139,7 @@ def computed(program: Program, batch: Mapping[str, np.ndarray], params: Any = No
 
 
 def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
-    """Of each array the largest difference, as a part of its largest value; NaN where a value is.
+    """Returns the largest difference of each array, relative to its largest value; NaN where a value is NaN.
 
     Of a gradient that is zero but for rounding (the bias of keys, which no score depends on): as a part of what
     rounding may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.

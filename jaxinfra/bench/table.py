@@ -1,4 +1,4 @@
-"""What a benchmark finds: a table, a line that says what it was measured on, and the figures as JSON."""
+"""Formats the result of a benchmark: a table, a line about the machine, and the figures as JSON."""
 
 import argparse
 import importlib.metadata

@@ -16,7 +16,7 @@ from jaxinfra.errors import ConfigError
 
 RECORDS = "a config file, or the run.json of a run"
 ENGINES = ("local", "ray", "dask", "spark")
-"""What runs the workers of `data prepare`; the first is the default."""
+"""Engines that run the workers of `data prepare`; the first is the default."""
 PAIRS = 15
 """Timed turns of each side of a benchmark."""
 
@@ -167,7 +167,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("init", _init, "write the quickstart's config and the recipe of its data into a folder"),
     ("show", _config, "print the resolved config and every number that follows from it; no device is touched"),
     ("compile", _compile, "compile the train step for hardware that is not here: memory, cycles, collectives"),
-    ("data prepare", _data_prepare, "tokenise a corpus into a store, in parallel; goes on where it was stopped"),
+    ("data prepare", _data_prepare, "tokenize a corpus into a store, in parallel; goes on where it was stopped"),
     ("data show", _data_show, "what a store holds: counts, lengths, versions, samples"),
     ("data verify", _store, "read all of a store, and compare every block with its hash"),
     ("data peek", _data_peek, "exactly what a process of a run is fed at a step"),

@@ -35,7 +35,7 @@ exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no g
 
 
 def help_parser() -> argparse.ArgumentParser:
-    """What `--help` prints when no command is named."""
+    """Builds the help that `--help` prints when no command is named."""
     top = argparse.ArgumentParser(
         prog=COMMAND,
         usage=f"{COMMAND} [COMMAND] ...",

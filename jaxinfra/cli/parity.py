@@ -13,7 +13,7 @@ from jaxinfra.runtime import emulated
 from jaxinfra.storage import outputs
 
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
-"""What stands around the table on the page that `--write` names."""
+"""Marks around the table on the page that `--write` names."""
 
 
 def table(found: Iterable[Row]) -> str:
