@@ -30,6 +30,6 @@ def test_a_small_model_keeps_everything(repo_root: Path, tmp_path: Path, monkeyp
         ("best", 2, "weights"),
     ]
     assert (less["attention"], more["attention"]) == (4, 2)
-    assert less["temporaries_gib"] < more["temporaries_gib"] and less["cycles"] > more["cycles"]
+    assert less["temporaries_gib"] < more["temporaries_gib"]
     assert ended.out.count("| jaxinfra") == len(rows)
     assert ended.out.count("| bare JAX step") == sum(other["sequences"] == 2 for other in llama.OTHERS) > 0

@@ -10,6 +10,7 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.store.versions import listed
 from jaxinfra.errors import DataError, StorageError
 from jaxinfra.prepare.prepare import prepare
+from jaxinfra.storage import connection
 from jaxinfra.storage.objects import Storage
 from tests.refusals import names, raises, refused
 from tests.stores import bytes_recipe, contents, jsonl, recipe_file
@@ -47,6 +48,14 @@ def recipe(server, source, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
+
+
+@pytest.fixture
+def new_context():
+    """TensorStore reads the credentials of a context once."""
+    connection._context.cache_clear()
+    yield
+    connection._context.cache_clear()
 
 
 def objects(place: str) -> tuple[dict[str, bytes], dict[str, object]]:
@@ -118,6 +127,7 @@ def test_a_flipped_bit_is_found_when_it_is_read_and_named_by_verify(server, reci
     refused(launch("data", "verify", recipe.store), "train/tokens block 0", code=78)
 
 
+@pytest.mark.usefixtures("new_context")
 @pytest.mark.parametrize(
     "wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING"]
 )
