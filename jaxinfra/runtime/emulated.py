@@ -10,16 +10,21 @@ devices, as by default, programs in which two collectives have no order (those o
 """
 
 
-ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-"""Scheduled for concurrency, such collectives start in another order on each device, whatever the number of threads."""
+FLAGS = {
+    # Scheduled for concurrency, such collectives start in another order on each device, whatever the number of threads.
+    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    # XLA aborts when a device is 40 s late: those of a busy machine may be.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
 
 
 def environment(devices: int) -> dict[str, str]:
-    """What JAX and XLA read when they start; flags that are set already stay."""
+    """Returns what JAX and XLA read when they start; flags that are set already stay."""
     flags = os.environ.get("XLA_FLAGS", "")
+    more = (f"{name}={value}" for name, value in FLAGS.items() if name not in flags)
     return {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "NPROC": str(THREADS * devices),
-        "XLA_FLAGS": flags if ORDERED in flags else f"{flags} {ORDERED}".strip(),
+        "XLA_FLAGS": " ".join([flags, *more]).strip(),
     }
