@@ -38,24 +38,16 @@ type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
 class Block(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
-    def __init__(self, config: TransformerConfig, layout: Layout, stack: Stack):
-        self.layout, self.dropout = layout, config.dropout
-        norm = partial(
-            Norm,
-            config.width,
-            kind=config.norm,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
-            stack=stack,
-            layout=layout,
-        )
+    def __init__(self, config: TransformerConfig, stack: Stack):
+        self.layout, self.dropout = stack.layout, config.dropout
+        norm = partial(_norm, config, stack)
         # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
         out_scale = (2 * config.depth) ** -0.5
         self.attention_norm = norm()
-        self.attention = _attention(config, out_scale, stack, layout)
+        self.attention = _attention(config, out_scale, stack)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
-        shared = {"kind": config.mlp, "out_scale": out_scale, "stack": stack, "layout": layout}
+        shared = {"kind": config.mlp, "out_scale": out_scale, "stack": stack}
         self.mlp = (
             MLP(config.width, config.mlp_dim, bias=config.mlp_bias, **shared)
             if config.experts is None
@@ -83,23 +75,13 @@ class Block(nnx.Module):
         return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
 
 
-def _attention(
-    config: TransformerConfig, out_scale: float, stack: Stack, layout: Layout
-) -> Attention | LatentAttention:
+def _norm(config: TransformerConfig, stack: Stack) -> Norm:
+    """A norm of the stream."""
+    return Norm(config.width, kind=config.norm, eps=config.norm_eps, offset=config.norm_offset, stack=stack)
+
+
+def _attention(config: TransformerConfig, out_scale: float, stack: Stack) -> Attention | LatentAttention:
     """The attention of this config, whose output is started so small."""
-    if config.latent is not None:
-        return LatentAttention(
-            config.latent,
-            width=config.width,
-            heads=config.heads,
-            norm_eps=config.norm_eps,
-            norm_offset=config.norm_offset,
-            out_scale=out_scale,
-            kernel=config.attention,
-            form=config.context_attention,
-            stack=stack,
-            layout=layout,
-        )
     shape = AttentionShape(
         width=config.width,
         heads=config.heads,
@@ -114,7 +96,7 @@ def _attention(
         kernel=config.attention,
         form=config.context_attention,
     )
-    return Attention(shape, stack=stack, layout=layout)
+    return Attention(shape, stack) if config.latent is None else LatentAttention(config.latent, shape, stack)
 
 
 class Context(NamedTuple):
@@ -150,32 +132,16 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, layout: Layout):
         self.config, self.layout = config, layout
-        alone = Stack()
-        embed = normal(config.width**-0.5)
-        self.embedding = alone.declare((config.vocab_size, config.width), ("vocab", "embed"), embed, "embedding")
-        self.positions = (
-            alone.declare((config.learned_positions, config.width), (None, "embed"), normal(0.01), "embedding")
-            if config.learned_positions
-            else None
-        )
-        dense = replace(config, experts=None)
-        self.prefix = Block(dense, layout, Stack(layers=config.dense_layers)) if config.dense_layers else None
-        self.blocks = Block(config, layout, Stack(layers=config.layers))
-        self.norm = Norm(
-            config.width,
-            kind=config.norm,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
-            stack=alone,
-            layout=layout,
-        )
-        self.unembedding = (
-            None
-            if config.tied
-            else alone.declare(
-                (config.width, config.vocab_size), ("embed", "vocab"), normal(config.width**-0.5), "head", contract=1
-            )
-        )
+        alone, dense = (Stack(layout=layout, layers=layers) for layers in (0, config.dense_layers))
+        words, places, width, declare = config.vocab_size, config.learned_positions, config.width, alone.declare
+        init = normal(width**-0.5)
+        self.embedding = declare((words, width), ("vocab", "embed"), init, "embedding")
+        self.positions = declare((places, width), (None, "embed"), normal(0.01), "embedding") if places else None
+        self.prefix = Block(replace(config, experts=None), dense) if dense.layers else None
+        self.blocks = Block(config, replace(alone, layers=config.layers))
+        self.norm = _norm(config, alone)
+        head = None if config.tied else declare((width, words), ("embed", "vocab"), init, "head", contract=1)
+        self.unembedding = head
 
     def hidden(self, batch: Inputs) -> jax.Array:
         """Hidden states after the last norm of whole sequences (see `begin`): `[B, T, D]`, whole positions."""

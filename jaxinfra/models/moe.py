@@ -11,6 +11,7 @@ E experts, K choices of a token, M rows of a device's own experts, L layers.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -27,7 +28,7 @@ from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.ops.routing import Choices, Routing
 from jaxinfra.parallel.expert import Homes, dispatch
-from jaxinfra.parallel.layout import Layout, axes_of, own_weight, staged, varying
+from jaxinfra.parallel.layout import axes_of, own_weight, staged, varying
 from jaxinfra.parallel.spec import constant, normal
 
 LOAD, KEPT, BALANCE, Z = "expert_load", "expert_kept", "balance_loss", "router_z_loss"
@@ -136,15 +137,13 @@ class MoE(nnx.Module):
         kind: Literal["swiglu", "geglu", "gelu"],
         out_scale: float,
         stack: Stack,
-        layout: Layout,
     ):
         """Declares the parameters; `hidden` is the width of an expert that does not say its own."""
-        self.experts, self.kind, self.layout = experts, kind, layout
+        self.experts, self.kind, self.layout = experts, kind, stack.layout
         count, dim = experts.count, hidden if experts.dim is None else experts.dim
         self.router = stack.declare((width, count), ("embed", None), normal(width**-0.5), "matrix", contract=1)
-        self.bias = (
-            stack.declare((count,), (None,), constant(0.0), "bias", trained=False) if experts.bias_rate else None
-        )
+        bias = partial(stack.declare, (count,), (None,), constant(0.0), "bias", trained=False)
+        self.bias = bias() if experts.bias_rate else None
 
         def matrices(rows: int, columns: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
             shape, init = (count, rows, columns), normal(scale * rows**-0.5)
@@ -153,11 +152,8 @@ class MoE(nnx.Module):
         self.gate = None if kind == "gelu" else matrices(width, dim, ("embed", "mlp"))
         self.up = matrices(width, dim, ("embed", "mlp"))
         self.down = matrices(dim, width, ("mlp", "embed"), out_scale)
-        self.shared = (
-            MLP(width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack, layout=layout)
-            if experts.shared
-            else None
-        )
+        shared = partial(MLP, width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack)
+        self.shared = shared() if experts.shared else None
 
     def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerSums]:
         """What the experts make of the tokens, and what the layer counts.

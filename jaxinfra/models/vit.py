@@ -162,10 +162,10 @@ class VisionTransformerConfig:
 class EncoderBlock(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
-    def __init__(self, config: VisionTransformerConfig, layout: Layout, stack: Stack):
-        self.layout, self.dropout = layout, config.dropout
+    def __init__(self, config: VisionTransformerConfig, stack: Stack):
+        self.layout, self.dropout = stack.layout, config.dropout
         width, eps = config.width, config.norm_eps
-        norm = partial(Norm, width, kind="layernorm", eps=eps, offset=0.0, stack=stack, layout=layout)
+        norm = partial(Norm, width, kind="layernorm", eps=eps, stack=stack)
         # Both outputs of every layer add to the stream, whose variance is to stay near one.
         out_scale = (2 * config.layers) ** -0.5
         shape = AttentionShape(
@@ -175,17 +175,14 @@ class EncoderBlock(nnx.Module):
             head_dim=width // config.heads,
             qkv_bias=True,
             out_bias=True,
-            qk_norm=False,
             norm_eps=eps,
-            norm_offset=0.0,
             out_scale=out_scale,
             kernel=config.attention,
-            form="auto",
         )
         self.attention_norm = norm()
-        self.attention = Attention(shape, stack=stack, layout=layout)
+        self.attention = Attention(shape, stack)
         self.mlp_norm = norm()
-        self.mlp = MLP(width, config.mlp_dim, kind="gelu", bias=True, out_scale=out_scale, stack=stack, layout=layout)
+        self.mlp = MLP(width, config.mlp_dim, kind="gelu", bias=True, out_scale=out_scale, stack=stack)
 
     def __call__(self, x_BTD: jax.Array, words_BT: jax.Array | None) -> jax.Array:
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
@@ -203,7 +200,7 @@ class VisionTransformer(nnx.Module):
 
     def __init__(self, config: VisionTransformerConfig, layout: Layout):
         self.config, self.layout = config, layout
-        alone, width = Stack(), config.width
+        alone, width = Stack(layout=layout), config.width
         features = config.patch**2 * config.channels
         self.patches = alone.declare(
             (features, width), (None, "embed"), normal(features**-0.5), "embedding", contract=1
@@ -211,8 +208,8 @@ class VisionTransformer(nnx.Module):
         self.patches_bias = alone.declare((width,), (None,), constant(0.0), "bias")
         self.token = alone.declare((width,), (None,), normal(0.02), "embedding") if config.pool == "class" else None
         self.positions = alone.declare((config.length, width), (None, "embed"), normal(0.02), "embedding")
-        self.blocks = EncoderBlock(config, layout, Stack(layers=config.layers))
-        self.norm = Norm(width, kind="layernorm", eps=config.norm_eps, offset=0.0, stack=alone, layout=layout)
+        self.blocks = EncoderBlock(config, replace(alone, layers=config.layers))
+        self.norm = Norm(width, kind="layernorm", eps=config.norm_eps, stack=alone)
         self.classes = alone.declare((width, config.classes), ("embed", None), normal(width**-0.5), "head", contract=1)
         self.classes_bias = alone.declare((config.classes,), (None,), constant(0.0), "bias")
 
