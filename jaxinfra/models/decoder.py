@@ -61,18 +61,12 @@ class Block(nnx.Module):
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
-        x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD, sums = self._inner(self.layout.whole(self.mlp_norm(x_BTD), "mlp"), drops=cache is None)
+        x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
+        y_BTD = self.layout.whole(self.mlp_norm(x_BTD), "mlp")
+        y_BTD, sums = self.mlp(y_BTD, drops=cache is None) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), {})
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
-        x_BTD += self._drop(y_BTD, words_BT, site=1)
+        x_BTD += drop(y_BTD, words_BT, 1, self.dropout)
         return self.layout.rows(x_BTD), cache, sums
-
-    def _inner(self, x_BTD: jax.Array, *, drops: bool) -> tuple[jax.Array, LayerSums]:
-        """What the MLP or the experts make of the stream, and what they count."""
-        return self.mlp(x_BTD, drops=drops) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), {})
-
-    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
-        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
 
 
 def _norm(config: TransformerConfig, stack: Stack) -> Norm:
@@ -150,9 +144,7 @@ class Transformer(nnx.Module):
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states after the last norm of tokens that follow a cache, and the cache with these tokens.
 
-        Args:
-            tokens_BT: words, int32.
-            cache: of earlier tokens of the same rows, each one document.
+        Words are int32; every row, with the tokens of it in the cache, is one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True, policy="none")
@@ -173,34 +165,24 @@ class Transformer(nnx.Module):
         return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
     def begin(self, batch: Inputs) -> jax.Array:
-        """The stream before the first layer of the stack: dense ones before it are done.
+        """The stream before the first layer of the stack (dense ones before it are done): `[B, T, D]`, block positions.
 
         Args:
             batch: `inputs` `[B, T]`, words, int32, in the order of the layout; `positions` `[B, T]`, places in their
                 documents, or none for those in the row; `segments` `[B, T]`, document ids: a token sees its own
                 document alone, or none where every row is one document; `dropout` `[B, T]` (see `ops.dropout`), or
                 none to drop nothing.
-
-        Returns:
-            `[B, T, D]` in the compute dtype, block positions.
         """
         x_BTD = self._embed(batch["inputs"], self._positions(batch))
-        if FIELD in batch:
-            x_BTD = drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        x_BTD = drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
         if self.prefix is None:
             return x_BTD
         return self._through(x_BTD, batch, (self.prefix, *self._dense()), alike=True)[0]
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
-        """The stream after some layers: those that `blocks` holds.
+        """The stream after the layers that `blocks` holds, block positions, and what they count, one row a layer.
 
-        Args:
-            x_BTD: the stream, block positions.
-            batch: as in `begin`.
-            staged: of a pipeline, which layers they are; None for all, one after the other.
-
-        Returns:
-            The stream, and what the layers count: each array has one row a layer.
+        `batch` is as in `begin`; `staged` says of a pipeline which layers they are, None is all of them in order.
         """
         layers = (self.blocks, self._kinds(staged), self._numbers(staged))
         return self._through(x_BTD, batch, layers, alike=staged is None or staged.alike)
@@ -243,9 +225,8 @@ class Transformer(nnx.Module):
         return {"blocks": {"mlp": {"bias": moe.moved(mlp.bias[...], sums, experts.bias_rate)}}}
 
     def _positions(self, batch: Inputs) -> jax.Array:
-        found = batch.get("positions")
-        if found is not None:
-            return found
+        if "positions" in batch:
+            return batch["positions"]
         places_1T = self.layout.order.places(batch["inputs"].shape[1])[None]
         return jax.reshard(places_1T, self.layout.spec(None, "sequence"))
 
@@ -307,7 +288,7 @@ class Transformer(nnx.Module):
         place = Place(tables, context.segments, context.start)
 
         def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerSums]:
-            words = None if context.words is None else layer_words(context.words, number + config.dense_layers)
+            words = layer_words(context.words, number + config.dense_layers)
             return block(x, config.see(sight), place, words, kv)
 
         return remat(layer, policy, alone=len(config.remats) == 1)
@@ -318,8 +299,7 @@ class Transformer(nnx.Module):
         x_BTD = self._rows(tokens_BT)
         if self.positions is not None:
             table = layout.weight(self.positions[...], (None, "embed"))
-            places = jnp.broadcast_to(positions_BT, tokens_BT.shape)
-            places = jax.reshard(places, layout.spec("batch", "sequence"))
+            places = jax.reshard(jnp.broadcast_to(positions_BT, tokens_BT.shape), layout.spec("batch", "sequence"))
             x_BTD += table.at[places].get(out_sharding=layout.spec("batch", "sequence", None))
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)

@@ -102,31 +102,23 @@ class VisionTransformerConfig:
     def problems(self) -> Iterable[Problem]:
         """Patches tile the image, and heads the width."""
         if self.image_size % self.patch:
-            fitting = max(n for n in range(1, self.patch) if self.image_size % n == 0)
-            yield Problem(
-                fields=("image_size", "patch"), message="patches must tile the image", fix=f"use patch={fitting}"
-            )
+            fix = f"use patch={max(n for n in range(1, self.patch) if self.image_size % n == 0)}"
+            yield Problem(fields=("image_size", "patch"), message="patches must tile the image", fix=fix)
         if self.width % self.heads:
-            fitting = -(-self.width // self.heads) * self.heads
-            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=f"use width={fitting}")
+            fix = f"use width={-(-self.width // self.heads) * self.heads}"
+            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=fix)
 
     @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
         """See `ModelConfig`."""
-        return {
-            "heads": (self.heads, "heads"),
-            "mlp_dim": (self.mlp_dim, "mlp"),
-            "width": (self.width, "embed"),
-        }
+        return {"heads": (self.heads, "heads"), "mlp_dim": (self.mlp_dim, "mlp"), "width": (self.width, "embed")}
 
     def problems_with(self, data: Images) -> Iterable[Problem]:
         """The images are those that the model is made for."""
         for name in ("image_size", "channels"):
-            found = getattr(data, name)
-            if getattr(self, name) != found:
-                yield Problem(
-                    fields=(f"model.{name}",), message=f"the images have {found}", fix=f"use model.{name}={found}"
-                )
+            if (found := getattr(data, name)) != getattr(self, name):
+                fix = f"use model.{name}={found}"
+                yield Problem(fields=(f"model.{name}",), message=f"the images have {found}", fix=fix)
 
     def positions(self, data: Images) -> int:
         """Patches, and a class token where there is one."""
@@ -187,12 +179,9 @@ class EncoderBlock(nnx.Module):
     def __call__(self, x_BTD: jax.Array, words_BT: jax.Array | None) -> jax.Array:
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, _ = self.attention(self.attention_norm(x_BTD), ALL, NOWHERE, None)
-        x_BTD += self._drop(y_BTD, words_BT, site=0)
+        x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
         y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD), "mlp"))
-        return x_BTD + self._drop(y_BTD, words_BT, site=1)
-
-    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
-        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
+        return x_BTD + drop(y_BTD, words_BT, 1, self.dropout)
 
 
 class VisionTransformer(nnx.Module):
@@ -214,13 +203,9 @@ class VisionTransformer(nnx.Module):
         self.classes_bias = alone.declare((config.classes,), (None,), constant(0.0), "bias")
 
     def begin(self, batch: Inputs) -> jax.Array:
-        """The stream before the first layer.
+        """The stream before the first layer, `[B, T, D]` in the compute dtype, block positions.
 
-        Args:
-            batch: `images` `[B, H, W, channels]`, float32; `dropout` `[B, T]` (see `ops.dropout`), or none.
-
-        Returns:
-            `[B, T, D]` in the compute dtype, block positions.
+        The batch has `images` `[B, H, W, channels]`, float32, and `dropout` `[B, T]` (see `ops.dropout`), or none.
         """
         layout = self.layout
         patches_BNP = to_patches(batch["images"], self.config.patch).astype(layout.compute_dtype)
@@ -233,16 +218,13 @@ class VisionTransformer(nnx.Module):
             token = layout.weight(self.token[...], (None,))
             x_BTD = layout.local(_with_token, x_BND, bias, table, token)
         x_BTD = layout.shard(x_BTD, "batch", "positions", None)
-        if FIELD not in batch:
-            return x_BTD
-        return drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        return drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None, /) -> tuple[jax.Array, LayerSums]:
         """The stream after the layers that `blocks` holds, block positions; they count nothing (see `Model`)."""
-        words_BT = batch.get(FIELD)
 
         def layer(block: EncoderBlock, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
-            return block(x_BTD, None if words_BT is None else layer_words(words_BT, number))
+            return block(x_BTD, layer_words(batch.get(FIELD), number))
 
         kept = remat(layer, self.config.remat)
 
