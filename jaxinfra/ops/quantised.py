@@ -41,7 +41,7 @@ def product(
     Args:
         x: `[*S, ..., *K]`.
         w: `[*S, *K, *N]`, ready for use.
-        partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
+        partial: as of `ops.dot.dot`.
         contract: number of dimensions in `K`.
         stages: number of dimensions in `S`.
         quantise: the format.
@@ -58,7 +58,7 @@ def product(
     y = qwix.dot_general(
         _marked(_scaled(x, in_x, quantise), partial),
         _marked(_scaled(w, in_w, quantise), partial),
-        ((in_x, in_w), _side_by_side(stages)),
+        ((in_x, in_w), (range(stages), range(stages))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
@@ -86,15 +86,11 @@ def input_gradient(
     dx = qwix.dot_general(
         _marked(factor, out.unreduced),
         weight.qvalue,
-        ((in_g, in_w), _side_by_side(stages)),
+        ((in_g, in_w), (range(stages), range(stages))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
     return dx.astype(x.dtype)
-
-
-def _side_by_side(stages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(range(stages)), tuple(range(stages))
 
 
 def _scaled(a: jax.Array, contracted: tuple[int, ...], quantise: Quantise) -> "QArray":
