@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 type Tree = Any
 type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
@@ -59,13 +58,12 @@ def _apart(xs: Tree, count: int) -> list[Tree]:
 def _joined(*ys: jax.Array) -> jax.Array:
     """`[count, ...]` of a list. Not `jnp.stack`, nor `expand_dims`: they have no gradient for partial sums."""
     spec = jax.typeof(ys[0]).sharding.spec
-    out = PartitionSpec(None, *spec.partitions, reduced=spec.reduced, unreduced=spec.unreduced)
+    out = spec.update(partitions=(None, *spec.partitions))
     return jnp.concatenate([y.reshape(1, *y.shape, out_sharding=out) for y in ys])
 
 
 def _shaped(a: jax.Array, *lead: int) -> jax.Array:
     """`[L, ...]` to `[groups, layers of a group, ...]`, or back; these dimensions are whole on every device."""
-    old = 3 - len(lead)
-    spec = jax.typeof(a).sharding.spec
-    out = PartitionSpec(*(None,) * len(lead), *spec.partitions[old:], reduced=spec.reduced, unreduced=spec.unreduced)
+    old, spec = 3 - len(lead), jax.typeof(a).sharding.spec
+    out = spec.update(partitions=((None,) * len(lead) + spec.partitions[old:]))
     return a.reshape(*lead, *a.shape[old:], out_sharding=out)

@@ -72,9 +72,8 @@ def _split_stages(x: jax.Array, stages: int) -> jax.Array:
     rows, *others = spec.partitions
     first, *within = axes_of(rows)
     assert first == "stage", spec
-    parts = ("stage", tuple(within) or None, *others)
-    shape = (stages, x.shape[0] // stages, *x.shape[1:])
-    return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
+    out = spec.update(partitions=("stage", tuple(within) or None, *others))
+    return x.reshape(stages, x.shape[0] // stages, *x.shape[1:], out_sharding=out)
 
 
 def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
@@ -84,7 +83,7 @@ def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
         shape.append(math.prod(x.shape[at : at + size]))
         parts.append(spec.partitions[at])
         at += size
-    return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
+    return x.reshape(shape, out_sharding=spec.update(partitions=parts))
 
 
 def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:

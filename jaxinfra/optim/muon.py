@@ -46,11 +46,7 @@ def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
 
 
 def orthogonalize(
-    blocks: Any,
-    *,
-    iterations: int,
-    scale: Literal["rms", "width"],
-    dtype: jnp.dtype,
+    blocks: Any, *, iterations: int, scale: Literal["rms", "width"], dtype: jnp.dtype
 ) -> optax.GradientTransformation:
     """Updates replaced by their orthogonalised matrices, scaled for their shape.
 
@@ -68,11 +64,7 @@ def orthogonalize(
         factor = 0.2 * math.sqrt(max(rows, cols)) if scale == "rms" else math.sqrt(max(1.0, cols / rows))
         return factor * _orthogonal(update.astype(dtype), dims, iterations).astype(update.dtype)
 
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        del params
-        return jax.tree.map(one, updates, blocks)
-
-    return optax.stateless(update)
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, blocks))
 
 
 def _orthogonal(x: jax.Array, dims: Block, iterations: int) -> jax.Array:
