@@ -34,16 +34,10 @@ def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
     Chunks stand in the order of the model: chunk c of stage s at place `c * stages + s`. Where places do not divide
     the layers, the first ones have one more than the others.
     """
-    places = stages * chunks
-    longest = -(-layers // places)
-    full = layers - places * (longest - 1)
-    numbers = np.full((places, longest), -1)
-    first = 0
-    for place in range(places):
-        count = longest if place < full else longest - 1
-        numbers[place, :count] = np.arange(first, first + count)
-        first += count
-    return numbers.reshape(chunks, stages, longest).transpose(0, 2, 1)
+    parts = np.array_split(np.arange(layers), stages * chunks)
+    longest = len(parts[0])
+    numbers = [np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts]
+    return np.reshape(numbers, (chunks, stages, longest)).transpose(0, 2, 1)
 
 
 class Stages:
@@ -52,11 +46,7 @@ class Stages:
     def __init__(self, run: "Run", layout: Layout, specs: Any, stored: Any):
         """Builds the model twice: for the rows of all stages, and for its end, spread over them.
 
-        Args:
-            run: the config, with a mesh of more than one stage.
-            layout: as of a run without stages.
-            specs: `ParamSpec` of every parameter.
-            stored: their shardings.
+        The layout is that of a run without stages; `specs` and `stored` are those of every parameter.
         """
         self.run, self.layout, self.specs, self.stored = run, layout, specs, stored
         rules, self.stages, self.chunks = layout.rules, layout.mesh.stage, run.pipeline.chunks
@@ -137,18 +127,14 @@ class Stages:
 
     def _laid_back(self, grads: Any) -> Any:
         def back(g: jax.Array, stored: PartitionSpec) -> jax.Array:
-            return jax.reshard(self._joined(jax.reshard(g, self._before(stored))), stored)
+            # Stacked layers can be joined as they are stored, wherever `stage` is there.
+            return jax.reshard(self._joined(jax.reshard(g, PartitionSpec(None, None, *stored.partitions))), stored)
 
         return jax.tree.map(back, grads, self.stored[STACKED])
 
     def _staged(self, stored: PartitionSpec) -> PartitionSpec:
         """The sharding by stage of a stacked parameter that is stored like this."""
         return PartitionSpec(None, None, "stage", *_of_any_stage(stored).partitions[1:])
-
-    def _before(self, stored: PartitionSpec) -> PartitionSpec:
-        """The sharding in which stacked layers can be split and joined: as stored, wherever `stage` is there."""
-        first, *others = stored.partitions
-        return PartitionSpec(None, None, first, *others)
 
     def _split(self, stacked: jax.Array) -> jax.Array:
         """`[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, zeros for none."""

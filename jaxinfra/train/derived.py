@@ -19,12 +19,8 @@ ASSUMED_MFU = 0.4
 
 def per_device_bytes(tree: Any) -> int:
     """Bytes of one device's shards of a tree of `ShapeDtypeStruct`s."""
-
-    def one(leaf: jax.ShapeDtypeStruct) -> int:
-        assert leaf.sharding is not None
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(map(one, jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def gib(n_bytes: float) -> str:
@@ -52,13 +48,8 @@ def _across(kind: str, across: Across) -> Derived:
 
 
 def derived(program: Program, train_units: int | None = None) -> Derived:
-    """Name to value and unit, or how it was computed.
-
-    Args:
-        program: on any mesh, an abstract one too.
-        train_units: units of the training data, if it is there.
-    """
-    run, state = program.run, program.state
+    """Name to value and unit, or how it was computed; from the units of the training data, too, if it is there."""
+    run, state, batch = program.run, program.state, program.run.train.global_batch
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     unit, units = program.task.unit, units_per_step(program) * run.train.steps
@@ -70,10 +61,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
-        "samples a device": (
-            run.train.global_batch / program.layout.shards("batch"),
-            f"global batch {run.train.global_batch}",
-        ),
+        "samples a device": (batch / program.layout.shards("batch"), f"global batch {batch}"),
         "microbatches": (run.train.accumulate, "a step"),
         f"{unit}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
