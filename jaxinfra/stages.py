@@ -57,6 +57,9 @@ class Stages:
         in_rows = replace(layout, rules=replace(rules, batch=("stage", *rules.batch)))
         self._rows, self._end = (nnx.split(run.model.build(one))[0] for one in (in_rows, self.at_end))
         numbers = layer_numbers(run.model.layers, self.stages, self.chunks)
+        self.places, self.longest = self.stages * self.chunks, numbers.shape[1]
+        # So many places have that many layers, all others one less.
+        self.full = run.model.layers - self.places * (self.longest - 1)
         self._alike = run.model.alike(numbers)
         schedule = run.pipeline.table(self.stages, run.train.accumulate)
         where = Spread(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
@@ -138,10 +141,7 @@ class Stages:
 
     def _split(self, stacked: jax.Array) -> jax.Array:
         """`[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, zeros for none."""
-        places = self.stages * self.chunks
-        layers, *rest = stacked.shape
-        longest = -(-layers // places)
-        full = layers - places * (longest - 1)
+        places, longest, full, rest = self.places, self.longest, self.full, stacked.shape[1:]
         spec = jax.typeof(stacked).sharding.spec.partitions
         if full < places:
             head = stacked[: full * longest].reshape(full, longest, *rest, out_sharding=_places(spec))
@@ -154,10 +154,8 @@ class Stages:
 
     def _joined(self, laid: jax.Array) -> jax.Array:
         """The inverse of `_split`."""
-        places, layers = self.stages * self.chunks, self.run.model.layers
-        longest, rest = laid.shape[1], laid.shape[3:]
-        spec = jax.typeof(laid).sharding.spec.partitions
-        full = layers - places * (longest - 1)
+        places, longest, full, rest = self.places, self.longest, self.full, laid.shape[3:]
+        layers, spec = self.run.model.layers, jax.typeof(laid).sharding.spec.partitions
         laid = jnp.moveaxis(laid, 2, 1)
         if full == places:
             return laid.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))

@@ -280,8 +280,7 @@ def _with_token(x_BND: jax.Array, bias_D: jax.Array, table_TD: jax.Array, token_
 def _where_held(number_S: jax.Array, y_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """`y_BTD` in the rows of stages that hold a layer (of a number from 0), `x_BTD` in all others."""
     spec = jax.typeof(x_BTD).sharding.spec
-
-    def own(number: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.where(number[0] >= 0, y, x)
-
-    return jax.shard_map(own, in_specs=(P("stage"), spec, spec), out_specs=spec)(number_S, y_BTD, x_BTD)
+    own = jax.shard_map(
+        lambda number, y, x: jnp.where(number[0] >= 0, y, x), in_specs=(P("stage"), spec, spec), out_specs=spec
+    )
+    return own(number_S, y_BTD, x_BTD)

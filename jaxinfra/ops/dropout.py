@@ -44,11 +44,8 @@ def layer_words(words_BT: jax.Array | None, number: jax.Array | int) -> jax.Arra
     if number.ndim == 0:
         return _hash(words_BT, number)[0]
     spec = jax.typeof(words_BT).sharding.spec
-
-    def own(words: jax.Array, number: jax.Array) -> jax.Array:
-        return _hash(words, number[0])[0]
-
-    return jax.shard_map(own, in_specs=(spec, P("stage")), out_specs=spec)(words_BT, number)
+    own = jax.shard_map(lambda words, number: _hash(words, number[0])[0], in_specs=(spec, P("stage")), out_specs=spec)
+    return own(words_BT, number)
 
 
 def drop(x_BTD: jax.Array, words_BT: jax.Array | None, site: int, rate: float) -> jax.Array:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.ops.route import Across
 from jaxinfra.parallel.schedules import described
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak import CHIP_FLOPS
@@ -38,15 +37,6 @@ def step_flops(program: Program) -> float:
     return program.run.train.global_batch * program.family.flops(program.data)
 
 
-def _across(kind: str, across: Across) -> Derived:
-    """What layers of a kind take to reach the other shards of a sequence, and what each form would cost."""
-    numbers: Derived = {f"{kind} attention over shards": (across.form, "of the bytes waited for (ops/route.py)")}
-    for form, cost in across.costs.items():
-        note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
-        numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
-    return numbers
-
-
 def derived(program: Program, train_units: int | None = None) -> Derived:
     """Name to value and unit, or how it was computed; from the units of the training data, too, if it is there."""
     run, state, batch = program.run, program.state, program.run.train.global_batch
@@ -74,7 +64,10 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
     for kind, across in program.family.across(program.data, program.layout).items():
-        numbers |= _across(kind, across)
+        numbers[f"{kind} attention over shards"] = (across.form, "of the bytes waited for (ops/route.py)")
+        for form, cost in across.costs.items():
+            note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
+            numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
     if program.layout.mesh.stage > 1:
         numbers |= described(run.pipeline.table(program.layout.mesh.stage, run.train.accumulate))
     if train_units is not None:
