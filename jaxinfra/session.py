@@ -272,7 +272,7 @@ class _Session:
     def _save(self, done: int, state: TrainState, values: Mapping[str, jax.Array]) -> None:
         """Saves the state if it is due. A failure costs this checkpoint, not the run: the next save tries again.
 
-        After a step that went wrong it is a NonFiniteError, and older checkpoints stay.
+        A NonFiniteError where the last step went wrong: older checkpoints stay.
         """
         if done % self.run_config.checkpoint.every == 0:
             finite(done - 1, values)
@@ -308,7 +308,7 @@ class _Session:
             "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
             "final_loss": losses[-1] if losses else None,
             "heldout": {name.removeprefix("eval/"): score for name, score in self.last_eval.items()},
-            # Of the same samples: there are none of a part of them.
+            # Of all held-out samples: there are none of a part of them.
             "baselines": self.data.baselines if self.run_config.train.eval_windows is None else {},
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
