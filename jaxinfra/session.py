@@ -122,13 +122,8 @@ class RunDirectory:
 def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> dict[str, Any]:
     """Starts a run or goes on with it, to its end; Preempted says that it was asked to stop, and its state is saved.
 
-    Args:
-        loaded: the config.
-        command: the command line, for the record.
-        prepare_hint: the command that would make the data, for the error when it is missing.
-
-    Returns:
-        The summary, as in summary.json; of a run that was finished before, that of its end.
+    The record has the command line; `prepare_hint` is the command that would make the data, for the error when it is
+    missing. The summary is as in summary.json; of a run that was finished before, that of its end.
     """
     validate(loaded.run)
     devices = local_devices()

@@ -15,15 +15,9 @@ type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
 def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
-    """`jax.lax.scan(step, x, xs)` with `steps[i % len(steps)]` as step i.
+    """`jax.lax.scan(step, x, xs)` with `steps[i % len(steps)]` as step i: `x` after the last layer, and stacked `y`.
 
-    Args:
-        steps: what is done with a layer, `(x, layer) -> (x, y)`; all yield alike.
-        x: what passes the layers.
-        xs: stacked layers, `[L, ...]`, L whole on every device.
-
-    Returns:
-        `x` after the last layer, and every `y`, stacked.
+    Steps are `(x, layer) -> (x, y)` and yield alike; stacked layers are `[L, ...]`, L whole on every device.
     """
     if len(steps) == 1:
         return jax.lax.scan(steps[0], x, xs)

@@ -224,7 +224,7 @@ def attend(
     kv_index: jax.Array | None = None,
     forced: Kernel | None = None,
 ) -> jax.Array:
-    """Attention by the kernel that fits.
+    """Attention by the kernel that fits: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Every device works on its own sequences and heads: the batch and head dimensions may be sharded, lengths and
     head width may not.
@@ -239,9 +239,6 @@ def attend(
         q_index: places of the queries if they are not `0..T-1` (decoding from a cache).
         kv_index: places of the keys likewise.
         forced: the kernel that the config asks for; a ConfigError where it refuses.
-
-    Returns:
-        `[B, T, H, V]`, sharded like `q_BTHK`.
     """
     indexed = q_index is not None or kv_index is not None
     shape = Shape(

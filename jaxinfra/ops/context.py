@@ -208,7 +208,7 @@ def attend_across(
     form: Form | Literal["auto"] = "auto",
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Self-attention over sequences that are sharded in `order`.
+    """Self-attention over sequences that are sharded in `order`: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Args:
         q_BTHK: queries; positions over the axes of `order`, rows and heads over any others.
@@ -221,9 +221,6 @@ def attend_across(
         forced: the kernel that the config asks for; a ConfigError where it refuses.
         form: the way of keys and values; "auto" takes the cheaper (see `ops.route`).
         tiles: for tests: the implementation of the parts.
-
-    Returns:
-        `[B, T, H, V]`, sharded like `q_BTHK`.
     """
     q_sharding = jax.typeof(q_BTHK).sharding
     rows, _, heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)

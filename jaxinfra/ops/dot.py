@@ -30,7 +30,7 @@ def dot(
     flat: bool = True,
     quantise: Quantise = "none",
 ) -> jax.Array:
-    """Contracts the last `contract` dimensions of `x` with the first of `w`.
+    """Contracts the last dimensions of `x` with the first of `w`: `[..., *N]` in the dtype of `x`.
 
     Args:
         x: activations `[..., *K]`.
@@ -40,9 +40,6 @@ def dot(
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
         flat: as one product of rank 2; False leaves all dimensions apart.
         quantise: the format of the factors (see `ops.quantised`).
-
-    Returns:
-        `[..., *N]` in the dtype of `x`; unreduced over `partial`.
     """
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
     stages = w.shape[:1] if staged(w_spec) else ()

@@ -41,13 +41,13 @@ def product(
     Args:
         x: `[*S, ..., *K]`.
         w: `[*S, *K, *N]`, ready for use.
-        partial: as of `ops.dot.dot`.
+        partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
         contract: number of dimensions in `K`.
         stages: number of dimensions in `S`.
         quantise: the format.
 
     Returns:
-        `[*S, ..., *N]` in the dtype of `x`, sharded like the rows and the columns; unreduced over `partial`.
+        `[*S, ..., *N]` in the dtype of `x`, sharded like the rows and the columns.
     """
     import qwix
 

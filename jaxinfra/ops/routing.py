@@ -56,13 +56,10 @@ class Choices(NamedTuple):
 
 
 def choose(logits: jax.Array, routing: Routing, bias_E: jax.Array | None = None) -> Choices:
-    """The experts of every token.
+    """The experts of every token, from float32 logits `[..., E]`.
 
-    Args:
-        logits: float32 `[..., E]`.
-        routing: the rule.
-        bias_E: added to scores where experts are compared, and nowhere else (Wang et al. 2024, "Auxiliary-loss-free
-            load balancing").
+    The bias is added to scores where experts are compared, and nowhere else (Wang et al. 2024, "Auxiliary-loss-free
+    load balancing").
     """
     softmax = routing.score == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)

@@ -115,12 +115,8 @@ def spread(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) 
 
     Of all subsets of `axes`, on any one dimension, the one is taken that leaves the fewest matrices on a
     device, and of these the smallest: 32 layers on axes of 64 and 8 go over the 64, one layer each and half
-    of the devices none. With nothing stacked, or one matrix, every device gets it.
-
-    Args:
-        stack: sizes of the stacked dimensions.
-        axes: mesh axes to spread over: those that shard the matrices until now.
-        sizes: of the mesh axes.
+    of the devices none. With nothing stacked, or one matrix, every device gets it. The axes, of these `sizes`, are
+    those that shard the matrices until now; `stack` has the sizes of the stacked dimensions.
     """
     best, cost = (0, ()), (math.prod(stack), 1)
     for dim, length in enumerate(stack):

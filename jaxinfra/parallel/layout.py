@@ -222,9 +222,7 @@ class Layout:
     def columns(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
         """A table ready for lookups in its own columns, and the sharding `[B, T, columns]` of what they yield.
 
-        Args:
-            table: a stored parameter, rows whole.
-            name: the logical axis of its columns, which stay where they are stored.
+        Its rows are whole; its columns, of the logical axis `name`, stay where they are stored.
         """
         kept = self.mesh_axes(name)
         spread = (self.mesh_axes("batch"), self.mesh_axes("sequence"))

@@ -239,15 +239,12 @@ class Pipeline:
     def gradients(
         self, weights: Tree, shared: Tree, batch: Batch
     ) -> tuple[tuple[Tree, Tree], dict[str, jax.Array], Tree]:
-        """Gradients of the summed loss of all microbatches, in float32.
+        """Float32 gradients of the summed loss of all microbatches, its sums, and what layers count, `[V, L, S, ...]`.
 
         Args:
             weights: of the layers, `[V, L, S, ...]`, marked as reduced where their gradients stay partial sums.
             shared: all others, marked likewise, over `stage` too.
             batch: fields `[M, B, ...]`.
-
-        Returns:
-            Gradients of `weights` and `shared`, sums of the loss, and what layers count: `[V, L, S, ...]`.
         """
         carry = self._empty(weights, shared, batch, train=True)
         carry = self._run(self.schedule.parts, carry, weights, shared, batch)
