@@ -9,17 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxinfra.config.schema import (
-    MISSING,
-    ConfigField,
-    conform,
-    describe,
-    fields_of,
-    is_config,
-    is_within,
-    least,
-    walk,
-)
+from jaxinfra.config.schema import MISSING, ConfigField, conform, describe, fields_of, is_config, is_within, least, walk
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.mask import has_credentials

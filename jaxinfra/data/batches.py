@@ -13,9 +13,7 @@ import numpy as np
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 
-_MOST_AHEAD = 16
-"""Batches; more would only be read in vain where a run ends early."""
-
+_MOST_AHEAD = 16  # batches; more would only be read in vain where a run ends early
 Rows = slice | np.ndarray
 """Rows of the global batch that this process reads."""
 
@@ -41,14 +39,8 @@ class Batches:
     ):
         """Plans the batches of `start_step` to `start_step + steps - 1`; reads none yet.
 
-        Args:
-            data: how far ahead to read, and by how many threads.
-            samples: what to read.
-            global_batch: rows of a batch over all processes.
-            rows: those of them to read here.
-            start_step: first step.
-            steps: number of batches.
-            ids: the samples of a step and a global batch (see `OpenData.ids`); None takes them in their own order.
+        `data` says how far ahead to read and by how many threads; of `global_batch` rows over all processes, `rows` are
+        read here; `ids` gives the samples of a step (see `OpenData.ids`), None takes them in their own order.
         """
         self.samples = samples
         self._data, self._ids = data, ids

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Annotated, ClassVar, Self
+from itertools import zip_longest
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
 from jaxinfra.data.store_data import pinned
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples, Vocabulary
+from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples
 from jaxinfra.errors import ConfigError
 
 
@@ -88,12 +89,8 @@ class Mixture:
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        known = dict(enumerate(versions))
-        sources = (
-            replace(each, version=pinned(each.version, known[i]) if i in known else each.version)
-            for i, each in enumerate(self.sources)
-        )
-        return replace(self, sources=tuple(sources))
+        pairs = zip_longest(self.sources, versions[: len(self.sources)])
+        return replace(self, sources=tuple(replace(each, version=pinned(each.version, known)) for each, known in pairs))
 
     @property
     def recipes(self) -> Mapping[str, str]:
@@ -111,16 +108,7 @@ class Mixture:
         return {"seq_len": (self.seq_len, "positions")}
 
     def open(self, *, fix: str = PREPARE) -> "MixedText":
-        """Opens every store and checks that they go together.
-
-        Args:
-            fix: the command that makes the stores, for the error when there is none.
-
-        Raises:
-            ConfigError: one is not there or does not suit, or two were made by different tokenizers.
-            DataError: one is damaged.
-            StorageError: one may not be read.
-        """
+        """Opens every store and checks that they were made by one tokenizer; see `DataConfig`."""
         found = [part.open(at=f"data.sources.{i}", fix=fix) for i, part in enumerate(self.parts)]
         first = found[0].store.manifest.words
         for each in found[1:]:
@@ -171,9 +159,11 @@ class MixedText:
         """Takes stores of one tokenizer."""
         self._data, self._parts = data, parts
         self.name = " + ".join(part.name for part in parts)
-        self.fingerprint = digest_of([part.fingerprint for part in parts])
+        self.versions: Sequence[str] = [part.fingerprint for part in parts]
+        self.fingerprint = digest_of(self.versions)
         self.train = MixedSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)
+        self.baselines: Mapping[str, Mapping[str, float]] = {}  # what was measured is of one store each
         self._mixing = lru_cache(maxsize=1)(self._mixing_of)
 
     def _mixing_of(self, global_batch: int) -> Mixing:
@@ -184,11 +174,6 @@ class MixedText:
             seed=self._data.seed,
             curriculum=self._data.curriculum,
         )
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return [part.fingerprint for part in self._parts]
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
@@ -209,11 +194,7 @@ class MixedText:
             yield from rows(batch, self.tokenizer, sample[None] - self.train.offsets[source], first_row + at, chars)
 
     def heldout(self, at_most: int | None = None) -> MixedSamples:
-        """The held-out samples of every store, or the first of each, as many of one as of another.
-
-        Raises:
-            ConfigError: a held-out split is shorter than one sample.
-        """
+        """The held-out samples of every store, or the first of each, as many of one as of another; see `Text`."""
         count = len(self._parts)
         shares = [None if at_most is None else max(1, (at_most + count - 1 - i) // count) for i in range(count)]
         return MixedSamples([part.heldout(share) for part, share in zip(self._parts, shares, strict=True)])
@@ -223,16 +204,7 @@ class MixedText:
         """What made the tokens of all of them."""
         return self._parts[0].tokenizer
 
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model whose vocabulary is smaller than the stores'.
-
-        Raises:
-            ConfigError: it is.
-        """
+    def check(self, model: Any) -> None:
+        """See `check_vocabulary`."""
         for part in self._parts:
             part.check(model)
-
-    @property
-    def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """None: what was measured is of one store each."""
-        return {}

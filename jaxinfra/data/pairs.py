@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
 from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
-from jaxinfra.data.tokens import Vocabulary, check_vocabulary
+from jaxinfra.data.tokens import check_vocabulary
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -35,26 +35,12 @@ class PairData(OneStore):
     seq_len: Count = 1024
 
     @property
-    def sample_units(self) -> int:
-        """A pair is one."""
-        return 1
-
-    @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 
     def open(self, *, fix: str = PREPARE) -> "Pairs":
-        """Opens the store.
-
-        Args:
-            fix: the command that makes the store, for the error when there is none.
-
-        Raises:
-            ConfigError: there is no store, not that version, or it holds no pairs.
-            DataError: it is damaged.
-            StorageError: it may not be read.
-        """
+        """Opens the store and checks that it holds pairs; see `DataConfig`."""
         store = TokenStore.open(self.store, self.version, fix=fix)
         if store.manifest.kind != "pairs":
             raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, no pairs; name another store")
@@ -88,24 +74,14 @@ class Pairs(OpenStore[PairSamples]):
     """An open store of pairs: `OpenData`."""
 
     def __init__(self, data: PairData, store: TokenStore):
-        """Takes a store of pairs."""
+        """Takes a store of pairs; warns in one line if some are longer than a row."""
         super().__init__(data, store, PairSamples(data, store, "train"))
         self._data, self.store = data, store
-        self._tell_of_cut()
-
-    def _tell_of_cut(self) -> None:
-        """Warns in one line if pairs are longer than a row."""
-        targets_B2 = self.store.lengths("train").reshape(-1, len(SIDES)) - 1
-        cut = int((targets_B2.max(axis=1) > self._data.seq_len).sum())
-        if cut:
+        targets_B = store.lengths("train").reshape(-1, len(SIDES)).max(axis=1) - 1
+        if cut := int((targets_B > data.seq_len).sum()):
             _log.warning(
-                "data.seq_len=%d: %d of %d pairs of %s are longer and lose the beginning of their prompt; the longest "
-                "needs data.seq_len=%d",
-                self._data.seq_len,
-                cut,
-                len(self.train),
-                self.store,
-                targets_B2.max(),
+                f"data.seq_len={data.seq_len}: {cut} of {len(self.train)} pairs of {store} are longer and lose the "
+                f"beginning of their prompt; the longest needs data.seq_len={targets_B.max()}"
             )
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
@@ -120,10 +96,6 @@ class Pairs(OpenStore[PairSamples]):
         """The held-out pairs."""
         return PairSamples(self._data, self.store, "heldout", at_most)
 
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model whose vocabulary is smaller than the store's.
-
-        Raises:
-            ConfigError: it is.
-        """
+    def check(self, model: Any) -> None:
+        """Raises ConfigError for a model whose vocabulary is smaller than the store's."""
         check_vocabulary(self.store, model)

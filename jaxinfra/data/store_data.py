@@ -44,17 +44,27 @@ class OneStore:
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        return replace(self, version=pinned(self.version, versions[0]) if versions else self.version)
+        return replace(self, version=pinned(self.version, next(iter(versions), None)))
 
     @property
     def recipes(self) -> Mapping[str, str]:
         """See `DataConfig`."""
         return {} if self.recipe is None else {self.store: self.recipe}
 
+    @property
+    def sample_units(self) -> int:
+        """A sample is one, unless it is a row of tokens."""
+        return 1
 
-def pinned(asked: str | None, known: str) -> str:
-    """The version to read where one is known already: that one, unless another is asked for."""
-    return known if asked is None or known.startswith(asked) else asked
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """Samples are whole, unless they are sequences; see `DataConfig`."""
+        return {}
+
+
+def pinned(asked: str | None, known: str | None) -> str | None:
+    """The version to read where one may be known already: that one, unless another is asked for."""
+    return known if known is not None and known.startswith(asked or "") else asked
 
 
 class SplitSamples:
@@ -82,13 +92,9 @@ class OpenStore[S: SplitSamples]:
         """Takes the samples to train on."""
         self._seed = data.seed
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
+        self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
         self.train, self.train_units = train, len(train)
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return (self.fingerprint,)
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""

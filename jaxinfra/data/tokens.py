@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -76,14 +76,7 @@ class TokenData(OneStore):
     def open(self, *, at: str = "data", fix: str = PREPARE) -> "Text":
         """Opens the store and checks that it suits.
 
-        Args:
-            at: the part of the config that names the store, for messages.
-            fix: the command that makes the store, for the error when there is none.
-
-        Raises:
-            ConfigError: there is no store, not that version or packing, or it is shorter than one window.
-            DataError: it is damaged.
-            StorageError: it may not be read.
+        It fails as `DataConfig` says; `at` is the part of the config that names the store, for messages.
         """
         store = TokenStore.open(self.store, self.version, at=at, fix=fix)
         if store.manifest.kind != "text":
@@ -121,11 +114,7 @@ class Windows(TokenSamples):
     """The windows of a split, in the order of the text: `Samples`, each the mapping of `split_inputs_targets`."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
-        """Counts them, the first `at_most` of them; reads none yet.
-
-        Raises:
-            ConfigError: there is not even one.
-        """
+        """Counts them, the first `at_most` of them; reads none yet. ConfigError where there is not even one."""
         tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
         windows = window_count(tokens, seq_len)
         if not windows:
@@ -154,11 +143,7 @@ class PackedRows(TokenSamples):
     """The rows of whole documents that the store has packed: `Samples`, each the mapping of `packed_batch`."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None, *, at: str):
-        """Counts them, the first `at_most` of them; reads none yet. `at` is as in `TokenData.open`.
-
-        Raises:
-            ConfigError: the store has no such packing, or no row in it.
-        """
+        """As `Windows`, with ConfigError where the store has no such packing, too; `at` is as in `TokenData.open`."""
         name = data.pack.name
         info = store.manifest.packs.get(f"{split}/{name}")
         if info is None:
@@ -186,21 +171,8 @@ class PackedRows(TokenSamples):
         return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
-class Vocabulary(Protocol):
-    """What must be known of a model to read text."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Words that it has an embedding for."""
-        ...
-
-
-def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
-    """Refuses a model whose vocabulary is smaller than the store's.
-
-    Raises:
-        ConfigError: it is; ids beyond the model's embedding would be read as garbage.
-    """
+def check_vocabulary(store: TokenStore, model: Any) -> None:
+    """Raises ConfigError for a model whose vocabulary is smaller: ids beyond its embedding would be read as garbage."""
     words = store.manifest.words.vocab_size
     if words > model.vocab_size:
         raise ConfigError(
@@ -213,11 +185,7 @@ class Text(OpenStore[TokenSamples]):
     """An open token store: `OpenData`."""
 
     def __init__(self, data: TokenData, store: TokenStore, at: str):
-        """Takes a store whose training split has at least one sample; `at` is as in `TokenData.open`.
-
-        Raises:
-            ConfigError: it has none.
-        """
+        """Takes a store whose training split has a sample, else ConfigError; `at` is as in `TokenData.open`."""
         self._data, self.store, self._at = data, store, at
         super().__init__(data, store, self._samples("train"))
         self.train_units = store.manifest.splits["train"].tokens
@@ -232,11 +200,7 @@ class Text(OpenStore[TokenSamples]):
         return rows(self.train.read(ids, weighted=False), self.store.tokenizer, ids, first_row, chars)
 
     def heldout(self, at_most: int | None = None) -> TokenSamples:
-        """The held-out samples.
-
-        Raises:
-            ConfigError: the held-out split is shorter than one sample.
-        """
+        """The held-out samples; ConfigError where the split is shorter than one."""
         return self._samples("heldout", at_most)
 
     def _samples(self, split: Split, at_most: int | None = None) -> TokenSamples:
@@ -249,10 +213,6 @@ class Text(OpenStore[TokenSamples]):
         """What made the tokens."""
         return self.store.tokenizer
 
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model whose vocabulary is smaller than the store's.
-
-        Raises:
-            ConfigError: it is; ids beyond the model's embedding would be read as garbage.
-        """
+    def check(self, model: Any) -> None:
+        """See `check_vocabulary`."""
         check_vocabulary(self.store, model)

@@ -161,11 +161,7 @@ class Manifest:
 
     @property
     def words(self) -> TokenizerInfo:
-        """The tokenizer of a store of text.
-
-        Raises:
-            DataError: it is one of images.
-        """
+        """The tokenizer of a store of text; DataError for one of images."""
         if self.tokenizer is None:
             raise DataError(f"{self.fingerprint}: is a store of {self.kind}, not of text; name another store")
         return self.tokenizer
@@ -182,11 +178,7 @@ class Manifest:
 
 
 def parse(content: bytes, path: str) -> Manifest:
-    """Reads the content of a manifest; `path` is for the error.
-
-    Raises:
-        DataError: it is damaged, or of a format that this version does not know.
-    """
+    """Reads the content of a manifest at `path`; DataError where it is damaged or of a format unknown here."""
     try:
         tree: dict[str, Any] = json.loads(content)
         found, digest = tree["format"], tree.pop("digest")
@@ -202,8 +194,7 @@ def parse(content: bytes, path: str) -> Manifest:
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: damaged manifest ({cause}); {REMAKE}") from None
+        raise DataError(f"{path}: damaged manifest ({type(error).__name__}: {error}); {REMAKE}") from None
 
 
 def digest_of(tree: Any) -> str:
@@ -217,14 +208,9 @@ def is_fingerprint(name: str) -> bool:
 
 
 def _check(manifest: Manifest, fingerprint: str) -> None:
-    """Looks at what all readers take for granted.
-
-    Raises:
-        ValueError: it is not so.
-    """
-    counted = [manifest.block - 1]
-    for info in manifest.splits.values():
-        counted += [info.documents, info.tokens, info.bytes, info.longest]
+    """Raises ValueError where what all readers take for granted is not so."""
+    infos = manifest.splits.values()
+    counted = [manifest.block - 1, *(n for i in infos for n in (i.documents, i.tokens, i.bytes, i.longest))]
     if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
         raise ValueError(f"is {manifest.kind} in {', '.join(manifest.splits) or 'no splits'}")
     if (manifest.tokenizer is None) != (manifest.kind == "images"):

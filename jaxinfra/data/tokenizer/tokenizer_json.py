@@ -45,16 +45,10 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def adopt(cls, backend: Backend, end_of_document: str, name: str, special: Iterable[str] = ()) -> Self:
-        """Makes a tokenizer of a backend: it will neither cut nor pad texts, and ends of documents become special.
+        """Makes a tokenizer of a backend, which it changes: to neither cut nor pad, with a special end of documents.
 
-        Args:
-            backend: is changed.
-            end_of_document: a token that it has.
-            name: of the backend, for errors.
-            special: more tokens that must be special; what the backend lacks is added to it.
-
-        Raises:
-            ConfigError: it lacks the end of a document.
+        `special` are more tokens that must be special; what the backend lacks of them is added to it. ConfigError, with
+        `name`, where it lacks the end of a document.
         """
         _end_id(backend, end_of_document, name)
         backend.no_padding()
@@ -76,8 +70,7 @@ class JsonTokenizer(Tokenizer):
     @override
     def byte_lengths(self) -> np.ndarray:
         steps = _steps(self._backend.decoder, "decoders")
-        byte_level = "ByteLevel" in steps
-        byte_fallback = "ByteFallback" in steps
+        byte_level, byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
         spaces = "Metaspace" in steps or any(_is_space(step) for step in steps.values())
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
@@ -142,23 +135,14 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     @override
     def _spelt(self) -> re.Pattern[str]:
-        spelt = sorted(
-            (token for token in self._added.values() if token.special), key=lambda token: -len(token.content)
-        )
-        return re.compile(
-            "|".join(
-                (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-                for token in spelt
-            )
-        )
+        space, special = r"\s*", (token for token in self._added.values() if token.special)
+        longest_first = sorted(special, key=lambda token: -len(token.content))
+        spelt = (space * each.lstrip + re.escape(each.content) + space * each.rstrip for each in longest_first)
+        return re.compile("|".join(spelt))
 
 
 def read_backend(content: bytes, name: str) -> Backend:
-    """Reads the content of a tokenizer.json; `name` is for the error.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Reads the content of a tokenizer.json; ConfigError, with `name`, where it is none."""
     try:
         return Backend.from_buffer(content)
     except Exception as error:  # the library raises the bare class
