@@ -5,9 +5,10 @@ so a check across fields may rely on the local checks of its parts.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from itertools import chain
+from typing import Any
 
 from jaxinfra.config.schema import MISSING, ConfigField, conform, describe, fields_of, is_config, is_within, least, walk
 from jaxinfra.config.text import format_value, join, show
@@ -32,19 +33,11 @@ class Problem:
     fix: str
 
 
-@runtime_checkable
-class _Checked(Protocol):
-    def problems(self) -> Iterable[Problem]: ...
-
-
 def validate(root: Any) -> None:
     """Checks a whole config: the type of every value, then the limits and `problems()` of every part, depth first.
 
     A part's `problems()` may rely on the limits of its fields. No part may have a URL with credentials in it: records
-    keep every value.
-
-    Raises:
-        ConfigError: for the first problem, as `path=value, path=value: message; fix`.
+    keep every value. The first problem is a ConfigError, `path=value, path=value: message; fix`.
     """
     root = conform(type(root), root)
     for path, _, node in walk(type(root), root, parts_first=True):
@@ -59,17 +52,15 @@ def validate(root: Any) -> None:
                 )
             if not is_within(field.annotation, value):
                 raise ConfigError(_outside(field, value, join(path, field.name)))
-        if isinstance(node, _Checked):
-            for problem in node.problems():
-                raise ConfigError(_message(node, path, problem))
+        for problem in getattr(node, "problems", tuple)():
+            raise ConfigError(_message(node, path, problem))
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, tuple):
-        for part in value:
-            yield from _texts(part)
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def _outside(field: ConfigField, value: Any, path: str) -> str:

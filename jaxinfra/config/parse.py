@@ -51,10 +51,9 @@ def _breadth(member: Any) -> int:
     """Orders alternatives from the narrowest to the widest."""
     if get_origin(member) is Literal:
         return 1
-    if isinstance(member, type) and issubclass(member, enum.Enum):
+    if isinstance(member, enum.EnumType):
         return 2
-    order = {types.NoneType: 0, bool: 3, int: 4, float: 5, str: 7}
-    return order.get(member, 6)
+    return {types.NoneType: 0, bool: 3, int: 4, float: 5, str: 7}.get(member, 6)
 
 
 def _parse_scalar(member: Any, text: str) -> Any:
@@ -98,12 +97,10 @@ def _parse_enum(cls: type[enum.Enum], text: str) -> Any:
 
 def _parse_tuple(member: Any, text: str, *, bare: bool) -> Any:
     """Reads a tuple; without brackets only if `bare`, as a wider union could mean a string by `a,b`."""
-    inside = text[1:-1] if text and text[-1] == _CLOSING.get(text[0]) else None
-    parts = None if inside is None else _split(inside)
+    parts = _split(text[1:-1]) if text and text[-1] == _CLOSING.get(text[0]) else None
     if parts is None and bare and text:
         parts = _split(text)
-    items = None if parts is None else items_of(member, len(parts))
-    if parts is None or items is None:
+    if parts is None or (items := items_of(member, len(parts))) is None:
         return MISMATCH
     values = tuple(parse(item, part) for item, part in zip(items, parts, strict=True))
     return MISMATCH if MISMATCH in values else values
