@@ -15,12 +15,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """The type of one array.
-
-    Attributes:
-        shape: the whole array's shape.
-        dtype: name of its data type, like "bfloat16".
-    """
+    """The type of one array: the whole one's shape, and the name of its data type, like "bfloat16"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -58,14 +53,9 @@ def size_bytes(tree: Any) -> int:
 def on_devices[T](abstract: T) -> T:
     """`abstract` with every sharding on real devices.
 
-    `jax.eval_shape` under `jax.set_mesh` gives shardings on an abstract mesh, which names no devices; they
-    become shardings on the mesh that is set.
-
-    Args:
-        abstract: a tree of `jax.ShapeDtypeStruct`.
-
-    Raises:
-        ValueError: a leaf has no sharding, or one on an abstract mesh that is not the mesh that is set.
+    The leaves are `jax.ShapeDtypeStruct`. `jax.eval_shape` under `jax.set_mesh` gives shardings on an abstract mesh,
+    which names no devices; they become shardings on the mesh that is set. ValueError for a leaf without a sharding, or
+    with one on another abstract mesh.
     """
     return jax.tree_util.tree_map_with_path(_on_devices, abstract)
 

@@ -26,13 +26,8 @@ _RECORD = "record"
 class OrbaxStore:
     """The steps in one directory.
 
-    Opened for writing, it sweeps what half-written steps left behind, so a directory has one writer.
-
-    Args:
-        directory: absolute path.
-        keep_last: number of newest steps to keep.
-        keep_every: also keep the steps divisible by this.
-        read_only: sweep nothing, make nothing.
+    Opened for writing, it sweeps what half-written steps left behind, so a directory has one writer. It keeps the
+    `keep_last` newest steps, and those divisible by `keep_every`.
     """
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_every: int | None, read_only: bool) -> None:
@@ -74,8 +69,7 @@ class OrbaxStore:
     def leaves(self, step: int) -> dict[str, Leaf]:
         """The leaves of a step's state by name."""
         items = self._manager.metadata(step).item_metadata or {}
-        metadata = items.get(_STATE)
-        if metadata is None:
+        if (metadata := items.get(_STATE)) is None:
             raise FileNotFoundError(f"it has no readable {_STATE}")
         return leaves_of(metadata.tree)
 

@@ -15,11 +15,7 @@ _STARTING = "jax._src.xla_bridge"
 
 
 def local_devices() -> Sequence[Any]:
-    """The devices of this process.
-
-    Raises:
-        ConfigError: the platform that was asked for is not here, or JAX was told of other processes.
-    """
+    """The devices of this process; ConfigError where it lacks the platform asked for, or JAX has other processes."""
     with _held(_STARTING) as said:
         try:
             found = jax.devices()

@@ -15,13 +15,8 @@ _GIT_TIMEOUT_S = 5.0
 def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT_S) -> dict[str, Any]:
     """Returns `{"commit": hash, "dirty": bool}` of the working tree that `directory` is in.
 
-    Args:
-        directory: any directory of the working tree.
-        timeout_s: the most that each of the two calls of git may take.
-
-    Returns:
-        The commit, and whether tracked files differ from it or untracked ones exist. Both are None outside a
-        working tree, before the first commit and without git; `dirty` alone is None when git took too long.
+    It is dirty if tracked files differ from the commit or untracked ones exist. Both are None outside a working tree,
+    before the first commit and without git; `dirty` alone is None when one of the two calls of git took too long.
     """
     commit = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
     changes = None if commit is None else _git(directory, timeout_s, "status", "--porcelain")

@@ -17,9 +17,7 @@ _GOOGLE = "0x1ae0"
 def usable() -> str | None:
     """Returns JAX_PLATFORMS without the plugins that are installed but have no hardware here.
 
-    Returns:
-        None where there is nothing to leave out, or where a plugin is installed that this does not know: JAX then
-        tries all of them.
+    None where there is nothing to leave out, or a plugin is installed that this does not know: JAX then tries all.
     """
     plugins = {entry.name for entry in entry_points(group="jax_plugins")}
     if sys.platform != "linux" or not all(name.startswith("xla_cuda") for name in plugins):

@@ -35,8 +35,7 @@ _PATIENCE = {
 def check_url(url: str) -> str:
     """The URL without what does not belong to it: a slash at its end, `~`, `file://`.
 
-    Raises:
-        ConfigError: it is of no kind that is known, or has credentials or a query in it; they are not shown.
+    ConfigError where it is of no kind that is known, or has credentials or a query in it; they are not shown.
     """
     if "://" not in url:
         return str(Path(url).expanduser().absolute())
@@ -58,8 +57,7 @@ def check_url(url: str) -> str:
 def context(*, retry_s: float | None = None, cache_bytes: int = 0) -> ts.Context:
     """What all that is opened with the same arguments shares: a cache, and how often a request is tried again.
 
-    Raises:
-        ConfigError: the environment has a time that is none.
+    ConfigError where the environment has a time that is none.
     """
     if retry_s is None:
         text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
@@ -104,10 +102,8 @@ def _s3_settings() -> dict[str, Any]:
         settings["endpoint"] = endpoint
         if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
             settings["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        # Else profiles are looked for first, and that they are not there is complained of on stderr.
-        settings["aws_credentials"] = {"type": "environment"}
-    else:
-        # TensorStore looks for a profile of no name, whatever AWS_PROFILE says (0.1.86).
-        settings["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE") or "default"}
+    # Without "environment" profiles are looked for first, and that they are not there is complained of on stderr.
+    # Without its name here TensorStore looks for a profile of no name, whatever AWS_PROFILE says (0.1.86).
+    profile = {"type": "default", "profile": os.environ.get("AWS_PROFILE") or "default"}
+    settings["aws_credentials"] = {"type": "environment"} if "AWS_ACCESS_KEY_ID" in os.environ else profile
     return settings

@@ -67,14 +67,12 @@ def local_path(root: str, name: str) -> str:
 def list_files(root: str, pattern: str) -> list[File]:
     """The files below the root whose relative names match, sorted by name.
 
-    Links to files are followed, links to folders are not. Reads no file.
+    Links to files are followed, links to folders are not. Reads no file. ConfigError where there is no such folder, or
+    nothing in it matches.
 
     Args:
         root: a folder, a URL, or the word `stdlib`.
         pattern: as for `pathlib.Path.glob`; `**` stands for any folders.
-
-    Raises:
-        ConfigError: there is no such folder, or nothing in it matches.
     """
     fs, base = _file_system(root)
     parts = PurePosixPath(pattern).parts
@@ -90,11 +88,10 @@ def list_files(root: str, pattern: str) -> list[File]:
         files = list(_below(fs, "/".join((base.rstrip("/"), *parts[:fixed])) or "/", depth))
     matches = re.compile(glob_translate("/".join(parts))).match
     skip = len(base.rstrip("/")) + 1
-    named = ((info["name"][skip:], info) for info in files)
     found = [
         File(name=name, size_bytes=info["size"], stamp=f"{info['size']}:{_version(info)}")
-        for name, info in named
-        if matches(name)
+        for info in files
+        if matches(name := info["name"][skip:])
     ]
     if root == STDLIB:
         found = [file for file in found if not _NOT_STDLIB & set(file.name.split("/"))]
@@ -129,15 +126,10 @@ def opened(root: str, name: str) -> Iterator[BinaryIO]:
 
 
 def read_content(path: str, what: str) -> bytes:
-    """Returns the bytes of a small file that a recipe names, by its path or URL; `what` it should be, for the error.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """Returns the bytes of a small file that a recipe names, by its path or URL; `what` it should be, for the error."""
     fs, place = _file_system(path, field="")
-    doing = f"read as {what}"
-    missing = f"{shown(path)}: cannot be {doing}: no such file; mend the path"
-    with storage_errors(shown(path), doing=doing, missing=missing):
+    missing = f"{shown(path)}: cannot be read as {what}: no such file; mend the path"
+    with storage_errors(shown(path), doing=f"read as {what}", missing=missing):
         return cast(bytes, fs.cat_file(place))
 
 
