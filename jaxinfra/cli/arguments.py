@@ -23,13 +23,7 @@ PAIRS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A benchmark.
-
-    Attributes:
-        summary: what it says.
-        parts: of it, in the order of its table.
-        options: of the command line that it has a use for, besides --only, --json and changes to the config.
-    """
+    """A benchmark: what it says, its parts in the order of its table, and its own options besides --only and --json."""
 
     summary: str
     parts: tuple[str, ...]

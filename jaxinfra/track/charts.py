@@ -66,10 +66,9 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
         return list(points)
     kept: list[Point] = []
     for bucket in range(buckets):
-        start, stop = (i * len(points) // buckets for i in (bucket, bucket + 1))
-        part = range(start, stop)
+        part = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
         finite = [i for i in part if math.isfinite(points[i][1])]
-        chosen = {start, *[i for i in part if not math.isfinite(points[i][1])][:1]}
+        chosen = {part.start, *[i for i in part if not math.isfinite(points[i][1])][:1]}
         if finite:
             chosen |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
         kept += [points[i] for i in sorted(chosen)]
@@ -139,7 +138,7 @@ def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) 
 
 
 def _grid(axis: _Axis, steps: tuple[int, int]) -> str:
-    parts: list[str] = []
+    parts = []
     for tick in axis.ticks:
         y = f"{axis.y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>')

@@ -47,7 +47,8 @@ class TensorBoard(FileTracker):
             config = record.get("config", {})
             self._add(start_step, summary=text("config", _as_code(config)))
             self._add(start_step, summary=text("derived", _as_table(derived)))
-            leaves = {key: _hparam(value) for key, value in flatten(config).items()}
+            scalars = bool | int | float | str
+            leaves = {key: each if isinstance(each, scalars) else str(each) for key, each in flatten(config).items()}
             for summary in hparams(leaves, _HPARAM_METRICS):
                 self._add(start_step, summary=summary)
 
@@ -77,7 +78,3 @@ def _as_code(config: Mapping[str, Any]) -> str:
 def _as_table(derived: Derived) -> str:
     rows = [f"| {name} | {number(value)} | {how} |" for name, (value, how) in derived.items()]
     return "\n".join(["| number | value | unit or how |", "| --- | --- | --- |", *rows])
-
-
-def _hparam(value: object) -> bool | int | float | str:
-    return value if isinstance(value, bool | int | float | str) else str(value)

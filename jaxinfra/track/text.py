@@ -36,8 +36,8 @@ def percent(fraction: float) -> str:
 def size_unit(n_bytes: float) -> tuple[float, str]:
     """Returns the largest binary unit that keeps a number of bytes at one or more, and its name."""
     power = 0
-    while abs(n_bytes) >= 1024 and power < len(_SIZE_UNITS) - 1:
-        n_bytes, power = n_bytes / 1024, power + 1
+    while abs(n_bytes) >= 1024.0 ** (power + 1) and power < len(_SIZE_UNITS) - 1:
+        power += 1
     return 1024.0**power, _SIZE_UNITS[power]
 
 
@@ -115,9 +115,5 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested mappings into `{"a.b": leaf}`, in order; an empty mapping has no leaves."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            leaves |= flatten(value, f"{path}.")
-        else:
-            leaves[path] = value
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
