@@ -211,7 +211,7 @@ class Checkpoints:
             cause, others = cause_of(error), _listed([other for other in steps if other != step])
             raise CheckpointError(f"{self._path(step)}: cannot be read: {cause}; other steps: {others}") from error
 
-    def _compare(self, step: int, saved: dict[str, Any], target: Any) -> None:
+    def _compare(self, step: int, saved: dict[str, str], target: Any) -> None:
         if difference := first_difference(saved, leaves_of(target)):
             fix = "use the config that it was saved with, or another directory"
             raise ConfigError(f"{self._path(step)}: {difference}; {fix}")

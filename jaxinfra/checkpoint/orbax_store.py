@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxinfra.checkpoint.leaves import Leaf, leaves_of
+from jaxinfra.checkpoint.leaves import leaves_of
 
 _STATE = "state"
 _RECORD = "record"
@@ -66,8 +66,8 @@ class OrbaxStore:
         if self._opened is not None:
             self._opened.wait_until_finished()
 
-    def leaves(self, step: int) -> dict[str, Leaf]:
-        """The leaves of a step's state by name."""
+    def leaves(self, step: int) -> dict[str, str]:
+        """The types of the leaves of a step's state by name."""
         items = self._manager.metadata(step).item_metadata or {}
         if (metadata := items.get(_STATE)) is None:
             raise FileNotFoundError(f"it has no readable {_STATE}")

@@ -56,19 +56,19 @@ class MixStage:
             )
 
 
-def stage_problems(stages: Sequence[MixStage], *, sources: int, field: str = "stages") -> Iterator[Problem]:
-    """Yields what is wrong with stages that are each right by themselves; `field` is what their owner calls them."""
+def stage_problems(stages: Sequence[MixStage], *, sources: int) -> Iterator[Problem]:
+    """Yields what is wrong with `stages` that are each right by themselves."""
     last = -1
     for i, stage in enumerate(stages):
         if len(stage.weights) != sources:
             yield Problem(
-                fields=(f"{field}.{i}.weights",),
+                fields=(f"stages.{i}.weights",),
                 message=f"there are {sources} sources and {len(stage.weights)} weights",
                 fix="give each source one, 0 for none of it",
             )
         if (i == 0 and stage.start_step) or stage.start_step <= last:
             yield Problem(
-                fields=(f"{field}.{i}.start_step",),
+                fields=(f"stages.{i}.start_step",),
                 message="the first stage starts at step 0, each later one after the one before it",
                 fix=f"use start_step={0 if i == 0 else last + 1}{' or more' if i else ''}",
             )

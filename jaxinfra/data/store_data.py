@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count
-from jaxinfra.data.order import sample_ids
+from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import Store
@@ -88,9 +88,9 @@ class SplitSamples:
 class OpenStore[S: SplitSamples]:
     """Of `OpenData` what all kinds share."""
 
-    def __init__(self, data: OneStore, store: Store, train: S):
+    def __init__(self, data: OneStore, store: Store, train: S, curriculum: Curriculum | None = None):
         """Takes the samples to train on."""
-        self._seed = data.seed
+        self._seed, self._curriculum = data.seed, curriculum
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
         self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
@@ -98,7 +98,8 @@ class OpenStore[S: SplitSamples]:
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._seed)
+        windows, seed, curriculum = len(self.train), self._seed, self._curriculum
+        return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
 
     def before(self, step: int, global_batch: int) -> Iterable[str]:
         """See `OpenData`."""

@@ -13,7 +13,7 @@ from jaxinfra.config.limits import Count
 from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
-from jaxinfra.data.order import Curriculum, sample_ids
+from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import Pack
 from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
 from jaxinfra.data.store.manifest import Split
@@ -187,13 +187,8 @@ class Text(OpenStore[TokenSamples]):
     def __init__(self, data: TokenData, store: TokenStore, at: str):
         """Takes a store whose training split has a sample, else ConfigError; `at` is as in `TokenData.open`."""
         self._data, self.store, self._at = data, store, at
-        super().__init__(data, store, self._samples("train"))
+        super().__init__(data, store, self._samples("train"), data.curriculum)
         self.train_units = store.manifest.splits["train"].tokens
-
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        size, curriculum = len(self.train), self._data.curriculum
-        return sample_ids(step, global_batch=global_batch, windows=size, seed=self._data.seed, curriculum=curriculum)
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""

@@ -190,7 +190,12 @@ def parse(content: bytes, path: str) -> Manifest:
             )
         if digest != digest_of(tree):
             raise ValueError("its digest does not fit its contents")
-        manifest = Manifest(**{each.name: _typed(each.name, tree[each.name]) for each in fields(Manifest)})
+        for name, kind in (("splits", SplitInfo), ("packs", PackInfo), ("files", FileInfo)):
+            tree[name] = {each: kind(**info) for each, info in tree[name].items()}
+        tree["counts"] = Counts(**tree["counts"])
+        tree["tokenizer"] = tree["tokenizer"] and TokenizerInfo(**tree["tokenizer"])
+        tree["shape"], tree["labels"] = tuple(tree["shape"]), tuple(tree["labels"])
+        manifest = Manifest(**{each.name: tree[each.name] for each in fields(Manifest)})
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -219,22 +224,3 @@ def _check(manifest: Manifest, fingerprint: str) -> None:
         raise ValueError("counts something in other than whole numbers from 0")
     if fingerprint != manifest.fingerprint:
         raise ValueError("its fingerprint is not that of its contents")
-
-
-def _typed(name: str, value: Any) -> Any:
-    """A field of a manifest from its JSON value."""
-    match name:
-        case "counts":
-            return Counts(**value)
-        case "tokenizer":
-            return value and TokenizerInfo(**value)
-        case "splits":
-            return {each: SplitInfo(**info) for each, info in value.items()}
-        case "packs":
-            return {each: PackInfo(**info) for each, info in value.items()}
-        case "files":
-            return {each: FileInfo(**info) for each, info in value.items()}
-        case "shape" | "labels":
-            return tuple(value)
-        case _:
-            return value

@@ -35,7 +35,7 @@ from jaxinfra.data.store import arrays, tracked, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
 from jaxinfra.data.tokenizer import Tokenizer, restore
-from jaxinfra.errors import ConfigError, DataError, JaxinfraError
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import REMAKE
 from jaxinfra.storage.objects import Storage
 
@@ -152,8 +152,12 @@ class Store:
             some = starts[first : first + _VERIFIED_AT_ONCE]
             found = arrays.read_each(array, f"{self}/{file}", some.tolist(), np.minimum(block, count - some).tolist())
             for number, content in enumerate(found, first):
-                size_bytes = content.nbytes if isinstance(content, np.ndarray) else 0
-                yield file, size_bytes, _block_damage(file, number, content, int(hashes[number]))
+                if isinstance(content, DataError):
+                    yield file, 0, Damage(file=file, block=number, cause=str(content))
+                else:
+                    fits = hash_block(content) == int(hashes[number])
+                    damage = None if fits else Damage(file=file, block=number, cause="does not fit its hash")
+                    yield file, content.nbytes, damage
 
     def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ranges of any array of a split, such as `tokens`, `mask` or `offsets`: one after the other.
@@ -247,15 +251,6 @@ class TokenStore(Store):
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {words} in tokens {starts_P[piece]} to "
                 f"{starts_P[piece] + lengths_P[piece]}; {REMAKE}"
             )
-
-
-def _block_damage(file: str, number: int, content: np.ndarray | JaxinfraError, expected: int) -> Damage | None:
-    if isinstance(content, np.ndarray):
-        fits = hash_block(content) == expected
-        return None if fits else Damage(file=file, block=number, cause="does not fit its hash")
-    if isinstance(content, DataError):
-        return Damage(file=file, block=number, cause=str(content))
-    raise content
 
 
 def info_of(tokenizer: Tokenizer) -> TokenizerInfo:
