@@ -103,11 +103,8 @@ class Checkpoints:
         StorageError where the save before this one failed, and this one has not begun: call again to retry. Or where
         this one failed at once. The older checkpoints are intact.
 
-        Args:
-            step: number of steps that `state` has seen.
-            state: tree of `jax.Array`, each global to all processes and of an ordinary data type.
-            record: goes with the state as JSON.
-            force: save although `step` is not a multiple of `config.every`.
+        The state is a tree of `jax.Array`, each global to all processes and of an ordinary data type, that has seen so
+        many steps; the record goes with it as JSON. With `force` it is due although no multiple of `config.every`.
         """
         assert not self._read_only, "opened with read_only=True"
         due = force or step % self.config.every == 0

@@ -15,10 +15,8 @@ from jaxinfra.bench import CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
 
 RECORDS = "a config file, or the run.json of a run"
-ENGINES = ("local", "ray", "dask", "spark")
-"""Engines that run the workers of `data prepare`; the first is the default."""
-PAIRS = 15
-"""Timed turns of each side of a benchmark."""
+ENGINES = ("local", "ray", "dask", "spark")  # engines that run the workers of `data prepare`; the first is the default
+PAIRS = 15  # timed turns of each side of a benchmark
 
 
 @dataclass(frozen=True, kw_only=True)

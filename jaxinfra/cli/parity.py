@@ -13,8 +13,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.runtime import emulated
 from jaxinfra.storage import outputs
 
-BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
-"""Marks around the table on the page that `--write` names."""
+BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"  # marks around the table on the page that `--write` names
 
 
 def table(found: Iterable[Row]) -> str:

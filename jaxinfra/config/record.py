@@ -21,8 +21,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.errors import storage_errors
 
-FORMAT = 1
-"""The record format that this version writes; it reads this one and older ones."""
+FORMAT = 1  # the record format that this version writes; it reads this one and older ones
 
 
 @dataclass(frozen=True, kw_only=True)

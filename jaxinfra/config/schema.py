@@ -25,8 +25,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
 
-KIND = "kind"
-"""The key that names the chosen class in an encoded tree."""
+KIND = "kind"  # the key that names the chosen class in an encoded tree
 
 _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least"),
@@ -48,8 +47,7 @@ NOT_FINGERPRINTED = _Mark.NOT_FINGERPRINTED
 MISMATCH = _Mark.MISMATCH
 """What a match or a parse returns when the value does not fit; None cannot say so, as it is a leaf value."""
 
-MISSING = dataclasses.MISSING
-"""The default of a field that has none."""
+MISSING = dataclasses.MISSING  # the default of a field that has none
 
 
 @dataclass(frozen=True, kw_only=True)

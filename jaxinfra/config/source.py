@@ -22,8 +22,7 @@ from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.errors import storage_errors
 
-COMMAND_LINE = "command line"
-"""The origin of a leaf that an override has set."""
+COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
 
 _counter = itertools.count()
 

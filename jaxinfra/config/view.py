@@ -14,8 +14,7 @@ from typing import Any
 from jaxinfra.config.schema import choices, conform, is_config, is_node, walk
 from jaxinfra.config.text import format_value, same, snake_case
 
-ABSENT = "absent"
-"""What a difference shows for a path that one side does not have."""
+ABSENT = "absent"  # what a difference shows for a path that one side does not have
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 
 _MOST_AHEAD = 16  # batches; more would only be read in vain where a run ends early
-Rows = slice | np.ndarray
-"""Rows of the global batch that this process reads."""
+Rows = slice | np.ndarray  # rows of the global batch that this process reads
 
 
 class Batches:
@@ -77,16 +76,14 @@ class Batches:
         # Grain imports JAX: the first batch does not wait for that, and who looks at single batches has no use for it.
         from grain import MapDataset, ReadOptions
 
-        ahead = self._ahead(batch)
+        fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
+        ahead = max(
+            1, min(fitting, _MOST_AHEAD)
+        )  # batches that may be there or in the making at once, besides this one
         options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
             yield from batches
-
-    def _ahead(self, batch: Batch) -> int:
-        """How many batches like this one may be there or in the making at once, besides it."""
-        fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
-        return max(1, min(fitting, _MOST_AHEAD))
 
     def _fixed_batch(self, step: int) -> Batch:
         ids, count = step * self._global_batch + self._rows, len(self.samples)

@@ -10,8 +10,7 @@ from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import LABELS, Store, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 
-BORDER = "⏎"
-"""Stands between documents."""
+BORDER = "⏎"  # stands between documents
 _BARS = 40
 
 

@@ -29,8 +29,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import Natural
 from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, steps_together, stream_seed
 
-BLOCK = 64
-"""Samples that are shuffled among themselves; no more, so that a batch has about its share of every source."""
+BLOCK = 64  # samples that are shuffled among themselves; no more, so that a batch has about its share of every source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Self
 
@@ -157,32 +157,25 @@ class MixedText:
 
     def __init__(self, data: Mixture, parts: Sequence[Text]):
         """Takes stores of one tokenizer."""
-        self._data, self._parts = data, parts
+        self._parts = parts
         self.name = " + ".join(part.name for part in parts)
         self.versions: Sequence[str] = [part.fingerprint for part in parts]
         self.fingerprint = digest_of(self.versions)
         self.train = MixedSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)
         self.baselines: Mapping[str, Mapping[str, float]] = {}  # what was measured is of one store each
-        self._mixing = lru_cache(maxsize=1)(self._mixing_of)
-
-    def _mixing_of(self, global_batch: int) -> Mixing:
-        return Mixing(
-            [len(part.train) for part in self._parts],
-            self._data.stages,
-            global_batch=global_batch,
-            seed=self._data.seed,
-            curriculum=self._data.curriculum,
-        )
+        lengths = [len(part.train) for part in parts]
+        mixing = partial(Mixing, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
+        self._mixing = lru_cache(maxsize=1)(mixing)
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        source, sample = self._mixing(global_batch).ids(step)
+        source, sample = self._mixing(global_batch=global_batch).ids(step)
         return self.train.offsets[source] + sample
 
     def before(self, step: int, global_batch: int) -> Iterator[str]:
         """See `OpenData`."""
-        for part, count in zip(self._parts, self._mixing(global_batch).counts(step), strict=True):
+        for part, count in zip(self._parts, self._mixing(global_batch=global_batch).counts(step), strict=True):
             yield f"{part.name}: {count / len(part.train):.3f} epochs before"
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:

@@ -22,10 +22,8 @@ _ROUNDS = 8  # even: the halves have their own widths again at the end
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
 _TINY = 64  # up to here the walk would be long, and hashes are sorted instead
 _MAX_BUCKETS = 2**14
-_TOGETHER = 1024
-"""Samples that are worked out at once; arrays of a few thousand stay in the cache of a core."""
-MAX_SIZE = 2**48
-"""Samples of a source that can be told apart."""
+_TOGETHER = 1024  # samples that are worked out at once; arrays of a few thousand stay in the cache of a core
+MAX_SIZE = 2**48  # samples of a source that can be told apart
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
 _STREAM = 0xD1342543DE82EF95  # an odd multiplier of good spectral quality (Steele and Vigna 2021, table 6)
 

@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-LATE = 0.05
-"""Share of its time that a run may wait for data before it is said."""
+LATE = 0.05  # share of its time that a run may wait for data before it is said
 
 
 class Stopwatch:

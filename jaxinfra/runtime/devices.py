@@ -10,8 +10,7 @@ import jax
 
 from jaxinfra.errors import ConfigError
 
-_STARTING = "jax._src.xla_bridge"
-"""The logger of JAX that tells of platforms and plugins."""
+_STARTING = "jax._src.xla_bridge"  # the logger of JAX that tells of platforms and plugins
 
 
 def local_devices() -> Sequence[Any]:

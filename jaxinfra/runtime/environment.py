@@ -6,6 +6,7 @@ Asking must never stop a run: what cannot be found out is None.
 import os
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -25,7 +26,11 @@ def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
     """Returns the installed version by package name; None for one that is not installed."""
-    return {name: _version(name) for name in names}
+    versions: dict[str, str | None] = dict.fromkeys(names)
+    for name in versions:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -> str | None:
@@ -42,10 +47,3 @@ def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -44,16 +44,15 @@ def peak_flops(device: Device, dtype: jnp.dtype, devices_here: int) -> tuple[flo
     return measured_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
 
 
-def measured_flops(device: Device, dtype: jnp.dtype, size: int | None = None, repeats: int = 5) -> float:
+def measured_flops(device: Device, dtype: jnp.dtype, size: int | None = None) -> float:
     """FLOP/s of the fastest of some square matrix products on one device."""
-    if size is None:  # a CPU is busy with 1024 already, in a tenth of the time
-        size = 1024 if device.platform == "cpu" else 4096
+    size = size or (1024 if device.platform == "cpu" else 4096)  # a CPU is busy with 1024, in a tenth of the time
     with jax.default_device(device):
         a = jnp.ones((size, size), dtype)
         product = jax.jit(jnp.matmul)
         product(a, a).block_until_ready()
         times_s = []
-        for _ in range(repeats):
+        for _ in range(5):
             start_s = time.perf_counter()
             product(a, a).block_until_ready()
             times_s.append(time.perf_counter() - start_s)

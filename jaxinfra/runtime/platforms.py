@@ -7,11 +7,9 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-_GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-gpu")
-"""On servers, under WSL, and on Jetsons."""
+_GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-gpu")  # on servers, under WSL, and on Jetsons
 _TPUS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
-_GOOGLE = "0x1ae0"
-"""Vendor of PCI devices: of TPUs, but also of the disks and the network of virtual machines."""
+_GOOGLE = "0x1ae0"  # vendor of PCI devices: of TPUs, but also of the disks and the network of virtual machines
 
 
 def usable() -> str | None:

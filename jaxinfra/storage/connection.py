@@ -16,10 +16,8 @@ import tensorstore as ts
 
 from jaxinfra.errors import ConfigError
 
-RETRY_S = 60.0
-"""How long a failing request is tried again: a minute of waiting between a dozen tries."""
-RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"
-"""Of the environment: another time in seconds."""
+RETRY_S = 60.0  # how long a failing request is tried again: a minute of waiting between a dozen tries
+RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"  # of the environment: another time in seconds
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0

@@ -23,8 +23,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.mask import masked
 
-STDLIB = "stdlib"
-"""The root that stands for the running Python's standard library."""
+STDLIB = "stdlib"  # the root that stands for the running Python's standard library
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _GLOB = frozenset("*?[")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}

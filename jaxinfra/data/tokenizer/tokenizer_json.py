@@ -71,14 +71,16 @@ class JsonTokenizer(Tokenizer):
     def byte_lengths(self) -> np.ndarray:
         steps = _steps(self._backend.decoder, "decoders")
         byte_level, byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
-        spaces = "Metaspace" in steps or any(_is_space(step) for step in steps.values())
+        replaced = steps.get("Replace", {})
+        to_space = replaced.get("pattern", {}).get("String") == _SPACE and replaced["content"] == " "
+        spaces = "Metaspace" in steps or to_space
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index in self._added and (byte_level or self._added[index].special):
                 lengths[index] = 0 if self._added[index].special else len(token.encode())
             elif byte_level:
                 lengths[index] = len(token)  # spelt with one character a byte
-            elif byte_fallback and _is_byte(token):
+            elif byte_fallback and re.fullmatch("<0x..>", token, re.DOTALL):
                 lengths[index] = 1
             elif spaces:
                 lengths[index] = len(token.replace(_SPACE, " ").encode())
@@ -176,11 +178,3 @@ def _steps(part: Any, parts: str) -> dict[str, dict[str, Any]]:
         return {}
     tree = json.loads(part.__getstate__())
     return {step["type"]: step for step in tree.get(parts, [tree])}
-
-
-def _is_space(step: dict[str, Any]) -> bool:
-    return step["type"] == "Replace" and step["pattern"].get("String") == _SPACE and step["content"] == " "
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
