@@ -116,13 +116,8 @@ class OrbaxStore:
     def _open(self) -> ocp.CheckpointManager:
         if not self._read_only and jax.process_index() == 0:
             _sweep(self._directory)
-        # Registering the handlers lets a manager that has saved nothing yet read what another one saved.
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state_handler, record_handler = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
-        registry.add(_STATE, ocp.args.PyTreeSave, state_handler)
-        registry.add(_STATE, ocp.args.PyTreeRestore, state_handler)
-        registry.add(_RECORD, ocp.args.JsonSave, record_handler)
-        registry.add(_RECORD, ocp.args.JsonRestore, record_handler)
+        # Named handlers let a manager that has saved nothing yet read what another one saved.
+        handlers = {_STATE: ocp.PyTreeCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._keep),
             create=not self._read_only,
@@ -131,7 +126,7 @@ class OrbaxStore:
             # threads that wait minutes for it and keep the process from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
 
 def _sweep(directory: epath.Path) -> None:

@@ -72,7 +72,8 @@ def _parse_scalar(member: Any, text: str) -> Any:
             return MISMATCH
     if member is str:
         return unquote(text)
-    return _parse_enum(member, text)
+    name = unquote(text)  # of an enum's member, or its value
+    return member.__members__.get(name, next((each for each in member if str(each.value) == name), MISMATCH))
 
 
 def _spells(text: str, value: Any) -> bool:
@@ -86,13 +87,6 @@ def _parse_int(text: str) -> Any:
         return MISMATCH
     value = Decimal(text)  # exact, and reads underscores, too
     return int(value) if value == int(value) else MISMATCH
-
-
-def _parse_enum(cls: type[enum.Enum], text: str) -> Any:
-    name = unquote(text)
-    if name in cls.__members__:
-        return cls.__members__[name]
-    return next((member for member in cls if str(member.value) == name), MISMATCH)
 
 
 def _parse_tuple(member: Any, text: str, *, bare: bool) -> Any:

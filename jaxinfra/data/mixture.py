@@ -35,17 +35,11 @@ class MixSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Training on a mixture of token stores.
+    """Training on a mixture of token stores; its other fields are those of `TokenData`, `curriculum` for each source.
 
     Attributes:
         sources: the stores. One more at the end changes how often the others are read, not in which order.
         stages: the weight of each source, from which step on; () weighs each by its size.
-        seq_len: tokens that a row predicts.
-        curriculum: the order of the first epochs of each source, short rows first; None shuffles all alike.
-        seed: of the order of samples.
-        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
-        threads: threads that make host batches.
-        mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
 
     unit: ClassVar[str] = "token"

@@ -51,15 +51,9 @@ def sample_ids(
     """The windows that make up the global batch of a step, int64[global_batch], not to be written to.
 
     A batch may run over the end of an epoch, and may hold several epochs of a small data set. Steps that follow one
-    another are worked out together: of one by itself, NumPy's calls would cost more than its numbers. ValueError where
-    an argument is out of range.
-
-    Args:
-        step: number of the step, from 0.
-        global_batch: rows of the batch over all processes.
-        windows: how many windows there are, 1 to 2**48.
-        seed: any integer.
-        curriculum: how the first epochs go.
+    another are worked out together: of one by itself, NumPy's calls would cost more than its numbers. Steps count from
+    0, `global_batch` rows over all processes, `windows` from 1 to 2**48; beyond is a ValueError. The seed is any
+    integer.
     """
     if step < 0 or global_batch < 1 or not 1 <= windows <= MAX_SIZE:
         raise ValueError(

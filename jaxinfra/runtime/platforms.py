@@ -21,20 +21,15 @@ def usable() -> str | None:
     if sys.platform != "linux" or not all(name.startswith("xla_cuda") for name in plugins):
         return None
     installed = {"cuda": bool(plugins), "tpu": find_spec("libtpu") is not None}
-    here = {"cuda": _any_of(_GPUS), "tpu": _any_of(_TPUS) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ}
+    tpu = any(map(glob.glob, _TPUS)) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ
+    here = {"cuda": any(map(glob.glob, _GPUS)), "tpu": tpu}
     if not any(installed[name] and not here[name] for name in installed):
         return None
     return ",".join([*(name for name in installed if installed[name] and here[name]), "cpu"])
 
 
-def _any_of(patterns: tuple[str, ...]) -> bool:
-    return any(glob.glob(pattern) for pattern in patterns)
-
-
 def _has_tpu_on_pci() -> bool:
     """Tells whether there is a PCI device of Google that is no storage (class 0x01) and no network (0x02)."""
-    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        path = Path(vendor)
-        if path.read_text().strip() == _GOOGLE and path.with_name("class").read_text()[:4] not in ("0x01", "0x02"):
-            return True
-    return False
+    vendors = map(Path, glob.glob("/sys/bus/pci/devices/*/vendor"))
+    google = (path.with_name("class") for path in vendors if path.read_text().strip() == _GOOGLE)
+    return any(kind.read_text()[:4] not in ("0x01", "0x02") for kind in google)
