@@ -52,20 +52,18 @@ def check_url(url: str) -> str:
     return shown
 
 
-def context(*, retry_s: float | None = None, cache_bytes: int = 0) -> ts.Context:
-    """What all that is opened with the same arguments shares: a cache, and how often a request is tried again.
+def context(*, cache_bytes: int = 0) -> ts.Context:
+    """What all that is opened with as large a cache shares: that, and how often a request is tried again.
 
     ConfigError where the environment has a time that is none.
     """
-    if retry_s is None:
-        text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
-        try:
-            retry_s = float(text)
-            if not 0 < retry_s <= 24 * 3600:
-                raise ValueError
-        except ValueError:
-            fix = f"use {RETRY_VARIABLE}={RETRY_S:.0f}"
-            raise ConfigError(f"{RETRY_VARIABLE}={text}: expected seconds, above 0 and up to a day; {fix}") from None
+    text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
+    try:
+        if not 0 < (retry_s := float(text)) <= 24 * 3600:
+            raise ValueError
+    except ValueError:
+        fix = f"use {RETRY_VARIABLE}={RETRY_S:.0f}"
+        raise ConfigError(f"{RETRY_VARIABLE}={text}: expected seconds, above 0 and up to a day; {fix}") from None
     return _context(retry_s, cache_bytes)
 
 

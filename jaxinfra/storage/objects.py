@@ -25,15 +25,12 @@ class Storage:
     All that asks the place raises StorageError where that cannot be read or written.
     """
 
-    def __init__(self, url: str | Path, *, retry_s: float | None = None):
-        """Looks at the URL, nothing is asked of the place itself; ConfigError for another one, or credentials in it.
-
-        A failing request is tried again for about `retry_s`; None is as the environment says, or `RETRY_S`.
-        """
+    def __init__(self, url: str | Path):
+        """Looks at the URL, nothing is asked of the place itself; ConfigError for another one, or credentials in it."""
         self.url = check_url(str(url))
         spec = kvstore_spec(self.url)
         try:
-            self._objects = ts.KvStore.open(spec, context=context(retry_s=retry_s)).result()
+            self._objects = ts.KvStore.open(spec, context=context()).result()
         except ValueError as error:
             raise ConfigError(f"{self.url}: {error}; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from typing import Literal
 
 from jaxinfra.track.text import number
@@ -118,20 +119,14 @@ def _x(step: int, steps: tuple[int, int]) -> float:
 def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) -> str:
     """Draws one series: a path for each unbroken stretch, a dot for a lone point, a mark where it breaks."""
     parts: list[str] = []
-    stretch: list[str] = []
-    for step, value in [*points, (points[-1][0], math.inf)]:
-        x = _x(step, steps)
-        if math.isfinite(value):
-            stretch.append(f"{x:.1f} {axis.y(value):.1f}")
+    for finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
+        if finite:
+            places = [(f"{_x(step, steps):.1f}", f"{axis.y(value):.1f}") for step, value in stretch]
+            (cx, cy), path = places[0], "L".join(map(" ".join, places))
+            dot = f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>'
+            parts.append(dot if len(places) == 1 else f'<path class="s{i}" d="M{path}"/>')
             continue
-        if len(stretch) == 1:
-            cx, cy = stretch[0].split()
-            parts.append(f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>')
-        elif stretch:
-            parts.append(f'<path class="s{i}" d="M{"L".join(stretch)}"/>')
-        stretch = []
-    for step, value in points:
-        if not math.isfinite(value):
+        for step, value in stretch:
             mark = f"M{_x(step, steps):.1f} {TOP}l-3.5 -7h7z"
             parts.append(f'<path class="broken" d="{mark}"><title>step {step}: {value}</title></path>')
     return "".join(parts)
