@@ -285,8 +285,9 @@ def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
     if get_origin(member) is Literal:
         return [arg if isinstance(arg, str) else format_value(arg) for arg in get_args(member)]
     if get_origin(member) is tuple:
-        first, *rest = args = get_args(member)
-        return [f"a tuple of {describe(first)}" if rest == [...] else f"a tuple ({', '.join(map(describe, args))})"]
+        args = get_args(member)
+        inside = f"of {describe(args[0])}" if args[1:] == (...,) else f"({', '.join(map(describe, args))})"
+        return [f"a tuple {inside}"]
     if is_config(member):
         return [snake_case(member)]
     if issubclass(member, enum.Enum):

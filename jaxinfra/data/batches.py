@@ -77,9 +77,7 @@ class Batches:
         from grain import MapDataset, ReadOptions
 
         fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
-        ahead = max(
-            1, min(fitting, _MOST_AHEAD)
-        )  # batches that may be there or in the making at once, besides this one
+        ahead = max(1, min(fitting, _MOST_AHEAD))  # batches that may be there or in the making, besides this one
         options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
