@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -49,7 +50,7 @@ class ImageData(OneStore):
             raise ConfigError(
                 f"data.channels={self.channels}: the images of {store} have {channels}; use data.channels={channels}"
             )
-        return Images(self, store)
+        return Images(store, self.seed, partial(Labelled, self, store))
 
 
 class Labelled(SplitSamples):
@@ -76,17 +77,8 @@ class Labelled(SplitSamples):
         return int(self._labels.max()) + 1
 
 
-class Images(OpenStore[Labelled]):
+class Images(OpenStore[Store, Labelled]):
     """An open store of images: `OpenData`."""
-
-    def __init__(self, data: ImageData, store: Store):
-        """Takes a store whose images have the size of the config, or a part of it."""
-        super().__init__(data, store, Labelled(data, store, "train"))
-        self._data, self.store = data, store
-
-    def heldout(self, at_most: int | None = None) -> Labelled:
-        """The held-out images."""
-        return Labelled(self._data, self.store, "heldout", at_most)
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,11 +41,18 @@ class PairData(OneStore):
         return {"seq_len": (self.seq_len, "positions")}
 
     def open(self, *, fix: str = PREPARE) -> "Pairs":
-        """Opens the store and checks that it holds pairs; see `DataConfig`."""
+        """Opens the store, checks that it holds pairs, and tells how many are longer than a row; see `DataConfig`."""
         store = TokenStore.open(self.store, self.version, fix=fix)
         if store.manifest.kind != "pairs":
             raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, no pairs; name another store")
-        return Pairs(self, store)
+        opened = Pairs(store, self.seed, partial(PairSamples, self, store))
+        targets_B = store.lengths("train").reshape(-1, len(SIDES)).max(axis=1) - 1
+        if cut := int((targets_B > self.seq_len).sum()):
+            _log.warning(
+                f"data.seq_len={self.seq_len}: {cut} of {len(opened.train)} pairs of {store} are longer and lose the "
+                f"beginning of their prompt; the longest needs data.seq_len={targets_B.max()}"
+            )
+        return opened
 
 
 class PairSamples(SplitSamples):
@@ -70,19 +78,8 @@ class PairSamples(SplitSamples):
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
 
 
-class Pairs(OpenStore[PairSamples]):
+class Pairs(OpenStore[TokenStore, PairSamples]):
     """An open store of pairs: `OpenData`."""
-
-    def __init__(self, data: PairData, store: TokenStore):
-        """Takes a store of pairs; warns in one line if some are longer than a row."""
-        super().__init__(data, store, PairSamples(data, store, "train"))
-        self._data, self.store = data, store
-        targets_B = store.lengths("train").reshape(-1, len(SIDES)).max(axis=1) - 1
-        if cut := int((targets_B > data.seq_len).sum()):
-            _log.warning(
-                f"data.seq_len={data.seq_len}: {cut} of {len(self.train)} pairs of {store} are longer and lose the "
-                f"beginning of their prompt; the longest needs data.seq_len={targets_B.max()}"
-            )
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
@@ -91,10 +88,6 @@ class Pairs(OpenStore[PairSamples]):
             yield side
             own = {name.removeprefix(f"{side}_"): array for name, array in batch.items() if name.startswith(side)}
             yield from rows(own, self.store.tokenizer, ids, first_row, chars)
-
-    def heldout(self, at_most: int | None = None) -> PairSamples:
-        """The held-out pairs."""
-        return PairSamples(self._data, self.store, "heldout", at_most)
 
     def check(self, model: Any) -> None:
         """Raises ConfigError for a model whose vocabulary is smaller than the store's."""

@@ -3,7 +3,7 @@
 What a sample is, `tokens`, `pairs` and `image_data` know; data of several stores is in `mixture`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
@@ -85,21 +85,28 @@ class SplitSamples:
         return self._reading.total_s
 
 
-class OpenStore[S: SplitSamples]:
+class OpenStore[T: Store, S: SplitSamples]:
     """Of `OpenData` what all kinds share."""
 
-    def __init__(self, data: OneStore, store: Store, train: S, curriculum: Curriculum | None = None):
-        """Takes the samples to train on."""
-        self._seed, self._curriculum = data.seed, curriculum
+    def __init__(
+        self, store: T, seed: int, samples: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
+    ):
+        """Takes what gives the samples of a split, or the first of them."""
+        self.store, self._seed, self._samples, self._curriculum = store, seed, samples, curriculum
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
         self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
-        self.train, self.train_units = train, len(train)
+        self.train = samples("train", None)
+        self.train_units = len(self.train)
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
         windows, seed, curriculum = len(self.train), self._seed, self._curriculum
         return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
+
+    def heldout(self, at_most: int | None = None) -> S:
+        """The held-out samples, or the first of them; ConfigError where there are none."""
+        return self._samples("heldout", at_most)
 
     def before(self, step: int, global_batch: int) -> Iterable[str]:
         """See `OpenData`."""

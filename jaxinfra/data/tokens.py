@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -85,7 +85,11 @@ class TokenData(OneStore):
             raise ConfigError(
                 f"data.mask_documents=false: {store} says which tokens are learned; use data.mask_documents=true"
             )
-        return Text(self, store, at)
+        windows = self.packing == "windows"
+        samples = partial(Windows, self, store) if windows else partial(PackedRows, self, store, at=at)
+        opened = Text(store, self.seed, samples, self.curriculum)
+        opened.train_units = store.manifest.splits["train"].tokens
+        return opened
 
 
 class TokenSamples(SplitSamples, ABC):
@@ -181,27 +185,12 @@ def check_vocabulary(store: TokenStore, model: Any) -> None:
         )
 
 
-class Text(OpenStore[TokenSamples]):
+class Text(OpenStore[TokenStore, TokenSamples]):
     """An open token store: `OpenData`."""
-
-    def __init__(self, data: TokenData, store: TokenStore, at: str):
-        """Takes a store whose training split has a sample, else ConfigError; `at` is as in `TokenData.open`."""
-        self._data, self.store, self._at = data, store, at
-        super().__init__(data, store, self._samples("train"), data.curriculum)
-        self.train_units = store.manifest.splits["train"].tokens
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
         return rows(self.train.read(ids, weighted=False), self.store.tokenizer, ids, first_row, chars)
-
-    def heldout(self, at_most: int | None = None) -> TokenSamples:
-        """The held-out samples; ConfigError where the split is shorter than one."""
-        return self._samples("heldout", at_most)
-
-    def _samples(self, split: Split, at_most: int | None = None) -> TokenSamples:
-        if self._data.packing == "windows":
-            return Windows(self._data, self.store, split, at_most)
-        return PackedRows(self._data, self.store, split, at_most, at=self._at)
 
     @property
     def tokenizer(self) -> Tokenizer:
