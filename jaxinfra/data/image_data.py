@@ -53,13 +53,12 @@ class ImageData(OneStore):
         return Images(store, self.seed, partial(Labelled, self, store))
 
 
-class Labelled(SplitSamples):
+class Labelled(SplitSamples[ImageData, Store]):
     """Images of a split with their labels: `Samples`."""
 
     def __init__(self, data: ImageData, store: Store, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them, and reads the labels."""
-        super().__init__(split, store.manifest.splits[split].documents, at_most)
-        self._data, self._store = data, store
+        super().__init__(data, store, split, store.manifest.splits[split].documents, at_most)
         self._labels = store.whole(split, LABELS)[: len(self)]
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:

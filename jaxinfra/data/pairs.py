@@ -55,13 +55,12 @@ class PairData(OneStore):
         return opened
 
 
-class PairSamples(SplitSamples):
+class PairSamples(SplitSamples[PairData, TokenStore]):
     """The pairs of a split: `Samples`."""
 
     def __init__(self, data: PairData, store: TokenStore, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them; reads none yet."""
-        super().__init__(split, store.manifest.splits[split].documents // len(SIDES), at_most)
-        self._data, self._store = data, store
+        super().__init__(data, store, split, store.manifest.splits[split].documents // len(SIDES), at_most)
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""

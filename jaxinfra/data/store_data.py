@@ -67,11 +67,12 @@ def pinned(asked: str | None, known: str | None) -> str | None:
     return known if known is not None and known.startswith(asked or "") else asked
 
 
-class SplitSamples:
+class SplitSamples[D: OneStore, T: Store]:
     """Of `Samples` what all kinds share."""
 
-    def __init__(self, split: Split, found: int, at_most: int | None):
+    def __init__(self, data: D, store: T, split: Split, found: int, at_most: int | None):
         """Takes how many samples a split has, of which no more than `at_most` count."""
+        self._data, self._store = data, store
         self._split: Split = split
         self._count = found if at_most is None else min(at_most, found)
         self._reading = Stopwatch()

@@ -92,12 +92,8 @@ class TokenData(OneStore):
         return opened
 
 
-class TokenSamples(SplitSamples, ABC):
+class TokenSamples(SplitSamples[TokenData, TokenStore], ABC):
     """Samples of a split: what windows and packed rows have in common."""
-
-    def __init__(self, data: TokenData, store: TokenStore, split: Split, found: int, at_most: int | None):
-        super().__init__(split, found, at_most)
-        self._data, self._store = data, store
 
     @abstractmethod
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
