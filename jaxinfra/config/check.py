@@ -20,17 +20,11 @@ _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something wrong with a config.
+    """Something wrong with a config."""
 
-    Attributes:
-        fields: dotted paths of the fields at fault, relative to the config object that reports them.
-        message: what is wrong with their values.
-        fix: what to do; a `path=value` in it is relative too and is shown with its full path.
-    """
-
-    fields: tuple[str, ...]
-    message: str
-    fix: str
+    fields: tuple[str, ...]  # dotted paths of the fields at fault, relative to the config object that reports them
+    message: str  # what is wrong with their values
+    fix: str  # what to do; a `path=value` in it is relative too and is shown with its full path
 
 
 def validate(root: Any) -> None:

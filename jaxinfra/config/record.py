@@ -26,17 +26,11 @@ FORMAT = 1  # the record format that this version writes; it reads this one and 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded[C]:
-    """A config with its overrides applied.
+    """A config with its overrides applied."""
 
-    Attributes:
-        run: the root object.
-        source: the file that it came from, as it was named.
-        origins: for each leaf that differs from the default of its class, `file:<path>` or `command line`.
-    """
-
-    run: C
-    source: str
-    origins: dict[str, str]
+    run: C  # the root object
+    source: str  # the file that it came from, as it was named
+    origins: dict[str, str]  # for each leaf that differs from the default of its class, `file:<path>` or `command line`
 
 
 def record(

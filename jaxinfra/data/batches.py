@@ -43,10 +43,8 @@ class Batches:
         """
         self.samples = samples
         self._data, self._ids = data, ids
-        self._global_batch = global_batch
-        self._rows = np.arange(global_batch)[rows]
-        self._start_step = start_step
-        self._steps = steps
+        self._global_batch, self._rows = global_batch, np.arange(global_batch)[rows]
+        self._start_step, self._steps = start_step, steps
         self._making = Stopwatch()
 
     def __len__(self) -> int:

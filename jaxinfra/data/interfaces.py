@@ -26,21 +26,13 @@ class Samples(Protocol):
 
 
 class OpenData(Protocol):
-    """Data that was found and looked at.
+    """Data that was found and looked at."""
 
-    Attributes:
-        name: what messages call it.
-        fingerprint: of its contents.
-        versions: fingerprints of the stores that it is read from, in the order of the config.
-        train_units: units (tokens, images) that the samples to train on have.
-        baselines: by score, what simple models reach on the held-out samples, by their names.
-    """
-
-    name: str
-    fingerprint: str
-    versions: Sequence[str]
-    train_units: int
-    baselines: Mapping[str, Mapping[str, float]]
+    name: str  # what messages call it
+    fingerprint: str  # of its contents
+    versions: Sequence[str]  # fingerprints of the stores that it is read from, in the order of the config
+    train_units: int  # units (tokens, images) that the samples to train on have
+    baselines: Mapping[str, Mapping[str, float]]  # by score, what simple models reach on held-out samples, by name
 
     @property
     def train(self) -> Samples:
@@ -69,13 +61,9 @@ class OpenData(Protocol):
 
 
 class DataConfig(Protocol):
-    """Data as a config describes it.
+    """Data as a config describes it."""
 
-    Attributes:
-        unit: what it is counted in: "token" or "image".
-    """
-
-    unit: ClassVar[str]
+    unit: ClassVar[str]  # what it is counted in: "token" or "image"
 
     @property
     def prefetch_bytes(self) -> int:

@@ -39,21 +39,13 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Packs:
-    """What goes into each row; rows are numbered by rising length of their longest piece, as a `Curriculum` needs it.
+    """What goes into each row; rows are numbered by rising length of their longest piece, as a `Curriculum` needs."""
 
-    Attributes:
-        seq_len: room of a row, in targets.
-        piece_document: document of each piece, int64[P].
-        piece_skip: its tokens before the piece, int64[P].
-        piece_length: targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more.
-        row_offsets: pieces `row_offsets[r]` to `row_offsets[r + 1]` are row r, the longest first; int64[rows + 1].
-    """
-
-    seq_len: int
-    piece_document: np.ndarray
-    piece_skip: np.ndarray
-    piece_length: np.ndarray
-    row_offsets: np.ndarray
+    seq_len: int  # room of a row, in targets
+    piece_document: np.ndarray  # document of each piece, int64[P]
+    piece_skip: np.ndarray  # its tokens before the piece, int64[P]
+    piece_length: np.ndarray  # targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more
+    row_offsets: np.ndarray  # row r has pieces `row_offsets[r]` to `row_offsets[r + 1]`, longest first; int64[rows + 1]
 
     @property
     def rows(self) -> int:

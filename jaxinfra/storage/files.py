@@ -35,17 +35,11 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file that was listed.
+    """A file that was listed."""
 
-    Attributes:
-        name: relative to the root, with slashes.
-        size_bytes: as it is stored, compressed or not.
-        stamp: changes when the file is replaced.
-    """
-
-    name: str
-    size_bytes: int
-    stamp: str
+    name: str  # relative to the root, with slashes
+    size_bytes: int  # as it is stored, compressed or not
+    stamp: str  # changes when the file is replaced
 
 
 def shown(root: str) -> str:

@@ -26,23 +26,14 @@ _LOG_RATIO = 1000  # from this ratio of largest to smallest on, a linear axis hi
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What one chart shows.
+    """What one chart shows."""
 
-    Attributes:
-        title: what is measured.
-        unit: of the values as they are drawn, "" for a bare number.
-        lines: one to four by label: points in the order of their steps, values that are not finite included.
-        scale: how values become heights; "auto" takes the logarithm if they span three decades.
-        zero: whether the axis must reach down to zero.
-        divisor: what values are divided by to be in `unit`.
-    """
-
-    title: str
-    unit: str = ""
-    lines: Mapping[str, Sequence[Point]]
-    scale: Literal["linear", "auto"] = "linear"
-    zero: bool = False
-    divisor: float = 1.0
+    title: str  # what is measured
+    unit: str = ""  # of the values as they are drawn, "" for a bare number
+    lines: Mapping[str, Sequence[Point]]  # one to four by label, by rising step; values need not be finite
+    scale: Literal["linear", "auto"] = "linear"  # of heights; "auto" is logarithmic where values span three decades
+    zero: bool = False  # whether the axis must reach down to zero
+    divisor: float = 1.0  # what values are divided by to be in `unit`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """`python -m launch data prepare CONFIG`: make the data that a config describes."""
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -112,10 +111,10 @@ def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
     name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
     bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
-        tasks: dict[str, tuple[TaskID, float]] = {}
+        tasks: dict[str, TaskID] = {}
 
         def finish() -> None:
-            for task, _ in tasks.values():
+            for task in tasks.values():
                 bars.update(task, total=1, completed=1)
 
         def tell(progress: Progress) -> None:
@@ -123,13 +122,13 @@ def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
                 stack.enter_context(bars)  # which writes a line even where nothing is told
             if progress.stage not in tasks:
                 finish()
-                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come=""), time.monotonic()
-            task, start_s = tasks[progress.stage]
+                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come="")
+            task = tasks[progress.stage]
             if progress.stage not in ("tokens", "images"):
                 return
             come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
             if progress.tokens:
-                come += f", {progress.tokens / max(time.monotonic() - start_s, 1e-9):,.0f} tokens/s"
+                come += f", {progress.tokens / (bars.tasks[task].elapsed or 1e-9):,.0f} tokens/s"
             bars.update(task, completed=progress.done, total=None if endless else progress.total, come=come)
 
         yield tell

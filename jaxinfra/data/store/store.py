@@ -54,13 +54,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """Something that does not fit its hash.
-
-    Attributes:
-        file: of the store.
-        block: number of the block in the array, None where it is the file.
-        cause: what was found.
-    """
+    """What was found in a file of the store that does not fit its hash, or in a block of an array, by its number."""
 
     file: str
     block: int | None = None

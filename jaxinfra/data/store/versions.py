@@ -20,17 +20,11 @@ INDEX = "versions.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """An entry of the list.
+    """An entry of the list."""
 
-    Attributes:
-        fingerprint: of its contents, and its folder.
-        made_of: digest of the recipe and of what it read: the same work is not done twice.
-        created: when it was made, in UTC.
-    """
-
-    fingerprint: str
-    made_of: str
-    created: str
+    fingerprint: str  # of its contents, and its folder
+    made_of: str  # digest of the recipe and of what it read: the same work is not done twice
+    created: str  # when it was made, in UTC
 
 
 def listed(store: Storage) -> list[Version]:

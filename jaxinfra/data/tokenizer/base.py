@@ -17,25 +17,16 @@ class Tokenizer(ABC):
 
     `content` is all that there is to it: `restore` makes the same tokenizer of it in another process, or from a
     store, and pickling does just that.
-
-    Attributes:
-        kind: names the class in a manifest.
-        file_name: what `content` is called in a store.
-        content: the bytes of that file, canonical: equal vocabularies have equal bytes.
-        end_of_document: the special token that ends documents.
-        eot_id: its id.
-        vocab_size: one more than the largest token id.
-        special: ids of the special tokens by their text.
     """
 
-    kind: ClassVar[str]
-    file_name: ClassVar[str]
+    kind: ClassVar[str]  # names the class in a manifest
+    file_name: ClassVar[str]  # what `content` is called in a store
 
-    content: bytes
-    end_of_document: str
-    eot_id: int
-    vocab_size: int
-    special: Mapping[str, int]
+    content: bytes  # the bytes of that file, canonical: equal vocabularies have equal bytes
+    end_of_document: str  # the special token that ends documents
+    eot_id: int  # its id
+    vocab_size: int  # one more than the largest token id
+    special: Mapping[str, int]  # ids of the special tokens by their text
 
     @classmethod
     @abstractmethod
