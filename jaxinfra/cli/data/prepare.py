@@ -1,7 +1,6 @@
 """`python -m launch data prepare CONFIG`: make the data that a config describes."""
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,12 +20,7 @@ from jaxinfra.runtime.signals import StopRequest
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Makes each store that is described, and says what it holds.
-
-    Raises:
-        ConfigError: a recipe is wrong, or the config names none.
-        JaxinfraError: see `data.prepare`.
-    """
+    """Makes each store that is described, and says what it holds; fails as `recipes` and `prepare`."""
     _check(options)
     if options.follow:
         return _follow(options)
@@ -40,11 +34,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def recipes(options: argparse.Namespace) -> list[Recipe]:
-    """The recipe that the file is, or those of the stores that a run trains on.
-
-    Raises:
-        ConfigError: the file or an override is wrong, or the run names no recipe.
-    """
+    """The recipe that the file is, or those of the stores that a run trains on; ConfigError where there are none."""
     config = load(options.config, options.overrides).run
     if is_recipe(config):
         return [config]
@@ -52,8 +42,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
 
     if not isinstance(config, Run):
         raise ConfigError(f"{options.config}: is neither a recipe nor a run; name a file such as configs/data/NAME.py")
-    made = config.parts.data.recipes
-    if not made:
+    if not (made := config.parts.data.recipes):
         raise ConfigError(
             f"{options.config}: its data names no recipe; name the file of the recipe, or give each store its recipe"
         )
@@ -82,12 +71,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _follow(options: argparse.Namespace) -> int:
-    """Reads a stream, and says of each version that it is sealed.
+    """Reads a stream, and says of each version that it is sealed; fails as `follow`.
 
-    Raises:
-        ConfigError: the config is not the recipe of a stream.
-        Preempted: Ctrl-C or SIGTERM asked to stop; all that has come is kept.
-        JaxinfraError: see `data.follow`.
+    Preempted where Ctrl-C or SIGTERM asked to stop; all that has come is kept.
     """
     (recipe, *others) = recipes(options)
     if others:
@@ -121,18 +107,14 @@ def _follow(options: argparse.Namespace) -> int:
 
 @contextmanager
 def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
-    """A bar for each stage, with tokens a second and the time that is left where it can be told.
-
-    Args:
-        endless: the source is a stream, of which nobody knows how much will come.
-    """
+    """A bar for each stage, with tokens a second and the time that is left, which no `endless` stream tells."""
     name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
     bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
-        tasks: dict[str, tuple[TaskID, float]] = {}
+        tasks: dict[str, TaskID] = {}
 
         def finish() -> None:
-            for task, _ in tasks.values():
+            for task in tasks.values():
                 bars.update(task, total=1, completed=1)
 
         def tell(progress: Progress) -> None:
@@ -140,13 +122,13 @@ def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
                 stack.enter_context(bars)  # which writes a line even where nothing is told
             if progress.stage not in tasks:
                 finish()
-                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come=""), time.monotonic()
-            task, start_s = tasks[progress.stage]
+                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come="")
+            task = tasks[progress.stage]
             if progress.stage not in ("tokens", "images"):
                 return
             come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
             if progress.tokens:
-                come += f", {progress.tokens / max(time.monotonic() - start_s, 1e-9):,.0f} tokens/s"
+                come += f", {progress.tokens / (bars.tasks[task].elapsed or 1e-9):,.0f} tokens/s"
             bars.update(task, completed=progress.done, total=None if endless else progress.total, come=come)
 
         yield tell
