@@ -24,7 +24,6 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.prepare.builders.overlap import shared
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.dedup import Dedup, duplicates
 from jaxinfra.prepare.documents.document import Text
@@ -76,9 +75,9 @@ def kept(
     size = sum(sizes_H) // group  # validation records come first
     if dedup is None:
         heldout_HK, train_TK = (columns[0].reshape(-1, 2 * group) for columns in (heldout, train))
-        overlap_H, keep_G = shared(heldout_HK, train_TK), np.ones(size + len(train_TK), bool)
+        overlap_H, keep_G = _shared(heldout_HK, train_TK), np.ones(size + len(train_TK), bool)
         if recipe.on_overlap == "drop":
-            keep_G[size:] = ~shared(train_TK, heldout_HK)
+            keep_G[size:] = ~_shared(train_TK, heldout_HK)
     else:
         heldout, train = ([rows[::group] for rows in columns] for columns in (heldout, train))
         keep_G = ~_repeats(dedup, heldout, train)
@@ -93,12 +92,8 @@ def kept(
             "mend the sources, or leave them out of training by on_overlap=drop"
         )
     lost = group * int((~keep_G).sum())
-    counts = replace(
-        counts,
-        duplicates=lost if dedup is not None else 0,
-        overlap=group * int(overlap_H.sum()),
-        overlap_dropped=lost if dedup is None else 0,
-    )
+    counts = replace(counts, overlap=group * int(overlap_H.sum()))
+    counts = replace(counts, **{"overlap_dropped" if dedup is None else "duplicates": lost})
     keep_D = np.split(np.repeat(keep_G, group), np.cumsum([*sizes_H, *sizes_T])[:-1])
     keep: Keep = {"heldout": keep_D[: len(sizes_H)], "train": keep_D[len(sizes_H) :]}
     _check_splits(recipe, {split: sum(int(each.sum()) for each in keep[split]) for split in SPLITS}, counts)
@@ -121,14 +116,13 @@ def _counts(splits: Splits, build: Path) -> Counts:
     return Counts(records=records, skipped=skipped, filtered=dict(sorted(filtered.items())))
 
 
-def _empty(recipe: Recipe, counts: Counts) -> ConfigError:
-    return ConfigError(
-        f"store={recipe.store}: the corpus is empty: {_left_out(counts)}; mend the source or the filters"
-    )
-
-
 def _left_out(counts: Counts) -> str:
     return f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
+
+
+def _empty(recipe: Recipe, counts: Counts) -> ConfigError:
+    cause = f"the corpus is empty: {_left_out(counts)}"
+    return ConfigError(f"store={recipe.store}: {cause}; mend the source or the filters")
 
 
 def _check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> None:
@@ -159,6 +153,14 @@ def _columns(splits: Splits, split: Split, names: Sequence[str]) -> tuple[list[i
     return [len(rows[0]) for rows in found], [np.concatenate(column) for column in zip(*found, strict=True)]
 
 
+def _shared(ours_NK: np.ndarray, theirs_MK: np.ndarray) -> np.ndarray:
+    """Tells which rows of `ours` are rows of `theirs` too: bool[N]."""
+    found_N = np.isin(ours_NK[:, 0], theirs_MK[:, 0])
+    wanted = set(map(tuple, theirs_MK[np.isin(theirs_MK[:, 0], ours_NK[found_N, 0])].tolist()))
+    found_N[found_N] = [tuple(row) in wanted for row in ours_NK[found_N].tolist()]
+    return found_N
+
+
 def _repeats(dedup: Dedup, earlier: Sequence[np.ndarray], later: Sequence[np.ndarray]) -> np.ndarray:
     """`duplicates` of documents after others, of the exact signatures and the near ones of both."""
     exact_N2, *near = (np.concatenate(both) for both in zip(earlier, later, strict=True))
@@ -186,11 +188,12 @@ def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -
     )
 
 
-def write_array(path: Path, values: np.ndarray) -> None:
-    """Writes a whole array, of which few elements may be read at a time."""
+def write_array(path: Path, values: np.ndarray) -> str:
+    """Writes a whole array, of which few elements may be read at a time; returns the hash of it."""
     fill, shape, few, shard = int(np.iinfo(values.dtype).max), values.shape[1:], arrays.FEW, arrays.SHARD_OF_FEW
     array = arrays.create(str(path), values.dtype, fill, shape=shape, chunk=few, shard=shard)
     arrays.append(array, str(path), values)
+    return xxhash.xxh3_128_hexdigest(values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
 class Blocks:
@@ -217,9 +220,7 @@ class Blocks:
     def close(self) -> str:
         """Writes what is left, and the hashes; returns the digest of them."""
         self._flush(self._count)
-        hashes = np.array(self._hashes, np.uint64)
-        write_array(self._path.with_name(self._path.name + BLOCKS), hashes)
-        return xxhash.xxh3_128_hexdigest(hashes.astype("<u8").tobytes())
+        return write_array(self._path.with_name(self._path.name + BLOCKS), np.array(self._hashes, np.uint64))
 
     def _flush(self, cut: int) -> None:
         values = np.concatenate(self._waiting)
@@ -233,18 +234,16 @@ class SplitWriter:
     """Appends documents to a split in an empty folder; holds about one shard of tokens in memory."""
 
     def __init__(self, folder: Path, dtype: np.dtype, *, masked: bool):
-        self._folder, self.masked = folder, masked
+        self._folder, self._lengths, self._bytes, self.masked = folder, [np.empty(0, np.int64)], 0, masked
+        types = {TOKENS: dtype, MASK: np.dtype(np.uint8)} if masked else {TOKENS: dtype}
         block, shard = arrays.CHUNK, arrays.SHARD
-        self._tokens = Blocks(folder / TOKENS, dtype, block=block, shard=shard)
-        self._mask = Blocks(folder / MASK, np.dtype(np.uint8), block=block, shard=shard) if masked else None
-        self._lengths = [np.empty(0, np.int64)]
-        self._bytes = 0
+        self._arrays = [Blocks(folder / name, each, block=block, shard=shard) for name, each in types.items()]
 
     def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, n_bytes: int) -> None:
         """Appends documents, each with its end; `mask_N` says which tokens are learned, `n_bytes` are of their text."""
-        self._tokens.add(tokens_N)
-        if self._mask is not None and mask_N is not None:
-            self._mask.add(mask_N)
+        for array, values in zip(self._arrays, (tokens_N, mask_N), strict=False):
+            assert values is not None
+            array.add(values)
         self._lengths.append(lengths_D)
         self._bytes += n_bytes
 
@@ -257,10 +256,8 @@ class SplitWriter:
         """Writes what is left and says what the split holds."""
         lengths_D = self.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
-        digests = [self._tokens.close()] + ([self._mask.close()] if self._mask is not None else [])
-        for name, values in ((OFFSETS, offsets), (LENGTHS, lengths_D)):
-            write_array(self._folder / name, values)
-            digests.append(xxhash.xxh3_128_hexdigest(values.astype("<i8").tobytes()))
+        digests = [array.close() for array in self._arrays]
+        digests += [write_array(self._folder / OFFSETS, offsets), write_array(self._folder / LENGTHS, lengths_D)]
         return SplitInfo(
             documents=len(lengths_D),
             tokens=int(offsets[-1]),

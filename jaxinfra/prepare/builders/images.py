@@ -18,9 +18,9 @@ from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
 from jaxinfra.prepare.builders.assemble import Blocks, Keep, write_array
 from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.document import RecordError, value_of
+from jaxinfra.prepare.documents.shingles import digest_of
 from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.sources.record import Piece, Record
@@ -41,7 +41,7 @@ def collect(job: Job[ImageSet]) -> Note:
         split: {
             "images": np.array([image for _, image, _ in rows], np.uint8),
             "labels": np.array([label for _, _, label in rows], np.int32),
-            "digest_D2": np.array([digest_of_values(image) for _, image, _ in rows], np.uint64).reshape(-1, 2),
+            "digest_D2": np.array([digest_of(image.tobytes()) for _, image, _ in rows], np.uint64).reshape(-1, 2),
             "where_D": np.array([where for where, _, _ in rows], np.str_),
         }
         for split, rows in found.items()
@@ -130,12 +130,9 @@ def _write(source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[i
         writer.add(images.reshape(-1, *shape))
         every.append(labels)
         n_bytes += images.nbytes
-    digest, labels = writer.close(), np.concatenate(every)
-    write_array(build / split / LABELS, labels)
-    seen = digest + xxhash.xxh3_128_hexdigest(labels.astype("<i4").tobytes())
-    return SplitInfo(
-        documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=xxhash.xxh3_128_hexdigest(seen.encode())
-    )
+    labels = np.concatenate(every)
+    digest = xxhash.xxh3_128_hexdigest((writer.close() + write_array(build / split / LABELS, labels)).encode())
+    return SplitInfo(documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=digest)
 
 
 def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:

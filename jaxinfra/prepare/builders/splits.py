@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.documents.dedup import Dedup, Signer
+from jaxinfra.prepare.documents.shingles import digest_of
 from jaxinfra.prepare.parts import Open
 
 _WINDOW = 16  # tokens, of which the last ones show whether a character is cut
@@ -39,11 +39,7 @@ class Splits:
     parted: Mapping[Split, _Arrays] | None = None
 
     def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
-        """Yields arrays of a split, for each part.
-
-        Raises:
-            DataError: a part is damaged.
-        """
+        """Yields arrays of a split, for each part; DataError where one is damaged."""
         for index, number in enumerate(self.numbers):
             if index == self.tail and self.parted is not None:
                 yield tuple(self.parted[split][name] for name in names)
@@ -59,7 +55,7 @@ class Splits:
 def with_tail(
     splits: Splits, fraction: float, *, group: int, tokenizer: Tokenizer | None, dedup: Dedup | None
 ) -> Splits:
-    """Finds where the last part of the text begins.
+    """Finds where the last part of the text begins. Raises as `Splits.read`.
 
     Args:
         splits: of which all is training data so far.
@@ -67,9 +63,6 @@ def with_tail(
         group: documents of a record, which are not parted.
         tokenizer: cuts the document that the tail begins in between two tokens; None leaves documents whole.
         dedup: whether both halves need signatures.
-
-    Raises:
-        DataError: a part is damaged.
     """
     sizes = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
     ends = np.cumsum([int(bytes_D.sum()) for bytes_D in sizes])
@@ -82,10 +75,9 @@ def with_tail(
     left -= int(sizes[index][:document].sum())
     with Open(splits.folder, splits.numbers[index]) as part:
         arrays = part.read_all("train")
-    if tokenizer is not None:
-        parted = _parted_within(arrays, document, left / int(sizes[index][document]), tokenizer, dedup)
-        if parted is not None:
-            return replace(splits, tail=index, parted=parted)
+    halved = tokenizer and _halved(arrays, document, left / int(sizes[index][document]), tokenizer, dedup)
+    if halved:
+        arrays, document = halved, document + 1
     document = document // group * group
     if not document and not any(map(len, sizes[:index])):
         document = group  # the first record is for training
@@ -96,10 +88,8 @@ def with_tail(
     return replace(splits, tail=index, parted={"train": train, "heldout": heldout})
 
 
-def _parted_within(
-    arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None
-) -> Mapping[Split, _Arrays] | None:
-    """Cuts a document before a token that begins a character; None where no such token is near."""
+def _halved(arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None) -> _Arrays | None:
+    """Makes two documents of one, cut before a token that begins a character; None where no such token is near."""
     start = int(arrays["lengths_D"][:document].sum())
     tokens_N = arrays["tokens_N"][start : start + int(arrays["lengths_D"][document])]
     ids, at = tokens_N[:-1].tolist(), int((len(tokens_N) - 1) * share)
@@ -113,16 +103,13 @@ def _parted_within(
     rows: dict[str, Any] = {
         "lengths_D": [len(half_N) for half_N in halves],
         "bytes_D": [first_bytes, int(arrays["bytes_D"][document]) - first_bytes],
-        "digest_D2": [digest_of_values(half_N) for half_N in halves],
+        "digest_D2": [digest_of(half_N.tobytes()) for half_N in halves],
     }
     if dedup is not None:
         rows["exact_D2"], rows["near_DP"] = zip(*map(Signer(dedup), texts), strict=True)
-    train, heldout = {}, {}
+    found = {"tokens_N": np.insert(arrays["tokens_N"], start + at, tokens_N[-1])}
     for name, values in arrays.items():
-        if name == "tokens_N":
-            train[name], heldout[name] = np.append(values[:start], halves[0]), values[start + at :]
-        else:
+        if name != "tokens_N":
             both = np.array(rows[name], values.dtype) if name in rows else values[[document] * 2]
-            train[name] = np.concatenate([values[:document], both[:1]])
-            heldout[name] = np.concatenate([both[1:], values[document + 1 :]])
-    return {"train": train, "heldout": heldout}
+            found[name] = np.concatenate([values[:document], both, values[document + 1 :]])
+    return found

@@ -75,26 +75,21 @@ class TextMaker:
                 split is of has another tokenizer or form.
             DataError: a record cannot be read and the recipe does not skip it.
         """
-        known = folder / TOKENIZER_INFO
+        corpus, known = self._corpus, folder / TOKENIZER_INFO
         if not known.exists():
-            given, config = self._given, self._corpus.tokenizer
+            given, config = self._given, corpus.tokenizer
             if isinstance(config, TrainBpe):
-                given = train_bpe(
-                    sample_texts(self._corpus, pieces, TOKENIZER_BYTES),
-                    vocab_size=config.vocab_size,
-                    end_of_document=config.end_of_document,
-                    special_tokens=config.special_tokens,
-                )
+                given = train_bpe(sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(config))
             assert given is not None
             if self._check is not None:
-                self._check(sample_texts(self._corpus, pieces, _CHECKED_CHARS))
+                self._check(sample_texts(corpus, pieces, _CHECKED_CHARS))
             info = info_of(given)
             replace_bytes(folder / info.file, given.content)
             replace_bytes(known, json.dumps(asdict(info)).encode())
         self._info = read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
-        if isinstance(self._corpus.validation, OtherStore):
-            self._corpus.validation.require_same(self._info, kind=self._kind, masked=self._corpus.form.masked)
+        if isinstance(corpus.validation, OtherStore):
+            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.form.masked)
 
     def part(self, folder: Path, block: Block) -> Part:
         """Makes the part of a block of a stream; after `begin`."""
@@ -119,12 +114,17 @@ class TextMaker:
             ConfigError: a split has nothing in it.
             DataError: a part is damaged; or a document is in both splits, and the recipe allows none.
         """
-        corpus = self._corpus
-        source = self._splits(folder, numbers)
-        keep, counts = assemble.kept(corpus, source, build, group=corpus.form.group, dedup=corpus.dedup)
+        corpus, form = self._corpus, self._corpus.form
+        source = Splits(folder=folder, numbers=numbers)
+        if isinstance(corpus.validation, Tail):
+            tokenizer = None if form.masked or form.group > 1 else load_tokenizer(folder, self._info)
+            source = with_tail(
+                source, corpus.validation.fraction, group=form.group, tokenizer=tokenizer, dedup=corpus.dedup
+            )
+        keep, counts = assemble.kept(corpus, source, build, group=form.group, dedup=corpus.dedup)
         splits, packs = {}, {}
         for split in SPLITS:
-            writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
+            writer = SplitWriter(build / split, self._dtype, masked=form.masked)
             splits[split] = _copy(source, split, keep, writer)
             for pack in corpus.packs:
                 packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
@@ -135,7 +135,7 @@ class TextMaker:
             source_digest=source_digest,
             counts=counts,
             dtype=self._dtype.name,
-            masked=corpus.form.masked,
+            masked=form.masked,
             block=arrays.CHUNK,
             tokenizer=self._info,
             splits=splits,
@@ -147,6 +147,10 @@ class TextMaker:
         if corpus.baselines:
             manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
         return manifest
+
+    @property
+    def _kind(self) -> Kind:
+        return "text" if self._corpus.form.group == 1 else "pairs"
 
     def _check_markers(self) -> None:
         """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them."""
@@ -161,17 +165,6 @@ class TextMaker:
                     f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
                     "could spell it; name it in tokenizer.special_tokens, or use another template"
                 )
-
-    @property
-    def _kind(self) -> Kind:
-        return "text" if self._corpus.form.group == 1 else "pairs"
-
-    def _splits(self, folder: Path, numbers: Sequence[int]) -> Splits:
-        splits, validation, form = Splits(folder=folder, numbers=numbers), self._corpus.validation, self._corpus.form
-        if not isinstance(validation, Tail):
-            return splits
-        tokenizer = None if form.masked or form.group > 1 else load_tokenizer(folder, self._info)
-        return with_tail(splits, validation.fraction, group=form.group, tokenizer=tokenizer, dedup=self._corpus.dedup)
 
 
 def _copy(splits: Splits, split: Split, keep: Keep, writer: SplitWriter) -> SplitInfo:

@@ -5,7 +5,7 @@ how often.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,10 @@ from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.documents.dedup import Signer
 from jaxinfra.prepare.documents.document import Document
 from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
+from jaxinfra.prepare.documents.shingles import digest_of
 from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, Tail, draw
@@ -39,8 +39,7 @@ def tokenise(job: Job[Corpus]) -> Note:
 
     Raises:
         DataError: a record cannot be read and the recipe does not skip it.
-        StorageError: the source cannot be read.
-        OSError: the part cannot be written.
+        StorageError: the source cannot be read; OSError: the part cannot be written.
     """
     folder = Path(job.folder)
     tokenizer = load_tokenizer(folder, read_info(folder))
@@ -126,25 +125,11 @@ class _Rows:
     """Documents of one split, tokenised in batches, and how many tokens they have so far."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
-        self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
+        self._corpus, self._tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
         self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
         self._waiting: list[Document] = []
         self._waiting_chars = self.tokens = 0
-        self._types: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "tokens_N": (self._dtype, ()),
-            "lengths_D": (np.int64, ()),
-            "bytes_D": (np.int64, ()),
-            "digest_D2": (np.uint64, (2,)),
-        }
-        if corpus.form.masked:
-            self._types["mask_N"] = np.uint8, ()
-        if corpus.dedup is not None:
-            self._types["exact_D2"] = np.uint64, (2,)
-            if corpus.dedup.near:
-                self._types["near_DP"] = np.uint32, (corpus.dedup.permutations,)
-        if corpus.on_overlap == "fail":
-            self._types["where_D"] = np.str_, ()
-        self._rows: dict[str, list[Any]] = {name: [] for name in self._types}
+        self._rows = defaultdict[str, list[Any]](list)
 
     def add(self, where: str, group: Sequence[Document]) -> None:
         """Takes the documents of a record."""
@@ -169,18 +154,26 @@ class _Rows:
             `near_DP`, its MinHash; where an overlap ends the work `where_D`, the place of each.
         """
         self._encode()
-        return {
-            name: np.concatenate([np.empty(0, dtype), *self._rows[name]])
-            if name.endswith("_N")
-            else np.array(self._rows[name], dtype).reshape(-1, *shape)
-            for name, (dtype, shape) in self._types.items()
-        }
+        corpus, rows = self._corpus, self._rows
+        found = {"tokens_N": np.concatenate([np.empty(0, self._dtype), *rows["tokens_N"]])}
+        for name in ("lengths_D", "bytes_D"):
+            found[name] = np.array(rows[name], np.int64)
+        found["digest_D2"] = np.array(rows["digest_D2"], np.uint64).reshape(-1, 2)
+        if corpus.form.masked:
+            found["mask_N"] = np.concatenate([np.empty(0, np.uint8), *rows["mask_N"]])
+        if corpus.dedup is not None:
+            found["exact_D2"] = np.array(rows["exact_D2"], np.uint64).reshape(-1, 2)
+            if corpus.dedup.near:
+                found["near_DP"] = np.array(rows["near_DP"], np.uint32).reshape(-1, corpus.dedup.permutations)
+        if corpus.on_overlap == "fail":
+            found["where_D"] = np.array(rows["where_D"], np.str_)
+        return found
 
     def _note(self, where: str, text: str, count: int) -> None:
-        exact, near = (None, None) if self._sign is None else self._sign(text)
-        for name, value in (("exact_D2", exact), ("near_DP", near), ("where_D", where)):
-            if name in self._rows:
-                self._rows[name] += [value] * count
+        """Keeps what is known of a record for each of its documents."""
+        signatures = () if self._sign is None else zip(("exact_D2", "near_DP"), self._sign(text), strict=True)
+        for name, value in (("where_D", where), *signatures):
+            self._rows[name] += [value] * count
 
     def _encode(self) -> None:
         """Tokenises what waits, all at once."""
@@ -192,19 +185,19 @@ class _Rows:
     def _append(self, found: Tokens) -> None:
         tokens_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
         self.tokens += len(tokens_N)
-        self._rows["tokens_N"].append(tokens_N)
-        self._rows["lengths_D"].append(len(tokens_N))
-        self._rows["bytes_D"].append(found.n_bytes)
-        self._rows["digest_D2"].append(digest_of_values(tokens_N))
-        if "mask_N" in self._rows:
-            self._rows["mask_N"].append(np.append(found.learned_N, False).astype(np.uint8))
+        row = {"tokens_N": tokens_N, "lengths_D": len(tokens_N), "bytes_D": found.n_bytes}
+        row |= {"digest_D2": digest_of(tokens_N.data)}
+        if self._corpus.form.masked:
+            row["mask_N"] = np.append(found.learned_N, False).astype(np.uint8)
+        for name, value in row.items():
+            self._rows[name].append(value)
 
     def _check(self, ids: np.ndarray) -> None:
         """Refuses an id that the tokenizer's own vocabulary does not have: it would fill a store with garbage."""
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
-            wrong = int(ids.max()) if ids.max() >= self._tokenizer.vocab_size else int(ids.min())
+        wrong = ids[(ids < 0) | (ids >= self._tokenizer.vocab_size)]
+        if wrong.size:
             raise DataError(
-                f"token id {wrong}: is outside the vocabulary of {self._tokenizer.vocab_size} of the tokenizer that "
+                f"token id {wrong[0]}: is outside the vocabulary of {self._tokenizer.vocab_size} of the tokenizer that "
                 "gave it; mend its file"
             )
 
@@ -222,15 +215,19 @@ def sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
     as `tokenise`.
     """
     if isinstance(corpus.validation, Tail):
-        sizes = np.cumsum([piece.size_bytes for piece in pieces])
-        before = int(np.searchsorted(sizes, sizes[-1] * (1 - corpus.validation.fraction), side="right"))
-        if not before:
-            yield from _before_tail(corpus, pieces[:1], limit_chars)
+        sizes, share = np.cumsum([piece.size_bytes for piece in pieces]), 1 - corpus.validation.fraction
+        before = int(np.searchsorted(sizes, sizes[-1] * share, side="right"))
+        if not before:  # the first piece reaches into the tail, such as the only file of a corpus
+            texts = list(_training_texts(corpus, pieces[0]))
+            left = min(limit_chars, int(sum(map(len, texts)) * share))
+            for text in texts:
+                yield text[:left]
+                left = max(0, left - len(text))
             return
         pieces = pieces[:before]
     for piece in sorted(pieces, key=lambda each: draw(f"{each.name}@{each.start}" if each.start else each.name)):
         taken = 0
-        for text in _training_texts(corpus, [piece]):
+        for text in _training_texts(corpus, piece):
             yield text
             taken += len(text)
             if taken >= min(_PIECE_CHARS, limit_chars):
@@ -240,17 +237,7 @@ def sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> I
             return
 
 
-def _before_tail(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> Iterator[str]:
-    """The beginning of a first piece that reaches into the tail, such as the only file of a corpus."""
-    assert isinstance(corpus.validation, Tail)
-    texts = list(_training_texts(corpus, pieces))
-    left = min(limit_chars, int(sum(map(len, texts)) * (1 - corpus.validation.fraction)))
-    for text in texts:
-        yield text[: max(0, left)]
-        left -= len(text)
-
-
-def _training_texts(corpus: Corpus, pieces: Sequence[Piece]) -> Iterator[str]:
-    job = Job(number=0, pieces=tuple(pieces), recipe=corpus, folder="")
+def _training_texts(corpus: Corpus, piece: Piece) -> Iterator[str]:
+    job = Job(number=0, pieces=(piece,), recipe=corpus, folder="")
     groups = _groups(job, job.records(), Records(corpus.on_bad), Counter())
     return (text_of(group) for split, _, group in groups if split == "train")

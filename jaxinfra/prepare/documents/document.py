@@ -25,7 +25,6 @@ class Span:
     """A piece of the text of a document.
 
     Attributes:
-        text: of the span.
         learned: whether its tokens are targets of the loss.
         control: whether it may spell special tokens: it is of a template, not of a record.
     """

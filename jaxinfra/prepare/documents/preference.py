@@ -6,11 +6,11 @@ Only the answers are learned.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, override
+from typing import Any, override
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.documents.chat import messages_of
-from jaxinfra.prepare.documents.chat_template import Message, Templated, spans
+from jaxinfra.prepare.documents.chat_template import Message, Templated, compiled
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
@@ -22,13 +22,13 @@ class _Answered(Templated[str | None]):
 
     @override
     def documents(self, record: Record) -> Sequence[Document]:
-        fields = [getattr(self, name) for name in self.named[1:]]
         prompt = None if self.prompt is None else value_of(record, self.prompt)
-        answers = [value_of(record, field) for field in fields]
+        fields = [getattr(self, name) for name in self.named[1:]]
+        answers = [(value_of(record, field), field) for field in fields]
         if self.template is None:
             shown = as_text(prompt, str(self.prompt))
-            return [_text(shown, as_text(*answer)) for answer in zip(answers, fields, strict=True)]
-        turns = [_turns(*answer) for answer in zip(answers, fields, strict=True)]
+            return [_text(shown, as_text(*answer)) for answer in answers]
+        turns = [_turns(*answer) for answer in answers]
         shared = _shared(*turns) if self.prompt is None else _turns(prompt, self.prompt, role="user")
         return [_conversation(self.template, shared, *answer) for answer in zip(turns, fields, strict=True)]
 
@@ -47,8 +47,8 @@ class Preference(_Answered):
         template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
     """
 
-    group: ClassVar[int] = 2
-    named: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected")
+    group = 2
+    named = ("prompt", "chosen", "rejected")
     prompt: str | None = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
@@ -58,10 +58,8 @@ class Preference(_Answered):
     def problems(self) -> Iterable[Problem]:
         yield from super().problems()
         if self.template is None and self.prompt is None:
-            message, fix = (
-                "answers that are whole conversations need a template",
-                "use template=chatml or prompt=prompt",
-            )
+            message = "answers that are whole conversations need a template"
+            fix = "use template=chatml or prompt=prompt"
             yield Problem(fields=("prompt", "template"), message=message, fix=fix)
 
 
@@ -72,10 +70,10 @@ class Completion(_Answered):
     Attributes:
         prompt: its field.
         completion: field of the answer.
-        template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
+        template: as in `Preference`.
     """
 
-    named: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    named = ("prompt", "completion")
     prompt: str = "prompt"
     completion: str = "completion"
     template: str | None = None
@@ -89,20 +87,16 @@ def _text(prompt: str, answer: str) -> Document:
 
 
 def _conversation(template: str, prompt: Sequence[Message], answer: Sequence[Message], field: str) -> Document:
-    """Lays out a conversation of which the assistant's messages after the prompt are learned.
+    """Lays out a conversation, of which the assistant's messages after the prompt are learned.
 
-    Args:
-        template: as in `Chat`.
-        prompt: at least one message.
-        answer: what follows, or all of the conversation.
-        field: where the answer is from.
+    `answer` is what follows the prompt, or all of the conversation; `field` is where it is from.
     """
     start = len(prompt)
     messages = answer if list(answer[:start]) == list(prompt) else [*prompt, *answer]
-    learned = [number for number in range(start, len(messages)) if messages[number].role == "assistant"]
+    learned = [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
     if not learned:
         raise RecordError(f"{field} has no message of the assistant after the prompt")
-    return spans(template, messages, learned)
+    return compiled(template).spans(messages, learned)
 
 
 def _turns(value: Any, field: str, role: str = "assistant") -> list[Message]:

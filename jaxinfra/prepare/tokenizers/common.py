@@ -28,11 +28,7 @@ _PRECISION = 1e-6  # of sums in float32
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, as a config describes it.
-
-    Attributes:
-        end_of_document: the special token that closes every document.
-    """
+    """A tokenizer, as a config describes it; `end_of_document` is the special token that closes every document."""
 
     end_of_document: str = "<|endoftext|>"
 
@@ -86,32 +82,27 @@ class Converted:
 
     def check(self, texts: Iterable[str]) -> None:
         """Compares ids and decoded text with those of the original library; a ConfigError says where they differ."""
-        special = self.tokenizer.special
         for text in texts:
-            for each in (text, *(f"a{token}b{token} c" for token in special if token in text)):
-                self._compare(each)
+            for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special if token in text)):
+                if cause := self._difference(each):
+                    raise ConfigError(
+                        f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of "
+                        "this vocabulary with tokenizer=tokenizer_file"
+                    )
 
-    def _compare(self, text: str) -> None:
+    def _difference(self, text: str) -> str | None:
         expected, found = self.encode(text), self.tokenizer.encode(text)
-        cause = None
         if expected != found and not self._equally_likely(expected, found):
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
             where = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
-            cause = f"near {where!r} it gives the ids {_few(found[at:])}, expected {_few(expected[at:])}"
-        elif self.unknown not in expected and self.decode(expected) != (back := self.tokenizer.decode(found)):
-            cause = f"the text {text[:40]!r} comes back as {back[:40]!r}"
-        if cause:
-            raise ConfigError(
-                f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of this "
-                "vocabulary with tokenizer=tokenizer_file"
-            )
+            ours, theirs = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (found, expected))
+            return f"near {where!r} it gives the ids {ours}, expected {theirs}"
+        if self.unknown not in expected and self.decode(expected) != (back := self.tokenizer.decode(found)):
+            return f"the text {text[:40]!r} comes back as {back[:40]!r}"
+        return None
 
     def _equally_likely(self, expected: list[int], found: list[int]) -> bool:
         """Tells whether two ways to cut a text are equally likely, to the precision of sums in float32."""
         if self.scores is None or expected.count(self.unknown or 0) != found.count(self.unknown or 0):
             return False
         return bool(np.isclose(self.scores[expected].sum(), self.scores[found].sum(), rtol=_PRECISION))
-
-
-def _few(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:4])) or "none"

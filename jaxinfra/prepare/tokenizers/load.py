@@ -41,8 +41,6 @@ Existing = TokenizerFile | Tiktoken | SentencePieceModel | Bytes
 """A tokenizer that is not trained on the text of the recipe."""
 AnyTokenizer = TrainBpe | Existing
 """The tokenizer of a recipe: one that is trained on its text, or an existing one."""
-Check = Callable[[Iterable[str]], None]
-"""Compares what a tokenizer makes of texts with what it should."""
 
 
 def load(config: Existing) -> Tokenizer:
@@ -50,12 +48,11 @@ def load(config: Existing) -> Tokenizer:
     return convert(config)[0]
 
 
-def convert(config: Existing) -> tuple[Tokenizer, Check]:
+def convert(config: Existing) -> tuple[Tokenizer, Callable[[Iterable[str]], None]]:
     """Reads an existing tokenizer; one of another library is converted, and compared with it on texts that are hard.
 
     Returns:
-        The tokenizer, and what compares it with the library that its file is of on more texts: it raises a ConfigError
-        where they differ. Other tokenizers are compared with nothing.
+        The tokenizer, and what compares it with that library on more texts: a ConfigError says where they differ.
 
     Raises:
         ConfigError: its file cannot be read, is damaged or of another kind, lacks the end of a document, or gives
