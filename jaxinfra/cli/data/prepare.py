@@ -16,7 +16,7 @@ from jaxinfra.data.inspect import facts
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import Prepared, Progress, prepare
-from jaxinfra.prepare.recipes.recipe import Recipe, is_recipe
+from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.runtime.signals import StopRequest
 
 
@@ -46,7 +46,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
         ConfigError: the file or an override is wrong, or the run names no recipe.
     """
     config = load(options.config, options.overrides).run
-    if is_recipe(config):
+    if isinstance(config, Recipe):
         return [config]
     from jaxinfra.run import Run  # imports jax, which a recipe has no use for
 
@@ -60,7 +60,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
     found = []
     for store, path in made.items():
         recipe = load(path).run
-        if not is_recipe(recipe):
+        if not isinstance(recipe, Recipe):
             raise ConfigError(f"{path}: is no recipe; name a file whose config() returns one")
         found.append(replace(recipe, store=store))
     return found

@@ -40,7 +40,7 @@ class NGram:
         its rank among those codes. So numbers of one level are the histories of the next, and no two share one.
         """
         self.vocab_size = vocab_size
-        # Of each length: the sorted codes, int64[grams]; int32 c(h w) of each, and c(h) and T(h) of each history.
+        # Of each length: the sorted codes, int64[grams]; int32 c(h w) of each; c(h) and T(h) of each history, then 0.
         self._levels: list[tuple[np.ndarray, ...]] = []
         last = tokens.astype(np.int64)
         history = np.zeros(len(last), np.int64)
@@ -48,8 +48,8 @@ class NGram:
         for _ in range(min(order, len(last))):
             codes, number, counts = np.unique(history * vocab_size + last, return_inverse=True, return_counts=True)
             owner = codes // vocab_size
-            followed = np.bincount(owner, weights=counts, minlength=histories)
-            types = np.bincount(owner, minlength=histories)
+            followed = np.bincount(owner, weights=counts, minlength=histories + 1)
+            types = np.bincount(owner, minlength=histories + 1)
             self._levels.append((codes, *(each.astype(np.int32) for each in (counts, followed, types))))
             last, history, histories = last[1:], number[:-1], len(codes)
 
@@ -59,19 +59,13 @@ class NGram:
         probability = np.full(len(last), 1 / self.vocab_size)
         history = np.zeros(len(last), np.int64)  # number of the history in the level above, -1 if never seen
         for start, (codes, counts, totals, types) in enumerate(self._levels):
-            known = np.flatnonzero(history >= 0)
-            code = history[known] * self.vocab_size + last[start:][known]
-            rank = np.minimum(np.searchsorted(codes, code), max(0, len(codes) - 1))
+            code = history * self.vocab_size + last[start:]  # negative, as no other is, after what was never seen
+            rank = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
             seen = codes[rank] == code
-            count = np.where(seen, counts[rank], 0)
-            total, kinds = totals[history[known]], types[history[known]]
-            followed = total > 0
-            where = start + known[followed]
-            mixed = count[followed] + kinds[followed] * probability[where]
-            probability[where] = mixed / (total[followed] + kinds[followed])
-            number = np.full(len(history), -1)
-            number[known[seen]] = rank[seen]
-            history = number[:-1]
+            total, kinds, below = totals[history], types[history], probability[start:]
+            mixed = (np.where(seen, counts[rank], 0) + kinds * below) / np.maximum(total + kinds, 1)
+            probability[start:] = np.where(total > 0, mixed, below)
+            history = np.where(seen, rank, -1)[:-1]
         return probability
 
 

@@ -16,11 +16,10 @@ from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Blocks, Keep, write_array
-from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.splits import Splits
+from jaxinfra.prepare.builders.assemble import Blocks, Keep, Splits, write_array
+from jaxinfra.prepare.builders.job import Job, Seen
 from jaxinfra.prepare.documents.document import RecordError, value_of
-from jaxinfra.prepare.documents.shingles import digest_of
+from jaxinfra.prepare.documents.shingles import digest_of_bytes
 from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.sources.record import Piece, Record
@@ -32,21 +31,21 @@ _LARGEST_BASELINE = 20_000
 
 def collect(job: Job[ImageSet]) -> Note:
     """Makes and commits the part of a job; raises as `tokenise` does of text."""
-    records, recipe = Records(job.recipe.on_bad), job.recipe
+    seen, recipe = Seen(), job.recipe
     found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
-    for each, (image, label) in records.made(job.records(), partial(_pair, recipe)):
-        found[job.split_of(each.key)].append((each.where, image, label))
+    for split, where, (image, label) in job.made(partial(_pair, recipe), seen):
+        found[split].append((where, image, label))
     _one_shape({image.shape for rows in found.values() for _, image, _ in rows}, job.pieces[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
         split: {
             "images": np.array([image for _, image, _ in rows], np.uint8),
             "labels": np.array([label for _, _, label in rows], np.int32),
-            "digest_D2": np.array([digest_of(image.tobytes()) for _, image, _ in rows], np.uint64).reshape(-1, 2),
+            "digest_D2": np.array([digest_of_bytes(image.tobytes()) for _, image, _ in rows], np.uint64).reshape(-1, 2),
             "where_D": np.array([where for where, _, _ in rows], np.str_),
         }
         for split, rows in found.items()
     }
-    part = Part(splits=splits, records=records.count, read_bytes=job.read_bytes, skipped=tuple(records.skipped))
+    part = Part(splits=splits, records=seen.count, read_bytes=job.read_bytes, skipped=tuple(seen.skipped))
     return parts.write(Path(job.folder), job.number, part)
 
 
@@ -102,7 +101,18 @@ class ImageMaker:
         shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(source, keep, split) if len(images)}
         shape = _one_shape(shapes, self._images.store)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
-        splits: dict[Split, SplitInfo] = {split: _write(source, keep, build, split, shape, block) for split in SPLITS}
+        splits: dict[Split, SplitInfo] = {}
+        for split in SPLITS:
+            path, shard = build / split / IMAGES, SHARD_BLOCKS * block
+            writer, every, n_bytes = Blocks(path, np.dtype(np.uint8), shape=shape, block=block, shard=shard), [], 0
+            for images, labels in _read(source, keep, split):
+                writer.add(images.reshape(-1, *shape))
+                every.append(labels)
+                n_bytes += images.nbytes
+            labels = np.concatenate(every)
+            digests = writer.close() + write_array(build / split / LABELS, labels)
+            digest = xxhash.xxh3_128_hexdigest(digests.encode())
+            splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=digest)
         manifest = Manifest(
             kind="images",
             recipe=encode(self._images),
@@ -121,18 +131,6 @@ class ImageMaker:
         if self._images.baselines and splits["train"].documents <= _LARGEST_BASELINE:
             manifest = replace(manifest, baselines=nearest(*(list(_read(source, keep, split)) for split in SPLITS)))
         return manifest
-
-
-def _write(source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[int, ...], block: int) -> SplitInfo:
-    writer = Blocks(build / split / IMAGES, np.dtype(np.uint8), shape=shape, block=block, shard=SHARD_BLOCKS * block)
-    every, n_bytes = [np.empty(0, np.int32)], 0
-    for images, labels in _read(source, keep, split):
-        writer.add(images.reshape(-1, *shape))
-        every.append(labels)
-        n_bytes += images.nbytes
-    labels = np.concatenate(every)
-    digest = xxhash.xxh3_128_hexdigest((writer.close() + write_array(build / split / LABELS, labels)).encode())
-    return SplitInfo(documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=digest)
 
 
 def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:

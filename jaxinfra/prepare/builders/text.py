@@ -1,35 +1,38 @@
-"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines."""
+"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines.
+
+A job reads some pieces, makes documents, tokenises them and commits a part. It is the same function on every engine: a
+part depends on its job alone, so it does not matter who makes it, when, or how often.
+"""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, SplitInfo, digest_of
-from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
-from jaxinfra.errors import ConfigError
+from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
+from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore, hash_files, info_of, token_dtype
+from jaxinfra.data.tokenizer import Tokenizer, restore
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Keep, SplitWriter
+from jaxinfra.prepare.builders.assemble import Splits, SplitWriter, with_tail
 from jaxinfra.prepare.builders.baseline import measured
-from jaxinfra.prepare.builders.job import Job
-from jaxinfra.prepare.builders.splits import Splits, with_tail
-from jaxinfra.prepare.builders.tokenize import (
-    TOKENIZER_INFO,
-    load_tokenizer,
-    make_part,
-    read_info,
-    sample_texts,
-    tokenise,
-)
-from jaxinfra.prepare.parts import Part
+from jaxinfra.prepare.builders.job import Job, Seen
+from jaxinfra.prepare.documents.dedup import Signer
+from jaxinfra.prepare.documents.document import Document
+from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
+from jaxinfra.prepare.documents.shingles import digest_of_bytes
+from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import OtherStore, Tail
-from jaxinfra.prepare.sources.record import Piece
+from jaxinfra.prepare.recipes.validation import OtherStore, Tail, draw
+from jaxinfra.prepare.sources.record import Bad, Found, Piece
 from jaxinfra.prepare.sources.stream import Block
 from jaxinfra.prepare.tokenizers import TrainBpe, convert, train_bpe
 from jaxinfra.storage.atomic import replace_bytes
@@ -37,9 +40,204 @@ from jaxinfra.storage.objects import Storage
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
+TOKENIZER_INFO = "tokenizer-info.json"
+"""The file beside the parts that says which tokenizer is there."""
+_BATCH_CHARS = _PIECE_CHARS = 1_000_000
 _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
 _CHECKED_CHARS = 200_000  # of the source that a converted tokenizer is tried on: seconds
 _FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
+
+
+def tokenise(job: Job[Corpus]) -> Note:
+    """Makes and commits the part of a job; nothing is committed where that raises.
+
+    Raises:
+        DataError: a record cannot be read and the recipe does not skip it.
+        StorageError: the source cannot be read; OSError: the part cannot be written.
+    """
+    folder = Path(job.folder)
+    part = _part(job, _load_tokenizer(folder, _read_info(folder)), None, read_bytes=job.read_bytes)
+    return parts.write(folder, job.number, part)
+
+
+def _read_info(folder: Path) -> TokenizerInfo:
+    """Reads which tokenizer is beside the parts."""
+    return TokenizerInfo(**json.loads((folder / TOKENIZER_INFO).read_bytes()))
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
+    """Reads the tokenizer beside the parts; a worker does it once."""
+    path = folder / info.file
+    return restore(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
+
+
+def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad] | None, *, read_bytes: int) -> Part:
+    """Makes a part of records, in their order; None is those of the job. Raises as `tokenise`."""
+    corpus, seen, filtered = job.recipe, Seen(), Counter[str]()
+    rows: dict[Split, _Rows] = {split: _Rows(corpus, tokenizer) for split in SPLITS}
+    if job.validation and isinstance(corpus.validation, OtherStore):
+        for piece in job.pieces:
+            seen.count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["heldout"])
+    else:
+        for split, where, group in _groups(job, seen, filtered, records):
+            rows[split].add(where, group)
+    splits: dict[Split, dict[str, np.ndarray]] = {split: each.finish() for split, each in rows.items()}
+    return Part(
+        splits=splits,
+        tokens=sum(len(found["tokens_N"]) for found in splits.values()),
+        records=seen.count,
+        read_bytes=read_bytes,
+        skipped=tuple(seen.skipped),
+        filtered=filtered,
+    )
+
+
+def _copy_documents(other: OtherStore, piece: Piece, group: int, tokenizer: Tokenizer, rows: "_Rows") -> int:
+    """Takes documents of another store, whose tokens stay as they are, and returns of how many records they are."""
+    store = other.open(piece.name)
+    first, documents = piece.start * group, store.manifest.splits[other.split].documents
+    count = (documents if piece.end is None else piece.end * group) - first
+    some = np.array([first]), np.array([count])
+    lengths_D = store.read_ranges(other.split, LENGTHS, *some)
+    start = store.read_ranges(other.split, OFFSETS, *some)[:1]
+    tokens_N, mask_N = store.read_pieces(other.split, start, lengths_D.sum(keepdims=True))
+    learned_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
+    ends = np.cumsum(lengths_D).tolist()
+    for number, (end, length) in enumerate(zip(ends, lengths_D.tolist(), strict=True), first):
+        ids_N = tokens_N[end - length : end - 1].astype(np.int64)
+        text = tokenizer.decode(ids_N.tolist())
+        found = Tokens(ids_N=ids_N, learned_N=learned_N[end - length : end - 1], n_bytes=len(text.encode()))
+        rows.add_tokens(f"{other.store} document {number}", found, text)
+    return count // group
+
+
+def _groups(
+    job: Job[Corpus], seen: Seen, filtered: Counter[str], records: Iterable[Found | Bad] | None = None
+) -> Iterator[tuple[Split, str, Sequence[Document]]]:
+    """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
+    corpus = job.recipe
+    for split, where, group in job.made(corpus.form.documents, seen, records):
+        reasons = (corpus.filters.reason(_text_of([document])) for document in group)
+        if reason := next(filter(None, reasons), None):
+            filtered[reason] += 1
+        else:
+            yield split, where, group
+
+
+class _Rows:
+    """Documents of one split, tokenised in batches."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
+        self._corpus, self._tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
+        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
+        self._waiting: list[Document] = []
+        self._waiting_chars = 0
+        self._done: list[Tokens] = []
+        self._where: list[str] = []
+        self._signatures: list[tuple[np.ndarray, np.ndarray | None]] = []
+
+    def add(self, where: str, group: Sequence[Document]) -> None:
+        """Takes the documents of a record."""
+        self._note(where, _text_of(group), len(group))
+        self._waiting += group
+        self._waiting_chars += sum(len(span.text) for document in group for span in document)
+        if self._waiting_chars >= _BATCH_CHARS:
+            self._encode()
+
+    def add_tokens(self, where: str, found: Tokens, text: str) -> None:
+        """Takes a document that is tokenised; `text` is that of its record."""
+        self._note(where, text, 1)
+        self._append(found)
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of a part, D documents with N tokens.
+
+        `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each;
+        `digest_D2`: the hash of the tokens of each; where some are not learned `mask_N`, 1 for those that are; where
+        duplicates are looked for `exact_D2` and `near_DP`, the hash and the MinHash of each text; where an overlap ends
+        the work `where_D`, the place of each.
+        """
+        self._encode()
+        done, dedup = self._done, self._corpus.dedup
+        found = {
+            "tokens_N": np.concatenate([np.empty(0, self._dtype), *(each.ids_N for each in done)]),
+            "lengths_D": np.array([len(each.ids_N) for each in done], np.int64),
+            "bytes_D": np.array([each.n_bytes for each in done], np.int64),
+            "digest_D2": np.array([digest_of_bytes(each.ids_N.data) for each in done], np.uint64).reshape(-1, 2),
+        }
+        if self._corpus.form.masked:
+            found["mask_N"] = np.concatenate([np.empty(0, np.uint8), *(each.learned_N for each in done)])
+        if dedup is not None:
+            found["exact_D2"] = np.array([exact for exact, _ in self._signatures], np.uint64).reshape(-1, 2)
+        if dedup is not None and dedup.near:
+            near = [near for _, near in self._signatures]
+            found["near_DP"] = np.array(near, np.uint32).reshape(-1, dedup.permutations)
+        if self._corpus.on_overlap == "fail":
+            found["where_D"] = np.array(self._where, np.str_)
+        return found
+
+    def _note(self, where: str, text: str, count: int) -> None:
+        """Keeps what is known of a record for each of its documents."""
+        self._where += [where] * count
+        self._signatures += [] if self._sign is None else [self._sign(text)] * count
+
+    def _encode(self) -> None:
+        """Tokenises what waits, all at once."""
+        words = self._tokenizer.vocab_size
+        for found in encode_documents(self._tokenizer, self._waiting):
+            wrong = found.ids_N[(found.ids_N < 0) | (found.ids_N >= words)]
+            if wrong.size:  # it would fill a store with garbage
+                cause = f"is outside the vocabulary of {words} of the tokenizer that gave it"
+                raise DataError(f"token id {wrong[0]}: {cause}; mend its file")
+            self._append(found)
+        self._waiting, self._waiting_chars = [], 0
+
+    def _append(self, found: Tokens) -> None:
+        """Keeps the tokens of a document, with its end."""
+        ids_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
+        learned_N = np.append(found.learned_N, False).astype(np.uint8)
+        self._done.append(Tokens(ids_N=ids_N, learned_N=learned_N, n_bytes=found.n_bytes))
+
+
+def _text_of(group: Sequence[Document]) -> str:
+    """Returns the text of the record that documents were made of, without what the template adds."""
+    return "".join(span.text for document in group for span in document if not span.control)
+
+
+def _sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> Iterator[str]:
+    """Texts of training records, about `limit_chars` in all, for a tokenizer to be trained on.
+
+    Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
+    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read. Raises
+    as `tokenise`.
+    """
+    if isinstance(corpus.validation, Tail):
+        sizes, share = np.cumsum([piece.size_bytes for piece in pieces]), 1 - corpus.validation.fraction
+        before = int(np.searchsorted(sizes, sizes[-1] * share, side="right"))
+        if not before:  # the first piece reaches into the tail, such as the only file of a corpus
+            texts = list(_training_texts(corpus, pieces[0]))
+            left = min(limit_chars, int(sum(map(len, texts)) * share))
+            for text in texts:
+                yield text[:left]
+                left = max(0, left - len(text))
+            return
+        pieces = pieces[:before]
+    for piece in sorted(pieces, key=lambda each: draw(f"{each.name}@{each.start}" if each.start else each.name)):
+        taken = 0
+        for text in _training_texts(corpus, piece):
+            yield text
+            taken += len(text)
+            if taken >= min(_PIECE_CHARS, limit_chars):
+                break
+        limit_chars -= taken
+        if limit_chars <= 0:
+            return
+
+
+def _training_texts(corpus: Corpus, piece: Piece) -> Iterator[str]:
+    groups = _groups(Job(number=0, pieces=(piece,), recipe=corpus, folder=""), Seen(), Counter())
+    return (_text_of(group) for split, _, group in groups if split == "train")
 
 
 class TextMaker:
@@ -54,10 +252,18 @@ class TextMaker:
         Raises:
             ConfigError: it cannot be read; or the template of the form does not go with it, or cannot be used.
         """
-        self._corpus = corpus
-        config = corpus.tokenizer
-        self._given, self._check = (None, None) if isinstance(config, TrainBpe) else convert(config)
-        self._check_markers()
+        self._corpus, config = corpus, corpus.tokenizer
+        if isinstance(config, TrainBpe):
+            self._given, self._check, special = None, None, {config.end_of_document, *config.special_tokens}
+        else:
+            self._given, self._check = convert(config)
+            special = self._given.special
+        for marker in corpus.form.markers():
+            if marker not in special:
+                raise ConfigError(
+                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
+                    "could spell it; name it in tokenizer.special_tokens, or use another template"
+                )
 
     @property
     def identity(self) -> str | None:
@@ -79,14 +285,14 @@ class TextMaker:
         if not known.exists():
             given, config = self._given, corpus.tokenizer
             if isinstance(config, TrainBpe):
-                given = train_bpe(sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(config))
+                given = train_bpe(_sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(config))
             assert given is not None
             if self._check is not None:
-                self._check(sample_texts(corpus, pieces, _CHECKED_CHARS))
+                self._check(_sample_texts(corpus, pieces, _CHECKED_CHARS))
             info = info_of(given)
             replace_bytes(folder / info.file, given.content)
             replace_bytes(known, json.dumps(asdict(info)).encode())
-        self._info = read_info(folder)
+        self._info = _read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
         if isinstance(corpus.validation, OtherStore):
             corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.form.masked)
@@ -94,14 +300,13 @@ class TextMaker:
     def part(self, folder: Path, block: Block) -> Part:
         """Makes the part of a block of a stream; after `begin`."""
         job = Job(number=0, pieces=(), recipe=self._corpus, folder=str(folder))
-        part = make_part(job, load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
+        part = _part(job, _load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
         return replace(part, position=block.position)
 
     def needed_bytes(self, source_bytes: int) -> int:
         """Parts and arrays exist at once, and a byte of the mask beside each token.
 
-        An estimate: low for compressed sources, for documents of a few bytes, and for a text that the tokenizer was not
-        trained for.
+        Low for compressed sources, for documents of a few bytes, and for a text that the tokenizer is not trained for.
         """
         bytes_per_token = 1 if self._info.vocab_size < _FEW_WORDS else _BYTES_PER_TOKEN
         form = self._corpus.form
@@ -114,18 +319,23 @@ class TextMaker:
             ConfigError: a split has nothing in it.
             DataError: a part is damaged; or a document is in both splits, and the recipe allows none.
         """
-        corpus, form = self._corpus, self._corpus.form
+        corpus = self._corpus
         source = Splits(folder=folder, numbers=numbers)
         if isinstance(corpus.validation, Tail):
-            tokenizer = None if form.masked or form.group > 1 else load_tokenizer(folder, self._info)
-            source = with_tail(
-                source, corpus.validation.fraction, group=form.group, tokenizer=tokenizer, dedup=corpus.dedup
-            )
-        keep, counts = assemble.kept(corpus, source, build, group=form.group, dedup=corpus.dedup)
+            source = with_tail(source, corpus, corpus.validation, _load_tokenizer(folder, self._info))
+        keep, counts = assemble.kept(corpus, source, build)
         splits, packs = {}, {}
         for split in SPLITS:
-            writer = SplitWriter(build / split, self._dtype, masked=form.masked)
-            splits[split] = _copy(source, split, keep, writer)
+            writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
+            names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if corpus.form.masked else ()))
+            for found, keep_D in zip(source.read(split, *names), keep[split], strict=True):
+                tokens_N, lengths_D, bytes_D, *masks = found
+                if not keep_D.all():
+                    keep_N = np.repeat(keep_D, lengths_D)
+                    tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
+                    lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
+                writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
+            splits[split] = writer.close()
             for pack in corpus.packs:
                 packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
         shutil.copyfile(folder / self._info.file, build / self._info.file)
@@ -135,7 +345,7 @@ class TextMaker:
             source_digest=source_digest,
             counts=counts,
             dtype=self._dtype.name,
-            masked=form.masked,
+            masked=corpus.form.masked,
             block=arrays.CHUNK,
             tokenizer=self._info,
             splits=splits,
@@ -151,29 +361,3 @@ class TextMaker:
     @property
     def _kind(self) -> Kind:
         return "text" if self._corpus.form.group == 1 else "pairs"
-
-    def _check_markers(self) -> None:
-        """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them."""
-        config = self._corpus.tokenizer
-        if isinstance(config, TrainBpe):
-            special = {config.end_of_document, *config.special_tokens}
-        else:
-            special = self._given.special if self._given else {}
-        for marker in self._corpus.form.markers():
-            if marker not in special:
-                raise ConfigError(
-                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
-                    "could spell it; name it in tokenizer.special_tokens, or use another template"
-                )
-
-
-def _copy(splits: Splits, split: Split, keep: Keep, writer: SplitWriter) -> SplitInfo:
-    """Writes the documents of parts that stay."""
-    names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if writer.masked else ()))
-    for (tokens_N, lengths_D, bytes_D, *masks), keep_D in zip(splits.read(split, *names), keep[split], strict=True):
-        if not keep_D.all():
-            keep_N = np.repeat(keep_D, lengths_D)
-            tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
-            lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
-        writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
-    return writer.close()

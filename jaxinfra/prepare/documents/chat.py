@@ -20,7 +20,6 @@ class Chat(Templated[str]):
     none.
 
     Attributes:
-        field: its name.
         template: chatml, llama3 or gemma, or the path of a .jinja file or of a tokenizer_config.json.
         learn: the answers of the assistant with what ends their turns, the last of them alone, or all of the text.
         system: text of a system message for conversations that have none.

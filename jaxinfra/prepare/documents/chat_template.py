@@ -72,15 +72,10 @@ class ChatTemplate:
         self._layout = functools.lru_cache(maxsize=4096)(self._laid_out)
 
     def spans(self, messages: Sequence[Message], learned: Sequence[int] | None) -> list[Span]:
-        """Lays a conversation out as spans.
+        """Lays a conversation of at least one message out, or raises a RecordError: the template does not allow it.
 
-        Args:
-            messages: at least one.
-            learned: the messages of the assistant that are learned, in order, each with what ends its turn; None is all
-                of the text, that of the template too.
-
-        Raises:
-            RecordError: the template refuses the messages, or does not write them as they are, or apart.
+        `learned` are the messages of the assistant that are learned, in order, each with what ends its turn; None is
+        all of the text, that of the template too.
         """
         roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
         texts = [content.strip() for content in contents]
@@ -94,10 +89,7 @@ class ChatTemplate:
         return found
 
     def _render(self, messages: Sequence[Message], *, answering: bool = False, blocks: bool = False) -> str:
-        """Writes messages as text, with noncharacters around generation blocks if `blocks`.
-
-        An answer is to follow if `answering` (`add_generation_prompt`).
-        """
+        """Writes messages as text; an answer is to follow if `answering`, generation blocks stay marked if `blocks`."""
         try:
             text = self._template.render(messages=messages, add_generation_prompt=answering, **self._names)
         except TemplateError as error:
@@ -109,9 +101,8 @@ class ChatTemplate:
     ) -> Sequence[tuple[str | int, bool]]:
         """Lays out messages of these roles, with this white space around them; None as `answers` learns all.
 
-        Returns:
-            Words of the template and, in place of messages, their numbers, in order; each with whether it is learned.
-            White space around messages counts as the template's.
+        Words of the template, white space around messages among them, come in order with the numbers of the messages
+        in their place; each with whether it is learned.
         """
         talk = [
             {"role": role, "content": space[0] + _MARK.format(number) + space[-1]}

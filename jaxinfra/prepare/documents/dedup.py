@@ -15,7 +15,7 @@ from annotated_types import Ge, Le
 
 from jaxinfra.config.limits import Count, PositiveShare
 from jaxinfra.packages import needed
-from jaxinfra.prepare.documents.shingles import STEP, digest_of, run_codes, word_codes
+from jaxinfra.prepare.documents.shingles import STEP, digest_of_bytes, run_codes, word_codes
 
 _SEED = 1  # of the permutations
 _WEIGHTS = (0.05, 0.95)  # of pairs that are compared in vain, and of pairs that are missed
@@ -57,7 +57,7 @@ class Signer:
 
     def exact(self, text: str) -> np.ndarray:
         """Returns what is equal for equal texts alone: the 128 bits of XXH3, uint64[2]."""
-        return digest_of(text.encode())
+        return digest_of_bytes(text.encode())
 
     def near(self, text: str) -> np.ndarray:
         """Returns uint32[permutations], of which about as many are equal for two texts as their runs of words are."""

@@ -67,23 +67,15 @@ class Form(ABC):
 
     @abstractmethod
     def documents(self, record: Record) -> Sequence[Document]:
-        """Makes the documents of a record, `group` of them.
-
-        Raises:
-            RecordError: the record does not have what is needed, or the template refuses it.
-        """
+        """Makes the `group` documents of a record; a RecordError says what it lacks, or why a template refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Form):
-    """A field of the record is the document, all of it learned.
+    """The `field` of this name is the document, all of it learned."""
 
-    Attributes:
-        field: its name.
-    """
-
-    masked: ClassVar[bool] = False
-    named: ClassVar[tuple[str, ...]] = ("field",)
+    masked = False
+    named = ("field",)
     field: str = "text"
 
     @override

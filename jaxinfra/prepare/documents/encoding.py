@@ -16,13 +16,7 @@ from jaxinfra.prepare.documents.document import Document, Span
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of a document, without an end.
-
-    Attributes:
-        ids_N: int64.
-        learned_N: bool.
-        n_bytes: of the text that they stand for; special tokens stand for none.
-    """
+    """The tokens of a document, without an end: int64[N], whether each is learned: bool[N], and bytes of their text."""
 
     ids_N: np.ndarray
     learned_N: np.ndarray

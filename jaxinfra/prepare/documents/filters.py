@@ -38,23 +38,11 @@ def _rule(measure: Callable[["_Measured"], Any], gopher: Any = None, *, off: tup
 class Filters:
     """What a text must be like; `Filters.gopher()` has the values of the paper. Rules are tried in this order.
 
-    `min_` is the least that passes, `max_` the most.
-
-    Attributes:
-        max_marks_per_word: `#` and ellipses for every word.
-        max_bullet_line_share: lines that begin with a bullet among those that are not empty.
-        max_ellipsis_line_share: lines that end with an ellipsis among those that are not empty.
-        max_duplicate_line_share: lines that repeat an earlier one among those that are not empty.
-        max_duplicate_line_char_share: characters of such lines among those of all lines.
-        max_duplicate_paragraph_share: paragraphs that repeat an earlier one.
-        max_duplicate_paragraph_char_share: characters of such paragraphs among those of all paragraphs.
-        min_stop_words: how many of `stop_words` it has, each counted once.
-        stop_words: in lower case.
-        max_digit_share: digits among its characters, white space included.
-        max_symbol_share: characters that are no letter, digit or white space among all.
-        min_alphabetic_word_share: words with a letter among all.
-        max_top_run_shares: characters in the most frequent run of 2, 3, ... words, if it occurs twice.
-        max_duplicate_run_shares: characters in runs of 5, 6, ... words that repeat an earlier one.
+    `min_` is the least that passes, `max_` the most. Marks are `#` and ellipses; symbols are no letter, digit or white
+    space. Lines and paragraphs are those that are not empty; a duplicate repeats an earlier one. Characters of
+    duplicates are among those of all lines or paragraphs, digits and symbols among all of the text. Stop words are in
+    lower case, and each counts once. Top runs are the most frequent ones of 2, 3, ... words, if they occur twice;
+    duplicate runs, of 5, 6, ... words, repeat an earlier one: both are shares of characters.
     """
 
     min_chars: Natural | None = _rule(lambda of: len(of.text))

@@ -26,11 +26,27 @@ class _Answered(Templated[str | None]):
         fields = [getattr(self, name) for name in self.named[1:]]
         answers = [(value_of(record, field), field) for field in fields]
         if self.template is None:
-            shown = as_text(prompt, str(self.prompt))
-            return [_text(shown, as_text(*answer)) for answer in answers]
+            shown, texts = as_text(prompt, str(self.prompt)), [as_text(*answer) for answer in answers]
+            if not all(texts):
+                raise RecordError("the answer is empty")
+            before = [Span(text=shown, learned=False)] if shown else []
+            return [[*before, Span(text=text)] for text in texts]
         turns = [_turns(*answer) for answer in answers]
-        shared = _shared(*turns) if self.prompt is None else _turns(prompt, self.prompt, role="user")
-        return [_conversation(self.template, shared, *answer) for answer in zip(turns, fields, strict=True)]
+        if self.prompt is None:  # it is what whole conversations begin with
+            pairs = zip(*turns, strict=False)
+            shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            if not shared:
+                raise RecordError("the chosen and the rejected conversation begin with different messages")
+        else:
+            shared = _turns(prompt, self.prompt, role="user")
+        documents, start = [], len(shared)
+        for answer, field in zip(turns, fields, strict=True):
+            messages = answer if answer[:start] == shared else [*shared, *answer]
+            learned = [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
+            if not learned:
+                raise RecordError(f"{field} has no message of the assistant after the prompt")
+            documents.append(compiled(self.template).spans(messages, learned))
+        return documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +58,6 @@ class Preference(_Answered):
 
     Attributes:
         prompt: its field; None where the answers are whole conversations.
-        chosen: field of the better answer.
-        rejected: field of the worse answer.
         template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
     """
 
@@ -65,13 +79,7 @@ class Preference(_Answered):
 
 @dataclass(frozen=True, kw_only=True)
 class Completion(_Answered):
-    """Fields of the record hold a prompt and its answer, which alone is learned: texts, or lists of messages.
-
-    Attributes:
-        prompt: its field.
-        completion: field of the answer.
-        template: as in `Preference`.
-    """
+    """Fields of the record hold a prompt and its answer, which alone is learned; `template` is as in `Preference`."""
 
     named = ("prompt", "completion")
     prompt: str = "prompt"
@@ -79,35 +87,6 @@ class Completion(_Answered):
     template: str | None = None
 
 
-def _text(prompt: str, answer: str) -> Document:
-    """Joins a text and its answer; the text is not learned."""
-    if not answer:
-        raise RecordError("the answer is empty")
-    return [Span(text=text, learned=learned) for text, learned in ((prompt, False), (answer, True)) if text]
-
-
-def _conversation(template: str, prompt: Sequence[Message], answer: Sequence[Message], field: str) -> Document:
-    """Lays out a conversation, of which the assistant's messages after the prompt are learned.
-
-    `answer` is what follows the prompt, or all of the conversation; `field` is where it is from.
-    """
-    start = len(prompt)
-    messages = answer if list(answer[:start]) == list(prompt) else [*prompt, *answer]
-    learned = [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
-    if not learned:
-        raise RecordError(f"{field} has no message of the assistant after the prompt")
-    return compiled(template).spans(messages, learned)
-
-
 def _turns(value: Any, field: str, role: str = "assistant") -> list[Message]:
     """Returns the messages of a field; a text is one of `role`."""
     return messages_of([{"role": role, "content": value}] if isinstance(value, str) else value, field)
-
-
-def _shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> Sequence[Message]:
-    """Returns what two conversations begin with."""
-    pairs = zip(chosen, rejected, strict=False)
-    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    if not shared:
-        raise RecordError("the chosen and the rejected conversation begin with different messages")
-    return shared

@@ -11,7 +11,7 @@ import xxhash
 STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word is lost from a run; 2**64 over the golden ratio
 
 
-def digest_of(content: bytes | memoryview) -> np.ndarray:
+def digest_of_bytes(content: bytes | memoryview) -> np.ndarray:
     """The 128 bits of XXH3, uint64[2]."""
     return np.frombuffer(xxhash.xxh3_128_digest(content), ">u8").astype(np.uint64)
 

@@ -20,11 +20,7 @@ class Corpus(StoreRecipe):
     """How a store of text, or of pairs of texts, is made.
 
     Attributes:
-        validation: where the validation split comes from.
-        form: how a record becomes a document.
-        filters: which documents are good enough.
         dedup: which documents are left out because they repeat another; None keeps all.
-        tokenizer: what makes tokens of text.
         packs: rows that whole documents are packed into, for runs that ask for it.
     """
 
@@ -38,14 +34,20 @@ class Corpus(StoreRecipe):
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
         yield from super().problems()
-        if isinstance(self.source, Stream) and isinstance(self.tokenizer, TrainBpe):
+        streams, trains = isinstance(self.source, Stream), isinstance(self.tokenizer, TrainBpe)
+        if streams and trains:
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, or tokenizer=bytes"
             yield Problem(fields=("source", "tokenizer"), message="no tokenizer is trained on a stream", fix=fix)
-        if isinstance(self.source, Stream) and not isinstance(self.validation, ByKey):
+        if streams and not isinstance(self.validation, ByKey):
             message = "a stream is split by the keys of its records alone"
             yield Problem(fields=("source", "validation"), message=message, fix="use validation=by_key")
-        if isinstance(self.validation, OtherStore):
-            yield from self._problems_of_other_store()
+        if isinstance(self.validation, OtherStore) and trains:
+            message = "a tokenizer that is trained for this store is not that of another one"
+            fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, the tokenizer.json of that store"
+            yield Problem(fields=("validation", "tokenizer"), message=message, fix=fix)
+        if isinstance(self.validation, OtherStore) and self.dedup and (self.form.masked or self.form.group > 1):
+            message = "duplicates of another store are found among plain texts alone"
+            yield Problem(fields=("validation", "dedup"), message=message, fix="use dedup=none")
         if self.packs and self.form.group > 1:
             yield Problem(fields=("packs", "form"), message="pairs are not packed", fix="use packs=()")
         if self.baselines and self.form.group > 1:
@@ -53,12 +55,3 @@ class Corpus(StoreRecipe):
         names = [pack.name for pack in self.packs]
         if len(set(names)) < len(names):
             yield Problem(fields=("packs",), message="two are alike", fix="name each once")
-
-    def _problems_of_other_store(self) -> Iterable[Problem]:
-        if isinstance(self.tokenizer, TrainBpe):
-            message = "a tokenizer that is trained for this store is not that of another one"
-            fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, the tokenizer.json of that store"
-            yield Problem(fields=("validation", "tokenizer"), message=message, fix=fix)
-        if self.dedup is not None and (self.form.masked or self.form.group > 1):
-            message = "duplicates of another store are found among plain texts alone"
-            yield Problem(fields=("validation", "dedup"), message=message, fix="use dedup=none")

@@ -1,8 +1,8 @@
 """What tokenizers of recipes share: problems of their descriptions, and the proof that a converted one is the same."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ _PRECISION = 1e-6  # of sums in float32
 class Vocabulary:
     """A tokenizer, as a config describes it; `end_of_document` is the special token that closes every document."""
 
+    names_end: ClassVar[bool] = False
+    """Whether its special tokens may name the end of a document too."""
     end_of_document: str = "<|endoftext|>"
 
     def problems(self) -> Iterable[Problem]:
@@ -39,14 +41,11 @@ class Vocabulary:
         if not self.end_of_document:
             fix = f"use end_of_document={type(self).end_of_document}"
             yield Problem(fields=("end_of_document",), message="must not be empty", fix=fix)
-        special = self._added()
+        named = getattr(self, "special_tokens", None) or ()
+        special = [text for text in named if not self.names_end or text != self.end_of_document]
         if "" in special or len({self.end_of_document, *special}) <= len(special):
             message = "must be other texts than one another and than the end of a document, and not empty"
             yield Problem(fields=("special_tokens",), message=message, fix="name each once")
-
-    def _added(self) -> Sequence[str]:
-        """Returns special tokens that it names beside the end of a document."""
-        return getattr(self, "special_tokens", ())
 
 
 def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
@@ -61,16 +60,12 @@ def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Tok
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A tokenizer, and what the library that its file is of makes of texts.
+    """A tokenizer that was made of a file, and how the library that the file is of encodes and decodes.
 
     Attributes:
-        tokenizer: that was made of the file.
-        encode: token ids of the original library.
-        decode: text of the original library.
         unknown: the id of what the vocabulary has no token for; the libraries spell it differently.
         scores: of the pieces of a unigram model, which may cut a text in several ways that are equally likely; which
             of them is taken hangs on rounding.
-        name: of the file, for errors.
     """
 
     tokenizer: Tokenizer

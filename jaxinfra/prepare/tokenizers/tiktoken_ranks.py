@@ -8,7 +8,7 @@ the converted tokenizer gives the same ids.
 import base64
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, override
 
@@ -65,6 +65,7 @@ class Tiktoken(Vocabulary):
         special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
     """
 
+    names_end = True
     path: str | None = None
     encoding: str = "cl100k_base"
     pattern: str | None = None
@@ -80,10 +81,6 @@ class Tiktoken(Vocabulary):
         if self.path is None and (self.pattern is not None or self.special_tokens):
             message = "an own pattern and own special tokens need a file of ranks"
             yield Problem(fields=("path",), message=message, fix="give the path of one")
-
-    @override
-    def _added(self) -> Sequence[str]:
-        return [text for text in self.special_tokens if text != self.end_of_document]
 
 
 def convert_tiktoken(config: Tiktoken) -> Converted:
