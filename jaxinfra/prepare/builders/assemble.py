@@ -44,30 +44,29 @@ Keep = Mapping[Split, Sequence[np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Parts in their order, and where the tail begins.
-
-    Attributes:
-        tail: index of the first part with documents of the tail; None where the parts say what is of which split.
-        parted: the arrays of that part, by split.
-    """
+    """Parts in their order; `cut` is where each split is, a part or its arrays, if all parts hold training data."""
 
     folder: Path
     numbers: Sequence[int]
-    tail: int | None = None
-    parted: Mapping[Split, _Arrays] | None = None
+    cut: Mapping[Split, Sequence[int | _Arrays]] | None = None
 
     def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields arrays of a split, for each part; DataError where one is damaged."""
-        for index, number in enumerate(self.numbers):
-            if index == self.tail and self.parted is not None:
-                yield tuple(self.parted[split][name] for name in names)
-                continue
-            with Open(self.folder, number) as part:
-                if self.tail is None:
-                    yield tuple(part.read(split, name) for name in names)
-                else:
-                    end = None if (index < self.tail) == (split == "train") else 0
-                    yield tuple(part.read("train", name)[:end] for name in names)
+        for place in self.numbers if self.cut is None else self.cut[split]:
+            if isinstance(place, int):
+                with Open(self.folder, place) as part:
+                    yield tuple(part.read(split if self.cut is None else "train", name) for name in names)
+            else:
+                yield tuple(place[name] for name in names)
+
+    def kept(self, split: Split, keep: Keep, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields arrays of the documents that stay, for each part; `*_N` have `lengths_D` elements a document."""
+        for found, keep_D in zip(self.read(split, *names), keep[split], strict=True):
+            if not keep_D.all():
+                keep_N = np.repeat(keep_D, dict(zip(names, found, strict=True)).get("lengths_D", 1))
+                stay = (keep_N if name.endswith("_N") else keep_D for name in names)
+                found = tuple(values[each] for values, each in zip(found, stay, strict=True))
+            yield found
 
 
 def made_now() -> dict[str, Any]:
@@ -190,15 +189,13 @@ def with_tail(splits: Splits, corpus: Corpus, validation: Tail, tokenizer: Token
     sizes = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
     ends = np.cumsum([int(bytes_D.sum()) for bytes_D in sizes])
     left = int(ends[-1] * (1 - validation.fraction))
-    index = int(np.searchsorted(ends, left, side="right"))
-    if index == len(sizes):
-        return replace(splits, tail=index)
+    index = min(int(np.searchsorted(ends, left, side="right")), len(sizes) - 1)
     left -= int(ends[index - 1]) if index else 0
     document = int(np.searchsorted(np.cumsum(sizes[index]), left, side="right"))
     left -= int(sizes[index][:document].sum())
     with Open(splits.folder, splits.numbers[index]) as part:
         arrays = part.read_all("train")
-    if not form.masked and form.group == 1:
+    if not form.masked and form.group == 1 and document < len(sizes[index]):
         share = left / int(sizes[index][document])
         if halved := _halved(arrays, document, share, tokenizer, corpus.dedup):
             arrays, document = halved, document + 1
@@ -209,7 +206,8 @@ def with_tail(splits: Splits, corpus: Corpus, validation: Tail, tokenizer: Token
     at = {name: token if name.endswith("_N") else document for name in arrays}
     train = {name: values[: at[name]] for name, values in arrays.items()}
     heldout = {name: values[at[name] :] for name, values in arrays.items()}
-    return replace(splits, tail=index, parted={"train": train, "heldout": heldout})
+    before, after = splits.numbers[:index], splits.numbers[index + 1 :]
+    return replace(splits, cut={"train": [*before, train], "heldout": [heldout, *after]})
 
 
 def _halved(arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None) -> _Arrays | None:

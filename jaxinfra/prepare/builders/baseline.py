@@ -2,9 +2,8 @@
 
 `xz_bits_per_byte` compresses the held-out text by itself. `ngram_bits_per_byte` is a token n-gram with
 Witten-Bell interpolation, trained on the training tokens and evaluated on the held-out ones. Both are exact;
-nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history.
-
-They hold all tokens that they are given in memory; the limits below say how many that may be.
+nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history. All tokens are
+held in memory; the limits below say how many.
 """
 
 import lzma

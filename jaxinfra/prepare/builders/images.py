@@ -1,8 +1,7 @@
 """Making a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
 
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Blocks, Keep, Splits, write_array
-from jaxinfra.prepare.builders.job import Job, Seen
+from jaxinfra.prepare.builders.assemble import Blocks, Splits, write_array
+from jaxinfra.prepare.builders.job import Job
 from jaxinfra.prepare.documents.document import RecordError, value_of
 from jaxinfra.prepare.documents.shingles import digest_of_bytes
 from jaxinfra.prepare.parts import Note, Part
@@ -31,9 +30,9 @@ _LARGEST_BASELINE = 20_000
 
 def collect(job: Job[ImageSet]) -> Note:
     """Makes and commits the part of a job; raises as `tokenise` does of text."""
-    seen, recipe = Seen(), job.recipe
+    recipe, skipped = job.recipe, []
     found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
-    for split, where, (image, label) in job.made(partial(_pair, recipe), seen):
+    for split, where, (image, label) in job.made(partial(_pair, recipe), skipped):
         found[split].append((where, image, label))
     _one_shape({image.shape for rows in found.values() for _, image, _ in rows}, job.pieces[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
@@ -45,7 +44,8 @@ def collect(job: Job[ImageSet]) -> Note:
         }
         for split, rows in found.items()
     }
-    part = Part(splits=splits, records=seen.count, read_bytes=job.read_bytes, skipped=tuple(seen.skipped))
+    count = len(skipped) + sum(map(len, found.values()))
+    part = Part(splits=splits, records=count, read_bytes=job.read_bytes, skipped=tuple(skipped))
     return parts.write(Path(job.folder), job.number, part)
 
 
@@ -96,16 +96,16 @@ class ImageMaker:
 
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
         """Makes all files of the version but the manifest; raises as `TextMaker.assemble`."""
-        source = Splits(folder=folder, numbers=numbers)
+        source, names = Splits(folder=folder, numbers=numbers), ("images", "labels")
         keep, counts = assemble.kept(self._images, source, build)
-        shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(source, keep, split) if len(images)}
+        shapes = {images.shape[1:] for split in SPLITS for images, _ in source.kept(split, keep, *names) if len(images)}
         shape = _one_shape(shapes, self._images.store)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
         splits: dict[Split, SplitInfo] = {}
         for split in SPLITS:
             path, shard = build / split / IMAGES, SHARD_BLOCKS * block
             writer, every, n_bytes = Blocks(path, np.dtype(np.uint8), shape=shape, block=block, shard=shard), [], 0
-            for images, labels in _read(source, keep, split):
+            for images, labels in source.kept(split, keep, *names):
                 writer.add(images.reshape(-1, *shape))
                 every.append(labels)
                 n_bytes += images.nbytes
@@ -113,7 +113,9 @@ class ImageMaker:
             digests = writer.close() + write_array(build / split / LABELS, labels)
             digest = xxhash.xxh3_128_hexdigest(digests.encode())
             splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=digest)
-        manifest = Manifest(
+        measured = self._images.baselines and splits["train"].documents <= _LARGEST_BASELINE
+        both = (list(source.kept(split, keep, *names)) for split in SPLITS)
+        return Manifest(
             kind="images",
             recipe=encode(self._images),
             source_digest=source_digest,
@@ -125,18 +127,9 @@ class ImageMaker:
             labels=self._images.classes,
             splits=splits,
             files=hash_files(build, unhashed=(IMAGES,)),
-            baselines={},
+            baselines=nearest(*both) if measured else {},
             **assemble.made_now(),
         )
-        if self._images.baselines and splits["train"].documents <= _LARGEST_BASELINE:
-            manifest = replace(manifest, baselines=nearest(*(list(_read(source, keep, split)) for split in SPLITS)))
-        return manifest
-
-
-def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields images and labels of each part that stay."""
-    for (images, labels), keep_D in zip(source.read(split, "images", "labels"), keep[split], strict=True):
-        yield images[keep_D], labels[keep_D]
 
 
 def nearest(train: Sequence[Any], heldout: Sequence[Any]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """What a worker is given, for stores of every kind, and how it goes through records that may be bad."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import DataError
@@ -9,14 +9,6 @@ from jaxinfra.prepare.documents.document import RecordError
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, draw, explicit
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
-
-
-@dataclass
-class Seen:
-    """How many records were read, and where each bad one was and what is wrong with it."""
-
-    count: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +30,12 @@ class Job[R: Recipe]:
         return sum(piece.size_bytes for piece in self.pieces)
 
     def made[T](
-        self, make: Callable[[Record], T], seen: Seen, records: Iterable[Found | Bad] | None = None
+        self, make: Callable[[Record], T], bad: list[tuple[str, str]], records: Iterable[Found | Bad] | None = None
     ) -> Iterator[tuple[Split, str, T]]:
         """Yields the split of each record that can be used, where it is, and what is made of it.
 
-        Records are those of all pieces, or others that are given. Raises as `Source.read`, and a DataError for a record
-        that cannot be used if none may be skipped.
+        Records are those of all pieces, or others that are given. Where each bad one was and what is wrong with it is
+        added to `bad`; a DataError if none may be skipped. Raises as `Source.read`.
         """
         recipe, by = self.recipe, self.recipe.validation
         if records is None:
@@ -51,7 +43,6 @@ class Job[R: Recipe]:
             assert source is not None and not isinstance(source, OtherStore)
             records = (record for piece in self.pieces for record in source.read(piece))
         for each in records:
-            seen.count += 1
             try:
                 if isinstance(each, Bad):
                     raise RecordError(each.cause)
@@ -60,7 +51,7 @@ class Job[R: Recipe]:
                 if recipe.on_bad == "fail":
                     fix = "mend the record, or leave such ones out by on_bad=skip"
                     raise DataError(f"{each.where}: {error}; {fix}") from None
-                seen.skipped.append((each.where, str(error)))
+                bad.append((each.where, str(error)))
             else:
                 heldout = self.validation or (isinstance(by, ByKey) and draw(each.key) < by.fraction)
                 yield "heldout" if heldout else "train", each.where, made

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
 from jaxinfra.prepare.builders.assemble import Splits, SplitWriter, with_tail
 from jaxinfra.prepare.builders.baseline import measured
-from jaxinfra.prepare.builders.job import Job, Seen
+from jaxinfra.prepare.builders.job import Job
 from jaxinfra.prepare.documents.dedup import Signer
 from jaxinfra.prepare.documents.document import Document
 from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
@@ -40,8 +41,7 @@ from jaxinfra.storage.objects import Storage
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
-TOKENIZER_INFO = "tokenizer-info.json"
-"""The file beside the parts that says which tokenizer is there."""
+_INFO = "tokenizer-info.json"  # beside the parts: which tokenizer is there
 _BATCH_CHARS = _PIECE_CHARS = 1_000_000
 _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
 _CHECKED_CHARS = 200_000  # of the source that a converted tokenizer is tried on: seconds
@@ -49,10 +49,10 @@ _FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, o
 
 
 def tokenise(job: Job[Corpus]) -> Note:
-    """Makes and commits the part of a job; nothing is committed where that raises.
+    """Makes and commits the part of a job, or nothing where that raises.
 
     Raises:
-        DataError: a record cannot be read and the recipe does not skip it.
+        DataError: a record cannot be used and the recipe does not skip it.
         StorageError: the source cannot be read; OSError: the part cannot be written.
     """
     folder = Path(job.folder)
@@ -62,7 +62,7 @@ def tokenise(job: Job[Corpus]) -> Note:
 
 def _read_info(folder: Path) -> TokenizerInfo:
     """Reads which tokenizer is beside the parts."""
-    return TokenizerInfo(**json.loads((folder / TOKENIZER_INFO).read_bytes()))
+    return TokenizerInfo(**json.loads((folder / _INFO).read_bytes()))
 
 
 @lru_cache(maxsize=2)
@@ -74,21 +74,23 @@ def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
 
 def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad] | None, *, read_bytes: int) -> Part:
     """Makes a part of records, in their order; None is those of the job. Raises as `tokenise`."""
-    corpus, seen, filtered = job.recipe, Seen(), Counter[str]()
+    corpus, filtered, count = job.recipe, Counter[str](), 0
+    skipped: list[tuple[str, str]] = []
     rows: dict[Split, _Rows] = {split: _Rows(corpus, tokenizer) for split in SPLITS}
     if job.validation and isinstance(corpus.validation, OtherStore):
         for piece in job.pieces:
-            seen.count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["heldout"])
+            count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["heldout"])
     else:
-        for split, where, group in _groups(job, seen, filtered, records):
+        for split, where, group in _groups(job, skipped, filtered, records):
             rows[split].add(where, group)
+            count += 1
     splits: dict[Split, dict[str, np.ndarray]] = {split: each.finish() for split, each in rows.items()}
     return Part(
         splits=splits,
         tokens=sum(len(found["tokens_N"]) for found in splits.values()),
-        records=seen.count,
+        records=count + len(skipped) + filtered.total(),
         read_bytes=read_bytes,
-        skipped=tuple(seen.skipped),
+        skipped=tuple(skipped),
         filtered=filtered,
     )
 
@@ -108,16 +110,17 @@ def _copy_documents(other: OtherStore, piece: Piece, group: int, tokenizer: Toke
         ids_N = tokens_N[end - length : end - 1].astype(np.int64)
         text = tokenizer.decode(ids_N.tolist())
         found = Tokens(ids_N=ids_N, learned_N=learned_N[end - length : end - 1], n_bytes=len(text.encode()))
-        rows.add_tokens(f"{other.store} document {number}", found, text)
+        rows.note(f"{other.store} document {number}", text, 1)
+        rows.append(found)
     return count // group
 
 
 def _groups(
-    job: Job[Corpus], seen: Seen, filtered: Counter[str], records: Iterable[Found | Bad] | None = None
+    job: Job[Corpus], skipped: list[Any], filtered: Counter[str], records: Iterable[Found | Bad] | None = None
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
     """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
     corpus = job.recipe
-    for split, where, group in job.made(corpus.form.documents, seen, records):
+    for split, where, group in job.made(corpus.form.documents, skipped, records):
         reasons = (corpus.filters.reason(_text_of([document])) for document in group)
         if reason := next(filter(None, reasons), None):
             filtered[reason] += 1
@@ -139,16 +142,11 @@ class _Rows:
 
     def add(self, where: str, group: Sequence[Document]) -> None:
         """Takes the documents of a record."""
-        self._note(where, _text_of(group), len(group))
+        self.note(where, _text_of(group), len(group))
         self._waiting += group
         self._waiting_chars += sum(len(span.text) for document in group for span in document)
         if self._waiting_chars >= _BATCH_CHARS:
             self._encode()
-
-    def add_tokens(self, where: str, found: Tokens, text: str) -> None:
-        """Takes a document that is tokenised; `text` is that of its record."""
-        self._note(where, text, 1)
-        self._append(found)
 
     def finish(self) -> dict[str, np.ndarray]:
         """Returns the arrays of a part, D documents with N tokens.
@@ -177,7 +175,7 @@ class _Rows:
             found["where_D"] = np.array(self._where, np.str_)
         return found
 
-    def _note(self, where: str, text: str, count: int) -> None:
+    def note(self, where: str, text: str, count: int) -> None:
         """Keeps what is known of a record for each of its documents."""
         self._where += [where] * count
         self._signatures += [] if self._sign is None else [self._sign(text)] * count
@@ -190,10 +188,10 @@ class _Rows:
             if wrong.size:  # it would fill a store with garbage
                 cause = f"is outside the vocabulary of {words} of the tokenizer that gave it"
                 raise DataError(f"token id {wrong[0]}: {cause}; mend its file")
-            self._append(found)
+            self.append(found)
         self._waiting, self._waiting_chars = [], 0
 
-    def _append(self, found: Tokens) -> None:
+    def append(self, found: Tokens) -> None:
         """Keeps the tokens of a document, with its end."""
         ids_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
         learned_N = np.append(found.learned_N, False).astype(np.uint8)
@@ -206,11 +204,10 @@ def _text_of(group: Sequence[Document]) -> str:
 
 
 def _sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> Iterator[str]:
-    """Texts of training records, about `limit_chars` in all, for a tokenizer to be trained on.
+    """Yields about `limit_chars` of training records, none of the tail, for a tokenizer. Raises as `tokenise`.
 
     Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
-    about `_PIECE_CHARS`. Of a corpus whose tail is validation data, the pieces before the tail alone are read. Raises
-    as `tokenise`.
+    about `_PIECE_CHARS`.
     """
     if isinstance(corpus.validation, Tail):
         sizes, share = np.cumsum([piece.size_bytes for piece in pieces]), 1 - corpus.validation.fraction
@@ -236,7 +233,7 @@ def _sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> 
 
 
 def _training_texts(corpus: Corpus, piece: Piece) -> Iterator[str]:
-    groups = _groups(Job(number=0, pieces=(piece,), recipe=corpus, folder=""), Seen(), Counter())
+    groups = _groups(Job(number=0, pieces=(piece,), recipe=corpus, folder=""), [], Counter())
     return (_text_of(group) for split, _, group in groups if split == "train")
 
 
@@ -247,17 +244,17 @@ class TextMaker:
     job = staticmethod(tokenise)
 
     def __init__(self, corpus: Corpus):
-        """Reads the tokenizer, where the recipe names an existing one.
-
-        Raises:
-            ConfigError: it cannot be read; or the template of the form does not go with it, or cannot be used.
-        """
+        """Reads an existing tokenizer; a ConfigError if it cannot be used, or the template of the form, or not both."""
         self._corpus, config = corpus, corpus.tokenizer
         if isinstance(config, TrainBpe):
-            self._given, self._check, special = None, None, {config.end_of_document, *config.special_tokens}
+            self._existing, digest, special = None, None, {config.end_of_document, *config.special_tokens}
         else:
-            self._given, self._check = convert(config)
-            special = self._given.special
+            self._existing = given, _ = convert(config)
+            digest, special = given.sha256, given.special
+        # Of the files that the recipe names; a tokenizer that is trained follows from all else.
+        found = [digest, corpus.form.identity()]
+        self.identity = digest_of(found) if any(found) else None
+        self._kind: Kind = "text" if corpus.form.group == 1 else "pairs"
         for marker in corpus.form.markers():
             if marker not in special:
                 raise ConfigError(
@@ -265,30 +262,20 @@ class TextMaker:
                     "could spell it; name it in tokenizer.special_tokens, or use another template"
                 )
 
-    @property
-    def identity(self) -> str | None:
-        """Of the files that the recipe names; a tokenizer that is trained follows from all else."""
-        found = [self._given and self._given.sha256, self._corpus.form.identity()]
-        return digest_of(found) if any(found) else None
-
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
 
-        `pieces` are of the training source, the same ones whatever the recipe says of shards.
-
-        Raises:
-            ConfigError: a converted tokenizer gives texts of the source other tokens; or the store that the validation
-                split is of has another tokenizer or form.
-            DataError: a record cannot be read and the recipe does not skip it.
+        `pieces` are of the training source, the same ones whatever the recipe says of shards. Raises as `tokenise`, and
+        a ConfigError if the source shows that a converted tokenizer gives other tokens, or if the store that the
+        validation split is of has another tokenizer or form.
         """
-        corpus, known = self._corpus, folder / TOKENIZER_INFO
+        corpus, known = self._corpus, folder / _INFO
         if not known.exists():
-            given, config = self._given, corpus.tokenizer
-            if isinstance(config, TrainBpe):
-                given = train_bpe(_sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(config))
-            assert given is not None
-            if self._check is not None:
-                self._check(_sample_texts(corpus, pieces, _CHECKED_CHARS))
+            if self._existing is None:
+                given = train_bpe(_sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(corpus.tokenizer))
+            else:
+                given, check = self._existing
+                check(_sample_texts(corpus, pieces, _CHECKED_CHARS))
             info = info_of(given)
             replace_bytes(folder / info.file, given.content)
             replace_bytes(known, json.dumps(asdict(info)).encode())
@@ -328,12 +315,7 @@ class TextMaker:
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
             names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if corpus.form.masked else ()))
-            for found, keep_D in zip(source.read(split, *names), keep[split], strict=True):
-                tokens_N, lengths_D, bytes_D, *masks = found
-                if not keep_D.all():
-                    keep_N = np.repeat(keep_D, lengths_D)
-                    tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
-                    lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
+            for tokens_N, lengths_D, bytes_D, *masks in source.kept(split, keep, *names):
                 writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
             splits[split] = writer.close()
             for pack in corpus.packs:
@@ -357,7 +339,3 @@ class TextMaker:
         if corpus.baselines:
             manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
         return manifest
-
-    @property
-    def _kind(self) -> Kind:
-        return "text" if self._corpus.form.group == 1 else "pairs"

@@ -49,8 +49,13 @@ class Chat(Templated[str]):
         return [compiled(self.template).spans(messages, learned)]
 
 
-def messages_of(value: Any, field: str) -> list[Message]:
-    """Returns the messages of a conversation, at least one, or raises a RecordError that says what is wrong with it."""
+def messages_of(value: Any, field: str, role: str | None = None) -> list[Message]:
+    """Returns the messages of a conversation, at least one, or raises a RecordError that says what is wrong with it.
+
+    A text is one message of `role`, if that is given.
+    """
+    if role is not None and isinstance(value, str):
+        value = [{"role": role, "content": value}]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise RecordError(f"{field} is {type(value).__name__}, expected a list of messages")
     messages = [_message(item, f"message {number} of {field}") for number, item in enumerate(value, 1)]

@@ -59,8 +59,13 @@ class Signer:
         """Returns what is equal for equal texts alone: the 128 bits of XXH3, uint64[2]."""
         return digest_of_bytes(text.encode())
 
-    def near(self, text: str) -> np.ndarray:
-        """Returns uint32[permutations], of which about as many are equal for two texts as their runs of words are."""
+    def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns both signatures; the second one is None where only exact duplicates are looked for.
+
+        It is uint32[permutations], of which about as many are equal for two texts as their runs of words are.
+        """
+        if not self.dedup.near:
+            return self.exact(text), None
         codes = word_codes(_WORD.findall(text.lower()))
         if not len(codes):
             codes = self.exact(text)[:1]  # near to itself alone
@@ -68,11 +73,7 @@ class Signer:
         sketch = self._blank.copy()
         for start in range(0, len(runs), _BATCH):
             sketch.update_batch(runs[start : start + _BATCH].tolist())
-        return sketch.hashvalues
-
-    def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns both signatures; the second one is None where only exact duplicates are looked for."""
-        return self.exact(text), self.near(text) if self.dedup.near else None
+        return self.exact(text), sketch.hashvalues
 
 
 def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:
@@ -105,9 +106,7 @@ def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
         for column in range(band * lsh.r, (band + 1) * lsh.r):
             keys = keys * STEP + near_NP[firsts, column]
         order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order], prepend=0) != 0) if len(order) else order
-        starts = np.union1d(starts, [0])
-        group = np.repeat(starts, np.diff(starts, append=len(order)))  # where the group of each begins
+        group = np.searchsorted(keys[order], keys[order])  # where the group of each begins
         later = np.arange(len(order))
         for first in itertools.count():
             later = later[(group[later] + first < later) & ~found[order[later]]]

@@ -24,9 +24,8 @@ class RecordError(Exception):
 class Span:
     """A piece of the text of a document.
 
-    Attributes:
-        learned: whether its tokens are targets of the loss.
-        control: whether it may spell special tokens: it is of a template, not of a record.
+    It is `learned` if its tokens are targets of the loss, and may spell special tokens if it is `control`: of a
+    template, not of a record.
     """
 
     text: str

@@ -20,10 +20,7 @@ from jaxinfra.config.limits import Natural, NonNegative, Share
 from jaxinfra.prepare.documents.shingles import run_codes, word_codes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-_DIGITS = re.compile(r"\d+")
 _MARKS = re.compile(r"#|\.\.\.|\u2026")
-_SYMBOLS = re.compile(r"[^\w\s]+|_+")
-_PARAGRAPHS = re.compile(r"\n\s*\n")
 _has_bullet = operator.methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
 _is_open = operator.methodcaller("endswith", ("...", "\u2026"))
 _TOP_RUN, _DUPLICATE_RUN = 2, 5  # words of the shortest runs that are counted (Rae et al. 2021, table A1)
@@ -60,8 +57,8 @@ class Filters:
     max_duplicate_paragraph_char_share: Share | None = _rule(lambda of: _repeated(of.paragraphs, _chars), 0.2)
     min_stop_words: Natural | None = _rule(lambda of: len(of.stop_words.intersection(of.text.lower().split())), 2)
     stop_words: tuple[str, ...] = STOP_WORDS
-    max_digit_share: Share | None = _rule(lambda of: _share(_chars(_DIGITS.findall(of.text)), len(of.text)))
-    max_symbol_share: Share | None = _rule(lambda of: _share(_chars(_SYMBOLS.findall(of.text)), len(of.text)))
+    max_digit_share: Share | None = _rule(lambda of: _share(_chars(re.findall(r"\d+", of.text)), len(of.text)))
+    max_symbol_share: Share | None = _rule(lambda of: _share(_chars(re.findall(r"[^\w\s]+|_+", of.text)), len(of.text)))
     min_alphabetic_word_share: Share | None = _rule(
         lambda of: _share_of(of.words, lambda word: any(map(str.isalpha, word))), 0.8
     )
@@ -119,7 +116,7 @@ class _Measured:
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        return [part.strip() for part in _PARAGRAPHS.split(self.text) if part and not part.isspace()]
+        return [part.strip() for part in re.split(r"\n\s*\n", self.text) if part and not part.isspace()]
 
     @cached_property
     def codes_N(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, override
 
 from jaxinfra.config import Problem
 from jaxinfra.prepare.documents.chat import messages_of
-from jaxinfra.prepare.documents.chat_template import Message, Templated, compiled
+from jaxinfra.prepare.documents.chat_template import Templated, compiled
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
 
@@ -31,14 +31,14 @@ class _Answered(Templated[str | None]):
                 raise RecordError("the answer is empty")
             before = [Span(text=shown, learned=False)] if shown else []
             return [[*before, Span(text=text)] for text in texts]
-        turns = [_turns(*answer) for answer in answers]
+        turns = [messages_of(*answer, role="assistant") for answer in answers]
         if self.prompt is None:  # it is what whole conversations begin with
             pairs = zip(*turns, strict=False)
             shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
             if not shared:
                 raise RecordError("the chosen and the rejected conversation begin with different messages")
         else:
-            shared = _turns(prompt, self.prompt, role="user")
+            shared = messages_of(prompt, self.prompt, role="user")
         documents, start = [], len(shared)
         for answer, field in zip(turns, fields, strict=True):
             messages = answer if answer[:start] == shared else [*shared, *answer]
@@ -85,8 +85,3 @@ class Completion(_Answered):
     prompt: str = "prompt"
     completion: str = "completion"
     template: str | None = None
-
-
-def _turns(value: Any, field: str, role: str = "assistant") -> list[Message]:
-    """Returns the messages of a field; a text is one of `role`."""
-    return messages_of([{"role": role, "content": value}] if isinstance(value, str) else value, field)

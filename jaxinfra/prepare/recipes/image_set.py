@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.recipes.store_recipe import StoreRecipe
+from jaxinfra.prepare.recipes.corpus import StoreRecipe
 from jaxinfra.prepare.recipes.validation import ByKey, ImageValidation
 
 

@@ -30,13 +30,10 @@ _NEVER = -1e5  # a score so low that unigrams never choose the piece
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceModel(Vocabulary):
-    """A model of SentencePiece, which becomes a tokenizer.json.
+    """A model of SentencePiece, of the path or URL of a `.model`, which becomes a tokenizer.json.
 
-    Attributes:
-        path: of the `.model` file, or its URL.
-        special_tokens: user-defined pieces that only a template may spell; None is all that look like `<...>` or
-            `[...]`. Control pieces and the end of a document always are.
-        end_of_document: the piece that closes every document.
+    `special_tokens` are user-defined pieces that only a template may spell; None is all that look like `<...>` or
+    `[...]`. Control pieces and the end of a document always are.
     """
 
     names_end = True

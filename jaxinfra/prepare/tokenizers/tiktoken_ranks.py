@@ -59,8 +59,7 @@ class Tiktoken(Vocabulary):
     Attributes:
         path: of the rank file, or its URL; None lets the library look for the encoding itself, in its cache
             (`TIKTOKEN_CACHE_DIR`) or at its place on the network.
-        encoding: name of the pattern and the special tokens: gpt2, cl100k_base or o200k_base; without a path any
-            that the library knows by itself.
+        encoding: the pattern and the special tokens: gpt2, cl100k_base or o200k_base, without a path any of `PATTERNS`.
         pattern: regular expression that cuts text into words, in place of that of the encoding.
         special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
     """
