@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxinfra.config import Problem
-from jaxinfra.prepare.recipes.store_recipe import StoreRecipe
+from jaxinfra.prepare.recipes.corpus import StoreRecipe
 from jaxinfra.prepare.recipes.validation import ByKey, ImageValidation
 
 
@@ -13,7 +13,6 @@ class ImageSet(StoreRecipe):
     """How a store of images is made; all have one shape.
 
     Attributes:
-        validation: where the validation split comes from.
         image: field of the image: uint8 (height, width, channels) or (height, width), or nested lists of such.
         label: field of its class, a number from 0.
         classes: names of the classes, in the order of their numbers; () where they have none.
