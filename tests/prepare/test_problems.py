@@ -12,7 +12,7 @@ from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.kafka import Kafka
 from jaxinfra.prepare.sources.python_source import PythonSource
 from jaxinfra.prepare.sources.synthetic import Synthetic
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
 from tests.refusals import problem, suggested
 

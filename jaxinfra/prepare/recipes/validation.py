@@ -1,10 +1,13 @@
 """Where the validation split of a store comes from: a share of the source, another source, or another store."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from jaxinfra.config import Problem
+from annotated_types import Gt, Lt
+
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.store.manifest import Split, TokenizerInfo
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.errors import ConfigError
@@ -17,13 +20,7 @@ from jaxinfra.prepare.sources.record import Piece
 class _Share:
     """A share of the records of `source`: a fraction above 0 and below 1."""
 
-    fraction: float = 0.05
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the fields."""
-        if not 0 < self.fraction < 1:
-            message = "must be above 0 and below 1: both splits are needed"
-            yield Problem(fields=("fraction",), message=message, fix="use fraction=0.05")
+    fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +50,9 @@ class OtherStore:
         split: which one.
     """
 
-    store: str = ""
+    store: NonEmpty = ""
     version: str | None = None
     split: Split = "heldout"
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the fields; nothing is looked up."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no store", fix="use store=stores/NAME")
 
     def open(self, fingerprint: str | None = None) -> TokenStore:
         """Opens the store; ConfigError where there is none, or it is one of images, DataError if it is damaged."""

@@ -9,9 +9,8 @@ from typing import Any, Literal, override
 from jaxinfra.config import Problem
 from jaxinfra.packages import needed
 from jaxinfra.prepare.sources.files import Files, damaged
-from jaxinfra.prepare.sources.jsonl import json_object
-from jaxinfra.prepare.sources.lines import text_record
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, read_as
+from jaxinfra.prepare.sources.text import json_object, text_record
 from jaxinfra.storage.files import File, local_path, opened
 
 # The default reads 16 MiB ahead in every thread of a pool.

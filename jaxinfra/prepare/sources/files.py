@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import override
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import DataError
 from jaxinfra.prepare.sources.record import Piece, Source
 from jaxinfra.storage.files import File, list_files
@@ -23,14 +24,11 @@ class Files(Source):
         pattern: which files below the root, as in `pathlib.Path.glob`.
     """
 
-    root: str = ""
+    root: NonEmpty = ""
     pattern: str = "**/*"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
-        if not self.root:
-            fix = "use root=PATH or a URL such as s3://bucket/text"
-            yield Problem(fields=("root",), message="names no folder", fix=fix)
         parts = self.pattern.split("/")
         if not self.pattern or PurePosixPath(self.pattern).is_absolute() or ".." in parts:
             message = "must be a pattern relative to the root"

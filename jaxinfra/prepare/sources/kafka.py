@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, override
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.jsonl import json_object
 from jaxinfra.prepare.sources.record import Bad, Found, read_as
 from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
+from jaxinfra.prepare.sources.text import json_object
 
 REACHED_S = 60.0
 """Brokers that do not answer for so long have failed."""
@@ -37,8 +38,8 @@ class Kafka(Stream):
     """
 
     bootstrap_servers: str = ""
-    topic: str = ""
-    group: str = "jaxinfra"
+    topic: NonEmpty = ""
+    group: NonEmpty = "jaxinfra"
     settings: str | None = None
 
     @property
@@ -52,9 +53,6 @@ class Kafka(Stream):
         if not all(host.rpartition(":")[0] and host.rpartition(":")[2].isdecimal() for host in hosts):
             fix = "use bootstrap_servers=HOST:9092"
             yield Problem(fields=("bootstrap_servers",), message="must be HOST:PORT, with commas between", fix=fix)
-        for name in ("topic", "group"):
-            if not getattr(self, name):
-                yield Problem(fields=(name,), message="is empty", fix=f"use {name}=NAME")
 
     @contextmanager
     @override

@@ -16,10 +16,9 @@ from typing import override
 import xxhash
 
 from jaxinfra.errors import DataError, StorageError
-from jaxinfra.prepare.sources.jsonl import json_object
-from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES
 from jaxinfra.prepare.sources.record import Bad, Found, read_as
 from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
+from jaxinfra.prepare.sources.text import MAX_RECORD_BYTES, json_object
 from jaxinfra.storage.errors import storage_errors
 
 _CHUNK_BYTES = 1 << 20

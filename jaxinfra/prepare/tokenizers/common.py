@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
 
@@ -34,15 +35,10 @@ class Vocabulary:
         end_of_document: the special token that closes every document.
     """
 
-    end_of_document: str = "<|endoftext|>"
+    end_of_document: NonEmpty = "<|endoftext|>"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description; its file is not looked at."""
-        if getattr(self, "path", None) == "":
-            yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
-        if not self.end_of_document:
-            fix = f"use end_of_document={type(self).end_of_document}"
-            yield Problem(fields=("end_of_document",), message="must not be empty", fix=fix)
         special = self._added()
         if "" in special or len({self.end_of_document, *special}) <= len(special):
             message = "must be other texts than one another and than the end of a document, and not empty"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.prepare.tokenizers.common import TRICKY, Vocabulary
@@ -22,7 +23,7 @@ class TokenizerFile(Vocabulary):
             ids follow its last one.
     """
 
-    path: str = ""
+    path: NonEmpty = ""
     special_tokens: tuple[str, ...] = ()
 
 

@@ -16,6 +16,7 @@ from typing import Any, override
 from tokenizers import Regex, decoders, pre_tokenizers
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
@@ -74,7 +75,7 @@ class Tiktoken(Vocabulary):
         special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
     """
 
-    path: str | None = None
+    path: NonEmpty | None = None
     encoding: str = "cl100k_base"
     pattern: str | None = None
     special_tokens: tuple[str, ...] = ()
