@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from jaxinfra.packages import needed
@@ -17,7 +17,7 @@ def started(workers: int | None) -> Iterator[Engine]:
     """Connects to a scheduler, or starts one, and leaves or ends it with the context."""
     distributed = needed("distributed", by="engine=dask", install="jaxinfra[dask]")
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    with _scheduler(distributed, workers) if not address else _there(address) as scheduler:
+    with nullcontext(address) if address else _scheduler(distributed, workers) as scheduler:
         client = distributed.Client(scheduler)
         try:
             tasks = client.get_executor(pure=False)
@@ -28,11 +28,6 @@ def started(workers: int | None) -> Iterator[Engine]:
             yield Engine(submit=submit, workers=workers or max(1, sum(client.nthreads().values())))
         finally:
             client.close()
-
-
-@contextmanager
-def _there(address: str) -> Iterator[str]:
-    yield address
 
 
 @contextmanager

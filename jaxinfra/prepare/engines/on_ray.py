@@ -49,18 +49,10 @@ def _connected(ray: Any, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                _temp_dir=folder,
-                **quiet,
-            )
+        own = dict(num_cpus=workers, include_dashboard=False, object_store_memory=_STORE_BYTES, _temp_dir=folder)
+        own = {} if os.environ.get("RAY_ADDRESS") else own
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)
         try:
             yield
         finally:
@@ -70,13 +62,11 @@ def _connected(ray: Any, workers: int | None) -> Iterator[None]:
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Sets variables for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)

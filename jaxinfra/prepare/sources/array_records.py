@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, override
 
@@ -46,10 +46,9 @@ class ArrayRecords(Files):
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
         parse = {"json": json_object, "text": text_record, "bytes": lambda content: {"bytes": content}}[self.decode]
         with self._opened(piece.name) as reader:
-            end = reader.num_records() if piece.end is None else piece.end
-            if piece.start < end:
+            if indices := range(reader.num_records())[piece.start : piece.end]:
                 reader.seek(piece.start)
-            for index in range(piece.start, end):
+            for index in indices:
                 key, where = f"{piece.name}#{index}", f"{piece.name} record {index}"
                 yield read_as(parse, reader.read(), key=key, where=where)
 
@@ -57,14 +56,11 @@ class ArrayRecords(Files):
     def _opened(self, name: str) -> Iterator[Any]:
         module = needed("array_record.python.array_record_module", by=self.root, install="jaxinfra[arrayrecord]")
         path = local_path(self.root, name)
-        with opened(self.root, name):  # the library reads a missing file, one that it may not read, as an empty one
-            reader = module.ArrayRecordReader(path, _OPTIONS)
         try:
-            try:
+            # Opened first: the library reads a missing file, one that it may not read, as an empty one.
+            with opened(self.root, name), closing(module.ArrayRecordReader(path, _OPTIONS)) as reader:
                 if not reader.ok():
                     raise RuntimeError(f"or cut short: it has {os.path.getsize(path)} bytes")
                 yield reader
-            finally:
-                reader.close()  # raises again what reading raised
         except (RuntimeError, IndexError) as error:
             raise damaged(path, str(error).partition("; ")[0]) from error

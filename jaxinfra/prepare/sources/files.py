@@ -5,6 +5,7 @@ The files themselves are listed and read by `jaxinfra.storage.files`.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import override
 
@@ -59,10 +60,10 @@ def cut_files(files: Iterable[File], count: Callable[[File], int], split_bytes: 
 def cut(file: File, count: int, split_bytes: int) -> list[Piece]:
     """Cuts a file into about equal ranges of its `count` bytes, rows or records, each of about `split_bytes`."""
     parts = max(1, min(_parts(file, split_bytes), count))
-    bounds: list[int | None] = [count * part // parts for part in range(parts)]
+    bounds = [*(count * part // parts for part in range(parts)), None]
     return [
         Piece(name=file.name, start=start or 0, end=end, size_bytes=file.size_bytes // parts, stamp=file.stamp)
-        for start, end in zip(bounds, [*bounds[1:], None], strict=True)
+        for start, end in pairwise(bounds)
     ]
 
 

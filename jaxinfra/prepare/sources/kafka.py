@@ -6,7 +6,7 @@ while the stream is open are read from its next opening on.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +105,7 @@ class _Reader(Reader):
         partitions = self._partitions()
         if lost := sorted(set(self._offsets) - set(partitions)):
             raise DataError(f"{config}: partition {lost[0]}, which was read before, is gone; make another store")
-        beginning = kafka.OFFSET_BEGINNING
-        consumer.assign(self._places({number: self._offsets.get(number, beginning) for number in partitions}))
+        consumer.assign(self._places(dict.fromkeys(partitions, kafka.OFFSET_BEGINNING) | self._offsets))
 
     @property
     @override
@@ -116,8 +115,7 @@ class _Reader(Reader):
     @override
     def committed(self, position: Position) -> None:
         if position:
-            offsets = {int(number): offset for number, offset in position.items()}
-            self._consumer.commit(offsets=self._places(offsets), asynchronous=True)
+            self._consumer.commit(offsets=self._places(position), asynchronous=True)
 
     @override
     def at_end(self) -> bool:
@@ -170,8 +168,9 @@ class _Reader(Reader):
             raise self._kafka.KafkaException(topic.error)
         return sorted(topic.partitions)
 
-    def _places(self, offsets: dict[int, Any]) -> list[Any]:
-        return [self._kafka.TopicPartition(self._config.topic, *each) for each in offsets.items()]
+    def _places(self, offsets: Mapping[Any, Any]) -> list[Any]:
+        topic = self._config.topic
+        return [self._kafka.TopicPartition(topic, int(number), offset) for number, offset in offsets.items()]
 
 
 def _cause(error: Exception) -> str:

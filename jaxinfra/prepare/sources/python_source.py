@@ -4,7 +4,7 @@ What else a source knows of its files is unknown here: the name of the function,
 number of shards stand for the contents. A function that yields other records needs another `version`.
 """
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,14 +64,11 @@ class PythonSource(Source):
             raise DataError(f"{name}: raised after {index} records ({_cause(error)}); mend the function") from error
 
     def _function(self) -> Any:
-        module, _, function = self.factory.partition(":")
         try:
-            return getattr(importlib.import_module(module), function)
-        except AttributeError:
-            cause = f"{module} has no {function}"
+            return pkgutil.resolve_name(self.factory)
         except Exception as error:  # the module may do anything when it is imported
-            cause = _cause(error)
-        raise ConfigError(f"factory={self.factory}: cannot be imported ({cause}); run where it can, or mend it")
+            cause = f"cannot be imported ({_cause(error)})"
+            raise ConfigError(f"factory={self.factory}: {cause}; run where it can, or mend it") from error
 
 
 def _record(value: Any) -> Record:

@@ -24,13 +24,7 @@ WAIT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Records that came together.
-
-    Attributes:
-        records: in their order.
-        read_bytes: that they had.
-        position: where the stream stands after them.
-    """
+    """Records that came together, how many bytes they had, and where the stream stands after them."""
 
     records: tuple[Found | Bad, ...]
     read_bytes: int
@@ -38,13 +32,10 @@ class Block:
 
 
 class Reader(ABC):
-    """A stream that is open.
-
-    Attributes:
-        read_bytes: of the records so far.
-    """
+    """A stream that is open."""
 
     read_bytes: int = 0
+    """Of the records so far."""
 
     @property
     @abstractmethod
@@ -55,9 +46,7 @@ class Reader(ABC):
     def arrivals(self) -> Iterator[Found | Bad | None]:
         """Yields records as they come, and None when there was none for a moment; ends where the stream ends.
 
-        Raises:
-            DataError: it is another stream than the one that stood at the position that it was opened at.
-            StorageError: it cannot be read.
+        Raises DataError for another stream than stood at the position that it was opened at, and StorageError.
         """
 
     def committed(self, position: Position) -> None:
@@ -79,12 +68,7 @@ class Stream(Source):
 
     @abstractmethod
     def open(self, position: Position) -> AbstractContextManager[Reader]:
-        """Opens it where it stood.
-
-        Raises:
-            ConfigError: what it needs is not installed, or its settings are wrong.
-            StorageError: it cannot be reached.
-        """
+        """Opens it where it stood; ConfigError for wrong settings, StorageError if it cannot be reached."""
 
     @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:

@@ -59,8 +59,7 @@ class Synthetic(Source):
             words.append(_spelled(word, syllables))
             follower = _FOLLOWERS[int(rng.random() * len(_FOLLOWERS))]
             word = (7 * word + 31 * follower**2) % size if follower else rng.randrange(size)
-        sentences = (words[start : start + _WORDS_A_SENTENCE] for start in range(0, len(words), _WORDS_A_SENTENCE))
-        return "\n".join(" ".join(sentence) + "." for sentence in sentences) + "\n"
+        return "".join(" ".join(sentence) + ".\n" for sentence in itertools.batched(words, _WORDS_A_SENTENCE))
 
     def _syllables(self) -> int:
         """Returns how many syllables a word must have for the vocabulary to be spelled."""
