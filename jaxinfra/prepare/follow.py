@@ -53,10 +53,7 @@ def follow(
     Yields:
         Each version that was sealed, and at the end the newest, `new` if it was sealed now.
 
-    Raises:
-        ConfigError: the recipe does not work, or a split of what has come is empty.
-        DataError: a record cannot be read and the recipe does not skip it, or it is another stream than before.
-        StorageError: the stream or the store cannot be reached.
+    Raises as `prepare`, and DataError for another stream than before, ConfigError if a split of what came is empty.
     """
     source = recipe.source
     if not isinstance(recipe, Corpus) or not isinstance(source, Stream):

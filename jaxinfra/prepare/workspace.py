@@ -42,9 +42,7 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
         made_of: digest of the recipe and its source.
         place: folder to work in; None is in the store, or in the user's cache where the store is remote.
 
-    Raises:
-        ConfigError: another process holds it.
-        StorageError: it cannot be written, from whatever is done inside.
+    Raises ConfigError if another process holds it, and StorageError for what cannot be written inside.
     """
     root = _root(store, place)
     work = root / made_of

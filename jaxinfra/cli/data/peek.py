@@ -22,12 +22,9 @@ _SAMPLES, _LARGEST_BATCH = 2**62, 2**24
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the rows of the global batch that the process reads.
+    """Prints the rows of the global batch that the process reads; ConfigError if there is none or it does not divide.
 
     The batch is cut into equal parts in the order of the ranks, as the rows of a mesh are whose batch axes come first.
-
-    Raises:
-        ConfigError: there is no such process, or the batch does not divide.
     """
     if options.rank >= options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
@@ -39,8 +36,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
     print("\n".join(opened.before(options.step, global_batch)))
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
-        for line in opened.shown(sample[None], int(row), options.chars):
-            print(line)
+        print("\n".join(opened.shown(sample[None], int(row), options.chars)))
     return 0
 
 
@@ -67,12 +63,9 @@ def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str
 
 
 def rows_of(run: Run, rank: int, of: int) -> np.ndarray:
-    """The rows of the global batch that a process reads, sorted.
+    """The rows of the global batch that a process reads, sorted; ConfigError if the mesh or the batch does not divide.
 
     Devices of the mesh belong to the processes in order, each to have as many.
-
-    Raises:
-        ConfigError: the mesh or the batch does not divide.
     """
     fixed = math.prod(size for size in run.mesh.sizes if size != -1)
     devices = max(fixed, of)

@@ -1,13 +1,12 @@
 """`python -m launch data prepare CONFIG`: make the data that a config describes."""
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from jaxinfra.cli.arguments import ENGINES
@@ -21,12 +20,7 @@ from jaxinfra.runtime.signals import StopRequest
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Makes each store that is described, and says what it holds.
-
-    Raises:
-        ConfigError: a recipe is wrong, or the config names none.
-        JaxinfraError: see `data.prepare`.
-    """
+    """Makes each store that is described, and says what it holds. Raises as `recipes` and `prepare` or `follow`."""
     _check(options)
     if options.follow:
         return _follow(options)
@@ -40,11 +34,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def recipes(options: argparse.Namespace) -> list[Recipe]:
-    """The recipe that the file is, or those of the stores that a run trains on.
-
-    Raises:
-        ConfigError: the file or an override is wrong, or the run names no recipe.
-    """
+    """The recipe that the file is, or those of the stores that a run trains on; ConfigError where there is none."""
     config = load(options.config, options.overrides).run
     if is_recipe(config):
         return [config]
@@ -82,13 +72,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _follow(options: argparse.Namespace) -> int:
-    """Reads a stream, and says of each version that it is sealed.
-
-    Raises:
-        ConfigError: the config is not the recipe of a stream.
-        Preempted: Ctrl-C or SIGTERM asked to stop; all that has come is kept.
-        JaxinfraError: see `data.follow`.
-    """
+    """Reads a stream, and says of each version that it is sealed; Preempted where Ctrl-C or SIGTERM asked to stop."""
     (recipe, *others) = recipes(options)
     if others:
         raise ConfigError(f"{options.config}: names {1 + len(others)} recipes; follow one stream at a time")
@@ -121,33 +105,27 @@ def _follow(options: argparse.Namespace) -> int:
 
 @contextmanager
 def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
-    """A bar for each stage, with tokens a second and the time that is left where it can be told.
-
-    Args:
-        endless: the source is a stream, of which nobody knows how much will come.
-    """
+    """A bar for each stage, with tokens a second and, unless the source is `endless`, the time that is left."""
     name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
     bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
-        tasks: dict[str, tuple[TaskID, float]] = {}
 
         def finish() -> None:
-            for task, _ in tasks.values():
+            for task in bars.task_ids:
                 bars.update(task, total=1, completed=1)
 
         def tell(progress: Progress) -> None:
-            if not tasks:
+            if not bars.tasks:
                 stack.enter_context(bars)  # which writes a line even where nothing is told
-            if progress.stage not in tasks:
+            if progress.stage not in (task.description for task in bars.tasks):
                 finish()
-                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come=""), time.monotonic()
-            task, start_s = tasks[progress.stage]
-            if progress.stage not in ("tokens", "images"):
-                return
-            come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
-            if progress.tokens:
-                come += f", {progress.tokens / max(time.monotonic() - start_s, 1e-9):,.0f} tokens/s"
-            bars.update(task, completed=progress.done, total=None if endless else progress.total, come=come)
+                bars.add_task(progress.stage, total=None, come="")
+            task = next(task for task in bars.tasks if task.description == progress.stage)
+            if progress.stage in ("tokens", "images"):
+                come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
+                if progress.tokens:
+                    come += f", {progress.tokens / max(task.elapsed or 0, 1e-9):,.0f} tokens/s"
+                bars.update(task.id, completed=progress.done, total=None if endless else progress.total, come=come)
 
         yield tell
         finish()

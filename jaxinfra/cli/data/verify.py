@@ -11,11 +11,7 @@ _LISTED = 100
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints each damaged block, and how much was looked at.
-
-    Raises:
-        DataError: something is damaged.
-    """
+    """Prints each damaged block, and how much was looked at; DataError where something is damaged."""
     store = Store.open(options.store, options.version)
     looked_at = n_bytes = 0
     damages = []

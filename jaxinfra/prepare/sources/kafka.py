@@ -5,6 +5,7 @@ decides nothing. It is told afterwards, for tools that show how far a group lags
 while the stream is open are read from its next opening on.
 """
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,8 +50,7 @@ class Kafka(Stream):
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
-        hosts = self.bootstrap_servers.split(",")
-        if not all(host.rpartition(":")[0] and host.rpartition(":")[2].isdecimal() for host in hosts):
+        if not re.fullmatch(r"[^,]+:\d+(,[^,]+:\d+)*", self.bootstrap_servers):
             fix = "use bootstrap_servers=HOST:9092"
             yield Problem(fields=("bootstrap_servers",), message="must be HOST:PORT, with commas between", fix=fix)
 
