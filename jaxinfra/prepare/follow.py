@@ -21,7 +21,7 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.text import TextMaker
-from jaxinfra.prepare.parts import Note, Open
+from jaxinfra.prepare.parts import Note
 from jaxinfra.prepare.prepare import Prepared, Progress, content_of, existing
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
@@ -107,8 +107,7 @@ class _Course:
                     f"{parts.path_of(self.kept, self.count)}: missing, and the stream has gone on since; delete "
                     f"{self.kept} to read the stream from its beginning"
                 )
-            with Open(self.kept, number) as part:
-                self._count(part.note)
+            self._count(parts.note(self.kept, number))
             if self._made_of in known:
                 self.unsealed_tokens = 0
 

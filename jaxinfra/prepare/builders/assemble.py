@@ -24,11 +24,11 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.overlap import shared
 from jaxinfra.prepare.builders.splits import Splits
 from jaxinfra.prepare.documents.dedup import Dedup, duplicates
 from jaxinfra.prepare.documents.document import Text
-from jaxinfra.prepare.parts import Open
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
@@ -110,8 +110,7 @@ def _counts(splits: Splits, build: Path) -> Counts:
     records = skipped = 0
     filtered = Counter[str]()
     for number in splits.numbers:
-        with Open(splits.folder, number) as part:
-            note = part.note
+        note = parts.note(splits.folder, number)
         records, skipped = records + note.records, skipped + len(note.skipped)
         filtered.update(note.filtered)
         if note.skipped:

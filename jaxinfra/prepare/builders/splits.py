@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.overlap import digest_of_values
 from jaxinfra.prepare.documents.dedup import Dedup, Signer
-from jaxinfra.prepare.parts import Open
 
 _WINDOW = 16  # tokens, of which the last ones show whether a character is cut
 
@@ -48,12 +48,12 @@ class Splits:
             if index == self.tail and self.parted is not None:
                 yield tuple(self.parted[split][name] for name in names)
                 continue
-            with Open(self.folder, number) as part:
+            with parts.opened(self.folder, number) as part:
                 if self.tail is None:
-                    yield tuple(part.read(split, name) for name in names)
+                    yield tuple(part[f"{split}.{name}"] for name in names)
                 else:
                     end = None if (index < self.tail) == (split == "train") else 0
-                    yield tuple(part.read("train", name)[:end] for name in names)
+                    yield tuple(part[f"train.{name}"][:end] for name in names)
 
 
 def with_tail(
@@ -80,8 +80,8 @@ def with_tail(
     left -= int(ends[index - 1]) if index else 0
     document = int(np.searchsorted(np.cumsum(sizes[index]), left, side="right"))
     left -= int(sizes[index][:document].sum())
-    with Open(splits.folder, splits.numbers[index]) as part:
-        arrays = part.read_all("train")
+    with parts.opened(splits.folder, splits.numbers[index]) as part:
+        arrays = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
     if tokenizer is not None:
         parted = _parted_within(arrays, document, left / int(sizes[index][document]), tokenizer, dedup)
         if parted is not None:
