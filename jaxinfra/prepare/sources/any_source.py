@@ -2,9 +2,8 @@
 
 from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.kafka import Kafka
-from jaxinfra.prepare.sources.python_source import PythonSource
+from jaxinfra.prepare.sources.made import PythonSource, Synthetic
 from jaxinfra.prepare.sources.stdin import Stdin
-from jaxinfra.prepare.sources.synthetic import Synthetic
 from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines
 

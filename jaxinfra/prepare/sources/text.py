@@ -157,32 +157,21 @@ def _lines(root: str, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
     They are without their end and without a byte order mark; None stands for one that is too long.
     """
     with _decompressed(root, piece.name) as file:
-        offset = 0
-        if piece.start:
-            file.seek(piece.start - 1)
-            offset = piece.start - 1 + _skip_line(file, piece.end and piece.end - piece.start + 1)
+        offset = max(0, piece.start - 1)
+        file.seek(offset)
+        begins = offset == piece.start  # whether a line begins here, or goes on that is not of this piece or too long
         while piece.end is None or offset < piece.end:
-            line = file.readline(MAX_RECORD_BYTES + 1)
+            line = file.readline(MAX_RECORD_BYTES + 1 if begins else _CHUNK_BYTES)
             if not line:
                 return
-            length = len(line)
-            if length > MAX_RECORD_BYTES and not line.endswith(b"\n"):
-                length += _skip_line(file)
+            ends = line.endswith(b"\n")
+            if begins and len(line) > MAX_RECORD_BYTES and not ends:
                 yield offset, None
-            else:
-                line = line.removesuffix(b"\n").removesuffix(b"\r")
-                yield offset, line if offset else line.removeprefix(_BOM)
-            offset += length
-
-
-def _skip_line(file: BinaryIO, most_bytes: int | None = None) -> int:
-    """Goes on to the next line, or no further than about `most_bytes`; returns the bytes passed over."""
-    skipped = 0
-    while (most_bytes is None or skipped < most_bytes) and (part := file.readline(_CHUNK_BYTES)):
-        skipped += len(part)
-        if part.endswith(b"\n"):
-            break
-    return skipped
+            elif begins:
+                text = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield offset, text if offset else text.removeprefix(_BOM)
+            begins = ends
+            offset += len(line)
 
 
 def _ends_before(root: str, name: str, offset: int) -> int:
