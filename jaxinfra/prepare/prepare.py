@@ -73,15 +73,10 @@ def prepare(
 ) -> Prepared:
     """Makes a version of the store; one that this recipe has made of the same files is not made again.
 
-    Either way it is the newest one then, which runs take.
+    Either way it is the newest one then, which runs take. So many `workers` of the engine as there are cores do the
+    jobs if None is given, and `tell` is told about the steps on the way.
 
     Memory: a worker holds the largest record and what it makes of a shard of the source; assembling, see `assemble`.
-
-    Args:
-        recipe: what to make.
-        engine: where the jobs run.
-        workers: how many at once; None is as many as there are cores.
-        tell: told about the steps on the way.
 
     Raises:
         ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.

@@ -35,14 +35,9 @@ def require_store(store: Storage) -> None:
 def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]:
     """The folder of one version in the making, held by a lock; kept when the work ends early, removed when it is done.
 
-    What is left there of other recipes of the store is removed: one version of it is in the making at a time.
-
-    Args:
-        store: what the version is of.
-        made_of: digest of the recipe and its source.
-        place: folder to work in; None is in the store, or in the user's cache where the store is remote.
-
-    Raises ConfigError if another process holds it, and StorageError for what cannot be written inside.
+    What is left there of other recipes of the store is removed: one version of it is in the making at a time. It is
+    named by what the version is made of, and below `place`; None is in the store, or in the user's cache where the
+    store is remote. Raises ConfigError if another process holds it, and StorageError for what cannot be written inside.
     """
     root = _root(store, place)
     work = root / made_of

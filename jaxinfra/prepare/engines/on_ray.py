@@ -23,25 +23,21 @@ def started(workers: int | None) -> Iterator[Engine]:
     with _environment(own):
         ray = needed("ray", by="engine=ray", install="jaxinfra[ray]")
         with _connected(ray, workers):
-            yield from _engine(ray, workers)
+            task = ray.remote(num_cpus=1, max_retries=1)(call)
+            running: dict[Future[Outcome], Any] = {}
 
+            def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
+                reference = task.remote(function, job)
+                future = reference.future()
+                running[future] = reference
+                future.add_done_callback(lambda ended: running.pop(ended, None))
+                return future
 
-def _engine(ray: Any, workers: int | None) -> Iterator[Engine]:
-    task = ray.remote(num_cpus=1, max_retries=1)(call)
-    running: dict[Future[Outcome], Any] = {}
-
-    def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
-        reference = task.remote(function, job)
-        future = reference.future()
-        running[future] = reference
-        future.add_done_callback(lambda ended: running.pop(ended, None))
-        return future
-
-    try:
-        yield Engine(submit=submit, workers=workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
-    finally:
-        for reference in list(running.values()):
-            ray.cancel(reference, force=True)
+            try:
+                yield Engine(submit=submit, workers=workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+            finally:
+                for reference in list(running.values()):
+                    ray.cancel(reference, force=True)
 
 
 @contextmanager

@@ -82,13 +82,10 @@ class Stream(Source):
 def blocks(
     reader: Reader, block_bytes: int, *, stopping: Callable[[], bool], wait_s: float = WAIT_S
 ) -> Iterator[Block | None]:
-    """Gathers records to blocks; yields None when nothing came for a moment. Raises as `Reader.arrivals`.
+    """Gathers records to blocks of about `block_bytes`; yields None when nothing came for a moment.
 
-    Args:
-        reader: of an open stream.
-        block_bytes: of a block, about.
-        stopping: whether to end with what has come; asked at least once each `TICK_S`.
-        wait_s: how long the first record of a block waits for more.
+    The first record of a block waits `wait_s` for more. `stopping` is asked, at least once each `TICK_S`, whether to
+    end with what has come. Raises as `Reader.arrivals`.
     """
     records: list[Found | Bad] = []
     start_bytes, first_s = reader.read_bytes, 0.0
