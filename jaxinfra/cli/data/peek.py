@@ -22,9 +22,10 @@ _SAMPLES, _LARGEST_BATCH = 2**62, 2**24
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the rows of the global batch that the process reads; ConfigError if there is none or it does not divide.
+    """Prints the rows of the global batch that the process reads.
 
     The batch is cut into equal parts in the order of the ranks, as the rows of a mesh are whose batch axes come first.
+    ConfigError where there is no such process, or the batch does not divide.
     """
     if options.rank >= options.of:
         raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
@@ -48,9 +49,8 @@ def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str
     if isinstance(config, Run):
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
-        rows = rows_of(config, options.rank, options.of)
-        data, hint = config.parts.data, config_argument.prepare_hint(options, config)
-        return data, config.train.global_batch, rows, hint
+        rows, hint = rows_of(config, options.rank, options.of), config_argument.prepare_hint(options, config)
+        return config.parts.data, config.train.global_batch, rows, hint
     if not hasattr(config, "unit") or not hasattr(config, "open"):
         raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
     if size is None or not 1 <= size <= _LARGEST_BATCH or size % options.of:
@@ -63,9 +63,9 @@ def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str
 
 
 def rows_of(run: Run, rank: int, of: int) -> np.ndarray:
-    """The rows of the global batch that a process reads, sorted; ConfigError if the mesh or the batch does not divide.
+    """The rows of the global batch that a process reads, sorted.
 
-    Devices of the mesh belong to the processes in order, each to have as many.
+    Devices of the mesh belong to the processes in order, each to have as many; ConfigError where they do not divide.
     """
     fixed = math.prod(size for size in run.mesh.sizes if size != -1)
     devices = max(fixed, of)

@@ -20,7 +20,7 @@ from jaxinfra.runtime.signals import StopRequest
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Makes each store that is described, and says what it holds. Raises as `recipes` and `prepare` or `follow`."""
+    """Makes each store that is described, and says what it holds; fails as `recipes` and `prepare`."""
     _check(options)
     if options.follow:
         return _follow(options)
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def recipes(options: argparse.Namespace) -> list[Recipe]:
-    """The recipe that the file is, or those of the stores that a run trains on; ConfigError where there is none."""
+    """The recipe that the file is, or those of the stores that a run trains on; ConfigError where there are none."""
     config = load(options.config, options.overrides).run
     if is_recipe(config):
         return [config]
@@ -42,8 +42,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
 
     if not isinstance(config, Run):
         raise ConfigError(f"{options.config}: is neither a recipe nor a run; name a file such as configs/data/NAME.py")
-    made = config.parts.data.recipes
-    if not made:
+    if not (made := config.parts.data.recipes):
         raise ConfigError(
             f"{options.config}: its data names no recipe; name the file of the recipe, or give each store its recipe"
         )
@@ -72,7 +71,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _follow(options: argparse.Namespace) -> int:
-    """Reads a stream, and says of each version that it is sealed; Preempted where Ctrl-C or SIGTERM asked to stop."""
+    """Reads a stream, and says of each version that it is sealed; fails as `follow`.
+
+    Preempted where Ctrl-C or SIGTERM asked to stop; all that has come is kept.
+    """
     (recipe, *others) = recipes(options)
     if others:
         raise ConfigError(f"{options.config}: names {1 + len(others)} recipes; follow one stream at a time")
@@ -105,7 +107,7 @@ def _follow(options: argparse.Namespace) -> int:
 
 @contextmanager
 def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
-    """A bar for each stage, with tokens a second and, unless the source is `endless`, the time that is left."""
+    """A bar for each stage, with tokens a second and the time that is left, which no `endless` stream tells."""
     name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
     bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, override
+from typing import Any, ClassVar, Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.documents.chat_template import Message, Role, Templated, spans
 from jaxinfra.prepare.documents.document import Document, RecordError, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
@@ -28,7 +27,8 @@ class Chat(Templated[str]):
         system: text of a system message for conversations that have none.
     """
 
-    field: NonEmpty = "messages"
+    named: ClassVar[tuple[str, ...]] = ("field",)
+    field: str = "messages"
     template: str = "chatml"
     learn: Literal["assistant", "last", "all"] = "assistant"
     system: str | None = None

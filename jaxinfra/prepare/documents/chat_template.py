@@ -66,8 +66,9 @@ class Templated[Name: (str, str | None)](Form):
 
     template: Name
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; files are not looked at."""
+        yield from super().problems()
         if self.template is not None and self.template not in PRESETS and not is_file(self.template):
             message = f"is none of {', '.join(PRESETS)} and no .jinja or .json file"
             yield Problem(fields=("template",), message=message, fix="use template=chatml")

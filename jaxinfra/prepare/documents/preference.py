@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, override
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.documents.chat import messages_of
 from jaxinfra.prepare.documents.chat_template import Message, Templated, spans
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
@@ -17,14 +16,13 @@ from jaxinfra.prepare.sources.record import Record
 
 
 class _Answered(Templated[str | None]):
-    """A prompt and its answers: texts, or lists of messages. `answers` are the fields of those."""
+    """A prompt and its answers: texts, or lists of messages. `named` is the field of the prompt, then the answers'."""
 
     prompt: Any
-    answers: ClassVar[tuple[str, ...]]
 
     @override
     def documents(self, record: Record) -> Sequence[Document]:
-        fields = [getattr(self, name) for name in self.answers]
+        fields = [getattr(self, name) for name in self.named[1:]]
         prompt = None if self.prompt is None else value_of(record, self.prompt)
         answers = [value_of(record, field) for field in fields]
         if self.template is None:
@@ -50,10 +48,10 @@ class Preference(_Answered):
     """
 
     group: ClassVar[int] = 2
-    answers: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
-    prompt: NonEmpty | None = "prompt"
-    chosen: NonEmpty = "chosen"
-    rejected: NonEmpty = "rejected"
+    named: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected")
+    prompt: str | None = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
     template: str | None = "chatml"
 
     @override
@@ -77,9 +75,9 @@ class Completion(_Answered):
         template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
     """
 
-    answers: ClassVar[tuple[str, ...]] = ("completion",)
-    prompt: NonEmpty = "prompt"
-    completion: NonEmpty = "completion"
+    named: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    prompt: str = "prompt"
+    completion: str = "completion"
     template: str | None = None
 
 
