@@ -157,20 +157,21 @@ def _lines(root: str, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
     They are without their end and without a byte order mark; None stands for one that is too long.
     """
     with _decompressed(root, piece.name) as file:
-        offset = max(0, piece.start - 1)
-        file.seek(offset)
+        if offset := max(0, piece.start - 1):
+            file.seek(offset)
         begins = offset == piece.start  # whether a line begins here, or goes on that is not of this piece or too long
         while piece.end is None or offset < piece.end:
             line = file.readline(MAX_RECORD_BYTES + 1 if begins else _CHUNK_BYTES)
             if not line:
                 return
-            ends = line.endswith(b"\n")
-            if begins and len(line) > MAX_RECORD_BYTES and not ends:
+            if not begins:
+                begins = line.endswith(b"\n")
+            elif len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 yield offset, None
-            elif begins:
+                begins = False
+            else:
                 text = line.removesuffix(b"\n").removesuffix(b"\r")
                 yield offset, text if offset else text.removeprefix(_BOM)
-            begins = ends
             offset += len(line)
 
 
