@@ -45,17 +45,18 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
-                raise BlockingIOError  # that one has removed it in this moment
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
+                    raise BlockingIOError  # that one has removed it in this moment
+            except BlockingIOError:
+                raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
             for left in root.iterdir():
                 if left != work:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             work.mkdir(exist_ok=True)
             yield work
             shutil.rmtree(root)
-        except BlockingIOError:
-            raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
         finally:
             os.close(lock)
 
