@@ -63,7 +63,7 @@ class OtherStore:
         manifest = self.open().manifest
         info, group = manifest.splits[self.split], 2 if manifest.kind == "pairs" else 1
         file = File(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
-        return cut(file, info.documents // group, split_bytes)
+        return cut([file], lambda file: info.documents // group, split_bytes)
 
     def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:
         """Raises ConfigError for a store whose documents another tokenizer or form made, and as `open`."""

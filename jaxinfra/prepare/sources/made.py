@@ -101,7 +101,8 @@ class Synthetic(Source):
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         size_bytes = self.documents * self.words * (2 * self._syllables() + 1)
         stamp = f"1:{self.words}:{self.vocabulary}:{self.seed}"  # 1: what is made of these numbers
-        return cut(File(name="synthetic", size_bytes=size_bytes, stamp=stamp), self.documents, split_bytes)
+        made = File(name="synthetic", size_bytes=size_bytes, stamp=stamp)
+        return cut([made], lambda file: self.documents, split_bytes)
 
     @override
     def read(self, piece: Piece) -> Iterator[Found]:

@@ -15,7 +15,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.files import Files, cut_files, damaged
+from jaxinfra.prepare.sources.files import Files, cut, damaged
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source, read_as
 from jaxinfra.prepare.sources.text import json_object, text_record
 from jaxinfra.storage.errors import cause_of
@@ -96,7 +96,7 @@ class HuggingFace(Source):
 
     @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        return cut_files(self._files(), self._rows, split_bytes)
+        return cut(self._files(), self._rows, split_bytes)
 
     @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:

@@ -19,7 +19,7 @@ from typing import BinaryIO, override
 
 from jaxinfra.config.limits import Natural, NonEmpty
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.sources.files import Files, cut_files, damaged
+from jaxinfra.prepare.sources.files import Files, cut, damaged
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, read_as
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import STDLIB, File, list_files, opened, shown
@@ -59,7 +59,7 @@ class TextFiles(Files):
         if not found:
             here = f"all {len(files)} files that match in {shown(self.root)}"
             raise ConfigError(f"min_bytes={self.min_bytes}: {here} are shorter; use less")
-        return cut_files(found, self._count, split_bytes)
+        return cut(found, self._count, split_bytes)
 
     @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
