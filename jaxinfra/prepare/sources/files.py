@@ -49,7 +49,7 @@ class Files(Source):
 
 
 def cut(files: Iterable[File], count: Callable[[File], int], split_bytes: int) -> list[Piece]:
-    """Cuts files into about equal pieces of about `split_bytes`; `count` tells the bytes, rows or records of large ones."""
+    """Cuts files into equal pieces of about `split_bytes`; `count` tells the bytes, rows or records of large ones."""
     pieces = []
     for file in files:
         parts = max(1, round(file.size_bytes / max(1, split_bytes)))
