@@ -22,8 +22,8 @@ from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.text import TextMaker
 from jaxinfra.prepare.parts import Note
 from jaxinfra.prepare.prepare import Prepared, Progress, content_of, existing
+from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.sources.stream import WAIT_S, Stream, blocks
 from jaxinfra.prepare.workspace import kept_folder, require_store, workspace
 from jaxinfra.storage.checks import check_space

@@ -25,9 +25,8 @@ from jaxinfra.prepare.builders.job import Job
 from jaxinfra.prepare.builders.text import TextMaker
 from jaxinfra.prepare.engines import EngineName
 from jaxinfra.prepare.parts import Note
-from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.recipe import Recipe
-from jaxinfra.prepare.recipes.store_recipe import SHARD_BYTES
+from jaxinfra.prepare.recipes import Recipe
+from jaxinfra.prepare.recipes.corpus import SHARD_BYTES, Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, explicit
 from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.record import Piece

@@ -17,7 +17,7 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.store.versions import listed
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders import tokenize
+from jaxinfra.prepare.builders import text as text_builder
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.forms import Completion, Preference, Text
 from jaxinfra.prepare.prepare import plan, prepare
@@ -47,7 +47,7 @@ def lines(folder, documents, *, bad=()):
 
 def test_the_same_tokenizer_is_trained_whatever_the_shards(tmp_path, monkeypatch):
     """It sees a part of a long piece alone, so pieces must be those of no shard."""
-    monkeypatch.setattr(tokenize, "_PIECE_CHARS", 500)
+    monkeypatch.setattr(text_builder, "_PIECE_CHARS", 500)
     recipe = replace(
         bytes_recipe(lines(tmp_path / "source", 400), tmp_path / "one"), tokenizer=TrainBpe(vocab_size=280)
     )

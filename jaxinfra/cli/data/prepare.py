@@ -15,7 +15,7 @@ from jaxinfra.data.inspect import facts
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import Prepared, Progress, prepare
-from jaxinfra.prepare.recipes.recipe import Recipe, is_recipe
+from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.runtime.signals import StopRequest
 
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def recipes(options: argparse.Namespace) -> list[Recipe]:
     """The recipe that the file is, or those of the stores that a run trains on; ConfigError where there are none."""
     config = load(options.config, options.overrides).run
-    if is_recipe(config):
+    if isinstance(config, Recipe):
         return [config]
     from jaxinfra.run import Run  # imports jax, which a recipe has no use for
 
@@ -49,7 +49,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
     found = []
     for store, path in made.items():
         recipe = load(path).run
-        if not is_recipe(recipe):
+        if not isinstance(recipe, Recipe):
             raise ConfigError(f"{path}: is no recipe; name a file whose config() returns one")
         found.append(replace(recipe, store=store))
     return found

@@ -8,8 +8,8 @@ costs this step, not the tokenising.
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,21 +23,50 @@ from jaxinfra.data.packing import Pack, pack
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
+from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders.overlap import shared
-from jaxinfra.prepare.builders.splits import Splits
-from jaxinfra.prepare.documents.dedup import Dedup, duplicates
+from jaxinfra.prepare.documents.dedup import Dedup, Signer, duplicates
 from jaxinfra.prepare.documents.document import Text
+from jaxinfra.prepare.documents.shingles import digest_of_bytes
+from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.recipe import Recipe
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
 
+_WINDOW = 16  # tokens, of which the last ones show whether a character is cut
 _SHOWN = 3  # documents that are in both splits
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
+type _Arrays = Mapping[str, np.ndarray]
 Keep = Mapping[Split, Sequence[np.ndarray]]
 """By split, which documents of each part stay: bool[D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Parts in their order; `cut` is where each split is, a part or its arrays, if all parts hold training data."""
+
+    folder: Path
+    numbers: Sequence[int]
+    cut: Mapping[Split, Sequence[int | _Arrays]] | None = None
+
+    def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields arrays of a split, for each part; DataError where one is damaged."""
+        for place in self.numbers if self.cut is None else self.cut[split]:
+            if isinstance(place, int):
+                with parts.opened(self.folder, place) as part:
+                    yield tuple(part[f"{split if self.cut is None else 'train'}.{name}"] for name in names)
+            else:
+                yield tuple(place[name] for name in names)
+
+    def kept(self, split: Split, keep: Keep, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields arrays of the documents that stay, for each part; `*_N` have `lengths_D` elements a document."""
+        for found, keep_D in zip(self.read(split, *names), keep[split], strict=True):
+            if not keep_D.all():
+                keep_N = np.repeat(keep_D, dict(zip(names, found, strict=True)).get("lengths_D", 1))
+                stay = (keep_N if name.endswith("_N") else keep_D for name in names)
+                found = tuple(values[each] for values, each in zip(found, stay, strict=True))
+            yield found
 
 
 def made_now() -> dict[str, Any]:
@@ -48,37 +77,30 @@ def made_now() -> dict[str, Any]:
     }
 
 
-def kept(
-    recipe: Recipe, splits: Splits, build: Path, *, group: int = 1, dedup: Dedup | None = None
-) -> tuple[Keep, Counts]:
-    """Decides which documents stay, and counts what became of the others.
+def kept(recipe: Recipe, splits: Splits, build: Path) -> tuple[Keep, Counts]:
+    """Decides which documents stay, and counts what became of the others; `build` gets the list of bad records.
 
     Of documents that are alike validation ones are kept first, then the first in the source. What is in both splits is
-    found among documents as they were read: where duplicates are removed, near ones count as well.
-
-    Args:
-        recipe: what to do with what is in both splits.
-        splits: of the parts.
-        build: gets the list of the records that were skipped.
-        group: documents of a record, which stay or go together.
-        dedup: which duplicates to remove.
+    found among documents as they were read: where duplicates are removed, near ones count as well. Documents of one
+    record stay or go together.
 
     Raises:
         ConfigError: a split is empty.
         DataError: validation documents are in the training split too, and the recipe allows none; or a part is damaged.
     """
+    group, dedup = (recipe.form.group, recipe.dedup) if isinstance(recipe, Corpus) else (1, None)
     counts = _counts(splits, build)
     if not counts.records:
-        raise _empty(recipe, counts)
+        raise _no_split(recipe, dict.fromkeys(SPLITS, 0), counts)
     names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
     sizes_H, heldout = _columns(splits, "heldout", names)
     sizes_T, train = _columns(splits, "train", names)
     size = sum(sizes_H) // group  # validation records come first
     if dedup is None:
         heldout_HK, train_TK = (columns[0].reshape(-1, 2 * group) for columns in (heldout, train))
-        overlap_H, keep_G = shared(heldout_HK, train_TK), np.ones(size + len(train_TK), bool)
+        overlap_H, keep_G = _shared(heldout_HK, train_TK), np.ones(size + len(train_TK), bool)
         if recipe.on_overlap == "drop":
-            keep_G[size:] = ~shared(train_TK, heldout_HK)
+            keep_G[size:] = ~_shared(train_TK, heldout_HK)
     else:
         heldout, train = ([rows[::group] for rows in columns] for columns in (heldout, train))
         keep_G = ~_repeats(dedup, heldout, train)
@@ -92,61 +114,46 @@ def kept(
             f"on_overlap=fail: {len(both):,} of {size:,} validation documents are in the training split too ({some}); "
             "mend the sources, or leave them out of training by on_overlap=drop"
         )
-    lost = group * int((~keep_G).sum())
-    counts = replace(
-        counts,
-        duplicates=lost if dedup is not None else 0,
-        overlap=group * int(overlap_H.sum()),
-        overlap_dropped=lost if dedup is None else 0,
-    )
+    lost = {"overlap_dropped" if dedup is None else "duplicates": group * int((~keep_G).sum())}
+    counts = replace(counts, overlap=group * int(overlap_H.sum()), **lost)
     keep_D = np.split(np.repeat(keep_G, group), np.cumsum([*sizes_H, *sizes_T])[:-1])
     keep: Keep = {"heldout": keep_D[: len(sizes_H)], "train": keep_D[len(sizes_H) :]}
-    _check_splits(recipe, {split: sum(int(each.sum()) for each in keep[split]) for split in SPLITS}, counts)
+    left: dict[Split, int] = {split: sum(int(each.sum()) for each in keep[split]) for split in SPLITS}
+    if not all(left.values()):
+        raise _no_split(recipe, left, counts)
     return keep, counts
 
 
 def _counts(splits: Splits, build: Path) -> Counts:
     """Counts records; `skipped.jsonl` in `build` lists those that could not be used."""
-    records = skipped = 0
-    filtered = Counter[str]()
+    notes = []
     for number in splits.numbers:
-        note = parts.note(splits.folder, number)
-        records, skipped = records + note.records, skipped + len(note.skipped)
-        filtered.update(note.filtered)
-        if note.skipped:
-            with (build / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                for where, cause in note.skipped:
-                    file.write(json.dumps({"where": where, "cause": cause}, ensure_ascii=False) + "\n")
-    return Counts(records=records, skipped=skipped, filtered=dict(sorted(filtered.items())))
+        notes.append(parts.note(splits.folder, number))
+    skipped = [{"where": where, "cause": cause} for note in notes for where, cause in note.skipped]
+    if skipped:
+        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in skipped)
+        (build / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+    filtered = sum((Counter(note.filtered) for note in notes), Counter[str]())
+    records = sum(note.records for note in notes)
+    return Counts(records=records, skipped=len(skipped), filtered=dict(sorted(filtered.items())))
 
 
-def _empty(recipe: Recipe, counts: Counts) -> ConfigError:
-    return ConfigError(
-        f"store={recipe.store}: the corpus is empty: {_left_out(counts)}; mend the source or the filters"
-    )
-
-
-def _left_out(counts: Counts) -> str:
-    return f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
-
-
-def _check_splits(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> None:
-    """Refuses sources that leave nothing to train on, or nothing to validate with; `found` is left of each split."""
-    if all(found.values()):
-        return
+def _no_split(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> ConfigError:
+    """Returns the error for sources that leave nothing to train on, or to validate with; `found` is left of each."""
     validation, left = recipe.validation, sum(found.values())
+    lost = f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
     if not left:
-        raise _empty(recipe, counts)
+        return ConfigError(f"store={recipe.store}: the corpus is empty: {lost}; mend the source or the filters")
     if not isinstance(validation, ByKey | Tail):
         empty = "validation" if found["train"] else "source"
-        raise ConfigError(
-            f"{empty}: gives nothing ({_left_out(counts)}; the {left} that are left are of the other source); mend "
-            f"{empty} or the filters, or use validation=by_key"
+        return ConfigError(
+            f"{empty}: gives nothing ({lost}; the {left} that are left are of the other source); mend {empty} or the "
+            "filters, or use validation=by_key"
         )
     what = "none is left to train on" if found["heldout"] else "none is held out"
     cuttable = isinstance(recipe, Corpus) and isinstance(validation, ByKey) and isinstance(recipe.form, Text)
     fix = "or use validation=tail, which cuts the text of a single document" if cuttable else "or more records"
-    raise ConfigError(
+    return ConfigError(
         f"validation={snake_case(type(validation))} validation.fraction={validation.fraction}: of {left} "
         f"records {what}; use another fraction, {fix}"
     )
@@ -158,10 +165,75 @@ def _columns(splits: Splits, split: Split, names: Sequence[str]) -> tuple[list[i
     return [len(rows[0]) for rows in found], [np.concatenate(column) for column in zip(*found, strict=True)]
 
 
+def _shared(ours_NK: np.ndarray, theirs_MK: np.ndarray) -> np.ndarray:
+    """Tells which rows of `ours` are rows of `theirs` too: bool[N]."""
+    found_N = np.isin(ours_NK[:, 0], theirs_MK[:, 0])
+    wanted = set(map(tuple, theirs_MK[np.isin(theirs_MK[:, 0], ours_NK[found_N, 0])].tolist()))
+    found_N[found_N] = [tuple(row) in wanted for row in ours_NK[found_N].tolist()]
+    return found_N
+
+
 def _repeats(dedup: Dedup, earlier: Sequence[np.ndarray], later: Sequence[np.ndarray]) -> np.ndarray:
     """`duplicates` of documents after others, of the exact signatures and the near ones of both."""
     exact_N2, *near = (np.concatenate(both) for both in zip(earlier, later, strict=True))
     return duplicates(dedup, exact_N2, near[0] if near else None)
+
+
+def with_tail(splits: Splits, corpus: Corpus, validation: Tail, tokenizer: Tokenizer) -> Splits:
+    """Finds where the tail of the text begins, of parts that are all training data so far; raises as `Splits.read`.
+
+    The document that it begins in is cut between two tokens where all of it is learned; other records stay whole.
+    """
+    form = corpus.form
+    sizes = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
+    ends = np.cumsum([int(bytes_D.sum()) for bytes_D in sizes])
+    left = int(ends[-1] * (1 - validation.fraction))
+    index = min(int(np.searchsorted(ends, left, side="right")), len(sizes) - 1)
+    left -= int(ends[index - 1]) if index else 0
+    document = int(np.searchsorted(np.cumsum(sizes[index]), left, side="right"))
+    left -= int(sizes[index][:document].sum())
+    with parts.opened(splits.folder, splits.numbers[index]) as part:
+        arrays = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
+    if not form.masked and form.group == 1 and document < len(sizes[index]):
+        share = left / int(sizes[index][document])
+        if halved := _halved(arrays, document, share, tokenizer, corpus.dedup):
+            arrays, document = halved, document + 1
+    document = document // form.group * form.group
+    if not document and not any(map(len, sizes[:index])):
+        document = form.group  # the first record is for training
+    token = int(arrays["lengths_D"][:document].sum())
+    at = {name: token if name.endswith("_N") else document for name in arrays}
+    train = {name: values[: at[name]] for name, values in arrays.items()}
+    heldout = {name: values[at[name] :] for name, values in arrays.items()}
+    before, after = splits.numbers[:index], splits.numbers[index + 1 :]
+    return replace(splits, cut={"train": [*before, train], "heldout": [heldout, *after]})
+
+
+def _halved(arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None) -> _Arrays | None:
+    """Makes two documents of one, cut before a token that begins a character; None where no such token is near."""
+    start = int(arrays["lengths_D"][:document].sum())
+    tokens_N = arrays["tokens_N"][start : start + int(arrays["lengths_D"][document])]
+    ids, at = tokens_N[:-1].tolist(), int((len(tokens_N) - 1) * share)
+    while 0 < at < len(ids) and tokenizer.decode(ids[max(0, at - _WINDOW) : at]).endswith("\ufffd"):
+        at += 1
+    if not 0 < at < len(ids):
+        return None
+    halves = np.append(tokens_N[:at], tokens_N[-1]), tokens_N[at:]
+    texts = tokenizer.decode(ids[:at]), tokenizer.decode(ids[at:])
+    first_bytes = len(texts[0].encode())
+    rows: dict[str, Any] = {
+        "lengths_D": [len(half_N) for half_N in halves],
+        "bytes_D": [first_bytes, int(arrays["bytes_D"][document]) - first_bytes],
+        "digest_D2": [digest_of_bytes(half_N.tobytes()) for half_N in halves],
+    }
+    if dedup is not None:
+        rows["exact_D2"], rows["near_DP"] = zip(*map(Signer(dedup), texts), strict=True)
+    found = {"tokens_N": np.insert(arrays["tokens_N"], start + at, tokens_N[-1])}
+    for name, values in arrays.items():
+        if name != "tokens_N":
+            both = np.array(rows[name], values.dtype) if name in rows else values[[document] * 2]
+            found[name] = np.concatenate([values[:document], both, values[document + 1 :]])
+    return found
 
 
 def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -> PackInfo:
@@ -185,21 +257,19 @@ def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -
     )
 
 
-def write_array(path: Path, values: np.ndarray) -> None:
-    """Writes a whole array, of which few elements may be read at a time."""
+def write_array(path: Path, values: np.ndarray) -> str:
+    """Writes a whole array, of which few elements may be read at a time; returns the hash of it."""
     fill, shape, few, shard = int(np.iinfo(values.dtype).max), values.shape[1:], arrays.FEW, arrays.SHARD_OF_FEW
     array = arrays.create(str(path), values.dtype, fill, shape=shape, chunk=few, shard=shard)
     arrays.append(array, str(path), values)
+    return xxhash.xxh3_128_hexdigest(values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
 class Blocks:
     """An array that grows by whole shards, and the hash of each of its blocks; holds one shard in memory."""
 
     def __init__(self, path: Path, dtype: np.dtype, *, shape: tuple[int, ...] = (), block: int, shard: int):
-        """Begins an empty array in a new folder, of elements of this shape; () is that of numbers.
-
-        A block of elements is read and hashed together; a shard of them, some blocks, is a file.
-        """
+        """Begins an empty array in a new folder: `block` elements are hashed together, `shard` of them are a file."""
         self._path, self._block, self._shard = path, block, shard
         fill = int(np.iinfo(dtype).max)
         self._array = arrays.create(str(path), dtype, fill, shape=shape, chunk=block, shard=shard)
@@ -216,9 +286,7 @@ class Blocks:
     def close(self) -> str:
         """Writes what is left, and the hashes; returns the digest of them."""
         self._flush(self._count)
-        hashes = np.array(self._hashes, np.uint64)
-        write_array(self._path.with_name(self._path.name + BLOCKS), hashes)
-        return xxhash.xxh3_128_hexdigest(hashes.astype("<u8").tobytes())
+        return write_array(self._path.with_name(self._path.name + BLOCKS), np.array(self._hashes, np.uint64))
 
     def _flush(self, cut: int) -> None:
         values = np.concatenate(self._waiting)
@@ -232,18 +300,16 @@ class SplitWriter:
     """Appends documents to a split in an empty folder; holds about one shard of tokens in memory."""
 
     def __init__(self, folder: Path, dtype: np.dtype, *, masked: bool):
-        self._folder, self.masked = folder, masked
+        self._folder, self._lengths, self._bytes = folder, [np.empty(0, np.int64)], 0
+        types = {TOKENS: dtype, MASK: np.dtype(np.uint8)} if masked else {TOKENS: dtype}
         block, shard = arrays.CHUNK, arrays.SHARD
-        self._tokens = Blocks(folder / TOKENS, dtype, block=block, shard=shard)
-        self._mask = Blocks(folder / MASK, np.dtype(np.uint8), block=block, shard=shard) if masked else None
-        self._lengths = [np.empty(0, np.int64)]
-        self._bytes = 0
+        self._arrays = [Blocks(folder / name, each, block=block, shard=shard) for name, each in types.items()]
 
     def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, n_bytes: int) -> None:
         """Appends documents, each with its end; `mask_N` says which tokens are learned, `n_bytes` are of their text."""
-        self._tokens.add(tokens_N)
-        if self._mask is not None and mask_N is not None:
-            self._mask.add(mask_N)
+        for array, values in zip(self._arrays, (tokens_N, mask_N), strict=False):
+            assert values is not None
+            array.add(values)
         self._lengths.append(lengths_D)
         self._bytes += n_bytes
 
@@ -256,10 +322,8 @@ class SplitWriter:
         """Writes what is left and says what the split holds."""
         lengths_D = self.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
-        digests = [self._tokens.close()] + ([self._mask.close()] if self._mask is not None else [])
-        for name, values in ((OFFSETS, offsets), (LENGTHS, lengths_D)):
-            write_array(self._folder / name, values)
-            digests.append(xxhash.xxh3_128_hexdigest(values.astype("<i8").tobytes()))
+        digests = [array.close() for array in self._arrays]
+        digests += [write_array(self._folder / OFFSETS, offsets), write_array(self._folder / LENGTHS, lengths_D)]
         return SplitInfo(
             documents=len(lengths_D),
             tokens=int(offsets[-1]),

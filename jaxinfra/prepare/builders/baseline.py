@@ -2,14 +2,12 @@
 
 `xz_bits_per_byte` compresses the held-out text by itself. `ngram_bits_per_byte` is a token n-gram with
 Witten-Bell interpolation, trained on the training tokens and evaluated on the held-out ones. Both are exact;
-nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history.
-
-They hold all tokens that they are given in memory; the limits below say how many that may be.
+nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history. All tokens are
+held in memory; the limits below say how many.
 """
 
 import lzma
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,20 +19,6 @@ TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
 """An n-gram gets at most so many training tokens, evenly spaced pieces of a longer text: 1.5 GB of memory."""
 HELDOUT_LIMIT_TOKENS = 4 * 1024 * 1024
 """Both baselines are measured on the first whole documents that have at most so many tokens together."""
-
-
-@dataclass(frozen=True)
-class _Level:
-    """The n-grams of one length that occur in the training tokens.
-
-    An n-gram is its history's number times the vocabulary plus its last token, and its own number is its rank
-    among those codes. So numbers of one level are the histories of the next, and no two n-grams share one.
-    """
-
-    codes: np.ndarray  # int64[grams], sorted
-    counts: np.ndarray  # int32[grams]
-    history_counts: np.ndarray  # int32[histories]: how often each history was followed by anything
-    history_types: np.ndarray  # int32[histories]: by how many different tokens
 
 
 class NGram:
@@ -49,25 +33,23 @@ class NGram:
     """
 
     def __init__(self, tokens: np.ndarray, *, vocab_size: int, order: int = ORDER):
-        """Counts the n-grams of every length up to `order` in tokens[N]."""
+        """Counts the n-grams of every length up to `order` in tokens[N].
+
+        The code of an n-gram is its history's number times the vocabulary plus its last token, and its own number is
+        its rank among those codes. So numbers of one level are the histories of the next, and no two share one.
+        """
         self.vocab_size = vocab_size
-        self._levels: list[_Level] = []
+        # Of each length: the sorted codes, int64[grams]; int32 c(h w) of each; c(h) and T(h) of each history, then 0.
+        self._levels: list[tuple[np.ndarray, ...]] = []
         last = tokens.astype(np.int64)
         history = np.zeros(len(last), np.int64)
         histories = 1  # before any token there is one history, the empty one
         for _ in range(min(order, len(last))):
             codes, number, counts = np.unique(history * vocab_size + last, return_inverse=True, return_counts=True)
             owner = codes // vocab_size
-            followed = np.bincount(owner, weights=counts, minlength=histories)
-            types = np.bincount(owner, minlength=histories)
-            self._levels.append(
-                _Level(
-                    codes=codes,
-                    counts=counts.astype(np.int32),
-                    history_counts=followed.astype(np.int32),
-                    history_types=types.astype(np.int32),
-                )
-            )
+            followed = np.bincount(owner, weights=counts, minlength=histories + 1)
+            types = np.bincount(owner, minlength=histories + 1)
+            self._levels.append((codes, *(each.astype(np.int32) for each in (counts, followed, types))))
             last, history, histories = last[1:], number[:-1], len(codes)
 
     def probabilities(self, tokens: np.ndarray) -> np.ndarray:
@@ -75,20 +57,14 @@ class NGram:
         last = tokens.astype(np.int64)
         probability = np.full(len(last), 1 / self.vocab_size)
         history = np.zeros(len(last), np.int64)  # number of the history in the level above, -1 if never seen
-        for start, level in enumerate(self._levels):
-            known = np.flatnonzero(history >= 0)
-            code = history[known] * self.vocab_size + last[start:][known]
-            rank = np.minimum(np.searchsorted(level.codes, code), max(0, len(level.codes) - 1))
-            seen = level.codes[rank] == code
-            count = np.where(seen, level.counts[rank], 0)
-            total, types = level.history_counts[history[known]], level.history_types[history[known]]
-            followed = total > 0
-            where = start + known[followed]
-            mixed = count[followed] + types[followed] * probability[where]
-            probability[where] = mixed / (total[followed] + types[followed])
-            number = np.full(len(history), -1)
-            number[known[seen]] = rank[seen]
-            history = number[:-1]
+        for start, (codes, counts, totals, types) in enumerate(self._levels):
+            code = history * self.vocab_size + last[start:]  # negative, as no other is, after what was never seen
+            rank = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
+            seen = codes[rank] == code
+            total, kinds, below = totals[history], types[history], probability[start:]
+            mixed = (np.where(seen, counts[rank], 0) + kinds * below) / np.maximum(total + kinds, 1)
+            probability[start:] = np.where(total > 0, mixed, below)
+            history = np.where(seen, rank, -1)[:-1]
         return probability
 
 
@@ -107,14 +83,8 @@ def ngram_bits_per_byte(
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:
     """Bits per byte of one .xz stream (LZMA2, preset 6, CRC-64) of all texts, UTF-8, one after the other."""
-    compressor = lzma.LZMACompressor(preset=6)
-    size = packed = 0
-    for text in texts:
-        content = text.encode()
-        size += len(content)
-        packed += len(compressor.compress(content))
-    packed += len(compressor.flush())
-    return 8 * packed / size
+    content = "".join(texts).encode()
+    return 8 * len(lzma.compress(content, preset=6)) / len(content)
 
 
 def measured(store: TokenStore) -> dict[str, dict[str, float]]:
@@ -122,7 +92,7 @@ def measured(store: TokenStore) -> dict[str, dict[str, float]]:
 
     The text is what the tokens decode to.
     """
-    offsets, manifest = store.offsets("heldout"), store.manifest
+    offsets, words = store.offsets("heldout"), store.manifest.words
     documents = max(1, int(np.searchsorted(offsets, HELDOUT_LIMIT_TOKENS, side="right")) - 1)
     heldout = store.read("heldout", [0], int(offsets[documents]))[0]
     ends = offsets[: documents + 1]
@@ -130,11 +100,6 @@ def measured(store: TokenStore) -> dict[str, dict[str, float]]:
     heldout_bytes = sum(len(text.encode()) for text in texts)
     if not heldout_bytes:
         return {}
-    ngram = ngram_bits_per_byte(
-        store.sample("train", TRAIN_LIMIT_TOKENS),
-        heldout,
-        heldout_bytes=heldout_bytes,
-        vocab_size=manifest.words.vocab_size,
-        eot_id=manifest.words.eot_id,
-    )
+    train, sizes = store.sample("train", TRAIN_LIMIT_TOKENS), {"vocab_size": words.vocab_size, "eot_id": words.eot_id}
+    ngram = ngram_bits_per_byte(train, heldout, heldout_bytes=heldout_bytes, **sizes)
     return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}

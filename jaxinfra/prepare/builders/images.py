@@ -1,8 +1,7 @@
 """Making a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
 
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Blocks, Keep, write_array
-from jaxinfra.prepare.builders.job import Job, Records
-from jaxinfra.prepare.builders.overlap import digest_of_values
-from jaxinfra.prepare.builders.splits import Splits
+from jaxinfra.prepare.builders.assemble import Blocks, Splits, write_array
+from jaxinfra.prepare.builders.job import Job
 from jaxinfra.prepare.documents.document import RecordError, value_of
+from jaxinfra.prepare.documents.shingles import digest_of_bytes
 from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.sources.record import Piece, Record
@@ -32,21 +30,22 @@ _LARGEST_BASELINE = 20_000
 
 def collect(job: Job[ImageSet]) -> Note:
     """Makes and commits the part of a job; raises as `tokenise` does of text."""
-    records, recipe = Records(job.recipe.on_bad), job.recipe
+    recipe, skipped = job.recipe, []
     found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
-    for each, (image, label) in records.made(job.records(), partial(_pair, recipe)):
-        found[job.split_of(each.key)].append((each.where, image, label))
+    for split, where, (image, label) in job.made(partial(_pair, recipe), skipped):
+        found[split].append((where, image, label))
     _one_shape({image.shape for rows in found.values() for _, image, _ in rows}, job.pieces[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
         split: {
             "images": np.array([image for _, image, _ in rows], np.uint8),
             "labels": np.array([label for _, _, label in rows], np.int32),
-            "digest_D2": np.array([digest_of_values(image) for _, image, _ in rows], np.uint64).reshape(-1, 2),
+            "digest_D2": np.array([digest_of_bytes(image.tobytes()) for _, image, _ in rows], np.uint64).reshape(-1, 2),
             "where_D": np.array([where for where, _, _ in rows], np.str_),
         }
         for split, rows in found.items()
     }
-    part = Part(splits=splits, records=records.count, read_bytes=job.read_bytes, skipped=tuple(records.skipped))
+    count = len(skipped) + sum(map(len, found.values()))
+    part = Part(splits=splits, records=count, read_bytes=job.read_bytes, skipped=tuple(skipped))
     return parts.write(Path(job.folder), job.number, part)
 
 
@@ -97,13 +96,26 @@ class ImageMaker:
 
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
         """Makes all files of the version but the manifest; raises as `TextMaker.assemble`."""
-        source = Splits(folder=folder, numbers=numbers)
+        source, names = Splits(folder=folder, numbers=numbers), ("images", "labels")
         keep, counts = assemble.kept(self._images, source, build)
-        shapes = {images.shape[1:] for split in SPLITS for images, _ in _read(source, keep, split) if len(images)}
+        shapes = {images.shape[1:] for split in SPLITS for images, _ in source.kept(split, keep, *names) if len(images)}
         shape = _one_shape(shapes, self._images.store)
         block = max(1, BLOCK_BYTES // max(1, int(np.prod(shape))))
-        splits: dict[Split, SplitInfo] = {split: _write(source, keep, build, split, shape, block) for split in SPLITS}
-        manifest = Manifest(
+        splits: dict[Split, SplitInfo] = {}
+        for split in SPLITS:
+            path, shard = build / split / IMAGES, SHARD_BLOCKS * block
+            writer, every, n_bytes = Blocks(path, np.dtype(np.uint8), shape=shape, block=block, shard=shard), [], 0
+            for images, labels in source.kept(split, keep, *names):
+                writer.add(images.reshape(-1, *shape))
+                every.append(labels)
+                n_bytes += images.nbytes
+            labels = np.concatenate(every)
+            digests = writer.close() + write_array(build / split / LABELS, labels)
+            digest = xxhash.xxh3_128_hexdigest(digests.encode())
+            splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=digest)
+        measured = self._images.baselines and splits["train"].documents <= _LARGEST_BASELINE
+        both = (list(source.kept(split, keep, *names)) for split in SPLITS)
+        return Manifest(
             kind="images",
             recipe=encode(self._images),
             source_digest=source_digest,
@@ -115,33 +127,9 @@ class ImageMaker:
             labels=self._images.classes,
             splits=splits,
             files=hash_files(build, unhashed=(IMAGES,)),
-            baselines={},
+            baselines=nearest(*both) if measured else {},
             **assemble.made_now(),
         )
-        if self._images.baselines and splits["train"].documents <= _LARGEST_BASELINE:
-            manifest = replace(manifest, baselines=nearest(*(list(_read(source, keep, split)) for split in SPLITS)))
-        return manifest
-
-
-def _write(source: Splits, keep: Keep, build: Path, split: Split, shape: tuple[int, ...], block: int) -> SplitInfo:
-    writer = Blocks(build / split / IMAGES, np.dtype(np.uint8), shape=shape, block=block, shard=SHARD_BLOCKS * block)
-    every, n_bytes = [np.empty(0, np.int32)], 0
-    for images, labels in _read(source, keep, split):
-        writer.add(images.reshape(-1, *shape))
-        every.append(labels)
-        n_bytes += images.nbytes
-    digest, labels = writer.close(), np.concatenate(every)
-    write_array(build / split / LABELS, labels)
-    seen = digest + xxhash.xxh3_128_hexdigest(labels.astype("<i4").tobytes())
-    return SplitInfo(
-        documents=len(labels), tokens=0, bytes=n_bytes, longest=0, digest=xxhash.xxh3_128_hexdigest(seen.encode())
-    )
-
-
-def _read(source: Splits, keep: Keep, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields images and labels of each part that stay."""
-    for (images, labels), keep_D in zip(source.read(split, "images", "labels"), keep[split], strict=True):
-        yield images[keep_D], labels[keep_D]
 
 
 def nearest(train: Sequence[Any], heldout: Sequence[Any]) -> dict[str, dict[str, float]]:

@@ -1,35 +1,39 @@
-"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines."""
+"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines.
+
+A job reads some pieces, makes documents, tokenises them and commits a part. It is the same function on every engine: a
+part depends on its job alone, so it does not matter who makes it, when, or how often.
+"""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, SplitInfo, digest_of
-from jaxinfra.data.store.store import MASK, TOKENS, TokenStore, hash_files, info_of, token_dtype
-from jaxinfra.errors import ConfigError
+from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
+from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore, hash_files, info_of, token_dtype
+from jaxinfra.data.tokenizer import Tokenizer, restore
+from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Keep, SplitWriter
+from jaxinfra.prepare.builders.assemble import Splits, SplitWriter, with_tail
 from jaxinfra.prepare.builders.baseline import measured
 from jaxinfra.prepare.builders.job import Job
-from jaxinfra.prepare.builders.splits import Splits, with_tail
-from jaxinfra.prepare.builders.tokenize import (
-    TOKENIZER_INFO,
-    load_tokenizer,
-    make_part,
-    read_info,
-    sample_texts,
-    tokenise,
-)
-from jaxinfra.prepare.parts import Part
+from jaxinfra.prepare.documents.dedup import Signer
+from jaxinfra.prepare.documents.document import Document
+from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
+from jaxinfra.prepare.documents.shingles import digest_of_bytes
+from jaxinfra.prepare.parts import Note, Part
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import OtherStore, Tail
-from jaxinfra.prepare.sources.record import Piece
+from jaxinfra.prepare.recipes.validation import OtherStore, Tail, draw
+from jaxinfra.prepare.sources.record import Bad, Found, Piece
 from jaxinfra.prepare.sources.stream import Block
 from jaxinfra.prepare.tokenizers import TrainBpe, convert, train_bpe
 from jaxinfra.storage.atomic import replace_bytes
@@ -37,9 +41,200 @@ from jaxinfra.storage.objects import Storage
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
+_INFO = "tokenizer-info.json"  # beside the parts: which tokenizer is there
+_BATCH_CHARS = _PIECE_CHARS = 1_000_000
 _BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
 _CHECKED_CHARS = 200_000  # of the source that a converted tokenizer is tried on: seconds
 _FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
+
+
+def tokenise(job: Job[Corpus]) -> Note:
+    """Makes and commits the part of a job, or nothing where that raises.
+
+    Raises:
+        DataError: a record cannot be used and the recipe does not skip it.
+        StorageError: the source cannot be read; OSError: the part cannot be written.
+    """
+    folder = Path(job.folder)
+    part = _part(job, _load_tokenizer(folder, _read_info(folder)), None, read_bytes=job.read_bytes)
+    return parts.write(folder, job.number, part)
+
+
+def _read_info(folder: Path) -> TokenizerInfo:
+    """Reads which tokenizer is beside the parts."""
+    return TokenizerInfo(**json.loads((folder / _INFO).read_bytes()))
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
+    """Reads the tokenizer beside the parts; a worker does it once."""
+    path = folder / info.file
+    return restore(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
+
+
+def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad] | None, *, read_bytes: int) -> Part:
+    """Makes a part of records, in their order; None is those of the job. Raises as `tokenise`."""
+    corpus, filtered, count = job.recipe, Counter[str](), 0
+    skipped: list[tuple[str, str]] = []
+    rows: dict[Split, _Rows] = {split: _Rows(corpus, tokenizer) for split in SPLITS}
+    if job.validation and isinstance(corpus.validation, OtherStore):
+        for piece in job.pieces:
+            count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["heldout"])
+    else:
+        for split, where, group in _groups(job, skipped, filtered, records):
+            rows[split].add(where, group)
+            count += 1
+    splits: dict[Split, dict[str, np.ndarray]] = {split: each.finish() for split, each in rows.items()}
+    return Part(
+        splits=splits,
+        tokens=sum(len(found["tokens_N"]) for found in splits.values()),
+        records=count + len(skipped) + filtered.total(),
+        read_bytes=read_bytes,
+        skipped=tuple(skipped),
+        filtered=filtered,
+    )
+
+
+def _copy_documents(other: OtherStore, piece: Piece, group: int, tokenizer: Tokenizer, rows: "_Rows") -> int:
+    """Takes documents of another store, whose tokens stay as they are, and returns of how many records they are."""
+    store = other.open(piece.name)
+    first, documents = piece.start * group, store.manifest.splits[other.split].documents
+    count = (documents if piece.end is None else piece.end * group) - first
+    some = np.array([first]), np.array([count])
+    lengths_D = store.read_ranges(other.split, LENGTHS, *some)
+    start = store.read_ranges(other.split, OFFSETS, *some)[:1]
+    tokens_N, mask_N = store.read_pieces(other.split, start, lengths_D.sum(keepdims=True))
+    learned_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
+    ends = np.cumsum(lengths_D).tolist()
+    for number, (end, length) in enumerate(zip(ends, lengths_D.tolist(), strict=True), first):
+        ids_N = tokens_N[end - length : end - 1].astype(np.int64)
+        text = tokenizer.decode(ids_N.tolist())
+        found = Tokens(ids_N=ids_N, learned_N=learned_N[end - length : end - 1], n_bytes=len(text.encode()))
+        rows.note(f"{other.store} document {number}", text, 1)
+        rows.append(found)
+    return count // group
+
+
+def _groups(
+    job: Job[Corpus], skipped: list[Any], filtered: Counter[str], records: Iterable[Found | Bad] | None = None
+) -> Iterator[tuple[Split, str, Sequence[Document]]]:
+    """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
+    corpus = job.recipe
+    for split, where, group in job.made(corpus.form.documents, skipped, records):
+        reasons = (corpus.filters.reason(_text_of([document])) for document in group)
+        if reason := next(filter(None, reasons), None):
+            filtered[reason] += 1
+        else:
+            yield split, where, group
+
+
+class _Rows:
+    """Documents of one split, tokenised in batches."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
+        self._corpus, self._tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
+        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
+        self._waiting: list[Document] = []
+        self._waiting_chars = 0
+        self._done: list[Tokens] = []
+        self._where: list[str] = []
+        self._signatures: list[tuple[np.ndarray, np.ndarray | None]] = []
+
+    def add(self, where: str, group: Sequence[Document]) -> None:
+        """Takes the documents of a record."""
+        self.note(where, _text_of(group), len(group))
+        self._waiting += group
+        self._waiting_chars += sum(len(span.text) for document in group for span in document)
+        if self._waiting_chars >= _BATCH_CHARS:
+            self._encode()
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of a part, D documents with N tokens.
+
+        `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each;
+        `digest_D2`: the hash of the tokens of each; where some are not learned `mask_N`, 1 for those that are; where
+        duplicates are looked for `exact_D2` and `near_DP`, the hash and the MinHash of each text; where an overlap ends
+        the work `where_D`, the place of each.
+        """
+        self._encode()
+        done, dedup = self._done, self._corpus.dedup
+        found = {
+            "tokens_N": np.concatenate([np.empty(0, self._dtype), *(each.ids_N for each in done)]),
+            "lengths_D": np.array([len(each.ids_N) for each in done], np.int64),
+            "bytes_D": np.array([each.n_bytes for each in done], np.int64),
+            "digest_D2": np.array([digest_of_bytes(each.ids_N.data) for each in done], np.uint64).reshape(-1, 2),
+        }
+        if self._corpus.form.masked:
+            found["mask_N"] = np.concatenate([np.empty(0, np.uint8), *(each.learned_N for each in done)])
+        if dedup is not None:
+            found["exact_D2"] = np.array([exact for exact, _ in self._signatures], np.uint64).reshape(-1, 2)
+        if dedup is not None and dedup.near:
+            near = [near for _, near in self._signatures]
+            found["near_DP"] = np.array(near, np.uint32).reshape(-1, dedup.permutations)
+        if self._corpus.on_overlap == "fail":
+            found["where_D"] = np.array(self._where, np.str_)
+        return found
+
+    def note(self, where: str, text: str, count: int) -> None:
+        """Keeps what is known of a record for each of its documents."""
+        self._where += [where] * count
+        self._signatures += [] if self._sign is None else [self._sign(text)] * count
+
+    def _encode(self) -> None:
+        """Tokenises what waits, all at once."""
+        words = self._tokenizer.vocab_size
+        for found in encode_documents(self._tokenizer, self._waiting):
+            wrong = found.ids_N[(found.ids_N < 0) | (found.ids_N >= words)]
+            if wrong.size:  # it would fill a store with garbage
+                cause = f"is outside the vocabulary of {words} of the tokenizer that gave it"
+                raise DataError(f"token id {wrong[0]}: {cause}; mend its file")
+            self.append(found)
+        self._waiting, self._waiting_chars = [], 0
+
+    def append(self, found: Tokens) -> None:
+        """Keeps the tokens of a document, with its end."""
+        ids_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
+        learned_N = np.append(found.learned_N, False).astype(np.uint8)
+        self._done.append(Tokens(ids_N=ids_N, learned_N=learned_N, n_bytes=found.n_bytes))
+
+
+def _text_of(group: Sequence[Document]) -> str:
+    """Returns the text of the record that documents were made of, without what the template adds."""
+    return "".join(span.text for document in group for span in document if not span.control)
+
+
+def _sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> Iterator[str]:
+    """Yields about `limit_chars` of training records, none of the tail, for a tokenizer. Raises as `tokenise`.
+
+    Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
+    about `_PIECE_CHARS`.
+    """
+    if isinstance(corpus.validation, Tail):
+        sizes, share = np.cumsum([piece.size_bytes for piece in pieces]), 1 - corpus.validation.fraction
+        before = int(np.searchsorted(sizes, sizes[-1] * share, side="right"))
+        if not before:  # the first piece reaches into the tail, such as the only file of a corpus
+            texts = list(_training_texts(corpus, pieces[0]))
+            left = min(limit_chars, int(sum(map(len, texts)) * share))
+            for text in texts:
+                yield text[:left]
+                left = max(0, left - len(text))
+            return
+        pieces = pieces[:before]
+    for piece in sorted(pieces, key=lambda each: draw(f"{each.name}@{each.start}" if each.start else each.name)):
+        taken = 0
+        for text in _training_texts(corpus, piece):
+            yield text
+            taken += len(text)
+            if taken >= min(_PIECE_CHARS, limit_chars):
+                break
+        limit_chars -= taken
+        if limit_chars <= 0:
+            return
+
+
+def _training_texts(corpus: Corpus, piece: Piece) -> Iterator[str]:
+    groups = _groups(Job(number=0, pieces=(piece,), recipe=corpus, folder=""), [], Counter())
+    return (_text_of(group) for split, _, group in groups if split == "train")
 
 
 class TextMaker:
@@ -49,64 +244,56 @@ class TextMaker:
     job = staticmethod(tokenise)
 
     def __init__(self, corpus: Corpus):
-        """Reads the tokenizer, where the recipe names an existing one.
-
-        Raises:
-            ConfigError: it cannot be read; or the template of the form does not go with it, or cannot be used.
-        """
-        self._corpus = corpus
-        config = corpus.tokenizer
-        self._given, self._check = (None, None) if isinstance(config, TrainBpe) else convert(config)
-        self._check_markers()
-
-    @property
-    def identity(self) -> str | None:
-        """Of the files that the recipe names; a tokenizer that is trained follows from all else."""
-        found = [self._given and self._given.sha256, self._corpus.form.identity()]
-        return digest_of(found) if any(found) else None
+        """Reads an existing tokenizer; a ConfigError if it cannot be used, or the template of the form, or not both."""
+        self._corpus, config = corpus, corpus.tokenizer
+        if isinstance(config, TrainBpe):
+            self._existing, digest, special = None, None, {config.end_of_document, *config.special_tokens}
+        else:
+            self._existing = given, _ = convert(config)
+            digest, special = given.sha256, given.special
+        # Of the files that the recipe names; a tokenizer that is trained follows from all else.
+        found = [digest, corpus.form.identity()]
+        self.identity = digest_of(found) if any(found) else None
+        self._kind: Kind = "text" if corpus.form.group == 1 else "pairs"
+        for marker in corpus.form.markers():
+            if marker not in special:
+                raise ConfigError(
+                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
+                    "could spell it; name it in tokenizer.special_tokens, or use another template"
+                )
 
     def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
         """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
 
-        `pieces` are of the training source, the same ones whatever the recipe says of shards.
-
-        Raises:
-            ConfigError: a converted tokenizer gives texts of the source other tokens; or the store that the validation
-                split is of has another tokenizer or form.
-            DataError: a record cannot be read and the recipe does not skip it.
+        `pieces` are of the training source, the same ones whatever the recipe says of shards. Raises as `tokenise`, and
+        a ConfigError if the source shows that a converted tokenizer gives other tokens, or if the store that the
+        validation split is of has another tokenizer or form.
         """
-        known = folder / TOKENIZER_INFO
+        corpus, known = self._corpus, folder / _INFO
         if not known.exists():
-            given, config = self._given, self._corpus.tokenizer
-            if isinstance(config, TrainBpe):
-                given = train_bpe(
-                    sample_texts(self._corpus, pieces, TOKENIZER_BYTES),
-                    vocab_size=config.vocab_size,
-                    end_of_document=config.end_of_document,
-                    special_tokens=config.special_tokens,
-                )
-            assert given is not None
-            if self._check is not None:
-                self._check(sample_texts(self._corpus, pieces, _CHECKED_CHARS))
+            if self._existing is None:
+                given = train_bpe(_sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(corpus.tokenizer))
+            else:
+                given, check = self._existing
+                check(_sample_texts(corpus, pieces, _CHECKED_CHARS))
             info = info_of(given)
             replace_bytes(folder / info.file, given.content)
             replace_bytes(known, json.dumps(asdict(info)).encode())
-        self._info = read_info(folder)
+        self._info = _read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
-        if isinstance(self._corpus.validation, OtherStore):
-            self._corpus.validation.require_same(self._info, kind=self._kind, masked=self._corpus.form.masked)
+        if isinstance(corpus.validation, OtherStore):
+            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.form.masked)
 
     def part(self, folder: Path, block: Block) -> Part:
         """Makes the part of a block of a stream; after `begin`."""
         job = Job(number=0, pieces=(), recipe=self._corpus, folder=str(folder))
-        part = make_part(job, load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
+        part = _part(job, _load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
         return replace(part, position=block.position)
 
     def needed_bytes(self, source_bytes: int) -> int:
         """Parts and arrays exist at once, and a byte of the mask beside each token.
 
-        An estimate: low for compressed sources, for documents of a few bytes, and for a text that the tokenizer was not
-        trained for.
+        Low for compressed sources, for documents of a few bytes, and for a text that the tokenizer is not trained for.
         """
         bytes_per_token = 1 if self._info.vocab_size < _FEW_WORDS else _BYTES_PER_TOKEN
         form = self._corpus.form
@@ -120,12 +307,17 @@ class TextMaker:
             DataError: a part is damaged; or a document is in both splits, and the recipe allows none.
         """
         corpus = self._corpus
-        source = self._splits(folder, numbers)
-        keep, counts = assemble.kept(corpus, source, build, group=corpus.form.group, dedup=corpus.dedup)
+        source = Splits(folder=folder, numbers=numbers)
+        if isinstance(corpus.validation, Tail):
+            source = with_tail(source, corpus, corpus.validation, _load_tokenizer(folder, self._info))
+        keep, counts = assemble.kept(corpus, source, build)
         splits, packs = {}, {}
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
-            splits[split] = _copy(source, split, keep, writer)
+            names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if corpus.form.masked else ()))
+            for tokens_N, lengths_D, bytes_D, *masks in source.kept(split, keep, *names):
+                writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
+            splits[split] = writer.close()
             for pack in corpus.packs:
                 packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
         shutil.copyfile(folder / self._info.file, build / self._info.file)
@@ -147,40 +339,3 @@ class TextMaker:
         if corpus.baselines:
             manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
         return manifest
-
-    def _check_markers(self) -> None:
-        """Refuses a template whose special tokens are none of the tokenizer: then any text could spell them."""
-        config = self._corpus.tokenizer
-        if isinstance(config, TrainBpe):
-            special = {config.end_of_document, *config.special_tokens}
-        else:
-            special = self._given.special if self._given else {}
-        for marker in self._corpus.form.markers():
-            if marker not in special:
-                raise ConfigError(
-                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
-                    "could spell it; name it in tokenizer.special_tokens, or use another template"
-                )
-
-    @property
-    def _kind(self) -> Kind:
-        return "text" if self._corpus.form.group == 1 else "pairs"
-
-    def _splits(self, folder: Path, numbers: Sequence[int]) -> Splits:
-        splits, validation, form = Splits(folder=folder, numbers=numbers), self._corpus.validation, self._corpus.form
-        if not isinstance(validation, Tail):
-            return splits
-        tokenizer = None if form.masked or form.group > 1 else load_tokenizer(folder, self._info)
-        return with_tail(splits, validation.fraction, group=form.group, tokenizer=tokenizer, dedup=self._corpus.dedup)
-
-
-def _copy(splits: Splits, split: Split, keep: Keep, writer: SplitWriter) -> SplitInfo:
-    """Writes the documents of parts that stay."""
-    names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if writer.masked else ()))
-    for (tokens_N, lengths_D, bytes_D, *masks), keep_D in zip(splits.read(split, *names), keep[split], strict=True):
-        if not keep_D.all():
-            keep_N = np.repeat(keep_D, lengths_D)
-            tokens_N, masks = tokens_N[keep_N], [mask_N[keep_N] for mask_N in masks]
-            lengths_D, bytes_D = lengths_D[keep_D], bytes_D[keep_D]
-        writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
-    return writer.close()

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-import xxhash
 from annotated_types import Ge, Le
 
 from jaxinfra.config.limits import Count, PositiveShare
 from jaxinfra.packages import needed
-from jaxinfra.prepare.documents.shingles import STEP, run_codes, word_codes
+from jaxinfra.prepare.documents.shingles import STEP, digest_of_bytes, run_codes, word_codes
 
 _SEED = 1  # of the permutations
 _WEIGHTS = (0.05, 0.95)  # of pairs that are compared in vain, and of pairs that are missed
@@ -48,11 +47,7 @@ class Dedup:
 
 
 class Signer:
-    """Makes signatures; one for each worker.
-
-    Raises:
-        ConfigError: near duplicates are asked for, and datasketch is not installed.
-    """
+    """Makes signatures; a ConfigError if near duplicates are asked for, and datasketch is not installed."""
 
     def __init__(self, dedup: Dedup):
         self.dedup = dedup
@@ -62,10 +57,15 @@ class Signer:
 
     def exact(self, text: str) -> np.ndarray:
         """Returns what is equal for equal texts alone: the 128 bits of XXH3, uint64[2]."""
-        return np.frombuffer(xxhash.xxh3_128_digest(text.encode()), ">u8").astype(np.uint64)
+        return digest_of_bytes(text.encode())
 
-    def near(self, text: str) -> np.ndarray:
-        """Returns uint32[permutations], of which about as many are equal for two texts as their runs of words are."""
+    def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns both signatures; the second one is None where only exact duplicates are looked for.
+
+        It is uint32[permutations], of which about as many are equal for two texts as their runs of words are.
+        """
+        if not self.dedup.near:
+            return self.exact(text), None
         codes = word_codes(_WORD.findall(text.lower()))
         if not len(codes):
             codes = self.exact(text)[:1]  # near to itself alone
@@ -73,30 +73,17 @@ class Signer:
         sketch = self._blank.copy()
         for start in range(0, len(runs), _BATCH):
             sketch.update_batch(runs[start : start + _BATCH].tolist())
-        return sketch.hashvalues
-
-    def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns both signatures; the second one is None where only exact duplicates are looked for."""
-        return self.exact(text), self.near(text) if self.dedup.near else None
+        return self.exact(text), sketch.hashvalues
 
 
 def duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:
-    """Tells which documents repeat an earlier one.
+    """Tells which documents repeat an earlier one, of their signatures in order: bool[N].
 
-    Args:
-        dedup: what was asked for.
-        exact_N2: exact signatures in the order of the documents, uint64.
-        near_NP: near signatures in that order, uint32; None where only exact duplicates are looked for.
-
-    Returns:
-        bool[N]; the first of equal documents is kept. A near duplicate is dropped also when the earlier one that it
-        is near to was.
-
-    Raises:
-        ConfigError: near duplicates are asked for, and datasketch is not installed.
+    The first of equal documents is kept. A near duplicate is dropped also when the earlier one that it is near to was.
+    `near_NP` is None where only exact duplicates are looked for. Raises as `Signer`.
     """
     repeated_N = np.ones(len(exact_N2), bool)
-    both = np.ascontiguousarray(exact_N2).view([("high", np.uint64), ("low", np.uint64)]).reshape(-1)
+    both = np.ascontiguousarray(exact_N2).view("u8,u8").reshape(-1)
     repeated_N[np.unique(both, return_index=True)[1]] = False
     if near_NP is not None:
         firsts = np.flatnonzero(~repeated_N)
@@ -119,9 +106,7 @@ def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
         for column in range(band * lsh.r, (band + 1) * lsh.r):
             keys = keys * STEP + near_NP[firsts, column]
         order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order], prepend=0) != 0) if len(order) else order
-        starts = np.union1d(starts, [0])
-        group = np.repeat(starts, np.diff(starts, append=len(order)))  # where the group of each begins
+        group = np.searchsorted(keys[order], keys[order])  # where the group of each begins
         later = np.arange(len(order))
         for first in itertools.count():
             later = later[(group[later] + first < later) & ~found[order[later]]]

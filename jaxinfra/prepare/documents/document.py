@@ -24,10 +24,8 @@ class RecordError(Exception):
 class Span:
     """A piece of the text of a document.
 
-    Attributes:
-        text: of the span.
-        learned: whether its tokens are targets of the loss.
-        control: whether it may spell special tokens: it is of a template, not of a record.
+    It is `learned` if its tokens are targets of the loss, and may spell special tokens if it is `control`: of a
+    template, not of a record.
     """
 
     text: str
@@ -68,23 +66,15 @@ class Form(ABC):
 
     @abstractmethod
     def documents(self, record: Record) -> Sequence[Document]:
-        """Makes the documents of a record, `group` of them.
-
-        Raises:
-            RecordError: the record does not have what is needed, or the template refuses it.
-        """
+        """Makes the `group` documents of a record; a RecordError says what it lacks, or why a template refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Form):
-    """A field of the record is the document, all of it learned.
+    """The `field` of this name is the document, all of it learned."""
 
-    Attributes:
-        field: its name.
-    """
-
-    masked: ClassVar[bool] = False
-    named: ClassVar[tuple[str, ...]] = ("field",)
+    masked = False
+    named = ("field",)
     field: str = "text"
 
     @override

@@ -16,20 +16,14 @@ from jaxinfra.prepare.documents.document import Document, Span
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of a document, without an end.
-
-    Attributes:
-        ids_N: int64.
-        learned_N: bool.
-        n_bytes: of the text that they stand for; special tokens stand for none.
-    """
+    """The tokens of a document, without an end: int64[N], whether each is learned: bool[N], and bytes of their text."""
 
     ids_N: np.ndarray
     learned_N: np.ndarray
     n_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Run:
     """Text without special tokens, in spans, and whether something comes before it in its document."""
 
@@ -52,12 +46,13 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> lis
     encoded = {run: _encode_mixed(tokenizer, run) for run in runs if run.mixed}
     for inner in (False, True):  # what is learned throughout, or not at all, is done together
         whole = [run for run in runs if run.inner == inner and not run.mixed]
-        batch = tokenizer.encode_batch([run.text for run in whole], inner=inner) if whole else []
-        for run, ids in zip(whole, batch, strict=True):
-            learned_N = np.full(len(ids), run.spans[0].learned)
-            n_bytes = len(run.text.encode())
-            encoded[run] = Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=n_bytes)
+        for run, ids in zip(whole, tokenizer.encode_batch([run.text for run in whole], inner=inner), strict=True):
+            encoded[run] = _tokens(ids, [run.spans[0].learned] * len(ids), len(run.text.encode()))
     return [_joined([encoded[part] if isinstance(part, _Run) else part for part in parts]) for parts in cut]
+
+
+def _tokens(ids: Sequence[int], learned: Sequence[bool] | np.ndarray, n_bytes: int) -> Tokens:
+    return Tokens(ids_N=np.array(ids, np.int64), learned_N=np.array(learned, bool), n_bytes=n_bytes)
 
 
 def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
@@ -70,11 +65,11 @@ def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
                 run.append(Span(text=part, learned=span.learned))
                 continue
             if run:
-                yield _Run(spans=run, inner=inner)
-            yield Tokens(ids_N=np.array([part], np.int64), learned_N=np.array([span.learned]), n_bytes=0)
+                yield _Run(run, inner)
+            yield _tokens([part], [span.learned], 0)
             run, inner = [], True
     if run:
-        yield _Run(spans=run, inner=inner)
+        yield _Run(run, inner)
 
 
 def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
@@ -85,8 +80,7 @@ def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
     before = np.concatenate([[0], np.cumsum(learned_bytes)])
     first_N, end_N = bytes_N2.T
     end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(learned_bytes))  # some libraries give spaces no width
-    learned_N = before[end_N] > before[first_N]
-    return Tokens(ids_N=np.array(ids, np.int64), learned_N=learned_N, n_bytes=len(learned_bytes))
+    return _tokens(ids, before[end_N] > before[first_N], len(learned_bytes))
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:

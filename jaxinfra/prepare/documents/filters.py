@@ -8,7 +8,7 @@ characters are of those in words.
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
@@ -20,10 +20,7 @@ from jaxinfra.config.limits import Natural, NonNegative, Share
 from jaxinfra.prepare.documents.shingles import run_codes, word_codes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-_DIGITS = re.compile(r"\d+")
 _MARKS = re.compile(r"#|\.\.\.|\u2026")
-_SYMBOLS = re.compile(r"[^\w\s]+|_+")
-_PARAGRAPHS = re.compile(r"\n\s*\n")
 _has_bullet = operator.methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
 _is_open = operator.methodcaller("endswith", ("...", "\u2026"))
 _TOP_RUN, _DUPLICATE_RUN = 2, 5  # words of the shortest runs that are counted (Rae et al. 2021, table A1)
@@ -38,43 +35,33 @@ def _rule(measure: Callable[["_Measured"], Any], gopher: Any = None, *, off: tup
 class Filters:
     """What a text must be like; `Filters.gopher()` has the values of the paper. Rules are tried in this order.
 
-    `min_` is the least that passes, `max_` the most.
-
-    Attributes:
-        max_marks_per_word: `#` and ellipses for every word.
-        max_bullet_line_share: lines that begin with a bullet among those that are not empty.
-        max_ellipsis_line_share: lines that end with an ellipsis among those that are not empty.
-        max_duplicate_line_share: lines that repeat an earlier one among those that are not empty.
-        max_duplicate_line_char_share: characters of such lines among those of all lines.
-        max_duplicate_paragraph_share: paragraphs that repeat an earlier one.
-        max_duplicate_paragraph_char_share: characters of such paragraphs among those of all paragraphs.
-        min_stop_words: how many of `stop_words` it has, each counted once.
-        stop_words: in lower case.
-        max_digit_share: digits among its characters, white space included.
-        max_symbol_share: characters that are no letter, digit or white space among all.
-        min_alphabetic_word_share: words with a letter among all.
-        max_top_run_shares: characters in the most frequent run of 2, 3, ... words, if it occurs twice.
-        max_duplicate_run_shares: characters in runs of 5, 6, ... words that repeat an earlier one.
+    `min_` is the least that passes, `max_` the most. Marks are `#` and ellipses; symbols are no letter, digit or white
+    space. Lines and paragraphs are those that are not empty; a duplicate repeats an earlier one. Characters of
+    duplicates are among those of all lines or paragraphs, digits and symbols among all of the text. Stop words are in
+    lower case, and each counts once. Top runs are the most frequent ones of 2, 3, ... words, if they occur twice;
+    duplicate runs, of 5, 6, ... words, repeat an earlier one: both are shares of characters.
     """
 
     min_chars: Natural | None = _rule(lambda of: len(of.text))
     max_chars: Natural | None = _rule(lambda of: len(of.text))
     min_words: Natural | None = _rule(lambda of: len(of.words), 50)
     max_words: Natural | None = _rule(lambda of: len(of.words), 100_000)
-    min_mean_word_chars: NonNegative | None = _rule(lambda of: of.mean_word_chars, 3)
-    max_mean_word_chars: NonNegative | None = _rule(lambda of: of.mean_word_chars, 10)
+    min_mean_word_chars: NonNegative | None = _rule(lambda of: _share(_chars(of.words), len(of.words)), 3)
+    max_mean_word_chars: NonNegative | None = _rule(lambda of: _share(_chars(of.words), len(of.words)), 10)
     max_marks_per_word: NonNegative | None = _rule(lambda of: _share(len(_MARKS.findall(of.text)), len(of.words)), 0.1)
     max_bullet_line_share: Share | None = _rule(lambda of: _share_of(of.lines, _has_bullet), 0.9)
     max_ellipsis_line_share: Share | None = _rule(lambda of: _share_of(of.lines, _is_open), 0.3)
-    max_duplicate_line_share: Share | None = _rule(lambda of: _repeated(of.lines), 0.3)
-    max_duplicate_line_char_share: Share | None = _rule(lambda of: _repeated_chars(of.lines), 0.2)
-    max_duplicate_paragraph_share: Share | None = _rule(lambda of: _repeated(of.paragraphs), 0.3)
-    max_duplicate_paragraph_char_share: Share | None = _rule(lambda of: _repeated_chars(of.paragraphs), 0.2)
+    max_duplicate_line_share: Share | None = _rule(lambda of: _repeated(of.lines, len), 0.3)
+    max_duplicate_line_char_share: Share | None = _rule(lambda of: _repeated(of.lines, _chars), 0.2)
+    max_duplicate_paragraph_share: Share | None = _rule(lambda of: _repeated(of.paragraphs, len), 0.3)
+    max_duplicate_paragraph_char_share: Share | None = _rule(lambda of: _repeated(of.paragraphs, _chars), 0.2)
     min_stop_words: Natural | None = _rule(lambda of: len(of.stop_words.intersection(of.text.lower().split())), 2)
     stop_words: tuple[str, ...] = STOP_WORDS
-    max_digit_share: Share | None = _rule(lambda of: _found(_DIGITS, of.text))
-    max_symbol_share: Share | None = _rule(lambda of: _found(_SYMBOLS, of.text))
-    min_alphabetic_word_share: Share | None = _rule(lambda of: _share_of(of.words, _has_letter), 0.8)
+    max_digit_share: Share | None = _rule(lambda of: _share(_chars(re.findall(r"\d+", of.text)), len(of.text)))
+    max_symbol_share: Share | None = _rule(lambda of: _share(_chars(re.findall(r"[^\w\s]+|_+", of.text)), len(of.text)))
+    min_alphabetic_word_share: Share | None = _rule(
+        lambda of: _share_of(of.words, lambda word: any(map(str.isalpha, word))), 0.8
+    )
     max_top_run_shares: tuple[Share, ...] = _rule(lambda of: of.top_run_shares(), (0.20, 0.18, 0.16), off=())
     max_duplicate_run_shares: tuple[Share, ...] = _rule(
         lambda of: of.duplicate_run_shares(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
@@ -87,33 +74,25 @@ class Filters:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the rules."""
-        for low, high in (
-            ("min_chars", "max_chars"),
-            ("min_words", "max_words"),
-            ("min_mean_word_chars", "max_mean_word_chars"),
-        ):
+        for what in ("chars", "words", "mean_word_chars"):
+            low, high = f"min_{what}", f"max_{what}"
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 yield Problem(fields=(low, high), message="no text passes both", fix=f"use a smaller {low}")
-        if self.min_stop_words is not None and self.min_stop_words > len(set(self.stop_words)):
-            yield Problem(
-                fields=("min_stop_words", "stop_words"),
-                message=f"there are {len(set(self.stop_words))} stop words",
-                fix="use min_stop_words=2",
-            )
+        known = len(set(self.stop_words))
+        if self.min_stop_words is not None and self.min_stop_words > known:
+            message = f"there are {known} stop words"
+            yield Problem(fields=("min_stop_words", "stop_words"), message=message, fix="use min_stop_words=2")
 
     def reason(self, text: str) -> str | None:
         """Returns the name of the first rule that a text breaks, cheap rules first; None if it passes all."""
         measured = _Measured(text, self.stop_words)
         for name, rule in _RULES.items():
             limit = getattr(self, name)
-            if limit is not None and limit != ():
+            if limit is not None:
                 value = rule["measure"](measured)
-                if isinstance(limit, tuple):
-                    broken = any(map(operator.lt, limit, value))
-                else:
-                    broken = value < limit if name.startswith("min_") else value > limit
-                if broken:
+                pairs = zip(limit, value, strict=False) if isinstance(limit, tuple) else [(limit, value)]
+                if any(found < bound if name.startswith("min_") else found > bound for bound, found in pairs):
                     return name
         return None
 
@@ -131,17 +110,13 @@ class _Measured:
     def words(self) -> list[str]:
         return self.text.split()
 
-    @property
-    def mean_word_chars(self) -> float:
-        return _share(len("".join(self.words)), len(self.words))
-
     @cached_property
     def lines(self) -> list[str]:
         return [line.strip() for line in self.text.split("\n") if line and not line.isspace()]
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        return [part.strip() for part in _PARAGRAPHS.split(self.text) if part and not part.isspace()]
+        return [part.strip() for part in re.split(r"\n\s*\n", self.text) if part and not part.isspace()]
 
     @cached_property
     def codes_N(self) -> np.ndarray:
@@ -189,17 +164,9 @@ def _share_of(parts: Sequence[str], is_one: Callable[[str], bool]) -> float:
     return _share(sum(map(is_one, parts)), len(parts))
 
 
-def _repeated(parts: Sequence[str]) -> float:
-    return _share(len(parts) - len(set(parts)), len(parts))
+def _repeated(parts: Sequence[str], size: Callable[[Collection[str]], int]) -> float:
+    return _share(size(parts) - size(set(parts)), size(parts))
 
 
-def _repeated_chars(parts: Sequence[str]) -> float:
-    return _share(len("".join(parts)) - len("".join(set(parts))), len("".join(parts)))
-
-
-def _has_letter(word: str) -> bool:
-    return any(map(str.isalpha, word))
-
-
-def _found(pattern: re.Pattern[str], text: str) -> float:
-    return _share(sum(map(len, pattern.findall(text))), len(text))
+def _chars(parts: Iterable[str]) -> int:
+    return len("".join(parts))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jaxinfra.config.limits import NonEmpty
-from jaxinfra.prepare.recipes.store_recipe import StoreRecipe
+from jaxinfra.prepare.recipes.corpus import StoreRecipe
 from jaxinfra.prepare.recipes.validation import ByKey, ImageValidation
 
 
@@ -12,7 +12,6 @@ class ImageSet(StoreRecipe):
     """How a store of images is made; all have one shape.
 
     Attributes:
-        validation: where the validation split comes from.
         image: field of the image: uint8 (height, width, channels) or (height, width), or nested lists of such.
         label: field of its class, a number from 0.
         classes: names of the classes, in the order of their numbers; () where they have none.

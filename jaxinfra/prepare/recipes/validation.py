@@ -15,39 +15,36 @@ from jaxinfra.prepare.sources.any_source import FileSource
 from jaxinfra.prepare.sources.files import File, cut
 from jaxinfra.prepare.sources.record import Piece
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Share:
-    """A share of the records of `source`: a fraction above 0 and below 1."""
-
-    fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
+type Fraction = Annotated[float, Gt(0), Lt(1)]
+"""A share that leaves something: both splits are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByKey(_Share):
+class ByKey:
     """Draws whole records: whether a record is taken depends on its key alone, so that others may come and go.
 
     `fraction` is the expected share of the records.
     """
 
+    fraction: Fraction = 0.05
+
 
 @dataclass(frozen=True, kw_only=True)
-class Tail(_Share):
+class Tail:
     """Takes the end of the text, in the order of the source.
 
     `fraction` is the share of the bytes of text. A plain text is cut between two tokens, so that one long document is
     enough; of conversations and pairs whole records are taken.
     """
 
+    fraction: Fraction = 0.05
+
 
 @dataclass(frozen=True, kw_only=True)
 class OtherStore:
     """Copies a split of another store, which must have the same tokenizer and the same form.
 
-    Attributes:
-        store: folder or URL of that store.
-        version: fingerprint of a version of it, or its beginning; None is the newest.
-        split: which one.
+    `store` is its folder or URL, `version` a fingerprint of it or the beginning of one; None is the newest.
     """
 
     store: NonEmpty = ""
@@ -68,23 +65,18 @@ class OtherStore:
     def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:
         """Raises ConfigError for a store whose documents another tokenizer or form made, and as `open`."""
         manifest = self.open().manifest
-        theirs = manifest.words
-        at = f"validation.store={self.store}"
+        theirs, at = manifest.words, f"validation.store={self.store}"
         if (theirs.sha256, theirs.eot_id) != (tokenizer.sha256, tokenizer.eot_id):
             raise ConfigError(
                 f"{at}: has another tokenizer ({theirs.kind}, {theirs.vocab_size:,} words) than this recipe "
                 f"({tokenizer.kind}, {tokenizer.vocab_size:,} words); prepare both with one, such as the file "
                 f"{theirs.file} of that store"
             )
-        if (manifest.kind, manifest.masked) != (kind, masked):
-            raise ConfigError(
-                f"{at}: holds {_kind(manifest.kind, manifest.masked)}, this recipe makes {_kind(kind, masked)}; "
-                "name a store that was made with the same form"
-            )
-
-
-def _kind(kind: str, masked: bool) -> str:
-    return f"{kind} with a mask" if masked else f"{kind} without a mask"
+        kinds = (manifest.kind, manifest.masked), (kind, masked)
+        if kinds[0] != kinds[1]:
+            holds, makes = (f"{name} {'with' if learned else 'without'} a mask" for name, learned in kinds)
+            fix = "name a store that was made with the same form"
+            raise ConfigError(f"{at}: holds {holds}, this recipe makes {makes}; {fix}")
 
 
 AnyValidation = ByKey | Tail | OtherStore | FileSource
@@ -94,11 +86,6 @@ ImageValidation = ByKey | FileSource
 def explicit(validation: AnyValidation) -> OtherStore | FileSource | None:
     """Returns what names records of its own; None where the validation split is a share of the source."""
     return None if isinstance(validation, ByKey | Tail) else validation
-
-
-def split_of(validation: AnyValidation, key: str) -> Split:
-    """Returns the split of a record of the source, by its key."""
-    return "heldout" if isinstance(validation, ByKey) and draw(key) < validation.fraction else "train"
 
 
 def draw(key: str) -> float:

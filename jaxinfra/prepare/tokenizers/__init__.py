@@ -7,10 +7,9 @@ load(Bytes())                                the 256 bytes
 train_bpe(texts, vocab_size=8192, ...)       a new byte-level BPE
 """
 
-from jaxinfra.prepare.tokenizers.load import AnyTokenizer, Bytes, TokenizerFile, convert, load
+from jaxinfra.prepare.tokenizers.load import AnyTokenizer, Bytes, TokenizerFile, TrainBpe, convert, load, train_bpe
 from jaxinfra.prepare.tokenizers.sentence_piece import SentencePieceModel
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import Tiktoken
-from jaxinfra.prepare.tokenizers.train import TrainBpe, train_bpe
 
 __all__ = [
     "AnyTokenizer",

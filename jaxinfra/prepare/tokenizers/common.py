@@ -1,8 +1,8 @@
 """What tokenizers of recipes share: problems of their descriptions, and the proof that a converted one is the same."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,24 +29,19 @@ _PRECISION = 1e-6  # of sums in float32
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, as a config describes it.
+    """A tokenizer, as a config describes it; `end_of_document` is the special token that closes every document."""
 
-    Attributes:
-        end_of_document: the special token that closes every document.
-    """
-
+    names_end: ClassVar[bool] = False
+    """Whether its special tokens may name the end of a document too."""
     end_of_document: NonEmpty = "<|endoftext|>"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description; its file is not looked at."""
-        special = self._added()
+        named = getattr(self, "special_tokens", None) or ()
+        special = [text for text in named if not self.names_end or text != self.end_of_document]
         if "" in special or len({self.end_of_document, *special}) <= len(special):
             message = "must be other texts than one another and than the end of a document, and not empty"
             yield Problem(fields=("special_tokens",), message=message, fix="name each once")
-
-    def _added(self) -> Sequence[str]:
-        """Returns special tokens that it names beside the end of a document."""
-        return getattr(self, "special_tokens", ())
 
 
 def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
@@ -61,16 +56,12 @@ def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Tok
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A tokenizer, and what the library that its file is of makes of texts.
+    """A tokenizer that was made of a file, and how the library that the file is of encodes and decodes.
 
     Attributes:
-        tokenizer: that was made of the file.
-        encode: token ids of the original library.
-        decode: text of the original library.
         unknown: the id of what the vocabulary has no token for; the libraries spell it differently.
         scores: of the pieces of a unigram model, which may cut a text in several ways that are equally likely; which
             of them is taken hangs on rounding.
-        name: of the file, for errors.
     """
 
     tokenizer: Tokenizer
@@ -82,32 +73,27 @@ class Converted:
 
     def check(self, texts: Iterable[str]) -> None:
         """Compares ids and decoded text with those of the original library; a ConfigError says where they differ."""
-        special = self.tokenizer.special
         for text in texts:
-            for each in (text, *(f"a{token}b{token} c" for token in special if token in text)):
-                self._compare(each)
+            for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special if token in text)):
+                if cause := self._difference(each):
+                    raise ConfigError(
+                        f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of "
+                        "this vocabulary with tokenizer=tokenizer_file"
+                    )
 
-    def _compare(self, text: str) -> None:
+    def _difference(self, text: str) -> str | None:
         expected, found = self.encode(text), self.tokenizer.encode(text)
-        cause = None
         if expected != found and not self._equally_likely(expected, found):
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
             where = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
-            cause = f"near {where!r} it gives the ids {_few(found[at:])}, expected {_few(expected[at:])}"
-        elif self.unknown not in expected and self.decode(expected) != (back := self.tokenizer.decode(found)):
-            cause = f"the text {text[:40]!r} comes back as {back[:40]!r}"
-        if cause:
-            raise ConfigError(
-                f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of this "
-                "vocabulary with tokenizer=tokenizer_file"
-            )
+            ours, theirs = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (found, expected))
+            return f"near {where!r} it gives the ids {ours}, expected {theirs}"
+        if self.unknown not in expected and self.decode(expected) != (back := self.tokenizer.decode(found)):
+            return f"the text {text[:40]!r} comes back as {back[:40]!r}"
+        return None
 
     def _equally_likely(self, expected: list[int], found: list[int]) -> bool:
         """Tells whether two ways to cut a text are equally likely, to the precision of sums in float32."""
         if self.scores is None or expected.count(self.unknown or 0) != found.count(self.unknown or 0):
             return False
         return bool(np.isclose(self.scores[expected].sum(), self.scores[found].sum(), rtol=_PRECISION))
-
-
-def _few(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:4])) or "none"

@@ -7,7 +7,7 @@ turns or HTML tags: which of them only a template may spell is decided when the 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, override
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -31,29 +31,31 @@ _NEVER = -1e5  # a score so low that unigrams never choose the piece
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceModel(Vocabulary):
-    """A model of SentencePiece, which becomes a tokenizer.json.
+    """A model of SentencePiece, of the path or URL of a `.model`, which becomes a tokenizer.json.
 
-    Attributes:
-        path: of the `.model` file, or its URL.
-        special_tokens: user-defined pieces that only a template may spell; None is all that look like `<...>` or
-            `[...]`. Control pieces and the end of a document always are.
-        end_of_document: the piece that closes every document.
+    `special_tokens` are user-defined pieces that only a template may spell; None is all that look like `<...>` or
+    `[...]`. Control pieces and the end of a document always are.
     """
 
+    names_end = True
     path: NonEmpty = ""
     special_tokens: tuple[str, ...] | None = None
     end_of_document: NonEmpty = "</s>"
-
-    @override
-    def _added(self) -> Sequence[str]:
-        return ()  # pieces of the model, which are looked at with it
 
 
 def convert_sentence_piece(config: SentencePieceModel) -> Converted:
     """Converts a model of SentencePiece. Raises as `convert`."""
     by, install = "tokenizer=sentence_piece_model", "jaxinfra[sentencepiece]"
     library = needed("sentencepiece", "sentencepiece_model_pb2", by=by, install=install)
-    model = _parse(library.sentencepiece_model_pb2.ModelProto, read_content(config.path, "a tokenizer"), config.path)
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = library.sentencepiece_model_pb2.ModelProto.FromString(read_content(config.path, "a tokenizer"))
+        if not model.pieces:
+            raise DecodeError("it has no pieces")
+    except DecodeError as error:
+        cause = f"is not a model of SentencePiece ({cause_of(error)})"
+        raise ConfigError(f"{config.path}: {cause}; give its .model") from None
     _make_control(model, config)
     if model.trainer_spec.model_type == model.trainer_spec.WORD:
         raise ConfigError(f"{config.path}: is a model of whole words; give one of unigrams, BPE or characters")
@@ -67,19 +69,6 @@ def convert_sentence_piece(config: SentencePieceModel) -> Converted:
         scores=np.array([piece.score for piece in model.pieces]) if unigrams else None,
         name=config.path,
     )
-
-
-def _parse(form: Any, content: bytes, name: str) -> Any:
-    """Reads the model as a protocol buffer."""
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = form.FromString(content)
-        if not model.pieces:
-            raise DecodeError("it has no pieces")
-        return model
-    except DecodeError as error:
-        raise ConfigError(f"{name}: is not a model of SentencePiece ({cause_of(error)}); give its .model") from None
 
 
 def _make_control(model: Any, config: SentencePieceModel) -> None:

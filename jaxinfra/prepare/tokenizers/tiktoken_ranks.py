@@ -6,10 +6,9 @@ the converted tokenizer gives the same ids.
 """
 
 import base64
-import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, override
 
@@ -25,26 +24,19 @@ from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_content
 
-_WORDS_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_WORDS_CL100K = (
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_WORDS_O200K = (
+_O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = {
-    "gpt2": _WORDS_GPT2,
-    "r50k_base": _WORDS_GPT2,
-    "p50k_base": _WORDS_GPT2,
-    "p50k_edit": _WORDS_GPT2,
-    "cl100k_base": _WORDS_CL100K,
-    "o200k_base": _WORDS_O200K,
-    "o200k_harmony": _WORDS_O200K,
-}
+PATTERNS: dict[str, str] = dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), _GPT2)
+PATTERNS |= {"cl100k_base": _CL100K, "o200k_base": _O200K, "o200k_harmony": _O200K}
 """Patterns of the public encodings (tiktoken 0.14, `tiktoken_ext.openai_public`)."""
 _FILL_IN = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
 SPECIAL_TOKENS: dict[str, dict[str, int]] = {
@@ -55,9 +47,8 @@ SPECIAL_TOKENS: dict[str, dict[str, int]] = {
 """Special tokens of the encodings whose rank file may be named by a path."""
 
 _AS_IT_IS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-_PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that a byte-level vocabulary spells as they are
-_OTHERS = sorted(set(range(256)).difference(_PLAIN))
-_LETTERS = {byte: chr(256 + number) for number, byte in enumerate(_OTHERS)}
+# Bytes that a byte-level vocabulary does not spell as they are, and how it does.
+_LETTERS = {byte: chr(256 + i) for i, byte in enumerate((*range(33), *range(127, 161), 173))}
 _ATOM = r"(\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|*+?])"
 _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 
@@ -69,12 +60,12 @@ class Tiktoken(Vocabulary):
     Attributes:
         path: of the rank file, or its URL; None lets the library look for the encoding itself, in its cache
             (`TIKTOKEN_CACHE_DIR`) or at its place on the network.
-        encoding: name of the pattern and the special tokens: gpt2, cl100k_base or o200k_base; without a path any
-            that the library knows by itself.
+        encoding: the pattern and the special tokens: gpt2, cl100k_base or o200k_base, without a path any of `PATTERNS`.
         pattern: regular expression that cuts text into words, in place of that of the encoding.
         special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
     """
 
+    names_end = True
     path: NonEmpty | None = None
     encoding: str = "cl100k_base"
     pattern: str | None = None
@@ -90,10 +81,6 @@ class Tiktoken(Vocabulary):
         if self.path is None and (self.pattern is not None or self.special_tokens):
             message = "an own pattern and own special tokens need a file of ranks"
             yield Problem(fields=("path",), message=message, fix="give the path of one")
-
-    @override
-    def _added(self) -> Sequence[str]:
-        return [text for text in self.special_tokens if text != self.end_of_document]
 
 
 def convert_tiktoken(config: Tiktoken) -> Converted:
@@ -127,11 +114,7 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
 
 
 def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
-    """Makes the tokenizer.json of ranks.
-
-    The library merges the two neighbors whose union has the least rank; a pair has the rank of its union, and so all
-    pairs that make a token are merges.
-    """
+    """Makes the tokenizer.json of ranks."""
     spelled = {token: token.decode("latin-1").translate(_LETTERS) for token in sorted(ranks, key=ranks.__getitem__)}
     merges = [[spelled[left], spelled[right]] for left, right in merges_of(ranks)]
     by_id = sorted(special.items(), key=lambda item: item[1])
@@ -156,7 +139,7 @@ def _parse(content: bytes, name: str) -> dict[bytes, int]:
             if line:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
+        except ValueError:
             start = line[:40].decode(errors="replace")
             raise ConfigError(
                 f"{name}: line {number} is {start!r}, expected a token in base64 and its rank; give a file of ranks"
