@@ -16,11 +16,7 @@ def config() -> Run:
         name="llama3-8b-128k",
         # As compiled for v5p, a ring takes 15 % more cycles here: it adds up its parts in float32.
         model=replace(shape("llama-3.1-8b"), remat="full", context_attention="gather"),
-        data=TokenData(
-            store="stores/text-llama3",
-            recipe="configs/data/text_llama3.py",
-            seq_len=131072,
-        ),
+        data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=131072),
         mesh=MeshConfig(fsdp=16, context=4),
         optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=200), peak_lr=3e-5),
         train=TrainConfig(steps=2000, global_batch=16, eval_every=200, eval_windows=64),

@@ -12,8 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -24,9 +23,6 @@ from jaxinfra.config.limits import Count
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import is_remote, make_writable
 from jaxinfra.storage.errors import cause_of, is_storage_failure, storage_errors
-
-if TYPE_CHECKING:
-    from jaxinfra.checkpoint.orbax_store import OrbaxStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +55,11 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints in one directory, each the state of a run after some step and its record.
 
-    In a run of many processes all of them make and call it alike. A directory has one writer at a time:
-    making one sweeps away what half-written steps left behind. Any number may read (`read_only=True`).
+    In a run of many processes all of them make and call it alike. The directory, a local path or `gs://...`, is made if
+    it is missing; StorageError where it cannot be made or written. It has one writer at a time: making one sweeps away
+    what half-written steps left behind. Any number may read: `read_only` makes, sweeps and deletes nothing.
 
     Use it as a context manager, or call `close`: what is still being written is finished there.
-
-    Args:
-        directory: local path, or `gs://...`; made if it is missing.
-        config: when to save and what to keep.
-        read_only: for sampling or looking: makes, sweeps and deletes nothing.
-
-    Raises:
-        StorageError: the directory cannot be made or written.
     """
 
     def __init__(
@@ -82,8 +71,12 @@ class Checkpoints:
         self._writing: int | None = None
         if not read_only:
             make_writable(self.directory)
+        # Here, not at the top: whoever only needs the config should not wait for Orbax.
+        from jaxinfra.checkpoint.orbax_store import OrbaxStore
+
+        last, every = self.config.keep_last, self.config.keep_every
         with storage_errors(self.directory):
-            self._store = self._open()
+            self._store = OrbaxStore(self.directory, keep_last=last, keep_every=every, read_only=read_only)
 
     def steps(self) -> list[int]:
         """The steps that can be restored, ascending; one that is still being written is not among them."""
@@ -107,15 +100,11 @@ class Checkpoints:
         Returns as soon as the arrays may be changed or donated; the rest happens in the background. Waits for
         the save before it, if that is still going on. A step that is there already is left as it is.
 
-        Args:
-            step: number of steps that `state` has seen.
-            state: tree of `jax.Array`, each global to all processes and of an ordinary data type.
-            record: goes with the state as JSON.
-            force: save although `step` is not a multiple of `config.every`.
+        StorageError where the save before this one failed, and this one has not begun: call again to retry. Or where
+        this one failed at once. The older checkpoints are intact.
 
-        Raises:
-            StorageError: the save before this one failed, and this one has not begun: call again to retry. Or
-                this one failed at once. The older checkpoints are intact.
+        The state is a tree of `jax.Array`, each global to all processes and of an ordinary data type, that has seen so
+        many steps; the record goes with it as JSON. With `force` it is due although no multiple of `config.every`.
         """
         assert not self._read_only, "opened with read_only=True"
         due = force or step % self.config.every == 0
@@ -135,15 +124,10 @@ class Checkpoints:
     def restore[T](self, step: int, abstract_state: T) -> T:
         """The whole state of `step`, bit-equal, sharded as asked.
 
-        Args:
-            step: one of `steps()`.
-            abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh. Those on an abstract
-                mesh are taken to be on the mesh of `jax.set_mesh`.
-
-        Raises:
-            CheckpointError: there is no such step, or it cannot be read.
-            ConfigError: the checkpoint is of another model or optimizer; names the first leaf that differs.
-            ValueError: a leaf has no usable sharding.
+        Asked is a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh. Those on an abstract mesh are taken to be
+        on the mesh of `jax.set_mesh`; ValueError where a leaf has no usable one. CheckpointError where there is no such
+        step or it cannot be read; ConfigError, with the first leaf that differs, where it is of another model or
+        optimizer.
         """
         target = on_devices(abstract_state)
         with self._reading(step):
@@ -151,17 +135,9 @@ class Checkpoints:
             return self._store.restore(step, target)
 
     def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
-        """One named part of the state of `step`, without reading or knowing the rest of it.
+        """One part of the state of `step`, "params" or "ema" (the averaged ones), without reading or knowing the rest.
 
-        Args:
-            step: one of `steps()`.
-            abstract_params: as in `restore`, for that part.
-            subtree: "params", or "ema" for the averaged ones.
-
-        Raises:
-            CheckpointError: there is no such step, or it cannot be read.
-            ConfigError: the checkpoint has no such part, or a leaf of it differs.
-            ValueError: a leaf has no usable sharding.
+        As `restore`, with ConfigError where the checkpoint has no such part, too.
         """
         target = on_devices({subtree: abstract_params})
         with self._reading(step):
@@ -174,30 +150,18 @@ class Checkpoints:
             return self._store.restore(step, target, partial=True)[subtree]
 
     def record(self, step: int) -> dict[str, Any]:
-        """The record saved with `step`.
-
-        Raises:
-            CheckpointError: there is no such step, or it cannot be read.
-        """
+        """The record saved with `step`; CheckpointError where there is no such step, or it cannot be read."""
         with self._reading(step):
             return self._store.record(step)
 
     def wait(self) -> None:
-        """Waits until the save under way, if any, is done.
-
-        Raises:
-            StorageError: it failed. The older checkpoints are intact.
-        """
+        """Waits until the save under way, if any, is done; StorageError where it failed: older ones are intact."""
         step, self._writing = self._writing, None
         with self._storage_errors(step):
             self._store.wait()
 
     def close(self) -> None:
-        """Waits for the save under way and ends its threads.
-
-        Raises:
-            StorageError: that save failed. The older checkpoints are intact.
-        """
+        """Waits for the save under way, as `wait`, and ends its threads."""
         try:
             self.wait()
         finally:
@@ -206,26 +170,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.close()
         except JaxinfraError as failure:
             if error is None:
                 raise
             error.add_note(str(failure))  # what ended the block matters more
-
-    def _open(self) -> "OrbaxStore":
-        # Here, not at the top: whoever only needs the config should not wait for Orbax.
-        from jaxinfra.checkpoint.orbax_store import OrbaxStore
-
-        return OrbaxStore(
-            self.directory,
-            keep_last=self.config.keep_last,
-            keep_every=self.config.keep_every,
-            read_only=self._read_only,
-        )
 
     @contextmanager
     def _storage_errors(self, step: int | None) -> Iterator[None]:
@@ -254,17 +205,13 @@ class Checkpoints:
         except (JaxinfraError, jax.errors.JaxRuntimeError):
             raise  # the latter is the devices' own, like too little memory for the state
         except Exception as error:
-            others = _listed([other for other in steps if other != step])
-            raise CheckpointError(
-                f"{self._path(step)}: cannot be read: {cause_of(error)}; other steps: {others}"
-            ) from error
+            cause, others = cause_of(error), _listed([other for other in steps if other != step])
+            raise CheckpointError(f"{self._path(step)}: cannot be read: {cause}; other steps: {others}") from error
 
-    def _compare(self, step: int, saved: dict[str, Any], target: Any) -> None:
-        difference = first_difference(saved, leaves_of(target))
-        if difference is not None:
-            raise ConfigError(
-                f"{self._path(step)}: {difference}; use the config that it was saved with, or another directory"
-            )
+    def _compare(self, step: int, saved: dict[str, str], target: Any) -> None:
+        if difference := first_difference(saved, leaves_of(target)):
+            fix = "use the config that it was saved with, or another directory"
+            raise ConfigError(f"{self._path(step)}: {difference}; {fix}")
 
     def _path(self, step: int | None) -> str:
         return f"checkpoint {self.directory / str(step)}"

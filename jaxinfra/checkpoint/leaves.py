@@ -5,7 +5,6 @@ which is the same for dicts, tuples and named tuples and is what the checkpoint 
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,31 +12,15 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leaf:
-    """The type of one array.
-
-    Attributes:
-        shape: the whole array's shape.
-        dtype: name of its data type, like "bfloat16".
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-def leaves_of(tree: Any) -> dict[str, Leaf]:
-    """The leaves of `tree` (of anything with a shape and a dtype) by name, in the order of the tree."""
+def leaves_of(tree: Any) -> dict[str, str]:
+    """The types of all leaves of `tree` by name, such as "bfloat16[8,128]" (of the whole array), in its order."""
     return {
-        _name(path): Leaf(shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype).name)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        _name(path): f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
-def first_difference(saved: dict[str, Leaf], wanted: dict[str, Leaf]) -> str | None:
+def first_difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
     """What is different about the first leaf that is not the same in both, or None."""
     for name, leaf in wanted.items():
         if name not in saved:
@@ -58,14 +41,9 @@ def size_bytes(tree: Any) -> int:
 def on_devices[T](abstract: T) -> T:
     """`abstract` with every sharding on real devices.
 
-    `jax.eval_shape` under `jax.set_mesh` gives shardings on an abstract mesh, which names no devices; they
-    become shardings on the mesh that is set.
-
-    Args:
-        abstract: a tree of `jax.ShapeDtypeStruct`.
-
-    Raises:
-        ValueError: a leaf has no sharding, or one on an abstract mesh that is not the mesh that is set.
+    The leaves are `jax.ShapeDtypeStruct`. `jax.eval_shape` under `jax.set_mesh` gives shardings on an abstract mesh,
+    which names no devices; they become shardings on the mesh that is set. ValueError for a leaf without a sharding, or
+    with one on another abstract mesh.
     """
     return jax.tree_util.tree_map_with_path(_on_devices, abstract)
 

@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxinfra.checkpoint.leaves import Leaf, leaves_of
+from jaxinfra.checkpoint.leaves import leaves_of
 
 _STATE = "state"
 _RECORD = "record"
@@ -26,13 +26,8 @@ _RECORD = "record"
 class OrbaxStore:
     """The steps in one directory.
 
-    Opened for writing, it sweeps what half-written steps left behind, so a directory has one writer.
-
-    Args:
-        directory: absolute path.
-        keep_last: number of newest steps to keep.
-        keep_every: also keep the steps divisible by this.
-        read_only: sweep nothing, make nothing.
+    Opened for writing, it sweeps what half-written steps left behind, so a directory has one writer. It keeps the
+    `keep_last` newest steps, and those divisible by `keep_every`.
     """
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_every: int | None, read_only: bool) -> None:
@@ -71,11 +66,10 @@ class OrbaxStore:
         if self._opened is not None:
             self._opened.wait_until_finished()
 
-    def leaves(self, step: int) -> dict[str, Leaf]:
-        """The leaves of a step's state by name."""
+    def leaves(self, step: int) -> dict[str, str]:
+        """The types of the leaves of a step's state by name."""
         items = self._manager.metadata(step).item_metadata or {}
-        metadata = items.get(_STATE)
-        if metadata is None:
+        if (metadata := items.get(_STATE)) is None:
             raise FileNotFoundError(f"it has no readable {_STATE}")
         return leaves_of(metadata.tree)
 
@@ -122,13 +116,8 @@ class OrbaxStore:
     def _open(self) -> ocp.CheckpointManager:
         if not self._read_only and jax.process_index() == 0:
             _sweep(self._directory)
-        # Registering the handlers lets a manager that has saved nothing yet read what another one saved.
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state_handler, record_handler = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
-        registry.add(_STATE, ocp.args.PyTreeSave, state_handler)
-        registry.add(_STATE, ocp.args.PyTreeRestore, state_handler)
-        registry.add(_RECORD, ocp.args.JsonSave, record_handler)
-        registry.add(_RECORD, ocp.args.JsonRestore, record_handler)
+        # Named handlers let a manager that has saved nothing yet read what another one saved.
+        handlers = {_STATE: ocp.PyTreeCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._keep),
             create=not self._read_only,
@@ -137,7 +126,7 @@ class OrbaxStore:
             # threads that wait minutes for it and keep the process from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
 
 def _sweep(directory: epath.Path) -> None:

@@ -15,21 +15,13 @@ from jaxinfra.bench import CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
 
 RECORDS = "a config file, or the run.json of a run"
-ENGINES = ("local", "ray", "dask", "spark")
-"""Engines that run the workers of `data prepare`; the first is the default."""
-PAIRS = 15
-"""Timed turns of each side of a benchmark."""
+ENGINES = ("local", "ray", "dask", "spark")  # engines that run the workers of `data prepare`; the first is the default
+PAIRS = 15  # timed turns of each side of a benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A benchmark.
-
-    Attributes:
-        summary: what it says.
-        parts: of it, in the order of its table.
-        options: of the command line that it has a use for, besides --only, --json and changes to the config.
-    """
+    """A benchmark: what it says, its parts in the order of its table, and its own options besides --only and --json."""
 
     summary: str
     parts: tuple[str, ...]

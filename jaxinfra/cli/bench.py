@@ -12,12 +12,7 @@ from jaxinfra.storage import outputs
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs the benchmark and prints its table.
-
-    Raises:
-        ConfigError: it has no such part, or no use for an option.
-        StorageError: there is no place for the table.
-    """
+    """Runs the benchmark and prints its table; see `check`."""
     check(options)
     options.config, options.pairs = options.config or CONFIG, options.pairs or PAIRS
     found = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
@@ -28,7 +23,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses, before anything is measured, what would not be measured or could not be written."""
+    """Refuses, before anything is measured, what would not be measured or could not be written.
+
+    ConfigError where the benchmark has no such part or no use for an option, StorageError where the table has no place.
+    """
     name, bench = options.name, BENCHES[options.name]
     for part in options.only or ():
         if part not in bench.parts:

@@ -8,11 +8,7 @@ from jaxinfra.run import Run, named
 
 
 def loaded(options: argparse.Namespace) -> Loaded[Run]:
-    """The config with its overrides, and a name of its own where they change its numbers.
-
-    Raises:
-        ConfigError: the file or an override is wrong.
-    """
+    """The config with its overrides, and a name of its own where they change its numbers; see `config.load`."""
     file = load(options.config, root=Run)
     return named(load(options.config, options.overrides, root=Run), file.run) if options.overrides else file
 

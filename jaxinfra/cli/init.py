@@ -14,16 +14,15 @@ FILES = ("configs/quickstart.py", "configs/data/python_stdlib.py")
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Writes the files and prints the commands that use them.
 
-    Raises:
-        ConfigError: one of them is there already; none is written then.
-        StorageError: one cannot be written.
+    ConfigError where one is there already, and none is written then; StorageError where one cannot be written.
     """
-    folder = Path(options.folder)
+    folder, package = Path(options.folder), Path(__file__).parents[1]
     for name in FILES:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name}: is there already and stays; use {COMMAND} init ANOTHER_FOLDER")
     for name in FILES:
-        text = _packaged(name).read_text(encoding="utf-8")
+        inside = package / "example" / name  # where the wheel has it
+        text = (inside if inside.exists() else package.parent / name).read_text(encoding="utf-8")
         with storage_errors(folder / name, fix="free space or name another folder"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("x", encoding="utf-8") as file:
@@ -32,10 +31,3 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     print("next:" if options.folder == "." else f"next:\n  cd {options.folder}")
     print(f"  {COMMAND} data prepare {FILES[0]}\n  {COMMAND} {FILES[0]}")
     return 0
-
-
-def _packaged(name: str) -> Path:
-    """A file of the clone: in it, or where the wheel has it."""
-    package = Path(__file__).parents[1]
-    inside = package / "example" / name
-    return inside if inside.exists() else package.parent / name

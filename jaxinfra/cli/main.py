@@ -36,13 +36,9 @@ exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no g
 
 def help_parser() -> argparse.ArgumentParser:
     """Builds the help that `--help` prints when no command is named."""
-    top = argparse.ArgumentParser(
-        prog=COMMAND,
-        usage=f"{COMMAND} [COMMAND] ...",
-        description="Train JAX models on any mesh from one typed config.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about, raw = "Train JAX models on any mesh from one typed config.", argparse.RawDescriptionHelpFormatter
+    usage = f"{COMMAND} [COMMAND] ..."
+    top = argparse.ArgumentParser(prog=COMMAND, usage=usage, description=about, epilog=EPILOG, formatter_class=raw)
     listed = top.add_argument_group("commands (each has its own --help)")
     for name, summary in COMMANDS.items():
         listed.add_argument(name, help=summary, nargs="?")
@@ -53,9 +49,8 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     """The arguments of one command, with those that all share."""
     parser = argparse.ArgumentParser(prog=f"{COMMAND} {command}", description=COMMANDS[command])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--devices", metavar="PLATFORM[:N]", help="cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
-    )
+    known = "cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
+    parser.add_argument("--devices", metavar="PLATFORM[:N]", help=known)
     ARGUMENTS[command](parser)
     return parser
 
@@ -63,9 +58,7 @@ def command_parser(command: str) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads a command line; options may stand anywhere after the command.
 
-    Raises:
-        ConfigError: the first word is neither a command nor a config.
-        SystemExit: help was asked for, or the command is used wrongly.
+    ConfigError where the first word is neither a command nor a config; SystemExit for help, or a command used wrongly.
     """
     if not argv or argv[0] in ("-h", "--help"):
         help_parser().print_help(sys.stdout if argv else sys.stderr)
@@ -75,9 +68,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         _require_whole(argv)
     command = " ".join(argv[:length]) or "train"
     options = command_parser(command).parse_intermixed_args(argv[length:])
-    named = getattr(options, "config", None)
-    if not length and named is not None:
-        _require_config_like(named)
+    if not length:
+        _require_config_like(options.config)
     return argparse.Namespace(command=command, **vars(options))
 
 
@@ -105,10 +97,8 @@ def _require_config_like(word: str) -> None:
 def choose_devices(devices: str | None) -> None:
     """Tells JAX which platform to use, and how many CPU devices to emulate; before JAX is imported.
 
-    Without `devices` and JAX_PLATFORMS, JAX tries the platforms that have hardware here.
-
-    Raises:
-        ConfigError: it is not `cpu`, `cpu:N`, `gpu` or `tpu`.
+    Without `devices` and JAX_PLATFORMS, JAX tries the platforms that have hardware here. ConfigError where it is not
+    `cpu`, `cpu:N`, `gpu` or `tpu`.
     """
     if devices is None:
         if "JAX_PLATFORMS" not in os.environ and (found := platforms.usable()):

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from jaxinfra.bench import PARITY_CONFIGS
@@ -12,35 +13,24 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.runtime import emulated
 from jaxinfra.storage import outputs
 
-BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
-"""Marks around the table on the page that `--write` names."""
+BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"  # marks around the table on the page that `--write` names
 
 
 def table(found: Iterable[Row]) -> str:
     """The rows in Markdown, one line a mesh with all its models."""
-    by_mesh: dict[str, list[Row]] = {}
-    for row in found:
-        by_mesh.setdefault(row.mesh, []).append(row)
-    configs = sorted({row.config for rows in by_mesh.values() for row in rows})
+    rows = {(row.mesh, row.config): row for row in found}
+    configs = sorted({config for _, config in rows})
     head = ["mesh", *(f"{config}: {what}" for config in configs for what in ("loss", "gradients", "other order"))]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for mesh in sorted(by_mesh):
-        of_config = {row.config: row for row in by_mesh[mesh]}
-        cells = [mesh]
-        for config in configs:
-            row = of_config.get(config)
-            cells += [f"{d:.1e}" for d in (row.loss, row.gradient, row.permuted)] if row else [""] * 3
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+    lines = [head, ["---"] * len(head)]
+    for mesh in sorted({mesh for mesh, _ in rows}):
+        of_mesh = (rows.get((mesh, config)) for config in configs)
+        cells = ([f"{d:.1e}" for d in (row.loss, row.gradient, row.permuted)] if row else [""] * 3 for row in of_mesh)
+        lines.append([mesh, *chain.from_iterable(cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def with_table(page: Path, text: str) -> str:
-    """A page with the table between its marks.
-
-    Raises:
-        ConfigError: the page has no marks.
-        StorageError: it cannot be read.
-    """
+    """A page with the table between its marks; ConfigError where it has none, StorageError where it cannot be read."""
     before, found, rest = outputs.read(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not found or not end:

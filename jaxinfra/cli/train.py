@@ -18,13 +18,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if summary["status"] == "finished before":
         print(f"nothing to do: all {summary['steps']} steps are done, {summary.get('checkpoint', 'saved')}")
     elif loaded.run.track.console != "off":
-        print_losses(Path(summary["report"]).with_name("metrics.jsonl"))
+        metrics = Path(summary["report"]).with_name("metrics.jsonl")
+        rows = read(metrics) if metrics.exists() else []
+        if losses := [(int(row["step"]) + 1, row["loss"]) for row in rows if "loss" in row]:
+            print(f"Training loss\n{curve(losses)}")
     return 0
-
-
-def print_losses(metrics: Path) -> None:
-    """Draws the training loss of a run that has logged any."""
-    losses = [(int(row["step"]), row["loss"]) for row in read(metrics) if "loss" in row] if metrics.exists() else []
-    if losses:
-        print("Training loss")
-        print(curve([(step + 1, loss) for step, loss in losses]))

@@ -5,21 +5,12 @@ so a check across fields may rely on the local checks of its parts.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from itertools import chain
+from typing import Any
 
-from jaxinfra.config.schema import (
-    MISSING,
-    ConfigField,
-    conform,
-    describe,
-    fields_of,
-    is_config,
-    is_within,
-    least,
-    walk,
-)
+from jaxinfra.config.schema import MISSING, ConfigField, conform, describe, fields_of, is_config, is_within, least, walk
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.mask import has_credentials
@@ -29,32 +20,18 @@ _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something wrong with a config.
+    """Something wrong with a config."""
 
-    Attributes:
-        fields: dotted paths of the fields at fault, relative to the config object that reports them.
-        message: what is wrong with their values.
-        fix: what to do; a `path=value` in it is relative too and is shown with its full path.
-    """
-
-    fields: tuple[str, ...]
-    message: str
-    fix: str
-
-
-@runtime_checkable
-class _Checked(Protocol):
-    def problems(self) -> Iterable[Problem]: ...
+    fields: tuple[str, ...]  # dotted paths of the fields at fault, relative to the config object that reports them
+    message: str  # what is wrong with their values
+    fix: str  # what to do; a `path=value` in it is relative too and is shown with its full path
 
 
 def validate(root: Any) -> None:
     """Checks a whole config: the type of every value, then the limits and `problems()` of every part, depth first.
 
     A part's `problems()` may rely on the limits of its fields. No part may have a URL with credentials in it: records
-    keep every value.
-
-    Raises:
-        ConfigError: for the first problem, as `path=value, path=value: message; fix`.
+    keep every value. The first problem is a ConfigError, `path=value, path=value: message; fix`.
     """
     root = conform(type(root), root)
     for path, _, node in walk(type(root), root, parts_first=True):
@@ -69,17 +46,15 @@ def validate(root: Any) -> None:
                 )
             if not is_within(field.annotation, value):
                 raise ConfigError(_outside(field, value, join(path, field.name)))
-        if isinstance(node, _Checked):
-            for problem in node.problems():
-                raise ConfigError(_message(node, path, problem))
+        for problem in getattr(node, "problems", tuple)():
+            raise ConfigError(_message(node, path, problem))
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, tuple):
-        for part in value:
-            yield from _texts(part)
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def _outside(field: ConfigField, value: Any, path: str) -> str:

@@ -35,8 +35,7 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def encode(root: Any) -> dict[str, Any]:
     """Returns a config object as a tree of dicts, lists and JSON scalars.
 
-    Raises:
-        ConfigError: a value does not fit its annotation, or its stored form would be ambiguous.
+    ConfigError where a value does not fit its annotation, or its stored form would be ambiguous.
     """
     return _encode(type(root), conform(type(root), root), "")
 
@@ -44,8 +43,7 @@ def encode(root: Any) -> dict[str, Any]:
 def decode[C](cls: type[C], tree: Any) -> C:
     """Builds a `cls` from the tree that `encode` made of one.
 
-    Raises:
-        ConfigError: an unknown key, a missing one, or a value of the wrong type; the message has its path.
+    ConfigError, with the path, for an unknown key, a missing one, or a value of the wrong type.
     """
     return _decode(cls, tree, "")
 

@@ -6,7 +6,7 @@ dropped silently: an override that a later switch would discard is an error.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,7 @@ class _Change:
 
 
 def read_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Splits overrides into path and text.
-
-    Raises:
-        ConfigError: one has no path or no `=`, or two set the same path.
-    """
+    """Splits overrides into path and text; ConfigError where one has no path or no `=`, or two set the same path."""
     found: dict[str, Override] = {}
     for each in overrides:
         path, equals, text = each.partition("=")
@@ -69,9 +65,8 @@ def read_overrides(overrides: Sequence[str]) -> list[Override]:
 def apply[C](root: C, overrides: Sequence[str]) -> C:
     """Returns `root` with the overrides `path=value` applied.
 
-    Raises:
-        ConfigError: an unknown path (with the nearest right one), a value that does not fit (with what was
-            expected), or overrides that contradict each other.
+    ConfigError for an unknown path (with the nearest right one), a value that does not fit (with what was expected), or
+    overrides that contradict each other.
     """
     changed: Any = conform(type(root), root)
     pending = read_overrides(overrides)
@@ -89,22 +84,16 @@ def _set(annotation: Any, value: Any, names: Sequence[str], path: str, change: _
     for part_name, part_annotation, part in children(annotation, value):
         if part_name == name:
             new = _set(part_annotation, part, rest, join(path, name), change)
-            return _with_part(value, name, new, change.override)
+            if isinstance(value, tuple):
+                return (*value[: int(name)], new, *value[int(name) + 1 :])
+            return _built(dataclasses.replace, change.override, value, **{name: new})
     raise ConfigError(_unknown_path(annotation, value, names, path, change))
-
-
-def _with_part(value: Any, name: str, new: Any, override: Override) -> Any:
-    if isinstance(value, tuple):
-        index = int(name)
-        return (*value[:index], new, *value[index + 1 :])
-    return _built(lambda: dataclasses.replace(value, **{name: new}), override)
 
 
 def _assign(annotation: Any, value: Any, change: _Change) -> Any:
     """Returns what the text of the override stands for at a field of this annotation."""
     override = change.override
-    chosen = _chosen(annotation, override.text)
-    if chosen is not None:
+    if chosen := _chosen(annotation, override.text):
         return _switch(value, chosen, change)
     parsed = parse(annotation, override.text)
     if parsed is not MISMATCH:
@@ -114,10 +103,8 @@ def _assign(annotation: Any, value: Any, change: _Change) -> Any:
     if not choices(annotation) and is_node(annotation, value):
         inside = f"set one of {', '.join(parts)}" if parts else "it has none to set"
         raise ConfigError(f"{override}: {override.path} is not one value but a group of fields; {inside}")
-    words = words_of(annotation)
-    near = nearest(
-        override.text, [w for w in words if w in choices(annotation) or parse(annotation, w) is not MISMATCH]
-    )
+    usable = [w for w in words_of(annotation) if w in choices(annotation) or parse(annotation, w) is not MISMATCH]
+    near = nearest(override.text, usable)
     hint = f"; did you mean {near}?" if near else ""
     raise ConfigError(f"{override}: expected {describe(annotation)}{hint}")
 
@@ -142,7 +129,7 @@ def _switch(old: Any, cls: type, change: _Change) -> Any:
     missing = [field.name for field in fields_of(cls) if field.required and field.name not in kept]
     if missing:
         raise ConfigError(f"{change.override}: has no default for {', '.join(missing)}; set it in the config file")
-    return conform(cls, _built(lambda: cls(**kept), change.override), change.override.path)
+    return conform(cls, _built(cls, change.override, **kept), change.override.path)
 
 
 def _require_kept(kept: set[str], change: _Change) -> None:
@@ -153,10 +140,10 @@ def _require_kept(kept: set[str], change: _Change) -> None:
             raise ConfigError(f"{change.override}: would discard {earlier} before it; put {change.override} first")
 
 
-def _built(build: Any, override: Override) -> Any:
+def _built(build: Callable[..., Any], override: Override, /, *given: Any, **fields: Any) -> Any:
     """Runs a constructor; what its `__post_init__` refuses is the fault of the override."""
     try:
-        return build()
+        return build(*given, **fields)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{override}: {shorten(str(error))}; use another value") from error
 
@@ -171,8 +158,7 @@ def _unknown_path(annotation: Any, value: Any, names: Sequence[str], path: str, 
     if not is_node(annotation, value):
         return f"{full}: {path} takes {describe(annotation)} and has no fields; set {path} itself"
     siblings = [sibling for sibling, _, _ in children(annotation, value)]
-    near = _nearest_path(change.root, path, names, siblings)
-    if near:
+    if near := _nearest_path(change.root, path, names, siblings):
         return f"{full}: no such field; did you mean {near}?"
     return f"{full}: no such field; {path or 'the config'} has {', '.join(siblings) or 'none'}"
 
@@ -189,6 +175,5 @@ def _nearest_path(root: Any, path: str, names: Sequence[str], siblings: Sequence
     if namesakes:
         return nearest(full, namesakes, cutoff=0.0)
     if sibling:
-        below = [each for each in known if is_below(each, join(path, sibling))]
-        return nearest(mended, below)
+        return nearest(mended, [each for each in known if is_below(each, join(path, sibling))])
     return nearest(full, known, cutoff=0.75)

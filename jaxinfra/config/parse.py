@@ -51,10 +51,9 @@ def _breadth(member: Any) -> int:
     """Orders alternatives from the narrowest to the widest."""
     if get_origin(member) is Literal:
         return 1
-    if isinstance(member, type) and issubclass(member, enum.Enum):
+    if isinstance(member, enum.EnumType):
         return 2
-    order = {types.NoneType: 0, bool: 3, int: 4, float: 5, str: 7}
-    return order.get(member, 6)
+    return {types.NoneType: 0, bool: 3, int: 4, float: 5, str: 7}.get(member, 6)
 
 
 def _parse_scalar(member: Any, text: str) -> Any:
@@ -73,7 +72,8 @@ def _parse_scalar(member: Any, text: str) -> Any:
             return MISMATCH
     if member is str:
         return unquote(text)
-    return _parse_enum(member, text)
+    name = unquote(text)  # of an enum's member, or its value
+    return member.__members__.get(name, next((each for each in member if str(each.value) == name), MISMATCH))
 
 
 def _spells(text: str, value: Any) -> bool:
@@ -89,21 +89,12 @@ def _parse_int(text: str) -> Any:
     return int(value) if value == int(value) else MISMATCH
 
 
-def _parse_enum(cls: type[enum.Enum], text: str) -> Any:
-    name = unquote(text)
-    if name in cls.__members__:
-        return cls.__members__[name]
-    return next((member for member in cls if str(member.value) == name), MISMATCH)
-
-
 def _parse_tuple(member: Any, text: str, *, bare: bool) -> Any:
     """Reads a tuple; without brackets only if `bare`, as a wider union could mean a string by `a,b`."""
-    inside = text[1:-1] if text and text[-1] == _CLOSING.get(text[0]) else None
-    parts = None if inside is None else _split(inside)
+    parts = _split(text[1:-1]) if text and text[-1] == _CLOSING.get(text[0]) else None
     if parts is None and bare and text:
         parts = _split(text)
-    items = None if parts is None else items_of(member, len(parts))
-    if parts is None or items is None:
+    if parts is None or (items := items_of(member, len(parts))) is None:
         return MISMATCH
     values = tuple(parse(item, part) for item, part in zip(items, parts, strict=True))
     return MISMATCH if MISMATCH in values else values

@@ -21,23 +21,16 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import replace_bytes
 from jaxinfra.storage.errors import storage_errors
 
-FORMAT = 1
-"""The record format that this version writes; it reads this one and older ones."""
+FORMAT = 1  # the record format that this version writes; it reads this one and older ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded[C]:
-    """A config with its overrides applied.
+    """A config with its overrides applied."""
 
-    Attributes:
-        run: the root object.
-        source: the file that it came from, as it was named.
-        origins: for each leaf that differs from the default of its class, `file:<path>` or `command line`.
-    """
-
-    run: C
-    source: str
-    origins: dict[str, str]
+    run: C  # the root object
+    source: str  # the file that it came from, as it was named
+    origins: dict[str, str]  # for each leaf that differs from the default of its class, `file:<path>` or `command line`
 
 
 def record(
@@ -48,22 +41,13 @@ def record(
     git: dict[str, Any],
     devices: list[Any] | dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns the JSON-able record of a run.
-
-    Args:
-        loaded: the config that is run.
-        command: the command line, one string an argument.
-        versions: version by package.
-        git: the state of the source tree.
-        devices: what the run runs on.
-    """
-    cls = type(loaded.run)
+    """Returns the JSON-able record of a run: `versions` by package, `git` the source tree's state."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "source": loaded.source,
-        "root": f"{cls.__module__}:{cls.__qualname__}",
+        "root": _class_name(type(loaded.run)),
         "config": encode(loaded.run),
         "origins": dict(loaded.origins),
         "versions": versions,
@@ -73,22 +57,16 @@ def record(
 
 
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Replaces the file at `path` by a record; see `storage.atomic`.
-
-    Raises:
-        StorageError: the file cannot be written; an older one is then untouched.
-    """
+    """Replaces the file at `path` by a record; StorageError where it cannot be written: an older one is untouched."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     with storage_errors(path):
         replace_bytes(Path(path), text.encode())
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a record.
+    """Reads a record; StorageError where the file cannot be read.
 
-    Raises:
-        ConfigError: there is no such file, or it is not a record, or a newer version wrote it.
-        StorageError: the file cannot be read.
+    ConfigError where there is no such file, or it is not a record, or a newer version wrote it.
     """
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     try:
@@ -114,23 +92,21 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def decode_record(path: str | os.PathLike[str], record: dict[str, Any], root: type | None = None) -> Any:
-    """Rebuilds the config object of a record read from `path`.
+    """Rebuilds the config object of a record that `read_record` has read from `path`.
 
-    Args:
-        path: where the record came from, for messages.
-        record: what `read_record` returned.
-        root: the class that is expected, if the caller knows it; it need not be importable then.
-
-    Raises:
-        ConfigError: the root class cannot be found, or the stored config does not fit it.
+    ConfigError where its root class cannot be found, or the stored config does not fit it. `root` is the class that is
+    expected, if the caller knows it; it need not be importable then.
     """
     named = record["root"]
-    expected = None if root is None else f"{root.__module__}:{root.__qualname__}"
-    cls = root if root is not None and named == expected else _imported(path, named)
+    cls = root if root is not None and named == _class_name(root) else _imported(path, named)
     try:
         return decode(cls, record["config"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _imported(path: str | os.PathLike[str], named: Any) -> type:

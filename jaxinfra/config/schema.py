@@ -25,8 +25,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
 
-KIND = "kind"
-"""The key that names the chosen class in an encoded tree."""
+KIND = "kind"  # the key that names the chosen class in an encoded tree
 
 _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least"),
@@ -49,8 +48,7 @@ NOT_FINGERPRINTED = _Mark.NOT_FINGERPRINTED
 MISMATCH = _Mark.MISMATCH
 """What a match or a parse returns when the value does not fit; None cannot say so, as it is a leaf value."""
 
-MISSING = dataclasses.MISSING
-"""The default of a field that has none."""
+MISSING = dataclasses.MISSING  # the default of a field that has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +77,7 @@ class ConfigField:
 def fields_of(cls: type) -> tuple[ConfigField, ...]:
     """Returns the fields that `cls` is built from, in order; derived ones (`init=False`) are left out.
 
-    Raises:
-        ConfigError: an annotation cannot be resolved or says something that a config cannot hold.
+    ConfigError where an annotation cannot be resolved or says something that a config cannot hold.
     """
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
@@ -189,14 +186,10 @@ def children(annotation: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
 def walk(
     annotation: Any, value: Any, path: str = "", *, parts_first: bool = False, fingerprinted_only: bool = False
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, annotation, value) of a value and of everything below it, in field order.
+    """Yields (path, annotation, value) of a value, whose path is given, and of everything below it, in field order.
 
-    Args:
-        annotation: of the value.
-        value: a node or a leaf.
-        path: of the value; "" is the root.
-        parts_first: yields the parts of a node before the node.
-        fingerprinted_only: leaves out what is marked `NOT_FINGERPRINTED`, with all that lies below it.
+    With `parts_first` the parts of a node come before it; `fingerprinted_only` leaves out what is marked
+    `NOT_FINGERPRINTED`, with all that lies below it.
     """
     if fingerprinted_only and any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation)):
         return
@@ -229,15 +222,13 @@ def words_of(annotation: Any) -> list[str]:
 def conform(annotation: Any, value: Any, path: str = "") -> Any:
     """Returns `value` with every leaf of the exact type of its annotation.
 
-    Raises:
-        ConfigError: a value does not fit; the message has its path, the value and what was expected.
+    ConfigError where one does not fit; the message has its path, the value and what was expected.
     """
     if any(type(value) is member for member in members(annotation) if is_config(member)):
-        changed = {}
-        for name, part_annotation, part in children(annotation, value):
-            new = conform(part_annotation, part, join(path, name))
-            if new is not part:
-                changed[name] = new
+        parts = (
+            (name, part, conform(each, part, join(path, name))) for name, each, part in children(annotation, value)
+        )
+        changed = {name: new for name, part, new in parts if new is not part}
         return dataclasses.replace(value, **changed) if changed else value
     if is_node(annotation, value) and isinstance(value, tuple):
         parts = children(annotation, value)
@@ -252,8 +243,7 @@ def match(annotation: Any, value: Any) -> Any:
     """Returns a leaf value, of the exact type of the annotation, or `MISMATCH`."""
     options = members(annotation)
     for member in options:
-        found = _match_member(member, value)
-        if found is not MISMATCH:
+        if (found := _match_member(member, value)) is not MISMATCH:
             return found
     return float(value) if float in options and type(value) is int else MISMATCH
 
@@ -286,13 +276,9 @@ def _node_items(annotation: Any, count: int) -> tuple[Any, ...]:
 
 
 def _config_classes(annotation: Any) -> list[type]:
-    found = []
-    for member in members(annotation):
-        if is_config(member):
-            found.append(member)
-        elif get_origin(member) is tuple:
-            found += [cls for arg in get_args(member) for cls in _config_classes(arg)]
-    return found
+    options = members(annotation)
+    inside = (arg for option in options if get_origin(option) is tuple for arg in get_args(option))
+    return [*filter(is_config, options), *(cls for arg in inside for cls in _config_classes(arg))]
 
 
 def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
@@ -302,9 +288,8 @@ def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
         return [arg if isinstance(arg, str) else format_value(arg) for arg in get_args(member)]
     if get_origin(member) is tuple:
         args = get_args(member)
-        if args[1:] == (Ellipsis,):
-            return [f"a tuple of {describe(args[0])}"]
-        return [f"a tuple ({', '.join(map(describe, args))})"]
+        inside = f"of {describe(args[0])}" if args[1:] == (...,) else f"({', '.join(map(describe, args))})"
+        return [f"a tuple {inside}"]
     if is_config(member):
         return [snake_case(member)]
     if issubclass(member, enum.Enum):

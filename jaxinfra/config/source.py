@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,33 +22,28 @@ from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.errors import storage_errors
 
-COMMAND_LINE = "command line"
-"""The origin of a leaf that an override has set."""
+COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
 
-_FUNCTION = "config"
 _counter = itertools.count()
 
 
 def load[C](source: str | os.PathLike[str], overrides: Sequence[str] = (), root: type[C] | None = None) -> Loaded[C]:
     """Returns the config that a file describes, with overrides applied; it is not validated.
 
+    ConfigError where the file is missing, is no config, or fails, or an override does not fit; StorageError where the
+    file cannot be read.
+
     Args:
         source: a Python file with `def config()`, or the `run.json` of an earlier run.
         overrides: `path=value` texts, applied from left to right.
         root: the class that the config must be an instance of.
-
-    Raises:
-        ConfigError: the file is missing, is no config, or fails; or an override does not fit.
-        StorageError: the file cannot be read.
     """
     path = Path(source)
     _require_config_file(path)
-    replayed = path.suffix == ".json"
-    run = decode_record(path, read_record(path), root) if replayed else _run_config_file(path)
+    run = decode_record(path, read_record(path), root) if path.suffix == ".json" else _run_config_file(path)
     if root is not None and not isinstance(run, root):
         raise ConfigError(f"{path}: expected a config of class {root.__name__}, found {type(run).__name__}")
-    named = os.fspath(source)
-    before = leaves(run)
+    before, named = leaves(run), os.fspath(source)
     run = apply(run, overrides)
     given = {override.path for override in read_overrides(overrides)}
     return Loaded(run=run, source=named, origins=_origins(run, before, given, named))
@@ -100,7 +96,7 @@ def _compiled(path: Path) -> Any:
 
 
 def _config_function(path: Path, module: ModuleType) -> Any:
-    function = getattr(module, _FUNCTION, None)
+    function = getattr(module, "config", None)
     if not inspect.isroutine(function):
         raise ConfigError(f"{path}: no function config; define def config() that returns the config")
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -116,11 +112,8 @@ def _config_function(path: Path, module: ModuleType) -> Any:
 
 def _failure(path: Path, error: Exception) -> str:
     """Says where in the config file an exception came up, and what it was."""
-    line, frame = None, error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == str(path):
-            line = frame.tb_lineno
-        frame = frame.tb_next
+    frames = traceback.walk_tb(error.__traceback__)
+    line = next((line for frame, line in reversed([*frames]) if frame.f_code.co_filename == str(path)), None)
     text = " ".join(str(error).split())
     if line is None and isinstance(error, ConfigError):
         return text
@@ -130,21 +123,13 @@ def _failure(path: Path, error: Exception) -> str:
 
 
 def _origins(run: Any, before: dict[str, Any], given: Collection[str], file: str) -> dict[str, str]:
-    """Returns where each leaf came from that differs from its default.
+    """Returns where each leaf of a config came from that differs from its default, of a file or of overrides.
 
-    Args:
-        run: the config after the overrides.
-        before: the leaves before them.
-        given: the paths of the overrides. Switching a choice can change leaves that none of them names.
-        file: the path of the config file.
+    `before` are the leaves before these, `given` are their paths. Switching a choice can change leaves that none names.
     """
     after = leaves(run)
-    return {
-        path: f"file:{file}"
-        if path not in given and path in before and same(before[path], after[path])
-        else COMMAND_LINE
-        for path in _changed(type(run), run, MISSING, "")
-    }
+    kept = {path for path in before.keys() & after.keys() - set(given) if same(before[path], after[path])}
+    return {path: f"file:{file}" if path in kept else COMMAND_LINE for path in _changed(type(run), run, MISSING, "")}
 
 
 def _changed(annotation: Any, value: Any, default: Any, path: str) -> Iterator[str]:

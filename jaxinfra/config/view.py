@@ -14,8 +14,7 @@ from typing import Any
 from jaxinfra.config.schema import choices, conform, is_config, is_node, walk
 from jaxinfra.config.text import format_value, same, snake_case
 
-ABSENT = "absent"
-"""What a difference shows for a path that one side does not have."""
+ABSENT = "absent"  # what a difference shows for a path that one side does not have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +27,12 @@ class Difference:
 
 
 def leaves(root: Any, *, fingerprinted_only: bool = False) -> dict[str, Any]:
-    """Returns the leaf values by dotted path, in field order.
+    """Returns the leaf values by dotted path, in field order; ConfigError where one does not fit its annotation.
 
-    Args:
-        root: a config object.
-        fingerprinted_only: leaves out what is marked `NOT_FINGERPRINTED`, each field with all that lies below it.
-
-    Raises:
-        ConfigError: a value does not fit the annotation of its field.
+    `fingerprinted_only` leaves out what is marked `NOT_FINGERPRINTED`, each field with all that lies below it.
     """
     found = {}
-    everything = walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only)
-    for path, annotation, value in everything:
+    for path, annotation, value in walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only):
         if is_config(type(value)) and choices(annotation):
             found[path] = snake_case(type(value))
         elif not is_node(annotation, value):
@@ -55,20 +48,14 @@ def dump(root: Any) -> str:
 def diff(left: Any, right: Any, *, fingerprinted_only: bool = False) -> list[Difference]:
     """Returns the leaves that differ, in field order; what only `right` has follows its neighbour there.
 
-    Args:
-        left: a config object.
-        right: another.
-        fingerprinted_only: as of `leaves`.
+    `fingerprinted_only` is as of `leaves`.
     """
     lefts, rights = (leaves(each, fingerprinted_only=fingerprinted_only) for each in (left, right))
-    order = list(lefts)
-    position = 0
+    order, position = list(lefts), 0
     for path in rights:
-        if path in lefts:
-            position = order.index(path) + 1
-        else:
+        if path not in lefts:
             order.insert(position, path)
-            position += 1
+        position = order.index(path) + 1
     pairs = ((path, lefts.get(path, ABSENT), rights.get(path, ABSENT)) for path in order)
     return [
         Difference(path=path, left=one, right=other)
@@ -80,9 +67,8 @@ def diff(left: Any, right: Any, *, fingerprinted_only: bool = False) -> list[Dif
 def format_diff(differences: Sequence[Difference]) -> str:
     """Returns one line a difference, `path  left -> right`, in aligned columns; "" when there is none."""
     rows = [(each.path, format_value(each.left), format_value(each.right)) for each in differences]
-    path_width = max((len(path) for path, _, _ in rows), default=0)
-    left_width = max((len(left) for _, left, _ in rows), default=0)
-    return "\n".join(f"{path:<{path_width}}  {left:<{left_width}} -> {right}" for path, left, right in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"{path:<{widths[0]}}  {left:<{widths[1]}} -> {right}" for path, left, right in rows)
 
 
 def fingerprint(root: Any) -> str:

@@ -13,11 +13,8 @@ import numpy as np
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 
-_MOST_AHEAD = 16
-"""Batches; more would only be read in vain where a run ends early."""
-
-Rows = slice | np.ndarray
-"""Rows of the global batch that this process reads."""
+_MOST_AHEAD = 16  # batches; more would only be read in vain where a run ends early
+Rows = slice | np.ndarray  # rows of the global batch that this process reads
 
 
 class Batches:
@@ -41,21 +38,13 @@ class Batches:
     ):
         """Plans the batches of `start_step` to `start_step + steps - 1`; reads none yet.
 
-        Args:
-            data: how far ahead to read, and by how many threads.
-            samples: what to read.
-            global_batch: rows of a batch over all processes.
-            rows: those of them to read here.
-            start_step: first step.
-            steps: number of batches.
-            ids: the samples of a step and a global batch (see `OpenData.ids`); None takes them in their own order.
+        `data` says how far ahead to read and by how many threads; of `global_batch` rows over all processes, `rows` are
+        read here; `ids` gives the samples of a step (see `OpenData.ids`), None takes them in their own order.
         """
         self.samples = samples
         self._data, self._ids = data, ids
-        self._global_batch = global_batch
-        self._rows = np.arange(global_batch)[rows]
-        self._start_step = start_step
-        self._steps = steps
+        self._global_batch, self._rows = global_batch, np.arange(global_batch)[rows]
+        self._start_step, self._steps = start_step, steps
         self._making = Stopwatch()
 
     def __len__(self) -> int:
@@ -85,16 +74,12 @@ class Batches:
         # Grain imports JAX: the first batch does not wait for that, and who looks at single batches has no use for it.
         from grain import MapDataset, ReadOptions
 
-        ahead = self._ahead(batch)
+        fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
+        ahead = max(1, min(fitting, _MOST_AHEAD))  # batches that may be there or in the making, besides this one
         options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
             yield from batches
-
-    def _ahead(self, batch: Batch) -> int:
-        """How many batches like this one may be there or in the making at once, besides it."""
-        fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
-        return max(1, min(fitting, _MOST_AHEAD))
 
     def _fixed_batch(self, step: int) -> Batch:
         ids, count = step * self._global_batch + self._rows, len(self.samples)

@@ -13,9 +13,7 @@ from math import prod
 
 import numpy as np
 
-_LEAST_BYTES = 64 * 1024
-"""Smaller arrays are left to NumPy, whose allocator keeps them by itself."""
-
+_LEAST_BYTES = 64 * 1024  # smaller arrays are left to NumPy, whose allocator keeps them by itself
 _free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
 
 
@@ -26,15 +24,11 @@ def empty(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     if count * kind.itemsize < _LEAST_BYTES:
         return np.empty(shape, kind)
     pages = -(-count * kind.itemsize // mmap.PAGESIZE)
-    memory = _taken(pages)
+    try:
+        memory = _free[pages].pop()
+    except IndexError:
+        memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # The memory is no array, so that NumPy has every view refer to this one, which lives as long as any of them.
     array = np.frombuffer(memory, kind, count)
     weakref.finalize(array, _free[pages].append, memory).atexit = False
     return array.reshape(shape)
-
-
-def _taken(pages: int) -> mmap.mmap:
-    try:
-        return _free[pages].pop()
-    except IndexError:
-        return mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,8 +1,9 @@
 """Training on images: samples of a store of images with labels (see `batches`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -31,27 +32,8 @@ class ImageData(OneStore):
     white: Count = 255
     threads: Annotated[Count, NOT_FINGERPRINTED] = 1
 
-    @property
-    def sample_units(self) -> int:
-        """An image is one."""
-        return 1
-
-    @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
-        """Images are whole (see `DataConfig`)."""
-        return {}
-
     def open(self, *, fix: str = PREPARE) -> "Images":
-        """Opens the store and checks that it suits.
-
-        Args:
-            fix: the command that makes the store, for the error when there is none.
-
-        Raises:
-            ConfigError: there is no store, not that version, or its images have another size.
-            DataError: it is damaged.
-            StorageError: it may not be read.
-        """
+        """Opens the store and checks that it suits; see `DataConfig`."""
         store = Store.open(self.store, self.version, fix=fix)
         if store.manifest.kind != "images":
             raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, not images; name another store")
@@ -68,16 +50,15 @@ class ImageData(OneStore):
             raise ConfigError(
                 f"data.channels={self.channels}: the images of {store} have {channels}; use data.channels={channels}"
             )
-        return Images(self, store)
+        return Images(store, self.seed, partial(Labelled, self, store))
 
 
-class Labelled(SplitSamples):
+class Labelled(SplitSamples[ImageData, Store]):
     """Images of a split with their labels: `Samples`."""
 
     def __init__(self, data: ImageData, store: Store, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them, and reads the labels."""
-        super().__init__(split, store.manifest.splits[split].documents, at_most)
-        self._data, self._store = data, store
+        super().__init__(data, store, split, store.manifest.splits[split].documents, at_most)
         self._labels = store.whole(split, LABELS)[: len(self)]
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
@@ -95,43 +76,20 @@ class Labelled(SplitSamples):
         return int(self._labels.max()) + 1
 
 
-class Classes(Protocol):
-    """What must be known of a model to learn labels."""
-
-    @property
-    def classes(self) -> int:
-        """That an image may be of."""
-        ...
-
-
-class Images(OpenStore[Labelled]):
+class Images(OpenStore[Store, Labelled]):
     """An open store of images: `OpenData`."""
-
-    def __init__(self, data: ImageData, store: Store):
-        """Takes a store whose images have the size of the config, or a part of it."""
-        super().__init__(data, store, Labelled(data, store, "train"))
-        self._data, self.store = data, store
-
-    def heldout(self, at_most: int | None = None) -> Labelled:
-        """The held-out images."""
-        return Labelled(self._data, self.store, "heldout", at_most)
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
         batch, names = self.train.read(ids, weighted=False), self.store.manifest.labels
-        for row, (sample, image, label) in enumerate(
-            zip(ids, batch["images"], batch["labels"], strict=True), first_row
-        ):
+        shown = zip(ids, batch["images"], batch["labels"], strict=True)
+        for row, (sample, image, label) in enumerate(shown, first_row):
             named = f" ({names[label]})" if names else ""
             yield f"row {row}: image {sample}, {'x'.join(map(str, image.shape))}, label {label}{named}"
             yield f"mean {image.mean():.4f}, from {image.min():.4f} to {image.max():.4f}"[:chars]
 
-    def check(self, model: Classes) -> None:
-        """Refuses a model with fewer classes than there are labels.
-
-        Raises:
-            ConfigError: it has.
-        """
+    def check(self, model: Any) -> None:
+        """Raises ConfigError for a model with fewer classes than there are labels."""
         classes = max(self.train.classes, self.heldout().classes, len(self.store.manifest.labels))
         if model.classes < classes:
             raise ConfigError(

@@ -10,8 +10,7 @@ from jaxinfra.data.store.manifest import SPLITS, Manifest
 from jaxinfra.data.store.store import LABELS, Store, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer
 
-BORDER = "⏎"
-"""Stands between documents."""
+BORDER = "⏎"  # stands between documents
 _BARS = 40
 
 
@@ -52,8 +51,9 @@ def histogram(store: TokenStore) -> Iterator[str]:
         if len(lengths):
             yield f"{split}: tokens of a document"
             count_P = np.bincount(np.floor(np.log2(lengths)).astype(int))
-            named = {f"{2**p:>10,} to {2 ** (p + 1) - 1:>10,}": int(count) for p, count in enumerate(count_P)}
-            yield from _bars(dict(list(named.items())[int(np.flatnonzero(count_P)[0]) :]))
+            first = int(np.flatnonzero(count_P)[0])
+            named = enumerate(count_P[first:].tolist(), first)
+            yield from _bars({f"{2**p:>10,} to {2 ** (p + 1) - 1:>10,}": count for p, count in named})
 
 
 def labels(store: Store) -> Iterator[str]:
@@ -90,12 +90,8 @@ def samples(store: TokenStore, documents: int, chars: int) -> Iterator[str]:
 def rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
     """The rows of a batch as text, document by document; targets that are not learned are in brackets.
 
-    Args:
-        batch: `inputs`, `targets`, and `segments` and `weights` where there are any, [rows, T].
-        tokenizer: of the store.
-        ids: number of the sample of each row.
-        first_row: number of the first row in the global batch.
-        chars: of text to show of a row.
+    The batch has `inputs`, `targets`, and `segments` and `weights` where there are any, [rows, T]; `ids` are the
+    samples of its rows, the first of which is `first_row` of the global batch. Of each row `chars` of text are shown.
     """
     for at, sample in enumerate(ids):
         targets, weights = batch["targets"][at], batch.get("weights", np.ones_like(batch["targets"]))[at]

@@ -28,34 +28,15 @@ class Samples(Protocol):
 class OpenData(Protocol):
     """Data that was found and looked at."""
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Of its contents."""
-        ...
+    name: str  # what messages call it
+    fingerprint: str  # of its contents
+    versions: Sequence[str]  # fingerprints of the stores that it is read from, in the order of the config
+    train_units: int  # units (tokens, images) that the samples to train on have
+    baselines: Mapping[str, Mapping[str, float]]  # by score, what simple models reach on held-out samples, by name
 
     @property
     def train(self) -> Samples:
         """The samples to train on."""
-        ...
-
-    @property
-    def train_units(self) -> int:
-        """Units (tokens, images) that they have."""
-        ...
-
-    @property
-    def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """By score, what simple models reach on the held-out samples, by their names."""
-        ...
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """Fingerprints of the stores that it is read from, in the order of the config."""
         ...
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
@@ -67,40 +48,22 @@ class OpenData(Protocol):
         ...
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
-        """Training samples in lines for people.
-
-        Args:
-            ids: of the samples.
-            first_row: number of the first of them in the global batch.
-            chars: to show of each.
-        """
+        """Training samples in lines for people, `chars` of each; `first_row` is the first's in the global batch."""
         ...
 
     def heldout(self, at_most: int | None = None) -> Samples:
-        """The held-out samples, or the first of them.
-
-        Raises:
-            ConfigError: there are none.
-        """
+        """The held-out samples, or the first of them; ConfigError where there are none."""
         ...
 
     def check(self, model: Any) -> None:
-        """Looks whether a model can read what is there.
-
-        Raises:
-            ConfigError: it cannot.
-        """
+        """Raises ConfigError for a model that cannot read what is there."""
         ...
 
 
 class DataConfig(Protocol):
-    """Data as a config describes it.
+    """Data as a config describes it."""
 
-    Attributes:
-        unit: what it is counted in: "token" or "image".
-    """
-
-    unit: ClassVar[str]
+    unit: ClassVar[str]  # what it is counted in: "token" or "image"
 
     @property
     def prefetch_bytes(self) -> int:
@@ -125,19 +88,13 @@ class DataConfig(Protocol):
     def open(self, *, fix: str) -> OpenData:
         """Finds the data and looks at it; `fix` is the command that makes it, for the error when there is none.
 
-        Raises:
-            ConfigError: there is none, or it does not suit.
-            DataError: it is damaged.
-            StorageError: it may not be read.
+        Raises ConfigError where there is none or it does not suit, DataError where it is damaged, StorageError where
+        it may not be read.
         """
         ...
 
     def pinned(self, versions: Sequence[str]) -> Self:
-        """The config that reads these versions of its stores, where it does not name others itself.
-
-        Args:
-            versions: as of `OpenData.versions`; () pins nothing.
-        """
+        """The config that reads these `OpenData.versions`, where it does not name others itself; () pins nothing."""
         ...
 
     @property

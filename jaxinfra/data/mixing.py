@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite, lcm
+from operator import add
 
 import numpy as np
 
@@ -28,8 +29,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import Natural
 from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, steps_together, stream_seed
 
-BLOCK = 64
-"""Samples that are shuffled among themselves; no more, so that a batch has about its share of every source."""
+BLOCK = 64  # samples that are shuffled among themselves; no more, so that a batch has about its share of every source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,19 @@ class MixStage:
             )
 
 
-def stage_problems(stages: Sequence[MixStage], *, sources: int, field: str = "stages") -> Iterator[Problem]:
-    """Yields what is wrong with stages that are each right by themselves; `field` is what their owner calls them."""
+def stage_problems(stages: Sequence[MixStage], *, sources: int) -> Iterator[Problem]:
+    """Yields what is wrong with `stages` that are each right by themselves."""
     last = -1
     for i, stage in enumerate(stages):
         if len(stage.weights) != sources:
             yield Problem(
-                fields=(f"{field}.{i}.weights",),
+                fields=(f"stages.{i}.weights",),
                 message=f"there are {sources} sources and {len(stage.weights)} weights",
                 fix="give each source one, 0 for none of it",
             )
         if (i == 0 and stage.start_step) or stage.start_step <= last:
             yield Problem(
-                fields=(f"{field}.{i}.start_step",),
+                fields=(f"stages.{i}.start_step",),
                 message="the first stage starts at step 0, each later one after the one before it",
                 fix=f"use start_step={0 if i == 0 else last + 1}{' or more' if i else ''}",
             )
@@ -86,7 +86,7 @@ class Mixing:
         seed: int,
         curriculum: Curriculum | None = None,
     ):
-        """Plans them; nothing grows with the steps.
+        """Plans them; nothing grows with the steps. ValueError where an argument is out of range.
 
         Args:
             lengths: samples of each source. A source is known by its place: more of them at the end change how often
@@ -95,9 +95,6 @@ class Mixing:
             global_batch: rows of a batch over all processes.
             seed: any integer.
             curriculum: how the first epochs of each source go.
-
-        Raises:
-            ValueError: an argument is out of range.
         """
         stages = stages or (MixStage(weights=tuple(lengths)),)
         if not lengths or not all(1 <= length <= MAX_SIZE for length in lengths) or global_batch < 1:
@@ -117,16 +114,13 @@ class Mixing:
         self._shares = [_Shares(stage.weights) for stage in stages]
         self._before = [[0] * len(lengths)]  # samples of each source before each stage
         for shares, start, end in zip(self._shares, self._starts, self._starts[1:], strict=False):
-            read = shares.counts((end - start) * global_batch)
-            self._before.append([a + b for a, b in zip(self._before[-1], read, strict=True)])
+            self._before.append(_sums(self._before[-1], shares.counts((end - start) * global_batch)))
 
     def ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """The source of each of these rows of a step's batch, and its sample there: int64[R] both, not to be written.
 
-        Steps that follow one another are worked out together, as in `sample_ids`.
-
-        Raises:
-            ValueError: the step is negative, or has samples beyond 2**63.
+        Steps that follow one another are worked out together, as in `sample_ids`. ValueError where the step is negative
+        or has samples beyond 2**63.
         """
         i = self._stage(step)
         steps = steps_together(self._global_batch)
@@ -153,15 +147,9 @@ class Mixing:
         return found
 
     def counts(self, step: int) -> list[int]:
-        """How many samples of each source are read before a step.
-
-        Raises:
-            ValueError: as `ids`.
-        """
+        """How many samples of each source are read before a step; fails as `ids`."""
         before, source_M, skip = self._blocks(step, 1)
-        return [
-            a + b for a, b in zip(before, np.bincount(source_M[:skip], minlength=len(before)).tolist(), strict=True)
-        ]
+        return _sums(before, np.bincount(source_M[:skip], minlength=len(before)).tolist())
 
     def _stage(self, step: int) -> int:
         if step < 0:
@@ -171,9 +159,8 @@ class Mixing:
     def _blocks(self, step: int, steps: int) -> tuple[list[int], np.ndarray, int]:
         """The blocks that hold the batches of some steps of one stage.
 
-        Returns:
-            how many samples of each source come before them, the source of each of their samples, and how many of
-            those come before the batches.
+        These are how many samples of each source come before them, the source of each of their samples, and how many of
+        those come before the batches.
         """
         samples = steps * self._global_batch
         if step * self._global_batch + samples >= 2**63 - BLOCK:
@@ -191,8 +178,12 @@ class Mixing:
         place_M = np.arange(len(source_M), dtype=np.uint64)
         hash_M = epoch_keys(self._block_seed, place_M + np.uint64(start + edges[0]))
         shuffled_M = np.lexsort((hash_M, place_M // np.uint64(BLOCK)))
-        before = [a + b for a, b in zip(self._before[i], count_ES[0], strict=True)]
-        return before, source_M[shuffled_M], skip
+        return _sums(self._before[i], count_ES[0]), source_M[shuffled_M], skip
+
+
+def _sums(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    """Sums of whole numbers of any size."""
+    return list(map(add, left, right))
 
 
 class _Shares:

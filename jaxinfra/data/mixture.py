@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Annotated, ClassVar, Self
+from functools import cached_property, lru_cache, partial
+from itertools import zip_longest
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
 from jaxinfra.data.store_data import pinned
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples, Vocabulary
+from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples
 from jaxinfra.errors import ConfigError
 
 
@@ -34,17 +35,11 @@ class MixSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Training on a mixture of token stores.
+    """Training on a mixture of token stores; its other fields are those of `TokenData`, `curriculum` for each source.
 
     Attributes:
         sources: the stores. One more at the end changes how often the others are read, not in which order.
         stages: the weight of each source, from which step on; () weighs each by its size.
-        seq_len: tokens that a row predicts.
-        curriculum: the order of the first epochs of each source, short rows first; None shuffles all alike.
-        seed: of the order of samples.
-        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
-        threads: threads that make host batches.
-        mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
 
     unit: ClassVar[str] = "token"
@@ -88,12 +83,8 @@ class Mixture:
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        known = dict(enumerate(versions))
-        sources = (
-            replace(each, version=pinned(each.version, known[i]) if i in known else each.version)
-            for i, each in enumerate(self.sources)
-        )
-        return replace(self, sources=tuple(sources))
+        pairs = zip_longest(self.sources, versions[: len(self.sources)])
+        return replace(self, sources=tuple(replace(each, version=pinned(each.version, known)) for each, known in pairs))
 
     @property
     def recipes(self) -> Mapping[str, str]:
@@ -111,16 +102,7 @@ class Mixture:
         return {"seq_len": (self.seq_len, "positions")}
 
     def open(self, *, fix: str = PREPARE) -> "MixedText":
-        """Opens every store and checks that they go together.
-
-        Args:
-            fix: the command that makes the stores, for the error when there is none.
-
-        Raises:
-            ConfigError: one is not there or does not suit, or two were made by different tokenizers.
-            DataError: one is damaged.
-            StorageError: one may not be read.
-        """
+        """Opens every store and checks that they were made by one tokenizer; see `DataConfig`."""
         found = [part.open(at=f"data.sources.{i}", fix=fix) for i, part in enumerate(self.parts)]
         first = found[0].store.manifest.words
         for each in found[1:]:
@@ -169,35 +151,25 @@ class MixedText:
 
     def __init__(self, data: Mixture, parts: Sequence[Text]):
         """Takes stores of one tokenizer."""
-        self._data, self._parts = data, parts
+        self._parts = parts
         self.name = " + ".join(part.name for part in parts)
-        self.fingerprint = digest_of([part.fingerprint for part in parts])
+        self.versions: Sequence[str] = [part.fingerprint for part in parts]
+        self.fingerprint = digest_of(self.versions)
         self.train = MixedSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)
-        self._mixing = lru_cache(maxsize=1)(self._mixing_of)
-
-    def _mixing_of(self, global_batch: int) -> Mixing:
-        return Mixing(
-            [len(part.train) for part in self._parts],
-            self._data.stages,
-            global_batch=global_batch,
-            seed=self._data.seed,
-            curriculum=self._data.curriculum,
-        )
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return [part.fingerprint for part in self._parts]
+        self.baselines: Mapping[str, Mapping[str, float]] = {}  # what was measured is of one store each
+        lengths = [len(part.train) for part in parts]
+        mixing = partial(Mixing, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
+        self._mixing = lru_cache(maxsize=1)(mixing)
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        source, sample = self._mixing(global_batch).ids(step)
+        source, sample = self._mixing(global_batch=global_batch).ids(step)
         return self.train.offsets[source] + sample
 
     def before(self, step: int, global_batch: int) -> Iterator[str]:
         """See `OpenData`."""
-        for part, count in zip(self._parts, self._mixing(global_batch).counts(step), strict=True):
+        for part, count in zip(self._parts, self._mixing(global_batch=global_batch).counts(step), strict=True):
             yield f"{part.name}: {count / len(part.train):.3f} epochs before"
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
@@ -209,11 +181,7 @@ class MixedText:
             yield from rows(batch, self.tokenizer, sample[None] - self.train.offsets[source], first_row + at, chars)
 
     def heldout(self, at_most: int | None = None) -> MixedSamples:
-        """The held-out samples of every store, or the first of each, as many of one as of another.
-
-        Raises:
-            ConfigError: a held-out split is shorter than one sample.
-        """
+        """The held-out samples of every store, or the first of each, as many of one as of another; see `Text`."""
         count = len(self._parts)
         shares = [None if at_most is None else max(1, (at_most + count - 1 - i) // count) for i in range(count)]
         return MixedSamples([part.heldout(share) for part, share in zip(self._parts, shares, strict=True)])
@@ -223,16 +191,7 @@ class MixedText:
         """What made the tokens of all of them."""
         return self._parts[0].tokenizer
 
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model whose vocabulary is smaller than the stores'.
-
-        Raises:
-            ConfigError: it is.
-        """
+    def check(self, model: Any) -> None:
+        """See `check_vocabulary`."""
         for part in self._parts:
             part.check(model)
-
-    @property
-    def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """None: what was measured is of one store each."""
-        return {}

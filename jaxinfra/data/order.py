@@ -22,10 +22,8 @@ _ROUNDS = 8  # even: the halves have their own widths again at the end
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
 _TINY = 64  # up to here the walk would be long, and hashes are sorted instead
 _MAX_BUCKETS = 2**14
-_TOGETHER = 1024
-"""Samples that are worked out at once; arrays of a few thousand stay in the cache of a core."""
-MAX_SIZE = 2**48
-"""Samples of a source that can be told apart."""
+_TOGETHER = 1024  # samples that are worked out at once; arrays of a few thousand stay in the cache of a core
+MAX_SIZE = 2**48  # samples of a source that can be told apart
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
 _STREAM = 0xD1342543DE82EF95  # an odd multiplier of good spectral quality (Steele and Vigna 2021, table 6)
 
@@ -53,17 +51,9 @@ def sample_ids(
     """The windows that make up the global batch of a step, int64[global_batch], not to be written to.
 
     A batch may run over the end of an epoch, and may hold several epochs of a small data set. Steps that follow one
-    another are worked out together: of one by itself, NumPy's calls would cost more than its numbers.
-
-    Args:
-        step: number of the step, from 0.
-        global_batch: rows of the batch over all processes.
-        windows: how many windows there are, 1 to 2**48.
-        seed: any integer.
-        curriculum: how the first epochs go.
-
-    Raises:
-        ValueError: an argument is out of range.
+    another are worked out together: of one by itself, NumPy's calls would cost more than its numbers. Steps count from
+    0, `global_batch` rows over all processes, `windows` from 1 to 2**48; beyond is a ValueError. The seed is any
+    integer.
     """
     if step < 0 or global_batch < 1 or not 1 <= windows <= MAX_SIZE:
         raise ValueError(
@@ -99,12 +89,9 @@ def reshuffled(
 
     Args:
         number: uint64[N] or int64[N], which sample of its source since the start of the run, from 0.
-        size: samples of the source, 1 to 2**48; one number, or int64[N].
+        size: samples of the source, 1 to 2**48, else ValueError; one number, or int64[N].
         seed: of the source; any integer, or uint64[N] of `stream_seed`.
         curriculum: how the first epochs go.
-
-    Raises:
-        ValueError: `size` is out of range.
     """
     number, size = np.broadcast_arrays(number.astype(np.uint64), np.asarray(size, np.uint64))
     epoch, index = np.divmod(number, size)
@@ -134,16 +121,11 @@ def permute(index: np.ndarray, *, size: int | np.ndarray, key: np.ndarray) -> np
     """Where each index goes under the permutation of range(size) that its key selects, int64[N].
 
     Args:
-        index: uint64[N] or int64[N], each in range(size).
-        size: length of the range, 1 to 2**48; one number, or [N].
+        index: uint64[N] or int64[N], each in range(size), else ValueError.
+        size: length of the range, 1 to 2**48, else ValueError; one number, or [N].
         key: uint64[N] or uint64[1].
-
-    Raises:
-        ValueError: a size or an index is out of range.
     """
-    x_N, size_N, key_N = np.broadcast_arrays(
-        index.astype(np.uint64), np.asarray(size, np.uint64), key.astype(np.uint64)
-    )
+    x_N, size_N, key_N = np.broadcast_arrays(*(np.asarray(each, np.uint64) for each in (index, size, key)))
     if not x_N.size:
         return np.zeros(0, np.int64)
     if (wrong := (size_N < 1) | (size_N > MAX_SIZE)).any():

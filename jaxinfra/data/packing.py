@@ -39,21 +39,13 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Packs:
-    """What goes into each row; rows are numbered by rising length of their longest piece, as a `Curriculum` needs it.
+    """What goes into each row; rows are numbered by rising length of their longest piece, as a `Curriculum` needs."""
 
-    Attributes:
-        seq_len: room of a row, in targets.
-        piece_document: document of each piece, int64[P].
-        piece_skip: its tokens before the piece, int64[P].
-        piece_length: targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more.
-        row_offsets: pieces `row_offsets[r]` to `row_offsets[r + 1]` are row r, the longest first; int64[rows + 1].
-    """
-
-    seq_len: int
-    piece_document: np.ndarray
-    piece_skip: np.ndarray
-    piece_length: np.ndarray
-    row_offsets: np.ndarray
+    seq_len: int  # room of a row, in targets
+    piece_document: np.ndarray  # document of each piece, int64[P]
+    piece_skip: np.ndarray  # its tokens before the piece, int64[P]
+    piece_length: np.ndarray  # targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more
+    row_offsets: np.ndarray  # row r has pieces `row_offsets[r]` to `row_offsets[r + 1]`, longest first; int64[rows + 1]
 
     @property
     def rows(self) -> int:
@@ -75,14 +67,12 @@ def pack(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = False) -> Pac
     """Packs documents into as few rows as best fit, longest first, finds.
 
     Args:
-        lengths_N: tokens of each document with its end, any integer type; a document of one token gives nothing.
-        seq_len: targets of a row.
+        lengths_N: tokens of each document with its end, any integer type, none negative (else ValueError); a document
+            of one token gives nothing.
+        seq_len: targets of a row, 1 to 2**31 - 1, else ValueError.
         by_length: keep pieces of up to 1, 2, 4, 8, ... targets apart, so that rows of short documents have no long
             ones (after the dataset decomposition of Pouransari et al. 2024); documents a little longer than half a
             row then leave the rest of it empty.
-
-    Raises:
-        ValueError: a length is negative, or `seq_len` is not from 1 to 2**31 - 1.
     """
     if not 1 <= seq_len < 2**31 or (lengths_N < 0).any():
         raise ValueError(f"seq_len={seq_len}: expected 1 to 2**31 - 1, and no document of negative length")
@@ -170,13 +160,9 @@ class _Rooms:
         return np.concatenate(taken)
 
     def fill(self, out_P: np.ndarray, rows: np.ndarray, room: int, length: int) -> int:
-        """Puts as many pieces of one length as there are, or as fit, into rows; says how many.
+        """Puts as many pieces of one length as there are, or as fit, into rows with this room; says how many.
 
-        Args:
-            out_P: takes the row of each piece.
-            rows: no more than are needed.
-            room: of each of them.
-            length: of the pieces.
+        `out_P` takes the row of each piece; `rows` are no more than are needed.
         """
         each = room // length
         full = min(len(rows), len(out_P) // each)

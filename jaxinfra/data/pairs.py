@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
 from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
-from jaxinfra.data.tokens import Vocabulary, check_vocabulary
+from jaxinfra.data.tokens import check_vocabulary
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -35,39 +36,31 @@ class PairData(OneStore):
     seq_len: Count = 1024
 
     @property
-    def sample_units(self) -> int:
-        """A pair is one."""
-        return 1
-
-    @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 
     def open(self, *, fix: str = PREPARE) -> "Pairs":
-        """Opens the store.
-
-        Args:
-            fix: the command that makes the store, for the error when there is none.
-
-        Raises:
-            ConfigError: there is no store, not that version, or it holds no pairs.
-            DataError: it is damaged.
-            StorageError: it may not be read.
-        """
+        """Opens the store, checks that it holds pairs, and tells how many are longer than a row; see `DataConfig`."""
         store = TokenStore.open(self.store, self.version, fix=fix)
         if store.manifest.kind != "pairs":
             raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, no pairs; name another store")
-        return Pairs(self, store)
+        opened = Pairs(store, self.seed, partial(PairSamples, self, store))
+        targets_B = store.lengths("train").reshape(-1, len(SIDES)).max(axis=1) - 1
+        if cut := int((targets_B > self.seq_len).sum()):
+            _log.warning(
+                f"data.seq_len={self.seq_len}: {cut} of {len(opened.train)} pairs of {store} are longer and lose the "
+                f"beginning of their prompt; the longest needs data.seq_len={targets_B.max()}"
+            )
+        return opened
 
 
-class PairSamples(SplitSamples):
+class PairSamples(SplitSamples[PairData, TokenStore]):
     """The pairs of a split: `Samples`."""
 
     def __init__(self, data: PairData, store: TokenStore, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them; reads none yet."""
-        super().__init__(split, store.manifest.splits[split].documents // len(SIDES), at_most)
-        self._data, self._store = data, store
+        super().__init__(data, store, split, store.manifest.splits[split].documents // len(SIDES), at_most)
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
@@ -84,29 +77,8 @@ class PairSamples(SplitSamples):
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
 
 
-class Pairs(OpenStore[PairSamples]):
+class Pairs(OpenStore[TokenStore, PairSamples]):
     """An open store of pairs: `OpenData`."""
-
-    def __init__(self, data: PairData, store: TokenStore):
-        """Takes a store of pairs."""
-        super().__init__(data, store, PairSamples(data, store, "train"))
-        self._data, self.store = data, store
-        self._tell_of_cut()
-
-    def _tell_of_cut(self) -> None:
-        """Warns in one line if pairs are longer than a row."""
-        targets_B2 = self.store.lengths("train").reshape(-1, len(SIDES)) - 1
-        cut = int((targets_B2.max(axis=1) > self._data.seq_len).sum())
-        if cut:
-            _log.warning(
-                "data.seq_len=%d: %d of %d pairs of %s are longer and lose the beginning of their prompt; the longest "
-                "needs data.seq_len=%d",
-                self._data.seq_len,
-                cut,
-                len(self.train),
-                self.store,
-                targets_B2.max(),
-            )
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
@@ -116,14 +88,6 @@ class Pairs(OpenStore[PairSamples]):
             own = {name.removeprefix(f"{side}_"): array for name, array in batch.items() if name.startswith(side)}
             yield from rows(own, self.store.tokenizer, ids, first_row, chars)
 
-    def heldout(self, at_most: int | None = None) -> PairSamples:
-        """The held-out pairs."""
-        return PairSamples(self._data, self.store, "heldout", at_most)
-
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model whose vocabulary is smaller than the store's.
-
-        Raises:
-            ConfigError: it is.
-        """
+    def check(self, model: Any) -> None:
+        """Raises ConfigError for a model whose vocabulary is smaller than the store's."""
         check_vocabulary(self.store, model)

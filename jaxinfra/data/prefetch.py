@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 
 import jax
 import numpy as np
@@ -24,12 +24,9 @@ def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.
 def to_global(
     batch: Batch, shardings: Mapping[str, jax.sharding.Sharding], *, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Puts this process's rows on its devices as parts of global arrays [global_batch, ...].
+    """Puts arrays [rows, ...] of `process_rows` on this process's devices: parts of global arrays [global_batch, ...].
 
-    Args:
-        batch: arrays [rows, ...] with the rows of `process_rows`.
-        shardings: where each of them goes; more names than the batch has do no harm.
-        global_batch: rows over all processes.
+    `shardings` say where each of them goes; more names than the batch has do no harm.
     """
     return {
         name: jax.make_array_from_process_local_data(shardings[name], local, (global_batch, *local.shape[1:]))
@@ -42,22 +39,16 @@ class Prefetcher[T]:
 
     Iterating yields `(step, placed)`. An error in the thread is raised where the batch would have come. Leave
     it by `close`, or use it in a `with` statement.
+
+    Attributes:
+        data_wait_s: time that the consumer has waited for batches.
+        late_s: that time without the wait for the first batch, which nothing can be made before.
+        placing: time that placing took.
     """
 
     def __init__(self, batches: Iterable[tuple[int, Batch]], place: Callable[[Batch], T], *, depth: int = 2):
-        """Starts the thread.
-
-        Args:
-            batches: steps and host batches.
-            place: makes device arrays of a host batch.
-            depth: how many placed batches may wait; one more is in the making.
-        """
-        self.data_wait_s = 0.0
-        """Time that the consumer has waited for batches."""
-        self.late_s = 0.0
-        """That time without the wait for the first batch, which nothing can be made before."""
-        self.placing = Stopwatch()
-        """Time that placing took."""
+        """Starts the thread; at most `depth` batches that `place` has placed wait, one more is in the making."""
+        self.data_wait_s, self.late_s, self.placing = 0.0, 0.0, Stopwatch()
         self._taken = 0
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
@@ -103,7 +94,8 @@ class Prefetcher[T]:
     def _fill(self, batches: Iterator[tuple[int, Batch]], place: Callable[[Batch], T]) -> None:
         last: BaseException = StopIteration()
         try:
-            with _closing(batches):
+            with ExitStack() as at_end:
+                at_end.callback(getattr(batches, "close", lambda: None))  # a generator then ends its own threads
                 for step, batch in batches:
                     with self.placing.running():
                         placed = place(batch)
@@ -114,14 +106,3 @@ class Prefetcher[T]:
             last = error
         finally:  # without a last item the consumer would wait for ever
             self._queue.put(last)
-
-
-@contextmanager
-def _closing(batches: Iterator[tuple[int, Batch]]) -> Iterator[None]:
-    """Closes the batches at the end if they can be: a generator then ends its own threads."""
-    try:
-        yield
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()

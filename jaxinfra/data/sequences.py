@@ -62,14 +62,12 @@ def split_inputs_targets(
 
 
 def packed_batch(
-    tokens_N: np.ndarray,
-    length_P: np.ndarray,
-    pieces_B: np.ndarray,
-    *,
-    seq_len: int,
-    mask_N: np.ndarray | None = None,
+    tokens_N: np.ndarray, length_P: np.ndarray, pieces_B: np.ndarray, *, seq_len: int, mask_N: np.ndarray | None = None
 ) -> Batch:
     """Makes a batch of packed rows.
+
+    It is what `split_inputs_targets` returns with document masks. Every piece is a segment with positions from 0, and
+    so is padding, with number 0 and weight 0.
 
     Args:
         tokens_N: token ids of the pieces of all rows, one piece after the other.
@@ -77,10 +75,6 @@ def packed_batch(
         pieces_B: pieces of each row; together they have at most `seq_len` targets.
         seq_len: T.
         mask_N: which tokens are learned, as in `split_inputs_targets`.
-
-    Returns:
-        What `split_inputs_targets` returns with document masks. Every piece is a segment with positions from 0,
-        and so is padding, with number 0 and weight 0.
     """
     shape = B, T = len(pieces_B), seq_len
     end_P = np.cumsum(length_P + 1)

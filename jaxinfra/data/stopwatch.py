@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-LATE = 0.05
-"""Share of its time that a run may wait for data before it is said."""
+LATE = 0.05  # share of its time that a run may wait for data before it is said
 
 
 class Stopwatch:
@@ -29,17 +28,14 @@ class Stopwatch:
 
 
 def lateness(waited_s: float, wall_s: float, stages_s: Mapping[str, float], remedies: Mapping[str, str]) -> str | None:
-    """What to say of a run that has waited for its data; None if it has hardly.
+    """What to say of a run of `wall_s` that has waited `waited_s` for batches; None if it has hardly.
 
-    Args:
-        waited_s: for batches.
-        wall_s: that the run took.
-        stages_s: what each stage of making batches took, divided by the threads that work on it at once.
-        remedies: what helps, by stage.
+    `stages_s` are what each stage of making batches took, divided by the threads that work on it at once; `remedies`
+    say what helps where it is slow.
     """
     if waited_s <= LATE * wall_s:
         return None
-    slowest = max(stages_s, key=lambda stage: stages_s[stage])
+    slowest = max(stages_s, key=stages_s.__getitem__)
     shown = ", ".join(f"{stage} {took_s:.1f} s" for stage, took_s in stages_s.items())
     return (
         f"data was late: waited {waited_s:.1f} s of {wall_s:.1f} s ({waited_s / wall_s:.0%}) for batches; {slowest} is "

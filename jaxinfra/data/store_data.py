@@ -3,7 +3,7 @@
 What a sample is, `tokens`, `pairs` and `image_data` know; data of several stores is in `mixture`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import Count, NonEmpty
-from jaxinfra.data.order import sample_ids
+from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import Store
@@ -39,24 +39,35 @@ class OneStore:
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        return replace(self, version=pinned(self.version, versions[0]) if versions else self.version)
+        return replace(self, version=pinned(self.version, next(iter(versions), None)))
 
     @property
     def recipes(self) -> Mapping[str, str]:
         """See `DataConfig`."""
         return {} if self.recipe is None else {self.store: self.recipe}
 
+    @property
+    def sample_units(self) -> int:
+        """A sample is one, unless it is a row of tokens."""
+        return 1
 
-def pinned(asked: str | None, known: str) -> str:
-    """The version to read where one is known already: that one, unless another is asked for."""
-    return known if asked is None or known.startswith(asked) else asked
+    @property
+    def spread(self) -> Mapping[str, tuple[int, str]]:
+        """Samples are whole, unless they are sequences; see `DataConfig`."""
+        return {}
 
 
-class SplitSamples:
+def pinned(asked: str | None, known: str | None) -> str | None:
+    """The version to read where one may be known already: that one, unless another is asked for."""
+    return known if known is not None and known.startswith(asked or "") else asked
+
+
+class SplitSamples[D: OneStore, T: Store]:
     """Of `Samples` what all kinds share."""
 
-    def __init__(self, split: Split, found: int, at_most: int | None):
+    def __init__(self, data: D, store: T, split: Split, found: int, at_most: int | None):
         """Takes how many samples a split has, of which no more than `at_most` count."""
+        self._data, self._store = data, store
         self._split: Split = split
         self._count = found if at_most is None else min(at_most, found)
         self._reading = Stopwatch()
@@ -70,24 +81,28 @@ class SplitSamples:
         return self._reading.total_s
 
 
-class OpenStore[S: SplitSamples]:
+class OpenStore[T: Store, S: SplitSamples]:
     """Of `OpenData` what all kinds share."""
 
-    def __init__(self, data: OneStore, store: Store, train: S):
-        """Takes the samples to train on."""
-        self._seed = data.seed
+    def __init__(
+        self, store: T, seed: int, samples: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
+    ):
+        """Takes what gives the samples of a split, or the first of them."""
+        self.store, self._seed, self._samples, self._curriculum = store, seed, samples, curriculum
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
+        self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
-        self.train, self.train_units = train, len(train)
-
-    @property
-    def versions(self) -> Sequence[str]:
-        """See `OpenData`."""
-        return (self.fingerprint,)
+        self.train = samples("train", None)
+        self.train_units = len(self.train)
 
     def ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        return sample_ids(step, global_batch=global_batch, windows=len(self.train), seed=self._seed)
+        windows, seed, curriculum = len(self.train), self._seed, self._curriculum
+        return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
+
+    def heldout(self, at_most: int | None = None) -> S:
+        """The held-out samples, or the first of them; ConfigError where there are none."""
+        return self._samples("heldout", at_most)
 
     def before(self, step: int, global_batch: int) -> Iterable[str]:
         """See `OpenData`."""

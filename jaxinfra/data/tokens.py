@@ -3,8 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from jaxinfra.config.limits import Count
 from jaxinfra.data.batches import heldout_batches
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
-from jaxinfra.data.order import Curriculum, sample_ids
+from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import Pack
 from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
 from jaxinfra.data.store.manifest import Split
@@ -75,14 +75,7 @@ class TokenData(OneStore):
     def open(self, *, at: str = "data", fix: str = PREPARE) -> "Text":
         """Opens the store and checks that it suits.
 
-        Args:
-            at: the part of the config that names the store, for messages.
-            fix: the command that makes the store, for the error when there is none.
-
-        Raises:
-            ConfigError: there is no store, not that version or packing, or it is shorter than one window.
-            DataError: it is damaged.
-            StorageError: it may not be read.
+        It fails as `DataConfig` says; `at` is the part of the config that names the store, for messages.
         """
         store = TokenStore.open(self.store, self.version, at=at, fix=fix)
         if store.manifest.kind != "text":
@@ -91,15 +84,15 @@ class TokenData(OneStore):
             raise ConfigError(
                 f"data.mask_documents=false: {store} says which tokens are learned; use data.mask_documents=true"
             )
-        return Text(self, store, at)
+        windows = self.packing == "windows"
+        samples = partial(Windows, self, store) if windows else partial(PackedRows, self, store, at=at)
+        opened = Text(store, self.seed, samples, self.curriculum)
+        opened.train_units = store.manifest.splits["train"].tokens
+        return opened
 
 
-class TokenSamples(SplitSamples, ABC):
+class TokenSamples(SplitSamples[TokenData, TokenStore], ABC):
     """Samples of a split: what windows and packed rows have in common."""
-
-    def __init__(self, data: TokenData, store: TokenStore, split: Split, found: int, at_most: int | None):
-        super().__init__(split, found, at_most)
-        self._data, self._store = data, store
 
     @abstractmethod
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
@@ -120,11 +113,7 @@ class Windows(TokenSamples):
     """The windows of a split, in the order of the text: `Samples`, each the mapping of `split_inputs_targets`."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
-        """Counts them, the first `at_most` of them; reads none yet.
-
-        Raises:
-            ConfigError: there is not even one.
-        """
+        """Counts them, the first `at_most` of them; reads none yet. ConfigError where there is not even one."""
         tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
         windows = window_count(tokens, seq_len)
         if not windows:
@@ -153,11 +142,7 @@ class PackedRows(TokenSamples):
     """The rows of whole documents that the store has packed: `Samples`, each the mapping of `packed_batch`."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None, *, at: str):
-        """Counts them, the first `at_most` of them; reads none yet. `at` is as in `TokenData.open`.
-
-        Raises:
-            ConfigError: the store has no such packing, or no row in it.
-        """
+        """As `Windows`, with ConfigError where the store has no such packing, too; `at` is as in `TokenData.open`."""
         name = data.pack.name
         info = store.manifest.packs.get(f"{split}/{name}")
         if info is None:
@@ -185,21 +170,8 @@ class PackedRows(TokenSamples):
         return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
-class Vocabulary(Protocol):
-    """What must be known of a model to read text."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Words that it has an embedding for."""
-        ...
-
-
-def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
-    """Refuses a model whose vocabulary is smaller than the store's.
-
-    Raises:
-        ConfigError: it is; ids beyond the model's embedding would be read as garbage.
-    """
+def check_vocabulary(store: TokenStore, model: Any) -> None:
+    """Raises ConfigError for a model whose vocabulary is smaller: ids beyond its embedding would be read as garbage."""
     words = store.manifest.words.vocab_size
     if words > model.vocab_size:
         raise ConfigError(
@@ -208,50 +180,18 @@ def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
         )
 
 
-class Text(OpenStore[TokenSamples]):
+class Text(OpenStore[TokenStore, TokenSamples]):
     """An open token store: `OpenData`."""
-
-    def __init__(self, data: TokenData, store: TokenStore, at: str):
-        """Takes a store whose training split has at least one sample; `at` is as in `TokenData.open`.
-
-        Raises:
-            ConfigError: it has none.
-        """
-        self._data, self.store, self._at = data, store, at
-        super().__init__(data, store, self._samples("train"))
-        self.train_units = store.manifest.splits["train"].tokens
-
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        size, curriculum = len(self.train), self._data.curriculum
-        return sample_ids(step, global_batch=global_batch, windows=size, seed=self._data.seed, curriculum=curriculum)
 
     def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Training samples in lines for people; see `OpenData`."""
         return rows(self.train.read(ids, weighted=False), self.store.tokenizer, ids, first_row, chars)
-
-    def heldout(self, at_most: int | None = None) -> TokenSamples:
-        """The held-out samples.
-
-        Raises:
-            ConfigError: the held-out split is shorter than one sample.
-        """
-        return self._samples("heldout", at_most)
-
-    def _samples(self, split: Split, at_most: int | None = None) -> TokenSamples:
-        if self._data.packing == "windows":
-            return Windows(self._data, self.store, split, at_most)
-        return PackedRows(self._data, self.store, split, at_most, at=self._at)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """What made the tokens."""
         return self.store.tokenizer
 
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model whose vocabulary is smaller than the store's.
-
-        Raises:
-            ConfigError: it is; ids beyond the model's embedding would be read as garbage.
-        """
+    def check(self, model: Any) -> None:
+        """See `check_vocabulary`."""
         check_vocabulary(self.store, model)

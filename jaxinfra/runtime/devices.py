@@ -10,16 +10,11 @@ import jax
 
 from jaxinfra.errors import ConfigError
 
-_STARTING = "jax._src.xla_bridge"
-"""The logger of JAX that tells of platforms and plugins."""
+_STARTING = "jax._src.xla_bridge"  # the logger of JAX that tells of platforms and plugins
 
 
 def local_devices() -> Sequence[Any]:
-    """The devices of this process.
-
-    Raises:
-        ConfigError: the platform that was asked for is not here, or JAX was told of other processes.
-    """
+    """The devices of this process; ConfigError where it lacks the platform asked for, or JAX has other processes."""
     with _held(_STARTING) as said:
         try:
             found = jax.devices()
@@ -51,12 +46,7 @@ def _held(name: str) -> Iterator[list[logging.LogRecord]]:
     finally:
         logger.removeFilter(hold)
         for record in records:
-            logger.handle(_in_one_line(record))
-
-
-def _in_one_line(record: logging.LogRecord) -> logging.LogRecord:
-    """With the cause in place of a traceback: a platform that cannot be used, while another can, is no more."""
-    if record.exc_info and record.exc_info[1]:
-        record.msg, record.args = f"{record.getMessage()}: {' '.join(str(record.exc_info[1]).split())}", ()
-        record.exc_info = record.exc_text = None
-    return record
+            if record.exc_info and record.exc_info[1]:  # a platform that cannot be used is worth no traceback
+                record.msg, record.args = f"{record.getMessage()}: {' '.join(str(record.exc_info[1]).split())}", ()
+                record.exc_info = record.exc_text = None
+            logger.handle(record)

@@ -9,7 +9,6 @@ A device that waits in a collective holds a thread, and may wait in several at o
 devices, as by default, programs in which two collectives have no order (those of pipeline stages) can wait for ever.
 """
 
-
 ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """Scheduled for concurrency, such collectives start in another order on each device, whatever the number of threads."""
 

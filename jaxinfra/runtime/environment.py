@@ -6,6 +6,7 @@ Asking must never stop a run: what cannot be found out is None.
 import os
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -15,13 +16,8 @@ _GIT_TIMEOUT_S = 5.0
 def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT_S) -> dict[str, Any]:
     """Returns `{"commit": hash, "dirty": bool}` of the working tree that `directory` is in.
 
-    Args:
-        directory: any directory of the working tree.
-        timeout_s: the most that each of the two calls of git may take.
-
-    Returns:
-        The commit, and whether tracked files differ from it or untracked ones exist. Both are None outside a
-        working tree, before the first commit and without git; `dirty` alone is None when git took too long.
+    It is dirty if tracked files differ from the commit or untracked ones exist. Both are None outside a working tree,
+    before the first commit and without git; `dirty` alone is None when one of the two calls of git took too long.
     """
     commit = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
     changes = None if commit is None else _git(directory, timeout_s, "status", "--porcelain")
@@ -30,7 +26,11 @@ def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
     """Returns the installed version by package name; None for one that is not installed."""
-    return {name: _version(name) for name in names}
+    versions: dict[str, str | None] = dict.fromkeys(names)
+    for name in versions:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -> str | None:
@@ -47,10 +47,3 @@ def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from jaxinfra.parallel.mesh import Device
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. The longest key that starts
-# `device_kind` counts.
-# v4 and v7x chips are given whole by Google; JAX lists v7x as two devices a chip, so half of 2307 TFLOP/s.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. The longest key that starts `device_kind`
+# counts. v4 and v7x chips are given whole by Google; JAX lists v7x as two devices a chip, so half of 2307 TFLOP/s.
 CHIP_FLOPS = {
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
@@ -34,32 +33,26 @@ CHIP_FLOPS = {
 def peak_flops(device: Device, dtype: jnp.dtype, devices_here: int) -> tuple[float, str]:
     """Peak FLOP/s of one device, and where the figure is from.
 
-    A CPU's is measured: emulated devices share the cores, so each has its part of the whole.
-
-    Args:
-        device: one device of the mesh.
-        dtype: what a CPU is measured in; the figures of accelerators are bfloat16's.
-        devices_here: devices of this process.
+    The figures of accelerators are bfloat16's. A CPU's is measured in `dtype`: emulated devices share the cores, so
+    each of `devices_here`, those of this process, has its part of the whole.
     """
     if device.platform == "cpu":
         return measured_flops(device, dtype) / devices_here, f"measured, {jnp.dtype(dtype).name} matmul"
-    known = [kind for kind in CHIP_FLOPS if device.device_kind.startswith(kind)]
-    if known:
+    if known := [kind for kind in CHIP_FLOPS if device.device_kind.startswith(kind)]:
         kind = max(known, key=len)
         return CHIP_FLOPS[kind], f"data sheet, bfloat16, {kind}"
     return measured_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
 
 
-def measured_flops(device: Device, dtype: jnp.dtype, size: int | None = None, repeats: int = 5) -> float:
+def measured_flops(device: Device, dtype: jnp.dtype, size: int | None = None) -> float:
     """FLOP/s of the fastest of some square matrix products on one device."""
-    if size is None:  # a CPU is busy with 1024 already, in a tenth of the time
-        size = 1024 if device.platform == "cpu" else 4096
+    size = size or (1024 if device.platform == "cpu" else 4096)  # a CPU is busy with 1024, in a tenth of the time
     with jax.default_device(device):
         a = jnp.ones((size, size), dtype)
         product = jax.jit(jnp.matmul)
         product(a, a).block_until_ready()
         times_s = []
-        for _ in range(repeats):
+        for _ in range(5):
             start_s = time.perf_counter()
             product(a, a).block_until_ready()
             times_s.append(time.perf_counter() - start_s)

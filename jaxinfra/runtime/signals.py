@@ -1,7 +1,7 @@
 """A wish to stop, made by a signal and obeyed between steps."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 
@@ -19,11 +19,9 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Name of the signal that asked first, None while nobody has.
+        """Name of the signal that asked first, None while nobody has; KeyboardInterrupt after a second Ctrl-C.
 
-        Raises:
-            KeyboardInterrupt: there was a second Ctrl-C. It was raised before, but Python drops an exception that
-                comes up in a callback of the garbage collector.
+        That was raised before, but Python drops an exception that comes up in a callback of the garbage collector.
         """
         if self._interrupted:
             raise KeyboardInterrupt
@@ -34,9 +32,7 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

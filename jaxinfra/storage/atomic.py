@@ -17,8 +17,7 @@ from typing import BinaryIO
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Gives a temporary file that takes the place of `path` once it is written and synced.
 
-    Raises:
-        OSError: no space, no permission; `path` is then unchanged and nothing is left beside it.
+    Where an OSError prevents it, `path` is unchanged and nothing is left beside it.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -44,10 +43,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 def move_folder(folder: Path, target: Path) -> bool:
     """Syncs a folder with all in it and renames it; tells whether one rename could do that.
 
-    It cannot from another disk, nor over a folder that is not empty; both are then unchanged.
-
-    Raises:
-        OSError: it cannot be written.
+    It cannot from another disk, nor over a folder that is not empty; both are then unchanged. Other failures: OSError.
     """
     for path in folder.rglob("*"):
         _sync(path)

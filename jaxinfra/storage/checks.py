@@ -13,16 +13,10 @@ from jaxinfra.storage.errors import storage_errors
 
 
 def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix: str) -> None:
-    """Checks that the disk of `folder` has `needed_bytes` free; object stores always pass.
+    """Raises StorageError where the disk of `folder` has less than `needed_bytes` free; object stores always pass.
 
-    Args:
-        folder: local folder, which need not exist yet, or a URL.
-        needed_bytes: what will be written, about.
-        purpose: what needs it, for the message.
-        fix: what to do beside freeing space.
-
-    Raises:
-        StorageError: there is less room than that.
+    The folder need not exist yet, or is a URL. `purpose` says what needs the room, `fix` what to do beside freeing
+    some.
     """
     if is_remote(folder):
         return
@@ -38,9 +32,7 @@ def make_writable(folder: epath.PathLike) -> None:
     """Makes `folder` if it is missing; raises StorageError, found by writing a file, where this process may not."""
     with storage_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
-        if not is_remote(folder):
-            # Permission bits do not tell of a read-only or full file system, so write. The file has no name
-            # that could stay behind.
+        if not is_remote(folder):  # permission bits do not tell of a read-only or full file system, so write
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"\0")
 

@@ -16,10 +16,8 @@ import tensorstore as ts
 
 from jaxinfra.errors import ConfigError
 
-RETRY_S = 60.0
-"""How long a failing request is tried again: a minute of waiting between a dozen tries."""
-RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"
-"""Of the environment: another time in seconds."""
+RETRY_S = 60.0  # how long a failing request is tried again: a minute of waiting between a dozen tries
+RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"  # of the environment: another time in seconds
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
@@ -35,8 +33,7 @@ _PATIENCE = {
 def check_url(url: str) -> str:
     """The URL without what does not belong to it: a slash at its end, `~`, `file://`.
 
-    Raises:
-        ConfigError: it is of no kind that is known, or has credentials or a query in it; they are not shown.
+    ConfigError where it is of no kind that is known, or has credentials or a query in it; they are not shown.
     """
     if "://" not in url:
         return str(Path(url).expanduser().absolute())
@@ -55,21 +52,18 @@ def check_url(url: str) -> str:
     return shown
 
 
-def context(*, retry_s: float | None = None, cache_bytes: int = 0) -> ts.Context:
-    """What all that is opened with the same arguments shares: a cache, and how often a request is tried again.
+def context(*, cache_bytes: int = 0) -> ts.Context:
+    """What all that is opened with as large a cache shares: that, and how often a request is tried again.
 
-    Raises:
-        ConfigError: the environment has a time that is none.
+    ConfigError where the environment has a time that is none.
     """
-    if retry_s is None:
-        text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
-        try:
-            retry_s = float(text)
-            if not 0 < retry_s <= 24 * 3600:
-                raise ValueError
-        except ValueError:
-            fix = f"use {RETRY_VARIABLE}={RETRY_S:.0f}"
-            raise ConfigError(f"{RETRY_VARIABLE}={text}: expected seconds, above 0 and up to a day; {fix}") from None
+    text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
+    try:
+        if not 0 < (retry_s := float(text)) <= 24 * 3600:
+            raise ValueError
+    except ValueError:
+        fix = f"use {RETRY_VARIABLE}={RETRY_S:.0f}"
+        raise ConfigError(f"{RETRY_VARIABLE}={text}: expected seconds, above 0 and up to a day; {fix}") from None
     return _context(retry_s, cache_bytes)
 
 
@@ -104,10 +98,8 @@ def _s3_settings() -> dict[str, Any]:
         settings["endpoint"] = endpoint
         if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
             settings["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        # Else profiles are looked for first, and that they are not there is complained of on stderr.
-        settings["aws_credentials"] = {"type": "environment"}
-    else:
-        # TensorStore looks for a profile of no name, whatever AWS_PROFILE says (0.1.86).
-        settings["aws_credentials"] = {"type": "default", "profile": os.environ.get("AWS_PROFILE") or "default"}
+    # Without "environment" profiles are looked for first, and that they are not there is complained of on stderr.
+    # Without its name here TensorStore looks for a profile of no name, whatever AWS_PROFILE says (0.1.86).
+    profile = {"type": "default", "profile": os.environ.get("AWS_PROFILE") or "default"}
+    settings["aws_credentials"] = {"type": "environment"} if "AWS_ACCESS_KEY_ID" in os.environ else profile
     return settings

@@ -36,17 +36,13 @@ _FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def storage_errors(
     where: object, *, doing: str = "written", fix: str | None = None, missing: str | None = None
 ) -> Iterator[None]:
-    """Raises an error of this project for a failure of storage inside; every other exception passes.
+    """Raises StorageError for a failure of storage inside; every other exception passes.
 
     Args:
         where: the path or URL, for the message.
         doing: what cannot be done, as in "cannot be written".
         fix: what to do about it; None chooses by the cause.
-        missing: the whole message if there is no such file, which is then an error of the config.
-
-    Raises:
-        StorageError: the operating system, TensorStore or a client of fsspec refused.
-        ConfigError: there is no such file, and `missing` is given.
+        missing: the whole message if there is no such file, which is then a ConfigError.
     """
     try:
         yield
@@ -65,9 +61,8 @@ def storage_errors(
 def checked[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T:
     """Runs a call of TensorStore, or of the file system, on a part of a store.
 
-    Raises:
-        DataError: what is read is missing or damaged.
-        StorageError: the place may not or cannot be read or written.
+    DataError where what is read is missing or damaged, StorageError where the place may not or cannot be read or
+    written.
     """
     try:
         return call()

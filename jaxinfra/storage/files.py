@@ -23,8 +23,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.mask import masked
 
-STDLIB = "stdlib"
-"""The root that stands for the running Python's standard library."""
+STDLIB = "stdlib"  # the root that stands for the running Python's standard library
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _GLOB = frozenset("*?[")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -36,17 +35,11 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file that was listed.
+    """A file that was listed."""
 
-    Attributes:
-        name: relative to the root, with slashes.
-        size_bytes: as it is stored, compressed or not.
-        stamp: changes when the file is replaced.
-    """
-
-    name: str
-    size_bytes: int
-    stamp: str
+    name: str  # relative to the root, with slashes
+    size_bytes: int  # as it is stored, compressed or not
+    stamp: str  # changes when the file is replaced
 
 
 def shown(root: str) -> str:
@@ -67,14 +60,12 @@ def local_path(root: str, name: str) -> str:
 def list_files(root: str, pattern: str) -> list[File]:
     """The files below the root whose relative names match, sorted by name.
 
-    Links to files are followed, links to folders are not. Reads no file.
+    Links to files are followed, links to folders are not. Reads no file. ConfigError where there is no such folder, or
+    nothing in it matches.
 
     Args:
         root: a folder, a URL, or the word `stdlib`.
         pattern: as for `pathlib.Path.glob`; `**` stands for any folders.
-
-    Raises:
-        ConfigError: there is no such folder, or nothing in it matches.
     """
     fs, base = _file_system(root)
     parts = PurePosixPath(pattern).parts
@@ -90,11 +81,10 @@ def list_files(root: str, pattern: str) -> list[File]:
         files = list(_below(fs, "/".join((base.rstrip("/"), *parts[:fixed])) or "/", depth))
     matches = re.compile(glob_translate("/".join(parts))).match
     skip = len(base.rstrip("/")) + 1
-    named = ((info["name"][skip:], info) for info in files)
     found = [
         File(name=name, size_bytes=info["size"], stamp=f"{info['size']}:{_version(info)}")
-        for name, info in named
-        if matches(name)
+        for info in files
+        if matches(name := info["name"][skip:])
     ]
     if root == STDLIB:
         found = [file for file in found if not _NOT_STDLIB & set(file.name.split("/"))]
@@ -129,15 +119,10 @@ def opened(root: str, name: str) -> Iterator[BinaryIO]:
 
 
 def read_content(path: str, what: str) -> bytes:
-    """Returns the bytes of a small file that a recipe names, by its path or URL; `what` it should be, for the error.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """Returns the bytes of a small file that a recipe names, by its path or URL; `what` it should be, for the error."""
     fs, place = _file_system(path, field="")
-    doing = f"read as {what}"
-    missing = f"{shown(path)}: cannot be {doing}: no such file; mend the path"
-    with storage_errors(shown(path), doing=doing, missing=missing):
+    missing = f"{shown(path)}: cannot be read as {what}: no such file; mend the path"
+    with storage_errors(shown(path), doing=f"read as {what}", missing=missing):
         return cast(bytes, fs.cat_file(place))
 
 

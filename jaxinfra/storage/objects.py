@@ -25,17 +25,12 @@ class Storage:
     All that asks the place raises StorageError where that cannot be read or written.
     """
 
-    def __init__(self, url: str | Path, *, retry_s: float | None = None):
-        """Looks at the URL; nothing is asked of the place itself.
-
-        Args:
-            url: a folder, `s3://bucket/prefix` or `gs://bucket/prefix`; another, or credentials in it: ConfigError.
-            retry_s: how long a failing request is tried again, about; None is as the environment says, or `RETRY_S`.
-        """
+    def __init__(self, url: str | Path):
+        """Looks at the URL, nothing is asked of the place itself; ConfigError for another one, or credentials in it."""
         self.url = check_url(str(url))
         spec = kvstore_spec(self.url)
         try:
-            self._objects = ts.KvStore.open(spec, context=context(retry_s=retry_s)).result()
+            self._objects = ts.KvStore.open(spec, context=context()).result()
         except ValueError as error:
             raise ConfigError(f"{self.url}: {error}; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
 
@@ -87,10 +82,8 @@ class Storage:
     def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
         """Replaces an object by what is made of it; when another process was faster, that is changed in its turn.
 
-        Args:
-            name: of the object.
-            change: from what is there, None if nothing is, to what shall be there. It may be called again, and on what
-                it made itself, if the answer to a write is lost.
+        `change` takes what is there, None if nothing is, to what shall be there. It may be called again, and on what it
+        made itself, if the answer to a write is lost.
         """
         while True:
             found = checked(self.where(name), self._objects.read(name).result)
@@ -106,11 +99,9 @@ class Storage:
     def upload(self, folder: Path, *, last: Sequence[str] = (), resume: bool = False) -> None:
         """Copies all files of a local folder, many at once, and looks whether each has arrived.
 
-        Args:
-            folder: files are named relative to it.
-            last: names that are written when all others have arrived, in this order: who sees them sees all.
-            resume: whether what is there with the same length and end need not be written again; for places that
-                are named by what is in them.
+        The names in `last` are written when all others have arrived, in this order: who sees them sees all. With
+        `resume` what is there with the same length and end is not written again; for places that are named by what is
+        in them.
         """
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         there = set(self.names()) if resume else set[str]()

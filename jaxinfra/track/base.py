@@ -19,26 +19,20 @@ class Tracker:
     def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
         """Takes the run record and the derived numbers; forgets what was logged from `start_step` on.
 
-        Raises:
-            StorageError: it cannot write where it should.
+        StorageError where it cannot write where it should.
         """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes metrics of one step; a step may be logged in parts (training, then "eval/...").
 
-        Raises:
-            OSError: they could not be written now; they wait, and the next call tries again.
+        OSError where they could not be written now; they wait, and the next call tries again.
         """
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Takes the final values of the run; called at most once, before `close`."""
 
     def close(self) -> None:
-        """Writes out and lets go of everything; a second call does nothing.
-
-        Raises:
-            StorageError: records were lost; the message says how many.
-        """
+        """Writes out and lets go of everything, twice too; StorageError says how many records were lost, if any."""
 
 
 class FileTracker(Tracker):

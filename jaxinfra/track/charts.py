@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from typing import Literal
 
 from jaxinfra.track.text import number
@@ -25,23 +26,14 @@ _LOG_RATIO = 1000  # from this ratio of largest to smallest on, a linear axis hi
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What one chart shows.
+    """What one chart shows."""
 
-    Attributes:
-        title: what is measured.
-        unit: of the values as they are drawn, "" for a bare number.
-        lines: one to four by label: points in the order of their steps, values that are not finite included.
-        scale: how values become heights; "auto" takes the logarithm if they span three decades.
-        zero: whether the axis must reach down to zero.
-        divisor: what values are divided by to be in `unit`.
-    """
-
-    title: str
-    unit: str = ""
-    lines: Mapping[str, Sequence[Point]]
-    scale: Literal["linear", "auto"] = "linear"
-    zero: bool = False
-    divisor: float = 1.0
+    title: str  # what is measured
+    unit: str = ""  # of the values as they are drawn, "" for a bare number
+    lines: Mapping[str, Sequence[Point]]  # one to four by label, by rising step; values need not be finite
+    scale: Literal["linear", "auto"] = "linear"  # of heights; "auto" is logarithmic where values span three decades
+    zero: bool = False  # whether the axis must reach down to zero
+    divisor: float = 1.0  # what values are divided by to be in `unit`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +58,9 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
         return list(points)
     kept: list[Point] = []
     for bucket in range(buckets):
-        start, stop = (i * len(points) // buckets for i in (bucket, bucket + 1))
-        part = range(start, stop)
+        part = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
         finite = [i for i in part if math.isfinite(points[i][1])]
-        chosen = {start, *[i for i in part if not math.isfinite(points[i][1])][:1]}
+        chosen = {part.start, *[i for i in part if not math.isfinite(points[i][1])][:1]}
         if finite:
             chosen |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
         kept += [points[i] for i in sorted(chosen)]
@@ -119,27 +110,21 @@ def _x(step: int, steps: tuple[int, int]) -> float:
 def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) -> str:
     """Draws one series: a path for each unbroken stretch, a dot for a lone point, a mark where it breaks."""
     parts: list[str] = []
-    stretch: list[str] = []
-    for step, value in [*points, (points[-1][0], math.inf)]:
-        x = _x(step, steps)
-        if math.isfinite(value):
-            stretch.append(f"{x:.1f} {axis.y(value):.1f}")
+    for finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
+        if finite:
+            places = [(f"{_x(step, steps):.1f}", f"{axis.y(value):.1f}") for step, value in stretch]
+            (cx, cy), path = places[0], "L".join(map(" ".join, places))
+            dot = f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>'
+            parts.append(dot if len(places) == 1 else f'<path class="s{i}" d="M{path}"/>')
             continue
-        if len(stretch) == 1:
-            cx, cy = stretch[0].split()
-            parts.append(f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>')
-        elif stretch:
-            parts.append(f'<path class="s{i}" d="M{"L".join(stretch)}"/>')
-        stretch = []
-    for step, value in points:
-        if not math.isfinite(value):
+        for step, value in stretch:
             mark = f"M{_x(step, steps):.1f} {TOP}l-3.5 -7h7z"
             parts.append(f'<path class="broken" d="{mark}"><title>step {step}: {value}</title></path>')
     return "".join(parts)
 
 
 def _grid(axis: _Axis, steps: tuple[int, int]) -> str:
-    parts: list[str] = []
+    parts = []
     for tick in axis.ticks:
         y = f"{axis.y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>')

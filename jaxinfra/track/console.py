@@ -8,7 +8,7 @@ is drawn by a thread four times a second, whatever the speed of the steps.
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, override
 
 from rich import box
@@ -134,8 +134,7 @@ class Plain(ConsoleTracker):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log(step, metrics)
         if any(name.startswith("eval/") for name in metrics):  # has its own line, and is always due
-            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self._line(f"step {self._progress.steps()}  {values}")
+            self._line(f"{name} {value:.4f}" for name, value in metrics.items())
         elif self._due(step + 1):
             self._first, self._printed = False, step + 1
             self._line(self._columns())
@@ -144,7 +143,7 @@ class Plain(ConsoleTracker):
         on_grid = done % self._log_every == 0 or done - self._printed >= self._log_every
         return self._first or on_grid or done == self._progress.total_steps
 
-    def _columns(self) -> str:
+    def _columns(self) -> list[str]:
         metrics = self._progress.metrics
         cells = [
             f"{words(name)} {written(value):>{width}}"
@@ -152,11 +151,10 @@ class Plain(ConsoleTracker):
             for name, value in metrics.items()
             if name == end or (end == "_per_s" and name.endswith(end))
         ]
-        eta = f"eta {duration(self._progress.eta_s()):>7}"
-        return "  ".join([f"step {self._progress.steps()}", *cells, eta])
+        return [*cells, f"eta {duration(self._progress.eta_s()):>7}"]
 
-    def _line(self, line: str) -> None:
-        print(line, file=self._console.file, flush=True)
+    def _line(self, cells: Iterable[str]) -> None:
+        print("  ".join([f"step {self._progress.steps()}", *cells]), file=self._console.file, flush=True)
 
 
 class Bar(ConsoleTracker):
@@ -179,7 +177,7 @@ class Bar(ConsoleTracker):
             live.stop()  # gives the cursor back
 
     def _draw(self) -> RenderableType:
-        cells = [f"{self._progress.steps()}", *self._cells()]
+        cells = [self._progress.steps(), *self._cells()]
         room = self._console.width - _MIN_BAR
         while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > room:
             del cells[-1]
@@ -199,6 +197,5 @@ class Bar(ConsoleTracker):
         cells += [f"{count(value)} {words(name)}" for name, value in metrics.items() if name.endswith("_per_s")]
         if "mfu" in metrics:
             cells.append(f"mfu {percent(metrics['mfu'])}")
-        scores = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        cells += [f"{words(name.replace('/', ' '))} {value:.4f}" for name, value in scores.items()]
-        return cells
+        scores = (item for item in metrics.items() if item[0].startswith("eval/"))
+        return cells + [f"{words(name.replace('/', ' '))} {value:.4f}" for name, value in scores]

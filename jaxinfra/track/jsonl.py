@@ -55,28 +55,15 @@ class Jsonl(FileTracker):
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """Reads metrics.jsonl; a last line torn by a kill is left out.
-
-    Raises:
-        StorageError: a line before the last is no JSON object with a step.
-    """
-    rows: list[dict[str, float]] = []
-    lines = path.read_bytes().splitlines()
-    for i, line in enumerate(lines):
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif i < len(lines) - 1:
-            raise StorageError(f"{path}:{i + 1}: not a JSON object with a step; delete this line")
-    return rows
+    """Reads metrics.jsonl; a last line torn by a kill is left out, an earlier one without a step is a StorageError."""
+    rows = [_parse(line) for line in path.read_bytes().splitlines()]
+    if None in rows[:-1]:
+        raise StorageError(f"{path}:{rows.index(None) + 1}: not a JSON object with a step; delete this line")
+    return [row for row in rows if row is not None]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object such as summary.json, "nan" and "inf" turned back into floats.
-
-    Raises:
-        StorageError: there is no such file, or it holds something else.
-    """
+    """Reads a JSON object such as summary.json, "nan" and "inf" turned back into floats; else StorageError."""
     with storage_errors(path, doing="read", fix="give the directory of a run that has started"):
         content = path.read_bytes()
     try:
@@ -84,36 +71,26 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
     if not isinstance(value, dict):
-        found = type(value).__name__
-        raise StorageError(f"{path}: found a {found}, expected a JSON object; restore or delete it")
+        raise StorageError(f"{path}: found a {type(value).__name__}, expected a JSON object; restore or delete it")
     return _decode(value)
 
 
 def cut(path: Path, start_step: int) -> float:
     """Drops the lines of steps >= `start_step`, and lines that cannot be read, by one atomic replacement.
 
-    Returns:
-        `time_s` of the last line kept, 0 if there is none.
+    It returns `time_s` of the last line kept, 0 if there is none.
     """
     if not path.exists():
         return 0.0
     old = path.read_bytes()
-    kept: list[bytes] = []
-    unreadable = 0
-    elapsed_s = 0.0
-    for line in old.splitlines():
-        row = _parse(line)
-        if row is None:
-            unreadable += 1
-        elif row["step"] < start_step:
-            kept.append(line + b"\n")
-            elapsed_s = row.get("time_s", elapsed_s)
-    if unreadable:
+    rows = [(line, _parse(line)) for line in old.splitlines()]
+    if unreadable := sum(row is None for _, row in rows):
         _log.warning("%s: %d unreadable lines dropped; a killed run leaves at most one", path, unreadable)
-    new = b"".join(kept)
+    kept = [(line, row) for line, row in rows if row is not None and row["step"] < start_step]
+    new = b"".join(line + b"\n" for line, _ in kept)
     if new != old:
         replace_bytes(path, new)
-    return elapsed_s
+    return next((row["time_s"] for _, row in reversed(kept) if "time_s" in row), 0.0)
 
 
 def _parse(line: bytes) -> dict[str, float] | None:
@@ -123,9 +100,8 @@ def _parse(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    if any(isinstance(value, str) and value not in _NOT_FINITE for value in row.values()):
-        return None
-    return _decode(row)
+    words = (value for value in row.values() if isinstance(value, str))
+    return _decode(row) if all(word in _NOT_FINITE for word in words) else None
 
 
 def _encode(value: Any) -> Any:

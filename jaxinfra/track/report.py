@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ type _Labels = Mapping[str, str]  # likewise
 def write_report(run_dir: Path) -> Path:
     """Writes report.html into `run_dir` in one atomic replacement, and returns its path.
 
-    Raises:
-        StorageError: run.json is missing, a file is damaged, or the page cannot be written.
+    StorageError where run.json is missing, a file is damaged, or the page cannot be written.
     """
     record = jsonl.read_json(run_dir / "run.json")
     summary_file, metrics_file = run_dir / jsonl.SUMMARY, run_dir / jsonl.METRICS
@@ -100,15 +100,14 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
     """Draws the metrics as HTML figures, and returns the names of those that are too many to draw, too."""
-    points: dict[str, list[Point]] = {}
+    points: defaultdict[str, list[Point]] = defaultdict(list)
     for row in rows:
         for key, value in row.items():
-            points.setdefault(key, []).append((int(row["step"]), value))
+            points[key].append((int(row["step"]), value))
     scored = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
     speeds = {key: words(key) for key in points if key.endswith("_per_s")}
-    memory = {"rss_bytes": "host"}
-    devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))
-    memory |= {key: key.removesuffix("_bytes").replace("_", " ") for key in devices[:_DEVICE_LINES]}
+    devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))[:_DEVICE_LINES]
+    memory = {"rss_bytes": "host"} | {key: key.removesuffix("_bytes").replace("_", " ") for key in devices}
     used = {*_NOT_CHARTED, *_KNOWN, *memory, *speeds, *scored, *scored.values()}
     others = sorted(key for key in points if key not in used)
     charts = _known_charts(points, scored, speeds, memory)
@@ -120,11 +119,7 @@ def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
 def _known_charts(points: _Points, scored: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
     """Returns the charts that every run has, whether or not it logged their values.
 
-    Args:
-        points: of each metric.
-        scored: names of scores of evaluations, and the name that each has in training.
-        speeds: labels of the metrics of throughput.
-        memory: labels of those of memory, in bytes.
+    `scored` maps the scores of evaluations to their names in training; `speeds` and `memory`, in bytes, have labels.
     """
     sizes = _lines(memory, points)
     largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)

@@ -45,9 +45,13 @@ class TensorBoard(FileTracker):
             self._add(start_step, file_version="brain.Event:2")
             self._add(start_step, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
-            self._add(start_step, summary=text("config", _as_code(config)))
-            self._add(start_step, summary=text("derived", _as_table(derived)))
-            leaves = {key: _hparam(value) for key, value in flatten(config).items()}
+            code = indent(json.dumps(config, indent=2, default=str), "    ")  # as it stands in Markdown
+            rows = [f"| {name} | {number(value)} | {how} |" for name, (value, how) in derived.items()]
+            table = "\n".join(["| number | value | unit or how |", "| --- | --- | --- |", *rows])
+            self._add(start_step, summary=text("config", code))
+            self._add(start_step, summary=text("derived", table))
+            scalars = bool | int | float | str
+            leaves = {key: each if isinstance(each, scalars) else str(each) for key, each in flatten(config).items()}
             for summary in hparams(leaves, _HPARAM_METRICS):
                 self._add(start_step, summary=summary)
 
@@ -68,16 +72,3 @@ def _framed(body: bytes) -> bytes:
     """Frames a record as TFRecord files do: its length, the masked CRC-32C of that, itself, and its own."""
     length = struct.pack("<Q", len(body))
     return b"".join([length, struct.pack("<I", masked_crc32c(length)), body, struct.pack("<I", masked_crc32c(body))])
-
-
-def _as_code(config: Mapping[str, Any]) -> str:
-    return indent(json.dumps(config, indent=2, default=str), "    ")  # a code block in Markdown
-
-
-def _as_table(derived: Derived) -> str:
-    rows = [f"| {name} | {number(value)} | {how} |" for name, (value, how) in derived.items()]
-    return "\n".join(["| number | value | unit or how |", "| --- | --- | --- |", *rows])
-
-
-def _hparam(value: object) -> bool | int | float | str:
-    return value if isinstance(value, bool | int | float | str) else str(value)

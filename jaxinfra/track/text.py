@@ -4,7 +4,7 @@ Not for files that programs read: those hold the full value. Every function retu
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 _SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -36,8 +36,8 @@ def percent(fraction: float) -> str:
 def size_unit(n_bytes: float) -> tuple[float, str]:
     """Returns the largest binary unit that keeps a number of bytes at one or more, and its name."""
     power = 0
-    while abs(n_bytes) >= 1024 and power < len(_SIZE_UNITS) - 1:
-        n_bytes, power = n_bytes / 1024, power + 1
+    while abs(n_bytes) >= 1024.0 ** (power + 1) and power < len(_SIZE_UNITS) - 1:
+        power += 1
     return 1024.0**power, _SIZE_UNITS[power]
 
 
@@ -89,35 +89,24 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """
     rows: list[tuple[str, str]] = []
     units, known = f"{values.get('unit', 'unit')}s", {"unit", "baselines"}
+    baselines = values.get("baselines") or {}
     for generic, (label, written) in _SUMMARY.items():
         key = generic.replace("units", units)
         known.add(key)
         value = values.get(key)
         if key == "heldout":
-            rows += _scores(value or {}, values.get("baselines") or {}, written)
+            for name, score in (value or {}).items():
+                rows.append((f"Held-out {words(name)}", written(score)))
+                rows += [(f"  {of}, {words(name)}", written(other)) for of, other in baselines.get(name, {}).items()]
         elif value is not None:
             rows.append((label.replace("Units", units.capitalize()), written(value)))
     others = {key: value for key, value in values.items() if key not in known and value is not None}
     return rows + [(key, number(value)) for key, value in others.items()]
 
 
-def _scores(
-    scores: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]], written: Callable[[float], str]
-) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name, value in scores.items():
-        rows.append((f"Held-out {words(name)}", written(value)))
-        rows += [(f"  {of}, {words(name)}", written(other)) for of, other in baselines.get(name, {}).items()]
-    return rows
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested mappings into `{"a.b": leaf}`, in order; an empty mapping has no leaves."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            leaves |= flatten(value, f"{path}.")
-        else:
-            leaves[path] = value
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, override
 
 from jaxinfra.config.limits import Count
@@ -44,11 +43,7 @@ class Trackers(Tracker):
 
     @override
     def close(self) -> None:
-        """Closes all trackers, whatever any of them raises, then raises the first error.
-
-        Raises:
-            Exception: the first error that a tracker raised in its `close`.
-        """
+        """Closes all trackers, whatever any of them raises, then raises the first error."""
         errors: list[Exception] = []
         for i, tracker in enumerate(self._trackers):
             try:
@@ -66,9 +61,7 @@ class Trackers(Tracker):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.close()
         except Exception:
@@ -84,8 +77,7 @@ class Trackers(Tracker):
             except OSError as error:
                 self._failures[i] += 1
                 if self._failures[i] == 1:
-                    name = type(tracker).__name__
-                    _log.error("%s: %s; training goes on, further failures are counted", name, error)
+                    _log.error(f"{type(tracker).__name__}: {error}; training goes on, further failures are counted")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,8 +200,9 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(server, place):
     assert server.faults.fired > 0
 
 
-def test_a_server_that_is_down_beyond_the_budget_is_one_line_and_nothing_looks_whole(server, folder):
-    place = Storage(server.new_url(), retry_s=0.2)
+def test_a_server_that_is_down_beyond_the_budget_is_one_line_and_nothing_looks_whole(server, folder, monkeypatch):
+    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
+    place = Storage(server.new_url())
     server.faults.down = True
     for call in [
         lambda: place.upload(folder, last=["manifest.json"]),
@@ -215,8 +216,9 @@ def test_a_server_that_is_down_beyond_the_budget_is_one_line_and_nothing_looks_w
     assert place.names() == []
 
 
-def test_a_manifest_is_not_written_while_files_are_missing(server, folder):
-    place = Storage(server.new_url(), retry_s=0.05)
+def test_a_manifest_is_not_written_while_files_are_missing(server, folder, monkeypatch):
+    monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.05")
+    place = Storage(server.new_url())
     outcomes = []
     for share in (0.9, 0.7, 0.5, 0):
         server.faults.unavailable = share
@@ -317,9 +319,10 @@ with socket.socket() as silent:
     silent.bind(("127.0.0.1", 0))
     silent.listen(50)
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    os.environ["JAXINFRA_STORAGE_RETRY_S"] = "0.1"
     connection._PATIENCE["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
     try:
-        objects.Storage("s3://bucket/x", retry_s=0.1).read("a")
+        objects.Storage("s3://bucket/x").read("a")
     except StorageError as error:
         print(error)
 """

@@ -111,9 +111,10 @@ def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
     name, come = TextColumn("{task.description:<8}"), TextColumn("{task.fields[come]}")
     bars = Bars(name, BarColumn(), come, TimeElapsedColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
+        tasks: dict[str, TaskID] = {}
 
         def finish() -> None:
-            for task in bars.task_ids:
+            for task in tasks.values():
                 bars.update(task, total=1, completed=1)
 
         def tell(progress: Progress) -> None:
@@ -121,13 +122,14 @@ def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
                 stack.enter_context(bars)  # which writes a line even where nothing is told
             if progress.stage not in (task.description for task in bars.tasks):
                 finish()
-                bars.add_task(progress.stage, total=None, come="")
-            task = next(task for task in bars.tasks if task.description == progress.stage)
-            if progress.stage in ("tokens", "images"):
-                come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
-                if progress.tokens:
-                    come += f", {progress.tokens / max(task.elapsed or 0, 1e-9):,.0f} tokens/s"
-                bars.update(task.id, completed=progress.done, total=None if endless else progress.total, come=come)
+                tasks[progress.stage] = bars.add_task(progress.stage, total=None, come="")
+            task = tasks[progress.stage]
+            if progress.stage not in ("tokens", "images"):
+                return
+            come = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
+            if progress.tokens:
+                come += f", {progress.tokens / (bars.tasks[task].elapsed or 1e-9):,.0f} tokens/s"
+            bars.update(task, completed=progress.done, total=None if endless else progress.total, come=come)
 
         yield tell
         finish()

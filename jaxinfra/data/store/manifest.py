@@ -24,40 +24,24 @@ KINDS: tuple[Kind, ...] = ("text", "pairs", "images")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What one split holds.
+    """What one split holds."""
 
-    Attributes:
-        documents: number of documents, or of images.
-        tokens: number of token ids, each document with its end; of images 0.
-        bytes: bytes of text, or of pixels.
-        longest: tokens of the longest document.
-        digest: of the hashes of all blocks, in their order: equal digests are equal contents.
-    """
-
-    documents: int
-    tokens: int
-    bytes: int
-    longest: int
-    digest: str
+    documents: int  # number of documents, or of images
+    tokens: int  # number of token ids, each document with its end; of images 0
+    bytes: int  # bytes of text, or of pixels
+    longest: int  # tokens of the longest document
+    digest: str  # of the hashes of all blocks, in their order: equal digests are equal contents
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackInfo:
-    """One packing of the documents of a split into rows (see `packing`).
+    """One packing of the documents of a split into rows (see `packing`)."""
 
-    Attributes:
-        rows: number of rows.
-        pieces: documents and parts of documents in them.
-        truncated: documents that are longer than a row, and so in several.
-        efficiency: share of the places in the rows that hold a target.
-        digest: of the arrays.
-    """
-
-    rows: int
-    pieces: int
-    truncated: int
-    efficiency: float
-    digest: str
+    rows: int  # number of rows
+    pieces: int  # documents and parts of documents in them
+    truncated: int  # documents that are longer than a row, and so in several
+    efficiency: float  # share of the places in the rows that hold a target
+    digest: str  # of the arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,85 +54,48 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerInfo:
-    """The tokenizer that made the tokens.
+    """The tokenizer that made the tokens."""
 
-    Attributes:
-        kind: of tokenizer (see `tokenizer`).
-        file: its file in the store.
-        sha256: of that file.
-        end_of_document: how the token that ends a document is spelt.
-        eot_id: that token.
-        vocab_size: one more than the largest token id.
-    """
-
-    kind: str
-    file: str
-    sha256: str
-    end_of_document: str
-    eot_id: int
-    vocab_size: int
+    kind: str  # of tokenizer (see `tokenizer`)
+    file: str  # its file in the store
+    sha256: str  # of that file
+    end_of_document: str  # how the token that ends a document is spelt
+    eot_id: int  # that token
+    vocab_size: int  # one more than the largest token id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What became of the records.
+    """What became of the records."""
 
-    Attributes:
-        records: that were read.
-        skipped: that could not be read, under the policy that allows it; `skipped.jsonl` lists them.
-        filtered: documents that a rule left out, by the rule.
-        duplicates: documents that repeat an earlier one.
-        overlap: validation documents that the training source has too, before any is left out.
-        overlap_dropped: training documents that were left out for it by `on_overlap=drop`.
-    """
-
-    records: int = 0
-    skipped: int = 0
-    filtered: Mapping[str, int] = field(default_factory=dict)
-    duplicates: int = 0
-    overlap: int = 0
-    overlap_dropped: int = 0
+    records: int = 0  # that were read
+    skipped: int = 0  # that could not be read, under the policy that allows it; `skipped.jsonl` lists them
+    filtered: Mapping[str, int] = field(default_factory=dict)  # documents that a rule left out, by the rule
+    duplicates: int = 0  # documents that repeat an earlier one
+    overlap: int = 0  # validation documents that the training source has too, before any is left out
+    overlap_dropped: int = 0  # training documents that were left out for it by `on_overlap=drop`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known of a version without opening its arrays.
+    """All that is known of a version without opening its arrays."""
 
-    Attributes:
-        kind: of the store: text, pairs of a chosen and a rejected answer, or images.
-        recipe: the config that it was made from, encoded.
-        source_digest: hash of the names, sizes and stamps of what was read.
-        counts: what became of the records.
-        dtype: type of the token ids, or of the pixels.
-        shape: of an image; () for tokens.
-        masked: whether there is a mask of the tokens that are learned.
-        block: tokens (or images) whose hash is kept: an inner chunk of the arrays.
-        tokenizer: None for images.
-        labels: names of the classes of images, in the order of their numbers.
-        splits: what each split holds.
-        packs: by `split/name`, the packings of its documents into rows.
-        files: length and hash of every other file, by name relative to the manifest.
-        baselines: what a trained model has to beat, by score and by who reaches it.
-        versions: of Python and the packages that made the store.
-        created: when it was made, in UTC.
-    """
-
-    kind: Kind
-    recipe: Mapping[str, Any]
-    source_digest: str
-    counts: Counts
-    dtype: str
-    shape: tuple[int, ...] = ()
-    masked: bool = False
-    block: int
-    tokenizer: TokenizerInfo | None
-    labels: tuple[str, ...] = ()
-    splits: Mapping[Split, SplitInfo]
-    packs: Mapping[str, PackInfo] = field(default_factory=dict)
-    files: Mapping[str, FileInfo]
-    baselines: Mapping[str, Mapping[str, float]]
-    versions: Mapping[str, str]
-    created: str
+    kind: Kind  # of the store: text, pairs of a chosen and a rejected answer, or images
+    recipe: Mapping[str, Any]  # the config that it was made from, encoded
+    source_digest: str  # hash of the names, sizes and stamps of what was read
+    counts: Counts  # what became of the records
+    dtype: str  # type of the token ids, or of the pixels
+    shape: tuple[int, ...] = ()  # of an image; () for tokens
+    masked: bool = False  # whether there is a mask of the tokens that are learned
+    block: int  # tokens (or images) whose hash is kept: an inner chunk of the arrays
+    tokenizer: TokenizerInfo | None  # None for images
+    labels: tuple[str, ...] = ()  # names of the classes of images, in the order of their numbers
+    splits: Mapping[Split, SplitInfo]  # what each split holds
+    packs: Mapping[str, PackInfo] = field(default_factory=dict)  # by `split/name`, packings of documents into rows
+    files: Mapping[str, FileInfo]  # length and hash of every other file, by name relative to the manifest
+    baselines: Mapping[str, Mapping[str, float]]  # what a trained model has to beat, by score and by who reaches it
+    versions: Mapping[str, str]  # of Python and the packages that made the store
+    created: str  # when it was made, in UTC
 
     @property
     def fingerprint(self) -> str:
@@ -161,11 +108,7 @@ class Manifest:
 
     @property
     def words(self) -> TokenizerInfo:
-        """The tokenizer of a store of text.
-
-        Raises:
-            DataError: it is one of images.
-        """
+        """The tokenizer of a store of text; DataError for one of images."""
         if self.tokenizer is None:
             raise DataError(f"{self.fingerprint}: is a store of {self.kind}, not of text; name another store")
         return self.tokenizer
@@ -182,11 +125,7 @@ class Manifest:
 
 
 def parse(content: bytes, path: str) -> Manifest:
-    """Reads the content of a manifest; `path` is for the error.
-
-    Raises:
-        DataError: it is damaged, or of a format that this version does not know.
-    """
+    """Reads the content of a manifest at `path`; DataError where it is damaged or of a format unknown here."""
     try:
         tree: dict[str, Any] = json.loads(content)
         found, digest = tree["format"], tree.pop("digest")
@@ -198,12 +137,16 @@ def parse(content: bytes, path: str) -> Manifest:
             )
         if digest != digest_of(tree):
             raise ValueError("its digest does not fit its contents")
-        manifest = Manifest(**{each.name: _typed(each.name, tree[each.name]) for each in fields(Manifest)})
+        for name, kind in (("splits", SplitInfo), ("packs", PackInfo), ("files", FileInfo)):
+            tree[name] = {each: kind(**info) for each, info in tree[name].items()}
+        tree["counts"] = Counts(**tree["counts"])
+        tree["tokenizer"] = tree["tokenizer"] and TokenizerInfo(**tree["tokenizer"])
+        tree["shape"], tree["labels"] = tuple(tree["shape"]), tuple(tree["labels"])
+        manifest = Manifest(**{each.name: tree[each.name] for each in fields(Manifest)})
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: damaged manifest ({cause}); {REMAKE}") from None
+        raise DataError(f"{path}: damaged manifest ({type(error).__name__}: {error}); {REMAKE}") from None
 
 
 def digest_of(tree: Any) -> str:
@@ -217,14 +160,9 @@ def is_fingerprint(name: str) -> bool:
 
 
 def _check(manifest: Manifest, fingerprint: str) -> None:
-    """Looks at what all readers take for granted.
-
-    Raises:
-        ValueError: it is not so.
-    """
-    counted = [manifest.block - 1]
-    for info in manifest.splits.values():
-        counted += [info.documents, info.tokens, info.bytes, info.longest]
+    """Raises ValueError where what all readers take for granted is not so."""
+    infos = manifest.splits.values()
+    counted = [manifest.block - 1, *(n for i in infos for n in (i.documents, i.tokens, i.bytes, i.longest))]
     if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
         raise ValueError(f"is {manifest.kind} in {', '.join(manifest.splits) or 'no splits'}")
     if (manifest.tokenizer is None) != (manifest.kind == "images"):
@@ -233,22 +171,3 @@ def _check(manifest: Manifest, fingerprint: str) -> None:
         raise ValueError("counts something in other than whole numbers from 0")
     if fingerprint != manifest.fingerprint:
         raise ValueError("its fingerprint is not that of its contents")
-
-
-def _typed(name: str, value: Any) -> Any:
-    """A field of a manifest from its JSON value."""
-    match name:
-        case "counts":
-            return Counts(**value)
-        case "tokenizer":
-            return value and TokenizerInfo(**value)
-        case "splits":
-            return {each: SplitInfo(**info) for each, info in value.items()}
-        case "packs":
-            return {each: PackInfo(**info) for each, info in value.items()}
-        case "files":
-            return {each: FileInfo(**info) for each, info in value.items()}
-        case "shape" | "labels":
-            return tuple(value)
-        case _:
-            return value

@@ -35,7 +35,7 @@ from jaxinfra.data.store import arrays, tracked, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
 from jaxinfra.data.tokenizer import Tokenizer, restore
-from jaxinfra.errors import ConfigError, DataError, JaxinfraError
+from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import REMAKE
 from jaxinfra.storage.objects import Storage
 
@@ -54,16 +54,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """Something that does not fit its hash.
-
-    Attributes:
-        file: of the store.
-        block: number of the block in the array, None where it is the file.
-        cause: what was found.
-    """
+    """What was found in a file of the store that does not fit its hash, or in a block of an array, by its number."""
 
     file: str
-    block: int | None
+    block: int | None = None
     cause: str
 
     @property
@@ -87,16 +81,14 @@ class Store:
     def open(cls, path: str | Path, version: str | None = None, *, at: str = "data", fix: str = PREPARE) -> Self:
         """Opens a version and checks its manifest and the length of every file.
 
+        Raises ConfigError where there is no store, or not that version of it, DataError where it is damaged or of a
+        newer format, and StorageError where it may not be read.
+
         Args:
             path: folder or URL of the store, or of one of its versions, or its `.dvc` file.
             version: fingerprint of the one to open, or its beginning; None is the newest.
             at: the part of the config that names the store, for messages.
             fix: the command that makes the store, for the error when there is none.
-
-        Raises:
-            ConfigError: there is no store, or not that version of it.
-            DataError: it is damaged or of a newer format.
-            StorageError: it may not be read.
         """
         storage = versions.find(Storage(tracked.resolved(str(path))), version, at=at, fix=fix)
         found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
@@ -126,19 +118,15 @@ class Store:
                 yield MASK, info.tokens
 
     def verify(self) -> Iterator[tuple[str, int, Damage | None]]:
-        """Reads all there is and compares it with its hashes.
+        """Reads all there is and compares it with its hashes; StorageError where it may not or cannot be read.
 
-        Yields:
-            What was looked at, bytes of it, and the damage if there is any.
-
-        Raises:
-            StorageError: it may not or cannot be read.
+        It yields what was looked at, bytes of it, and the damage if there is any.
         """
         for name, info in self.manifest.files.items():
             if info.digest is not None:
                 content = self.storage.read(name)
                 fits = xxhash.xxh3_128_hexdigest(content) == info.digest
-                yield name, info.bytes, None if fits else Damage(file=name, block=None, cause="does not fit its hash")
+                yield name, info.bytes, None if fits else Damage(file=name, cause="does not fit its hash")
         for split in self.manifest.splits:
             for name, count in self.blocks(split):
                 yield from self._verify_blocks(split, name, count)
@@ -148,41 +136,33 @@ class Store:
         try:
             array, hashes = self.array(split, name), self.whole(split, name + BLOCKS)
         except DataError as error:
-            yield file, 0, Damage(file=file, block=None, cause=str(error))
+            yield file, 0, Damage(file=file, cause=str(error))
             return
         starts = np.arange(0, count, block)
         if len(hashes) != len(starts):
-            cause = f"has {len(starts)} blocks, and hashes of {len(hashes)}"
-            yield file, 0, Damage(file=file, block=None, cause=cause)
+            yield file, 0, Damage(file=file, cause=f"has {len(starts)} blocks, and hashes of {len(hashes)}")
             return
         for first in range(0, len(starts), _VERIFIED_AT_ONCE):
             some = starts[first : first + _VERIFIED_AT_ONCE]
             found = arrays.read_each(array, f"{self}/{file}", some.tolist(), np.minimum(block, count - some).tolist())
             for number, content in enumerate(found, first):
-                size_bytes = content.nbytes if isinstance(content, np.ndarray) else 0
-                yield file, size_bytes, _block_damage(file, number, content, int(hashes[number]))
+                if isinstance(content, DataError):
+                    yield file, 0, Damage(file=file, block=number, cause=str(content))
+                else:
+                    fits = hash_block(content) == int(hashes[number])
+                    damage = None if fits else Damage(file=file, block=number, cause="does not fit its hash")
+                    yield file, content.nbytes, damage
 
     def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ranges of any array of a split, such as `tokens`, `mask` or `offsets`: one after the other.
 
-        Args:
-            split: which split.
-            name: of the array.
-            starts: first element of each range, int64[N].
-            lengths: elements of each range, int64[N].
-
-        Raises:
-            DataError: a range lies outside the array, or what is read is damaged.
+        `starts` and `lengths` are int64[N]. DataError where one lies outside the array or what is read is damaged.
         """
         path = f"{self}/{split}/{name}"
         return arrays.read_ranges(self.array(split, name), path, starts.tolist(), lengths.tolist())
 
     def whole(self, split: Split, name: str) -> np.ndarray:
-        """All of an array.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """All of an array; DataError where it is damaged."""
         array = self.array(split, name)
         return arrays.read_ranges(array, f"{self}/{split}/{name}", [0], [array.shape[0]])
 
@@ -198,11 +178,7 @@ class TokenStore(Store):
     """A version of a store of text, or of pairs of texts."""
 
     def __init__(self, storage: Storage, manifest: Manifest):
-        """Takes a version whose files are there.
-
-        Raises:
-            DataError: its tokenizer is damaged, or another one.
-        """
+        """Takes a version whose files are there; DataError where its tokenizer is damaged, or another one."""
         super().__init__(storage, manifest)
         info = manifest.words
         self._vocabulary = storage.read(info.file)
@@ -216,18 +192,9 @@ class TokenStore(Store):
         return restore(info.kind, self._vocabulary, info.end_of_document, name=f"{self}/{info.file}")
 
     def read(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """Reads windows of consecutive tokens.
+        """Reads windows of consecutive tokens that begin at `starts`, int64[N]: [N, length] of the store's type.
 
-        Args:
-            split: which split.
-            starts: first token of each window, int64[N].
-            length: tokens of a window.
-
-        Returns:
-            Tokens [N, length] of the store's type.
-
-        Raises:
-            DataError: a window lies outside the split, or what is read is damaged.
+        DataError where a window lies outside the split or what is read is damaged.
         """
         window_NL = self._windows(split, TOKENS, starts, length)
         self._check(split, window_NL.reshape(-1), np.asarray(starts), np.full(len(starts), length))
@@ -236,21 +203,13 @@ class TokenStore(Store):
     def read_pieces(
         self, split: Split, starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Reads ranges of tokens, and of the mask where there is one: one after the other, as `read_ranges`.
-
-        Raises:
-            DataError: as `read`.
-        """
+        """Reads ranges of tokens, and of the mask where there is one: one after the other, as `read_ranges`."""
         tokens_N = self.read_ranges(split, TOKENS, starts, lengths)
         self._check(split, tokens_N, starts, lengths)
         return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
 
     def read_mask(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
-        """Which tokens of windows are learned, uint8[N, length]; None where the store has no mask.
-
-        Raises:
-            DataError: as `read`.
-        """
+        """Which tokens of windows are learned, uint8[N, length], as `read`; None where the store has no mask."""
         return self._windows(split, MASK, starts, length) if self.manifest.masked else None
 
     def sample(self, split: Split, limit: int) -> np.ndarray:
@@ -288,15 +247,6 @@ class TokenStore(Store):
             )
 
 
-def _block_damage(file: str, number: int, content: np.ndarray | JaxinfraError, expected: int) -> Damage | None:
-    if isinstance(content, np.ndarray):
-        fits = hash_block(content) == expected
-        return None if fits else Damage(file=file, block=number, cause="does not fit its hash")
-    if isinstance(content, DataError):
-        return Damage(file=file, block=number, cause=str(content))
-    raise content
-
-
 def info_of(tokenizer: Tokenizer) -> TokenizerInfo:
     """What a manifest says of a tokenizer."""
     return TokenizerInfo(
@@ -316,12 +266,7 @@ def hash_block(values: np.ndarray) -> int:
 
 
 def hash_files(folder: Path, unhashed: Sequence[str]) -> dict[str, FileInfo]:
-    """Length and hash of every file below a folder, by relative name.
-
-    Args:
-        folder: of a version.
-        unhashed: names of arrays whose blocks are hashed instead.
-    """
+    """Length and hash of every file below a folder, by relative name; of `unhashed` arrays the blocks have hashes."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():

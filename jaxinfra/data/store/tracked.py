@@ -12,25 +12,18 @@ def resolved(path: str) -> str:
     """Where a store is: the path itself, or the folder of the `.dvc` file that it names or has beside it.
 
     A folder that is there and is tracked is used as it is unless the `.dvc` file itself is named: then it is made what
-    that file says, from DVC's cache, or from its remote.
-
-    Raises:
-        ConfigError: DVC is not installed, or the file is of no repository of DVC.
-        DataError: the folder was changed since it was added.
-        StorageError: what the file names is neither in the cache nor in the remote.
+    that file says, from DVC's cache, or from its remote. Raises ConfigError where DVC is not installed or the file is
+    of no repository of it, DataError where the folder was changed since it was added, and StorageError where what the
+    file names is neither in the cache nor in the remote.
     """
     if "://" in path:
         return path
     named = path.endswith(SUFFIX)
-    file = Path(path).expanduser().absolute() if named else Path(f"{Path(path).expanduser().absolute()}{SUFFIX}")
+    place = Path(path).expanduser().absolute()
+    file = place if named else Path(f"{place}{SUFFIX}")
     folder = file.with_suffix("")
     if not file.is_file() or (not named and folder.exists()):
         return path
-    _bring(file)
-    return str(folder)
-
-
-def _bring(file: Path) -> None:
     dvc = needed("dvc", "exceptions", "repo", by=str(file), install="jaxinfra[dvc]")
     try:
         with dvc.repo.Repo(str(file.parent)) as repo:
@@ -51,3 +44,4 @@ def _bring(file: Path) -> None:
         raise StorageError(
             f"{file}: cannot be brought ({cause}); run dvc pull where its remote can be reached"
         ) from error
+    return str(folder)

@@ -20,26 +20,15 @@ INDEX = "versions.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """An entry of the list.
+    """An entry of the list."""
 
-    Attributes:
-        fingerprint: of its contents, and its folder.
-        made_of: digest of the recipe and of what it read: the same work is not done twice.
-        created: when it was made, in UTC.
-    """
-
-    fingerprint: str
-    made_of: str
-    created: str
+    fingerprint: str  # of its contents, and its folder
+    made_of: str  # digest of the recipe and of what it read: the same work is not done twice
+    created: str  # when it was made, in UTC
 
 
 def listed(store: Storage) -> list[Version]:
-    """The versions of a store, the newest last; none where there is no store.
-
-    Raises:
-        DataError: the list is damaged.
-        StorageError: it may not be read.
-    """
+    """The versions of a store, the newest last; none where there is no store. DataError where the list is damaged."""
     return _parsed(store.read(INDEX), store.where(INDEX)) if store.exists(INDEX) else []
 
 
@@ -51,18 +40,9 @@ def _parsed(content: bytes, where: str) -> list[Version]:
 
 
 def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
-    """The folder of a version.
+    """The folder of a version, of arguments as in `Store.open`; `store` may be a version itself.
 
-    Args:
-        store: a store, or a version itself.
-        version: its fingerprint, or the beginning of it; None is the newest.
-        at: the part of the config that names the store, for messages.
-        fix: the command that makes the store, for the error when there is none.
-
-    Raises:
-        ConfigError: there is none, or more than one begins so.
-        DataError: the list of versions is damaged.
-        StorageError: it may not be read.
+    Raises ConfigError where there is none or more than one begins so, DataError where the list is damaged.
     """
     known = listed(store)
     if not known:
@@ -80,16 +60,9 @@ def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
 
 
 def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> None:
-    """Puts a finished version beside the others: whole, or not at all.
+    """Puts a finished version beside the others: whole, or not at all; StorageError where it cannot be written.
 
-    Args:
-        build: a local folder with its files and no manifest; gone afterwards where it could be renamed.
-        store: where to.
-        manifest: of it.
-        made_of: see `Version`.
-
-    Raises:
-        StorageError: it cannot be written.
+    `build` is a local folder with its files and no manifest; it is gone afterwards where it could be renamed.
     """
     fingerprint = manifest.fingerprint
     version = store.child(fingerprint)
@@ -102,11 +75,7 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
 
 
 def make_newest(store: Storage, version: Version) -> bool:
-    """Lists a version that is there as the newest, which runs take; tells whether it was another one.
-
-    Raises:
-        StorageError: the list cannot be written.
-    """
+    """Lists a version that is there as the newest, which runs take; tells whether it was another one."""
     if listed(store)[-1].fingerprint == version.fingerprint:
         return False
     _list_last(store, version)

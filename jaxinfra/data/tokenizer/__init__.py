@@ -17,11 +17,7 @@ _CONVERTED = ("tiktoken", "sentencepiece")  # kinds that stores had once
 
 
 def restore(kind: str, content: bytes, end_of_document: str, name: str) -> Tokenizer:
-    """Makes the tokenizer that had this `kind`, `content` and `end_of_document`; `name` is for errors.
-
-    Raises:
-        ConfigError: there is no such kind, or the content is damaged.
-    """
+    """Makes the tokenizer that had this kind, content and end; an unknown kind or damage is a ConfigError on `name`."""
     if kind in _CONVERTED:
         raise ConfigError(f"{name}: {kind} vocabularies are kept as tokenizer.json now; prepare the store again")
     if kind not in _KINDS:

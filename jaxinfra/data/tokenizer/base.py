@@ -17,43 +17,28 @@ class Tokenizer(ABC):
 
     `content` is all that there is to it: `restore` makes the same tokenizer of it in another process, or from a
     store, and pickling does just that.
-
-    Attributes:
-        kind: names the class in a manifest.
-        file_name: what `content` is called in a store.
-        content: the bytes of that file, canonical: equal vocabularies have equal bytes.
-        end_of_document: the special token that ends documents.
-        eot_id: its id.
-        vocab_size: one more than the largest token id.
-        special: ids of the special tokens by their text.
     """
 
-    kind: ClassVar[str]
-    file_name: ClassVar[str]
+    kind: ClassVar[str]  # names the class in a manifest
+    file_name: ClassVar[str]  # what `content` is called in a store
 
-    content: bytes
-    end_of_document: str
-    eot_id: int
-    vocab_size: int
-    special: Mapping[str, int]
+    content: bytes  # the bytes of that file, canonical: equal vocabularies have equal bytes
+    end_of_document: str  # the special token that ends documents
+    eot_id: int  # its id
+    vocab_size: int  # one more than the largest token id
+    special: Mapping[str, int]  # ids of the special tokens by their text
 
     @classmethod
     @abstractmethod
     def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
-        """Makes the tokenizer whose `content` this is.
-
-        Raises:
-            ConfigError: it is none, or it has no such end of a document; the message calls it `name`.
-        """
+        """Makes the tokenizer whose `content` this is; ConfigError where it is none or lacks that end of a document."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
         """Token ids of each text, without ends of documents; never a special token, whatever a text spells.
 
-        Args:
-            texts: each a document, or a part of one between special tokens.
-            inner: whether something comes before them in their documents: where a vocabulary puts a space before a
-                document, it puts none before these.
+        A text is a document, or a part of one between special tokens. Where a vocabulary puts a space before a
+        document, it puts none before `inner` texts, which something in their documents comes before.
         """
 
     def encode(self, text: str, *, inner: bool = False) -> list[int]:
@@ -61,11 +46,9 @@ class Tokenizer(ABC):
         return self.encode_batch([text], inner=inner)[0]
 
     def encode_located(self, text: str, *, inner: bool = False) -> tuple[list[int], np.ndarray]:
-        """Token ids of a text, and which of its bytes each stands for: from the first on, to before the second.
+        """Token ids of a text as by `encode`, and the bytes that each stands for, from the first to before the second.
 
-        Returns:
-            The ids as `encode` gives them, and the bytes, int64[N, 2]. A token for a part of a character may get the
-            whole of it.
+        These are int64[N, 2]. A token for a part of a character may get the whole of it.
         """
         ids = self.encode(text, inner=inner)
         ends_N = np.cumsum(self._byte_lengths_V[ids], dtype=np.int64)

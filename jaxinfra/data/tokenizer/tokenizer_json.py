@@ -45,16 +45,10 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def adopt(cls, backend: Backend, end_of_document: str, name: str, special: Iterable[str] = ()) -> Self:
-        """Makes a tokenizer of a backend: it will neither cut nor pad texts, and ends of documents become special.
+        """Makes a tokenizer of a backend, which it changes: to neither cut nor pad, with a special end of documents.
 
-        Args:
-            backend: is changed.
-            end_of_document: a token that it has.
-            name: of the backend, for errors.
-            special: more tokens that must be special; what the backend lacks is added to it.
-
-        Raises:
-            ConfigError: it lacks the end of a document.
+        `special` are more tokens that must be special; what the backend lacks of them is added to it. ConfigError, with
+        `name`, where it lacks the end of a document.
         """
         _end_id(backend, end_of_document, name)
         backend.no_padding()
@@ -76,16 +70,17 @@ class JsonTokenizer(Tokenizer):
     @override
     def byte_lengths(self) -> np.ndarray:
         steps = _steps(self._backend.decoder, "decoders")
-        byte_level = "ByteLevel" in steps
-        byte_fallback = "ByteFallback" in steps
-        spaces = "Metaspace" in steps or any(_is_space(step) for step in steps.values())
+        byte_level, byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
+        replaced = steps.get("Replace", {})
+        to_space = replaced.get("pattern", {}).get("String") == _SPACE and replaced["content"] == " "
+        spaces = "Metaspace" in steps or to_space
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index in self._added and (byte_level or self._added[index].special):
                 lengths[index] = 0 if self._added[index].special else len(token.encode())
             elif byte_level:
                 lengths[index] = len(token)  # spelt with one character a byte
-            elif byte_fallback and _is_byte(token):
+            elif byte_fallback and re.fullmatch("<0x..>", token, re.DOTALL):
                 lengths[index] = 1
             elif spaces:
                 lengths[index] = len(token.replace(_SPACE, " ").encode())
@@ -142,23 +137,14 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     @override
     def _spelt(self) -> re.Pattern[str]:
-        spelt = sorted(
-            (token for token in self._added.values() if token.special), key=lambda token: -len(token.content)
-        )
-        return re.compile(
-            "|".join(
-                (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-                for token in spelt
-            )
-        )
+        space, special = r"\s*", (token for token in self._added.values() if token.special)
+        longest_first = sorted(special, key=lambda token: -len(token.content))
+        spelt = (space * each.lstrip + re.escape(each.content) + space * each.rstrip for each in longest_first)
+        return re.compile("|".join(spelt))
 
 
 def read_backend(content: bytes, name: str) -> Backend:
-    """Reads the content of a tokenizer.json; `name` is for the error.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Reads the content of a tokenizer.json; ConfigError, with `name`, where it is none."""
     try:
         return Backend.from_buffer(content)
     except Exception as error:  # the library raises the bare class
@@ -192,11 +178,3 @@ def _steps(part: Any, parts: str) -> dict[str, dict[str, Any]]:
         return {}
     tree = json.loads(part.__getstate__())
     return {step["type"]: step for step in tree.get(parts, [tree])}
-
-
-def _is_space(step: dict[str, Any]) -> bool:
-    return step["type"] == "Replace" and step["pattern"].get("String") == _SPACE and step["content"] == " "
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
