@@ -60,9 +60,8 @@ def _pair(recipe: ImageSet, record: Record) -> tuple[np.ndarray, int]:
         image = image[:, :, None]
     whole = image.ndim == 3 and image.size and np.issubdtype(image.dtype, np.integer)
     if not whole or image.min() < 0 or image.max() > 255:
-        raise RecordError(
-            f"{recipe.image} is {image.dtype}{list(image.shape)}, expected 0 to 255 [height, width, channels]"
-        )
+        found = f"{image.dtype}{list(image.shape)}"
+        raise RecordError(f"{recipe.image} is {found}, expected 0 to 255 [height, width, channels]")
     last = len(recipe.classes) - 1 if recipe.classes else int(np.iinfo(np.int32).max)
     if not 0 <= label <= last:
         raise RecordError(f"{recipe.label}={label}: expected a whole number from 0 to {last}")

@@ -165,7 +165,7 @@ class _Rows:
             "digest_D2": np.array([digest_of_bytes(each.ids_N.data) for each in done], np.uint64).reshape(-1, 2),
         }
         if self._corpus.form.masked:
-            found["mask_N"] = np.concatenate([np.empty(0, np.uint8), *(each.learned_N for each in done)])
+            found["mask_N"] = np.concatenate([np.empty(0, bool), *(each.learned_N for each in done)]).astype(np.uint8)
         if dedup is not None:
             found["exact_D2"] = np.array([exact for exact, _ in self._signatures], np.uint64).reshape(-1, 2)
         if dedup is not None and dedup.near:
@@ -194,8 +194,8 @@ class _Rows:
     def append(self, found: Tokens) -> None:
         """Keeps the tokens of a document, with its end."""
         ids_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
-        learned_N = np.append(found.learned_N, False).astype(np.uint8)
-        self._done.append(Tokens(ids_N=ids_N, learned_N=learned_N, n_bytes=found.n_bytes))
+        mask_N = np.append(found.learned_N, False) if self._corpus.form.masked else np.empty(0, bool)
+        self._done.append(Tokens(ids_N=ids_N, learned_N=mask_N, n_bytes=found.n_bytes))
 
 
 def _text_of(group: Sequence[Document]) -> str:

@@ -140,9 +140,8 @@ class ChatTemplate:
                 blocks.setdefault(number, []).append(block.span())
         for number in answers:
             if not any(start < places[number][0] < stop for start, stop in blocks.get(number, ())):
-                raise RecordError(
-                    f"the template {self._name} has message {number + 1} in no {{% generation %}}; {_ADD_BLOCKS}"
-                )
+                cause = f"has message {number + 1} in no {{% generation %}}"
+                raise RecordError(f"the template {self._name} {cause}; {_ADD_BLOCKS}")
         return [block for number in answers for block in blocks[number]]
 
     def _added(self, talk: list[Message], written: str, place: _Range, number: int) -> _Range:

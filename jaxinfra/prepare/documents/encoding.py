@@ -47,7 +47,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> lis
     for inner in (False, True):  # what is learned throughout, or not at all, is done together
         whole = [run for run in runs if run.inner == inner and not run.mixed]
         for run, ids in zip(whole, tokenizer.encode_batch([run.text for run in whole], inner=inner), strict=True):
-            encoded[run] = _tokens(ids, [run.spans[0].learned] * len(ids), len(run.text.encode()))
+            encoded[run] = _tokens(ids, np.full(len(ids), run.spans[0].learned), len(run.text.encode()))
     return [_joined([encoded[part] if isinstance(part, _Run) else part for part in parts]) for parts in cut]
 
 

@@ -89,10 +89,13 @@ class Filters:
         measured = _Measured(text, self.stop_words)
         for name, rule in _RULES.items():
             limit = getattr(self, name)
-            if limit is not None:
+            if limit is not None and limit != ():
                 value = rule["measure"](measured)
-                pairs = zip(limit, value, strict=False) if isinstance(limit, tuple) else [(limit, value)]
-                if any(found < bound if name.startswith("min_") else found > bound for bound, found in pairs):
+                if isinstance(limit, tuple):
+                    broken = any(map(operator.lt, limit, value))
+                else:
+                    broken = value < limit if name.startswith("min_") else value > limit
+                if broken:
                     return name
         return None
 

@@ -96,13 +96,9 @@ def _backend(model: Any) -> Backend:
     steps = _characters(spec.precompiled_charsmap, defined) if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    if spec.escape_whitespaces:
-        steps.append(normalizers.Replace(" ", _SPACE))
-    cuts = []
-    if spec.add_dummy_prefix:
-        cuts.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+    steps += [normalizers.Prepend(_SPACE)] if spec.add_dummy_prefix else []
+    steps += [normalizers.Replace(" ", _SPACE)] if spec.escape_whitespaces else []
+    cuts: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if spec.add_dummy_prefix else []
     if defined:
         spelled = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
         cuts.append(pre_tokenizers.Split(Regex(spelled), behavior="isolated"))
