@@ -28,12 +28,9 @@ SETS: Mapping[OptionSet, Mapping[str, Options]] = {
 
 
 def options(name: OptionSet, platform: str) -> Options:
-    """The options of a set on a platform ("cpu", "gpu" or "tpu").
+    """The options of a set on a platform ("cpu", "gpu" or "tpu"); a ConfigError where it has none.
 
     CPUs stand in for other hardware, and take every set as nothing.
-
-    Raises:
-        ConfigError: the set has none for it.
     """
     if platform == "cpu":
         return {}

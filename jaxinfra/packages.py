@@ -7,16 +7,9 @@ from jaxinfra.errors import ConfigError
 
 
 def needed(module: str, *parts: str, by: str, install: str) -> Any:
-    """Imports a module of an optional package.
+    """Imports a module of an optional package, and parts of it; a ConfigError where it cannot be imported.
 
-    Args:
-        module: its full name.
-        parts: modules in it that are imported with it.
-        by: what needs it, for the message.
-        install: what to give to pip.
-
-    Raises:
-        ConfigError: it is not installed, or cannot be imported.
+    The message names what it is needed `by`, and what to have pip `install`.
     """
     try:
         for part in parts:

@@ -10,7 +10,7 @@ is a partial sum over `replica`; after the last microbatch that buffer crosses `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -54,11 +54,6 @@ class TrainState:
     ema: Any
 
 
-def _paths(specs: Any) -> Any:
-    """The tree of specs with each leaf replaced by its dotted path."""
-    return jax.tree.map_with_path(lambda path, _: ".".join(str(getattr(k, "key", k)) for k in path), specs)
-
-
 class Program:
     """The compiled side of a run.
 
@@ -77,13 +72,9 @@ class Program:
     def __init__(self, run: "Run", mesh: Mesh | AbstractMesh, platform: str | None = None):
         """Declares everything; compiles nothing.
 
-        Args:
-            run: the config, validated.
-            mesh: a mesh with the axes of `MeshConfig`.
-            platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
-
-        Raises:
-            ConfigError: a parameter does not fit the mesh, or `train.compiler` the platform.
+        The run is validated and the mesh has the axes of `MeshConfig`; a parameter that does not fit it, or a
+        `train.compiler` that does not fit the platform, is a ConfigError.
+        `platform` is "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
         """
         self.run, self.mesh = run, mesh
         self.family, self.task, self.data = run.parts
@@ -103,7 +94,8 @@ class Program:
         )
         self.graphdef, specs = nnx.split(run.model.build(self.layout))
         self.specs: dict[str, Any] = nnx.to_pure_dict(specs)
-        self._paths = _paths(self.specs)
+        dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
+        self._paths = jax.tree.map_with_path(lambda path, _: dotted(path), self.specs)
         self._stored = jax.tree.map(self.layout.stored, self._paths, self.specs)
         staged = self.layout.mesh.stage > 1
         self._stages = Stages(run, self.layout, self.specs, self._stored) if staged else None
@@ -155,10 +147,9 @@ class Program:
             return self._sharded(leaf.shape, leaf.dtype, spec)
 
         state = jax.tree.map(concrete, shapes)
-        if not self.run.optim.offload:
-            return state
         # Shapes that are evaluated forget the memory that an array is in.
-        return replace(state, opt_state=jax.tree.map(_on_host, state.opt_state))
+        host = self.run.optim.offload
+        return replace(state, opt_state=jax.tree.map(_on_host, state.opt_state)) if host else state
 
     @property
     def num_params(self) -> int:
@@ -205,9 +196,8 @@ class Program:
         return jax.tree.map(one, self._paths, self.specs, self._stored)
 
     def _from_params(self, params: Any) -> TrainState:
-        ema = None
-        if self.run.optim.ema_decay is not None:
-            ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        averaged = self.run.optim.ema_decay is not None
+        ema = jax.tree.map(lambda p: p.astype(jnp.float32), params) if averaged else None
         opt_state = self.optimizer.init(trained(params, self.specs))
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema=ema)
 

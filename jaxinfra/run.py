@@ -109,6 +109,10 @@ class Run:
     def _shards(self, axes: Sequence[str]) -> int:
         return math.prod(getattr(self.mesh, axis) for axis in axes)
 
+    def _spread(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """The fields of those axes that have more than one device."""
+        return tuple(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
+
     def _batch_parts(self) -> int:
         """Into how many parts a global batch is cut, over devices and over microbatches."""
         return self._shards(self.rules.batch) * self.train.accumulate
@@ -143,20 +147,23 @@ class Run:
                 fix=f"use rules.batch=(replica,{','.join(self.rules.batch)})",
             )
         if any(axis == "positions" for _, axis in data.spread.values()):
-            yield from self._context()
+            if self.mesh.context > 1 and "context" not in self.rules.sequence:
+                yield Problem(
+                    fields=("mesh.context", "rules.sequence"),
+                    message="the context axis spreads sequences and nothing else",
+                    fix="use rules.sequence=(context,)",
+                )
         elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:
-            sharded = tuple(f"mesh.{axis}" for axis in self.rules.sequence if getattr(self.mesh, axis) > 1)
             yield Problem(
-                fields=("rules.sequence", *sharded),
+                fields=("rules.sequence", *self._spread(self.rules.sequence)),
                 message=f"{data.unit}s are no sequences, and stay whole",
                 fix="use rules.sequence=(context,) mesh.context=1",
             )
         parts = self._batch_parts()
         if self.train.global_batch % parts:
-            spread = tuple(f"mesh.{axis}" for axis in self.rules.batch if getattr(self.mesh, axis) > 1)
             accumulated = ("train.accumulate",) if self.train.accumulate > 1 else ()
             yield Problem(
-                fields=("train.global_batch", *accumulated, *spread),
+                fields=("train.global_batch", *accumulated, *self._spread(self.rules.batch)),
                 message=f"the batch does not divide into {parts} equal parts",
                 fix=f"use train.global_batch={_rounded_up(self.train.global_batch, parts)}",
             )
@@ -167,24 +174,13 @@ class Run:
                     yield self._division_problem(f"{part}.{name}", size, axes)
                 elif axis == "positions":
                     yield from self._blocks(f"{part}.{name}", size)
-        shards, length = self._shards_of_loss(), model.positions(data)
+        # Into how many parts the positions of a sequence are cut for head and loss.
+        staged = self.mesh.stage > 1 and self.loss_spread() == 1
+        shards, length = self._shards(self.rules.sequence) * (self.mesh.stage if staged else 1), model.positions(data)
         if shards > 1 and length % shards == 0:
             yield from task.problems_of_shard(length // shards)
         if self.mesh.stage > 1:
             yield from self._stages()
-
-    def _context(self) -> Iterable[Problem]:
-        if self.mesh.context > 1 and "context" not in self.rules.sequence:
-            yield Problem(
-                fields=("mesh.context", "rules.sequence"),
-                message="the context axis spreads sequences and nothing else",
-                fix="use rules.sequence=(context,)",
-            )
-
-    def _shards_of_loss(self) -> int:
-        """Into how many parts the positions of a sequence are cut for head and loss."""
-        staged = self.mesh.stage > 1 and self.loss_spread() == 1
-        return self._shards(self.rules.sequence) * (self.mesh.stage if staged else 1)
 
     def _blocks(self, path: str, length: int) -> Iterable[Problem]:
         """Every shard of a sequence has an early and a late block (see `parallel.context`)."""
@@ -192,7 +188,7 @@ class Run:
         if shards > 1 and self.task.by_position and length % (2 * shards):
             fitting = math.lcm(2 * shards, self._shards(self.rules.mesh_axes("positions")))
             yield Problem(
-                fields=(path, *(f"mesh.{axis}" for axis in self.rules.sequence if getattr(self.mesh, axis) > 1)),
+                fields=(path, *self._spread(self.rules.sequence)),
                 message=f"{shards} shards have two blocks each, and {2 * shards} do not divide {length} positions",
                 fix=f"use {path}={_rounded_up(length, fitting)}",
             )
@@ -229,14 +225,12 @@ class Run:
         return 1 if task.by_position and model.positions(data) % shards == 0 else None
 
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
-        shards = self._shards(axes)
-        spread = tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
-        rounded = f"{path}={_rounded_up(size, shards)}"
-        return Problem(
-            fields=(path, *(f"mesh.{axis}" for axis in spread)),
-            message=f"{shards} shards do not divide {size} {path.removesuffix('.count').split('.')[-1]}",
-            fix=f"use {self._smaller(spread[0], math.gcd(size, shards)) if len(spread) == 1 else rounded}",
-        )
+        shards, spread = self._shards(axes), self._spread(axes)
+        fix = f"{path}={_rounded_up(size, shards)}"
+        if len(spread) == 1:
+            fix = self._smaller(spread[0].removeprefix("mesh."), math.gcd(size, shards))
+        message = f"{shards} shards do not divide {size} {path.removesuffix('.count').split('.')[-1]}"
+        return Problem(fields=(path, *spread), message=message, fix=f"use {fix}")
 
     def _smaller(self, axis: str, size: int) -> str:
         """Overrides that shrink a mesh axis and give its devices to data parallelism, the batch rounded up to fit."""
@@ -257,11 +251,8 @@ def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
     """The run with a name of its own where the command line changes the numbers of the config file.
 
     `python -m launch CONFIG` and `python -m launch CONFIG optim.peak_lr=1e-3` are different runs: the second gets
-    the first's name with a fingerprint of the config behind it, unless the command line names it.
-
-    Args:
-        loaded: the config with the overrides of the command line.
-        file: the config without them.
+    the first's name with a fingerprint of the config behind it, unless the command line names it. `file` is the config
+    without the overrides of the command line.
     """
     digest = fingerprint(loaded.run)
     if digest == fingerprint(file) or loaded.origins["name"] == COMMAND_LINE:
@@ -271,11 +262,7 @@ def named(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
 
 
 def of_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture]:
-    """The model and the data of a run, for what works on text alone.
-
-    Raises:
-        ConfigError: they are of something else.
-    """
+    """The model and the data of a run, for what works on text alone; a ConfigError where they are of something else."""
     model, data = run.model, run.data
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture):
         return model, data
@@ -283,9 +270,5 @@ def of_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture]:
 
 
 def resolved(run: Run, devices: int) -> Run:
-    """The run with its mesh sized for so many devices.
-
-    Raises:
-        ConfigError: the mesh does not fit.
-    """
+    """The run with its mesh sized for so many devices; a ConfigError where it does not fit."""
     return replace(run, mesh=run.mesh.resolve(devices))

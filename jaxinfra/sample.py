@@ -60,12 +60,7 @@ class Sampler:
 
     @classmethod
     def from_run(cls, run_dir: str | Path) -> Self:
-        """The newest checkpoint of a run; the averaged parameters where the run keeps them.
-
-        Raises:
-            ConfigError: it is no run directory, or its model is none of text.
-            CheckpointError: it has no checkpoint.
-        """
+        """The newest checkpoint of a run of a model of text; the averaged parameters where the run keeps them."""
         directory = Path(run_dir)
         if not (directory / "run.json").exists():
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
@@ -74,12 +69,12 @@ class Sampler:
         text = data.open()
         program = sampling_program(run)
         folder = directory / "checkpoints"
+        missing = CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
         if not folder.exists():
-            raise CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
+            raise missing
         with program.on_mesh, Checkpoints(folder, read_only=True) as checkpoints:
-            newest = checkpoints.latest()
-            if newest is None:
-                raise CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
+            if (newest := checkpoints.latest()) is None:
+                raise missing
             subtree = "params" if run.optim.ema_decay is None else "ema"
             wanted = program.params if subtree == "params" else program.state.ema
             return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), text.tokenizer)
@@ -99,8 +94,7 @@ class Sampler:
     def tokens(self, prompt: list[int], *, max_tokens: int, draw: Draw) -> Iterator[int]:
         """Yields the ids of the continuation, without the one that ends the document.
 
-        Raises:
-            ConfigError: prompt and continuation are longer than the model's learned positions.
+        Prompt and continuation may not be longer than the model's learned positions.
         """
         # A document begins after the end of another. Where training masks documents it never saw that end.
         ids = prompt if prompt and self._masked else [self._tokenizer.eot_id, *prompt]
@@ -117,7 +111,7 @@ class Sampler:
         with self._program.on_mesh:
             key = jax.random.key(draw.seed)
             padded = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32)
-            cache = self._prefill_cache(max(slots, len(ids) + max_tokens))
+            cache = self._program.model(self._params).empty_cache(1, max(slots, len(ids) + max_tokens))
             token, cache = self._prefill(self._params, cache, padded, len(ids), key, draw)
             for count in range(1, max_tokens + 1):
                 found = int(token[0, 0])
@@ -128,9 +122,6 @@ class Sampler:
                     step_key = jax.random.fold_in(key, count)
                     token, cache = self._decode(self._params, cache, token, step_key, draw)
 
-    def _prefill_cache(self, length: int) -> Cache:
-        return self._program.model(self._params).empty_cache(1, length)
-
     @partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
     def _prefill(self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, draw: Draw):
         """The first token after `count` tokens of a padded prompt, and the cache of those tokens.
@@ -138,7 +129,7 @@ class Sampler:
         What the padding wrote into the cache lies behind its end: unseen, and overwritten in time.
         """
         model: Transformer = self._program.model(params)
-        hidden_BTD, cache = _with_cache(model, tokens_BT, cache)
+        hidden_BTD, cache = model.decode(tokens_BT, cache)
         last_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, count - 1, axis=1, keepdims=False)
         return _draw(model, last_BD, key, draw), cache._replace(length=jnp.asarray(count, jnp.int32))
 
@@ -146,7 +137,7 @@ class Sampler:
     def _decode(self, params: Any, cache: Cache, token_B1: jax.Array, key: jax.Array, draw: Draw):
         """The token after `token_B1`, and the cache with it."""
         model: Transformer = self._program.model(params)
-        hidden_B1D, cache = _with_cache(model, token_B1, cache)
+        hidden_B1D, cache = model.decode(token_B1, cache)
         return _draw(model, hidden_B1D[:, 0], key, draw), cache
 
 
@@ -155,12 +146,6 @@ def sampling_program(run: Run) -> Program:
     alone = MeshConfig(fsdp=1)
     run = replace(run, mesh=alone, train=replace(run.train, compiler="default"))
     return Program(run, make_mesh(alone, jax.devices()[:1]))
-
-
-def _with_cache(model: Transformer, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    hidden_BTD, cache_after = model.decode(tokens_BT, cache)
-    assert cache_after is not None
-    return hidden_BTD, cache_after
 
 
 def _draw(model: Transformer, hidden_BD: jax.Array, key: jax.Array, draw: Draw) -> jax.Array:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,37 +55,17 @@ DATA_REMEDIES = {
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunDirectory:
-    """Where a run keeps what it writes.
+    """`ROOT/NAME`, with run.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/ and report.html."""
 
-    Attributes:
-        path: `ROOT/NAME`: run.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, report.html.
-    """
-
-    path: Path
-
-    @property
-    def record(self) -> Path:
-        """The run record."""
-        return self.path / "run.json"
-
-    @property
-    def report(self) -> Path:
-        """The page that tells of the run."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
+    def __init__(self, path: Path):
+        self.path, self.record, self.report = path, path / "run.json", path / "report.html"
+        self.checkpoints = path / "checkpoints"
 
     def begun(self) -> Mapping[str, Any]:
         """The run record; where it is lost, the one that the newest checkpoint was saved with; else {}.
 
-        Raises:
-            ConfigError: the run record is damaged.
-            CheckpointError: it is lost, and that of the checkpoint cannot be read.
+        A damaged run record is a ConfigError, a damaged one of a checkpoint a CheckpointError.
         """
         if self.record.exists():
             return read_record(self.record)
@@ -96,23 +76,13 @@ class RunDirectory:
             return {} if step is None else checkpoints.record(step)
 
     def data_versions(self, run: Run) -> Sequence[str]:
-        """The versions of its stores that the run was begun on; () where it is not begun, or as another config.
-
-        Raises:
-            ConfigError: the run record is damaged.
-            CheckpointError: see `begun`.
-        """
+        """The versions of its stores that the run was begun on; () where it is not begun, or as another config."""
         found = self.begun()
         return found.get("data_versions", ()) if found and not self._changed(run, found) else ()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the directory and holds it: a second start of the run is refused as long as this one goes on.
-
-        Raises:
-            ConfigError: another process trains this run.
-            StorageError: the directory cannot be made.
-        """
+        """Makes the directory and holds it: a second start of the run is refused as long as this one goes on."""
         make_writable(self.path)
         holder = os.open(self.path, os.O_RDONLY)
         try:
@@ -128,15 +98,7 @@ class RunDirectory:
             os.close(holder)
 
     def check(self, run: Run, data: OpenData) -> None:
-        """Refuses a directory that another config has begun, or the same one with other data.
-
-        Args:
-            run: the config.
-            data: what is there to train on.
-
-        Raises:
-            ConfigError: its record differs in something that changes the numbers.
-        """
+        """Refuses a directory that a config with other numbers has begun, or the same one with other data."""
         found = self.begun()
         if changed := self._changed(run, found):
             first = changed[0]
@@ -158,27 +120,17 @@ class RunDirectory:
 
 
 def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> dict[str, Any]:
-    """Starts a run or goes on with it, to its end.
+    """Starts a run or goes on with it, to its end; Preempted says that it was asked to stop, and its state is saved.
 
-    Args:
-        loaded: the config.
-        command: the command line, for the record.
-        prepare_hint: the command that would make the data, for the error when it is missing.
-
-    Returns:
-        The summary, as in summary.json; of a run that was finished before, that of its end.
-
-    Raises:
-        ConfigError: the config cannot work here.
-        Preempted: Ctrl-C or SIGTERM asked to stop; the state is saved.
-        JaxinfraError: see `jaxinfra.errors`.
+    The record has the command line; `prepare_hint` is the command that would make the data, for the error when it is
+    missing. The summary is as in summary.json; of a run that was finished before, that of its end.
     """
     validate(loaded.run)
     devices = local_devices()
     run = resolved(loaded.run, len(devices))
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
-    directory = RunDirectory(path=Path(run.root) / run.name)
+    directory = RunDirectory(Path(run.root) / run.name)
     data = program.data.pinned(directory.data_versions(loaded.run)).open(fix=prepare_hint)
     data.check(run.model)
     data.heldout()  # refuses data without any
@@ -277,7 +229,8 @@ class _Session:
         """Trains from `done` steps on, and saves the last state."""
         config, program = self.run_config, self.program
         with program.on_mesh:
-            state = self._begin(done)
+            key = jax.random.key(config.seed)
+            state = self.checkpoints.restore(done, program.state) if done else program.init(key)
             batches = Batches(
                 program.data,
                 self.data.train,
@@ -289,8 +242,9 @@ class _Session:
             )
             with Prefetcher(batches, self._place) as ahead:
                 hooks = Hooks(
-                    log=self.trackers,
+                    log=self.trackers.log,
                     due=lambda step: config.track.due(step, config.train.steps),
+                    waited_s=lambda: ahead.data_wait_s,
                     evaluate=self._evaluate,
                     save=self._save,
                     stop=lambda: self.stop.reason,
@@ -302,7 +256,7 @@ class _Session:
                     peak=self.peak * program.mesh.size,
                 )
                 start_s = time.monotonic()
-                outcome = fit(program, state, done, ahead, hooks, Reporter(hooks, ahead, work))
+                outcome = fit(program, state, done, ahead, hooks, Reporter(hooks, work))
                 stages_s = {**batches.stages_s, "placing": ahead.placing.total_s}
                 late = lateness(ahead.late_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
             if late is not None:
@@ -310,16 +264,10 @@ class _Session:
             self._save_last(outcome)
         return outcome
 
-    def _begin(self, done: int) -> TrainState:
-        if done:
-            return self.checkpoints.restore(done, self.program.state)
-        return self.program.init(jax.random.key(self.run_config.seed))
-
     def _save(self, done: int, state: TrainState, values: Mapping[str, jax.Array]) -> None:
         """Saves the state if it is due. A failure costs this checkpoint, not the run: the next save tries again.
 
-        Raises:
-            NonFiniteError: the last step went wrong; older checkpoints stay.
+        A NonFiniteError where the last step went wrong: older checkpoints stay.
         """
         if done % self.run_config.checkpoint.every == 0:
             finite(done - 1, values)
@@ -329,11 +277,7 @@ class _Session:
             _log.error("%s", error)
 
     def _save_last(self, outcome: Outcome) -> None:
-        """Saves the state that the run leaves.
-
-        Raises:
-            StorageError: it cannot be saved. What fails first may be the save before it, so it is tried twice.
-        """
+        """Saves the state that the run leaves. What fails first may be the save before it, so it is tried twice."""
         try:
             self.checkpoints.save(outcome.done, outcome.state, self.written, force=True)
         except StorageError as error:
@@ -359,7 +303,8 @@ class _Session:
             "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
             "final_loss": losses[-1] if losses else None,
             "heldout": {name.removeprefix("eval/"): score for name, score in self.last_eval.items()},
-            "baselines": self._baselines(),
+            # Of all held-out samples: there are none of a part of them.
+            "baselines": self.data.baselines if self.run_config.train.eval_windows is None else {},
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self.peak,
@@ -368,10 +313,6 @@ class _Session:
             "checkpoint": str(directory.checkpoints / str(outcome.done)),
             "report": str(directory.report),
         }
-
-    def _baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """What others make of the same samples; nothing where only a part of them was evaluated."""
-        return self.data.baselines if self.run_config.train.eval_windows is None else {}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

@@ -34,16 +34,10 @@ def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
     Chunks stand in the order of the model: chunk c of stage s at place `c * stages + s`. Where places do not divide
     the layers, the first ones have one more than the others.
     """
-    places = stages * chunks
-    longest = -(-layers // places)
-    full = layers - places * (longest - 1)
-    numbers = np.full((places, longest), -1)
-    first = 0
-    for place in range(places):
-        count = longest if place < full else longest - 1
-        numbers[place, :count] = np.arange(first, first + count)
-        first += count
-    return numbers.reshape(chunks, stages, longest).transpose(0, 2, 1)
+    parts = np.array_split(np.arange(layers), stages * chunks)
+    longest = len(parts[0])
+    numbers = [np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts]
+    return np.reshape(numbers, (chunks, stages, longest)).transpose(0, 2, 1)
 
 
 class Stages:
@@ -52,11 +46,7 @@ class Stages:
     def __init__(self, run: "Run", layout: Layout, specs: Any, stored: Any):
         """Builds the model twice: for the rows of all stages, and for its end, spread over them.
 
-        Args:
-            run: the config, with a mesh of more than one stage.
-            layout: as of a run without stages.
-            specs: `ParamSpec` of every parameter.
-            stored: their shardings.
+        The layout is that of a run without stages; `specs` and `stored` are those of every parameter.
         """
         self.run, self.layout, self.specs, self.stored = run, layout, specs, stored
         rules, self.stages, self.chunks = layout.rules, layout.mesh.stage, run.pipeline.chunks
@@ -67,6 +57,9 @@ class Stages:
         in_rows = replace(layout, rules=replace(rules, batch=("stage", *rules.batch)))
         self._rows, self._end = (nnx.split(run.model.build(one))[0] for one in (in_rows, self.at_end))
         numbers = layer_numbers(run.model.layers, self.stages, self.chunks)
+        self.places, self.longest = self.stages * self.chunks, numbers.shape[1]
+        # So many places have that many layers, all others one less.
+        self.full = run.model.layers - self.places * (self.longest - 1)
         self._alike = run.model.alike(numbers)
         schedule = run.pipeline.table(self.stages, run.train.accumulate)
         where = Spread(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
@@ -137,7 +130,8 @@ class Stages:
 
     def _laid_back(self, grads: Any) -> Any:
         def back(g: jax.Array, stored: PartitionSpec) -> jax.Array:
-            return jax.reshard(self._joined(jax.reshard(g, self._before(stored))), stored)
+            # Stacked layers can be joined as they are stored, wherever `stage` is there.
+            return jax.reshard(self._joined(jax.reshard(g, PartitionSpec(None, None, *stored.partitions))), stored)
 
         return jax.tree.map(back, grads, self.stored[STACKED])
 
@@ -145,17 +139,9 @@ class Stages:
         """The sharding by stage of a stacked parameter that is stored like this."""
         return PartitionSpec(None, None, "stage", *_of_any_stage(stored).partitions[1:])
 
-    def _before(self, stored: PartitionSpec) -> PartitionSpec:
-        """The sharding in which stacked layers can be split and joined: as stored, wherever `stage` is there."""
-        first, *others = stored.partitions
-        return PartitionSpec(None, None, first, *others)
-
     def _split(self, stacked: jax.Array) -> jax.Array:
         """`[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, zeros for none."""
-        places = self.stages * self.chunks
-        layers, *rest = stacked.shape
-        longest = -(-layers // places)
-        full = layers - places * (longest - 1)
+        places, longest, full, rest = self.places, self.longest, self.full, stacked.shape[1:]
         spec = jax.typeof(stacked).sharding.spec.partitions
         if full < places:
             head = stacked[: full * longest].reshape(full, longest, *rest, out_sharding=_places(spec))
@@ -168,10 +154,8 @@ class Stages:
 
     def _joined(self, laid: jax.Array) -> jax.Array:
         """The inverse of `_split`."""
-        places, layers = self.stages * self.chunks, self.run.model.layers
-        longest, rest = laid.shape[1], laid.shape[3:]
-        spec = jax.typeof(laid).sharding.spec.partitions
-        full = layers - places * (longest - 1)
+        places, longest, full, rest = self.places, self.longest, self.full, laid.shape[3:]
+        layers, spec = self.run.model.layers, jax.typeof(laid).sharding.spec.partitions
         laid = jnp.moveaxis(laid, 2, 1)
         if full == places:
             return laid.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))

@@ -31,12 +31,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def output(command: Sequence[str], environment: dict[str, str]) -> str:
-    """Runs a command to its end and returns what it prints.
-
-    Raises:
-        ConfigError: it refused what it was asked.
-        ChildError: it failed, or printed nothing.
-    """
+    """Runs a command to its end and returns what it prints; a ConfigError where it refused, else a ChildError."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == ConfigError.exit_code:
         raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -43,17 +44,18 @@ MB = 1_000_000
 IN_FLIGHT = 4
 """Reads that the loop over TensorStore alone has started before it waits for the first."""
 
-type Reader = Callable[[Stores], Iterator[Any]]
+type Batches = Generator[Any, None, None]
+type Reader = Callable[[Stores], Batches]
 
 
-def gather(stores: Stores) -> Iterator[np.ndarray]:
+def gather(stores: Stores) -> Batches:
     """Copies windows out of a mapped file: what memory allows."""
     windows, rng = stores.memmap(), np.random.default_rng(0)
     while True:
         yield windows[rng.integers(0, stores.windows, BATCH) * LENGTH]
 
 
-def tensorstore(stores: Stores) -> Iterator[np.ndarray]:
+def tensorstore(stores: Stores) -> Batches:
     """TensorStore alone: one read a batch, several of them in flight."""
     array, rng = arrays.open_array(stores.array, arrays.cache_context()), np.random.default_rng(0)
     asked: deque[ts.Future[np.ndarray]] = deque()
@@ -112,16 +114,13 @@ def turn(reader: Reader, stores: Stores, seconds: float) -> tuple[float, float]:
     """Starts a loader, reads for so long, and ends it; returns tokens a second, and CPU nanoseconds a token."""
     gc.collect()
     start_cpu_s = cpu_s()
-    batches = reader(stores)
-    for _ in range(WARM_UPS):
-        next(batches)
-    start_s, count = time.perf_counter(), 0
-    while (spent_s := time.perf_counter() - start_s) < seconds or not count:
-        next(batches)
-        count += 1
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
+    with closing(reader(stores)) as batches:
+        for _ in range(WARM_UPS):
+            next(batches)
+        start_s, count = time.perf_counter(), 0
+        while (spent_s := time.perf_counter() - start_s) < seconds or not count:
+            next(batches)
+            count += 1
     tokens = BATCH * LENGTH
     return count * tokens / spent_s, 1e9 * (cpu_s() - start_cpu_s) / ((count + WARM_UPS) * tokens)
 
@@ -135,32 +134,23 @@ def eaten_tokens_per_s() -> float:
 def speed(stores: Stores, turns: int) -> Iterator[Row]:
     """Times all loaders in turns; the first turn of each is dropped."""
     sides = readers()
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    cpu_ns: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(turns + 1):
-        for name, reader in sides.items():
-            found = turn(reader, stores, TURN_S)
-            if number:
-                speeds[name].append(found[0])
-                cpu_ns[name].append(found[1])
+    rounds = [{name: turn(reader, stores, TURN_S) for name, reader in sides.items()} for _ in range(turns + 1)][1:]
+    speeds = {name: [found[name][0] for found in rounds] for name in sides}
     eaten = eaten_tokens_per_s()
     for name, own in speeds.items():
+        cpu_ns = median(found[name][1] for found in rounds)
         yield {
             "reader": name,
             "tokens_per_s": median(own),
-            "cpu_ns": median(cpu_ns[name]),
-            "cores": 1e-9 * median(cpu_ns[name]) * eaten,
+            "cpu_ns": cpu_ns,
+            "cores": 1e-9 * cpu_ns * eaten,
             "of_alone": ratio(own, speeds[ALONE]),
             "of_grain": ratio(own, speeds[GRAIN]) if GRAIN in speeds else None,
         }
 
 
 def run(options: argparse.Namespace) -> Findings:
-    """Measures the chosen parts, or all.
-
-    Raises:
-        ConfigError: too few tokens are asked for.
-    """
+    """Measures the chosen parts, or all."""
     tokens, turns = TOKENS if options.tokens is None else options.tokens, min(options.pairs, TURNS)
     if tokens < LEAST_TOKENS:
         raise ConfigError(f"--tokens {tokens}: expected {LEAST_TOKENS} or more, for batches of different windows")

@@ -28,7 +28,6 @@ POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(
 
 GIB = 2**30
 
-
 COLUMNS: Columns = {
     "name": ("step", str),
     "sequences": ("sequences a chip", str),
@@ -39,7 +38,6 @@ COLUMNS: Columns = {
     "cycles": ("cycles a sequence", lambda cycles: cycles if isinstance(cycles, str) else f"{cycles / 1e9:.3f}e9"),
     "attention": ("forward kernels", str),  # of attention, runs in a step: their cycles are not known
 }
-
 
 OTHERS: tuple[Row, ...] = tuple(
     dict.fromkeys(COLUMNS) | {"name": name, "sequences": n, "remat": remat, "temporaries_gib": gib, "cycles": cycles}

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,11 +17,10 @@ import jax
 
 from jaxinfra.bench import CONFIG, bare
 from jaxinfra.bench.children import Times
-from jaxinfra.bench.parity import batch_of, put
+from jaxinfra.bench.parity import batch_of, program_of, put
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, of_text, resolved
 from jaxinfra.train.loop import Hooks, Reporter, Work, fit
@@ -78,11 +77,6 @@ def framework(program: Program) -> Side:
     return Side(program.train_step, [state], batch, lambda: program.on_mesh)
 
 
-def program_of(run: Run) -> Program:
-    """Returns the program of a run on the devices here."""
-    return Program(run, make_mesh(run.mesh, jax.devices()))
-
-
 def by_hand(run: Run, naive: bool = False) -> Side:
     """Returns the bare step of the same model, whose mesh is in its shardings."""
     step, *carried, batch = bare.build(sizes_of(run, naive), len(jax.devices()))
@@ -90,12 +84,9 @@ def by_hand(run: Run, naive: bool = False) -> Side:
 
 
 def turns(sides: dict[str, Side], pairs: int, *, to_the_end: bool = True) -> Times:
-    """Times the sides in turns; the devices are idle when a turn begins.
+    """Times so many turns of each side, one after the other; the devices are idle when a turn begins.
 
-    Args:
-        sides: by name.
-        pairs: timed turns of each.
-        to_the_end: time a whole step; else only the call that dispatches it.
+    A turn is a whole step, or only the call that dispatches it.
     """
     times_s: Times = {name: [] for name in sides}
     for turn in range(WARM_UPS + pairs):
@@ -140,17 +131,6 @@ def dispatch(run: Run, pairs: int) -> Times:
     return times_s | {"loop": [loop_host_s(program, ours) for _ in range(pairs)]}
 
 
-class _Same(Iterator[tuple[int, dict[str, jax.Array]]]):
-    """Yields the same placed batch for so many steps."""
-
-    def __init__(self, batch: dict[str, jax.Array], steps: int):
-        self.data_wait_s = 0.0
-        self._items = iter([(step, batch) for step in range(steps)])
-
-    def __next__(self) -> tuple[int, dict[str, jax.Array]]:
-        return next(self._items)
-
-
 class _Waiting(Reporter):
     """A reporter that takes the time for which the loop waits for the devices."""
 
@@ -163,22 +143,19 @@ class _Waiting(Reporter):
         super().finished(step, values)
 
 
-class _NoLog:
-    def log(self, step: int, metrics: Any) -> None: ...
-
-
 def loop_host_s(program: Program, side: Side, steps: int = 50) -> float:
     """Returns seconds a step of the training loop, with nothing due, less those in which it waits for the devices."""
     hooks = Hooks(
-        log=_NoLog(),
+        log=lambda step, metrics: None,
         due=lambda step: False,
+        waited_s=lambda: 0.0,
         evaluate=lambda state: {},
         save=lambda done, state, values: None,
         stop=lambda: None,
     )
     assert program.run.train.steps > steps, "the last step is evaluated"
-    batches = _Same(side.batch, steps)
-    reporter = _Waiting(hooks, batches, Work(unit="token", units=1, flops=1.0, peak=1.0))
+    batches = [(step, side.batch) for step in range(steps)]
+    reporter = _Waiting(hooks, Work(unit="token", units=1, flops=1.0, peak=1.0))
     side.wait()
     with program.on_mesh:
         start_s = time.perf_counter()
@@ -197,15 +174,7 @@ KINDS: dict[str, Callable[[Run, int], Any]] = {
 
 
 def answer(*, kind: str, config: str, overrides: Sequence[str], pairs: int, plain: Sequence[str] | None = None) -> Any:
-    """Measures what is asked for.
-
-    Args:
-        kind: a key of `KINDS`, or `meshes`.
-        config: path of the config file.
-        overrides: changes to it; they size the mesh, too.
-        pairs: timed turns of each side.
-        plain: of `meshes`, the overrides of the other side.
-    """
+    """Measures what is asked for: a key of `KINDS`, or "meshes", whose other side has the overrides `plain`."""
     run = _run(config, overrides)
     return KINDS[kind](run, pairs) if plain is None else meshes(run, _run(config, plain), pairs)
 
@@ -220,10 +189,10 @@ def main() -> int:
     """Answers the request on the command line; what it refuses is the last line of its errors."""
     try:
         print(json.dumps(answer(**json.loads(sys.argv[1]))))
+        return 0
     except ConfigError as refused:
         print(refused, file=sys.stderr)
         return refused.exit_code
-    return 0
 
 
 if __name__ == "__main__":

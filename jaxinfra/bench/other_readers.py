@@ -4,7 +4,7 @@ Imported only where Grain is installed; PyTorch is imported when its loader is a
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
@@ -20,7 +20,7 @@ def _window(record: bytes) -> np.ndarray:
     return np.frombuffer(record, TYPE)
 
 
-def grain_dataset(stores: Stores) -> Iterator[np.ndarray]:
+def grain_dataset(stores: Stores) -> Generator[np.ndarray, None, None]:
     """Grain over ArrayRecord, as a `MapDataset` with the threads that it has by default."""
     records: Any = ArrayRecordDataSource(str(stores.records))
     dataset = grain.MapDataset.source(records).seed(0).shuffle().repeat().map(_window).batch(BATCH)
@@ -33,7 +33,7 @@ class _Decode(grain.transforms.Map):
         return _window(element)
 
 
-def grain_loader(stores: Stores) -> Iterator[np.ndarray]:
+def grain_loader(stores: Stores) -> Generator[np.ndarray, None, None]:
     """Grain over ArrayRecord, as a `DataLoader` that works in this process."""
     records: Any = ArrayRecordDataSource(str(stores.records))
     order = grain.samplers.IndexSampler(len(records), shuffle=True, seed=0)
@@ -43,7 +43,7 @@ def grain_loader(stores: Stores) -> Iterator[np.ndarray]:
     yield from grain.DataLoader(data_source=records, sampler=order, operations=operations, worker_count=0)
 
 
-def torch(stores: Stores, *, workers: int) -> Iterator[Any]:
+def torch(stores: Stores, *, workers: int) -> Generator[Any, None, None]:
     """PyTorch's `DataLoader` over the mapped file."""
     loader = importlib.import_module("torch.utils.data").DataLoader
     batches = loader(_Windows(stores), batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True)

@@ -51,16 +51,10 @@ def _row(
     formula: float | None = None,
 ) -> Row:
     """Measures both sides in a process of their own."""
-    sizes = () if config else SIZE
-    times_s = asked(
-        "measure",
-        DEVICES,
-        kind="meshes",
-        config=config or options.config,
-        overrides=last((*sizes, *options.overrides, *mesh)),
-        plain=last((*sizes, *options.overrides, *plain)),
-        pairs=options.pairs,
-    )
+    changes = (*(() if config else SIZE), *options.overrides)
+    request = {"kind": "meshes", "config": config or options.config, "pairs": options.pairs}
+    sides = {"overrides": last((*changes, *mesh)), "plain": last((*changes, *plain))}
+    times_s = asked("measure", DEVICES, **request, **sides)
     step_s, plain_s = times_s["mesh"], times_s["plain"]
     times_ms = {"step_ms": 1e3 * median(step_s), "plain_ms": 1e3 * median(plain_s)}
     return {"case": case, **times_ms, "ratio": ratio(step_s, plain_s), "formula": formula}

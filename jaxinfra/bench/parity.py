@@ -72,22 +72,14 @@ def meshes(devices: int) -> list[MeshConfig]:
 
 
 def loaded(config: str, overrides: Sequence[str]) -> Run:
-    """The run of a config, in float32 throughout.
-
-    Raises:
-        ConfigError: the file or an override is wrong, or it is no model of text.
-    """
+    """The run of a config, which must be of a model of text, in float32 throughout."""
     run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
     of_text(run)
     return run
 
 
 def on(run: Run, mesh: MeshConfig, microbatches: int) -> Run:
-    """The run on a mesh.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
+    """The run on a mesh; a ConfigError where it does not fit."""
     run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
     validate(run)
     return run
@@ -121,17 +113,11 @@ def put(values: Any, like: Any) -> Any:
 def computed(program: Program, batch: Mapping[str, np.ndarray], params: Any = None, step: int = 0) -> Arrays:
     """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`, at one point.
 
-    Args:
-        program: of a run on its mesh.
-        batch: a global batch on the host.
-        params: values on the host; None for the first ones of the run.
-        step: whose dropout masks are taken.
+    Batch and parameters are on the host, or the parameters are the first of the run; dropout masks are those of `step`.
     """
     with program.on_mesh, jax.default_matmul_precision("highest"):
-        if params is None:
-            placed = program.init(jax.random.key(program.run.seed)).params
-        else:
-            placed = put(params, program.params)
+        first = params is None
+        placed = program.init(jax.random.key(program.run.seed)).params if first else put(params, program.params)
         expected = program.batch if batch.keys() == program.batch.keys() else program.heldout_batch
         grads, sums = program.gradients(placed, program.with_words(put(dict(batch), expected), step))
         leaves = jax.tree.leaves_with_path({"sum": sums, "grad": grads})
@@ -154,11 +140,7 @@ def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
 
 
 def rows(configs: Sequence[str], overrides: Sequence[str], part: int, parts: int) -> Iterator[Row]:
-    """Compares every `parts`-th mesh, from the `part`-th on; all are checked before the first is computed.
-
-    Raises:
-        ConfigError: a model does not fit a mesh.
-    """
+    """Compares every `parts`-th mesh, from the `part`-th on; that all fit is checked before the first is computed."""
     devices = len(jax.devices())
     order = np.random.default_rng(1).permutation(devices).tolist()
     chosen = meshes(devices)[part::parts]
@@ -219,12 +201,7 @@ def _worker(out: Connection, *part: Any) -> None:
 
 
 def shared_out(configs: Sequence[str], overrides: Sequence[str], jobs: int) -> Iterator[Row]:
-    """The rows of all meshes, as so many processes come to them.
-
-    Raises:
-        ConfigError: a model does not fit a mesh.
-        WorkerError: a process died.
-    """
+    """The rows of all meshes, as so many processes come to them; a WorkerError where one of these died."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for number in range(jobs):

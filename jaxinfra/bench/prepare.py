@@ -102,13 +102,9 @@ def theirs(source: TextFiles, tokenizer: Path, workers: int, folder: Path) -> fl
 
 
 def timed_s(side: Side, root: str, pattern: str, tokenizer: Path) -> float:
-    """Seconds of one turn, in a process of its own.
-
-    Raises:
-        ChildError: it failed.
-    """
-    command = [sys.executable, "-m", "jaxinfra.bench.prepare", side.maker, str(side.workers), root, pattern]
-    command.append(str(tokenizer))
+    """Seconds of one turn, in a process of its own."""
+    words = (side.maker, str(side.workers), root, pattern, str(tokenizer))
+    command = [sys.executable, "-m", "jaxinfra.bench.prepare", *words]
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return float(output(command, environment).split()[-1])
 

@@ -33,12 +33,7 @@ GROWTH_WARM_UPS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Stores:
-    """The same tokens in three forms.
-
-    Attributes:
-        folder: where they are.
-        tokens: how many.
-    """
+    """The same tokens, so many, in three forms in a folder."""
 
     folder: Path
     tokens: int
@@ -93,14 +88,10 @@ def ask(kind: Literal["first", "growth"], stores: Stores, batches: int = 0) -> f
 
 
 def answer(*, kind: str, folder: str, tokens: int, batches: int, sent_s: float) -> float:
-    """Measures the batches of a run with documents masked.
+    """Measures the batches of a run with documents masked, from `Stores`.
 
-    Args:
-        kind: seconds to the "first" batch, imports and all; or "growth" of the resident memory in bytes.
-        folder: see `Stores`.
-        tokens: see `Stores`.
-        batches: read while memory grows, after those that warm it up.
-        sent_s: when it was asked, by the clock.
+    By kind these are the seconds to the "first" batch since `sent_s` by the clock, imports and all, or the "growth" of
+    the resident memory in bytes over so many batches, after those that warm it up.
     """
     with closing(jaxinfra(Stores(folder=Path(folder), tokens=tokens))) as steps:
         next(steps)

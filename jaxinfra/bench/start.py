@@ -17,11 +17,7 @@ from jaxinfra.bench import children
 
 
 def first_step_s(command: Sequence[str], environment: dict[str, str], log: Path) -> float:
-    """Seconds until the command prints a line that begins with "step"; it is killed then.
-
-    Raises:
-        ChildError: it ended without such a line.
-    """
+    """Seconds until the command prints a line that begins with "step"; it is killed then. Without one: a ChildError."""
     start_s = time.perf_counter()
     with (
         log.open("w") as errors,
@@ -36,24 +32,17 @@ def first_step_s(command: Sequence[str], environment: dict[str, str], log: Path)
     raise children.ChildError(command, log.read_text())
 
 
-def prepared_store(config: str, overrides: Sequence[str], folder: Path) -> str:
-    """Makes the data that the config trains on, in `folder`, and returns its path."""
-    store = str(folder / "store")
-    command = [sys.executable, "-m", "launch", "data", "prepare", config, *overrides, f"data.store={store}"]
-    children.output(command, children.environment(1))
-    return store
-
-
 def start(config: str, overrides: Sequence[str], pairs: int) -> children.Times:
     """Seconds to the first step, on one device, in turns; the first turn of each fills its cache and is dropped."""
     times_s: children.Times = {"jaxinfra": [], "bare": []}
     sizes = children.asked("measure", 1, kind="sizes", config=config, overrides=[*overrides], pairs=1)
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as name:
-        folder = Path(name)
-        store = prepared_store(config, overrides, folder)
+        folder, data = Path(name), f"data.store={name}/store"
+        prepare = [sys.executable, "-m", "launch", "data", "prepare", config, *overrides, data]
+        children.output(prepare, children.environment(1))
         for turn in range(pairs + 1):
             # A run of its own each time: a second start would go on with the first.
-            launch = [config, *overrides, f"root={folder / str(turn)}", f"data.store={store}", "track.log_every=1"]
+            launch = [config, *overrides, f"root={folder / str(turn)}", data, "track.log_every=1"]
             commands = {"jaxinfra": ["launch", *launch], "bare": ["jaxinfra.bench.bare", json.dumps(sizes)]}
             for side, words in commands.items():
                 cache = {"JAX_COMPILATION_CACHE_DIR": os.fspath(folder / f"compiled-{side}")}

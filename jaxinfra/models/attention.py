@@ -50,46 +50,33 @@ class AttentionShape:
     head_dim: int
     qkv_bias: bool
     out_bias: bool
-    qk_norm: bool
+    qk_norm: bool = False
     norm_eps: float
-    norm_offset: float
+    norm_offset: float = 0.0
     out_scale: float
     kernel: Kernel | None
-    form: Form | Literal["auto"]
+    form: Form | Literal["auto"] = "auto"
 
 
 class Attention(nnx.Module):
     """Attention over a sequence, or over a cache and the tokens that follow it."""
 
-    def __init__(self, shape: AttentionShape, *, stack: Stack, layout: Layout):
+    def __init__(self, shape: AttentionShape, stack: Stack):
         self.kernel: Kernel | None = shape.kernel
         self.form: Form | Literal["auto"] = shape.form
-        self.layout = layout
-        project = partial(Linear, (shape.width,), direction="inward", bias=shape.qkv_bias, stack=stack, layout=layout)
-        self.query = project((shape.heads, shape.head_dim), ("embed", "heads", None))
-        self.key = project((shape.kv_heads, shape.head_dim), ("embed", "kv_heads", None))
-        self.value = project((shape.kv_heads, shape.head_dim), ("embed", "kv_heads", None))
-        self.out = Linear(
-            (shape.heads, shape.head_dim),
-            (shape.width,),
-            ("heads", None, "embed"),
-            direction="outward",
-            bias=shape.out_bias,
-            stack=stack,
-            layout=layout,
-            scale=shape.out_scale,
+        self.layout = stack.layout
+        width, query, key = (shape.width,), (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim)
+        linear = partial(Linear, stack=stack)
+        project = partial(linear, width, direction="inward", bias=shape.qkv_bias)
+        self.query = project(query, ("embed", "heads", None))
+        self.key = project(key, ("embed", "kv_heads", None))
+        self.value = project(key, ("embed", "kv_heads", None))
+        self.out = linear(
+            query, width, ("heads", None, "embed"), direction="outward", bias=shape.out_bias, scale=shape.out_scale
         )
-        norm = partial(
-            Norm,
-            shape.head_dim,
-            kind="rmsnorm",
-            eps=shape.norm_eps,
-            offset=shape.norm_offset,
-            stack=stack,
-            layout=layout,
-        )
-        self.query_norm = norm() if shape.qk_norm else None
-        self.key_norm = norm() if shape.qk_norm else None
+        norm = partial(Norm, kind="rmsnorm", eps=shape.norm_eps, offset=shape.norm_offset, stack=stack)
+        self.query_norm = norm(shape.head_dim) if shape.qk_norm else None
+        self.key_norm = norm(shape.head_dim) if shape.qk_norm else None
 
     def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
@@ -134,17 +121,8 @@ def among_themselves(
     """What the tokens of whole sequences see of one another, `[B, T, H, V]` (see `attend` and `attend_across`)."""
     order, platform = layout.order, layout.platform
     if order.shards > 1:
-        return attend_across(
-            q_BTHK,
-            k_BTGK,
-            v_BTGV,
-            see,
-            order=order,
-            platform=platform,
-            segments_BT=segments_BT,
-            forced=kernel,
-            form=form,
-        )
+        across = partial(attend_across, order=order, platform=platform, forced=kernel, form=form)
+        return across(q_BTHK, k_BTGK, v_BTGV, see, segments_BT=segments_BT)
     segments = None if segments_BT is None else (segments_BT, segments_BT)
     return attend(q_BTHK, k_BTGK, v_BTGV, see, platform=platform, segments=segments, forced=kernel)
 

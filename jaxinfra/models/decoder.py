@@ -38,24 +38,16 @@ type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
 class Block(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
-    def __init__(self, config: TransformerConfig, layout: Layout, stack: Stack):
-        self.layout, self.dropout = layout, config.dropout
-        norm = partial(
-            Norm,
-            config.width,
-            kind=config.norm,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
-            stack=stack,
-            layout=layout,
-        )
+    def __init__(self, config: TransformerConfig, stack: Stack):
+        self.layout, self.dropout = stack.layout, config.dropout
+        norm = partial(_norm, config, stack)
         # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
         out_scale = (2 * config.depth) ** -0.5
         self.attention_norm = norm()
-        self.attention = _attention(config, out_scale, stack, layout)
+        self.attention = _attention(config, out_scale, stack)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
-        shared = {"kind": config.mlp, "out_scale": out_scale, "stack": stack, "layout": layout}
+        shared = {"kind": config.mlp, "out_scale": out_scale, "stack": stack}
         self.mlp = (
             MLP(config.width, config.mlp_dim, bias=config.mlp_bias, **shared)
             if config.experts is None
@@ -69,37 +61,21 @@ class Block(nnx.Module):
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
-        x_BTD += self._drop(y_BTD, words_BT, site=0)
-        y_BTD, sums = self._inner(self.layout.whole(self.mlp_norm(x_BTD), "mlp"), drops=cache is None)
+        x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
+        y_BTD = self.layout.whole(self.mlp_norm(x_BTD), "mlp")
+        y_BTD, sums = self.mlp(y_BTD, drops=cache is None) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), {})
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
-        x_BTD += self._drop(y_BTD, words_BT, site=1)
+        x_BTD += drop(y_BTD, words_BT, 1, self.dropout)
         return self.layout.rows(x_BTD), cache, sums
 
-    def _inner(self, x_BTD: jax.Array, *, drops: bool) -> tuple[jax.Array, LayerSums]:
-        """What the MLP or the experts make of the stream, and what they count."""
-        return self.mlp(x_BTD, drops=drops) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD), {})
 
-    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
-        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
+def _norm(config: TransformerConfig, stack: Stack) -> Norm:
+    """A norm of the stream."""
+    return Norm(config.width, kind=config.norm, eps=config.norm_eps, offset=config.norm_offset, stack=stack)
 
 
-def _attention(
-    config: TransformerConfig, out_scale: float, stack: Stack, layout: Layout
-) -> Attention | LatentAttention:
+def _attention(config: TransformerConfig, out_scale: float, stack: Stack) -> Attention | LatentAttention:
     """The attention of this config, whose output is started so small."""
-    if config.latent is not None:
-        return LatentAttention(
-            config.latent,
-            width=config.width,
-            heads=config.heads,
-            norm_eps=config.norm_eps,
-            norm_offset=config.norm_offset,
-            out_scale=out_scale,
-            kernel=config.attention,
-            form=config.context_attention,
-            stack=stack,
-            layout=layout,
-        )
     shape = AttentionShape(
         width=config.width,
         heads=config.heads,
@@ -114,7 +90,7 @@ def _attention(
         kernel=config.attention,
         form=config.context_attention,
     )
-    return Attention(shape, stack=stack, layout=layout)
+    return Attention(shape, stack) if config.latent is None else LatentAttention(config.latent, shape, stack)
 
 
 class Context(NamedTuple):
@@ -150,32 +126,16 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, layout: Layout):
         self.config, self.layout = config, layout
-        alone = Stack()
-        embed = normal(config.width**-0.5)
-        self.embedding = alone.declare((config.vocab_size, config.width), ("vocab", "embed"), embed, "embedding")
-        self.positions = (
-            alone.declare((config.learned_positions, config.width), (None, "embed"), normal(0.01), "embedding")
-            if config.learned_positions
-            else None
-        )
-        dense = replace(config, experts=None)
-        self.prefix = Block(dense, layout, Stack(layers=config.dense_layers)) if config.dense_layers else None
-        self.blocks = Block(config, layout, Stack(layers=config.layers))
-        self.norm = Norm(
-            config.width,
-            kind=config.norm,
-            eps=config.norm_eps,
-            offset=config.norm_offset,
-            stack=alone,
-            layout=layout,
-        )
-        self.unembedding = (
-            None
-            if config.tied
-            else alone.declare(
-                (config.width, config.vocab_size), ("embed", "vocab"), normal(config.width**-0.5), "head", contract=1
-            )
-        )
+        alone, dense = (Stack(layout=layout, layers=layers) for layers in (0, config.dense_layers))
+        words, places, width, declare = config.vocab_size, config.learned_positions, config.width, alone.declare
+        init = normal(width**-0.5)
+        self.embedding = declare((words, width), ("vocab", "embed"), init, "embedding")
+        self.positions = declare((places, width), (None, "embed"), normal(0.01), "embedding") if places else None
+        self.prefix = Block(replace(config, experts=None), dense) if dense.layers else None
+        self.blocks = Block(config, replace(alone, layers=config.layers))
+        self.norm = _norm(config, alone)
+        head = None if config.tied else declare((width, words), ("embed", "vocab"), init, "head", contract=1)
+        self.unembedding = head
 
     def hidden(self, batch: Inputs) -> jax.Array:
         """Hidden states after the last norm of whole sequences (see `begin`): `[B, T, D]`, whole positions."""
@@ -184,9 +144,7 @@ class Transformer(nnx.Module):
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states after the last norm of tokens that follow a cache, and the cache with these tokens.
 
-        Args:
-            tokens_BT: words, int32.
-            cache: of earlier tokens of the same rows, each one document.
+        Words are int32; every row, with the tokens of it in the cache, is one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True, policy="none")
@@ -207,34 +165,24 @@ class Transformer(nnx.Module):
         return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
     def begin(self, batch: Inputs) -> jax.Array:
-        """The stream before the first layer of the stack: dense ones before it are done.
+        """The stream before the first layer of the stack (dense ones before it are done): `[B, T, D]`, block positions.
 
         Args:
             batch: `inputs` `[B, T]`, words, int32, in the order of the layout; `positions` `[B, T]`, places in their
                 documents, or none for those in the row; `segments` `[B, T]`, document ids: a token sees its own
                 document alone, or none where every row is one document; `dropout` `[B, T]` (see `ops.dropout`), or
                 none to drop nothing.
-
-        Returns:
-            `[B, T, D]` in the compute dtype, block positions.
         """
         x_BTD = self._embed(batch["inputs"], self._positions(batch))
-        if FIELD in batch:
-            x_BTD = drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        x_BTD = drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
         if self.prefix is None:
             return x_BTD
         return self._through(x_BTD, batch, (self.prefix, *self._dense()), alike=True)[0]
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
-        """The stream after some layers: those that `blocks` holds.
+        """The stream after the layers that `blocks` holds, block positions, and what they count, one row a layer.
 
-        Args:
-            x_BTD: the stream, block positions.
-            batch: as in `begin`.
-            staged: of a pipeline, which layers they are; None for all, one after the other.
-
-        Returns:
-            The stream, and what the layers count: each array has one row a layer.
+        `batch` is as in `begin`; `staged` says of a pipeline which layers they are, None is all of them in order.
         """
         layers = (self.blocks, self._kinds(staged), self._numbers(staged))
         return self._through(x_BTD, batch, layers, alike=staged is None or staged.alike)
@@ -277,9 +225,8 @@ class Transformer(nnx.Module):
         return {"blocks": {"mlp": {"bias": moe.moved(mlp.bias[...], sums, experts.bias_rate)}}}
 
     def _positions(self, batch: Inputs) -> jax.Array:
-        found = batch.get("positions")
-        if found is not None:
-            return found
+        if "positions" in batch:
+            return batch["positions"]
         places_1T = self.layout.order.places(batch["inputs"].shape[1])[None]
         return jax.reshard(places_1T, self.layout.spec(None, "sequence"))
 
@@ -341,7 +288,7 @@ class Transformer(nnx.Module):
         place = Place(tables, context.segments, context.start)
 
         def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerSums]:
-            words = None if context.words is None else layer_words(context.words, number + config.dense_layers)
+            words = layer_words(context.words, number + config.dense_layers)
             return block(x, config.see(sight), place, words, kv)
 
         return remat(layer, policy, alone=len(config.remats) == 1)
@@ -352,8 +299,7 @@ class Transformer(nnx.Module):
         x_BTD = self._rows(tokens_BT)
         if self.positions is not None:
             table = layout.weight(self.positions[...], (None, "embed"))
-            places = jnp.broadcast_to(positions_BT, tokens_BT.shape)
-            places = jax.reshard(places, layout.spec("batch", "sequence"))
+            places = jax.reshard(jnp.broadcast_to(positions_BT, tokens_BT.shape), layout.spec("batch", "sequence"))
             x_BTD += table.at[places].get(out_sharding=layout.spec("batch", "sequence", None))
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 def matmul_params(config: "TransformerConfig") -> int:
     """Weights that a token is multiplied with: projections, MLP or the experts that it chooses, head, tied or not."""
-    dense = config.dense_layers * _inner_params(replace(config, experts=None))
-    inner = config.layers * _inner_params(config) + dense
+    inner = config.layers * _inner_params(config) + config.dense_layers * _inner_params(replace(config, experts=None))
     return config.depth * _attention_params(config) + inner + config.width * config.vocab_size
 
 
@@ -55,8 +54,6 @@ def flops_per_token(config: "TransformerConfig", length: int) -> float:
     `6 * matmul_params + 6 * sum over layers of heads * (head_dim + value_dim) * visible keys`: scores and weighted sum
     of values are 2 FLOPs each a feature of a head and visible key, three times for the backward pass.
     """
-    keys = 0.0
-    for layer in range(config.depth):
-        sight = config.sight(layer)
-        keys += visible_keys(length, config.window if sight == "local" else None)
+    windows = (config.window if config.sight(layer) == "local" else None for layer in range(config.depth))
+    keys = sum(visible_keys(length, window) for window in windows)
     return 6 * matmul_params(config) + 6 * config.heads * (config.head_width + config.value_width) * keys

@@ -21,12 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfra.config.limits import Count
-from jaxinfra.models.attention import Place, among_themselves, write
+from jaxinfra.models.attention import AttentionShape, Place, among_themselves, write
 from jaxinfra.models.layers import BLOCK, Linear, Norm, Stack
 from jaxinfra.ops.attention import Kernel, See, attend
 from jaxinfra.ops.rope import rotate
 from jaxinfra.ops.route import Form
-from jaxinfra.parallel.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,42 +61,19 @@ class Latents(NamedTuple):
 class LatentAttention(nnx.Module):
     """Latent attention over a sequence, or over a cache and the tokens that follow it."""
 
-    def __init__(
-        self,
-        latent: Latent,
-        *,
-        width: int,
-        heads: int,
-        norm_eps: float,
-        norm_offset: float,
-        out_scale: float,
-        kernel: Kernel | None,
-        form: Form | Literal["auto"],
-        stack: Stack,
-        layout: Layout,
-    ):
-        self.latent, self.layout = latent, layout
-        self.kernel: Kernel | None = kernel
-        self.form: Form | Literal["auto"] = form
-        down = partial(
-            Linear, (width,), axes=("embed", None), direction="along", bias=False, stack=stack, layout=layout
-        )
-        norm = partial(Norm, kind="rmsnorm", eps=norm_eps, offset=norm_offset, stack=stack, layout=layout)
+    def __init__(self, latent: Latent, shape: AttentionShape, stack: Stack):
+        self.latent, self.layout = latent, stack.layout
+        self.kernel: Kernel | None = shape.kernel
+        self.form: Form | Literal["auto"] = shape.form
+        width, heads, linear = shape.width, shape.heads, partial(Linear, bias=False, stack=stack)
+        down = partial(linear, (width,), axes=("embed", None), direction="along")
+        norm = partial(Norm, kind="rmsnorm", eps=shape.norm_eps, offset=shape.norm_offset, stack=stack)
 
         # The rank of a projection is stored as the width of others is; only its heads are ever spread in use.
         def up(rank: int, head: int) -> Linear:
             # Made again from the latent in the backward pass, which is cheaper than to keep it (DeepSeek-AI 2024,
             # "DeepSeek-V3", section 3.2.3).
-            return Linear(
-                (rank,),
-                (heads, head),
-                ("embed", "heads", None),
-                direction="inward",
-                bias=False,
-                kept=False,
-                stack=stack,
-                layout=layout,
-            )
+            return linear((rank,), (heads, head), ("embed", "heads", None), direction="inward", kept=False)
 
         self.query_down = down((latent.q_rank,)) if latent.q_rank else None
         self.query_norm = norm(latent.q_rank) if latent.q_rank else None
@@ -107,15 +83,8 @@ class LatentAttention(nnx.Module):
         self.rotated_key = down((latent.rope_dim,))
         self.key = up(latent.kv_rank, latent.nope_dim)
         self.value = up(latent.kv_rank, latent.value_dim)
-        self.out = Linear(
-            (heads, latent.value_dim),
-            (width,),
-            ("heads", None, "embed"),
-            direction="outward",
-            bias=False,
-            stack=stack,
-            layout=layout,
-            scale=out_scale,
+        self.out = linear(
+            (heads, latent.value_dim), (width,), ("heads", None, "embed"), direction="outward", scale=shape.out_scale
         )
 
     def __call__(

@@ -6,6 +6,7 @@ definition and a tree of specs, and merges arrays in where a step is traced; mod
 Shape suffixes: B batch, T length, D residual width, F MLP width.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,8 +27,9 @@ BLOCK: Names = ("batch", "positions")
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """How many layers a parameter is stacked over; 0 for a parameter that stands alone."""
+    """How parameters are laid out, and how many layers each is stacked over; 0 for those that stand alone."""
 
+    layout: Layout
     layers: int = 0
 
     def declare(
@@ -46,35 +48,24 @@ class Stack:
         Of a matrix, or of several whose number the first `apart` dimensions are, the next `contract` dimensions are
         contracted and the rest yielded.
         """
-        lead = apart + (1 if self.layers else 0)
-        split = None if contract is None else lead + contract
-        return nnx.Param(
-            ParamSpec(
-                shape=(self.layers, *shape) if self.layers else shape,
-                axes=("layers", *axes) if self.layers else axes,
-                init=init,
-                role=role,
-                in_dims=() if split is None else tuple(range(lead, split)),
-                out_dims=() if split is None else tuple(range(split, lead - apart + len(shape))),
-                trained=trained,
-            )
+        if self.layers:
+            shape, axes, apart = (self.layers, *shape), ("layers", *axes), apart + 1
+        in_dims = out_dims = ()
+        if contract is not None:
+            in_dims, out_dims = tuple(range(apart, apart + contract)), tuple(range(apart + contract, len(shape)))
+        spec = ParamSpec(
+            shape=shape, axes=axes, init=init, role=role, in_dims=in_dims, out_dims=out_dims, trained=trained
         )
+        return nnx.Param(spec)
 
 
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dimension."""
 
     def __init__(
-        self,
-        width: int,
-        *,
-        kind: Literal["rmsnorm", "layernorm"],
-        eps: float,
-        offset: float,
-        stack: Stack,
-        layout: Layout,
+        self, width: int, *, kind: Literal["rmsnorm", "layernorm"], eps: float, offset: float = 0.0, stack: Stack
     ):
-        self.kind, self.eps, self.offset, self.layout = kind, eps, offset, layout
+        self.eps, self.offset, self.layout = eps, offset, stack.layout
         self.scale = stack.declare((width,), (None,), constant(1.0 - offset), "norm")
         self.bias = stack.declare((width,), (None,), constant(0.0), "bias") if kind == "layernorm" else None
 
@@ -104,19 +95,14 @@ class Linear(nnx.Module):
         direction: Literal["inward", "outward", "along"],
         bias: bool,
         stack: Stack,
-        layout: Layout,
         scale: float = 1.0,
         kept: bool = True,
     ):
         """Declares it; `kept` results are those that rematerialisation may keep."""
-        fan_in = 1
-        for size in in_shape:
-            fan_in *= size
-        self.contract, self.direction, self.layout, self.axes = len(in_shape), direction, layout, axes
+        self.contract, self.direction, self.layout, self.axes = len(in_shape), direction, stack.layout, axes
         self.kept = kept
-        self.weight = stack.declare(
-            (*in_shape, *out_shape), axes, normal(scale * fan_in**-0.5), "matrix", contract=len(in_shape)
-        )
+        init = normal(scale * math.prod(in_shape) ** -0.5)
+        self.weight = stack.declare((*in_shape, *out_shape), axes, init, "matrix", contract=len(in_shape))
         out_axes = axes[len(in_shape) :]
         self.bias_axes = (None,) * len(out_axes) if direction == "outward" else out_axes
         self.bias = stack.declare(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
@@ -154,24 +140,13 @@ class MLP(nnx.Module):
         bias: bool,
         out_scale: float,
         stack: Stack,
-        layout: Layout,
     ):
-        inward = partial(
-            Linear, (width,), (hidden,), ("embed", "mlp"), direction="inward", bias=bias, stack=stack, layout=layout
-        )
+        linear = partial(Linear, bias=bias, stack=stack)
+        inward = partial(linear, (width,), (hidden,), ("embed", "mlp"), direction="inward")
         self.kind = kind
         self.gate = None if kind == "gelu" else inward()
         self.up = inward()
-        self.down = Linear(
-            (hidden,),
-            (width,),
-            ("mlp", "embed"),
-            direction="outward",
-            bias=bias,
-            stack=stack,
-            layout=layout,
-            scale=out_scale,
-        )
+        self.down = linear((hidden,), (width,), ("mlp", "embed"), direction="outward", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """`[B, T, D]`, whole positions in, block positions out."""

@@ -68,8 +68,7 @@ class ModelConfig(Protocol):
     def alike(self, numbers: np.ndarray) -> bool:
         """Whether the layers that stand side by side in pipeline stages all are of one kind.
 
-        Args:
-            numbers: `[chunks, layers of a chunk, stages]`; -1 for none.
+        The numbers of layers are `[chunks, layers of a chunk, stages]`; -1 for none.
         """
         ...
 
@@ -116,9 +115,8 @@ class Model(Protocol):
         ...
 
     def moved(self, sums: LayerSums) -> dict[str, Any]:
-        """The parameters that are not trained as they are after a step, from what all layers counted in it.
+        """The parameters that are not trained, as they are after a step, from what all layers counted in it.
 
-        Returns:
-            A nested dict of these parameters alone (see `parallel.spec.replaced`).
+        They come as a nested dict of their own (see `parallel.spec.replaced`).
         """
         ...

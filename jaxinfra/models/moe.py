@@ -11,6 +11,7 @@ E experts, K choices of a token, M rows of a device's own experts, L layers.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -27,7 +28,7 @@ from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.ops.routing import Choices, Routing
 from jaxinfra.parallel.expert import Homes, dispatch
-from jaxinfra.parallel.layout import Layout, axes_of, own_weight, staged, varying
+from jaxinfra.parallel.layout import axes_of, own_weight, staged, varying
 from jaxinfra.parallel.spec import constant, normal
 
 LOAD, KEPT, BALANCE, Z = "expert_load", "expert_kept", "balance_loss", "router_z_loss"
@@ -75,35 +76,21 @@ class Experts:
 
     def problems(self) -> Iterable[Problem]:
         """There are as many experts and groups as are chosen, and groups are of one size."""
-        if self.chosen > self.count:
-            yield Problem(
-                fields=("chosen", "count"), message="there are not so many experts", fix=f"use chosen={self.count}"
-            )
-            return
-        if self.chosen_groups > self.groups:
-            yield Problem(
-                fields=("chosen_groups", "groups"),
-                message="there are not so many groups",
-                fix=f"use chosen_groups={self.groups}",
-            )
-            return
-        if self.groups == 1:
-            return
-        if self.count % self.groups or self.count // self.groups < 2:
-            fitting = max(n for n in range(1, self.groups + 1) if self.count % n == 0 and self.count // n > 1 or n == 1)
-            yield Problem(
-                fields=("groups", "count"),
-                message="groups of equal size have two experts at least",
-                fix=f"use groups={fitting}",
-            )
-            return
         size = self.count // self.groups
-        if self.chosen > self.chosen_groups * size:
-            yield Problem(
-                fields=("chosen", "chosen_groups"),
-                message=f"{self.chosen_groups} groups have {self.chosen_groups * size} experts",
-                fix=f"use chosen_groups={-(-self.chosen // size)}",
-            )
+        if self.chosen > self.count:
+            fix = f"use chosen={self.count}"
+            yield Problem(fields=("chosen", "count"), message="there are not so many experts", fix=fix)
+        elif self.chosen_groups > self.groups:
+            fix = f"use chosen_groups={self.groups}"
+            yield Problem(fields=("chosen_groups", "groups"), message="there are not so many groups", fix=fix)
+        elif self.groups > 1 and (self.count % self.groups or size < 2):
+            fitting = max(n for n in range(1, self.groups + 1) if self.count % n == 0 and self.count // n > 1 or n == 1)
+            message = "groups of equal size have two experts at least"
+            yield Problem(fields=("groups", "count"), message=message, fix=f"use groups={fitting}")
+        elif self.chosen > self.chosen_groups * size:
+            message = f"{self.chosen_groups} groups have {self.chosen_groups * size} experts"
+            fix = f"use chosen_groups={-(-self.chosen // size)}"
+            yield Problem(fields=("chosen", "chosen_groups"), message=message, fix=fix)
 
     def capacity(self, length: int) -> int | None:
         """Choices of a sequence of this length that an expert takes at most; None for all."""
@@ -136,15 +123,13 @@ class MoE(nnx.Module):
         kind: Literal["swiglu", "geglu", "gelu"],
         out_scale: float,
         stack: Stack,
-        layout: Layout,
     ):
         """Declares the parameters; `hidden` is the width of an expert that does not say its own."""
-        self.experts, self.kind, self.layout = experts, kind, layout
+        self.experts, self.kind, self.layout = experts, kind, stack.layout
         count, dim = experts.count, hidden if experts.dim is None else experts.dim
         self.router = stack.declare((width, count), ("embed", None), normal(width**-0.5), "matrix", contract=1)
-        self.bias = (
-            stack.declare((count,), (None,), constant(0.0), "bias", trained=False) if experts.bias_rate else None
-        )
+        bias = partial(stack.declare, (count,), (None,), constant(0.0), "bias", trained=False)
+        self.bias = bias() if experts.bias_rate else None
 
         def matrices(rows: int, columns: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
             shape, init = (count, rows, columns), normal(scale * rows**-0.5)
@@ -153,24 +138,17 @@ class MoE(nnx.Module):
         self.gate = None if kind == "gelu" else matrices(width, dim, ("embed", "mlp"))
         self.up = matrices(width, dim, ("embed", "mlp"))
         self.down = matrices(dim, width, ("mlp", "embed"), out_scale)
-        self.shared = (
-            MLP(width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack, layout=layout)
-            if experts.shared
-            else None
-        )
+        shared = partial(MLP, width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack)
+        self.shared = shared() if experts.shared else None
 
     def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerSums]:
-        """What the experts make of the tokens, and what the layer counts.
+        """What the experts make of the stream, whole positions in and block positions out, and what the layer counts.
 
-        Args:
-            x_BTD: the stream, whole positions.
-            drops: whether experts take no more than their capacity.
-
-        Returns:
-            `[B, T, D]`, block positions, and sums over the tokens (see `model.LayerSums`).
+        With `drops` experts take no more than their capacity.
         """
-        layout, over = self.layout, self._over
-        weights = self._ready()
+        layout, weights = self.layout, self._ready()
+        # The mesh axes over which devices have tokens of their own, or parts of experts.
+        over = tuple(axis for name in ("batch", "sequence", "mlp") for axis in layout.mesh_axes(name))
         x_spec = jax.typeof(x_BTD).sharding.spec
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)
         stage = ("stage",) if staged(specs["up"]) else ()
@@ -184,21 +162,13 @@ class MoE(nnx.Module):
             counted = {name: jax.lax.pcast(a, tuple(tokens), to="unreduced") for name, a in sums.items()}
             return y, {name: a[None] for name, a in counted.items()} if stage else counted
 
-        names = [LOAD, KEPT, *(name for name, weight in self._losses.items() if weight)]
+        losses = {BALANCE: self.experts.balance_loss, Z: self.experts.z_loss}
+        names = [LOAD, KEPT, *(name for name, weight in losses.items() if weight)]
         counted = {name: P(*stage, unreduced=tokens) for name in names}
         out_specs = (P(*x_spec.partitions, unreduced=frozenset(layout.mesh_axes("mlp"))), counted)
         y_BTD, sums = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
         y_BTD = product(layout.shard(y_BTD, *BLOCK, None))
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums
-
-    @property
-    def _losses(self) -> Mapping[str, float]:
-        return {BALANCE: self.experts.balance_loss, Z: self.experts.z_loss}
-
-    @property
-    def _over(self) -> tuple[str, ...]:
-        """The mesh axes over which devices have tokens of their own, or parts of experts."""
-        return tuple(axis for name in ("batch", "sequence", "mlp") for axis in self.layout.mesh_axes(name))
 
     def _ready(self) -> dict[str, jax.Array]:
         """The weights, ready for use: those of the router whole and in float32."""
@@ -263,8 +233,7 @@ class MoE(nnx.Module):
             KEPT: jnp.sum(taken_BTK < config.count, dtype=FLOAT32),
         }
         if config.balance_loss:
-            found = routing.balance(chosen_BTE, choices.scores, config.chosen, order)
-            sums[BALANCE] = config.balance_loss * found
+            sums[BALANCE] = config.balance_loss * routing.balance(chosen_BTE, choices.scores, config.chosen, order)
         if config.z_loss:
             sums[Z] = config.z_loss * routing.z_loss(logits_BTE)
         shared = self.layout.mesh_axes("mlp")
@@ -289,7 +258,7 @@ def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
         total = sum((jnp.sum(one) for one in losses[1:]), start=jnp.sum(losses[0]))
         return jax.lax.pcast(total, stage, to="unreduced") if stage else total
 
-    in_specs = tuple(spec for _ in losses)
+    in_specs = (spec,) * len(losses)
     return jax.shard_map(own, in_specs=in_specs, out_specs=P(unreduced=frozenset(axes)))(*losses)
 
 

@@ -9,22 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 type Tree = Any
 type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
 def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
-    """`jax.lax.scan(step, x, xs)` with `steps[i % len(steps)]` as step i.
+    """`jax.lax.scan(step, x, xs)` with `steps[i % len(steps)]` as step i: `x` after the last layer, and stacked `y`.
 
-    Args:
-        steps: what is done with a layer, `(x, layer) -> (x, y)`; all yield alike.
-        x: what passes the layers.
-        xs: stacked layers, `[L, ...]`, L whole on every device.
-
-    Returns:
-        `x` after the last layer, and every `y`, stacked.
+    Steps are `(x, layer) -> (x, y)` and yield alike; stacked layers are `[L, ...]`, L whole on every device.
     """
     if len(steps) == 1:
         return jax.lax.scan(steps[0], x, xs)
@@ -59,13 +52,12 @@ def _apart(xs: Tree, count: int) -> list[Tree]:
 def _joined(*ys: jax.Array) -> jax.Array:
     """`[count, ...]` of a list. Not `jnp.stack`, nor `expand_dims`: they have no gradient for partial sums."""
     spec = jax.typeof(ys[0]).sharding.spec
-    out = PartitionSpec(None, *spec.partitions, reduced=spec.reduced, unreduced=spec.unreduced)
+    out = spec.update(partitions=(None, *spec.partitions))
     return jnp.concatenate([y.reshape(1, *y.shape, out_sharding=out) for y in ys])
 
 
 def _shaped(a: jax.Array, *lead: int) -> jax.Array:
     """`[L, ...]` to `[groups, layers of a group, ...]`, or back; these dimensions are whole on every device."""
-    old = 3 - len(lead)
-    spec = jax.typeof(a).sharding.spec
-    out = PartitionSpec(*(None,) * len(lead), *spec.partitions[old:], reduced=spec.reduced, unreduced=spec.unreduced)
+    old, spec = 3 - len(lead), jax.typeof(a).sharding.spec
+    out = spec.update(partitions=((None,) * len(lead) + spec.partitions[old:]))
     return a.reshape(*lead, *a.shape[old:], out_sharding=out)

@@ -142,22 +142,14 @@ class TransformerConfig:
             yield from self._problems_of_latent()
         elif self.head_dim is None and self.width % self.heads:
             fitting = -(-self.width // (2 * self.heads)) * 2 * self.heads  # rotary positions pair features
-            yield Problem(
-                fields=("width", "heads"),
-                message="heads must divide the width",
-                fix=f"use width={fitting} or set head_dim",
-            )
+            fix = f"use width={fitting} or set head_dim"
+            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=fix)
         if self.heads % self.groups:
-            fitting = max(g for g in range(1, self.groups + 1) if self.heads % g == 0)
-            yield Problem(
-                fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=f"use kv_heads={fitting}"
-            )
+            fix = f"use kv_heads={max(g for g in range(1, self.groups + 1) if self.heads % g == 0)}"
+            yield Problem(fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=fix)
         if self.dense_layers and self.experts is None:
-            yield Problem(
-                fields=("dense_layers", "experts"),
-                message="without experts all layers are dense",
-                fix=f"use dense_layers=0 layers={self.layers + self.dense_layers}",
-            )
+            fix = f"use dense_layers=0 layers={self.layers + self.dense_layers}"
+            yield Problem(fields=("dense_layers", "experts"), message="without experts all layers are dense", fix=fix)
         if self.experts is not None and self.mlp_bias:
             yield Problem(fields=("mlp_bias", "experts"), message="experts have no biases", fix="use mlp_bias=false")
         if not self.sights:
@@ -165,21 +157,16 @@ class TransformerConfig:
         if "local" in self.sights and self.window is None:
             yield Problem(fields=("sights", "window"), message="local layers need a window", fix="use window=4096")
         if not 0 < len(self.remats) <= self.layers:
-            yield Problem(
-                fields=("remat", "layers"),
-                message=f"{len(self.remats)} policies for {self.layers} layers",
-                fix="use remat=full",
-            )
+            message = f"{len(self.remats)} policies for {self.layers} layers"
+            yield Problem(fields=("remat", "layers"), message=message, fix="use remat=full")
         for name in ("rope", "local_rope"):
             rope = getattr(self, name)
             if rope is not None and int(self.rotary_width * rope.fraction) % 2:
-                width = "head_dim" if self.latent is None else "latent.rope_dim"
+                width, odd = "head_dim" if self.latent is None else "latent.rope_dim", self.rotary_width % 2
                 yield Problem(
                     fields=(f"{name}.fraction", width),
                     message="the rotated part of a head must be even",
-                    fix=f"use {name}.fraction=1.0"
-                    if self.rotary_width % 2 == 0
-                    else f"use {width}={self.rotary_width + 1}",
+                    fix=f"use {width}={self.rotary_width + 1}" if odd else f"use {name}.fraction=1.0",
                 )
 
     def _problems_of_latent(self) -> Iterable[Problem]:
@@ -195,31 +182,28 @@ class TransformerConfig:
     @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
         """See `ModelConfig`."""
-        latent = self.latent
-        ranks = () if latent is None else (("kv_rank", latent.kv_rank), ("q_rank", latent.q_rank))
-        found = {
-            **{f"latent.{name}": (rank, "embed") for name, rank in ranks if rank is not None},
+        latent, experts = self.latent, self.experts
+        dim = None if experts is None else experts.dim
+        sizes = {
+            "latent.kv_rank": (latent and latent.kv_rank, "embed"),
+            "latent.q_rank": (latent and latent.q_rank, "embed"),
             "heads": (self.heads, "heads"),
             "kv_heads": (self.groups, "kv_heads"),
             "vocab_size": (self.vocab_size, "vocab"),
             "width": (self.width, "embed"),
+            "mlp_dim": (self.mlp_dim if dim is None or self.dense_layers else None, "mlp"),
+            "experts.count": (experts and experts.count, "experts"),
+            "experts.dim": (dim, "mlp"),
         }
-        if self.experts is None or self.experts.dim is None or self.dense_layers:
-            found["mlp_dim"] = (self.mlp_dim, "mlp")
-        if self.experts is not None:
-            found["experts.count"] = (self.experts.count, "experts")
-            if self.experts.dim is not None:
-                found["experts.dim"] = (self.experts.dim, "mlp")
-        return found
+        return {name: (size, axis) for name, (size, axis) in sizes.items() if size is not None}
 
     def problems_with(self, data: Sequences) -> Iterable[Problem]:
         """Learned positions are as many as a sequence has."""
-        longest = self.learned_positions
-        if longest is not None and longest < data.seq_len:
+        if self.learned_positions is not None and self.learned_positions < data.seq_len:
             yield Problem(
                 fields=("data.seq_len", "model.learned_positions"),
                 message="sequences are longer than the learned positions",
-                fix=f"use data.seq_len={longest}",
+                fix=f"use data.seq_len={self.learned_positions}",
             )
 
     def positions(self, data: Sequences) -> int:
@@ -284,11 +268,7 @@ class TransformerConfig:
         return tuple(dict.fromkeys(self.sight(number) for number in range(self.depth)))
 
     def alike(self, numbers: np.ndarray) -> bool:
-        """Whether the layers that stand side by side in pipeline stages all are of one kind.
-
-        Args:
-            numbers: `[chunks, layers of a chunk, stages]`; -1 for none.
-        """
+        """See `ModelConfig`: layers that differ in their sight are of different kinds."""
         kinds = [self.sight(self.dense_layers + number) if number >= 0 else None for number in numbers.flat]
         side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
         return bool((side_by_side == side_by_side[:, :1]).all())

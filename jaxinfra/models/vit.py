@@ -102,31 +102,23 @@ class VisionTransformerConfig:
     def problems(self) -> Iterable[Problem]:
         """Patches tile the image, and heads the width."""
         if self.image_size % self.patch:
-            fitting = max(n for n in range(1, self.patch) if self.image_size % n == 0)
-            yield Problem(
-                fields=("image_size", "patch"), message="patches must tile the image", fix=f"use patch={fitting}"
-            )
+            fix = f"use patch={max(n for n in range(1, self.patch) if self.image_size % n == 0)}"
+            yield Problem(fields=("image_size", "patch"), message="patches must tile the image", fix=fix)
         if self.width % self.heads:
-            fitting = -(-self.width // self.heads) * self.heads
-            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=f"use width={fitting}")
+            fix = f"use width={-(-self.width // self.heads) * self.heads}"
+            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=fix)
 
     @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
         """See `ModelConfig`."""
-        return {
-            "heads": (self.heads, "heads"),
-            "mlp_dim": (self.mlp_dim, "mlp"),
-            "width": (self.width, "embed"),
-        }
+        return {"heads": (self.heads, "heads"), "mlp_dim": (self.mlp_dim, "mlp"), "width": (self.width, "embed")}
 
     def problems_with(self, data: Images) -> Iterable[Problem]:
         """The images are those that the model is made for."""
         for name in ("image_size", "channels"):
-            found = getattr(data, name)
-            if getattr(self, name) != found:
-                yield Problem(
-                    fields=(f"model.{name}",), message=f"the images have {found}", fix=f"use model.{name}={found}"
-                )
+            if (found := getattr(data, name)) != getattr(self, name):
+                fix = f"use model.{name}={found}"
+                yield Problem(fields=(f"model.{name}",), message=f"the images have {found}", fix=fix)
 
     def positions(self, data: Images) -> int:
         """Patches, and a class token where there is one."""
@@ -162,10 +154,10 @@ class VisionTransformerConfig:
 class EncoderBlock(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
-    def __init__(self, config: VisionTransformerConfig, layout: Layout, stack: Stack):
-        self.layout, self.dropout = layout, config.dropout
+    def __init__(self, config: VisionTransformerConfig, stack: Stack):
+        self.layout, self.dropout = stack.layout, config.dropout
         width, eps = config.width, config.norm_eps
-        norm = partial(Norm, width, kind="layernorm", eps=eps, offset=0.0, stack=stack, layout=layout)
+        norm = partial(Norm, width, kind="layernorm", eps=eps, stack=stack)
         # Both outputs of every layer add to the stream, whose variance is to stay near one.
         out_scale = (2 * config.layers) ** -0.5
         shape = AttentionShape(
@@ -175,27 +167,21 @@ class EncoderBlock(nnx.Module):
             head_dim=width // config.heads,
             qkv_bias=True,
             out_bias=True,
-            qk_norm=False,
             norm_eps=eps,
-            norm_offset=0.0,
             out_scale=out_scale,
             kernel=config.attention,
-            form="auto",
         )
         self.attention_norm = norm()
-        self.attention = Attention(shape, stack=stack, layout=layout)
+        self.attention = Attention(shape, stack)
         self.mlp_norm = norm()
-        self.mlp = MLP(width, config.mlp_dim, kind="gelu", bias=True, out_scale=out_scale, stack=stack, layout=layout)
+        self.mlp = MLP(width, config.mlp_dim, kind="gelu", bias=True, out_scale=out_scale, stack=stack)
 
     def __call__(self, x_BTD: jax.Array, words_BT: jax.Array | None) -> jax.Array:
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, _ = self.attention(self.attention_norm(x_BTD), ALL, NOWHERE, None)
-        x_BTD += self._drop(y_BTD, words_BT, site=0)
+        x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
         y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD), "mlp"))
-        return x_BTD + self._drop(y_BTD, words_BT, site=1)
-
-    def _drop(self, y_BTD: jax.Array, words_BT: jax.Array | None, site: int) -> jax.Array:
-        return y_BTD if words_BT is None else drop(y_BTD, words_BT, site, self.dropout)
+        return x_BTD + drop(y_BTD, words_BT, 1, self.dropout)
 
 
 class VisionTransformer(nnx.Module):
@@ -203,7 +189,7 @@ class VisionTransformer(nnx.Module):
 
     def __init__(self, config: VisionTransformerConfig, layout: Layout):
         self.config, self.layout = config, layout
-        alone, width = Stack(), config.width
+        alone, width = Stack(layout=layout), config.width
         features = config.patch**2 * config.channels
         self.patches = alone.declare(
             (features, width), (None, "embed"), normal(features**-0.5), "embedding", contract=1
@@ -211,19 +197,15 @@ class VisionTransformer(nnx.Module):
         self.patches_bias = alone.declare((width,), (None,), constant(0.0), "bias")
         self.token = alone.declare((width,), (None,), normal(0.02), "embedding") if config.pool == "class" else None
         self.positions = alone.declare((config.length, width), (None, "embed"), normal(0.02), "embedding")
-        self.blocks = EncoderBlock(config, layout, Stack(layers=config.layers))
-        self.norm = Norm(width, kind="layernorm", eps=config.norm_eps, offset=0.0, stack=alone, layout=layout)
+        self.blocks = EncoderBlock(config, replace(alone, layers=config.layers))
+        self.norm = Norm(width, kind="layernorm", eps=config.norm_eps, stack=alone)
         self.classes = alone.declare((width, config.classes), ("embed", None), normal(width**-0.5), "head", contract=1)
         self.classes_bias = alone.declare((config.classes,), (None,), constant(0.0), "bias")
 
     def begin(self, batch: Inputs) -> jax.Array:
-        """The stream before the first layer.
+        """The stream before the first layer, `[B, T, D]` in the compute dtype, block positions.
 
-        Args:
-            batch: `images` `[B, H, W, channels]`, float32; `dropout` `[B, T]` (see `ops.dropout`), or none.
-
-        Returns:
-            `[B, T, D]` in the compute dtype, block positions.
+        The batch has `images` `[B, H, W, channels]`, float32, and `dropout` `[B, T]` (see `ops.dropout`), or none.
         """
         layout = self.layout
         patches_BNP = to_patches(batch["images"], self.config.patch).astype(layout.compute_dtype)
@@ -236,16 +218,13 @@ class VisionTransformer(nnx.Module):
             token = layout.weight(self.token[...], (None,))
             x_BTD = layout.local(_with_token, x_BND, bias, table, token)
         x_BTD = layout.shard(x_BTD, "batch", "positions", None)
-        if FIELD not in batch:
-            return x_BTD
-        return drop(x_BTD, layer_words(batch[FIELD], BEFORE_LAYERS), 0, self.config.dropout)
+        return drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None, /) -> tuple[jax.Array, LayerSums]:
         """The stream after the layers that `blocks` holds, block positions; they count nothing (see `Model`)."""
-        words_BT = batch.get(FIELD)
 
         def layer(block: EncoderBlock, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
-            return block(x_BTD, None if words_BT is None else layer_words(words_BT, number))
+            return block(x_BTD, layer_words(batch.get(FIELD), number))
 
         kept = remat(layer, self.config.remat)
 
@@ -301,8 +280,7 @@ def _with_token(x_BND: jax.Array, bias_D: jax.Array, table_TD: jax.Array, token_
 def _where_held(number_S: jax.Array, y_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """`y_BTD` in the rows of stages that hold a layer (of a number from 0), `x_BTD` in all others."""
     spec = jax.typeof(x_BTD).sharding.spec
-
-    def own(number: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.where(number[0] >= 0, y, x)
-
-    return jax.shard_map(own, in_specs=(P("stage"), spec, spec), out_specs=spec)(number_S, y_BTD, x_BTD)
+    own = jax.shard_map(
+        lambda number, y, x: jnp.where(number[0] >= 0, y, x), in_specs=(P("stage"), spec, spec), out_specs=spec
+    )
+    return own(number_S, y_BTD, x_BTD)

@@ -7,7 +7,9 @@ above 1 may want a `vocab_size` that it divides.
 """
 
 import difflib
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 from jaxinfra.errors import ConfigError
@@ -25,11 +27,6 @@ class _Sizes(TypedDict):
     width: int
     heads: int
     mlp_dim: int
-
-
-def _small(vocab_size: int, **sizes: Unpack[_Sizes]) -> TransformerConfig:
-    """Llama-like, for tests and benchmarks; published nowhere."""
-    return TransformerConfig(vocab_size=vocab_size, **sizes)
 
 
 def _llama(scaling_factor: float, tied: bool, **sizes: Unpack[_Sizes]) -> TransformerConfig:
@@ -57,12 +54,13 @@ def _qwen2_5(vocab_size: int, kv_heads: int, eps: float = 1e-6, **sizes: Unpack[
     )
 
 
-def _qwen3(tied: bool, **sizes: Unpack[_Sizes]) -> TransformerConfig:
-    """Qwen/Qwen3-{0.6B,...,32B}, the dense ones."""
+def _qwen3(tied: bool, kv_heads: int = 8, experts: Experts | None = None, **sizes: Unpack[_Sizes]) -> TransformerConfig:
+    """Qwen/Qwen3-{0.6B,...,32B}, Qwen3-30B-A3B and Qwen3-235B-A22B."""
     return TransformerConfig(
         vocab_size=151936,
-        kv_heads=8,
+        kv_heads=kv_heads,
         head_dim=128,
+        experts=experts,
         norm_eps=1e-6,
         qk_norm=True,
         rope=Rope(theta=1e6),
@@ -86,23 +84,28 @@ def _mistral(vocab_size: int, theta: float, window: int | None) -> TransformerCo
     )
 
 
+_gemma = functools.partial(
+    TransformerConfig,
+    mlp="geglu",
+    norm_eps=1e-6,
+    norm_offset=1.0,
+    post_norms=True,
+    tied=True,
+    scale_embeddings=True,
+)
+
+
 def _gemma2(query_scalar: int, kv_heads: int, head_dim: int, **sizes: Unpack[_Sizes]) -> TransformerConfig:
     """google/gemma-2-{2b,9b,27b}; queries are scaled by `query_scalar ** -0.5`."""
-    return TransformerConfig(
+    return _gemma(
         vocab_size=256000,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp="geglu",
-        norm_eps=1e-6,
-        norm_offset=1.0,
-        post_norms=True,
         sights=("local", "global"),
         window=4096,
         softcap=50.0,
         query_scale=query_scalar**-0.5,
         rope=Rope(theta=10000.0),
-        tied=True,
-        scale_embeddings=True,
         logit_softcap=30.0,
         **sizes,
     )
@@ -118,47 +121,16 @@ def _gemma3(
     **sizes: Unpack[_Sizes],
 ) -> TransformerConfig:
     """google/gemma-3-1b-pt and the text part (`text_config`) of gemma-3-{4b,12b,27b}-pt."""
-    return TransformerConfig(
+    return _gemma(
         vocab_size=vocab_size,
         kv_heads=kv_heads,
         head_dim=head_dim,
         window=window,
-        mlp="geglu",
-        norm_eps=1e-6,
-        norm_offset=1.0,
-        post_norms=True,
         qk_norm=True,
         sights=("local", "local", "local", "local", "local", "global"),
         query_scale=query_scalar**-0.5,
         rope=rope,
         local_rope=Rope(theta=10000.0),
-        tied=True,
-        scale_embeddings=True,
-        **sizes,
-    )
-
-
-def _mixtral(**sizes: Unpack[_Sizes]) -> TransformerConfig:
-    """mistralai/Mixtral-8x7B-v0.1."""
-    return TransformerConfig(
-        vocab_size=32000,
-        kv_heads=8,
-        experts=Experts(count=8, chosen=2, balance_loss=0.02),
-        rope=Rope(theta=1e6),
-        **sizes,
-    )
-
-
-def _qwen3_moe(count: int, dim: int, kv_heads: int, **sizes: Unpack[_Sizes]) -> TransformerConfig:
-    """Qwen/Qwen3-30B-A3B and Qwen3-235B-A22B."""
-    return TransformerConfig(
-        vocab_size=151936,
-        kv_heads=kv_heads,
-        head_dim=128,
-        experts=Experts(count=count, chosen=8, dim=dim, balance_loss=0.001),
-        norm_eps=1e-6,
-        qk_norm=True,
-        rope=Rope(theta=1e6),
         **sizes,
     )
 
@@ -215,6 +187,7 @@ def _gpt2(layers: int, width: int) -> TransformerConfig:
 
 _PLAIN = Rope(theta=1e6)
 _STRETCHED = Rope(theta=1e6, scaling=LinearScaling(factor=8.0))
+_QWEN3_EXPERTS = Experts(count=128, chosen=8, balance_loss=0.001)
 
 
 def _vit(**sizes: Unpack[_Sizes]) -> VisionTransformerConfig:
@@ -223,8 +196,9 @@ def _vit(**sizes: Unpack[_Sizes]) -> VisionTransformerConfig:
 
 
 SHAPES: dict[str, TransformerConfig] = {
-    "tiny": _small(256, layers=2, width=64, heads=4, mlp_dim=128),
-    "small": _small(8192, layers=4, width=256, heads=8, mlp_dim=1024),
+    # Llama-like, for tests and benchmarks; published nowhere.
+    "tiny": TransformerConfig(vocab_size=256, layers=2, width=64, heads=4, mlp_dim=128),
+    "small": TransformerConfig(vocab_size=8192, layers=4, width=256, heads=8, mlp_dim=1024),
     "llama-3.1-8b": _llama(8.0, False, layers=32, width=4096, heads=32, mlp_dim=14336),
     "llama-3.1-70b": _llama(8.0, False, layers=80, width=8192, heads=64, mlp_dim=28672),
     "llama-3.1-405b": _llama(8.0, False, layers=126, width=16384, heads=128, mlp_dim=53248),
@@ -254,9 +228,20 @@ SHAPES: dict[str, TransformerConfig] = {
     "gemma-3-27b": _gemma3(
         _STRETCHED, 262208, 1024, 16, 128, query_scalar=168, layers=62, width=5376, heads=32, mlp_dim=21504
     ),
-    "mixtral-8x7b": _mixtral(layers=32, width=4096, heads=32, mlp_dim=14336),
-    "qwen3-30b-a3b": _qwen3_moe(128, 768, 4, layers=48, width=2048, heads=32, mlp_dim=6144),
-    "qwen3-235b-a22b": _qwen3_moe(128, 1536, 4, layers=94, width=4096, heads=64, mlp_dim=12288),
+    "mixtral-8x7b": TransformerConfig(  # mistralai/Mixtral-8x7B-v0.1
+        vocab_size=32000,
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        mlp_dim=14336,
+        experts=Experts(count=8, chosen=2, balance_loss=0.02),
+        rope=_PLAIN,
+    ),
+    "qwen3-30b-a3b": _qwen3(False, 4, replace(_QWEN3_EXPERTS, dim=768), layers=48, width=2048, heads=32, mlp_dim=6144),
+    "qwen3-235b-a22b": _qwen3(
+        False, 4, replace(_QWEN3_EXPERTS, dim=1536), layers=94, width=4096, heads=64, mlp_dim=12288
+    ),
     "deepseek-v3": _deepseek_v3(),
     "gpt2": _gpt2(layers=12, width=768),
     "gpt2-medium": _gpt2(layers=24, width=1024),
@@ -264,7 +249,6 @@ SHAPES: dict[str, TransformerConfig] = {
     "gpt2-xl": _gpt2(layers=48, width=1600),
 }
 """Name to shape."""
-
 
 VISION_SHAPES: dict[str, VisionTransformerConfig] = {
     "vit-s16": _vit(layers=12, width=384, heads=6, mlp_dim=1536),
@@ -275,20 +259,12 @@ VISION_SHAPES: dict[str, VisionTransformerConfig] = {
 
 
 def shape(name: str) -> TransformerConfig:
-    """The decoder of that name; change fields of it with `dataclasses.replace`.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The decoder of that name, or a ConfigError; change fields of it with `dataclasses.replace`."""
     return _named(name, SHAPES, "shape", "tiny")
 
 
 def vision_shape(name: str) -> VisionTransformerConfig:
-    """The image classifier of that name; change fields of it with `dataclasses.replace`.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The image classifier of that name, or a ConfigError; change fields of it with `dataclasses.replace`."""
     return _named(name, VISION_SHAPES, "vision_shape", "vit-b16")
 
 

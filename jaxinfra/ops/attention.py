@@ -10,6 +10,7 @@ head, V width of a value head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import jax
@@ -48,22 +49,18 @@ class Shape:
     keys: int
     head_dim: int
     value_dim: int
-    segments: bool
     indexed: bool
     dtype: jnp.dtype
 
 
 def visible(see: See, q_index: jax.Array, kv_index: jax.Array, segments: tuple[jax.Array, jax.Array] | None):
-    """The mask as an array: True where a query sees a key.
+    """The mask as an array, bool `[B or 1, T, S]`: True where a query sees a key.
 
     Args:
         see: the description.
         q_index: place of each query in its row, `[B or 1, T]`.
         kv_index: place of each key, `[B or 1, S]`.
         segments: document ids of queries `[B, T]` and keys `[B, S]`; a query sees its own document alone.
-
-    Returns:
-        bool `[B or 1, T, S]`.
     """
     distance = q_index[:, :, None] - kv_index[:, None, :]
     seen = jnp.ones_like(distance, bool)
@@ -100,11 +97,7 @@ def reference(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, q_index=None, kv_
     return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV).reshape(B, T, H, v_BSGV.shape[-1])
 
 
-def _refuse_nothing(see: See, shape: Shape) -> str | None:
-    return None
-
-
-def _jax_nn(q_BTHK, k_BSGK, v_BSGK, see: See, segments, implementation: Literal["xla", "cudnn"]) -> jax.Array:
+def _jax_nn(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, *, implementation: Literal["xla", "cudnn"]) -> jax.Array:
     mask = None
     if segments is not None:
         mask = visible(See(causal=False), _index(q_BTHK), _index(k_BSGK), segments)[:, None]
@@ -121,20 +114,12 @@ def _jax_nn(q_BTHK, k_BSGK, v_BSGK, see: See, segments, implementation: Literal[
     )
 
 
-def _xla(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
-    return _jax_nn(q_BTHK, k_BSGK, v_BSGK, see, segments, "xla")
-
-
 def _refuse_xla(see: See, shape: Shape) -> str | None:
     if see.softcap is not None:
         return "it has no soft cap"
     if shape.value_dim != shape.head_dim:
         return f"its values are as wide as its keys, not {shape.value_dim} and {shape.head_dim}"
     return "it takes no explicit positions" if shape.indexed else None
-
-
-def _cudnn(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None) -> jax.Array:
-    return _jax_nn(q_BTHK, k_BSGK, v_BSGK, see, segments, "cudnn")
 
 
 def _refuse_cudnn(see: See, shape: Shape) -> str | None:
@@ -195,16 +180,14 @@ def _refuse_splash(see: See, shape: Shape) -> str | None:
         return "it takes no explicit positions"
     if not splash_block(shape.queries) or not splash_block(shape.keys):
         return f"its lengths are multiples of 128, not {shape.queries} and {shape.keys}"
-    for width in (shape.head_dim, shape.value_dim):
-        if width % 64:
-            return f"its heads are a multiple of 64 wide, not {width}"
-    return None
+    width = shape.head_dim if shape.head_dim % 64 else shape.value_dim
+    return f"its heads are a multiple of 64 wide, not {width}" if width % 64 else None
 
 
 KERNELS: dict[str, tuple[Callable[..., jax.Array], Callable[[See, Shape], str | None]]] = {
-    "reference": (reference, _refuse_nothing),
-    "xla": (_xla, _refuse_xla),
-    "cudnn": (_cudnn, _refuse_cudnn),
+    "reference": (reference, lambda see, shape: None),
+    "xla": (partial(_jax_nn, implementation="xla"), _refuse_xla),
+    "cudnn": (partial(_jax_nn, implementation="cudnn"), _refuse_cudnn),
     "splash": (_splash, _refuse_splash),
 }
 PREFERRED: dict[str, tuple[str, ...]] = {
@@ -219,16 +202,11 @@ so sums their gradients over all axes that no sharding names: a copy and a wait 
 
 
 def choose(see: See, shape: Shape, platform: str, forced: Kernel | None = None) -> str:
-    """The name of the kernel to use.
-
-    Raises:
-        ConfigError: the forced kernel cannot honour the description, or does not run on this platform.
-    """
+    """The kernel to use; a ConfigError where the forced one cannot honour the description, or runs elsewhere."""
     preferred = PREFERRED[platform]
     if forced is None:
         return next(name for name in preferred if KERNELS[name][1](see, shape) is None)
-    runs = forced in preferred
-    reason = KERNELS[forced][1](see, shape) if runs else f"it does not run on {platform}"
+    reason = KERNELS[forced][1](see, shape) if forced in preferred else f"it does not run on {platform}"
     if reason is not None:
         raise ConfigError(f"model.attention={forced}: refused: {reason}; use model.attention=none to let it be chosen")
     return forced
@@ -246,7 +224,7 @@ def attend(
     kv_index: jax.Array | None = None,
     forced: Kernel | None = None,
 ) -> jax.Array:
-    """Attention by the kernel that fits.
+    """Attention by the kernel that fits: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Every device works on its own sequences and heads: the batch and head dimensions may be sharded, lengths and
     head width may not.
@@ -260,13 +238,7 @@ def attend(
         segments: document ids of queries and keys.
         q_index: places of the queries if they are not `0..T-1` (decoding from a cache).
         kv_index: places of the keys likewise.
-        forced: the kernel that the config asks for.
-
-    Returns:
-        `[B, T, H, V]`, sharded like `q_BTHK`.
-
-    Raises:
-        ConfigError: the forced kernel refuses.
+        forced: the kernel that the config asks for; a ConfigError where it refuses.
     """
     indexed = q_index is not None or kv_index is not None
     shape = Shape(
@@ -274,7 +246,6 @@ def attend(
         keys=k_BSGK.shape[1],
         head_dim=q_BTHK.shape[-1],
         value_dim=v_BSGV.shape[-1],
-        segments=segments is not None,
         indexed=indexed,
         dtype=q_BTHK.dtype,
     )
@@ -285,15 +256,10 @@ def attend(
     def local(q, k, v, extra):
         return kernel(q, k, v, see, **extra)
 
-    spec = jax.typeof(q_BTHK).sharding.spec
-    extra_specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, extra)
-    kv_spec = jax.typeof(k_BSGK).sharding.spec
-    sharded = jax.shard_map(
-        local, in_specs=(spec, kv_spec, kv_spec, extra_specs), out_specs=spec, check_vma=name in PLAIN
-    )
+    q, kv, extra_specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (q_BTHK, k_BSGK, extra))
+    sharded = jax.shard_map(local, in_specs=(q, kv, kv, extra_specs), out_specs=q, check_vma=name in PLAIN)
     return sharded(q_BTHK, k_BSGK, v_BSGV, extra)
 
 
-def splash_interpreted(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None) -> jax.Array:
-    """The splash kernel, interpreted: the numbers that a TPU would give, on any machine, slowly."""
-    return _splash(q_BTHK, k_BSGK, v_BSGV, see, segments, interpret=True)
+splash_interpreted = partial(_splash, interpret=True)
+"""The splash kernel, interpreted: the numbers that a TPU would give, on any machine, slowly."""

@@ -42,10 +42,6 @@ class How:
         """The position of the first query or key of a piece."""
         return self.order.block(shard, piece) * block
 
-    def legs(self, block: int) -> list[Leg]:
-        """See `legs`."""
-        return legs(self.order, self.see, block)
-
 
 # Inside a `shard_map`; `[B, H, T, K]` here, heads before positions, as kernels want them.
 
@@ -65,7 +61,7 @@ def _when(here: jax.Array, always: bool, fun: Any, state: Any) -> Any:
 def _ring(how: How, step: Any, state: Any, kv: Any, block: int) -> Any:
     """Takes `step(state, kv, source, leg)` through all steps; `source` is the shard that `kv` are of."""
     source = jax.lax.axis_index(how.order.axes)
-    for leg in how.legs(block):
+    for leg in legs(how.order, how.see, block):
 
         def body(carry: Any, _: None, leg: Leg = leg) -> tuple[Any, None]:
             state, kv, source = carry
@@ -126,7 +122,7 @@ def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array,
         return dq, jax.tree.map(jnp.add, travelled, _joined(dkv))
 
     dq, dkv = _ring(how, step, ([zeros(one[0]) for one in queries], (zeros(k), zeros(v))), (k, v, segments), block)
-    last = sum(leg.depart * leg.steps for leg in how.legs(block))
+    last = sum(leg.depart * leg.steps for leg in legs(how.order, how.see, block))
     return jnp.concatenate(dq, axis=2), *how.order.rotate(dkv, -last)
 
 
@@ -140,23 +136,23 @@ def _gathered(how: How, x: jax.Array | None, dim: int) -> Any:
     return how.order.restore(jax.lax.all_gather(x, how.order.axes, axis=dim, tiled=True), dim)
 
 
-def _gather_forward(how: How, q, k, v, segments) -> Partial:
+def _on_gathered(how: How, tile: Any, k, v, segments, *queries) -> list[Any]:
+    """What a forward or backward tile makes of each piece of the queries and what goes with them, on all keys."""
     whole = [_gathered(how, a, 2) for a in (k, v)]
     ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.order.axes), []
-    for p, (one, own) in enumerate(zip(_pieces(how, q), _pieces(how, segments, 1), strict=True)):
+    of_queries = (_pieces(how, a) for a in queries)
+    for p, (one, *rest, own) in enumerate(zip(*of_queries, _pieces(how, segments, 1), strict=True)):
         first = how.start(me, p, one.shape[2])
-        found.append(how.tiles.forward(one, *whole, _both(own, ids), first, how.see))
-    return Partial(*_joined(found))
+        found.append(tile(one, *whole, _both(own, ids), first, how.see, *rest))
+    return found
+
+
+def _gather_forward(how: How, q, k, v, segments) -> Partial:
+    return Partial(*_joined(_on_gathered(how, how.tiles.forward, k, v, segments, q)))
 
 
 def _gather_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array, jax.Array, jax.Array]:
-    whole = [_gathered(how, a, 2) for a in (k, v)]
-    ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.order.axes), []
-    of_queries = (_pieces(how, a) for a in (q, lse, di, do))
-    for p, (one, *rest, own) in enumerate(zip(*of_queries, _pieces(how, segments, 1), strict=True)):
-        first = how.start(me, p, one.shape[2])
-        found.append(how.tiles.backward(one, *whole, _both(own, ids), first, how.see, *rest))
-    dq, *dkv = zip(*found, strict=True)
+    dq, *dkv = zip(*_on_gathered(how, how.tiles.backward, k, v, segments, q, lse, di, do), strict=True)
 
     def scattered(parts: tuple[jax.Array, ...]) -> jax.Array:
         total = how.order.arrange(sum(parts[1:], parts[0]).astype(k.dtype), 2)
@@ -189,17 +185,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def tiles_of(see: See, shape: Shape, platform: str, forced: Kernel | None = None) -> Tiles:
-    """The implementation of the parts.
-
-    Args:
-        see: what may be seen.
-        shape: of one part: a block of queries on a block of keys.
-        platform: "cpu", "gpu" or "tpu".
-        forced: the kernel that the config asks for.
-
-    Raises:
-        ConfigError: the forced kernel cannot do it.
-    """
+    """The implementation of parts of this shape; a ConfigError where the kernel that is asked for cannot do it."""
     name = choose(see, shape, platform, forced)
     if forced == "cudnn":
         raise ConfigError(
@@ -222,7 +208,7 @@ def attend_across(
     form: Form | Literal["auto"] = "auto",
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Self-attention over sequences that are sharded in `order`.
+    """Self-attention over sequences that are sharded in `order`: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Args:
         q_BTHK: queries; positions over the axes of `order`, rows and heads over any others.
@@ -232,31 +218,17 @@ def attend_across(
         order: which positions each shard has.
         platform: "cpu", "gpu" or "tpu".
         segments_BT: document ids.
-        forced: the kernel that the config asks for.
+        forced: the kernel that the config asks for; a ConfigError where it refuses.
         form: the way of keys and values; "auto" takes the cheaper (see `ops.route`).
         tiles: for tests: the implementation of the parts.
-
-    Returns:
-        `[B, T, H, V]`, sharded like `q_BTHK`.
-
-    Raises:
-        ConfigError: the forced kernel refuses.
     """
     q_sharding = jax.typeof(q_BTHK).sharding
     rows, _, heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)
     length, value_dim = q_BTHK.shape[1], v_BTGV.shape[-1]
     groups = jax.typeof(k_BTGK).sharding.shard_shape(k_BTGK.shape)[2]
     if form == "auto":
-        own = Heads(
-            rows=rows,
-            length=length,
-            heads=heads,
-            groups=groups,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            itemsize=q_BTHK.dtype.itemsize,
-        )
-        form = cheaper(order, see, own)
+        widths = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": q_BTHK.dtype.itemsize}
+        form = cheaper(order, see, Heads(rows=rows, length=length, heads=heads, groups=groups, **widths))
     if tiles is None:
         block = length // (order.shards * order.pieces)
         shape = Shape(
@@ -264,7 +236,6 @@ def attend_across(
             keys=length if form == "gather" else block,
             head_dim=head_dim,
             value_dim=value_dim,
-            segments=segments_BT is not None,
             indexed=False,
             dtype=q_BTHK.dtype,
         )

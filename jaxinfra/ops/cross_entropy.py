@@ -56,11 +56,6 @@ def _chunks(x: jax.Array, chunks: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *rest), 2, 0)
 
 
-def _unchunk(x: jax.Array) -> jax.Array:
-    chunks, B, C, *rest = x.shape
-    return jnp.moveaxis(x, 0, 2).reshape(B, C * chunks, *rest)
-
-
 def _partial_sums(w_DV: jax.Array) -> frozenset[str]:
     """The mesh axes that the loss of one device is a partial sum over: those that the head is reduced over."""
     return jax.typeof(w_DV).sharding.spec.reduced
@@ -134,7 +129,7 @@ def _forward(x_BTD, w_DV, targets_BT, weights_BT, config: CrossEntropy):
     )
     pieces = tuple(_chunks(a, config.chunks) for a in (x_BTD, targets_BT, weights_BT))
     (sums, dw_DV), dx = jax.lax.scan(body, ((zero, (zero, zero)), dw_zero), pieces)
-    return sums, (_unchunk(dx), dw_DV.astype(w_DV.dtype))
+    return sums, (jnp.moveaxis(dx, 0, 2).reshape(x_BTD.shape), dw_DV.astype(w_DV.dtype))
 
 
 def _backward(config: CrossEntropy, gradients, cotangents):

@@ -30,7 +30,7 @@ def dot(
     flat: bool = True,
     quantise: Quantise = "none",
 ) -> jax.Array:
-    """Contracts the last `contract` dimensions of `x` with the first of `w`.
+    """Contracts the last dimensions of `x` with the first of `w`: `[..., *N]` in the dtype of `x`.
 
     Args:
         x: activations `[..., *K]`.
@@ -40,9 +40,6 @@ def dot(
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
         flat: as one product of rank 2; False leaves all dimensions apart.
         quantise: the format of the factors (see `ops.quantised`).
-
-    Returns:
-        `[..., *N]` in the dtype of `x`; unreduced over `partial`.
     """
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
     stages = w.shape[:1] if staged(w_spec) else ()
@@ -72,9 +69,8 @@ def _split_stages(x: jax.Array, stages: int) -> jax.Array:
     rows, *others = spec.partitions
     first, *within = axes_of(rows)
     assert first == "stage", spec
-    parts = ("stage", tuple(within) or None, *others)
-    shape = (stages, x.shape[0] // stages, *x.shape[1:])
-    return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
+    out = spec.update(partitions=("stage", tuple(within) or None, *others))
+    return x.reshape(stages, x.shape[0] // stages, *x.shape[1:], out_sharding=out)
 
 
 def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
@@ -84,7 +80,7 @@ def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
         shape.append(math.prod(x.shape[at : at + size]))
         parts.append(spec.partitions[at])
         at += size
-    return x.reshape(shape, out_sharding=PartitionSpec(*parts, reduced=spec.reduced, unreduced=spec.unreduced))
+    return x.reshape(shape, out_sharding=spec.update(partitions=parts))
 
 
 def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:

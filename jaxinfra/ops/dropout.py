@@ -31,39 +31,40 @@ def token_words(key: jax.Array, step: jax.Array, shape: tuple[int, int], out: P 
     return jax.random.bits(jax.random.fold_in(key, step), shape, jnp.uint32, out_sharding=out)
 
 
-def layer_words(words_BT: jax.Array, number: jax.Array | int) -> jax.Array:
-    """The words of the tokens in one layer.
+def layer_words(words_BT: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
+    """The words of the tokens in one layer; None where there are none.
 
     Args:
         words_BT: of the tokens, uint32.
         number: of the layer, an int32 scalar; in a pipeline `[S]`, where the rows are those of S stages.
     """
+    if words_BT is None:
+        return None
     number = jnp.asarray(number, jnp.int32)
     if number.ndim == 0:
         return _hash(words_BT, number)[0]
     spec = jax.typeof(words_BT).sharding.spec
-
-    def own(words: jax.Array, number: jax.Array) -> jax.Array:
-        return _hash(words, number[0])[0]
-
-    return jax.shard_map(own, in_specs=(spec, P("stage")), out_specs=spec)(words_BT, number)
+    own = jax.shard_map(lambda words, number: _hash(words, number[0])[0], in_specs=(spec, P("stage")), out_specs=spec)
+    return own(words_BT, number)
 
 
-def drop(x_BTD: jax.Array, words_BT: jax.Array, site: int, rate: float) -> jax.Array:
+def drop(x_BTD: jax.Array, words_BT: jax.Array | None, site: int, rate: float) -> jax.Array:
     """`x_BTD` with features zero at the given rate, and the others larger, so that the mean stays.
 
     Args:
         x_BTD: an activation, features whole.
-        words_BT: of its tokens, in this layer; moved to the sharding of `x_BTD`.
+        words_BT: of its tokens, in this layer; moved to the sharding of `x_BTD`. None drops nothing.
         site: which of the activations of a layer it is.
         rate: from 0 to below 1, rounded to a multiple of `1 / STEPS`.
     """
+    if words_BT is None:
+        return x_BTD
     spec = jax.typeof(x_BTD).sharding.spec
-    words_BT = jax.reshard(words_BT, P(*spec.partitions[:2]))
+    words = jax.reshard(words_BT, P(*spec.partitions[:2]))
     width, dropped = x_BTD.shape[-1], min(round(rate * STEPS), STEPS - 1)
     quarter = -(-width // 4)
     counters = jnp.arange(quarter, dtype=jnp.uint32) + jnp.uint32(site * quarter)
-    halves = [part for word in _hash(words_BT[..., None], counters) for part in (word >> 16, word & (STEPS - 1))]
+    halves = [part for word in _hash(words[..., None], counters) for part in (word >> 16, word & (STEPS - 1))]
     kept_BTD = jnp.concatenate(halves, axis=-1)[..., :width] >= dropped
     return jnp.where(kept_BTD, x_BTD * (STEPS / (STEPS - dropped)), 0)
 

@@ -19,22 +19,15 @@ BLOCK = 128
 
 
 def grouped_dot(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, platform: str) -> jax.Array:
-    """Each row times the matrix of its group.
-
-    In a `shard_map` all three vary over the same mesh axes.
+    """Each row times the matrix of its group, `[M, N]`; in a `shard_map` all three vary over the same mesh axes.
 
     Args:
         x_MK: rows, those of group 0 first.
         w_EKN: a matrix for each group, of the same dtype.
         sizes_E: rows of each group, int32; their sum is at most M.
         platform: "cpu", "gpu" or "tpu".
-
-    Returns:
-        `[M, N]` in the dtype of `x_MK`.
     """
-    if platform == "cpu":
-        return _in_blocks(x_MK, w_EKN, sizes_E)
-    return jax.lax.ragged_dot(x_MK, w_EKN, sizes_E)
+    return (_in_blocks if platform == "cpu" else jax.lax.ragged_dot)(x_MK, w_EKN, sizes_E)
 
 
 class Blocks(NamedTuple):
@@ -67,13 +60,9 @@ def _padded(x_MK: jax.Array, block: int) -> jax.Array:
     return jnp.pad(x_MK, ((0, block), (0, 0)))
 
 
-def _size(rows: int) -> int:
-    return min(BLOCK, rows)
-
-
 def _times(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, contract: int) -> jax.Array:
     """Rows times matrices by their dimension `contract`: 1 for K, 2 for N."""
-    rows, block = len(x_MK), _size(len(x_MK))
+    rows, block = len(x_MK), min(BLOCK, len(x_MK))
     blocks, padded = _blocks(sizes_E, rows, block), _padded(x_MK, block)
 
     def body(number: jax.Array, y: jax.Array) -> jax.Array:
@@ -90,7 +79,7 @@ def _times(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, contract: int)
 
 def _gradient(x_MK: jax.Array, dy_MN: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Of each group the sum over its rows of the outer products of `x` and `dy`, summed in float32."""
-    rows, block = len(x_MK), _size(len(x_MK))
+    rows, block = len(x_MK), min(BLOCK, len(x_MK))
     blocks, xs, dys = _blocks(sizes_E, rows, block), _padded(x_MK, block), _padded(dy_MN, block)
 
     def body(number: jax.Array, total: jax.Array) -> jax.Array:

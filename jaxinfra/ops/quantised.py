@@ -47,7 +47,7 @@ def product(
         quantise: the format.
 
     Returns:
-        `[*S, ..., *N]` in the dtype of `x`, sharded like the rows and the columns; unreduced over `partial`.
+        `[*S, ..., *N]` in the dtype of `x`, sharded like the rows and the columns.
     """
     import qwix
 
@@ -58,7 +58,7 @@ def product(
     y = qwix.dot_general(
         _marked(_scaled(x, in_x, quantise), partial),
         _marked(_scaled(w, in_w, quantise), partial),
-        ((in_x, in_w), _side_by_side(stages)),
+        ((in_x, in_w), (range(stages), range(stages))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
@@ -86,15 +86,11 @@ def input_gradient(
     dx = qwix.dot_general(
         _marked(factor, out.unreduced),
         weight.qvalue,
-        ((in_g, in_w), _side_by_side(stages)),
+        ((in_g, in_w), (range(stages), range(stages))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
     return dx.astype(x.dtype)
-
-
-def _side_by_side(stages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(range(stages)), tuple(range(stages))
 
 
 def _scaled(a: jax.Array, contracted: tuple[int, ...], quantise: Quantise) -> "QArray":

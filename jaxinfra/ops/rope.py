@@ -68,11 +68,8 @@ class YarnScaling:
     def problems(self) -> Iterable[Problem]:
         """The ramp has two ends."""
         if self.beta_slow >= self.beta_fast:
-            yield Problem(
-                fields=("beta_slow", "beta_fast"),
-                message="the fast one must be larger",
-                fix="use beta_slow=1.0 beta_fast=32.0",
-            )
+            fix = "use beta_slow=1.0 beta_fast=32.0"
+            yield Problem(fields=("beta_slow", "beta_fast"), message="the fast one must be larger", fix=fix)
 
     def growth(self, weight: float) -> float:
         """`m(weight)`."""
@@ -115,16 +112,16 @@ class Rope:
         """Radians a position, float64 `[rotated / 2]`, where `rotated = fraction * head_dim`."""
         rotated = int(head_dim * self.fraction)
         freqs = self.theta ** -(np.arange(0, rotated, 2) / rotated)
-        if isinstance(self.scaling, LinearScaling):
-            return freqs / self.scaling.factor
-        if isinstance(self.scaling, Llama3Scaling):
-            s = self.scaling
-            turns = s.original_length * freqs / (2 * math.pi)
-            keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
-            return freqs * (keep + (1 - keep) / s.factor)
-        if isinstance(self.scaling, YarnScaling):
-            return self.scaling.stretched(freqs, self.theta)
-        return freqs
+        match self.scaling:
+            case None:
+                return freqs
+            case LinearScaling(factor=factor):
+                return freqs / factor
+            case Llama3Scaling(low_freq_factor=low, high_freq_factor=high) as s:
+                keep = np.clip((s.original_length * freqs / (2 * math.pi) - low) / (high - low), 0, 1)
+                return freqs * (keep + (1 - keep) / s.factor)
+            case YarnScaling() as s:
+                return s.stretched(freqs, self.theta)
 
     @property
     def score_scale(self) -> float:

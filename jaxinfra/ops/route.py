@@ -45,19 +45,12 @@ class Leg(NamedTuple):
 
 
 def legs(order: Order, see: See, block: int) -> list[Leg]:
-    """The way of keys and values round the ring, from home to the last shard that sees them.
-
-    Args:
-        order: where the blocks of a sequence are.
-        see: what may be seen.
-        block: positions of a block.
-    """
-    shards, every = np.arange(order.shards), range(order.pieces)
+    """The way of keys and values, in blocks of so many positions, from home to the last shard that sees them."""
+    every = range(order.pieces)
 
     def seen(step: int, piece: int, other: int) -> np.ndarray:
         """By shard, whether its piece sees the other piece of the shard `step` before it."""
-        offset = _offsets(order, block, step, piece, other)
-        return np.broadcast_to(reaches(see, offset, block, block), shards.shape)
+        return np.broadcast_to(reaches(see, _offsets(order, block, step, piece, other), block, block), order.shards)
 
     seens = [{(p, r): seen(step, p, r) for p in every for r in every} for step in range(order.shards)]
     steps = [step for step, pairs in enumerate(seens) if any(found.any() for found in pairs.values())]

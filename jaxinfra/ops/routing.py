@@ -56,13 +56,10 @@ class Choices(NamedTuple):
 
 
 def choose(logits: jax.Array, routing: Routing, bias_E: jax.Array | None = None) -> Choices:
-    """The experts of every token.
+    """The experts of every token, from float32 logits `[..., E]`.
 
-    Args:
-        logits: float32 `[..., E]`.
-        routing: the rule.
-        bias_E: added to scores where experts are compared, and nowhere else (Wang et al. 2024, "Auxiliary-loss-free
-            load balancing").
+    The bias is added to scores where experts are compared, and nowhere else (Wang et al. 2024, "Auxiliary-loss-free
+    load balancing").
     """
     softmax = routing.score == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
@@ -94,13 +91,7 @@ def chosen_by(experts_BTK: jax.Array, count: int) -> jax.Array:
 def within_capacity(experts_BTK: jax.Array, chosen_BTE: jax.Array, capacity: int, order: Order) -> jax.Array:
     """Which choices an expert takes: of each sequence those of the first `capacity` positions that choose it.
 
-    What becomes of a token never depends on later ones.
-
-    Args:
-        experts_BTK: the choices.
-        chosen_BTE: the same, see `chosen_by`.
-        capacity: see `Routing`.
-        order: where the positions of a sequence are; the device has those of its shard.
+    What becomes of a token never depends on later ones. The device has the positions of its shard (see `order`).
     """
     pieces = jnp.stack(jnp.split(chosen_BTE.astype(jnp.int32), order.pieces, axis=1), axis=1)
     before = jnp.cumsum(pieces, axis=2) - pieces  # in the piece
@@ -121,10 +112,7 @@ def balance(chosen_BTE: jax.Array, scores_BTE: jax.Array, chosen: int, order: Or
 
     For each sequence `sum over experts of f * P`: f is the share of choices that an expert got, P the mean of its
     scores, both times the number of experts or tokens, so that even choices make a loss of one a token. Here f counts
-    what tokens really choose, biases included.
-
-    Returns:
-        The device's part of the sum over sequences, a float32 scalar: the positions of other shards are not in it.
+    what tokens really choose, biases included. The scalar is the device's part: other shards' positions are not in it.
     """
     count = jnp.sum(chosen_BTE, axis=1, dtype=jnp.float32)
     if order.shards > 1:

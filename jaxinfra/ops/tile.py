@@ -49,13 +49,9 @@ def merge(one: Partial, other: Partial) -> Partial:
 
 
 def reaches(see: See, offset: Any, queries: int, keys: int) -> Any:
-    """Whether some query sees some key, documents aside.
+    """Whether some query sees some key of as many consecutive ones, documents aside.
 
-    Args:
-        see: what may be seen.
-        offset: position of the first query less that of the first key; a number or an array of them.
-        queries: how many, consecutive.
-        keys: likewise.
+    The offset is the position of the first query less that of the first key, a number or an array of them.
     """
     seen = True
     if see.causal:

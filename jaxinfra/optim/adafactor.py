@@ -80,9 +80,7 @@ def scale_by_param_rms(specs: Any, *, min_rms: float) -> optax.GradientTransform
 
 
 def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
-    if spec.role in ("norm", "bias"):
-        return False
-    return min(block(spec).matrix_shape(spec.shape)) >= min_factored_dim
+    return spec.role not in ("norm", "bias") and min(block(spec).matrix_shape(spec.shape)) >= min_factored_dim
 
 
 def _moment(grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array) -> Factored | jax.Array:

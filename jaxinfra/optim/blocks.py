@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 from jaxinfra.parallel.spec import ParamSpec
 
-STACKED = ("layers",)
-"""Logical axes along which independent parameters are stacked."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
@@ -57,7 +54,7 @@ def block(spec: ParamSpec) -> Block:
     if spec.in_dims and spec.out_dims:
         rows, cols = spec.in_dims, spec.out_dims
     else:
-        single = tuple(dim for dim, axis in enumerate(spec.axes) if axis not in STACKED)
+        single = tuple(dim for dim, axis in enumerate(spec.axes) if axis != "layers")
         rows, cols = single[:1], single[1:]
     batch = tuple(dim for dim in range(len(spec.shape)) if dim not in (*rows, *cols))
     return Block(batch=batch, rows=rows, cols=cols)

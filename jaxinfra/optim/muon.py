@@ -46,11 +46,7 @@ def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
 
 
 def orthogonalize(
-    blocks: Any,
-    *,
-    iterations: int,
-    scale: Literal["rms", "width"],
-    dtype: jnp.dtype,
+    blocks: Any, *, iterations: int, scale: Literal["rms", "width"], dtype: jnp.dtype
 ) -> optax.GradientTransformation:
     """Updates replaced by their orthogonalised matrices, scaled for their shape.
 
@@ -68,11 +64,7 @@ def orthogonalize(
         factor = 0.2 * math.sqrt(max(rows, cols)) if scale == "rms" else math.sqrt(max(1.0, cols / rows))
         return factor * _orthogonal(update.astype(dtype), dims, iterations).astype(update.dtype)
 
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        del params
-        return jax.tree.map(one, updates, blocks)
-
-    return optax.stateless(update)
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, blocks))
 
 
 def _orthogonal(x: jax.Array, dims: Block, iterations: int) -> jax.Array:
@@ -123,12 +115,8 @@ def spread(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) 
 
     Of all subsets of `axes`, on any one dimension, the one is taken that leaves the fewest matrices on a
     device, and of these the smallest: 32 layers on axes of 64 and 8 go over the 64, one layer each and half
-    of the devices none. With nothing stacked, or one matrix, every device gets it.
-
-    Args:
-        stack: sizes of the stacked dimensions.
-        axes: mesh axes to spread over: those that shard the matrices until now.
-        sizes: of the mesh axes.
+    of the devices none. With nothing stacked, or one matrix, every device gets it. The axes, of these `sizes`, are
+    those that shard the matrices until now; `stack` has the sizes of the stacked dimensions.
     """
     best, cost = (0, ()), (math.prod(stack), 1)
     for dim, length in enumerate(stack):

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinfra.parallel.spec import ParamSpec
-
 type Build = Callable[[Any], optax.GradientTransformation]
 """Makes the optimiser of parameters declared by a tree of specs."""
 
@@ -33,11 +31,9 @@ def store_state_on_host(build: Build, specs: dict[str, Any]) -> optax.GradientTr
 
     def part(tree: Any, names: list[str]) -> Any:
         """The state, gradients or parameters without what is of others."""
-
-        def one(node: Any) -> Any:
-            return {name: node[name] for name in names} if is_params(node) else node
-
-        return jax.tree.map(one, tree, is_leaf=is_params)
+        return jax.tree.map(
+            lambda node: {name: node[name] for name in names} if is_params(node) else node, tree, is_leaf=is_params
+        )
 
     def merged(tree: Any, *parts: Any) -> Any:
         """What `part` took apart; of counters the first."""
@@ -58,8 +54,9 @@ def store_state_on_host(build: Build, specs: dict[str, Any]) -> optax.GradientTr
             tx = build(part(specs, others))
             results.append(_whole(tx, *(part(tree, others) for tree in (updates, state, params))))
         for name in streamed:  # each is a stack of its own length
-            tx = build(jax.tree.map(_one_layer, part(specs, [name])))
-            results.append(_layer_by_layer(tx, *(part(tree, [name]) for tree in (updates, state, params))))
+            of_one = jax.tree.map(lambda spec: replace(spec, shape=(1, *spec.shape[1:])), part(specs, [name]))
+            stacked = (part(tree, [name]) for tree in (updates, state, params))
+            results.append(_layer_by_layer(build(of_one), *stacked))
         moved, states = zip(*results, strict=True)
         return merged(updates, *moved), merged(state, *states)
 
@@ -122,7 +119,3 @@ def _is_stacked(specs: Any, arrays: Any) -> bool:
     first = (spec.axes[:1] == ("layers",) for spec in jax.tree.leaves(specs))
     whole = (jax.typeof(a).sharding.spec.partitions[:1] in ((), (None,)) for a in jax.tree.leaves(arrays))
     return all(first) and all(whole)
-
-
-def _one_layer(spec: ParamSpec) -> ParamSpec:
-    return replace(spec, shape=(1, *spec.shape[1:]))

@@ -165,9 +165,22 @@ class Optim:
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
 
     def problems(self) -> Iterable[Problem]:
-        """Means that bfloat16 can keep."""
-        if self.state_dtype == "bfloat16":
-            yield from _bfloat16_problems(self.optimizer)
+        """Means that bfloat16 can keep: it rounds changes of less than 2**-8 of a value away."""
+        if self.state_dtype != "bfloat16":
+            return
+        if isinstance(self.optimizer, Adafactor):
+            yield Problem(
+                fields=("state_dtype", "optimizer.decay_power"),
+                message="bfloat16 rounds late changes of Adafactor's second moment away, and saves little",
+                fix="use state_dtype=float32",
+            )
+        for name in ("b1", "b2", "momentum"):
+            if (decay := getattr(self.optimizer, name, 0.0)) > 1 - 2**-8:
+                yield Problem(
+                    fields=("state_dtype", f"optimizer.{name}"),
+                    message=f"bfloat16 rounds the changes of a mean with {name}={decay} away",
+                    fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
+                )
 
 
 def build(optim: Optim, *, steps: int, specs: Any) -> optax.GradientTransformation:
@@ -226,21 +239,3 @@ def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
     rest = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
     labels = jax.tree.map(lambda spec: "muon" if is_matrix(spec) else "adamw", specs, is_leaf=is_spec)
     return optax.partition({"muon": matrices, "adamw": rest}, labels)
-
-
-def _bfloat16_problems(optimizer: Optimizer) -> Iterable[Problem]:
-    """Means that would stop moving: bfloat16 rounds changes of less than 2**-8 of a value away."""
-    if isinstance(optimizer, Adafactor):
-        yield Problem(
-            fields=("state_dtype", "optimizer.decay_power"),
-            message="bfloat16 rounds late changes of Adafactor's second moment away, and saves little",
-            fix="use state_dtype=float32",
-        )
-    for name in ("b1", "b2", "momentum"):
-        decay = getattr(optimizer, name, 0.0)
-        if decay > 1 - 2**-8:
-            yield Problem(
-                fields=("state_dtype", f"optimizer.{name}"),
-                message=f"bfloat16 rounds the changes of a mean with {name}={decay} away",
-                fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
-            )

@@ -26,8 +26,8 @@ from jaxinfra.config.limits import Natural, PositiveShare, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The peak from the end of warm-up on.
+class WarmUp:
+    """What every schedule has.
 
     Attributes:
         warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
@@ -37,43 +37,42 @@ class Constant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
+class Constant(WarmUp):
+    """The peak from the end of warm-up on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(WarmUp):
     """A straight line from the peak down.
 
     Attributes:
-        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    warmup_steps: Natural = 0
     final_fraction: Share = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(WarmUp):
     """Half a cosine from the peak down (Loshchilov & Hutter 2017, section 3, without restarts).
 
     Attributes:
-        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    warmup_steps: Natural = 0
     final_fraction: Share = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSD:
+class WSD(WarmUp):
     """Warm-up, stable, decay: the peak is kept until a short decay ends the run (Hu et al. 2024, section 4).
 
     Attributes:
-        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
         decay_fraction: the decay takes `round(decay_fraction * steps)` steps at the end of the run.
         shape: of the decay: "linear", or "sqrt" for one minus a square root (Haegele et al. 2024, section 3).
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    warmup_steps: Natural = 0
     decay_fraction: PositiveShare = 0.2
     shape: Literal["linear", "sqrt"] = "sqrt"
     final_fraction: Share = 0.0
@@ -84,16 +83,11 @@ class WSD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseSqrt:
+class InverseSqrt(WarmUp):
     """`peak_lr * sqrt(w / t)` with `w = max(warmup_steps, 1)` (Vaswani et al. 2017, section 5.3).
 
     It has no end: the rate goes on falling beyond the last step.
-
-    Attributes:
-        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
     """
-
-    warmup_steps: Natural = 0
 
 
 type Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
@@ -109,17 +103,10 @@ def schedule(config: Schedule, *, peak_lr: float, steps: int) -> optax.Schedule:
 
 
 def learning_rate(config: Schedule, step: Any, *, peak_lr: float, steps: int) -> Any:
-    """The learning rate of `step` in a run of `steps` steps.
+    """The learning rate of `step`, an integer or an array of them, in a run of `steps` steps.
 
-    Args:
-        config: the schedule.
-        step: an integer or an array of them, a traced one too.
-        peak_lr: the highest rate.
-        steps: of the run.
-
-    Returns:
-        The rate, in the shape of `step`. JAX arrays give float32 JAX arrays; anything else is computed in
-        NumPy's float64 and starts no device.
+    The rates have the shape of `step`. JAX arrays, traced ones too, give float32 JAX arrays; anything else is computed
+    in NumPy's float64 and starts no device.
     """
     xp = jnp if isinstance(step, jax.Array) else np
     t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
@@ -135,13 +122,7 @@ def table(config: Schedule, *, peak_lr: float, steps: int, rows: int = 11) -> li
 
 
 def schedule_problems(config: Schedule, steps: int, *, path: str = "") -> Iterable[Problem]:
-    """What cannot work in a run of `steps` steps.
-
-    Args:
-        config: the schedule.
-        steps: of the run.
-        path: of the schedule in the config object that reports the problems, such as "optim.schedule.".
-    """
+    """What cannot work in a run of `steps` steps; fields are reported under `path`, such as "optim.schedule."."""
     if config.warmup_steps and config.warmup_steps >= steps:
         yield Problem(
             fields=(f"{path}warmup_steps",),

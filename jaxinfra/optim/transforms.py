@@ -13,12 +13,9 @@ import optax
 def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Array]:
     """Gradients scaled down to a global norm of at most `max_norm`, and the norm that they had.
 
-    Sums in float32 whatever the gradients' dtype. Gradients within the limit come back bit for bit; so do all
-    with `max_norm=None`. A norm that is not finite makes gradients that are not finite: the caller decides
-    what to do.
-
-    Returns:
-        The gradients in their own dtypes and shardings, and the norm before clipping: float32 [].
+    Sums in float32 whatever the gradients' dtype, which they keep. Gradients within the limit come back bit for bit; so
+    do all with `max_norm=None`. A norm that is not finite makes gradients that are not finite: the caller decides what
+    to do.
     """
     norm = jnp.sqrt(sum((_square_sum(g) for g in jax.tree.leaves(grads)), start=jnp.float32(0)))
     if max_norm is None:
@@ -67,18 +64,16 @@ def store_state_as(tx: optax.GradientTransformation, dtype: jnp.dtype) -> optax.
     """
 
     def cast(tree: Any, to: jnp.dtype) -> Any:
-        def one(x: jax.Array) -> jax.Array:
-            return x.astype(to) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x
+        return jax.tree.map(lambda x: x.astype(to) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
-        return jax.tree.map(one, tree)
+    float32 = jnp.dtype("float32")
 
     def init(params: optax.Params) -> optax.OptState:
-        return cast(tx.init(cast(params, jnp.dtype("float32"))), dtype)
+        return cast(tx.init(cast(params, float32)), dtype)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        float32 = jnp.dtype("float32")
         updates, state = tx.update(cast(updates, float32), cast(state, float32), cast(params, float32))
         return updates, cast(state, dtype)
 

@@ -65,15 +65,10 @@ def take(x_RD: jax.Array, index_S: jax.Array, inverse_R: jax.Array) -> jax.Array
     return _rows(x_RD, index_S)
 
 
-def _take_forward(x_RD, index_S, inverse_R):
-    return _rows(x_RD, index_S), inverse_R
-
-
-def _take_backward(inverse_R, dy_SD):
-    return _rows(dy_SD, inverse_R), None, None
-
-
-take.defvjp(_take_forward, _take_backward)
+take.defvjp(
+    lambda x_RD, index_S, inverse_R: (_rows(x_RD, index_S), inverse_R),
+    lambda inverse_R, dy_SD: (_rows(dy_SD, inverse_R), None, None),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -82,16 +77,14 @@ def repeat(x_ND: jax.Array, choice_S: jax.Array, inverse_A: jax.Array, choices: 
     return _rows(x_ND, choice_S // choices)
 
 
-def _repeat_forward(x_ND, choice_S, inverse_A, choices):
-    return _rows(x_ND, choice_S // choices), inverse_A
-
-
 def _repeat_backward(choices, inverse_A, dy_SD):
     by_choice = _rows(dy_SD, inverse_A).reshape(-1, choices, dy_SD.shape[1])
     return jnp.sum(by_choice, axis=1, dtype=jnp.float32).astype(dy_SD.dtype), None, None
 
 
-repeat.defvjp(_repeat_forward, _repeat_backward)
+repeat.defvjp(
+    lambda x_ND, choice_S, inverse_A, choices: (_rows(x_ND, choice_S // choices), inverse_A), _repeat_backward
+)
 
 
 # Parts of unequal size
@@ -113,16 +106,10 @@ def _ragged(axes: tuple[str, ...], rows: int, x_SD: jax.Array, there: Way, back:
     return jax.lax.ragged_all_to_all(x_SD, empty, *there, axis_name=axes)
 
 
-def _ragged_forward(axes, rows, x_SD, there, back):
-    return _ragged(axes, rows, x_SD, there, back), (x_SD.shape[0], there, back)
-
-
-def _ragged_backward(axes, rows, saved, dy_RD):
-    sent, there, back = saved
-    return _ragged(axes, sent, dy_RD, back, there), None, None
-
-
-_ragged.defvjp(_ragged_forward, _ragged_backward)
+_ragged.defvjp(
+    lambda axes, rows, x_SD, there, back: (_ragged(axes, rows, x_SD, there, back), (len(x_SD), there, back)),
+    lambda axes, rows, saved, dy_RD: (_ragged(axes, saved[0], dy_RD, saved[2], saved[1]), None, None),
+)
 
 
 # The way

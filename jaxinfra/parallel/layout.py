@@ -9,6 +9,7 @@ the activations which it meets are spread over. The mark makes its gradient a pa
 axes: it is scattered over `fsdp` at once and crosses `replica` only where the train step says so.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -80,18 +81,13 @@ class Rules:
                 message=f"{twice[0]} shards two dimensions of one activation",
                 fix=f"keep {twice[0]} in one of them",
             )
-        for name in (field.name for field in fields(self)):
-            axes = getattr(self, name)
-            if "stage" in axes and name != "layers":
-                yield Problem(
-                    fields=(name,), message="stages share out layers and nothing else", fix=f"take stage from {name}"
-                )
-            if "replica" in axes and name not in ("batch", "sequence"):
-                yield Problem(
-                    fields=(name,),
-                    message="replicas have the whole model, and rows or positions of their own",
-                    fix=f"take replica from {name}",
-                )
+        reserved: tuple[tuple[MeshAxis, tuple[str, ...], str], ...] = (
+            ("stage", ("layers",), "stages share out layers and nothing else"),
+            ("replica", ("batch", "sequence"), "replicas have the whole model, and rows or positions of their own"),
+        )
+        for name, (axis, its_own, message) in itertools.product((field.name for field in fields(self)), reserved):
+            if axis in getattr(self, name) and name not in its_own:
+                yield Problem(fields=(name,), message=message, fix=f"take {axis} from {name}")
         if self.heads != self.kv_heads:
             yield Problem(
                 fields=("heads", "kv_heads"),
@@ -111,15 +107,11 @@ class Rules:
                 message="tokens are sent to experts from the devices that share the batch",
                 fix=f"use rules.experts=({shared})",
             )
-        for tokens in ("batch", "sequence"):
-            for features in ("heads", "mlp", "vocab"):
-                both = [axis for axis in getattr(self, tokens) if axis in getattr(self, features)]
-                if both:
-                    yield Problem(
-                        fields=(tokens, features),
-                        message=f"{both[0]} shards two dimensions of one activation",
-                        fix=f"keep {both[0]} in one of them",
-                    )
+        for names in itertools.product(("batch", "sequence"), ("heads", "mlp", "vocab")):
+            tokens, features = (getattr(self, name) for name in names)
+            if both := [axis for axis in tokens if axis in features]:
+                message = f"{both[0]} shards two dimensions of one activation"
+                yield Problem(fields=names, message=message, fix=f"keep {both[0]} in one of them")
 
     def mesh_axes(self, name: str) -> tuple[MeshAxis, ...]:
         """The mesh axes of a logical axis; "positions" are those of a sequence between blocks."""
@@ -157,11 +149,7 @@ class Layout:
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes, of more than one device, of a logical axis (see `Rules.mesh_axes`)."""
-        if name is None:
-            return ()
-        if name == STAGES:
-            return self._real(("stage",))
-        return self._real(self.rules.mesh_axes(name))
+        return () if name is None else self._real(("stage",) if name == STAGES else self.rules.mesh_axes(name))
 
     def shards(self, name: str | None) -> int:
         """How many shards a logical axis is cut into."""
@@ -180,10 +168,7 @@ class Layout:
         """The sharding in which a parameter is kept.
 
         Pipeline stages share out stacked layers where they divide them, and the width of all other parameters: of
-        these no stage keeps the whole either.
-
-        Raises:
-            ConfigError: two dimensions of the parameter want one mesh axis, or a dimension does not divide.
+        these no stage keeps the whole either. A ConfigError where two dimensions want one mesh axis, or do not divide.
         """
         axes = [self._axes(name, spec.axes) for name in spec.axes]
         if "layers" in spec.axes and spec.shape[spec.axes.index("layers")] % self.shards("layers"):
@@ -219,11 +204,7 @@ class Layout:
         return PartitionSpec(*kept, reduced=frozenset(over))
 
     def weight(
-        self,
-        value: jax.Array,
-        names: Names,
-        meets: Names = ("batch", "sequence"),
-        dtype: jnp.dtype | None = None,
+        self, value: jax.Array, names: Names, meets: Names = ("batch", "sequence"), dtype: jnp.dtype | None = None
     ) -> jax.Array:
         """A stored weight made ready for use: cast to the compute dtype, gathered, marked as reduced.
 
@@ -241,14 +222,11 @@ class Layout:
     def columns(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
         """A table ready for lookups in its own columns, and the sharding `[B, T, columns]` of what they yield.
 
-        Args:
-            table: a stored parameter, rows whole.
-            name: the logical axis of its columns, which stay where they are stored.
+        Its rows are whole; its columns, of the logical axis `name`, stay where they are stored.
         """
         kept = self.mesh_axes(name)
-        batch, sequence = (
-            tuple(axis for axis in self.mesh_axes(spread) if axis not in kept) for spread in ("batch", "sequence")
-        )
+        spread = (self.mesh_axes("batch"), self.mesh_axes("sequence"))
+        batch, sequence = (tuple(axis for axis in axes if axis not in kept) for axes in spread)
         used = PartitionSpec(None, kept or None, reduced=frozenset((*batch, *sequence)))
         yielded = PartitionSpec(batch or None, sequence or None, kept or None)
         return jax.reshard(table.astype(self.compute_dtype), used), yielded
@@ -272,9 +250,8 @@ class Layout:
     def shard(self, x: jax.Array, *names: str | None, meets: str | None = None) -> jax.Array:
         """An activation moved to the sharding of these logical axes.
 
-        With `meets` it goes into products with weights whose features are of that logical axis: it is marked as
-        reduced over those of its mesh axes that spread positions between blocks, so that its gradient is scattered
-        over them and not summed whole.
+        With `meets` it goes into products with weights whose features are of that logical axis: it is marked as reduced
+        over those of its mesh axes that spread positions between blocks, so that its gradient is scattered over them.
         """
         reduced = frozenset(self.mesh_axes(meets)) & {*self.rules.block_sequence}
         return checkpoint_name(jax.reshard(x, self.spec(*names).update(reduced=reduced)), MOVED)
@@ -302,8 +279,7 @@ class Layout:
         x_spec, *weight_specs = (jax.typeof(a).sharding.spec for a in (x, *weights))
 
         def on_device(x: jax.Array, *weights: jax.Array) -> jax.Array:
-            pairs = zip(weights, weight_specs, strict=True)
-            return fun(x, *(own_weight(w, spec) for w, spec in pairs))
+            return fun(x, *map(own_weight, weights, weight_specs))
 
         return jax.shard_map(on_device, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
 

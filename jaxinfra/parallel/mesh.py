@@ -49,8 +49,7 @@ class MeshConfig:
 
     def problems(self) -> Iterable[Problem]:
         """At most one size is -1."""
-        free = tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
-        if len(free) > 1:
+        if len(free := self._free) > 1:
             yield Problem(fields=free, message="only one mesh axis may be -1", fix=f"give {free[0]} a size")
 
     @property
@@ -58,22 +57,20 @@ class MeshConfig:
         """The sizes in the order of `AXES`."""
         return astuple(self)
 
-    def resolve(self, devices: int) -> "MeshConfig":
-        """The same mesh with -1 replaced, for `devices` devices.
+    @property
+    def _free(self) -> tuple[str, ...]:
+        return tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
 
-        Raises:
-            ConfigError: the sizes do not multiply to the number of devices.
-        """
+    def resolve(self, devices: int) -> "MeshConfig":
+        """The same mesh with -1 replaced, for `devices` devices; a ConfigError where the sizes multiply to others."""
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size != 1)
         fixed = math.prod(size for size in self.sizes if size != -1)
-        free = next((axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1), None)
-        if free is not None and devices % fixed == 0:
-            return replace(self, **{free: devices // fixed})
-        if free is None and fixed == devices:
-            return self
-        if free is None:
-            fix = f"use --devices cpu:{fixed} to emulate them, or mesh.fsdp=-1 to take what is there"
-        else:
+        free = self._free[:1]
+        fits = devices % fixed == 0 if free else devices == fixed
+        if fits:
+            return replace(self, **{axis: devices // fixed for axis in free})
+        fix = f"use --devices cpu:{fixed} to emulate them, or mesh.fsdp=-1 to take what is there"
+        if free:
             fix = f"the other axes must divide {devices}"
         raise ConfigError(f"{named or 'mesh'}: asks for {fixed} devices, {devices} here; {fix}")
 
@@ -85,29 +82,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     """A mesh of `config` over all of `devices`, explicit axis types, physical neighbours innermost.
 
     On TPUs several slices make the outermost axis: `replica` must be a multiple of their number. Elsewhere
-    devices stand in the order of their ids, host after host, and any axis may span hosts.
-
-    Raises:
-        ConfigError: the sizes do not fit the devices, or `replica` the slices.
+    devices stand in the order of their ids, host after host, and any axis may span hosts. Sizes that do not fit the
+    devices, or a `replica` that does not fit the slices, are a ConfigError.
     """
     config = config.resolve(len(devices))
-    explicit = (AxisType.Explicit,) * len(AXES)
+    mesh = functools.partial(Mesh, axis_names=AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     if any(device.platform != "tpu" for device in devices):
         # Not by `jax.make_mesh`: off TPUs it takes every host for a slice and refuses more than one.
         in_order = np.array(sorted(devices, key=lambda device: device.id), dtype=object)
-        return Mesh(in_order.reshape(config.sizes), AXES, axis_types=explicit)
+        return mesh(in_order.reshape(config.sizes))
     # The devices of a described topology have a slice only where it has several.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        grid = _split_where_needed(mesh_utils.create_device_mesh, config.sizes, devices)
-        return Mesh(grid, AXES, axis_types=explicit)
+        return mesh(_split_where_needed(mesh_utils.create_device_mesh, config.sizes, devices))
     if config.replica % slices:
         raise ConfigError(
             f"mesh.replica={config.replica}: {slices} slices need a multiple of {slices}; use mesh.replica={slices}"
         )
     inside = (config.replica // slices, *config.sizes[1:])
     hybrid = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1, 1, 1))
-    return Mesh(_split_where_needed(hybrid, inside, devices), AXES, axis_types=explicit)
+    return mesh(_split_where_needed(hybrid, inside, devices))
 
 
 def _split_where_needed(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]):

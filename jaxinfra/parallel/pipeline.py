@@ -122,8 +122,7 @@ def pick(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
     parts = list(_spec(field_MB).partitions)
 
     def own(field: jax.Array, microbatch: jax.Array) -> jax.Array:
-        field = jax.lax.pcast(field, ("stage",), to="varying")
-        return jax.lax.dynamic_index_in_dim(field, jnp.maximum(microbatch[0], 0), keepdims=False)
+        return _at(jax.lax.pcast(field, ("stage",), to="varying"), microbatch)
 
     return _per_device(own, PartitionSpec(rows_of_stages(parts[1]), *parts[2:]), field_MB, microbatch_S)
 
@@ -181,13 +180,14 @@ def _whole(spread: Spread) -> tuple[Any, ...]:
     return tuple(without_stage(part) or None for part in spread.spec.partitions[1:])
 
 
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The part of this stage's number; the first where it idles."""
+    return jax.lax.dynamic_index_in_dim(x, jnp.maximum(index[0], 0), keepdims=False)
+
+
 def read(waiting: jax.Array, slot_S: jax.Array) -> jax.Array:
     """The slot of each stage, `[S * B, ...]`."""
-
-    def own(waiting: jax.Array, slot: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(waiting, jnp.maximum(slot[0], 0), keepdims=False)
-
-    return _per_device(own, PartitionSpec(*_spec(waiting).partitions[1:]), waiting, slot_S)
+    return _per_device(_at, PartitionSpec(*_spec(waiting).partitions[1:]), waiting, slot_S)
 
 
 def write(waiting: jax.Array, x: jax.Array, slot_S: jax.Array) -> jax.Array:
@@ -203,18 +203,11 @@ def write(waiting: jax.Array, x: jax.Array, slot_S: jax.Array) -> jax.Array:
 
 def take(stacked: jax.Array, chunk_S: jax.Array) -> jax.Array:
     """`[V, L, S, ...]` to `[L, S, ...]`: the chunk of each stage."""
-    if stacked.shape[0] == 1:
-        return stacked.reshape(stacked.shape[1:], out_sharding=_chunk_spec(stacked))
-
-    def own(stacked: jax.Array, chunk: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(stacked, jnp.maximum(chunk[0], 0), keepdims=False)
-
-    return _per_device(own, _chunk_spec(stacked), stacked, chunk_S)
-
-
-def _chunk_spec(stacked: jax.Array) -> PartitionSpec:
     spec = _spec(stacked)
-    return PartitionSpec(*spec.partitions[1:], reduced=spec.reduced, unreduced=spec.unreduced)
+    out = spec.update(partitions=spec.partitions[1:])
+    if stacked.shape[0] == 1:
+        return stacked.reshape(stacked.shape[1:], out_sharding=out)
+    return _per_device(_at, out, stacked, chunk_S)
 
 
 def add(total: jax.Array, value: jax.Array, chunk_S: jax.Array) -> jax.Array:
@@ -230,11 +223,7 @@ def add(total: jax.Array, value: jax.Array, chunk_S: jax.Array) -> jax.Array:
 
 def busy(x: jax.Array, microbatch_S: jax.Array) -> jax.Array:
     """Anything that is spread over the stages, with zeros on those that idle."""
-
-    def own(x: jax.Array, microbatch: jax.Array) -> jax.Array:
-        return jnp.where(microbatch[0] == IDLE, 0, x)
-
-    return _per_device(own, _spec(x), x, microbatch_S)
+    return _per_device(lambda x, microbatch: jnp.where(microbatch[0] == IDLE, 0, x), _spec(x), x, microbatch_S)
 
 
 # A tick
@@ -244,28 +233,18 @@ class Pipeline:
     """A model on a schedule."""
 
     def __init__(self, model: Model, schedule: Schedule, spread: Spread, numbers: np.ndarray):
-        """Binds what a step needs.
-
-        Args:
-            model: what passes through.
-            schedule: the table.
-            spread: where head and loss are computed.
-            numbers: `[V, L, S]`, the layers of every chunk; -1 for none.
-        """
+        """Binds what a step needs; the numbers are those of the layers of every chunk, `[V, L, S]`, -1 for none."""
         self.model, self.schedule, self.spread, self.numbers = model, schedule, spread, numbers
 
     def gradients(
         self, weights: Tree, shared: Tree, batch: Batch
     ) -> tuple[tuple[Tree, Tree], dict[str, jax.Array], Tree]:
-        """Gradients of the summed loss of all microbatches, in float32.
+        """Float32 gradients of the summed loss of all microbatches, its sums, and what layers count, `[V, L, S, ...]`.
 
         Args:
             weights: of the layers, `[V, L, S, ...]`, marked as reduced where their gradients stay partial sums.
             shared: all others, marked likewise, over `stage` too.
             batch: fields `[M, B, ...]`.
-
-        Returns:
-            Gradients of `weights` and `shared`, sums of the loss, and what layers count: `[V, L, S, ...]`.
         """
         carry = self._empty(weights, shared, batch, train=True)
         carry = self._run(self.schedule.parts, carry, weights, shared, batch)
@@ -330,13 +309,9 @@ class Pipeline:
         rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
         x, own = read(carry.inputs, row.slot), self._taken(weights, row)
         apart = self.schedule.weights is not None
-        if apart:
-            chunk = partial(self._chunk, own, rows=rows, row=row)
-            (y, penalty), pull, counted = jax.vjp(chunk, shared, x, has_aux=True)
-        else:
-            chunk = partial(self._chunk, rows=rows, row=row)
-            (y, penalty), pull, counted = jax.vjp(chunk, own, shared, x, has_aux=True)
-
+        fixed, moved = ((own,), (shared, x)) if apart else ((), (own, shared, x))
+        chunk = partial(self._chunk, *fixed, rows=rows, row=row)
+        (y, penalty), pull, counted = jax.vjp(chunk, *moved, has_aux=True)
         total, pull_loss, sums = jax.vjp(lambda s, y: self._loss(s, y, row, batch), shared, y, has_aux=True)
         of_loss, dy = pull_loss(_one_like(total))
         dy = turn(dy, carry.down, row, self.schedule.chunks)
@@ -437,14 +412,12 @@ def _zeros(like: Any, spec: PartitionSpec) -> jax.Array:
 
 def _zeros_stacked(like: Any, chunks: int) -> jax.Array:
     spec = like.sharding.spec
-    spec = PartitionSpec(None, *spec.partitions, reduced=spec.reduced, unreduced=spec.unreduced)
-    return partial_zeros((chunks, *like.shape), like.dtype, spec)
+    return partial_zeros((chunks, *like.shape), like.dtype, spec.update(partitions=(None, *spec.partitions)))
 
 
 def _zero_gradient(weight: jax.Array) -> jax.Array:
     """A float32 zero that gradients of this weight can be added to: a partial sum over what it is reduced over."""
-    spec = _spec(weight)
-    spec = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    spec = PartitionSpec(*_spec(weight).partitions, unreduced=_spec(weight).reduced)
     return partial_zeros(weight.shape, jnp.dtype("float32"), spec)
 
 

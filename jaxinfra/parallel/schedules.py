@@ -47,16 +47,12 @@ class PipelineConfig:
 
     def problems(self) -> Iterable[Problem]:
         """Several chunks are for the interleaved schedule, which needs them."""
+        fields = ("schedule", "chunks")
         if self.schedule == "interleaved" and self.chunks < 2:
-            yield Problem(
-                fields=("schedule", "chunks"), message="needs at least 2 chunks a stage", fix="use pipeline.chunks=2"
-            )
+            yield Problem(fields=fields, message="needs at least 2 chunks a stage", fix="use pipeline.chunks=2")
         if self.schedule != "interleaved" and self.chunks != 1:
-            yield Problem(
-                fields=("schedule", "chunks"),
-                message="has one chunk a stage",
-                fix="use pipeline.schedule=interleaved, or pipeline.chunks=1",
-            )
+            fix = "use pipeline.schedule=interleaved, or pipeline.chunks=1"
+            yield Problem(fields=fields, message="has one chunk a stage", fix=fix)
 
     def table(self, stages: int, microbatches: int) -> "Schedule":
         """The table for so many stages and microbatches."""
@@ -155,46 +151,27 @@ class Schedule:
 
 
 def schedule(name: Name, *, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """The table of that name, checked.
+    """The table of that name, checked; `chunks` is 1 but for `interleaved`.
 
-    Args:
-        name: its kind.
-        stages: at least 1.
-        microbatches: at least 1. An interleaved table idles where they are no multiple of the stages.
-        chunks: chunks a stage; 1 but for `interleaved`.
+    An interleaved table idles where microbatches are no multiple of the stages.
     """
     # The order of chunks and microbatches that a stage goes through: in rounds of as many microbatches as stages.
     rounds = range(0, microbatches, stages)
     order = [(m + i, c) for m in rounds for c in range(chunks) for i in range(stages)]
-    there_and_back = {chunk: chunks - 1 - chunk for chunk in range(chunks)}
     # The last stage turns the first microbatch round as soon as its last chunk is through.
-    turn = (chunks - 1) * stages + stages - 1
-    if name == "gpipe":
-        turn = len(order[:microbatches]) + stages - 1
-    forward = [(k + s, s, m, c) for k, (m, c) in enumerate(order) for s in range(stages) if m < microbatches]
-    backward = [
-        (turn + k + stages - 1 - s, s, m, there_and_back[c])
-        for k, (m, c) in enumerate(order)
-        for s in range(stages)
-        if m < microbatches
-    ]
-    weights = None
+    turn = microbatches + stages - 1 if name == "gpipe" else (chunks - 1) * stages + stages - 1
+    works = [(k, s, m, c) for k, (m, c) in enumerate(order) for s in range(stages) if m < microbatches]
+    entries = {
+        "forward": [(k + s, s, m, c) for k, s, m, c in works],
+        "backward": [(turn + k + stages - 1 - s, s, m, chunks - 1 - c) for k, s, m, c in works],
+    }
     if name == "zero_bubble":
         # Together on all stages, one a tick, once the first stage is through with the first microbatch's inputs.
         begin = turn + stages - 1
-        weights = [(begin + m, s, m, 0) for m in range(microbatches) for s in range(stages)]
-    ticks = 1 + max(entry[0] for entry in (*backward, *(weights or ())))
-    filled = [_part(entries, ticks, stages) for entries in (forward, backward, weights) if entries is not None]
-    made = Schedule(
-        name=name,
-        stages=stages,
-        microbatches=microbatches,
-        chunks=chunks,
-        forward=filled[0],
-        backward=filled[1],
-        weights=filled[2] if weights is not None else None,
-    )
-    made = _with_slots(made)
+        entries["weights"] = [(begin + m, s, m, 0) for m in range(microbatches) for s in range(stages)]
+    ticks = 1 + max(entry[0] for part in entries.values() for entry in part)
+    parts = {part: _part(found, ticks, stages) for part, found in entries.items()}
+    made = _with_slots(Schedule(name=name, stages=stages, microbatches=microbatches, chunks=chunks, **parts))
     check(made)
     return made
 
@@ -228,8 +205,7 @@ def _with_slots(made: Schedule) -> Schedule:
                 if part is made.last:
                     free = sorted((*free, held.pop(key)))
     filled = [replace(part, slot=slot) for part, slot in zip(made.parts, slots, strict=True)]
-    weights = filled[2] if made.weights is not None else None
-    return replace(made, forward=filled[0], backward=filled[1], weights=weights)
+    return replace(made, **dict(zip(("forward", "backward", "weights"), filled, strict=False)))
 
 
 def check(made: Schedule) -> None:
@@ -254,14 +230,10 @@ def check(made: Schedule) -> None:
 def picture(made: Schedule, *, width: int = 24) -> list[str]:
     """The table for people: one row a stage, one column a tick; `F`, `B`, `W` with the number of the microbatch.
 
-    Args:
-        made: the table.
-        width: the most ticks shown; of a longer table the middle is left out.
+    Of a table of more than `width` ticks the middle is left out.
     """
-    shown = list(range(made.ticks))
-    cut = made.ticks > width
-    if cut:
-        shown = [*range(width // 2), *range(made.ticks - width // 2, made.ticks)]
+    cut, half = made.ticks > width, width // 2
+    shown = [*range(half), *range(made.ticks - half, made.ticks)] if cut else list(range(made.ticks))
 
     def cell(tick: int, stage: int) -> str:
         found = []
@@ -277,7 +249,7 @@ def picture(made: Schedule, *, width: int = 24) -> list[str]:
     for stage, row in enumerate(cells):
         padded = [text.ljust(size) for text, size in zip(row, widths, strict=True)]
         if cut:
-            padded.insert(width // 2, "...")
+            padded.insert(half, "...")
         rows.append(f"stage {stage:<3}" + "  ".join(padded).rstrip())
     return rows
 

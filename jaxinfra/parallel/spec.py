@@ -78,11 +78,7 @@ def normal(stddev: float) -> Initializer:
 
 def constant(value: float) -> Initializer:
     """The same `value` everywhere."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, out: PartitionSpec | None) -> jax.Array:
-        return jnp.full(shape, value, dtype, out_sharding=out)
-
-    return init
+    return lambda key, shape, dtype, out: jnp.full(shape, value, dtype, out_sharding=out)
 
 
 def param_key(key: jax.Array, path: str) -> jax.Array:

@@ -203,11 +203,7 @@ class _Reader:
 
 
 def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Groups of partitions that exchange data, from any of the forms that XLA prints.
-
-    Raises:
-        ValueError: a form that is not known here.
-    """
+    """Groups of partitions that exchange data, from any of the forms that XLA prints; a ValueError for others."""
     if listed := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", attributes):
         return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     if "replica_groups={}" in attributes:

@@ -26,6 +26,7 @@ from jaxinfra.plan.refusal import explained, too_big
 from jaxinfra.plan.topology import Topology, devices, domains, prepare
 from jaxinfra.program import Program
 from jaxinfra.run import Run, resolved
+from jaxinfra.train.derived import per_device_bytes
 
 _OF_THE_COMPILER = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
 """Custom calls that XLA makes for its own ends: AllocateBuffer, ConcatBitcast, SliceId and the like."""
@@ -62,12 +63,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Executable:
-    """What is read of a compiled program.
-
-    Attributes:
-        text: in HLO.
-        memory: of one device.
-    """
+    """What is read of a compiled program: its HLO, and the memory of one device."""
 
     text: str
     memory: Memory
@@ -123,8 +119,7 @@ class Compiled:
 def program_for(run: Run, topology: Topology) -> Program:
     """The program of a run on described devices; a mesh axis of -1 takes what is left of them.
 
-    Raises:
-        ConfigError: the run is wrong or does not fit the topology, or its compiler is not installed.
+    A run that does not fit the topology, or whose compiler is not installed, is a ConfigError.
     """
     fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), run.mesh.sizes.count(-1)
     if fixed < 1 or free > 1:
@@ -148,14 +143,8 @@ def compile_step(
 ) -> Compiled:
     """Compiles the train step and reads what came of it.
 
-    Args:
-        run: the config.
-        topology: what to compile for.
-        dump: takes the compiled text.
-        report: takes a line before each thing that takes long.
-
-    Raises:
-        ConfigError: the run does not fit the topology or its memory, or the compiler or what it needs is not here.
+    `dump` takes the compiled text, `report` a line before each thing that takes long. A ConfigError where the run does
+    not fit the topology or its memory, or where the compiler or what it needs is not here.
     """
     started_s = time.monotonic()
     program = program_for(run, topology)
@@ -207,11 +196,7 @@ def compile_lowered(lowered: Any, program: Program, topology: Topology) -> Execu
 
 
 def _compiled(program: Program, topology: Topology, rows: float, report: Callable[[str], object]) -> Executable:
-    """The executable.
-
-    Raises:
-        ConfigError: the train state alone does not fit, or the compiler refuses.
-    """
+    """The executable; a ConfigError where the train state alone does not fit, or the compiler refuses."""
     stored, there = _state_bytes(program), topology.chip.hbm_bytes
     if stored > there:
         why = too_big(stored, there, "use more devices, or mesh.fsdp in place of mesh.replica", " of train state")
@@ -227,8 +212,7 @@ def _compiled(program: Program, topology: Topology, rows: float, report: Callabl
 
 def _state_bytes(program: Program) -> int:
     """What one device keeps of the train state in its own memory, before the compiler pads it."""
-    leaves = [leaf for leaf in jax.tree.leaves(program.state) if leaf.sharding.memory_kind != "pinned_host"]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return per_device_bytes([a for a in jax.tree.leaves(program.state) if a.sharding.memory_kind != "pinned_host"])
 
 
 @contextmanager

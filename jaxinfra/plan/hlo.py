@@ -125,11 +125,7 @@ class Module:
     """
 
     def __init__(self, text: str):
-        """Reads `compiled.as_text()`.
-
-        Raises:
-            ValueError: it has no entry: it is no text of a compiled program.
-        """
+        """Reads `compiled.as_text()`; a ValueError where it is no text of a compiled program."""
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         found = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
@@ -156,9 +152,7 @@ class Module:
     def executed(self, weight: Weight | None = None) -> Iterator[Place]:
         """Every computation that runs, once for each way from the entry to it.
 
-        Args:
-            weight: of what happens at one place. Of a choice the branch that weighs most counts; without a weight all
-                of them do.
+        Of a choice the branch that weighs most counts; without a weight all of them do.
         """
         return self._visit(self.entry, 0, 1, False, weight)
 
@@ -189,10 +183,9 @@ class Module:
         ]
 
     def cycles(self, name: str | None = None) -> int:
-        """Returns the estimated cycles of one run, loops multiplied out; of a choice the longest branch counts.
+        """Estimated cycles of one run of a computation, None is the whole program, loops multiplied out.
 
-        Args:
-            name: of a computation; None is the whole program.
+        Of a choice the longest branch counts.
         """
         computation, total = self.computations[name or self.entry], 0
         for instruction in computation.instructions.values():

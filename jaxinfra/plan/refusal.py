@@ -17,13 +17,7 @@ _BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def explained(message: str, run: Run, rows: float) -> str:
-    """One line from what a compiler says.
-
-    Args:
-        message: of its error.
-        run: what was compiled.
-        rows: of the batch, of one device in one step.
-    """
+    """One line from the error of a compiler; `rows` are those of the batch, of one device in one step."""
     first = " ".join(message.strip().split("\n")[0].split())
     if "cuDNN not found" in message:
         return "its attention needs cuDNN; use model.attention=xla, or pip install nvidia-cudnn-cu13"
@@ -50,10 +44,7 @@ def too_big(needed_bytes: float, there_bytes: float, fix: str, of_what: str = ""
 def smaller(run: Run, rows: float, times: float) -> str:
     """What makes temporaries so many times smaller: more recomputed, fewer sequences at once, or more devices.
 
-    Args:
-        run: what was compiled.
-        rows: of the batch, of one device in one step.
-        times: how many times too large they are; a microbatch is cut into at least as many parts, if it can be.
+    A microbatch, with `rows` of the batch on one device in one step, is cut into at least as many parts, if it can be.
     """
     fixes = [] if run.model.remat == "full" else ["model.remat=full"]
     at_once = int(rows) // run.train.accumulate

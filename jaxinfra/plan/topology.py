@@ -81,11 +81,7 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """Reads what `--on` names.
-
-    Raises:
-        ConfigError: no such chip, or not a shape of it.
-    """
+    """Reads what `--on` names; a ConfigError where there is no such chip or shape."""
     matched = re.fullmatch(r"(?:([0-9]{1,5})x)?([a-z]\w*):([0-9]{1,5}(?:x[0-9]{1,5})*)", text)
     if matched is None:
         raise ConfigError(f"--on {text}: expected a chip and a shape; {EXAMPLE}")
@@ -112,11 +108,7 @@ def _example(chip: Chip) -> str:
 
 
 def prepare(topology: Topology) -> None:
-    """Makes ready for a compiler without its devices; before anything asks JAX for a device.
-
-    Raises:
-        ConfigError: the compiler is not installed.
-    """
+    """Makes ready for an installed compiler without its devices; before anything asks JAX for a device."""
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")
     package, modules = _COMPILERS[topology.chip.platform]
@@ -127,11 +119,7 @@ def prepare(topology: Topology) -> None:
 
 
 def devices(topology: Topology) -> Sequence[Device]:
-    """The described devices; `prepare` comes first. They can be compiled for, not run on.
-
-    Raises:
-        ConfigError: the compiler knows no such topology.
-    """
+    """The described devices, if the compiler knows them: to compile for, not to run on. `prepare` comes first."""
     from jax.experimental import topologies
 
     sizes = "x".join(map(str, topology.shape))
@@ -160,11 +148,7 @@ def domains(topology: Topology, placed: Sequence[Device]) -> list[int]:
 
 
 def _gpu_target(chip: Chip) -> str:
-    """The description of a GPU that the CUDA plugin carries in its shared object.
-
-    Raises:
-        ConfigError: it has none.
-    """
+    """The description of a GPU that the CUDA plugin carries in its shared object; a ConfigError where it has none."""
     plugin = importlib.import_module("jax_plugins.xla_cuda13")
     library = Path(str(plugin.__file__)).with_name("xla_cuda_plugin.so")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

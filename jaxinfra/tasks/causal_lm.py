@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, NonNegative
 from jaxinfra.models.decoder import Transformer
+from jaxinfra.models.transformer import Sequences
 from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy
 from jaxinfra.tasks.task import Field
 
@@ -19,13 +20,8 @@ CHUNK_TOKENS = 1024
 """Tokens of one device whose logits exist at once: enough rows for the matrix units, 0.5 GiB at 128k words."""
 
 
-class TokenBatches(Protocol):
+class TokenBatches(Sequences, Protocol):
     """What the task needs to know of the data."""
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens of a sequence."""
-        ...
 
     @property
     def mask_documents(self) -> bool:
@@ -52,35 +48,25 @@ class CausalLM:
     """
 
     unit: ClassVar[str] = "token"
+    by_position: ClassVar[bool] = True
     loss_chunks: Annotated[Count | None, NOT_FINGERPRINTED] = None
     z_loss: NonNegative = 0.0
 
-    @property
-    def by_position(self) -> bool:
-        """The loss of a position needs that position alone."""
-        return True
-
     def problems_with(self, data: TokenBatches) -> Iterable[Problem]:
         """Chunks divide the sequence."""
-        chunks = self.loss_chunks
-        if chunks is not None and data.seq_len % chunks:
-            fitting = next(n for n in range(chunks, 0, -1) if data.seq_len % n == 0)
-            yield Problem(
-                fields=("task.loss_chunks", "data.seq_len"),
-                message="chunks must divide the sequence",
-                fix=f"use task.loss_chunks={fitting}",
-            )
+        return self._undivided(data.seq_len, "chunks must divide the sequence", "data.seq_len")
 
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
         """Chunks divide it."""
-        chunks = self.loss_chunks
-        if chunks is not None and positions % chunks:
-            fitting = next(n for n in range(min(chunks, positions), 0, -1) if positions % n == 0)
-            yield Problem(
-                fields=("task.loss_chunks",),
-                message=f"chunks must divide the {positions} positions that a device has of a sequence",
-                fix=f"use task.loss_chunks={fitting}",
-            )
+        return self._undivided(
+            positions, f"chunks must divide the {positions} positions that a device has of a sequence"
+        )
+
+    def _undivided(self, length: int, message: str, *fields: str) -> Iterable[Problem]:
+        if self.loss_chunks is not None and length % self.loss_chunks:
+            fitting = next(n for n in range(min(self.loss_chunks, length), 0, -1) if length % n == 0)
+            fix = f"use task.loss_chunks={fitting}"
+            yield Problem(fields=("task.loss_chunks", *fields), message=message, fix=fix)
 
     def batch(self, data: TokenBatches, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
         """Inputs and targets `[B, T]`; with document masks also segments, positions and weights."""
@@ -97,14 +83,9 @@ class CausalLM:
         """Sums of cross-entropy and z-loss in nats, and of weights, over the tokens of the batch."""
         inputs_BT, hidden_BTD = batch["inputs"], model.end(x_BTD)
         head_DV = model.head()
-        weights_BT = batch.get("weights")
-        if weights_BT is None:
-            weights_BT = jnp.ones_like(inputs_BT, jnp.float32)
-        config = CrossEntropy(
-            chunks=self._chunks(model, *inputs_BT.shape),
-            z_loss=self.z_loss,
-            softcap=model.config.logit_softcap,
-        )
+        weights_BT = batch["weights"] if "weights" in batch else jnp.ones_like(inputs_BT, jnp.float32)
+        chunks, softcap = self._chunks(model, *inputs_BT.shape), model.config.logit_softcap
+        config = CrossEntropy(chunks=chunks, z_loss=self.z_loss, softcap=softcap)
         total, (entropy, z_loss) = cross_entropy(hidden_BTD, head_DV, batch["targets"], weights_BT, config)
         over = jax.typeof(head_DV).sharding.spec.reduced
         ones_BT = jnp.ones_like(weights_BT)
@@ -124,7 +105,6 @@ class CausalLM:
         """The fewest chunks of equal length that keep a device at `CHUNK_TOKENS` tokens or below."""
         if self.loss_chunks is not None:
             return self.loss_chunks
-        layout = model.layout
-        local = batch * length // (layout.shards("batch") * layout.shards("sequence"))
-        per_shard = length // layout.shards("sequence")
+        per_shard = length // model.layout.shards("sequence")
+        local = batch * length // (model.layout.shards("batch") * model.layout.shards("sequence"))
         return next((n for n in range(1, per_shard) if per_shard % n == 0 and local // n <= CHUNK_TOKENS), per_shard)

@@ -1,49 +1,20 @@
 """Classification: every sample is of one class."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxinfra.config import Problem
 from jaxinfra.config.limits import Decay
-from jaxinfra.models.model import Model
-from jaxinfra.parallel.layout import Layout
-from jaxinfra.tasks.task import Field
-
-
-class Images(Protocol):
-    """What the task needs to know of the data."""
-
-    @property
-    def image_size(self) -> int:
-        """Pixels of a side."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Numbers of a pixel."""
-        ...
-
-
-class Classifier(Model, Protocol):
-    """What the task needs of a model."""
-
-    @property
-    def layout(self) -> Layout:
-        """Of its arrays."""
-        ...
-
-    def logits(self, x_BTD: jax.Array, /) -> jax.Array:
-        """Of the classes, from the stream after the last layer: `[B, C]`, float32."""
-        ...
+from jaxinfra.models.vit import Images, VisionTransformer
+from jaxinfra.tasks.task import Field, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(Task):
     """Images and their classes.
 
     Attributes:
@@ -52,41 +23,23 @@ class Classification:
     """
 
     unit: ClassVar[str] = "image"
+    by_position: ClassVar[bool] = False
     label_smoothing: Decay = 0.0
-
-    @property
-    def by_position(self) -> bool:
-        """All positions stand for one class."""
-        return False
-
-    def problems_with(self, data: Images) -> Iterable[Problem]:
-        """Nothing: any images will do."""
-        return ()
-
-    def problems_of_shard(self, positions: int) -> Iterable[Problem]:
-        """Nothing: images are not cut."""
-        return ()
 
     def batch(self, data: Images, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
         """Images `[B, H, W, channels]` and labels `[B]`; held-out ones have weights `[B]`."""
         shape = (global_batch, data.image_size, data.image_size, data.channels)
         number, label = jnp.dtype("float32"), jnp.dtype("int32")
-        fields = {
-            "images": Field(shape=shape, dtype=number, axes=("batch", None, None, None)),
-            "labels": Field(shape=shape[:1], dtype=label, axes=("batch",)),
-        }
-        if heldout:
-            fields["weights"] = Field(shape=shape[:1], dtype=number, axes=("batch",))
-        return fields
+        images = Field(shape=shape, dtype=number, axes=("batch", None, None, None))
+        fields = {"images": images, "labels": Field(shape=shape[:1], dtype=label, axes=("batch",))}
+        return fields | ({"weights": Field(shape=shape[:1], dtype=number, axes=("batch",))} if heldout else {})
 
     def finish(
-        self, model: Classifier, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
+        self, model: VisionTransformer, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Sums of cross-entropy in nats, of right answers, and of weights, over the images of the batch."""
         labels_B, logits_BC = batch["labels"], model.logits(x_BTD)
-        weights_B = batch.get("weights")
-        if weights_B is None:
-            weights_B = jnp.ones_like(labels_B, jnp.float32)
+        weights_B = batch["weights"] if "weights" in batch else jnp.ones_like(labels_B, jnp.float32)
         logs_BC = jax.nn.log_softmax(logits_BC)
         hit_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
         entropy_B = -jnp.sum(jnp.where(hit_BC, logs_BC, 0.0), axis=-1)
@@ -103,7 +56,3 @@ class Classification:
     def scores(self, sums: Mapping[str, float], heldout: object) -> dict[str, float]:
         """The loss in nats an image, and the share of right answers."""
         return {name: sums[name] / sums["weight"] for name in ("loss", "accuracy")}
-
-    def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:
-        """Nothing."""
-        return {}

@@ -26,22 +26,19 @@ class Task(Protocol):
 
     Attributes:
         unit: what it is about, as of the models and the data that it goes with: "token" or "image".
+        by_position: whether `finish` needs no more of the stream than a position at a time, but for its sums.
     """
 
     unit: ClassVar[str]
+    by_position: ClassVar[bool]
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
         """What is wrong between the task and the data, with whole paths (`task.x`, `data.y`)."""
-        ...
+        return ()
 
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
         """What is wrong between the task and what one device has of a sequence, with whole paths."""
-        ...
-
-    @property
-    def by_position(self) -> bool:
-        """Whether `finish` needs no more of the stream than a position at a time, but for its sums."""
-        ...
+        return ()
 
     def batch(self, data: Any, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
         """The arrays of one global batch; those of a held-out one always have `weights`."""
@@ -58,17 +55,12 @@ class Task(Protocol):
         ...
 
     def scores(self, sums: Mapping[str, float], heldout: Any) -> dict[str, float]:
-        """What is reported of an evaluation, `loss` first.
-
-        Args:
-            sums: over all held-out batches.
-            heldout: the samples that they are of (see `data.interfaces.Samples`).
-        """
+        """What is reported of an evaluation, `loss` first: from sums over all batches, and the held-out samples."""
         ...
 
     def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:
         """Numbers that are of interest for this task alone, with their unit: from all units seen, and parameters."""
-        ...
+        return {}
 
 
 def loss(task: Task, model: Model, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:

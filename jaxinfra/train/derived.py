@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.ops.route import Across
 from jaxinfra.parallel.schedules import described
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak import CHIP_FLOPS
@@ -19,12 +18,8 @@ ASSUMED_MFU = 0.4
 
 def per_device_bytes(tree: Any) -> int:
     """Bytes of one device's shards of a tree of `ShapeDtypeStruct`s."""
-
-    def one(leaf: jax.ShapeDtypeStruct) -> int:
-        assert leaf.sharding is not None
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(map(one, jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def gib(n_bytes: float) -> str:
@@ -42,23 +37,9 @@ def step_flops(program: Program) -> float:
     return program.run.train.global_batch * program.family.flops(program.data)
 
 
-def _across(kind: str, across: Across) -> Derived:
-    """What layers of a kind take to reach the other shards of a sequence, and what each form would cost."""
-    numbers: Derived = {f"{kind} attention over shards": (across.form, "of the bytes waited for (ops/route.py)")}
-    for form, cost in across.costs.items():
-        note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
-        numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
-    return numbers
-
-
 def derived(program: Program, train_units: int | None = None) -> Derived:
-    """Name to value and unit, or how it was computed.
-
-    Args:
-        program: on any mesh, an abstract one too.
-        train_units: units of the training data, if it is there.
-    """
-    run, state = program.run, program.state
+    """Name to value and unit, or how it was computed; from the units of the training data, too, if it is there."""
+    run, state, batch = program.run, program.state, program.run.train.global_batch
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
     unit, units = program.task.unit, units_per_step(program) * run.train.steps
@@ -70,10 +51,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
-        "samples a device": (
-            run.train.global_batch / program.layout.shards("batch"),
-            f"global batch {run.train.global_batch}",
-        ),
+        "samples a device": (batch / program.layout.shards("batch"), f"global batch {batch}"),
         "microbatches": (run.train.accumulate, "a step"),
         f"{unit}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
@@ -86,7 +64,10 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
     for kind, across in program.family.across(program.data, program.layout).items():
-        numbers |= _across(kind, across)
+        numbers[f"{kind} attention over shards"] = (across.form, "of the bytes waited for (ops/route.py)")
+        for form, cost in across.costs.items():
+            note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
+            numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
     if program.layout.mesh.stage > 1:
         numbers |= described(run.pipeline.table(program.layout.mesh.stage, run.train.accumulate))
     if train_units is not None:

@@ -13,16 +13,10 @@ from jaxinfra.program import Program, TrainState
 def evaluate(
     program: Program, state: TrainState, batches: Batches, place: Callable[[Batch], dict[str, jax.Array]]
 ) -> dict[str, float]:
-    """The scores of the task over all held-out samples, each named "eval/NAME".
+    """The scores of the task over all held-out samples, in batches that `place` puts on the devices, as "eval/NAME".
 
     The averaged parameters are evaluated where a run keeps them. The sums of batches meet on the device: the
     host waits once, at the end.
-
-    Args:
-        program: the compiled side of the run.
-        state: what to evaluate.
-        batches: held-out batches with weights; every evaluation gets the same.
-        place: puts a host batch on the devices.
     """
     params = state.params if state.ema is None else state.ema
     total = None

@@ -5,9 +5,9 @@ before the one that runs. The order of things after a step: report, evaluate, sa
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated
 
 import jax
 
@@ -45,38 +45,22 @@ class TrainConfig:
         return done == self.steps or (self.eval_every is not None and done % self.eval_every == 0)
 
 
-class Log(Protocol):
-    """Where metrics go (see `track.tracker`)."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a step, counted from 0."""
-        ...
-
-
-class Batches(Protocol):
-    """Steps and their batches on the devices, and the time that was waited for them."""
-
-    data_wait_s: float
-
-    def __iter__(self) -> Any: ...
-
-    def __next__(self) -> tuple[int, dict[str, jax.Array]]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
     """What the loop calls besides the step.
 
     Attributes:
-        log: takes metrics when they are due.
+        log: takes the metrics of a step, counted from 0, when they are due.
         due: whether the metrics of a step are.
+        waited_s: seconds that were waited for batches so far.
         evaluate: metrics of the state on held-out data.
         save: offers the state after so many steps to be saved, and the device values of the last of them.
         stop: why to stop now; None goes on.
     """
 
-    log: Log
+    log: Callable[[int, Mapping[str, float]], object]
     due: Callable[[int], bool]
+    waited_s: Callable[[], float]
     evaluate: Callable[[TrainState], Mapping[str, float]]
     save: Callable[[int, TrainState, Mapping[str, jax.Array]], object]
     stop: Callable[[], str | None]
@@ -102,17 +86,13 @@ class Work:
 class Reporter:
     """Turns the device values of finished steps into metrics."""
 
-    def __init__(self, hooks: Hooks, batches: Batches, work: Work):
-        self._hooks, self._batches, self._work = hooks, batches, work
+    def __init__(self, hooks: Hooks, work: Work):
+        self._hooks, self._work = hooks, work
         self._clock = StepClock()
         self._waited_s = 0.0
 
     def finished(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Waits for the step, and logs its metrics if they are due.
-
-        Raises:
-            NonFiniteError: its loss or gradient is no number.
-        """
+        """Waits for the step, and logs its metrics if they are due; a NonFiniteError where they are no numbers."""
         jax.block_until_ready(values)
         self._clock.finished()
         if not self._hooks.due(step):
@@ -123,24 +103,20 @@ class Reporter:
             metrics["step_time_s"] = step_time_s
             metrics[f"{self._work.unit}s_per_s"] = self._work.units / step_time_s
             metrics["mfu"] = self._work.flops / step_time_s / self._work.peak
-        waited_s = self._batches.data_wait_s
+        waited_s = self._hooks.waited_s()
         metrics["data_wait_s"], self._waited_s = waited_s - self._waited_s, waited_s
         metrics["rss_bytes"] = rss_bytes()
         metrics |= device_memory()
-        self._hooks.log.log(step, metrics)
+        self._hooks.log(step, metrics)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs an evaluation; its time is no step's."""
         self._clock.pause()
-        self._hooks.log.log(step, metrics)
+        self._hooks.log(step, metrics)
 
 
 def finite(step: int, values: Mapping[str, jax.Array]) -> dict[str, float]:
-    """The values of a step on the host.
-
-    Raises:
-        NonFiniteError: the loss or the norm of the gradient is not finite.
-    """
+    """The values of a step on the host; a NonFiniteError where the loss or the norm of the gradient is not finite."""
     metrics = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics.get(name, 0.0)):
@@ -173,16 +149,17 @@ class Outcome:
     stopped: str | None
 
 
-def fit(program: Program, state: TrainState, done: int, batches: Batches, hooks: Hooks, reporter: Reporter) -> Outcome:
-    """Trains from `done` steps on until the batches end or somebody asks to stop.
+def fit(
+    program: Program,
+    state: TrainState,
+    done: int,
+    batches: Iterable[tuple[int, dict[str, jax.Array]]],
+    hooks: Hooks,
+    reporter: Reporter,
+) -> Outcome:
+    """Trains the state, which has seen `done` steps and is given up, until batches end or somebody asks to stop.
 
-    Args:
-        program: the compiled side of the run.
-        state: after `done` steps; given up.
-        done: steps that it has seen.
-        batches: one a step, from step `done` on.
-        hooks: what to do besides.
-        reporter: of the metrics.
+    The batches are those of the steps from `done` on, on the devices.
     """
     config = program.run.train
     pending: tuple[int, Mapping[str, jax.Array]] | None = None

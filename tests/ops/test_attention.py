@@ -27,9 +27,7 @@ SEES = {
     "soft cap": See(softcap=0.7),
     "soft cap, window, scale": See(softcap=0.7, window=3, scale=0.9),
 }
-SHAPE = Shape(
-    queries=256, keys=256, head_dim=64, value_dim=64, segments=False, indexed=False, dtype=jnp.dtype("bfloat16")
-)
+SHAPE = Shape(queries=256, keys=256, head_dim=64, value_dim=64, indexed=False, dtype=jnp.dtype("bfloat16"))
 
 
 def arrays(B: int, T: int, H: int, G: int, K: int, V: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -186,20 +184,20 @@ def test_kernels_refuse_by_name_what_they_cannot_honour(kernel: Any) -> None:
         with raises(ConfigError, f"model.attention={kernel}: {named} use model.attention=none"):
             choose(see, shape, PLATFORM[kernel], forced=kernel)
         assert choose(see, shape, PLATFORM[kernel]) != kernel
-    assert choose(See(window=8), replace(SHAPE, segments=True), PLATFORM[kernel], forced=kernel) == kernel
+    assert choose(See(window=8), SHAPE, PLATFORM[kernel], forced=kernel) == kernel
 
 
 @pytest.mark.parametrize(
     ("platform", "see", "shape", "chosen"),
     [
         ("tpu", See(), SHAPE, "splash"),
-        ("tpu", See(softcap=50.0, window=9), replace(SHAPE, segments=True), "splash"),
+        ("tpu", See(softcap=50.0, window=9), SHAPE, "splash"),
         ("tpu", See(), replace(SHAPE, head_dim=192, value_dim=128), "splash"),
         ("tpu", See(), replace(SHAPE, queries=100), "xla"),
         ("tpu", See(softcap=1.0), replace(SHAPE, queries=100), "reference"),
         ("tpu", See(), replace(SHAPE, indexed=True), "reference"),
         ("gpu", See(), SHAPE, "cudnn"),
-        ("gpu", See(window=9), replace(SHAPE, segments=True), "cudnn"),
+        ("gpu", See(window=9), SHAPE, "cudnn"),
         ("gpu", See(), replace(SHAPE, dtype=jnp.dtype("float32")), "xla"),
         ("gpu", See(softcap=1.0), SHAPE, "reference"),
         ("cpu", See(), SHAPE, "xla"),

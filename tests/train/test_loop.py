@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,20 +15,6 @@ import jaxinfra.session
 from jaxinfra.train.clock import StepClock
 from jaxinfra.train.loop import Hooks, Outcome, Reporter, TrainConfig, Work, fit
 from tests.tiny_run import Tiny
-
-
-class Steps:
-    """Batches that are there already: one step after the other, each with the same arrays."""
-
-    def __init__(self, start: int, stop: int):
-        self.data_wait_s = 0.0
-        self._steps = iter(range(start, stop))
-
-    def __iter__(self) -> Iterator[tuple[int, dict]]:
-        return self
-
-    def __next__(self) -> tuple[int, dict]:
-        return next(self._steps), {}
 
 
 class Events(list):
@@ -52,14 +38,15 @@ def stand_in(step: Any, **config: Any) -> Any:
 def loop(program: Any, state: Any, events: Events, *, done: int = 0, log_every: int = 1, stop: Any = None) -> Outcome:
     steps = program.run.train.steps
     hooks = Hooks(
-        log=events,
+        log=events.log,
         due=lambda step: (step + 1) % log_every == 0 or step + 1 == steps,
+        waited_s=lambda: 0.0,
         evaluate=events.evaluate,
         save=events.save,
         stop=stop or (lambda: None),
     )
-    batches = Steps(done, steps)
-    reporter = Reporter(hooks, batches, Work(unit="token", units=10, flops=100.0, peak=1000.0))
+    batches = ((step, {}) for step in range(done, steps))
+    reporter = Reporter(hooks, Work(unit="token", units=10, flops=100.0, peak=1000.0))
     return fit(program, state, done, batches, hooks, reporter)
 
 
