@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from jaxinfra.cli.arguments import ENGINES
@@ -118,9 +118,9 @@ def bar(*, endless: bool = False) -> Iterator[Callable[[Progress], None]]:
                 bars.update(task, total=1, completed=1)
 
         def tell(progress: Progress) -> None:
-            if not bars.tasks:
+            if not tasks:
                 stack.enter_context(bars)  # which writes a line even where nothing is told
-            if progress.stage not in (task.description for task in bars.tasks):
+            if progress.stage not in tasks:
                 finish()
                 tasks[progress.stage] = bars.add_task(progress.stage, total=None, come="")
             task = tasks[progress.stage]
