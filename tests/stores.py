@@ -10,8 +10,7 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TrainBpe
 from tests.vocabularies import KINDS, vocabulary
 
@@ -21,7 +20,7 @@ WORDS = ["def", "return", "self", "import", "class", "for", "in", "if", "naïve"
 RECIPE = """
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.jsonl import Jsonl
+from jaxinfra.prepare.sources.text import Jsonl
 from jaxinfra.prepare.sources.kafka import Kafka
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.tokenizers import Bytes

@@ -2,7 +2,7 @@
 
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.python_source import PythonSource
+from jaxinfra.prepare.sources.made import PythonSource
 
 
 def config() -> ImageSet:

@@ -23,7 +23,7 @@ from jaxinfra.bench.table import Columns, Findings, Row, ratio, table
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Found
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TokenizerFile, train_bpe
 
 OURS, THEIRS = "prepare", "map"

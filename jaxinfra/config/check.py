@@ -58,7 +58,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _outside(field: ConfigField, value: Any, path: str) -> str:
-    works = field.make_default() if not field.required else least(field.annotation)
+    works = field.make_default()
+    works = works if is_within(field.annotation, works) else least(field.annotation)
     fix = "" if works is MISSING else f"; use {path}={format_value(works)}"
     return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
 

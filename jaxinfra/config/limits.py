@@ -3,7 +3,7 @@
 import math
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 type Count = Annotated[int, Ge(1)]
 type Natural = Annotated[int, Ge(0)]
@@ -13,3 +13,4 @@ type Share = Annotated[float, Ge(0), Le(1)]
 type PositiveShare = Annotated[float, Gt(0), Le(1)]
 type Decay = Annotated[float, Ge(0), Lt(1)]
 """Of a moving mean; also a part that must leave something, such as that of dropout."""
+type NonEmpty = Annotated[str, MinLen(1)]

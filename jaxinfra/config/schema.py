@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
@@ -32,6 +32,7 @@ _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Gt: (operator.gt, "above"),
     Le: (operator.le, "at most"),
     Lt: (operator.lt, "below"),
+    MinLen: (lambda text, length: len(text) >= length, "of length at least"),
 }
 _SCALARS = (bool, int, float, str, types.NoneType)
 
@@ -143,12 +144,13 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any],
     """Yields each limit's bound, what must hold of a value and it, and the words for that."""
     for each in metadata:
         if type(each) in _LIMITS:
-            yield getattr(each, type(each).__name__.lower()), *_LIMITS[type(each)]
+            yield *dataclasses.astuple(each), *_LIMITS[type(each)]
 
 
 def least(annotation: Any) -> Any:
-    """Returns the lower limit of an annotation, or `MISSING`."""
-    found = (each.ge for _, metadata in _alternatives(annotation) for each in metadata if isinstance(each, Ge))
+    """Returns the lower limit of an annotation, a text that is long enough, or `MISSING`."""
+    limits = (each for _, metadata in _alternatives(annotation) for each in metadata)
+    found = (each.ge if isinstance(each, Ge) else "NAME" for each in limits if isinstance(each, Ge | MinLen))
     return next(found, MISSING)
 
 
@@ -307,8 +309,10 @@ def _found(value: Any) -> str:
 def _require_supported(annotation: Any, where: str) -> None:
     for member, metadata in _alternatives(annotation):
         for each in metadata:
-            if each is not NOT_FINGERPRINTED and (type(each) not in _LIMITS or member not in (int, float)):
-                raise ConfigError(f"{where}: a config reads Ge, Gt, Le and Lt, of int and float; found {each}")
+            limited = (str,) if isinstance(each, MinLen) else (int, float)
+            if each is not NOT_FINGERPRINTED and (type(each) not in _LIMITS or member not in limited):
+                words = "Ge, Gt, Le and Lt, of int and float, and MinLen of str"
+                raise ConfigError(f"{where}: a config reads {words}; found {each}")
         if get_origin(member) is tuple:
             for arg in get_args(member):
                 if arg is not Ellipsis:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import Count, NonEmpty
 from jaxinfra.data import buffers
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
@@ -27,7 +27,7 @@ from jaxinfra.errors import ConfigError
 class MixSource:
     """A store of a mixture; its fields are those of `TokenData`."""
 
-    store: Annotated[str, NOT_FINGERPRINTED]
+    store: Annotated[NonEmpty, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
     recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
     packing: Packing = "windows"

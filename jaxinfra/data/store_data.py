@@ -9,8 +9,8 @@ from typing import Annotated, Self
 
 import numpy as np
 
-from jaxinfra.config import NOT_FINGERPRINTED, Problem
-from jaxinfra.config.limits import Count
+from jaxinfra.config import NOT_FINGERPRINTED
+from jaxinfra.config.limits import Count, NonEmpty
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
@@ -30,17 +30,12 @@ class OneStore:
         threads: threads that make host batches.
     """
 
-    store: Annotated[str, NOT_FINGERPRINTED]
+    store: Annotated[NonEmpty, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
     recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
     seed: int = 0
     prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
     threads: Annotated[Count, NOT_FINGERPRINTED] = 6
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the fields; the store is looked at by `open`."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no folder", fix="use store=PATH")
 
     def pinned(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""

@@ -12,7 +12,6 @@ all of them, and the stream may not be there to be read again.
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.text import TextMaker
-from jaxinfra.prepare.parts import Note, Open
+from jaxinfra.prepare.parts import Note
 from jaxinfra.prepare.prepare import Prepared, Progress, content_of, existing
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
@@ -53,10 +52,7 @@ def follow(
     Yields:
         Each version that was sealed, and at the end the newest, `new` if it was sealed now.
 
-    Raises:
-        ConfigError: the recipe does not work, or a split of what has come is empty.
-        DataError: a record cannot be read and the recipe does not skip it, or it is another stream than before.
-        StorageError: the stream or the store cannot be reached.
+    Raises as `prepare`, and DataError for another stream than before, ConfigError if a split of what came is empty.
     """
     source = recipe.source
     if not isinstance(recipe, Corpus) or not isinstance(source, Stream):
@@ -68,7 +64,7 @@ def follow(
     with workspace(store, identity, recipe.work) as work:
         kept = kept_folder(store, identity, recipe.work)
         maker.begin(kept, ())
-        course = _Course(store=store, maker=maker, build=work / "build", kept=kept, identity=identity, told=tell)
+        course = _Course(store, maker, work / "build", kept, identity, tell)
         course.tell("tokens")
         with source.open(course.position) as reader:
             heard_s = time.monotonic()
@@ -86,63 +82,55 @@ def follow(
             yield course.seal()
 
 
-@dataclass(kw_only=True)
 class _Course:
     """What has come so far, and what of it is sealed."""
 
-    store: Storage
-    maker: TextMaker
-    build: Path
-    kept: Path
-    identity: str
-    told: Callable[[Progress], None]
-    count: int = 0
-    position: Mapping[str, Any] = field(default_factory=dict)
-    unsealed_tokens: int = 0
-    read_bytes: int = 0
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        known = {each.made_of for each in versions.listed(self.store)}
-        for number in parts.numbers(self.kept):
+    def __init__(
+        self, store: Storage, maker: TextMaker, build: Path, kept: Path, identity: str, told: Callable[[Progress], None]
+    ):
+        self._store, self._maker, self._build, self._kept = store, maker, build, kept
+        self._identity, self._told = identity, told
+        self.position: Mapping[str, Any] = {}
+        self.count = self.unsealed_tokens = self._read_bytes = self._tokens = 0
+        known = {each.made_of for each in versions.listed(store)}
+        for number in parts.numbers(kept):
             if number != self.count:
                 raise DataError(
-                    f"{parts.path_of(self.kept, self.count)}: missing, and the stream has gone on since; delete "
-                    f"{self.kept} to read the stream from its beginning"
+                    f"{parts.path_of(kept, self.count)}: missing, and the stream has gone on since; delete {kept} to "
+                    "read the stream from its beginning"
                 )
-            with Open(self.kept, number) as part:
-                self._count(part.note)
+            self._count(parts.note(kept, number))
             if self._made_of in known:
                 self.unsealed_tokens = 0
 
     def commit(self, part: parts.Part) -> None:
-        note = parts.write(self.kept, self.count, part)
+        note = parts.write(self._kept, self.count, part)
         self._count(note)
-        self.tokens += note.tokens
+        self._tokens += note.tokens
         self.tell("tokens")
 
     def tell(self, stage: str) -> None:
-        self.told(Progress(stage=stage, done=self.read_bytes, total=self.read_bytes, tokens=self.tokens))
+        self._told(Progress(stage=stage, done=self._read_bytes, total=self._read_bytes, tokens=self._tokens))
 
     def seal(self) -> Prepared:
         """Makes a version of all that has come, unless there is one; it is the newest one then."""
-        if (found := existing(self.store, versions.listed(self.store), self._made_of)) is not None:
+        if (found := existing(self._store, versions.listed(self._store), self._made_of)) is not None:
             return found
         self.tell("store")
-        needed_bytes = sum(path.stat().st_size for path in self.kept.iterdir())
-        check_space(self.build.parent, needed_bytes, purpose="a version", fix="use work=FOLDER on another disk")
-        shutil.rmtree(self.build, ignore_errors=True)
-        self.build.mkdir(parents=True)
-        manifest = self.maker.assemble(self.kept, range(self.count), self.build, digest_of(self.position))
-        versions.publish(self.build, self.store, manifest, self._made_of)
+        needed_bytes = sum(path.stat().st_size for path in self._kept.iterdir())
+        check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work=FOLDER on another disk")
+        shutil.rmtree(self._build, ignore_errors=True)
+        self._build.mkdir(parents=True)
+        manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))
+        versions.publish(self._build, self._store, manifest, self._made_of)
         self.unsealed_tokens = 0
-        return Prepared(path=self.store.where(manifest.fingerprint), manifest=manifest, new=True)
+        return Prepared(path=self._store.where(manifest.fingerprint), manifest=manifest, new=True)
 
     @property
     def _made_of(self) -> str:
-        return digest_of([self.identity, self.position])
+        return digest_of([self._identity, self.position])
 
     def _count(self, note: Note) -> None:
         self.count, self.position = self.count + 1, note.position
         self.unsealed_tokens += note.tokens
-        self.read_bytes += note.read_bytes
+        self._read_bytes += note.read_bytes

@@ -7,10 +7,11 @@ names, nothing between.
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from jaxinfra.storage.atomic import atomic_file
 
 _META = "meta"
 _SUFFIX = ".npz"
-_DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,42 +71,20 @@ def write(folder: Path, number: int, part: Part) -> Note:
     return note
 
 
-class Open:
-    """A part whose arrays are read one by one; a damaged one raises DataError."""
+@contextmanager
+def opened(folder: Path, number: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """Gives the arrays of a part by SPLIT.NAME, each read when it is asked for; a damaged one is a DataError."""
+    path = path_of(folder, number)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        cause = f"damaged ({error}); delete it and prepare again: its records are read anew"
+        raise DataError(f"{path}: {cause}") from error
 
-    def __init__(self, folder: Path, number: int):
-        self._path = path_of(folder, number)
-        try:
-            self._arrays = np.load(self._path, allow_pickle=False)
-        except _DAMAGED as error:
-            raise self._damaged(error) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._arrays.close()
-
-    @property
-    def note(self) -> Note:
-        """What is known of it without its arrays."""
-        found = json.loads(self._read(_META).tobytes())
-        return Note(**found | {"skipped": tuple((where, cause) for where, cause in found["skipped"])})
-
-    def read(self, split: Split, name: str) -> np.ndarray:
-        """Reads an array of a split."""
-        return self._read(f"{split}.{name}")
-
-    def read_all(self, split: Split) -> dict[str, np.ndarray]:
-        """Reads all arrays of a split."""
-        names = (name.removeprefix(f"{split}.") for name in self._arrays.files if name.startswith(f"{split}."))
-        return {name: self.read(split, name) for name in names}
-
-    def _read(self, name: str) -> np.ndarray:
-        try:
-            return self._arrays[name]
-        except (KeyError, *_DAMAGED) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> DataError:
-        return DataError(f"{self._path}: damaged ({error}); delete it and prepare again: its records are read anew")
+def note(folder: Path, number: int) -> Note:
+    """Returns what is known of a part without its arrays; a damaged one is a DataError."""
+    with opened(folder, number) as arrays:
+        found = json.loads(arrays[_META].tobytes())
+    return Note(**found | {"skipped": tuple((where, cause) for where, cause in found["skipped"])})

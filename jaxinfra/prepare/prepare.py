@@ -10,7 +10,7 @@ out of any engine and any number of workers.
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from jaxinfra.config import encode
@@ -72,15 +72,10 @@ def prepare(
 ) -> Prepared:
     """Makes a version of the store; one that this recipe has made of the same files is not made again.
 
-    Either way it is the newest one then, which runs take.
+    Either way it is the newest one then, which runs take. So many `workers` of the engine as there are cores do the
+    jobs if None is given, and `tell` is told about the steps on the way.
 
     Memory: a worker holds the largest record and what it makes of a shard of the source; assembling, see `assemble`.
-
-    Args:
-        recipe: what to make.
-        engine: where the jobs run.
-        workers: how many at once; None is as many as there are cores.
-        tell: told about the steps on the way.
 
     Raises:
         ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.
@@ -106,20 +101,30 @@ def prepare(
     with workspace(store, cut, recipe.work) as work:
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
-        jobs = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
-        course = _Course(jobs, folder, tell)
-        course.tell("begin")
+        jobs: list[Job[Any]] = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
+        total, done, tokens = sum(job.read_bytes for job in jobs), 0, 0
+
+        def say(stage: str, note: Note | None = None) -> None:
+            nonlocal done, tokens
+            if note is not None:
+                done, tokens = done + note.read_bytes, tokens + note.tokens
+            tell(Progress(stage=stage, done=done, total=total, tokens=tokens))
+
+        say("begin")
         usual = recipe.shard_bytes == SHARD_BYTES
         maker.begin(folder, sources[0] if usual else _cut(recipe.source, SHARD_BYTES))
-        needed_bytes = maker.needed_bytes(course.total)
-        check_space(folder, needed_bytes, purpose="preparing", fix="use work=FOLDER on another disk")
-        course.work(maker, engine, workers)
+        check_space(folder, maker.needed_bytes(total), purpose="preparing", fix="use work=FOLDER on another disk")
+        there = set(parts.numbers(folder))
+        todo = [job for job in jobs if job.number not in there]
+        done = total - sum(job.read_bytes for job in todo)
+        say(maker.stage)
+        engines.run(engine, maker.job, todo, workers=workers, done=partial(say, maker.stage))
         _check_unchanged(recipe, sources)
-        course.tell("store")
+        say("store")
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir()
         manifest = maker.assemble(folder, range(len(jobs)), build, source_digest)
-        course.tell("publish")
+        say("publish")
         versions.publish(build, store, manifest, made_of)
     return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
 
@@ -198,30 +203,3 @@ def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
         groups[-1].append(piece)
         filled += piece.size_bytes
     return [tuple(group) for group in groups]
-
-
-class _Course:
-    """The jobs of one call, and what is told of them."""
-
-    def __init__(self, jobs: Sequence[Job[Any]], folder: Path, told: Callable[[Progress], None]):
-        self._jobs, self._folder, self._told = jobs, folder, told
-        self.total = sum(job.read_bytes for job in jobs)
-        self._done = self._tokens = 0
-
-    def work(self, maker: TextMaker | ImageMaker, engine: EngineName, workers: int | None) -> None:
-        """Makes the parts that are not there yet."""
-        there = set(parts.numbers(self._folder))
-        todo = [job for job in self._jobs if job.number not in there]
-        self._done = self.total - sum(job.read_bytes for job in todo)
-        self.tell(maker.stage)
-
-        def done(note: Note) -> None:
-            self._done += note.read_bytes
-            self._tokens += note.tokens
-            self.tell(maker.stage)
-
-        engines.run(engine, maker.job, todo, workers=workers, done=done)
-
-    def tell(self, stage: str) -> None:
-        """Tells how far it is."""
-        self._told(Progress(stage=stage, done=self._done, total=self.total, tokens=self._tokens))

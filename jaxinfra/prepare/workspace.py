@@ -35,16 +35,9 @@ def require_store(store: Storage) -> None:
 def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]:
     """The folder of one version in the making, held by a lock; kept when the work ends early, removed when it is done.
 
-    What is left there of other recipes of the store is removed: one version of it is in the making at a time.
-
-    Args:
-        store: what the version is of.
-        made_of: digest of the recipe and its source.
-        place: folder to work in; None is in the store, or in the user's cache where the store is remote.
-
-    Raises:
-        ConfigError: another process holds it.
-        StorageError: it cannot be written, from whatever is done inside.
+    What is left there of other recipes of the store is removed: one version of it is in the making at a time. It is
+    named by what the version is made of, and below `place`; None is in the store, or in the user's cache where the
+    store is remote. Raises ConfigError if another process holds it, and StorageError for what cannot be written inside.
     """
     root = _root(store, place)
     work = root / made_of
@@ -52,17 +45,18 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
-                raise BlockingIOError  # that one has removed it in this moment
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
+                    raise BlockingIOError  # that one has removed it in this moment
+            except BlockingIOError:
+                raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
             for left in root.iterdir():
                 if left != work:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             work.mkdir(exist_ok=True)
             yield work
             shutil.rmtree(root)
-        except BlockingIOError:
-            raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
         finally:
             os.close(lock)
 

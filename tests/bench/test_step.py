@@ -27,7 +27,7 @@ TINY = [
 RECIPE = """\
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TrainBpe
 
 

@@ -8,7 +8,7 @@ import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from jaxinfra.config import Problem, apply, decode, dump, encode, fingerprint, leaves, validate
-from jaxinfra.config.limits import Count, Decay, Positive, PositiveShare, Share
+from jaxinfra.config.limits import Count, Decay, NonEmpty, Positive, PositiveShare, Share
 from jaxinfra.config.schema import NOT_FINGERPRINTED, describe
 from jaxinfra.errors import ConfigError
 
@@ -26,6 +26,7 @@ class Limited:
     shares: tuple[Share, ...] = (0.5,)
     part: PositiveShare | Literal["auto"] = "auto"
     buckets: Annotated[int, Ge(2), Le(8)] = 4
+    names: tuple[NonEmpty, ...] = ("a",)
 
     def problems(self):
         if 100 // self.required == 7:  # which relies on the limit
@@ -47,6 +48,7 @@ GOOD = Limited(required=3)
         ("shares", ((0.5, 1.1), (-0.1,)), (0.5,)),
         ("part", (0.0, 1.5), "auto"),
         ("buckets", (1, 9), 4),
+        ("names", (("",), ("b", "")), ("a",)),
     ],
 )
 def test_what_lies_outside_is_refused_and_the_suggestion_works(field: str, values: tuple, works: Any) -> None:
@@ -74,6 +76,16 @@ def test_bounds_themselves_pass_and_are_read_and_stored_as_without_limits(overri
     validate(run)
     assert decode(Limited, encode(run)) == run
     assert apply(GOOD, [line.replace(" = ", "=") for line in dump(run).splitlines()]) == run
+
+
+def test_a_default_that_must_be_set_is_refused_and_the_suggestion_works() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Unset:
+        root: NonEmpty = ""
+
+    with pytest.raises(ConfigError, match=r"^root=.*; use root=NAME$"):
+        validate(Unset())
+    validate(apply(Unset(), ["root=NAME"]))
 
 
 def test_a_description_has_the_limits() -> None:

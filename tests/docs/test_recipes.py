@@ -14,7 +14,7 @@ from jaxinfra.prepare import tokenizers
 from jaxinfra.prepare.documents import chat, dedup, document, filters, preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes import corpus
-from jaxinfra.prepare.sources import jsonl
+from jaxinfra.prepare.sources import any_source
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 FILES = {
@@ -63,7 +63,7 @@ def test_recipes_make_the_splits_that_they_name(name, tmp_path, monkeypatch):
 
 
 TEXT_PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()
-MODULES = (chat, corpus, dedup, document, filters, jsonl, preference, tokenizers)
+MODULES = (any_source, chat, corpus, dedup, document, filters, preference, tokenizers)
 NAMES = {"replace": replace} | {name: value for module in MODULES for name, value in vars(module).items()}
 
 

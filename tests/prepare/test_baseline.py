@@ -12,7 +12,7 @@ from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bi
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.recipes.validation import draw as drawn
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TrainBpe
 from tests.stores import bytes_recipe, documents
 

@@ -91,7 +91,8 @@ def test_wrong_uses_are_one_line(recipe, monkeypatch):
         ("--engine ray:", "--follow", "--engine", "ray"),
         ("--until-idle 0.0: above 0", "--follow", "--until-idle", "0"),
         ("tokenizer use", "--follow", "tokenizer=train_bpe"),
-        ("bootstrap_servers= HOST:PORT", "--follow", kafka),
+        ("bootstrap_servers= HOST:PORT", "--follow", kafka, "source.topic=t"),
+        ("topic= use", "--follow", kafka),
         ("source=Jsonl: --follow", "--follow", *files),
     ):
         refused(launch("data", "prepare", recipe(), *arguments), named)

@@ -23,7 +23,7 @@ from jaxinfra.prepare.documents.forms import Completion, Preference, Text
 from jaxinfra.prepare.prepare import plan, prepare
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.record import Piece
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from jaxinfra.storage.objects import Storage
 from tests.refusals import raises

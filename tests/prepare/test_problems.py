@@ -7,12 +7,11 @@ from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.preference import Completion, Preference
-from jaxinfra.prepare.sources.array_records import ArrayRecords
 from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.kafka import Kafka
-from jaxinfra.prepare.sources.python_source import PythonSource
-from jaxinfra.prepare.sources.synthetic import Synthetic
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.made import PythonSource, Synthetic
+from jaxinfra.prepare.sources.tables import ArrayRecords
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe
 from tests.refusals import problem, suggested
 

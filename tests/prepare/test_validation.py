@@ -18,9 +18,8 @@ from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, Tail
-from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.stdin import Stdin
-from jaxinfra.prepare.sources.text_files import TextFiles
+from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from tests.prepare.test_prepare import stopped_after
 from tests.refusals import problem, raises, refused, suggested

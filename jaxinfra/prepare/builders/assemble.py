@@ -25,10 +25,10 @@ from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitI
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError, DataError
+from jaxinfra.prepare import parts
 from jaxinfra.prepare.documents.dedup import Dedup, Signer, duplicates
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.shingles import digest_of_bytes
-from jaxinfra.prepare.parts import Open
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
@@ -54,8 +54,8 @@ class Splits:
         """Yields arrays of a split, for each part; DataError where one is damaged."""
         for place in self.numbers if self.cut is None else self.cut[split]:
             if isinstance(place, int):
-                with Open(self.folder, place) as part:
-                    yield tuple(part.read(split if self.cut is None else "train", name) for name in names)
+                with parts.opened(self.folder, place) as part:
+                    yield tuple(part[f"{split if self.cut is None else 'train'}.{name}"] for name in names)
             else:
                 yield tuple(place[name] for name in names)
 
@@ -128,8 +128,7 @@ def _counts(splits: Splits, build: Path) -> Counts:
     """Counts records; `skipped.jsonl` in `build` lists those that could not be used."""
     notes = []
     for number in splits.numbers:
-        with Open(splits.folder, number) as part:
-            notes.append(part.note)
+        notes.append(parts.note(splits.folder, number))
     skipped = [{"where": where, "cause": cause} for note in notes for where, cause in note.skipped]
     if skipped:
         lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in skipped)
@@ -193,8 +192,8 @@ def with_tail(splits: Splits, corpus: Corpus, validation: Tail, tokenizer: Token
     left -= int(ends[index - 1]) if index else 0
     document = int(np.searchsorted(np.cumsum(sizes[index]), left, side="right"))
     left -= int(sizes[index][:document].sum())
-    with Open(splits.folder, splits.numbers[index]) as part:
-        arrays = part.read_all("train")
+    with parts.opened(splits.folder, splits.numbers[index]) as part:
+        arrays = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
     if not form.masked and form.group == 1 and document < len(sizes[index]):
         share = left / int(sizes[index][document])
         if halved := _halved(arrays, document, share, tokenizer, corpus.dedup):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, override
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.documents.chat_template import Message, Templated, compiled
 from jaxinfra.prepare.documents.document import Document, RecordError, as_text, value_of
 from jaxinfra.prepare.sources.record import Record
@@ -25,8 +26,7 @@ class Chat(Templated[str]):
         system: text of a system message for conversations that have none.
     """
 
-    named = ("field",)
-    field: str = "messages"
+    field: NonEmpty = "messages"
     template: str = "chatml"
     learn: Literal["assistant", "last", "all"] = "assistant"
     system: str | None = None

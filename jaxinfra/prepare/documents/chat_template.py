@@ -168,9 +168,8 @@ class Templated[Name: (str, str | None)](Form):
 
     template: Name
 
-    @override
     def problems(self) -> Iterable[Problem]:
-        yield from super().problems()
+        """Yields what is wrong with the form itself; files are not looked at."""
         if self.template is not None and self.template not in PRESETS and not _is_file(self.template):
             message = f"is none of {', '.join(PRESETS)} and no .jinja or .json file"
             yield Problem(fields=("template",), message=message, fix="use template=chatml")

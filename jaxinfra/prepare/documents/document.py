@@ -5,12 +5,12 @@ text that came from a record never spells one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, override
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.sources.record import Record
 
 _NAMED = 20  # fields that a message lists
@@ -42,19 +42,10 @@ class Form(ABC):
     Attributes:
         masked: whether its documents have parts that are not learned.
         group: documents that every record gives: 1, or 2 for a chosen and a rejected answer.
-        named: its fields that name fields of records.
     """
 
     masked: ClassVar[bool] = True
     group: ClassVar[int] = 1
-    named: ClassVar[tuple[str, ...]]
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; files are not looked at."""
-        for name in self.named:
-            if getattr(self, name) == "":
-                default = getattr(type(self), name)
-                yield Problem(fields=(name,), message="names no field", fix=f"use {name}={default}")
 
     def identity(self) -> str | None:
         """Returns what changes when a file that the form names does, which is read anew; None where it names none."""
@@ -74,8 +65,7 @@ class Text(Form):
     """The `field` of this name is the document, all of it learned."""
 
     masked = False
-    named = ("field",)
-    field: str = "text"
+    field: NonEmpty = "text"
 
     @override
     def documents(self, record: Record) -> Sequence[Document]:

@@ -6,9 +6,10 @@ Only the answers are learned.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.documents.chat import messages_of
 from jaxinfra.prepare.documents.chat_template import Templated, compiled
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
@@ -16,14 +17,15 @@ from jaxinfra.prepare.sources.record import Record
 
 
 class _Answered(Templated[str | None]):
-    """A prompt and its answers: texts, or lists of messages. `named` is the field of the prompt, then the answers'."""
+    """A prompt and its answers: texts, or lists of messages. `answers` are the fields of those."""
 
     prompt: Any
+    answers: ClassVar[tuple[str, ...]]
 
     @override
     def documents(self, record: Record) -> Sequence[Document]:
         prompt = None if self.prompt is None else value_of(record, self.prompt)
-        fields = [getattr(self, name) for name in self.named[1:]]
+        fields = [getattr(self, name) for name in self.answers]
         answers = [(value_of(record, field), field) for field in fields]
         if self.template is None:
             shown, texts = as_text(prompt, str(self.prompt)), [as_text(*answer) for answer in answers]
@@ -62,10 +64,10 @@ class Preference(_Answered):
     """
 
     group = 2
-    named = ("prompt", "chosen", "rejected")
-    prompt: str | None = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    answers = ("chosen", "rejected")
+    prompt: NonEmpty | None = "prompt"
+    chosen: NonEmpty = "chosen"
+    rejected: NonEmpty = "rejected"
     template: str | None = "chatml"
 
     @override
@@ -81,7 +83,7 @@ class Preference(_Answered):
 class Completion(_Answered):
     """Fields of the record hold a prompt and its answer, which alone is learned; `template` is as in `Preference`."""
 
-    named = ("prompt", "completion")
-    prompt: str = "prompt"
-    completion: str = "completion"
+    answers = ("completion",)
+    prompt: NonEmpty = "prompt"
+    completion: NonEmpty = "completion"
     template: str | None = None

@@ -15,13 +15,7 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a job.
-
-    Attributes:
-        value: that the function returned.
-        error: that it raised instead.
-        traceback: of the error, which does not come along with it.
-    """
+    """What a job returned or raised, with the traceback, which does not come along with an error."""
 
     value: Any = None
     error: Exception | None = None

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,14 +28,10 @@ def started(workers: int | None) -> Iterator[Engine]:
     """Starts workers as they are needed; all end with the context."""
     assert workers is not None
     pool = _Pool(workers)
-
-    def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
-        return threads.submit(pool.call, function, job)
-
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="worker") as threads:
             try:
-                yield Engine(submit=submit, workers=workers)
+                yield Engine(submit=partial(threads.submit, pool.call), workers=workers)
             finally:
                 pool.kill()
     finally:

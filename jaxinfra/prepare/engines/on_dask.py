@@ -3,13 +3,13 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from jaxinfra.packages import needed
-from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, Outcome, call, python_path
+from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, call, python_path
 
 
 @contextmanager
@@ -17,22 +17,13 @@ def started(workers: int | None) -> Iterator[Engine]:
     """Connects to a scheduler, or starts one, and leaves or ends it with the context."""
     distributed = needed("distributed", by="engine=dask", install="jaxinfra[dask]")
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    with _scheduler(distributed, workers) if not address else _there(address) as scheduler:
+    with nullcontext(address) if address else _scheduler(distributed, workers) as scheduler:
         client = distributed.Client(scheduler)
         try:
-            tasks = client.get_executor(pure=False)
-
-            def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
-                return tasks.submit(call, function, job)
-
+            submit = partial(client.get_executor(pure=False).submit, call)
             yield Engine(submit=submit, workers=workers or max(1, sum(client.nthreads().values())))
         finally:
             client.close()
-
-
-@contextmanager
-def _there(address: str) -> Iterator[str]:
-    yield address
 
 
 @contextmanager

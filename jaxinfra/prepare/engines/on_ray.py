@@ -23,25 +23,21 @@ def started(workers: int | None) -> Iterator[Engine]:
     with _environment(own):
         ray = needed("ray", by="engine=ray", install="jaxinfra[ray]")
         with _connected(ray, workers):
-            yield from _engine(ray, workers)
+            task = ray.remote(num_cpus=1, max_retries=1)(call)
+            running: dict[Future[Outcome], Any] = {}
 
+            def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
+                reference = task.remote(function, job)
+                future = reference.future()
+                running[future] = reference
+                future.add_done_callback(lambda ended: running.pop(ended, None))
+                return future
 
-def _engine(ray: Any, workers: int | None) -> Iterator[Engine]:
-    task = ray.remote(num_cpus=1, max_retries=1)(call)
-    running: dict[Future[Outcome], Any] = {}
-
-    def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
-        reference = task.remote(function, job)
-        future = reference.future()
-        running[future] = reference
-        future.add_done_callback(lambda ended: running.pop(ended, None))
-        return future
-
-    try:
-        yield Engine(submit=submit, workers=workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
-    finally:
-        for reference in list(running.values()):
-            ray.cancel(reference, force=True)
+            try:
+                yield Engine(submit=submit, workers=workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+            finally:
+                for reference in list(running.values()):
+                    ray.cancel(reference, force=True)
 
 
 @contextmanager
@@ -49,18 +45,10 @@ def _connected(ray: Any, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                _temp_dir=folder,
-                **quiet,
-            )
+        own = dict(num_cpus=workers, include_dashboard=False, object_store_memory=_STORE_BYTES, _temp_dir=folder)
+        own = {} if os.environ.get("RAY_ADDRESS") else own
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)
         try:
             yield
         finally:
@@ -70,13 +58,11 @@ def _connected(ray: Any, workers: int | None) -> Iterator[None]:
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Sets variables for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.packing import Pack
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
@@ -38,19 +39,17 @@ class StoreRecipe:
             the user's cache where the store is remote.
     """
 
-    store: str
+    store: NonEmpty
     source: AnySource
     on_overlap: Literal["fail", "drop", "keep"] = "keep"
     on_bad: Literal["fail", "skip"] = "fail"
     baselines: bool = False
     shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES
-    work: str | None = None
+    work: NonEmpty | None = None
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no folder", fix="use store=stores/NAME")
-        if self.work is not None and (not self.work or "://" in self.work):
+        if "://" in (self.work or ""):
             yield Problem(fields=("work",), message="names no folder of this machine", fix="use work=PATH")
 
 

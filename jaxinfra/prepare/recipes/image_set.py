@@ -1,9 +1,8 @@
 """The recipe of a store of images with labels, as a config file describes it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.recipes.corpus import StoreRecipe
 from jaxinfra.prepare.recipes.validation import ByKey, ImageValidation
 
@@ -19,13 +18,6 @@ class ImageSet(StoreRecipe):
     """
 
     validation: ImageValidation = ByKey()
-    image: str = "image"
-    label: str = "label"
+    image: NonEmpty = "image"
+    label: NonEmpty = "label"
     classes: tuple[str, ...] = ()
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the recipe itself; nothing is looked up."""
-        yield from super().problems()
-        for name in ("image", "label"):
-            if not getattr(self, name):
-                yield Problem(fields=(name,), message="names no field", fix=f"use {name}={name}")

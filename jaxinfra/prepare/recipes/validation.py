@@ -1,13 +1,13 @@
 """Where the validation split of a store comes from: a share of the source, another source, or another store."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Gt, Lt
 
-from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.store.manifest import Split, TokenizerInfo
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.errors import ConfigError
@@ -47,14 +47,9 @@ class OtherStore:
     `store` is its folder or URL, `version` a fingerprint of it or the beginning of one; None is the newest.
     """
 
-    store: str = ""
+    store: NonEmpty = ""
     version: str | None = None
     split: Split = "heldout"
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the fields; nothing is looked up."""
-        if not self.store:
-            yield Problem(fields=("store",), message="names no store", fix="use store=stores/NAME")
 
     def open(self, fingerprint: str | None = None) -> TokenStore:
         """Opens the store; ConfigError where there is none, or it is one of images, DataError if it is damaged."""
@@ -65,7 +60,7 @@ class OtherStore:
         manifest = self.open().manifest
         info, group = manifest.splits[self.split], 2 if manifest.kind == "pairs" else 1
         file = File(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
-        return cut(file, info.documents // group, split_bytes)
+        return cut([file], lambda file: info.documents // group, split_bytes)
 
     def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:
         """Raises ConfigError for a store whose documents another tokenizer or form made, and as `open`."""

@@ -1,16 +1,11 @@
 """Every kind of source that a recipe may name."""
 
-from jaxinfra.prepare.sources.array_records import ArrayRecords
-from jaxinfra.prepare.sources.hugging_face import HuggingFace
 from jaxinfra.prepare.sources.image_folders import ImageFolders
-from jaxinfra.prepare.sources.jsonl import Jsonl
 from jaxinfra.prepare.sources.kafka import Kafka
-from jaxinfra.prepare.sources.parquet import Parquet
-from jaxinfra.prepare.sources.python_source import PythonSource
+from jaxinfra.prepare.sources.made import PythonSource, Synthetic
 from jaxinfra.prepare.sources.stdin import Stdin
-from jaxinfra.prepare.sources.synthetic import Synthetic
-from jaxinfra.prepare.sources.text_files import TextFiles
-from jaxinfra.prepare.sources.text_lines import TextLines
+from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
+from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines
 
 FileSource = (
     TextFiles | TextLines | Jsonl | Parquet | ArrayRecords | HuggingFace | PythonSource | Synthetic | ImageFolders

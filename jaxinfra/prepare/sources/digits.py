@@ -9,11 +9,7 @@ from jaxinfra.packages import needed
 
 
 def records() -> Iterator[dict[str, Any]]:
-    """Yields 1,797 grey images of 8 x 8 pixels from 0 to 16, `{"image": uint8[8, 8, 1], "label": int}`.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
-    """
+    """Yields 1,797 grey images of 8 x 8 pixels from 0 to 16, `{"image": uint8[8, 8, 1], "label": int}`."""
     datasets = needed("sklearn.datasets", by="the handwritten digits", install="jaxinfra[digits]")
     pixels, digits = datasets.load_digits(return_X_y=True)
     for image, digit in zip(np.asarray(pixels).reshape(-1, 8, 8, 1), digits, strict=True):

@@ -5,10 +5,12 @@ The files themselves are listed and read by `jaxinfra.storage.files`.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import override
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import DataError
 from jaxinfra.prepare.sources.record import Piece, Source
 from jaxinfra.storage.files import File, list_files
@@ -23,14 +25,11 @@ class Files(Source):
         pattern: which files below the root, as in `pathlib.Path.glob`.
     """
 
-    root: str = ""
+    root: NonEmpty = ""
     pattern: str = "**/*"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
-        if not self.root:
-            fix = "use root=PATH or a URL such as s3://bucket/text"
-            yield Problem(fields=("root",), message="names no folder", fix=fix)
         parts = self.pattern.split("/")
         if not self.pattern or PurePosixPath(self.pattern).is_absolute() or ".." in parts:
             message = "must be a pattern relative to the root"
@@ -42,36 +41,28 @@ class Files(Source):
 
     @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        return cut_files(list_files(self.root, self.pattern), self._count, split_bytes)
+        return cut(list_files(self.root, self.pattern), self._count, split_bytes)
 
     def _count(self, file: File) -> int:
         """Returns of how many bytes, rows or records a file is, between which it is cut; 1 if it is not cut."""
         return 1
 
 
-def cut_files(files: Iterable[File], count: Callable[[File], int], split_bytes: int) -> list[Piece]:
-    """Cuts files into pieces of about `split_bytes`; `count` is asked of those alone that are large enough."""
+def cut(files: Iterable[File], count: Callable[[File], int], split_bytes: int) -> list[Piece]:
+    """Cuts files into equal pieces of about `split_bytes`; `count` tells the bytes, rows or records of large ones."""
     pieces = []
     for file in files:
-        large = _parts(file, split_bytes) > 1
-        pieces += cut(file, count(file) if large else 1, split_bytes)
+        parts = max(1, round(file.size_bytes / max(1, split_bytes)))
+        total = count(file) if parts > 1 else 1
+        parts = max(1, min(parts, total))
+        bounds = [*(total * part // parts for part in range(parts)), None]
+        pieces += [
+            Piece(name=file.name, start=start or 0, end=end, size_bytes=file.size_bytes // parts, stamp=file.stamp)
+            for start, end in pairwise(bounds)
+        ]
     return pieces
-
-
-def cut(file: File, count: int, split_bytes: int) -> list[Piece]:
-    """Cuts a file into about equal ranges of its `count` bytes, rows or records, each of about `split_bytes`."""
-    parts = max(1, min(_parts(file, split_bytes), count))
-    bounds: list[int | None] = [count * part // parts for part in range(parts)]
-    return [
-        Piece(name=file.name, start=start or 0, end=end, size_bytes=file.size_bytes // parts, stamp=file.stamp)
-        for start, end in zip(bounds, [*bounds[1:], None], strict=True)
-    ]
 
 
 def damaged(where: str, cause: str) -> DataError:
     """Returns the error for a file that is not what it should be."""
     return DataError(f"{where}: is damaged ({cause}); restore the file or make it again")
-
-
-def _parts(file: File, split_bytes: int) -> int:
-    return max(1, round(file.size_bytes / max(1, split_bytes)))

@@ -47,8 +47,7 @@ class ImageFolders(Files):
         classes = _classes(list_files(self.root, self.pattern))
         if not classes:
             raise ConfigError(f"pattern={self.pattern}: matches no image in a folder in {shown(self.root)}; mend it")
-        found = ((_folder(name, files), len(files)) for name, files in classes.items())
-        return [piece for folder, count in found for piece in cut(folder, count, split_bytes)]
+        return cut(map(_folder, classes, classes.values()), lambda folder: len(classes[folder.name]), split_bytes)
 
     @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:

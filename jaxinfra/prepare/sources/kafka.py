@@ -5,19 +5,21 @@ decides nothing. It is told afterwards, for tools that show how far a group lags
 while the stream is open are read from its next opening on.
 """
 
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, override
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.packages import needed
-from jaxinfra.prepare.sources.jsonl import json_object
 from jaxinfra.prepare.sources.record import Bad, Found, read_as
 from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
+from jaxinfra.prepare.sources.text import json_object
 
 REACHED_S = 60.0
 """Brokers that do not answer for so long have failed."""
@@ -37,8 +39,8 @@ class Kafka(Stream):
     """
 
     bootstrap_servers: str = ""
-    topic: str = ""
-    group: str = "jaxinfra"
+    topic: NonEmpty = ""
+    group: NonEmpty = "jaxinfra"
     settings: str | None = None
 
     @property
@@ -48,13 +50,9 @@ class Kafka(Stream):
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description itself."""
-        hosts = self.bootstrap_servers.split(",")
-        if not all(host.rpartition(":")[0] and host.rpartition(":")[2].isdecimal() for host in hosts):
+        if not re.fullmatch(r"[^,]+:\d+(,[^,]+:\d+)*", self.bootstrap_servers):
             fix = "use bootstrap_servers=HOST:9092"
             yield Problem(fields=("bootstrap_servers",), message="must be HOST:PORT, with commas between", fix=fix)
-        for name in ("topic", "group"):
-            if not getattr(self, name):
-                yield Problem(fields=(name,), message="is empty", fix=f"use {name}=NAME")
 
     @contextmanager
     @override
@@ -107,8 +105,7 @@ class _Reader(Reader):
         partitions = self._partitions()
         if lost := sorted(set(self._offsets) - set(partitions)):
             raise DataError(f"{config}: partition {lost[0]}, which was read before, is gone; make another store")
-        beginning = kafka.OFFSET_BEGINNING
-        consumer.assign(self._places({number: self._offsets.get(number, beginning) for number in partitions}))
+        consumer.assign(self._places(dict.fromkeys(partitions, kafka.OFFSET_BEGINNING) | self._offsets))
 
     @property
     @override
@@ -118,8 +115,7 @@ class _Reader(Reader):
     @override
     def committed(self, position: Position) -> None:
         if position:
-            offsets = {int(number): offset for number, offset in position.items()}
-            self._consumer.commit(offsets=self._places(offsets), asynchronous=True)
+            self._consumer.commit(offsets=self._places(position), asynchronous=True)
 
     @override
     def at_end(self) -> bool:
@@ -172,8 +168,9 @@ class _Reader(Reader):
             raise self._kafka.KafkaException(topic.error)
         return sorted(topic.partitions)
 
-    def _places(self, offsets: dict[int, Any]) -> list[Any]:
-        return [self._kafka.TopicPartition(self._config.topic, *each) for each in offsets.items()]
+    def _places(self, offsets: Mapping[Any, Any]) -> list[Any]:
+        topic = self._config.topic
+        return [self._kafka.TopicPartition(topic, int(number), offset) for number, offset in offsets.items()]
 
 
 def _cause(error: Exception) -> str:

@@ -39,7 +39,6 @@ class Found:
     Attributes:
         key: the same for the record wherever its source is read: it decides between training and held-out.
         where: for messages: the file, and the line or number in it.
-        record: its fields.
     """
 
     key: str
@@ -49,12 +48,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Bad:
-    """A record that cannot be read.
-
-    Attributes:
-        where: the file, and the line or number in it.
-        cause: what is wrong with it.
-    """
+    """A record that cannot be read, and why; `where` as in `Found`."""
 
     where: str
     cause: str
@@ -69,24 +63,16 @@ def read_as[T](parse: Callable[[T], Record], content: T, *, key: str, where: str
 
 
 class Source(ABC):
-    """Records, as a config describes where they are."""
+    """Records, as a config describes where they are.
+
+    Either method raises ConfigError for what is not there or not installed, DataError for a file that is damaged as a
+    whole, and StorageError for one that may not or cannot be read.
+    """
 
     @abstractmethod
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Lists all that there is to read, sorted by name and start; files much larger than `split_bytes` are cut.
-
-        Raises:
-            ConfigError: there is nothing of that name, or nothing that matches, or a package is missing.
-            DataError: a file that has to be opened to be cut is damaged, or a file is missing.
-            StorageError: it may not or cannot be listed.
-        """
+        """Lists all that there is to read, sorted by name and start; files much larger than `split_bytes` are cut."""
 
     @abstractmethod
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the records of a piece in their order; holds no more of them in memory than the format needs.
-
-        Raises:
-            ConfigError: the files do not have what the config asks for.
-            StorageError: the file may not or cannot be read, or is gone.
-            DataError: the file as a whole is damaged, so that it cannot be told where its records are.
-        """
+        """Yields the records of a piece in their order; holds no more of them in memory than the format needs."""

@@ -5,10 +5,11 @@ read before is passed over, and its hash must be that of what was read then.
 """
 
 import io
+import itertools
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import override
@@ -16,10 +17,9 @@ from typing import override
 import xxhash
 
 from jaxinfra.errors import DataError, StorageError
-from jaxinfra.prepare.sources.jsonl import json_object
-from jaxinfra.prepare.sources.lines import MAX_RECORD_BYTES
 from jaxinfra.prepare.sources.record import Bad, Found, read_as
 from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
+from jaxinfra.prepare.sources.text import MAX_RECORD_BYTES, json_object
 from jaxinfra.storage.errors import storage_errors
 
 _CHUNK_BYTES = 1 << 20
@@ -48,7 +48,6 @@ class _Reader(Reader):
         self._descriptor, self._expected = descriptor, position
         self._digest = xxhash.xxh3_128()
         self._offset = self._lines = 0
-        self._left = b""  # of a chunk, behind what is passed over
 
     @property
     @override
@@ -57,10 +56,12 @@ class _Reader(Reader):
 
     @override
     def arrivals(self) -> Iterator[Found | Bad | None]:
+        chunks = self._chunks()
         if self._expected:
-            yield from self._skip()
+            left = yield from self._skip(chunks)
+            chunks = itertools.chain([left] if left else [], chunks)
         digest, size_bytes, parts = self._digest.copy(), 0, list[bytes]()
-        for chunk in self._chunks():
+        for chunk in chunks:
             if chunk is None:
                 yield None
                 continue
@@ -85,14 +86,15 @@ class _Reader(Reader):
         content = b"".join(parts).strip()
         return read_as(json_object, content, key=f"stdin@{start}", where=where) if content else None
 
-    def _skip(self) -> Iterator[None]:
-        """Passes over what was read before, and looks whether it is the same."""
+    def _skip(self, chunks: Iterator[bytes | None]) -> Generator[None, None, bytes]:
+        """Passes over what was read before, looks whether it is the same, and returns the rest of its last chunk."""
         expected: int = self._expected["bytes"]
-        for chunk in self._chunks():
+        left = b""
+        for chunk in chunks:
             if chunk is None:
                 yield None
                 continue
-            own, self._left = chunk[: expected - self._offset], chunk[expected - self._offset :]
+            own, left = chunk[: expected - self._offset], chunk[expected - self._offset :]
             self._digest.update(own)
             self._offset += len(own)
             if self._offset == expected:
@@ -103,12 +105,10 @@ class _Reader(Reader):
                 f"stdin: does not begin with the {expected} bytes that were read of it before; send the same stream "
                 "from its beginning, or make another store"
             )
+        return left
 
     def _chunks(self) -> Iterator[bytes | None]:
         """Yields what comes, None when nothing did for a moment, and at the end of the stream b""."""
-        if self._left:
-            left, self._left = self._left, b""
-            yield left
         while True:
             with storage_errors("stdin", doing="read", fix="pipe the records in"):
                 ready, _, _ = select.select([self._descriptor], [], [], TICK_S)

@@ -24,13 +24,7 @@ WAIT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Records that came together.
-
-    Attributes:
-        records: in their order.
-        read_bytes: that they had.
-        position: where the stream stands after them.
-    """
+    """Records that came together, how many bytes they had, and where the stream stands after them."""
 
     records: tuple[Found | Bad, ...]
     read_bytes: int
@@ -38,13 +32,10 @@ class Block:
 
 
 class Reader(ABC):
-    """A stream that is open.
-
-    Attributes:
-        read_bytes: of the records so far.
-    """
+    """A stream that is open."""
 
     read_bytes: int = 0
+    """Of the records so far."""
 
     @property
     @abstractmethod
@@ -55,9 +46,7 @@ class Reader(ABC):
     def arrivals(self) -> Iterator[Found | Bad | None]:
         """Yields records as they come, and None when there was none for a moment; ends where the stream ends.
 
-        Raises:
-            DataError: it is another stream than the one that stood at the position that it was opened at.
-            StorageError: it cannot be read.
+        Raises DataError for another stream than stood at the position that it was opened at, and StorageError.
         """
 
     def committed(self, position: Position) -> None:
@@ -79,12 +68,7 @@ class Stream(Source):
 
     @abstractmethod
     def open(self, position: Position) -> AbstractContextManager[Reader]:
-        """Opens it where it stood.
-
-        Raises:
-            ConfigError: what it needs is not installed, or its settings are wrong.
-            StorageError: it cannot be reached.
-        """
+        """Opens it where it stood; ConfigError for wrong settings, StorageError if it cannot be reached."""
 
     @override
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
@@ -98,13 +82,10 @@ class Stream(Source):
 def blocks(
     reader: Reader, block_bytes: int, *, stopping: Callable[[], bool], wait_s: float = WAIT_S
 ) -> Iterator[Block | None]:
-    """Gathers records to blocks; yields None when nothing came for a moment. Raises as `Reader.arrivals`.
+    """Gathers records to blocks of about `block_bytes`; yields None when nothing came for a moment.
 
-    Args:
-        reader: of an open stream.
-        block_bytes: of a block, about.
-        stopping: whether to end with what has come; asked at least once each `TICK_S`.
-        wait_s: how long the first record of a block waits for more.
+    The first record of a block waits `wait_s` for more. `stopping` is asked, at least once each `TICK_S`, whether to
+    end with what has come. Raises as `Reader.arrivals`.
     """
     records: list[Found | Bad] = []
     start_bytes, first_s = reader.read_bytes, 0.0

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
 
@@ -32,15 +33,10 @@ class Vocabulary:
 
     names_end: ClassVar[bool] = False
     """Whether its special tokens may name the end of a document too."""
-    end_of_document: str = "<|endoftext|>"
+    end_of_document: NonEmpty = "<|endoftext|>"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the description; its file is not looked at."""
-        if getattr(self, "path", None) == "":
-            yield Problem(fields=("path",), message="names no file", fix="give the path or URL of the file")
-        if not self.end_of_document:
-            fix = f"use end_of_document={type(self).end_of_document}"
-            yield Problem(fields=("end_of_document",), message="must not be empty", fix=fix)
         named = getattr(self, "special_tokens", None) or ()
         special = [text for text in named if not self.names_end or text != self.end_of_document]
         if "" in special or len({self.end_of_document, *special}) <= len(special):

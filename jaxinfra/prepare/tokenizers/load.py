@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.prepare.tokenizers.common import TRICKY, Vocabulary
@@ -23,7 +24,7 @@ class TokenizerFile(Vocabulary):
     `special_tokens` must be special, such as those of a template; what the file lacks follows its last id.
     """
 
-    path: str = ""
+    path: NonEmpty = ""
     special_tokens: tuple[str, ...] = ()
 
 

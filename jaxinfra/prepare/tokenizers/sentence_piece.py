@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
@@ -37,9 +38,9 @@ class SentencePieceModel(Vocabulary):
     """
 
     names_end = True
-    path: str = ""
+    path: NonEmpty = ""
     special_tokens: tuple[str, ...] | None = None
-    end_of_document: str = "</s>"
+    end_of_document: NonEmpty = "</s>"
 
 
 def convert_sentence_piece(config: SentencePieceModel) -> Converted:

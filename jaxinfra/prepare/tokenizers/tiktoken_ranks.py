@@ -15,6 +15,7 @@ from typing import Any, override
 from tokenizers import Regex, decoders, pre_tokenizers
 
 from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
@@ -65,7 +66,7 @@ class Tiktoken(Vocabulary):
     """
 
     names_end = True
-    path: str | None = None
+    path: NonEmpty | None = None
     encoding: str = "cl100k_base"
     pattern: str | None = None
     special_tokens: tuple[str, ...] = ()

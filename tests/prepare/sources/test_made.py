@@ -9,8 +9,7 @@ from PIL import Image
 
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.sources.image_folders import ImageFolders
-from jaxinfra.prepare.sources.python_source import PythonSource
-from jaxinfra.prepare.sources.synthetic import Synthetic
+from jaxinfra.prepare.sources.made import PythonSource, Synthetic
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
 from tests.refusals import names, raises
 

@@ -6,11 +6,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.prepare.sources.jsonl import Jsonl
-from jaxinfra.prepare.sources.parquet import Parquet
+from jaxinfra.prepare.sources.tables import Parquet
+from jaxinfra.prepare.sources.text import Jsonl, zstd
 from jaxinfra.storage.files import list_files
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, found, read_all
 from tests.refusals import raises
@@ -29,7 +28,7 @@ def fresh_clients():
 @pytest.fixture
 def root(server, tmp_path, fresh_clients):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    files = {"a.jsonl": lines, "deep/er/b.jsonl.zst": zstandard.compress(lines), "ä b [1].jsonl": lines.splitlines()[0]}
+    files = {"a.jsonl": lines, "deep/er/b.jsonl.zst": zstd.compress(lines), "ä b [1].jsonl": lines.splitlines()[0]}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)

@@ -16,9 +16,7 @@ from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.array_records import ArrayRecords
-from jaxinfra.prepare.sources.hugging_face import HuggingFace
-from jaxinfra.prepare.sources.parquet import Parquet
+from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
 from jaxinfra.prepare.tokenizers import Bytes
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
 from tests.refusals import raises
