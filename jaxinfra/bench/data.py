@@ -44,18 +44,18 @@ MB = 1_000_000
 IN_FLIGHT = 4
 """Reads that the loop over TensorStore alone has started before it waits for the first."""
 
-type Batches = Generator[Any, None, None]
-type Reader = Callable[[Stores], Batches]
+type Stream[T] = Generator[T, None, None]
+type Reader = Callable[[Stores], Stream[Any]]
 
 
-def gather(stores: Stores) -> Batches:
+def gather(stores: Stores) -> Stream[np.ndarray]:
     """Copies windows out of a mapped file: what memory allows."""
     windows, rng = stores.memmap(), np.random.default_rng(0)
     while True:
         yield windows[rng.integers(0, stores.windows, BATCH) * LENGTH]
 
 
-def tensorstore(stores: Stores) -> Batches:
+def tensorstore(stores: Stores) -> Stream[np.ndarray]:
     """TensorStore alone: one read a batch, several of them in flight."""
     array, rng = arrays.open_array(stores.array, arrays.cache_context()), np.random.default_rng(0)
     asked: deque[ts.Future[np.ndarray]] = deque()

@@ -84,9 +84,9 @@ def by_hand(run: Run, naive: bool = False) -> Side:
 
 
 def turns(sides: dict[str, Side], pairs: int, *, to_the_end: bool = True) -> Times:
-    """Times so many turns of each side, one after the other; the devices are idle when a turn begins.
+    """Times so many turns of each side, the sides alternating; the devices are idle when a turn begins.
 
-    A turn is a whole step, or only the call that dispatches it.
+    With `to_the_end` the time is that of a whole step, else that of the call alone that dispatches it.
     """
     times_s: Times = {name: [] for name in sides}
     for turn in range(WARM_UPS + pairs):

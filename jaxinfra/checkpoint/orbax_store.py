@@ -116,8 +116,14 @@ class OrbaxStore:
     def _open(self) -> ocp.CheckpointManager:
         if not self._read_only and jax.process_index() == 0:
             _sweep(self._directory)
-        # Named handlers let a manager that has saved nothing yet read what another one saved.
-        handlers = {_STATE: ocp.PyTreeCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
+        # Registered handlers let a manager that has saved nothing yet read what another one saved.
+        registry, args = ocp.handlers.DefaultCheckpointHandlerRegistry(), ocp.args
+        for name, handler, kinds in (
+            (_STATE, ocp.PyTreeCheckpointHandler(), (args.PyTreeSave, args.PyTreeRestore)),
+            (_RECORD, ocp.JsonCheckpointHandler(), (args.JsonSave, args.JsonRestore)),
+        ):
+            for kind in kinds:
+                registry.add(name, kind, handler)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._keep),
             create=not self._read_only,
@@ -126,7 +132,7 @@ class OrbaxStore:
             # threads that wait minutes for it and keep the process from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
 
 
 def _sweep(directory: epath.Path) -> None:

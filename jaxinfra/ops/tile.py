@@ -49,7 +49,7 @@ def merge(one: Partial, other: Partial) -> Partial:
 
 
 def reaches(see: See, offset: Any, queries: int, keys: int) -> Any:
-    """Whether some query sees some key of as many consecutive ones, documents aside.
+    """Whether any of so many consecutive queries sees any of so many consecutive keys, documents aside.
 
     The offset is the position of the first query less that of the first key, a number or an array of them.
     """

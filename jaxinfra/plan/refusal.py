@@ -44,7 +44,7 @@ def too_big(needed_bytes: float, there_bytes: float, fix: str, of_what: str = ""
 def smaller(run: Run, rows: float, times: float) -> str:
     """What makes temporaries so many times smaller: more recomputed, fewer sequences at once, or more devices.
 
-    A microbatch, with `rows` of the batch on one device in one step, is cut into at least as many parts, if it can be.
+    A microbatch is cut into at least as many parts, if it can be; `rows` are those of one device in a whole step.
     """
     fixes = [] if run.model.remat == "full" else ["model.remat=full"]
     at_once = int(rows) // run.train.accumulate

@@ -108,7 +108,7 @@ def _example(chip: Chip) -> str:
 
 
 def prepare(topology: Topology) -> None:
-    """Makes ready for an installed compiler without its devices; before anything asks JAX for a device."""
+    """Makes ready to compile without devices, before JAX is asked for one; ConfigError without the compiler."""
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")
     package, modules = _COMPILERS[topology.chip.platform]
@@ -119,7 +119,7 @@ def prepare(topology: Topology) -> None:
 
 
 def devices(topology: Topology) -> Sequence[Device]:
-    """The described devices, if the compiler knows them: to compile for, not to run on. `prepare` comes first."""
+    """The described devices, to compile for, not to run on; ConfigError for unknown ones. `prepare` comes first."""
     from jax.experimental import topologies
 
     sizes = "x".join(map(str, topology.shape))

@@ -32,7 +32,7 @@ class Tracker:
         """Takes the final values of the run; called at most once, before `close`."""
 
     def close(self) -> None:
-        """Writes out and lets go of everything, twice too; StorageError says how many records were lost, if any."""
+        """Writes out and lets go of everything, once; StorageError says how many records were lost, if any."""
 
 
 class FileTracker(Tracker):
