@@ -2,7 +2,7 @@
 
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.made import PythonSource
+from jaxinfra.prepare.sources.any_source import PythonSource
 
 
 def config() -> ImageSet:

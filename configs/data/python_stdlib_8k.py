@@ -1,7 +1,7 @@
 """The standard library of the running Python, with 8,192 words."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.sources.text import TextFiles
+from jaxinfra.prepare.sources.any_source import TextFiles
 from jaxinfra.prepare.tokenizers import TrainBpe
 
 

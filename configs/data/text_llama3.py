@@ -1,7 +1,7 @@
 """Text files as Llama 3 reads them."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.sources.text import TextFiles
+from jaxinfra.prepare.sources.any_source import TextFiles
 from jaxinfra.prepare.tokenizers import TokenizerFile
 
 

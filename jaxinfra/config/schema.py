@@ -32,7 +32,7 @@ _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Gt: (operator.gt, "above"),
     Le: (operator.le, "at most"),
     Lt: (operator.lt, "below"),
-    MinLen: (lambda text, length: len(text) >= length, "of length at least"),
+    MinLen: (lambda text, length: len(text) >= length, "with characters, at least"),
 }
 _SCALARS = (bool, int, float, str, types.NoneType)
 
@@ -149,9 +149,12 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any],
 
 def least(annotation: Any) -> Any:
     """Returns the lower limit of an annotation, a text that is long enough, or `MISSING`."""
-    limits = (each for _, metadata in _alternatives(annotation) for each in metadata)
-    found = (each.ge if isinstance(each, Ge) else "NAME" for each in limits if isinstance(each, Ge | MinLen))
-    return next(found, MISSING)
+    for limit in (each for _, metadata in _alternatives(annotation) for each in metadata):
+        if isinstance(limit, Ge):
+            return limit.ge
+        if isinstance(limit, MinLen):
+            return "NAME".ljust(limit.min_length, "_")
+    return MISSING
 
 
 def is_config(cls: Any) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar, Protocol
 
 import numpy as np
 
@@ -76,6 +76,15 @@ class Labelled(SplitSamples[ImageData, Store]):
         return int(self._labels.max()) + 1
 
 
+class Classes(Protocol):
+    """What must be known of a model that classifies images."""
+
+    @property
+    def classes(self) -> int:
+        """Classes that it tells apart."""
+        ...
+
+
 class Images(OpenStore[Store, Labelled]):
     """An open store of images: `OpenData`."""
 
@@ -88,7 +97,7 @@ class Images(OpenStore[Store, Labelled]):
             yield f"row {row}: image {sample}, {'x'.join(map(str, image.shape))}, label {label}{named}"
             yield f"mean {image.mean():.4f}, from {image.min():.4f} to {image.max():.4f}"[:chars]
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Classes) -> None:
         """Raises ConfigError for a model with fewer classes than there are labels."""
         classes = max(self.train.classes, self.heldout().classes, len(self.store.manifest.labels))
         if model.classes < classes:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite, lcm
-from operator import add
 
 import numpy as np
 
@@ -183,7 +182,7 @@ class Mixing:
 
 def _sums(left: Sequence[int], right: Sequence[int]) -> list[int]:
     """Sums of whole numbers of any size."""
-    return list(map(add, left, right))
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 class _Shares:

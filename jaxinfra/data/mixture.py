@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import zip_longest
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
 from jaxinfra.data.store_data import pinned
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples
+from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples, Vocabulary
 from jaxinfra.errors import ConfigError
 
 
@@ -181,7 +181,7 @@ class MixedText:
             yield from rows(batch, self.tokenizer, sample[None] - self.train.offsets[source], first_row + at, chars)
 
     def heldout(self, at_most: int | None = None) -> MixedSamples:
-        """The held-out samples of every store, or the first of each, as many of one as of another; see `Text`."""
+        """The held-out samples of every store, or the first of each, as many of one as of another; see `OpenStore`."""
         count = len(self._parts)
         shares = [None if at_most is None else max(1, (at_most + count - 1 - i) // count) for i in range(count)]
         return MixedSamples([part.heldout(share) for part, share in zip(self._parts, shares, strict=True)])
@@ -191,7 +191,7 @@ class MixedText:
         """What made the tokens of all of them."""
         return self._parts[0].tokenizer
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Vocabulary) -> None:
         """See `check_vocabulary`."""
         for part in self._parts:
             part.check(model)

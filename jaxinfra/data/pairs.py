@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
 from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
-from jaxinfra.data.tokens import check_vocabulary
+from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class PairSamples(SplitSamples[PairData, TokenStore]):
         super().__init__(data, store, split, store.manifest.splits[split].documents // len(SIDES), at_most)
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Arrays of `windows.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
+        """Arrays of `sequences.packed_batch` of both sides, `chosen_inputs` and so on: `[B, T]`."""
         store, split, seq_len = self._store, self._split, self._data.seq_len
         sides = len(SIDES)
         with self._reading.running():
@@ -88,6 +88,6 @@ class Pairs(OpenStore[TokenStore, PairSamples]):
             own = {name.removeprefix(f"{side}_"): array for name, array in batch.items() if name.startswith(side)}
             yield from rows(own, self.store.tokenizer, ids, first_row, chars)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Vocabulary) -> None:
         """Raises ConfigError for a model whose vocabulary is smaller than the store's."""
         check_vocabulary(self.store, model)

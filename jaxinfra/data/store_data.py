@@ -101,7 +101,7 @@ class OpenStore[T: Store, S: SplitSamples]:
         return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
 
     def heldout(self, at_most: int | None = None) -> S:
-        """The held-out samples, or the first of them; ConfigError where there are none."""
+        """The held-out samples, or the first of them; ConfigError where text is too short for one."""
         return self._samples("heldout", at_most)
 
     def before(self, step: int, global_batch: int) -> Iterable[str]:

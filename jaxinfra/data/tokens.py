@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -170,7 +170,16 @@ class PackedRows(TokenSamples):
         return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
-def check_vocabulary(store: TokenStore, model: Any) -> None:
+class Vocabulary(Protocol):
+    """What must be known of a model that reads text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that it has an embedding for."""
+        ...
+
+
+def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
     """Raises ConfigError for a model whose vocabulary is smaller: ids beyond its embedding would be read as garbage."""
     words = store.manifest.words.vocab_size
     if words > model.vocab_size:
@@ -192,6 +201,6 @@ class Text(OpenStore[TokenStore, TokenSamples]):
         """What made the tokens."""
         return self.store.tokenizer
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Vocabulary) -> None:
         """See `check_vocabulary`."""
         check_vocabulary(self.store, model)

@@ -7,9 +7,9 @@ from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.preference import Completion, Preference
+from jaxinfra.prepare.sources.generated import PythonSource, Synthetic
 from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.kafka import Kafka
-from jaxinfra.prepare.sources.made import PythonSource, Synthetic
 from jaxinfra.prepare.sources.tables import ArrayRecords
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, TrainBpe

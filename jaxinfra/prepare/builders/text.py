@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -116,7 +115,10 @@ def _copy_documents(other: OtherStore, piece: Piece, group: int, tokenizer: Toke
 
 
 def _groups(
-    job: Job[Corpus], skipped: list[Any], filtered: Counter[str], records: Iterable[Found | Bad] | None = None
+    job: Job[Corpus],
+    skipped: list[tuple[str, str]],
+    filtered: Counter[str],
+    records: Iterable[Found | Bad] | None = None,
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
     """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
     corpus = job.recipe

@@ -1,8 +1,8 @@
 """Every kind of source that a recipe may name."""
 
+from jaxinfra.prepare.sources.generated import PythonSource, Synthetic
 from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.kafka import Kafka
-from jaxinfra.prepare.sources.made import PythonSource, Synthetic
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines

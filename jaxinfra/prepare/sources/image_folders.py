@@ -93,6 +93,8 @@ def _decoded(content: bytes, mode: str) -> np.ndarray:
             if image.mode.startswith(("I", "F")):  # converted, all that is brighter than 255 would become white
                 raise ValueError("has more than 8 bits a channel")
             pixels = np.asarray(pillow.ImageOps.exif_transpose(image).convert(mode))
+    except pillow.UnidentifiedImageError:
+        raise ValueError("is no image that can be used (of no format that is known)") from None
     except Exception as error:  # what decoders raise on damaged images is of every kind
         raise ValueError(f"is no image that can be used ({cause_of(error)})") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

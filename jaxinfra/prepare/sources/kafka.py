@@ -168,7 +168,7 @@ class _Reader(Reader):
             raise self._kafka.KafkaException(topic.error)
         return sorted(topic.partitions)
 
-    def _places(self, offsets: Mapping[Any, Any]) -> list[Any]:
+    def _places(self, offsets: Mapping[int, Any] | Position) -> list[Any]:
         topic = self._config.topic
         return [self._kafka.TopicPartition(topic, int(number), offset) for number, offset in offsets.items()]
 

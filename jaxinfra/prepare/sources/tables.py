@@ -140,7 +140,7 @@ class HuggingFace(Source):
             try:
                 return json.load(file)
             except ValueError as error:
-                raise damaged(f"{shown(self.path)}/{name}", str(error)) from None
+                raise DataError(f"{shown(self.path)}/{name}: is damaged ({error}); restore the file") from None
 
     def _rows(self, file: File) -> int:
         if not is_local(self.path):
@@ -154,7 +154,8 @@ class HuggingFace(Source):
         with _arrow_file(self.path, name, "huggingface") as (pa, file):
             file.seek(-min(len(_END), file.seek(0, 2)), 2)
             if file.read() != _END:
-                raise damaged(f"{shown(self.path)}/{name}", "cut short")
+                fix = "restore the file or save the dataset again"
+                raise DataError(f"{shown(self.path)}/{name}: is cut short; {fix}")
             file.seek(0)
             source = pa.memory_map(local_path(self.path, name)) if is_local(self.path) else file
             with pa.ipc.open_stream(source) as batches:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from jaxinfra.errors import ConfigError, DataError, StorageError
+from jaxinfra.prepare.sources.generated import PythonSource, Synthetic
 from jaxinfra.prepare.sources.image_folders import ImageFolders
-from jaxinfra.prepare.sources.made import PythonSource, Synthetic
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
 from tests.refusals import names, raises
 
