@@ -68,10 +68,11 @@ def repo_root() -> Path:
 
 
 @pytest.fixture
-def all_optimizations() -> Iterator[None]:
-    """Compiles as a user's program is: for what real compilers make of a program."""
+def all_optimizations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiles as a user's program is: for what real compilers make of a program, and where steps are many."""
     import jax
 
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

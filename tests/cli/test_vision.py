@@ -158,6 +158,7 @@ def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_optimizations")
 def test_digits_are_learned(repo_root: Path, digits: Path, tmp_path: Path) -> None:
     """The shipped config, as a user starts it: 97 of 100 unseen digits."""
     config = str(repo_root / "configs" / "vit_digits.py")

@@ -106,12 +106,12 @@ def candidates() -> list[Case]:
 
 
 def cost(case: Case) -> float:
-    """About the seconds that a core compiles, measured: each of these features doubles what depends on the layers."""
+    """About the seconds that a core compiles, as measured: these features multiply one another."""
     model, staged = case.run.model, case.mesh.stage > 1
     unlike = kind(case.run) == "several" or (kind(case.run) == "experts" and len(model.kinds) > 1)
     zero_bubble = staged and case.run.pipeline.schedule == "zero_bubble"
     features = unlike, staged, zero_bubble, case.mesh.context > 1, kind(case.run) == "experts", model.remat in MIXED
-    return 6 + 3.3 * 2 ** sum(features)
+    return 8 + 4 ** sum(features) / 3
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def cover() -> list[Case]:
     every = set[tuple[str, str]]().union(*(found for _, found in left))
     missing, chosen = set(every), dict[Case, set[tuple[str, str]]]()
     while missing:
-        case, found = max(left, key=lambda each: len(each[1] & missing) / cost(each[0]) ** 0.5)
+        case, found = max(left, key=lambda each: len(each[1] & missing) / cost(each[0]) ** 0.75)
         chosen[case] = found
         missing -= found
     for case in sorted(chosen, key=cost, reverse=True):

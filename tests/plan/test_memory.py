@@ -118,6 +118,7 @@ RUN = replace(
         mlp_dim=4096,
         layers=8,
         remat="full",
+        attention="xla",  # kernels take most of the time of a compiler
     ),
     mesh=MeshConfig(fsdp=4),
 )
