@@ -118,19 +118,19 @@ RUN = replace(
         mlp_dim=4096,
         layers=8,
         remat="full",
-        attention="xla",  # kernels take most of the time of a compiler
     ),
     mesh=MeshConfig(fsdp=4),
 )
+SMALL = replace(RUN, model=replace(RUN.model, vocab_size=1024, width=256, heads=2, kv_heads=2, mlp_dim=1024))
 IN_HOST_MEMORY = "S(5)"
 """How the text marks the layout of an array there."""
 
 
 @functools.cache
-def allotted(*, offload: bool = False, remat: Remat = "full", rows: int = 128) -> tuple[Memory, bool]:
+def allotted(of: Run, *, rows: int, offload: bool = False, remat: Remat = "full") -> tuple[Memory, bool]:
     """What is allotted, and whether the text has arrays in host memory."""
     run = replace(
-        RUN, optim=Optim(offload=offload), model=replace(RUN.model, remat=remat), train=TrainConfig(global_batch=rows)
+        of, optim=Optim(offload=offload), model=replace(of.model, remat=remat), train=TrainConfig(global_batch=rows)
     )
     texts: list[str] = []
     found = compile_step(run, OFFLOADED_ON, dump=texts.append, report=lambda line: None)
@@ -140,9 +140,9 @@ def allotted(*, offload: bool = False, remat: Remat = "full", rows: int = 128) -
 @pytest.mark.slow
 def test_state_of_the_optimiser_leaves_the_device() -> None:
     """Both moments of AdamW do; of what comes back only a few layers are there at once."""
-    (here, marked), (away, moved) = allotted(), allotted(offload=True)
+    (here, marked), (away, moved) = (allotted(SMALL, rows=8, offload=offload) for offload in (False, True))
     assert moved and not marked and here.host == 0
-    state = program_for(replace(RUN, train=TrainConfig(global_batch=4)), OFFLOADED_ON).state
+    state = program_for(replace(SMALL, train=TrainConfig(global_batch=4)), OFFLOADED_ON).state
     moments = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.opt_state) if a.ndim) // OFFLOADED_ON.count
     assert away.host == pytest.approx(moments, rel=0.01)
     assert here.arguments - away.arguments == pytest.approx(moments, rel=0.01)
@@ -155,8 +155,8 @@ def test_what_layers_keep_leaves_the_device() -> None:
 
     What is left is what the policy takes that keeps nothing.
     """
-    (dots, marked), (away, moved) = (allotted(remat=policy, rows=128) for policy in ("dots", "offload"))
-    full, _ = allotted(remat="full", rows=128)
+    (dots, marked), (away, moved) = (allotted(RUN, rows=128, remat=policy) for policy in ("dots", "offload"))
+    full, _ = allotted(RUN, rows=128)
     assert moved and not marked and dots.host == 0
     model, tokens = RUN.model, 128 * RUN.data.seq_len // OFFLOADED_ON.count
     kept = 2 * tokens * model.layers * (4 * model.width + 2 * model.mlp_dim)
