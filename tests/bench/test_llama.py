@@ -9,8 +9,15 @@ from jaxinfra.bench import llama
 from tests.tiny_run import launch
 
 SMALL = (
-    *("model.layers=2", "model.width=1024", "model.mlp_dim=2048", "model.heads=8", "model.vocab_size=8192"),
-    *("data.seq_len=2048", "train.compiler=default"),
+    *(
+        "model.layers=2",
+        "model.width=512",
+        "model.mlp_dim=1024",
+        "model.heads=4",
+        "model.kv_heads=2",
+        "model.vocab_size=1024",
+    ),
+    *("data.seq_len=1024", "train.compiler=default"),
 )
 
 
