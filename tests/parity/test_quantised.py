@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxinfra.bench.parity import Arrays
 from jaxinfra.models.remat import Remat
 from jaxinfra.parallel.layout import Quantise
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
-from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, differences, gradients, on_one_device, too_different
+from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, differences, gradients, on_one_device
 
 # Rounding to eight bits makes much of a last bit; with all optimizations both sides round alike.
 pytestmark = pytest.mark.usefixtures("all_optimizations")
@@ -32,6 +33,15 @@ def run_of(quantise: Quantise, remat: Remat = "none", run: Run = DOCUMENTS) -> R
 
 def off(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(((found - wanted) ** 2).mean() / (wanted**2).mean()))
+
+
+def assert_close(found: Arrays, run: Run) -> None:
+    """The loss to 5e-5; of every gradient less than a tenth of what quantising itself changes."""
+    wanted, exact = on_one_device(run), on_one_device(replace(run, precision=DOCUMENTS.precision))
+    assert found["sum.loss"] == pytest.approx(wanted["sum.loss"], rel=5e-5)
+    for path, one in wanted.items():
+        if path.startswith("grad."):
+            assert off(found[path], one) < 0.1 * off(one, exact[path]), path
 
 
 @pytest.mark.parametrize(
@@ -53,18 +63,13 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
     ids=lambda case: f"{case.run.precision.quantise}-{case}",
 )
 def test_the_mesh_changes_nothing_but_a_rounding(case: Case) -> None:
-    """The loss to 5e-5; of every gradient less than a tenth of what quantising itself changes."""
-    found, wanted = gradients(case), on_one_device(case.run)
-    exact = on_one_device(replace(case.run, precision=DOCUMENTS.precision))
-    assert found["sum.loss"] == pytest.approx(wanted["sum.loss"], rel=5e-5)
-    for path, one in wanted.items():
-        if path.startswith("grad."):
-            assert off(found[path], one) < 0.1 * off(one, exact[path]), path
+    assert_close(gradients(case), case.run)
 
 
 @pytest.mark.parametrize("remat", ["full", "offload"])
-def test_rematerialisation_keeps_every_gradient(remat: Remat) -> None:
-    assert not too_different(gradients(Case(run=run_of("int8", remat))), on_one_device(run_of("int8")))
+def test_rematerialisation_changes_nothing_but_a_rounding(remat: Remat) -> None:
+    """What is computed again may be fused with other operations, and differ in its last bit."""
+    assert_close(gradients(Case(run=run_of("int8", remat))), run_of("int8"))
 
 
 @pytest.mark.parametrize("quantise", ["int8", "fp8"])
