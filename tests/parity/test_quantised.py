@@ -18,9 +18,6 @@ from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, differences, gradients, on_one_device
 
-# Rounding to eight bits makes much of a last bit; with all optimizations both sides round alike.
-pytestmark = pytest.mark.usefixtures("all_optimizations")
-
 PRODUCTS = 7
 """With weights of a layer: query, key, value, out; gate, up, down."""
 
