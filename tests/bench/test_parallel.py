@@ -9,7 +9,7 @@ import pytest
 TINY = ["model.width=32", "model.heads=4", "model.mlp_dim=64", "model.vocab_size=64", "data.seq_len=16"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_every_schedule_is_timed_beside_the_plain_form(repo_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "launch", "bench", "parallel", *TINY, "--only", "schedules", "--pairs", "1"]

@@ -117,7 +117,7 @@ def test_processes_leave_with_the_command(tmp_path: Path) -> None:
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_two_devices_agree_with_one(repo_root: Path) -> None:
     changes = ("model.qkv_bias=true", "model.layers=2")
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

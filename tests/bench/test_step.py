@@ -107,7 +107,7 @@ def test_the_first_step_is_timed_and_the_process_ended(tmp_path: Path) -> None:
         first_step_s([sys.executable, "-c", ""], dict(os.environ), tmp_path / "log")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(90)
 def test_the_whole_benchmark(repo_root: Path, tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus", tmp_path / "out.json"
     corpus.mkdir()

@@ -157,7 +157,7 @@ def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         next(records())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(75)
 @pytest.mark.usefixtures("all_optimizations")
 def test_digits_are_learned(repo_root: Path, digits: Path, tmp_path: Path) -> None:
     """The shipped config, as a user starts it: 97 of 100 unseen digits."""

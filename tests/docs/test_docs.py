@@ -137,7 +137,7 @@ def run(command: str, folder: Path, *, stop: bool = False, patience_s: float = 1
     return process.returncode, "".join(output)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 def test_a_newcomer_gets_what_the_readme_says(clone: Path) -> None:
     install(clone)
     shorten(clone)

@@ -76,7 +76,7 @@ def meets_once(found: Compiled) -> None:
     assert sum(row.bytes for row in far) == pytest.approx(params_bytes, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 @pytest.mark.parametrize("name", ON)
 def test_a_config_keeps_to_its_budget(name: str) -> None:
     texts: list[str] = []

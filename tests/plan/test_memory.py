@@ -149,7 +149,7 @@ def test_state_of_the_optimiser_leaves_the_device() -> None:
     assert away.temporaries - here.temporaries < moments / 4
 
 
-@pytest.mark.slow
+@pytest.mark.slow(75)
 def test_what_layers_keep_leaves_the_device() -> None:
     """Six products a layer: queries, keys, values, the output of attention, gate and up.
 

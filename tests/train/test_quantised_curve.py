@@ -69,7 +69,7 @@ def curve(config: Path, quantise: Quantise) -> np.ndarray:
     return np.array(losses).reshape(-1, WINDOW).mean(axis=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.usefixtures("all_optimizations")
 @pytest.mark.parametrize(("quantise", "off"), [("int8", 1e-3), ("fp8", 2.5e-3)])
 def test_the_loss_curve_is_that_of_bfloat16(config: Path, quantise: Quantise, off: float) -> None:
