@@ -109,7 +109,7 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
         return launch("data", "prepare", str(tiny.recipe), f"store={tmp_path / 'new'}", *overrides)
 
     (tmp_path / "empty").mkdir()
-    refused(prepare("work="), "work='' work=PATH")
+    refused(prepare("work="), "work='' work=none")
     refused(prepare("work=s3://bucket/x"), "work= work=PATH")
     refused(prepare(f"source.root={tmp_path / 'empty'}"), f"pattern=*.txt: {tmp_path}/empty")
     for place in (tmp_path / "nowhere", tiny.config):
