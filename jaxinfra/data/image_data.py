@@ -77,7 +77,7 @@ class Labelled(SplitSamples[ImageData, Store]):
 
 
 class Classes(Protocol):
-    """What must be known of a model that classifies images."""
+    """Says how many classes a model tells apart, to compare with the labels of a store."""
 
     @property
     def classes(self) -> int:

@@ -146,7 +146,7 @@ class Mixing:
         return found
 
     def counts(self, step: int) -> list[int]:
-        """How many samples of each source are read before a step; fails as `ids`."""
+        """Returns how many samples of each source are read before a step; raises as `ids`."""
         before, source_M, skip = self._blocks(step, 1)
         return _sums(before, np.bincount(source_M[:skip], minlength=len(before)).tolist())
 

@@ -192,6 +192,6 @@ class MixedText:
         return self._parts[0].tokenizer
 
     def check(self, model: Vocabulary) -> None:
-        """See `check_vocabulary`."""
+        """Refuses a model with a smaller vocabulary than the store; see `check_vocabulary`."""
         for part in self._parts:
             part.check(model)

@@ -39,7 +39,7 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Packs:
-    """What goes into each row; rows are numbered by rising length of their longest piece, as a `Curriculum` needs."""
+    """Lists the pieces of each row; rows are numbered by rising length of their longest piece, for a `Curriculum`."""
 
     seq_len: int  # room of a row, in targets
     piece_document: np.ndarray  # document of each piece, int64[P]

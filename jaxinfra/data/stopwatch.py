@@ -28,7 +28,7 @@ class Stopwatch:
 
 
 def lateness(waited_s: float, wall_s: float, stages_s: Mapping[str, float], remedies: Mapping[str, str]) -> str | None:
-    """What to say of a run of `wall_s` that has waited `waited_s` for batches; None if it has hardly.
+    """Returns a warning for a run that waited `waited_s` of its `wall_s` for batches; None where it hardly waited.
 
     `stages_s` are what each stage of making batches took, divided by the threads that work on it at once; `remedies`
     say what helps where it is slow.

@@ -171,7 +171,7 @@ class PackedRows(TokenSamples):
 
 
 class Vocabulary(Protocol):
-    """What must be known of a model that reads text."""
+    """Says how large the vocabulary of a model is, to compare with that of a store."""
 
     @property
     def vocab_size(self) -> int:
@@ -202,5 +202,5 @@ class Text(OpenStore[TokenStore, TokenSamples]):
         return self.store.tokenizer
 
     def check(self, model: Vocabulary) -> None:
-        """See `check_vocabulary`."""
+        """Refuses a model with a smaller vocabulary than the store; see `check_vocabulary`."""
         check_vocabulary(self.store, model)

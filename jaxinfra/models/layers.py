@@ -27,7 +27,7 @@ BLOCK: Names = ("batch", "positions")
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """How parameters are laid out, and how many layers each is stacked over; 0 for those that stand alone."""
+    """Declares parameters in a layout, each stacked over so many layers; 0 for those that stand alone."""
 
     layout: Layout
     layers: int = 0

@@ -142,7 +142,7 @@ class MoE(nnx.Module):
         self.shared = shared() if experts.shared else None
 
     def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerSums]:
-        """What the experts make of the stream, whole positions in and block positions out, and what the layer counts.
+        """Applies the experts to the stream: whole positions in, block positions and the counts of the layer out.
 
         With `drops` experts take no more than their capacity.
         """

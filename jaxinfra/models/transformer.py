@@ -268,7 +268,7 @@ class TransformerConfig:
         return tuple(dict.fromkeys(self.sight(number) for number in range(self.depth)))
 
     def alike(self, numbers: np.ndarray) -> bool:
-        """See `ModelConfig`: layers that differ in their sight are of different kinds."""
+        """Tells whether stages side by side have layers of one sight; see `ModelConfig`."""
         kinds = [self.sight(self.dense_layers + number) if number >= 0 else None for number in numbers.flat]
         side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
         return bool((side_by_side == side_by_side[:, :1]).all())

@@ -137,7 +137,7 @@ def _gathered(how: How, x: jax.Array | None, dim: int) -> Any:
 
 
 def _on_gathered(how: How, tile: Any, k, v, segments, *queries) -> list[Any]:
-    """What a forward or backward tile makes of each piece of the queries and what goes with them, on all keys."""
+    """Applies a forward or backward tile to each piece of the queries, and what goes with it, on all keys."""
     whole = [_gathered(how, a, 2) for a in (k, v)]
     ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.order.axes), []
     of_queries = (_pieces(how, a) for a in queries)

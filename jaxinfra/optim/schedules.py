@@ -27,7 +27,7 @@ from jaxinfra.config.limits import Natural, PositiveShare, Share
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """What every schedule has.
+    """Holds the fields that every schedule has.
 
     Attributes:
         warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
@@ -122,7 +122,7 @@ def table(config: Schedule, *, peak_lr: float, steps: int, rows: int = 11) -> li
 
 
 def schedule_problems(config: Schedule, steps: int, *, path: str = "") -> Iterable[Problem]:
-    """What cannot work in a run of `steps` steps; fields are reported under `path`, such as "optim.schedule."."""
+    """Yields what cannot work in a run of `steps` steps; fields are named under `path`, as in "optim.schedule."."""
     if config.warmup_steps and config.warmup_steps >= steps:
         yield Problem(
             fields=(f"{path}warmup_steps",),

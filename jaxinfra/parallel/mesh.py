@@ -115,7 +115,7 @@ def _split_where_needed(create: Callable[..., np.ndarray], sizes: Sequence[int],
         return create(sizes, devices=devices, allow_split_physical_axes=True)
     try:
         return create(sizes, devices=devices)
-    except NotImplementedError:  # how JAX says that an axis cannot lie along whole dimensions
+    except NotImplementedError:  # raised by JAX for an axis that cannot lie along whole dimensions: axes share one then
         shared = create(sizes, devices=devices, allow_split_physical_axes=True)  # refuses what cannot be shared
         return np.array(sorted(devices, key=_place), dtype=object).reshape(shared.shape)
 

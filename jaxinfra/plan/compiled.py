@@ -63,7 +63,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Executable:
-    """What is read of a compiled program: its HLO, and the memory of one device."""
+    """Holds the HLO of a compiled program and the memory of one device."""
 
     text: str
     memory: Memory

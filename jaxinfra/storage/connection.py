@@ -53,7 +53,7 @@ def check_url(url: str) -> str:
 
 
 def context(*, cache_bytes: int = 0) -> ts.Context:
-    """What all that is opened with as large a cache shares: that, and how often a request is tried again.
+    """Returns the context shared by all that is opened with a cache of this size: the cache, and the retries.
 
     ConfigError where the environment has a time that is none.
     """

@@ -55,7 +55,7 @@ class Task(Protocol):
         ...
 
     def scores(self, sums: Mapping[str, float], heldout: Any) -> dict[str, float]:
-        """What is reported of an evaluation, `loss` first: from sums over all batches, and the held-out samples."""
+        """Returns the metrics of an evaluation, `loss` first, from sums over all batches and the held-out samples."""
         ...
 
     def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:

@@ -26,7 +26,7 @@ _LOG_RATIO = 1000  # from this ratio of largest to smallest on, a linear axis hi
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What one chart shows."""
+    """Describes one chart."""
 
     title: str  # what is measured
     unit: str = ""  # of the values as they are drawn, "" for a bare number

@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("text", "pairs", "images")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What one split holds."""
+    """Describes the contents of one split."""
 
     documents: int  # number of documents, or of images
     tokens: int  # number of token ids, each document with its end; of images 0
@@ -66,7 +66,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What became of the records."""
+    """Counts what became of the records."""
 
     records: int = 0  # that were read
     skipped: int = 0  # that could not be read, under the policy that allows it; `skipped.jsonl` lists them

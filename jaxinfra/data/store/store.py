@@ -54,7 +54,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """What was found in a file of the store that does not fit its hash, or in a block of an array, by its number."""
+    """Names a file of the store, or a block of an array by its number, that does not fit its hash."""
 
     file: str
     block: int | None = None
@@ -209,7 +209,7 @@ class TokenStore(Store):
         return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
 
     def read_mask(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
-        """Which tokens of windows are learned, uint8[N, length], as `read`; None where the store has no mask."""
+        """Reads which tokens of windows are learned, uint8[N, length], as `read`; None where the store has no mask."""
         return self._windows(split, MASK, starts, length) if self.manifest.masked else None
 
     def sample(self, split: Split, limit: int) -> np.ndarray:

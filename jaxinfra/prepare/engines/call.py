@@ -15,7 +15,7 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a job returned or raised, with the traceback, which does not come along with an error."""
+    """Holds what a job returned or raised, with the traceback, which is lost when an error is pickled."""
 
     value: Any = None
     error: Exception | None = None

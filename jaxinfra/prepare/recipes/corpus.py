@@ -23,7 +23,7 @@ SHARD_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRecipe:
-    """How a store is made, whatever it holds.
+    """Describes how a store of any kind is made.
 
     Attributes:
         store: folder or URL (`s3://`, `gs://`) of the store; its versions stand in it beside one another.

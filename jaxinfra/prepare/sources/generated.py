@@ -27,7 +27,7 @@ _FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # which of a word's followers comes next;
 
 @dataclass(frozen=True, kw_only=True)
 class PythonSource(Source):
-    """What `function()` yields, or `function(shard, shards)` for each of several shards.
+    """Reads what `function()` yields, or `function(shard, shards)` for each of several shards.
 
     It yields mappings, or texts for records `{"text": str}`; the same ones in the same order whenever it is called.
     The key of a record is its shard and its number in it, so other `shards` hold out other records.
