@@ -46,7 +46,7 @@ def dump(root: Any) -> str:
 
 
 def diff(left: Any, right: Any, *, fingerprinted_only: bool = False) -> list[Difference]:
-    """Returns the leaves that differ, in field order; what only `right` has follows its neighbour there.
+    """Returns the leaves that differ, in field order; what only `right` has follows its neighbor there.
 
     `fingerprinted_only` is as of `leaves`.
     """

@@ -124,7 +124,7 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 def _runs(changes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where runs of tokens begin and end, by what changes between neighbours."""
+    """Where runs of tokens begin and end, by what changes between neighbors."""
     return pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(changes) + 1])
 
 

@@ -79,7 +79,7 @@ AXES: tuple[str, ...] = tuple(field.name for field in fields(MeshConfig))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
-    """A mesh of `config` over all of `devices`, explicit axis types, physical neighbours innermost.
+    """A mesh of `config` over all of `devices`, explicit axis types, physical neighbors innermost.
 
     On TPUs several slices make the outermost axis: `replica` must be a multiple of their number. Elsewhere
     devices stand in the order of their ids, host after host, and any axis may span hosts. Sizes that do not fit the

@@ -2,12 +2,12 @@
 
 A tick has up to three parts, in this order: a forward pass of one chunk, a backward pass of one chunk, and, where
 the schedule splits the backward pass, the weight gradients of one chunk. All stages run a part together or none
-does: stages of one program wait for their neighbours anyhow, so a part costs its time if any stage needs it. A
+does: stages of one program wait for their neighbors anyhow, so a part costs its time if any stage needs it. A
 chunk is a consecutive run of layers; a stage holds `chunks` of them (virtual stages), and chunk c of stage s stands
 at place `c * stages + s` of the model.
 
 Tables are made and checked here, in NumPy, and run by `parallel.pipeline`. What a stage sends is used by its
-neighbour in the next tick, always (`check` holds it), so nothing waits between stages but the inputs of chunks, which
+neighbor in the next tick, always (`check` holds it), so nothing waits between stages but the inputs of chunks, which
 their backward passes read again. `slots` of them exist at once on a stage, however many microbatches there are,
 except under GPipe.
 

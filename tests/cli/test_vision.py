@@ -76,7 +76,7 @@ def test_whole_run(seen: Tiny) -> None:
     assert found["heldout"] == {name: evaluated[-1][f"eval/{name}"] for name in ("loss", "accuracy")}
     images = len(seen.loaded().data.open().heldout())
     assert round(found["heldout"]["accuracy"] * images, 6).is_integer(), "each held-out image counts once"
-    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbour, accuracy +0\.9[89]\d\d", ended.out)
+    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbor, accuracy +0\.9[89]\d\d", ended.out)
     assert "images/s" in ended.out and not OF_TEXT.search(ended.out)
     page = (directory / "report.html").read_text()
     assert "Accuracy" in page and "images/s" in page and not OF_TEXT.search(page)

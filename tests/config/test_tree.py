@@ -142,7 +142,7 @@ def test_an_int_in_a_float_field_is_the_float():
     assert type(encode(whole)["weight"]) is float
 
 
-def test_diff_shows_absent_paths_beside_their_neighbours():
+def test_diff_shows_absent_paths_beside_their_neighbors():
     left = apply(BASE, ["train.steps=7"])
     right = apply(BASE, ["optim.schedule=wsd"])
     differences = diff(left, right)

@@ -227,7 +227,7 @@ def test_decimal_weights_are_taken_at_their_word():
     assert tenths.counts(10**17) == [10**17, 9 * 10**17]
 
 
-def test_neighbours_of_a_batch_are_of_any_source():
+def test_neighbors_of_a_batch_are_of_any_source():
     """Row i of every batch, which one process reads, has its share of every source."""
     mixing = Mixing([1000, 1000], [MixStage(weights=(1, 1))], global_batch=64, seed=0)
     first = np.array([mixing.ids(step)[0] for step in range(200)])

@@ -35,7 +35,7 @@ def test_zigzag_halves_every_step() -> None:
         assert np.array(seen).sum(axis=0).tolist() == [2] * 8
 
 
-def test_a_window_goes_to_neighbours_alone() -> None:
+def test_a_window_goes_to_neighbors_alone() -> None:
     assert on_the_way(order(8), See(window=4), 4) == [0, 1, 7]
     assert on_the_way(order(8), See(window=1), 4) == [0]
     assert on_the_way(order(8, zigzag=False), See(window=10), 4) == [0, 1, 2, 3]

@@ -96,7 +96,7 @@ def test_axes_are_in_order_and_explicit() -> None:
 
 
 @pytest.mark.parametrize("config", [MeshConfig(fsdp=4, tensor=2), MeshConfig(replica=2, fsdp=2, tensor=2)])
-def test_the_innermost_axis_joins_neighbours(config: MeshConfig) -> None:
+def test_the_innermost_axis_joins_neighbors(config: MeshConfig) -> None:
     for pair in grid(config, BOX).reshape(-1, 2):
         assert distance(*pair) == 1
 

@@ -140,4 +140,4 @@ def nearest(train: Sequence[Any], heldout: Sequence[Any]) -> dict[str, dict[str,
         labels.append(np.concatenate([labels for _, labels in split]))
     distance = (pixels[0] ** 2).sum(-1) - 2 * pixels[1] @ pixels[0].T
     found = labels[0][distance.argmin(axis=1)]
-    return {"accuracy": {"nearest neighbour": float((found == labels[1]).mean())}}
+    return {"accuracy": {"nearest neighbor": float((found == labels[1]).mean())}}
