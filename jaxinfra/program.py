@@ -88,7 +88,7 @@ class Program:
             mesh=MeshConfig(**dict(mesh.shape)),
             platform=platform,
             compute_dtype=jnp.dtype(run.precision.compute),
-            quantise=run.precision.quantise,
+            quantize=run.precision.quantize,
             # A loss over single positions does not ask where they stand.
             zigzag=self.task.by_position,
         )

@@ -19,7 +19,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.optim.schedules import schedule_problems
-from jaxinfra.parallel.layout import Quantise, Rules
+from jaxinfra.parallel.layout import Quantize, Rules
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.tasks.causal_lm import CausalLM
@@ -36,21 +36,21 @@ class Precision:
     Attributes:
         params: what parameters are stored in between steps.
         compute: what weights and activations are cast to in the model; losses, norms and sums are float32.
-        quantise: what the factors of the layers' products with weights are rounded to, forward and backward (see
-            `ops.quantised`); embedding and head stay as they are.
+        quantize: what the factors of the layers' products with weights are rounded to, forward and backward (see
+            `ops.quantized`); embedding and head stay as they are.
     """
 
     params: Literal["float32", "bfloat16"] = "float32"
     compute: Literal["float32", "bfloat16"] = "bfloat16"
-    quantise: Quantise = "none"
+    quantize: Quantize = "none"
 
     def problems(self) -> Iterable[Problem]:
-        """Quantised products have what makes them."""
-        if self.quantise != "none" and find_spec("qwix") is None:
+        """Quantized products have what makes them."""
+        if self.quantize != "none" and find_spec("qwix") is None:
             yield Problem(
-                fields=("quantise",),
-                message="quantised products are made by qwix, which is not installed",
-                fix="run pip install qwix, or install jaxinfra with its extra quantised",
+                fields=("quantize",),
+                message="quantized products are made by qwix, which is not installed",
+                fix="run pip install qwix, or install jaxinfra with its extra quantized",
             )
 
 

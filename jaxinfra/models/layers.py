@@ -111,7 +111,7 @@ class Linear(nnx.Module):
         """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
         meets = BLOCK if self.direction == "along" else ("batch", "sequence")
         w, layout = self.layout.weight(self.weight[...], self.axes, meets), self.layout
-        multiply = partial(dot, contract=self.contract, flat=layout.platform != "tpu", quantise=layout.quantise)
+        multiply = partial(dot, contract=self.contract, flat=layout.platform != "tpu", quantize=layout.quantize)
         if self.direction != "outward":
             y = multiply(x, w)
             return self._add_bias(product(y) if self.kept else y, meets)

@@ -17,8 +17,8 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from jaxinfra.ops import quantised
-from jaxinfra.parallel.layout import Quantise, axes_of, staged
+from jaxinfra.ops import quantized
+from jaxinfra.parallel.layout import Quantize, axes_of, staged
 
 
 def dot(
@@ -28,7 +28,7 @@ def dot(
     contract: int = 1,
     partial: frozenset[str] = frozenset(),
     flat: bool = True,
-    quantise: Quantise = "none",
+    quantize: Quantize = "none",
 ) -> jax.Array:
     """Contracts the last dimensions of `x` with the first of `w`: `[..., *N]` in the dtype of `x`.
 
@@ -39,7 +39,7 @@ def dot(
         contract: number of dimensions in `K`.
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
         flat: as one product of rank 2; False leaves all dimensions apart.
-        quantise: the format of the factors (see `ops.quantised`).
+        quantize: the format of the factors (see `ops.quantized`).
     """
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
     stages = w.shape[:1] if staged(w_spec) else ()
@@ -52,11 +52,11 @@ def dot(
         dims = first + len(lead)
         rows = 1 if _rows_are_contiguous(x, first, dims) else len(lead)
         x = _merge(x, (*(1,) * first, len(lead) + 1 - rows, *(1,) * (rows - 1), contract))
-        y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), _How(partial, 1, first, quantise))
-    elif quantise == "none":
+        y = _product(x, _merge(w, (*(1,) * first, contract, len(n))), _How(partial, 1, first, quantize))
+    elif quantize == "none":
         y = _plain(x, w, partial, contract, first)
     else:
-        y = _product(x, w, _How(partial, contract, first, quantise))
+        y = _product(x, w, _How(partial, contract, first, quantize))
     if not (flat or stages):
         return y
     out = PartitionSpec(*x_spec.partitions[: len(lead)], *w_spec.partitions[first + contract :], unreduced=partial)
@@ -93,15 +93,15 @@ class _How(NamedTuple):
     partial: frozenset[str]
     contract: int
     stages: int
-    quantise: Quantise
+    quantize: Quantize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: jax.Array, how: _How) -> jax.Array:
     """The contraction of `[*S, ..., *K]` and `[*S, *K, *N]`, sharded like the rows and the columns."""
-    if how.quantise == "none":
+    if how.quantize == "none":
         return _plain(x, w, how.partial, how.contract, how.stages)
-    return quantised.product(x, w, *how)
+    return quantized.product(x, w, *how)
 
 
 def _plain(x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int = 1, stages: int = 0) -> jax.Array:
@@ -122,10 +122,10 @@ def _forward(x: jax.Array, w: jax.Array, how: _How) -> tuple[jax.Array, tuple[ja
 def _backward(how: _How, operands: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = operands
     plain = functools.partial(_plain, partial=how.partial, contract=how.contract, stages=how.stages)
-    if how.quantise == "none":
+    if how.quantize == "none":
         (dx,) = jax.vjp(lambda x: plain(x, w), x)[1](g)
     else:
-        dx = quantised.input_gradient(x, w, g, how.contract, how.stages, how.quantise)
+        dx = quantized.input_gradient(x, w, g, how.contract, how.stages, how.quantize)
     if x.ndim > 2 or w.ndim > 2:
         (dw,) = jax.vjp(lambda w: plain(x, w), w)[1](g)
         return dx, dw

@@ -29,8 +29,8 @@ from jaxinfra.parallel.mesh import MeshAxis, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
 
 type Names = tuple[str | None, ...]
-type Quantise = Literal["none", "int8", "fp8"]
-"""The format of the factors of products with the weights of layers (see `ops.quantised`)."""
+type Quantize = Literal["none", "int8", "fp8"]
+"""The format of the factors of products with the weights of layers (see `ops.quantized`)."""
 
 GATHERED = "gathered"
 """The name by which rematerialisation knows a weight that was gathered: no layer keeps it for its backward pass."""
@@ -127,7 +127,7 @@ class Layout:
         mesh: size of every mesh axis, none of them -1.
         platform: what runs the program ("cpu", "gpu", "tpu"): kernels are chosen by it.
         compute_dtype: the dtype that weights are cast to where they are used.
-        quantise: the format of the factors of products with the weights of layers.
+        quantize: the format of the factors of products with the weights of layers.
         zigzag: sequences that are spread over devices stand in zig-zag order there.
     """
 
@@ -135,7 +135,7 @@ class Layout:
     mesh: MeshConfig = MeshConfig(fsdp=1)
     platform: str = "cpu"
     compute_dtype: jnp.dtype = jnp.dtype("float32")
-    quantise: Quantise = "none"
+    quantize: Quantize = "none"
     zigzag: bool = False
 
     @property

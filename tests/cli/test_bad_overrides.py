@@ -37,9 +37,9 @@ def test_a_root_that_cannot_be_written(begun: Tiny) -> None:
     refused(begun.launch("root=/dev/null/x"), "/dev/null/x/tiny", code=82)
 
 
-def test_quantised_products_need_qwix(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_products_need_qwix(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxinfra.run.find_spec", lambda name: None)
-    refused(tiny.launch("precision.quantise=int8"), "precision.quantise=int8 qwix quantised")
+    refused(tiny.launch("precision.quantize=int8"), "precision.quantize=int8 qwix quantized")
 
 
 LATENT = "model.latent=latent"

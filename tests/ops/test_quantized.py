@@ -1,4 +1,4 @@
-"""Quantised products are near the exact ones by what their formats say, and do not depend on the mesh."""
+"""Quantized products are near the exact ones by what their formats say, and do not depend on the mesh."""
 
 import functools
 
@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.layout import Layout, Quantise
+from jaxinfra.parallel.layout import Layout, Quantize
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 
-ERRORS: dict[Quantise, float] = {"int8": 0.0106, "fp8": 0.0375}
+ERRORS: dict[Quantize, float] = {"int8": 0.0106, "fp8": 0.0375}
 """Root mean square error of a product of normal numbers, K = 512, as a part of the product.
 
 A factor rounded to steps of s is off by s / sqrt(12). int8: the largest of 512 normal numbers is near 3.3, so s is
@@ -34,34 +34,34 @@ def on_one_device():
         yield
 
 
-@pytest.mark.parametrize("quantise", ERRORS)
-def test_the_error_is_that_of_the_format(quantise: Quantise) -> None:
+@pytest.mark.parametrize("quantize", ERRORS)
+def test_the_error_is_that_of_the_format(quantize: Quantize) -> None:
     """Of the product and of the gradient of activations; the gradient of the weight is exact."""
     x, w, g = normal(64, 512), normal(512, 512), normal(64, 512, seed=1)
-    y, pull = jax.vjp(lambda x, w: dot(x, w, quantise=quantise), x, w)
+    y, pull = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
     dx, dw = pull(g)
     for found, wanted in ((y, x @ w), (dx, g @ w.T)):
-        assert off(found, wanted) == pytest.approx(ERRORS[quantise], rel=0.06)
+        assert off(found, wanted) == pytest.approx(ERRORS[quantize], rel=0.06)
     np.testing.assert_allclose(dw, x.T @ g, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("quantise", ERRORS)
-def test_every_row_and_column_has_its_scale(quantise: Quantise) -> None:
+@pytest.mark.parametrize("quantize", ERRORS)
+def test_every_row_and_column_has_its_scale(quantize: Quantize) -> None:
     """So factors of a million on rows, columns and gradients change nothing but the size of the result."""
     x, w, g = (jnp.asarray(a) for a in (normal(4, 64), normal(64, 4), normal(4, 4, seed=1)))
     rows, columns = (
         np.float32(2.0) ** np.array(powers, np.float32) for powers in ([[-20], [0], [5], [20]], [20, 0, -3, -20])
     )
-    y, pull = jax.vjp(lambda x: dot(x, w, quantise=quantise), x)
-    scaled, pull_scaled = jax.vjp(lambda x: dot(x, w * columns, quantise=quantise), x * rows)
+    y, pull = jax.vjp(lambda x: dot(x, w, quantize=quantize), x)
+    scaled, pull_scaled = jax.vjp(lambda x: dot(x, w * columns, quantize=quantize), x * rows)
     np.testing.assert_allclose(scaled, y * rows * columns, rtol=1e-6)
     np.testing.assert_allclose(pull_scaled(g / columns * rows)[0], pull(g)[0] * rows, rtol=1e-6)
 
 
-@pytest.mark.parametrize("quantise", ERRORS)
-def test_zeros_give_zeros_and_the_largest_number_is_kept(quantise: Quantise) -> None:
+@pytest.mark.parametrize("quantize", ERRORS)
+def test_zeros_give_zeros_and_the_largest_number_is_kept(quantize: Quantize) -> None:
     x = jnp.array([[0.0, 0.0, 0.0], [3.0, -1e-9, -3.0]])
-    np.testing.assert_allclose(dot(x, jnp.eye(3), quantise=quantise), np.where(np.abs(x) > 1, x, 0), rtol=1e-6)
+    np.testing.assert_allclose(dot(x, jnp.eye(3), quantize=quantize), np.where(np.abs(x) > 1, x, 0), rtol=1e-6)
 
 
 MESHES = [
@@ -73,10 +73,10 @@ MESHES = [
 
 
 def on_mesh(
-    mesh: MeshConfig, quantise: Quantise, x: np.ndarray, w: np.ndarray, g: np.ndarray, *, outward: bool
+    mesh: MeshConfig, quantize: Quantize, x: np.ndarray, w: np.ndarray, g: np.ndarray, *, outward: bool
 ) -> tuple[np.ndarray, ...]:
     """Product and gradients with features over `tensor`: those yielded, or if `outward` those contracted."""
-    layout = Layout(mesh=mesh, quantise=quantise)
+    layout = Layout(mesh=mesh, quantize=quantize)
     features = ("mlp", "embed") if outward else ("embed", "mlp")
     stored = layout.spec(*features)
     partial = frozenset(layout.mesh_axes("mlp") if outward else ())
@@ -84,7 +84,7 @@ def on_mesh(
     def run(x, w):
         if not outward:
             x = layout.shard(x, "batch", "sequence", None, meets="mlp")
-        y = dot(x, layout.weight(w, features), partial=partial, quantise=quantise)
+        y = dot(x, layout.weight(w, features), partial=partial, quantize=quantize)
         return layout.shard(y, "batch", "sequence", None if outward else "mlp")
 
     made = make_mesh(mesh, jax.devices())
@@ -98,28 +98,28 @@ def on_mesh(
 
 @pytest.mark.parametrize("outward", [False, True], ids=["inward", "outward"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(map(str, mesh.sizes)))
-@pytest.mark.parametrize("quantise", ERRORS)
-def test_the_mesh_changes_the_order_of_sums_alone(quantise: Quantise, mesh: MeshConfig, outward: bool) -> None:
+@pytest.mark.parametrize("quantize", ERRORS)
+def test_the_mesh_changes_the_order_of_sums_alone(quantize: Quantize, mesh: MeshConfig, outward: bool) -> None:
     """To 1e-6 of the largest, far below a step of either format; int8 sums are exact where no shard is added up."""
     x, w, g = normal(8, 4, 64), normal(64, 128), normal(8, 4, 128, seed=1)
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        y, pull = jax.vjp(lambda x, w: dot(x, w, quantise=quantise), x, w)
+        y, pull = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
         wanted = (y, *pull(g))
-    found = on_mesh(mesh, quantise, x, w, g, outward=outward)
+    found = on_mesh(mesh, quantize, x, w, g, outward=outward)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
-    if quantise == "int8" and not outward:
+    if quantize == "int8" and not outward:
         assert np.array_equal(found[0], wanted[0])
 
 
-@pytest.mark.parametrize("quantise", ERRORS)
-def test_dimensions_left_apart_share_their_scales(quantise: Quantise) -> None:
+@pytest.mark.parametrize("quantize", ERRORS)
+def test_dimensions_left_apart_share_their_scales(quantize: Quantize) -> None:
     """Heads contracted, and heads yielded, as on TPU: the same as one dimension, gradients included."""
     for x_shape, w_shape, contract in (((2, 4, 3, 16), (3, 16, 32), 2), ((2, 4, 32), (32, 3, 16), 1)):
         x, w = jnp.asarray(normal(*x_shape)), jnp.asarray(normal(*w_shape))
         found = []
         for flat in (True, False):
-            y, pull = jax.vjp(functools.partial(dot, contract=contract, flat=flat, quantise=quantise), x, w)
+            y, pull = jax.vjp(functools.partial(dot, contract=contract, flat=flat, quantize=quantize), x, w)
             found.append((y, *pull(jnp.asarray(normal(*y.shape, seed=1)))))
         for one, other in zip(*found, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())

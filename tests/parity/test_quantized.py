@@ -1,4 +1,4 @@
-"""Quantised training computes the same on every mesh, schedule and remat policy, from factors of the right format.
+"""Quantized training computes the same on every mesh, schedule and remat policy, from factors of the right format.
 
 Scales and sums in whole numbers are the same everywhere. What differs is the last bit of what comes before a
 rounding; once in a while that decides between two steps of the format, and the difference is one rounding more.
@@ -12,7 +12,7 @@ import pytest
 
 from jaxinfra.bench.parity import Arrays
 from jaxinfra.models.remat import Remat
-from jaxinfra.parallel.layout import Quantise
+from jaxinfra.parallel.layout import Quantize
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
@@ -22,9 +22,9 @@ PRODUCTS = 7
 """With weights of a layer: query, key, value, out; gate, up, down."""
 
 
-def run_of(quantise: Quantise, remat: Remat = "none", run: Run = DOCUMENTS) -> Run:
+def run_of(quantize: Quantize, remat: Remat = "none", run: Run = DOCUMENTS) -> Run:
     return replace(
-        run, model=replace(run.model, remat=remat), precision=Precision(compute="float32", quantise=quantise)
+        run, model=replace(run.model, remat=remat), precision=Precision(compute="float32", quantize=quantize)
     )
 
 
@@ -33,7 +33,7 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def assert_close(found: Arrays, run: Run) -> None:
-    """The loss to 5e-5; of every gradient less than a tenth of what quantising itself changes."""
+    """The loss to 5e-5; of every gradient less than a tenth of what quantizing itself changes."""
     wanted, exact = on_one_device(run), on_one_device(replace(run, precision=DOCUMENTS.precision))
     assert found["sum.loss"] == pytest.approx(wanted["sum.loss"], rel=5e-5)
     for path, one in wanted.items():
@@ -50,14 +50,14 @@ def assert_close(found: Arrays, run: Run) -> None:
         Case(run=run_of("fp8"), mesh=MeshConfig(fsdp=1, tensor=8)),
         Case(run=run_of("int8"), mesh=MeshConfig(fsdp=8)),
         *(
-            pytest.param(Case(run=run_of(quantise, run=DEEPSEEK), mesh=mesh, accumulate=2), marks=pytest.mark.slow)
-            for quantise, mesh in (
+            pytest.param(Case(run=run_of(quantize, run=DEEPSEEK), mesh=mesh, accumulate=2), marks=pytest.mark.slow)
+            for quantize, mesh in (
                 ("int8", MeshConfig(fsdp=1, expert=2, context=2, tensor=2)),
                 ("fp8", MeshConfig(stage=2, fsdp=2, expert=2)),
             )
         ),
     ],
-    ids=lambda case: f"{case.run.precision.quantise}-{case}",
+    ids=lambda case: f"{case.run.precision.quantize}-{case}",
 )
 def test_the_mesh_changes_nothing_but_a_rounding(case: Case) -> None:
     assert_close(gradients(case), case.run)
@@ -69,16 +69,16 @@ def test_rematerialisation_changes_nothing_but_a_rounding(remat: Remat) -> None:
     assert_close(gradients(Case(run=run_of("int8", remat))), run_of("int8"))
 
 
-@pytest.mark.parametrize("quantise", ["int8", "fp8"])
-def test_quantising_reaches_every_gradient(quantise: Quantise) -> None:
-    changed = differences(on_one_device(run_of(quantise)), on_one_device(DOCUMENTS))
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantizing_reaches_every_gradient(quantize: Quantize) -> None:
+    changed = differences(on_one_device(run_of(quantize)), on_one_device(DOCUMENTS))
     assert min(size for path, size in changed.items() if path.endswith("weight") and path.startswith("grad.")) > 1e-3
 
 
-@pytest.mark.parametrize(("quantise", "kind"), [("int8", "i8"), ("fp8", "f8E4M3FN")])
-def test_two_of_the_three_products_have_factors_of_the_format(quantise: Quantise, kind: str) -> None:
+@pytest.mark.parametrize(("quantize", "kind"), [("int8", "i8"), ("fp8", "f8E4M3FN")])
+def test_two_of_the_three_products_have_factors_of_the_format(quantize: Quantize, kind: str) -> None:
     """Forward and the gradient of activations, of all products with weights of layers, and of nothing else."""
-    run = replace(run_of(quantise), mesh=MeshConfig(fsdp=2, tensor=2))
+    run = replace(run_of(quantize), mesh=MeshConfig(fsdp=2, tensor=2))
     text = Program(run, abstract_mesh(run.mesh), "tpu").lower().as_text()
     factors = re.findall(r"stablehlo\.dot_general .*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", text)
     assert factors.count((kind, kind)) == 2 * PRODUCTS

@@ -1,4 +1,4 @@
-"""Quantised training follows the loss curve of bfloat16 on real text."""
+"""Quantized training follows the loss curve of bfloat16 on real text."""
 
 import functools
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.parallel.layout import Quantise
+from jaxinfra.parallel.layout import Quantize
 from jaxinfra.track.jsonl import read
 from tests.tiny_run import launch
 
@@ -59,11 +59,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def curve(config: Path, quantise: Quantise) -> np.ndarray:
+def curve(config: Path, quantize: Quantize) -> np.ndarray:
     """The mean loss of every window of steps."""
-    ended = launch(str(config), f"name={quantise}", f"precision.quantise={quantise}")
+    ended = launch(str(config), f"name={quantize}", f"precision.quantize={quantize}")
     assert ended.code == 0, ended
-    rows = read(config.parent / "runs" / quantise / "metrics.jsonl")
+    rows = read(config.parent / "runs" / quantize / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == STEPS
     return np.array(losses).reshape(-1, WINDOW).mean(axis=1)
@@ -71,10 +71,10 @@ def curve(config: Path, quantise: Quantise) -> np.ndarray:
 
 @pytest.mark.slow(30)
 @pytest.mark.usefixtures("all_optimizations")
-@pytest.mark.parametrize(("quantise", "off"), [("int8", 1e-3), ("fp8", 2.5e-3)])
-def test_the_loss_curve_is_that_of_bfloat16(config: Path, quantise: Quantise, off: float) -> None:
+@pytest.mark.parametrize(("quantize", "off"), [("int8", 1e-3), ("fp8", 2.5e-3)])
+def test_the_loss_curve_is_that_of_bfloat16(config: Path, quantize: Quantize, off: float) -> None:
     """Nearer than another seed comes (1e-2), but not the same; 2.5e-3 is what DeepSeek-V3 reports for fp8 at most."""
-    wanted, found = curve(config, "none"), curve(config, quantise)
+    wanted, found = curve(config, "none"), curve(config, quantize)
     assert wanted[-1] < 0.8 * wanted[0]
     np.testing.assert_allclose(found, wanted, rtol=off)
     assert np.abs(found / wanted - 1).max() > 1e-5

@@ -4,7 +4,7 @@ Factors are rounded on the spot, by qwix: every row of the activations and every
 its own, `max|.| / largest number of the format`, over the whole contracted dimension. A scale is a maximum over all
 shards of that dimension, so the numbers do not depend on the mesh. Nothing is remembered from step to step.
 
-Of the three products of a training step two are quantised: the forward one and the gradient of the activations. The
+Of the three products of a training step two are quantized: the forward one and the gradient of the activations. The
 gradient of the weight contracts rows, whose scales would have to be agreed on across the whole batch, `replica`
 included: it stays in the dtype of its factors, from activations that were not rounded.
 """
@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.layout import Quantise
+from jaxinfra.parallel.layout import Quantize
 
 if TYPE_CHECKING:
     from qwix import QArray
 
-FORMATS: dict[Quantise, tuple[jnp.dtype, str]] = {
+FORMATS: dict[Quantize, tuple[jnp.dtype, str]] = {
     "int8": (jnp.dtype(jnp.int8), f"absmax,{127.5 / 127}"),
     "fp8": (jnp.dtype(jnp.float8_e4m3fn), "absmax"),
 }
@@ -34,9 +34,9 @@ integers; here it is at 127.
 
 
 def product(
-    x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int, stages: int, quantise: Quantise
+    x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int, stages: int, quantize: Quantize
 ) -> jax.Array:
-    """The contraction of `x` and `w` with quantised factors, summed in int32 or float32.
+    """The contraction of `x` and `w` with quantized factors, summed in int32 or float32.
 
     Args:
         x: `[*S, ..., *K]`.
@@ -44,7 +44,7 @@ def product(
         partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
         contract: number of dimensions in `K`.
         stages: number of dimensions in `S`.
-        quantise: the format.
+        quantize: the format.
 
     Returns:
         `[*S, ..., *N]` in the dtype of `x`, sharded like the rows and the columns.
@@ -56,8 +56,8 @@ def product(
     columns = w_spec.partitions[stages + contract :]
     out = PartitionSpec(*x_spec.partitions[: x.ndim - contract], *columns, unreduced=partial)
     y = qwix.dot_general(
-        _marked(_scaled(x, in_x, quantise), partial),
-        _marked(_scaled(w, in_w, quantise), partial),
+        _marked(_scaled(x, in_x, quantize), partial),
+        _marked(_scaled(w, in_w, quantize), partial),
         ((in_x, in_w), (range(stages), range(stages))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
@@ -66,9 +66,9 @@ def product(
 
 
 def input_gradient(
-    x: jax.Array, w: jax.Array, g: jax.Array, contract: int, stages: int, quantise: Quantise
+    x: jax.Array, w: jax.Array, g: jax.Array, contract: int, stages: int, quantize: Quantize
 ) -> jax.Array:
-    """The gradient of `x` in `product`, of quantised factors, from that of the result.
+    """The gradient of `x` in `product`, of quantized factors, from that of the result.
 
     The scales of the weight's columns, which are contracted here, go into `g` before it is rounded
     (as in AQT and qwix): so the weight is the one of the forward product, to the bit.
@@ -77,12 +77,12 @@ def input_gradient(
 
     spec = jax.typeof(x).sharding.spec
     out = spec.update(reduced=spec.unreduced, unreduced=spec.reduced)
-    weight = _scaled(w, tuple(range(stages, stages + contract)), quantise)
+    weight = _scaled(w, tuple(range(stages, stages + contract)), quantize)
     in_w = tuple(range(stages + contract, w.ndim))
     in_g = tuple(range(g.ndim - len(in_w), g.ndim))
     rows = tuple(range(stages, in_g[0]))
     column_scales = jnp.expand_dims(weight.scale.squeeze(tuple(range(stages, stages + contract))), rows)
-    factor = _scaled(_unmarked(g).astype(jnp.float32) * column_scales, in_g, quantise)
+    factor = _scaled(_unmarked(g).astype(jnp.float32) * column_scales, in_g, quantize)
     dx = qwix.dot_general(
         _marked(factor, out.unreduced),
         weight.qvalue,
@@ -93,11 +93,11 @@ def input_gradient(
     return dx.astype(x.dtype)
 
 
-def _scaled(a: jax.Array, contracted: tuple[int, ...], quantise: Quantise) -> "QArray":
-    """Quantised, with one scale for all numbers along these dimensions."""
+def _scaled(a: jax.Array, contracted: tuple[int, ...], quantize: Quantize) -> "QArray":
+    """Quantized, with one scale for all numbers along these dimensions."""
     import qwix
 
-    dtype, scale = FORMATS[quantise]
+    dtype, scale = FORMATS[quantize]
     scales = [dim for dim in range(a.ndim) if dim not in contracted]
     wide = _unmarked(a).astype(jnp.float32)
     return qwix.quantize(wide, dtype, channelwise_axes=scales, calibration_method=scale)
