@@ -24,8 +24,8 @@ from jaxinfra.ops.dropout import FIELD, token_words
 from jaxinfra.optim.optimizers import build
 from jaxinfra.optim.schedules import schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
-from jaxinfra.parallel.layout import Layout, Names, partial_zeros
 from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.sharding import LogicalAxes, Partitioner, unreduced_zeros
 from jaxinfra.parallel.spec import ParamSpec, param_key, replaced, trained
 from jaxinfra.stages import Stages
 from jaxinfra.tasks.task import loss
@@ -63,7 +63,7 @@ class Program:
         task: what it is trained for.
         data: what it is trained on.
         mesh: where it runs; an `AbstractMesh` can be lowered on but not run.
-        layout: names to shardings.
+        partitioner: names to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
         batch: name to `ShapeDtypeStruct` of the global batch.
         state: the train state as `ShapeDtypeStruct`s.
@@ -83,7 +83,7 @@ class Program:
         self._options = options(run.train.compiler, {"cuda": "gpu"}.get(platform, platform))
         # The chunks of a stage are not consecutive: its layers are then not stored on it.
         rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
-        self.layout = Layout(
+        self.partitioner = Partitioner(
             rules=rules,
             mesh=MeshConfig(**dict(mesh.shape)),
             platform=platform,
@@ -92,13 +92,13 @@ class Program:
             # A loss over single positions does not ask where they stand.
             zigzag=self.task.by_position,
         )
-        self.graphdef, specs = nnx.split(run.model.build(self.layout))
+        self.graphdef, specs = nnx.split(run.model.build(self.partitioner))
         self.specs: dict[str, Any] = nnx.to_pure_dict(specs)
         dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
         self._paths = jax.tree.map_with_path(lambda path, _: dotted(path), self.specs)
-        self._stored = jax.tree.map(self.layout.stored, self._paths, self.specs)
-        staged = self.layout.mesh.stage > 1
-        self._stages = Stages(run, self.layout, self.specs, self._stored) if staged else None
+        self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
+        staged = self.partitioner.mesh.stage > 1
+        self._stages = Stages(run, self.partitioner, self.specs, self._stored) if staged else None
         self.optimizer = build(run.optim, steps=run.train.steps, specs=trained(self.specs, self.specs))
         self._schedule = schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
 
@@ -126,7 +126,7 @@ class Program:
 
     def _batch(self, *, heldout: bool) -> dict[str, jax.ShapeDtypeStruct]:
         fields = self.task.batch(self.data, self.run.train.global_batch, heldout=heldout)
-        return {n: self._sharded(f.shape, f.dtype, self.layout.spec(*f.axes)) for n, f in fields.items()}
+        return {n: self._sharded(f.shape, f.dtype, self.partitioner.spec(*f.axes)) for n, f in fields.items()}
 
     @cached_property
     def params(self) -> Any:
@@ -186,7 +186,7 @@ class Program:
         """The train step, lowered for `platform` from shapes alone."""
         with self.on_mesh:
             traced = self.train_step.trace(self.state, self.batch)
-            platform = {"gpu": "cuda"}.get(self.layout.platform, self.layout.platform)
+            platform = {"gpu": "cuda"}.get(self.partitioner.platform, self.partitioner.platform)
             return traced.lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array) -> Any:
@@ -207,7 +207,7 @@ class Program:
             return batch
         key = param_key(jax.random.key(self.run.seed), FIELD)
         shape = (self.run.train.global_batch, self.family.positions(self.data))
-        return {**batch, FIELD: token_words(key, jnp.asarray(step), shape, self.layout.spec("batch", "sequence"))}
+        return {**batch, FIELD: token_words(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence"))}
 
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
@@ -221,17 +221,17 @@ class Program:
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def _arranged(self, batch: Batch) -> Batch:
-        """The batch with the positions of sequences in the order of the layout, as the model wants them."""
-        order = self.layout.order
-        if order.pieces == 1:
+        """The batch with sequence positions in shard order, as the model expects them."""
+        sharding = self.partitioner.sequence_sharding
+        if sharding.blocks_per_shard == 1:
             return batch
 
-        def one(x: jax.Array, axes: Names) -> jax.Array:
+        def one(x: jax.Array, axes: LogicalAxes) -> jax.Array:
             if "sequence" not in axes:
                 return x
-            whole = self.layout.spec(*(None if name == "sequence" else name for name in axes))
-            arranged = order.arrange(jax.reshard(x, whole), axes.index("sequence"))
-            return jax.reshard(arranged, self.layout.spec(*axes))
+            whole = self.partitioner.spec(*(None if name == "sequence" else name for name in axes))
+            arranged = sharding.to_shard_order(jax.reshard(x, whole), axes.index("sequence"))
+            return jax.reshard(arranged, self.partitioner.spec(*axes))
 
         fields = self.task.batch(self.data, self.run.train.global_batch, heldout=True)
         axes = {name: field.axes for name, field in fields.items()} | {FIELD: ("batch", "sequence")}
@@ -245,7 +245,7 @@ class Program:
             grads, sums = self._stages.gradients(params, _split(batch, count))
             scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
             return jax.tree.map(lambda g: g * scale, trained(grads, self.specs)), sums
-        marked = jax.tree.map(lambda p, s: jax.reshard(p, self.layout.with_reduced(s)), params, self._stored)
+        marked = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
         if count == 1:
             sums, grads = self._loss_and_grads(marked, batch)
         else:
@@ -253,7 +253,7 @@ class Program:
             first = jax.tree.map(lambda x: x[0], microbatches)
             shapes = jax.eval_shape(self._loss_and_grads, marked, first)
             # From zeros and not from the first microbatch, so that the model is compiled once, inside the loop.
-            zeros = jax.tree.map(lambda a: partial_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
+            zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
 
             def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, self._loss_and_grads(marked, microbatch)), None

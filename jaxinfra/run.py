@@ -19,9 +19,9 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.optim.schedules import schedule_problems
-from jaxinfra.parallel.layout import Quantize, Rules
 from jaxinfra.parallel.mesh import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
+from jaxinfra.parallel.sharding import Quantize, ShardingRules
 from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.tasks.classification import Classification
 from jaxinfra.tasks.task import Task
@@ -94,7 +94,7 @@ class Run:
     data: TokenData | Mixture | ImageData
     precision: Precision = Precision()
     mesh: Annotated[MeshConfig, NOT_FINGERPRINTED] = MeshConfig()
-    rules: Annotated[Rules, NOT_FINGERPRINTED] = Rules()
+    rules: Annotated[ShardingRules, NOT_FINGERPRINTED] = ShardingRules()
     pipeline: Annotated[PipelineConfig, NOT_FINGERPRINTED] = PipelineConfig()
     optim: Optim = field(default_factory=Optim)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfra.models.model import Staged
-from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.pipeline import Pipeline, Spread, without_stage
+from jaxinfra.parallel.sharding import Partitioner
 
 if TYPE_CHECKING:
     from jaxinfra.run import Run
@@ -43,18 +43,18 @@ def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
 class Stages:
     """The stages of a run: a `pipeline.Model`, and the step that it makes."""
 
-    def __init__(self, run: "Run", layout: Layout, specs: Any, stored: Any):
+    def __init__(self, run: "Run", partitioner: Partitioner, specs: Any, stored: Any):
         """Builds the model twice: for the rows of all stages, and for its end, spread over them.
 
-        The layout is that of a run without stages; `specs` and `stored` are those of every parameter.
+        The partitioner is that of a run without stages; `specs` and `stored` are those of every parameter.
         """
-        self.run, self.layout, self.specs, self.stored = run, layout, specs, stored
-        rules, self.stages, self.chunks = layout.rules, layout.mesh.stage, run.pipeline.chunks
+        self.run, self.partitioner, self.specs, self.stored = run, partitioner, specs, stored
+        rules, self.stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
         dim = run.loss_spread()
         assert dim is not None, "validate the run first"
         spread = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
-        self.at_end = replace(layout, rules=replace(rules, block_sequence=(), **spread))
-        in_rows = replace(layout, rules=replace(rules, batch=("stage", *rules.batch)))
+        self.at_end = replace(partitioner, rules=replace(rules, block_sequence=(), **spread))
+        in_rows = replace(partitioner, rules=replace(rules, batch=("stage", *rules.batch)))
         self._rows, self._end = (nnx.split(run.model.build(one))[0] for one in (in_rows, self.at_end))
         numbers = layer_numbers(run.model.layers, self.stages, self.chunks)
         self.places, self.longest = self.stages * self.chunks, numbers.shape[1]
@@ -112,12 +112,12 @@ class Stages:
     def _laid_out(self, params: Any) -> tuple[Any, Any]:
         """Weights of the layers by stage, and all others whole on every stage; gradients of both stay partial sums."""
         shared = jax.tree.map(
-            lambda p, s: jax.reshard(p, self.layout.with_reduced(_of_any_stage(s), "stage")),
+            lambda p, s: jax.reshard(p, self.partitioner.with_reduced(_of_any_stage(s), "stage")),
             self._of_shared(params),
             self._of_shared(self.stored),
         )
         weights = jax.tree.map(
-            lambda p, s: jax.reshard(self._split(p), self.layout.with_reduced(self._staged(s))),
+            lambda p, s: jax.reshard(self._split(p), self.partitioner.with_reduced(self._staged(s))),
             params[STACKED],
             self.stored[STACKED],
         )

@@ -16,7 +16,7 @@ from jaxinfra.ops.attention import Kernel, See, attend
 from jaxinfra.ops.context import attend_across
 from jaxinfra.ops.rope import rotate
 from jaxinfra.ops.route import Form
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.sharding import Partitioner
 
 
 class KV(NamedTuple):
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     def __init__(self, shape: AttentionShape, stack: Stack):
         self.kernel: Kernel | None = shape.kernel
         self.form: Form | Literal["auto"] = shape.form
-        self.layout = stack.layout
+        self.partitioner = stack.partitioner
         width, query, key = (shape.width,), (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim)
         linear = partial(Linear, stack=stack)
         project = partial(linear, width, direction="inward", bias=shape.qkv_bias)
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
-        x_BTD = self.layout.whole(x_BTD, "heads")
+        x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK = self.query_norm(q_BTHK, ("batch", "sequence", "heads"))
@@ -89,21 +89,28 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK = rotate(q_BTHK, *place.tables), rotate(k_BTGK, *place.tables)
         if cache is None:
             y_BTHK = among_themselves(
-                q_BTHK, k_BTGK, v_BTGK, see, place.segments, layout=self.layout, kernel=self.kernel, form=self.form
+                q_BTHK,
+                k_BTGK,
+                v_BTGK,
+                see,
+                place.segments,
+                partitioner=self.partitioner,
+                kernel=self.kernel,
+                form=self.form,
             )
             return self.out(y_BTHK), None
         assert place.start is not None
         cache = KV(*(write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
         q_index = place.start + jnp.arange(x_BTD.shape[1])[None]
         kv_index = jnp.arange(cache.keys.shape[1])[None]
-        y_BTHK = attend(q_BTHK, *cache, see, platform=self.layout.platform, q_index=q_index, kv_index=kv_index)
+        y_BTHK = attend(q_BTHK, *cache, see, platform=self.partitioner.platform, q_index=q_index, kv_index=kv_index)
         return self.out(y_BTHK), cache
 
     def empty_cache(self, layers: int, batch: int, length: int) -> KV:
         """A cache for `length` tokens of `batch` rows, of all layers."""
-        shape, layout = self.key.weight[...].shape[-2:], self.layout
-        spec = layout.spec(None, "batch", None, "kv_heads", None)
-        zeros = jnp.zeros((layers, batch, length, *shape), layout.compute_dtype, out_sharding=spec)
+        shape, partitioner = self.key.weight[...].shape[-2:], self.partitioner
+        spec = partitioner.spec(None, "batch", None, "kv_heads", None)
+        zeros = jnp.zeros((layers, batch, length, *shape), partitioner.compute_dtype, out_sharding=spec)
         return KV(zeros, jnp.zeros_like(zeros))
 
 
@@ -114,14 +121,14 @@ def among_themselves(
     see: See,
     segments_BT: jax.Array | None,
     *,
-    layout: Layout,
+    partitioner: Partitioner,
     kernel: Kernel | None,
     form: Form | Literal["auto"],
 ) -> jax.Array:
     """What the tokens of whole sequences see of one another, `[B, T, H, V]` (see `attend` and `attend_across`)."""
-    order, platform = layout.order, layout.platform
-    if order.shards > 1:
-        across = partial(attend_across, order=order, platform=platform, forced=kernel, form=form)
+    sharding, platform = partitioner.sequence_sharding, partitioner.platform
+    if sharding.num_shards > 1:
+        across = partial(attend_across, sharding=sharding, platform=platform, forced=kernel, form=form)
         return across(q_BTHK, k_BTGK, v_BTGV, see, segments_BT=segments_BT)
     segments = None if segments_BT is None else (segments_BT, segments_BT)
     return attend(q_BTHK, k_BTGK, v_BTGV, see, platform=platform, segments=segments, forced=kernel)

@@ -28,7 +28,7 @@ from jaxinfra.models.transformer import Sight, TransformerConfig
 from jaxinfra.ops.attention import See
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
 from jaxinfra.ops.rope import rope_tables
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
 
 type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
@@ -39,7 +39,7 @@ class Block(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
     def __init__(self, config: TransformerConfig, stack: Stack):
-        self.layout, self.dropout = stack.layout, config.dropout
+        self.partitioner, self.dropout = stack.partitioner, config.dropout
         norm = partial(_norm, config, stack)
         # Both outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
         out_scale = (2 * config.depth) ** -0.5
@@ -62,11 +62,11 @@ class Block(nnx.Module):
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
-        y_BTD = self.layout.whole(self.mlp_norm(x_BTD), "mlp")
+        y_BTD = self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp")
         y_BTD, sums = self.mlp(y_BTD, drops=cache is None) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), {})
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
         x_BTD += drop(y_BTD, words_BT, 1, self.dropout)
-        return self.layout.rows(x_BTD), cache, sums
+        return self.partitioner.row_major(x_BTD), cache, sums
 
 
 def _norm(config: TransformerConfig, stack: Stack) -> Norm:
@@ -124,9 +124,9 @@ class Cache(NamedTuple):
 class Transformer(nnx.Module):
     """A decoder: words in, hidden states out; `head` makes them logits (see `ops.cross_entropy`)."""
 
-    def __init__(self, config: TransformerConfig, layout: Layout):
-        self.config, self.layout = config, layout
-        alone, dense = (Stack(layout=layout, layers=layers) for layers in (0, config.dense_layers))
+    def __init__(self, config: TransformerConfig, partitioner: Partitioner):
+        self.config, self.partitioner = config, partitioner
+        alone, dense = (Stack(partitioner=partitioner, layers=layers) for layers in (0, config.dense_layers))
         words, places, width, declare = config.vocab_size, config.learned_positions, config.width, alone.declare
         init = normal(width**-0.5)
         self.embedding = declare((words, width), ("vocab", "embed"), init, "embedding")
@@ -168,7 +168,7 @@ class Transformer(nnx.Module):
         """The stream before the first layer of the stack (dense ones before it are done): `[B, T, D]`, block positions.
 
         Args:
-            batch: `inputs` `[B, T]`, words, int32, in the order of the layout; `positions` `[B, T]`, places in their
+            batch: `inputs` `[B, T]`, words, int32, in shard order; `positions` `[B, T]`, places in their
                 documents, or none for those in the row; `segments` `[B, T]`, document ids: a token sees its own
                 document alone, or none where every row is one document; `dropout` `[B, T]` (see `ops.dropout`), or
                 none to drop nothing.
@@ -207,11 +207,11 @@ class Transformer(nnx.Module):
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
-        return self.layout.whole(self.norm(x_BTD), "vocab")
+        return self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
 
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """What the layers add to the loss, summed over tokens like it; None for nothing."""
-        return moe.penalty(sums, (*self.layout.mesh_axes("batch"), *self.layout.mesh_axes("sequence")))
+        return moe.penalty(sums, (*self.partitioner.mesh_axes("batch"), *self.partitioner.mesh_axes("sequence")))
 
     def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
         """See `Model`."""
@@ -227,8 +227,8 @@ class Transformer(nnx.Module):
     def _positions(self, batch: Inputs) -> jax.Array:
         if "positions" in batch:
             return batch["positions"]
-        places_1T = self.layout.order.places(batch["inputs"].shape[1])[None]
-        return jax.reshard(places_1T, self.layout.spec(None, "sequence"))
+        places_1T = self.partitioner.sequence_sharding.positions(batch["inputs"].shape[1])[None]
+        return jax.reshard(places_1T, self.partitioner.spec(None, "sequence"))
 
     def _kinds(self, staged: Staged | None = None) -> jax.Array:
         """By layer the index of its sight among all: `[L]`, or `[L, S]` if stages differ; -1 for no layer."""
@@ -283,7 +283,7 @@ class Transformer(nnx.Module):
     def _layer(self, sight: Sight, context: Context, policy: Remat) -> Layer:
         """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""
         config = self.config
-        rope, dtype = config.rope_of(sight), self.layout.compute_dtype
+        rope, dtype = config.rope_of(sight), self.partitioner.compute_dtype
         tables = None if rope is None else rope_tables(rope, context.positions, config.rotary_width, dtype)
         place = Place(tables, context.segments, context.start)
 
@@ -295,28 +295,28 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rows of the embedding for words (and positions), with block positions."""
-        layout = self.layout
+        partitioner = self.partitioner
         x_BTD = self._rows(tokens_BT)
         if self.positions is not None:
-            table = layout.weight(self.positions[...], (None, "embed"))
-            places = jax.reshard(jnp.broadcast_to(positions_BT, tokens_BT.shape), layout.spec("batch", "sequence"))
-            x_BTD += table.at[places].get(out_sharding=layout.spec("batch", "sequence", None))
+            table = partitioner.gather_weight(self.positions[...], (None, "embed"))
+            places = jax.reshard(jnp.broadcast_to(positions_BT, tokens_BT.shape), partitioner.spec("batch", "sequence"))
+            x_BTD += table.at[places].get(out_sharding=partitioner.spec("batch", "sequence", None))
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
-        return layout.shard(x_BTD, "batch", "positions", None)
+        return partitioner.shard(x_BTD, "batch", "positions", None)
 
     def _rows(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedding rows; where the vocabulary is sharded, every shard gives its own words and zero for others."""
-        layout = self.layout
-        out = layout.spec("batch", "sequence", None)
-        axes = layout.mesh_axes("vocab")
+        partitioner = self.partitioner
+        out = partitioner.spec("batch", "sequence", None)
+        axes = partitioner.mesh_axes("vocab")
         if not axes:
             # Devices look up their own part of every row, and exchange: rows are fewer bytes than the whole table.
-            table_VD, apart = layout.columns(self.embedding[...], "embed")
+            table_VD, apart = partitioner.lookup_table(self.embedding[...], "embed")
             tokens_BT = jax.reshard(tokens_BT, P(*apart.partitions[:2]))
             x_BTD = table_VD.at[tokens_BT].get(out_sharding=apart)
-            return layout.by_tokens(x_BTD, "embed")
-        table_VD = layout.weight(self.embedding[...], ("vocab", "embed"))
+            return partitioner.reshard_to_tokens(x_BTD, "embed")
+        table_VD = partitioner.gather_weight(self.embedding[...], ("vocab", "embed"))
 
         def local(table, tokens):
             tokens = tokens - jax.lax.axis_index(axes) * table.shape[0]
@@ -330,8 +330,8 @@ class Transformer(nnx.Module):
     def head(self) -> jax.Array:
         """The weight `[D, V]` that turns hidden states into logits, ready for use."""
         if self.unembedding is None:
-            return self.layout.weight(self.embedding[...], ("vocab", "embed")).T
-        return self.layout.weight(self.unembedding[...], ("embed", "vocab"))
+            return self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
+        return self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens of `batch` rows."""

@@ -62,7 +62,7 @@ class LatentAttention(nnx.Module):
     """Latent attention over a sequence, or over a cache and the tokens that follow it."""
 
     def __init__(self, latent: Latent, shape: AttentionShape, stack: Stack):
-        self.latent, self.layout = latent, stack.layout
+        self.latent, self.partitioner = latent, stack.partitioner
         self.kernel: Kernel | None = shape.kernel
         self.form: Form | Literal["auto"] = shape.form
         width, heads, linear = shape.width, shape.heads, partial(Linear, bias=False, stack=stack)
@@ -92,14 +92,21 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, Latents | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
         assert place.tables is not None
-        latent_BTR = self.layout.whole(self.kv_norm(self.kv_down(x_BTD), BLOCK), "heads")
-        rotated_BTP = self.layout.whole(self.rotated_key(x_BTD), "heads")
+        latent_BTR = self.partitioner.gather_sequence(self.kv_norm(self.kv_down(x_BTD), BLOCK), "heads")
+        rotated_BTP = self.partitioner.gather_sequence(self.rotated_key(x_BTD), "heads")
         q_BTHK = rotate(self._queries(x_BTD), *place.tables)
         if cache is None:
             k_BTHK = self._keys(self.key(latent_BTR), rotated_BTP, place.tables)
             v_BTHV = self.value(latent_BTR)
             y_BTHV = among_themselves(
-                q_BTHK, k_BTHK, v_BTHV, see, place.segments, layout=self.layout, kernel=self.kernel, form=self.form
+                q_BTHK,
+                k_BTHK,
+                v_BTHV,
+                see,
+                place.segments,
+                partitioner=self.partitioner,
+                kernel=self.kernel,
+                form=self.form,
             )
             return self.out(y_BTHV), None
         assert place.start is not None
@@ -110,8 +117,8 @@ class LatentAttention(nnx.Module):
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         """Query heads, the features that will be rotated first."""
         if self.query_down is None or self.query_norm is None:
-            return self.query(self.layout.whole(x_BTD, "heads"))
-        return self.query(self.layout.whole(self.query_norm(self.query_down(x_BTD), BLOCK), "heads"))
+            return self.query(self.partitioner.gather_sequence(x_BTD, "heads"))
+        return self.query(self.partitioner.gather_sequence(self.query_norm(self.query_down(x_BTD), BLOCK), "heads"))
 
     def _keys(self, k_BTHN: jax.Array, rotated_BTP: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Key heads: the shared key, rotated, before the features of each head."""
@@ -128,8 +135,10 @@ class LatentAttention(nnx.Module):
 
     def _from_cache(self, q_BTHK: jax.Array, see: See, start: jax.Array, cache: Latents) -> jax.Array:
         """What queries see in a cache that has their tokens, `[B, T, H, V]`."""
-        layout, rope = self.layout, self.latent.rope_dim
-        key_RHN, value_RHV = (layout.weight(up.weight[...], (None, "heads", None)) for up in (self.key, self.value))
+        partitioner, rope = self.partitioner, self.latent.rope_dim
+        key_RHN, value_RHV = (
+            partitioner.gather_weight(up.weight[...], (None, "heads", None)) for up in (self.key, self.value)
+        )
 
         def to_latent(q: jax.Array, key: jax.Array) -> jax.Array:
             return jnp.concatenate([q[..., :rope], jnp.einsum("bthn,rhn->bthr", q[..., rope:], key)], axis=-1)
@@ -140,15 +149,15 @@ class LatentAttention(nnx.Module):
         tokens_BS1R = cache.tokens[:, :, None]
         q_index = start + jnp.arange(q_BTHK.shape[1])[None]
         kv_index = jnp.arange(tokens_BS1R.shape[1])[None]
-        q_BTHR = layout.local(to_latent, q_BTHK, key_RHN)
+        q_BTHR = partitioner.map_local(to_latent, q_BTHK, key_RHN)
         # Values are the tokens whole: what is too much of the result is dropped, and the cache is read once, as it is.
         y_BTHR = attend(
-            q_BTHR, tokens_BS1R, tokens_BS1R, see, platform=layout.platform, q_index=q_index, kv_index=kv_index
+            q_BTHR, tokens_BS1R, tokens_BS1R, see, platform=partitioner.platform, q_index=q_index, kv_index=kv_index
         )
-        return layout.local(to_value, y_BTHR, value_RHV)
+        return partitioner.map_local(to_value, y_BTHR, value_RHV)
 
     def empty_cache(self, layers: int, batch: int, length: int) -> Latents:
         """A cache for `length` tokens of `batch` rows, of all layers."""
         shape = (layers, batch, length, self.latent.rope_dim + self.latent.kv_rank)
-        spec = self.layout.spec(None, "batch", None, None)
-        return Latents(jnp.zeros(shape, self.layout.compute_dtype, out_sharding=spec))
+        spec = self.partitioner.spec(None, "batch", None, None)
+        return Latents(jnp.zeros(shape, self.partitioner.compute_dtype, out_sharding=spec))

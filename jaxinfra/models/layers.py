@@ -18,24 +18,24 @@ from flax import nnx
 from jaxinfra.models.remat import product
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
-from jaxinfra.parallel.layout import Layout, Names
+from jaxinfra.parallel.sharding import LogicalAxes, Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, Role, constant, normal
 
-BLOCK: Names = ("batch", "positions")
+BLOCK: LogicalAxes = ("batch", "positions")
 """The spread dimensions of activations between blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Declares parameters in a layout, each stacked over so many layers; 0 for those that stand alone."""
+    """Declares parameters in a partitioner, each stacked over so many layers; 0 for those that stand alone."""
 
-    layout: Layout
+    partitioner: Partitioner
     layers: int = 0
 
     def declare(
         self,
         shape: tuple[int, ...],
-        axes: Names,
+        axes: LogicalAxes,
         init: Initializer,
         role: Role,
         *,
@@ -65,17 +65,17 @@ class Norm(nnx.Module):
     def __init__(
         self, width: int, *, kind: Literal["rmsnorm", "layernorm"], eps: float, offset: float = 0.0, stack: Stack
     ):
-        self.eps, self.offset, self.layout = eps, offset, stack.layout
+        self.eps, self.offset, self.partitioner = eps, offset, stack.partitioner
         self.scale = stack.declare((width,), (None,), constant(1.0 - offset), "norm")
         self.bias = stack.declare((width,), (None,), constant(0.0), "bias") if kind == "layernorm" else None
 
-    def __call__(self, x: jax.Array, meets: Names = BLOCK) -> jax.Array:
+    def __call__(self, x: jax.Array, meets: LogicalAxes = BLOCK) -> jax.Array:
         """Normalises `x` `[..., width]`; `meets` names its spread dimensions."""
-        scale = self.layout.weight(self.scale[...], (None,), meets)
+        scale = self.partitioner.gather_weight(self.scale[...], (None,), meets)
         if self.bias is None:
-            return self.layout.local(partial(rms_norm, eps=self.eps, offset=self.offset), x, scale)
-        bias = self.layout.weight(self.bias[...], (None,), meets)
-        return self.layout.local(partial(layer_norm, eps=self.eps), x, scale, bias)
+            return self.partitioner.map_local(partial(rms_norm, eps=self.eps, offset=self.offset), x, scale)
+        bias = self.partitioner.gather_weight(self.bias[...], (None,), meets)
+        return self.partitioner.map_local(partial(layer_norm, eps=self.eps), x, scale, bias)
 
 
 class Linear(nnx.Module):
@@ -90,7 +90,7 @@ class Linear(nnx.Module):
         self,
         in_shape: tuple[int, ...],
         out_shape: tuple[int, ...],
-        axes: Names,
+        axes: LogicalAxes,
         *,
         direction: Literal["inward", "outward", "along"],
         bias: bool,
@@ -99,7 +99,7 @@ class Linear(nnx.Module):
         kept: bool = True,
     ):
         """Declares it; `kept` results are those that rematerialisation may keep."""
-        self.contract, self.direction, self.layout, self.axes = len(in_shape), direction, stack.layout, axes
+        self.contract, self.direction, self.partitioner, self.axes = len(in_shape), direction, stack.partitioner, axes
         self.kept = kept
         init = normal(scale * math.prod(in_shape) ** -0.5)
         self.weight = stack.declare((*in_shape, *out_shape), axes, init, "matrix", contract=len(in_shape))
@@ -110,19 +110,23 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
         meets = BLOCK if self.direction == "along" else ("batch", "sequence")
-        w, layout = self.layout.weight(self.weight[...], self.axes, meets), self.layout
-        multiply = partial(dot, contract=self.contract, flat=layout.platform != "tpu", quantize=layout.quantize)
+        w, partitioner = self.partitioner.gather_weight(self.weight[...], self.axes, meets), self.partitioner
+        multiply = partial(
+            dot, contract=self.contract, flat=partitioner.platform != "tpu", quantize=partitioner.quantize
+        )
         if self.direction != "outward":
             y = multiply(x, w)
             return self._add_bias(product(y) if self.kept else y, meets)
-        partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.layout.mesh_axes(name))
+        partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.partitioner.mesh_axes(name))
         y = multiply(x, w, partial=partial_over)
-        return self._add_bias(product(self.layout.shard(y, *BLOCK, None)), BLOCK)
+        return self._add_bias(product(self.partitioner.shard(y, *BLOCK, None)), BLOCK)
 
-    def _add_bias(self, y: jax.Array, meets: Names) -> jax.Array:
+    def _add_bias(self, y: jax.Array, meets: LogicalAxes) -> jax.Array:
         if self.bias is None:
             return y
-        return self.layout.local(jnp.add, y, self.layout.weight(self.bias[...], self.bias_axes, meets))
+        return self.partitioner.map_local(
+            jnp.add, y, self.partitioner.gather_weight(self.bias[...], self.bias_axes, meets)
+        )
 
 
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True), "gelu": jax.nn.gelu}

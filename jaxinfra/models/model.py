@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxinfra.config import Problem
 from jaxinfra.ops.route import Across
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.sharding import Partitioner
 
 type Inputs = Mapping[str, jax.Array]
 type LayerSums = dict[str, jax.Array]
@@ -46,7 +46,7 @@ class ModelConfig(Protocol):
 
     @property
     def spread(self) -> Mapping[str, tuple[int, str]]:
-        """Fields whose dimensions are sharded: the size, and the logical axis (see `Layout.mesh_axes`)."""
+        """Fields whose dimensions are sharded: the size, and the logical axis (see `Partitioner.mesh_axes`)."""
         ...
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
@@ -61,7 +61,7 @@ class ModelConfig(Protocol):
         """FLOPs of forward and backward pass of one sample, in training (see `models.flops`)."""
         ...
 
-    def across(self, data: Any, layout: Layout) -> Mapping[str, Across]:
+    def across(self, data: Any, partitioner: Partitioner) -> Mapping[str, Across]:
         """How attention reaches the other shards of a sequence, by kind of layer; nothing where sequences are whole."""
         ...
 
@@ -72,7 +72,7 @@ class ModelConfig(Protocol):
         """
         ...
 
-    def build(self, layout: Layout) -> nnx.Module:
+    def build(self, partitioner: Partitioner) -> nnx.Module:
         """The module (see `Model`), with `ParamSpec`s where arrays will be."""
         ...
 

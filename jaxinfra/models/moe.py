@@ -28,7 +28,7 @@ from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.ops.routing import Choices, Routing
 from jaxinfra.parallel.expert import Homes, dispatch
-from jaxinfra.parallel.layout import axes_of, own_weight, staged, varying
+from jaxinfra.parallel.sharding import as_varying, axis_names, has_stage_dim, local_weight
 from jaxinfra.parallel.spec import constant, normal
 
 LOAD, KEPT, BALANCE, Z = "expert_load", "expert_kept", "balance_loss", "router_z_loss"
@@ -125,7 +125,7 @@ class MoE(nnx.Module):
         stack: Stack,
     ):
         """Declares the parameters; `hidden` is the width of an expert that does not say its own."""
-        self.experts, self.kind, self.layout = experts, kind, stack.layout
+        self.experts, self.kind, self.partitioner = experts, kind, stack.partitioner
         count, dim = experts.count, hidden if experts.dim is None else experts.dim
         self.router = stack.declare((width, count), ("embed", None), normal(width**-0.5), "matrix", contract=1)
         bias = partial(stack.declare, (count,), (None,), constant(0.0), "bias", trained=False)
@@ -146,42 +146,44 @@ class MoE(nnx.Module):
 
         With `drops` experts take no more than their capacity.
         """
-        layout, weights = self.layout, self._ready()
+        partitioner, weights = self.partitioner, self._ready()
         # The mesh axes over which devices have tokens of their own, or parts of experts.
-        over = tuple(axis for name in ("batch", "sequence", "mlp") for axis in layout.mesh_axes(name))
+        over = tuple(axis for name in ("batch", "sequence", "mlp") for axis in partitioner.mesh_axes(name))
         x_spec = jax.typeof(x_BTD).sharding.spec
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)
-        stage = ("stage",) if staged(specs["up"]) else ()
-        tokens = frozenset(over) - {*layout.mesh_axes("mlp"), *stage}
+        stage = ("stage",) if has_stage_dim(specs["up"]) else ()
+        tokens = frozenset(over) - {*partitioner.mesh_axes("mlp"), *stage}
         rule = self.experts.routing(x_BTD.shape[1], drops=drops)
 
         def on_device(x: jax.Array, weights: Mapping[str, jax.Array]) -> tuple[jax.Array, LayerSums]:
-            own = {name: own_weight(w, specs[name]) for name, w in weights.items()}
-            y, sums = self._own(varying(x, x_spec, over), own, rule)
-            y = jax.lax.pcast(y, layout.mesh_axes("mlp"), to="unreduced")
+            own = {name: local_weight(w, specs[name]) for name, w in weights.items()}
+            y, sums = self._own(as_varying(x, x_spec, over), own, rule)
+            y = jax.lax.pcast(y, partitioner.mesh_axes("mlp"), to="unreduced")
             counted = {name: jax.lax.pcast(a, tuple(tokens), to="unreduced") for name, a in sums.items()}
             return y, {name: a[None] for name, a in counted.items()} if stage else counted
 
         losses = {BALANCE: self.experts.balance_loss, Z: self.experts.z_loss}
         names = [LOAD, KEPT, *(name for name, weight in losses.items() if weight)]
         counted = {name: P(*stage, unreduced=tokens) for name in names}
-        out_specs = (P(*x_spec.partitions, unreduced=frozenset(layout.mesh_axes("mlp"))), counted)
+        out_specs = (P(*x_spec.partitions, unreduced=frozenset(partitioner.mesh_axes("mlp"))), counted)
         y_BTD, sums = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
-        y_BTD = product(layout.shard(y_BTD, *BLOCK, None))
+        y_BTD = product(partitioner.shard(y_BTD, *BLOCK, None))
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums
 
     def _ready(self) -> dict[str, jax.Array]:
         """The weights, ready for use: those of the router whole and in float32."""
-        layout, everywhere = self.layout, ("batch", "sequence", "mlp")
+        partitioner, everywhere = self.partitioner, ("batch", "sequence", "mlp")
         ready = {
-            "router": layout.weight(self.router[...], ("embed", None), everywhere, FLOAT32),
-            "up": layout.weight(self.up[...], ("experts", "embed", "mlp")),
-            "down": layout.weight(self.down[...], ("experts", "mlp", "embed")),
+            "router": partitioner.gather_weight(self.router[...], ("embed", None), everywhere, FLOAT32),
+            "up": partitioner.gather_weight(self.up[...], ("experts", "embed", "mlp")),
+            "down": partitioner.gather_weight(self.down[...], ("experts", "mlp", "embed")),
         }
         if self.gate is not None:
-            ready["gate"] = layout.weight(self.gate[...], ("experts", "embed", "mlp"))
+            ready["gate"] = partitioner.gather_weight(self.gate[...], ("experts", "embed", "mlp"))
         if self.bias is not None:
-            ready["bias"] = layout.weight(jax.lax.stop_gradient(self.bias[...]), (None,), everywhere, FLOAT32)
+            ready["bias"] = partitioner.gather_weight(
+                jax.lax.stop_gradient(self.bias[...]), (None,), everywhere, FLOAT32
+            )
         return ready
 
     # On each device
@@ -195,7 +197,9 @@ class MoE(nnx.Module):
         choices = routing.choose(logits_BTE, rule, weights.get("bias"))
         chosen_BTE, taken_BTK = routing.chosen_by(choices.experts, self.experts.count), choices.experts
         if rule.capacity is not None:
-            kept = routing.within_capacity(choices.experts, chosen_BTE, rule.capacity, self.layout.order)
+            kept = routing.within_capacity(
+                choices.experts, chosen_BTE, rule.capacity, self.partitioner.sequence_sharding
+            )
             taken_BTK = jnp.where(kept, choices.experts, self.experts.count)
         way = dispatch(self._homes(B, T, rule), taken_BTK.reshape(B * T, -1))
         y_MD = self._made(way.rows(x_BTD.reshape(B * T, D)), weights, way.sizes)
@@ -206,18 +210,22 @@ class MoE(nnx.Module):
 
     def _homes(self, rows: int, length: int, rule: Routing) -> Homes:
         """Where the experts are, for a device with so many positions of so many sequences."""
-        axes, shards, count = self.layout.mesh_axes("experts"), self.layout.shards("experts"), self.experts.count
+        axes, shards, count = (
+            self.partitioner.mesh_axes("experts"),
+            self.partitioner.num_shards("experts"),
+            self.experts.count,
+        )
         own = count // shards
         most = rows * length * min(rule.chosen, own)
         if rule.capacity is not None:
             most = min(most, rows * own * min(rule.capacity, length))
-        return Homes(count=count, axes=axes, shards=shards, most=most, ragged=self.layout.platform == "tpu")
+        return Homes(count=count, axes=axes, shards=shards, most=most, ragged=self.partitioner.platform == "tpu")
 
     def _made(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
         """What each expert makes of its rows; a partial sum where its width is spread."""
 
         def times(x: jax.Array, name: str) -> jax.Array:
-            return grouped_dot(x, weights[name], sizes_E, platform=self.layout.platform)
+            return grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
 
         act, up_MF = ACTIVATIONS[self.kind], product(times(x_MD, "up"))
         hidden_MF = act(up_MF) if self.gate is None else act(product(times(x_MD, "gate"))) * up_MF
@@ -227,16 +235,16 @@ class MoE(nnx.Module):
         self, logits_BTE: jax.Array, choices: Choices, chosen_BTE: jax.Array, taken_BTK: jax.Array
     ) -> LayerSums:
         """Sums over the device's tokens; devices that share tokens, by the experts' width, count them once."""
-        order, config = self.layout.order, self.experts
+        sharding, config = self.partitioner.sequence_sharding, self.experts
         sums = {
             LOAD: jnp.sum(chosen_BTE, axis=(0, 1), dtype=FLOAT32),
             KEPT: jnp.sum(taken_BTK < config.count, dtype=FLOAT32),
         }
         if config.balance_loss:
-            sums[BALANCE] = config.balance_loss * routing.balance(chosen_BTE, choices.scores, config.chosen, order)
+            sums[BALANCE] = config.balance_loss * routing.balance(chosen_BTE, choices.scores, config.chosen, sharding)
         if config.z_loss:
             sums[Z] = config.z_loss * routing.z_loss(logits_BTE)
-        shared = self.layout.mesh_axes("mlp")
+        shared = self.partitioner.mesh_axes("mlp")
         if not shared:
             return sums
         first = jax.lax.axis_index(shared) == 0
@@ -252,7 +260,7 @@ def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
     if not losses:
         return None
     spec = jax.typeof(losses[0]).sharding.spec
-    stage = tuple(axis for part in spec.partitions for axis in axes_of(part))
+    stage = tuple(axis for part in spec.partitions for axis in axis_names(part))
 
     def own(*losses: jax.Array) -> jax.Array:
         total = sum((jnp.sum(one) for one in losses[1:]), start=jnp.sum(losses[0]))

@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.ops.attention import ATTENDED
-from jaxinfra.parallel.layout import GATHERED
+from jaxinfra.parallel.sharding import GATHERED_WEIGHT
 
 type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"]
 
@@ -28,7 +28,7 @@ def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
 
     Activations that are moved have a name of their own, by which they are kept; to reshape one again costs nothing.
     """
-    return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED
+    return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED_WEIGHT
 
 
 def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -> Callable[P, R]:

@@ -18,7 +18,7 @@ from jaxinfra.models.remat import Remat
 from jaxinfra.ops.attention import Kernel, See
 from jaxinfra.ops.rope import Rope
 from jaxinfra.ops.route import Across, Form, Heads, cheaper, costs
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.sharding import Partitioner
 
 if TYPE_CHECKING:
     from jaxinfra.models.decoder import Transformer
@@ -214,24 +214,24 @@ class TransformerConfig:
         """FLOPs of training on one sequence."""
         return data.seq_len * flops.flops_per_token(self, data.seq_len)
 
-    def across(self, data: Sequences, layout: Layout) -> Mapping[str, Across]:
+    def across(self, data: Sequences, partitioner: Partitioner) -> Mapping[str, Across]:
         """See `ModelConfig`; one sequence of one device."""
-        order = layout.order
-        if order.shards == 1:
+        sharding = partitioner.sequence_sharding
+        if sharding.num_shards == 1:
             return {}
         heads = Heads(
             rows=1,
             length=data.seq_len,
-            heads=self.heads // layout.shards("heads"),
-            groups=self.groups // layout.shards("kv_heads"),
+            heads=self.heads // partitioner.num_shards("heads"),
+            groups=self.groups // partitioner.num_shards("kv_heads"),
             head_dim=self.head_width,
             value_dim=self.value_width,
-            itemsize=layout.compute_dtype.itemsize,
+            itemsize=partitioner.compute_dtype.itemsize,
         )
         sees = {sight: self.see(sight) for sight in self.kinds}
         asked = self.context_attention
         return {
-            sight: Across(cheaper(order, see, heads) if asked == "auto" else asked, costs(order, see, heads))
+            sight: Across(cheaper(sharding, see, heads) if asked == "auto" else asked, costs(sharding, see, heads))
             for sight, see in sees.items()
         }
 
@@ -273,8 +273,8 @@ class TransformerConfig:
         side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
         return bool((side_by_side == side_by_side[:, :1]).all())
 
-    def build(self, layout: Layout) -> "Transformer":
+    def build(self, partitioner: Partitioner) -> "Transformer":
         """The module, with `ParamSpec`s where arrays will be."""
         from jaxinfra.models.decoder import Transformer  # which is made of this config
 
-        return Transformer(self, layout)
+        return Transformer(self, partitioner)

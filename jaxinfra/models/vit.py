@@ -31,7 +31,7 @@ from jaxinfra.ops.attention import Kernel, See
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
 from jaxinfra.ops.route import Across
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import constant, normal
 
 ALL = See(causal=False)
@@ -134,7 +134,7 @@ class VisionTransformerConfig:
         ends = self.patches * self.patch**2 * self.channels * width + width * self.classes
         return 6 * (self.layers * length * weights + ends) + 12 * self.layers * width * length * length
 
-    def across(self, data: Images, layout: Layout) -> Mapping[str, Across]:
+    def across(self, data: Images, partitioner: Partitioner) -> Mapping[str, Across]:
         """Nothing: images are whole."""
         return {}
 
@@ -143,19 +143,19 @@ class VisionTransformerConfig:
         held = numbers >= 0
         return bool((held.all(axis=-1) | ~held.any(axis=-1)).all())
 
-    def build(self, layout: Layout) -> "VisionTransformer":
+    def build(self, partitioner: Partitioner) -> "VisionTransformer":
         """The module, with `ParamSpec`s where arrays will be."""
-        rules = replace(layout.rules, sequence=())
-        if self.length % replace(layout, rules=rules).shards("positions"):
+        rules = replace(partitioner.rules, sequence=())
+        if self.length % replace(partitioner, rules=rules).num_shards("positions"):
             rules = replace(rules, block_sequence=())
-        return VisionTransformer(self, replace(layout, rules=rules))
+        return VisionTransformer(self, replace(partitioner, rules=rules))
 
 
 class EncoderBlock(nnx.Module):
     """Attention and MLP, each read from a norm of the residual stream and added back to it."""
 
     def __init__(self, config: VisionTransformerConfig, stack: Stack):
-        self.layout, self.dropout = stack.layout, config.dropout
+        self.partitioner, self.dropout = stack.partitioner, config.dropout
         width, eps = config.width, config.norm_eps
         norm = partial(Norm, width, kind="layernorm", eps=eps, stack=stack)
         # Both outputs of every layer add to the stream, whose variance is to stay near one.
@@ -180,16 +180,16 @@ class EncoderBlock(nnx.Module):
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, _ = self.attention(self.attention_norm(x_BTD), ALL, NOWHERE, None)
         x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
-        y_BTD = self.mlp(self.layout.whole(self.mlp_norm(x_BTD), "mlp"))
+        y_BTD = self.mlp(self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp"))
         return x_BTD + drop(y_BTD, words_BT, 1, self.dropout)
 
 
 class VisionTransformer(nnx.Module):
     """Images in, logits of their classes out."""
 
-    def __init__(self, config: VisionTransformerConfig, layout: Layout):
-        self.config, self.layout = config, layout
-        alone, width = Stack(layout=layout), config.width
+    def __init__(self, config: VisionTransformerConfig, partitioner: Partitioner):
+        self.config, self.partitioner = config, partitioner
+        alone, width = Stack(partitioner=partitioner), config.width
         features = config.patch**2 * config.channels
         self.patches = alone.declare(
             (features, width), (None, "embed"), normal(features**-0.5), "embedding", contract=1
@@ -207,17 +207,17 @@ class VisionTransformer(nnx.Module):
 
         The batch has `images` `[B, H, W, channels]`, float32, and `dropout` `[B, T]` (see `ops.dropout`), or none.
         """
-        layout = self.layout
-        patches_BNP = to_patches(batch["images"], self.config.patch).astype(layout.compute_dtype)
-        x_BND = dot(patches_BNP, layout.weight(self.patches[...], (None, "embed")))
-        table = layout.weight(self.positions[...], (None, "embed"))
-        bias = layout.weight(self.patches_bias[...], (None,))
+        partitioner = self.partitioner
+        patches_BNP = to_patches(batch["images"], self.config.patch).astype(partitioner.compute_dtype)
+        x_BND = dot(patches_BNP, partitioner.gather_weight(self.patches[...], (None, "embed")))
+        table = partitioner.gather_weight(self.positions[...], (None, "embed"))
+        bias = partitioner.gather_weight(self.patches_bias[...], (None,))
         if self.token is None:
-            x_BTD = layout.local(lambda x, bias, table: x + bias + table, x_BND, bias, table)
+            x_BTD = partitioner.map_local(lambda x, bias, table: x + bias + table, x_BND, bias, table)
         else:
-            token = layout.weight(self.token[...], (None,))
-            x_BTD = layout.local(_with_token, x_BND, bias, table, token)
-        x_BTD = layout.shard(x_BTD, "batch", "positions", None)
+            token = partitioner.gather_weight(self.token[...], (None,))
+            x_BTD = partitioner.map_local(_with_token, x_BND, bias, table, token)
+        x_BTD = partitioner.shard(x_BTD, "batch", "positions", None)
         return drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
 
     def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None, /) -> tuple[jax.Array, LayerSums]:
@@ -238,16 +238,18 @@ class VisionTransformer(nnx.Module):
 
     def end(self, x_BTD: jax.Array) -> jax.Array:
         """What stands for each image after the last norm: `[B, D]`."""
-        x_BTD = self.layout.shard(x_BTD, "batch", "sequence", None)
+        x_BTD = self.partitioner.shard(x_BTD, "batch", "sequence", None)
         if self.token is not None:
             x_BTD = x_BTD[:, :1]
         return jnp.mean(self.norm(x_BTD, ("batch", "sequence")), axis=1)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Of the classes, from the stream after the last layer: `[B, C]`, float32."""
-        layout = self.layout
-        y_BC = dot(self.end(x_BTD), layout.weight(self.classes[...], ("embed", None)))
-        return layout.local(jnp.add, y_BC, layout.weight(self.classes_bias[...], (None,))).astype(jnp.float32)
+        partitioner = self.partitioner
+        y_BC = dot(self.end(x_BTD), partitioner.gather_weight(self.classes[...], ("embed", None)))
+        return partitioner.map_local(jnp.add, y_BC, partitioner.gather_weight(self.classes_bias[...], (None,))).astype(
+            jnp.float32
+        )
 
     def penalty(self, sums: LayerSums) -> jax.Array | None:
         """Nothing."""

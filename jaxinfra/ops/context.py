@@ -26,28 +26,30 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import Kernel, See, Shape, choose
 from jaxinfra.ops.route import Form, Heads, Leg, cheaper, legs
 from jaxinfra.ops.tile import PLAIN, SPLASH, Partial, Segments, Tiles, empty, merge, reaches
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 
 
 @dataclass(frozen=True, kw_only=True)
 class How:
     """One attention over shards, as far as it is known when it is traced."""
 
-    order: Order
+    sharding: SequenceSharding
     see: See
     form: Form
     tiles: Tiles
 
     def start(self, shard: jax.Array, piece: int, block: int) -> jax.Array:
         """The position of the first query or key of a piece."""
-        return self.order.block(shard, piece) * block
+        return self.sharding.block_index(shard, piece) * block
 
 
 # Inside a `shard_map`; `[B, H, T, K]` here, heads before positions, as kernels want them.
 
 
 def _pieces(how: How, x: jax.Array | None, dim: int = 2) -> list[Any]:
-    return [None] * how.order.pieces if x is None else jnp.split(x, how.order.pieces, axis=dim)
+    return (
+        [None] * how.sharding.blocks_per_shard if x is None else jnp.split(x, how.sharding.blocks_per_shard, axis=dim)
+    )
 
 
 def _both(one: Any, other: Any) -> Segments:
@@ -60,14 +62,14 @@ def _when(here: jax.Array, always: bool, fun: Any, state: Any) -> Any:
 
 def _ring(how: How, step: Any, state: Any, kv: Any, block: int) -> Any:
     """Takes `step(state, kv, source, leg)` through all steps; `source` is the shard that `kv` are of."""
-    source = jax.lax.axis_index(how.order.axes)
-    for leg in legs(how.order, how.see, block):
+    source = jax.lax.axis_index(how.sharding.axes)
+    for leg in legs(how.sharding, how.see, block):
 
         def body(carry: Any, _: None, leg: Leg = leg) -> tuple[Any, None]:
             state, kv, source = carry
-            onward = how.order.rotate(kv, leg.depart) if leg.depart else kv  # on the way while this step computes
+            onward = how.sharding.rotate(kv, leg.depart) if leg.depart else kv  # on the way while this step computes
             state = step(state, kv, source, leg)
-            return (state, onward, (source - leg.depart) % how.order.shards), None
+            return (state, onward, (source - leg.depart) % how.sharding.num_shards), None
 
         carry = (state, kv, source)
         carry = body(carry, None)[0] if leg.steps == 1 else jax.lax.scan(body, carry, length=leg.steps)[0]
@@ -77,7 +79,7 @@ def _ring(how: How, step: Any, state: Any, kv: Any, block: int) -> Any:
 
 def _ring_forward(how: How, q, k, v, segments) -> Partial:
     qs, ids = _pieces(how, q), _pieces(how, segments, 1)
-    block, me = qs[0].shape[2], jax.lax.axis_index(how.order.axes)
+    block, me = qs[0].shape[2], jax.lax.axis_index(how.sharding.axes)
 
     def step(found: list[Partial], kv: Any, source: jax.Array, leg: Leg) -> list[Partial]:
         ks, vs, kv_ids = _pieces(how, kv[0]), _pieces(how, kv[1]), _pieces(how, kv[2], 1)
@@ -98,7 +100,7 @@ def _ring_forward(how: How, q, k, v, segments) -> Partial:
 def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array, jax.Array, jax.Array]:
     of_queries = (_pieces(how, a) for a in (q, lse, di, do))
     queries = list(zip(*of_queries, _pieces(how, segments, 1), strict=True))
-    block, me = queries[0][0].shape[2], jax.lax.axis_index(how.order.axes)
+    block, me = queries[0][0].shape[2], jax.lax.axis_index(how.sharding.axes)
 
     def zeros(x: jax.Array) -> jax.Array:
         return jnp.zeros_like(x, jnp.float32)
@@ -108,7 +110,7 @@ def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array,
         kvs = list(zip(_pieces(how, kv[0]), _pieces(how, kv[1]), _pieces(how, kv[2], 1), strict=True))
         dq, dkv = list(dq), [(zeros(k), zeros(v)) for k, v, _ in kvs]
         # Gradients go after keys and values: they arrive while this step computes what it adds to them.
-        travelled = how.order.rotate(travelled, leg.arrive)
+        travelled = how.sharding.rotate(travelled, leg.arrive)
         for p, r, always in leg.pairs:
             offset = how.start(me, p, block) - how.start(source, r, block)
 
@@ -122,8 +124,8 @@ def _ring_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Array,
         return dq, jax.tree.map(jnp.add, travelled, _joined(dkv))
 
     dq, dkv = _ring(how, step, ([zeros(one[0]) for one in queries], (zeros(k), zeros(v))), (k, v, segments), block)
-    last = sum(leg.depart * leg.steps for leg in legs(how.order, how.see, block))
-    return jnp.concatenate(dq, axis=2), *how.order.rotate(dkv, -last)
+    last = sum(leg.depart * leg.steps for leg in legs(how.sharding, how.see, block))
+    return jnp.concatenate(dq, axis=2), *how.sharding.rotate(dkv, -last)
 
 
 def _joined(pieces: Iterable[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
@@ -133,13 +135,13 @@ def _joined(pieces: Iterable[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
 def _gathered(how: How, x: jax.Array | None, dim: int) -> Any:
     if x is None:
         return None
-    return how.order.restore(jax.lax.all_gather(x, how.order.axes, axis=dim, tiled=True), dim)
+    return how.sharding.to_natural_order(jax.lax.all_gather(x, how.sharding.axes, axis=dim, tiled=True), dim)
 
 
 def _on_gathered(how: How, tile: Any, k, v, segments, *queries) -> list[Any]:
     """Applies a forward or backward tile to each piece of the queries, and what goes with it, on all keys."""
     whole = [_gathered(how, a, 2) for a in (k, v)]
-    ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.order.axes), []
+    ids, me, found = _gathered(how, segments, 1), jax.lax.axis_index(how.sharding.axes), []
     of_queries = (_pieces(how, a) for a in queries)
     for p, (one, *rest, own) in enumerate(zip(*of_queries, _pieces(how, segments, 1), strict=True)):
         first = how.start(me, p, one.shape[2])
@@ -155,8 +157,8 @@ def _gather_backward(how: How, q, k, v, segments, lse, di, do) -> tuple[jax.Arra
     dq, *dkv = zip(*_on_gathered(how, how.tiles.backward, k, v, segments, q, lse, di, do), strict=True)
 
     def scattered(parts: tuple[jax.Array, ...]) -> jax.Array:
-        total = how.order.arrange(sum(parts[1:], parts[0]).astype(k.dtype), 2)
-        return jax.lax.psum_scatter(total, how.order.axes, scatter_dimension=2, tiled=True)
+        total = how.sharding.to_shard_order(sum(parts[1:], parts[0]).astype(k.dtype), 2)
+        return jax.lax.psum_scatter(total, how.sharding.axes, scatter_dimension=2, tiled=True)
 
     dk, dv = map(scattered, dkv)
     return jnp.concatenate(dq, axis=2), dk, dv
@@ -201,21 +203,21 @@ def attend_across(
     v_BTGV: jax.Array,
     see: See,
     *,
-    order: Order,
+    sharding: SequenceSharding,
     platform: str,
     segments_BT: jax.Array | None = None,
     forced: Kernel | None = None,
     form: Form | Literal["auto"] = "auto",
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Self-attention over sequences that are sharded in `order`: `[B, T, H, V]`, sharded like `q_BTHK`.
+    """Self-attention over sequences that are sharded in `sharding`: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Args:
-        q_BTHK: queries; positions over the axes of `order`, rows and heads over any others.
+        q_BTHK: queries; positions over the axes of `sharding`, rows and heads over any others.
         k_BTGK: keys, sharded alike; `H` is a multiple of `G`.
         v_BTGV: values.
         see: what may be seen.
-        order: which positions each shard has.
+        sharding: which positions each shard has.
         platform: "cpu", "gpu" or "tpu".
         segments_BT: document ids.
         forced: the kernel that the config asks for; a ConfigError where it refuses.
@@ -228,9 +230,9 @@ def attend_across(
     groups = jax.typeof(k_BTGK).sharding.shard_shape(k_BTGK.shape)[2]
     if form == "auto":
         widths = {"head_dim": head_dim, "value_dim": value_dim, "itemsize": q_BTHK.dtype.itemsize}
-        form = cheaper(order, see, Heads(rows=rows, length=length, heads=heads, groups=groups, **widths))
+        form = cheaper(sharding, see, Heads(rows=rows, length=length, heads=heads, groups=groups, **widths))
     if tiles is None:
-        block = length // (order.shards * order.pieces)
+        block = length // (sharding.num_shards * sharding.blocks_per_shard)
         shape = Shape(
             queries=block,
             keys=length if form == "gather" else block,
@@ -240,7 +242,7 @@ def attend_across(
             dtype=q_BTHK.dtype,
         )
         tiles = tiles_of(see, shape, platform, forced)
-    how = How(order=order, see=see, form=form, tiles=tiles)
+    how = How(sharding=sharding, see=see, form=form, tiles=tiles)
     scale = head_dim**-0.5 if see.scale is None else see.scale
 
     def local(q, k, v, segments):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.layout import partial_zeros
+from jaxinfra.parallel.sharding import unreduced_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def _chunk_sums(x_BCD, w_DV, targets_BC, weights_BC, config: CrossEntropy):
 
 
 def _zero(w_DV: jax.Array) -> jax.Array:
-    return partial_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_partial_sums(w_DV)))
+    return unreduced_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_partial_sums(w_DV)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -82,7 +82,7 @@ def cross_entropy(
 
     Args:
         x_BTD: hidden states after the last norm, in the compute dtype.
-        w_DV: the head, ready for use (see `Layout.weight`).
+        w_DV: the head, ready for use (see `Partitioner.weight`).
         targets_BT: the right words, int32.
         weights_BT: how much each token counts, float32.
         config: chunks, z-loss, soft cap.

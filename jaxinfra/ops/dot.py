@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops import quantized
-from jaxinfra.parallel.layout import Quantize, axes_of, staged
+from jaxinfra.parallel.sharding import Quantize, axis_names, has_stage_dim
 
 
 def dot(
@@ -42,7 +42,7 @@ def dot(
         quantize: the format of the factors (see `ops.quantized`).
     """
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    stages = w.shape[:1] if staged(w_spec) else ()
+    stages = w.shape[:1] if has_stage_dim(w_spec) else ()
     first = len(stages)
     lead, n = x.shape[: x.ndim - contract], w.shape[first + contract :]
     assert x.shape[x.ndim - contract :] == w.shape[first : first + contract], (x.shape, w.shape)
@@ -67,7 +67,7 @@ def _split_stages(x: jax.Array, stages: int) -> jax.Array:
     """`[S * B, ...]` to `[S, B, ...]`: the rows of each stage apart."""
     spec = jax.typeof(x).sharding.spec
     rows, *others = spec.partitions
-    first, *within = axes_of(rows)
+    first, *within = axis_names(rows)
     assert first == "stage", spec
     out = spec.update(partitions=("stage", tuple(within) or None, *others))
     return x.reshape(stages, x.shape[0] // stages, *x.shape[1:], out_sharding=out)
@@ -86,7 +86,7 @@ def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
 def _rows_are_contiguous(x: jax.Array, first: int, last: int) -> bool:
     """Whether merging these dimensions moves no data: only the first may really be sharded."""
     spec, mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    return all(mesh.shape[axis] == 1 for part in spec.partitions[first + 1 : last] for axis in axes_of(part))
+    return all(mesh.shape[axis] == 1 for part in spec.partitions[first + 1 : last] for axis in axis_names(part))
 
 
 class _How(NamedTuple):

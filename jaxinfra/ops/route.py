@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxinfra.ops.attention import See
 from jaxinfra.ops.tile import reaches
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 
 type Form = Literal["ring", "gather"]
 
@@ -44,15 +44,17 @@ class Leg(NamedTuple):
     pairs: tuple[tuple[int, int, bool], ...]
 
 
-def legs(order: Order, see: See, block: int) -> list[Leg]:
+def legs(sharding: SequenceSharding, see: See, block: int) -> list[Leg]:
     """The way of keys and values, in blocks of so many positions, from home to the last shard that sees them."""
-    every = range(order.pieces)
+    every = range(sharding.blocks_per_shard)
 
     def seen(step: int, piece: int, other: int) -> np.ndarray:
         """By shard, whether its piece sees the other piece of the shard `step` before it."""
-        return np.broadcast_to(reaches(see, _offsets(order, block, step, piece, other), block, block), order.shards)
+        return np.broadcast_to(
+            reaches(see, _offsets(sharding, block, step, piece, other), block, block), sharding.num_shards
+        )
 
-    seens = [{(p, r): seen(step, p, r) for p in every for r in every} for step in range(order.shards)]
+    seens = [{(p, r): seen(step, p, r) for p in every for r in every} for step in range(sharding.num_shards)]
     steps = [step for step, pairs in enumerate(seens) if any(found.any() for found in pairs.values())]
     arrive = [0, *(after - before for before, after in itertools.pairwise(steps))]
     alike = [
@@ -62,10 +64,12 @@ def legs(order: Order, see: See, block: int) -> list[Leg]:
     return [Leg(*key[:2], len(list(run)), key[2]) for key, run in itertools.groupby(alike)]
 
 
-def _offsets(order: Order, block: int, step: int, piece: int, other: int) -> np.ndarray:
+def _offsets(sharding: SequenceSharding, block: int, step: int, piece: int, other: int) -> np.ndarray:
     """By shard, how far its piece begins after the other piece of the shard `step` before it."""
-    shards = np.arange(order.shards)
-    return (order.block(shards, piece) - order.block((shards - step) % order.shards, other)) * block
+    shards = np.arange(sharding.num_shards)
+    return (
+        sharding.block_index(shards, piece) - sharding.block_index((shards - step) % sharding.num_shards, other)
+    ) * block
 
 
 def visible_pairs(see: See, offset: Any, queries: int, keys: int) -> Any:
@@ -86,13 +90,13 @@ def _clipped(n: Any, most: int) -> Any:
     return few * (few + 1) // 2 + (n - few) * most
 
 
-def work(order: Order, see: See, block: int) -> np.ndarray:
+def work(sharding: SequenceSharding, see: See, block: int) -> np.ndarray:
     """Pairs of queries and keys that are seen: `[steps round the ring, shards]`."""
-    pieces, distance, found = range(order.pieces), 0, []
-    for leg in legs(order, see, block):
+    pieces, distance, found = range(sharding.blocks_per_shard), 0, []
+    for leg in legs(sharding, see, block):
         for _ in range(leg.steps):
             distance += leg.arrive
-            offsets = [_offsets(order, block, distance, p, r) for p in pieces for r in pieces]
+            offsets = [_offsets(sharding, block, distance, p, r) for p in pieces for r in pieces]
             found.append(sum(visible_pairs(see, offset, block, block) for offset in offsets))
     return np.stack(found)
 
@@ -127,22 +131,22 @@ class Heads:
     itemsize: int
 
 
-def costs(order: Order, see: See, heads: Heads) -> dict[Form, Cost]:
+def costs(sharding: SequenceSharding, see: See, heads: Heads) -> dict[Form, Cost]:
     """What each form receives, waits for and holds.
 
     With `kv` the bytes of keys and values of one shard, gathering receives `(C - 1) kv` forward, and backward as much
     again and their gradients; the ring receives `s kv` forward for s steps after the first, and backward that and
     gradients in float32 on each step, and home.
     """
-    own = heads.rows * (heads.length // order.shards) * (heads.head_dim + heads.value_dim)
+    own = heads.rows * (heads.length // sharding.num_shards) * (heads.head_dim + heads.value_dim)
     kv, gradients = own * heads.groups * heads.itemsize, own * heads.groups * 4
-    pairs = work(order, see, heads.length // (order.shards * order.pieces)).min(axis=1)
+    pairs = work(sharding, see, heads.length // (sharding.num_shards * sharding.blocks_per_shard)).min(axis=1)
     hidden = 2 * heads.rows * heads.heads * (heads.head_dim + heads.value_dim) * pairs[:-1] / FLOPS_A_BYTE
     steps = len(hidden)
     forward = np.maximum(kv - hidden, 0).sum()
     backward = np.maximum(kv + gradients - BACKWARD * hidden, 0).sum()
     home = gradients if steps else 0
-    allowed, gathered = own * heads.heads * heads.itemsize, 3 * (order.shards - 1) * kv
+    allowed, gathered = own * heads.heads * heads.itemsize, 3 * (sharding.num_shards - 1) * kv
     return {
         "ring": Cost(
             receives=2 * steps * kv + steps * gradients + home,
@@ -150,7 +154,7 @@ def costs(order: Order, see: See, heads: Heads) -> dict[Form, Cost]:
             holds=2 * kv,
             allowed=allowed,
         ),
-        "gather": Cost(receives=gathered, waits=gathered, holds=order.shards * kv, allowed=allowed),
+        "gather": Cost(receives=gathered, waits=gathered, holds=sharding.num_shards * kv, allowed=allowed),
     }
 
 
@@ -161,8 +165,8 @@ class Across(NamedTuple):
     costs: dict[Form, Cost]
 
 
-def cheaper(order: Order, see: See, heads: Heads) -> Form:
+def cheaper(sharding: SequenceSharding, see: See, heads: Heads) -> Form:
     """The form to take: see the head of this file."""
-    found = costs(order, see, heads)
+    found = costs(sharding, see, heads)
     gather, ring = found["gather"], found["ring"]
     return "gather" if gather.holds <= gather.allowed and gather.waits < ring.waits else "ring"

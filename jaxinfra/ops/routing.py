@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,26 +88,28 @@ def chosen_by(experts_BTK: jax.Array, count: int) -> jax.Array:
     return jnp.any(experts_BTK[..., None] == jnp.arange(count), axis=2)
 
 
-def within_capacity(experts_BTK: jax.Array, chosen_BTE: jax.Array, capacity: int, order: Order) -> jax.Array:
+def within_capacity(
+    experts_BTK: jax.Array, chosen_BTE: jax.Array, capacity: int, sharding: SequenceSharding
+) -> jax.Array:
     """Which choices an expert takes: of each sequence those of the first `capacity` positions that choose it.
 
-    What becomes of a token never depends on later ones. The device has the positions of its shard (see `order`).
+    What becomes of a token never depends on later ones. The device has the positions of its shard (see `sharding`).
     """
-    pieces = jnp.stack(jnp.split(chosen_BTE.astype(jnp.int32), order.pieces, axis=1), axis=1)
+    pieces = jnp.stack(jnp.split(chosen_BTE.astype(jnp.int32), sharding.blocks_per_shard, axis=1), axis=1)
     before = jnp.cumsum(pieces, axis=2) - pieces  # in the piece
-    if order.shards > 1:
-        me = jax.lax.axis_index(order.axes)
-        by_shard = jax.lax.all_gather(jnp.sum(pieces, axis=2), order.axes, axis=1)  # [B, shards, pieces, E]
-        shards = jnp.arange(order.shards)
-        blocks = jnp.stack([order.block(shards, piece) for piece in range(order.pieces)], axis=1)
-        own = jnp.stack([order.block(me, piece) for piece in range(order.pieces)])
+    if sharding.num_shards > 1:
+        me = jax.lax.axis_index(sharding.axes)
+        by_shard = jax.lax.all_gather(jnp.sum(pieces, axis=2), sharding.axes, axis=1)  # [B, shards, pieces, E]
+        shards = jnp.arange(sharding.num_shards)
+        blocks = jnp.stack([sharding.block_index(shards, piece) for piece in range(sharding.blocks_per_shard)], axis=1)
+        own = jnp.stack([sharding.block_index(me, piece) for piece in range(sharding.blocks_per_shard)])
         earlier = blocks[None] < own[:, None, None]  # [own pieces, shards, pieces]
         before += jnp.einsum("bspe,qsp->bqe", by_shard, earlier.astype(jnp.int32))[:, :, None]
     before_BTE = before.reshape(chosen_BTE.shape)
     return jnp.take_along_axis(before_BTE, experts_BTK, axis=2) < capacity
 
 
-def balance(chosen_BTE: jax.Array, scores_BTE: jax.Array, chosen: int, order: Order) -> jax.Array:
+def balance(chosen_BTE: jax.Array, scores_BTE: jax.Array, chosen: int, sharding: SequenceSharding) -> jax.Array:
     """The sequence-wise balance loss of DeepSeek-V3 (section 2.1.2, equations 17 to 20), times the sequence's length.
 
     For each sequence `sum over experts of f * P`: f is the share of choices that an expert got, P the mean of its
@@ -115,9 +117,9 @@ def balance(chosen_BTE: jax.Array, scores_BTE: jax.Array, chosen: int, order: Or
     what tokens really choose, biases included. The scalar is the device's part: other shards' positions are not in it.
     """
     count = jnp.sum(chosen_BTE, axis=1, dtype=jnp.float32)
-    if order.shards > 1:
-        count = jax.lax.psum(count, order.axes)
-    length, experts = chosen_BTE.shape[1] * order.shards, chosen_BTE.shape[2]
+    if sharding.num_shards > 1:
+        count = jax.lax.psum(count, sharding.axes)
+    length, experts = chosen_BTE.shape[1] * sharding.num_shards, chosen_BTE.shape[2]
     share_BE = jax.lax.stop_gradient(count) * (experts / (chosen * length))
     return jnp.sum(share_BE * jnp.sum(scores_BTE, axis=1))
 

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.layout import axes_of, partial_zeros
 from jaxinfra.parallel.schedules import IDLE, Part, Schedule
+from jaxinfra.parallel.sharding import axis_names, unreduced_zeros
 
 type Tree = Any
 type Batch = Mapping[str, jax.Array]
@@ -114,7 +114,7 @@ def _per_device(fun: Callable[..., jax.Array], out: PartitionSpec, *arrays: jax.
 
 def rows_of_stages(part: Any) -> tuple[str, ...]:
     """The mesh axes of rows of all stages, from those of the rows of one."""
-    return ("stage", *axes_of(part))
+    return ("stage", *axis_names(part))
 
 
 def pick(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
@@ -173,7 +173,7 @@ def leave(x: jax.Array, done: jax.Array, spread: Spread) -> jax.Array:
 
 def without_stage(part: Any) -> tuple[str, ...]:
     """The other mesh axes that a dimension is spread over."""
-    return tuple(axis for axis in axes_of(part) if axis != "stage")
+    return tuple(axis for axis in axis_names(part) if axis != "stage")
 
 
 def _whole(spread: Spread) -> tuple[Any, ...]:
@@ -407,18 +407,18 @@ def _by_stage(table: np.ndarray) -> jax.Array:
 
 
 def _zeros(like: Any, spec: PartitionSpec) -> jax.Array:
-    return partial_zeros(like.shape, like.dtype, spec)
+    return unreduced_zeros(like.shape, like.dtype, spec)
 
 
 def _zeros_stacked(like: Any, chunks: int) -> jax.Array:
     spec = like.sharding.spec
-    return partial_zeros((chunks, *like.shape), like.dtype, spec.update(partitions=(None, *spec.partitions)))
+    return unreduced_zeros((chunks, *like.shape), like.dtype, spec.update(partitions=(None, *spec.partitions)))
 
 
 def _zero_gradient(weight: jax.Array) -> jax.Array:
     """A float32 zero that gradients of this weight can be added to: a partial sum over what it is reduced over."""
     spec = PartitionSpec(*_spec(weight).partitions, unreduced=_spec(weight).reduced)
-    return partial_zeros(weight.shape, jnp.dtype("float32"), spec)
+    return unreduced_zeros(weight.shape, jnp.dtype("float32"), spec)
 
 
 def _one_like(total: jax.Array) -> jax.Array:

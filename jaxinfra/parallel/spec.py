@@ -26,7 +26,7 @@ class ParamSpec:
 
     Attributes:
         shape: the whole array's shape, stacked layers first.
-        axes: the logical axis of each dimension (see `Rules`), None for one that is never sharded.
+        axes: the logical axis of each dimension (see `ShardingRules`), None for one that is never sharded.
         init: makes the first values.
         role: what it is for; optimisers choose by it (weight decay, Muon).
         in_dims: the dimensions of `shape` that its matrix product contracts (empty if there is none).

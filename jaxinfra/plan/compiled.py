@@ -148,7 +148,7 @@ def compile_step(
     """
     started_s = time.monotonic()
     program = program_for(run, topology)
-    rows = program.run.train.global_batch / program.layout.shards("batch")
+    rows = program.run.train.global_batch / program.partitioner.num_shards("batch")
     report(f"tracing {run.name} for {topology}, {topology.count} devices")
     executable = _compiled(program, topology, rows, report)
     report(f"compiled after {time.monotonic() - started_s:.0f} s")

@@ -105,6 +105,6 @@ class CausalLM:
         """The fewest chunks of equal length that keep a device at `CHUNK_TOKENS` tokens or below."""
         if self.loss_chunks is not None:
             return self.loss_chunks
-        per_shard = length // model.layout.shards("sequence")
-        local = batch * length // (model.layout.shards("batch") * model.layout.shards("sequence"))
+        per_shard = length // model.partitioner.num_shards("sequence")
+        local = batch * length // (model.partitioner.num_shards("batch") * model.partitioner.num_shards("sequence"))
         return next((n for n in range(1, per_shard) if per_shard % n == 0 and local // n <= CHUNK_TOKENS), per_shard)

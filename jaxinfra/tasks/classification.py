@@ -44,7 +44,7 @@ class Classification(Task):
         hit_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
         entropy_B = -jnp.sum(jnp.where(hit_BC, logs_BC, 0.0), axis=-1)
         right_B = (jnp.argmax(logits_BC, axis=-1) == labels_B).astype(jnp.float32)
-        out = PartitionSpec(unreduced=frozenset(model.layout.mesh_axes("batch")))
+        out = PartitionSpec(unreduced=frozenset(model.partitioner.mesh_axes("batch")))
 
         def total(values_B: jax.Array) -> jax.Array:
             return jnp.einsum("b,b->", values_B, weights_B, out_sharding=out)

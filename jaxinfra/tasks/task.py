@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxinfra.config import Problem
 from jaxinfra.models.model import Model
-from jaxinfra.parallel.layout import Names
+from jaxinfra.parallel.sharding import LogicalAxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Field:
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
-    axes: Names
+    axes: LogicalAxes
 
 
 class Task(Protocol):

@@ -51,7 +51,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
-        "samples a device": (batch / program.layout.shards("batch"), f"global batch {batch}"),
+        "samples a device": (batch / program.partitioner.num_shards("batch"), f"global batch {batch}"),
         "microbatches": (run.train.accumulate, "a step"),
         f"{unit}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
@@ -63,13 +63,13 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
-    for kind, across in program.family.across(program.data, program.layout).items():
+    for kind, across in program.family.across(program.data, program.partitioner).items():
         numbers[f"{kind} attention over shards"] = (across.form, "of the bytes waited for (ops/route.py)")
         for form, cost in across.costs.items():
             note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
             numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
-    if program.layout.mesh.stage > 1:
-        numbers |= described(run.pipeline.table(program.layout.mesh.stage, run.train.accumulate))
+    if program.partitioner.mesh.stage > 1:
+        numbers |= described(run.pipeline.table(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {unit}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):

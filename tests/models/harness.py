@@ -17,8 +17,8 @@ from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
-from jaxinfra.parallel.layout import Layout, Rules
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.sharding import Partitioner, ShardingRules
 from jaxinfra.parallel.spec import ParamSpec
 
 BASE = TransformerConfig(vocab_size=32, layers=3, width=16, heads=4, kv_heads=2, head_dim=8, mlp_dim=24)
@@ -88,7 +88,7 @@ class Built:
     """A decoder without values."""
 
     config: TransformerConfig
-    layout: Layout
+    partitioner: Partitioner
     mesh: Mesh
     graphdef: Any
     specs: dict[str, Any]
@@ -114,13 +114,13 @@ class Built:
         """The values on the mesh as they are stored."""
 
         def one(value: np.ndarray, spec: ParamSpec) -> jax.Array:
-            return jax.device_put(value, NamedSharding(self.mesh, self.layout.stored("", spec)))
+            return jax.device_put(value, NamedSharding(self.mesh, self.partitioner.stored_spec("", spec)))
 
         return jax.tree.map(one, values, self.specs)
 
     def rows(self, array: Any) -> jax.Array:
         """`[B, T]` on the mesh."""
-        return jax.device_put(array, NamedSharding(self.mesh, self.layout.spec("batch", "sequence")))
+        return jax.device_put(array, NamedSharding(self.mesh, self.partitioner.spec("batch", "sequence")))
 
     def model(self, params: dict[str, Any]) -> Transformer:
         return nnx.merge(self.graphdef, nnx.State(params))
@@ -147,13 +147,15 @@ class Built:
             return np.asarray(self.forward(self.put(values), *placed)[0])
 
 
-def build(mesh: MeshConfig = ONE, *, rules: Rules | None = None, dtype: str = "float32", **changes: Any) -> Built:
+def build(
+    mesh: MeshConfig = ONE, *, rules: ShardingRules | None = None, dtype: str = "float32", **changes: Any
+) -> Built:
     """`BASE` with these fields changed."""
     config = replace(BASE, **changes)
     devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
-    layout = Layout(rules=rules or Rules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
-    graphdef, specs = nnx.split(config.build(layout))
-    return Built(config, layout, devices, graphdef, nnx.to_pure_dict(specs))
+    partitioner = Partitioner(rules=rules or ShardingRules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
+    graphdef, specs = nnx.split(config.build(partitioner))
+    return Built(config, partitioner, devices, graphdef, nnx.to_pure_dict(specs))
 
 
 def relative(found: Any, wanted: Any) -> float:

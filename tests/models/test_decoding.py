@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from jaxinfra.ops.rope import LinearScaling, Rope
-from jaxinfra.parallel.layout import Rules
 from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.sharding import ShardingRules
 from tests.models.harness import MODELS, ONE, Built, build, relative, tokens
 
 PROMPT, LENGTH, SLOTS = 5, 12, 16
 # One token has no positions to share out between blocks.
-DECODING = Rules(block_sequence=())
+DECODING = ShardingRules(block_sequence=())
 MESHES = {
     "llama": MeshConfig(fsdp=4),
     "gemma": MeshConfig(fsdp=2, tensor=2),

@@ -15,7 +15,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 from tests.models import numpy_reference
 from tests.models.harness import Built, build, relative, tokens
 from tests.models.numpy_experts import Counted
@@ -79,7 +79,7 @@ def test_logits_and_counts_are_those_of_the_definition(variant: str) -> None:
 def test_even_choices_make_a_balance_loss_of_one_a_token() -> None:
     experts_BTK = jnp.arange(16).reshape(1, 8, 2) % 4
     scores_BTE = jnp.full((1, 8, 4), 1 / 4)
-    found = routing.balance(routing.chosen_by(experts_BTK, 4), scores_BTE, 2, Order())
+    found = routing.balance(routing.chosen_by(experts_BTK, 4), scores_BTE, 2, SequenceSharding())
     assert float(found) == pytest.approx(8)
 
 
@@ -87,7 +87,7 @@ def test_the_first_positions_are_taken_and_no_later_one_changes_that() -> None:
     experts_BTK = jnp.array([[[0, 1], [0, 2], [1, 0], [0, 1]]])
 
     def kept(experts: jax.Array) -> list[list[bool]]:
-        return routing.within_capacity(experts, routing.chosen_by(experts, 3), 2, Order())[0].tolist()
+        return routing.within_capacity(experts, routing.chosen_by(experts, 3), 2, SequenceSharding())[0].tolist()
 
     assert kept(experts_BTK) == [[True, True], [True, True], [True, False], [False, False]]
     assert kept(experts_BTK.at[0, 3].set(jnp.array([2, 0])))[:3] == kept(experts_BTK)[:3]

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.zoo import SHAPES, shape
-from jaxinfra.parallel.layout import Layout
+from jaxinfra.parallel.sharding import Partitioner
 from tests.refusals import raises
 
 PARAMETERS = {
@@ -56,7 +56,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_counted_exactly_without_an_array(name: str) -> None:
     validate(shape(name))
-    _, specs = nnx.split(shape(name).build(Layout()))
+    _, specs = nnx.split(shape(name).build(Partitioner()))
     assert sum(spec.size for spec in jax.tree.leaves(nnx.to_pure_dict(specs))) == PARAMETERS[name]
 
 

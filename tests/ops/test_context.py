@@ -14,7 +14,7 @@ from jaxinfra.ops.attention import See, reference
 from jaxinfra.ops.context import attend_across
 from jaxinfra.ops.route import Form
 from jaxinfra.ops.tile import SPLASH_INTERPRETED, Tiles
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from tests.ops.test_attention import values_and_gradients
 from tests.refusals import raises
@@ -39,8 +39,8 @@ class Case:
     tiles: Tiles | None = None
 
     @property
-    def order(self) -> Order:
-        return Order(axes=("context",), shards=self.mesh.context, zigzag=self.zigzag)
+    def sharding(self) -> SequenceSharding:
+        return SequenceSharding(axes=("context",), num_shards=self.mesh.context, zigzag=self.zigzag)
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         draw = np.random.default_rng(0)
@@ -61,12 +61,12 @@ def across(case: Case) -> list[np.ndarray]:
     axes = tuple(axis if getattr(case.mesh, axis) > 1 else None for axis in ("fsdp", "context", "tensor"))
 
     def placed(x: Any, *parts: str | None) -> Any:
-        arranged = None if x is None else case.order.arrange(jnp.asarray(x), 1)
+        arranged = None if x is None else case.sharding.to_shard_order(jnp.asarray(x), 1)
         return None if x is None else jax.device_put(arranged, NamedSharding(mesh, PartitionSpec(*parts)))
 
     def kernel(q, k, v, see, segments):
         return attend_across(
-            q, k, v, see, order=case.order, platform="cpu", segments_BT=segments, form=case.form, tiles=case.tiles
+            q, k, v, see, sharding=case.sharding, platform="cpu", segments_BT=segments, form=case.form, tiles=case.tiles
         )
 
     with jax.set_mesh(mesh):
@@ -80,7 +80,7 @@ def across(case: Case) -> list[np.ndarray]:
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
         grads, y = compiled(q, k, v, noise, placed(case.segments(), *axes[:2]))
-        return [np.asarray(case.order.restore(jnp.asarray(np.asarray(a)), 1)) for a in (y, *grads)]
+        return [np.asarray(case.sharding.to_natural_order(jnp.asarray(np.asarray(a)), 1)) for a in (y, *grads)]
 
 
 def check(case: Case) -> None:
@@ -160,10 +160,10 @@ def test_they_lower_for_tpu(form: Form, kernels: int) -> None:
     spread = NamedSharding(mesh, PartitionSpec("fsdp", "context", "tensor", None))
     q, k = (jax.ShapeDtypeStruct((4, 1024, n, 128), jnp.bfloat16, sharding=spread) for n in (8, 2))
     ids = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "context")))
-    order = Order(axes=("context",), shards=2, zigzag=True)
+    sharding = SequenceSharding(axes=("context",), num_shards=2, zigzag=True)
 
     def loss(q, k, v, ids):
-        y = attend_across(q, k, v, See(), order=order, platform="tpu", segments_BT=ids, form=form)
+        y = attend_across(q, k, v, See(), sharding=sharding, platform="tpu", segments_BT=ids, form=form)
         return jnp.sum(y.astype(jnp.float32))
 
     with jax.sharding.use_abstract_mesh(mesh):
@@ -177,7 +177,7 @@ def test_a_kernel_without_a_form_for_shards_is_refused() -> None:
     mesh = abstract_mesh(MeshConfig(fsdp=1, context=2))
     spread = NamedSharding(mesh, PartitionSpec(None, "context", None, None))
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16, sharding=spread)
-    order = Order(axes=("context",), shards=2, zigzag=True)
+    sharding = SequenceSharding(axes=("context",), num_shards=2, zigzag=True)
     for platform, forced, why in (
         ("gpu", "cudnn", "sequences"),
         ("cpu", "splash", "cpu"),
@@ -185,7 +185,7 @@ def test_a_kernel_without_a_form_for_shards_is_refused() -> None:
     ):
 
         def attend(q, platform=platform, forced=forced):
-            return attend_across(q, q, q, See(), order=order, platform=platform, forced=forced, form="ring")
+            return attend_across(q, q, q, See(), sharding=sharding, platform=platform, forced=forced, form="ring")
 
         with jax.sharding.use_abstract_mesh(mesh), raises(ConfigError, f"={forced}: {why} use"):
             jax.eval_shape(attend, q)

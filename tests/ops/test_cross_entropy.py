@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy, token_losses
-from jaxinfra.parallel.layout import Layout, Rules
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.sharding import Partitioner, ShardingRules
 
 B, T, D, V = 8, 8, 16, 32
 FULL = CrossEntropy(z_loss=0.1, softcap=1.5)
@@ -57,18 +57,19 @@ def by_formula(x, w, targets, weights, config: CrossEntropy) -> dict[str, np.nda
 def computed(mesh: MeshConfig, config: CrossEntropy, scale: float = 1.0, dtype: Any = "float32") -> dict[str, Any]:
     """Sums, and gradients of `scale` times their total, as the model calls it."""
     devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
-    layout = Layout(rules=Rules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
+    partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
 
     def loss(x, w, targets, weights):
-        x = layout.shard(x.astype(dtype), "batch", "sequence", None, meets="vocab")
-        total, parts = cross_entropy(x, layout.weight(w, ("embed", "vocab")), targets, weights, config)
+        x = partitioner.shard(x.astype(dtype), "batch", "sequence", None, out_axis="vocab")
+        total, parts = cross_entropy(x, partitioner.gather_weight(w, ("embed", "vocab")), targets, weights, config)
         total, (entropy, z_loss) = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (total, parts))
         return scale * total, {"total": total, "entropy": entropy, "z_loss": z_loss}
 
     names = (("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"), ("batch", "sequence"))
     with jax.set_mesh(devices):
         placed = [
-            jax.device_put(a, NamedSharding(devices, layout.spec(*n))) for a, n in zip(inputs(), names, strict=True)
+            jax.device_put(a, NamedSharding(devices, partitioner.spec(*n)))
+            for a, n in zip(inputs(), names, strict=True)
         ]
         (_, sums), (dx, dw) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*placed)
     assert dx.sharding.spec == placed[0].sharding.spec and dw.sharding.spec == placed[1].sharding.spec

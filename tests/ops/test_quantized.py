@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.layout import Layout, Quantize
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.sharding import Partitioner, Quantize
 
 ERRORS: dict[Quantize, float] = {"int8": 0.0106, "fp8": 0.0375}
 """Root mean square error of a product of normal numbers, K = 512, as a part of the product.
@@ -76,20 +76,20 @@ def on_mesh(
     mesh: MeshConfig, quantize: Quantize, x: np.ndarray, w: np.ndarray, g: np.ndarray, *, outward: bool
 ) -> tuple[np.ndarray, ...]:
     """Product and gradients with features over `tensor`: those yielded, or if `outward` those contracted."""
-    layout = Layout(mesh=mesh, quantize=quantize)
+    partitioner = Partitioner(mesh=mesh, quantize=quantize)
     features = ("mlp", "embed") if outward else ("embed", "mlp")
-    stored = layout.spec(*features)
-    partial = frozenset(layout.mesh_axes("mlp") if outward else ())
+    stored = partitioner.spec(*features)
+    partial = frozenset(partitioner.mesh_axes("mlp") if outward else ())
 
     def run(x, w):
         if not outward:
-            x = layout.shard(x, "batch", "sequence", None, meets="mlp")
-        y = dot(x, layout.weight(w, features), partial=partial, quantize=quantize)
-        return layout.shard(y, "batch", "sequence", None if outward else "mlp")
+            x = partitioner.shard(x, "batch", "sequence", None, out_axis="mlp")
+        y = dot(x, partitioner.gather_weight(w, features), partial=partial, quantize=quantize)
+        return partitioner.shard(y, "batch", "sequence", None if outward else "mlp")
 
     made = make_mesh(mesh, jax.devices())
     with jax.set_mesh(made):
-        at = layout.spec("batch", "sequence", "mlp" if outward else None)
+        at = partitioner.spec("batch", "sequence", "mlp" if outward else None)
         put = [jax.device_put(a, NamedSharding(made, s)) for a, s in ((x, at), (w, stored))]
         y, pull = jax.vjp(jax.jit(run), *put)
         dx, dw = jax.jit(pull)(jax.device_put(g, y.sharding))

@@ -6,24 +6,24 @@ import pytest
 from jaxinfra.ops.attention import See, visible
 from jaxinfra.ops.route import FLOPS_A_BYTE, Form, Heads, cheaper, costs, legs, visible_pairs, work
 from jaxinfra.ops.tile import _mask, reaches
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 
 
-def order(shards: int, *, zigzag: bool = True) -> Order:
-    return Order(axes=("context",), shards=shards, zigzag=zigzag)
+def sharding(shards: int, *, zigzag: bool = True) -> SequenceSharding:
+    return SequenceSharding(axes=("context",), num_shards=shards, zigzag=zigzag)
 
 
 # The way round the ring
 
 
-def on_the_way(order: Order, see: See, block: int) -> list[int]:
+def on_the_way(sharding: SequenceSharding, see: See, block: int) -> list[int]:
     """Of each step its distance from home."""
-    return np.cumsum([leg.arrive for leg in legs(order, see, block) for _ in range(leg.steps)]).tolist()
+    return np.cumsum([leg.arrive for leg in legs(sharding, see, block) for _ in range(leg.steps)]).tolist()
 
 
 def test_zigzag_halves_every_step() -> None:
     """Of four pairs of blocks at home three are seen; later one by all shards, and one of two others by each."""
-    home, middle, last = legs(order(8), See(), 4)
+    home, middle, last = legs(sharding(8), See(), 4)
     assert [pair[2] for pair in home.pairs] == [True, True, True]
     for leg in (middle, last):
         assert leg.pairs == ((0, 0, False), (1, 0, True), (1, 1, False))
@@ -31,14 +31,14 @@ def test_zigzag_halves_every_step() -> None:
     shards = np.arange(8)
     for step in range(1, 8):
         source = (shards - step) % 8
-        seen = [order(8).block(shards, p) > order(8).block(source, r) for p, r, _ in middle.pairs]
+        seen = [sharding(8).block_index(shards, p) > sharding(8).block_index(source, r) for p, r, _ in middle.pairs]
         assert np.array(seen).sum(axis=0).tolist() == [2] * 8
 
 
 def test_a_window_goes_to_neighbors_alone() -> None:
-    assert on_the_way(order(8), See(window=4), 4) == [0, 1, 7]
-    assert on_the_way(order(8), See(window=1), 4) == [0]
-    assert on_the_way(order(8, zigzag=False), See(window=10), 4) == [0, 1, 2, 3]
+    assert on_the_way(sharding(8), See(window=4), 4) == [0, 1, 7]
+    assert on_the_way(sharding(8), See(window=1), 4) == [0]
+    assert on_the_way(sharding(8, zigzag=False), See(window=10), 4) == [0, 1, 2, 3]
 
 
 # The work
@@ -53,12 +53,12 @@ def test_pairs_are_counted_as_the_mask_has_them(see: See) -> None:
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8, 16])
 def test_every_shard_has_as_much_to_compute_as_any_other_in_every_step(shards: int) -> None:
-    found = work(order(shards), See(), 16)
+    found = work(sharding(shards), See(), 16)
     assert found.shape == (shards, shards)
     assert (found == found[:, :1]).all()
     length = 2 * shards * 16
     assert found.sum() == length * (length + 1) // 2
-    consecutive = work(order(shards, zigzag=False), See(), 32)
+    consecutive = work(sharding(shards, zigzag=False), See(), 32)
     assert consecutive.sum() == found.sum()
     assert consecutive.sum(axis=0).max() > 1.4 * found.sum(axis=0).max()
 
@@ -67,7 +67,7 @@ def test_every_shard_has_as_much_to_compute_as_any_other_in_every_step(shards: i
 @pytest.mark.parametrize("shards", [2, 4, 8])
 def test_kernels_compute_equally_many_blocks_on_every_shard(shards: int, form: Form) -> None:
     """Read from what the kernels are told, of queries and keys in blocks of 512."""
-    zigzag, block = order(shards), 1024
+    zigzag, block = sharding(shards), 1024
     pieces, length = range(zigzag.pieces), 2 * shards * 1024
 
     def blocks(first: int, keys: int) -> int:
@@ -101,7 +101,7 @@ def heads(**changes: int) -> Heads:
 
 
 def test_costs_are_in_bytes() -> None:
-    found = costs(order(4), See(), heads())
+    found = costs(sharding(4), See(), heads())
     shard = 2 * 16384 * 8 * 128 * 2
     gather, ring = found["gather"], found["ring"]
     assert (gather.receives, gather.waits, gather.holds) == (9 * shard, 9 * shard, 4 * shard)
@@ -112,29 +112,29 @@ def test_costs_are_in_bytes() -> None:
 
 def test_what_is_hidden_is_what_is_computed_meanwhile() -> None:
     short = heads(length=4096)
-    found, shard = costs(order(4), See(), short)["ring"], 2 * 1024 * 8 * 128 * 2
-    hidden = 2 * 32 * 256 * work(order(4), See(), 512)[:-1, 0] / FLOPS_A_BYTE
+    found, shard = costs(sharding(4), See(), short)["ring"], 2 * 1024 * 8 * 128 * 2
+    hidden = 2 * 32 * 256 * work(sharding(4), See(), 512)[:-1, 0] / FLOPS_A_BYTE
     assert (hidden > 0).all() and (hidden < shard).all()
     assert found.waits == int((shard - hidden).sum() + (3 * shard - 2.5 * hidden).sum()) + 2 * shard
     # The first shard of a sequence in consecutive order has nothing to do but at home, and all wait for it.
-    consecutive = costs(order(4, zigzag=False), See(), heads())["ring"]
-    assert consecutive.waits > 2 * costs(order(4), See(), heads())["ring"].waits
+    consecutive = costs(sharding(4, zigzag=False), See(), heads())["ring"]
+    assert consecutive.waits > 2 * costs(sharding(4), See(), heads())["ring"].waits
 
 
 def test_short_shards_gather_and_long_ones_go_round() -> None:
     for length, form in ((4096, "gather"), (8192, "gather"), (32768, "ring"), (131072, "ring")):
-        assert cheaper(order(4), See(), heads(length=length)) == form
+        assert cheaper(sharding(4), See(), heads(length=length)) == form
 
 
 def test_what_is_gathered_is_no_more_than_queries_and_results() -> None:
     """It holds `C * G` heads of a shard's positions: no more than the `H` of queries that are there anyhow."""
     for shards, form in ((2, "gather"), (4, "gather"), (8, "ring")):
-        assert cheaper(order(shards), See(), heads(length=1024 * shards)) == form
-    assert cheaper(order(16), See(), heads(heads=128, length=2048)) == "gather"
-    assert cheaper(order(2), See(), heads(groups=32, length=2048)) == "ring"
+        assert cheaper(sharding(shards), See(), heads(length=1024 * shards)) == form
+    assert cheaper(sharding(16), See(), heads(heads=128, length=2048)) == "gather"
+    assert cheaper(sharding(2), See(), heads(groups=32, length=2048)) == "ring"
 
 
 def test_a_short_window_takes_the_ring() -> None:
     many = heads(heads=64, length=2048)
-    assert cheaper(order(8), See(), many) == "gather"
-    assert cheaper(order(8), See(window=64), many) == "ring"
+    assert cheaper(sharding(8), See(), many) == "gather"
+    assert cheaper(sharding(8), See(window=64), many) == "ring"

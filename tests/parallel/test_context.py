@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.parallel.context import Order
+from jaxinfra.parallel.context import SequenceSharding
 from jaxinfra.parallel.mesh import MeshConfig, make_mesh
 
 
-def order(shards: int, *, zigzag: bool = True) -> Order:
-    return Order(axes=("context",), shards=shards, zigzag=zigzag)
+def sharding(shards: int, *, zigzag: bool = True) -> SequenceSharding:
+    return SequenceSharding(axes=("context",), num_shards=shards, zigzag=zigzag)
 
 
 def test_each_shard_has_an_early_and_a_late_block() -> None:
-    assert order(3).places(12).tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
-    assert order(3, zigzag=False).places(6).tolist() == [0, 1, 2, 3, 4, 5]
-    assert order(1).places(4).tolist() == [0, 1, 2, 3]
+    assert sharding(3).positions(12).tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+    assert sharding(3, zigzag=False).positions(6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert sharding(1).positions(4).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("zigzag", [True, False])
 def test_blocks_are_where_places_say(zigzag: bool) -> None:
-    found = order(4, zigzag=zigzag)
+    found = sharding(4, zigzag=zigzag)
     block = 32 // (4 * found.pieces)
     shards = np.arange(4)
     starts = np.stack([found.block(shards, piece) * block for piece in range(found.pieces)], axis=1)
@@ -32,9 +32,9 @@ def test_blocks_are_where_places_say(zigzag: bool) -> None:
 @pytest.mark.parametrize("dim", [0, 1])
 def test_restore_undoes_arrange(dim: int) -> None:
     x = jnp.arange(16 * 16 * 3).reshape(16, 16, 3)
-    arranged = order(4).arrange(x, dim)
-    assert np.array_equal(arranged, jnp.take(x, order(4).places(16), axis=dim))
-    assert np.array_equal(order(4).restore(arranged, dim), x)
+    arranged = sharding(4).to_shard_order(x, dim)
+    assert np.array_equal(arranged, jnp.take(x, sharding(4).positions(16), axis=dim))
+    assert np.array_equal(sharding(4).to_natural_order(arranged, dim), x)
 
 
 @pytest.mark.parametrize("by", [1, 3, -2, 4])
@@ -44,7 +44,7 @@ def test_rotate_sends_round_the_ring(by: int) -> None:
         x = jax.device_put(jnp.arange(8), NamedSharding(mesh, spec))
 
         def rotate(x: jax.Array) -> jax.Array:
-            return order(4).rotate(x, by)
+            return sharding(4).rotate(x, by)
 
         found = jax.jit(jax.shard_map(rotate, in_specs=spec, out_specs=spec))(x)
     assert np.array_equal(found, np.roll(np.arange(8), 2 * by))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxinfra.parallel.layout import Rules
 from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.parallel.sharding import ShardingRules
 from jaxinfra.run import Run
 from tests.parity.cases import BIASES, DOCUMENTS, RUNS, TIGHT, Case, gradients, near_zero, on_one_device, too_different
 from tests.parity.cover import FAST, candidates, cover, pairs
@@ -40,8 +40,8 @@ def test_gradients_are_those_of_one_device(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(run=replace(TIGHT, rules=Rules(experts=("fsdp", "expert"))), mesh=MIXED),
-        Case(run=replace(TIGHT, rules=Rules(experts=())), mesh=MIXED),
+        Case(run=replace(TIGHT, rules=ShardingRules(experts=("fsdp", "expert"))), mesh=MIXED),
+        Case(run=replace(TIGHT, rules=ShardingRules(experts=())), mesh=MIXED),
         # One row a microbatch: stages share its positions.
         Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=1, stage=2, context=2), accumulate=32),
         Case(run=BIASES, accumulate=4),
@@ -49,21 +49,21 @@ def test_gradients_are_those_of_one_device(case: Case) -> None:
     ids=["experts over fsdp", "experts on every device", "a row a microbatch", "microbatches alone"],
 )
 def test_gradients_are_those_of_one_device_at_the_edges(case: Case) -> None:
-    assert not too_different(gradients(case), on_one_device(replace(case.run, rules=Rules())))
+    assert not too_different(gradients(case), on_one_device(replace(case.run, rules=ShardingRules())))
 
 
 @pytest.mark.parametrize(
     "rules",
     [
-        Rules(vocab=()),
-        Rules(mlp=()),
-        Rules(heads=(), kv_heads=()),
-        Rules(embed=("fsdp",), block_sequence=()),
-        Rules(sequence=("replica", "context")),
+        ShardingRules(vocab=()),
+        ShardingRules(mlp=()),
+        ShardingRules(heads=(), kv_heads=()),
+        ShardingRules(embed=("fsdp",), block_sequence=()),
+        ShardingRules(sequence=("replica", "context")),
     ],
     ids=["vocab", "mlp", "heads", "block_sequence", "sequence"],
 )
-def test_other_rules_change_nothing(rules: Rules) -> None:
+def test_other_rules_change_nothing(rules: ShardingRules) -> None:
     """What is not spread over `tensor` is whole on each of its devices, and each computes all of it."""
     rules = replace(rules, batch=tuple(axis for axis in rules.batch if axis not in rules.sequence))
     case = Case(run=replace(DOCUMENTS, rules=rules), mesh=CUBE, accumulate=2)

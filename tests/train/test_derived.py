@@ -8,8 +8,8 @@ from flax import nnx
 from jaxinfra.models.flops import flops_per_token, matmul_params, visible_keys
 from jaxinfra.models.latent import Latent
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.layout import Layout
 from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
 from jaxinfra.train.derived import derived, per_device_bytes, step_flops, units_per_step
@@ -58,7 +58,7 @@ def test_flops_against_the_compiler() -> None:
     """Of one layer (a scan of one is unrolled), forward; norms and softmax come on top, and the whole square."""
     config = TransformerConfig(vocab_size=512, layers=1, width=128, heads=4, mlp_dim=512)
     batch, length = 2, 64
-    graph, specs = nnx.split(config.build(Layout()))
+    graph, specs = nnx.split(config.build(Partitioner()))
     params = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), nnx.to_pure_dict(specs))
 
     def forward(params: dict, tokens: jax.Array) -> jax.Array:
