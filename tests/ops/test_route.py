@@ -68,20 +68,20 @@ def test_every_shard_has_as_much_to_compute_as_any_other_in_every_step(shards: i
 def test_kernels_compute_equally_many_blocks_on_every_shard(shards: int, form: Form) -> None:
     """Read from what the kernels are told, of queries and keys in blocks of 512."""
     zigzag, block = sharding(shards), 1024
-    pieces, length = range(zigzag.pieces), 2 * shards * 1024
+    pieces, length = range(zigzag.blocks_per_shard), 2 * shards * 1024
 
     def blocks(first: int, keys: int) -> int:
         return int(np.asarray(_mask(See(), first, block, keys, by_key=False).block_mask).sum())
 
     def of_shard(shard: int) -> int:
-        starts = [int(zigzag.block(np.array(shard), piece)) * block for piece in pieces]
+        starts = [int(zigzag.block_index(np.array(shard), piece)) * block for piece in pieces]
         if form == "gather":
             return sum(blocks(start, length) for start in starts)
         total, source = 0, shard
         for leg in legs(zigzag, See(), block):
             for _ in range(leg.steps):
                 for piece, other, _ in leg.pairs:
-                    offset = starts[piece] - int(zigzag.block(np.array(source), other)) * block
+                    offset = starts[piece] - int(zigzag.block_index(np.array(source), other)) * block
                     total += blocks(offset, block) if reaches(See(), offset, block, block) else 0
                 source = (source - leg.depart) % shards
         return total

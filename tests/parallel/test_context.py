@@ -21,16 +21,16 @@ def test_each_shard_has_an_early_and_a_late_block() -> None:
 
 
 @pytest.mark.parametrize("zigzag", [True, False])
-def test_blocks_are_where_places_say(zigzag: bool) -> None:
+def test_block_index_agrees_with_positions(zigzag: bool) -> None:
     found = sharding(4, zigzag=zigzag)
-    block = 32 // (4 * found.pieces)
+    block = 32 // (4 * found.blocks_per_shard)
     shards = np.arange(4)
-    starts = np.stack([found.block(shards, piece) * block for piece in range(found.pieces)], axis=1)
-    assert np.array_equal(starts.reshape(-1), np.asarray(found.places(32))[::block])
+    starts = np.stack([found.block_index(shards, piece) * block for piece in range(found.blocks_per_shard)], axis=1)
+    assert np.array_equal(starts.reshape(-1), np.asarray(found.positions(32))[::block])
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_restore_undoes_arrange(dim: int) -> None:
+def test_natural_order_undoes_shard_order(dim: int) -> None:
     x = jnp.arange(16 * 16 * 3).reshape(16, 16, 3)
     arranged = sharding(4).to_shard_order(x, dim)
     assert np.array_equal(arranged, jnp.take(x, sharding(4).positions(16), axis=dim))
