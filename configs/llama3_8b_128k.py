@@ -6,7 +6,7 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Cosine
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run
 from jaxinfra.train.loop import TrainConfig
 

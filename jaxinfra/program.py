@@ -24,8 +24,9 @@ from jaxinfra.ops.dropout import FIELD, token_words
 from jaxinfra.optim.optimizers import build
 from jaxinfra.optim.schedules import schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
-from jaxinfra.parallel.mesh import MeshConfig
-from jaxinfra.parallel.sharding import LogicalAxes, Partitioner, unreduced_zeros
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import LogicalAxes
+from jaxinfra.parallel.sharding import Partitioner, unreduced_zeros
 from jaxinfra.parallel.spec import ParamSpec, param_key, replaced, trained
 from jaxinfra.stages import Stages
 from jaxinfra.tasks.task import loss

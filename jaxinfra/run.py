@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal, NamedTuple
 
-from jaxinfra.checkpoint.checkpoints import CheckpointConfig
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.image_data import ImageData
@@ -19,9 +19,9 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.optim.schedules import schedule_problems
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import Quantize, ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
-from jaxinfra.parallel.sharding import Quantize, ShardingRules
 from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.tasks.classification import Classification
 from jaxinfra.tasks.task import Task

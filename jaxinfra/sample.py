@@ -15,7 +15,8 @@ from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.models.decoder import Cache, Transformer
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Run, of_text
 

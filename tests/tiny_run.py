@@ -20,7 +20,7 @@ from jaxinfra.track.jsonl import read
 
 STEPS = 12
 CONFIG = """\
-from jaxinfra.checkpoint.checkpoints import CheckpointConfig
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim

@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.parallel.mesh import AXES, MeshConfig, make_mesh, permuted
+from jaxinfra.parallel.mesh import make_mesh, permuted
+from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, of_text
 

@@ -9,47 +9,18 @@ restored array is bit for bit what was saved, on whatever mesh it was and is.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
 from etils import epath
 
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
-from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import is_remote, make_writable
 from jaxinfra.storage.errors import cause_of, is_storage_failure, storage_errors
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are saved and which are kept.
-
-    Attributes:
-        every: steps between two saves.
-        keep_last: number of newest checkpoints to keep.
-        keep_every: also keep, for good, those whose step is a multiple of this.
-        asynchronous: train on while a checkpoint is being written.
-    """
-
-    every: Count = 100
-    keep_last: Count = 2
-    keep_every: Count | None = None
-    asynchronous: bool = True
-
-    def problems(self) -> Iterable[Problem]:
-        """A `keep_every` that would keep nothing or less than it says."""
-        if self.keep_every and self.keep_every % self.every:
-            rounded = -(-self.keep_every // self.every) * self.every
-            yield Problem(
-                fields=("keep_every", "every"),
-                message="keep_every must be a multiple of every: other steps are never saved",
-                fix=f"use keep_every={rounded}",
-            )
 
 
 class Checkpoints:

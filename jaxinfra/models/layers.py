@@ -18,7 +18,8 @@ from flax import nnx
 from jaxinfra.models.remat import product
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
-from jaxinfra.parallel.sharding import LogicalAxes, Partitioner
+from jaxinfra.parallel.rules import LogicalAxes
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, Role, constant, normal
 
 BLOCK: LogicalAxes = ("batch", "positions")

@@ -18,7 +18,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops import quantized
-from jaxinfra.parallel.sharding import Quantize, axis_names, has_stage_dim
+from jaxinfra.parallel.rules import Quantize
+from jaxinfra.parallel.sharding import axis_names, has_stage_dim
 
 
 def dot(

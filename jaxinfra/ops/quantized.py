@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.sharding import Quantize
+from jaxinfra.parallel.rules import Quantize
 
 if TYPE_CHECKING:
     from qwix import QArray

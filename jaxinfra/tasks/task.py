@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxinfra.config import Problem
 from jaxinfra.models.model import Model
-from jaxinfra.parallel.sharding import LogicalAxes
+from jaxinfra.parallel.rules import LogicalAxes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import size_bytes
 from jaxinfra.errors import StorageError
 

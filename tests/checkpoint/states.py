@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.parallel import mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -21,7 +22,7 @@ class State(NamedTuple):
 
 
 def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    return mesh.make_mesh(mesh.MeshConfig(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor])
+    return mesh.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor])
 
 
 def spec_of(leaf: Any) -> PartitionSpec:

@@ -7,7 +7,8 @@ import pytest
 import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.errors import CheckpointError, ConfigError
 from tests.refusals import raises
 

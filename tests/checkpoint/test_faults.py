@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxinfra.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.errors import CheckpointError, StorageError
 from tests.refusals import names, raises
 

@@ -18,7 +18,7 @@ STEPS = 12
 RECIPE = Path(__file__).parents[2] / "configs" / "data" / "digits.py"
 OF_TEXT = re.compile(r"\b[Tt]oken")
 CONFIG = """\
-from jaxinfra.checkpoint.checkpoints import CheckpointConfig
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.run import Precision, Run

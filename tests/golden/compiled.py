@@ -16,7 +16,7 @@ from jaxinfra.config import load
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.compiled import Compiled, compile_step
 from jaxinfra.plan.topology import parse
 from jaxinfra.run import Run

@@ -8,7 +8,7 @@ import hashlib
 import jax
 import numpy as np
 
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.parity.cases import DOCUMENTS, Case, batch_on_host, put
 
 

@@ -17,8 +17,10 @@ from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
-from jaxinfra.parallel.sharding import Partitioner, ShardingRules
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec
 
 BASE = TransformerConfig(vocab_size=32, layers=3, width=16, heads=4, kv_heads=2, head_dim=8, mlp_dim=24)

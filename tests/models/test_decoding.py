@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.ops.rope import LinearScaling, Rope
-from jaxinfra.parallel.mesh import MeshConfig
-from jaxinfra.parallel.sharding import ShardingRules
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
 from tests.models.harness import MODELS, ONE, Built, build, relative, tokens
 
 PROMPT, LENGTH, SLOTS = 5, 12, 16

@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfra.models.latent import Latent
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.tasks.causal_lm import CausalLM
 from jaxinfra.tasks.task import loss
 from tests.models import numpy_reference

@@ -11,7 +11,8 @@ import pytest
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
 from jaxinfra.optim.optimizers import Optim
-from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from jaxinfra.tasks.causal_lm import CausalLM

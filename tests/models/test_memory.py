@@ -12,7 +12,8 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.tasks.causal_lm import CausalLM

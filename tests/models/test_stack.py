@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.models.stack import Step, scan_pattern
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 
 WIDTH = 8
 

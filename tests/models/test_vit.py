@@ -9,7 +9,8 @@ import pytest
 
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.models.zoo import VISION_SHAPES, vision_shape
-from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
+from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from tests.models.numpy_reference import normalise, tanh_gelu
 from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put, values_on_host

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import KERNELS, See, Shape, attend, choose, reference, splash_block, splash_interpreted
-from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.ops.numpy_attention import attention
 from tests.refusals import raises
 

@@ -15,7 +15,8 @@ from jaxinfra.ops.context import attend_across
 from jaxinfra.ops.route import Form
 from jaxinfra.ops.tile import SPLASH_INTERPRETED, Tiles
 from jaxinfra.parallel.context import SequenceSharding
-from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.ops.test_attention import values_and_gradients
 from tests.refusals import raises
 

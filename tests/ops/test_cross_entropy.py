@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy, token_losses
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
-from jaxinfra.parallel.sharding import Partitioner, ShardingRules
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
+from jaxinfra.parallel.sharding import Partitioner
 
 B, T, D, V = 8, 8, 16, 32
 FULL = CrossEntropy(z_loss=0.1, softcap=1.5)

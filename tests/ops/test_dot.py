@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 
 RNG = np.random.default_rng(0)
 

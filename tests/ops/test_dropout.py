@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.ops.dropout import drop, layer_words, token_words
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 
 ROWS, LENGTH, WIDTH, RATE = 8, 32, 510, 0.3
 VALUES = ROWS * LENGTH * WIDTH

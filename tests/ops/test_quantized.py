@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
-from jaxinfra.parallel.sharding import Partitioner, Quantize
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import Quantize
+from jaxinfra.parallel.sharding import Partitioner
 
 ERRORS: dict[Quantize, float] = {"int8": 0.0106, "fp8": 0.0375}
 """Root mean square error of a product of normal numbers, K = 512, as a part of the product.

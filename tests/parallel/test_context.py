@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.parallel.context import SequenceSharding
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 
 
 def sharding(shards: int, *, zigzag: bool = True) -> SequenceSharding:

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.parallel import expert
 from jaxinfra.parallel.expert import Dispatch, Homes, dispatch
-from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 
 TOKENS, CHOICES, EXPERTS, WIDTH = 6, 2, 8, 3
 """Tokens of one of eight devices."""

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import AXES, MeshConfig, abstract_mesh, make_mesh, permuted
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh, permuted
+from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from tests.refusals import problem, raises
 
 

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.ops.dot import dot
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.pipeline import Pipeline, Spread
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.stages import layer_numbers

@@ -5,8 +5,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import MeshConfig
-from jaxinfra.parallel.sharding import Partitioner, ShardingRules
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec, constant
 from tests.refusals import problem, raises
 

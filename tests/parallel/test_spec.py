@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, constant, normal, param_key
 from tests.parity.cases import DOCUMENTS, Case, on_host
 

@@ -22,7 +22,7 @@ from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Constant
-from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run

@@ -21,7 +21,7 @@ from jaxinfra.bench.parity import meshes
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.remat import Remat
 from jaxinfra.ops.route import Form
-from jaxinfra.parallel.mesh import AXES, MeshConfig
+from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.run import Run
 from tests.parity.cases import DEEP, RUNS, Case

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxinfra.parallel.mesh import AXES, MeshConfig
-from jaxinfra.parallel.sharding import ShardingRules
+from jaxinfra.parallel.mesh_config import AXES, MeshConfig
+from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.run import Run
 from tests.parity.cases import BIASES, DOCUMENTS, RUNS, TIGHT, Case, gradients, near_zero, on_one_device, too_different
 from tests.parity.cover import FAST, candidates, cover, pairs

@@ -12,8 +12,9 @@ import pytest
 
 from jaxinfra.bench.parity import Arrays
 from jaxinfra.models.remat import Remat
-from jaxinfra.parallel.mesh import MeshConfig, abstract_mesh
-from jaxinfra.parallel.sharding import Quantize
+from jaxinfra.parallel.mesh import abstract_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import Quantize
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, differences, gradients, on_one_device

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.parallel.mesh import MeshConfig
+from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.parity.cases import (
     BIASES,
     DOCUMENTS,

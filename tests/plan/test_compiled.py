@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxinfra.compiler import SETS, OptionSet, options
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import AXES, MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.plan.collectives import KINDS, SLICED
 from jaxinfra.plan.compiled import Compiled, compile_step, no_cache
 from jaxinfra.plan.topology import devices, parse, prepare

@@ -14,7 +14,8 @@ from jaxinfra.models.remat import Remat
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block
 from jaxinfra.optim.optimizers import Optim
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.compiled import Compiled, Memory, compile_step, memory_of, no_cache, program_for
 from jaxinfra.plan.topology import devices, parse, prepare
 from jaxinfra.run import Run

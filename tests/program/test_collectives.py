@@ -11,7 +11,8 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.collectives import Collective, collectives, summed
 from jaxinfra.plan.hlo import Module
 from jaxinfra.program import Program

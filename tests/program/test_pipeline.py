@@ -7,7 +7,8 @@ import jax
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.plan.collectives import Collective, collectives
 from jaxinfra.plan.hlo import Module

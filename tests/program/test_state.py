@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.optim.optimizers import AdamW, Lion, Muon, Optimizer
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program, TrainState
 from tests.parity.cases import BIASES, DOCUMENTS, Case, batch_on_host, on_host, put
 

@@ -9,7 +9,8 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, Optim
 from jaxinfra.optim.schedules import Linear
-from jaxinfra.parallel.mesh import MeshConfig, make_mesh
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from jaxinfra.train.loop import TrainConfig

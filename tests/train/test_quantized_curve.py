@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.parallel.sharding import Quantize
+from jaxinfra.parallel.rules import Quantize
 from jaxinfra.track.jsonl import read
 from tests.tiny_run import launch
 
