@@ -118,15 +118,15 @@ class Program:
     @cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of one global batch."""
-        return self._batch(heldout=False)
+        return self._batch(validation=False)
 
     @cached_property
-    def heldout_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of one global batch of held-out data: those of `batch`, and weights."""
-        return self._batch(heldout=True)
+    def validation_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of one global batch of validation data: those of `batch`, and weights."""
+        return self._batch(validation=True)
 
-    def _batch(self, *, heldout: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        fields = self.task.batch(self.data, self.run.train.global_batch, heldout=heldout)
+    def _batch(self, *, validation: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        fields = self.task.batch(self.data, self.run.train.global_batch, validation=validation)
         return {n: self._sharded(f.shape, f.dtype, self.partitioner.spec(*f.axes)) for n, f in fields.items()}
 
     @cached_property
@@ -234,7 +234,7 @@ class Program:
             arranged = sharding.to_shard_order(jax.reshard(x, whole), axes.index("sequence"))
             return jax.reshard(arranged, self.partitioner.spec(*axes))
 
-        fields = self.task.batch(self.data, self.run.train.global_batch, heldout=True)
+        fields = self.task.batch(self.data, self.run.train.global_batch, validation=True)
         axes = {name: field.axes for name, field in fields.items()} | {FIELD: ("batch", "sequence")}
         return {name: one(x, axes[name]) for name, x in batch.items()}
 

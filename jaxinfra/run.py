@@ -125,10 +125,10 @@ class Run:
             yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
         yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
         model, task, data = self.parts
-        if len({part.unit for part in self.parts}) > 1:
+        if len({part.modality for part in self.parts}) > 1:
             yield Problem(
                 fields=("model", "task", "data"),
-                message=f"read {model.unit}s, {task.unit}s and {data.unit}s, but must read the same",
+                message=f"read {model.modality}s, {task.modality}s and {data.modality}s, but must read the same",
                 fix="name a model, a task and data of one kind",
             )
             return
@@ -156,7 +156,7 @@ class Run:
         elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:
             yield Problem(
                 fields=("rules.sequence", *self._spread(self.rules.sequence)),
-                message=f"{data.unit}s are no sequences, and stay whole",
+                message=f"{data.modality}s are no sequences, and stay whole",
                 fix="use rules.sequence=(context,) mesh.context=1",
             )
         parts = self._batch_parts()
@@ -266,7 +266,7 @@ def of_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture]:
     model, data = run.model, run.data
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture):
         return model, data
-    raise ConfigError(f"{run.name}: its model reads {model.unit}s, this is for language models; name another run")
+    raise ConfigError(f"{run.name}: its model reads {model.modality}s, this is for language models; name another run")
 
 
 def resolved(run: Run, devices: int) -> Run:

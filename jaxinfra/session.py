@@ -23,7 +23,7 @@ import jaxinfra
 from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.config import Difference, Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
-from jaxinfra.data.batches import Batches, heldout_batches
+from jaxinfra.data.batches import Batches, validation_batches
 from jaxinfra.data.interfaces import OpenData
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
 from jaxinfra.data.stopwatch import lateness
@@ -133,7 +133,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     directory = RunDirectory(Path(run.root) / run.name)
     data = program.data.pinned(directory.data_versions(loaded.run)).open(fix=prepare_hint)
     data.check(run.model)
-    data.heldout()  # refuses data without any
+    data.validation()  # refuses data without any
 
     with (
         StopRequest() as stop,
@@ -211,13 +211,13 @@ class _Session:
     ):
         self.program, self.run_config, self.data = program, program.run, data
         self.checkpoints, self.trackers, self.stop, self.written = checkpoints, trackers, stop, written
-        self.shardings = {name: array.sharding for name, array in program.heldout_batch.items()}
+        self.shardings = {name: array.sharding for name, array in program.validation_batch.items()}
         config = self.run_config
         one = next(iter(program.batch.values()))
         self.rows = process_rows(one.sharding, one.shape)
-        self.heldout = heldout_batches(
+        self.validation = validation_batches(
             program.data,
-            data.heldout(config.train.eval_windows),
+            data.validation(config.train.eval_windows),
             global_batch=config.train.global_batch,
             rows=self.rows,
         )
@@ -250,7 +250,7 @@ class _Session:
                     stop=lambda: self.stop.reason,
                 )
                 work = Work(
-                    unit=program.task.unit,
+                    modality=program.task.modality,
                     units=units_per_step(program),
                     flops=step_flops(program),
                     peak=self.peak * program.mesh.size,
@@ -288,22 +288,22 @@ class _Session:
         return to_global(batch, self.shardings, global_batch=self.run_config.train.global_batch)
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        self.last_eval = evaluate(self.program, state, self.heldout, self._place)
+        self.last_eval = evaluate(self.program, state, self.validation, self._place)
         return self.last_eval
 
     def summary(self, outcome: Outcome, wall_s: float, directory: RunDirectory) -> dict[str, Any]:
         """The final values of the run, from its own metrics."""
         rows = read(directory.path / "metrics.jsonl") if self.run_config.track.jsonl else []
-        losses, units = [row["loss"] for row in rows if "loss" in row], f"{self.program.task.unit}s"
+        losses, units = [row["loss"] for row in rows if "loss" in row], f"{self.program.task.modality}s"
         return {
             "status": "finished" if outcome.stopped is None else "stopped",
             "steps": outcome.done,
-            "unit": self.program.task.unit,
+            "modality": self.program.task.modality,
             units: outcome.done * units_per_step(self.program),
             "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
             "final_loss": losses[-1] if losses else None,
-            "heldout": {name.removeprefix("eval/"): score for name, score in self.last_eval.items()},
-            # Of all held-out samples: there are none of a part of them.
+            "validation": {name.removeprefix("eval/"): score for name, score in self.last_eval.items()},
+            # Of all validation samples: there are none of a part of them.
             "baselines": self.data.baselines if self.run_config.train.eval_windows is None else {},
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),

@@ -81,7 +81,7 @@ class Stages:
 
     def finish(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `pipeline.Model`."""
-        fields = self.run.parts.task.batch(self.run.data, self.run.train.global_batch, heldout=True)
+        fields = self.run.parts.task.batch(self.run.data, self.run.train.global_batch, validation=True)
         batch = {n: jax.reshard(batch[n], self.at_end.spec(*f.axes)) for n, f in fields.items() if n in batch}
         return self.run.parts.task.finish(self._merged(self._end, shared), x, batch)
 

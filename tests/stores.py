@@ -53,7 +53,7 @@ def bytes_recipe(folder, store, **fields):
 def ids_of(store, *splits):
     """The token ids of every document, its end left out."""
     found = []
-    for split in splits or ("train", "heldout"):
+    for split in splits or ("train", "validation"):
         offsets = store.offsets(split)
         for start, end in zip(offsets[:-1], offsets[1:], strict=True):
             *ids, last = store.read(split, [start], end - start)[0].tolist()

@@ -155,7 +155,7 @@ def loop_host_s(program: Program, side: Side, steps: int = 50) -> float:
     )
     assert program.run.train.steps > steps, "the last step is evaluated"
     batches = [(step, side.batch) for step in range(steps)]
-    reporter = _Waiting(hooks, Work(unit="token", units=1, flops=1.0, peak=1.0))
+    reporter = _Waiting(hooks, Work(modality="token", units=1, flops=1.0, peak=1.0))
     side.wait()
     with program.on_mesh:
         start_s = time.perf_counter()

@@ -119,7 +119,7 @@ def computed(program: Program, batch: Mapping[str, np.ndarray], params: Any = No
     with program.on_mesh, jax.default_matmul_precision("highest"):
         first = params is None
         placed = program.init(jax.random.key(program.run.seed)).params if first else put(params, program.params)
-        expected = program.batch if batch.keys() == program.batch.keys() else program.heldout_batch
+        expected = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
         grads, sums = program.gradients(placed, program.with_words(put(dict(batch), expected), step))
         leaves = jax.tree.leaves_with_path({"sum": sums, "grad": grads})
         return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}

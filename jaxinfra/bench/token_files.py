@@ -39,7 +39,7 @@ def build(folder: Path, tokens: int, *, records: bool) -> Stores:
 def build_store(stores: Stores, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
     """Writes a version of a store as `data prepare` does, but for the text that it is of."""
     root, splits, packs = stores.store, {}, {}
-    sizes: dict[Split, int] = {"train": stores.tokens, "heldout": 2 * LENGTH}
+    sizes: dict[Split, int] = {"train": stores.tokens, "validation": 2 * LENGTH}
     for split, size in sizes.items():
         writer = SplitWriter(root / split, np.dtype(TYPE), masked=False)
         for start in range(0, size, arrays.SHARD):

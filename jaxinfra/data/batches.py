@@ -88,7 +88,7 @@ class Batches:
         return batch | {"weights": batch["weights"] * real}
 
 
-def heldout_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> Batches:
+def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> Batches:
     """All samples in their own order, the same at every evaluation (see `Batches`)."""
     steps = -(-len(samples) // global_batch)
     return Batches(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, ids=None)

@@ -26,7 +26,7 @@ class ImageData(OneStore):
         white: the value of a pixel that becomes 1; 0 becomes -1.
     """
 
-    unit: ClassVar[str] = "image"
+    modality: ClassVar[str] = "image"
     image_size: Count
     channels: Count = 3
     white: Count = 255
@@ -99,7 +99,7 @@ class Images(OpenStore[Store, Labelled]):
 
     def check(self, model: Classes) -> None:
         """Raises ConfigError for a model with fewer classes than there are labels."""
-        classes = max(self.train.classes, self.heldout().classes, len(self.store.manifest.labels))
+        classes = max(self.train.classes, self.validation().classes, len(self.store.manifest.labels))
         if model.classes < classes:
             raise ConfigError(
                 f"model.classes={model.classes}: the images of {self.store} are of {classes} classes; "

@@ -32,7 +32,7 @@ class OpenData(Protocol):
     fingerprint: str  # of its contents
     versions: Sequence[str]  # fingerprints of the stores that it is read from, in the order of the config
     train_units: int  # units (tokens, images) that the samples to train on have
-    baselines: Mapping[str, Mapping[str, float]]  # by score, what simple models reach on held-out samples, by name
+    baselines: Mapping[str, Mapping[str, float]]  # by score, what simple models reach on validation samples, by name
 
     @property
     def train(self) -> Samples:
@@ -51,8 +51,8 @@ class OpenData(Protocol):
         """Training samples in lines for people, `chars` of each; `first_row` is the first's in the global batch."""
         ...
 
-    def heldout(self, at_most: int | None = None) -> Samples:
-        """The held-out samples, or the first of them; ConfigError where there are none."""
+    def validation(self, at_most: int | None = None) -> Samples:
+        """The validation samples, or the first of them; ConfigError where there are none."""
         ...
 
     def check(self, model: Any) -> None:
@@ -63,7 +63,7 @@ class OpenData(Protocol):
 class DataConfig(Protocol):
     """Data as a config describes it."""
 
-    unit: ClassVar[str]  # what it is counted in: "token" or "image"
+    modality: ClassVar[str]  # what it is counted in: "token" or "image"
 
     @property
     def prefetch_bytes(self) -> int:
@@ -76,7 +76,7 @@ class DataConfig(Protocol):
         ...
 
     @property
-    def sample_units(self) -> int:
+    def units_per_sample(self) -> int:
         """Units of one sample."""
         ...
 

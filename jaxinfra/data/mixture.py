@@ -42,7 +42,7 @@ class Mixture:
         stages: the weight of each source, from which step on; () weighs each by its size.
     """
 
-    unit: ClassVar[str] = "token"
+    modality: ClassVar[str] = "token"
     sources: tuple[MixSource, ...]
     stages: tuple[MixStage, ...] = ()
     seq_len: Count = 1024
@@ -92,7 +92,7 @@ class Mixture:
         return {source.store: source.recipe for source in self.sources if source.recipe is not None}
 
     @property
-    def sample_units(self) -> int:
+    def units_per_sample(self) -> int:
         """Tokens of a sequence."""
         return self.seq_len
 
@@ -180,11 +180,11 @@ class MixedText:
             batch = self.train.read(sample[None], weighted=False)
             yield from rows(batch, self.tokenizer, sample[None] - self.train.offsets[source], first_row + at, chars)
 
-    def heldout(self, at_most: int | None = None) -> MixedSamples:
-        """The held-out samples of every store, or the first of each, as many of one as of another; see `OpenStore`."""
+    def validation(self, at_most: int | None = None) -> MixedSamples:
+        """Returns all validation samples, or the first `at_most`, with equal shares from every store."""
         count = len(self._parts)
         shares = [None if at_most is None else max(1, (at_most + count - 1 - i) // count) for i in range(count)]
-        return MixedSamples([part.heldout(share) for part, share in zip(self._parts, shares, strict=True)])
+        return MixedSamples([part.validation(share) for part, share in zip(self._parts, shares, strict=True)])
 
     @property
     def tokenizer(self) -> Tokenizer:

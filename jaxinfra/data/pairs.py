@@ -32,7 +32,7 @@ class PairData(OneStore):
             where the answer alone is longer, that of the answer too (TRL's `truncation_mode="keep_end"`).
     """
 
-    unit: ClassVar[str] = "pair"
+    modality: ClassVar[str] = "pair"
     seq_len: Count = 1024
 
     @property

@@ -47,7 +47,7 @@ class OneStore:
         return {} if self.recipe is None else {self.store: self.recipe}
 
     @property
-    def sample_units(self) -> int:
+    def units_per_sample(self) -> int:
         """A sample is one, unless it is a row of tokens."""
         return 1
 
@@ -100,9 +100,9 @@ class OpenStore[T: Store, S: SplitSamples]:
         windows, seed, curriculum = len(self.train), self._seed, self._curriculum
         return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
 
-    def heldout(self, at_most: int | None = None) -> S:
-        """The held-out samples, or the first of them; ConfigError where text is too short for one."""
-        return self._samples("heldout", at_most)
+    def validation(self, at_most: int | None = None) -> S:
+        """The validation samples, or the first of them; ConfigError where text is too short for one."""
+        return self._samples("validation", at_most)
 
     def before(self, step: int, global_batch: int) -> Iterable[str]:
         """See `OpenData`."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count
-from jaxinfra.data.batches import heldout_batches
+from jaxinfra.data.batches import validation_batches
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.order import Curriculum
@@ -36,7 +36,7 @@ class TokenData(OneStore):
         mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
 
-    unit: ClassVar[str] = "token"
+    modality: ClassVar[str] = "token"
     seq_len: Count = 1024
     packing: Packing = "windows"
     curriculum: Curriculum | None = None
@@ -58,7 +58,7 @@ class TokenData(OneStore):
             )
 
     @property
-    def sample_units(self) -> int:
+    def units_per_sample(self) -> int:
         """Tokens of a sequence."""
         return self.seq_len
 
@@ -105,7 +105,7 @@ class TokenSamples(SplitSamples[TokenData, TokenStore], ABC):
         With the summed loss of those targets in nats, bits per byte are `loss / log(2) / n_bytes`.
         """
         length_V = self._store.tokenizer.byte_lengths()
-        batches = heldout_batches(self._data, self, global_batch=min(64, len(self)), rows=slice(None))
+        batches = validation_batches(self._data, self, global_batch=min(64, len(self)), rows=slice(None))
         return sum(int((length_V[batch["targets"]] * batch["weights"]).sum()) for _, batch in batches)
 
 

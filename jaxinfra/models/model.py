@@ -24,10 +24,10 @@ class ModelConfig(Protocol):
     """The shape of a model.
 
     Attributes:
-        unit: what it reads, and what speed is counted in: "token" or "image".
+        modality: what it reads, and what speed is counted in: "token" or "image".
     """
 
-    unit: ClassVar[str]
+    modality: ClassVar[str]
 
     @property
     def layers(self) -> int:

@@ -79,7 +79,7 @@ class TransformerConfig:
             over those of each chunk.
     """
 
-    unit: ClassVar[str] = "token"
+    modality: ClassVar[str] = "token"
     vocab_size: Count
     layers: Count
     width: Count

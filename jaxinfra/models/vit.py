@@ -74,7 +74,7 @@ class VisionTransformerConfig:
         remat: what is kept of each layer for the backward pass.
     """
 
-    unit: ClassVar[str] = "image"
+    modality: ClassVar[str] = "image"
     image_size: Count
     patch: Count
     classes: Count

@@ -30,7 +30,7 @@ class TokenBatches(Sequences, Protocol):
 
 
 class Text(Protocol):
-    """What the task needs to know of the held-out samples."""
+    """What the task needs to know of the validation samples."""
 
     @property
     def n_bytes(self) -> int:
@@ -47,7 +47,7 @@ class CausalLM:
         z_loss: weight of the squared log-normaliser (see `CrossEntropy`).
     """
 
-    unit: ClassVar[str] = "token"
+    modality: ClassVar[str] = "token"
     by_position: ClassVar[bool] = True
     loss_chunks: Annotated[Count | None, NOT_FINGERPRINTED] = None
     z_loss: NonNegative = 0.0
@@ -68,12 +68,12 @@ class CausalLM:
             fix = f"use task.loss_chunks={fitting}"
             yield Problem(fields=("task.loss_chunks", *fields), message=message, fix=fix)
 
-    def batch(self, data: TokenBatches, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
+    def batch(self, data: TokenBatches, global_batch: int, *, validation: bool = False) -> dict[str, Field]:
         """Inputs and targets `[B, T]`; with document masks also segments, positions and weights."""
         shape, axes = (global_batch, data.seq_len), ("batch", "sequence")
         names = ("inputs", "targets", "segments", "positions") if data.mask_documents else ("inputs", "targets")
         fields = {name: Field(shape=shape, dtype=jnp.dtype("int32"), axes=axes) for name in names}
-        if data.mask_documents or heldout:
+        if data.mask_documents or validation:
             fields["weights"] = Field(shape=shape, dtype=jnp.dtype("float32"), axes=axes)
         return fields
 
@@ -92,10 +92,10 @@ class CausalLM:
         weight = jnp.einsum("bt,bt->", weights_BT, ones_BT, out_sharding=PartitionSpec(unreduced=over))
         return total, {"loss": entropy, "z_loss": z_loss, "weight": weight}
 
-    def scores(self, sums: Mapping[str, float], heldout: Text) -> dict[str, float]:
+    def scores(self, sums: Mapping[str, float], validation: Text) -> dict[str, float]:
         """The loss in nats a token, and bits per byte of text."""
         bits = sums["loss"] / math.log(2)
-        return {"loss": sums["loss"] / sums["weight"], "bits_per_byte": bits / heldout.n_bytes}
+        return {"loss": sums["loss"] / sums["weight"], "bits_per_byte": bits / validation.n_bytes}
 
     def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:
         """Tokens a parameter."""

@@ -22,17 +22,17 @@ class Classification(Task):
             (Szegedy et al. 2016, section 7); the loss that is reported is the cross-entropy with the class itself.
     """
 
-    unit: ClassVar[str] = "image"
+    modality: ClassVar[str] = "image"
     by_position: ClassVar[bool] = False
     label_smoothing: Decay = 0.0
 
-    def batch(self, data: Images, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
-        """Images `[B, H, W, channels]` and labels `[B]`; held-out ones have weights `[B]`."""
+    def batch(self, data: Images, global_batch: int, *, validation: bool = False) -> dict[str, Field]:
+        """Images `[B, H, W, channels]` and labels `[B]`; validation ones have weights `[B]`."""
         shape = (global_batch, data.image_size, data.image_size, data.channels)
         number, label = jnp.dtype("float32"), jnp.dtype("int32")
         images = Field(shape=shape, dtype=number, axes=("batch", None, None, None))
         fields = {"images": images, "labels": Field(shape=shape[:1], dtype=label, axes=("batch",))}
-        return fields | ({"weights": Field(shape=shape[:1], dtype=number, axes=("batch",))} if heldout else {})
+        return fields | ({"weights": Field(shape=shape[:1], dtype=number, axes=("batch",))} if validation else {})
 
     def finish(
         self, model: VisionTransformer, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
@@ -53,6 +53,6 @@ class Classification(Task):
         sums = {"loss": entropy_B, "accuracy": right_B, "weight": jnp.ones_like(entropy_B)}
         return total(smooth_B), {name: total(values_B) for name, values_B in sums.items()}
 
-    def scores(self, sums: Mapping[str, float], heldout: object) -> dict[str, float]:
+    def scores(self, sums: Mapping[str, float], validation: object) -> dict[str, float]:
         """The loss in nats an image, and the share of right answers."""
         return {name: sums[name] / sums["weight"] for name in ("loss", "accuracy")}

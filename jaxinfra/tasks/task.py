@@ -25,11 +25,11 @@ class Task(Protocol):
     """A task over batches of named arrays.
 
     Attributes:
-        unit: what it is about, as of the models and the data that it goes with: "token" or "image".
+        modality: what it is about, as of the models and the data that it goes with: "token" or "image".
         by_position: whether `finish` needs no more of the stream than a position at a time, but for its sums.
     """
 
-    unit: ClassVar[str]
+    modality: ClassVar[str]
     by_position: ClassVar[bool]
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
@@ -40,8 +40,8 @@ class Task(Protocol):
         """What is wrong between the task and what one device has of a sequence, with whole paths."""
         return ()
 
-    def batch(self, data: Any, global_batch: int, *, heldout: bool = False) -> dict[str, Field]:
-        """The arrays of one global batch; those of a held-out one always have `weights`."""
+    def batch(self, data: Any, global_batch: int, *, validation: bool = False) -> dict[str, Field]:
+        """The arrays of one global batch; those of a validation one always have `weights`."""
         ...
 
     def finish(
@@ -54,8 +54,8 @@ class Task(Protocol):
         """
         ...
 
-    def scores(self, sums: Mapping[str, float], heldout: Any) -> dict[str, float]:
-        """Returns the metrics of an evaluation, `loss` first, from sums over all batches and the held-out samples."""
+    def scores(self, sums: Mapping[str, float], validation: Any) -> dict[str, float]:
+        """Returns the metrics of an evaluation, `loss` first, from sums over all batches and the validation samples."""
         ...
 
     def derived(self, units: int, params: int) -> dict[str, tuple[float, str]]:

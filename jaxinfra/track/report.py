@@ -89,8 +89,8 @@ def _leaf(value: object) -> str:
 
 
 def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, float, float]]]]:
-    """Yields each held-out score that has baselines: its own value and theirs, the lowest first, and percentages."""
-    for score, own in (summary.get("heldout") or {}).items():
+    """Yields each validation score that has baselines: its own value and theirs, the lowest first, and percentages."""
+    for score, own in (summary.get("validation") or {}).items():
         if others := (summary.get("baselines") or {}).get(score):
             values = [each for each in [("this run", own), *others.items()] if math.isfinite(each[1])]
             longest = max((value for _, value in values), default=0.0) or 1.0
@@ -125,11 +125,11 @@ def _known_charts(points: _Points, scored: _Labels, speeds: _Labels, memory: _La
     largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)
     divisor, unit = size_unit(largest)
     scores = [
-        Chart(title=words(trained).capitalize(), lines=_lines({trained: "training", name: "held-out"}, points))
+        Chart(title=words(trained).capitalize(), lines=_lines({trained: "training", name: "validation"}, points))
         for name, trained in scored.items()
         if trained != "loss"
     ]
-    loss = _lines({"loss": "training", "eval/loss": "held-out"}, points)
+    loss = _lines({"loss": "training", "eval/loss": "validation"}, points)
     times = _lines({"step_time_s": "step", "data_wait_s": "waiting for data"}, points)
     return [
         Chart(title="Loss", unit="nats", lines=loss, scale="auto"),

@@ -64,7 +64,7 @@ _SUMMARY = {
     "units": ("Units", number),
     "wall_s": ("Wall time", duration),
     "final_loss": ("Final training loss", "{:.4f}".format),
-    "heldout": ("Held-out", "{:.4f}".format),
+    "validation": ("Validation", "{:.4f}".format),
     "units_per_s_median": ("Units/s, median", count),
     "mfu_median": ("MFU, median", percent),
     "peak_rss_bytes": ("Peak host memory", size),
@@ -83,20 +83,20 @@ def words(name: str) -> str:
 def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Turns the summary of a run into (label, text) rows.
 
-    Known values come first in a fixed order, and values that are None are left out. `unit` ("token") names those that
-    count units (`tokens`, `tokens_per_s_median`). Each score of `heldout` is a row, and so is each of its `baselines`
-    (by score, then by name) below it. Unknown values follow under their names.
+    Known values come first in a fixed order; values that are None are left out. `modality` ("token") names the counts
+    (`tokens`, `tokens_per_s_median`). Each score of `validation` is a row, followed by its `baselines` (by score, then
+    by name). Unknown values follow under their names.
     """
     rows: list[tuple[str, str]] = []
-    units, known = f"{values.get('unit', 'unit')}s", {"unit", "baselines"}
+    units, known = f"{values.get('modality', 'unit')}s", {"modality", "baselines"}
     baselines = values.get("baselines") or {}
     for generic, (label, written) in _SUMMARY.items():
         key = generic.replace("units", units)
         known.add(key)
         value = values.get(key)
-        if key == "heldout":
+        if key == "validation":
             for name, score in (value or {}).items():
-                rows.append((f"Held-out {words(name)}", written(score)))
+                rows.append((f"Validation {words(name)}", written(score)))
                 rows += [(f"  {of}, {words(name)}", written(other)) for of, other in baselines.get(name, {}).items()]
         elif value is not None:
             rows.append((label.replace("Units", units.capitalize()), written(value)))

@@ -29,7 +29,7 @@ def gib(n_bytes: float) -> str:
 
 def units_per_step(program: Program) -> int:
     """Units (tokens, images) of one global batch."""
-    return program.run.train.global_batch * program.data.sample_units
+    return program.run.train.global_batch * program.data.units_per_sample
 
 
 def step_flops(program: Program) -> float:
@@ -42,8 +42,8 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
     run, state, batch = program.run, program.state, program.run.train.global_batch
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
-    unit, units = program.task.unit, units_per_step(program) * run.train.steps
-    a_unit = f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
+    modality, units = program.task.modality, units_per_step(program) * run.train.steps
+    a_modality = f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
     embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
     flops = step_flops(program) * run.train.steps
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
@@ -53,11 +53,11 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
         "samples a device": (batch / program.partitioner.num_shards("batch"), f"global batch {batch}"),
         "microbatches": (run.train.accumulate, "a step"),
-        f"{unit}s a step": (units_per_step(program), ""),
+        f"{modality}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
-        f"{unit}s": (units, f"steps x {unit}s a step"),
+        f"{modality}s": (units, f"steps x {modality}s a step"),
         **program.task.derived(units, program.num_params),
-        f"FLOPs {a_unit}": (flops / units, "6 x matmul parameters + attention"),
+        f"FLOPs {a_modality}": (flops / units, "6 x matmul parameters + attention"),
         "FLOPs": (flops, "of the whole run"),
         "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
@@ -71,7 +71,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
     if program.partitioner.mesh.stage > 1:
         numbers |= described(run.pipeline.table(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:
-        numbers["epochs"] = (units / train_units, f"of {train_units:,} {unit}s")
+        numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):
         hours = flops / (ASSUMED_MFU * CHIP_FLOPS[chip]) / 3600
         numbers[f"{chip} hours"] = (hours, f"chip-hours if {ASSUMED_MFU:.0%} of {CHIP_FLOPS[chip] / 1e12:.0f} TFLOP/s")

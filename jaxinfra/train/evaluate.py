@@ -1,4 +1,4 @@
-"""Evaluation on fixed held-out data, every sample counted once."""
+"""Evaluation on fixed validation data, every sample counted once."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from jaxinfra.program import Program, TrainState
 def evaluate(
     program: Program, state: TrainState, batches: Batches, place: Callable[[Batch], dict[str, jax.Array]]
 ) -> dict[str, float]:
-    """The scores of the task over all held-out samples, in batches that `place` puts on the devices, as "eval/NAME".
+    """The scores of the task over all validation samples, in batches that `place` puts on the devices, as "eval/NAME".
 
     The averaged parameters are evaluated where a run keeps them. The sums of batches meet on the device: the
     host waits once, at the end.
@@ -23,6 +23,6 @@ def evaluate(
     for _, batch in batches:
         sums = program.eval_step(params, place(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    assert total is not None, "there is at least one held-out sample"
+    assert total is not None, "there is at least one validation sample"
     found = {name: float(value) for name, value in jax.device_get(total).items() if not value.ndim}
     return {f"eval/{name}": score for name, score in program.task.scores(found, batches.samples).items()}

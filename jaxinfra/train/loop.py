@@ -29,7 +29,7 @@ class TrainConfig:
         global_batch: samples (sequences, images) of one step, over all devices.
         accumulate: microbatches that a step is computed in, one after the other.
         eval_every: steps between evaluations; there is one at the end as well. None: only that one.
-        eval_windows: held-out samples to evaluate on; None is all.
+        eval_windows: validation samples to evaluate on; None is all.
         compiler: a set of options for the compiler of the steps (see `jaxinfra.compiler`).
     """
 
@@ -53,7 +53,7 @@ class Hooks:
         log: takes the metrics of a step, counted from 0, when they are due.
         due: whether the metrics of a step are.
         waited_s: seconds that were waited for batches so far.
-        evaluate: metrics of the state on held-out data.
+        evaluate: metrics of the state on validation data.
         save: offers the state after so many steps to be saved, and the device values of the last of them.
         stop: why to stop now; None goes on.
     """
@@ -71,13 +71,13 @@ class Work:
     """What one step is.
 
     Attributes:
-        unit: what it is counted in, such as "token".
+        modality: what it is counted in, such as "token".
         units: how many of them.
         flops: floating-point operations over all devices.
         peak: what all devices together could do in a second.
     """
 
-    unit: str
+    modality: str
     units: int
     flops: float
     peak: float
@@ -101,7 +101,7 @@ class Reporter:
         step_time_s = self._clock.read()
         if step_time_s is not None:
             metrics["step_time_s"] = step_time_s
-            metrics[f"{self._work.unit}s_per_s"] = self._work.units / step_time_s
+            metrics[f"{self._work.modality}s_per_s"] = self._work.units / step_time_s
             metrics["mfu"] = self._work.flops / step_time_s / self._work.peak
         waited_s = self._hooks.waited_s()
         metrics["data_wait_s"], self._waited_s = waited_s - self._waited_s, waited_s

@@ -133,7 +133,7 @@ def test_show_says_what_is_there(tiny: Tiny) -> None:
     info = store.manifest.splits["train"]
     assert f"train        {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes" in ended.out
     lengths = store.lengths("train")
-    bars = re.findall(r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("heldout:")[0], re.MULTILINE)
+    bars = re.findall(r"^ *([\d,]+) to +([\d,]+) +(\d+)", ended.out.split("validation:")[0], re.MULTILINE)
     assert sum(int(count) for _, _, count in bars) == info.documents
     for low, high, count in bars:
         first, last = int(low.replace(",", "")), int(high.replace(",", ""))

@@ -136,11 +136,11 @@ def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...])
     assert tiny.launch(*parts).code == 0
     found, wanted = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("parts", "whole"))
     assert found == pytest.approx(wanted, rel=2e-5)
-    heldout = [
+    validation = [
         [row["eval/loss"] for row in read(tiny.directory(name) / "metrics.jsonl") if "eval/loss" in row]
         for name in ("parts", "whole")
     ]
-    assert len(heldout[0]) == 3 and heldout[0] == pytest.approx(heldout[1], rel=2e-5)
+    assert len(validation[0]) == 3 and validation[0] == pytest.approx(validation[1], rel=2e-5)
 
 
 LONG = (

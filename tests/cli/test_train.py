@@ -38,8 +38,8 @@ def test_whole_run(tiny: Tiny) -> None:
     found = summary(directory)
     assert (found["status"], found["steps"], found["tokens"]) == ("finished", STEPS, STEPS * 8 * 32)
     assert found["final_loss"] == trained[-1]["loss"]
-    assert found["heldout"]["loss"] == rows[-1]["eval/loss"]
-    assert found["heldout"]["bits_per_byte"] == rows[-1]["eval/bits_per_byte"]
+    assert found["validation"]["loss"] == rows[-1]["eval/loss"]
+    assert found["validation"]["bits_per_byte"] == rows[-1]["eval/bits_per_byte"]
     assert found["checkpoint"] == str(directory / "checkpoints" / str(STEPS))
     assert sorted(path.name for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()) == ["10", "12"]
     assert "tiny" in (directory / "report.html").read_text()

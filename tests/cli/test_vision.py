@@ -73,10 +73,10 @@ def test_whole_run(seen: Tiny) -> None:
     assert all(0 <= row["accuracy"] <= 1 for row in trained) and not any("tokens" in name for name in trained[-1])
     found = summary(directory)
     assert found["images"] == STEPS * 16
-    assert found["heldout"] == {name: evaluated[-1][f"eval/{name}"] for name in ("loss", "accuracy")}
-    images = len(seen.loaded().data.open().heldout())
-    assert round(found["heldout"]["accuracy"] * images, 6).is_integer(), "each held-out image counts once"
-    assert re.search(r"Held-out accuracy +0\.\d{4}\s+nearest neighbor, accuracy +0\.9[89]\d\d", ended.out)
+    assert found["validation"] == {name: evaluated[-1][f"eval/{name}"] for name in ("loss", "accuracy")}
+    images = len(seen.loaded().data.open().validation())
+    assert round(found["validation"]["accuracy"] * images, 6).is_integer(), "each validation image counts once"
+    assert re.search(r"Validation accuracy +0\.\d{4}\s+nearest neighbor, accuracy +0\.9[89]\d\d", ended.out)
     assert "images/s" in ended.out and not OF_TEXT.search(ended.out)
     page = (directory / "report.html").read_text()
     assert "Accuracy" in page and "images/s" in page and not OF_TEXT.search(page)
@@ -109,7 +109,7 @@ def test_show_and_prepare(seen: Tiny) -> None:
     assert "model = vision_transformer_config" in shown.out and "Learning rate over 12 steps" in shown.out
     store = launch("data", "show", str(seen.loaded().data.store))
     counts = [
-        int(count.replace(",", "")) for count in re.findall(r"^(?:train|heldout) +([\d,]+) images", store.out, re.M)
+        int(count.replace(",", "")) for count in re.findall(r"^(?:train|validation) +([\d,]+) images", store.out, re.M)
     ]
     assert len(counts) == 2 and sum(counts) == 1797
     assert re.search(r"train: images of a class\n +0 +\d+ █+\n", store.out), store.out
@@ -164,4 +164,4 @@ def test_digits_are_learned(repo_root: Path, digits: Path, tmp_path: Path) -> No
     config = str(repo_root / "configs" / "vit_digits.py")
     done = ended(start(config, f"root={tmp_path}", f"data.store={digits}", "--devices", "cpu"), timeout_s=900)
     assert done.code == 0, done
-    assert summary(tmp_path / "vit-digits")["heldout"]["accuracy"] >= 0.97
+    assert summary(tmp_path / "vit-digits")["validation"]["accuracy"] >= 0.97

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.data import buffers, stopwatch
-from jaxinfra.data.batches import Batches, heldout_batches
+from jaxinfra.data.batches import Batches, validation_batches
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.prefetch import Prefetcher
 from jaxinfra.data.stopwatch import Stopwatch, lateness
@@ -44,9 +44,9 @@ def batches(data, store, **options):
     return Batches(data, Windows(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
 
 
-def heldout(data, store, at_most=None, *, global_batch=GLOBAL_BATCH, rows=slice(None)):
-    windows = Windows(data, store, "heldout", at_most)
-    return heldout_batches(data, windows, global_batch=global_batch, rows=rows)
+def validation(data, store, at_most=None, *, global_batch=GLOBAL_BATCH, rows=slice(None)):
+    windows = Windows(data, store, "validation", at_most)
+    return validation_batches(data, windows, global_batch=global_batch, rows=rows)
 
 
 def assert_same(left, right):
@@ -106,11 +106,11 @@ def test_any_step_is_read_without_the_ones_before(data, store):
         far[10**6]
 
 
-def test_heldout_batches_cover_the_windows_once_with_equal_shapes(data, store):
-    every = store.read("heldout", [0], store.manifest.splits["heldout"].tokens)[0]
+def test_validation_batches_cover_the_windows_once_with_equal_shapes(data, store):
+    every = store.read("validation", [0], store.manifest.splits["validation"].tokens)[0]
     windows = (len(every) - 1) // T
     size = next(n for n in range(7, 20) if windows % n)
-    found = list(heldout(data, store, global_batch=size))
+    found = list(validation(data, store, global_batch=size))
     assert len(found) == -(-windows // size)
     assert {array.shape for _, batch in found for array in batch.values()} == {(size, T)}
     inputs = np.concatenate([batch["inputs"] for _, batch in found])
@@ -120,32 +120,32 @@ def test_heldout_batches_cover_the_windows_once_with_equal_shapes(data, store):
     assert not weights[windows:].any()
 
 
-def test_heldout_batches_stop_at_the_windows_asked_for(data, store):
-    few = heldout(data, store, 7, global_batch=4, rows=slice(2, 4))
+def test_validation_batches_stop_at_the_windows_asked_for(data, store):
+    few = validation(data, store, 7, global_batch=4, rows=slice(2, 4))
     weights = np.stack([batch["weights"].any(axis=1) for _, batch in few])
     assert weights.tolist() == [[True, True], [True, False]]  # rows 2, 3 of windows 0-3 and 4-7
 
 
-def test_heldout_batches_have_weights_even_without_masks(data, store):
+def test_validation_batches_have_weights_even_without_masks(data, store):
     plain = replace(data, mask_documents=False)
-    (_, batch), *_ = heldout(plain, store)
+    (_, batch), *_ = validation(plain, store)
     assert set(batch) == {"inputs", "targets", "weights"}
     assert batch["weights"].all()
 
 
-def test_heldout_bytes_are_those_of_the_weighted_targets(data, store):
-    tokens = store.read("heldout", [0], 5 * T + 1)[0]
+def test_validation_bytes_are_those_of_the_weighted_targets(data, store):
+    tokens = store.read("validation", [0], 5 * T + 1)[0]
     targets = [int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.words.eot_id]
     expected = len(store.tokenizer.decode(targets).encode())
-    found = Windows(data, store, "heldout", 5).n_bytes
+    found = Windows(data, store, "validation", 5).n_bytes
     assert abs(found - expected) <= 2  # the last character may be cut, and then decodes to 3 bytes
 
 
 def test_a_split_that_is_too_short_says_which_length_fits(data, store):
-    tokens = store.manifest.splits["heldout"].tokens
-    with raises(ConfigError, f"heldout {tokens}; use data.seq_len={tokens - 1}"):
-        replace(data, seq_len=tokens).open().heldout()
-    assert len(replace(data, seq_len=tokens - 1).open().heldout()) == 1
+    tokens = store.manifest.splits["validation"].tokens
+    with raises(ConfigError, f"validation {tokens}; use data.seq_len={tokens - 1}"):
+        replace(data, seq_len=tokens).open().validation()
+    assert len(replace(data, seq_len=tokens - 1).open().validation()) == 1
     with raises(ConfigError, "data.seq_len=1000000000 train"):
         replace(data, seq_len=10**9).open()
 

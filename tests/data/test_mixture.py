@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.data.batches import Batches, heldout_batches
+from jaxinfra.data.batches import Batches, validation_batches
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
@@ -80,15 +80,15 @@ def test_a_run_that_goes_on_reads_the_same_tail(data):
         assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def test_heldout_samples_are_of_every_store(data):
+def test_validation_samples_are_of_every_store(data):
     opened = data.open()
-    every = opened.heldout()
-    assert len(every) == sum(len(part.open().heldout()) for part in data.parts)
-    few = opened.heldout(4)
+    every = opened.validation()
+    assert len(every) == sum(len(part.open().validation()) for part in data.parts)
+    few = opened.validation(4)
     assert [len(part) for part in few._parts] == [2, 1, 1]
     batch = few.read(np.arange(4), weighted=True)
     assert letters(batch) == ["a", "a", "b", "c"]
-    assert every.n_bytes == sum(part.open().heldout().n_bytes for part in data.parts)
+    assert every.n_bytes == sum(part.open().validation().n_bytes for part in data.parts)
 
 
 def test_how_often_each_source_was_read_is_told(data):
@@ -185,12 +185,12 @@ def test_a_curriculum_reads_short_documents_first_and_all_of_them_once(store):
     assert quarters == sorted(quarters) and quarters[0] < quarters[-1] / 2
 
 
-def test_heldout_rows_count_their_bytes(store):
+def test_validation_rows_count_their_bytes(store):
     data = TokenData(store=store, seq_len=PACKED, packing="best_fit")
     opened = data.open()
-    info = opened.store.manifest.splits["heldout"]
-    assert opened.heldout().n_bytes == info.bytes - info.documents  # the first byte of each follows nothing
-    batches = list(heldout_batches(data, opened.heldout(), global_batch=4, rows=slice(None)))
+    info = opened.store.manifest.splits["validation"]
+    assert opened.validation().n_bytes == info.bytes - info.documents  # the first byte of each follows nothing
+    batches = list(validation_batches(data, opened.validation(), global_batch=4, rows=slice(None)))
     assert sum(batch["weights"].sum() for _, batch in batches) == info.tokens - info.documents
 
 
@@ -247,7 +247,7 @@ def said(tokenizer, batch, side, row):
 def test_both_sides_begin_alike_and_only_answers_are_learned(recipe):
     opened = PairData(store=recipe.store, seq_len=PAIR).open()
     count = len(opened.train)
-    assert count + len(opened.heldout()) == 50
+    assert count + len(opened.validation()) == 50
     batch = opened.train.read(np.arange(count), weighted=False)
     assert {array.shape for array in batch.values()} == {(count, PAIR)}
     seen = []

@@ -35,8 +35,8 @@ def test_the_store_holds_every_document_and_its_end(store_path, corpus):
     store = TokenStore.open(store_path)
     tokenizer, eot_id = store.tokenizer, store.manifest.words.eot_id
     names = sorted(path.relative_to(corpus.source.root).as_posix() for path in Path(corpus.source.root).rglob("*.py"))
-    for split in ("train", "heldout"):
-        own = [name for name in names if (draw(name) < corpus.validation.fraction) == (split == "heldout")]
+    for split in ("train", "validation"):
+        own = [name for name in names if (draw(name) < corpus.validation.fraction) == (split == "validation")]
         texts = [(Path(corpus.source.root) / name).read_text(encoding="utf-8") for name in own]
         info, offsets = store.manifest.splits[split], store.offsets(split)
         tokens = store.read(split, [0], info.tokens)[0]
@@ -94,7 +94,7 @@ def test_a_missing_store_says_how_to_make_it(tmp_path):
         TokenStore.open(tmp_path / "none", fix="make data")
 
 
-@pytest.mark.parametrize("name", [SHARD, "train/tokens/zarr.json", "heldout/offsets/c/0", "tokenizer.json"])
+@pytest.mark.parametrize("name", [SHARD, "train/tokens/zarr.json", "validation/offsets/c/0", "tokenizer.json"])
 def test_a_missing_or_short_file_is_named_at_the_start(copy, name):
     path = copy / name
     content = path.read_bytes()

@@ -143,7 +143,7 @@ def test_a_newcomer_gets_what_the_readme_says(clone: Path) -> None:
     shorten(clone)
     code, output = run("make quickstart", clone)
     assert code == 0, output
-    assert "Held-out bits per byte" in output
+    assert "Validation bits per byte" in output
     assert "def main(" in output
     for command in ["jaxinfra --help", *ALL]:
         if command in RUN_ELSEWHERE or command.startswith(("make quickstart", "pip install")):

@@ -59,7 +59,7 @@ def test_recipes_make_the_splits_that_they_name(name, tmp_path, monkeypatch):
     recipe = load(tmp_path / f"{name}.py", ["tokenizer.vocab_size=300"]).run
     validate(recipe)
     splits = TokenStore.open(prepare(replace(recipe, baselines=True), workers=1).path).manifest.splits
-    assert (splits["train"].documents, splits["heldout"].documents) == (train, validation)
+    assert (splits["train"].documents, splits["validation"].documents) == (train, validation)
 
 
 TEXT_PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()

@@ -62,7 +62,7 @@ def test_sums_are_those_of_the_definition(run) -> None:
     program, batch = Case(run=run).program(), batch_on_host(TOKEN)
     values = values_on_host(program.specs)
     with program.on_mesh:
-        placed = put(batch, program.heldout_batch)
+        placed = put(batch, program.validation_batch)
         sums = program.eval_step(put(values, program.params), placed)
     exact = jax.tree.map(lambda a: a.astype(np.float64), values)
     logits = np.stack([logits_of_image(image, exact, run.model) for image in batch["images"].astype(np.float64)])
@@ -82,7 +82,7 @@ def test_smoothing_mixes_the_target_with_all_classes() -> None:
         task = replace(TOKEN.task, label_smoothing=smoothing)
         program = Case(run=replace(TOKEN, task=task)).program()
         with program.on_mesh:
-            batch = put({**batch_on_host(TOKEN), "labels": labels}, program.heldout_batch)
+            batch = put({**batch_on_host(TOKEN), "labels": labels}, program.validation_batch)
             grads, _ = program.gradients(put(values_on_host(program.specs), program.params), batch)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
 

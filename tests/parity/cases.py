@@ -241,7 +241,7 @@ def on_one_device(run: Run) -> Arrays:
 def evaluated(case: Case) -> Arrays:
     """Every sum of an evaluation."""
     program, batch = case.program(), batch_on_host(case.run)
-    expected = program.batch if batch.keys() == program.batch.keys() else program.heldout_batch
+    expected = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
     with program.on_mesh:
         placed = put(values_on_host(program.specs), program.params)
         return on_host(program.eval_step(placed, put(batch, expected)))

@@ -101,7 +101,7 @@ def no_squares(text: str, found: Compiled) -> None:
     And over the axes that share a sequence weights are gathered, not added up from parts that are zero.
     """
     run = load(CONFIGS / f"{LONG}.py", root=Run).run
-    block = run.data.sample_units // (2 * run.mesh.context)
+    block = run.data.units_per_sample // (2 * run.mesh.context)
     shapes = set(re.findall(r"\w+\[([\d,]+)\]", text))
     assert shapes
     assert not [shape for shape in shapes if sum(int(size) >= block for size in shape.split(",")) > 1]

@@ -54,12 +54,12 @@ def test_it_equals_the_formula_written_with_dictionaries(order, length):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-def test_bits_per_byte_count_every_heldout_token_from_the_first():
-    train, heldout = draw(500, 0), draw(40, 1)
+def test_bits_per_byte_count_every_validation_token_from_the_first():
+    train, validation = draw(500, 0), draw(40, 1)
     model = naive(np.concatenate([[0], train]), VOCAB, 5)
-    words = [0, *heldout.tolist()]
+    words = [0, *validation.tolist()]
     bits = sum(-math.log2(model(tuple(words[max(0, i - 4) : i]), words[i])) for i in range(1, len(words)))
-    found = ngram_bits_per_byte(train, heldout, heldout_bytes=100, vocab_size=VOCAB, eot_id=0)
+    found = ngram_bits_per_byte(train, validation, validation_bytes=100, vocab_size=VOCAB, eot_id=0)
     assert found == pytest.approx(bits / 100)
 
 
@@ -71,26 +71,26 @@ def test_xz_is_that_of_the_texts_one_after_the_other():
 
 def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
     store = TokenStore.open(store_path)
-    offsets = store.offsets("heldout")
+    offsets = store.offsets("validation")
     for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
-        monkeypatch.setattr(baseline, "HELDOUT_LIMIT_TOKENS", int(limit))
-        texts = documents(store, "heldout")[:count]
+        monkeypatch.setattr(baseline, "VALIDATION_LIMIT_TOKENS", int(limit))
+        texts = documents(store, "validation")[:count]
         found = baseline.measured(store)["bits_per_byte"]
         assert found["xz -6"] == xz_bits_per_byte(texts)
         assert found["token 5-gram"] == ngram_bits_per_byte(
             store.sample("train", 10**9),
-            store.read("heldout", [0], offsets[count])[0],
-            heldout_bytes=sum(len(text.encode()) for text in texts),
+            store.read("validation", [0], offsets[count])[0],
+            validation_bytes=sum(len(text.encode()) for text in texts),
             vocab_size=store.manifest.words.vocab_size,
             eot_id=store.manifest.words.eot_id,
         )
 
 
-def test_heldout_text_without_a_byte_has_no_baselines(tmp_path):
+def test_validation_text_without_a_byte_has_no_baselines(tmp_path):
     for letter in "abcdefgh":
         (tmp_path / f"{letter}.py").write_text("" if drawn(f"{letter}.py") < 0.5 else "x = 1\n")
     fields = {"tokenizer": TrainBpe(vocab_size=300), "validation": ByKey(fraction=0.5), "baselines": True}
     recipe = bytes_recipe("none", tmp_path / "store", **fields)
     manifest = prepare(replace(recipe, source=TextFiles(root=str(tmp_path), min_bytes=0)), workers=1).manifest
-    assert manifest.splits["heldout"].tokens == manifest.splits["heldout"].documents
+    assert manifest.splits["validation"].tokens == manifest.splits["validation"].documents
     assert manifest.baselines == {}

@@ -60,9 +60,9 @@ def test_every_record_is_a_document_of_one_split(tmp_path):
     prepare(bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024), workers=1)
     store = TokenStore.open(tmp_path / "store")
     expected = [json.loads(line)["text"] for line in (tmp_path / "source" / "lines.jsonl").read_text().splitlines()]
-    found = {split: documents(store, split) for split in ("train", "heldout")}
-    assert sorted(found["train"] + found["heldout"]) == sorted(expected)
-    assert 10 <= len(found["heldout"]) <= 60
+    found = {split: documents(store, split) for split in ("train", "validation")}
+    assert sorted(found["train"] + found["validation"]) == sorted(expected)
+    assert 10 <= len(found["validation"]) <= 60
     for texts in found.values():
         assert texts == sorted(texts, key=expected.index)  # in the order of the source
 
@@ -96,17 +96,17 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
     assert len(listed(Storage(tmp_path / "store"))) == 2
 
 
-def test_what_is_in_both_splits_stays_held_out(tmp_path):
+def test_what_is_in_both_splits_stays_in_validation(tmp_path):
     texts = [f"text {number}" for number in range(60)]
     source = jsonl(tmp_path / "source", texts * 2).root
     recipe = bytes_recipe(source, tmp_path / "all", validation=ByKey(fraction=0.3))
     prepare(recipe, workers=1)
     prepare(replace(recipe, store=str(tmp_path / "once"), dedup=Dedup()), workers=1)
     every, once = TokenStore.open(tmp_path / "all"), TokenStore.open(tmp_path / "once")
-    heldout = set(documents(every, "heldout"))
-    assert heldout & set(documents(every, "train"))
-    assert sorted(documents(once, "heldout")) == sorted(heldout)
-    assert sorted(documents(once, "train")) == sorted(set(texts) - heldout)
+    validation = set(documents(every, "validation"))
+    assert validation & set(documents(every, "train"))
+    assert sorted(documents(once, "validation")) == sorted(validation)
+    assert sorted(documents(once, "train")) == sorted(set(texts) - validation)
 
 
 def test_changed_files_make_a_version_beside_the_first(tmp_path):

@@ -178,7 +178,7 @@ def test_every_image_is_read_once_an_epoch_with_its_label(write):
     assert prepare(square, workers=1).manifest.fingerprint != made.manifest.fingerprint
     opened = replace(opened, image_size=2).open()
     count = len(opened.train)
-    assert count == 60 - len(opened.heldout())
+    assert count == 60 - len(opened.validation())
     batch = opened.train.read(opened.ids(0, count), weighted=False)
     first = np.rint((batch["images"][:, 0, 0, 0] + 1) / 2 * 255).astype(int)
     assert len(set(first.tolist())) == count

@@ -42,7 +42,7 @@ def recipe(tmp_path):
 
 
 def splits(made):
-    return documents(made.path, "train"), documents(made.path, "heldout")
+    return documents(made.path, "train"), documents(made.path, "validation")
 
 
 def talks():
@@ -69,7 +69,7 @@ def test_the_tail_is_the_end_of_the_text_in_order(recipe):
     assert train[:-1] == texts(200)[: len(train) - 1] and tail[1:] == texts(200)[-(len(tail) - 1) :]
     info = made.manifest.splits
     assert [info[split].bytes for split in info] == [len("".join(each).encode()) for each in (train, tail)]
-    assert abs(info["heldout"].bytes / (info["train"].bytes + info["heldout"].bytes) - 0.25) < 0.001
+    assert abs(info["validation"].bytes / (info["train"].bytes + info["validation"].bytes) - 0.25) < 0.001
     assert made.manifest.counts.records == 200
 
 
@@ -88,7 +88,7 @@ def test_one_long_document_is_cut_in_two(recipe, tmp_path, tokenizer, fraction):
     made = prepare(apply(recipe, ["validation=tail", f"validation.fraction={fraction}"]), workers=1)
     (first,), (second,) = splits(made)
     assert first + second == text  # no character is cut
-    sizes = [made.manifest.splits[split].bytes for split in ("train", "heldout")]
+    sizes = [made.manifest.splits[split].bytes for split in ("train", "validation")]
     assert sizes == [len(first.encode()), len(second.encode())]
     assert abs(sizes[1] - fraction * sum(sizes)) <= 24  # a token, and a character that is not cut
     assert not any(damage for *_, damage in TokenStore.open(made.path).verify())
@@ -113,18 +113,18 @@ def test_conversations_and_pairs_are_whole_in_the_tail(recipe, tmp_path):
     pairs = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in texts(40)]
     made = prepare(replace(recipe, source=jsonl(tmp_path / "pairs", pairs), form=Preference(), **fields), workers=1)
     found = made.manifest.splits
-    assert found["train"].documents + found["heldout"].documents == 80
-    assert found["train"].documents % 2 == 0 and found["heldout"].documents > 0
+    assert found["train"].documents + found["validation"].documents == 80
+    assert found["train"].documents % 2 == 0 and found["validation"].documents > 0
 
 
 def test_a_split_of_another_store(recipe, tmp_path):
     other = replace(recipe, store=str(tmp_path / "other"), source=jsonl(tmp_path / "b", texts(80, seed=2)))
     theirs = splits(prepare(other, workers=1))
-    for split, expected in zip(("train", "heldout"), theirs, strict=True):
+    for split, expected in zip(("train", "validation"), theirs, strict=True):
         named = replace(recipe, validation=OtherStore(store=other.store, split=split))
         made = prepare(named, workers=1)
         assert splits(made) == (texts(200), expected)
-        assert made.manifest.splits["heldout"].bytes == len("".join(expected).encode())
+        assert made.manifest.splits["validation"].bytes == len("".join(expected).encode())
     jsonl(tmp_path / "b", [*texts(80, seed=2), *texts(200)[:9]])
     prepare(other, workers=1)
     newer = prepare(replace(named, validation=OtherStore(store=other.store, split="train")), workers=1)
@@ -137,8 +137,8 @@ def test_a_masked_store_keeps_its_mask(recipe, tmp_path):
     other = replace(recipe, source=source, form=Chat(), tokenizer=special, store=str(tmp_path / "other"))
     made = prepare(other, workers=1)
     again = prepare(replace(other, store=recipe.store, validation=OtherStore(store=other.store)), workers=1)
-    assert again.manifest.splits["heldout"] == made.manifest.splits["heldout"]
-    assert again.manifest.counts.overlap == made.manifest.splits["heldout"].documents
+    assert again.manifest.splits["validation"] == made.manifest.splits["validation"]
+    assert again.manifest.counts.overlap == made.manifest.splits["validation"].documents
     with raises(ConfigError, "validation.store="):
         prepare(replace(recipe, tokenizer=special, validation=OtherStore(store=other.store)), workers=1)
 
@@ -150,7 +150,7 @@ def test_a_store_of_another_tokenizer_is_refused(recipe, tmp_path):
     with raises(ConfigError, "validation.store= tokenizer.json"):
         prepare(named, workers=1)
     same = TokenizerFile(path=f"{made.path}/tokenizer.json")
-    assert prepare(replace(named, tokenizer=same), workers=1).manifest.splits["heldout"].documents
+    assert prepare(replace(named, tokenizer=same), workers=1).manifest.splits["validation"].documents
     problem(replace(named, tokenizer=TrainBpe(vocab_size=270)), "validation= tokenizer=")
     with raises(ConfigError, f"validation.store={tmp_path}/nowhere:"):
         prepare(replace(named, validation=OtherStore(store=str(tmp_path / "nowhere"))), workers=1)
@@ -262,7 +262,7 @@ def test_images_of_their_own_source(tmp_path):
     )
     made = prepare(recipe, workers=1)
     store = Store.open(made.path)
-    np.testing.assert_array_equal(store.whole("heldout", LABELS), np.arange(50, 80) % 3)
+    np.testing.assert_array_equal(store.whole("validation", LABELS), np.arange(50, 80) % 3)
     assert (made.manifest.counts.overlap, made.manifest.splits["train"].documents) == (10, 60)
     dropped = prepare(replace(recipe, on_overlap="drop"), workers=1).manifest
     assert (dropped.counts.overlap_dropped, dropped.splits["train"].documents) == (10, 50)

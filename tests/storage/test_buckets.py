@@ -69,7 +69,7 @@ def objects(place: str) -> tuple[dict[str, bytes], dict[str, object]]:
 def assert_same(made, local):
     assert objects(made.path) == contents(Path(local.path))
     here, there = TokenStore.open(local.path), TokenStore.open(made.path)
-    for split in ("train", "heldout"):
+    for split in ("train", "validation"):
         tokens = here.manifest.splits[split].tokens
         starts = np.random.default_rng(0).integers(0, tokens - 100, 50)
         np.testing.assert_array_equal(here.read(split, starts, 100), there.read(split, starts, 100))

@@ -25,7 +25,7 @@ with build(TrackConfig(console=mode), run_dir) as trackers:
             trackers.log(step, {"eval/loss": 3.25, "eval/bits_per_byte": 1.5})
             print("printed by the run")
     scores, baselines = {"loss": 3.25, "bits_per_byte": 1.5}, {"bits_per_byte": {"unigram": 4.5}}
-    trackers.summary({"status": "finished", "heldout": scores, "baselines": baselines})
+    trackers.summary({"status": "finished", "validation": scores, "baselines": baselines})
 """
 
 

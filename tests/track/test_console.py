@@ -48,7 +48,7 @@ def test_plain_lines_on_a_pipe(tmp_path):
     assert "step 20/40  eval/loss 3.2500  eval/bits_per_byte 1.5000" in lines
     assert "\x1b" not in result.stdout
     assert re.search(r"parameters +12,345,678 +count", result.stdout)
-    assert re.search(r"Held-out bits per byte +1\.5000\s+unigram, bits per byte +4\.5000", result.stdout)
+    assert re.search(r"Validation bits per byte +1\.5000\s+unigram, bits per byte +4\.5000", result.stdout)
 
 
 def test_bar_on_a_terminal(tmp_path):

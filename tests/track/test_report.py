@@ -72,7 +72,7 @@ def make(run_dir, steps, run_record=None, value=lambda step: 1.0 + 1 / (step + 1
                 {
                     "status": "finished",
                     "steps": steps,
-                    "heldout": {"loss": 2.0, "bits_per_byte": 1.25},
+                    "validation": {"loss": 2.0, "bits_per_byte": 1.25},
                     "baselines": {"bits_per_byte": {"unigram": 4.5}},
                 }
             )
@@ -84,7 +84,7 @@ def test_golden_structure(tmp_path):
     html, page = make(tmp_path, 100)
     assert page.texts["h1"] == ["tiny"]
     assert page.texts["h2"] == [
-        "Held-out bits per byte, beside others",
+        "Validation bits per byte, beside others",
         "Over steps",
         "Derived numbers",
         "Config, changed from the defaults",
@@ -132,7 +132,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
     with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=2)
         trackers.log(0, {EVIL: 1.0, f"device_{EVIL}_bytes": 1.0})
-        trackers.summary({"status": EVIL, "heldout": {EVIL: 1.0}, "baselines": {EVIL: {EVIL: 2.0}}, EVIL: EVIL})
+        trackers.summary({"status": EVIL, "validation": {EVIL: 1.0}, "baselines": {EVIL: {EVIL: 2.0}}, EVIL: EVIL})
     page = Page(write_report(tmp_path).read_text())
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert page.texts["h1"] == [EVIL] and page.texts["title"] == [EVIL]
@@ -196,12 +196,12 @@ def test_a_run_that_ended_without_finite_values(tmp_path):
         trackers.start({}, {}, start_step=3, total_steps=3)
         values = {"final_loss": math.nan, "steps": None, "wall_s": math.inf, "peak_rss_bytes": math.nan}
         scores, baselines = {"bits_per_byte": math.nan}, {"bits_per_byte": {"unigram": 4.5, "none": math.inf}}
-        trackers.summary({**values, "heldout": scores, "baselines": baselines})
+        trackers.summary({**values, "validation": scores, "baselines": baselines})
     page = Page(write_report(tmp_path).read_text())
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "Wall time": "-",
         "Final training loss": "nan",
-        "Held-out bits per byte": "nan",
+        "Validation bits per byte": "nan",
         "Peak host memory": "nan",
     }
     assert "unigram" in page.texts["td"] and "this run" not in page.texts["td"]

@@ -1,4 +1,4 @@
-"""Evaluation against NumPy: every held-out token counts once, also those of the last, shorter batch."""
+"""Evaluation against NumPy: every validation token counts once, also those of the last, shorter batch."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.data.batches import heldout_batches
+from jaxinfra.data.batches import validation_batches
 from jaxinfra.data.prefetch import to_global
 from jaxinfra.data.sequences import split_inputs_targets
 from jaxinfra.data.store.store import TokenStore
@@ -28,8 +28,8 @@ def build(run: Run, devices: int = 8) -> Program:
 
 def found(program: Program, state: TrainState, windows: int | None = None) -> dict[str, float]:
     data = program.run.data
-    shardings: dict[str, Any] = {name: array.sharding for name, array in program.heldout_batch.items()}
-    batches = heldout_batches(data, data.open().heldout(windows), global_batch=BATCH, rows=slice(None))
+    shardings: dict[str, Any] = {name: array.sharding for name, array in program.validation_batch.items()}
+    batches = validation_batches(data, data.open().validation(windows), global_batch=BATCH, rows=slice(None))
     return evaluate(program, state, batches, lambda b: to_global(b, shardings, global_batch=BATCH))
 
 
@@ -46,7 +46,7 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
     eot_id, lengths = store.manifest.words.eot_id, store.tokenizer.byte_lengths()
     loss, tokens, n_bytes = 0.0, 0, 0
     for window in windows:
-        ids = store.read("heldout", np.array([window * SEQ_LEN]), SEQ_LEN + 1)
+        ids = store.read("validation", np.array([window * SEQ_LEN]), SEQ_LEN + 1)
         batch = split_inputs_targets(ids, eot_id=eot_id, mask_documents=mask)
         with program.on_mesh:
             logits_TV = np.asarray(logits(params, batch), np.float64)[0]
@@ -63,7 +63,7 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
 def test_equals_numpy(tiny: Tiny, mask: bool) -> None:
     run = tiny.loaded(f"data.mask_documents={str(mask).lower()}")
     program, store = build(run), run.data.open().store
-    windows = (store.manifest.splits["heldout"].tokens - 1) // SEQ_LEN
+    windows = (store.manifest.splits["validation"].tokens - 1) // SEQ_LEN
     assert windows % BATCH, "the last batch must be a shorter one"
     with program.on_mesh:
         state = program.init(jax.random.key(0))

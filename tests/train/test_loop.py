@@ -46,7 +46,7 @@ def loop(program: Any, state: Any, events: Events, *, done: int = 0, log_every: 
         stop=stop or (lambda: None),
     )
     batches = ((step, {}) for step in range(done, steps))
-    reporter = Reporter(hooks, Work(unit="token", units=10, flops=100.0, peak=1000.0))
+    reporter = Reporter(hooks, Work(modality="token", units=10, flops=100.0, peak=1000.0))
     return fit(program, state, done, batches, hooks, reporter)
 
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from jaxinfra.errors import DataError
 from jaxinfra.storage.errors import REMAKE
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "manifest.json"
 
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 Kind = Literal["text", "pairs", "images"]
 KINDS: tuple[Kind, ...] = ("text", "pairs", "images")
 

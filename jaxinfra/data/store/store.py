@@ -4,7 +4,7 @@
     FINGERPRINT/
       manifest.json          what is in it; written last
       tokenizer.*            how to read it
-      {train,heldout}/
+      {train,validation}/
         tokens               uint16 or uint32: all documents, each closed by the end-of-document token
         mask                 uint8, where not all is learned: 1 for tokens that are
         offsets, lengths     int64[documents + 1], int64[documents]: where each document starts, and its tokens

@@ -93,22 +93,22 @@ def kept(recipe: Recipe, splits: Splits, build: Path) -> tuple[Keep, Counts]:
     if not counts.records:
         raise _no_split(recipe, dict.fromkeys(SPLITS, 0), counts)
     names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
-    sizes_H, heldout = _columns(splits, "heldout", names)
+    sizes_H, validation = _columns(splits, "validation", names)
     sizes_T, train = _columns(splits, "train", names)
     size = sum(sizes_H) // group  # validation records come first
     if dedup is None:
-        heldout_HK, train_TK = (columns[0].reshape(-1, 2 * group) for columns in (heldout, train))
-        overlap_H, keep_G = _shared(heldout_HK, train_TK), np.ones(size + len(train_TK), bool)
+        validation_HK, train_TK = (columns[0].reshape(-1, 2 * group) for columns in (validation, train))
+        overlap_H, keep_G = _shared(validation_HK, train_TK), np.ones(size + len(train_TK), bool)
         if recipe.on_overlap == "drop":
-            keep_G[size:] = ~_shared(train_TK, heldout_HK)
+            keep_G[size:] = ~_shared(train_TK, validation_HK)
     else:
-        heldout, train = ([rows[::group] for rows in columns] for columns in (heldout, train))
-        keep_G = ~_repeats(dedup, heldout, train)
+        validation, train = ([rows[::group] for rows in columns] for columns in (validation, train))
+        keep_G = ~_repeats(dedup, validation, train)
         overlap_H = np.zeros(size, bool)
-        once = [rows[keep_G[:size]] for rows in heldout]
+        once = [rows[keep_G[:size]] for rows in validation]
         overlap_H[keep_G[:size]] = _repeats(dedup, train, once)[len(train[0]) :]
     if recipe.on_overlap == "fail" and (both := np.flatnonzero(overlap_H)).size:
-        where_H = _columns(splits, "heldout", ("where_D",))[1][0][::group]
+        where_H = _columns(splits, "validation", ("where_D",))[1][0][::group]
         some = ", ".join(where_H[both[:_SHOWN]].tolist()) + (", ..." if len(both) > _SHOWN else "")
         raise DataError(
             f"on_overlap=fail: {len(both):,} of {size:,} validation documents are in the training split too ({some}); "
@@ -117,7 +117,7 @@ def kept(recipe: Recipe, splits: Splits, build: Path) -> tuple[Keep, Counts]:
     lost = {"overlap_dropped" if dedup is None else "duplicates": group * int((~keep_G).sum())}
     counts = replace(counts, overlap=group * int(overlap_H.sum()), **lost)
     keep_D = np.split(np.repeat(keep_G, group), np.cumsum([*sizes_H, *sizes_T])[:-1])
-    keep: Keep = {"heldout": keep_D[: len(sizes_H)], "train": keep_D[len(sizes_H) :]}
+    keep: Keep = {"validation": keep_D[: len(sizes_H)], "train": keep_D[len(sizes_H) :]}
     left: dict[Split, int] = {split: sum(int(each.sum()) for each in keep[split]) for split in SPLITS}
     if not all(left.values()):
         raise _no_split(recipe, left, counts)
@@ -150,7 +150,7 @@ def _no_split(recipe: Recipe, found: Mapping[Split, int], counts: Counts) -> Con
             f"{empty}: gives nothing ({lost}; the {left} that are left are of the other source); mend {empty} or the "
             "filters, or use validation=by_key"
         )
-    what = "none is left to train on" if found["heldout"] else "none is held out"
+    what = "none is left to train on" if found["validation"] else "none is validation data"
     cuttable = isinstance(recipe, Corpus) and isinstance(validation, ByKey) and isinstance(recipe.form, Text)
     fix = "or use validation=tail, which cuts the text of a single document" if cuttable else "or more records"
     return ConfigError(
@@ -204,9 +204,9 @@ def with_tail(splits: Splits, corpus: Corpus, validation: Tail, tokenizer: Token
     token = int(arrays["lengths_D"][:document].sum())
     at = {name: token if name.endswith("_N") else document for name in arrays}
     train = {name: values[: at[name]] for name, values in arrays.items()}
-    heldout = {name: values[at[name] :] for name, values in arrays.items()}
+    tail = {name: values[at[name] :] for name, values in arrays.items()}
     before, after = splits.numbers[:index], splits.numbers[index + 1 :]
-    return replace(splits, cut={"train": [*before, train], "heldout": [heldout, *after]})
+    return replace(splits, cut={"train": [*before, train], "validation": [tail, *after]})
 
 
 def _halved(arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, dedup: Dedup | None) -> _Arrays | None:

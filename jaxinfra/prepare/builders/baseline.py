@@ -1,7 +1,7 @@
-"""What a simple model knows of the held-out text: the numbers that a trained model has to beat.
+"""What a simple model knows of the validation text: the numbers that a trained model has to beat.
 
-`xz_bits_per_byte` compresses the held-out text by itself. `ngram_bits_per_byte` is a token n-gram with
-Witten-Bell interpolation, trained on the training tokens and evaluated on the held-out ones. Both are exact;
+`xz_bits_per_byte` compresses the validation text by itself. `ngram_bits_per_byte` is a token n-gram with
+Witten-Bell interpolation, trained on the training tokens and evaluated on the validation ones. Both are exact;
 nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history. All tokens are
 held in memory; the limits below say how many.
 """
@@ -17,7 +17,7 @@ from jaxinfra.data.store.store import TokenStore
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
 """An n-gram gets at most so many training tokens, evenly spaced pieces of a longer text: 1.5 GB of memory."""
-HELDOUT_LIMIT_TOKENS = 4 * 1024 * 1024
+VALIDATION_LIMIT_TOKENS = 4 * 1024 * 1024
 """Both baselines are measured on the first whole documents that have at most so many tokens together."""
 
 
@@ -69,16 +69,16 @@ class NGram:
 
 
 def ngram_bits_per_byte(
-    train: np.ndarray, heldout: np.ndarray, *, heldout_bytes: int, vocab_size: int, eot_id: int
+    train: np.ndarray, validation: np.ndarray, *, validation_bytes: int, vocab_size: int, eot_id: int
 ) -> float:
-    """Bits of all held-out tokens, ends of documents included, per byte of held-out text.
+    """Bits of all validation tokens, ends of documents included, per byte of validation text.
 
     Histories run on over the ends of documents; both streams begin after one, as every document does.
     """
     eot = np.full(1, eot_id, train.dtype)
     model = NGram(np.concatenate([eot, train]), vocab_size=vocab_size)
-    first_is_given = model.probabilities(np.concatenate([eot, heldout]))[1:]
-    return float(-np.log2(first_is_given).sum()) / heldout_bytes
+    first_is_given = model.probabilities(np.concatenate([eot, validation]))[1:]
+    return float(-np.log2(first_is_given).sum()) / validation_bytes
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:
@@ -88,18 +88,18 @@ def xz_bits_per_byte(texts: Iterable[str]) -> float:
 
 
 def measured(store: TokenStore) -> dict[str, dict[str, float]]:
-    """Bits per byte of both on the first held-out documents within the limit, but at least one; {} where all are empty.
+    """Returns bits per byte of both on the first validation documents within the limit; {} where all are empty.
 
     The text is what the tokens decode to.
     """
-    offsets, words = store.offsets("heldout"), store.manifest.words
-    documents = max(1, int(np.searchsorted(offsets, HELDOUT_LIMIT_TOKENS, side="right")) - 1)
-    heldout = store.read("heldout", [0], int(offsets[documents]))[0]
+    offsets, words = store.offsets("validation"), store.manifest.words
+    documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
+    validation = store.read("validation", [0], int(offsets[documents]))[0]
     ends = offsets[: documents + 1]
-    texts = [store.tokenizer.decode(heldout[a : b - 1].tolist()) for a, b in pairwise(ends.tolist())]
-    heldout_bytes = sum(len(text.encode()) for text in texts)
-    if not heldout_bytes:
+    texts = [store.tokenizer.decode(validation[a : b - 1].tolist()) for a, b in pairwise(ends.tolist())]
+    validation_bytes = sum(len(text.encode()) for text in texts)
+    if not validation_bytes:
         return {}
     train, sizes = store.sample("train", TRAIN_LIMIT_TOKENS), {"vocab_size": words.vocab_size, "eot_id": words.eot_id}
-    ngram = ngram_bits_per_byte(train, heldout, heldout_bytes=heldout_bytes, **sizes)
+    ngram = ngram_bits_per_byte(train, validation, validation_bytes=validation_bytes, **sizes)
     return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}

@@ -131,10 +131,10 @@ class ImageMaker:
         )
 
 
-def nearest(train: Sequence[Any], heldout: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """How often the nearest training image, by squared distance of pixels, is of the class of a held-out one."""
+def nearest(train: Sequence[Any], validation: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """How often the nearest training image, by squared distance of pixels, is of the class of a validation one."""
     pixels, labels = [], []
-    for split in (train, heldout):
+    for split in (train, validation):
         images = np.concatenate([images for images, _ in split if len(images)])
         pixels.append(images.reshape(len(images), -1).astype(np.float32))
         labels.append(np.concatenate([labels for _, labels in split]))

@@ -53,5 +53,5 @@ class Job[R: Recipe]:
                     raise DataError(f"{each.where}: {error}; {fix}") from None
                 bad.append((each.where, str(error)))
             else:
-                heldout = self.validation or (isinstance(by, ByKey) and draw(each.key) < by.fraction)
-                yield "heldout" if heldout else "train", each.where, made
+                validation = self.validation or (isinstance(by, ByKey) and draw(each.key) < by.fraction)
+                yield "validation" if validation else "train", each.where, made

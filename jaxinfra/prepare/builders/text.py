@@ -78,7 +78,7 @@ def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad]
     rows: dict[Split, _Rows] = {split: _Rows(corpus, tokenizer) for split in SPLITS}
     if job.validation and isinstance(corpus.validation, OtherStore):
         for piece in job.pieces:
-            count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["heldout"])
+            count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["validation"])
     else:
         for split, where, group in _groups(job, skipped, filtered, records):
             rows[split].add(where, group)

@@ -32,8 +32,8 @@ class StoreRecipe:
             out of training, or end the work. They are kept by default, because short documents (empty files, thanks,
             licenses) repeat in almost every corpus, and the count tells whether there is more to it.
         on_bad: what a record does that cannot be used: end the work, or be left out, counted and listed.
-        baselines: whether to measure what simple models reach on what is held out: how well they know a text, how often
-            the nearest training image is of the right class (for small sets).
+        baselines: whether to measure simple models on the validation split: bits per byte of text, accuracy of the
+            nearest neighbor of images (for small sets).
         shard_bytes: of the source, read by a worker at a time.
         work: folder for what is in the making, which all workers must see; None is a hidden one in the store, or in
             the user's cache where the store is remote.

@@ -49,7 +49,7 @@ class OtherStore:
 
     store: NonEmpty = ""
     version: str | None = None
-    split: Split = "heldout"
+    split: Split = "validation"
 
     def open(self, fingerprint: str | None = None) -> TokenStore:
         """Opens the store; ConfigError where there is none, or it is one of images, DataError if it is damaged."""

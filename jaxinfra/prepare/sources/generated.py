@@ -30,7 +30,7 @@ class PythonSource(Source):
     """Reads what `function()` yields, or `function(shard, shards)` for each of several shards.
 
     It yields mappings, or texts for records `{"text": str}`; the same ones in the same order whenever it is called.
-    The key of a record is its shard and its number in it, so other `shards` hold out other records.
+    The key of a record is its shard and its number in it, so other `shards` validate on other records.
 
     Attributes:
         factory: `package.module:function`, importable wherever the source is read. An attribute `version` of the

@@ -37,7 +37,7 @@ class Found:
     """A record that was read.
 
     Attributes:
-        key: the same for the record wherever its source is read: it decides between training and held-out.
+        key: the same for the record wherever its source is read: it decides between training and validation.
         where: for messages: the file, and the line or number in it.
     """
 
