@@ -174,8 +174,8 @@ def test_a_damaged_or_newer_manifest_is_refused(copy):
         (path.read_text()[:-40], "manifest"),
         ("[]", "manifest"),
         (json.dumps({key: value for key, value in tree.items() if key != "splits"}), "manifest"),
-        (json.dumps(tree | {"format": 3}), "3, 2; update"),
-        (json.dumps(tree | {"format": 1}), "1, 2; prepare"),
+        (json.dumps(tree | {"format": 4}), "4, 3; update"),
+        (json.dumps(tree | {"format": 1}), "1, 3; prepare"),
     ]:
         path.write_text(text)
         with raises(DataError, str(copy), named):
