@@ -33,20 +33,20 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 @pytest.fixture
 def compile_cache(all_optimizations: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that were compiled before are read from disk in this test."""
-    from jaxinfra.plan import compiled
+    from jaxinfra.plan import aot
 
-    monkeypatch.setattr(compiled, "compile_lowered", kept(compiled.compile_lowered, FOLDER))
+    monkeypatch.setattr(aot, "compile_lowered", kept(aot.compile_lowered, FOLDER))
 
 
 def kept(compile_lowered: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     """The same function with its results in a folder."""
-    from jaxinfra.plan.compiled import Executable, Memory
+    from jaxinfra.plan.aot import CompiledProgram, Memory
 
-    def found(lowered: Any, program: Any, topology: Any) -> Executable:
+    def found(lowered: Any, program: Any, topology: Any) -> CompiledProgram:
         path = folder / f"{key(lowered, program, topology)}.json.gz"
         if path.exists():
             stored = json.loads(gzip.decompress(path.read_bytes()))
-            return Executable(text=stored["text"], memory=Memory(**stored["memory"]))
+            return CompiledProgram(text=stored["text"], memory=Memory(**stored["memory"]))
         executable = compile_lowered(lowered, program, topology)
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")

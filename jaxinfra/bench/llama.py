@@ -1,6 +1,6 @@
 """`python -m launch bench llama`: the Llama 3.1 8B step on 64 TPU v5p chips, compiled, beside what others compile to.
 
-Nothing is timed: temporaries and cycles are the TPU compiler's (see `plan.compiled`, and where they lie in
+Nothing is timed: temporaries and cycles are the TPU compiler's (see `plan.aot`, and where they lie in
 docs/compile.md). "best" is the policy of rematerialisation that computes least again of those that fit a chip.
 """
 
@@ -13,8 +13,9 @@ from jaxinfra.bench import last
 from jaxinfra.bench.table import Columns, Findings, Row, table
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
-from jaxinfra.plan.compiled import Compiled, compile_step
-from jaxinfra.plan.topology import parse
+from jaxinfra.plan.aot import CompiledStep, compile_step
+from jaxinfra.plan.compile_errors import TOO_LARGE
+from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run
 
 ON = "v5p:4x4x4"
@@ -51,14 +52,14 @@ OTHERS: tuple[Row, ...] = tuple(
 """Figures given to this project, not produced by it: the same topology and model, splash attention in blocks of 512."""
 
 
-def _compiled(sequences: int, policy: str, overrides: Sequence[str]) -> Compiled:
+def _compiled(sequences: int, policy: str, overrides: Sequence[str]) -> CompiledStep:
     changes = [f"train.global_batch={CHIPS * sequences}", f"model.remat={policy}", *overrides]
     print(f"compiling {' '.join(last(changes))} ...", file=sys.stderr, flush=True)
-    return compile_step(load(CONFIG, last(changes), root=Run).run, parse(ON), report=lambda line: None)
+    return compile_step(load(CONFIG, last(changes), root=Run).run, parse_topology(ON), on_progress=lambda line: None)
 
 
-def _row(part: str, sequences: int, policy: str, found: Compiled) -> Row:
-    assert found.cycles is not None, found.on
+def _row(part: str, sequences: int, policy: str, found: CompiledStep) -> Row:
+    assert found.cycles is not None, found.topology
     return {
         "part": part,
         "sequences": sequences,
@@ -85,13 +86,13 @@ def dots(overrides: Sequence[str]) -> Iterator[Row]:
 
 def best(overrides: Sequence[str]) -> Iterator[Row]:
     """Picks, among the policies that fit, the one that recomputes least."""
-    hbm_bytes = parse(ON).chip.hbm_bytes
+    hbm_bytes = parse_topology(ON).chip.hbm_bytes
     for sequences in SEQUENCES:
         for policy in POLICIES:
             try:
                 found = _compiled(sequences, policy, overrides)
             except ConfigError as refused:
-                if "GiB too much" not in str(refused):
+                if TOO_LARGE not in str(refused):
                     raise
                 continue
             if found.memory.total <= hbm_bytes:

@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 from jaxinfra.cli import config_argument
 from jaxinfra.errors import ConfigError
+from jaxinfra.plan.aot import CompiledStep, compile_step
 from jaxinfra.plan.chips import Chip
-from jaxinfra.plan.compiled import Compiled, compile_step
-from jaxinfra.plan.refusal import smaller, too_big
-from jaxinfra.plan.topology import parse
+from jaxinfra.plan.compile_errors import out_of_memory, suggest_fix
+from jaxinfra.plan.topology import parse_topology
 from jaxinfra.storage import outputs
 from jaxinfra.track.text import percent, size
 
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Compiles, prints memory, cycles, kernels and collectives."""
     if options.devices is not None:
         raise ConfigError(f"--devices {options.devices}: compile uses none; say what to compile for with --on")
-    topology = parse(options.on)
+    topology = parse_topology(options.on)
     for path in (options.dump, options.json):
         if path is not None:
             outputs.check(path)
@@ -28,21 +28,21 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two")
     loaded = config_argument.loaded(options)
     dump = None if options.dump is None else functools.partial(outputs.write, options.dump)
-    compiled = compile_step(loaded.run, topology, dump=dump, report=functools.partial(print, flush=True))
+    compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))
     print("\n".join(shown(compiled, topology.chip)))
     if options.json is not None:
         outputs.write(options.json, json.dumps(asdict(compiled), indent=1) + "\n")
     needed, there = compiled.memory.total, topology.chip.hbm_bytes
     if needed > there:  # the TPU compiler says so itself
-        fix = smaller(loaded.run, compiled.rows, needed / there)
-        raise ConfigError(f"{compiled.name} on {compiled.on}: {too_big(needed, there, fix)}")
+        fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed / there)
+        raise ConfigError(f"{compiled.name} on {compiled.topology}: {out_of_memory(needed, there, fix)}")
     return 0
 
 
-def shown(compiled: Compiled, chip: Chip) -> Iterator[str]:
+def shown(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     """The figures as lines."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.items()) or "one device"
-    yield f"{compiled.name} on {compiled.on}: {mesh}, {compiled.rows:g} rows of the batch a device and step"
+    yield f"{compiled.name} on {compiled.topology}: {mesh}, per-device batch size {compiled.per_device_batch_size:g}"
     yield from _memory(compiled, chip)
     yield from _cycles(compiled, chip)
     if compiled.traffic:
@@ -56,7 +56,7 @@ def shown(compiled: Compiled, chip: Chip) -> Iterator[str]:
         )
 
 
-def _memory(compiled: Compiled, chip: Chip) -> Iterator[str]:
+def _memory(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     memory = compiled.memory
     yield "\nMemory of one device"
     rows = {
@@ -72,12 +72,12 @@ def _memory(compiled: Compiled, chip: Chip) -> Iterator[str]:
         yield f"  {name:14}  {size(n_bytes):>11}  {note}".rstrip()
 
 
-def _cycles(compiled: Compiled, chip: Chip) -> Iterator[str]:
+def _cycles(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     if compiled.cycles is not None and chip.clock_hz is not None:
         seconds, clock_ghz = compiled.cycles / chip.clock_hz, chip.clock_hz / 1e9
         yield "\nCompute of one step, as the compiler estimates it"
-        yield f"  cycles        {compiled.cycles:15,}  {seconds:.4f} s at {clock_ghz:.2f} GHz"
-        yield f"  cycles a row  {compiled.cycles / compiled.rows:15,.0f}"
+        yield f"  cycles             {compiled.cycles:15,}  {seconds:.4f} s at {clock_ghz:.2f} GHz"
+        yield f"  cycles per sample  {compiled.cycles / compiled.per_device_batch_size:15,.0f}"
         if compiled.unestimated:
             yield f"  instructions without an estimate: {compiled.unestimated}"
     if compiled.unknown_loops:

@@ -1,1 +1,1 @@
-"""What a run would be on hardware that is not here: compiled ahead of time, its text read."""
+"""Ahead-of-time compilation of the train step for TPUs and GPUs that are not attached."""

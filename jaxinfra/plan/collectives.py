@@ -1,14 +1,13 @@
-"""The collectives of a compiled program: what, over which mesh axes and links, inside how many loops, how often.
+"""Lists the collectives of a compiled program: kind, mesh axes, links, enclosing loops, runs per step and bytes.
 
-Judged by groups and shapes, because the names in the text mislead. A TPU program has hardly any reduce-scatter:
-there is an all-reduce whose result is sliced, fused with the slice (then it moves what a reduce-scatter moves) or not
-(then every device gets the whole sum and keeps its part). What starts and is waited for later counts once. What
-leaves a TPU slice stands in the text as a send to the runtime that joins slices ("megascale").
+Two forms in the text need care:
+- A TPU program has hardly any reduce-scatter, but all-reduces whose result is sliced. If the slice is fused with the
+  all-reduce, it moves what a reduce-scatter moves, and is listed as one. If not, each device receives the whole sum.
+- Transfers between TPU slices are sends to a runtime called megascale, which joins slices.
 """
 
 import itertools
 import math
-import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxinfra.plan.hlo import Computation, Instruction, Module, Place
+from jaxinfra.plan.hlo import Call, Computation, HloModule, Instruction
 
 RAGGED = "ragged-all-to-all"
 KINDS = (
@@ -28,47 +27,46 @@ KINDS = (
     RAGGED,
     "reduce-scatter",
 )
-SLICED = "all-reduce+slice"
-"""An all-reduce of which every device keeps only its slice, where the two are separate operations."""
+ALL_REDUCE_SLICE = "all-reduce+slice"
+"""Kind of an all-reduce whose result each device only slices, in a separate operation."""
 
 type Link = Literal["local", "network"]
 
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_CHANGED_FORM = ("bitcast", "convert", "copy", "copy-start", "copy-done", "reshape", "transpose")
+_RESHAPING = ("bitcast", "convert", "copy", "copy-start", "copy-done", "reshape", "transpose")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective operation, at one place of the program.
+    """One collective operation.
 
     Attributes:
-        kind: one of `KINDS`, or `SLICED`.
-        axes: the mesh axes along which the devices of a group differ, in the order of the mesh; none if every device is
-            a group of its own.
-        link: "network" if a group joins slices of TPUs or hosts of GPUs, else "local".
-        loops: while loops around it.
-        times: how often it runs in one step.
-        arrays: bytes on one device of every array: gathered, of a reduce-scatter the whole before it is reduced. What
-            is sent between slices is padded to the tiles of the chip. Of a ragged exchange, whose text has no number of
-            rows, the smaller of what could be sent and what there is room for.
+        kind: one of `KINDS`, or `ALL_REDUCE_SLICE`.
+        axes: mesh axes that its groups span, in the order of the mesh; empty if each group is one device.
+        link: "network" if a group spans several TPU slices or GPU hosts, else "local".
+        loops: number of while loops around it.
+        runs: how often it runs in one step.
+        array_bytes: size of each array on one device: after a gather, before a reduce-scatter. Between slices it
+            includes padding to the chip's tiles. A ragged all-to-all has no static number of rows: it counts as the
+            smaller of its input and its output buffer.
     """
 
     kind: str
     axes: tuple[str, ...]
     link: Link
     loops: int
-    times: int
-    arrays: tuple[int, ...]
+    runs: int
+    array_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """All collectives of one kind over the same axes and links in equally many loops.
+    """All collectives of one kind over the same axes and links, at the same loop depth.
 
     Attributes:
-        arrays: arrays in the text.
-        runs: arrays moved in one step.
-        bytes: of these, on one device.
+        arrays: number of arrays in the text.
+        runs: number of arrays moved in one step.
+        bytes: bytes moved in one step, on one device.
     """
 
     loops: int
@@ -80,162 +78,163 @@ class Traffic:
     bytes: int
 
 
-def summed(found: Sequence[Collective]) -> list[Traffic]:
-    """A table: outer loops first, then by kind, axes and link."""
-    rows: dict[tuple[int, str, tuple[str, ...], Link], list[int]] = {}
-    for one in found:
-        row = rows.setdefault((one.loops, one.kind, one.axes, one.link), [0, 0, 0])
-        row[0] += len(one.arrays)
-        row[1] += len(one.arrays) * one.times
-        row[2] += sum(one.arrays) * one.times
+def summarize(collectives: Sequence[Collective]) -> list[Traffic]:
+    """Adds up equal collectives; sorts them by loop depth, kind, axes and link."""
+    totals: dict[tuple[int, str, tuple[str, ...], Link], list[int]] = {}
+    for each in collectives:
+        total = totals.setdefault((each.loops, each.kind, each.axes, each.link), [0, 0, 0])
+        total[0] += len(each.array_bytes)
+        total[1] += len(each.array_bytes) * each.runs
+        total[2] += sum(each.array_bytes) * each.runs
     return [
-        Traffic(loops=loops, kind=kind, axes=axes, link=link, arrays=arrays, runs=runs, bytes=size)
-        for (loops, kind, axes, link), (arrays, runs, size) in sorted(rows.items())
+        Traffic(loops=loops, kind=kind, axes=axes, link=link, arrays=arrays, runs=runs, bytes=n_bytes)
+        for (loops, kind, axes, link), (arrays, runs, n_bytes) in sorted(totals.items())
     ]
 
 
-def collectives(module: Module, mesh: Mapping[str, int], domains: Sequence[int] | None = None) -> list[Collective]:
-    """All collectives, once for each way from the entry to them; of a choice those of the branch that moves most.
+def find_collectives(
+    module: HloModule, mesh: Mapping[str, int], slice_ids: Sequence[int] | None = None
+) -> list[Collective]:
+    """Finds all collectives; of a conditional those of the branch that moves most bytes.
 
     Args:
-        module: the program.
-        mesh: size of every mesh axis, in order. Partition i of the program is the i-th device of the mesh.
-        domains: of every device of the mesh, in its order, the slice or host that it is in; None is one for all.
+        module: the program; its partition i runs on the i-th device of the mesh.
+        mesh: size of every mesh axis, in order.
+        slice_ids: the TPU slice or GPU host of each device of the mesh; None if all are in one.
     """
-    reader = _Reader(module, mesh, domains)
+    finder = _CollectiveFinder(module, mesh, slice_ids)
 
-    def moved_bytes(place: Place) -> int:
-        return sum(sum(one.arrays) * one.times for one in reader.at(place))
+    def moved_bytes(call: Call) -> int:
+        return sum(sum(each.array_bytes) * each.runs for each in finder.find(call))
 
-    return [one for place in module.executed(moved_bytes) for one in reader.at(place)]
+    return [each for call in module.calls(moved_bytes) for each in finder.find(call)]
 
 
-class _Reader:
-    def __init__(self, module: Module, mesh: Mapping[str, int], domains: Sequence[int] | None):
-        count = math.prod(mesh.values())
+class _CollectiveFinder:
+    def __init__(self, module: HloModule, mesh: Mapping[str, int], slice_ids: Sequence[int] | None):
+        num_devices = math.prod(mesh.values())
         self.module, self.mesh = module, dict(mesh)
-        self.domains = np.zeros(count, int) if domains is None else np.asarray(domains)
-        if module.partitions not in (1, count):
-            # The text is of one slice: `replica`, outermost, is what it has of it.
-            slices = len(set(self.domains.tolist()))
-            assert module.partitions * slices == count, (module.partitions, slices, count)
-            outermost = next(iter(mesh))
-            self.mesh = {**mesh, outermost: mesh[outermost] // slices}
-            self.domains = self.domains[: module.partitions]
-        self.outermost = next(iter(mesh))
+        self.slice_ids = np.zeros(num_devices, int) if slice_ids is None else np.asarray(slice_ids)
+        self.outer_axis = next(iter(mesh))
+        if module.num_partitions not in (1, num_devices):
+            # The text is the program of one slice: of the outermost axis it has only the part inside the slice.
+            num_slices = len(set(self.slice_ids.tolist()))
+            assert module.num_partitions * num_slices == num_devices, (module.num_partitions, num_slices, num_devices)
+            self.mesh[self.outer_axis] //= num_slices
+            self.slice_ids = self.slice_ids[: module.num_partitions]
 
-    def at(self, place: Place) -> Iterator[Collective]:
-        instructions = place.computation.instructions.values()
-        starts = [i for i in instructions if 'custom_call_target="AsyncCollectiveStart"' in i.attributes]
+    def find(self, call: Call) -> Iterator[Collective]:
+        """Yields the collectives of one call, without those of the computations that it calls."""
+        instructions = call.computation.instructions.values()
+        has_async_start = any('custom_call_target="AsyncCollectiveStart"' in i.attributes for i in instructions)
         for instruction in instructions:
-            kind = instruction.kind.removesuffix("-start")
-            megascale = _MEGASCALE.search(instruction.attributes) if instruction.kind == "send" else None
+            kind = instruction.opcode.removesuffix("-start")
+            megascale = _MEGASCALE.search(instruction.attributes) if instruction.opcode == "send" else None
             if megascale:
-                kind, axes, link = megascale[1].lower().replace("_", "-"), (self.outermost,), "network"
-                whole, sliced = instruction.arrays[:1], ()
-            elif kind in KINDS and not ("chain_id=" in instruction.attributes and not starts):
-                # The parts of an asynchronous chain of fusions all name the collective; its start counts.
-                axes, link = self._crossed(_groups(instruction.attributes, len(self.domains)))
-                whole, sliced = self._arrays(kind, instruction, place.computation)
+                kind, axes, link = megascale[1].lower().replace("_", "-"), (self.outer_axis,), "network"
+                whole, sliced = instruction.array_bytes[:1], ()
+            elif kind in KINDS and (has_async_start or "chain_id=" not in instruction.attributes):
+                # Every part of a chain of asynchronous fusions names its collective; only the start is listed.
+                axes, link = self._spanned(_device_groups(instruction.attributes, len(self.slice_ids)))
+                whole, sliced = self._array_bytes(kind, instruction, call.computation)
             else:
                 continue
-            reduced = "reduce-scatter" if place.fused else SLICED
-            for each, arrays in ((kind, whole), (reduced, sliced)):
-                if arrays:
+            sliced_kind = "reduce-scatter" if call.fused else ALL_REDUCE_SLICE
+            for each_kind, sizes in ((kind, whole), (sliced_kind, sliced)):
+                if sizes:
                     yield Collective(
-                        kind=each, axes=axes, link=link, loops=place.loops, times=place.times, arrays=arrays
+                        kind=each_kind, axes=axes, link=link, loops=call.loops, runs=call.runs, array_bytes=sizes
                     )
 
-    def _arrays(
+    def _array_bytes(
         self, kind: str, instruction: Instruction, computation: Computation
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Bytes of its arrays: of those that are used whole, and of the sums that are only sliced."""
-        sizes, yielder = instruction.arrays, instruction
-        if instruction.kind.endswith("-start"):
-            count = len(instruction.operands)
-            results = 1 if kind == RAGGED else count
-            if len(sizes) >= count + results:  # the operands stand before the results, counters of the chip behind
-                sizes = sizes[count : count + results]
-            done = (u for u in computation.users.get(instruction.name, []) if u.kind == f"{kind}-done")
-            yielder = next(done, instruction)
+        """Returns the bytes of the arrays that are used whole, and of those that are only sliced."""
+        sizes, result = instruction.array_bytes, instruction
+        if instruction.opcode.endswith("-start"):
+            num_operands = len(instruction.operands)
+            num_results = 1 if kind == RAGGED else num_operands
+            if len(sizes) >= num_operands + num_results:  # (operands, results, counters of the chip)
+                sizes = sizes[num_operands : num_operands + num_results]
+            users = computation.users.get(instruction.name, [])
+            result = next((user for user in users if user.opcode == f"{kind}-done"), instruction)
         if kind == RAGGED:
-            rows = sum(computation.instructions[instruction.operands[0]].arrays)
-            return (min(rows, *sizes),), ()
+            sent = sum(computation.instructions[instruction.operands[0]].array_bytes)
+            return (min(sent, *sizes),), ()
         if kind == "reduce-scatter":
-            group = max(map(len, _groups(instruction.attributes, len(self.domains))))
-            sizes = tuple(size * group for size in sizes)
+            group_size = max(map(len, _device_groups(instruction.attributes, len(self.slice_ids))))
+            return tuple(size * group_size for size in sizes), ()
         if kind != "all-reduce":
             return sizes, ()
-        names: list[str | None] = [yielder.name]
-        if yielder.type.startswith("("):
-            users = computation.users.get(yielder.name, [])
-            taken = {user.index: user.name for user in users}
-            names = [taken.get(index) for index in range(len(sizes))]
+        names: list[str | None] = [result.name]
+        if result.shape.startswith("("):
+            elements = {user.tuple_index: user.name for user in computation.users.get(result.name, [])}
+            names = [elements.get(index) for index in range(len(sizes))]
         sliced = [name is not None and self._only_sliced(computation, name) for name in names]
-        cut = tuple(itertools.compress(sizes, sliced))
-        return tuple(itertools.compress(sizes, map(operator.not_, sliced))), cut
+        whole = [not each for each in sliced]
+        return tuple(itertools.compress(sizes, whole)), tuple(itertools.compress(sizes, sliced))
 
     def _only_sliced(self, computation: Computation, name: str) -> bool:
-        """Whether nothing is done with an array but to take a slice of it."""
+        """Tells whether all users of an array slice it."""
         users = computation.users.get(name, [])
         return bool(users) and all(self._slices(computation, user, name) for user in users)
 
     def _slices(self, computation: Computation, user: Instruction, name: str) -> bool:
-        if user.kind == "dynamic-slice":
+        if user.opcode == "dynamic-slice":
             return user.operands[0] == name
-        if user.kind in _CHANGED_FORM:
+        if user.opcode in _RESHAPING:
             return self._only_sliced(computation, user.name)
-        if user.kind != "fusion":
+        if user.opcode != "fusion":
             return False
-        inside = self.module.computations[user.calls["calls"][0]]
-        places = [inside.parameter(number) for number, operand in enumerate(user.operands) if operand == name]
-        return all(place is not None and self._only_sliced(inside, place) for place in places)
+        fused = self.module.computations[user.callees["calls"][0]]
+        parameters = [fused.parameter(number) for number, operand in enumerate(user.operands) if operand == name]
+        return all(parameter is not None and self._only_sliced(fused, parameter) for parameter in parameters)
 
-    def _crossed(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[str, ...], Link]:
-        """The mesh axes and links that the devices of each group are apart by."""
-        crossed: set[str] = set()
+    def _spanned(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[str, ...], Link]:
+        """Returns the mesh axes along which the devices of a group differ, and the slowest link between them."""
+        spanned: set[str] = set()
         network = False
         for group in groups:
-            places = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
-            crossed.update(axis for axis, place in zip(self.mesh, places, strict=True) if len(set(place)) > 1)
-            network = network or len(set(self.domains[list(group)])) > 1
-        return tuple(axis for axis in self.mesh if axis in crossed), "network" if network else "local"
+            coordinates = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
+            spanned.update(axis for axis, at in zip(self.mesh, coordinates, strict=True) if len(set(at)) > 1)
+            network = network or len(set(self.slice_ids[list(group)])) > 1
+        return tuple(axis for axis in self.mesh if axis in spanned), "network" if network else "local"
 
 
-def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Groups of partitions that exchange data, from any of the forms that XLA prints; a ValueError for others."""
+def _device_groups(attributes: str, num_devices: int) -> list[list[int]]:
+    """Parses the groups of partitions that exchange data; raises ValueError for an unknown form."""
     if listed := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", attributes):
-        return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+        return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     if "replica_groups={}" in attributes:
-        return [list(range(devices))]
+        return [list(range(num_devices))]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, reshaped, order = (_numbers(part) for part in iota.groups(default=""))
-        ids = np.arange(math.prod(shape)).reshape(reshaped)
-        return ids.transpose(order or None).reshape(shape).tolist()
+        shape, reshape_dims, transpose_perm = map(_integers, iota.groups(default=""))
+        ids = np.arange(math.prod(shape)).reshape(reshape_dims)
+        return ids.transpose(transpose_perm or None).reshape(shape).tolist()
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        return _named({name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}, named[2])
-    raise ValueError(f"a form of replica groups that is not known here: {attributes[:500]}")
+        mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        return _mesh_groups(mesh, named[2])
+    raise ValueError(f"unknown form of replica groups in HLO text: {attributes[:500]}")
 
 
-def _named(sizes: dict[str, int], axes: str) -> list[list[int]]:
-    """Groups along axes of a mesh over devices in order, or along a part of one: `'fsdp':(2)4`.
+def _mesh_groups(mesh: Mapping[str, int], axes: str) -> list[list[int]]:
+    """Returns the groups along mesh axes such as `'fsdp','tensor'`, or along sub-axes such as `'fsdp':(2)4`.
 
-    The part is the middle of three: 2 times it, and within it what is left of the axis.
+    The sub-axis (2)4 splits its axis into three dimensions: 2, then 4, then the rest. Groups are along the second.
     """
+    matches = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    sub_axes = {name: (int(before), int(size)) if size else (1, mesh[name]) for name, before, size in matches}
     shape: list[int] = []
-    along: list[int] = []
-    found = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    parts = {name: (int(before or 0), int(size or 0)) for name, before, size in found}
-    for name, size in sizes.items():
-        before, middle = parts.get(name, (size, 1))
-        if name in parts and not middle:
-            before, middle = 1, size
-        along.extend([len(shape) + 1] if name in parts else [])
-        shape.extend((before, middle, size // (before * middle)))
-    ids = np.arange(math.prod(sizes.values())).reshape(shape)
-    group = math.prod(shape[axis] for axis in along)
-    return np.moveaxis(ids, along, range(-len(along), 0)).reshape(-1, group).tolist()
+    group_dims: list[int] = []
+    for name, size in mesh.items():
+        before, sub_size = sub_axes.get(name, (1, 1))
+        if name in sub_axes:
+            group_dims.append(len(shape) + 1)
+        shape.extend((before, sub_size, size // (before * sub_size)))
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    group_size = math.prod(shape[dim] for dim in group_dims)
+    return np.moveaxis(ids, group_dims, range(-len(group_dims), 0)).reshape(-1, group_size).tolist()
 
 
-def _numbers(text: str) -> list[int]:
+def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]

@@ -1,8 +1,7 @@
-"""Reads a compiled program's text (scheduled HLO) into computations, and follows what runs how often.
+"""Parses the text of a compiled XLA program (scheduled HLO) and follows which computation runs how often.
 
-Not for what a text means: `collectives` and `compiled` judge that. A loop's trip count is worked out from its
-condition, its first value and its step, through whatever the compiler put in between; where that fails it is None,
-never a guess. The text may be let go once it is read: nothing here keeps its long attributes.
+The trip count of a loop is computed from its condition, the counter's first value and its increment. If one of them
+cannot be found, the trip count is None, never a guess.
 """
 
 import functools
@@ -11,69 +10,72 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-_BITS = {"pred": 8, "token": 0}  # of an element where the name of its format has no digits
-
 NO_ESTIMATE = 2**63 - 1
-"""What the TPU compiler writes for the cycles of an instruction that it cannot estimate."""
+"""Cycles that the TPU compiler writes for an instruction that it cannot estimate."""
 
-_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$", re.DOTALL)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$", re.DOTALL)
 _INSTRUCTION = re.compile(
-    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) ?\b(?P<kind>[a-z][a-z0-9-]*)\(", re.DOTALL
+    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?) ?\b(?P<opcode>[a-z][a-z0-9-]*)\(", re.DOTALL
 )
-_CALLS = re.compile(r"\b(\w+)=\{?(%[\w.-]+(?:, ?%[\w.-]+)*)")
+_CALLEES = re.compile(r"\b(\w+)=\{?(%[\w.-]+(?:, ?%[\w.-]+)*)")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_PASSED_ON = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
-"""Kinds that yield their first operand: where a value is followed, they are looked through."""
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BITS = {"pred": 8, "token": 0}  # the other formats end with their number of bits
+# Opcodes that return their first operand, perhaps in another form.
+_FORWARDING = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instruction:
-    """One instruction.
+    """One HLO instruction.
 
     Attributes:
         name: unique in its computation.
-        kind: the operation, such as "fusion".
-        type: of what it yields.
-        operands: names; of a constant or a parameter nothing.
-        literal: what stands in the parentheses of a short constant or a parameter.
-        attributes: what follows the operands, up to metadata and backend configuration.
-        calls: attribute to names of computations.
-        cycles: the compiler's estimate; None without one.
-        trips: how often a loop runs, where the compiler wrote it down.
+        shape: the text of its result's shape, such as `f32[2,8]{1,0}`.
+        operands: names of instructions; none for a constant or a parameter.
+        literal: the text in the parentheses of a short constant or a parameter.
+        attributes: the text after the operands, up to metadata and backend config.
+        callees: attribute to the names of the computations that it calls.
+        cycles: the compiler's estimate.
+        trip_count: of a loop, if the compiler wrote it down.
     """
 
     name: str
-    kind: str
-    type: str
+    opcode: str
+    shape: str
     operands: tuple[str, ...]
     literal: str
     attributes: str
-    calls: dict[str, tuple[str, ...]]
+    callees: dict[str, tuple[str, ...]]
     cycles: int | None
-    trips: int | None
+    trip_count: int | None
 
     @property
-    def arrays(self) -> tuple[int, ...]:
-        """Bytes of the arrays that it yields."""
-        return array_bytes(self.type)
+    def array_bytes(self) -> tuple[int, ...]:
+        """Bytes of each array of its result."""
+        return array_bytes(self.shape)
 
     @property
-    def index(self) -> int | None:
-        """Which element a `get-tuple-element` yields; None of every other kind."""
-        found = re.search(r"\bindex=(\d+)", self.attributes) if self.kind == "get-tuple-element" else None
-        return int(found[1]) if found else None
+    def called_computations(self) -> tuple[str, ...]:
+        """Names of all computations that it calls."""
+        return tuple(name for names in self.callees.values() for name in names)
 
-    def text(self, attribute: str) -> str | None:
-        """The text of a quoted attribute."""
-        found = re.search(rf'\b{attribute}="([^"]*)"', self.attributes)
-        return found[1] if found else None
+    @property
+    def tuple_index(self) -> int | None:
+        """Index of a `get-tuple-element`; None for other opcodes."""
+        match = re.search(r"\bindex=(\d+)", self.attributes) if self.opcode == "get-tuple-element" else None
+        return int(match[1]) if match else None
+
+    def string(self, attribute: str) -> str | None:
+        """Returns the value of a quoted attribute."""
+        match = re.search(rf'\b{attribute}="([^"]*)"', self.attributes)
+        return match[1] if match else None
 
 
 @dataclass(kw_only=True)
 class Computation:
-    """Instructions in the order in which they are scheduled, by name; `root` is the one that it yields."""
+    """Instructions by name, in the order of execution; `root` names the one whose result is returned."""
 
     name: str
     root: str = ""
@@ -81,259 +83,252 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who takes each instruction as an operand."""
-        found: dict[str, list[Instruction]] = {}
+        """Maps each instruction's name to the instructions that have it as an operand."""
+        users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
-                found.setdefault(operand, []).append(instruction)
-        return found
+                users.setdefault(operand, []).append(instruction)
+        return users
 
     def parameter(self, number: int) -> str | None:
-        """The name of a parameter."""
-        found = (i.name for i in self.instructions.values() if i.kind == "parameter" and i.literal == str(number))
-        return next(found, None)
+        """Returns the name of a parameter."""
+        names = (i.name for i in self.instructions.values() if i.opcode == "parameter" and i.literal == str(number))
+        return next(names, None)
+
+    def source(self, name: str) -> Instruction:
+        """Returns the instruction that a value comes from, behind copies and changes of its form."""
+        instruction = self.instructions[name]
+        while instruction.opcode in _FORWARDING:
+            instruction = self.instructions[instruction.operands[0]]
+        return instruction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A computation at one place where it runs.
+class Call:
+    """A computation that is called along one path from the entry.
 
     Attributes:
-        computation: what runs.
-        loops: while loops around it.
-        times: how often it runs in one run of the program; a loop of unknown length counts once.
-        fused: whether it is the inside of a fusion.
+        loops: number of while loops around it.
+        runs: how often it runs in one run of the program; the body of a loop with unknown trip count runs once.
+        fused: True inside a fusion.
     """
 
     computation: Computation
     loops: int
-    times: int
+    runs: int
     fused: bool
 
 
-type Weight = Callable[[Place], float]
-"""What a place counts for, where one branch of several runs."""
+type CallCost = Callable[[Call], float]
+"""Cost of a call, to choose the branch of a conditional that counts."""
 
 
-class Module:
-    """A program that has been read.
+class HloModule:
+    """A parsed program.
 
     Attributes:
         computations: by name.
-        entry: where it starts.
-        partitions: devices that it is for; of several TPU slices those of one.
+        entry: name of the computation that the program starts with.
+        num_partitions: number of devices; with several TPU slices those of one slice.
     """
 
     def __init__(self, text: str):
-        """Reads `compiled.as_text()`; a ValueError where it is no text of a compiled program."""
+        """Parses `compiled.as_text()`; raises ValueError if no computation is marked ENTRY."""
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        found = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
-        self.partitions = int(found[1]) if found else 1
+        match = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
+        self.num_partitions = int(match[1]) if match else 1
         current: Computation | None = None
         for line in _logical_lines(text):
-            if header := _HEADER.match(line):
+            if header := _COMPUTATION.match(line):
                 current = self.computations[header["name"]] = Computation(name=header["name"])
                 self.entry = current.name if header["entry"] else self.entry
-            elif current is not None and (matched := _INSTRUCTION.match(line)):
-                current.instructions[matched["name"]] = _instruction(line, matched)
-                current.root = matched["name"] if matched["root"] else current.root
+            elif current is not None and (match := _INSTRUCTION.match(line)):
+                current.instructions[match["name"]] = _parse_instruction(line, match)
+                current.root = match["name"] if match["root"] else current.root
         if not self.entry:
             raise ValueError("not the text of a compiled program: no computation is marked ENTRY")
-        self._loops = {
+        self._loop_of = {
             name: (computation, instruction)
             for computation in self.computations.values()
             for instruction in computation.instructions.values()
-            if instruction.kind == "while"
+            if instruction.opcode == "while"
             for attribute in ("body", "condition")
-            for name in instruction.calls[attribute]
+            for name in instruction.callees[attribute]
         }
 
-    def executed(self, weight: Weight | None = None) -> Iterator[Place]:
-        """Every computation that runs, once for each way from the entry to it.
+    def calls(self, cost: CallCost | None = None) -> Iterator[Call]:
+        """Yields every call of a computation, once for each path from the entry.
 
-        Of a choice the branch that weighs most counts; without a weight all of them do.
+        Of a conditional only the branch with the highest total cost counts; without a cost all branches count.
         """
-        return self._visit(self.entry, 0, 1, False, weight)
+        return self._calls(self.entry, 0, 1, False, cost)
 
-    def _visit(self, name: str, loops: int, times: int, fused: bool, weight: Weight | None) -> Iterator[Place]:
+    def _calls(self, name: str, loops: int, runs: int, fused: bool, cost: CallCost | None) -> Iterator[Call]:
         computation = self.computations[name]
-        yield Place(computation=computation, loops=loops, times=times, fused=fused)
+        yield Call(computation=computation, loops=loops, runs=runs, fused=fused)
         for instruction in computation.instructions.values():
-            inside = fused or instruction.kind == "fusion"
-            if instruction.kind == "while":
-                times_inside = times * self._runs(computation, instruction)
-                for called in _called(instruction):
-                    yield from self._visit(called, loops + 1, times_inside, inside, weight)
-            elif instruction.kind == "conditional" and weight is not None:
-                branches = [list(self._visit(b, loops, times, inside, weight)) for b in _called(instruction)]
-                yield from max(branches, key=lambda places: sum(map(weight, places)))
-            elif not instruction.kind.endswith(("-done", "-update")):  # these name what their start has called
-                for called in _called(instruction):
+            inside = fused or instruction.opcode == "fusion"
+            if instruction.opcode == "while":
+                runs_inside = runs * self._loop_runs(computation, instruction)
+                for called in instruction.called_computations:
+                    yield from self._calls(called, loops + 1, runs_inside, inside, cost)
+            elif instruction.opcode == "conditional" and cost is not None:
+                branches = [list(self._calls(b, loops, runs, inside, cost)) for b in instruction.called_computations]
+                yield from max(branches, key=lambda calls: sum(map(cost, calls)))
+            elif not instruction.opcode.endswith(("-done", "-update")):  # these repeat the call of their "-start"
+                for called in instruction.called_computations:
                     if called in self.computations:
-                        yield from self._visit(called, loops, times, inside, weight)
+                        yield from self._calls(called, loops, runs, inside, cost)
 
     def unknown_loops(self) -> list[str]:
-        """The loops whose length cannot be worked out."""
+        """Names the loops whose trip count is unknown."""
         return [
             instruction.name
-            for place in self.executed()
-            for instruction in place.computation.instructions.values()
-            if instruction.kind == "while" and self.trips(place.computation, instruction) is None
+            for call in self.calls()
+            for instruction in call.computation.instructions.values()
+            if instruction.opcode == "while" and self.trip_count(call.computation, instruction) is None
         ]
 
     def cycles(self, name: str | None = None) -> int:
-        """Estimated cycles of one run of a computation, None is the whole program, loops multiplied out.
+        """Estimates the cycles of one run of a computation (None: the entry).
 
-        Of a choice the longest branch counts.
+        Cycles in loops are multiplied by their trip counts. Of a conditional the longest branch counts.
         """
         computation, total = self.computations[name or self.entry], 0
         for instruction in computation.instructions.values():
             total += instruction.cycles if instruction.cycles not in (None, NO_ESTIMATE) else 0
-            if instruction.kind == "while":
-                (body,) = instruction.calls["body"]
-                total += self.cycles(body) * self._runs(computation, instruction)
-            elif instruction.kind == "conditional":
-                total += max(self.cycles(branch) for branch in _called(instruction))
-            elif instruction.kind in ("call", "async-start"):
-                total += sum(self.cycles(called) for called in _called(instruction))
+            if instruction.opcode == "while":
+                (body,) = instruction.callees["body"]
+                total += self.cycles(body) * self._loop_runs(computation, instruction)
+            elif instruction.opcode == "conditional":
+                total += max(map(self.cycles, instruction.called_computations))
+            elif instruction.opcode in ("call", "async-start"):
+                total += sum(map(self.cycles, instruction.called_computations))
         return total
 
-    def _runs(self, computation: Computation, loop: Instruction) -> int:
-        """How often a while loop's body counts."""
-        trips = self.trips(computation, loop)
-        return 1 if trips is None else trips
+    def _loop_runs(self, computation: Computation, loop: Instruction) -> int:
+        """Returns the trip count, or 1 if it is unknown."""
+        trip_count = self.trip_count(computation, loop)
+        return 1 if trip_count is None else trip_count
 
-    def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a while loop's body runs, None where the text does not say."""
-        if loop.trips is not None:
-            return loop.trips
-        condition = self.computations[loop.calls["condition"][0]]
-        body = self.computations[loop.calls["body"][0]]
-        if (compared := self._comparison(condition)) is None:
+    def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+        """Returns how often the body of a while loop runs; None if the text does not tell."""
+        if loop.trip_count is not None:
+            return loop.trip_count
+        condition = self.computations[loop.callees["condition"][0]]
+        body = self.computations[loop.callees["body"][0]]
+        comparison = self._comparison(condition)
+        initial = computation.instructions[loop.operands[0]]
+        if comparison is None or initial.opcode != "tuple":
             return None
-        index, limit = compared
-        carried = computation.instructions[loop.operands[0]]
-        first = self._constant(computation, carried.operands[index]) if carried.kind == "tuple" else None
-        step = self._step(body, index)
-        if first is None or step is None or step <= 0:
+        index, limit = comparison
+        first, increment = self._constant(computation, initial.operands[index]), self._increment(body, index)
+        if first is None or increment is None or increment <= 0:
             return None
-        return max(0, math.ceil((limit - first) / step))
+        return max(0, math.ceil((limit - first) / increment))
 
     def _comparison(self, condition: Computation) -> tuple[int, int] | None:
-        """Place of the counter in what a loop carries, and the number that it stays below."""
-        root, inside, operands = condition.instructions[condition.root], condition, None
-        if root.kind == "fusion":
-            inside, operands = self.computations[root.calls["calls"][0]], root.operands
-            root = inside.instructions[inside.root]
-        if root.kind != "compare" or "direction=LT" not in root.attributes:
+        """Returns the counter's index in the loop's tuple and the limit that it stays below."""
+        root = condition.instructions[condition.root]
+        compare, scope = self._fused_root(root, condition)
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
             return None
-        counter, limit = (_source(inside, name) for name in root.operands)
-        if operands is not None:  # parameters of the fusion stand for its operands
+        counter, limit = (scope.source(name) for name in compare.operands)
+        if scope is not condition:
+            # The parameters of the fusion stand for its operands in the condition.
             counter, limit = (
-                _source(condition, operands[int(each.literal)]) if each.kind == "parameter" else each
+                condition.source(root.operands[int(each.literal)]) if each.opcode == "parameter" else each
                 for each in (counter, limit)
             )
-        value = int(limit.literal) if limit.literal.isdecimal() and limit.kind == "constant" else None
-        if value is None and limit.name in condition.instructions:
-            value = self._constant(condition, limit.name)
-        return None if counter.index is None or value is None else (counter.index, value)
+        value = self._constant(condition if limit.name in condition.instructions else scope, limit.name)
+        return None if counter.tuple_index is None or value is None else (counter.tuple_index, value)
+
+    def _increment(self, body: Computation, index: int) -> int | None:
+        """Returns the constant that a loop adds to its counter."""
+        root = body.instructions[body.root]
+        next_value = body.source(root.operands[index]) if root.opcode == "tuple" else root
+        add, scope = self._fused_root(next_value, body)
+        if add.opcode != "add":
+            return None
+        constants = [value for name in add.operands if (value := self._constant(scope, name)) is not None]
+        return constants[0] if len(constants) == 1 else None
+
+    def _fused_root(self, instruction: Instruction, scope: Computation) -> tuple[Instruction, Computation]:
+        """Returns the root of a fusion and its computation; any other instruction as it is."""
+        if instruction.opcode != "fusion":
+            return instruction, scope
+        fused = self.computations[instruction.callees["calls"][0]]
+        return fused.instructions[fused.root], fused
 
     def _constant(self, computation: Computation, name: str) -> int | None:
-        """The number that an instruction yields, if it is one, also where loops carry it unchanged."""
-        source = _source(computation, name)
-        if source.kind == "constant":
+        """Returns the integer value of an instruction, also if loops carry it unchanged; None if it is no constant."""
+        source = computation.source(name)
+        if source.opcode == "constant":
             return int(source.literal) if re.fullmatch(r"-?\d+", source.literal) else None
-        index = source.index
-        if index is None or computation.name not in self._loops:
+        index = source.tuple_index
+        if index is None or computation.name not in self._loop_of:
             return None
-        outer, loop = self._loops[computation.name]
-        carried, body = outer.instructions[loop.operands[0]], self.computations[loop.calls["body"][0]]
-        after = body.instructions[body.root]
-        if carried.kind != "tuple" or after.kind != "tuple":
+        outer, loop = self._loop_of[computation.name]
+        initial, body = outer.instructions[loop.operands[0]], self.computations[loop.callees["body"][0]]
+        result = body.instructions[body.root]
+        if initial.opcode != "tuple" or result.opcode != "tuple":
             return None
-        unchanged = _source(body, after.operands[index]).index == index
-        return self._constant(outer, carried.operands[index]) if unchanged else None
-
-    def _step(self, body: Computation, index: int) -> int | None:
-        """What a loop adds to its counter."""
-        after = body.instructions[body.root]
-        added = _source(body, after.operands[index]) if after.kind == "tuple" else after
-        if added.kind == "fusion":
-            inside = self.computations[added.calls["calls"][0]]
-            added, body = inside.instructions[inside.root], inside
-        if added.kind != "add":
-            return None
-        steps = [step for name in added.operands if (step := self._constant(body, name)) is not None]
-        return steps[0] if len(steps) == 1 else None
+        unchanged = body.source(result.operands[index]).tuple_index == index
+        return self._constant(outer, initial.operands[index]) if unchanged else None
 
 
 def array_bytes(shape: str) -> tuple[int, ...]:
-    """Bytes of the arrays of a type: `f32[2,8]{1,0}`, or several in parentheses. Tokens are none."""
-    shapes = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
+    """Returns the bytes of each array of a shape such as `f32[2,8]{1,0}` or a tuple of shapes; a token has none."""
+    arrays = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
     return tuple(
-        math.ceil(_bits(dtype) / 8 * math.prod(map(int, dims.split(",")) if dims else ())) for dtype, dims in shapes
+        math.ceil(_bits(dtype) / 8 * math.prod(map(int, dims.split(",")) if dims else ())) for dtype, dims in arrays
     )
 
 
 def _bits(dtype: str) -> int:
-    """Bits of one element: `f8e4m3fn` has eight, `s4` four."""
+    """Returns the bits of one element: 8 for `f8e4m3fn`, 4 for `s4`."""
     digits = re.match(r"[a-z]+(\d+)", dtype)
     if digits is None and dtype not in _BITS:
-        raise ValueError(f"{dtype}: a number format that is not known here")
+        raise ValueError(f"unknown dtype {dtype} in HLO text; add its bits to _BITS")
     return int(digits[1]) if digits else _BITS[dtype]
 
 
-def _source(computation: Computation, name: str) -> Instruction:
-    """The instruction that a value comes from, behind copies and changes of its form."""
-    instruction = computation.instructions[name]
-    while instruction.kind in _PASSED_ON:
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
-
-
-def _called(instruction: Instruction) -> tuple[str, ...]:
-    return tuple(name for names in instruction.calls.values() for name in names)
-
-
 def _logical_lines(text: str) -> Iterator[str]:
-    """The lines, one an instruction: quoted attributes of kernels may hold line breaks."""
-    start, size = 0, len(text)
-    held: list[str] = []
-    while start < size:
-        end = text.find("\n", start)
-        end = size if end < 0 else end
-        line = text[start:end]
-        start = end + 1
-        quotes = line.count('"') - line.count('\\"')
-        if not held and quotes % 2 == 0:
-            yield line
-        elif held and quotes % 2:
-            yield "\n".join([*held, line])
-            held.clear()
-        else:
-            held.append(line)
+    """Yields one line per instruction; quoted attributes of kernels may contain line breaks."""
+    parts: list[str] = []
+    quotes = 0
+    for match in re.finditer(r"[^\n]+", text):
+        parts.append(match[0])
+        quotes += match[0].count('"') - match[0].count('\\"')
+        if quotes % 2 == 0:
+            yield "\n".join(parts)
+            parts.clear()
 
 
-def _instruction(line: str, matched: re.Match[str]) -> Instruction:
-    start = end = matched.end()
-    while True:  # to the parenthesis that closes the operands
+def _parse_instruction(line: str, match: re.Match[str]) -> Instruction:
+    start = end = match.end()
+    while True:  # until the parenthesis that closes the operands
         end = line.find(")", end)
         if end < 0 or line.count("(", start, end) == line.count(")", start, end):
             break
         end += 1
-    inside, rest = line[start:end], line[end + 1 :]
-    kept = re.split(r", (?:metadata|backend_config)=", rest, maxsplit=1)[0]
-    cycles, trips = _CYCLES.search(rest), _TRIPS.search(rest)
-    literal = inside if len(inside) < 32 and matched["kind"] in ("constant", "parameter") else ""
+    operands, rest = line[start:end], line[end + 1 :]
+    # Metadata and backend configs are long; without them the text can be freed.
+    attributes = re.split(r", (?:metadata|backend_config)=", rest, maxsplit=1)[0]
+    cycles, trip_count = _CYCLES.search(rest), _TRIP_COUNT.search(rest)
+    literal = operands if len(operands) < 32 and match["opcode"] in ("constant", "parameter") else ""
     return Instruction(
-        name=matched["name"],
-        kind=matched["kind"],
-        type=matched["type"],
-        operands=() if literal else tuple(re.findall(r"%([\w.-]+)", inside)),
+        name=match["name"],
+        opcode=match["opcode"],
+        shape=match["shape"],
+        operands=() if literal else tuple(re.findall(r"%([\w.-]+)", operands)),
         literal=literal,
-        attributes=kept,
-        calls={key: tuple(names.replace("%", "").replace(" ", "").split(",")) for key, names in _CALLS.findall(kept)},
+        attributes=attributes,
+        callees={
+            attribute: tuple(names.replace("%", "").replace(" ", "").split(","))
+            for attribute, names in _CALLEES.findall(attributes)
+        },
         cycles=int(cycles[1]) if cycles else None,
-        trips=int(trips[1]) if trips else None,
+        trip_count=int(trip_count[1]) if trip_count else None,
     )

@@ -1,7 +1,7 @@
-"""Hardware that is described and not here: what `--on` names, and the devices that a compiler makes of it.
+"""Topologies of devices that are not attached: parses `--on` and asks the compiler for the devices.
 
-`v5p:4x4x4` is a slice of TPUs, `2xv5e:2x4` two slices that meet over the data-centre network, `h100:2x8` two hosts of
-eight GPUs. Nothing here starts a device; `prepare` sets what libtpu and the CUDA plugin read when they are loaded.
+`v5p:4x4x4` is a TPU slice, `2xv5e:2x4` two TPU slices joined by the data-center network, `h100:2x8` two hosts of eight
+GPUs. No device is started.
 """
 
 import importlib
@@ -20,35 +20,31 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import Device
 from jaxinfra.plan.chips import CHIPS, Chip
 
-EXAMPLE = "use --on v5p:4x4x4, --on 2xv5e:2x4 (two slices) or --on h100:1x8 (hosts x GPUs)"
-MOST_DEVICES = 65_536
-"""More than anyone has, and as many as can be laid out in seconds."""
-
+MAX_DEVICES = 65_536  # more than any slice has; devices are still laid out within seconds
 INSTALL = "pip install -e '.[compile]'"
 _ENVIRONMENT = {
     "tpu": {
-        "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server, which only Google's machines have
-        "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences it, whatever topology is then asked for
+        "TPU_SKIP_MDS_QUERY": "1",  # else libtpu queries a metadata server that only Google's machines have
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences a warning of libtpu; the topology is given separately
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at the same time
     },
-    "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},  # of a driver that is not here
+    "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},  # no CUDA driver is needed to compile
 }
+# Package of each compiler, and the modules that must be importable.
 _COMPILERS = {
     "tpu": ("libtpu", ("libtpu",)),
     "cuda": ("jax-cuda13-plugin", ("jax_plugins", "jax_plugins.xla_cuda13")),
 }
-"""Packages, and the modules that show that they are installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Devices by description.
+    """TPU slices or GPU hosts.
 
     Attributes:
-        chip: of which kind.
-        shape: chips of one slice along each dimension of its network; of GPUs hosts and GPUs a host.
-        slices: how many slices of TPUs.
+        shape: chips of one slice in each dimension; for GPUs (hosts, GPUs per host).
+        slices: number of TPU slices; 1 for GPUs.
     """
 
     chip: Chip
@@ -56,103 +52,115 @@ class Topology:
     slices: int = 1
 
     def __str__(self) -> str:
-        """As in `--on`."""
+        """Returns the text that `parse_topology` reads."""
         slices = f"{self.slices}x" if self.slices > 1 else ""
-        return f"{slices}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{slices}{self.chip.name}:{_join(self.shape)}"
 
     @property
-    def count(self) -> int:
+    def num_devices(self) -> int:
         """Number of JAX devices."""
         return self.slices * math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
     def wrap(self) -> tuple[bool, bool, bool]:
-        """Along which dimensions the links of a TPU slice close to a ring.
+        """Tells in which dimensions the links of a TPU slice wrap around into a ring.
 
-        Three-dimensional slices do where they are made of whole cubes of 4 x 4 x 4, two-dimensional ones along 16
-        chips (Google Cloud's TPU documentation). It matters: without rings the compiler makes an all-reduce of every
-        all-gather.
+        In three dimensions they do if the slice consists of 4 x 4 x 4 cubes, in two dimensions where it is 16 chips
+        long (Google Cloud's TPU documentation). Without rings the compiler turns every all-gather into an all-reduce.
         """
-        if self.chip.dimensions == 3:
+        if self.chip.num_dims == 3:
             torus = all(size % 4 == 0 for size in self.shape)
             return (torus, torus, torus)
         x, y = (size == 16 for size in self.shape)
         return (x, y, False)
 
 
-def parse(text: str) -> Topology:
-    """Reads what `--on` names; a ConfigError where there is no such chip or shape."""
-    matched = re.fullmatch(r"(?:([0-9]{1,5})x)?([a-z]\w*):([0-9]{1,5}(?:x[0-9]{1,5})*)", text)
-    if matched is None:
-        raise ConfigError(f"--on {text}: expected a chip and a shape; {EXAMPLE}")
-    slices, name, shape = int(matched[1] or 1), matched[2], tuple(map(int, matched[3].split("x")))
+def parse_topology(text: str) -> Topology:
+    """Parses the value of `--on`; raises ConfigError if there is no such chip or slice."""
+    match = re.fullmatch(r"(?:([0-9]{1,5})x)?([a-z]\w*):([0-9]{1,5}(?:x[0-9]{1,5})*)", text)
+    if match is None:
+        raise ConfigError(f"--on {text}: must be CHIP:SHAPE; use --on v5p:4x4x4, 2xv5e:2x4 (slices) or h100:1x8")
+    slices, name, shape = int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
     if name not in CHIPS:
-        raise ConfigError(f"--on {text}: no such chip; known are {', '.join(CHIPS)}; {EXAMPLE}")
+        raise ConfigError(f"--on {text}: unknown chip, must be one of {', '.join(CHIPS)}; use --on v5p:4x4x4")
     chip = CHIPS[name]
-    if len(shape) != chip.dimensions or 0 in shape or not slices:
-        raise ConfigError(f"--on {text}: {name} wants {chip.dimensions} sizes above 0; use --on {_example(chip)}")
+    if len(shape) != chip.num_dims or 0 in shape or not slices:
+        raise ConfigError(f"--on {text}: {name} needs {chip.num_dims} positive sizes; use --on {_example(chip)}")
     if chip.platform == "cuda" and slices > 1:
-        raise ConfigError(f"--on {text}: GPUs come in hosts, not in slices; use --on {name}:{slices}x8")
-    if chip.largest is not None and (math.prod(shape) > math.prod(chip.largest) or max(shape) > max(chip.largest)):
-        largest = "x".join(map(str, chip.largest))
-        raise ConfigError(f"--on {text}: a slice of {name} has at most {largest} chips; use --on {name}:{largest}")
-    found = Topology(chip=chip, shape=shape, slices=slices)
-    if found.count > MOST_DEVICES:
-        raise ConfigError(f"--on {text}: {found.count:,} devices; use {MOST_DEVICES:,} or fewer")
-    return found
+        raise ConfigError(f"--on {text}: GPUs have hosts, not slices; use --on {name}:{slices}x8")
+    limit = chip.max_slice
+    if limit is not None and (math.prod(shape) > math.prod(limit) or max(shape) > max(limit)):
+        raise ConfigError(f"--on {text}: the largest slice of {name} is {_join(limit)}; use --on {name}:{_join(limit)}")
+    topology = Topology(chip=chip, shape=shape, slices=slices)
+    if topology.num_devices > MAX_DEVICES:
+        raise ConfigError(f"--on {text}: has {topology.num_devices:,} devices; use {MAX_DEVICES:,} or fewer")
+    return topology
+
+
+def _join(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _example(chip: Chip) -> str:
-    """A topology of a chip that there is."""
-    return f"{chip.name}:{'1x8' if chip.platform == 'cuda' else {2: '2x4', 3: '4x4x4'}[chip.dimensions]}"
+    """Returns a valid topology of a chip."""
+    return f"{chip.name}:{'1x8' if chip.platform == 'cuda' else {2: '2x4', 3: '4x4x4'}[chip.num_dims]}"
 
 
-def prepare(topology: Topology) -> None:
-    """Makes ready to compile without devices, before JAX is asked for one; ConfigError without the compiler."""
+def set_up_compiler(topology: Topology) -> None:
+    """Sets what libtpu or the CUDA plugin reads when it is loaded; call it before JAX lists any device.
+
+    Raises:
+        ConfigError: the compiler is not installed.
+    """
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")
     package, modules = _COMPILERS[topology.chip.platform]
     if not all(importlib.util.find_spec(module) for module in modules):
-        raise ConfigError(f"--on {topology}: the compiler for it, {package}, is not installed; use {INSTALL}")
+        raise ConfigError(f"--on {topology}: its compiler, {package}, is not installed; use {INSTALL}")
     for name, value in _ENVIRONMENT[topology.chip.platform].items():
         os.environ.setdefault(name, value)
 
 
-def devices(topology: Topology) -> Sequence[Device]:
-    """The described devices, to compile for, not to run on; ConfigError for unknown ones. `prepare` comes first."""
+def topology_devices(topology: Topology) -> Sequence[Device]:
+    """Returns devices that programs can be compiled for but not run on; call `set_up_compiler` first.
+
+    Raises:
+        ConfigError: the compiler does not know the topology.
+    """
     from jax.experimental import topologies
 
-    sizes = "x".join(map(str, topology.shape))
+    sizes = _join(topology.shape)
     try:
         if topology.chip.platform == "tpu":
             slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
             name = f"{topology.chip.name}:{sizes}"
-            described = topologies.get_topology_desc(name, platform="tpu", wrap=topology.wrap, **slices)
+            description = topologies.get_topology_desc(name, platform="tpu", wrap=topology.wrap, **slices)
         else:
-            target = _gpu_target(topology.chip)
-            described = topologies.get_topology_desc(platform="cuda", topology=f"1x{sizes}", target_config=target)
+            target = _gpu_target_config(topology.chip)
+            description = topologies.get_topology_desc(platform="cuda", topology=f"1x{sizes}", target_config=target)
     except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--on {topology}: the compiler knows no such slice: {' '.join(str(error).split())}; use --on "
-            f"{_example(topology.chip)}"
+            f"--on {topology}: the compiler does not know this slice: {reason}; use --on {_example(topology.chip)}"
         ) from error
-    assert len(described.devices) == topology.count, (topology, len(described.devices))
-    return described.devices
+    assert len(description.devices) == topology.num_devices, (topology, len(description.devices))
+    return description.devices
 
 
-def domains(topology: Topology, placed: Sequence[Device]) -> list[int]:
-    """Of each device the slice, or of a GPU the host: inside it links are fast."""
+def slice_ids(topology: Topology, devices: Sequence[Device]) -> list[int]:
+    """Returns the TPU slice, or the GPU host, of each device: links inside it are fast."""
     if topology.chip.platform == "cuda":
-        return [device.process_index for device in placed]
-    return [device.slice_index if topology.slices > 1 else 0 for device in placed]
+        return [device.process_index for device in devices]
+    return [device.slice_index if topology.slices > 1 else 0 for device in devices]
 
 
-def _gpu_target(chip: Chip) -> str:
-    """The description of a GPU that the CUDA plugin carries in its shared object; a ConfigError where it has none."""
+def _gpu_target_config(chip: Chip) -> str:
+    """Reads the description of a GPU that is embedded in the CUDA plugin's shared library."""
     plugin = importlib.import_module("jax_plugins.xla_cuda13")
     library = Path(str(plugin.__file__)).with_name("xla_cuda_plugin.so")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = content.find(f'device_description_str: "{chip.kind}"'.encode())
+        at = content.find(f'device_description_str: "{chip.device_kind}"'.encode())
         if at < 0:
-            raise ConfigError(f"--on {chip.name}: {library.name} has no description of {chip.kind}; use {INSTALL}")
+            raise ConfigError(f"--on {chip.name}: {library.name} does not describe {chip.device_kind}; use {INSTALL}")
+        # Descriptions are null-terminated strings.
         return content[content.rfind(b"\0", 0, at) + 1 : content.find(b"\0", at)].decode()

@@ -19,8 +19,8 @@ def test_two_slices_exchange_gradients_once_and_everything_is_told(tiny: Tiny) -
     ended = tiny.launch(*SLICES, "--json", str(folder / "o.json"), "--dump", str(folder / "o.txt"), command="compile")
     assert ended.code == 0, ended.err
     shown = ended.out
-    assert re.search(r"^tiny-\w+ on 2xv5e:2x4: replica 2 x fsdp 8, 2 rows of the batch a device and step$", shown, re.M)
-    for wanted in ("temporaries", "cycles a row", "all-gather", "network"):
+    assert re.search(r"^tiny-\w+ on 2xv5e:2x4: replica 2 x fsdp 8, per-device batch size 2$", shown, re.M)
+    for wanted in ("temporaries", "cycles per sample", "all-gather", "network"):
         assert wanted in shown
     found = json.loads((folder / "o.json").read_text())
     assert (folder / "o.txt").read_text().startswith("HloModule jit__train_step")

@@ -17,8 +17,8 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.plan.compiled import Compiled, compile_step
-from jaxinfra.plan.topology import parse
+from jaxinfra.plan.aot import CompiledStep, compile_step
+from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run
 from jaxinfra.train.loop import TrainConfig
 
@@ -91,20 +91,21 @@ TOYS = {"bench_small", "parity_dense", "parity_moe", "quickstart", "vit_digits"}
 """Configs made for CPUs: what they take of a chip is of no use to anyone."""
 
 
-def compiled(name: str, dump: Callable[[str], object] | None = None) -> Compiled:
+def compiled(name: str, dump: Callable[[str], object] | None = None) -> CompiledStep:
     """A case, or a config, compiled for its topology; its text goes to `dump`."""
     if name in CASES:
-        case = CASES[name]
-        return compile_step(replace(case.run, name=name, mesh=case.mesh), parse(case.on), dump=dump, report=_silent)
-    on, *overrides = ON[name]
-    return compile_step(load(CONFIGS / f"{name}.py", overrides, root=Run).run, parse(on), dump=dump, report=_silent)
+        on, run = CASES[name].on, replace(CASES[name].run, name=name, mesh=CASES[name].mesh)
+    else:
+        on, *overrides = ON[name]
+        run = load(CONFIGS / f"{name}.py", overrides, root=Run).run
+    return compile_step(run, parse_topology(on), dump=dump, on_progress=_silent)
 
 
 def _silent(line: str) -> None:
     """Tests report nothing."""
 
 
-def golden(found: Compiled) -> str:
+def golden(found: CompiledStep) -> str:
     """All that is held of a small program, as text."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     compiler = "jax-cuda13-plugin" if found.cycles is None else "libtpu"
@@ -125,7 +126,7 @@ def golden(found: Compiled) -> str:
     return "\n".join(lines) + "\n"
 
 
-def budget(found: Compiled) -> dict[str, int]:
+def budget(found: CompiledStep) -> dict[str, int]:
     """What is held of a config, for one device and one step."""
     sent = {link: sum(row.bytes for row in found.traffic if row.link == link) for link in ("local", "network")}
     return {
@@ -136,12 +137,12 @@ def budget(found: Compiled) -> dict[str, int]:
     }
 
 
-def with_example(page: str, found: Compiled) -> str:
+def with_example(page: str, found: CompiledStep) -> str:
     """The page with the figures of a config between its marks, indented as a listing."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert begin and end, f"{PAGE}: the marks are gone"
-    lines = "\n".join(shown(found, parse(found.on).chip))
+    lines = "\n".join(shown(found, parse_topology(found.topology).chip))
     return f"{before}{BEGIN}\n\n```\n{lines}\n```\n\n{END}{after}"
 
 

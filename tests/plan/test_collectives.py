@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxinfra.plan.collectives import SLICED, Collective, collectives
-from jaxinfra.plan.hlo import Module
+from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
+from jaxinfra.plan.hlo import HloModule
 
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
 TEXT = """\
@@ -71,35 +71,35 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
     ],
 )
 def test_collectives_are_found_with_their_axes_and_loops(groups: str, axes: tuple[str, ...]) -> None:
-    assert collectives(Module(TEXT.format(groups=groups)), MESH) == [
-        one("all-reduce", (), 4),
-        one("all-reduce", ("replica",), 4, 48),
-        one("all-gather", axes, 64, loops=1, times=5),
+    assert find_collectives(HloModule(TEXT.format(groups=groups)), MESH) == [
+        collective("all-reduce", (), 4),
+        collective("all-reduce", ("replica",), 4, 48),
+        collective("all-gather", axes, 64, loops=1, runs=5),
     ]
 
 
 def test_of_a_choice_the_branch_that_moves_most_counts() -> None:
     """The left branch gathers 5 x 64 bytes; the right one permutes 16, or 4096."""
     text = TEXT.format(groups="replica_groups=[4,2]<=[8]")
-    kinds = [found.kind for found in collectives(Module(text), MESH)]
+    kinds = [found.kind for found in find_collectives(HloModule(text), MESH)]
     assert kinds == ["all-reduce", "all-reduce", "all-gather"]
     more = text.replace("%permute = bf16[8]{0}", "%permute = bf16[2048]{0}")
-    kinds = [found.kind for found in collectives(Module(more), MESH)]
+    kinds = [found.kind for found in find_collectives(HloModule(more), MESH)]
     assert kinds == ["all-reduce", "all-reduce", "collective-permute"]
 
 
 def test_a_form_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match=r"new\(8\)"):
-        collectives(Module(TEXT.format(groups="replica_groups=new(8)")), MESH)
+        find_collectives(HloModule(TEXT.format(groups="replica_groups=new(8)")), MESH)
 
 
-def one(kind: str, axes: tuple[str, ...], *arrays: int, loops: int = 0, times: int = 1, link: str = "local"):
-    return Collective(kind=kind, axes=axes, link=link, loops=loops, times=times, arrays=arrays)
+def collective(kind: str, axes: tuple[str, ...], *array_bytes: int, loops: int = 0, runs: int = 1, link: str = "local"):
+    return Collective(kind=kind, axes=axes, link=link, loops=loops, runs=runs, array_bytes=array_bytes)
 
 
-def entry(*lines: str, before: str = "", partitions: int = 8) -> Module:
+def entry(*lines: str, before: str = "", partitions: int = 8) -> HloModule:
     body = "".join(f"  {line}\n" for line in lines)
-    return Module(
+    return HloModule(
         f"HloModule jit_step, num_partitions={partitions}\n{before}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}}}\n"
     )
 
@@ -126,9 +126,9 @@ def test_a_sum_that_is_only_sliced_is_told_from_one_that_is_used() -> None:
         "ROOT %part = f32[4] fusion(%y, %copy), kind=kLoop, calls=%cut",
         before=FUSED_SLICE,
     )
-    assert collectives(sliced, MESH) == [one(SLICED, ("tensor",), 32)]
-    assert collectives(used, MESH) == [one("all-reduce", ("tensor",), 32)]
-    assert collectives(in_a_fusion, MESH) == [one(SLICED, ("tensor",), 32)]
+    assert find_collectives(sliced, MESH) == [collective(ALL_REDUCE_SLICE, ("tensor",), 32)]
+    assert find_collectives(used, MESH) == [collective("all-reduce", ("tensor",), 32)]
+    assert find_collectives(in_a_fusion, MESH) == [collective(ALL_REDUCE_SLICE, ("tensor",), 32)]
 
 
 def test_of_a_combined_sum_each_array_is_judged_by_itself() -> None:
@@ -139,7 +139,10 @@ def test_of_a_combined_sum_each_array_is_judged_by_itself() -> None:
         f"%part = f32[4] {SLICE.format('first')}",
         "ROOT %out = (f32[4], f32[2]) tuple(%part, %second)",
     )
-    assert collectives(module, MESH) == [one("all-reduce", ("tensor",), 8), one(SLICED, ("tensor",), 32)]
+    assert find_collectives(module, MESH) == [
+        collective("all-reduce", ("tensor",), 8),
+        collective(ALL_REDUCE_SLICE, ("tensor",), 32),
+    ]
 
 
 def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter() -> None:
@@ -151,12 +154,12 @@ def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter() -> None:
 }}
 """
     module = entry("ROOT %out = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter", before=fused)
-    assert collectives(module, MESH) == [one("reduce-scatter", ("tensor",), 32)]
+    assert find_collectives(module, MESH) == [collective("reduce-scatter", ("tensor",), 32)]
 
 
 def test_a_named_reduce_scatter_counts_what_it_reduces() -> None:
     module = entry("ROOT %part = f32[4] reduce-scatter(%p), replica_groups=[4,2]<=[8], to_apply=%sum, dimensions={0}")
-    assert collectives(module, MESH) == [one("reduce-scatter", ("tensor",), 32)]
+    assert find_collectives(module, MESH) == [collective("reduce-scatter", ("tensor",), 32)]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_a_named_reduce_scatter_counts_what_it_reduces() -> None:
 def test_what_starts_and_ends_apart_counts_once(kind: str, start: str, done: str, arrays: tuple[int, ...]) -> None:
     groups = "source_target_pairs={{0,1},{1,0}}" if kind == "collective-permute" else "replica_groups=[4,2]<=[8]"
     module = entry(f"%s = {start}, {groups}", f"ROOT %d = {done}")
-    assert collectives(module, MESH) == [one(kind, ("tensor",), *arrays)]
+    assert find_collectives(module, MESH) == [collective(kind, ("tensor",), *arrays)]
 
 
 @pytest.mark.parametrize("sent", [8, 2])
@@ -203,7 +206,7 @@ def test_a_ragged_exchange_counts_the_smaller_of_what_is_sent_and_what_is_writte
     )
     for lines in ((at_once,), apart):
         module = entry(f"%x = f32[{sent}] negate(%p)", *lines)
-        assert collectives(module, MESH) == [one("ragged-all-to-all", ("tensor",), 4 * min(sent, 4))]
+        assert find_collectives(module, MESH) == [collective("ragged-all-to-all", ("tensor",), 4 * min(sent, 4))]
 
 
 def test_a_computation_that_is_started_and_waited_for_counts_once() -> None:
@@ -219,7 +222,7 @@ def test_a_computation_that_is_started_and_waited_for_counts_once() -> None:
         "ROOT %d = f32[8] async-done(%u), calls=%wrapped",
         before=wrapped,
     )
-    assert collectives(module, MESH) == [one("all-to-all", ("tensor",), 32)]
+    assert find_collectives(module, MESH) == [collective("all-to-all", ("tensor",), 32)]
 
 
 SEND = (
@@ -238,14 +241,14 @@ def test_what_leaves_a_slice_crosses_the_network_on_the_outermost_axis() -> None
         "ROOT %one = f32[8] all-reduce(%all), replica_groups={{0,2},{1,3}}, to_apply=%sum",
         partitions=4,
     )
-    assert collectives(module, MESH | {"fsdp": 2, "tensor": 2}, [0] * 4 + [1] * 4) == [
-        one("all-reduce", ("replica",), 96 * 8 * 128 * 4, link="network"),
-        one("all-reduce", ("fsdp", "tensor"), 32),
-        one("all-reduce", ("fsdp",), 32),
+    assert find_collectives(module, MESH | {"fsdp": 2, "tensor": 2}, [0] * 4 + [1] * 4) == [
+        collective("all-reduce", ("replica",), 96 * 8 * 128 * 4, link="network"),
+        collective("all-reduce", ("fsdp", "tensor"), 32),
+        collective("all-reduce", ("fsdp",), 32),
     ]
-    assert collectives(module, {"replica": 4, "tensor": 2}, [0] * 4 + [1] * 4)[1:] == [
-        one("all-reduce", ("replica", "tensor"), 32),
-        one("all-reduce", ("replica",), 32),
+    assert find_collectives(module, {"replica": 4, "tensor": 2}, [0] * 4 + [1] * 4)[1:] == [
+        collective("all-reduce", ("replica", "tensor"), 32),
+        collective("all-reduce", ("replica",), 32),
     ]
 
 
@@ -254,5 +257,5 @@ def test_groups_that_join_hosts_cross_the_network() -> None:
         "%far = f32[8] all-reduce(%p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum",
         "ROOT %near = f32[8] all-reduce(%far), replica_groups=[4,2]<=[8], to_apply=%sum",
     )
-    found = collectives(module, MESH, [0] * 4 + [1] * 4)
+    found = find_collectives(module, MESH, [0] * 4 + [1] * 4)
     assert [(each.axes, each.link) for each in found] == [(("replica",), "network"), (("tensor",), "local")]

@@ -2,16 +2,16 @@
 
 import pytest
 
-from jaxinfra.plan.hlo import NO_ESTIMATE, Module, array_bytes
+from jaxinfra.plan.hlo import NO_ESTIMATE, HloModule, array_bytes
 
 COST = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
 
 
-def loop(*, condition: str = "", body: str = "", carried: str = "%zero, %x, %limit", inside: str = "") -> Module:
+def loop(*, condition: str = "", body: str = "", carried: str = "%zero, %x, %limit", inside: str = "") -> HloModule:
     """A program of one loop, whose parts are in the forms that compilers print."""
     condition = condition or "%n = s32[] constant(12)\n  ROOT %less = pred[] compare(%i.1, %n), direction=LT"
     body = body or "%next = s32[] add(%i, %one)"
-    return Module(f"""\
+    return HloModule(f"""\
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %condition (c: (s32[], f32[8], s32[])) -> pred[] {{
@@ -44,9 +44,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 """)
 
 
-def trips(module: Module) -> int | None:
+def trip_count(module: HloModule) -> int | None:
     entry = module.computations[module.entry]
-    return module.trips(entry, entry.instructions[entry.root])
+    return module.trip_count(entry, entry.instructions[entry.root])
 
 
 @pytest.mark.parametrize(
@@ -64,20 +64,20 @@ def trips(module: Module) -> int | None:
         (loop(carried="%limit, %x, %limit"), 0),
     ],
 )
-def test_trips_follow_from_condition_first_value_and_step(made: Module, runs: int | None) -> None:
-    assert trips(made) == runs
+def test_trips_follow_from_condition_first_value_and_step(made: HloModule, runs: int | None) -> None:
+    assert trip_count(made) == runs
     assert made.unknown_loops() == (["while"] if runs is None else [])
-    body = [place for place in made.executed() if place.computation.name == "body"]
-    assert [place.times for place in body] == [1 if runs is None else runs]
+    body = [call for call in made.calls() if call.computation.name == "body"]
+    assert [call.runs for call in body] == [1 if runs is None else runs]
 
 
 def test_a_limit_that_changes_is_not_taken_for_a_constant() -> None:
     text = loop(condition="ROOT %less = pred[] compare(%i.1, %limit.1), direction=LT")
-    assert trips(text) == 20
+    assert trip_count(text) == 20
     body = text.computations["body"]
     changed = body.instructions["limit.2"]
     body.instructions["limit.2"] = body.instructions["next"]
-    assert trips(text) is None, changed
+    assert trip_count(text) is None, changed
 
 
 def test_a_count_that_the_compiler_wrote_down_counts() -> None:
@@ -90,12 +90,12 @@ ENTRY %main (x: f32[]) -> f32[] {
   ROOT %while = f32[] while(%x), condition=%other, body=%other, backend_config={"known_trip_count":{"n":"7"}}
 }
 """
-    assert trips(Module(text)) == 7
+    assert trip_count(HloModule(text)) == 7
 
 
 def test_cycles_are_multiplied_by_trips_and_of_a_choice_the_longest_counts() -> None:
     """Inside a fusion nothing counts: its own estimate is for all of it."""
-    module = Module(f"""\
+    module = HloModule(f"""\
 HloModule jit_step
 %fused (p: f32[8]) -> f32[8] {{
   ROOT %add = f32[8] add(%p, %p), {COST.format(1000000)}
@@ -136,7 +136,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 }}
 """)
     assert module.cycles() == 10 + 3 * (1 + 500)
-    times = {place.computation.name: place.times for place in module.executed()}
+    times = {call.computation.name: call.runs for call in module.calls()}
     assert times == {"main": 1, "condition": 3, "body": 3, "cheap": 3, "dear": 3, "fused": 3}
 
 
@@ -152,10 +152,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %out = f32[8] copy(%kernel.3)
 }
 """
-    module = Module(text)
+    module = HloModule(text)
     assert list(module.computations) == ["main"]
     assert list(module.computations["main"].instructions) == ["kernel.3", "out"]
-    assert module.computations["main"].instructions["kernel.3"].text("custom_call_target") == "tpu_custom_call"
+    assert module.computations["main"].instructions["kernel.3"].string("custom_call_target") == "tpu_custom_call"
 
 
 @pytest.mark.parametrize(
@@ -172,4 +172,4 @@ def test_bytes_of_arrays(shape: str, sizes: tuple[int, ...]) -> None:
 
 def test_other_text_is_refused() -> None:
     with pytest.raises(ValueError, match="ENTRY"):
-        Module("module @jit_step {\n}\n")
+        HloModule("module @jit_step {\n}\n")

@@ -16,13 +16,13 @@ from jaxinfra.ops.attention import splash_block
 from jaxinfra.optim.optimizers import Optim
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.plan.compiled import Compiled, Memory, compile_step, memory_of, no_cache, program_for
-from jaxinfra.plan.topology import devices, parse, prepare
+from jaxinfra.plan.aot import CompiledStep, Memory, compile_step, memory_usage, no_compilation_cache, program_on
+from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
 from jaxinfra.run import Run
 from jaxinfra.train.loop import TrainConfig
 from tests.golden.compiled import DENSE
 
-ON = parse("v5p:2x2x1")
+ON = parse_topology("v5p:2x2x1")
 WIDTH = 4096
 GIB = 2**30
 
@@ -39,27 +39,27 @@ def lowered(layers: int):
     def step(weights, x):
         return weights - 1e-3 * jax.grad(loss)(weights, x)
 
-    mesh = make_mesh(MeshConfig(fsdp=ON.count), devices(ON))
+    mesh = make_mesh(MeshConfig(fsdp=ON.num_devices), topology_devices(ON))
     with jax.set_mesh(mesh):
         shapes = (
             ((layers, WIDTH, WIDTH), PartitionSpec(None, "fsdp")),
-            ((ON.count * WIDTH, WIDTH), PartitionSpec("fsdp")),
+            ((ON.num_devices * WIDTH, WIDTH), PartitionSpec("fsdp")),
         )
         given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, at)) for shape, at in shapes]
         return jax.jit(step, donate_argnums=0).lower(*given)
 
 
 def counted_gib(layers: int) -> float:
-    with no_cache():
-        memory = memory_of(lowered(layers).compile())
+    with no_compilation_cache():
+        memory = memory_usage(lowered(layers).compile())
     return (memory.total - memory.code) / GIB
 
 
 def test_the_count_goes_on_where_the_compiler_refuses() -> None:
-    prepare(ON)
+    set_up_compiler(ON)
     fewer, more = counted_gib(400), counted_gib(500)
     assert 1.2 * fewer < more < ON.chip.hbm_bytes / GIB
-    with pytest.raises(jax.errors.JaxRuntimeError) as refused, no_cache():
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused, no_compilation_cache():
         lowered(700).compile()
     said = re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(refused.value))
     assert said, refused.value
@@ -72,7 +72,7 @@ MODEL = TransformerConfig(
 )
 
 
-def compiled(length: int, remat: Remat) -> tuple[Compiled, str]:
+def compiled(length: int, remat: Remat) -> tuple[CompiledStep, str]:
     """A step on four chips with its text."""
     run = Run(
         name="kernels",
@@ -82,7 +82,7 @@ def compiled(length: int, remat: Remat) -> tuple[Compiled, str]:
         train=TrainConfig(global_batch=4 * ROWS),
     )
     texts: list[str] = []
-    return compile_step(run, parse("v5p:2x2x1"), dump=texts.append, report=lambda line: None), texts[0]
+    return compile_step(run, parse_topology("v5p:2x2x1"), dump=texts.append, on_progress=lambda line: None), texts[0]
 
 
 def blocks(text: str) -> set[int]:
@@ -105,7 +105,7 @@ def test_splash_attention_runs_in_blocks_that_fit_the_length(length: int, remat:
     assert found.memory.temporaries < 2 * ROWS * length * VOCAB
 
 
-OFFLOADED_ON = parse("v5e:2x2")
+OFFLOADED_ON = parse_topology("v5e:2x2")
 RUN = replace(
     DENSE,
     name="offload",
@@ -134,7 +134,7 @@ def allotted(of: Run, *, rows: int, offload: bool = False, remat: Remat = "full"
         of, optim=Optim(offload=offload), model=replace(of.model, remat=remat), train=TrainConfig(global_batch=rows)
     )
     texts: list[str] = []
-    found = compile_step(run, OFFLOADED_ON, dump=texts.append, report=lambda line: None)
+    found = compile_step(run, OFFLOADED_ON, dump=texts.append, on_progress=lambda line: None)
     return found.memory, IN_HOST_MEMORY in texts[0]
 
 
@@ -143,8 +143,10 @@ def test_state_of_the_optimiser_leaves_the_device() -> None:
     """Both moments of AdamW do; of what comes back only a few layers are there at once."""
     (here, marked), (away, moved) = (allotted(SMALL, rows=8, offload=offload) for offload in (False, True))
     assert moved and not marked and here.host == 0
-    state = program_for(replace(SMALL, train=TrainConfig(global_batch=4)), OFFLOADED_ON).state
-    moments = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.opt_state) if a.ndim) // OFFLOADED_ON.count
+    state = program_on(replace(SMALL, train=TrainConfig(global_batch=4)), OFFLOADED_ON).state
+    moments = (
+        sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.opt_state) if a.ndim) // OFFLOADED_ON.num_devices
+    )
     assert away.host == pytest.approx(moments, rel=0.01)
     assert here.arguments - away.arguments == pytest.approx(moments, rel=0.01)
     assert away.temporaries - here.temporaries < moments / 4
@@ -159,7 +161,7 @@ def test_what_layers_keep_leaves_the_device() -> None:
     (dots, marked), (away, moved) = (allotted(RUN, rows=128, remat=policy) for policy in ("dots", "offload"))
     full, _ = allotted(RUN, rows=128)
     assert moved and not marked and dots.host == 0
-    model, tokens = RUN.model, 128 * RUN.data.seq_len // OFFLOADED_ON.count
+    model, tokens = RUN.model, 128 * RUN.data.seq_len // OFFLOADED_ON.num_devices
     kept = 2 * tokens * model.layers * (4 * model.width + 2 * model.mlp_dim)
     assert away.host == kept
     assert dots.temporaries - full.temporaries > 0.9 * kept

@@ -10,8 +10,8 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.chips import CHIPS
-from jaxinfra.plan.refusal import explained, smaller
-from jaxinfra.plan.topology import Topology, devices, domains, parse, prepare
+from jaxinfra.plan.compile_errors import explain, suggest_fix
+from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.run import Run
 from jaxinfra.runtime.peak import CHIP_FLOPS
 from jaxinfra.train.loop import TrainConfig
@@ -31,9 +31,9 @@ GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"
     ],
 )
 def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, ...], slices: int, count: int) -> None:
-    found = parse(text)
+    found = parse_topology(text)
     assert found == Topology(chip=CHIPS[chip], shape=shape, slices=slices)
-    assert (str(found), found.count) == (text, count)
+    assert (str(found), found.num_devices) == (text, count)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, 
 def test_what_is_no_topology_is_refused(text: str, use: str) -> None:
     """With one that would do."""
     with raises(ConfigError, f"--on {text}: use --on {use}"):
-        parse(text)
-    assert str(parse(use)) == use
+        parse_topology(text)
+    assert str(parse_topology(use)) == use
 
 
 @pytest.mark.parametrize("text", ["999xv5e:16x16", "h100:9999x8"])
 def test_there_is_a_largest_number_of_devices(text: str) -> None:
     with raises(ConfigError, f"--on {text}: 65,536"):
-        parse(text)
+        parse_topology(text)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_there_is_a_largest_number_of_devices(text: str) -> None:
     ],
 )
 def test_rings_close_where_the_hardware_has_them(text: str, rings: tuple[bool, bool, bool]) -> None:
-    assert parse(text).wrap == rings
+    assert parse_topology(text).wrap == rings
 
 
 @pytest.mark.parametrize(("text", "package"), [("v5e:2x4", "libtpu"), ("h100:1x8", "jax-cuda13-plugin")])
@@ -86,15 +86,15 @@ def test_a_compiler_that_is_not_installed_is_named(text: str, package: str, monk
 
     monkeypatch.setattr(importlib.util, "find_spec", without_plugins)
     with raises(ConfigError, f"--on {text}: {package}, '.[compile]'"):
-        prepare(parse(text))
+        set_up_compiler(parse_topology(text))
 
 
 def test_the_table_of_chips_agrees_with_the_peaks() -> None:
     """A chip of two devices has half of it in each; clocks are those that matrix units of this kind run at."""
     for chip in CHIPS.values():
-        kind = max((kind for kind in CHIP_FLOPS if chip.kind.startswith(kind)), key=len)
+        kind = max((kind for kind in CHIP_FLOPS if chip.device_kind.startswith(kind)), key=len)
         whole = 2 if chip.name == "v4" else 1  # of TPU7x the peak is that of a device already
-        assert chip.flops * whole == CHIP_FLOPS[kind]
+        assert chip.peak_flops * whole == CHIP_FLOPS[kind]
         assert (chip.clock_hz is None) == (chip.platform == "cuda")
         if chip.clock_hz is not None:
             assert 1e9 < chip.clock_hz < 2.5e9
@@ -102,19 +102,19 @@ def test_the_table_of_chips_agrees_with_the_peaks() -> None:
 
 @pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:1x1", "v5p:4x4x4", "v6e:16x16", "tpu7x:2x2x1", *GPUS])
 def test_its_compiler_knows_it(text: str) -> None:
-    topology = parse(text)
-    prepare(topology)
-    found = devices(topology)
-    assert len(found) == topology.count
-    assert all(device.device_kind.startswith(topology.chip.kind) for device in found)
-    assert set(domains(topology, found)) == {0}
+    topology = parse_topology(text)
+    set_up_compiler(topology)
+    found = topology_devices(topology)
+    assert len(found) == topology.num_devices
+    assert all(device.device_kind.startswith(topology.chip.device_kind) for device in found)
+    assert set(slice_ids(topology, found)) == {0}
 
 
 @pytest.mark.parametrize(("text", "sizes"), [("3xv5e:2x4", [8, 8, 8]), ("h100:2x4", [4, 4])])
 def test_slices_and_hosts_are_told_apart(text: str, sizes: list[int]) -> None:
-    topology = parse(text)
-    prepare(topology)
-    placed = domains(topology, devices(topology))
+    topology = parse_topology(text)
+    set_up_compiler(topology)
+    placed = slice_ids(topology, topology_devices(topology))
     assert [placed.count(domain) for domain in sorted(set(placed))] == sizes
 
 
@@ -133,12 +133,12 @@ OOM = "RESOURCE_EXHAUSTED: "
         (
             OOM + "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
             "(46.60G) exceeds available HBM (15.75G). HLO module: jit__train_step.\nSee https://openxla.org/xla/errors",
-            "46.60 GiB temporaries 15.75: 30.85 use model.remat=full, train.accumulate=3,",
+            "46.60 GiB temporaries 15.75 30.85 use model.remat=full, train.accumulate=3,",
         ),
         (
             OOM + "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 1.50T of 32.00G hbm. "
             "Exceeded hbm capacity by 17.34G.",
-            "1536.00 GiB 32.00: 1504.00 use model.remat=full, train.accumulate=12,",
+            "1536.00 GiB 32.00 1504.00 use model.remat=full, train.accumulate=12,",
         ),
         (
             OOM + "TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available bytes: 95.74G",
@@ -155,7 +155,7 @@ OOM = "RESOURCE_EXHAUSTED: "
     ids=["temporaries", "in all", "unknown form", "vector memory", "cudnn", "cuda", "anything"],
 )
 def test_a_refusal_is_one_line_that_says_what_to_do(message: str, named: str) -> None:
-    names(explained(message, RUN, 12), named)
+    names(explain(message, RUN, 12), named)
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_what_would_help_is_what_is_not_done_yet(
     remat: str, accumulate: int, rows: float, times: float, fix: str
 ) -> None:
     run = replace(RUN, model=replace(RUN.model, remat=remat), train=TrainConfig(global_batch=96, accumulate=accumulate))
-    assert smaller(run, rows, times) == fix
+    assert suggest_fix(run, rows, times) == fix

@@ -13,8 +13,8 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.plan.collectives import Collective, collectives, summed
-from jaxinfra.plan.hlo import Module
+from jaxinfra.plan.collectives import Collective, find_collectives, summarize
+from jaxinfra.plan.hlo import HloModule
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from jaxinfra.tasks.causal_lm import CausalLM
@@ -66,7 +66,7 @@ def program(mesh: MeshConfig, accumulate: int) -> Program:
 def sent(mesh: MeshConfig, accumulate: int) -> list[Collective]:
     built = program(mesh, accumulate)
     text = built.lower().compile().as_text()
-    return collectives(Module(text), dict(built.mesh.shape))
+    return find_collectives(HloModule(text), dict(built.mesh.shape))
 
 
 @pytest.mark.parametrize("accumulate", [4, 1])
@@ -77,17 +77,17 @@ def test_gradients_cross_replica_once_a_step(mesh: MeshConfig, accumulate: int) 
     shard_bytes = sorted(4 * math.prod(p.sharding.shard_shape(p.shape)) for p in params)
     crossing = [one for one in sent(mesh, accumulate) if "replica" in one.axes]
     assert {one.loops for one in crossing} == {0}
-    arrays = sorted(size for one in crossing for size in one.arrays)
+    arrays = sorted(size for one in crossing for size in one.array_bytes)
     assert arrays == [4] * SUMS + shard_bytes
     assert {one.kind for one in crossing} == {"all-reduce"}
-    assert {one.axes for one in crossing if max(one.arrays) > 4} == {("replica",)}
+    assert {one.axes for one in crossing if max(one.array_bytes) > 4} == {("replica",)}
 
 
 def test_nothing_is_sent_that_the_table_does_not_name() -> None:
     """If a change is meant, or another compiler made it, put the new table in `TABLE`."""
     rows = (
         f"{row.loops} loops {row.kind:16} {','.join(row.axes):13} {row.arrays:3} arrays {row.bytes:6} bytes\n"
-        for row in summed(sent(CUBE, 4))
+        for row in summarize(sent(CUBE, 4))
     )
     assert "".join(rows) == TABLE
 

@@ -10,8 +10,8 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
-from jaxinfra.plan.collectives import Collective, collectives
-from jaxinfra.plan.hlo import Module
+from jaxinfra.plan.collectives import Collective, find_collectives
+from jaxinfra.plan.hlo import HloModule
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
 from jaxinfra.train.loop import TrainConfig
@@ -54,7 +54,7 @@ def test_1f1b_needs_as_much_memory_however_many_microbatches_there_are() -> None
 @functools.cache
 def sent() -> list[Collective]:
     program = program_of(4, PipelineConfig(), CUBE)
-    return collectives(Module(program.lower().compile().as_text()), dict(program.mesh.shape))
+    return find_collectives(HloModule(program.lower().compile().as_text()), dict(program.mesh.shape))
 
 
 def test_gradients_cross_replica_once_a_step_in_a_pipeline_too() -> None:
@@ -63,13 +63,13 @@ def test_gradients_cross_replica_once_a_step_in_a_pipeline_too() -> None:
     kept = [4 * math.prod(p.sharding.shard_shape(p.shape)) for p in params]
     crossing = [one for one in sent() if "replica" in one.axes]
     assert {one.loops for one in crossing} == {0}
-    assert sorted(size for one in crossing for size in one.arrays) == sorted([4] * SUMS + kept)
+    assert sorted(size for one in crossing for size in one.array_bytes) == sorted([4] * SUMS + kept)
 
 
 def test_a_tick_sends_the_stream_up_and_its_gradient_down() -> None:
     """One microbatch of a device's rows either way, and no more."""
     stream = 4 * (ROWS // 4) * LENGTH * WIDTH
     moved = [one for one in sent() if one.kind == "collective-permute" and one.axes == ("stage",)]
-    assert {one.arrays for one in moved} == {(stream,)}
+    assert {one.array_bytes for one in moved} == {(stream,)}
     ticks = 4 + CUBE.stage - 1
-    assert 2 * ticks - 2 <= sum(one.times for one in moved) <= 2 * ticks
+    assert 2 * ticks - 2 <= sum(one.runs for one in moved) <= 2 * ticks

@@ -16,9 +16,9 @@ from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
-from jaxinfra.plan.collectives import KINDS, SLICED
-from jaxinfra.plan.compiled import Compiled, compile_step, no_cache
-from jaxinfra.plan.topology import devices, parse, prepare
+from jaxinfra.plan.aot import CompiledStep, compile_step, no_compilation_cache
+from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, KINDS
+from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
 from jaxinfra.run import Run
 from tests.golden.compiled import (
     CASES,
@@ -52,23 +52,25 @@ def test_a_small_program_sends_and_takes_what_it_did(name: str) -> None:
         changes = difflib.unified_diff(before.splitlines(), now.splitlines(), "golden", "now", "", "", 3, "")
         pytest.fail(f"{name}: {HINT.format(name)}:\n" + "\n".join(changes), pytrace=False)
     assert not found.unknown_loops
-    if parse(found.on).slices > 1:
+    if parse_topology(found.topology).slices > 1:
         meets_once(found)
     if found.mesh.keys() == {"fsdp"}:
         gathers_weights_twice(found)
 
 
-def gathers_weights_twice(found: Compiled) -> None:
+def gathers_weights_twice(found: CompiledStep) -> None:
     """In bfloat16, for the forward pass and again for the backward pass; their gradients are scattered once."""
     model = DENSE.model
     per_layer = 4 * model.width**2 + 3 * model.width * model.mlp_dim
-    moved = {kind: sum(row.bytes for row in found.traffic if row.loops and row.kind == kind) for kind in KINDS}
-    scattered = moved["reduce-scatter"] + sum(row.bytes for row in found.traffic if row.loops and row.kind == SLICED)
+    moved = {
+        kind: sum(row.bytes for row in found.traffic if row.loops and row.kind == kind)
+        for kind in (*KINDS, ALL_REDUCE_SLICE)
+    }
     assert moved["all-gather"] == 2 * 2 * model.layers * per_layer
-    assert scattered == 2 * model.layers * per_layer
+    assert moved["reduce-scatter"] + moved[ALL_REDUCE_SLICE] == 2 * model.layers * per_layer
 
 
-def meets_once(found: Compiled) -> None:
+def meets_once(found: CompiledStep) -> None:
     """Between slices go the gradients, once a step and outside all loops, in float32; nothing else but sums."""
     far = [row for row in found.traffic if row.link == "network"]
     assert {(row.kind, row.axes, row.loops) for row in far} == {("all-reduce", ("replica",), 0)}
@@ -82,12 +84,12 @@ def meets_once(found: Compiled) -> None:
 def test_a_config_keeps_to_its_budget(name: str) -> None:
     texts: list[str] = []
     found = compiled(name, dump=texts.append if name == LONG else None)
-    chip = parse(found.on).chip
+    chip = parse_topology(found.topology).chip
     assert found.memory.total <= chip.hbm_bytes
     assert not found.unknown_loops
     over = overstepped(name, budget(found), budgets().get(name, {}))
     if over:
-        pytest.fail(f"configs/{name}.py on {found.on}: {HINT.format(name)}:\n" + "\n".join(over), pytrace=False)
+        pytest.fail(f"configs/{name}.py on {found.topology}: {HINT.format(name)}:\n" + "\n".join(over), pytrace=False)
     if name == EXAMPLE:
         page = PAGE.read_text(encoding="utf-8")
         assert page == with_example(page, found), HINT.format(name)
@@ -95,7 +97,7 @@ def test_a_config_keeps_to_its_budget(name: str) -> None:
         no_squares(texts[0], found)
 
 
-def no_squares(text: str, found: Compiled) -> None:
+def no_squares(text: str, found: CompiledStep) -> None:
     """Of a long sequence there are no scores of a block of queries and a block of keys: kernels keep them inside.
 
     And over the axes that share a sequence weights are gathered, not added up from parts that are zero.
@@ -112,12 +114,12 @@ def no_squares(text: str, found: Compiled) -> None:
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8, context=8), MeshConfig(fsdp=32, context=2)], ids=str)
 def test_axes_that_share_a_dimension_of_the_chips_are_gathered_together(mesh: MeshConfig) -> None:
-    pod = parse("v5p:4x4x4")
-    prepare(pod)
-    with jax.set_mesh(placed := make_mesh(mesh, devices(pod))):
+    pod = parse_topology("v5p:4x4x4")
+    set_up_compiler(pod)
+    with jax.set_mesh(placed := make_mesh(mesh, topology_devices(pod))):
         stored = NamedSharding(placed, PartitionSpec(("fsdp", "context"), None))
         gather = jax.jit(lambda w: jax.reshard(w, PartitionSpec(None, None)))
-        with no_cache():
+        with no_compilation_cache():
             text = gather.lower(jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=stored)).compile().as_text()
     assert text is not None and " all-gather(" in text
     assert " all-reduce(" not in text
@@ -135,7 +137,7 @@ def test_every_axis_is_on_a_topology() -> None:
     used = {name for name, of_cases in zip(AXES, zip(*sizes, strict=True), strict=True) if max(of_cases) > 1}
     assert used == set(AXES)
     for case in CASES.values():
-        assert math.prod(case.mesh.sizes) == parse(case.on).count
+        assert math.prod(case.mesh.sizes) == parse_topology(case.on).num_devices
 
 
 def test_a_figure_may_move_by_the_tolerance() -> None:
@@ -165,14 +167,14 @@ def test_every_set_is_named() -> None:
 def test_the_tpu_compiler_takes_the_set(name: OptionSet) -> None:
     """The budget of Llama 3.1 8B holds what it does on another chip."""
     run = replace(SMALL, train=replace(SMALL.train, compiler=name))
-    assert compile_step(run, parse(TPU)).traffic
+    assert compile_step(run, parse_topology(TPU)).traffic
 
 
 @pytest.mark.slow
 def test_a_gpu_step_is_compiled_with_the_set() -> None:
     """Two layers are a turn of the loop, so its text has twice as many collectives."""
     plain, chosen = (
-        compile_step(replace(SMALL, train=replace(SMALL.train, compiler=name)), parse("h100:1x4"))
+        compile_step(replace(SMALL, train=replace(SMALL.train, compiler=name)), parse_topology("h100:1x4"))
         for name in ("default", "overlap")
     )
     assert sum(row.arrays for row in chosen.traffic) > sum(row.arrays for row in plain.traffic)

@@ -1,0 +1,245 @@
+"""Compiles the train step of a run ahead of time for a topology, and reads memory, cycles and collectives from it.
+
+The program is the one that `Program` trains with. Memory is what the compiler allocates; cycles and collectives are
+read from the compiled text.
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxinfra.config import validate
+from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.plan.collectives import Traffic, find_collectives, summarize
+from jaxinfra.plan.compile_errors import explain, out_of_memory
+from jaxinfra.plan.hlo import NO_ESTIMATE, Call, HloModule
+from jaxinfra.plan.topology import Topology, set_up_compiler, slice_ids, topology_devices
+from jaxinfra.program import Program
+from jaxinfra.run import Run, resolved
+from jaxinfra.train.derived import per_device_bytes
+
+# Custom calls that XLA inserts itself, such as AllocateBuffer, ConcatBitcast and SliceId.
+_XLA_TARGET = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        arguments: train state and batch.
+        output: the new train state and the metrics.
+        aliased: the part of the output that reuses the arguments' memory.
+        temporaries: everything else that is allocated while the step runs.
+        temp_size: JAX's `temp_size_in_bytes`, to compare with others. On TPUs it is not `temporaries`, and not what the
+            compiler compares with the chip's memory.
+        code: the program.
+        host: bytes in host memory, not in the total.
+    """
+
+    arguments: int
+    output: int
+    aliased: int
+    temporaries: int
+    temp_size: int
+    code: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that must fit the device."""
+        return self.arguments + self.output - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """The HLO text of a compiled program and its memory."""
+
+    text: str
+    memory: Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """All custom calls of one name and target at the same loop depth; the compiler does not estimate their cycles.
+
+    Attributes:
+        name: of the instruction, without its number.
+        loops: number of while loops around it.
+        runs: number of calls in one step.
+    """
+
+    name: str
+    target: str
+    loops: int
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """What the compiler tells about a train step, on one device.
+
+    Attributes:
+        name: of the run.
+        topology: as in `--on`.
+        mesh: size of every mesh axis above 1.
+        cycles: the compiler's estimate without kernels and collectives; None for GPUs.
+        unestimated: number of instructions without an estimate.
+        unknown_loops: loops with unknown trip count; their bodies count once.
+    """
+
+    name: str
+    topology: str
+    mesh: dict[str, int]
+    per_device_batch_size: float
+    memory: Memory
+    cycles: int | None
+    unestimated: int
+    unknown_loops: list[str]
+    kernels: list[Kernel]
+    traffic: list[Traffic]
+
+
+def program_on(run: Run, topology: Topology) -> Program:
+    """Builds the program of a run on a topology; a mesh axis of -1 takes the remaining devices.
+
+    Raises:
+        ConfigError: the run does not fit the topology, or the compiler is not installed.
+    """
+    fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), run.mesh.sizes.count(-1)
+    if fixed < 1 or free > 1:
+        validate(run)  # names the wrong axis
+    set_up_compiler(topology)
+    devices = topology_devices(topology)
+    num_devices = topology.num_devices
+    if num_devices % fixed or (fixed != num_devices and not free):
+        fix = f"axes that divide {num_devices}" if free else "mesh.fsdp=-1, or a topology of that size"
+        raise ConfigError(f"--on {topology}: has {num_devices} devices, but the mesh has {fixed}; use {fix}")
+    run = resolved(run, num_devices)
+    validate(run)
+    return Program(run, make_mesh(run.mesh, devices))
+
+
+def compile_step(
+    run: Run,
+    topology: Topology,
+    *,
+    dump: Callable[[str], object] | None = None,
+    on_progress: Callable[[str], object] = print,
+) -> CompiledStep:
+    """Compiles the train step of a run and reads its memory, cycles and collectives.
+
+    `dump` receives the compiled text, `on_progress` a line before each slow part.
+
+    Raises:
+        ConfigError: the run does not fit the topology or its memory, or the compiler is missing or fails.
+    """
+    start_s = time.monotonic()
+    program = program_on(run, topology)
+    per_device_batch_size = program.run.train.global_batch / program.partitioner.num_shards("batch")
+    on_progress(f"tracing {run.name} for {topology}, {topology.num_devices} devices")
+    compiled = _compile(program, topology, per_device_batch_size, on_progress)
+    on_progress(f"compiled after {time.monotonic() - start_s:.0f} s")
+    if dump is not None:
+        dump(compiled.text)
+    module = HloModule(compiled.text)
+    mesh = dict(program.mesh.shape)
+    slices = slice_ids(topology, list(np.asarray(program.mesh.devices).flat))
+    cycles = [i.cycles for call in module.calls() for i in call.computation.instructions.values()]
+    return CompiledStep(
+        name=program.run.name,
+        topology=str(topology),
+        mesh={axis: size for axis, size in mesh.items() if size > 1},
+        per_device_batch_size=per_device_batch_size,
+        memory=compiled.memory,
+        cycles=None if all(each is None for each in cycles) else module.cycles(),
+        unestimated=cycles.count(NO_ESTIMATE),
+        unknown_loops=module.unknown_loops(),
+        kernels=_kernels(module),
+        traffic=summarize(find_collectives(module, mesh, slices)),
+    )
+
+
+def memory_usage(executable: jax.stages.Compiled) -> Memory:
+    """Reads the memory of a compiled program."""
+    stats = executable.memory_analysis()
+    assert stats is not None
+    outside_step = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    host = stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        output=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.total_allocation_bytes - outside_step,
+        temp_size=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        host=host + stats.host_temp_size_in_bytes,
+    )
+
+
+def compile_lowered(lowered: jax.stages.Lowered, program: Program, topology: Topology) -> CompiledProgram:
+    """Compiles a lowered program; tests replace it by a cached one, whose key needs all three arguments."""
+    del program, topology
+    with no_compilation_cache():
+        executable = lowered.compile()
+    text = executable.as_text()
+    assert text is not None
+    return CompiledProgram(text=text, memory=memory_usage(executable))
+
+
+def _compile(
+    program: Program, topology: Topology, per_device_batch_size: float, on_progress: Callable[[str], object]
+) -> CompiledProgram:
+    """Compiles the train step; raises ConfigError if its state does not fit, or if the compiler fails."""
+    where = f"{program.run.name} on {topology}"
+    # Before the compiler pads it, and without what is offloaded to the host.
+    on_device = [leaf for leaf in jax.tree.leaves(program.state) if leaf.sharding.memory_kind != "pinned_host"]
+    state_bytes, hbm_bytes = per_device_bytes(on_device), topology.chip.hbm_bytes
+    if state_bytes > hbm_bytes:
+        fix = "use more devices, or mesh.fsdp in place of mesh.replica"
+        raise ConfigError(f"{where}: {out_of_memory(state_bytes, hbm_bytes, fix, ' for the train state')}")
+    try:
+        lowered = program.lower()
+        on_progress("compiling: seconds for a small model, a minute or two for a large one")
+        return compile_lowered(lowered, program, topology)
+    except RuntimeError as error:  # the compiler's JaxRuntimeError, or one raised while tracing
+        raise ConfigError(f"{where}: {explain(str(error), program.run, per_device_batch_size)}") from error
+
+
+@contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Disables JAX's compilation cache, which can write programs for unattached devices but not read them."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else JAX remembers that the cache was enabled
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def _kernels(module: HloModule) -> list[Kernel]:
+    """Lists the kernels; of a conditional those of the branch with most kernel calls."""
+    runs: Counter[tuple[int, str, str]] = Counter()
+    for call in module.calls(lambda call: call.runs * len(list(_kernel_calls(call)))):
+        for name, target in _kernel_calls(call):
+            runs[call.loops, name, target] += call.runs
+    return [Kernel(loops=loops, name=name, target=target, runs=n) for (loops, name, target), n in sorted(runs.items())]
+
+
+def _kernel_calls(call: Call) -> Iterator[tuple[str, str]]:
+    """Yields name and target of each custom call without estimated cycles."""
+    for instruction in call.computation.instructions.values():
+        target = instruction.string("custom_call_target") if instruction.opcode == "custom-call" else None
+        if target is not None and not _XLA_TARGET.fullmatch(target) and instruction.cycles is None:
+            yield instruction.name.rstrip("0123456789").rstrip("."), target

@@ -1,0 +1,60 @@
+"""Rewrites the compiler's errors as one line that says what to change.
+
+The TPU compiler's messages are documented at https://openxla.org/xla/errors. Unknown messages keep their first line.
+"""
+
+import math
+import re
+
+from jaxinfra.plan.topology import INSTALL
+from jaxinfra.run import Run
+
+_OUT_OF_MEMORY = (
+    re.compile(r"memory required for (?P<what>[\w ]+) \((?P<needed>[\d.]+\w?)\) exceeds .* \((?P<limit>[\d.]+\w?)\)"),
+    re.compile(r"Used (?P<needed>[\d.]+\w?) of (?P<limit>[\d.]+\w?) hbm"),
+)
+_BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+TOO_LARGE = "GiB more than"
+"""Words that only the message of `out_of_memory` has."""
+
+
+def explain(message: str, run: Run, per_device_batch_size: float) -> str:
+    """Returns one line with the cause of a compiler error and a fix."""
+    first = " ".join(message.strip().split("\n")[0].split())
+    if "cuDNN not found" in message:
+        return "its attention needs cuDNN; use model.attention=xla, or pip install nvidia-cudnn-cu13"
+    if "libdevice" in message or "ptxas" in message or "PTX compilation provider" in message:
+        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first}; use {INSTALL}"
+    if "VmemOom" in message or "memory space vmem" in message:
+        return f"a kernel exceeds the chip's vector memory: {first}; use smaller blocks, or model.attention=xla"
+    if "RESOURCE_EXHAUSTED" not in message:
+        return f"the compiler failed: {first}; --debug prints its whole message"
+    found = next((match for pattern in _OUT_OF_MEMORY if (match := pattern.search(message))), None)
+    if found is None:
+        fix = suggest_fix(run, per_device_batch_size, 2)
+        return f"out of memory: {first.removeprefix('RESOURCE_EXHAUSTED: ')}; {fix}"
+    needed, limit = _bytes(found["needed"]), _bytes(found["limit"])
+    what = f" for {found['what']}" if "what" in found.re.groupindex else ""
+    return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, needed / limit), what)
+
+
+def out_of_memory(needed_bytes: float, limit_bytes: float, fix: str, what: str = "") -> str:
+    """Returns the message for a step that needs more than a device's memory."""
+    needed, limit = needed_bytes / 2**30, limit_bytes / 2**30
+    return f"needs {needed:.2f} GiB{what} on each device, {needed - limit:.2f} {TOO_LARGE} its {limit:.2f} GiB; {fix}"
+
+
+def suggest_fix(run: Run, per_device_batch_size: float, ratio: float) -> str:
+    """Suggests overrides that make temporaries about `ratio` times smaller: more remat, more microbatches."""
+    fixes = [] if run.model.remat == "full" else ["model.remat=full"]
+    microbatch = int(per_device_batch_size) // run.train.accumulate
+    divisors = (n for n in range(max(2, math.ceil(ratio)), microbatch) if microbatch % n == 0)
+    if (split := next(divisors, microbatch)) > 1:
+        fixes.append(f"train.accumulate={run.train.accumulate * split}")
+    return f"use {', '.join([*fixes, 'or more devices'])}" if fixes else "use more devices"
+
+
+def _bytes(text: str) -> float:
+    """Parses `46.60G`, or a number of bytes without a unit."""
+    unit = text[-1]
+    return float(text[:-1]) * _BYTES[unit] if unit in _BYTES else float(text.removesuffix("B"))
