@@ -273,12 +273,12 @@ class Program:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
         after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
         totals = {name: value for name, value in sums.items() if not value.ndim}
-        counted = {name: value for name, value in sums.items() if value.ndim}
+        stats = {name: value for name, value in sums.items() if value.ndim}
         model = self.model(state.params)
-        params = replaced(replaced(state.params, after), model.moved(counted))
+        params = replaced(replaced(state.params, after), model.update_buffers(stats))
         ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
         metrics = {name: value / sums["weight"] for name, value in totals.items() if name != "weight"}
-        metrics |= model.measures(counted, sums["weight"])
+        metrics |= model.metrics(stats, sums["weight"])
         metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": jnp.asarray(self._schedule(state.step))}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 

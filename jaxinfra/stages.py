@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxinfra.models.model import Staged
+from jaxinfra.models.model import StageLayers
 from jaxinfra.parallel.pipeline import Pipeline, Spread, without_stage
 from jaxinfra.parallel.sharding import Partitioner
 
@@ -60,7 +60,7 @@ class Stages:
         self.places, self.longest = self.stages * self.chunks, numbers.shape[1]
         # So many places have that many layers, all others one less.
         self.full = run.model.layers - self.places * (self.longest - 1)
-        self._alike = run.model.alike(numbers)
+        self._uniform = run.model.uniform(numbers)
         schedule = run.pipeline.table(self.stages, run.train.accumulate)
         where = Spread(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
         self.pipeline = Pipeline(self, schedule, where, numbers)
@@ -70,40 +70,40 @@ class Stages:
     def _merged(self, graphdef: Any, params: dict[str, Any]) -> Any:
         return nnx.merge(graphdef, nnx.State({**self.specs, **params}))
 
-    def begin(self, shared: Any, rows: Batch) -> jax.Array:
+    def embed(self, shared: Any, rows: Batch) -> jax.Array:
         """See `pipeline.Model`."""
-        return self._merged(self._rows, shared).begin(rows)
+        return self._merged(self._rows, shared).embed(rows)
 
-    def layers(self, weights: Any, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Any]:
+    def apply_layers(self, weights: Any, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Any]:
         """See `pipeline.Model`."""
         model = self._merged(self._rows, {STACKED: weights})
-        return model.layers(x, rows, Staged(numbers, self._alike))
+        return model.apply_layers(x, rows, StageLayers(numbers, self._uniform))
 
-    def finish(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `pipeline.Model`."""
         fields = self.run.parts.task.batch(self.run.data, self.run.train.global_batch, validation=True)
         batch = {n: jax.reshard(batch[n], self.at_end.spec(*f.axes)) for n, f in fields.items() if n in batch}
         return self.run.parts.task.finish(self._merged(self._end, shared), x, batch)
 
-    def penalty(self, counted: Any) -> jax.Array | None:
+    def aux_loss(self, stats: Any) -> jax.Array | None:
         """See `pipeline.Model`."""
-        return self._merged(self._rows, {}).penalty(counted)
+        return self._merged(self._rows, {}).aux_loss(stats)
 
     # A step
 
     def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """Gradients of the summed loss, as parameters are stored, and all sums; `batch` is in microbatches."""
-        (weights, shared), sums, counted = self.pipeline.gradients(*self._laid_out(params), batch)
+        (weights, shared), sums, stats = self.pipeline.gradients(*self._laid_out(params), batch)
         shared = jax.tree.map(self._scattered, shared, self._of_shared(self.stored))
-        return {**shared, STACKED: self._laid_back(weights)}, self._sums(sums, counted)
+        return {**shared, STACKED: self._laid_back(weights)}, self._sums(sums, stats)
 
     def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         """All sums; `batch` is in microbatches."""
         return self._sums(*self.pipeline.evaluate(*self._laid_out(params), batch))
 
-    def _sums(self, sums: dict[str, jax.Array], counted: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        counted = {name: self._joined(jax.reshard(a, PartitionSpec())) for name, a in counted.items()}
-        return {**{name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}, **counted}
+    def _sums(self, sums: dict[str, jax.Array], stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        stats = {name: self._joined(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
+        return {**{name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}, **stats}
 
     @staticmethod
     def _of_shared(tree: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jaxinfra.models import moe
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
 from jaxinfra.models.latent import LatentAttention, Latents
 from jaxinfra.models.layers import MLP, Norm, Stack
-from jaxinfra.models.model import Inputs, LayerSums, Staged
+from jaxinfra.models.model import Inputs, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
@@ -31,8 +31,8 @@ from jaxinfra.ops.rope import rope_tables
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
 
-type Layer = Callable[..., tuple[jax.Array, Any, LayerSums]]
-"""`(block, stream, kind, number, cache) -> (stream, cache, sums)`; without the kind if it is of one."""
+type Layer = Callable[..., tuple[jax.Array, Any, LayerStats]]
+"""`(block, stream, kind, number, cache) -> (stream, cache, stats)`; without the kind if it is of one."""
 
 
 class Block(nnx.Module):
@@ -57,16 +57,16 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, see: See, place: Place, words_BT: jax.Array | None, cache: Any
-    ) -> tuple[jax.Array, Any, LayerSums]:
+    ) -> tuple[jax.Array, Any, LayerStats]:
         """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
         y_BTD = self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp")
-        y_BTD, sums = self.mlp(y_BTD, drops=cache is None) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), {})
+        y_BTD, stats = self.mlp(y_BTD, drops=cache is None) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), {})
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
         x_BTD += drop(y_BTD, words_BT, 1, self.dropout)
-        return self.partitioner.row_major(x_BTD), cache, sums
+        return self.partitioner.row_major(x_BTD), cache, stats
 
 
 def _norm(config: TransformerConfig, stack: Stack) -> Norm:
@@ -138,8 +138,8 @@ class Transformer(nnx.Module):
         self.unembedding = head
 
     def hidden(self, batch: Inputs) -> jax.Array:
-        """Hidden states after the last norm of whole sequences (see `begin`): `[B, T, D]`, whole positions."""
-        return self.end(self.layers(self.begin(batch), batch)[0])
+        """Hidden states after the last norm of whole sequences (see `embed`): `[B, T, D]`, whole positions."""
+        return self.final_norm(self.apply_layers(self.embed(batch), batch)[0])
 
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states after the last norm of tokens that follow a cache, and the cache with these tokens.
@@ -147,14 +147,14 @@ class Transformer(nnx.Module):
         Words are int32; every row, with the tokens of it in the cache, is one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        layer = self._any_layer(Context(positions_BT, start=cache.length), alike=True, policy="none")
+        layer = self._any_layer(Context(positions_BT, start=cache.length), uniform=True, policy="none")
 
         def body(x, xs):
             block, kind, number, kv = xs
             x, kv, _ = layer(block, x, kind, number, kv)
             return x, kv
 
-        x_BTD, dense = self._embed(tokens_BT, positions_BT), self.config.dense_layers
+        x_BTD, dense = self._embed_tokens(tokens_BT, positions_BT), self.config.dense_layers
         of_blocks, parts = cache.kv, []
         if self.prefix is not None:
             first, of_blocks = (jax.tree.map(lambda a, i=i: jnp.split(a, [dense])[i], cache.kv) for i in (0, 1))
@@ -162,9 +162,9 @@ class Transformer(nnx.Module):
             parts.append(kv)
         x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, self._kinds(), self._numbers(), of_blocks))
         kv = jax.tree.map(lambda *a: jnp.concatenate(a) if dense else a[0], *parts, kv)
-        return self.end(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
+        return self.final_norm(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
-    def begin(self, batch: Inputs) -> jax.Array:
+    def embed(self, batch: Inputs) -> jax.Array:
         """The stream before the first layer of the stack (dense ones before it are done): `[B, T, D]`, block positions.
 
         Args:
@@ -173,56 +173,58 @@ class Transformer(nnx.Module):
                 document alone, or none where every row is one document; `dropout` `[B, T]` (see `ops.dropout`), or
                 none to drop nothing.
         """
-        x_BTD = self._embed(batch["inputs"], self._positions(batch))
+        x_BTD = self._embed_tokens(batch["inputs"], self._positions(batch))
         x_BTD = drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
         if self.prefix is None:
             return x_BTD
-        return self._through(x_BTD, batch, (self.prefix, *self._dense()), alike=True)[0]
+        return self._through(x_BTD, batch, (self.prefix, *self._dense()), uniform=True)[0]
 
-    def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None) -> tuple[jax.Array, LayerSums]:
+    def apply_layers(
+        self, x_BTD: jax.Array, batch: Inputs, staged: StageLayers | None = None
+    ) -> tuple[jax.Array, LayerStats]:
         """The stream after the layers that `blocks` holds, block positions, and what they count, one row a layer.
 
-        `batch` is as in `begin`; `staged` says of a pipeline which layers they are, None is all of them in order.
+        `batch` is as in `embed`; `staged` says of a pipeline which layers they are, None is all of them in order.
         """
         layers = (self.blocks, self._kinds(staged), self._numbers(staged))
-        return self._through(x_BTD, batch, layers, alike=staged is None or staged.alike)
+        return self._through(x_BTD, batch, layers, uniform=staged is None or staged.uniform)
 
     def _through(
-        self, x_BTD: jax.Array, batch: Inputs, layers: tuple[Block, jax.Array, jax.Array], *, alike: bool
-    ) -> tuple[jax.Array, LayerSums]:
+        self, x_BTD: jax.Array, batch: Inputs, layers: tuple[Block, jax.Array, jax.Array], *, uniform: bool
+    ) -> tuple[jax.Array, LayerStats]:
         """The stream after blocks of these kinds and numbers, and what they count."""
         context = Context(self._positions(batch), batch.get("segments"), words=batch.get(FIELD))
 
         def step(policy: Remat) -> Step:
-            layer = self._any_layer(context, alike=alike, policy=policy)
+            layer = self._any_layer(context, uniform=uniform, policy=policy)
 
-            def through(x: jax.Array, xs: Any) -> tuple[jax.Array, LayerSums]:
+            def through(x: jax.Array, xs: Any) -> tuple[jax.Array, LayerStats]:
                 block, kind, number = xs
-                x, _, sums = layer(block, x, kind, number, None)
-                return x, sums
+                x, _, stats = layer(block, x, kind, number, None)
+                return x, stats
 
             return through
 
         return scan_pattern([step(policy) for policy in self.config.remats], x_BTD, layers)
 
-    def end(self, x_BTD: jax.Array) -> jax.Array:
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """The stream after the last norm, whole positions."""
         return self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
 
-    def penalty(self, sums: LayerSums) -> jax.Array | None:
+    def aux_loss(self, stats: LayerStats) -> jax.Array | None:
         """What the layers add to the loss, summed over tokens like it; None for nothing."""
-        return moe.penalty(sums, (*self.partitioner.mesh_axes("batch"), *self.partitioner.mesh_axes("sequence")))
+        return moe.aux_loss(stats, (*self.partitioner.mesh_axes("batch"), *self.partitioner.mesh_axes("sequence")))
 
-    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+    def metrics(self, stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
         """See `Model`."""
-        return moe.measures(sums, weight)
+        return moe.metrics(stats, weight)
 
-    def moved(self, sums: LayerSums) -> dict[str, Any]:
+    def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         """See `Model`: the biases of experts."""
         experts, mlp = self.config.experts, self.blocks.mlp
         if experts is None or not isinstance(mlp, MoE) or mlp.bias is None:
             return {}
-        return {"blocks": {"mlp": {"bias": moe.moved(mlp.bias[...], sums, experts.bias_rate)}}}
+        return {"blocks": {"mlp": {"bias": moe.updated_bias(mlp.bias[...], stats, experts.bias_rate)}}}
 
     def _positions(self, batch: Inputs) -> jax.Array:
         if "positions" in batch:
@@ -230,18 +232,18 @@ class Transformer(nnx.Module):
         places_1T = self.partitioner.sequence_sharding.positions(batch["inputs"].shape[1])[None]
         return jax.reshard(places_1T, self.partitioner.spec(None, "sequence"))
 
-    def _kinds(self, staged: Staged | None = None) -> jax.Array:
+    def _kinds(self, staged: StageLayers | None = None) -> jax.Array:
         """By layer the index of its sight among all: `[L]`, or `[L, S]` if stages differ; -1 for no layer."""
         config = self.config
         if staged is None:
             return self._kinds_of(range(config.dense_layers, config.depth))
         kinds = jnp.where(staged.numbers < 0, -1, self._kinds().at[staged.numbers].get(out_sharding=P(None, "stage")))
-        return jax.reshard(kinds, P())[:, 0] if staged.alike else kinds
+        return jax.reshard(kinds, P())[:, 0] if staged.uniform else kinds
 
     def _kinds_of(self, numbers: range) -> jax.Array:
         return jnp.array([self.config.kinds.index(self.config.sight(number)) for number in numbers])
 
-    def _numbers(self, staged: Staged | None = None) -> jax.Array:
+    def _numbers(self, staged: StageLayers | None = None) -> jax.Array:
         """The numbers of the layers in the stack: `[L]`, or `[L, S]` in stages."""
         return jnp.arange(self.config.layers) if staged is None else staged.numbers
 
@@ -250,10 +252,10 @@ class Transformer(nnx.Module):
         dense = self.config.dense_layers
         return self._kinds_of(range(dense)), jnp.arange(-dense, 0)
 
-    def _any_layer(self, context: Context, alike: bool, policy: Remat) -> Layer:
+    def _any_layer(self, context: Context, uniform: bool, policy: Remat) -> Layer:
         """A layer of any kind as a function of its parameters, the stream, its kind, number and part of the cache."""
         branches = [self._layer(sight, context, policy) for sight in self.config.kinds]
-        if not alike:
+        if not uniform:
             return lambda block, x, kind, number, kv: self._side_by_side(branches, block, x, kind, number)
         if len(branches) == 1:
             return lambda block, x, kind, number, kv: branches[0](block, x, number, kv)
@@ -261,24 +263,24 @@ class Transformer(nnx.Module):
 
     def _side_by_side(
         self, branches: Sequence[Layer], block: Block, x_BTD: jax.Array, kind_S: jax.Array, number_S: jax.Array
-    ) -> tuple[jax.Array, None, LayerSums]:
+    ) -> tuple[jax.Array, None, LayerStats]:
         """Layers of several kinds, or none, in the stages of a pipeline: all rows pass all kinds and keep their own."""
         passed = [branch(block, x_BTD, number_S, None) for branch in branches]
-        found = [(through_BTD, sums) for through_BTD, _, sums in passed]
+        found = [(through_BTD, stats) for through_BTD, _, stats in passed]
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, found)
 
-        def own(found: list[tuple[jax.Array, LayerSums]], x: jax.Array, kind_of_stage: jax.Array):
+        def own(found: list[tuple[jax.Array, LayerStats]], x: jax.Array, kind_of_stage: jax.Array):
             # A selection takes its type from its last part: only one from zero keeps a partial sum what it is.
             parts = []
-            for kind, (through, sums) in enumerate(found):
+            for kind, (through, stats) in enumerate(found):
                 other = kind_of_stage[0] != kind
                 x = jnp.where(other, x, through)
-                parts.append(jax.tree.map(lambda a, other=other: jnp.where(other, 0, a), sums))
+                parts.append(jax.tree.map(lambda a, other=other: jnp.where(other, 0, a), stats))
             return x, jax.tree.map(lambda *a: sum(a[1:], start=a[0]), *parts)
 
         pick = jax.shard_map(own, in_specs=(specs, specs[0][0], P("stage")), out_specs=specs[0])
-        y_BTD, sums = pick(found, x_BTD, kind_S)
-        return y_BTD, None, sums
+        y_BTD, stats = pick(found, x_BTD, kind_S)
+        return y_BTD, None, stats
 
     def _layer(self, sight: Sight, context: Context, policy: Remat) -> Layer:
         """A layer of this sight as a function of its parameters, the stream, its number and its part of the cache."""
@@ -287,13 +289,13 @@ class Transformer(nnx.Module):
         tables = None if rope is None else rope_tables(rope, context.positions, config.rotary_width, dtype)
         place = Place(tables, context.segments, context.start)
 
-        def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerSums]:
+        def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerStats]:
             words = layer_words(context.words, number + config.dense_layers)
             return block(x, config.see(sight), place, words, kv)
 
         return remat(layer, policy, alone=len(config.remats) == 1)
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def _embed_tokens(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rows of the embedding for words (and positions), with block positions."""
         partitioner = self.partitioner
         x_BTD = self._rows(tokens_BT)

@@ -16,7 +16,7 @@ from jaxinfra.ops.route import Across
 from jaxinfra.parallel.sharding import Partitioner
 
 type Inputs = Mapping[str, jax.Array]
-type LayerSums = dict[str, jax.Array]
+type LayerStats = dict[str, jax.Array]
 """What layers count, by name: sums over the batch, unreduced over the axes that it is spread over."""
 
 
@@ -65,7 +65,7 @@ class ModelConfig(Protocol):
         """How attention reaches the other shards of a sequence, by kind of layer; nothing where sequences are whole."""
         ...
 
-    def alike(self, numbers: np.ndarray) -> bool:
+    def uniform(self, numbers: np.ndarray) -> bool:
         """Whether the layers that stand side by side in pipeline stages all are of one kind.
 
         The numbers of layers are `[chunks, layers of a chunk, stages]`; -1 for none.
@@ -77,16 +77,16 @@ class ModelConfig(Protocol):
         ...
 
 
-class Staged(NamedTuple):
+class StageLayers(NamedTuple):
     """Which layers the blocks of a call are, in a pipeline.
 
     Attributes:
         numbers: `[L, S]`, those of each of S stages; -1 for none.
-        alike: whether the layers that stand side by side in the stages are all of one kind.
+        uniform: whether the layers that stand side by side in the stages are all of one kind.
     """
 
     numbers: jax.Array
-    alike: bool
+    uniform: bool
 
 
 class Model(Protocol):
@@ -98,23 +98,25 @@ class Model(Protocol):
 
     blocks: nnx.Module
 
-    def begin(self, batch: Inputs) -> jax.Array:
+    def embed(self, batch: Inputs) -> jax.Array:
         """The stream before the first layer, `[B, T, D]`."""
         ...
 
-    def layers(self, x: jax.Array, batch: Inputs, staged: Staged | None = None, /) -> tuple[jax.Array, LayerSums]:
+    def apply_layers(
+        self, x: jax.Array, batch: Inputs, staged: StageLayers | None = None, /
+    ) -> tuple[jax.Array, LayerStats]:
         """The stream after the layers in `blocks`, and what they count, one row a layer."""
         ...
 
-    def penalty(self, sums: LayerSums) -> jax.Array | None:
+    def aux_loss(self, stats: LayerStats) -> jax.Array | None:
         """What layers add to the loss, from what they count, summed over the batch like it; None for nothing."""
         ...
 
-    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+    def metrics(self, stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
         """Scalars to log, from what all layers counted in a step, and the weight of its batch."""
         ...
 
-    def moved(self, sums: LayerSums) -> dict[str, Any]:
+    def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         """The parameters that are not trained, as they are after a step, from what all layers counted in it.
 
         They come as a nested dict of their own (see `parallel.spec.replaced`).

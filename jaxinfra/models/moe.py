@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count, Natural, NonNegative, Positive
 from jaxinfra.models.layers import ACTIVATIONS, BLOCK, MLP, Stack
-from jaxinfra.models.model import LayerSums
+from jaxinfra.models.model import LayerStats
 from jaxinfra.models.remat import product
 from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
@@ -141,7 +141,7 @@ class MoE(nnx.Module):
         shared = partial(MLP, width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack)
         self.shared = shared() if experts.shared else None
 
-    def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerSums]:
+    def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerStats]:
         """Applies the experts to the stream: whole positions in, block positions and the counts of the layer out.
 
         With `drops` experts take no more than their capacity.
@@ -155,20 +155,20 @@ class MoE(nnx.Module):
         tokens = frozenset(over) - {*partitioner.mesh_axes("mlp"), *stage}
         rule = self.experts.routing(x_BTD.shape[1], drops=drops)
 
-        def on_device(x: jax.Array, weights: Mapping[str, jax.Array]) -> tuple[jax.Array, LayerSums]:
+        def on_device(x: jax.Array, weights: Mapping[str, jax.Array]) -> tuple[jax.Array, LayerStats]:
             own = {name: local_weight(w, specs[name]) for name, w in weights.items()}
-            y, sums = self._own(as_varying(x, x_spec, over), own, rule)
+            y, stats = self._own(as_varying(x, x_spec, over), own, rule)
             y = jax.lax.pcast(y, partitioner.mesh_axes("mlp"), to="unreduced")
-            counted = {name: jax.lax.pcast(a, tuple(tokens), to="unreduced") for name, a in sums.items()}
-            return y, {name: a[None] for name, a in counted.items()} if stage else counted
+            stats = {name: jax.lax.pcast(a, tuple(tokens), to="unreduced") for name, a in stats.items()}
+            return y, {name: a[None] for name, a in stats.items()} if stage else stats
 
         losses = {BALANCE: self.experts.balance_loss, Z: self.experts.z_loss}
         names = [LOAD, KEPT, *(name for name, weight in losses.items() if weight)]
-        counted = {name: P(*stage, unreduced=tokens) for name in names}
-        out_specs = (P(*x_spec.partitions, unreduced=frozenset(partitioner.mesh_axes("mlp"))), counted)
-        y_BTD, sums = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
+        stat_specs = {name: P(*stage, unreduced=tokens) for name in names}
+        out_specs = (P(*x_spec.partitions, unreduced=frozenset(partitioner.mesh_axes("mlp"))), stat_specs)
+        y_BTD, stats = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
         y_BTD = product(partitioner.shard(y_BTD, *BLOCK, None))
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), sums
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), stats
 
     def _ready(self) -> dict[str, jax.Array]:
         """The weights, ready for use: those of the router whole and in float32."""
@@ -188,8 +188,8 @@ class MoE(nnx.Module):
 
     # On each device
 
-    def _own(self, x_BTD: jax.Array, weights: Mapping[str, jax.Array], rule: Routing) -> tuple[jax.Array, LayerSums]:
-        """The device's tokens, and its part of what is counted: of the experts' width it has a part as well."""
+    def _own(self, x_BTD: jax.Array, weights: Mapping[str, jax.Array], rule: Routing) -> tuple[jax.Array, LayerStats]:
+        """The device's tokens, and its part of the statistics: of the experts' width it has a part as well."""
         B, T, D = x_BTD.shape
         logits_BTE = jnp.einsum(
             "btd,de->bte", x_BTD.astype(FLOAT32), weights["router"], precision=jax.lax.Precision.HIGHEST
@@ -205,8 +205,8 @@ class MoE(nnx.Module):
         y_MD = self._made(way.rows(x_BTD.reshape(B * T, D)), weights, way.sizes)
         home_NKD = product(way.home(y_MD)).astype(FLOAT32)
         y_ND = jnp.sum(home_NKD * choices.weights.reshape(B * T, -1, 1), axis=1)
-        sums = self._counted(logits_BTE, choices, chosen_BTE, taken_BTK)
-        return y_ND.astype(x_BTD.dtype).reshape(B, T, D), sums
+        stats = self._layer_stats(logits_BTE, choices, chosen_BTE, taken_BTK)
+        return y_ND.astype(x_BTD.dtype).reshape(B, T, D), stats
 
     def _homes(self, rows: int, length: int, rule: Routing) -> Homes:
         """Where the experts are, for a device with so many positions of so many sequences."""
@@ -231,32 +231,32 @@ class MoE(nnx.Module):
         hidden_MF = act(up_MF) if self.gate is None else act(product(times(x_MD, "gate"))) * up_MF
         return times(hidden_MF, "down")
 
-    def _counted(
+    def _layer_stats(
         self, logits_BTE: jax.Array, choices: Choices, chosen_BTE: jax.Array, taken_BTK: jax.Array
-    ) -> LayerSums:
+    ) -> LayerStats:
         """Sums over the device's tokens; devices that share tokens, by the experts' width, count them once."""
         sharding, config = self.partitioner.sequence_sharding, self.experts
-        sums = {
+        stats = {
             LOAD: jnp.sum(chosen_BTE, axis=(0, 1), dtype=FLOAT32),
             KEPT: jnp.sum(taken_BTK < config.count, dtype=FLOAT32),
         }
         if config.balance_loss:
-            sums[BALANCE] = config.balance_loss * routing.balance(chosen_BTE, choices.scores, config.chosen, sharding)
+            stats[BALANCE] = config.balance_loss * routing.balance(chosen_BTE, choices.scores, config.chosen, sharding)
         if config.z_loss:
-            sums[Z] = config.z_loss * routing.z_loss(logits_BTE)
+            stats[Z] = config.z_loss * routing.z_loss(logits_BTE)
         shared = self.partitioner.mesh_axes("mlp")
         if not shared:
-            return sums
+            return stats
         first = jax.lax.axis_index(shared) == 0
-        return jax.lax.psum({name: jnp.where(first, a, 0) for name, a in sums.items()}, shared)
+        return jax.lax.psum({name: jnp.where(first, a, 0) for name, a in stats.items()}, shared)
 
 
 # What becomes of the counts of all layers
 
 
-def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
+def aux_loss(stats: LayerStats, axes: tuple[str, ...]) -> jax.Array | None:
     """What layers add to the loss, a scalar that is a partial sum over `axes`, those that tokens are spread over."""
-    losses = [sums[name] for name in (BALANCE, Z) if name in sums]
+    losses = [stats[name] for name in (BALANCE, Z) if name in stats]
     if not losses:
         return None
     spec = jax.typeof(losses[0]).sharding.spec
@@ -270,22 +270,22 @@ def penalty(sums: LayerSums, axes: tuple[str, ...]) -> jax.Array | None:
     return jax.shard_map(own, in_specs=in_specs, out_specs=P(unreduced=frozenset(axes)))(*losses)
 
 
-def measures(sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
-    """What is logged of a step: from what all layers counted, `[L, ...]`, and the weight of its tokens.
+def metrics(stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
+    """What is logged of a step: from the statistics of all layers, `[L, ...]`, and the weight of its tokens.
 
     Losses are sums over all tokens and layers by the weight of the targets, as they are in what is trained. Loads are
     those of experts as parts of the mean of their layer: the largest of all, and of each expert the mean over layers.
     """
-    if LOAD not in sums:
+    if LOAD not in stats:
         return {}
-    load_LE = sums[LOAD] / jnp.maximum(jnp.mean(sums[LOAD], axis=1, keepdims=True), 1)
-    found = {name: jnp.sum(sums[name]) / weight for name in (BALANCE, Z) if name in sums}
+    load_LE = stats[LOAD] / jnp.maximum(jnp.mean(stats[LOAD], axis=1, keepdims=True), 1)
+    found = {name: jnp.sum(stats[name]) / weight for name in (BALANCE, Z) if name in stats}
     found["expert_load_max"] = jnp.max(load_LE)
-    found["expert_dropped"] = 1 - jnp.sum(sums[KEPT]) / jnp.maximum(jnp.sum(sums[LOAD]), 1)
+    found["expert_dropped"] = 1 - jnp.sum(stats[KEPT]) / jnp.maximum(jnp.sum(stats[LOAD]), 1)
     return found | {f"expert_load/{e}": load for e, load in enumerate(jnp.mean(load_LE, axis=0))}
 
 
-def moved(bias_LE: jax.Array, sums: LayerSums, rate: float) -> jax.Array:
+def updated_bias(bias_LE: jax.Array, stats: LayerStats, rate: float) -> jax.Array:
     """The biases after a step: experts with less than the mean load of their layer are lifted (Wang et al. 2024)."""
-    load_LE = sums[LOAD]
+    load_LE = stats[LOAD]
     return bias_LE + rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE)

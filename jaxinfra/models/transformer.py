@@ -267,7 +267,7 @@ class TransformerConfig:
         """The different sights of the layers, in order."""
         return tuple(dict.fromkeys(self.sight(number) for number in range(self.depth)))
 
-    def alike(self, numbers: np.ndarray) -> bool:
+    def uniform(self, numbers: np.ndarray) -> bool:
         """Tells whether stages side by side have layers of one sight; see `ModelConfig`."""
         kinds = [self.sight(self.dense_layers + number) if number >= 0 else None for number in numbers.flat]
         side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)

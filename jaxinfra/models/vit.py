@@ -25,7 +25,7 @@ from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, Decay, Positive
 from jaxinfra.models.attention import Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
-from jaxinfra.models.model import Inputs, LayerSums, Staged
+from jaxinfra.models.model import Inputs, LayerStats, StageLayers
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import Kernel, See
 from jaxinfra.ops.dot import dot
@@ -138,7 +138,7 @@ class VisionTransformerConfig:
         """Nothing: images are whole."""
         return {}
 
-    def alike(self, numbers: np.ndarray) -> bool:
+    def uniform(self, numbers: np.ndarray) -> bool:
         """Whether each place in the stages holds a layer, or none does (see `ModelConfig`)."""
         held = numbers >= 0
         return bool((held.all(axis=-1) | ~held.any(axis=-1)).all())
@@ -202,7 +202,7 @@ class VisionTransformer(nnx.Module):
         self.classes = alone.declare((width, config.classes), ("embed", None), normal(width**-0.5), "head", contract=1)
         self.classes_bias = alone.declare((config.classes,), (None,), constant(0.0), "bias")
 
-    def begin(self, batch: Inputs) -> jax.Array:
+    def embed(self, batch: Inputs) -> jax.Array:
         """The stream before the first layer, `[B, T, D]` in the compute dtype, block positions.
 
         The batch has `images` `[B, H, W, channels]`, float32, and `dropout` `[B, T]` (see `ops.dropout`), or none.
@@ -220,7 +220,9 @@ class VisionTransformer(nnx.Module):
         x_BTD = partitioner.shard(x_BTD, "batch", "positions", None)
         return drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
 
-    def layers(self, x_BTD: jax.Array, batch: Inputs, staged: Staged | None = None, /) -> tuple[jax.Array, LayerSums]:
+    def apply_layers(
+        self, x_BTD: jax.Array, batch: Inputs, staged: StageLayers | None = None, /
+    ) -> tuple[jax.Array, LayerStats]:
         """The stream after the layers that `blocks` holds, block positions; they count nothing (see `Model`)."""
 
         def layer(block: EncoderBlock, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
@@ -231,12 +233,12 @@ class VisionTransformer(nnx.Module):
         def body(x_BTD: jax.Array, layer: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
             block, number = layer
             y_BTD = kept(block, x_BTD, number)
-            return y_BTD if staged is None or staged.alike else _where_held(number, y_BTD, x_BTD), None
+            return y_BTD if staged is None or staged.uniform else _where_held(number, y_BTD, x_BTD), None
 
         numbers = jnp.arange(self.config.layers) if staged is None else staged.numbers
         return jax.lax.scan(body, x_BTD, (self.blocks, numbers))[0], {}
 
-    def end(self, x_BTD: jax.Array) -> jax.Array:
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """What stands for each image after the last norm: `[B, D]`."""
         x_BTD = self.partitioner.shard(x_BTD, "batch", "sequence", None)
         if self.token is not None:
@@ -246,20 +248,20 @@ class VisionTransformer(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Of the classes, from the stream after the last layer: `[B, C]`, float32."""
         partitioner = self.partitioner
-        y_BC = dot(self.end(x_BTD), partitioner.gather_weight(self.classes[...], ("embed", None)))
+        y_BC = dot(self.final_norm(x_BTD), partitioner.gather_weight(self.classes[...], ("embed", None)))
         return partitioner.map_local(jnp.add, y_BC, partitioner.gather_weight(self.classes_bias[...], (None,))).astype(
             jnp.float32
         )
 
-    def penalty(self, sums: LayerSums) -> jax.Array | None:
+    def aux_loss(self, stats: LayerStats) -> jax.Array | None:
         """Nothing."""
         return None
 
-    def measures(self, sums: LayerSums, weight: jax.Array) -> dict[str, jax.Array]:
+    def metrics(self, stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
         """Nothing."""
         return {}
 
-    def moved(self, sums: LayerSums) -> dict[str, Any]:
+    def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         """Nothing: all parameters are trained."""
         return {}
 

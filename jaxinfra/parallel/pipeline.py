@@ -36,22 +36,22 @@ type Batch = Mapping[str, jax.Array]
 class Model(Protocol):
     """What passes through the stages: functions of parameters that are arguments, never closed over."""
 
-    def begin(self, shared: Tree, rows: Batch) -> jax.Array:
+    def embed(self, shared: Tree, rows: Batch) -> jax.Array:
         """The stream before the first layer, for the rows of every stage."""
         ...
 
-    def layers(self, weights: Tree, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Tree]:
+    def apply_layers(self, weights: Tree, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Tree]:
         """The stream after a chunk of each stage, and what its layers count (`[L, S, ...]`).
 
         `numbers` `[L, S]` says which layers they are; -1 is none.
         """
         ...
 
-    def finish(self, shared: Tree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, shared: Tree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss and sums of one microbatch, spread as `leave` spreads it."""
         ...
 
-    def penalty(self, counted: Tree) -> jax.Array | None:
+    def aux_loss(self, stats: Tree) -> jax.Array | None:
         """What layers add to the loss, from what they count."""
         ...
 
@@ -88,7 +88,7 @@ class Carry(NamedTuple):
         weights: gradients of the layers' weights.
         shared: gradients of all others.
         sums: sums of the loss.
-        counted: what layers count, `[V, L, S, ...]`.
+        stats: what layers count, `[V, L, S, ...]`.
     """
 
     up: jax.Array
@@ -98,7 +98,7 @@ class Carry(NamedTuple):
     weights: Tree
     shared: Tree
     sums: dict[str, jax.Array]
-    counted: Tree
+    stats: Tree
 
 
 # What happens between rows: each a function on the devices' own parts.
@@ -248,13 +248,13 @@ class Pipeline:
         """
         carry = self._empty(weights, shared, batch, train=True)
         carry = self._run(self.schedule.parts, carry, weights, shared, batch)
-        return (carry.weights, carry.shared), carry.sums, carry.counted
+        return (carry.weights, carry.shared), carry.sums, carry.stats
 
     def evaluate(self, weights: Tree, shared: Tree, batch: Batch) -> tuple[dict[str, jax.Array], Tree]:
         """Sums of the loss of all microbatches, and what layers count; see `gradients`."""
         carry = self._empty(weights, shared, batch, train=False)
         carry = self._run((self.schedule.forward,), carry, weights, shared, batch)
-        return carry.sums, carry.counted
+        return carry.sums, carry.stats
 
     def _run(self, parts: tuple[Part, ...], carry: Carry, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """All ticks: one loop for each run of ticks that have the same parts."""
@@ -279,30 +279,30 @@ class Pipeline:
 
     def _inputs(self, carry: Carry, row: Row, shared: Tree, batch: Batch) -> tuple[Batch, jax.Array]:
         rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
-        return rows, enter(self.model.begin(shared, rows), carry.up, row)
+        return rows, enter(self.model.embed(shared, rows), carry.up, row)
 
     def _forward(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """One chunk forward on every stage; its input is kept and its output sent up."""
         rows, x = self._inputs(carry, row, shared, batch)
-        y, _ = self.model.layers(self._taken(weights, row), x, rows, self._numbers(row))
+        y, _ = self.model.apply_layers(self._taken(weights, row), x, rows, self._numbers(row))
         return carry._replace(up=shift(y, 1), inputs=write(carry.inputs, x, row.slot))
 
     def _evaluate(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """One chunk forward on every stage, and the loss of the microbatch that leaves the last one."""
         rows, x = self._inputs(carry, row, shared, batch)
-        y, counted = self.model.layers(self._taken(weights, row), x, rows, self._numbers(row))
-        counted = jax.tree.map(lambda c: busy(c, row.microbatch), counted)
+        y, stats = self.model.apply_layers(self._taken(weights, row), x, rows, self._numbers(row))
+        stats = jax.tree.map(lambda c: busy(c, row.microbatch), stats)
         _, sums = self._loss(shared, y, row, batch)
-        return carry._replace(up=shift(y, 1), **self._counted(carry, row, sums, counted))
+        return carry._replace(up=shift(y, 1), **self._add_sums(carry, row, sums, stats))
 
     def _chunk(
         self, weights: Tree, shared: Tree, x: jax.Array, rows: Batch, row: Row
     ) -> tuple[tuple[jax.Array, jax.Array | None], Tree]:
-        """One chunk of every stage as it is differentiated: `((output, penalty), counted)`."""
-        x = enter(self.model.begin(shared, rows), x, row)
-        y, counted = self.model.layers(weights, x, rows, self._numbers(row))
-        counted = jax.tree.map(lambda c: busy(c, row.microbatch), counted)
-        return (y, self.model.penalty(counted)), counted
+        """One chunk of every stage as it is differentiated: `((output, aux_loss), stats)`."""
+        x = enter(self.model.embed(shared, rows), x, row)
+        y, stats = self.model.apply_layers(weights, x, rows, self._numbers(row))
+        stats = jax.tree.map(lambda c: busy(c, row.microbatch), stats)
+        return (y, self.model.aux_loss(stats)), stats
 
     def _backward(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """One chunk backward on every stage; the gradient of its input is sent down."""
@@ -311,15 +311,15 @@ class Pipeline:
         apart = self.schedule.weights is not None
         fixed, moved = ((own,), (shared, x)) if apart else ((), (own, shared, x))
         chunk = partial(self._chunk, *fixed, rows=rows, row=row)
-        (y, penalty), pull, counted = jax.vjp(chunk, *moved, has_aux=True)
+        (y, aux_loss), pull, stats = jax.vjp(chunk, *moved, has_aux=True)
         total, pull_loss, sums = jax.vjp(lambda s, y: self._loss(s, y, row, batch), shared, y, has_aux=True)
         of_loss, dy = pull_loss(_one_like(total))
         dy = turn(dy, carry.down, row, self.schedule.chunks)
-        *of_weights, of_begin, dx = pull((dy, None if penalty is None else _one_like(penalty)))
+        *of_weights, of_embedding, dx = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
         carry = carry._replace(
             down=shift(dx, -1),
-            shared=_plus(_plus(carry.shared, of_loss), of_begin),
-            **self._counted(carry, row, sums, counted),
+            shared=_plus(_plus(carry.shared, of_loss), of_embedding),
+            **self._add_sums(carry, row, sums, stats),
         )
         if apart:
             assert carry.pulled is not None
@@ -332,8 +332,8 @@ class Pipeline:
         rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
         x, dy = read(carry.inputs, row.slot), busy(read(carry.pulled, row.slot), row.microbatch)
         chunk = partial(self._chunk, shared=shared, x=x, rows=rows, row=row)
-        (_, penalty), pull, _ = jax.vjp(chunk, self._taken(weights, row), has_aux=True)
-        (found,) = pull((dy, None if penalty is None else _one_like(penalty)))
+        (_, aux_loss), pull, _ = jax.vjp(chunk, self._taken(weights, row), has_aux=True)
+        (found,) = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
         return carry._replace(weights=self._added(carry.weights, found, row))
 
     def _loss(self, shared: Tree, y: jax.Array, row: Row, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -342,7 +342,7 @@ class Pipeline:
         done = (microbatch != IDLE) & (chunk == self.schedule.chunks - 1)
         index = jnp.maximum(microbatch, 0)
         fields = {name: jax.lax.dynamic_index_in_dim(field, index, keepdims=False) for name, field in batch.items()}
-        total, sums = self.model.finish(shared, leave(y, done, self.spread), fields)
+        total, sums = self.model.loss(shared, leave(y, done, self.spread), fields)
         return _if(done, total), {name: _if(done, value) for name, value in sums.items()}
 
     # Small things
@@ -359,8 +359,8 @@ class Pipeline:
     def _added(total: Tree, value: Tree, row: Row) -> Tree:
         return jax.tree.map(lambda t, v: add(t, v.astype(t.dtype), row.chunk), total, value)
 
-    def _counted(self, carry: Carry, row: Row, sums: dict[str, jax.Array], counted: Tree) -> dict[str, Any]:
-        return {"sums": _plus(carry.sums, sums), "counted": self._added(carry.counted, counted, row)}
+    def _add_sums(self, carry: Carry, row: Row, sums: dict[str, jax.Array], stats: Tree) -> dict[str, Any]:
+        return {"sums": _plus(carry.sums, sums), "stats": self._added(carry.stats, stats, row)}
 
     def _empty(self, weights: Tree, shared: Tree, batch: Batch, *, train: bool) -> Carry:
         """Zeros for everything that goes from tick to tick."""
@@ -369,15 +369,15 @@ class Pipeline:
 
         def shapes(weights: Tree, shared: Tree, batch: Batch) -> tuple[Any, ...]:
             rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
-            x = self.model.begin(shared, rows)
-            y, counted = self.model.layers(self._taken(weights, row), x, rows, self._numbers(row))
+            x = self.model.embed(shared, rows)
+            y, stats = self.model.apply_layers(self._taken(weights, row), x, rows, self._numbers(row))
             _, sums = self._loss(shared, y, row, batch)
-            return x, sums, counted
+            return x, sums, stats
 
-        x, sums, counted = jax.eval_shape(shapes, weights, shared, batch)
+        x, sums, stats = jax.eval_shape(shapes, weights, shared, batch)
         slots = jax.ShapeDtypeStruct((self.schedule.slots, *x.shape), x.dtype)
         waiting = partial(_zeros, slots, PartitionSpec(None, *x.sharding.spec.partitions))
-        stacked = jax.tree.map(lambda c: _zeros_stacked(c, self.schedule.chunks), counted)
+        stacked = jax.tree.map(lambda c: _zeros_stacked(c, self.schedule.chunks), stats)
         return Carry(
             up=_zeros(x, x.sharding.spec),
             down=_zeros(x, x.sharding.spec),
@@ -386,7 +386,7 @@ class Pipeline:
             weights=jax.tree.map(_zero_gradient, weights) if train else None,
             shared=jax.tree.map(_zero_gradient, shared) if train else None,
             sums=jax.tree.map(lambda s: _zeros(s, s.sharding.spec), sums),
-            counted=stacked,
+            stats=stacked,
         )
 
 

@@ -81,7 +81,7 @@ class CausalLM:
         self, model: Transformer, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Sums of cross-entropy and z-loss in nats, and of weights, over the tokens of the batch."""
-        inputs_BT, hidden_BTD = batch["inputs"], model.end(x_BTD)
+        inputs_BT, hidden_BTD = batch["inputs"], model.final_norm(x_BTD)
         head_DV = model.head()
         weights_BT = batch["weights"] if "weights" in batch else jnp.ones_like(inputs_BT, jnp.float32)
         chunks, softcap = self._chunks(model, *inputs_BT.shape), model.config.logit_softcap

@@ -65,7 +65,7 @@ class Task(Protocol):
 
 def loss(task: Task, model: Model, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss that training minimises, summed over the batch, and all sums: those of the task and of the layers."""
-    x, counted = model.layers(model.begin(batch), batch)
+    x, stats = model.apply_layers(model.embed(batch), batch)
     total, sums = task.finish(model, x, batch)
-    penalty = model.penalty(counted)
-    return total if penalty is None else total + penalty, {**sums, **counted}
+    aux_loss = model.aux_loss(stats)
+    return total if aux_loss is None else total + aux_loss, {**sums, **stats}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.models.flops import matmul_params
-from jaxinfra.models.moe import BALANCE, KEPT, LOAD, Experts, Z, measures, moved
+from jaxinfra.models.moe import BALANCE, KEPT, LOAD, Experts, Z, metrics, updated_bias
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
@@ -55,8 +55,8 @@ def passed(built: Built, values: dict[str, Any], words: np.ndarray) -> tuple[np.
 
     def run(params: Any, words: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model, batch = built.model(params), {"inputs": words}
-        x_BTD, sums = model.layers(model.begin(batch), batch)
-        return dot(model.end(x_BTD), model.head()), sums
+        x_BTD, sums = model.apply_layers(model.embed(batch), batch)
+        return dot(model.final_norm(x_BTD), model.head()), sums
 
     with jax.set_mesh(built.mesh):
         return jax.tree.map(np.asarray, jax.jit(run)(built.put(values), built.rows(words)))
@@ -115,13 +115,13 @@ def test_biases_choose_and_weigh_nothing() -> None:
 
 def test_biases_go_up_where_load_is_below_the_mean() -> None:
     load = jnp.array([[4.0, 2.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    found = moved(jnp.zeros((2, 4)), {LOAD: load}, 0.5)
+    found = updated_bias(jnp.zeros((2, 4)), {LOAD: load}, 0.5)
     assert found.tolist() == [[-0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
 
 
 def test_what_is_logged() -> None:
     sums = {LOAD: jnp.array([[4.0, 2.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0]]), KEPT: jnp.array([6.0, 8.0])}
-    found = measures({**sums, BALANCE: jnp.array([1.0, 3.0]), Z: jnp.array([0.0, 0.5])}, jnp.array(8.0))
+    found = metrics({**sums, BALANCE: jnp.array([1.0, 3.0]), Z: jnp.array([0.0, 0.5])}, jnp.array(8.0))
     assert {name: float(value) for name, value in found.items()} == {
         "balance_loss": 0.5,
         "router_z_loss": 0.0625,
@@ -132,7 +132,7 @@ def test_what_is_logged() -> None:
         "expert_load/2": 0.5,
         "expert_load/3": 1.0,
     }
-    assert measures({}, jnp.array(8.0)) == {}
+    assert metrics({}, jnp.array(8.0)) == {}
 
 
 def test_flops_count_what_a_token_passes() -> None:

@@ -34,12 +34,12 @@ SCHEDULES = {
 
 
 class Toy:
-    """A product in, layers `x + tanh(x w)` that count squares by device, a product out; squared error and a penalty."""
+    """A product in, layers `x + tanh(x w)` that count squares by device, a product out; squared error, an aux loss."""
 
-    def begin(self, shared: Any, rows: Any) -> jax.Array:
+    def embed(self, shared: Any, rows: Any) -> jax.Array:
         return dot(rows["x"], shared["into"])
 
-    def layers(self, weights: Any, x: jax.Array, rows: Any, numbers: jax.Array) -> tuple[jax.Array, Any]:
+    def apply_layers(self, weights: Any, x: jax.Array, rows: Any, numbers: jax.Array) -> tuple[jax.Array, Any]:
         def layer(x: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
             w, number = xs
             y = dot(x, w)
@@ -55,21 +55,21 @@ class Toy:
         x, squares = jax.lax.scan(layer, x, (weights, numbers))
         return x, {"squares": squares}
 
-    def finish(self, shared: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, shared: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         spec = jax.typeof(x).sharding.spec
         error = dot(x, shared["out"]) - jax.reshard(batch["y"], spec)
         axes = frozenset(("stage", "fsdp"))
         total = jnp.einsum("btd,btd->", error, error, out_sharding=P(unreduced=axes))
         return total, {"loss": total}
 
-    def penalty(self, counted: Any) -> jax.Array:
+    def aux_loss(self, stats: Any) -> jax.Array:
         axes = ("stage", "fsdp")
 
         def own(squares: jax.Array) -> jax.Array:
             return jax.lax.pcast(PENALTY * squares.sum(), axes, to="unreduced")
 
         over_devices = {"in_specs": P(None, *axes), "out_specs": P(unreduced=set(axes))}
-        return jax.shard_map(own, **over_devices)(counted["squares"])
+        return jax.shard_map(own, **over_devices)(stats["squares"])
 
 
 @functools.cache
@@ -92,20 +92,20 @@ def oracle(layers: int) -> tuple[Any, Any]:
 
     def total(weights: jax.Array, shared: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
-            stream_SBTD, loss, penalty = carry
+            stream_SBTD, loss, aux_loss = carry
             first = batch["x"][jnp.minimum(t, MICROBATCHES - 1)] @ shared["into"]
             x = jnp.roll(stream_SBTD, 1, axis=0).at[0].set(first)
             y = x + jnp.tanh(jnp.einsum("sbtd,sde->sbte", x, weights))
             at = t - jnp.arange(layers)
             real = (at >= 0) & (at < MICROBATCHES)
-            penalty += PENALTY * jnp.sum(jnp.where(real[:, None, None, None], y, 0) ** 2)
+            aux_loss += PENALTY * jnp.sum(jnp.where(real[:, None, None, None], y, 0) ** 2)
             left = t - (layers - 1)
             error = y[-1] @ shared["out"] - batch["y"][jnp.maximum(left, 0)]
-            return (y, loss + jnp.where(left >= 0, jnp.sum(error**2), 0), penalty), None
+            return (y, loss + jnp.where(left >= 0, jnp.sum(error**2), 0), aux_loss), None
 
         empty = jnp.zeros((layers, ROWS, POSITIONS, WIDTH))
-        (_, loss, penalty), _ = jax.lax.scan(tick, (empty, 0.0, 0.0), jnp.arange(ticks))
-        return loss + penalty, loss
+        (_, loss, aux_loss), _ = jax.lax.scan(tick, (empty, 0.0, 0.0), jnp.arange(ticks))
+        return loss + aux_loss, loss
 
     with jax.default_matmul_precision("highest"):
         (_, loss), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(weights, shared)
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: i
         put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
         placed = put(laid_out(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))
         shared_spec = P(None, None, reduced={"stage", "fsdp"})
-        (found, found_shared), sums, counted = jax.jit(pipeline.gradients)(
+        (found, found_shared), sums, stats = jax.jit(pipeline.gradients)(
             placed,
             put(shared, dict.fromkeys(shared, shared_spec)),
             put(batch, dict.fromkeys(batch, P(None, "fsdp", None, None))),
@@ -147,7 +147,7 @@ def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: i
         found = np.asarray(jax.reshard(found, P()))
         found_shared = jax.tree.map(lambda a: np.asarray(jax.reshard(a, P())), found_shared)
         loss = float(jax.reshard(sums["loss"], P()))
-        squares = np.asarray(jax.reshard(counted["squares"], P()))
+        squares = np.asarray(jax.reshard(stats["squares"], P()))
     wanted_loss, (wanted, wanted_shared) = oracle(layers)
     assert loss == pytest.approx(float(wanted_loss), rel=1e-5)
     np.testing.assert_allclose(found, laid_out(wanted, numbers), rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
