@@ -1,20 +1,21 @@
-"""Imports packages that only some data needs, and says what to install where one is missing."""
+"""Imports optional packages, and says what to install if one is missing."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 from jaxinfra.errors import ConfigError
 
 
-def needed(module: str, *parts: str, by: str, install: str) -> Any:
-    """Imports a module of an optional package, and parts of it; a ConfigError where it cannot be imported.
+def import_optional(module: str, *submodules: str, needed_by: str, install: str) -> ModuleType:
+    """Imports a module of an optional package, and some of its submodules.
 
-    The message names what it is needed `by`, and what to have pip `install`.
+    If an import fails, the ConfigError names the field or file that the package is `needed_by`, and what to `install`
+    with pip, such as "jaxinfra[parquet]".
     """
     try:
-        for part in parts:
-            importlib.import_module(f"{module}.{part}")
+        for submodule in submodules:
+            importlib.import_module(f"{module}.{submodule}")
         return importlib.import_module(module)
     except ImportError as error:
-        cause = str(error).partition("\n")[0]
-        raise ConfigError(f"{by}: needs {module.partition('.')[0]} ({cause}); run pip install '{install}'") from None
+        package, cause = module.partition(".")[0], str(error).partition("\n")[0]
+        raise ConfigError(f"{needed_by}: needs {package} ({cause}); run pip install '{install}'") from None

@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import load
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import CheckpointError, ConfigError
@@ -73,8 +73,8 @@ class Sampler:
         missing = CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
         if not folder.exists():
             raise missing
-        with program.on_mesh, Checkpoints(folder, read_only=True) as checkpoints:
-            if (newest := checkpoints.latest()) is None:
+        with program.on_mesh, CheckpointManager(folder, read_only=True) as checkpoints:
+            if (newest := checkpoints.latest_step()) is None:
                 raise missing
             subtree = "params" if run.optim.ema_decay is None else "ema"
             wanted = program.params if subtree == "params" else program.state.ema

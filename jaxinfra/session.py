@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxinfra
-from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, validation_batches
@@ -33,12 +33,12 @@ from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, resolved
 from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, package_versions
-from jaxinfra.runtime.peak import peak_flops
+from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.storage.checks import check_space, make_writable
-from jaxinfra.track.jsonl import read, read_json
+from jaxinfra.track.jsonl import read_json, read_metrics
 from jaxinfra.track.report import write_report
-from jaxinfra.track.tracker import Trackers, build
+from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.derived import Derived, derived, step_flops, units_per_step
 from jaxinfra.train.evaluate import evaluate
 from jaxinfra.train.loop import Hooks, Outcome, Reporter, Work, finite, fit
@@ -71,9 +71,9 @@ class RunDirectory:
             return read_record(self.record)
         if not self.checkpoints.exists():
             return {}
-        with Checkpoints(self.checkpoints, read_only=True) as checkpoints:
-            step = checkpoints.latest()
-            return {} if step is None else checkpoints.record(step)
+        with CheckpointManager(self.checkpoints, read_only=True) as checkpoints:
+            step = checkpoints.latest_step()
+            return {} if step is None else checkpoints.load_record(step)
 
     def data_versions(self, run: Run) -> Sequence[str]:
         """The versions of its stores that the run was begun on; () where it is not begun, or as another config."""
@@ -138,9 +138,9 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     with (
         StopRequest() as stop,
         directory.locked(),
-        Checkpoints(directory.checkpoints, run.checkpoint) as checkpoints,
+        CheckpointManager(directory.checkpoints, run.checkpoint) as checkpoints,
     ):
-        done = checkpoints.latest() or 0
+        done = checkpoints.latest_step() or 0
         if done:
             directory.check(loaded.run, data)
         if done >= run.train.steps:
@@ -151,14 +151,14 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
         numbers = derived(program, data.train_units)
         written = _record(loaded, program, data, command, numbers)
         write_record(directory.record, written)
-        with build(run.track, directory.path) as trackers:
+        with make_trackers(run.track, directory.path) as trackers:
             trackers.start(written, numbers, start_step=done, total_steps=run.train.steps)
             session = _Session(program, data, checkpoints, trackers, stop, written)
             start_s = time.monotonic()
             outcome = session.run(done)
-            checkpoints.wait()
+            checkpoints.wait_until_finished()
             summary = session.summary(outcome, time.monotonic() - start_s, directory)
-            trackers.summary(summary)
+            trackers.log_summary(summary)
     write_report(directory.path)
     if outcome.stopped is not None:
         raise Preempted(
@@ -204,8 +204,8 @@ class _Session:
         self,
         program: Program,
         data: OpenData,
-        checkpoints: Checkpoints,
-        trackers: Trackers,
+        checkpoints: CheckpointManager,
+        trackers: MultiTracker,
         stop: StopRequest,
         written: dict[str, Any],
     ):
@@ -269,7 +269,7 @@ class _Session:
 
         A NonFiniteError where the last step went wrong: older checkpoints stay.
         """
-        if done % self.run_config.checkpoint.every == 0:
+        if done % self.run_config.checkpoint.save_every == 0:
             finite(done - 1, values)
         try:
             self.checkpoints.save(done, state, self.written)
@@ -293,7 +293,7 @@ class _Session:
 
     def summary(self, outcome: Outcome, wall_s: float, directory: RunDirectory) -> dict[str, Any]:
         """The final values of the run, from its own metrics."""
-        rows = read(directory.path / "metrics.jsonl") if self.run_config.track.jsonl else []
+        rows = read_metrics(directory.path / "metrics.jsonl") if self.run_config.track.jsonl else []
         losses, units = [row["loss"] for row in rows if "loss" in row], f"{self.program.task.modality}s"
         return {
             "status": "finished" if outcome.stopped is None else "stopped",

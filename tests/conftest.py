@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.runtime import emulated
+from jaxinfra.runtime import emulation
 
 pytest_plugins = ["tests.compile_cache", "tests.servers.fixtures", "tests.stores"]
 
@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "XLA_FLAGS": emulated.environment(8)["XLA_FLAGS"],
+    "XLA_FLAGS": emulation.emulation_env(8)["XLA_FLAGS"],
 }
 # JAX reads these when it is imported, in this process and in those that tests start.
 os.environ.update(ENVIRONMENT)

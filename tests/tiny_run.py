@@ -16,7 +16,7 @@ import pytest
 from jaxinfra.cli.main import main
 from jaxinfra.config import load
 from jaxinfra.run import Run
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
 
 STEPS = 12
 CONFIG = """\
@@ -43,7 +43,7 @@ def config() -> Run:
         precision=Precision(compute="float32"),
         optim=Optim(optimizer=AdamW(), schedule=Cosine(warmup_steps=2), peak_lr=3e-3),
         train=TrainConfig(steps={steps}, global_batch=8, eval_every=5),
-        checkpoint=CheckpointConfig(every=5),
+        checkpoint=CheckpointConfig(save_every=5),
         track=TrackConfig(log_every=1, console="plain"),
     )
 """
@@ -98,7 +98,7 @@ class Tiny:
 
     def losses(self, name: str = "tiny") -> dict[int, str]:
         """Loss of every logged step, to the last bit."""
-        rows = read(self.directory(name) / "metrics.jsonl")
+        rows = read_metrics(self.directory(name) / "metrics.jsonl")
         return {int(row["step"]): row["loss"].hex() for row in rows if "loss" in row}
 
     def edited(self, old: str, new: str, name: str = "edited.py") -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.runtime import emulated
+from jaxinfra.runtime import emulation
 
 type Times = dict[str, list[float]]
 """Seconds of every timed turn, by side."""
@@ -27,7 +27,7 @@ class ChildError(JaxinfraError):
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process with so many emulated CPU devices."""
-    return {**os.environ, **emulated.environment(devices)}
+    return {**os.environ, **emulation.emulation_env(devices)}
 
 
 def output(command: Sequence[str], environment: dict[str, str]) -> str:

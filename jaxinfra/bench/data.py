@@ -30,7 +30,7 @@ from jaxinfra.config import load
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run, of_text
-from jaxinfra.runtime.peak import CHIP_FLOPS
+from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 TOKENS, LEAST_TOKENS = 200_000_000, 4 * BATCH * LENGTH
 TURN_S = 0.5
@@ -128,7 +128,7 @@ def turn(reader: Reader, stores: Stores, seconds: float) -> tuple[float, float]:
 def eaten_tokens_per_s() -> float:
     """Tokens a second of `CHIPS` chips that train `MODEL`, by its FLOPs and the chip's data sheet."""
     model, data = of_text(load(MODEL, root=Run).run)
-    return CHIPS * CHIP_FLOPS[CHIP] * MFU * data.seq_len / model.flops(data)
+    return CHIPS * PEAK_FLOPS[CHIP] * MFU * data.seq_len / model.flops(data)
 
 
 def speed(stores: Stores, turns: int) -> Iterator[Row]:

@@ -12,23 +12,23 @@ class CheckpointConfig:
     """When checkpoints are saved and which are kept.
 
     Attributes:
-        every: steps between two saves.
+        save_every: steps between two saves.
         keep_last: number of newest checkpoints to keep.
-        keep_every: also keep, for good, those whose step is a multiple of this.
-        asynchronous: train on while a checkpoint is being written.
+        keep_every: also keeps the checkpoints whose step is a multiple of this, forever.
+        async_save: writes checkpoints in the background while training continues.
     """
 
-    every: Count = 100
+    save_every: Count = 100
     keep_last: Count = 2
     keep_every: Count | None = None
-    asynchronous: bool = True
+    async_save: bool = True
 
     def problems(self) -> Iterable[Problem]:
-        """A `keep_every` that would keep nothing or less than it says."""
-        if self.keep_every and self.keep_every % self.every:
-            rounded = -(-self.keep_every // self.every) * self.every
+        """Yields a problem if `keep_every` names steps that are never saved."""
+        if self.keep_every and self.keep_every % self.save_every:
+            rounded = -(-self.keep_every // self.save_every) * self.save_every
             yield Problem(
-                fields=("keep_every", "every"),
-                message="keep_every must be a multiple of every: other steps are never saved",
+                fields=("keep_every", "save_every"),
+                message="keep_every must be a multiple of save_every: other steps are never saved",
                 fix=f"use keep_every={rounded}",
             )

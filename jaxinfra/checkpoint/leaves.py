@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 
 
-def leaves_of(tree: Any) -> dict[str, str]:
+def leaf_types(tree: Any) -> dict[str, str]:
     """The types of all leaves of `tree` by name, such as "bfloat16[8,128]" (of the whole array), in its order."""
     return {
         _name(path): f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
@@ -33,12 +33,12 @@ def first_difference(saved: dict[str, str], wanted: dict[str, str]) -> str | Non
     return None
 
 
-def size_bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of all leaves of `tree` (of anything with a shape and a dtype), each counted once."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def on_devices[T](abstract: T) -> T:
+def with_concrete_shardings[T](abstract: T) -> T:
     """`abstract` with every sharding on real devices.
 
     The leaves are `jax.ShapeDtypeStruct`. `jax.eval_shape` under `jax.set_mesh` gives shardings on an abstract mesh,

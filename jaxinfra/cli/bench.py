@@ -6,23 +6,23 @@ import json
 from collections.abc import Sequence
 
 from jaxinfra.bench import CONFIG
-from jaxinfra.cli.arguments import BENCHES, PAIRS
+from jaxinfra.cli.arguments import BENCHES, DEFAULT_PAIRS
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs the benchmark and prints its table; see `check`."""
-    check(options)
-    options.config, options.pairs = options.config or CONFIG, options.pairs or PAIRS
+    check_options(options)
+    options.config, options.pairs = options.config or CONFIG, options.pairs or DEFAULT_PAIRS
     found = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
     print(found)
     if options.json is not None:
-        outputs.write(options.json, json.dumps({**found.figures, "facts": found.facts}, indent=2) + "\n")
+        outputs.write_text(options.json, json.dumps({**found.figures, "facts": found.facts}, indent=2) + "\n")
     return 0
 
 
-def check(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Refuses, before anything is measured, what would not be measured or could not be written.
 
     ConfigError where the benchmark has no such part or no use for an option, StorageError where the table has no place.
@@ -38,4 +38,4 @@ def check(options: argparse.Namespace) -> None:
     if options.against is not None and not options.against.is_file():
         raise ConfigError(f"--against {options.against}: no such script")
     if options.json is not None:
-        outputs.check(options.json)
+        outputs.check_writable(options.json)

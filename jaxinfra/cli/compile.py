@@ -13,7 +13,7 @@ from jaxinfra.plan.chips import Chip
 from jaxinfra.plan.compile_errors import out_of_memory, suggest_fix
 from jaxinfra.plan.topology import parse_topology
 from jaxinfra.storage import outputs
-from jaxinfra.track.text import percent, size
+from jaxinfra.track.formatting import format_bytes, format_percent
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -23,15 +23,15 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     topology = parse_topology(options.on)
     for path in (options.dump, options.json):
         if path is not None:
-            outputs.check(path)
+            outputs.check_writable(path)
     if options.json is not None and options.json == options.dump:
         raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two")
-    loaded = config_argument.loaded(options)
-    dump = None if options.dump is None else functools.partial(outputs.write, options.dump)
+    loaded = config_argument.load_config(options)
+    dump = None if options.dump is None else functools.partial(outputs.write_text, options.dump)
     compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))
-    print("\n".join(shown(compiled, topology.chip)))
+    print("\n".join(format_report(compiled, topology.chip)))
     if options.json is not None:
-        outputs.write(options.json, json.dumps(asdict(compiled), indent=1) + "\n")
+        outputs.write_text(options.json, json.dumps(asdict(compiled), indent=1) + "\n")
     needed, there = compiled.memory.total, topology.chip.hbm_bytes
     if needed > there:  # the TPU compiler says so itself
         fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed / there)
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def shown(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
+def format_report(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     """The figures as lines."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.items()) or "one device"
     yield f"{compiled.name} on {compiled.topology}: {mesh}, per-device batch size {compiled.per_device_batch_size:g}"
@@ -52,7 +52,7 @@ def shown(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
         over = ", ".join(row.axes) or "-"
         yield (
             f"  {row.loops:5}  {row.kind:18}  {over:22}  {row.link:7}  {row.arrays:6}  {row.runs:7,}  "
-            f"{size(row.bytes):>11}"
+            f"{format_bytes(row.bytes):>11}"
         )
 
 
@@ -62,14 +62,14 @@ def _memory(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     rows = {
         "arguments": (memory.arguments, "train state and batch"),
         "temporaries": (memory.temporaries, "at once"),
-        "output": (memory.output, f"{size(memory.aliased)} of it in the place of arguments"),
+        "output": (memory.output, f"{format_bytes(memory.aliased)} of it in the place of arguments"),
         "code": (memory.code, ""),
-        "total": (memory.total, f"{percent(memory.total / chip.hbm_bytes)} of {size(chip.hbm_bytes)}"),
+        "total": (memory.total, f"{format_percent(memory.total / chip.hbm_bytes)} of {format_bytes(chip.hbm_bytes)}"),
     }
     if memory.host:
         rows["in host memory"] = (memory.host, "besides")
     for name, (n_bytes, note) in rows.items():
-        yield f"  {name:14}  {size(n_bytes):>11}  {note}".rstrip()
+        yield f"  {name:14}  {format_bytes(n_bytes):>11}  {note}".rstrip()
 
 
 def _cycles(compiled: CompiledStep, chip: Chip) -> Iterator[str]:

@@ -7,13 +7,13 @@ from jaxinfra.config import Loaded, load
 from jaxinfra.run import Run, named
 
 
-def loaded(options: argparse.Namespace) -> Loaded[Run]:
+def load_config(options: argparse.Namespace) -> Loaded[Run]:
     """The config with its overrides, and a name of its own where they change its numbers; see `config.load`."""
     file = load(options.config, root=Run)
     return named(load(options.config, options.overrides, root=Run), file.run) if options.overrides else file
 
 
-def prepare_hint(options: argparse.Namespace, run: Run) -> str:
+def prepare_command(options: argparse.Namespace, run: Run) -> str:
     """The command that makes the data of a run."""
     changed = [each for each in options.overrides if each.startswith("data.")]
     known = run.parts.data.recipes

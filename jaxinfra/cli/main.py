@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jaxinfra.cli.arguments import ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.runtime import emulated, platforms
+from jaxinfra.runtime import emulation, platforms
 
 EPILOG = f"""\
 examples:
@@ -55,7 +55,7 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Reads a command line; options may stand anywhere after the command.
 
     ConfigError where the first word is neither a command nor a config; SystemExit for help, or a command used wrongly.
@@ -101,7 +101,7 @@ def choose_devices(devices: str | None) -> None:
     `cpu`, `cpu:N`, `gpu` or `tpu`.
     """
     if devices is None:
-        if "JAX_PLATFORMS" not in os.environ and (found := platforms.usable()):
+        if "JAX_PLATFORMS" not in os.environ and (found := platforms.available_platforms()):
             os.environ["JAX_PLATFORMS"] = found
         return
     platform, _, count = devices.partition(":")
@@ -110,10 +110,10 @@ def choose_devices(devices: str | None) -> None:
         raise ConfigError(f"--devices {devices}: expected cpu, cpu:N, gpu or tpu; use --devices cpu:8")
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
     if count:
-        os.environ |= emulated.environment(int(count))
+        os.environ |= emulation.emulation_env(int(count))
 
 
-def keep_compiled() -> None:
+def set_compilation_cache() -> None:
     """Names a folder for compiled programs, unless the environment does: the next start finds them there."""
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxinfra", "compiled")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
@@ -125,9 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     try:
-        options = parse(argv)
+        options = parse_command_line(argv)
         choose_devices(options.devices)
-        keep_compiled()
+        set_compilation_cache()
         module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
         return module.run(options, argv)
     except JaxinfraError as error:

@@ -10,13 +10,13 @@ from pathlib import Path
 from jaxinfra.bench import PARITY_CONFIGS
 from jaxinfra.bench.parity import BOUND, Row, loaded, shared_out
 from jaxinfra.errors import ConfigError
-from jaxinfra.runtime import emulated
+from jaxinfra.runtime import emulation
 from jaxinfra.storage import outputs
 
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"  # marks around the table on the page that `--write` names
 
 
-def table(found: Iterable[Row]) -> str:
+def markdown_table(found: Iterable[Row]) -> str:
     """The rows in Markdown, one line a mesh with all its models."""
     rows = {(row.mesh, row.config): row for row in found}
     configs = sorted({config for _, config in rows})
@@ -29,9 +29,9 @@ def table(found: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def with_table(page: Path, text: str) -> str:
+def insert_table(page: Path, text: str) -> str:
     """A page with the table between its marks; ConfigError where it has none, StorageError where it cannot be read."""
-    before, found, rest = outputs.read(page).partition(BEGIN)
+    before, found, rest = outputs.read_text(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not found or not end:
         raise ConfigError(f"{page}: no place for the table; put {BEGIN} and {END} on lines of their own")
@@ -43,12 +43,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     overrides = [word for word in options.words if "=" in word]
     configs = [word for word in options.words if "=" not in word] or PARITY_CONFIGS
     if options.write is not None:
-        outputs.check(options.write)
-        with_table(options.write, "")
+        outputs.check_writable(options.write)
+        insert_table(options.write, "")
     for config in configs:
         loaded(config, overrides)
     if options.devices is None:
-        os.environ |= emulated.environment(8)
+        os.environ |= emulation.emulation_env(8)
     found: list[Row] = []
     for row in shared_out(configs, overrides, options.jobs):
         found.append(row)
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     far = [row for row in found if not row.worst <= BOUND]
     print(f"{len(found)} rows, {len({row.mesh for row in found})} meshes, {len(far)} beyond {BOUND:g}", file=sys.stderr)
     if options.write:
-        outputs.write(options.write, with_table(options.write, table(found)))
+        outputs.write_text(options.write, insert_table(options.write, markdown_table(found)))
     if far:
         raise ConfigError(
             f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {BOUND:g} or less"

@@ -15,14 +15,14 @@ from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.schedules import picture
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
-from jaxinfra.track.console import derived_table, stdout_console, titled_table
-from jaxinfra.track.curve import curve
+from jaxinfra.track.console import statistics_table, stdout_console, titled_table
+from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.derived import derived
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the tree, the derived numbers, the pipeline, the parameters with their shardings, and the rate."""
-    loaded = config_argument.loaded(options)
+    loaded = config_argument.load_config(options)
     validate(loaded.run)
     count = options.devices.partition(":")[2] if options.devices else ""
     fixed = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         path = line.partition(" = ")[0]
         origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
         console.print(escape(line) + origin)
-    console.print(derived_table(derived(program)))
+    console.print(statistics_table(derived(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
         for row in picture(run.pipeline.table(run.mesh.stage, run.train.accumulate)):
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
     for step, rate in table(run.optim.schedule, **course):
         console.print(f"{step:>12,}  {rate:.2e}")
-    console.print(curve(table(run.optim.schedule, **course, rows=200)), markup=False)
+    console.print(plot_curve(table(run.optim.schedule, **course, rows=200)), markup=False)
     return 0
 
 

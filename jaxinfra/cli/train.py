@@ -6,20 +6,20 @@ from pathlib import Path
 
 from jaxinfra.cli import config_argument
 from jaxinfra.session import train
-from jaxinfra.track.curve import curve
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.track.terminal_plot import plot_curve
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Trains to the end, or says that there is nothing left to do."""
     command = ["python", "-m", "launch", *argv]
-    loaded = config_argument.loaded(options)
-    summary = train(loaded, command=command, prepare_hint=config_argument.prepare_hint(options, loaded.run))
+    loaded = config_argument.load_config(options)
+    summary = train(loaded, command=command, prepare_hint=config_argument.prepare_command(options, loaded.run))
     if summary["status"] == "finished before":
         print(f"nothing to do: all {summary['steps']} steps are done, {summary.get('checkpoint', 'saved')}")
     elif loaded.run.track.console != "off":
         metrics = Path(summary["report"]).with_name("metrics.jsonl")
-        rows = read(metrics) if metrics.exists() else []
+        rows = read_metrics(metrics) if metrics.exists() else []
         if losses := [(int(row["step"]) + 1, row["loss"]) for row in rows if "loss" in row]:
-            print(f"Training loss\n{curve(losses)}")
+            print(f"Training loss\n{plot_curve(losses)}")
     return 0

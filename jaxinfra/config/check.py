@@ -13,7 +13,7 @@ from typing import Any
 from jaxinfra.config.schema import MISSING, ConfigField, conform, describe, fields_of, is_config, is_within, least, walk
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.mask import has_credentials
+from jaxinfra.storage.credentials import has_credentials
 
 _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 

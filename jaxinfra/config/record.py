@@ -18,7 +18,7 @@ from jaxinfra.config.codec import decode, encode
 from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import show
 from jaxinfra.errors import ConfigError
-from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 
 FORMAT = 1  # the record format that this version writes; it reads this one and older ones
@@ -60,7 +60,7 @@ def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Replaces the file at `path` by a record; StorageError where it cannot be written: an older one is untouched."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     with storage_errors(path):
-        replace_bytes(Path(path), text.encode())
+        write_bytes_atomic(Path(path), text.encode())
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     try:
-        with storage_errors(path, doing="read", missing=missing):
+        with storage_errors(path, action="read", missing=missing):
             text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a run record, it is not UTF-8 text; restore the file") from error

@@ -86,7 +86,7 @@ def _run_config_file(path: Path) -> Any:
 
 
 def _compiled(path: Path) -> Any:
-    with storage_errors(path, doing="read"):
+    with storage_errors(path, action="read"):
         content = path.read_bytes()
     try:
         return compile(content, str(path), "exec", dont_inherit=True)

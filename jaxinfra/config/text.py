@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from jaxinfra.storage.mask import masked
+from jaxinfra.storage.credentials import mask_credentials
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
@@ -59,7 +59,7 @@ def show(value: Any) -> str:
 
 def shorten(text: str) -> str:
     """Puts a text on one line and cuts it to what a message can carry; credentials are left out."""
-    text = masked(" ".join(text.split()))
+    text = mask_credentials(" ".join(text.split()))
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

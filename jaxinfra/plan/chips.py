@@ -3,7 +3,7 @@
 All figures are per JAX device. A device is a whole chip, except on v4 and TPU7x: there it is half a chip.
 
 TPU figures are from the system architecture pages of Google Cloud's TPU documentation, GPU memory is from the device
-descriptions in XLA's CUDA plugin, and peak FLOP/s are those of `runtime.peak`, which names its source.
+descriptions in XLA's CUDA plugin, and peak FLOP/s are those of `runtime.peak_flops`, which names its source.
 
 Google publishes no TPU clock. It is computed as peak FLOP/s / (matrix units x 2 x rows x columns). The number of matrix
 units was checked against the compiler's cycle estimate for the matmul of two 8192 x 8192 bfloat16 matrices: at this
@@ -13,7 +13,7 @@ clock the matmul runs at 0.70 (v6e) to 0.90 of peak FLOP/s.
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfra.runtime.peak import CHIP_FLOPS
+from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -67,18 +67,18 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # A chip has two cores, each with 16 GiB, half of 275 TFLOP/s and 4 matrix units at 1.05 GHz.
-        _tpu("v4", "TPU v4", (16, 16, 16), hbm_gib=16, flops=CHIP_FLOPS["TPU v4"] / 2, num_mxu=4, mxu_size=128),
+        _tpu("v4", "TPU v4", (16, 16, 16), hbm_gib=16, flops=PEAK_FLOPS["TPU v4"] / 2, num_mxu=4, mxu_size=128),
         # One core of 4 matrix units at 1.50 GHz.
-        _tpu("v5e", "TPU v5 lite", (16, 16), hbm_gib=16, flops=CHIP_FLOPS["TPU v5e"], num_mxu=4, mxu_size=128),
+        _tpu("v5e", "TPU v5 lite", (16, 16), hbm_gib=16, flops=PEAK_FLOPS["TPU v5e"], num_mxu=4, mxu_size=128),
         # Two cores of 4 matrix units at 1.75 GHz; JAX lists them as one device.
-        _tpu("v5p", "TPU v5", (16, 20, 28), hbm_gib=95, flops=CHIP_FLOPS["TPU v5p"], num_mxu=8, mxu_size=128),
+        _tpu("v5p", "TPU v5", (16, 20, 28), hbm_gib=95, flops=PEAK_FLOPS["TPU v5p"], num_mxu=8, mxu_size=128),
         # The cycle estimate of a matmul is 1.4 times what two matrix units of this size could do, so there are more.
-        _tpu("v6e", "TPU v6 lite", (16, 16), hbm_gib=32, flops=CHIP_FLOPS["TPU v6e"], num_mxu=4, mxu_size=256),
+        _tpu("v6e", "TPU v6 lite", (16, 16), hbm_gib=32, flops=PEAK_FLOPS["TPU v6e"], num_mxu=4, mxu_size=256),
         # A chip has 192 GiB and 2307 TFLOP/s.
-        _tpu("tpu7x", "TPU7x", (16, 24, 24), hbm_gib=96, flops=CHIP_FLOPS["TPU7x"], num_mxu=4, mxu_size=256),
-        _gpu("a100", "NVIDIA A100-SXM4-80GB", 85_100_068_864, CHIP_FLOPS["NVIDIA A100"]),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, CHIP_FLOPS["NVIDIA H100"]),
-        _gpu("h200", "NVIDIA H200 141GB HBM3e", 151_397_597_184, CHIP_FLOPS["NVIDIA H200"]),
-        _gpu("b200", "NVIDIA B200", 191_514_411_008, CHIP_FLOPS["NVIDIA B200"]),
+        _tpu("tpu7x", "TPU7x", (16, 24, 24), hbm_gib=96, flops=PEAK_FLOPS["TPU7x"], num_mxu=4, mxu_size=256),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 85_100_068_864, PEAK_FLOPS["NVIDIA A100"]),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, PEAK_FLOPS["NVIDIA H100"]),
+        _gpu("h200", "NVIDIA H200 141GB HBM3e", 151_397_597_184, PEAK_FLOPS["NVIDIA H200"]),
+        _gpu("b200", "NVIDIA B200", 191_514_411_008, PEAK_FLOPS["NVIDIA B200"]),
     )
 }

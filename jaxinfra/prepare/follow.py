@@ -27,7 +27,7 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.stream import WAIT_S, Stream, blocks
 from jaxinfra.prepare.workspace import kept_folder, require_store, workspace
 from jaxinfra.storage.checks import check_space
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 
 
 def follow(
@@ -57,7 +57,7 @@ def follow(
     source = recipe.source
     if not isinstance(recipe, Corpus) or not isinstance(source, Stream):
         raise ConfigError(f"source={type(source).__name__}: is no stream; leave out --follow")
-    store = Storage(recipe.store)
+    store = ObjectStore(recipe.store)
     require_store(store)
     maker = TextMaker(recipe)
     identity = digest_of([dict(content_of(recipe)) | {"source": source.name}, maker.identity])
@@ -86,7 +86,13 @@ class _Course:
     """What has come so far, and what of it is sealed."""
 
     def __init__(
-        self, store: Storage, maker: TextMaker, build: Path, kept: Path, identity: str, told: Callable[[Progress], None]
+        self,
+        store: ObjectStore,
+        maker: TextMaker,
+        build: Path,
+        kept: Path,
+        identity: str,
+        told: Callable[[Progress], None],
     ):
         self._store, self._maker, self._build, self._kept = store, maker, build, kept
         self._identity, self._told = identity, told
@@ -124,7 +130,7 @@ class _Course:
         manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))
         versions.publish(self._build, self._store, manifest, self._made_of)
         self.unsealed_tokens = 0
-        return Prepared(path=self._store.where(manifest.fingerprint), manifest=manifest, new=True)
+        return Prepared(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
     @property
     def _made_of(self) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import DataError
-from jaxinfra.storage.atomic import atomic_file
+from jaxinfra.storage.atomic import open_atomic
 
 _META = "meta"
 _SUFFIX = ".npz"
@@ -65,7 +65,7 @@ def write(folder: Path, number: int, part: Part) -> Note:
     """Commits a part: it is there whole or not at all, whatever ends the process, or an OSError."""
     note = Note(**{each.name: getattr(part, each.name) for each in fields(Note)})
     arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
-    with atomic_file(path_of(folder, number)) as file:
+    with open_atomic(path_of(folder, number)) as file:
         meta = np.frombuffer(json.dumps(vars(note)).encode(), np.uint8)
         np.savez(file, allow_pickle=False, **{_META: meta}, **arrays)
     return note

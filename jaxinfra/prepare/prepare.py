@@ -32,7 +32,7 @@ from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.workspace import require_store, workspace
 from jaxinfra.storage.checks import check_space
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 
 _NOT_CONTENT = ("store", "shard_bytes", "work")  # fields of a recipe that do not change what comes out
 _LEAST_JOBS, _LEAST_BYTES = 32, 64 * 1024
@@ -82,7 +82,7 @@ def prepare(
         DataError: a record cannot be read and the recipe does not skip it; what is done so far is kept.
         StorageError: something cannot be read, or the store cannot be written.
     """
-    store = Storage(recipe.store)
+    store = ObjectStore(recipe.store)
     require_store(store)
     known = versions.listed(store)
     sources = [_cut(recipe.source, recipe.shard_bytes), _validation_pieces(recipe)]
@@ -126,7 +126,7 @@ def prepare(
         manifest = maker.assemble(folder, range(len(jobs)), build, source_digest)
         say("publish")
         versions.publish(build, store, manifest, made_of)
-    return Prepared(path=store.where(manifest.fingerprint), manifest=manifest, new=True)
+    return Prepared(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
 
 def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None:
@@ -142,7 +142,7 @@ def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None
                 )
 
 
-def existing(store: Storage, known: Sequence[Version], made_of: str) -> Prepared | None:
+def existing(store: ObjectStore, known: Sequence[Version], made_of: str) -> Prepared | None:
     """Returns the known version that was made of the same, and makes it the newest one; None if there is none.
 
     A damaged one is a DataError: as others may read it, it is not replaced.

@@ -11,19 +11,19 @@ from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import digest_of, is_fingerprint
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 
 WORK = ".work"
 STREAM = ".stream"
 
 
-def require_store(store: Storage) -> None:
+def require_store(store: ObjectStore) -> None:
     """Raises ConfigError for a local folder with something else in it, StorageError for one that cannot be read."""
     folder = store.folder
     if folder is None:
         return
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
-    with storage_errors(f"store={folder}", doing="read"):
+    with storage_errors(f"store={folder}", action="read"):
         there = {each.name for each in nearest.iterdir()}
     # A process that is killed before it has listed its version leaves that, and a lock of the list.
     others = {name for name in there - {WORK, STREAM} if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
@@ -32,7 +32,7 @@ def require_store(store: Storage) -> None:
 
 
 @contextmanager
-def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]:
+def workspace(store: ObjectStore, made_of: str, place: str | None) -> Iterator[Path]:
     """The folder of one version in the making, held by a lock; kept when the work ends early, removed when it is done.
 
     What is left there of other recipes of the store is removed: one version of it is in the making at a time. It is
@@ -61,7 +61,7 @@ def workspace(store: Storage, made_of: str, place: str | None) -> Iterator[Path]
             os.close(lock)
 
 
-def kept_folder(store: Storage, name: str, place: str | None) -> Path:
+def kept_folder(store: ObjectStore, name: str, place: str | None) -> Path:
     """Makes a folder beside the one of what is in the making, unless it is there; nothing removes it."""
     root = _root(store, place)
     folder = root.with_name(STREAM if root.name == WORK else root.name + STREAM) / name
@@ -69,7 +69,7 @@ def kept_folder(store: Storage, name: str, place: str | None) -> Path:
     return folder
 
 
-def _root(store: Storage, place: str | None) -> Path:
+def _root(store: ObjectStore, place: str | None) -> Path:
     if place is None and store.folder is not None:
         return store.folder / WORK
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxinfra" / "prepare"

@@ -15,7 +15,7 @@ _STARTING = "jax._src.xla_bridge"  # the logger of JAX that tells of platforms a
 
 def local_devices() -> Sequence[Any]:
     """The devices of this process; ConfigError where it lacks the platform asked for, or JAX has other processes."""
-    with _held(_STARTING) as said:
+    with _capture_logs(_STARTING) as said:
         try:
             found = jax.devices()
         except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for the platform at all
@@ -32,7 +32,7 @@ def local_devices() -> Sequence[Any]:
 
 
 @contextmanager
-def _held(name: str) -> Iterator[list[logging.LogRecord]]:
+def _capture_logs(name: str) -> Iterator[list[logging.LogRecord]]:
     """The records of a logger, kept until the end; those that are still in the list then are logged, a line each."""
     logger, records = logging.getLogger(name), []
 

@@ -12,7 +12,7 @@ _TPUS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 _GOOGLE = "0x1ae0"  # vendor of PCI devices: of TPUs, but also of the disks and the network of virtual machines
 
 
-def usable() -> str | None:
+def available_platforms() -> str | None:
     """Returns JAX_PLATFORMS without the plugins that are installed but have no hardware here.
 
     None where there is nothing to leave out, or a plugin is installed that this does not know: JAX then tries all.

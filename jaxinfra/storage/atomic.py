@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Gives a temporary file that takes the place of `path` once it is written and synced.
 
     Where an OSError prevents it, `path` is unchanged and nothing is left beside it.
@@ -34,9 +34,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     _sync(path.parent)
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
+def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replaces a file by `data`; see `atomic_file`."""
-    with atomic_file(path) as file:
+    with open_atomic(path) as file:
         file.write(data)
 
 

@@ -17,7 +17,7 @@ import tensorstore as ts
 from jaxinfra.errors import ConfigError
 
 RETRY_S = 60.0  # how long a failing request is tried again: a minute of waiting between a dozen tries
-RETRY_VARIABLE = "JAXINFRA_STORAGE_RETRY_S"  # of the environment: another time in seconds
+RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # of the environment: another time in seconds
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
@@ -30,7 +30,7 @@ _PATIENCE = {
 }
 
 
-def check_url(url: str) -> str:
+def normalize_url(url: str) -> str:
     """The URL without what does not belong to it: a slash at its end, `~`, `file://`.
 
     ConfigError where it is of no kind that is known, or has credentials or a query in it; they are not shown.
@@ -52,23 +52,23 @@ def check_url(url: str) -> str:
     return shown
 
 
-def context(*, cache_bytes: int = 0) -> ts.Context:
+def tensorstore_context(*, cache_bytes: int = 0) -> ts.Context:
     """Returns the context shared by all that is opened with a cache of this size: the cache, and the retries.
 
     ConfigError where the environment has a time that is none.
     """
-    text = os.environ.get(RETRY_VARIABLE, str(RETRY_S))
+    text = os.environ.get(RETRY_ENV, str(RETRY_S))
     try:
         if not 0 < (retry_s := float(text)) <= 24 * 3600:
             raise ValueError
     except ValueError:
-        fix = f"use {RETRY_VARIABLE}={RETRY_S:.0f}"
-        raise ConfigError(f"{RETRY_VARIABLE}={text}: expected seconds, above 0 and up to a day; {fix}") from None
-    return _context(retry_s, cache_bytes)
+        fix = f"use {RETRY_ENV}={RETRY_S:.0f}"
+        raise ConfigError(f"{RETRY_ENV}={text}: expected seconds, above 0 and up to a day; {fix}") from None
+    return _cached_context(retry_s, cache_bytes)
 
 
 @cache
-def _context(retry_s: float, cache_bytes: int) -> ts.Context:
+def _cached_context(retry_s: float, cache_bytes: int) -> ts.Context:
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
     waits = [min(_FIRST_WAIT_S, retry_s / 32)]

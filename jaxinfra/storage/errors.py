@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError, StorageError
-from jaxinfra.storage.mask import masked
+from jaxinfra.storage.credentials import mask_credentials
 
-REMAKE = "move this version away, then prepare it again or copy it anew"
+DAMAGED_VERSION_FIX = "move this version away, then prepare it again or copy it anew"
 """The fix for a damaged version: nothing is written over one that is there."""
 
 _CAUSE_CHARACTERS = 300
@@ -34,13 +34,13 @@ _FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def storage_errors(
-    where: object, *, doing: str = "written", fix: str | None = None, missing: str | None = None
+    where: object, *, action: str = "written", fix: str | None = None, missing: str | None = None
 ) -> Iterator[None]:
     """Raises StorageError for a failure of storage inside; every other exception passes.
 
     Args:
         where: the path or URL, for the message.
-        doing: what cannot be done, as in "cannot be written".
+        action: what cannot be done, as in "cannot be written".
         fix: what to do about it; None chooses by the cause.
         missing: the whole message if there is no such file, which is then a ConfigError.
     """
@@ -50,15 +50,15 @@ def storage_errors(
         raise
     except Exception as error:
         if missing and isinstance(error, _ABSENT):
-            raise ConfigError(masked(missing)) from error
-        if not is_storage_failure(error):
+            raise ConfigError(mask_credentials(missing)) from error
+        if not is_storage_error(error):
             raise
         # A folder is listed with all below it: the message names the one that is closed.
-        closed = error.filename if doing == "read" and isinstance(error, PermissionError) else None
-        raise _storage_error(str(closed or where), cause_of(error), doing, fix) from error
+        closed = error.filename if action == "read" and isinstance(error, PermissionError) else None
+        raise _storage_error(str(closed or where), cause_of(error), action, fix) from error
 
 
-def checked[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T:
+def call_storage[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T:
     """Runs a call of TensorStore, or of the file system, on a part of a store.
 
     DataError where what is read is missing or damaged, StorageError where the place may not or cannot be read or
@@ -67,10 +67,10 @@ def checked[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T
     try:
         return call()
     except (ValueError, OSError) as error:
-        raise store_error(where, error, writing=writing) from None
+        raise classify_error(where, error, writing=writing) from None
 
 
-def store_error(where: str, error: Exception, *, writing: bool = False) -> DataError | StorageError:
+def classify_error(where: str, error: Exception, *, writing: bool = False) -> DataError | StorageError:
     """Tells damaged data from storage that refuses, by TensorStore's status and the server's answer."""
     cause = cause_of(error)
     status = " ".join(str(error).split())
@@ -79,10 +79,10 @@ def store_error(where: str, error: Exception, *, writing: bool = False) -> DataE
     refused = code and not no_object and code != "416"
     if writing or refused or _NO_ACCESS.match(status) or isinstance(error, OSError):
         return _storage_error(where, cause, "written" if writing else "read", None)
-    return DataError(f"{where}: {cause}; {REMAKE}")
+    return DataError(f"{where}: {cause}; {DAMAGED_VERSION_FIX}")
 
 
-def is_storage_failure(error: BaseException) -> bool:
+def is_storage_error(error: BaseException) -> bool:
     """Tells whether an exception comes from storage: from the operating system, TensorStore or a client of fsspec."""
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS:
         return True
@@ -100,11 +100,11 @@ def cause_of(error: BaseException) -> str:
         text = os.strerror(errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EACCES)
     elif _STATUS.match(text):  # TensorStore appends pages of source locations and answers in brackets
         text = text.split(" [", 1)[0].removesuffix(": Unknown")
-    return masked(text)[:_CAUSE_CHARACTERS] or type(error).__name__
+    return mask_credentials(text)[:_CAUSE_CHARACTERS] or type(error).__name__
 
 
-def _storage_error(where: str, cause: str, doing: str, fix: str | None) -> StorageError:
-    return StorageError(f"{masked(where)}: cannot be {doing}: {cause}; {fix or _fix(where, cause)}")
+def _storage_error(where: str, cause: str, action: str, fix: str | None) -> StorageError:
+    return StorageError(f"{mask_credentials(where)}: cannot be {action}: {cause}; {fix or _fix(where, cause)}")
 
 
 def _fix(where: str, cause: str) -> str:

@@ -20,8 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.storage.mask import masked
 
 STDLIB = "stdlib"  # the root that stands for the running Python's standard library
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -34,7 +34,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class FileInfo:
     """A file that was listed."""
 
     name: str  # relative to the root, with slashes
@@ -42,9 +42,9 @@ class File:
     stamp: str  # changes when the file is replaced
 
 
-def shown(root: str) -> str:
+def display_url(root: str) -> str:
     """The root without what may be secret in a URL: user, password and query."""
-    return masked(root.partition("?")[0] if "://" in root else root)
+    return mask_credentials(root.partition("?")[0] if "://" in root else root)
 
 
 def is_local(root: str) -> bool:
@@ -57,7 +57,7 @@ def local_path(root: str, name: str) -> str:
     return f"{_file_system(root)[1]}/{name}"
 
 
-def list_files(root: str, pattern: str) -> list[File]:
+def list_files(root: str, pattern: str) -> list[FileInfo]:
     """The files below the root whose relative names match, sorted by name.
 
     Links to files are followed, links to folders are not. Reads no file. ConfigError where there is no such folder, or
@@ -82,18 +82,18 @@ def list_files(root: str, pattern: str) -> list[File]:
     matches = re.compile(glob_translate("/".join(parts))).match
     skip = len(base.rstrip("/")) + 1
     found = [
-        File(name=name, size_bytes=info["size"], stamp=f"{info['size']}:{_version(info)}")
+        FileInfo(name=name, size_bytes=info["size"], stamp=f"{info['size']}:{_version(info)}")
         for info in files
         if matches(name := info["name"][skip:])
     ]
     if root == STDLIB:
         found = [file for file in found if not _NOT_STDLIB & set(file.name.split("/"))]
     if not found:
-        raise ConfigError(f"pattern={pattern}: matches no file in {shown(root)}; mend the pattern or the root")
+        raise ConfigError(f"pattern={pattern}: matches no file in {display_url(root)}; mend the pattern or the root")
     return sorted(found, key=lambda file: file.name)
 
 
-def list_names(root: str) -> list[str]:
+def list_folders(root: str) -> list[str]:
     """Returns the sorted names of the folders directly below the root; ConfigError where that is no folder."""
     fs, base = _file_system(root)
     with _listing(root):
@@ -104,10 +104,10 @@ def list_names(root: str) -> list[str]:
 
 
 @contextmanager
-def opened(root: str, name: str) -> Iterator[BinaryIO]:
+def open_file(root: str, name: str) -> Iterator[BinaryIO]:
     """Opens a file below the root for reading; it can be sought in. What fails while it is read is translated too."""
     fs, base = _file_system(root)
-    with storage_errors(f"{shown(root)}/{name}", doing="read"):
+    with storage_errors(f"{display_url(root)}/{name}", action="read"):
         path = f"{base.rstrip('/')}/{name}"
         if isinstance(fs, LocalFileSystem):
             with open(path, "rb", buffering=_BUFFER_BYTES) as file:
@@ -118,18 +118,18 @@ def opened(root: str, name: str) -> Iterator[BinaryIO]:
                 yield file
 
 
-def read_content(path: str, what: str) -> bytes:
+def read_file(path: str, what: str) -> bytes:
     """Returns the bytes of a small file that a recipe names, by its path or URL; `what` it should be, for the error."""
     fs, place = _file_system(path, field="")
-    missing = f"{shown(path)}: cannot be read as {what}: no such file; mend the path"
-    with storage_errors(shown(path), doing=f"read as {what}", missing=missing):
+    missing = f"{display_url(path)}: cannot be read as {what}: no such file; mend the path"
+    with storage_errors(display_url(path), action=f"read as {what}", missing=missing):
         return cast(bytes, fs.cat_file(place))
 
 
-def exists(path: str) -> bool:
+def file_exists(path: str) -> bool:
     """Tells whether there is such a file."""
     fs, place = _file_system(path, field="")
-    with storage_errors(shown(path), doing="looked for"):
+    with storage_errors(display_url(path), action="looked for"):
         return fs.exists(place)
 
 
@@ -144,15 +144,17 @@ def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFil
     except ImportError:
         extra = _EXTRAS.get(protocol)
         fix = f"run pip install 'jaxinfra[{extra}]'" if extra else f"install what fsspec reads {protocol}:// with"
-        raise ConfigError(f"{field}{shown(root)}: nothing installed reads {protocol}://; {fix}") from None
+        raise ConfigError(f"{field}{display_url(root)}: nothing installed reads {protocol}://; {fix}") from None
     except ValueError:
-        raise ConfigError(f"{field}{shown(root)}: {protocol}:// is not known; use a path, s3:// or gs://") from None
+        raise ConfigError(
+            f"{field}{display_url(root)}: {protocol}:// is not known; use a path, s3:// or gs://"
+        ) from None
     return cast(fsspec.AbstractFileSystem, fs), path
 
 
 def _listing(root: str) -> AbstractContextManager[None]:
-    missing = f"root={shown(root)}: no such folder; give the folder that holds the files"
-    return storage_errors(shown(root), doing="read", missing=missing)
+    missing = f"root={display_url(root)}: no such folder; give the folder that holds the files"
+    return storage_errors(display_url(root), action="read", missing=missing)
 
 
 def _below(fs: fsspec.AbstractFileSystem, folder: str, depth: int | None) -> Iterator[dict[str, Any]]:

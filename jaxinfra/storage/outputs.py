@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from jaxinfra.errors import StorageError
-from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 
 _FIX = "mend it or name another file"
 
 
-def check(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raises StorageError for a file that cannot be written, before anything takes long."""
     folder = path.absolute().parent
     if path.is_dir():
@@ -24,16 +24,16 @@ def check(path: Path) -> None:
         raise StorageError(f"{path}: its folder cannot be written to; {_FIX}")
 
 
-def write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file whole, or leaves it as it was; what is no file (a pipe, `/dev/stdout`) is written to as it is."""
     with storage_errors(path, fix=_FIX):
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
         else:
-            replace_bytes(path.resolve(), text.encode())
+            write_bytes_atomic(path.resolve(), text.encode())
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Returns the text of a file."""
-    with storage_errors(path, doing="read", fix=_FIX):
+    with storage_errors(path, action="read", fix=_FIX):
         return path.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any, override
 
 from jaxinfra.storage.appender import Appender
 
-type Derived = Mapping[str, tuple[int | float | str, str]]
+type RunStatistics = Mapping[str, tuple[int | float | str, str]]
 """Derived numbers by name: the value, and its unit or how it was computed."""
 
 
@@ -16,7 +16,7 @@ class Tracker:
     A step is counted from 0. A run that resumes at step s logs step s next.
     """
 
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
         """Takes the run record and the derived numbers; forgets what was logged from `start_step` on.
 
         StorageError where it cannot write where it should.
@@ -28,7 +28,7 @@ class Tracker:
         OSError where they could not be written now; they wait, and the next call tries again.
         """
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def log_summary(self, values: Mapping[str, Any]) -> None:
         """Takes the final values of the run; called at most once, before `close`."""
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from html import escape
 from itertools import groupby
 from typing import Literal
 
-from jaxinfra.track.text import number
+from jaxinfra.track.formatting import format_number
 
 type Point = tuple[int, float]
 
@@ -67,7 +67,7 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def figure(chart: Chart, steps: tuple[int, int]) -> str:
+def render_chart(chart: Chart, steps: tuple[int, int]) -> str:
     """Draws `chart` over the steps from the first to the last of `steps`, as one HTML `figure`."""
     lines = [
         (label, [(step, value / chart.divisor) for step, value in downsample(points)])
@@ -76,7 +76,7 @@ def figure(chart: Chart, steps: tuple[int, int]) -> str:
     ]
     unit = f'<span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
     legend = "".join(  # each label with its last value; the script puts the values under the pointer there
-        f'<span class="key s{i}">{escape(label)} <b>{escape(number(points[-1][1]))}</b></span>'
+        f'<span class="key s{i}">{escape(label)} <b>{escape(format_number(points[-1][1]))}</b></span>'
         for i, (label, points) in enumerate(lines)
     )
     title = f"<h3>{escape(chart.title)}</h3>"

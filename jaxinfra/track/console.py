@@ -18,8 +18,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jaxinfra.track.base import Derived, Tracker
-from jaxinfra.track.text import count, duration, number, percent, summary_rows, words
+from jaxinfra.track.base import RunStatistics, Tracker
+from jaxinfra.track.formatting import (
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+    metric_label,
+    summary_rows,
+)
 
 _REFRESH_PER_S = 4
 _LOG_WIDTH = 110  # characters of a table in a log file, which has no width of its own
@@ -30,8 +37,8 @@ _COLUMNS = {
     "loss": ("{:.4f}".format, 7),
     "lr": ("{:.1e}".format, 7),
     "grad_norm": ("{:.2f}".format, 5),
-    "_per_s": (count, 9),
-    "mfu": (percent, 5),
+    "_per_s": (format_count, 9),
+    "mfu": (format_percent, 5),
 }
 
 
@@ -43,13 +50,13 @@ def stdout_console() -> Console:
     return console
 
 
-def derived_table(derived: Derived) -> RenderableType:
+def statistics_table(derived: RunStatistics) -> RenderableType:
     """Lays out the derived numbers of a run, to be printed before its first step."""
     table = titled_table("Derived numbers", "number")
     table.add_column("value", justify="right")
     table.add_column("unit or how", style="dim")
     for name, (value, how) in derived.items():
-        table.add_row(Text(name), Text(number(value)), Text(how))
+        table.add_row(Text(name), Text(format_number(value)), Text(how))
     return table
 
 
@@ -68,7 +75,7 @@ def titled_table(title: str, *columns: str) -> Table:
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
 
 
-class Progress:
+class RunProgress:
     """The newest value of each metric, the steps done, and the time that the rest will take."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
@@ -104,24 +111,24 @@ class ConsoleTracker(Tracker):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(0, 0)
+        self._progress = RunProgress(0, 0)
 
     @override
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
-        self._progress = Progress(start_step, total_steps)
-        self._console.print(derived_table(derived))
+    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
+        self._progress = RunProgress(start_step, total_steps)
+        self._console.print(statistics_table(derived))
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._progress.take(step, metrics)
 
     @override
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def log_summary(self, values: Mapping[str, Any]) -> None:
         self.close()
         self._console.print(summary_table(values))
 
 
-class Plain(ConsoleTracker):
+class PlainTextTracker(ConsoleTracker):
     """Prints a line with fixed columns at the first step, then every `log_every` steps, and at the last."""
 
     def __init__(self, console: Console, log_every: int) -> None:
@@ -146,24 +153,24 @@ class Plain(ConsoleTracker):
     def _columns(self) -> list[str]:
         metrics = self._progress.metrics
         cells = [
-            f"{words(name)} {written(value):>{width}}"
+            f"{metric_label(name)} {written(value):>{width}}"
             for end, (written, width) in _COLUMNS.items()
             for name, value in metrics.items()
             if name == end or (end == "_per_s" and name.endswith(end))
         ]
-        return [*cells, f"eta {duration(self._progress.eta_s()):>7}"]
+        return [*cells, f"eta {format_duration(self._progress.eta_s()):>7}"]
 
     def _line(self, cells: Iterable[str]) -> None:
         print("  ".join([f"step {self._progress.steps()}", *cells]), file=self._console.file, flush=True)
 
 
-class Bar(ConsoleTracker):
+class ProgressBarTracker(ConsoleTracker):
     """Draws one line at the bottom of a terminal; everything else that is printed scrolls above it."""
 
     _live: Live | None = None
 
     @override
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
         super().start(record, derived, start_step=start_step, total_steps=total_steps)
         self._live = Live(
             console=self._console, get_renderable=self._draw, refresh_per_second=_REFRESH_PER_S, transient=True
@@ -193,9 +200,11 @@ class Bar(ConsoleTracker):
         """Returns the cells behind the bar; the last ones give way first on a narrow terminal."""
         metrics = self._progress.metrics
         cells = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else ["compiling"]
-        cells.append(f"eta {duration(self._progress.eta_s())}")
-        cells += [f"{count(value)} {words(name)}" for name, value in metrics.items() if name.endswith("_per_s")]
+        cells.append(f"eta {format_duration(self._progress.eta_s())}")
+        cells += [
+            f"{format_count(value)} {metric_label(name)}" for name, value in metrics.items() if name.endswith("_per_s")
+        ]
         if "mfu" in metrics:
-            cells.append(f"mfu {percent(metrics['mfu'])}")
+            cells.append(f"mfu {format_percent(metrics['mfu'])}")
         scores = (item for item in metrics.items() if item[0].startswith("eval/"))
-        return cells + [f"{words(name.replace('/', ' '))} {value:.4f}" for name, value in scores]
+        return cells + [f"{metric_label(name.replace('/', ' '))} {value:.4f}" for name, value in scores]

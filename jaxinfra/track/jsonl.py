@@ -19,9 +19,9 @@ from typing import Any, override
 
 from jaxinfra.errors import StorageError
 from jaxinfra.storage.appender import Appender
-from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.track.base import Derived, FileTracker
+from jaxinfra.track.base import FileTracker, RunStatistics
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -31,15 +31,15 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _log = logging.getLogger(__name__)
 
 
-class Jsonl(FileTracker):
+class JsonlTracker(FileTracker):
     """Writes metrics.jsonl line by line, and summary.json at the end, into `run_dir`."""
 
     @override
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
         path = self._run_dir / METRICS
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            elapsed_s = cut(path, start_step)
+            elapsed_s = truncate_metrics(path, start_step)
             self._file = Appender(path)
         self._zero_s = time.monotonic() - elapsed_s
 
@@ -49,12 +49,12 @@ class Jsonl(FileTracker):
         self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     @override
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def log_summary(self, values: Mapping[str, Any]) -> None:
         text = json.dumps(_encode(values), indent=2, allow_nan=False)
-        replace_bytes(self._run_dir / SUMMARY, text.encode() + b"\n")
+        write_bytes_atomic(self._run_dir / SUMMARY, text.encode() + b"\n")
 
 
-def read(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """Reads metrics.jsonl; a last line torn by a kill is left out, an earlier one without a step is a StorageError."""
     rows = [_parse(line) for line in path.read_bytes().splitlines()]
     if None in rows[:-1]:
@@ -64,7 +64,7 @@ def read(path: Path) -> list[dict[str, float]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object such as summary.json, "nan" and "inf" turned back into floats; else StorageError."""
-    with storage_errors(path, doing="read", fix="give the directory of a run that has started"):
+    with storage_errors(path, action="read", fix="give the directory of a run that has started"):
         content = path.read_bytes()
     try:
         value = json.loads(content)
@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _decode(value)
 
 
-def cut(path: Path, start_step: int) -> float:
+def truncate_metrics(path: Path, start_step: int) -> float:
     """Drops the lines of steps >= `start_step`, and lines that cannot be read, by one atomic replacement.
 
     It returns `time_s` of the last line kept, 0 if there is none.
@@ -89,7 +89,7 @@ def cut(path: Path, start_step: int) -> float:
     kept = [(line, row) for line, row in rows if row is not None and row["step"] < start_step]
     new = b"".join(line + b"\n" for line, _ in kept)
     if new != old:
-        replace_bytes(path, new)
+        write_bytes_atomic(path, new)
     return next((row["time_s"] for _, row in reversed(kept) if "time_s" in row), 0.0)
 
 

@@ -24,11 +24,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxinfra.storage.atomic import replace_bytes
+from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
-from jaxinfra.track.charts import Chart, Point, figure
-from jaxinfra.track.text import flatten, number, size_unit, summary_rows, words
+from jaxinfra.track.charts import Chart, Point, render_chart
+from jaxinfra.track.formatting import bytes_unit, flatten, format_number, metric_label, summary_rows
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived")
 _NOT_CHARTED = ("step", "time_s")
@@ -48,14 +48,14 @@ def write_report(run_dir: Path) -> Path:
     record = jsonl.read_json(run_dir / "run.json")
     summary_file, metrics_file = run_dir / jsonl.SUMMARY, run_dir / jsonl.METRICS
     summary = jsonl.read_json(summary_file) if summary_file.exists() else {}
-    rows = jsonl.read(metrics_file) if metrics_file.exists() else []
+    rows = jsonl.read_metrics(metrics_file) if metrics_file.exists() else []
     path = run_dir / "report.html"
     with storage_errors(path):
-        replace_bytes(path, page(record, rows, summary).encode())
+        write_bytes_atomic(path, render_report(record, rows, summary).encode())
     return path
 
 
-def page(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> str:
+def render_report(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> str:
     """Returns the whole page; see the module for what `record`, `rows` and `summary` hold."""
     loader = PackageLoader("jaxinfra.track", "assets")
     environment = Environment(
@@ -77,7 +77,7 @@ def page(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]], summary
         comparisons=list(_comparisons(summary)),
         figures=figures,
         not_drawn=not_drawn,
-        derived=[(name, number(value), str(how)) for name, (value, how) in record.get("derived", {}).items()],
+        derived=[(name, format_number(value), str(how)) for name, (value, how) in record.get("derived", {}).items()],
         config=[(path, _leaf(value)) for path, value in config.items()],
         changed=[(path, _leaf(config.get(path)), str(set_by)) for path, set_by in record.get("origins", {}).items()],
         environment=[(key, value if isinstance(value, str) else _leaf(value)) for key, value in facts.items()],
@@ -95,7 +95,7 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
             values = [each for each in [("this run", own), *others.items()] if math.isfinite(each[1])]
             longest = max((value for _, value in values), default=0.0) or 1.0
             values.sort(key=lambda each: each[1])
-            yield words(score), [(name, value, 100 * value / longest) for name, value in values]
+            yield metric_label(score), [(name, value, 100 * value / longest) for name, value in values]
 
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
@@ -105,7 +105,7 @@ def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
         for key, value in row.items():
             points[key].append((int(row["step"]), value))
     scored = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
-    speeds = {key: words(key) for key in points if key.endswith("_per_s")}
+    speeds = {key: metric_label(key) for key in points if key.endswith("_per_s")}
     devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))[:_DEVICE_LINES]
     memory = {"rss_bytes": "host"} | {key: key.removesuffix("_bytes").replace("_", " ") for key in devices}
     used = {*_NOT_CHARTED, *_KNOWN, *memory, *speeds, *scored, *scored.values()}
@@ -113,7 +113,7 @@ def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
     charts = _known_charts(points, scored, speeds, memory)
     charts += [Chart(title=key, lines={key: points[key]}) for key in others[:_OTHER_CHARTS]]
     steps = [int(row["step"]) for row in rows] or [0]
-    return "".join(figure(chart, (min(steps), max(steps))) for chart in charts), others[_OTHER_CHARTS:]
+    return "".join(render_chart(chart, (min(steps), max(steps))) for chart in charts), others[_OTHER_CHARTS:]
 
 
 def _known_charts(points: _Points, scored: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
@@ -123,9 +123,9 @@ def _known_charts(points: _Points, scored: _Labels, speeds: _Labels, memory: _La
     """
     sizes = _lines(memory, points)
     largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)
-    divisor, unit = size_unit(largest)
+    divisor, unit = bytes_unit(largest)
     scores = [
-        Chart(title=words(trained).capitalize(), lines=_lines({trained: "training", name: "validation"}, points))
+        Chart(title=metric_label(trained).capitalize(), lines=_lines({trained: "training", name: "validation"}, points))
         for name, trained in scored.items()
         if trained != "loss"
     ]

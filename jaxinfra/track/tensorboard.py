@@ -23,8 +23,8 @@ from tensorboardX.summary import hparams, text
 
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.errors import storage_errors
-from jaxinfra.track.base import Derived, FileTracker
-from jaxinfra.track.text import flatten, number
+from jaxinfra.track.base import FileTracker, RunStatistics
+from jaxinfra.track.formatting import flatten, format_number
 
 _events: Any = event_pb2  # protobuf makes its classes on import, where no type checker can see them
 _summaries: Any = summary_pb2
@@ -32,11 +32,11 @@ _summaries: Any = summary_pb2
 _HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0}
 
 
-class TensorBoard(FileTracker):
+class TensorBoardTracker(FileTracker):
     """Writes event files into `<run_dir>/tensorboard`; a start opens one with the purge mark and the config."""
 
     @override
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
         folder = self._run_dir / "tensorboard"
         with storage_errors(folder, fix="free space or set track.tensorboard=false"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ class TensorBoard(FileTracker):
             self._add(start_step, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
             code = indent(json.dumps(config, indent=2, default=str), "    ")  # as it stands in Markdown
-            rows = [f"| {name} | {number(value)} | {how} |" for name, (value, how) in derived.items()]
+            rows = [f"| {name} | {format_number(value)} | {how} |" for name, (value, how) in derived.items()]
             table = "\n".join(["| number | value | unit or how |", "| --- | --- | --- |", *rows])
             self._add(start_step, summary=text("config", code))
             self._add(start_step, summary=text("derived", table))

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, Self, override
 
 from jaxinfra.config.limits import Count
-from jaxinfra.track.base import Derived, Tracker
-from jaxinfra.track.console import Bar, Plain, stdout_console
-from jaxinfra.track.jsonl import Jsonl
-from jaxinfra.track.tensorboard import TensorBoard
+from jaxinfra.track.base import RunStatistics, Tracker
+from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
+from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.tensorboard import TensorBoardTracker
 
 _log = logging.getLogger(__name__)
 
 
-class Trackers(Tracker):
+class MultiTracker(Tracker):
     """Hands everything to each tracker in order; a context manager that closes."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
@@ -29,7 +29,7 @@ class Trackers(Tracker):
         self._failures = [0] * len(self._trackers)
 
     @override
-    def start(self, record: Mapping[str, Any], derived: Derived, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
         for tracker in self._trackers:
             tracker.start(record, derived, start_step=start_step, total_steps=total_steps)
 
@@ -38,8 +38,8 @@ class Trackers(Tracker):
         self._each(lambda tracker: tracker.log(step, metrics))
 
     @override
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self._each(lambda tracker: tracker.summary(values))
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.log_summary(values))
 
     @override
     def close(self) -> None:
@@ -102,19 +102,19 @@ class TrackConfig:
         return (step + 1) % self.log_every == 0 or step + 1 == total_steps
 
 
-def build(config: TrackConfig, run_dir: Path) -> Trackers:
+def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
     """Makes the trackers of `config`; nothing is opened, drawn or printed before `start`.
 
     In a run of several processes only one has trackers: the others use `Trackers()`.
     """
     trackers: list[Tracker] = []
     if config.jsonl:
-        trackers.append(Jsonl(run_dir))
+        trackers.append(JsonlTracker(run_dir))
     if config.tensorboard:
-        trackers.append(TensorBoard(run_dir))
+        trackers.append(TensorBoardTracker(run_dir))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
-        trackers.append(Bar(console))
+        trackers.append(ProgressBarTracker(console))
     elif config.console != "off":
-        trackers.append(Plain(console, config.log_every))
-    return Trackers(trackers)
+        trackers.append(PlainTextTracker(console, config.log_every))
+    return MultiTracker(trackers)

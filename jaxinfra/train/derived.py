@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxinfra.parallel.schedules import described
 from jaxinfra.program import Program
-from jaxinfra.runtime.peak import CHIP_FLOPS
+from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 type Derived = dict[str, tuple[int | float | str, str]]
 
@@ -73,6 +73,9 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):
-        hours = flops / (ASSUMED_MFU * CHIP_FLOPS[chip]) / 3600
-        numbers[f"{chip} hours"] = (hours, f"chip-hours if {ASSUMED_MFU:.0%} of {CHIP_FLOPS[chip] / 1e12:.0f} TFLOP/s")
+        hours = flops / (ASSUMED_MFU * PEAK_FLOPS[chip]) / 3600
+        numbers[f"{chip} hours"] = (
+            hours,
+            f"chip-hours if {ASSUMED_MFU:.0%} of {PEAK_FLOPS[chip] / 1e12:.0f} TFLOP/s",
+        )
     return numbers

@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfra.bench import PARITY_CONFIGS as CONFIGS
 from jaxinfra.bench.parity import BOUND, Row, differences, meshes
-from jaxinfra.cli.parity import BEGIN, END, table, with_table
+from jaxinfra.cli.parity import BEGIN, END, insert_table, markdown_table
 from tests.refusals import names, refused
 from tests.tiny_run import ended, launch, start
 
@@ -47,7 +47,7 @@ def test_a_gradient_that_is_nothing_but_rounding_is_held_to_rounding() -> None:
 
 
 def test_the_table_has_a_line_for_each_mesh() -> None:
-    lines = table([row(), row(config="b", loss=3e-7), row(mesh="tensor=8")]).splitlines()
+    lines = markdown_table([row(), row(config="b", loss=3e-7), row(mesh="tensor=8")]).splitlines()
     assert lines[2:] == [
         "| stage=2 fsdp=4 | 0.0e+00 | 1.0e-06 | 2.0e-06 | 3.0e-07 | 1.0e-06 | 2.0e-06 |",
         "| tensor=8 | 0.0e+00 | 1.0e-06 | 2.0e-06 |  |  |  |",
@@ -57,14 +57,14 @@ def test_the_table_has_a_line_for_each_mesh() -> None:
 def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    page.write_text(with_table(page, "| newer |"))
-    assert with_table(page, "| new |") == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
+    page.write_text(insert_table(page, "| newer |"))
+    assert insert_table(page, "| new |") == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
 
 
 def test_the_published_table_is_whole_and_within_the_bound(repo_root: Path) -> None:
     page = (repo_root / "docs" / "parallelism.md").read_text()
     lines = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
-    assert lines[0] == table([row(config=Path(config).stem) for config in CONFIGS]).splitlines()[0]
+    assert lines[0] == markdown_table([row(config=Path(config).stem) for config in CONFIGS]).splitlines()[0]
     cells = [line.strip("| ").split(" | ") for line in lines[2:]]
     assert len({mesh for mesh, *_ in cells}) == len(meshes(8)) == len(cells)
     assert all(len(found) == 3 * len(CONFIGS) and max(map(float, found)) <= BOUND for _, *found in cells)

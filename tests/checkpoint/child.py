@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import size_bytes
+from jaxinfra.checkpoint.leaves import tree_bytes
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import StorageError
 
 from .states import make_mesh, make_state
@@ -41,10 +41,10 @@ def small_files() -> Iterator[None]:
 def no_space(directory: Path) -> dict[str, Any]:
     """Two saves fail in the background; the one after them has space again."""
     failures = []
-    with Checkpoints(directory, CheckpointConfig(every=10)) as checkpoints:
+    with CheckpointManager(directory, CheckpointConfig(save_every=10)) as checkpoints:
         for step in (10, 20):
             checkpoints.save(step, random_state(step, 1024), {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         with small_files():
             for step in (30, 40):
                 checkpoints.save(step, random_state(step, 1024), {})
@@ -55,17 +55,17 @@ def no_space(directory: Path) -> dict[str, Any]:
                 except StorageError as error:
                     failures.append(str(error))
         left = sorted(path.name for path in directory.iterdir())
-        intact = checkpoints.steps()
+        intact = checkpoints.all_steps()
         checkpoints.save(50, random_state(50, 1024), {})
-        checkpoints.wait()
-        return {"failures": failures, "left": left, "intact": intact, "after": checkpoints.steps()}
+        checkpoints.wait_until_finished()
+        return {"failures": failures, "left": left, "intact": intact, "after": checkpoints.all_steps()}
 
 
 def killed(directory: Path) -> dict[str, Any]:
     """Dies while the files of step 2 are being written."""
-    checkpoints = Checkpoints(directory, CheckpointConfig(every=1))
+    checkpoints = CheckpointManager(directory, CheckpointConfig(save_every=1))
     checkpoints.save(1, random_state(1, 256), {})
-    checkpoints.wait()
+    checkpoints.wait_until_finished()
     checkpoints.save(2, random_state(2, 16 * 1024), {})
     while True:
         if any(path.is_file() for path in directory.glob("2.*/**/*")):
@@ -76,19 +76,19 @@ def memory(directory: Path) -> dict[str, Any]:
     """Bytes of a state and of resident memory after each of 60 saves of it."""
     state = make_state(make_mesh(fsdp=2), width=8192)
     resident_bytes = []
-    with Checkpoints(directory, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(directory, CheckpointConfig(save_every=1)) as checkpoints:
         for step in range(1, 61):
             checkpoints.save(step, state, {"step": step})
-            checkpoints.wait()
+            checkpoints.wait_until_finished()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident_bytes.append(pages * resource.getpagesize())
-    return {"state_bytes": size_bytes(state), "resident_bytes": resident_bytes}
+    return {"state_bytes": tree_bytes(state), "resident_bytes": resident_bytes}
 
 
 def ended(directory: Path) -> dict[str, Any]:
     """The run ends by an error of its own while a save fails."""
     try:
-        with small_files(), Checkpoints(directory, CheckpointConfig(every=1)) as checkpoints:
+        with small_files(), CheckpointManager(directory, CheckpointConfig(save_every=1)) as checkpoints:
             checkpoints.save(1, random_state(1, 1024), {})
             raise KeyError("the cause")
     except KeyError as error:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import CheckpointError, StorageError
 from tests.refusals import names, raises
 
@@ -53,12 +53,12 @@ def test_killed_while_saving(tmp_path):
     assert child.returncode == -signal.SIGKILL
     assert list(tmp_path.glob("2.*"))
     expected = random_state(1, 256)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
-        assert checkpoints.steps() == [1]
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
+        assert checkpoints.all_steps() == [1]
         assert_same(checkpoints.restore(1, abstract(expected, make_mesh(fsdp=2))), expected)
         checkpoints.save(2, expected, {})
-        checkpoints.wait()
-        assert checkpoints.steps() == [1, 2]
+        checkpoints.wait_until_finished()
+        assert checkpoints.all_steps() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
@@ -73,19 +73,19 @@ def test_host_memory_does_not_grow(tmp_path):
 def test_a_directory_that_goes_away(tmp_path):
     directory = tmp_path / "run"
     state = make_state(make_mesh())
-    checkpoints = Checkpoints(directory, CheckpointConfig(every=1))
+    checkpoints = CheckpointManager(directory, CheckpointConfig(save_every=1))
     checkpoints.save(1, state, {})
-    checkpoints.wait()
+    checkpoints.wait_until_finished()
     directory.rename(tmp_path / "away")
     directory.touch()
     with raises(StorageError, "run/2: Not a directory; none"):
         checkpoints.save(2, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
     directory.unlink()
     (tmp_path / "away").rename(directory)
     assert checkpoints.save(2, state, {})
     checkpoints.close()
-    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.all_steps() == [1, 2]
 
 
 def test_a_failure_does_not_hide_what_ended_the_run(tmp_path):
@@ -99,10 +99,10 @@ def test_a_failure_does_not_hide_what_ended_the_run(tmp_path):
 def test_a_damaged_step_is_told_in_one_line(tmp_path, damage):
     mesh = make_mesh(fsdp=2)
     state = random_state(0, 256)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         if damage == "truncate":
             for path in (tmp_path / "2" / "state").glob("**/d/*"):
                 os.truncate(path, path.stat().st_size // 2)
@@ -110,7 +110,7 @@ def test_a_damaged_step_is_told_in_one_line(tmp_path, damage):
             shutil.rmtree(tmp_path / "2" / damage)
         with raises(CheckpointError, f"{tmp_path}/2: steps: 1"):
             checkpoints.restore(2, abstract(state, mesh))
-            checkpoints.record(2)
+            checkpoints.load_record(2)
         assert_same(checkpoints.restore(1, abstract(state, mesh)), state)
 
 
@@ -118,16 +118,16 @@ def test_an_unwritable_directory(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "run", "/proc/jaxinfra"):
         with raises(StorageError, str(directory)):
-            Checkpoints(directory)
+            CheckpointManager(directory)
 
 
 def test_space_needed_counts_what_is_there(tmp_path):
     state = {"params": {"w": np.zeros((256, 1024), np.float32)}}
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=2)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1, keep_last=2)) as checkpoints:
         assert checkpoints.needed_bytes(state) == 3 * 2**20
         for step in (1, 2, 3):
             checkpoints.save(step, random_state(step, 256), {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         assert checkpoints.needed_bytes(state) == 2**20
 
 
@@ -136,14 +136,14 @@ def test_an_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     state = make_state(make_mesh())
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1, keep_last=1)) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", refuse)
             checkpoints.save(2, state, {})
             with raises(StorageError, "2: Permission denied; 1, 2"):
-                checkpoints.wait()
+                checkpoints.wait_until_finished()
         checkpoints.save(3, state, {})
-        checkpoints.wait()
-        assert checkpoints.steps() == [3]
+        checkpoints.wait_until_finished()
+        assert checkpoints.all_steps() == [3]

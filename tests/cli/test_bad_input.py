@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import ConfigError
 from tests.refusals import mend, refused
 from tests.tiny_run import Ended, Tiny, contents, launch
@@ -199,11 +199,11 @@ def test_two_starts_of_one_run(begun: Tiny) -> None:
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tiny: Tiny) -> None:
     """A run that is no longer numbers ends with its own code and saves nothing of it."""
-    overrides = ("optim.peak_lr=1e30", "checkpoint.every=1", "name=diverged")
+    overrides = ("optim.peak_lr=1e30", "checkpoint.save_every=1", "name=diverged")
     refused(tiny.launch(*overrides), "step is", code=80)
     kept = sorted(int(p.name) for p in (tiny.directory("diverged") / "checkpoints").iterdir() if p.name.isdecimal())
-    with Checkpoints(tiny.directory("diverged") / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.steps() == kept and kept and max(kept) < 12
+    with CheckpointManager(tiny.directory("diverged") / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == kept and kept and max(kept) < 12
 
 
 def test_run_that_never_made_a_step_blocks_nothing(tiny: Tiny) -> None:

@@ -94,7 +94,7 @@ WITH_A_FIX = (
     ("model.learned_positions=16", "data.seq_len=32 model.learned_positions=16"),
     ("optim.schedule.warmup_steps=40", "optim.schedule.warmup_steps=40"),
     ("optim.schedule=wsd optim.schedule.decay_fraction=1.0", "optim.schedule.decay_fraction=1.0"),
-    ("checkpoint.keep_every=7", "checkpoint.keep_every=7 checkpoint.every=5"),
+    ("checkpoint.keep_every=7", "checkpoint.keep_every=7 checkpoint.save_every=5"),
     ("model.sights=(local,)", "model.sights=(local,) model.window=none"),
     ("model.vocab_size=256", "model.vocab_size=256 300"),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.cli.arguments import COMMANDS
-from jaxinfra.runtime.emulated import environment
+from jaxinfra.runtime.emulation import emulation_env
 from tests.refusals import refused
 from tests.tiny_run import Tiny, contents, ended, launch, start
 
@@ -149,16 +149,16 @@ def test_devices_of_a_process(tiny: Tiny) -> None:
 
 def test_a_start_without_a_platform_prints_nothing_of_plugins(tiny: Tiny) -> None:
     """Both plugins are installed with the extra `test`; their hardware is not everywhere that tests run."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "TPU_"))}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "TPU_"))}
     words = [sys.executable, "-m", "launch", str(tiny.config), "train.steps=3", "mesh.fsdp=1", "name=quiet"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.lstrip().startswith("Derived numbers")
 
 
 def test_emulated_devices_have_threads_to_wait_in() -> None:
     """Devices that wait in collectives hold threads of a pool, whose size XLA reads when it starts."""
-    found = environment(8)
+    found = emulation_env(8)
     assert found["JAX_NUM_CPU_DEVICES"] == "8" and int(found["NPROC"]) > 2 * 8
     code = (
         "import os; from jaxinfra.cli.main import choose_devices; choose_devices('cpu:8'); print(os.environ['NPROC'])"

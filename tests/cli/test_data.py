@@ -23,7 +23,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.prepare.prepare import Progress
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
-from jaxinfra.track.jsonl import read as read_metrics
+from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import names, refused
 from tests.tiny_run import Tiny, launch
 

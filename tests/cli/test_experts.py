@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.sample import Draw, Sampler, sampling_program
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
 from tests.tiny_run import Tiny
 
 MIXTURE = (
@@ -29,7 +29,7 @@ def test_from_the_first_step_to_text(tiny: Tiny) -> None:
     assert tiny.launch(*MIXTURE, "mesh.fsdp=2", "mesh.expert=4").code == 0
     shutil.rmtree(directory / "checkpoints" / "12")
     assert tiny.launch(*MIXTURE, "mesh.fsdp=4", "mesh.tensor=2").code == 0
-    rows = [row for row in read(directory / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_metrics(directory / "metrics.jsonl") if "loss" in row]
     assert [int(row["step"]) for row in rows][-1] == 11 and rows[-1]["loss"] < rows[0]["loss"]
     assert all(sum(row[f"expert_load/{e}"] for e in range(4)) == pytest.approx(4) for row in rows)
     assert all(row["expert_dropped"] == 0 and row["expert_load_max"] >= 1 and row["balance_loss"] > 0 for row in rows)

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
-from jaxinfra.track.jsonl import Jsonl, read
+from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, ended, summary
 
@@ -40,14 +40,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     """Makes SIGTERM come while a step is being logged."""
 
     def at(last: int) -> None:
-        def log(self: Jsonl, step: int, metrics: Mapping[str, float]) -> None:
+        def log(self: JsonlTracker, step: int, metrics: Mapping[str, float]) -> None:
             plain(self, step, metrics)
             if step == last:
                 signal.raise_signal(signal.SIGTERM)
 
-        monkeypatch.setattr(Jsonl, "log", log)
+        monkeypatch.setattr(JsonlTracker, "log", log)
 
-    plain = Jsonl.log
+    plain = JsonlTracker.log
     yield at
     monkeypatch.undo()
 
@@ -56,7 +56,7 @@ def saved(tiny: Tiny, directory: Path, step: int, *overrides: str) -> list[np.nd
     """All arrays of a checkpoint, restored onto the mesh of these overrides."""
     run = resolved(tiny.loaded(*overrides), len(jax.devices()))
     program = Program(run, make_mesh(run.mesh, jax.devices()))
-    with program.on_mesh, Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+    with program.on_mesh, CheckpointManager(directory / "checkpoints", read_only=True) as checkpoints:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.restore(step, program.state))]
 
 
@@ -90,7 +90,8 @@ def test_go_on_after_a_kill(begun: Tiny, stopped: Path) -> None:
     whole = begun.losses()
     assert begun.launch().code == 0
     assert begun.losses() == whole and len(whole) == STEPS
-    assert [row["step"] for row in read(begun.directory() / "metrics.jsonl") if "eval/loss" in row] == [4, 9, STEPS - 1]
+    rows = read_metrics(begun.directory() / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/loss" in row] == [4, 9, STEPS - 1]
     assert_same_bits(saved(begun, begun.directory(), STEPS), saved(begun, stopped.parent / "whole", STEPS))
 
 
@@ -137,7 +138,7 @@ def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...])
     found, wanted = (list(map(float.fromhex, tiny.losses(name).values())) for name in ("parts", "whole"))
     assert found == pytest.approx(wanted, rel=2e-5)
     validation = [
-        [row["eval/loss"] for row in read(tiny.directory(name) / "metrics.jsonl") if "eval/loss" in row]
+        [row["eval/loss"] for row in read_metrics(tiny.directory(name) / "metrics.jsonl") if "eval/loss" in row]
         for name in ("parts", "whole")
     ]
     assert len(validation[0]) == 3 and validation[0] == pytest.approx(validation[1], rel=2e-5)
@@ -146,7 +147,7 @@ def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...])
 LONG = (
     "train.steps=800",
     "train.eval_every=none",
-    "checkpoint.every=1000",
+    "checkpoint.save_every=1000",
     "track.tensorboard=false",
     "track.console=off",
 )
@@ -158,7 +159,7 @@ def wait_for_step(tiny: Tiny, process: subprocess.Popen, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
-        if path.exists() and any(row["step"] >= step for row in read(path)):
+        if path.exists() and any(row["step"] >= step for row in read_metrics(path)):
             return
         time.sleep(0.005)
     raise AssertionError(f"step {step} did not come")

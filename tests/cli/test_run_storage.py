@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfra.checkpoint.orbax_store import OrbaxStore
+from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
 from tests.refusals import names, refused
 from tests.tiny_run import STEPS, Tiny
 
@@ -17,17 +17,17 @@ def full_at(monkeypatch: pytest.MonkeyPatch):
     """Lets the disk be full when certain steps are saved; returns the steps that were tried."""
 
     def at(*steps: int) -> list[int]:
-        def save(self: OrbaxStore, step: int, *arguments: Any) -> None:
+        def save(self: OrbaxBackend, step: int, *arguments: Any) -> None:
             tried.append(step)
             if step in steps:
                 raise OSError(errno.ENOSPC, "No space left on device")
             plain(self, step, *arguments)
 
-        monkeypatch.setattr(OrbaxStore, "save", save)
+        monkeypatch.setattr(OrbaxBackend, "save", save)
         return tried
 
     tried: list[int] = []
-    plain = OrbaxStore.save
+    plain = OrbaxBackend.save
     return at
 
 

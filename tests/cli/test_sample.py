@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.sample import Draw, Sampler, keep_likeliest, sampling_program
 from tests.refusals import refused
 from tests.tiny_run import Tiny, contents, launch
@@ -72,7 +72,7 @@ def test_prompt_longer_than_a_block(sampler: Sampler) -> None:
 
 def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> None:
     program = sampling_program(sampler._program.run)
-    with program.on_mesh, Checkpoints(trained / "checkpoints", read_only=True) as checkpoints:
+    with program.on_mesh, CheckpointManager(trained / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(12, program.state)
     for found, average, last in zip(*map(jax.tree.leaves, (sampler._params, state.ema, state.params)), strict=True):
         assert np.array_equal(found, average) and not np.array_equal(found, last)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, launch, summary
 
@@ -26,7 +26,7 @@ def test_whole_run(tiny: Tiny) -> None:
         "tensorboard",
         "checkpoints",
     }
-    rows = read(directory / "metrics.jsonl")
+    rows = read_metrics(directory / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(STEPS))
     assert [row["step"] for row in rows if "eval/loss" in row] == [4, 9, STEPS - 1]
@@ -102,7 +102,7 @@ def test_names(tiny: Tiny) -> None:
     for same in (
         "mesh.fsdp=4 mesh.tensor=2",
         "train.accumulate=1",
-        "checkpoint.every=3",
+        "checkpoint.save_every=3",
         "optim.peak_lr=3e-3",
         "seed=0",
     ):

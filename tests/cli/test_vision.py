@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.digits import records
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import mend, raises, refused
 from tests.tiny_run import Tiny, contents, ended, launch, start, summary
 
@@ -38,7 +38,7 @@ def config() -> Run:
         data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
         train=TrainConfig(steps=12, global_batch=16, eval_every=6),
-        checkpoint=CheckpointConfig(every=6),
+        checkpoint=CheckpointConfig(save_every=6),
         track=TrackConfig(log_every=1, console="plain"),
     )
 """
@@ -65,7 +65,7 @@ def test_whole_run(seen: Tiny) -> None:
     ended = seen.launch()
     assert (ended.code, ended.err) == (0, "")
     directory = seen.directory("seen")
-    rows = read(directory / "metrics.jsonl")
+    rows = read_metrics(directory / "metrics.jsonl")
     trained, evaluated = ([row for row in rows if name in row] for name in ("loss", "eval/loss"))
     assert [row["step"] for row in trained] == list(range(STEPS))
     assert [row["step"] for row in evaluated] == [5, 11]

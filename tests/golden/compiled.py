@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from jaxinfra.cli.compile import shown
+from jaxinfra.cli.compile import format_report
 from jaxinfra.config import load
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
@@ -142,7 +142,7 @@ def with_example(page: str, found: CompiledStep) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert begin and end, f"{PAGE}: the marks are gone"
-    lines = "\n".join(shown(found, parse_topology(found.topology).chip))
+    lines = "\n".join(format_report(found, parse_topology(found.topology).chip))
     return f"{before}{BEGIN}\n\n```\n{lines}\n```\n\n{END}{after}"
 
 

@@ -13,7 +13,7 @@ from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.compile_errors import explain, suggest_fix
 from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.run import Run
-from jaxinfra.runtime.peak import CHIP_FLOPS
+from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 from jaxinfra.train.loop import TrainConfig
 from tests.refusals import names, raises
 
@@ -92,9 +92,9 @@ def test_a_compiler_that_is_not_installed_is_named(text: str, package: str, monk
 def test_the_table_of_chips_agrees_with_the_peaks() -> None:
     """A chip of two devices has half of it in each; clocks are those that matrix units of this kind run at."""
     for chip in CHIPS.values():
-        kind = max((kind for kind in CHIP_FLOPS if chip.device_kind.startswith(kind)), key=len)
+        kind = max((kind for kind in PEAK_FLOPS if chip.device_kind.startswith(kind)), key=len)
         whole = 2 if chip.name == "v4" else 1  # of TPU7x the peak is that of a device already
-        assert chip.peak_flops * whole == CHIP_FLOPS[kind]
+        assert chip.peak_flops * whole == PEAK_FLOPS[kind]
         assert (chip.clock_hz is None) == (chip.platform == "cuda")
         if chip.clock_hz is not None:
             assert 1e9 < chip.clock_hz < 2.5e9

@@ -25,7 +25,7 @@ from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.record import Piece
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import raises
 from tests.stores import bytes_recipe, contents, documents, jsonl
 
@@ -73,7 +73,7 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
     before = snapshot(Path(first.path))
     second = prepare(replace(bytes_recipe(source, tmp_path / "store"), validation=ByKey(fraction=0.5)), workers=1)
     assert snapshot(Path(first.path)) == before
-    assert [each.fingerprint for each in listed(Storage(tmp_path / "store"))] == [
+    assert [each.fingerprint for each in listed(ObjectStore(tmp_path / "store"))] == [
         first.manifest.fingerprint,
         second.manifest.fingerprint,
     ]
@@ -93,7 +93,7 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
         again = prepare(recipe, workers=1)
         assert (again.path, again.new, again.moved) == (made.path, False, moved)
         assert TokenStore.open(tmp_path / "store").manifest == made.manifest
-    assert len(listed(Storage(tmp_path / "store"))) == 2
+    assert len(listed(ObjectStore(tmp_path / "store"))) == 2
 
 
 def test_what_is_in_both_splits_stays_in_validation(tmp_path):
@@ -225,7 +225,7 @@ def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Storage, "update", interrupted)
+        patch.setattr(ObjectStore, "atomic_update", interrupted)
         prepare(recipe, workers=1)
     assert not (tmp_path / "store" / "versions.json").exists()
     (tmp_path / "store" / "versions.json.__lock").touch()  # TensorStore writes so

@@ -2,13 +2,13 @@
 
 import logging
 
-from jaxinfra.runtime.devices import _held
+from jaxinfra.runtime.devices import _capture_logs
 
 
 def test_a_plugin_that_cannot_be_used_is_one_line(caplog) -> None:
     """JAX logs it with two tracebacks, though another platform is found."""
     logger = logging.getLogger("tests.plugins")
-    with _held(logger.name) as said:
+    with _capture_logs(logger.name) as said:
         try:
             raise RuntimeError("no\n  such library")
         except RuntimeError:

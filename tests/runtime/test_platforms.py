@@ -33,4 +33,4 @@ def test_only_plugins_without_hardware_are_left_out(
         monkeypatch.setattr(platforms, f"_{name.upper()}S", (str(tmp_path / f"{name}[0-9]*"),))
     for name in hardware.split():
         (tmp_path / f"{name}0").touch()
-    assert platforms.usable() == found
+    assert platforms.available_platforms() == found

@@ -11,7 +11,7 @@ from jaxinfra.data.store.versions import listed
 from jaxinfra.errors import DataError, StorageError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.storage import connection
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, raises, refused
 from tests.stores import bytes_recipe, contents, jsonl, recipe_file
 from tests.tiny_run import ended, launch, start
@@ -53,15 +53,15 @@ def impatient(monkeypatch):
 @pytest.fixture
 def new_context():
     """TensorStore reads the credentials of a context once."""
-    connection._context.cache_clear()
+    connection._cached_context.cache_clear()
     yield
-    connection._context.cache_clear()
+    connection._cached_context.cache_clear()
 
 
 def objects(place: str) -> tuple[dict[str, bytes], dict[str, object]]:
     """As `contents` of a folder."""
-    storage = Storage(place)
-    found = {name: storage.read(name) for name in storage.names()}
+    storage = ObjectStore(place)
+    found = {name: storage.read(name) for name in storage.list_names()}
     manifest = json.loads(found.pop("manifest.json"))
     return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
 
@@ -92,7 +92,7 @@ def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(ser
     with raises(StorageError, f"{recipe.store}/"):
         prepare(recipe, workers=1, tell=stop)
     server.faults.clear()
-    assert listed(Storage(recipe.store)) == [] == Storage(recipe.store).names()
+    assert listed(ObjectStore(recipe.store)) == [] == ObjectStore(recipe.store).list_names()
     stages = []
     made = prepare(recipe, workers=1, tell=lambda progress: stages.append((progress.stage, progress.tokens)))
     assert all(tokens == 0 for _, tokens in stages)  # none was made again
@@ -146,7 +146,7 @@ def test_wrong_credentials_are_one_line_and_stand_nowhere(wrong, request, writte
     if server.scheme == "s3":  # Google's token is read once a process
         for call, *content in (("write", b"a"), ("delete",), ("exists",), ("read",)):
             with raises(StorageError, f"{url}/a: credentials allowed"):
-                getattr(Storage(url), call)("a", *content)
+                getattr(ObjectStore(url), call)("a", *content)
 
 
 def test_right_credentials_stand_nowhere(s3, written):
@@ -154,8 +154,8 @@ def test_right_credentials_stand_nowhere(s3, written):
     done = launch("data", "prepare", written(url), "--workers", "1")
     assert done.code == 0, done
     assert s3.secret not in done.out + done.err
-    place = Storage(url)
-    assert all(s3.secret.encode() not in place.read(name) for name in place.names())
+    place = ObjectStore(url)
+    assert all(s3.secret.encode() not in place.read(name) for name in place.list_names())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_url_with_credentials_is_refused_without_showing_them(url, written):
 def test_a_run_reads_a_bucket_as_it_reads_a_folder(server, tiny, tmp_path):
     assert tiny.launch().code == 0
     expected = tiny.losses()
-    store = Storage(server.new_url())
+    store = ObjectStore(server.new_url())
     local = Path(tiny.loaded().data.store)
     store.upload(local, last=["versions.json"])
     server.faults.unavailable = 0.2
@@ -195,7 +195,7 @@ def test_a_server_that_goes_down_ends_a_run_and_its_next_start_goes_on(s3, tiny,
     few = "data.prefetch_bytes=5000"
     assert tiny.launch(few).code == 0
     expected = tiny.losses()
-    store = Storage(s3.new_url())
+    store = ObjectStore(s3.new_url())
     store.upload(Path(tiny.loaded().data.store), last=["versions.json"])
     monkeypatch.setattr("jaxinfra.data.store.arrays.CACHE_BYTES", 0)  # every batch is asked for
     reads = []

@@ -15,20 +15,20 @@ import pytest
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.storage import outputs
-from jaxinfra.storage.atomic import atomic_file, move_folder, replace_bytes
+from jaxinfra.storage.atomic import move_folder, open_atomic, write_bytes_atomic
 from jaxinfra.storage.checks import check_space, make_writable
-from jaxinfra.storage.connection import check_url
-from jaxinfra.storage.errors import cause_of, storage_errors, store_error
-from jaxinfra.storage.mask import has_credentials, masked
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.connection import normalize_url
+from jaxinfra.storage.credentials import has_credentials, mask_credentials
+from jaxinfra.storage.errors import cause_of, classify_error, storage_errors
+from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import raises
 from tests.servers.fixtures import Server
 
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from jaxinfra.storage.atomic import atomic_file
-with atomic_file(Path(sys.argv[1])) as file:
+from jaxinfra.storage.atomic import open_atomic
+with open_atomic(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -37,13 +37,13 @@ with atomic_file(Path(sys.argv[1])) as file:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    replace_bytes(tmp_path / "file", b"old")
+    write_bytes_atomic(tmp_path / "file", b"old")
     return tmp_path / "file"
 
 
 def test_a_replaced_file_may_be_read_by_all(path):
     path.chmod(0o600)
-    replace_bytes(path, b"new")
+    write_bytes_atomic(path, b"new")
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o644)
     assert os.listdir(path.parent) == ["file"]
 
@@ -53,7 +53,7 @@ def test_a_full_disk_changes_nothing_and_leaves_nothing(path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), atomic_file(path) as file:
+    with pytest.raises(OSError, match="No space left"), open_atomic(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
 
@@ -90,8 +90,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_storage(path):
 def test_a_file_is_replaced_where_a_link_leads(path):
     link = path.with_name("link")
     link.symlink_to(path)
-    outputs.write(link, "new")
-    assert link.is_symlink() and path.read_text() == outputs.read(link) == "new"
+    outputs.write_text(link, "new")
+    assert link.is_symlink() and path.read_text() == outputs.read_text(link) == "new"
     assert sorted(os.listdir(path.parent)) == ["file", "link"]
 
 
@@ -100,7 +100,7 @@ def test_a_pipe_stays_a_pipe(tmp_path):
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
-    outputs.write(pipe, "text")
+    outputs.write_text(pipe, "text")
     reader.join(timeout=10)
     assert read == ["text"] and stat.S_ISFIFO(pipe.stat().st_mode)
 
@@ -119,9 +119,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place(server: Server, monkeypatch: pytest.MonkeyPatch) -> Storage:
+def place(server: Server, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "4")
-    return Storage(server.new_url())
+    return ObjectStore(server.new_url())
 
 
 @pytest.fixture(params=["folder", "s3", "gcs"])
@@ -131,43 +131,43 @@ def url(request, tmp_path):
 
 
 def test_objects_are_written_read_listed_and_deleted(url):
-    storage = Storage(url)
-    assert storage.names() == [] and not storage.exists("x/y")
+    storage = ObjectStore(url)
+    assert storage.list_names() == [] and not storage.exists("x/y")
     storage.write("x/y", b"one")
     storage.write("x/y", b"two")
     storage.child("x").write("z", b"")
     assert storage.exists("x/y")
     assert (storage.read("x/y"), storage.read("x/z")) == (b"two", b"")
-    assert (storage.names(), storage.child("x").names()) == (["x/y", "x/z"], ["y", "z"])
-    storage.check({"x/y": 3, "x/z": 0})
+    assert (storage.list_names(), storage.child("x").list_names()) == (["x/y", "x/z"], ["y", "z"])
+    storage.check_sizes({"x/y": 3, "x/z": 0})
     storage.delete("x/y")
     storage.delete("x/y")
-    assert storage.names() == ["x/z"]
+    assert storage.list_names() == ["x/z"]
     with raises(DataError, f"{storage.url}/x/y: "):
         storage.read("x/y")
     storage.write("x/y", b"four")
     for sizes, named in [({"x/y": 4, "gone": 1}, "gone: missing"), ({"x/y": 3}, "x/y: 3"), ({"x/y": 9}, "x/y: 9")]:
         with raises(DataError, named):
-            storage.check(sizes)
+            storage.check_sizes(sizes)
 
 
 def test_no_update_of_several_at_once_is_lost(url):
     def add(number: int) -> None:
         for part in range(3):
             own = f"{number}.{part} ".encode()
-            Storage(url).update("list", lambda old, own=own: (old or b"") + own)
+            ObjectStore(url).atomic_update("list", lambda old, own=own: (old or b"") + own)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
     expected = [f"{number}.{part}" for number in range(4) for part in range(3)]
-    assert sorted(Storage(url).read("list").decode().split()) == expected
+    assert sorted(ObjectStore(url).read("list").decode().split()) == expected
 
 
 def test_an_upload_writes_the_named_last(server, place, folder):
     sent = []
     server.faults.after = lambda request: sent.append(request) if request.startswith(("PUT", "POST")) else None
     place.upload(folder, last=["a", "manifest.json"])
-    assert {name: place.read(name) for name in place.names()} == FILES
+    assert {name: place.read(name) for name in place.list_names()} == FILES
     assert ["/a" in sent[-2] or "2Fa" in sent[-2], "manifest.json" in sent[-1]] == [True, True], sent
 
 
@@ -184,8 +184,8 @@ def _read_array(path: str, length: int) -> np.ndarray:
 @pytest.mark.parametrize("fault", ["unavailable", "reset", "delay_s"])
 def test_faults_on_the_way_change_nothing(fault, server, place, folder):
     setattr(server.faults, fault, 0.2 if fault == "delay_s" else 0.3)
-    tokens = _array(place.where("tokens"))
-    np.testing.assert_array_equal(_read_array(place.where("tokens"), len(tokens)), tokens)
+    tokens = _array(place.url_of("tokens"))
+    np.testing.assert_array_equal(_read_array(place.url_of("tokens"), len(tokens)), tokens)
     if fault != "delay_s":
         place.upload(folder, last=["manifest.json"])
         assert {name: place.read(name) for name in FILES} == FILES
@@ -202,23 +202,23 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(server, place):
 
 def test_a_server_that_is_down_beyond_the_budget_is_one_line_and_nothing_looks_whole(server, folder, monkeypatch):
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
-    place = Storage(server.new_url())
+    place = ObjectStore(server.new_url())
     server.faults.down = True
     for call in [
         lambda: place.upload(folder, last=["manifest.json"]),
         lambda: place.read("a"),
         lambda: place.exists("a"),
-        lambda: place.check(dict.fromkeys(FILES, 3)),
+        lambda: place.check_sizes(dict.fromkeys(FILES, 3)),
     ]:
         with raises(StorageError, f"{place.url}/ ABORTED retry"):
             call()
     server.faults.clear()
-    assert place.names() == []
+    assert place.list_names() == []
 
 
 def test_a_manifest_is_not_written_while_files_are_missing(server, folder, monkeypatch):
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.05")
-    place = Storage(server.new_url())
+    place = ObjectStore(server.new_url())
     outcomes = []
     for share in (0.9, 0.7, 0.5, 0):
         server.faults.unavailable = share
@@ -228,7 +228,7 @@ def test_a_manifest_is_not_written_while_files_are_missing(server, folder, monke
         except StorageError:
             outcomes.append("failed")
         server.faults.clear()
-        assert not place.exists("manifest.json") or set(place.names()) == set(FILES)
+        assert not place.exists("manifest.json") or set(place.list_names()) == set(FILES)
     assert outcomes[0] == "failed"
     assert outcomes[-1] == "whole"
 
@@ -236,7 +236,7 @@ def test_a_manifest_is_not_written_while_files_are_missing(server, folder, monke
 def test_an_upload_that_failed_goes_on_with_what_is_missing(server, folder):
     sent = []
     server.faults.after = lambda request: sent.append(request) if request.startswith(("PUT", "POST")) else None
-    place = Storage(server.new_url())
+    place = ObjectStore(server.new_url())
     place.upload(folder, last=["manifest.json"])
     assert len(sent) == len(FILES)
     for change, missing in [
@@ -250,14 +250,14 @@ def test_an_upload_that_failed_goes_on_with_what_is_missing(server, folder):
         sent.clear()
         place.upload(folder, last=["manifest.json"], resume=True)
         assert len(sent) == len(missing | {"manifest.json"})
-        assert {name: place.read(name) for name in place.names()} == FILES
+        assert {name: place.read(name) for name in place.list_names()} == FILES
 
 
 @pytest.mark.parametrize("kept", [0, 2000], ids=["lost", "cut"])
 def test_what_the_storage_loses_is_noticed_before_the_last_files_are_written(kept, server, place, folder):
     def lose(request: str) -> None:
         if request.startswith(("PUT", "POST")) and request.endswith("b"):
-            server.put(place.where("deep/er/b"), FILES["deep/er/b"][:kept])
+            server.put(place.url_of("deep/er/b"), FILES["deep/er/b"][:kept])
 
     server.faults.after = lose
     with raises(StorageError, f"{place.url}/deep/er/b: "):
@@ -265,16 +265,16 @@ def test_what_the_storage_loses_is_noticed_before_the_last_files_are_written(kep
     assert not place.exists("manifest.json")
 
 
-@pytest.mark.parametrize("call", ["read", "exists", "names"])
+@pytest.mark.parametrize("call", ["read", "exists", "list_names"])
 def test_a_missing_bucket_of_s3_is_said(call, s3):
     with raises(StorageError, "s3://no-such-bucket/store make the bucket"):
-        getattr(Storage("s3://no-such-bucket/store"), call)(*([] if call == "names" else ["a"]))
+        getattr(ObjectStore("s3://no-such-bucket/store"), call)(*([] if call == "list_names" else ["a"]))
 
 
 def test_nothing_is_written_to_a_missing_bucket(server):
     url = f"{server.scheme}://no-such-bucket/store"
     with raises(StorageError, f"{url}/a: "):
-        Storage(url).write("a", b"a")
+        ObjectStore(url).write("a", b"a")
 
 
 @pytest.mark.parametrize("profile", ["default", "other"])
@@ -288,7 +288,7 @@ def test_credentials_of_a_profile_are_found(profile, s3, tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_PROFILE", profile)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    code = "import sys; from jaxinfra.storage.objects import Storage; Storage(sys.argv[1]).write('a', b'a')"
+    code = "import sys; from jaxinfra.storage.objects import ObjectStore; ObjectStore(sys.argv[1]).write('a', b'a')"
     url = s3.new_url()
     run = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
@@ -297,17 +297,17 @@ def test_credentials_of_a_profile_are_found(profile, s3, tmp_path, monkeypatch):
 
 
 def test_urls_are_understood_or_refused(monkeypatch):
-    assert check_url("gs://bucket/a/b/") == "gs://bucket/a/b"
-    assert check_url("file:///a/b") == "/a/b"
-    assert check_url("~/b") == str(Path.home() / "b")
+    assert normalize_url("gs://bucket/a/b/") == "gs://bucket/a/b"
+    assert normalize_url("file:///a/b") == "/a/b"
+    assert normalize_url("~/b") == str(Path.home() / "b")
     for url in ("http://host/store", "s3:///store", "abc://x/y"):
         with raises(ConfigError, f"{url}: s3://BUCKET/PREFIX"):
-            check_url(url)
+            normalize_url(url)
     with raises(ConfigError, "s3://B/x: "):
-        Storage("s3://B/x")
+        ObjectStore("s3://B/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:sEcReT@host")
     with raises(ConfigError, "AWS_ENDPOINT_URL: ") as caught:
-        Storage("s3://bucket/x")
+        ObjectStore("s3://bucket/x")
     assert "sEcReT" not in str(caught.value)
 
 
@@ -344,16 +344,16 @@ def test_the_budget_is_taken_from_the_environment(value, server, monkeypatch):
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.1")
     server.faults.down = True
     with raises(StorageError, "All 6 retry attempts failed"):
-        Storage(url).read("a")
+        ObjectStore(url).read("a")
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", value)
     with raises(ConfigError, f"JAXINFRA_STORAGE_RETRY_S={value}: "):
-        Storage(url)
+        ObjectStore(url)
 
 
 def test_a_folder_that_may_not_be_written_is_an_error_of_the_storage(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with raises(StorageError, f"{tmp_path}/file/x/a: Not a directory"):
-        Storage(tmp_path / "file" / "x").write("a", b"a")
+        ObjectStore(tmp_path / "file" / "x").write("a", b"a")
 
 
 STATUS = "{}: Error reading \"x\" [source locations='a.cc:1\\nb.cc:2']"
@@ -408,13 +408,13 @@ def test_other_exceptions_pass_and_what_is_missing_is_an_error_of_the_config():
     ],
 )
 def test_damaged_data_is_told_from_storage_that_refuses(status, writing, kind):
-    assert type(store_error("s3://b/x", ValueError(status + ": x"), writing=writing)) is kind
+    assert type(classify_error("s3://b/x", ValueError(status + ": x"), writing=writing)) is kind
 
 
 def test_a_user_alone_is_masked_where_it_may_be_a_token(monkeypatch):
     for text in ("https://sEcReT@host/x", "s3://sEcReT@bucket/x", "https://h/x?access_token=sEcReT"):
-        assert has_credentials(text) and "sEcReT" not in masked(text)
+        assert has_credentials(text) and "sEcReT" not in mask_credentials(text)
     for text in ("abfs://container@account.dfs.core.windows.net/x", "sftp://user@host/x", "a@b", "s3://b/x@y"):
-        assert not has_credentials(text) and masked(text) == text
+        assert not has_credentials(text) and mask_credentials(text) == text
     monkeypatch.setenv("HF_TOKEN", "sEcReT-token")
-    assert masked("refused: sEcReT-token") == "refused: $HF_TOKEN" and not has_credentials("sEcReT-token")
+    assert mask_credentials("refused: sEcReT-token") == "refused: $HF_TOKEN" and not has_credentials("sEcReT-token")

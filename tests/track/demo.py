@@ -11,11 +11,11 @@ ROOT = Path(jaxinfra.__file__).parents[1]
 RUN = """
 import sys, time
 from pathlib import Path
-from jaxinfra.track.tracker import TrackConfig, build
+from jaxinfra.track.tracker import TrackConfig, make_trackers
 
 mode, run_dir, steps, sleep_s = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 derived = {"parameters": (12_345_678, "count"), "tokens a parameter": (20.0, "tokens / parameters")}
-with build(TrackConfig(console=mode), run_dir) as trackers:
+with make_trackers(TrackConfig(console=mode), run_dir) as trackers:
     trackers.start({"config": {"a": {"b": 1}}}, derived, start_step=0, total_steps=steps)
     for step in range(steps):
         time.sleep(sleep_s)
@@ -25,7 +25,7 @@ with build(TrackConfig(console=mode), run_dir) as trackers:
             trackers.log(step, {"eval/loss": 3.25, "eval/bits_per_byte": 1.5})
             print("printed by the run")
     scores, baselines = {"loss": 3.25, "bits_per_byte": 1.5}, {"bits_per_byte": {"unigram": 4.5}}
-    trackers.summary({"status": "finished", "validation": scores, "baselines": baselines})
+    trackers.log_summary({"status": "finished", "validation": scores, "baselines": baselines})
 """
 
 

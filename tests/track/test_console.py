@@ -10,7 +10,7 @@ import time
 
 from rich.console import Console
 
-from jaxinfra.track.console import Bar, Plain, Progress
+from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, RunProgress
 from tests.track import demo
 
 
@@ -82,12 +82,12 @@ def test_log_draws_nothing(monkeypatch):
     metrics = {"loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 4e4, "mfu": 0.3}
     terminal = Console(file=io.StringIO(), force_terminal=True)
     drew: list[int] = []
-    monkeypatch.setattr(Bar, "_draw", lambda self: drew.append(threading.get_ident()) or "")
-    for tracker in (Bar(terminal), Plain(terminal, 10_000)):
+    monkeypatch.setattr(ProgressBarTracker, "_draw", lambda self: drew.append(threading.get_ident()) or "")
+    for tracker in (ProgressBarTracker(terminal), PlainTextTracker(terminal, 10_000)):
         tracker.start({}, {}, start_step=0, total_steps=10_000)
         drew.clear()
         tracker.log(0, metrics)  # Plain prints the first step, and then no other for a while
-        written = len(terminal.file.getvalue()) if isinstance(tracker, Plain) else None
+        written = len(terminal.file.getvalue()) if isinstance(tracker, PlainTextTracker) else None
         for step in range(1, 2000):
             tracker.log(step, metrics)
         assert threading.get_ident() not in drew
@@ -98,7 +98,7 @@ def test_log_draws_nothing(monkeypatch):
 def test_plain_prints_once_every_log_every_steps_however_often_it_is_told():
     for every, logged in ((10, range(1, 41)), (10, range(9, 40, 10)), (4, range(0, 41, 4))):
         console = Console(file=(out := io.StringIO()))
-        plain = Plain(console, every)
+        plain = PlainTextTracker(console, every)
         plain.start({}, {}, start_step=0, total_steps=41)
         for step in logged:
             plain.log(step, {"loss": 1.0})
@@ -106,7 +106,7 @@ def test_plain_prints_once_every_log_every_steps_however_often_it_is_told():
 
 
 def test_eta_counts_from_the_first_log_after_a_resume():
-    progress = Progress(100, 200)
+    progress = RunProgress(100, 200)
     assert math.isnan(progress.eta_s())
     progress.take(100, {})
     assert math.isnan(progress.eta_s())

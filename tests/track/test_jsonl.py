@@ -4,14 +4,14 @@ import math
 import pytest
 
 from jaxinfra.errors import StorageError
-from jaxinfra.track.jsonl import Jsonl, read
+from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from tests.refusals import raises
 from tests.track import demo
 from tests.track.test_tensorboard import events
 
 
 def start(run_dir, start_step=0):
-    tracker = Jsonl(run_dir)
+    tracker = JsonlTracker(run_dir)
     tracker.start({}, {}, start_step=start_step, total_steps=100)
     return tracker
 
@@ -27,7 +27,7 @@ def test_values_come_back_exactly_and_each_line_is_valid_json(tmp_path):
 
     assert json.loads(line, parse_constant=refuse)["bad"] == "nan"
     tracker.close()
-    (row,) = read(tmp_path / "metrics.jsonl")
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row.pop("step") == 0 and row.pop("time_s") >= 0
     assert math.isnan(row.pop("bad")) and math.isnan(metrics.pop("bad"))
     assert row == metrics
@@ -39,12 +39,12 @@ def test_resume_drops_what_will_be_run_again(tmp_path):
         tracker.log(step, {"loss": float(step)})
     tracker.log(9, {"eval/loss": 1.0})
     tracker.close()
-    before_s = read(tmp_path / "metrics.jsonl")[9]["time_s"]
+    before_s = read_metrics(tmp_path / "metrics.jsonl")[9]["time_s"]
     tracker = start(tmp_path, 10)
     for step in range(10, 20):
         tracker.log(step, {"loss": -float(step)})
     tracker.close()
-    rows = read(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert [row["step"] for row in rows if "loss" in row] == list(range(20)) == list(losses)
     assert losses[9] == 9 and losses[10] == -10
@@ -58,18 +58,18 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 2, "loss": 2.0}\n' + torn)
     whole = 1 + torn.endswith(b"}")
-    assert len(read(path)) == whole
+    assert len(read_metrics(path)) == whole
     tracker = start(tmp_path, 4)
     tracker.log(4, {"loss": 1.0})
     tracker.close()
-    assert [row["step"] for row in read(path)] == [2, 3, 4][:whole] + [4]
+    assert [row["step"] for row in read_metrics(path)] == [2, 3, 4][:whole] + [4]
 
 
 def test_damage_before_the_last_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
     with raises(StorageError, "metrics.jsonl:2:"):
-        read(path)
+        read_metrics(path)
 
 
 def test_an_unwritable_run_directory_is_found_before_the_first_step(tmp_path):
@@ -81,11 +81,11 @@ def test_an_unwritable_run_directory_is_found_before_the_first_step(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from jaxinfra.track.tracker import TrackConfig, build
+from jaxinfra.track.tracker import TrackConfig, make_trackers
 
 run_dir = Path(sys.argv[1])
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-with build(TrackConfig(console="off"), run_dir) as trackers:
+with make_trackers(TrackConfig(console="off"), run_dir) as trackers:
     trackers.start({}, {}, start_step=0, total_steps=400)
     for step in range(400):
         if step == 20:  # from here no file may grow, in the middle of a line
@@ -100,8 +100,8 @@ with build(TrackConfig(console="off"), run_dir) as trackers:
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path):
     result = demo.start(FULL_DISK, tmp_path, 300)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("Jsonl: [Errno 27] File too large; training goes on") == 1, result.stderr
-    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == list(range(400))
+    assert result.stderr.count("JsonlTracker: [Errno 27] File too large; training goes on") == 1, result.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(400))
     (path,) = (tmp_path / "tensorboard").iterdir()
     logged = [event.step for event in events(path) if event.summary.value[:1] and event.summary.value[0].simple_value]
     assert logged == list(range(400))
@@ -114,14 +114,14 @@ def test_a_disk_full_to_the_end_is_an_error_that_counts_the_lost_lines(tmp_path)
         and "metrics.jsonl: " in result.stderr
         and "records lost to a full disk" in result.stderr
     )
-    rows = read(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) >= 20
 
 
 def test_summary_replaces_the_file(tmp_path):
     tracker = start(tmp_path)
-    tracker.summary({"steps": 1})
-    tracker.summary({"steps": 2, "final_loss": math.nan, "baselines": {"unigram": 4.5}})
+    tracker.log_summary({"steps": 1})
+    tracker.log_summary({"steps": 2, "final_loss": math.nan, "baselines": {"unigram": 4.5}})
     tracker.close()
     tracker.close()
     found = json.loads((tmp_path / "summary.json").read_text())

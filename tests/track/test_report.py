@@ -10,7 +10,7 @@ import pytest
 from jaxinfra.errors import StorageError
 from jaxinfra.track.charts import downsample
 from jaxinfra.track.report import write_report
-from jaxinfra.track.tracker import TrackConfig, build
+from jaxinfra.track.tracker import TrackConfig, make_trackers
 from tests.refusals import raises
 
 EVIL = "</td></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
@@ -61,14 +61,14 @@ def record(**changes):
 def make(run_dir, steps, run_record=None, value=lambda step: 1.0 + 1 / (step + 1), summary=True):
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "run.json").write_text(json.dumps(run_record or record()))
-    with build(TrackConfig(tensorboard=False, console="off"), run_dir) as trackers:
+    with make_trackers(TrackConfig(tensorboard=False, console="off"), run_dir) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=steps)
         for step in range(steps):
             trackers.log(step, {name: value(step) for name in METRICS})
             if step % 10 == 9:
                 trackers.log(step, {"eval/loss": 2.0, "eval/bits_per_byte": 1.25})
         if summary:
-            trackers.summary(
+            trackers.log_summary(
                 {
                     "status": "finished",
                     "steps": steps,
@@ -129,10 +129,10 @@ def test_everything_from_outside_is_escaped(tmp_path):
         versions={EVIL: EVIL},
     )
     make(tmp_path, 0, evil)
-    with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
+    with make_trackers(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=2)
         trackers.log(0, {EVIL: 1.0, f"device_{EVIL}_bytes": 1.0})
-        trackers.summary({"status": EVIL, "validation": {EVIL: 1.0}, "baselines": {EVIL: {EVIL: 2.0}}, EVIL: EVIL})
+        trackers.log_summary({"status": EVIL, "validation": {EVIL: 1.0}, "baselines": {EVIL: {EVIL: 2.0}}, EVIL: EVIL})
     page = Page(write_report(tmp_path).read_text())
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert page.texts["h1"] == [EVIL] and page.texts["title"] == [EVIL]
@@ -192,11 +192,11 @@ def test_many_points_keep_their_spikes_and_gaps(tmp_path):
 
 def test_a_run_that_ended_without_finite_values(tmp_path):
     make(tmp_path, 3, summary=False)
-    with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
+    with make_trackers(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=3, total_steps=3)
         values = {"final_loss": math.nan, "steps": None, "wall_s": math.inf, "peak_rss_bytes": math.nan}
         scores, baselines = {"bits_per_byte": math.nan}, {"bits_per_byte": {"unigram": 4.5, "none": math.inf}}
-        trackers.summary({**values, "validation": scores, "baselines": baselines})
+        trackers.log_summary({**values, "validation": scores, "baselines": baselines})
     page = Page(write_report(tmp_path).read_text())
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "Wall time": "-",

@@ -5,7 +5,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from jaxinfra.errors import StorageError
-from jaxinfra.track.tensorboard import TensorBoard
+from jaxinfra.track.tensorboard import TensorBoardTracker
 from tests.refusals import raises
 
 RECORD = {"config": {"optim": {"peak_lr": 3e-4, "schedule": "cosine"}, "layers": 4, "shape": [1, 2], "tied": True}}
@@ -33,11 +33,11 @@ def events(path):
 
 
 def run(run_dir, start_step, stop):
-    tracker = TensorBoard(run_dir)
+    tracker = TensorBoardTracker(run_dir)
     tracker.start(RECORD, DERIVED, start_step=start_step, total_steps=20)
     for step in range(start_step, stop):
         tracker.log(step, {"loss": step / 2, "eval/loss": 3.0})
-    tracker.summary({})
+    tracker.log_summary({})
     tracker.close()
     tracker.close()
 

@@ -1,8 +1,8 @@
 import pytest
 
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
-from jaxinfra.track.tracker import TrackConfig, Trackers, build
+from jaxinfra.track.tracker import MultiTracker, TrackConfig, make_trackers
 from tests.refusals import problem
 from tests.track import demo
 
@@ -24,7 +24,7 @@ class Noting:
     def log(self, step, metrics):
         self.note("log")
 
-    def summary(self, values):
+    def log_summary(self, values):
         self.note("summary")
 
     def close(self):
@@ -34,10 +34,12 @@ class Noting:
 def test_calls_keep_the_order_and_all_close_though_one_raises(caplog):
     notes: list[str] = []
     first, second = ValueError("first"), ValueError("second")
-    trackers = Trackers([Noting("a", notes), Noting("b", notes, first), Noting("c", notes, second), Noting("d", notes)])
+    trackers = MultiTracker(
+        [Noting("a", notes), Noting("b", notes, first), Noting("c", notes, second), Noting("d", notes)]
+    )
     trackers.start({}, {}, start_step=0, total_steps=1)
     trackers.log(0, {"loss": 1.0})
-    trackers.summary({})
+    trackers.log_summary({})
     with pytest.raises(ValueError, match="first"):
         trackers.close()
     assert notes == [f"{name}.{call}" for call in ("start", "log", "summary", "close") for name in "abcd"]
@@ -45,14 +47,14 @@ def test_calls_keep_the_order_and_all_close_though_one_raises(caplog):
 
 
 def test_the_error_of_the_run_is_not_replaced_by_one_of_a_tracker(caplog):
-    with pytest.raises(KeyError), Trackers([Noting("a", [], ValueError("closing"))]):
+    with pytest.raises(KeyError), MultiTracker([Noting("a", [], ValueError("closing"))]):
         raise KeyError("of the run")
     assert "closing" in caplog.text
 
 
 def test_failing_storage_is_said_once_and_the_next_tracker_still_gets_its_metrics(caplog):
     notes: list[str] = []
-    trackers = Trackers([Noting("a", notes, log=OSError(28, "No space left")), Noting("b", notes)])
+    trackers = MultiTracker([Noting("a", notes, log=OSError(28, "No space left")), Noting("b", notes)])
     for step in range(3):
         trackers.log(step, {})
     assert notes.count("b.log") == 3
@@ -63,17 +65,17 @@ def test_failing_storage_is_said_once_and_the_next_tracker_still_gets_its_metric
 
 def test_a_mistake_in_a_tracker_is_not_taken_for_failing_storage():
     with pytest.raises(TypeError):
-        Trackers([Noting("a", [], log=TypeError("a bug"))]).log(0, {})
+        MultiTracker([Noting("a", [], log=TypeError("a bug"))]).log(0, {})
 
 
 def test_build_opens_nothing_before_start_and_leaves_out_what_is_off(tmp_path):
-    build(TrackConfig(), tmp_path)
+    make_trackers(TrackConfig(), tmp_path)
     assert not list(tmp_path.iterdir())
-    with build(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
+    with make_trackers(TrackConfig(tensorboard=False, console="off"), tmp_path) as trackers:
         trackers.start({}, {}, start_step=0, total_steps=2)
         trackers.log(0, {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert read(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
 
 
 def test_due_names_each_nth_step_and_the_last():
@@ -87,7 +89,7 @@ def test_a_config_that_never_logs_is_refused():
 
 def test_nothing_here_imports_jax():
     code = (
-        "import sys; from jaxinfra.track import charts, console, curve, memory, report, tracker;"
+        "import sys; from jaxinfra.track import charts, console, terminal_plot, memory, report, tracker;"
         "sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
     )
     assert demo.start(code).returncode == 0

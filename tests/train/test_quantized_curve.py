@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.parallel.rules import Quantize
-from jaxinfra.track.jsonl import read
+from jaxinfra.track.jsonl import read_metrics
 from tests.tiny_run import launch
 
 STEPS, WINDOW = 80, 20
@@ -63,7 +63,7 @@ def curve(config: Path, quantize: Quantize) -> np.ndarray:
     """The mean loss of every window of steps."""
     ended = launch(str(config), f"name={quantize}", f"precision.quantize={quantize}")
     assert ended.code == 0, ended
-    rows = read(config.parent / "runs" / quantize / "metrics.jsonl")
+    rows = read_metrics(config.parent / "runs" / quantize / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == STEPS
     return np.array(losses).reshape(-1, WINDOW).mean(axis=1)

@@ -49,7 +49,7 @@ def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str
     if isinstance(config, Run):
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
-        rows, hint = rows_of(config, options.rank, options.of), config_argument.prepare_hint(options, config)
+        rows, hint = rows_of(config, options.rank, options.of), config_argument.prepare_command(options, config)
         return config.parts.data, config.train.global_batch, rows, hint
     if not hasattr(config, "modality") or not hasattr(config, "open"):
         raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxinfra.data.inspect import facts, histogram, labels, samples
 from jaxinfra.data.store.store import Store, TokenStore
 from jaxinfra.data.store.versions import listed
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     store = Store.open(options.store, options.version)
     print(f"store        {store}")
     print("\n".join(facts(store.manifest)))
-    for version in listed(Storage(options.store)):
+    for version in listed(ObjectStore(options.store)):
         print(f"version      {version.fingerprint}  {version.created}")
     if store.manifest.kind == "images":
         print("\n".join(labels(store)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jaxinfra.data.store.store import Store
 from jaxinfra.errors import DataError
-from jaxinfra.storage.errors import REMAKE
+from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 
 _LISTED = 100
 
@@ -23,7 +23,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 print(damage)
     if damages:
         raise DataError(
-            f"{store}: {len(damages)} of {looked_at} files and blocks are damaged, first {damages[0].place}; {REMAKE}"
+            f"{store}: {len(damages)} of {looked_at} files and blocks are damaged, first {damages[0].place}; "
+            f"{DAMAGED_VERSION_FIX}"
         )
     print(f"{store}: {looked_at} files and blocks, {n_bytes:,} bytes, every hash fits")
     return 0

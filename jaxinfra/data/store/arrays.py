@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from jaxinfra.errors import DataError
 from jaxinfra.storage import connection
-from jaxinfra.storage.errors import checked
+from jaxinfra.storage.errors import call_storage
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
@@ -27,7 +27,7 @@ CACHE_BYTES = 16 * 1024 * 1024
 
 def cache_context() -> ts.Context:
     """A cache that all arrays opened with it share; requests that fail are tried again as `storage` says."""
-    return connection.context(cache_bytes=CACHE_BYTES)
+    return connection.tensorstore_context(cache_bytes=CACHE_BYTES)
 
 
 def create(
@@ -56,8 +56,10 @@ def create(
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return checked(
-        path, lambda: ts.open(ts.Spec(spec), create=True, context=connection.context()).result(), writing=True
+    return call_storage(
+        path,
+        lambda: ts.open(ts.Spec(spec), create=True, context=connection.tensorstore_context()).result(),
+        writing=True,
     )
 
 
@@ -70,14 +72,14 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
         longer[start : start + len(values)].write(values).result()
         return longer
 
-    return checked(path, write, writing=True)
+    return call_storage(path, write, writing=True)
 
 
 def open_array(path: str, context: ts.Context) -> ts.TensorStore:
     """Opens an array that will not change any more; DataError where it is missing or its metadata is damaged."""
     # What the shared cache has of an array that was here before is looked at again, once.
     spec = _spec(path) | {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
-    return checked(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
+    return call_storage(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 
 
 def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length: int) -> np.ndarray:
@@ -100,7 +102,7 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
             found = ts.concat(ranges, axis=0).read(batch=batch)
         return found.result()
 
-    return checked(path, read)
+    return call_storage(path, read)
 
 
 def read_each(
@@ -109,7 +111,7 @@ def read_each(
     """Reads each range by itself, all at once; the error of one that is damaged is in its place."""
     for future in [array[start : start + n].read() for start, n in zip(starts, lengths, strict=True)]:
         try:
-            yield checked(path, future.result)
+            yield call_storage(path, future.result)
         except DataError as error:
             yield error
 
@@ -117,6 +119,6 @@ def read_each(
 def _spec(path: str) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": connection.kvstore_spec(connection.check_url(path)),
+        "kvstore": connection.kvstore_spec(connection.normalize_url(path)),
         "fill_missing_data_reads": False,
     }

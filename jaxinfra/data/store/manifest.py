@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from jaxinfra.errors import DataError
-from jaxinfra.storage.errors import REMAKE
+from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 
 FORMAT = 3
 FILE_NAME = "manifest.json"
@@ -146,7 +146,7 @@ def parse(content: bytes, path: str) -> Manifest:
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: damaged manifest ({type(error).__name__}: {error}); {REMAKE}") from None
+        raise DataError(f"{path}: damaged manifest ({type(error).__name__}: {error}); {DAMAGED_VERSION_FIX}") from None
 
 
 def digest_of(tree: Any) -> str:

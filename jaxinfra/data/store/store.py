@@ -36,8 +36,8 @@ from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
 from jaxinfra.data.tokenizer import Tokenizer, restore
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.storage.errors import REMAKE
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
+from jaxinfra.storage.objects import ObjectStore
 
 PREPARE = f"{COMMAND} data prepare RECIPE"
 TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
@@ -72,7 +72,7 @@ class Damage:
 class Store:
     """A version opened for reading; safe to read from many threads."""
 
-    def __init__(self, storage: Storage, manifest: Manifest):
+    def __init__(self, storage: ObjectStore, manifest: Manifest):
         """Takes a version whose files are there."""
         self.storage, self.manifest = storage, manifest
         self._arrays: dict[str, ts.TensorStore] = {}
@@ -90,18 +90,19 @@ class Store:
             at: the part of the config that names the store, for messages.
             fix: the command that makes the store, for the error when there is none.
         """
-        storage = versions.find(Storage(tracked.resolved(str(path))), version, at=at, fix=fix)
-        found = manifests.parse(storage.read(manifests.FILE_NAME), storage.where(manifests.FILE_NAME))
+        storage = versions.find(ObjectStore(tracked.resolved(str(path))), version, at=at, fix=fix)
+        found = manifests.parse(storage.read(manifests.FILE_NAME), storage.url_of(manifests.FILE_NAME))
         named = storage.url.rpartition("/")[2]
         if manifests.is_fingerprint(named) and found.fingerprint != named:
             raise DataError(
-                f"{storage.where(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {named}; {REMAKE}"
+                f"{storage.url_of(manifests.FILE_NAME)}: is of version {found.fingerprint}, not of {named}; "
+                f"{DAMAGED_VERSION_FIX}"
             )
         if version is not None and not found.fingerprint.startswith(version):
             raise ConfigError(
                 f"{at}.version={version}: {storage.url} is version {found.fingerprint}; use {at}.version=none"
             )
-        storage.check({name: info.bytes for name, info in found.files.items()})
+        storage.check_sizes({name: info.bytes for name, info in found.files.items()})
         return cls(storage, found)
 
     def __str__(self) -> str:
@@ -170,20 +171,20 @@ class Store:
         """An array, opened once."""
         key = f"{split}/{name}"
         if key not in self._arrays:
-            self._arrays[key] = arrays.open_array(self.storage.where(key), arrays.cache_context())
+            self._arrays[key] = arrays.open_array(self.storage.url_of(key), arrays.cache_context())
         return self._arrays[key]
 
 
 class TokenStore(Store):
     """A version of a store of text, or of pairs of texts."""
 
-    def __init__(self, storage: Storage, manifest: Manifest):
+    def __init__(self, storage: ObjectStore, manifest: Manifest):
         """Takes a version whose files are there; DataError where its tokenizer is damaged, or another one."""
         super().__init__(storage, manifest)
         info = manifest.words
         self._vocabulary = storage.read(info.file)
         if hashlib.sha256(self._vocabulary).hexdigest() != info.sha256:
-            raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; {REMAKE}")
+            raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; {DAMAGED_VERSION_FIX}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -243,7 +244,7 @@ class TokenStore(Store):
             piece = int(np.searchsorted(np.cumsum(lengths_P), (tokens_N >= words).argmax(), side="right"))
             raise DataError(
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {words} in tokens {starts_P[piece]} to "
-                f"{starts_P[piece] + lengths_P[piece]}; {REMAKE}"
+                f"{starts_P[piece] + lengths_P[piece]}; {DAMAGED_VERSION_FIX}"
             )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 
 SUFFIX = ".dvc"
 
@@ -24,7 +24,7 @@ def resolved(path: str) -> str:
     folder = file.with_suffix("")
     if not file.is_file() or (not named and folder.exists()):
         return path
-    dvc = needed("dvc", "exceptions", "repo", by=str(file), install="jaxinfra[dvc]")
+    dvc = import_optional("dvc", "exceptions", "repo", needed_by=str(file), install="jaxinfra[dvc]")
     try:
         with dvc.repo.Repo(str(file.parent)) as repo:
             try:

@@ -13,7 +13,7 @@ from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import Manifest
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.atomic import move_folder
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.objects import ObjectStore
 
 INDEX = "versions.json"
 
@@ -27,9 +27,9 @@ class Version:
     created: str  # when it was made, in UTC
 
 
-def listed(store: Storage) -> list[Version]:
+def listed(store: ObjectStore) -> list[Version]:
     """The versions of a store, the newest last; none where there is no store. DataError where the list is damaged."""
-    return _parsed(store.read(INDEX), store.where(INDEX)) if store.exists(INDEX) else []
+    return _parsed(store.read(INDEX), store.url_of(INDEX)) if store.exists(INDEX) else []
 
 
 def _parsed(content: bytes, where: str) -> list[Version]:
@@ -39,7 +39,7 @@ def _parsed(content: bytes, where: str) -> list[Version]:
         raise DataError(f"{where}: damaged list of versions ({error}); name a version by its path") from None
 
 
-def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
+def find(store: ObjectStore, version: str | None, *, at: str, fix: str) -> ObjectStore:
     """The folder of a version, of arguments as in `Store.open`; `store` may be a version itself.
 
     Raises ConfigError where there is none or more than one begins so, DataError where the list is damaged.
@@ -59,7 +59,7 @@ def find(store: Storage, version: str | None, *, at: str, fix: str) -> Storage:
     return store.child(fitting[-1].fingerprint)
 
 
-def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> None:
+def publish(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -> None:
     """Puts a finished version beside the others: whole, or not at all; StorageError where it cannot be written.
 
     `build` is a local folder with its files and no manifest; it is gone afterwards where it could be renamed.
@@ -74,7 +74,7 @@ def publish(build: Path, store: Storage, manifest: Manifest, made_of: str) -> No
     _list_last(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
 
 
-def make_newest(store: Storage, version: Version) -> bool:
+def make_newest(store: ObjectStore, version: Version) -> bool:
     """Lists a version that is there as the newest, which runs take; tells whether it was another one."""
     if listed(store)[-1].fingerprint == version.fingerprint:
         return False
@@ -82,10 +82,10 @@ def make_newest(store: Storage, version: Version) -> bool:
     return True
 
 
-def _list_last(store: Storage, version: Version) -> None:
+def _list_last(store: ObjectStore, version: Version) -> None:
     def change(content: bytes | None) -> bytes:
-        known = [] if content is None else _parsed(content, store.where(INDEX))
+        known = [] if content is None else _parsed(content, store.url_of(INDEX))
         kept = [asdict(each) for each in known if each.made_of != version.made_of]
         return (json.dumps({"versions": [*kept, asdict(version)]}, indent=2) + "\n").encode()
 
-    store.update(INDEX, change)
+    store.atomic_update(INDEX, change)

@@ -35,8 +35,8 @@ from jaxinfra.prepare.recipes.validation import OtherStore, Tail, draw
 from jaxinfra.prepare.sources.record import Bad, Found, Piece
 from jaxinfra.prepare.sources.stream import Block
 from jaxinfra.prepare.tokenizers import TrainBpe, convert, train_bpe
-from jaxinfra.storage.atomic import replace_bytes
-from jaxinfra.storage.objects import Storage
+from jaxinfra.storage.atomic import write_bytes_atomic
+from jaxinfra.storage.objects import ObjectStore
 
 TOKENIZER_BYTES = 12_000_000
 """Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
@@ -279,8 +279,8 @@ class TextMaker:
                 given, check = self._existing
                 check(_sample_texts(corpus, pieces, _CHECKED_CHARS))
             info = info_of(given)
-            replace_bytes(folder / info.file, given.content)
-            replace_bytes(known, json.dumps(asdict(info)).encode())
+            write_bytes_atomic(folder / info.file, given.content)
+            write_bytes_atomic(known, json.dumps(asdict(info)).encode())
         self._info = _read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
         if isinstance(corpus.validation, OtherStore):
@@ -339,5 +339,5 @@ class TextMaker:
             **assemble.made_now(),
         )
         if corpus.baselines:
-            manifest = replace(manifest, baselines=measured(TokenStore(Storage(build), manifest)))
+            manifest = replace(manifest, baselines=measured(TokenStore(ObjectStore(build), manifest)))
         return manifest

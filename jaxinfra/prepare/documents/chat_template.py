@@ -28,7 +28,7 @@ from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.document import Form, RecordError, Span
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import exists, read_content
+from jaxinfra.storage.files import file_exists, read_file
 
 Message = dict[str, str]
 """One turn of a conversation: its `role`, which is system, user or assistant, and its `content`."""
@@ -195,14 +195,14 @@ def _read(name: str) -> tuple[str, dict[str, str]]:
     is_config = name.endswith(".json")
     path = name if is_config else "".join((*name.rpartition("/")[:2], _CONFIG))
     config = {}
-    if is_config or exists(path):
+    if is_config or file_exists(path):
         try:
-            config = json.loads(read_content(path, "a template"))
+            config = json.loads(read_file(path, "a template"))
         except ValueError as error:
             raise ConfigError(f"template={path}: is not JSON ({cause_of(error)}); give a {_CONFIG}") from None
         if not isinstance(config, dict):
             raise ConfigError(f"template={path}: is not a {_CONFIG}, which holds named values")
-    found = config.get("chat_template") if is_config else read_content(name, "a template").decode(errors="replace")
+    found = config.get("chat_template") if is_config else read_file(name, "a template").decode(errors="replace")
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
     if not isinstance(found, str):

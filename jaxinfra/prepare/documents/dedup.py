@@ -14,7 +14,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from jaxinfra.config.limits import Count, PositiveShare
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.documents.shingles import STEP, digest_of_bytes, run_codes, word_codes
 
 _SEED = 1  # of the permutations
@@ -120,4 +120,4 @@ def _near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
 
 
 def _library() -> Any:
-    return needed("datasketch", by="dedup.near=true", install="jaxinfra[dedup]")
+    return import_optional("datasketch", needed_by="dedup.near=true", install="jaxinfra[dedup]")

@@ -8,14 +8,14 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, call, python_path
 
 
 @contextmanager
 def started(workers: int | None) -> Iterator[Engine]:
     """Connects to a scheduler, or starts one, and leaves or ends it with the context."""
-    distributed = needed("distributed", by="engine=dask", install="jaxinfra[dask]")
+    distributed = import_optional("distributed", needed_by="engine=dask", install="jaxinfra[dask]")
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
     with nullcontext(address) if address else _scheduler(distributed, workers) as scheduler:
         client = distributed.Client(scheduler)
@@ -28,7 +28,7 @@ def started(workers: int | None) -> Iterator[Engine]:
 
 @contextmanager
 def _scheduler(distributed: Any, workers: int | None) -> Iterator[Any]:
-    dask = needed("dask", by="engine=dask", install="jaxinfra[dask]")
+    dask = import_optional("dask", needed_by="engine=dask", install="jaxinfra[dask]")
     settings = {"distributed.scheduler.allowed-failures": 1, "distributed.comm.retry.count": 3}
     with (
         tempfile.TemporaryDirectory(prefix="dask-", ignore_cleanup_errors=True) as folder,

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.engines.call import Engine, Outcome, call, python_path
 
 _STORE_BYTES = 128 << 20  # results of jobs are small: what they make is written to files
@@ -21,7 +21,7 @@ def started(workers: int | None) -> Iterator[Engine]:
     """Connects to Ray, or starts one, and leaves or ends it with the context."""
     own = {} if os.environ.get("RAY_ADDRESS") else _ALONE | {"PYTHONPATH": python_path()}
     with _environment(own):
-        ray = needed("ray", by="engine=ray", install="jaxinfra[ray]")
+        ray = import_optional("ray", needed_by="engine=ray", install="jaxinfra[ray]")
         with _connected(ray, workers):
             task = ray.remote(num_cpus=1, max_retries=1)(call)
             running: dict[Future[Outcome], Any] = {}

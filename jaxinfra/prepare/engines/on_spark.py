@@ -20,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, Outcome, call, cores, python_path
 
 _TRIES = 2
@@ -46,7 +46,7 @@ class _Spark:
 @contextmanager
 def started(workers: int | None) -> Iterator[Engine]:
     """Takes or starts Spark, and ends what it started with the context."""
-    pyspark = needed("pyspark", by="engine=spark", install="jaxinfra[spark]")
+    pyspark = import_optional("pyspark", needed_by="engine=spark", install="jaxinfra[spark]")
     if os.environ.get("SPARK_REMOTE"):
         opened = _remote()
     elif pyspark.SparkContext._active_spark_context:
@@ -119,7 +119,7 @@ def _gateway(conf: Any) -> Any:
     home = os.environ.get("JAVA_HOME")
     if not shutil.which(os.path.join(home, "bin", "java") if home else "java"):
         raise ConfigError("engine=spark: there is no Java; install Java 17 or later, or set JAVA_HOME")
-    java_gateway = needed("pyspark.java_gateway", by="engine=spark", install="jaxinfra[spark]")
+    java_gateway = import_optional("pyspark.java_gateway", needed_by="engine=spark", install="jaxinfra[spark]")
     with tempfile.TemporaryFile() as errors:
         try:
             return java_gateway.launch_gateway(conf, popen_kwargs={"stdout": subprocess.DEVNULL, "stderr": errors})
@@ -133,7 +133,7 @@ def _gateway(conf: Any) -> Any:
 @contextmanager
 def _remote() -> Iterator[_Spark]:
     """Jobs of a Spark Connect server, which has no contexts: they come as functions of tables of one row."""
-    sql = needed("pyspark.sql", by="engine=spark with SPARK_REMOTE", install="pyspark[connect]")
+    sql = import_optional("pyspark.sql", needed_by="engine=spark with SPARK_REMOTE", install="pyspark[connect]")
     with _no_word_of_pandas():
         session = sql.SparkSession.builder.getOrCreate()
 

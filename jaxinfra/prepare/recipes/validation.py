@@ -12,7 +12,7 @@ from jaxinfra.data.store.manifest import Split, TokenizerInfo
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.any_source import FileSource
-from jaxinfra.prepare.sources.files import File, cut
+from jaxinfra.prepare.sources.files import FileInfo, cut
 from jaxinfra.prepare.sources.record import Piece
 
 type Fraction = Annotated[float, Gt(0), Lt(1)]
@@ -59,7 +59,7 @@ class OtherStore:
         """Lists ranges of documents, named by the version. Raises as `open`."""
         manifest = self.open().manifest
         info, group = manifest.splits[self.split], 2 if manifest.kind == "pairs" else 1
-        file = File(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
+        file = FileInfo(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
         return cut([file], lambda file: info.documents // group, split_bytes)
 
     def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 
 
 def records() -> Iterator[dict[str, Any]]:
     """Yields 1,797 grey images of 8 x 8 pixels from 0 to 16, `{"image": uint8[8, 8, 1], "label": int}`."""
-    datasets = needed("sklearn.datasets", by="the handwritten digits", install="jaxinfra[digits]")
+    datasets = import_optional("sklearn.datasets", needed_by="the handwritten digits", install="jaxinfra[digits]")
     pixels, digits = datasets.load_digits(return_X_y=True)
     for image, digit in zip(np.asarray(pixels).reshape(-1, 8, 8, 1), digits, strict=True):
         yield {"image": image.astype(np.uint8), "label": int(digit)}

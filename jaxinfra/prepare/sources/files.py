@@ -13,7 +13,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import DataError
 from jaxinfra.prepare.sources.record import Piece, Source
-from jaxinfra.storage.files import File, list_files
+from jaxinfra.storage.files import FileInfo, list_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,12 @@ class Files(Source):
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         return cut(list_files(self.root, self.pattern), self._count, split_bytes)
 
-    def _count(self, file: File) -> int:
+    def _count(self, file: FileInfo) -> int:
         """Returns of how many bytes, rows or records a file is, between which it is cut; 1 if it is not cut."""
         return 1
 
 
-def cut(files: Iterable[File], count: Callable[[File], int], split_bytes: int) -> list[Piece]:
+def cut(files: Iterable[FileInfo], count: Callable[[FileInfo], int], split_bytes: int) -> list[Piece]:
     """Cuts files into equal pieces of about `split_bytes`; `count` tells the bytes, rows or records of large ones."""
     pieces = []
     for file in files:

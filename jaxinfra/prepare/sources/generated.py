@@ -16,7 +16,7 @@ from jaxinfra.config.limits import Count, Natural
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.prepare.sources.files import cut
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, Source, read_as
-from jaxinfra.storage.files import File
+from jaxinfra.storage.files import FileInfo
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -101,7 +101,7 @@ class Synthetic(Source):
     def pieces(self, split_bytes: int) -> Sequence[Piece]:
         size_bytes = self.documents * self.words * (2 * self._syllables() + 1)
         stamp = f"1:{self.words}:{self.vocabulary}:{self.seed}"  # 1: what is made of these numbers
-        made = File(name="synthetic", size_bytes=size_bytes, stamp=stamp)
+        made = FileInfo(name="synthetic", size_bytes=size_bytes, stamp=stamp)
         return cut([made], lambda file: self.documents, split_bytes)
 
     @override

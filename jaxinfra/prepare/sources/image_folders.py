@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, StorageError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.files import Files, cut
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, read_as
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import File, list_files, list_names, opened, shown
+from jaxinfra.storage.files import FileInfo, display_url, list_files, list_folders, open_file
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -46,30 +46,34 @@ class ImageFolders(Files):
         """Lists ranges of the sorted files of a class: one an image would be too many."""
         classes = _classes(list_files(self.root, self.pattern))
         if not classes:
-            raise ConfigError(f"pattern={self.pattern}: matches no image in a folder in {shown(self.root)}; mend it")
+            raise ConfigError(
+                f"pattern={self.pattern}: matches no image in a folder in {display_url(self.root)}; mend it"
+            )
         return cut(map(_folder, classes, classes.values()), lambda folder: len(classes[folder.name]), split_bytes)
 
     @override
     def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        label = list_names(self.root).index(piece.name)
+        label = list_folders(self.root).index(piece.name)
         first, _, rest = self.pattern.partition("/")
         below = f"{glob.escape(piece.name)}/{'**/' if first == '**' else ''}{rest}"
         files = _classes(list_files(self.root, below)).get(piece.name, [])
         if _folder(piece.name, files).stamp != piece.stamp:
-            raise StorageError(f"{shown(self.root)}/{piece.name}: changed since its files were listed; start again")
+            raise StorageError(
+                f"{display_url(self.root)}/{piece.name}: changed since its files were listed; start again"
+            )
 
         def parse(content: bytes) -> Record:
             return {"image": _decoded(content, self.mode), "label": label, "class": piece.name}
 
         for file in files[piece.start : piece.end]:
-            with opened(self.root, file.name) as stream:
+            with open_file(self.root, file.name) as stream:
                 content = stream.read()
             yield read_as(parse, content, key=file.name, where=file.name)
 
 
-def _classes(files: Iterable[File]) -> dict[str, list[File]]:
+def _classes(files: Iterable[FileInfo]) -> dict[str, list[FileInfo]]:
     """Sorts the images in folders into classes: in order of names alone, `a-b/1.png` is before `a/1.png`."""
-    found: dict[str, list[File]] = {}
+    found: dict[str, list[FileInfo]] = {}
     for file in files:
         folder, slash, name = file.name.partition("/")
         if slash and name.lower().endswith(_SUFFIXES):
@@ -77,17 +81,17 @@ def _classes(files: Iterable[File]) -> dict[str, list[File]]:
     return dict(sorted(found.items()))
 
 
-def _folder(name: str, files: Sequence[File]) -> File:
+def _folder(name: str, files: Sequence[FileInfo]) -> FileInfo:
     """Takes the files of a class for one."""
     stamps = hashlib.blake2b(digest_size=16)
     for file in files:
         stamps.update(f"{file.name}\0{file.stamp}\0".encode())
-    return File(name=name, size_bytes=sum(file.size_bytes for file in files), stamp=stamps.hexdigest())
+    return FileInfo(name=name, size_bytes=sum(file.size_bytes for file in files), stamp=stamps.hexdigest())
 
 
 def _decoded(content: bytes, mode: str) -> np.ndarray:
     """Decodes an image to uint8 (height, width, channels); a ValueError says why it cannot."""
-    pillow = needed("PIL", "Image", "ImageOps", by="source=image_folders", install="jaxinfra[images]")
+    pillow = import_optional("PIL", "Image", "ImageOps", needed_by="source=image_folders", install="jaxinfra[images]")
     try:
         with pillow.Image.open(io.BytesIO(content)) as image:
             if image.mode.startswith(("I", "F")):  # converted, all that is brighter than 255 would become white

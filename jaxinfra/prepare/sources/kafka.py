@@ -16,7 +16,7 @@ from typing import Any, override
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.record import Bad, Found, read_as
 from jaxinfra.prepare.sources.stream import TICK_S, Position, Reader, Stream
 from jaxinfra.prepare.sources.text import json_object
@@ -57,7 +57,7 @@ class Kafka(Stream):
     @contextmanager
     @override
     def open(self, position: Position) -> Iterator["_Reader"]:
-        kafka = needed("confluent_kafka", by=str(self), install="jaxinfra[kafka]")
+        kafka = import_optional("confluent_kafka", needed_by=str(self), install="jaxinfra[kafka]")
         try:
             consumer = kafka.Consumer(self._settings())
         except (kafka.KafkaException, ValueError) as error:

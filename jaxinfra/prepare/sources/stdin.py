@@ -110,7 +110,7 @@ class _Reader(Reader):
     def _chunks(self) -> Iterator[bytes | None]:
         """Yields what comes, None when nothing did for a moment, and at the end of the stream b""."""
         while True:
-            with storage_errors("stdin", doing="read", fix="pipe the records in"):
+            with storage_errors("stdin", action="read", fix="pipe the records in"):
                 ready, _, _ = select.select([self._descriptor], [], [], TICK_S)
                 chunk = os.read(self._descriptor, _CHUNK_BYTES) if ready else None
             yield chunk

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO, Literal, override
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.files import Files, cut, damaged
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source, read_as
 from jaxinfra.prepare.sources.text import json_object, text_record
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import File, is_local, list_files, local_path, opened, shown
+from jaxinfra.storage.files import FileInfo, display_url, is_local, list_files, local_path, open_file
 
 _BATCH_ROWS = 128
 # Parquet is read ahead by a buffer, not by whole column chunks: a row group may be larger than memory.
@@ -48,7 +48,7 @@ class Parquet(Files):
             yield Problem(fields=("columns",), message="has a name twice", fix="use columns=() to read all columns")
 
     @override
-    def _count(self, file: File) -> int:
+    def _count(self, file: FileInfo) -> int:
         with self._opened(file.name) as table:
             return table.num_row_groups
 
@@ -58,7 +58,7 @@ class Parquet(Files):
             names = table.schema_arrow.names
             if missing := [column for column in self.columns if column not in names]:
                 raise ConfigError(
-                    f"columns={self.columns}: {shown(self.root)}/{piece.name} has no {', '.join(missing)}; "
+                    f"columns={self.columns}: {display_url(self.root)}/{piece.name} has no {', '.join(missing)}; "
                     f"it has {', '.join(names) or 'none'}"
                 )
             row = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
@@ -112,8 +112,8 @@ class HuggingFace(Source):
                 if piece.end is not None and first >= piece.end:
                     return
 
-    def _files(self) -> list[File]:
-        here, folder = shown(self.path), ""
+    def _files(self) -> list[FileInfo]:
+        here, folder = display_url(self.path), ""
         names = {file.name for file in list_files(self.path, "*.json")}
         if _DICT in names:
             splits = self._json(_DICT)["splits"]
@@ -136,13 +136,13 @@ class HuggingFace(Source):
         return [files[name] for name in wanted]
 
     def _json(self, name: str) -> dict[str, Any]:
-        with opened(self.path, name) as file:
+        with open_file(self.path, name) as file:
             try:
                 return json.load(file)
             except ValueError as error:
-                raise DataError(f"{shown(self.path)}/{name}: is damaged ({error}); restore the file") from None
+                raise DataError(f"{display_url(self.path)}/{name}: is damaged ({error}); restore the file") from None
 
-    def _rows(self, file: File) -> int:
+    def _rows(self, file: FileInfo) -> int:
         if not is_local(self.path):
             return 1
         with self._batches(file.name) as batches:
@@ -155,7 +155,7 @@ class HuggingFace(Source):
             file.seek(-min(len(_END), file.seek(0, 2)), 2)
             if file.read() != _END:
                 fix = "restore the file or save the dataset again"
-                raise DataError(f"{shown(self.path)}/{name}: is cut short; {fix}")
+                raise DataError(f"{display_url(self.path)}/{name}: is cut short; {fix}")
             file.seek(0)
             source = pa.memory_map(local_path(self.path, name)) if is_local(self.path) else file
             with pa.ipc.open_stream(source) as batches:
@@ -183,7 +183,7 @@ class ArrayRecords(Files):
             yield Problem(fields=("root",), message=message, fix=fix)
 
     @override
-    def _count(self, file: File) -> int:
+    def _count(self, file: FileInfo) -> int:
         with self._opened(file.name) as reader:
             return reader.num_records()
 
@@ -199,11 +199,13 @@ class ArrayRecords(Files):
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
-        module = needed("array_record.python.array_record_module", by=self.root, install="jaxinfra[arrayrecord]")
+        module = import_optional(
+            "array_record.python.array_record_module", needed_by=self.root, install="jaxinfra[arrayrecord]"
+        )
         path = local_path(self.root, name)
         try:
             # Opened first: the library reads a missing file, one that it may not read, as an empty one.
-            with opened(self.root, name), closing(module.ArrayRecordReader(path, _ARRAY_RECORD)) as reader:
+            with open_file(self.root, name), closing(module.ArrayRecordReader(path, _ARRAY_RECORD)) as reader:
                 if not reader.ok():
                     raise RuntimeError(f"or cut short: it has {os.path.getsize(path)} bytes")
                 yield reader
@@ -214,9 +216,9 @@ class ArrayRecords(Files):
 @contextmanager
 def _arrow_file(root: str, name: str, extra: str) -> Iterator[tuple[Any, BinaryIO]]:
     """Gives pyarrow, which is installed by an extra of jaxinfra, and an open file; what it cannot read is DataError."""
-    where = f"{shown(root)}/{name}"
-    pa = needed("pyarrow", by=where, install=f"jaxinfra[{extra}]")
-    with opened(root, name) as file:
+    where = f"{display_url(root)}/{name}"
+    pa = import_optional("pyarrow", needed_by=where, install=f"jaxinfra[{extra}]")
+    with open_file(root, name) as file:
         try:
             yield pa, file
         except (pa.ArrowException, OSError) as error:

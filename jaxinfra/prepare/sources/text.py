@@ -22,7 +22,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.files import Files, cut, damaged
 from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, read_as
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import STDLIB, File, list_files, opened, shown
+from jaxinfra.storage.files import STDLIB, FileInfo, display_url, list_files, open_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -57,7 +57,7 @@ class TextFiles(Files):
         files = list_files(self.root, self.pattern)
         found = [file for file in files if file.name.endswith(_COMPRESSED) or file.size_bytes >= self.min_bytes]
         if not found:
-            here = f"all {len(files)} files that match in {shown(self.root)}"
+            here = f"all {len(files)} files that match in {display_url(self.root)}"
             raise ConfigError(f"min_bytes={self.min_bytes}: {here} are shorter; use less")
         return cut(found, self._count, split_bytes)
 
@@ -97,7 +97,7 @@ class _Lines(Files):
         """Returns what a line spells, None for nothing; raises ValueError, which says what is wrong with it."""
 
     @override
-    def _count(self, file: File) -> int:
+    def _count(self, file: FileInfo) -> int:
         return 1 if file.name.endswith(_COMPRESSED) else file.size_bytes
 
 
@@ -178,7 +178,7 @@ def _lines(root: str, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
 def _ends_before(root: str, name: str, offset: int) -> int:
     """Counts the ends of lines in the first bytes of a file."""
     found = 0
-    with opened(root, name) as file:
+    with open_file(root, name) as file:
         while chunk := file.read(min(offset, _CHUNK_BYTES)):
             found += chunk.count(b"\n")
             offset -= len(chunk)
@@ -191,7 +191,7 @@ def _decompressed(root: str, name: str) -> Iterator[BinaryIO]:
 
     One that is damaged or cut short is a DataError, also while it is read.
     """
-    with opened(root, name) as file:
+    with open_file(root, name) as file:
         if not name.endswith(_COMPRESSED):
             yield file
             return
@@ -200,4 +200,4 @@ def _decompressed(root: str, name: str) -> Iterator[BinaryIO]:
             with io.BufferedReader(plain, _CHUNK_BYTES) as reader:
                 yield reader
         except (gzip.BadGzipFile, zlib.error, zstd.ZstdError, EOFError) as error:
-            raise damaged(f"{shown(root)}/{name}", cause_of(error)) from error
+            raise damaged(f"{display_url(root)}/{name}", cause_of(error)) from error

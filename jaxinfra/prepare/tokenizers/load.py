@@ -14,7 +14,7 @@ from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.prepare.tokenizers.common import TRICKY, Vocabulary
 from jaxinfra.prepare.tokenizers.sentence_piece import SentencePieceModel, convert_sentence_piece
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import Tiktoken, convert_tiktoken
-from jaxinfra.storage.files import read_content
+from jaxinfra.storage.files import read_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def convert(config: Existing) -> tuple[Tokenizer, Callable[[Iterable[str]], None
     """
     match config:
         case TokenizerFile():
-            backend = read_backend(read_content(config.path, "a tokenizer"), config.path)
+            backend = read_backend(read_file(config.path, "a tokenizer"), config.path)
             found = JsonTokenizer.adopt(backend, config.end_of_document, config.path, config.special_tokens)
             return found, lambda texts: None
         case Bytes():

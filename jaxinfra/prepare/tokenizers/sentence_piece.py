@@ -17,10 +17,10 @@ from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import read_content
+from jaxinfra.storage.files import read_file
 
 _SPACE = "\u2581"
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -46,11 +46,11 @@ class SentencePieceModel(Vocabulary):
 def convert_sentence_piece(config: SentencePieceModel) -> Converted:
     """Converts a model of SentencePiece. Raises as `convert`."""
     by, install = "tokenizer=sentence_piece_model", "jaxinfra[sentencepiece]"
-    library = needed("sentencepiece", "sentencepiece_model_pb2", by=by, install=install)
+    library = import_optional("sentencepiece", "sentencepiece_model_pb2", needed_by=by, install=install)
     from google.protobuf.message import DecodeError
 
     try:
-        model = library.sentencepiece_model_pb2.ModelProto.FromString(read_content(config.path, "a tokenizer"))
+        model = library.sentencepiece_model_pb2.ModelProto.FromString(read_file(config.path, "a tokenizer"))
         if not model.pieces:
             raise DecodeError("it has no pieces")
     except DecodeError as error:

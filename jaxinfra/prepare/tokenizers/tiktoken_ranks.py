@@ -19,10 +19,10 @@ from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer.base import no_end
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
-from jaxinfra.packages import needed
+from jaxinfra.packages import import_optional
 from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import read_content
+from jaxinfra.storage.files import read_file
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K = (
@@ -85,12 +85,12 @@ class Tiktoken(Vocabulary):
 
 def convert_tiktoken(config: Tiktoken) -> Converted:
     """Converts a vocabulary of tiktoken. Raises as `convert`."""
-    library = needed("tiktoken", by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
+    library = import_optional("tiktoken", needed_by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
     name = config.path or config.encoding
     if config.path is None:
         pattern, ranks, special = _of_library(library, config.encoding)
     else:
-        ranks = _parse(read_content(config.path, "a tokenizer"), config.path)
+        ranks = _parse(read_file(config.path, "a tokenizer"), config.path)
         pattern, special = config.pattern or PATTERNS[config.encoding], SPECIAL_TOKENS.get(config.encoding, {})
         if config.special_tokens:
             special = {text: max(ranks.values()) + 1 + i for i, text in enumerate(config.special_tokens)}

@@ -16,7 +16,7 @@ import pytest
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.sources import text
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines, zstd
-from jaxinfra.storage.files import list_files, list_names, opened
+from jaxinfra.storage.files import list_files, list_folders, open_file
 from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
 from tests.refusals import raises
 
@@ -42,7 +42,7 @@ def root(request, tmp_path):
 
 
 def contents(root, name):
-    with opened(root, name) as file:
+    with open_file(root, name) as file:
         return file.read()
 
 
@@ -66,12 +66,12 @@ def test_patterns_mean_the_same_in_folders_and_stores(root, pattern, names):
 
 def test_files_are_opened_by_their_names_and_sought_in(root):
     for file in list_files(root, "**/*"):
-        with opened(root, file.name) as stream:
+        with open_file(root, file.name) as stream:
             assert stream.read().decode() == file.name
             assert stream.seek(1) == 1
             assert stream.read().decode() == file.name[1:]
         assert file.size_bytes == len(file.name)
-    assert list_names(root) == ["one", "one-two", "z [1]"]
+    assert list_folders(root) == ["one", "one-two", "z [1]"]
 
 
 def test_what_is_missing_is_told_apart(root):

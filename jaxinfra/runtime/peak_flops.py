@@ -9,7 +9,7 @@ from jaxinfra.parallel.mesh import Device
 
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. The longest key that starts `device_kind`
 # counts. v4 and v7x chips are given whole by Google; JAX lists v7x as two devices a chip, so half of 2307 TFLOP/s.
-CHIP_FLOPS = {
+PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
     "TPU v5 lite": 197e12,
@@ -37,14 +37,14 @@ def peak_flops(device: Device, dtype: jnp.dtype, devices_here: int) -> tuple[flo
     each of `devices_here`, those of this process, has its part of the whole.
     """
     if device.platform == "cpu":
-        return measured_flops(device, dtype) / devices_here, f"measured, {jnp.dtype(dtype).name} matmul"
-    if known := [kind for kind in CHIP_FLOPS if device.device_kind.startswith(kind)]:
+        return measure_flops(device, dtype) / devices_here, f"measured, {jnp.dtype(dtype).name} matmul"
+    if known := [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]:
         kind = max(known, key=len)
-        return CHIP_FLOPS[kind], f"data sheet, bfloat16, {kind}"
-    return measured_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
+        return PEAK_FLOPS[kind], f"data sheet, bfloat16, {kind}"
+    return measure_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
 
 
-def measured_flops(device: Device, dtype: jnp.dtype, size: int | None = None) -> float:
+def measure_flops(device: Device, dtype: jnp.dtype, size: int | None = None) -> float:
     """FLOP/s of the fastest of some square matrix products on one device."""
     size = size or (1024 if device.platform == "cpu" else 4096)  # a CPU is busy with 1024, in a tenth of the time
     with jax.default_device(device):

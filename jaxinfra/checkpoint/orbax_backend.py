@@ -17,13 +17,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxinfra.checkpoint.leaves import leaves_of
+from jaxinfra.checkpoint.leaves import leaf_types
 
 _STATE = "state"
 _RECORD = "record"
 
 
-class OrbaxStore:
+class OrbaxBackend:
     """The steps in one directory.
 
     Opened for writing, it sweeps what half-written steps left behind, so a directory has one writer. It keeps the
@@ -41,7 +41,7 @@ class OrbaxStore:
         logging.getLogger("absl").addFilter(self._quiet)
         self._opened: ocp.CheckpointManager | None = self._open()
 
-    def steps(self) -> list[int]:
+    def all_steps(self) -> list[int]:
         """The whole steps on storage, ascending; never the one being written."""
         # Read from storage: the manager's own list holds the step that is still being written.
         return sorted(found.step for found in self._format.find_all(self._directory))
@@ -57,21 +57,21 @@ class OrbaxStore:
         with jax.transfer_guard("allow"):
             self._manager.save(step, args=items, force=True)
 
-    def busy(self) -> bool:
+    def is_saving(self) -> bool:
         """Whether a step is being written."""
         return self._opened is not None and self._opened.is_saving_in_progress()
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Waits until the step being written, if any, is whole and old steps are deleted."""
         if self._opened is not None:
             self._opened.wait_until_finished()
 
-    def leaves(self, step: int) -> dict[str, str]:
+    def leaf_types(self, step: int) -> dict[str, str]:
         """The types of the leaves of a step's state by name."""
         items = self._manager.metadata(step).item_metadata or {}
         if (metadata := items.get(_STATE)) is None:
             raise FileNotFoundError(f"it has no readable {_STATE}")
-        return leaves_of(metadata.tree)
+        return leaf_types(metadata.tree)
 
     def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
         """The state of a step, or with `partial` a part of it, as the `jax.ShapeDtypeStruct`s say."""
@@ -85,12 +85,12 @@ class OrbaxStore:
         with jax.transfer_guard("allow"):
             return self._manager.restore(step, args=ocp.args.Composite(**{_STATE: args}))[_STATE]
 
-    def record(self, step: int) -> dict[str, Any]:
+    def load_record(self, step: int) -> dict[str, Any]:
         """The record saved with a step."""
         args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
         return self._manager.restore(step, args=args)[_RECORD]
 
-    def abandon(self) -> None:
+    def reset(self) -> None:
         """Ends the manager after a failure; the next use opens a new one.
 
         The failed one has lost sight of the old steps that it meant to delete, and its half-written step
@@ -103,7 +103,7 @@ class OrbaxStore:
     def close(self) -> None:
         """Waits for what is being written and ends the threads; further use is an error."""
         try:
-            self.abandon()
+            self.reset()
         finally:
             logging.getLogger("absl").removeFilter(self._quiet)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxinfra.runtime.peak import measured_flops, peak_flops
+from jaxinfra.runtime.peak_flops import measure_flops, peak_flops
 
 KINDS = {
     "TPU v5 lite": 197e12,
@@ -26,16 +26,16 @@ def test_known_chips(kind: str, flops: float) -> None:
 
 
 def test_cpu_devices_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.runtime.peak.measured_flops", lambda device, dtype: 80.0)
+    monkeypatch.setattr("jaxinfra.runtime.peak_flops.measure_flops", lambda device, dtype: 80.0)
     assert peak_flops(jax.devices()[0], jnp.dtype("float32"), 8) == (10.0, "measured, float32 matmul")
 
 
 def test_unknown_chips_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxinfra.runtime.peak.measured_flops", lambda device, dtype: 80.0)
+    monkeypatch.setattr("jaxinfra.runtime.peak_flops.measure_flops", lambda device, dtype: 80.0)
     chip = SimpleNamespace(platform="gpu", device_kind="Another Chip")
     assert peak_flops(chip, jnp.dtype("bfloat16"), 8) == (80.0, "measured, bfloat16 matmul on Another Chip")
 
 
 def test_measured() -> None:
     """No CPU core is outside this range, from a tenth of a GFLOP/s to 10 TFLOP/s."""
-    assert 1e8 < measured_flops(jax.devices()[0], jnp.dtype("float32"), size=256) < 1e13
+    assert 1e8 < measure_flops(jax.devices()[0], jnp.dtype("float32"), size=256) < 1e13

@@ -7,8 +7,8 @@ import pytest
 import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.checkpoint.checkpoints import Checkpoints
 from jaxinfra.checkpoint.config import CheckpointConfig
+from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import CheckpointError, ConfigError
 from tests.refusals import raises
 
@@ -27,12 +27,12 @@ def test_resumed_training_is_bit_equal(tmp_path):
         return State(step=state.step + 1, params=params, optimizer=optimizer)
 
     state = make_state(mesh)
-    with Checkpoints(tmp_path, CheckpointConfig(every=2)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=2)) as checkpoints:
         for _ in range(6):
             state = train_step(state)
             checkpoints.save(int(state.step), state, {})
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [4, 6]
+    with CheckpointManager(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [4, 6]
         resumed = checkpoints.restore(4, abstract(state, mesh))
     for _ in range(2):
         resumed = train_step(resumed)
@@ -41,46 +41,46 @@ def test_resumed_training_is_bit_equal(tmp_path):
 
 def test_saves_only_due_steps(tmp_path):
     state = make_state(make_mesh())
-    with Checkpoints(tmp_path, CheckpointConfig(every=3, keep_last=9)) as checkpoints:
-        assert checkpoints.latest() is None
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=3, keep_last=9)) as checkpoints:
+        assert checkpoints.latest_step() is None
         saved = [step for step in range(1, 8) if checkpoints.save(step, state, {}, force=step == 7)]
-        checkpoints.wait()
-        assert saved == checkpoints.steps() == [3, 6, 7]
-        assert checkpoints.latest() == 7
+        checkpoints.wait_until_finished()
+        assert saved == checkpoints.all_steps() == [3, 6, 7]
+        assert checkpoints.latest_step() == 7
 
 
 def test_keeps_the_last_and_every_so_many(tmp_path):
     state = make_state(make_mesh())
-    config = CheckpointConfig(every=1, keep_last=2, keep_every=4)
-    with Checkpoints(tmp_path, config) as checkpoints:
+    config = CheckpointConfig(save_every=1, keep_last=2, keep_every=4)
+    with CheckpointManager(tmp_path, config) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(step, state, {})
-        checkpoints.wait()
-        assert checkpoints.steps() == [4, 6, 7]
-    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.wait_until_finished()
+        assert checkpoints.all_steps() == [4, 6, 7]
+    with CheckpointManager(tmp_path, config) as checkpoints:
         checkpoints.save(9, state, {})
-        checkpoints.wait()
-        assert checkpoints.steps() == [4, 7, 9]
+        checkpoints.wait_until_finished()
+        assert checkpoints.all_steps() == [4, 7, 9]
 
 
 def test_the_same_step_twice_is_left_as_it_is(tmp_path):
     mesh = make_mesh()
     first, second = make_state(mesh, seed=1), make_state(mesh, seed=2)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         assert checkpoints.save(1, first, {"which": 1})
         assert not checkpoints.save(1, second, {"which": 2})
         assert not checkpoints.save(1, second, {"which": 2}, force=True)
-        assert checkpoints.record(1) == {"which": 1}
+        assert checkpoints.load_record(1) == {"which": 1}
         assert_same(checkpoints.restore(1, abstract(first, mesh)), first)
 
 
 def test_an_earlier_step_is_saved_after_going_back(tmp_path):
     state = make_state(make_mesh())
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep_last=3)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1, keep_last=3)) as checkpoints:
         assert checkpoints.save(5, state, {})
         assert checkpoints.save(3, state, {})
-        checkpoints.wait()
-        assert checkpoints.steps() == [3, 5]
+        checkpoints.wait_until_finished()
+        assert checkpoints.all_steps() == [3, 5]
 
 
 @pytest.mark.jax_range
@@ -91,9 +91,9 @@ def test_an_earlier_step_is_saved_after_going_back(tmp_path):
 def test_restores_on_another_mesh(tmp_path, saved_on, restored_on):
     state = make_state(make_mesh(**saved_on), ema=True)
     target = abstract(state, make_mesh(**restored_on))
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         restored = checkpoints.restore(1, target)
     assert_same(restored, state)
     for found, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
@@ -103,9 +103,9 @@ def test_restores_on_another_mesh(tmp_path, saved_on, restored_on):
 def test_abstract_shardings_take_the_mesh_that_is_set(tmp_path):
     mesh = make_mesh(fsdp=2, tensor=2)
     state = make_state(mesh)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         with jax.set_mesh(mesh):
             target = jax.eval_shape(lambda state: state, state)
             restored = checkpoints.restore(1, target)
@@ -123,9 +123,9 @@ def test_abstract_shardings_take_the_mesh_that_is_set(tmp_path):
 def test_restores_under_a_transfer_guard(tmp_path):
     mesh = make_mesh(fsdp=8)
     state = make_state(mesh)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints, jax.transfer_guard("disallow"):
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints, jax.transfer_guard("disallow"):
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         restored = checkpoints.restore(1, abstract(state, mesh))
     assert_same(restored, state)
 
@@ -133,9 +133,9 @@ def test_restores_under_a_transfer_guard(tmp_path):
 def test_params_and_ema_alone(tmp_path):
     state = make_state(make_mesh(fsdp=4, tensor=2), ema=True)
     target = abstract(state.params, make_mesh(fsdp=2))
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, state, {})
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    with CheckpointManager(tmp_path, read_only=True) as checkpoints:
         assert_same(checkpoints.restore_params(1, target), state.params)
         assert_same(checkpoints.restore_params(1, target, subtree="ema"), state.ema)
         with raises(ConfigError, "average; ema, params,"):
@@ -148,9 +148,9 @@ def test_params_alone_do_not_read_the_optimizer(tmp_path):
     size = 1 << 20
     state = {"params": {"w": jax.random.normal(jax.random.key(0), (size,))}}
     state["optimizer"] = {f"m{i}": jax.random.normal(jax.random.key(i), (size,)) for i in range(1, 5)}
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         before = _bytes_read()
         checkpoints.restore_params(1, abstract(state["params"], make_mesh()))
         params_bytes = _bytes_read() - before
@@ -169,9 +169,9 @@ def test_arrays_may_be_donated_right_after_save(tmp_path):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     replicated = NamedSharding(mesh, PartitionSpec())
-    config = CheckpointConfig(every=1, keep_last=4)
+    config = CheckpointConfig(save_every=1, keep_last=4)
     under_way = 0
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with CheckpointManager(tmp_path, config) as checkpoints:
         for step in range(1, 5):
             keys = jax.random.split(jax.random.key(step), 4)
             state = {
@@ -183,8 +183,8 @@ def test_arrays_may_be_donated_right_after_save(tmp_path):
             for _ in range(3):
                 state = overwrite(state)
             jax.block_until_ready(state)
-            under_way += step not in checkpoints.steps()
-            checkpoints.wait()
+            under_way += step not in checkpoints.all_steps()
+            checkpoints.wait_until_finished()
             assert_same(checkpoints.restore(step, abstract(state, mesh)), expected)
             np.testing.assert_array_equal(state["w0"], -1.0)
     assert under_way, "the writes were over before the arrays were overwritten: use larger ones"
@@ -192,22 +192,22 @@ def test_arrays_may_be_donated_right_after_save(tmp_path):
 
 def test_a_synchronous_save_is_whole_when_it_returns(tmp_path):
     state = make_state(make_mesh())
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, asynchronous=False)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1, async_save=False)) as checkpoints:
         checkpoints.save(1, state, {})
-        assert checkpoints.steps() == [1]
+        assert checkpoints.all_steps() == [1]
 
 
 def test_the_record_comes_back_as_it_was_when_saved(tmp_path):
     record = {"config": {"train.steps": 60, "name": "Ω", "lr": 3e-4, "tags": ["a", None, True]}, "loss": 1 / 3}
     expected = {**record, "config": dict(record["config"])}
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, make_state(make_mesh()), record)
         record["config"]["train.steps"] = 61
-        checkpoints.wait()
-        assert checkpoints.record(1) == expected
+        checkpoints.wait_until_finished()
+        assert checkpoints.load_record(1) == expected
         with pytest.raises(TypeError):
             checkpoints.save(2, make_state(make_mesh()), {"key": object()})
-        assert checkpoints.steps() == [1]
+        assert checkpoints.all_steps() == [1]
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,9 @@ def test_another_model_is_refused(tmp_path, change, named):
     state = make_state(mesh)
     params = {**state.params, **{name: jnp.zeros(shape) for name, shape in change.items() if shape}}
     params = {name: leaf for name, leaf in params.items() if change.get(name, ()) is not None}
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         with raises(ConfigError, f"{tmp_path}/1", named):
             checkpoints.restore(1, abstract(state._replace(params=params), mesh))
 
@@ -234,9 +234,9 @@ def test_another_data_type_or_optimizer_is_refused(tmp_path):
     mesh = make_mesh()
     state = make_state(mesh)
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), state.params)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         checkpoints.save(1, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         with raises(ConfigError, "params.embed float16[32,16] float32"):
             checkpoints.restore(1, abstract(state._replace(params=halved), mesh))
         with raises(ConfigError, "optimizer.1.0.count int32[]"):
@@ -245,12 +245,12 @@ def test_another_data_type_or_optimizer_is_refused(tmp_path):
 
 def test_a_missing_step_lists_those_there_are(tmp_path):
     state = make_state(make_mesh())
-    with Checkpoints(tmp_path, CheckpointConfig(every=1)) as checkpoints:
+    with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
         with raises(CheckpointError, "1: none"):
-            checkpoints.record(1)
+            checkpoints.load_record(1)
         for step in (2, 4):
             checkpoints.save(step, state, {})
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
         for read in (checkpoints.restore, checkpoints.restore_params):
             with raises(CheckpointError, "3: 2, 4"):
                 read(3, abstract(state, make_mesh()))
@@ -259,15 +259,15 @@ def test_a_missing_step_lists_those_there_are(tmp_path):
 def test_reading_changes_nothing(tmp_path):
     state = make_state(make_mesh())
     directory = tmp_path / "run"
-    with Checkpoints(directory, read_only=True) as reader:
-        assert reader.steps() == []
+    with CheckpointManager(directory, read_only=True) as reader:
+        assert reader.all_steps() == []
     assert not directory.exists()
-    with Checkpoints(directory, CheckpointConfig(every=1)) as writer:
+    with CheckpointManager(directory, CheckpointConfig(save_every=1)) as writer:
         writer.save(1, state, {})
     half_written = directory / "2.orbax-checkpoint-tmp"
     half_written.mkdir()
-    with Checkpoints(directory, read_only=True) as reader:
-        assert reader.steps() == [1]
+    with CheckpointManager(directory, read_only=True) as reader:
+        assert reader.all_steps() == [1]
         with pytest.raises(AssertionError, match="read_only"):
             reader.save(3, state, {})
     assert half_written.exists()

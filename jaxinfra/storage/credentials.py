@@ -14,7 +14,7 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR
 _SECRET_LENGTH = 8  # at least; what is shorter is found in words
 
 
-def masked(text: str) -> str:
+def mask_credentials(text: str) -> str:
     """Replaces credentials in URLs by `***`, and secrets of the environment by the names of their variables."""
     for name in _SECRETS:
         if len(secret := os.environ.get(name, "")) >= _SECRET_LENGTH:

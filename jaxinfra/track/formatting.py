@@ -10,7 +10,7 @@ from typing import Any
 _SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def number(value: object) -> str:
+def format_number(value: object) -> str:
     """Writes integers with thousands separators, floats with five significant digits, all else as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
@@ -23,17 +23,17 @@ def number(value: object) -> str:
     return f"{value:.5g}"
 
 
-def count(value: float) -> str:
+def format_count(value: float) -> str:
     """Writes a count, whole or fractional, as a whole number with thousands separators."""
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
 
 
-def percent(fraction: float) -> str:
+def format_percent(fraction: float) -> str:
     """Writes a fraction of one as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%"
 
 
-def size_unit(n_bytes: float) -> tuple[float, str]:
+def bytes_unit(n_bytes: float) -> tuple[float, str]:
     """Returns the largest binary unit that keeps a number of bytes at one or more, and its name."""
     power = 0
     while abs(n_bytes) >= 1024.0 ** (power + 1) and power < len(_SIZE_UNITS) - 1:
@@ -41,15 +41,15 @@ def size_unit(n_bytes: float) -> tuple[float, str]:
     return 1024.0**power, _SIZE_UNITS[power]
 
 
-def size(n_bytes: float) -> str:
-    """Writes a number of bytes in its `size_unit`."""
+def format_bytes(n_bytes: float) -> str:
+    """Writes a number of bytes in its `bytes_unit`."""
     if not math.isfinite(n_bytes):
         return str(n_bytes)
-    divisor, unit = size_unit(n_bytes)
+    divisor, unit = bytes_unit(n_bytes)
     return f"{n_bytes / divisor:.{2 if divisor > 1 else 0}f} {unit}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Writes seconds as m:ss, or h:mm:ss from one hour on; a dash when the time is not known."""
     if not math.isfinite(seconds):
         return "-"
@@ -60,22 +60,22 @@ def duration(seconds: float) -> str:
 
 _SUMMARY = {
     "status": ("Status", str),
-    "steps": ("Steps", number),
-    "units": ("Units", number),
-    "wall_s": ("Wall time", duration),
+    "steps": ("Steps", format_number),
+    "units": ("Units", format_number),
+    "wall_s": ("Wall time", format_duration),
     "final_loss": ("Final training loss", "{:.4f}".format),
     "validation": ("Validation", "{:.4f}".format),
-    "units_per_s_median": ("Units/s, median", count),
-    "mfu_median": ("MFU, median", percent),
-    "peak_rss_bytes": ("Peak host memory", size),
-    "peak_flops_per_device": ("Peak FLOP/s a device", number),
+    "units_per_s_median": ("Units/s, median", format_count),
+    "mfu_median": ("MFU, median", format_percent),
+    "peak_rss_bytes": ("Peak host memory", format_bytes),
+    "peak_flops_per_device": ("Peak FLOP/s a device", format_number),
     "peak_source": ("  where it is from", str),
     "checkpoint": ("Checkpoint", str),
     "report": ("Report", str),
 }
 
 
-def words(name: str) -> str:
+def metric_label(name: str) -> str:
     """Writes the name of a metric: `bits_per_byte` is "bits per byte", `tokens_per_s` is "tokens/s"."""
     return name.replace("_per_s", "/s").replace("_", " ")
 
@@ -96,12 +96,14 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         value = values.get(key)
         if key == "validation":
             for name, score in (value or {}).items():
-                rows.append((f"Validation {words(name)}", written(score)))
-                rows += [(f"  {of}, {words(name)}", written(other)) for of, other in baselines.get(name, {}).items()]
+                rows.append((f"Validation {metric_label(name)}", written(score)))
+                rows += [
+                    (f"  {of}, {metric_label(name)}", written(other)) for of, other in baselines.get(name, {}).items()
+                ]
         elif value is not None:
             rows.append((label.replace("Units", units.capitalize()), written(value)))
     others = {key: value for key, value in values.items() if key not in known and value is not None}
-    return rows + [(key, number(value)) for key, value in others.items()]
+    return rows + [(key, format_number(value)) for key, value in others.items()]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

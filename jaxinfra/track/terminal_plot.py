@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxinfra.track.charts import downsample
 
 
-def curve(points: Sequence[tuple[int, float]], width: int = 72, height: int = 12) -> str:
+def plot_curve(points: Sequence[tuple[int, float]], width: int = 72, height: int = 12) -> str:
     """Draws values over rising steps in braille characters, with ticks on both axes and no color codes.
 
     A single spike among many values stays visible. Values that are not finite are left out; without a finite value the

@@ -17,13 +17,13 @@ import jax
 from etils import epath
 
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import first_difference, leaves_of, on_devices, size_bytes
+from jaxinfra.checkpoint.leaves import first_difference, leaf_types, tree_bytes, with_concrete_shardings
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import is_remote, make_writable
-from jaxinfra.storage.errors import cause_of, is_storage_failure, storage_errors
+from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints in one directory, each the state of a run after some step and its record.
 
     In a run of many processes all of them make and call it alike. The directory, a local path or `gs://...`, is made if
@@ -43,27 +43,27 @@ class Checkpoints:
         if not read_only:
             make_writable(self.directory)
         # Here, not at the top: whoever only needs the config should not wait for Orbax.
-        from jaxinfra.checkpoint.orbax_store import OrbaxStore
+        from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
 
         last, every = self.config.keep_last, self.config.keep_every
         with storage_errors(self.directory):
-            self._store = OrbaxStore(self.directory, keep_last=last, keep_every=every, read_only=read_only)
+            self._store = OrbaxBackend(self.directory, keep_last=last, keep_every=every, read_only=read_only)
 
-    def steps(self) -> list[int]:
+    def all_steps(self) -> list[int]:
         """The steps that can be restored, ascending; one that is still being written is not among them."""
-        return self._store.steps()
+        return self._store.all_steps()
 
-    def latest(self) -> int | None:
+    def latest_step(self) -> int | None:
         """The newest step that can be restored, None if there is none."""
-        return max(self.steps(), default=None)
+        return max(self.all_steps(), default=None)
 
     def needed_bytes(self, abstract_state: Any) -> int:
         """Bytes still to be free for a run with this state: the kept checkpoints and the one being written.
 
         An upper bound for `check_space` (files are compressed), but for what `keep_every` adds over time.
         """
-        missing = max(1, self.config.keep_last + 1 - len(self.steps()))
-        return missing * size_bytes(abstract_state)
+        missing = max(1, self.config.keep_last + 1 - len(self.all_steps()))
+        return missing * tree_bytes(abstract_state)
 
     def save(self, step: int, state: Any, record: dict[str, Any], *, force: bool = False) -> bool:
         """Saves `state` if `step` is due, and returns whether it did.
@@ -78,18 +78,18 @@ class Checkpoints:
         many steps; the record goes with it as JSON. With `force` it is due although no multiple of `config.every`.
         """
         assert not self._read_only, "opened with read_only=True"
-        due = force or step % self.config.every == 0
+        due = force or step % self.config.save_every == 0
         # A failure in the background is told at the first call after it, due or not.
-        if due or not self._store.busy():
-            self.wait()
-        if not due or step in self.steps():
+        if due or not self._store.is_saving():
+            self.wait_until_finished()
+        if not due or step in self.all_steps():
             return False
         snapshot = json.loads(json.dumps(record))  # checked now, and safe from later changes
         with self._storage_errors(step):
             self._store.save(step, state, snapshot)
         self._writing = step
-        if not self.config.asynchronous:
-            self.wait()
+        if not self.config.async_save:
+            self.wait_until_finished()
         return True
 
     def restore[T](self, step: int, abstract_state: T) -> T:
@@ -100,9 +100,9 @@ class Checkpoints:
         step or it cannot be read; ConfigError, with the first leaf that differs, where it is of another model or
         optimizer.
         """
-        target = on_devices(abstract_state)
+        target = with_concrete_shardings(abstract_state)
         with self._reading(step):
-            self._compare(step, self._store.leaves(step), target)
+            self._compare(step, self._store.leaf_types(step), target)
             return self._store.restore(step, target)
 
     def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
@@ -110,9 +110,9 @@ class Checkpoints:
 
         As `restore`, with ConfigError where the checkpoint has no such part, too.
         """
-        target = on_devices({subtree: abstract_params})
+        target = with_concrete_shardings({subtree: abstract_params})
         with self._reading(step):
-            saved = self._store.leaves(step)
+            saved = self._store.leaf_types(step)
             part = {name: leaf for name, leaf in saved.items() if name.split(".")[0] == subtree}
             if not part:
                 parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in saved))
@@ -120,21 +120,21 @@ class Checkpoints:
             self._compare(step, part, target)
             return self._store.restore(step, target, partial=True)[subtree]
 
-    def record(self, step: int) -> dict[str, Any]:
+    def load_record(self, step: int) -> dict[str, Any]:
         """The record saved with `step`; CheckpointError where there is no such step, or it cannot be read."""
         with self._reading(step):
-            return self._store.record(step)
+            return self._store.load_record(step)
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Waits until the save under way, if any, is done; StorageError where it failed: older ones are intact."""
         step, self._writing = self._writing, None
         with self._storage_errors(step):
-            self._store.wait()
+            self._store.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save under way, as `wait`, and ends its threads."""
         try:
-            self.wait()
+            self.wait_until_finished()
         finally:
             self._store.close()
 
@@ -155,10 +155,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._store.abandon()
-            if not is_storage_failure(error):
+            self._store.reset()
+            if not is_storage_error(error):
                 raise
-            steps = self.steps()
+            steps = self.all_steps()
             what = "deleting older steps" if step in steps else "saving"
             raise StorageError(
                 f"{self._path(step)}: {what} failed: {cause_of(error)}; intact: {_listed(steps)}; "
@@ -168,7 +168,7 @@ class Checkpoints:
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Checks that there is such a step, and tells of one that cannot be read in one line."""
-        steps = self.steps()
+        steps = self.all_steps()
         if step not in steps:
             raise CheckpointError(f"{self._path(step)}: no such step; there is: {_listed(steps)}")
         try:
@@ -180,7 +180,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._path(step)}: cannot be read: {cause}; other steps: {others}") from error
 
     def _compare(self, step: int, saved: dict[str, str], target: Any) -> None:
-        if difference := first_difference(saved, leaves_of(target)):
+        if difference := first_difference(saved, leaf_types(target)):
             fix = "use the config that it was saved with, or another directory"
             raise ConfigError(f"{self._path(step)}: {difference}; {fix}")
 

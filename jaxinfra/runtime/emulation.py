@@ -17,7 +17,7 @@ FLAGS = {
 }
 
 
-def environment(devices: int) -> dict[str, str]:
+def emulation_env(devices: int) -> dict[str, str]:
     """Returns what JAX and XLA read when they start; flags that are set already stay."""
     flags = os.environ.get("XLA_FLAGS", "")
     more = (f"{name}={value}" for name, value in FLAGS.items() if name not in flags)

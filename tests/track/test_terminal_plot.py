@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jaxinfra.track.curve import curve
+from jaxinfra.track.terminal_plot import plot_curve
 
 
 def drawn(picture: str) -> list[str]:
@@ -11,7 +11,7 @@ def drawn(picture: str) -> list[str]:
 
 
 def test_a_falling_line_goes_from_the_first_corner_to_the_last() -> None:
-    picture = curve([(step, 100.0 - step) for step in range(101)], width=40, height=8)
+    picture = plot_curve([(step, 100.0 - step) for step in range(101)], width=40, height=8)
     lines = picture.splitlines()
     assert len(lines) == 8 and all(len(line) <= 40 for line in lines) and "\x1b" not in picture
     assert drawn(picture)[0].strip() and drawn(picture)[-1].strip()
@@ -22,20 +22,20 @@ def test_a_falling_line_goes_from_the_first_corner_to_the_last() -> None:
 @pytest.mark.parametrize("steps", [60, 50_000])
 def test_one_spike_among_many_values_is_seen(steps: int) -> None:
     points = [(step, 9.0 if step == steps // 2 else 1.0) for step in range(steps)]
-    assert drawn(curve(points))[0].strip(" \u2800")
+    assert drawn(plot_curve(points))[0].strip(" \u2800")
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
     points = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 3.0), (4, math.inf), (5, 4.0)]
-    assert curve(points) == curve([point for point in points if math.isfinite(point[1])])
+    assert plot_curve(points) == plot_curve([point for point in points if math.isfinite(point[1])])
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf, math.nan]])
 def test_nothing_to_draw(values: list[float]) -> None:
-    assert curve(list(enumerate(values))) == "no values to draw"
+    assert plot_curve(list(enumerate(values))) == "no values to draw"
 
 
 @pytest.mark.parametrize("count", [1, 100])
 def test_a_constant_runs_beside_its_label(count: int) -> None:
-    (labeled,) = [line for line in curve([(step, 2.5) for step in range(count)]).splitlines() if "2.5" in line]
+    (labeled,) = [line for line in plot_curve([(step, 2.5) for step in range(count)]).splitlines() if "2.5" in line]
     assert labeled.split("┤")[1].strip(" \u2800│")
