@@ -1,17 +1,14 @@
-"""How numbers are written for people, the same in the console, the tables and the report.
-
-Not for files that programs read: those hold the full value. Every function returns one line.
-"""
+"""Formats numbers and metrics for people, the same way in the console, the tables and the report."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-_SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def format_number(value: object) -> str:
-    """Writes integers with thousands separators, floats with five significant digits, all else as it is."""
+    """Formats integers with thousands separators, floats with five significant digits, all else with `str`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -24,25 +21,25 @@ def format_number(value: object) -> str:
 
 
 def format_count(value: float) -> str:
-    """Writes a count, whole or fractional, as a whole number with thousands separators."""
+    """Formats a number rounded to an integer, with thousands separators."""
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
 
 
 def format_percent(fraction: float) -> str:
-    """Writes a fraction of one as a percentage with one decimal."""
+    """Formats a fraction of one as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%"
 
 
 def bytes_unit(n_bytes: float) -> tuple[float, str]:
-    """Returns the largest binary unit that keeps a number of bytes at one or more, and its name."""
+    """Returns the size in bytes and the name of the largest binary unit that is not larger than `n_bytes`."""
     power = 0
-    while abs(n_bytes) >= 1024.0 ** (power + 1) and power < len(_SIZE_UNITS) - 1:
+    while abs(n_bytes) >= 1024.0 ** (power + 1) and power < len(_BYTE_UNITS) - 1:
         power += 1
-    return 1024.0**power, _SIZE_UNITS[power]
+    return 1024.0**power, _BYTE_UNITS[power]
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Writes a number of bytes in its `bytes_unit`."""
+    """Formats bytes in their `bytes_unit`."""
     if not math.isfinite(n_bytes):
         return str(n_bytes)
     divisor, unit = bytes_unit(n_bytes)
@@ -50,7 +47,7 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes seconds as m:ss, or h:mm:ss from one hour on; a dash when the time is not known."""
+    """Formats seconds as m:ss, as h:mm:ss from one hour on, or as a dash if they are not finite."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest_s = divmod(round(seconds), 60)
@@ -58,52 +55,48 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"
 
 
-_SUMMARY = {
-    "status": ("Status", str),
-    "steps": ("Steps", format_number),
-    "units": ("Units", format_number),
-    "wall_s": ("Wall time", format_duration),
-    "final_loss": ("Final training loss", "{:.4f}".format),
-    "validation": ("Validation", "{:.4f}".format),
-    "units_per_s_median": ("Units/s, median", format_count),
-    "mfu_median": ("MFU, median", format_percent),
-    "peak_rss_bytes": ("Peak host memory", format_bytes),
-    "peak_flops_per_device": ("Peak FLOP/s a device", format_number),
-    "peak_source": ("  where it is from", str),
-    "checkpoint": ("Checkpoint", str),
-    "report": ("Report", str),
-}
-
-
 def metric_label(name: str) -> str:
-    """Writes the name of a metric: `bits_per_byte` is "bits per byte", `tokens_per_s` is "tokens/s"."""
+    """Returns a metric's name for people: "bits per byte" for `bits_per_byte`, "tokens/s" for `tokens_per_s`."""
     return name.replace("_per_s", "/s").replace("_", " ")
 
 
 def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Turns the summary of a run into (label, text) rows.
+    """Turns the summary of a run into (label, text) rows; values that are None are left out.
 
-    Known values come first in a fixed order; values that are None are left out. `modality` ("token") names the counts
-    (`tokens`, `tokens_per_s_median`). Each score of `validation` is a row, followed by its `baselines` (by score, then
-    by name). Unknown values follow under their names.
+    `modality` ("token") is part of some keys (`tokens`, `tokens_per_s_median`). Each score of `validation` is a row,
+    followed by its `baselines` (by score, then by name). Other keys follow as they are.
     """
-    rows: list[tuple[str, str]] = []
-    units, known = f"{values.get('modality', 'unit')}s", {"modality", "baselines"}
+    units = f"{values.get('modality', 'unit')}s"
+    score: Callable[[float], str] = "{:.4f}".format
+    labels: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "status": ("Status", str),
+        "steps": ("Steps", format_number),
+        units: (units.capitalize(), format_number),
+        "wall_s": ("Wall time", format_duration),
+        "final_loss": ("Final training loss", score),
+        "validation": ("Validation", score),
+        f"{units}_per_s_median": (f"{units.capitalize()}/s, median", format_count),
+        "mfu_median": ("MFU, median", format_percent),
+        "peak_rss_bytes": ("Peak host memory", format_bytes),
+        "peak_flops_per_device": ("Peak FLOP/s per device", format_number),
+        "peak_source": ("  source", str),
+        "checkpoint": ("Checkpoint", str),
+        "report": ("Report", str),
+    }
     baselines = values.get("baselines") or {}
-    for generic, (label, written) in _SUMMARY.items():
-        key = generic.replace("units", units)
-        known.add(key)
+    rows: list[tuple[str, str]] = []
+    for key, (label, formatter) in labels.items():
         value = values.get(key)
         if key == "validation":
-            for name, score in (value or {}).items():
-                rows.append((f"Validation {metric_label(name)}", written(score)))
-                rows += [
-                    (f"  {of}, {metric_label(name)}", written(other)) for of, other in baselines.get(name, {}).items()
-                ]
+            for name, own in (value or {}).items():
+                metric, others = metric_label(name), baselines.get(name, {})
+                rows.append((f"Validation {metric}", score(own)))
+                rows += [(f"  {baseline}, {metric}", score(other)) for baseline, other in others.items()]
         elif value is not None:
-            rows.append((label.replace("Units", units.capitalize()), written(value)))
-    others = {key: value for key, value in values.items() if key not in known and value is not None}
-    return rows + [(key, format_number(value)) for key, value in others.items()]
+            rows.append((label, formatter(value)))
+    known = {*labels, "modality", "baselines"}
+    rows += [(key, format_number(value)) for key, value in values.items() if key not in known and value is not None]
+    return rows
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
