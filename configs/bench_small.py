@@ -2,7 +2,7 @@
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.run import Precision, Run
 from jaxinfra.track.tracker import TrackConfig
@@ -20,7 +20,7 @@ def config() -> Run:
             mask_documents=False,
         ),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Constant(), peak_lr=3e-4, clip_norm=None),
+        optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Constant(), peak_lr=3e-4, clip_norm=None),
         train=TrainConfig(steps=100, global_batch=16, eval_every=None),
         track=TrackConfig(tensorboard=False),
     )

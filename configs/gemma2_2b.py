@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run
@@ -17,6 +17,6 @@ def config() -> Run:
         model=replace(shape("gemma-2-2b"), remat="full"),
         data=TokenData(store="stores/text-gemma2", recipe="configs/data/text_gemma2.py", seq_len=8192),
         mesh=MeshConfig(fsdp=8, tensor=2),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=1000), peak_lr=3e-4),
+        optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=1000), peak_lr=3e-4),
         train=TrainConfig(steps=50000, global_batch=64, eval_every=1000, eval_windows=1024),
     )

@@ -2,7 +2,7 @@
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run
@@ -15,6 +15,6 @@ def config() -> Run:
         model=shape("gpt2"),
         data=TokenData(store="stores/text-gpt2", recipe="configs/data/text_gpt2.py", seq_len=1024),
         mesh=MeshConfig(fsdp=8),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=250), peak_lr=6e-4),
+        optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=250), peak_lr=6e-4),
         train=TrainConfig(steps=20000, global_batch=512, accumulate=4, eval_every=1000, eval_windows=1024),
     )

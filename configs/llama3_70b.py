@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run
@@ -20,6 +20,6 @@ def config() -> Run:
         model=replace(shape("llama-3.1-70b"), remat="full"),
         data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=8192),
         mesh=MeshConfig(replica=2, fsdp=32, tensor=4),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=2000), peak_lr=1.5e-4),
+        optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=2000), peak_lr=1.5e-4),
         train=TrainConfig(steps=100000, global_batch=256, accumulate=2, eval_every=1000, eval_windows=1024),
     )

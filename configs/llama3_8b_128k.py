@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run
@@ -18,6 +18,6 @@ def config() -> Run:
         model=replace(shape("llama-3.1-8b"), remat="full", context_attention="gather"),
         data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=131072),
         mesh=MeshConfig(fsdp=16, context=4),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=200), peak_lr=3e-5),
+        optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=200), peak_lr=3e-5),
         train=TrainConfig(steps=2000, global_batch=16, eval_every=200, eval_windows=64),
     )

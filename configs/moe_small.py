@@ -6,7 +6,7 @@ A token's multiplications are those of the quickstart, from twice the parameters
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import Muon, Optim
+from jaxinfra.optim.optimizers import Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.run import Precision, Run
 from jaxinfra.train.loop import TrainConfig
@@ -26,6 +26,6 @@ def config() -> Run:
         ),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
+        optim=OptimConfig(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
         train=TrainConfig(steps=250, global_batch=16, eval_every=125),
     )

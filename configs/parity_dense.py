@@ -2,7 +2,7 @@
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.run import Precision, Run
 from jaxinfra.tasks.causal_lm import CausalLM
@@ -18,6 +18,6 @@ def config() -> Run:
         task=CausalLM(loss_chunks=2, z_loss=1e-2),
         data=TokenData(store="none", seq_len=32, mask_documents=True),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=AdamW(), schedule=Constant(), peak_lr=1e-3),
+        optim=OptimConfig(optimizer=AdamW(), schedule=Constant(), peak_lr=1e-3),
         train=TrainConfig(steps=10, global_batch=32),
     )

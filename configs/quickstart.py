@@ -6,7 +6,7 @@ The corpus is the standard library of the running Python: always there, no netwo
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
-from jaxinfra.optim.optimizers import Muon, Optim
+from jaxinfra.optim.optimizers import Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.run import Precision, Run
 from jaxinfra.train.loop import TrainConfig
@@ -18,6 +18,6 @@ def config() -> Run:
         model=TransformerConfig(vocab_size=4096, layers=4, width=192, heads=6, mlp_dim=512, rope=Rope(), qk_norm=True),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
+        optim=OptimConfig(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
         train=TrainConfig(steps=250, global_batch=16, eval_every=125),
     )

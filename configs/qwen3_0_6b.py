@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.zoo import shape
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.run import Run
@@ -17,6 +17,8 @@ def config() -> Run:
         model=replace(shape("qwen3-0.6b"), remat="dots"),
         data=TokenData(store="stores/text-qwen3", recipe="configs/data/text_qwen3.py", seq_len=4096),
         mesh=MeshConfig(fsdp=8),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=500), peak_lr=1e-3, ema_decay=0.9995),
+        optim=OptimConfig(
+            optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=500), peak_lr=1e-3, ema_decay=0.9995
+        ),
         train=TrainConfig(steps=20000, global_batch=128, accumulate=2, eval_every=1000, eval_windows=1024),
     )

@@ -5,7 +5,7 @@ The images come with scikit-learn (the extra `digits`): no network.
 
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
 from jaxinfra.tasks.classification import Classification
@@ -21,6 +21,6 @@ def config() -> Run:
         task=Classification(label_smoothing=0.1),
         data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=4e-3),
+        optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=4e-3),
         train=TrainConfig(steps=1000, global_batch=96, eval_every=250),
     )

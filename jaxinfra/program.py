@@ -21,13 +21,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.compiler import options
 from jaxinfra.ops.dropout import FIELD, token_words
-from jaxinfra.optim.optimizers import build
-from jaxinfra.optim.schedules import schedule
+from jaxinfra.optim.optimizers import make_optimizer
+from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import Partitioner, unreduced_zeros
-from jaxinfra.parallel.spec import ParamSpec, param_key, replaced, trained
+from jaxinfra.parallel.spec import ParamSpec, merge_trees, param_key, select_trainable
 from jaxinfra.stages import Stages
 from jaxinfra.tasks.task import loss
 
@@ -100,8 +100,9 @@ class Program:
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         staged = self.partitioner.mesh.stage > 1
         self._stages = Stages(run, self.partitioner, self.specs, self._stored) if staged else None
-        self.optimizer = build(run.optim, steps=run.train.steps, specs=trained(self.specs, self.specs))
-        self._schedule = schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
+        trainable = select_trainable(self.specs, self.specs)
+        self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable)
+        self._schedule = optax_schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
 
     # What it works on
 
@@ -135,7 +136,7 @@ class Program:
         return jax.tree.map(lambda s, p: self._sharded(s.shape, self._dtype(s), p), self.specs, self._stored)
 
     def _dtype(self, spec: ParamSpec) -> jnp.dtype:
-        return jnp.dtype(self.run.precision.params if spec.trained else "float32")
+        return jnp.dtype(self.run.precision.params if spec.trainable else "float32")
 
     @cached_property
     def state(self) -> TrainState:
@@ -199,7 +200,7 @@ class Program:
     def _from_params(self, params: Any) -> TrainState:
         averaged = self.run.optim.ema_decay is not None
         ema = jax.tree.map(lambda p: p.astype(jnp.float32), params) if averaged else None
-        opt_state = self.optimizer.init(trained(params, self.specs))
+        opt_state = self.optimizer.init(select_trainable(params, self.specs))
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema=ema)
 
     def with_words(self, batch: Batch, step: jax.Array | int) -> Batch:
@@ -245,7 +246,7 @@ class Program:
         if self._stages is not None:
             grads, sums = self._stages.gradients(params, _split(batch, count))
             scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-            return jax.tree.map(lambda g: g * scale, trained(grads, self.specs)), sums
+            return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums
         marked = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
         if count == 1:
             sums, grads = self._loss_and_grads(marked, batch)
@@ -262,20 +263,20 @@ class Program:
             (sums, grads), _ = jax.lax.scan(body, zeros, microbatches)
         sums = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        grads, stored = (trained(tree, self.specs) for tree in (grads, self._stored))
+        grads, stored = (select_trainable(tree, self.specs) for tree in (grads, self._stored))
         return jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, stored), sums
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         optim = self.run.optim
         grads, sums = self._gradients(state.params, self.with_words(batch, state.step))
         grads, norm = clip_by_global_norm(grads, optim.clip_norm)
-        before = trained(state.params, self.specs)
+        before = select_trainable(state.params, self.specs)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
         after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
         totals = {name: value for name, value in sums.items() if not value.ndim}
         stats = {name: value for name, value in sums.items() if value.ndim}
         model = self.model(state.params)
-        params = replaced(replaced(state.params, after), model.update_buffers(stats))
+        params = merge_trees(merge_trees(state.params, after), model.update_buffers(stats))
         ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
         metrics = {name: value / sums["weight"] for name, value in totals.items() if name != "weight"}
         metrics |= model.metrics(stats, sums["weight"])

@@ -17,7 +17,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
-from jaxinfra.optim.optimizers import Optim
+from jaxinfra.optim.optimizers import OptimConfig
 from jaxinfra.optim.schedules import schedule_problems
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
@@ -96,7 +96,7 @@ class Run:
     mesh: Annotated[MeshConfig, NOT_FINGERPRINTED] = MeshConfig()
     rules: Annotated[ShardingRules, NOT_FINGERPRINTED] = ShardingRules()
     pipeline: Annotated[PipelineConfig, NOT_FINGERPRINTED] = PipelineConfig()
-    optim: Optim = field(default_factory=Optim)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: Annotated[CheckpointConfig, NOT_FINGERPRINTED] = field(default_factory=CheckpointConfig)
     track: Annotated[TrackConfig, NOT_FINGERPRINTED] = field(default_factory=TrackConfig)
@@ -146,7 +146,7 @@ class Run:
                 message="replicas would all do the same work",
                 fix=f"use rules.batch=(replica,{','.join(self.rules.batch)})",
             )
-        if any(axis == "positions" for _, axis in data.spread.values()):
+        if any(axis == "positions" for _, axis in data.sharded_dims.values()):
             if self.mesh.context > 1 and "context" not in self.rules.sequence:
                 yield Problem(
                     fields=("mesh.context", "rules.sequence"),
@@ -167,15 +167,15 @@ class Run:
                 message=f"the batch does not divide into {parts} equal parts",
                 fix=f"use train.global_batch={_rounded_up(self.train.global_batch, parts)}",
             )
-        for part, spread in (("model", model.spread), ("data", data.spread)):
-            for name, (size, axis) in spread.items():
+        for part, sharded_dims in (("model", model.sharded_dims), ("data", data.sharded_dims)):
+            for name, (size, axis) in sharded_dims.items():
                 axes = self.rules.mesh_axes(axis)
                 if size % self._shards(axes):
                     yield self._division_problem(f"{part}.{name}", size, axes)
                 elif axis == "positions":
                     yield from self._blocks(f"{part}.{name}", size)
         # Into how many parts the positions of a sequence are cut for head and loss.
-        staged = self.mesh.stage > 1 and self.loss_spread() == 1
+        staged = self.mesh.stage > 1 and self.loss_sharded_dim() == 1
         shards, length = self._shards(self.rules.sequence) * (self.mesh.stage if staged else 1), model.positions(data)
         if shards > 1 and length % shards == 0:
             yield from task.problems_of_shard(length // shards)
@@ -208,7 +208,7 @@ class Run:
                 message="interleaved microbatches come in rounds, one a stage",
                 fix=f"use train.accumulate={_rounded_up(self.train.accumulate, self.mesh.stage)}",
             )
-        if self.loss_spread() is None:
+        if self.loss_sharded_dim() is None:
             rows = self._batch_parts() * self.mesh.stage
             yield Problem(
                 fields=("train.global_batch", "train.accumulate", "mesh.stage"),
@@ -216,7 +216,7 @@ class Run:
                 fix=f"use train.global_batch={_rounded_up(self.train.global_batch, rows)}",
             )
 
-    def loss_spread(self) -> int | None:
+    def loss_sharded_dim(self) -> int | None:
         """The dimension of the stream by which pipeline stages share head and loss: rows, else positions."""
         if self.train.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
             return 0

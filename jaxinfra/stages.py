@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfra.models.model import StageLayers
-from jaxinfra.parallel.pipeline import Pipeline, Spread, without_stage
+from jaxinfra.parallel.pipeline import LossSharding, Pipeline, without_stage
 from jaxinfra.parallel.sharding import Partitioner
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
 
 
 class Stages:
-    """The stages of a run: a `pipeline.Model`, and the step that it makes."""
+    """The stages of a run: a `pipeline.PipelineModel`, and the step that it makes."""
 
     def __init__(self, run: "Run", partitioner: Partitioner, specs: Any, stored: Any):
         """Builds the model twice: for the rows of all stages, and for its end, spread over them.
@@ -50,7 +50,7 @@ class Stages:
         """
         self.run, self.partitioner, self.specs, self.stored = run, partitioner, specs, stored
         rules, self.stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
-        dim = run.loss_spread()
+        dim = run.loss_sharded_dim()
         assert dim is not None, "validate the run first"
         spread = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
         self.at_end = replace(partitioner, rules=replace(rules, block_sequence=(), **spread))
@@ -61,8 +61,8 @@ class Stages:
         # So many places have that many layers, all others one less.
         self.full = run.model.layers - self.places * (self.longest - 1)
         self._uniform = run.model.uniform(numbers)
-        schedule = run.pipeline.table(self.stages, run.train.accumulate)
-        where = Spread(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
+        schedule = run.pipeline.make_schedule(self.stages, run.train.accumulate)
+        where = LossSharding(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
         self.pipeline = Pipeline(self, schedule, where, numbers)
 
     # The model, as the pipeline calls it
@@ -71,22 +71,22 @@ class Stages:
         return nnx.merge(graphdef, nnx.State({**self.specs, **params}))
 
     def embed(self, shared: Any, rows: Batch) -> jax.Array:
-        """See `pipeline.Model`."""
+        """See `pipeline.PipelineModel`."""
         return self._merged(self._rows, shared).embed(rows)
 
     def apply_layers(self, weights: Any, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Any]:
-        """See `pipeline.Model`."""
+        """See `pipeline.PipelineModel`."""
         model = self._merged(self._rows, {STACKED: weights})
         return model.apply_layers(x, rows, StageLayers(numbers, self._uniform))
 
     def loss(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `pipeline.Model`."""
+        """See `pipeline.PipelineModel`."""
         fields = self.run.parts.task.batch(self.run.data, self.run.train.global_batch, validation=True)
         batch = {n: jax.reshard(batch[n], self.at_end.spec(*f.axes)) for n, f in fields.items() if n in batch}
         return self.run.parts.task.finish(self._merged(self._end, shared), x, batch)
 
     def aux_loss(self, stats: Any) -> jax.Array | None:
-        """See `pipeline.Model`."""
+        """See `pipeline.PipelineModel`."""
         return self._merged(self._rows, {}).aux_loss(stats)
 
     # A step

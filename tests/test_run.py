@@ -17,7 +17,7 @@ from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
-from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon, Optim
+from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
 from jaxinfra.run import Run, named
 from jaxinfra.tasks.classification import Classification
@@ -35,8 +35,8 @@ RUNS = [
     TEXT,
     MIXED,
     IMAGES,
-    *(replace(TEXT, optim=Optim(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
-    *(replace(TEXT, optim=Optim(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
+    *(replace(TEXT, optim=OptimConfig(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
+    *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
     *(
         replace(TEXT, model=replace(DECODER, local_rope=Rope(scaling=scaling)))
         for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling())

@@ -23,7 +23,7 @@ CONFIG = """\
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
 from jaxinfra.track.tracker import TrackConfig
@@ -41,7 +41,7 @@ def config() -> Run:
             seq_len=32,
         ),
         precision=Precision(compute="float32"),
-        optim=Optim(optimizer=AdamW(), schedule=Cosine(warmup_steps=2), peak_lr=3e-3),
+        optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=2), peak_lr=3e-3),
         train=TrainConfig(steps={steps}, global_batch=8, eval_every=5),
         checkpoint=CheckpointConfig(save_every=5),
         track=TrackConfig(log_every=1, console="plain"),

@@ -12,7 +12,7 @@ from statistics import median
 from jaxinfra.bench import last
 from jaxinfra.bench.children import asked
 from jaxinfra.bench.table import Cases, Columns, Findings, Row, in_turns, ratio
-from jaxinfra.parallel.schedules import BACKWARD, FORWARD, PipelineConfig
+from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineConfig
 
 DEVICES = 8
 PLAIN = ("mesh.fsdp=8",)
@@ -81,7 +81,7 @@ def schedules(options: argparse.Namespace) -> Iterator[Row]:
     """Four stages by two, eight microbatches: what a schedule costs is its time over that of its work alone."""
     accumulate = f"train.accumulate={MICROBATCHES}"
     for pipeline in SCHEDULES:
-        formula = pipeline.table(4, MICROBATCHES).time / ((FORWARD + BACKWARD) * MICROBATCHES)
+        formula = pipeline.make_schedule(4, MICROBATCHES).total_cost / ((FORWARD_COST + BACKWARD_COST) * MICROBATCHES)
         chosen = (f"pipeline.schedule={pipeline.schedule}", f"pipeline.chunks={pipeline.chunks}")
         case = f"stage=4 fsdp=2, {MICROBATCHES} microbatches, {pipeline.schedule}"
         yield _row(options, case, (*STAGES, accumulate, *chosen), (*PLAIN, accumulate), formula=formula)

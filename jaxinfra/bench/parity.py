@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.parallel.mesh import make_mesh, permuted
+from jaxinfra.parallel.mesh import make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, of_text
@@ -103,7 +103,7 @@ def batch_of(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
 def program_of(run: Run, order: Sequence[int] | None = None) -> Program:
     """The program of a run on the first devices here, in their own order or in another."""
     mesh = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
-    return Program(run, mesh if order is None else permuted(mesh, order))
+    return Program(run, mesh if order is None else permute_devices(mesh, order))
 
 
 def put(values: Any, like: Any) -> Any:

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from jaxinfra.cli import config_argument
 from jaxinfra.config import dump, validate
-from jaxinfra.optim.schedules import table
+from jaxinfra.optim.schedules import lr_table
 from jaxinfra.parallel.mesh import abstract_mesh
-from jaxinfra.parallel.schedules import picture
+from jaxinfra.parallel.schedules import format_schedule
 from jaxinfra.program import Program
 from jaxinfra.run import resolved
 from jaxinfra.track.console import statistics_table, stdout_console, titled_table
@@ -38,14 +38,14 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     console.print(statistics_table(derived(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
-        for row in picture(run.pipeline.table(run.mesh.stage, run.train.accumulate)):
+        for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):
             console.print(row, markup=False, soft_wrap=True)
     console.print(_parameters(program))
     course = {"peak_lr": run.optim.peak_lr, "steps": run.train.steps}
     console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
-    for step, rate in table(run.optim.schedule, **course):
+    for step, rate in lr_table(run.optim.schedule, **course):
         console.print(f"{step:>12,}  {rate:.2e}")
-    console.print(plot_curve(table(run.optim.schedule, **course, rows=200)), markup=False)
+    console.print(plot_curve(lr_table(run.optim.schedule, **course, rows=200)), markup=False)
     return 0
 
 

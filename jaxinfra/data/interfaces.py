@@ -81,7 +81,7 @@ class DataConfig(Protocol):
         ...
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """Fields whose dimensions are sharded, as in `ModelConfig`."""
         ...
 

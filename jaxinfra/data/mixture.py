@@ -97,7 +97,7 @@ class Mixture:
         return self.seq_len
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 

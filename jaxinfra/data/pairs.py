@@ -36,7 +36,7 @@ class PairData(OneStore):
     seq_len: Count = 1024
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 

@@ -52,7 +52,7 @@ class OneStore:
         return 1
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """Samples are whole, unless they are sequences; see `DataConfig`."""
         return {}
 

@@ -63,7 +63,7 @@ class TokenData(OneStore):
         return self.seq_len
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 

@@ -42,7 +42,7 @@ class Stack:
         *,
         contract: int | None = None,
         apart: int = 0,
-        trained: bool = True,
+        trainable: bool = True,
     ) -> nnx.Param:
         """A parameter, stacked.
 
@@ -55,7 +55,7 @@ class Stack:
         if contract is not None:
             in_dims, out_dims = tuple(range(apart, apart + contract)), tuple(range(apart + contract, len(shape)))
         spec = ParamSpec(
-            shape=shape, axes=axes, init=init, role=role, in_dims=in_dims, out_dims=out_dims, trained=trained
+            shape=shape, axes=axes, init=init, role=role, in_dims=in_dims, out_dims=out_dims, trainable=trainable
         )
         return nnx.Param(spec)
 

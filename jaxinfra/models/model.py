@@ -45,7 +45,7 @@ class ModelConfig(Protocol):
         ...
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """Fields whose dimensions are sharded: the size, and the logical axis (see `Partitioner.mesh_axes`)."""
         ...
 
@@ -119,6 +119,6 @@ class Model(Protocol):
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         """The parameters that are not trained, as they are after a step, from what all layers counted in it.
 
-        They come as a nested dict of their own (see `parallel.spec.replaced`).
+        They come as a nested dict of their own (see `parallel.spec.merge_trees`).
         """
         ...

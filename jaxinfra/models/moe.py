@@ -27,7 +27,7 @@ from jaxinfra.models.remat import product
 from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
 from jaxinfra.ops.routing import Choices, Routing
-from jaxinfra.parallel.expert import Homes, dispatch
+from jaxinfra.parallel.expert import ExpertPlacement, plan_dispatch
 from jaxinfra.parallel.sharding import as_varying, axis_names, has_stage_dim, local_weight
 from jaxinfra.parallel.spec import constant, normal
 
@@ -128,7 +128,7 @@ class MoE(nnx.Module):
         self.experts, self.kind, self.partitioner = experts, kind, stack.partitioner
         count, dim = experts.count, hidden if experts.dim is None else experts.dim
         self.router = stack.declare((width, count), ("embed", None), normal(width**-0.5), "matrix", contract=1)
-        bias = partial(stack.declare, (count,), (None,), constant(0.0), "bias", trained=False)
+        bias = partial(stack.declare, (count,), (None,), constant(0.0), "bias", trainable=False)
         self.bias = bias() if experts.bias_rate else None
 
         def matrices(rows: int, columns: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
@@ -201,14 +201,14 @@ class MoE(nnx.Module):
                 choices.experts, chosen_BTE, rule.capacity, self.partitioner.sequence_sharding
             )
             taken_BTK = jnp.where(kept, choices.experts, self.experts.count)
-        way = dispatch(self._homes(B, T, rule), taken_BTK.reshape(B * T, -1))
-        y_MD = self._made(way.rows(x_BTD.reshape(B * T, D)), weights, way.sizes)
-        home_NKD = product(way.home(y_MD)).astype(FLOAT32)
+        plan = plan_dispatch(self._placement(B, T, rule), taken_BTK.reshape(B * T, -1))
+        y_MD = self._made(plan.dispatch(x_BTD.reshape(B * T, D)), weights, plan.group_sizes)
+        home_NKD = product(plan.combine(y_MD)).astype(FLOAT32)
         y_ND = jnp.sum(home_NKD * choices.weights.reshape(B * T, -1, 1), axis=1)
         stats = self._layer_stats(logits_BTE, choices, chosen_BTE, taken_BTK)
         return y_ND.astype(x_BTD.dtype).reshape(B, T, D), stats
 
-    def _homes(self, rows: int, length: int, rule: Routing) -> Homes:
+    def _placement(self, rows: int, length: int, rule: Routing) -> ExpertPlacement:
         """Where the experts are, for a device with so many positions of so many sequences."""
         axes, shards, count = (
             self.partitioner.mesh_axes("experts"),
@@ -219,7 +219,9 @@ class MoE(nnx.Module):
         most = rows * length * min(rule.chosen, own)
         if rule.capacity is not None:
             most = min(most, rows * own * min(rule.capacity, length))
-        return Homes(count=count, axes=axes, shards=shards, most=most, ragged=self.partitioner.platform == "tpu")
+        return ExpertPlacement(
+            num_experts=count, axes=axes, num_shards=shards, max_rows=most, ragged=self.partitioner.platform == "tpu"
+        )
 
     def _made(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
         """What each expert makes of its rows; a partial sum where its width is spread."""

@@ -180,7 +180,7 @@ class TransformerConfig:
             yield Problem(fields=("rope", "latent"), message="latent attention rotates keys", fix="use rope=rope")
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """See `ModelConfig`."""
         latent, experts = self.latent, self.experts
         dim = None if experts is None else experts.dim

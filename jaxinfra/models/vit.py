@@ -109,7 +109,7 @@ class VisionTransformerConfig:
             yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=fix)
 
     @property
-    def spread(self) -> Mapping[str, tuple[int, str]]:
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """See `ModelConfig`."""
         return {"heads": (self.heads, "heads"), "mlp_dim": (self.mlp_dim, "mlp"), "width": (self.width, "embed")}
 

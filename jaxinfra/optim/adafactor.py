@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinfra.optim.blocks import Block, block, is_spec
+from jaxinfra.optim.matrix_dims import MatrixDims, is_param_spec, matrix_dims
 from jaxinfra.parallel.spec import ParamSpec
 
 
@@ -42,11 +42,11 @@ def scale_by_factored_rms(
         min_factored_dim: matrices with fewer rows or columns keep their whole second moment.
         clip_rms: updates of one matrix are scaled down to this root mean square; None for no limit.
     """
-    factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs, is_leaf=is_spec)
-    blocks = jax.tree.map(block, specs, is_leaf=is_spec)
+    factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs, is_leaf=is_param_spec)
+    blocks = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
 
     def init(params: optax.Params) -> FactoredState:
-        def zeros(param: jax.Array, is_factored: bool, dims: Block) -> Factored | jax.Array:
+        def zeros(param: jax.Array, is_factored: bool, dims: MatrixDims) -> Factored | jax.Array:
             if not is_factored:
                 return jnp.zeros_like(param)
             # The shape's own type carries the sharding that is left when dimensions are averaged away.
@@ -71,19 +71,19 @@ def scale_by_factored_rms(
 
 def scale_by_param_rms(specs: Any, *, min_rms: float) -> optax.GradientTransformation:
     """Updates times the root mean square of the matrix that they go to, at least `min_rms` (section 8)."""
-    blocks = jax.tree.map(block, specs, is_leaf=is_spec)
+    blocks = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
 
-    def one(update: jax.Array, param: jax.Array, dims: Block) -> jax.Array:
+    def one(update: jax.Array, param: jax.Array, dims: MatrixDims) -> jax.Array:
         return update * jnp.maximum(_rms(param, dims), min_rms)
 
     return optax.stateless(lambda updates, params: jax.tree.map(one, updates, params, blocks))
 
 
 def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
-    return spec.role not in ("norm", "bias") and min(block(spec).matrix_shape(spec.shape)) >= min_factored_dim
+    return spec.role not in ("norm", "bias") and min(matrix_dims(spec).matrix_shape(spec.shape)) >= min_factored_dim
 
 
-def _moment(grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.Array) -> Factored | jax.Array:
+def _moment(grad: jax.Array, old: Factored | jax.Array, dims: MatrixDims, decay: jax.Array) -> Factored | jax.Array:
     # The paper's epsilon_1: keeps the root finite where no gradient has ever been.
     square = jnp.square(grad) + 1e-30
     if isinstance(old, Factored):
@@ -94,7 +94,7 @@ def _moment(grad: jax.Array, old: Factored | jax.Array, dims: Block, decay: jax.
     return decay * old + (1 - decay) * square
 
 
-def _scaled(grad: jax.Array, second: Factored | jax.Array, dims: Block, clip_rms: float | None) -> jax.Array:
+def _scaled(grad: jax.Array, second: Factored | jax.Array, dims: MatrixDims, clip_rms: float | None) -> jax.Array:
     if isinstance(second, Factored):
         row = jnp.expand_dims(second.row, dims.cols)
         col = jnp.expand_dims(second.col, dims.rows)
@@ -106,7 +106,7 @@ def _scaled(grad: jax.Array, second: Factored | jax.Array, dims: Block, clip_rms
     return update / jnp.maximum(_rms(update, dims) / clip_rms, 1.0)
 
 
-def _rms(x: jax.Array, dims: Block) -> jax.Array:
+def _rms(x: jax.Array, dims: MatrixDims) -> jax.Array:
     """Root mean square of each matrix, with its dimensions kept as 1."""
-    size = math.prod(x.shape[dim] for dim in dims.inside)
-    return jnp.sqrt(jnp.square(x).sum(dims.inside, keepdims=True) / size)
+    size = math.prod(x.shape[dim] for dim in dims.matrix)
+    return jnp.sqrt(jnp.square(x).sum(dims.matrix, keepdims=True) / size)

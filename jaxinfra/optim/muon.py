@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from jaxinfra.optim.blocks import Block
+from jaxinfra.optim.matrix_dims import MatrixDims
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic: the steepest at 0 that keeps singular values in about [0.7, 1.2] (Jordan et al. 2024)."""
@@ -51,7 +51,7 @@ def orthogonalize(
     """Updates replaced by their orthogonalised matrices, scaled for their shape.
 
     Args:
-        blocks: tree of `Block` like the updates, with the same masked nodes.
+        blocks: tree of `MatrixDims` like the updates, with the same masked nodes.
         iterations: of Newton-Schulz.
         scale: "rms" gives every update about AdamW's root mean square, 0.2, so that both share one learning
             rate (Liu et al. 2025, section 2.2); "width" multiplies by `sqrt(max(1, cols / rows))` (Jordan et
@@ -59,7 +59,7 @@ def orthogonalize(
         dtype: of the matrix products and of what moves between devices.
     """
 
-    def one(update: jax.Array, dims: Block) -> jax.Array:
+    def one(update: jax.Array, dims: MatrixDims) -> jax.Array:
         rows, cols = dims.matrix_shape(update.shape)
         factor = 0.2 * math.sqrt(max(rows, cols)) if scale == "rms" else math.sqrt(max(1.0, cols / rows))
         return factor * _orthogonal(update.astype(dtype), dims, iterations).astype(update.dtype)
@@ -67,15 +67,15 @@ def orthogonalize(
     return optax.stateless(lambda updates, params: jax.tree.map(one, updates, blocks))
 
 
-def _orthogonal(x: jax.Array, dims: Block, iterations: int) -> jax.Array:
+def _orthogonal(x: jax.Array, dims: MatrixDims, iterations: int) -> jax.Array:
     """`newton_schulz` of every matrix of one parameter, in the parameter's shape and sharding."""
     rows, cols = dims.matrix_shape(x.shape)
 
     def solve(whole: jax.Array) -> jax.Array:
-        stack = whole.shape[: -len(dims.inside)]
+        stack = whole.shape[: -len(dims.matrix)]
         return newton_schulz(whole.reshape(*stack, rows, cols), iterations=iterations).reshape(whole.shape)
 
-    return _on_whole_matrices(solve, x.transpose(dims.order), len(dims.batch)).transpose(dims.inverse)
+    return _on_whole_matrices(solve, x.transpose(dims.permutation), len(dims.batch)).transpose(dims.inverse_permutation)
 
 
 def _on_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, stacked: int) -> jax.Array:
@@ -92,7 +92,7 @@ def _on_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, st
     # free to be padded and spread without a matrix leaving its shard of the first.
     shards = [_shards(_names(axes), sizes) for axes in outer]
     local = [length // count for length, count in zip(x.shape[:stacked], shards, strict=True)]
-    dim, over = spread(local, moved, sizes)
+    dim, over = assign_shards(local, moved, sizes)
     route = _route(outer, inner, moved, dim, over)
 
     parts = x.reshape(*_alternate(shards, local), *x.shape[stacked:], out_sharding=route[0])
@@ -110,7 +110,7 @@ def _on_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, st
     return parts.reshape(x.shape, out_sharding=sharding.spec)
 
 
-def spread(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+def assign_shards(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     """The stacked dimension, and the mesh axes to spread it over, so that matrices are whole on each device.
 
     Of all subsets of `axes`, on any one dimension, the one is taken that leaves the fewest matrices on a

@@ -4,7 +4,7 @@ Not for clipping and averaged weights: the train step calls `transforms.clip_by_
 and `transforms.ema_update` after it.
 
 Invariants: weight decay is decoupled from the gradient, multiplied by the learning rate (Loshchilov & Hutter
-2019) and goes only to parameters whose role is in `Optim.decay_roles`. Update t (from 0) uses the schedule's
+2019) and goes only to parameters whose role is in `OptimConfig.decay_roles`. Update t (from 0) uses the schedule's
 rate at t.
 """
 
@@ -20,10 +20,10 @@ from annotated_types import Ge, Gt
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, Decay, NonNegative, Positive, PositiveShare
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
-from jaxinfra.optim.blocks import block, is_matrix, is_spec
+from jaxinfra.optim.matrix_dims import is_hidden_matrix, is_param_spec, matrix_dims
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
-from jaxinfra.optim.schedules import Cosine, Schedule, schedule
+from jaxinfra.optim.schedules import Cosine, LRSchedule, optax_schedule
 from jaxinfra.optim.transforms import store_state_as
 from jaxinfra.parallel.spec import Role
 
@@ -141,7 +141,7 @@ type Optimizer = AdamW | Adafactor | Lion | SGD | Muon
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class OptimConfig:
     """How parameters move.
 
     Attributes:
@@ -156,7 +156,7 @@ class Optim:
     """
 
     optimizer: Optimizer = AdamW()
-    schedule: Schedule = Cosine()
+    schedule: LRSchedule = Cosine()
     peak_lr: Positive = 3e-4
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     ema_decay: Decay | None = None
@@ -183,16 +183,16 @@ class Optim:
                 )
 
 
-def build(optim: Optim, *, steps: int, specs: Any) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimConfig, *, steps: int, specs: Any) -> optax.GradientTransformation:
     """The optax chain of a run of `steps` steps over parameters declared by `specs`, a tree of `ParamSpec`.
 
     Its `update` needs the parameters and returns float32 updates to add to them (`optax.apply_updates`).
     State is sharded like the parameters, which may be abstract at `init`. Gradients are not clipped here.
     """
-    rate = schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
+    rate = optax_schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
 
     def chain(specs: Any) -> optax.GradientTransformation:
-        decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_spec)
+        decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
         links = [_direction(optim.optimizer, specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
@@ -229,7 +229,9 @@ def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation
 
 
 def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
-    blocks = jax.tree.map(lambda spec: block(spec) if is_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_spec)
+    blocks = jax.tree.map(
+        lambda spec: matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_param_spec
+    )
     # Newton-Schulz does not see the scale of its input, so the sum that `trace` keeps does for the paper's
     # mean.
     matrices = optax.chain(
@@ -237,5 +239,5 @@ def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
         orthogonalize(blocks, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)),
     )
     rest = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
-    labels = jax.tree.map(lambda spec: "muon" if is_matrix(spec) else "adamw", specs, is_leaf=is_spec)
+    labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs, is_leaf=is_param_spec)
     return optax.partition({"muon": matrices, "adamw": rest}, labels)

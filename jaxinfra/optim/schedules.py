@@ -26,7 +26,7 @@ from jaxinfra.config.limits import Natural, PositiveShare, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmUp:
+class Warmup:
     """Holds the fields that every schedule has.
 
     Attributes:
@@ -37,12 +37,12 @@ class WarmUp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(WarmUp):
+class Constant(Warmup):
     """The peak from the end of warm-up on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(WarmUp):
+class Linear(Warmup):
     """A straight line from the peak down.
 
     Attributes:
@@ -53,7 +53,7 @@ class Linear(WarmUp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(WarmUp):
+class Cosine(Warmup):
     """Half a cosine from the peak down (Loshchilov & Hutter 2017, section 3, without restarts).
 
     Attributes:
@@ -64,7 +64,7 @@ class Cosine(WarmUp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSD(WarmUp):
+class WSD(Warmup):
     """Warm-up, stable, decay: the peak is kept until a short decay ends the run (Hu et al. 2024, section 4).
 
     Attributes:
@@ -83,17 +83,17 @@ class WSD(WarmUp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseSqrt(WarmUp):
+class InverseSqrt(Warmup):
     """`peak_lr * sqrt(w / t)` with `w = max(warmup_steps, 1)` (Vaswani et al. 2017, section 5.3).
 
     It has no end: the rate goes on falling beyond the last step.
     """
 
 
-type Schedule = Constant | Linear | Cosine | WSD | InverseSqrt
+type LRSchedule = Constant | Linear | Cosine | WSD | InverseSqrt
 
 
-def schedule(config: Schedule, *, peak_lr: float, steps: int) -> optax.Schedule:
+def optax_schedule(config: LRSchedule, *, peak_lr: float, steps: int) -> optax.Schedule:
     """The learning rate of a run of `steps` steps, as the function of the step that optax wants."""
 
     def lr(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
@@ -102,7 +102,7 @@ def schedule(config: Schedule, *, peak_lr: float, steps: int) -> optax.Schedule:
     return lr
 
 
-def learning_rate(config: Schedule, step: Any, *, peak_lr: float, steps: int) -> Any:
+def learning_rate(config: LRSchedule, step: Any, *, peak_lr: float, steps: int) -> Any:
     """The learning rate of `step`, an integer or an array of them, in a run of `steps` steps.
 
     The rates have the shape of `step`. JAX arrays, traced ones too, give float32 JAX arrays; anything else is computed
@@ -114,14 +114,14 @@ def learning_rate(config: Schedule, step: Any, *, peak_lr: float, steps: int) ->
     return peak_lr * warmup * _decay(config, t, steps, xp)
 
 
-def table(config: Schedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
+def lr_table(config: LRSchedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
     """About `rows` pairs (step, rate), evenly spread from step 0 to the last step, and the end of warm-up."""
     spread = {round(at) for at in np.linspace(0, steps - 1, rows)}
     chosen = sorted(spread | {min(config.warmup_steps, steps - 1)})
     return [(at, float(learning_rate(config, at, peak_lr=peak_lr, steps=steps))) for at in chosen]
 
 
-def schedule_problems(config: Schedule, steps: int, *, path: str = "") -> Iterable[Problem]:
+def schedule_problems(config: LRSchedule, steps: int, *, path: str = "") -> Iterable[Problem]:
     """Yields what cannot work in a run of `steps` steps; fields are named under `path`, as in "optim.schedule."."""
     if config.warmup_steps and config.warmup_steps >= steps:
         yield Problem(
@@ -137,7 +137,7 @@ def schedule_problems(config: Schedule, steps: int, *, path: str = "") -> Iterab
         )
 
 
-def _decay(config: Schedule, t: Any, steps: int, xp: ModuleType) -> Any:
+def _decay(config: LRSchedule, t: Any, steps: int, xp: ModuleType) -> Any:
     """The rate after warm-up as a fraction of the peak; 1 during warm-up."""
     match config:
         case Constant():

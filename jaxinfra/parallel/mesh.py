@@ -74,7 +74,7 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def permuted(mesh: Mesh, order: Sequence[int]) -> Mesh:
+def permute_devices(mesh: Mesh, order: Sequence[int]) -> Mesh:
     """The mesh with its devices in another order: the numbers that it computes must not change."""
     grid = np.asarray(mesh.devices).reshape(-1)[list(order)].reshape(mesh.devices.shape)
     return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

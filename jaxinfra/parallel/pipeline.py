@@ -26,14 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxinfra.parallel.schedules import IDLE, Part, Schedule
+from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule
 from jaxinfra.parallel.sharding import axis_names, unreduced_zeros
 
 type Tree = Any
 type Batch = Mapping[str, jax.Array]
 
 
-class Model(Protocol):
+class PipelineModel(Protocol):
     """What passes through the stages: functions of parameters that are arguments, never closed over."""
 
     def embed(self, shared: Tree, rows: Batch) -> jax.Array:
@@ -48,7 +48,7 @@ class Model(Protocol):
         ...
 
     def loss(self, shared: Tree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss and sums of one microbatch, spread as `leave` spreads it."""
+        """Loss and sums of one microbatch, spread as `scatter_last_output` spreads it."""
         ...
 
     def aux_loss(self, stats: Tree) -> jax.Array | None:
@@ -57,7 +57,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class LossSharding:
     """How the output of the last stage is spread over the stages for head and loss.
 
     Attributes:
@@ -70,7 +70,7 @@ class Spread:
 
 
 class Row(NamedTuple):
-    """One tick of a part, by stage: `[S]` arrays (see `schedules.Part`)."""
+    """One tick of a part, by stage: `[S]` arrays (see `schedules.PassTable`)."""
 
     microbatch: jax.Array
     chunk: jax.Array
@@ -117,7 +117,7 @@ def rows_of_stages(part: Any) -> tuple[str, ...]:
     return ("stage", *axis_names(part))
 
 
-def pick(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
+def select_microbatch(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
     """The rows of each stage's microbatch, `[S * B, ...]`; those of the first where a stage idles."""
     parts = list(_spec(field_MB).partitions)
 
@@ -127,7 +127,7 @@ def pick(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
     return _per_device(own, PartitionSpec(rows_of_stages(parts[1]), *parts[2:]), field_MB, microbatch_S)
 
 
-def enter(started: jax.Array, sent: jax.Array, row: Row) -> jax.Array:
+def recv_activation(started: jax.Array, sent: jax.Array, row: Row) -> jax.Array:
     """The input of each stage's chunk: what begins there, what the stage before sent, or zeros where it idles."""
 
     def own(started: jax.Array, sent: jax.Array, microbatch: jax.Array, chunk: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def enter(started: jax.Array, sent: jax.Array, row: Row) -> jax.Array:
     return _per_device(own, _spec(sent), started, sent, row.microbatch, row.chunk)
 
 
-def turn(finished: jax.Array, sent: jax.Array, row: Row, chunks: int) -> jax.Array:
+def recv_grad(finished: jax.Array, sent: jax.Array, row: Row, chunks: int) -> jax.Array:
     """The gradient of the output of each stage's chunk: that of the loss, what the stage after sent, or zeros."""
 
     def own(finished: jax.Array, sent: jax.Array, microbatch: jax.Array, chunk: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ def turn(finished: jax.Array, sent: jax.Array, row: Row, chunks: int) -> jax.Arr
     return _per_device(own, _spec(sent), finished, sent, row.microbatch, row.chunk)
 
 
-def shift(x: jax.Array, by: int) -> jax.Array:
+def send_to_stage(x: jax.Array, by: int) -> jax.Array:
     """What each stage is sent by the one `by` before it, round the ring."""
 
     def own(x: jax.Array) -> jax.Array:
@@ -157,7 +157,7 @@ def shift(x: jax.Array, by: int) -> jax.Array:
     return _per_device(own, _spec(x), x)
 
 
-def leave(x: jax.Array, done: jax.Array, spread: Spread) -> jax.Array:
+def scatter_last_output(x: jax.Array, done: jax.Array, spread: LossSharding) -> jax.Array:
     """The rows of the last stage, spread over all; zeros where it is not `done` with a microbatch."""
     # Positions that are sharded between blocks come together first, so that stages take parts of whole sequences.
     before = PartitionSpec(rows_of_stages(without_stage(spread.spec.partitions[0])), *_whole(spread))
@@ -176,7 +176,7 @@ def without_stage(part: Any) -> tuple[str, ...]:
     return tuple(axis for axis in axis_names(part) if axis != "stage")
 
 
-def _whole(spread: Spread) -> tuple[Any, ...]:
+def _whole(spread: LossSharding) -> tuple[Any, ...]:
     return tuple(without_stage(part) or None for part in spread.spec.partitions[1:])
 
 
@@ -201,7 +201,7 @@ def write(waiting: jax.Array, x: jax.Array, slot_S: jax.Array) -> jax.Array:
     return _per_device(own, _spec(waiting), waiting, x, slot_S)
 
 
-def take(stacked: jax.Array, chunk_S: jax.Array) -> jax.Array:
+def select_chunk(stacked: jax.Array, chunk_S: jax.Array) -> jax.Array:
     """`[V, L, S, ...]` to `[L, S, ...]`: the chunk of each stage."""
     spec = _spec(stacked)
     out = spec.update(partitions=spec.partitions[1:])
@@ -221,7 +221,7 @@ def add(total: jax.Array, value: jax.Array, chunk_S: jax.Array) -> jax.Array:
     return _per_device(own, _spec(total), total, value, chunk_S)
 
 
-def busy(x: jax.Array, microbatch_S: jax.Array) -> jax.Array:
+def mask_idle(x: jax.Array, microbatch_S: jax.Array) -> jax.Array:
     """Anything that is spread over the stages, with zeros on those that idle."""
     return _per_device(lambda x, microbatch: jnp.where(microbatch[0] == IDLE, 0, x), _spec(x), x, microbatch_S)
 
@@ -232,9 +232,11 @@ def busy(x: jax.Array, microbatch_S: jax.Array) -> jax.Array:
 class Pipeline:
     """A model on a schedule."""
 
-    def __init__(self, model: Model, schedule: Schedule, spread: Spread, numbers: np.ndarray):
+    def __init__(
+        self, model: PipelineModel, schedule: PipelineSchedule, loss_sharding: LossSharding, numbers: np.ndarray
+    ):
         """Binds what a step needs; the numbers are those of the layers of every chunk, `[V, L, S]`, -1 for none."""
-        self.model, self.schedule, self.spread, self.numbers = model, schedule, spread, numbers
+        self.model, self.schedule, self.loss_sharding, self.numbers = model, schedule, loss_sharding, numbers
 
     def gradients(
         self, weights: Tree, shared: Tree, batch: Batch
@@ -256,7 +258,7 @@ class Pipeline:
         carry = self._run((self.schedule.forward,), carry, weights, shared, batch)
         return carry.sums, carry.stats
 
-    def _run(self, parts: tuple[Part, ...], carry: Carry, weights: Tree, shared: Tree, batch: Batch) -> Carry:
+    def _run(self, parts: tuple[PassTable, ...], carry: Carry, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """All ticks: one loop for each run of ticks that have the same parts."""
         works = (self._forward, self._backward, self._weights)
         if len(parts) == 1:
@@ -278,35 +280,35 @@ class Pipeline:
         return carry
 
     def _inputs(self, carry: Carry, row: Row, shared: Tree, batch: Batch) -> tuple[Batch, jax.Array]:
-        rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
-        return rows, enter(self.model.embed(shared, rows), carry.up, row)
+        rows = {name: select_microbatch(field, row.microbatch) for name, field in batch.items()}
+        return rows, recv_activation(self.model.embed(shared, rows), carry.up, row)
 
     def _forward(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """One chunk forward on every stage; its input is kept and its output sent up."""
         rows, x = self._inputs(carry, row, shared, batch)
         y, _ = self.model.apply_layers(self._taken(weights, row), x, rows, self._numbers(row))
-        return carry._replace(up=shift(y, 1), inputs=write(carry.inputs, x, row.slot))
+        return carry._replace(up=send_to_stage(y, 1), inputs=write(carry.inputs, x, row.slot))
 
     def _evaluate(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """One chunk forward on every stage, and the loss of the microbatch that leaves the last one."""
         rows, x = self._inputs(carry, row, shared, batch)
         y, stats = self.model.apply_layers(self._taken(weights, row), x, rows, self._numbers(row))
-        stats = jax.tree.map(lambda c: busy(c, row.microbatch), stats)
+        stats = jax.tree.map(lambda c: mask_idle(c, row.microbatch), stats)
         _, sums = self._loss(shared, y, row, batch)
-        return carry._replace(up=shift(y, 1), **self._add_sums(carry, row, sums, stats))
+        return carry._replace(up=send_to_stage(y, 1), **self._add_sums(carry, row, sums, stats))
 
     def _chunk(
         self, weights: Tree, shared: Tree, x: jax.Array, rows: Batch, row: Row
     ) -> tuple[tuple[jax.Array, jax.Array | None], Tree]:
         """One chunk of every stage as it is differentiated: `((output, aux_loss), stats)`."""
-        x = enter(self.model.embed(shared, rows), x, row)
+        x = recv_activation(self.model.embed(shared, rows), x, row)
         y, stats = self.model.apply_layers(weights, x, rows, self._numbers(row))
-        stats = jax.tree.map(lambda c: busy(c, row.microbatch), stats)
+        stats = jax.tree.map(lambda c: mask_idle(c, row.microbatch), stats)
         return (y, self.model.aux_loss(stats)), stats
 
     def _backward(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """One chunk backward on every stage; the gradient of its input is sent down."""
-        rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
+        rows = {name: select_microbatch(field, row.microbatch) for name, field in batch.items()}
         x, own = read(carry.inputs, row.slot), self._taken(weights, row)
         apart = self.schedule.weights is not None
         fixed, moved = ((own,), (shared, x)) if apart else ((), (own, shared, x))
@@ -314,10 +316,10 @@ class Pipeline:
         (y, aux_loss), pull, stats = jax.vjp(chunk, *moved, has_aux=True)
         total, pull_loss, sums = jax.vjp(lambda s, y: self._loss(s, y, row, batch), shared, y, has_aux=True)
         of_loss, dy = pull_loss(_one_like(total))
-        dy = turn(dy, carry.down, row, self.schedule.chunks)
+        dy = recv_grad(dy, carry.down, row, self.schedule.chunks)
         *of_weights, of_embedding, dx = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
         carry = carry._replace(
-            down=shift(dx, -1),
+            down=send_to_stage(dx, -1),
             shared=_plus(_plus(carry.shared, of_loss), of_embedding),
             **self._add_sums(carry, row, sums, stats),
         )
@@ -329,8 +331,8 @@ class Pipeline:
     def _weights(self, carry: Carry, row: Row, weights: Tree, shared: Tree, batch: Batch) -> Carry:
         """The gradients of the weights of one chunk of every stage, from what its backward pass left."""
         assert carry.pulled is not None
-        rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
-        x, dy = read(carry.inputs, row.slot), busy(read(carry.pulled, row.slot), row.microbatch)
+        rows = {name: select_microbatch(field, row.microbatch) for name, field in batch.items()}
+        x, dy = read(carry.inputs, row.slot), mask_idle(read(carry.pulled, row.slot), row.microbatch)
         chunk = partial(self._chunk, shared=shared, x=x, rows=rows, row=row)
         (_, aux_loss), pull, _ = jax.vjp(chunk, self._taken(weights, row), has_aux=True)
         (found,) = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
@@ -342,18 +344,18 @@ class Pipeline:
         done = (microbatch != IDLE) & (chunk == self.schedule.chunks - 1)
         index = jnp.maximum(microbatch, 0)
         fields = {name: jax.lax.dynamic_index_in_dim(field, index, keepdims=False) for name, field in batch.items()}
-        total, sums = self.model.loss(shared, leave(y, done, self.spread), fields)
+        total, sums = self.model.loss(shared, scatter_last_output(y, done, self.loss_sharding), fields)
         return _if(done, total), {name: _if(done, value) for name, value in sums.items()}
 
     # Small things
 
     def _numbers(self, row: Row) -> jax.Array:
         numbers = jax.reshard(jnp.asarray(self.numbers, jnp.int32), PartitionSpec(None, None, "stage"))
-        return take(numbers, row.chunk)
+        return select_chunk(numbers, row.chunk)
 
     @staticmethod
     def _taken(weights: Tree, row: Row) -> Tree:
-        return jax.tree.map(lambda w: take(w, row.chunk), weights)
+        return jax.tree.map(lambda w: select_chunk(w, row.chunk), weights)
 
     @staticmethod
     def _added(total: Tree, value: Tree, row: Row) -> Tree:
@@ -368,14 +370,14 @@ class Pipeline:
         row = jax.tree.map(lambda a: a[0], Row(*(_by_stage(idle),) * 3))
 
         def shapes(weights: Tree, shared: Tree, batch: Batch) -> tuple[Any, ...]:
-            rows = {name: pick(field, row.microbatch) for name, field in batch.items()}
+            rows = {name: select_microbatch(field, row.microbatch) for name, field in batch.items()}
             x = self.model.embed(shared, rows)
             y, stats = self.model.apply_layers(self._taken(weights, row), x, rows, self._numbers(row))
             _, sums = self._loss(shared, y, row, batch)
             return x, sums, stats
 
         x, sums, stats = jax.eval_shape(shapes, weights, shared, batch)
-        slots = jax.ShapeDtypeStruct((self.schedule.slots, *x.shape), x.dtype)
+        slots = jax.ShapeDtypeStruct((self.schedule.num_slots, *x.shape), x.dtype)
         waiting = partial(_zeros, slots, PartitionSpec(None, *x.sharding.spec.partitions))
         stacked = jax.tree.map(lambda c: _zeros_stacked(c, self.schedule.chunks), stats)
         return Carry(
@@ -390,7 +392,7 @@ class Pipeline:
         )
 
 
-def _stretches(parts: tuple[Part, ...]) -> Iterator[tuple[int, int, tuple[bool, ...]]]:
+def _stretches(parts: tuple[PassTable, ...]) -> Iterator[tuple[int, int, tuple[bool, ...]]]:
     """Runs of ticks with the same parts, `(begin, end, which parts)`."""
     runs = [tuple(bool(part.runs[tick]) for part in parts) for tick in range(len(parts[0].microbatch))]
     begin = 0

@@ -23,13 +23,13 @@ import numpy as np
 
 from jaxinfra.config import Problem
 
-type Name = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+type ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
 IDLE = -1
-FORWARD, BACKWARD, WEIGHTS = 1.0, 3.0, 3.0
+FORWARD_COST, BACKWARD_COST, WEIGHT_GRAD_COST = 1.0, 3.0, 3.0
 """Costs in forward passes. A backward pass computes the forward pass again, then both gradients."""
-INPUTS_ALONE = 2.0
-"""Cost of a backward pass that leaves out the gradients of weights; they cost another `WEIGHTS`."""
+INPUT_GRAD_COST = 2.0
+"""Cost of a backward pass that leaves out the gradients of weights; they cost another `WEIGHT_GRAD_COST`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class PipelineConfig:
         chunks: chunks a stage, for `interleaved`.
     """
 
-    schedule: Name = "1f1b"
+    schedule: ScheduleName = "1f1b"
     chunks: int = 1
 
     def problems(self) -> Iterable[Problem]:
@@ -54,13 +54,13 @@ class PipelineConfig:
             fix = "use pipeline.schedule=interleaved, or pipeline.chunks=1"
             yield Problem(fields=fields, message="has one chunk a stage", fix=fix)
 
-    def table(self, stages: int, microbatches: int) -> "Schedule":
+    def make_schedule(self, stages: int, microbatches: int) -> "PipelineSchedule":
         """The table for so many stages and microbatches."""
-        return schedule(self.schedule, stages=stages, microbatches=microbatches, chunks=self.chunks)
+        return make_schedule(self.schedule, stages=stages, microbatches=microbatches, chunks=self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PassTable:
     """One kind of work over all ticks: `[ticks, stages]` arrays, `IDLE` where a stage has none of it.
 
     Attributes:
@@ -85,7 +85,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class PipelineSchedule:
     """A table.
 
     Attributes:
@@ -98,13 +98,13 @@ class Schedule:
         weights: weight gradients, where they are apart.
     """
 
-    name: Name
+    name: ScheduleName
     stages: int
     microbatches: int
     chunks: int
-    forward: Part
-    backward: Part
-    weights: Part | None = None
+    forward: PassTable
+    backward: PassTable
+    weights: PassTable | None = None
 
     @property
     def ticks(self) -> int:
@@ -112,17 +112,17 @@ class Schedule:
         return len(self.forward.microbatch)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[PassTable, ...]:
         """The parts of a tick, in order."""
         return (self.forward, self.backward, *(() if self.weights is None else (self.weights,)))
 
     @property
-    def last(self) -> Part:
+    def last(self) -> PassTable:
         """The part that reads the input of a chunk for the last time."""
         return self.backward if self.weights is None else self.weights
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         """Inputs of chunks that wait on a stage at once, at most."""
         return int(self.forward.slot.max()) + 1
 
@@ -133,24 +133,26 @@ class Schedule:
 
     def costs(self) -> tuple[float, ...]:
         """What each tick costs, in forward passes of a chunk."""
-        backward = BACKWARD if self.weights is None else INPUTS_ALONE
+        backward = BACKWARD_COST if self.weights is None else INPUT_GRAD_COST
         runs = np.stack([part.runs for part in self.parts], axis=1)
-        return tuple(float(cost) for cost in runs @ np.array([FORWARD, backward, WEIGHTS])[: len(self.parts)])
+        return tuple(
+            float(cost) for cost in runs @ np.array([FORWARD_COST, backward, WEIGHT_GRAD_COST])[: len(self.parts)]
+        )
 
     @property
-    def time(self) -> float:
+    def total_cost(self) -> float:
         """Cost of the whole table, in forward passes of all layers of a stage."""
         return sum(self.costs()) / self.chunks
 
     @property
     def bubble(self) -> float:
         """The part of the time in which a stage has nothing to do: of every stage the same."""
-        backward = BACKWARD if self.weights is None else INPUTS_ALONE
-        work = FORWARD + backward + (0.0 if self.weights is None else WEIGHTS)
-        return 1.0 - work * self.microbatches / self.time
+        backward = BACKWARD_COST if self.weights is None else INPUT_GRAD_COST
+        work = FORWARD_COST + backward + (0.0 if self.weights is None else WEIGHT_GRAD_COST)
+        return 1.0 - work * self.microbatches / self.total_cost
 
 
-def schedule(name: Name, *, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+def make_schedule(name: ScheduleName, *, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
     """The table of that name, checked; `chunks` is 1 but for `interleaved`.
 
     An interleaved table idles where microbatches are no multiple of the stages.
@@ -171,21 +173,21 @@ def schedule(name: Name, *, stages: int, microbatches: int, chunks: int = 1) -> 
         entries["weights"] = [(begin + m, s, m, 0) for m in range(microbatches) for s in range(stages)]
     ticks = 1 + max(entry[0] for part in entries.values() for entry in part)
     parts = {part: _part(found, ticks, stages) for part, found in entries.items()}
-    made = _with_slots(Schedule(name=name, stages=stages, microbatches=microbatches, chunks=chunks, **parts))
+    made = _with_slots(PipelineSchedule(name=name, stages=stages, microbatches=microbatches, chunks=chunks, **parts))
     check(made)
     return made
 
 
-def _part(entries: Iterable[tuple[int, int, int, int]], ticks: int, stages: int) -> Part:
+def _part(entries: Iterable[tuple[int, int, int, int]], ticks: int, stages: int) -> PassTable:
     """Entries `(tick, stage, microbatch, chunk)` as arrays, without slots yet."""
     microbatch, chunk, slot = (np.full((ticks, stages), IDLE, np.int32) for _ in range(3))
     for tick, stage, m, c in entries:
         assert microbatch[tick, stage] == IDLE, (tick, stage)
         microbatch[tick, stage], chunk[tick, stage] = m, c
-    return Part(microbatch=microbatch, chunk=chunk, slot=slot)
+    return PassTable(microbatch=microbatch, chunk=chunk, slot=slot)
 
 
-def _with_slots(made: Schedule) -> Schedule:
+def _with_slots(made: PipelineSchedule) -> PipelineSchedule:
     """The table with a slot for every input, free again in the tick after it is read for the last time."""
     slots = [part.slot.copy() for part in made.parts]
     for s in range(made.stages):
@@ -208,7 +210,7 @@ def _with_slots(made: Schedule) -> Schedule:
     return replace(made, **dict(zip(("forward", "backward", "weights"), filled, strict=False)))
 
 
-def check(made: Schedule) -> None:
+def check(made: PipelineSchedule) -> None:
     """Asserts that the table is complete, in order, and that every transfer is used in the next tick."""
     S, V, M = made.stages, made.chunks, made.microbatches
     when = []
@@ -227,7 +229,7 @@ def check(made: Schedule) -> None:
     assert made.weights is None or (when[2] >= backward).all(), "weight gradients before the others"
 
 
-def picture(made: Schedule, *, width: int = 24) -> list[str]:
+def format_schedule(made: PipelineSchedule, *, width: int = 24) -> list[str]:
     """The table for people: one row a stage, one column a tick; `F`, `B`, `W` with the number of the microbatch.
 
     Of a table of more than `width` ticks the middle is left out.
@@ -254,14 +256,14 @@ def picture(made: Schedule, *, width: int = 24) -> list[str]:
     return rows
 
 
-def described(made: Schedule) -> dict[str, tuple[float | str, str]]:
+def schedule_summary(made: PipelineSchedule) -> dict[str, tuple[float | str, str]]:
     """The numbers of a table by name, each with how it comes about."""
     kept = ", ".join(map(str, made.in_flight))
-    each = f"{FORWARD:g} forward, {BACKWARD:g} backward, which computes the forward pass again"
+    each = f"{FORWARD_COST:g} forward, {BACKWARD_COST:g} backward, which computes the forward pass again"
     if made.weights is not None:
-        each = f"{FORWARD:g} forward, {INPUTS_ALONE:g} backward, {WEIGHTS:g} gradients of weights"
+        each = f"{FORWARD_COST:g} forward, {INPUT_GRAD_COST:g} backward, {WEIGHT_GRAD_COST:g} gradients of weights"
     return {
         "pipeline bubble": (f"{made.bubble:.1%}", f"{made.name}: of a step, in which a stage has nothing to do"),
-        "pipeline time": (made.time, f"forward passes of a stage and microbatch ({each})"),
+        "pipeline time": (made.total_cost, f"forward passes of a stage and microbatch ({each})"),
         "microbatches in flight": (max(made.in_flight), f"inputs kept, by stage: {kept}"),
     }

@@ -31,7 +31,7 @@ class ParamSpec:
         role: what it is for; optimisers choose by it (weight decay, Muon).
         in_dims: the dimensions of `shape` that its matrix product contracts (empty if there is none).
         out_dims: the dimensions of `shape` that its matrix product yields.
-        trained: whether the optimiser moves it; a model moves the others itself, and they are float32.
+        trainable: whether the optimiser moves it; a model moves the others itself, and they are float32.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class ParamSpec:
     role: Role
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
-    trained: bool = True
+    trainable: bool = True
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -51,19 +51,19 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
-def trained(tree: Any, specs: Any) -> Any:
+def select_trainable(tree: Any, specs: Any) -> Any:
     """A nested dict like `specs`, one of `ParamSpec`s, without the parameters that are not trained."""
     if isinstance(specs, ParamSpec):
         return tree
-    kept = {n: s for n, s in specs.items() if not isinstance(s, ParamSpec) or s.trained}
-    return {name: trained(tree[name], spec) for name, spec in kept.items()}
+    kept = {n: s for n, s in specs.items() if not isinstance(s, ParamSpec) or s.trainable}
+    return {name: select_trainable(tree[name], spec) for name, spec in kept.items()}
 
 
-def replaced(tree: Any, leaves: Any) -> Any:
+def merge_trees(tree: Any, leaves: Any) -> Any:
     """A nested dict with those of its leaves that `leaves`, a part of such a dict, has."""
     if not isinstance(tree, dict):
         return leaves
-    return {name: replaced(value, leaves[name]) if name in leaves else value for name, value in tree.items()}
+    return {name: merge_trees(value, leaves[name]) if name in leaves else value for name, value in tree.items()}
 
 
 def normal(stddev: float) -> Initializer:

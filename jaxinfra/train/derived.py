@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.parallel.schedules import described
+from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
@@ -69,7 +69,7 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
             note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
             numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
     if program.partitioner.mesh.stage > 1:
-        numbers |= described(run.pipeline.table(program.partitioner.mesh.stage, run.train.accumulate))
+        numbers |= schedule_summary(run.pipeline.make_schedule(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
-from jaxinfra.optim.optimizers import Optim
+from jaxinfra.optim.optimizers import OptimConfig
 from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
@@ -34,7 +34,7 @@ def run_of(changes: dict[str, Any], mesh: MeshConfig, accumulate: int = 1) -> Ru
         data=TokenData(store="none", seq_len=LENGTH),
         precision=Precision(compute="float32"),
         mesh=mesh,
-        optim=Optim(),
+        optim=OptimConfig(),
         train=TrainConfig(global_batch=ROWS, accumulate=accumulate),
     )
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.optim.adafactor import Factored, scale_by_factored_rms
-from jaxinfra.optim.optimizers import Adafactor, Optim, build
+from jaxinfra.optim.optimizers import Adafactor, OptimConfig, make_optimizer
 from jaxinfra.optim.schedules import Constant
 
 LR = 0.1
@@ -35,8 +35,8 @@ def matrices(tree):
 
 
 def test_every_matrix_of_a_stack_is_factored_alone(specs, draw, train):
-    optim = Optim(optimizer=RULE, schedule=Constant(), peak_lr=LR)
-    params, _ = train(build(optim, steps=3, specs=specs), 3)
+    optim = OptimConfig(optimizer=RULE, schedule=Constant(), peak_lr=LR)
+    params, _ = train(make_optimizer(optim, steps=3, specs=specs), 3)
     start, *grads = (matrices(draw(seed)) for seed in range(4))
     for name, got in matrices(params).items():
         want = reference(start[name], [g[name] for g in grads])
@@ -59,6 +59,6 @@ def is_factored(leaf):
 
 def test_a_gradient_of_zero_moves_nothing(specs, draw):
     params = draw(0)
-    tx = build(Optim(optimizer=RULE, schedule=Constant(), peak_lr=LR), steps=1, specs=specs)
+    tx = make_optimizer(OptimConfig(optimizer=RULE, schedule=Constant(), peak_lr=LR), steps=1, specs=specs)
     updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.optim.muon import newton_schulz, spread
-from jaxinfra.optim.optimizers import Muon, Optim, build
+from jaxinfra.optim.muon import assign_shards, newton_schulz
+from jaxinfra.optim.optimizers import Muon, OptimConfig, make_optimizer
 from jaxinfra.optim.schedules import Constant
 
 
@@ -41,8 +41,8 @@ def test_update_of_stacked_projections(specs, draw, train, nesterov, scale):
     """Momentum, then every layer's heads as one matrix, then the scale of its shape, then decoupled decay."""
     lr, beta, decay = 0.1, 0.95, 0.2
     rule = Muon(momentum=beta, nesterov=nesterov, scale=scale, weight_decay=decay)
-    optim = Optim(optimizer=rule, schedule=Constant(), peak_lr=lr)
-    params, _ = train(build(optim, steps=3, specs=specs), 3)
+    optim = OptimConfig(optimizer=rule, schedule=Constant(), peak_lr=lr)
+    params, _ = train(make_optimizer(optim, steps=3, specs=specs), 3)
     for name, rows, cols in (("q", 8, 16), ("o", 16, 8)):
         factor = 0.2 * 4 if scale == "rms" else max(1, cols / rows) ** 0.5
         for layer in range(3):
@@ -59,8 +59,8 @@ def test_bfloat16_products_stay_close(specs, draw):
     params = draw(0)
     updates = []
     for dtype in ("float32", "bfloat16"):
-        optim = Optim(optimizer=Muon(matmul_dtype=dtype), schedule=Constant(), peak_lr=1.0)
-        tx = build(optim, steps=1, specs=specs)
+        optim = OptimConfig(optimizer=Muon(matmul_dtype=dtype), schedule=Constant(), peak_lr=1.0)
+        tx = make_optimizer(optim, steps=1, specs=specs)
         update, _ = tx.update(draw(1), tx.init(params), params)
         assert update["blocks"]["q"].dtype == jnp.float32
         updates.append(update["blocks"]["q"])
@@ -85,4 +85,4 @@ SIZES = {"fsdp": 64, "tensor": 8}
     ],
 )
 def test_spread_leaves_the_fewest_matrices_on_a_device(stack, axes, expected):
-    assert spread(stack, axes, SIZES) == expected
+    assert assign_shards(stack, axes, SIZES) == expected

@@ -7,17 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optim, Optimizer, build
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig, Optimizer, make_optimizer
 from jaxinfra.optim.schedules import Cosine
 from tests.optim.test_optim_sharding import sharded
 
-OPTIM = Optim(schedule=Cosine(warmup_steps=1), peak_lr=0.1)
+OPTIM = OptimConfig(schedule=Cosine(warmup_steps=1), peak_lr=0.1)
 OPTIMIZERS = [AdamW(), Adafactor(min_factored_dim=8), Lion(), SGD(nesterov=True), Muon()]
 
 
-def after_two_steps(optim: Optim, specs: Any, draw: Any) -> tuple[Any, Any]:
+def after_two_steps(optim: OptimConfig, specs: Any, draw: Any) -> tuple[Any, Any]:
     """Updates of the second step, and the state."""
-    tx = build(optim, steps=4, specs=specs)
+    tx = make_optimizer(optim, steps=4, specs=specs)
     params = sharded(draw(0))
     state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     updates = None

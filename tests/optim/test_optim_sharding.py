@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optim, build
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig, make_optimizer
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.spec import ParamSpec, normal
@@ -30,8 +30,8 @@ SHARDINGS = {
 
 
 def transform(optimizer, specs):
-    optim = Optim(optimizer=optimizer, schedule=Cosine(warmup_steps=1), peak_lr=0.1)
-    return build(optim, steps=4, specs=specs)
+    optim = OptimConfig(optimizer=optimizer, schedule=Cosine(warmup_steps=1), peak_lr=0.1)
+    return make_optimizer(optim, steps=4, specs=specs)
 
 
 def step(tx):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.optim.blocks import is_spec
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optim, build
+from jaxinfra.optim.matrix_dims import is_param_spec
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig, make_optimizer
 from jaxinfra.optim.schedules import Constant, Linear
 from tests.refusals import problem
 
@@ -18,7 +18,7 @@ UPDATES = 4
 
 
 def constant(optimizer, **rest):
-    return Optim(optimizer=optimizer, schedule=Constant(), peak_lr=LR, **rest)
+    return OptimConfig(optimizer=optimizer, schedule=Constant(), peak_lr=LR, **rest)
 
 
 def adamw(param, grads, decay, *, b1, b2, eps):
@@ -54,7 +54,7 @@ def expected(rule, specs, draw, decay, **settings):
         return rule(param.astype(np.float64), [g.astype(np.float64) for g in grads], own_decay, **settings)
 
     drawn = [draw(seed) for seed in range(UPDATES + 1)]
-    return jax.tree.map(one, specs, *drawn, is_leaf=is_spec)
+    return jax.tree.map(one, specs, *drawn, is_leaf=is_param_spec)
 
 
 def assert_close(got, want, rtol=1e-5):
@@ -63,25 +63,25 @@ def assert_close(got, want, rtol=1e-5):
 
 def test_adamw(specs, draw, train):
     optim = constant(AdamW(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3))
-    params, _ = train(build(optim, steps=UPDATES, specs=specs), UPDATES)
+    params, _ = train(make_optimizer(optim, steps=UPDATES, specs=specs), UPDATES)
     assert_close(params, expected(adamw, specs, draw, 0.3, b1=0.8, b2=0.9, eps=1e-3))
 
 
 def test_lion(specs, draw, train):
-    params, _ = train(build(constant(Lion(weight_decay=0.5)), steps=UPDATES, specs=specs), UPDATES)
+    params, _ = train(make_optimizer(constant(Lion(weight_decay=0.5)), steps=UPDATES, specs=specs), UPDATES)
     assert_close(params, expected(lion, specs, draw, 0.5, b1=0.9, b2=0.99))
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd(specs, draw, train, momentum, nesterov):
     rule = SGD(momentum=momentum, nesterov=nesterov, weight_decay=0.2)
-    params, _ = train(build(constant(rule), steps=UPDATES, specs=specs), UPDATES)
+    params, _ = train(make_optimizer(constant(rule), steps=UPDATES, specs=specs), UPDATES)
     assert_close(params, expected(sgd, specs, draw, 0.2, momentum=momentum, nesterov=nesterov))
 
 
 def test_muon_uses_adamw_for_all_but_matrices(specs, draw, train):
     optim = constant(Muon(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3))
-    params, state = train(build(optim, steps=UPDATES, specs=specs), UPDATES)
+    params, state = train(make_optimizer(optim, steps=UPDATES, specs=specs), UPDATES)
     want = expected(adamw, specs, draw, 0.3, b1=0.8, b2=0.9, eps=1e-3)
     for tree in (params, want):
         del tree["blocks"]["q"], tree["blocks"]["o"], tree["prefix"]
@@ -92,7 +92,7 @@ def test_muon_uses_adamw_for_all_but_matrices(specs, draw, train):
 
 
 def test_decay_goes_to_the_given_roles_alone(specs, draw):
-    tx = build(constant(AdamW(weight_decay=0.5), decay_roles=("norm",)), steps=1, specs=specs)
+    tx = make_optimizer(constant(AdamW(weight_decay=0.5), decay_roles=("norm",)), steps=1, specs=specs)
     params = jax.tree.map(jnp.asarray, draw(0))
     still = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(still, tx.init(params), params)
@@ -102,8 +102,8 @@ def test_decay_goes_to_the_given_roles_alone(specs, draw):
 
 
 def test_update_t_has_the_rate_of_step_t(specs, draw):
-    optim = Optim(optimizer=SGD(momentum=0.0), schedule=Linear(warmup_steps=2), peak_lr=1.0)
-    tx = build(optim, steps=4, specs=specs)
+    optim = OptimConfig(optimizer=SGD(momentum=0.0), schedule=Linear(warmup_steps=2), peak_lr=1.0)
+    tx = make_optimizer(optim, steps=4, specs=specs)
     grads = jax.tree.map(jnp.ones_like, draw(0))
     state = tx.init(grads)
     taken = []
@@ -116,7 +116,7 @@ def test_update_t_has_the_rate_of_step_t(specs, draw):
 def test_bfloat16_state_computes_in_float32(specs, draw):
     """One update of bfloat16 state is the float32 update of the same values, and only then is rounded."""
     tx32, tx16 = (
-        build(constant(AdamW(), state_dtype=dtype), steps=9, specs=specs) for dtype in ("float32", "bfloat16")
+        make_optimizer(constant(AdamW(), state_dtype=dtype), steps=9, specs=specs) for dtype in ("float32", "bfloat16")
     )
     params = jax.tree.map(jnp.asarray, draw(0))
     _, state16 = tx16.update(draw(1), tx16.init(params), params)
@@ -131,7 +131,7 @@ def test_bfloat16_state_computes_in_float32(specs, draw):
 
 
 def test_bfloat16_params_keep_float32_state(specs, draw):
-    tx = build(constant(AdamW()), steps=9, specs=specs)
+    tx = make_optimizer(constant(AdamW()), steps=9, specs=specs)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), draw(0))
     updates, state = tx.update(params, tx.init(params), params)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((updates, state)) if leaf.ndim} == {"float32"}
@@ -140,18 +140,18 @@ def test_bfloat16_params_keep_float32_state(specs, draw):
 @pytest.mark.parametrize(
     ("optim", "named"),
     [
-        (Optim(peak_lr=0.0), "peak_lr=0"),
-        (Optim(peak_lr=math.inf), "peak_lr="),
-        (Optim(clip_norm=-1.0), "clip_norm=-1"),
-        (Optim(ema_decay=1.0), "ema_decay=1"),
-        (Optim(optimizer=AdamW(b2=1.0)), "optimizer.b2=1"),
-        (Optim(optimizer=AdamW(eps=0.0)), "optimizer.eps=0"),
-        (Optim(optimizer=Lion(weight_decay=-1.0)), "optimizer.weight_decay=-1"),
-        (Optim(optimizer=SGD(momentum=0.0, nesterov=True)), "optimizer.nesterov=true"),
-        (Optim(optimizer=Muon(iterations=0)), "optimizer.iterations=0"),
-        (Optim(optimizer=Adafactor(min_param_rms=0.0)), "optimizer.min_param_rms=0"),
-        (Optim(optimizer=AdamW(b2=0.999), state_dtype="bfloat16"), "optimizer.b2=0.999: bfloat16"),
-        (Optim(optimizer=Adafactor(), state_dtype="bfloat16"), "state_dtype=bfloat16"),
+        (OptimConfig(peak_lr=0.0), "peak_lr=0"),
+        (OptimConfig(peak_lr=math.inf), "peak_lr="),
+        (OptimConfig(clip_norm=-1.0), "clip_norm=-1"),
+        (OptimConfig(ema_decay=1.0), "ema_decay=1"),
+        (OptimConfig(optimizer=AdamW(b2=1.0)), "optimizer.b2=1"),
+        (OptimConfig(optimizer=AdamW(eps=0.0)), "optimizer.eps=0"),
+        (OptimConfig(optimizer=Lion(weight_decay=-1.0)), "optimizer.weight_decay=-1"),
+        (OptimConfig(optimizer=SGD(momentum=0.0, nesterov=True)), "optimizer.nesterov=true"),
+        (OptimConfig(optimizer=Muon(iterations=0)), "optimizer.iterations=0"),
+        (OptimConfig(optimizer=Adafactor(min_param_rms=0.0)), "optimizer.min_param_rms=0"),
+        (OptimConfig(optimizer=AdamW(b2=0.999), state_dtype="bfloat16"), "optimizer.b2=0.999: bfloat16"),
+        (OptimConfig(optimizer=Adafactor(), state_dtype="bfloat16"), "state_dtype=bfloat16"),
     ],
     ids=repr,
 )
@@ -161,4 +161,4 @@ def test_values_that_cannot_work_are_refused(optim, named):
 
 @pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(), Lion(), SGD(), Muon()], ids=repr)
 def test_defaults_are_valid(optimizer):
-    validate(Optim(optimizer=optimizer))
+    validate(OptimConfig(optimizer=optimizer))

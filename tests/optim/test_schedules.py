@@ -13,9 +13,9 @@ from jaxinfra.optim.schedules import (
     InverseSqrt,
     Linear,
     learning_rate,
-    schedule,
+    lr_table,
+    optax_schedule,
     schedule_problems,
-    table,
 )
 from tests.refusals import problem
 
@@ -36,7 +36,7 @@ ENDS = {
 
 @pytest.mark.parametrize("config", ENDS, ids=repr)
 def test_end_points(config):
-    lr = schedule(config, peak_lr=PEAK, steps=STEPS)
+    lr = optax_schedule(config, peak_lr=PEAK, steps=STEPS)
     last, end, beyond = ENDS[config]
     expected = {0: 0.0, 1: 0.1, WARM - 1: 0.9, WARM: 1.0, STEPS - 1: last, STEPS: end, 10_000: beyond}
     for step, fraction in expected.items():
@@ -52,20 +52,20 @@ def test_without_warmup_step_0_has_the_peak(kind):
 
 @pytest.mark.parametrize("config", ENDS, ids=repr)
 def test_traced_steps_give_the_same_rates(config):
-    lr = schedule(config, peak_lr=PEAK, steps=STEPS)
+    lr = optax_schedule(config, peak_lr=PEAK, steps=STEPS)
     traced = jax.jit(jax.vmap(lr))(jnp.arange(STEPS + 5, dtype=jnp.int32))
     assert traced.dtype == jnp.float32
     np.testing.assert_allclose(traced, lr(np.arange(STEPS + 5)), rtol=2e-5, atol=1e-7 * PEAK)
 
 
 def test_stable_part_of_wsd_ends_where_the_decay_starts():
-    lr = schedule(WSD(warmup_steps=WARM, decay_fraction=0.25, shape="linear"), peak_lr=PEAK, steps=STEPS)
+    lr = optax_schedule(WSD(warmup_steps=WARM, decay_fraction=0.25, shape="linear"), peak_lr=PEAK, steps=STEPS)
     assert float(lr(75)) == PEAK
     assert float(lr(76)) == pytest.approx(PEAK * 24 / 25)
 
 
 def test_cosine_is_the_usual_one():
-    ours = schedule(Cosine(warmup_steps=WARM, final_fraction=0.1), peak_lr=PEAK, steps=STEPS)
+    ours = optax_schedule(Cosine(warmup_steps=WARM, final_fraction=0.1), peak_lr=PEAK, steps=STEPS)
     theirs = optax.warmup_cosine_decay_schedule(0.0, PEAK, WARM, STEPS, end_value=0.1 * PEAK)
     for step in range(0, STEPS + 5, 7):
         assert float(ours(step)) == pytest.approx(float(theirs(step)), rel=1e-4)
@@ -77,12 +77,12 @@ def test_run_of_one_step(config):
 
 
 def test_table_has_both_ends_and_the_end_of_warmup():
-    rows = table(Cosine(warmup_steps=7), peak_lr=PEAK, steps=STEPS)
+    rows = lr_table(Cosine(warmup_steps=7), peak_lr=PEAK, steps=STEPS)
     assert rows[0] == (0, 0.0)
     assert (7, PEAK) in rows
     assert rows[-1][0] == STEPS - 1
     assert [step for step, _ in rows] == sorted({step for step, _ in rows})
-    assert table(Constant(), peak_lr=PEAK, steps=1) == [(0, PEAK)]
+    assert lr_table(Constant(), peak_lr=PEAK, steps=1) == [(0, PEAK)]
 
 
 @pytest.mark.parametrize(

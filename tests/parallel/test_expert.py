@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfra.parallel import expert
-from jaxinfra.parallel.expert import Dispatch, Homes, dispatch
+from jaxinfra.parallel.expert import ExpertDispatch, ExpertPlacement, plan_dispatch
 from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 
@@ -28,24 +28,24 @@ def choices(kind: str) -> np.ndarray:
     return np.where(draw.random(found.shape) < {"some are dropped": 0.2, "all are dropped": 1.0}.get(kind, 0), 8, found)
 
 
-def homes(shards: int, **changes: Any) -> Homes:
+def placement(shards: int, **changes: Any) -> ExpertPlacement:
     axes = ("expert",) if shards > 1 else ()
     most = TOKENS * min(CHOICES, EXPERTS // shards)
-    return replace(Homes(count=EXPERTS, axes=axes, shards=shards, most=most), **changes)
+    return replace(ExpertPlacement(num_experts=EXPERTS, axes=axes, num_shards=shards, max_rows=most), **changes)
 
 
-def there_and_back(where: Homes, x_ND: jax.Array, experts_NK: jax.Array, weights_E: jax.Array) -> jax.Array:
+def there_and_back(where: ExpertPlacement, x_ND: jax.Array, experts_NK: jax.Array, weights_E: jax.Array) -> jax.Array:
     """Every expert multiplies by its own number: what each token gets for each choice, on one device."""
-    way: Dispatch = dispatch(where, experts_NK)
-    rows_MD = way.rows(x_ND)
-    own = jax.lax.axis_index(where.axes) * where.own if where.axes else 0
-    of_row = own + jnp.searchsorted(jnp.cumsum(way.sizes), jnp.arange(len(rows_MD)), side="right")
-    return way.home(rows_MD * weights_E[jnp.minimum(of_row, EXPERTS - 1)][:, None])
+    plan: ExpertDispatch = plan_dispatch(where, experts_NK)
+    rows_MD = plan.dispatch(x_ND)
+    own = jax.lax.axis_index(where.axes) * where.experts_per_shard if where.axes else 0
+    of_row = own + jnp.searchsorted(jnp.cumsum(plan.group_sizes), jnp.arange(len(rows_MD)), side="right")
+    return plan.combine(rows_MD * weights_E[jnp.minimum(of_row, EXPERTS - 1)][:, None])
 
 
-def check(where: Homes, experts: np.ndarray) -> None:
+def check(where: ExpertPlacement, experts: np.ndarray) -> None:
     """What comes home, and its gradient, against the same without any way."""
-    shards, draw = where.shards, np.random.default_rng(1)
+    shards, draw = where.num_shards, np.random.default_rng(1)
     mesh = make_mesh(MeshConfig(fsdp=8 // shards, expert=shards), jax.devices())
     spread = PartitionSpec(tuple(axis for axis in ("fsdp", "expert") if mesh.shape[axis] > 1))
     x = draw.normal(size=(len(experts), WIDTH)).astype(np.float32)
@@ -70,7 +70,7 @@ KINDS = ("even", "some are dropped", "all choose two", "all are dropped")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_tokens_come_home_from_their_experts(shards: int, kind: str) -> None:
-    check(homes(shards), choices(kind))
+    check(placement(shards), choices(kind))
 
 
 def by_definition(operand, output, *way: jax.Array, axis_name: Sequence[str]) -> jax.Array:
@@ -92,13 +92,13 @@ def by_definition(operand, output, *way: jax.Array, axis_name: Sequence[str]) ->
 def test_parts_of_unequal_size_carry_the_same(shards: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPUs have no such transfer: here it is made of others."""
     monkeypatch.setattr(expert.jax.lax, "ragged_all_to_all", by_definition)
-    check(homes(shards, ragged=True), choices(kind))
+    check(placement(shards, ragged=True), choices(kind))
 
 
 def test_the_order_of_one_experts_rows_is_that_of_devices_and_tokens() -> None:
-    found = expert.by_expert(jnp.array([2, 0, 2, 3, 0, 2]), 3)
+    found = expert.sort_by_expert(jnp.array([2, 0, 2, 3, 0, 2]), 3)
     assert found.order.tolist() == [1, 4, 0, 2, 5, 3]
-    assert found.place.tolist() == [2, 0, 3, 5, 1, 4]
+    assert found.position.tolist() == [2, 0, 3, 5, 1, 4]
     assert found.counts.tolist() == [2, 0, 3]
 
 
@@ -109,7 +109,7 @@ def test_tpus_send_parts_of_unequal_size() -> None:
     experts = jax.ShapeDtypeStruct((4 * 128, CHOICES), jnp.int32, sharding=spread)
 
     def run(x: jax.Array, experts: jax.Array) -> jax.Array:
-        where = Homes(count=EXPERTS, axes=("expert",), shards=4, most=256, ragged=True)
+        where = ExpertPlacement(num_experts=EXPERTS, axes=("expert",), num_shards=4, max_rows=256, ragged=True)
         return there_and_back(where, x, experts, jnp.ones(EXPERTS))
 
     with jax.sharding.use_abstract_mesh(mesh):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.parallel.mesh import abstract_mesh, make_mesh, permuted
+from jaxinfra.parallel.mesh import abstract_mesh, make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from tests.refusals import problem, raises
 
@@ -138,7 +138,7 @@ def test_any_axis_may_span_hosts_without_slices(platform: str, kind: str) -> Non
 def test_permuted_keeps_all_but_the_order() -> None:
     mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2), jax.devices())
     order = (5, 2, 7, 0, 3, 6, 1, 4)
-    other = permuted(mesh, order)
+    other = permute_devices(mesh, order)
     assert tuple(device.id for device in other.devices.flat) == order
     assert (other.shape, other.axis_types) == (mesh.shape, mesh.axis_types)
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.pipeline import Pipeline, Spread
+from jaxinfra.parallel.pipeline import LossSharding, Pipeline
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.stages import layer_numbers
 
@@ -133,8 +133,8 @@ def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: i
     config = SCHEDULES[kind]
     numbers = layer_numbers(layers, MESH.stage, config.chunks)
     at_end = P(("fsdp", "stage"), None, None) if dim == 0 else P("fsdp", "stage", None)
-    spread = Spread(dim=dim, spec=at_end)
-    pipeline = Pipeline(Toy(), config.table(MESH.stage, MICROBATCHES), spread, numbers)
+    loss_sharding = LossSharding(dim=dim, spec=at_end)
+    pipeline = Pipeline(Toy(), config.make_schedule(MESH.stage, MICROBATCHES), loss_sharding, numbers)
     with jax.set_mesh(make_mesh(MESH, jax.devices()[:8])):
         put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
         placed = put(laid_out(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))

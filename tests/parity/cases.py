@@ -20,7 +20,7 @@ from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.ops.rope import Rope, YarnScaling
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
@@ -45,7 +45,7 @@ DOCUMENTS = Run(
     task=CausalLM(loss_chunks=2, z_loss=1e-2),
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=True),
     precision=Precision(compute="float32"),
-    optim=Optim(
+    optim=OptimConfig(
         # The first updates of Adam are g / (|g| + eps). Where g is nothing but rounding, a small eps makes of it
         # a whole step in a random direction. With an eps as large as the gradients the update is smooth in g.
         optimizer=AdamW(eps=0.1),

@@ -13,7 +13,7 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block
-from jaxinfra.optim.optimizers import Optim
+from jaxinfra.optim.optimizers import OptimConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, Memory, compile_step, memory_usage, no_compilation_cache, program_on
@@ -131,7 +131,10 @@ IN_HOST_MEMORY = "S(5)"
 def allotted(of: Run, *, rows: int, offload: bool = False, remat: Remat = "full") -> tuple[Memory, bool]:
     """What is allotted, and whether the text has arrays in host memory."""
     run = replace(
-        of, optim=Optim(offload=offload), model=replace(of.model, remat=remat), train=TrainConfig(global_batch=rows)
+        of,
+        optim=OptimConfig(offload=offload),
+        model=replace(of.model, remat=remat),
+        train=TrainConfig(global_batch=rows),
     )
     texts: list[str] = []
     found = compile_step(run, OFFLOADED_ON, dump=texts.append, on_progress=lambda line: None)

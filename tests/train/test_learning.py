@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Linear
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -42,7 +42,7 @@ def test_copies() -> None:
         data=TokenData(store="none", seq_len=LENGTH),
         precision=Precision(compute="float32"),
         mesh=MeshConfig(fsdp=1),
-        optim=Optim(optimizer=AdamW(), schedule=Linear(warmup_steps=20), peak_lr=5e-3),
+        optim=OptimConfig(optimizer=AdamW(), schedule=Linear(warmup_steps=20), peak_lr=5e-3),
         train=TrainConfig(steps=STEPS, global_batch=BATCH),
     )
     program = Program(run, make_mesh(run.mesh, jax.devices()[:1]))

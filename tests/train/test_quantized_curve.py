@@ -16,7 +16,7 @@ STEPS, WINDOW = 80, 20
 CONFIG = """\
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, Optim
+from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
 from jaxinfra.track.tracker import TrackConfig
@@ -30,7 +30,7 @@ def config() -> Run:
         model=TransformerConfig(vocab_size=1024, layers=3, width=128, heads=4, mlp_dim=384, qk_norm=True),
         data=TokenData(store={store!r}, recipe={recipe!r}, seq_len=128),
         precision=Precision(compute="bfloat16"),
-        optim=Optim(optimizer=AdamW(), schedule=Cosine(warmup_steps=20), peak_lr=4e-3),
+        optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=20), peak_lr=4e-3),
         train=TrainConfig(steps={steps}, global_batch=16, eval_every={steps}),
         track=TrackConfig(log_every=1, console="off"),
     )

@@ -12,7 +12,7 @@ from jaxinfra.parallel.spec import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class MatrixDims:
     """The dimensions of a parameter by what they mean to it.
 
     Attributes:
@@ -26,26 +26,26 @@ class Block:
     cols: tuple[int, ...]
 
     @property
-    def inside(self) -> tuple[int, ...]:
+    def matrix(self) -> tuple[int, ...]:
         """The dimensions of one matrix."""
         return (*self.rows, *self.cols)
 
     @property
-    def order(self) -> tuple[int, ...]:
+    def permutation(self) -> tuple[int, ...]:
         """All dimensions: batch, rows, columns."""
         return (*self.batch, *self.rows, *self.cols)
 
     @property
-    def inverse(self) -> tuple[int, ...]:
+    def inverse_permutation(self) -> tuple[int, ...]:
         """The permutation that undoes `order`."""
-        return tuple(self.order.index(dim) for dim in range(len(self.order)))
+        return tuple(self.permutation.index(dim) for dim in range(len(self.permutation)))
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of one matrix of a parameter of this `shape`."""
         return math.prod(shape[dim] for dim in self.rows), math.prod(shape[dim] for dim in self.cols)
 
 
-def block(spec: ParamSpec) -> Block:
+def matrix_dims(spec: ParamSpec) -> MatrixDims:
     """The dimensions of a declared parameter.
 
     Without declared `in_dims` and `out_dims` the first dimension that is not stacked makes the rows and the
@@ -57,14 +57,14 @@ def block(spec: ParamSpec) -> Block:
         single = tuple(dim for dim, axis in enumerate(spec.axes) if axis != "layers")
         rows, cols = single[:1], single[1:]
     batch = tuple(dim for dim in range(len(spec.shape)) if dim not in (*rows, *cols))
-    return Block(batch=batch, rows=rows, cols=cols)
+    return MatrixDims(batch=batch, rows=rows, cols=cols)
 
 
-def is_matrix(spec: ParamSpec) -> bool:
+def is_hidden_matrix(spec: ParamSpec) -> bool:
     """Whether the parameter is a hidden matrix with both sides declared: what Muon is for."""
     return spec.role == "matrix" and bool(spec.in_dims) and bool(spec.out_dims)
 
 
-def is_spec(leaf: object) -> bool:
+def is_param_spec(leaf: object) -> bool:
     """Whether `leaf` is a parameter's declaration: for walking trees of them."""
     return isinstance(leaf, ParamSpec)
