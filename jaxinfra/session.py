@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import jaxinfra
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, Loaded, diff, read_record, record, validate, write_record
+from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
 from jaxinfra.data.batches import Batches, validation_batches
 from jaxinfra.data.interfaces import OpenData
@@ -115,7 +116,7 @@ class RunDirectory:
 
     def _changed(self, run: Run, found: Mapping[str, Any]) -> list[Difference]:
         """What a record differs in from a config, of what changes the numbers."""
-        before = decode_record(self.record, dict(found), Run)
+        before = decode_record(self.record, dict(found), Run, ClassFinder.of(run))
         return diff(before, run, fingerprinted_only=True)
 
 

@@ -10,6 +10,7 @@ package is generic over them: it knows no field of any run, imports no JAX and s
 
 from jaxinfra.config.check import Problem, validate
 from jaxinfra.config.codec import decode, encode
+from jaxinfra.config.extensible import Extensible
 from jaxinfra.config.overrides import apply
 from jaxinfra.config.record import Loaded, read_record, record, write_record
 from jaxinfra.config.schema import NOT_FINGERPRINTED
@@ -20,6 +21,7 @@ __all__ = [
     "ABSENT",
     "NOT_FINGERPRINTED",
     "Difference",
+    "Extensible",
     "Loaded",
     "Problem",
     "apply",

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfra.config.classes import ClassFinder, find_choice
+from jaxinfra.config.extensible import class_name
 from jaxinfra.config.parse import parse, unquote
 from jaxinfra.config.schema import (
     MISMATCH,
@@ -18,6 +20,7 @@ from jaxinfra.config.schema import (
     conform,
     describe,
     fields_of,
+    is_choice,
     is_config,
     is_node,
     members,
@@ -46,6 +49,7 @@ class _Change:
     override: Override
     earlier: Sequence[Override]
     root: Any
+    finder: ClassFinder
 
 
 def read_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -62,8 +66,8 @@ def read_overrides(overrides: Sequence[str]) -> list[Override]:
     return list(found.values())
 
 
-def apply[C](root: C, overrides: Sequence[str]) -> C:
-    """Returns `root` with the overrides `path=value` applied.
+def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = None) -> C:
+    """Returns `root` with the overrides `path=value` applied; classes that they name by import path are imported.
 
     ConfigError for an unknown path (with the nearest right one), a value that does not fit (with what was expected), or
     overrides that contradict each other.
@@ -71,7 +75,7 @@ def apply[C](root: C, overrides: Sequence[str]) -> C:
     changed: Any = conform(type(root), root)
     pending = read_overrides(overrides)
     for index, override in enumerate(pending):
-        change = _Change(override=override, earlier=pending[:index], root=changed)
+        change = _Change(override=override, earlier=pending[:index], root=changed, finder=finder or ClassFinder())
         changed = _set(type(root), changed, override.path.split("."), "", change)
     return changed
 
@@ -93,14 +97,14 @@ def _set(annotation: Any, value: Any, names: Sequence[str], path: str, change: _
 def _assign(annotation: Any, value: Any, change: _Change) -> Any:
     """Returns what the text of the override stands for at a field of this annotation."""
     override = change.override
-    if chosen := _chosen(annotation, override.text):
+    if chosen := _chosen(annotation, value, change):
         return _switch(value, chosen, change)
     parsed = parse(annotation, override.text)
     if parsed is not MISMATCH:
         _require_kept(set(), change)
         return parsed
     parts = [join(override.path, name) for name, _, _ in children(annotation, value)]
-    if not choices(annotation) and is_node(annotation, value):
+    if not is_choice(annotation) and is_node(annotation, value):
         inside = f"set one of {', '.join(parts)}" if parts else "it has none to set"
         raise ConfigError(f"{override}: {override.path} is not one value but a group of fields; {inside}")
     usable = [w for w in words_of(annotation) if w in choices(annotation) or parse(annotation, w) is not MISMATCH]
@@ -109,11 +113,20 @@ def _assign(annotation: Any, value: Any, change: _Change) -> Any:
     raise ConfigError(f"{override}: expected {describe(annotation)}{hint}")
 
 
-def _chosen(annotation: Any, text: str) -> type | None:
+def _chosen(annotation: Any, value: Any, change: _Change) -> type | None:
     """Returns the class of a choice by its name; `AdamW` and `adamw` are found as well as `adam_w`."""
-    plain = str(unquote(text)).replace("_", "").lower()
+    text = str(unquote(change.override.text))
+    if cls := choices(annotation).get(text):
+        return cls
+    if is_choice(annotation) and text == class_name(type(value)):
+        return type(value)
     named = {name.replace("_", ""): cls for name, cls in choices(annotation).items()}
-    return choices(annotation).get(text) or named.get(plain)
+    if cls := named.get(text.replace("_", "").lower()):
+        return cls
+    try:
+        return find_choice(annotation, text, change.finder, anywhere=True)
+    except ConfigError as error:
+        raise ConfigError(f"{change.override.path}={error}") from error
 
 
 def _switch(old: Any, cls: type, change: _Change) -> Any:

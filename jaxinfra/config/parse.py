@@ -12,7 +12,7 @@ import types
 from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin
 
-from jaxinfra.config.schema import MISMATCH, is_config, items_of, members
+from jaxinfra.config.schema import MISMATCH, is_config, is_open, items_of, members
 
 _INT = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}", re.ASCII)
@@ -30,7 +30,7 @@ def parse(annotation: Any, text: str) -> Any:
         elif member is int and float in options:
             value = int(text) if _INT.fullmatch(text) else MISMATCH
         else:
-            value = MISMATCH if is_config(member) else _parse_scalar(member, text)
+            value = MISMATCH if is_config(member) or is_open(member) else _parse_scalar(member, text)
         if value is not MISMATCH:
             return value
     return MISMATCH

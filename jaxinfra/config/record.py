@@ -4,17 +4,17 @@ A record holds the whole config, not the path to one, and names the root class; 
 config file nor the command line. It is written once, at once: a reader sees the old file or the new one.
 """
 
-import contextlib
 import json
 import os
-import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jaxinfra.config.classes import ClassFinder, source_of, users_classes
 from jaxinfra.config.codec import decode, encode
+from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_config
 from jaxinfra.config.text import show
 from jaxinfra.errors import ConfigError
@@ -47,8 +47,9 @@ def record(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "source": loaded.source,
-        "root": _class_name(type(loaded.run)),
+        "root": class_name(type(loaded.run)),
         "config": encode(loaded.run),
+        "classes": {class_name(each): asdict(source_of(each)) for each in users_classes(loaded.run)},
         "origins": dict(loaded.origins),
         "versions": versions,
         "git": git,
@@ -91,32 +92,37 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def decode_record(path: str | os.PathLike[str], record: dict[str, Any], root: type | None = None) -> Any:
+def decode_record[C](
+    path: str | os.PathLike[str], record: dict[str, Any], root: type[C] | None = None, finder: ClassFinder | None = None
+) -> C:
     """Rebuilds the config object of a record that `read_record` has read from `path`.
 
-    ConfigError where its root class cannot be found, or the stored config does not fit it. `root` is the class that is
-    expected, if the caller knows it; it need not be importable then.
+    ConfigError where a class is not found, or the stored config does not fit it. `root` is the class that is
+    expected, if the caller knows it; it need not be importable then. Without a `finder`, users' classes are refused.
     """
-    named = record["root"]
-    cls = root if root is not None and named == _class_name(root) else _imported(path, named)
+    finder = finder or ClassFinder()
+    named = str(record["root"])
     try:
-        return decode(cls, record["config"])
+        cls = root if root is not None and named == class_name(root) else finder.find(named)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: root={error}") from error
+    if not is_config(cls):
+        raise ConfigError(f"{path}: root={show(named)} is not a config class; restore the file")
+    try:
+        return decode(cls, record["config"], finder)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _class_name(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _imported(path: str | os.PathLike[str], named: Any) -> type:
-    found: Any = None
-    if isinstance(named, str) and ":" in named:
-        with contextlib.suppress(ImportError, AttributeError, ValueError):
-            found = pkgutil.resolve_name(named)
-    if not is_config(found):
-        raise ConfigError(
-            f"{path}: root={show(named)} is not an importable config class; "
-            f"keep the root class in a module, not in a config file"
-        )
-    return found
+def require_sources(path: str | os.PathLike[str], record: dict[str, Any], finder: ClassFinder) -> None:
+    """Finds the users' classes of a record again; ConfigError where one is missing, or its file has changed."""
+    for name, source in record.get("classes", {}).items():
+        try:
+            now = source_of(finder.find(name, file=source["file"]))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if now.sha256 != source["sha256"]:
+            raise ConfigError(
+                f"{path}: {now.file} has changed since the run, which used {name} of it (SHA-256 {source['sha256']}, "
+                f"now {now.sha256}); restore the file, or name a config file instead of the record"
+            )

@@ -22,10 +22,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from jaxinfra.config.extensible import KIND, Extensible, class_name
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
-
-KIND = "kind"  # the key that names the chosen class in an encoded tree
 
 _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least"),
@@ -105,7 +104,7 @@ def resolve(cls: type, seen: set[type] | None = None) -> None:
     if cls not in seen:
         seen.add(cls)
         for field in fields_of(cls):
-            for part in _config_classes(field.annotation):
+            for part in filter(is_config, _classes(field.annotation)):
                 resolve(part, seen)
 
 
@@ -136,7 +135,7 @@ def _member_has(member: Any, metadata: tuple[Any, ...], value: Any) -> bool:
     if get_origin(member) is tuple:
         items = items_of(member, len(value)) if isinstance(value, tuple) else None
         return items is not None and all(is_within(*pair) for pair in zip(items, value, strict=True))
-    fits = type(value) is member or match(member, value) is not MISMATCH
+    fits = accepts(member, type(value)) or match(member, value) is not MISMATCH
     return fits and all(holds(value, bound) for bound, holds, _ in _limits(metadata))
 
 
@@ -162,10 +161,38 @@ def is_config(cls: Any) -> bool:
     return isinstance(cls, type) and dataclasses.is_dataclass(cls)
 
 
+def is_open(cls: Any) -> bool:
+    """Tells whether `cls` is an open base: every config class that inherits from it is a valid value."""
+    return isinstance(cls, type) and issubclass(cls, Extensible) and not is_config(cls)
+
+
+def accepts(annotation: Any, cls: type) -> bool:
+    """Tells whether objects of the config class `cls` are values of an annotation."""
+    options = members(annotation)
+    return is_config(cls) and (cls in options or any(is_open(option) and issubclass(cls, option) for option in options))
+
+
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config classes of a choice by snake_case name; empty when the annotation is no choice."""
+    """Returns the config classes that a choice names, by snake_case name; empty when the annotation is no choice."""
     options = members(annotation)
     return {snake_case(option): option for option in options if is_config(option)} if len(options) > 1 else {}
+
+
+def is_choice(annotation: Any) -> bool:
+    """Tells whether the class of a value must be named, as the annotation accepts several."""
+    return bool(choices(annotation)) or any(map(is_open, members(annotation)))
+
+
+def choice_name(annotation: Any, cls: type) -> str:
+    """Returns the name by which a class is chosen: snake_case, or the import path if only an open base accepts it."""
+    return snake_case(cls) if cls in choices(annotation).values() else class_name(cls)
+
+
+def not_accepted(annotation: Any, cls: type) -> str:
+    """Says that `cls` is no value of an annotation, and how to make it one if there is an open base."""
+    bases = [class_name(option) for option in members(annotation) if is_open(option)]
+    fix = f"; let {cls.__name__} inherit from {bases[0]}" if bases else ""
+    return f"expected {describe(annotation)}, found {cls.__name__}{fix}"
 
 
 def items_of(annotation: Any, count: int) -> tuple[Any, ...] | None:
@@ -227,7 +254,7 @@ def conform(annotation: Any, value: Any, path: str = "") -> Any:
 
     ConfigError where one does not fit; the message has its path, the value and what was expected.
     """
-    if any(type(value) is member for member in members(annotation) if is_config(member)):
+    if accepts(annotation, type(value)):
         parts = (
             (name, part, conform(each, part, join(path, name))) for name, each, part in children(annotation, value)
         )
@@ -238,7 +265,9 @@ def conform(annotation: Any, value: Any, path: str = "") -> Any:
         return _same_or(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
     found = match(annotation, value)
     if found is MISMATCH:
-        raise ConfigError(f"{path or 'config'}={show(value)}: expected {describe(annotation)}{_found(value)}")
+        plain = value is None or isinstance(value, bool | int | float | str)  # whose text shows the type
+        expected = f"expected {describe(annotation)}" if plain else not_accepted(annotation, type(value))
+        raise ConfigError(f"{path or 'config'}={show(value)}: {expected}")
     return found
 
 
@@ -273,15 +302,17 @@ def _same_or(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
 def _node_items(annotation: Any, count: int) -> tuple[Any, ...]:
     """Returns the annotations of the items of a tuple of config objects; () when a tuple would be a leaf."""
     for member in members(annotation):
-        if get_origin(member) is tuple and any(_config_classes(arg) for arg in get_args(member)):
+        if get_origin(member) is tuple and any(_classes(arg) for arg in get_args(member)):
             return items_of(member, count) or ()
     return ()
 
 
-def _config_classes(annotation: Any) -> list[type]:
+def _classes(annotation: Any) -> list[type]:
+    """Returns the config classes and open bases of an annotation, those of tuples included."""
     options = members(annotation)
     inside = (arg for option in options if get_origin(option) is tuple for arg in get_args(option))
-    return [*filter(is_config, options), *(cls for arg in inside for cls in _config_classes(arg))]
+    own = [option for option in options if is_config(option) or is_open(option)]
+    return [*own, *(cls for arg in inside for cls in _classes(arg))]
 
 
 def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
@@ -295,18 +326,14 @@ def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
         return [f"a tuple {inside}"]
     if is_config(member):
         return [snake_case(member)]
+    if is_open(member):
+        return [f"MODULE:CLASS (a subclass of {member.__name__})"]
     if issubclass(member, enum.Enum):
         return [item.name for item in member]
     if member is types.NoneType:
         return ["none"]
     limits = ("finite" if bound == math.inf else f"{words} {bound}" for bound, _, words in _limits(metadata))
     return [f"{member.__name__} {' and '.join(limits)}".rstrip()]
-
-
-def _found(value: Any) -> str:
-    """Names the type of a value whose text does not show it."""
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return "" if plain else f", found {type(value).__name__}"
 
 
 def _require_supported(annotation: Any, where: str) -> None:
@@ -323,11 +350,11 @@ def _require_supported(annotation: Any, where: str) -> None:
         elif get_origin(member) is Literal:
             if not all(type(arg) in (str, int, bool, types.NoneType) for arg in get_args(member)):
                 raise ConfigError(f"{where}: a Literal may hold str, int, bool and None; found {member}")
-        elif not (member in _SCALARS or is_config(member) or isinstance(member, enum.EnumType)):
+        elif not (member in _SCALARS or is_config(member) or is_open(member) or isinstance(member, enum.EnumType)):
             name = member.__name__ if isinstance(member, type) else member
             raise ConfigError(
                 f"{where}: a config cannot hold {name}; use int, float, bool, str, None, an enum, a Literal, "
-                f"a tuple of these, a dataclass or a union of dataclasses"
+                f"a tuple of these, a dataclass, a base that inherits from Extensible, or a union of such classes"
             )
     classes = [member for member in members(annotation) if is_config(member)]
     if len(choices(annotation)) < len(classes) > 1:

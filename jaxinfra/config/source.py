@@ -1,33 +1,35 @@
 """From a config file, or the record of an earlier run, to a resolved config.
 
-A config file is Python with `def config()`, and is run by path: its directory is not put on `sys.path`, and
-its module is gone from `sys.modules` afterwards. What it imports must be importable anyway.
+A config file is Python with `def config()`, run by path. It may import modules of its own folder; neither stays in
+`sys.modules` afterwards.
 """
 
 import inspect
-import itertools
 import os
-import sys
-import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxinfra.config.classes import ClassFinder, keep_usable
+from jaxinfra.config.folder import ModuleFolder
 from jaxinfra.config.overrides import apply, read_overrides
-from jaxinfra.config.record import Loaded, decode_record, read_record
-from jaxinfra.config.schema import MISSING, children, choices, fields_of, is_config, is_node, resolve
-from jaxinfra.config.text import join, nearest, same, shorten
+from jaxinfra.config.record import Loaded, decode_record, read_record, require_sources
+from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
+from jaxinfra.config.text import join, nearest, same
 from jaxinfra.config.view import leaves
-from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.storage.errors import storage_errors
+from jaxinfra.errors import ConfigError
 
 COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
 
-_counter = itertools.count()
 
-
-def load[C](source: str | os.PathLike[str], overrides: Sequence[str] = (), root: type[C] | None = None) -> Loaded[C]:
+def load[C](
+    source: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    root: type[C] | None = None,
+    imports: Sequence[str | os.PathLike[str]] = (),
+) -> Loaded[C]:
     """Returns the config that a file describes, with overrides applied; it is not validated.
 
     ConfigError where the file is missing, is no config, or fails, or an override does not fit; StorageError where the
@@ -37,14 +39,24 @@ def load[C](source: str | os.PathLike[str], overrides: Sequence[str] = (), root:
         source: a Python file with `def config()`, or the `run.json` of an earlier run.
         overrides: `path=value` texts, applied from left to right.
         root: the class that the config must be an instance of.
+        imports: modules, and files or folders for all modules of the folder, that a record may import classes from.
     """
     path = Path(source)
     _require_config_file(path)
-    run = decode_record(path, read_record(path), root) if path.suffix == ".json" else _run_config_file(path)
+    run: Any
+    finder = ClassFinder.named(imports)
+    if path.suffix == ".json":
+        content = read_record(path)
+        require_sources(path, content, finder)
+        run = decode_record(path, content, root, finder)
+    else:
+        folder = ModuleFolder(path.parent)
+        finder = replace(finder, folders=(folder, *finder.folders))
+        run = _run_config_file(folder, path)
     if root is not None and not isinstance(run, root):
         raise ConfigError(f"{path}: expected a config of class {root.__name__}, found {type(run).__name__}")
     before, named = leaves(run), os.fspath(source)
-    run = apply(run, overrides)
+    run = apply(run, overrides, finder)
     given = {override.path for override in read_overrides(overrides)}
     return Loaded(run=run, source=named, origins=_origins(run, before, given, named))
 
@@ -64,38 +76,17 @@ def _require_config_file(path: Path) -> None:
         raise ConfigError(f"{path}: not a config file; name a .py file with def config(), or a run.json")
 
 
-def _run_config_file(path: Path) -> Any:
-    """Runs `config()` of a file; bytecode is not cached, so an edit within the same second is seen."""
-    module = ModuleType(f"_jaxinfra_config_{next(_counter)}_{path.stem}")
-    module.__file__ = str(path)
-    code = _compiled(path)
-    # A dataclass in the file needs its module in sys.modules, to resolve string annotations.
-    sys.modules[module.__name__] = module
-    try:
-        try:
-            exec(code, module.__dict__)
-            run = _config_function(path, module)()
-        except Exception as error:
-            raise ConfigError(_failure(path, error)) from error
+def _run_config_file(folder: ModuleFolder, path: Path) -> object:
+    """Calls `config()` of a file."""
+    with folder.importable():
+        run = folder.run(path, _config_function(path, folder.load(path.name)))
         if not is_config(type(run)):
             raise ConfigError(f"{path}: config() must return a config dataclass, found {type(run).__name__}")
-        resolve(type(run))
-        return run
-    finally:
-        sys.modules.pop(module.__name__, None)
+        keep_usable(run)
+    return run
 
 
-def _compiled(path: Path) -> Any:
-    with storage_errors(path, action="read"):
-        content = path.read_bytes()
-    try:
-        return compile(content, str(path), "exec", dont_inherit=True)
-    except SyntaxError as error:
-        where = f"{path}:{error.lineno}" if error.lineno else str(path)
-        raise ConfigError(f"{where}: {type(error).__name__}: {shorten(error.msg)}; mend the file") from error
-
-
-def _config_function(path: Path, module: ModuleType) -> Any:
+def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
     function = getattr(module, "config", None)
     if not inspect.isroutine(function):
         raise ConfigError(f"{path}: no function config; define def config() that returns the config")
@@ -108,18 +99,6 @@ def _config_function(path: Path, module: ModuleType) -> Any:
     if needed:
         raise ConfigError(f"{path}: config() needs {', '.join(needed)}; give each argument a default")
     return function
-
-
-def _failure(path: Path, error: Exception) -> str:
-    """Says where in the config file an exception came up, and what it was."""
-    frames = traceback.walk_tb(error.__traceback__)
-    line = next((line for frame, line in reversed([*frames]) if frame.f_code.co_filename == str(path)), None)
-    text = " ".join(str(error).split())
-    if line is None and isinstance(error, ConfigError):
-        return text
-    where = str(path) if line is None else f"{path}:{line}"
-    named = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__}: "
-    return f"{where}: {named}{text}".rstrip(": ")
 
 
 def _origins(run: Any, before: dict[str, Any], given: Collection[str], file: str) -> dict[str, str]:
@@ -136,7 +115,7 @@ def _changed(annotation: Any, value: Any, default: Any, path: str) -> Iterator[s
     """Yields the leaves that differ from `default`, or from their own where that is of another class."""
     alike = type(default) is type(value)
     if is_config(type(value)):
-        if choices(annotation) and not alike:
+        if is_choice(annotation) and not alike:
             yield path
         own = {field.name: field for field in fields_of(type(value))}
         for name, part_annotation, part in children(annotation, value):

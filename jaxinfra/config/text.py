@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jaxinfra.config.extensible import Extensible, class_name, is_users
 from jaxinfra.storage.credentials import mask_credentials
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -48,7 +49,8 @@ def format_value(value: Any) -> str:
         inner = ", ".join(map(format_value, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return snake_case(type(value))
+        own = isinstance(value, Extensible) and is_users(type(value))
+        return class_name(type(value)) if own else snake_case(type(value))
     return repr(value)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfra.config.schema import choices, conform, is_config, is_node, walk
-from jaxinfra.config.text import format_value, same, snake_case
+from jaxinfra.config.schema import choice_name, conform, is_choice, is_config, is_node, walk
+from jaxinfra.config.text import format_value, same
 
 ABSENT = "absent"  # what a difference shows for a path that one side does not have
 
@@ -33,8 +33,8 @@ def leaves(root: Any, *, fingerprinted_only: bool = False) -> dict[str, Any]:
     """
     found = {}
     for path, annotation, value in walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only):
-        if is_config(type(value)) and choices(annotation):
-            found[path] = snake_case(type(value))
+        if is_config(type(value)) and is_choice(annotation):
+            found[path] = choice_name(annotation, type(value))
         elif not is_node(annotation, value):
             found[path] = value
     return found

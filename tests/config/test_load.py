@@ -73,12 +73,12 @@ def test_origins_of_a_value_set_back_or_set_again(write):
 
 
 def test_loading_leaves_the_interpreter_as_it_was(write, tmp_path):
-    write("raise RuntimeError('must not be found')", "sibling.py")
-    path, modules = list(sys.path), set(sys.modules)
+    write("raise RuntimeError('broken')", "sibling.py")
+    path, modules, finders = list(sys.path), set(sys.modules), list(sys.meta_path)
     load(write(GOOD))
-    with raises(ConfigError, "bad.py:1: 'sibling'"):
+    with raises(ConfigError, "sibling.py:1: broken"):
         load(write("import sibling", "bad.py"))
-    assert sys.path == path
+    assert (sys.path, sys.meta_path) == (path, finders)
     assert set(sys.modules) == modules
     assert not (tmp_path / "__pycache__").exists()
 
@@ -154,11 +154,11 @@ def test_a_record_replays_without_the_config_file(write, tmp_path):
     content = replayable(write(GOOD), ["optim.schedule=wsd"])
     write_record("run.json", content)
     os.unlink("good.py")
-    replay = load("run.json")
+    replay = load("run.json", imports=[TREES])
     assert replay.run == decode_free_run(content)
     assert replay.source == "run.json"
     assert replay.origins["optim.schedule"] == "file:run.json"
-    changed = load(tmp_path / "run.json", ["train.steps=9", "optim.schedule=cosine_decay"], root=Run)
+    changed = load(tmp_path / "run.json", ["train.steps=9", "optim.schedule=cosine_decay"], Run, [TREES])
     assert changed.run.train.steps == 9
     assert changed.run.optim.schedule == CosineDecay()
     assert changed.origins["train.steps"] == "command line"
@@ -215,7 +215,7 @@ def test_a_failed_write_keeps_the_old_record(write, tmp_path, monkeypatch):
 def test_errors_in_a_record(write, text, named):
     write(text, "run.json")
     with raises(ConfigError, named):
-        load("run.json")
+        load("run.json", imports=[TREES])
 
 
 def test_a_missing_record():

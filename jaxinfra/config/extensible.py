@@ -1,0 +1,61 @@
+"""The base of classes that users extend with config classes of their own."""
+
+import dataclasses
+import sys
+from typing import Self
+
+from jaxinfra.errors import ConfigError
+
+PACKAGE = __name__.partition(".")[0]
+KIND = "kind"  # the key that names the chosen class in an encoded config
+
+
+class Extensible:
+    """Marks an open base: a subclass that is no dataclass, and stands for all its config classes in an annotation.
+
+        class Optimizer(Extensible, ABC):
+            @abstractmethod
+            def update(self, grads): ...
+
+        type OptimizerChoice = AdamW | Lion | Optimizer
+
+    AdamW and Lion are chosen as `adam_w` and `lion`, any other frozen dataclass that inherits from Optimizer by its
+    import path, `package.module:Class`, or by `FILE.py:Class` if it is defined in the config file FILE.py.
+    """
+
+    def __new__(cls, *args: object, **fields: object) -> Self:
+        """Refuses a class that cannot be a config value; ConfigError says what to add to it."""
+        require_complete(cls)
+        return super().__new__(cls)
+
+
+def class_name(cls: type) -> str:
+    """Returns `module:Class`; the module of a config file has the name of the file."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def is_users(cls: type) -> bool:
+    """Tells whether a class is defined outside jaxinfra."""
+    return cls.__module__.partition(".")[0] != PACKAGE
+
+
+def require_complete(cls: type) -> None:
+    """Refuses a subclass of an open base that cannot be a config value; ConfigError says what to add to it."""
+    if problem := _incomplete(cls):
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        raise ConfigError(f"{class_name(cls)}{f' in {file}' if file else ''}: {problem}")
+
+
+def _incomplete(cls: type) -> str | None:
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        bases = [base for base in cls.__mro__ if missing[0] in vars(base)]
+        return f"does not define {', '.join(missing)} of {bases[0].__name__}; add def {missing[0]}(...) to the class"
+    # An undecorated subclass of a dataclass would silently lack the fields that it adds.
+    params = vars(cls).get("__dataclass_params__")
+    if params is None or not params.frozen:
+        what = "a dataclass" if params is None else "frozen"
+        return f"is not {what}; write @dataclass(frozen=True, kw_only=True) above the class"
+    if KIND in (field.name for field in dataclasses.fields(cls)):
+        return f"has a field {KIND}, which records use for the name of the class; rename the field"
+    return None
