@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.compiler import options
-from jaxinfra.ops.dropout import FIELD, token_words
+from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
@@ -207,9 +207,12 @@ class Program:
         """The batch of a step with what decides about dropout: random words of its positions, if there is any."""
         if self.family.dropout == 0:
             return batch
-        key = param_key(jax.random.key(self.run.seed), FIELD)
+        key = param_key(jax.random.key(self.run.seed), DROPOUT_FIELD)
         shape = (self.run.train.global_batch, self.family.positions(self.data))
-        return {**batch, FIELD: token_words(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence"))}
+        return {
+            **batch,
+            DROPOUT_FIELD: token_bits(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence")),
+        }
 
     def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
@@ -236,7 +239,7 @@ class Program:
             return jax.reshard(arranged, self.partitioner.spec(*axes))
 
         fields = self.task.batch(self.data, self.run.train.global_batch, validation=True)
-        axes = {name: field.axes for name, field in fields.items()} | {FIELD: ("batch", "sequence")}
+        axes = {name: field.axes for name, field in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
         return {name: one(x, axes[name]) for name, x in batch.items()}
 
     def _gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:

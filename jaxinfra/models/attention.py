@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfra.models.layers import Linear, Norm, Stack
-from jaxinfra.ops.attention import Kernel, See, attend
-from jaxinfra.ops.context import attend_across
+from jaxinfra.ops.attention import AttentionSpec, Kernel, dot_product_attention
+from jaxinfra.ops.context_attention import context_parallel_attention
+from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.ops.rope import rotate
-from jaxinfra.ops.route import Form
 from jaxinfra.parallel.sharding import Partitioner
 
 
@@ -55,7 +55,7 @@ class AttentionShape:
     norm_offset: float = 0.0
     out_scale: float
     kernel: Kernel | None
-    form: Form | Literal["auto"] = "auto"
+    method: ContextMethod | Literal["auto"] = "auto"
 
 
 class Attention(nnx.Module):
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
 
     def __init__(self, shape: AttentionShape, stack: Stack):
         self.kernel: Kernel | None = shape.kernel
-        self.form: Form | Literal["auto"] = shape.form
+        self.method: ContextMethod | Literal["auto"] = shape.method
         self.partitioner = stack.partitioner
         width, query, key = (shape.width,), (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim)
         linear = partial(Linear, stack=stack)
@@ -78,7 +78,9 @@ class Attention(nnx.Module):
         self.query_norm = norm(shape.head_dim) if shape.qk_norm else None
         self.key_norm = norm(shape.head_dim) if shape.qk_norm else None
 
-    def __call__(self, x_BTD: jax.Array, see: See, place: Place, cache: KV | None) -> tuple[jax.Array, KV | None]:
+    def __call__(
+        self, x_BTD: jax.Array, spec: AttentionSpec, place: Place, cache: KV | None
+    ) -> tuple[jax.Array, KV | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -92,18 +94,17 @@ class Attention(nnx.Module):
                 q_BTHK,
                 k_BTGK,
                 v_BTGK,
-                see,
+                spec,
                 place.segments,
                 partitioner=self.partitioner,
                 kernel=self.kernel,
-                form=self.form,
+                method=self.method,
             )
             return self.out(y_BTHK), None
         assert place.start is not None
         cache = KV(*(write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
-        q_index = place.start + jnp.arange(x_BTD.shape[1])[None]
-        kv_index = jnp.arange(cache.keys.shape[1])[None]
-        y_BTHK = attend(q_BTHK, *cache, see, platform=self.partitioner.platform, q_index=q_index, kv_index=kv_index)
+        positions = (place.start + jnp.arange(x_BTD.shape[1])[None], jnp.arange(cache.keys.shape[1])[None])
+        y_BTHK = dot_product_attention(q_BTHK, *cache, spec, platform=self.partitioner.platform, positions=positions)
         return self.out(y_BTHK), cache
 
     def empty_cache(self, layers: int, batch: int, length: int) -> KV:
@@ -118,20 +119,20 @@ def among_themselves(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGV: jax.Array,
-    see: See,
+    spec: AttentionSpec,
     segments_BT: jax.Array | None,
     *,
     partitioner: Partitioner,
     kernel: Kernel | None,
-    form: Form | Literal["auto"],
+    method: ContextMethod | Literal["auto"],
 ) -> jax.Array:
-    """What the tokens of whole sequences see of one another, `[B, T, H, V]` (see `attend` and `attend_across`)."""
+    """Computes self-attention over whole sequences, `[B, T, H, V]`, whether or not they are sharded."""
     sharding, platform = partitioner.sequence_sharding, partitioner.platform
     if sharding.num_shards > 1:
-        across = partial(attend_across, sharding=sharding, platform=platform, forced=kernel, form=form)
-        return across(q_BTHK, k_BTGK, v_BTGV, see, segments_BT=segments_BT)
+        across = partial(context_parallel_attention, sharding=sharding, platform=platform, kernel=kernel, method=method)
+        return across(q_BTHK, k_BTGK, v_BTGV, spec, ids_BT=segments_BT)
     segments = None if segments_BT is None else (segments_BT, segments_BT)
-    return attend(q_BTHK, k_BTGK, v_BTGV, see, platform=platform, segments=segments, forced=kernel)
+    return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)
 
 
 def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

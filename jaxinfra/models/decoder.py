@@ -25,8 +25,8 @@ from jaxinfra.models.moe import MoE
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
 from jaxinfra.models.transformer import Sight, TransformerConfig
-from jaxinfra.ops.attention import See
-from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
+from jaxinfra.ops.attention import AttentionSpec
+from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.ops.rope import rope_tables
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
@@ -56,16 +56,16 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x_BTD: jax.Array, see: See, place: Place, words_BT: jax.Array | None, cache: Any
+        self, x_BTD: jax.Array, spec: AttentionSpec, place: Place, bits_BT: jax.Array | None, cache: Any
     ) -> tuple[jax.Array, Any, LayerStats]:
-        """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), see, place, cache)
+        """One layer; `x_BTD` has block positions before and after, `bits_BT` decide what is dropped."""
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), spec, place, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
-        x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
+        x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
         y_BTD = self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp")
         y_BTD, stats = self.mlp(y_BTD, drops=cache is None) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), {})
         y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
-        x_BTD += drop(y_BTD, words_BT, 1, self.dropout)
+        x_BTD += dropout(y_BTD, bits_BT, 1, self.dropout)
         return self.partitioner.row_major(x_BTD), cache, stats
 
 
@@ -88,7 +88,7 @@ def _attention(config: TransformerConfig, out_scale: float, stack: Stack) -> Att
         norm_offset=config.norm_offset,
         out_scale=out_scale,
         kernel=config.attention,
-        form=config.context_attention,
+        method=config.context_attention,
     )
     return Attention(shape, stack) if config.latent is None else LatentAttention(config.latent, shape, stack)
 
@@ -174,7 +174,7 @@ class Transformer(nnx.Module):
                 none to drop nothing.
         """
         x_BTD = self._embed_tokens(batch["inputs"], self._positions(batch))
-        x_BTD = drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
+        x_BTD = dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
         if self.prefix is None:
             return x_BTD
         return self._through(x_BTD, batch, (self.prefix, *self._dense()), uniform=True)[0]
@@ -193,7 +193,7 @@ class Transformer(nnx.Module):
         self, x_BTD: jax.Array, batch: Inputs, layers: tuple[Block, jax.Array, jax.Array], *, uniform: bool
     ) -> tuple[jax.Array, LayerStats]:
         """The stream after blocks of these kinds and numbers, and what they count."""
-        context = Context(self._positions(batch), batch.get("segments"), words=batch.get(FIELD))
+        context = Context(self._positions(batch), batch.get("segments"), words=batch.get(DROPOUT_FIELD))
 
         def step(policy: Remat) -> Step:
             layer = self._any_layer(context, uniform=uniform, policy=policy)
@@ -290,8 +290,8 @@ class Transformer(nnx.Module):
         place = Place(tables, context.segments, context.start)
 
         def layer(block: Block, x: jax.Array, number: jax.Array, kv: Any) -> tuple[jax.Array, Any, LayerStats]:
-            words = layer_words(context.words, number + config.dense_layers)
-            return block(x, config.see(sight), place, words, kv)
+            words = layer_bits(context.words, number + config.dense_layers)
+            return block(x, config.attention_spec(sight), place, words, kv)
 
         return remat(layer, policy, alone=len(config.remats) == 1)
 

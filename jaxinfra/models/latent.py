@@ -23,9 +23,9 @@ from flax import nnx
 from jaxinfra.config.limits import Count
 from jaxinfra.models.attention import AttentionShape, Place, among_themselves, write
 from jaxinfra.models.layers import BLOCK, Linear, Norm, Stack
-from jaxinfra.ops.attention import Kernel, See, attend
+from jaxinfra.ops.attention import AttentionSpec, Kernel, dot_product_attention
+from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.ops.rope import rotate
-from jaxinfra.ops.route import Form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class LatentAttention(nnx.Module):
     def __init__(self, latent: Latent, shape: AttentionShape, stack: Stack):
         self.latent, self.partitioner = latent, stack.partitioner
         self.kernel: Kernel | None = shape.kernel
-        self.form: Form | Literal["auto"] = shape.form
+        self.method: ContextMethod | Literal["auto"] = shape.method
         width, heads, linear = shape.width, shape.heads, partial(Linear, bias=False, stack=stack)
         down = partial(linear, (width,), axes=("embed", None), direction="along")
         norm = partial(Norm, kind="rmsnorm", eps=shape.norm_eps, offset=shape.norm_offset, stack=stack)
@@ -88,7 +88,7 @@ class LatentAttention(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: jax.Array, see: See, place: Place, cache: Latents | None
+        self, x_BTD: jax.Array, spec: AttentionSpec, place: Place, cache: Latents | None
     ) -> tuple[jax.Array, Latents | None]:
         """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
         assert place.tables is not None
@@ -102,17 +102,17 @@ class LatentAttention(nnx.Module):
                 q_BTHK,
                 k_BTHK,
                 v_BTHV,
-                see,
+                spec,
                 place.segments,
                 partitioner=self.partitioner,
                 kernel=self.kernel,
-                form=self.form,
+                method=self.method,
             )
             return self.out(y_BTHV), None
         assert place.start is not None
         rotated_BTP = rotate(rotated_BTP[:, :, None], *place.tables)[:, :, 0]
         cache = Latents(write(cache.tokens, jnp.concatenate([rotated_BTP, latent_BTR], -1), place.start))
-        return self.out(self._from_cache(q_BTHK, see, place.start, cache)), cache
+        return self.out(self._from_cache(q_BTHK, spec, place.start, cache)), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         """Query heads, the features that will be rotated first."""
@@ -133,7 +133,7 @@ class LatentAttention(nnx.Module):
 
         return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(*arrays)
 
-    def _from_cache(self, q_BTHK: jax.Array, see: See, start: jax.Array, cache: Latents) -> jax.Array:
+    def _from_cache(self, q_BTHK: jax.Array, spec: AttentionSpec, start: jax.Array, cache: Latents) -> jax.Array:
         """What queries see in a cache that has their tokens, `[B, T, H, V]`."""
         partitioner, rope = self.partitioner, self.latent.rope_dim
         key_RHN, value_RHV = (
@@ -147,12 +147,11 @@ class LatentAttention(nnx.Module):
             return jnp.einsum("bthr,rhv->bthv", y[..., rope:], value)
 
         tokens_BS1R = cache.tokens[:, :, None]
-        q_index = start + jnp.arange(q_BTHK.shape[1])[None]
-        kv_index = jnp.arange(tokens_BS1R.shape[1])[None]
+        positions = (start + jnp.arange(q_BTHK.shape[1])[None], jnp.arange(tokens_BS1R.shape[1])[None])
         q_BTHR = partitioner.map_local(to_latent, q_BTHK, key_RHN)
         # Values are the tokens whole: what is too much of the result is dropped, and the cache is read once, as it is.
-        y_BTHR = attend(
-            q_BTHR, tokens_BS1R, tokens_BS1R, see, platform=partitioner.platform, q_index=q_index, kv_index=kv_index
+        y_BTHR = dot_product_attention(
+            q_BTHR, tokens_BS1R, tokens_BS1R, spec, platform=partitioner.platform, positions=positions
         )
         return partitioner.map_local(to_value, y_BTHR, value_RHV)
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxinfra.config import Problem
-from jaxinfra.ops.route import Across
+from jaxinfra.ops.context_cost import ContextChoice
 from jaxinfra.parallel.sharding import Partitioner
 
 type Inputs = Mapping[str, jax.Array]
@@ -41,7 +41,7 @@ class ModelConfig(Protocol):
 
     @property
     def dropout(self) -> float:
-        """Part of the features that layers drop while training; above 0 batches have `ops.dropout.FIELD`."""
+        """Part of the features that layers drop while training; above 0 batches have `ops.dropout.DROPOUT_FIELD`."""
         ...
 
     @property
@@ -61,7 +61,7 @@ class ModelConfig(Protocol):
         """FLOPs of forward and backward pass of one sample, in training (see `models.flops`)."""
         ...
 
-    def across(self, data: Any, partitioner: Partitioner) -> Mapping[str, Across]:
+    def across(self, data: Any, partitioner: Partitioner) -> Mapping[str, ContextChoice]:
         """How attention reaches the other shards of a sequence, by kind of layer; nothing where sequences are whole."""
         ...
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxinfra.ops.attention import ATTENDED
+from jaxinfra.ops.attention import ATTENTION_RESIDUALS
 from jaxinfra.parallel.sharding import GATHERED_WEIGHT
 
 type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"]
@@ -48,7 +48,7 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
         "weights": _all_but_gathered,
         "full": policies.nothing_saveable,
         "dots": policies.save_only_these_names(PRODUCT),
-        "dots_and_attention": policies.save_only_these_names(PRODUCT, ATTENDED),
+        "dots_and_attention": policies.save_only_these_names(PRODUCT, ATTENTION_RESIDUALS),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[PRODUCT],

@@ -15,9 +15,9 @@ from jaxinfra.models import flops
 from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.remat import Remat
-from jaxinfra.ops.attention import Kernel, See
+from jaxinfra.ops.attention import AttentionSpec, Kernel
+from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, ContextMethod, choose_method, context_costs
 from jaxinfra.ops.rope import Rope
-from jaxinfra.ops.route import Across, Form, Heads, cheaper, costs
 from jaxinfra.parallel.sharding import Partitioner
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class TransformerConfig:
     scale_embeddings: bool = False
     logit_softcap: Positive | None = None
     attention: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
-    context_attention: Annotated[Form | Literal["auto"], NOT_FINGERPRINTED] = "auto"
+    context_attention: Annotated[ContextMethod | Literal["auto"], NOT_FINGERPRINTED] = "auto"
     dropout: Decay = 0.0
     remat: Annotated[Remat | tuple[Remat, ...], NOT_FINGERPRINTED] = "none"
 
@@ -214,35 +214,37 @@ class TransformerConfig:
         """FLOPs of training on one sequence."""
         return data.seq_len * flops.flops_per_token(self, data.seq_len)
 
-    def across(self, data: Sequences, partitioner: Partitioner) -> Mapping[str, Across]:
+    def across(self, data: Sequences, partitioner: Partitioner) -> Mapping[str, ContextChoice]:
         """See `ModelConfig`; one sequence of one device."""
         sharding = partitioner.sequence_sharding
         if sharding.num_shards == 1:
             return {}
-        heads = Heads(
-            rows=1,
-            length=data.seq_len,
-            heads=self.heads // partitioner.num_shards("heads"),
-            groups=self.groups // partitioner.num_shards("kv_heads"),
+        sizes = AttentionSizes(
+            batch=1,
+            seq_len=data.seq_len,
+            num_heads=self.heads // partitioner.num_shards("heads"),
+            num_kv_heads=self.groups // partitioner.num_shards("kv_heads"),
             head_dim=self.head_width,
             value_dim=self.value_width,
             itemsize=partitioner.compute_dtype.itemsize,
         )
-        sees = {sight: self.see(sight) for sight in self.kinds}
+        specs = {sight: self.attention_spec(sight) for sight in self.kinds}
         asked = self.context_attention
         return {
-            sight: Across(cheaper(sharding, see, heads) if asked == "auto" else asked, costs(sharding, see, heads))
-            for sight, see in sees.items()
+            sight: ContextChoice(
+                choose_method(sharding, spec, sizes) if asked == "auto" else asked, context_costs(sharding, spec, sizes)
+            )
+            for sight, spec in specs.items()
         }
 
-    def see(self, sight: Sight) -> See:
+    def attention_spec(self, sight: Sight) -> AttentionSpec:
         """What a layer of this sight sees."""
         window, scale, rope = self.window if sight == "local" else None, self.query_scale, self.rope_of(sight)
         stretch = 1.0 if rope is None else rope.score_scale
         if self.latent is not None or stretch != 1:
             # Where latents are decoded, queries are wider than heads, and no width says what their scale is.
             scale = stretch * (self.head_width**-0.5 if scale is None else scale)
-        return See(causal=True, window=window, softcap=self.softcap, scale=scale)
+        return AttentionSpec(causal=True, window=window, softcap=self.softcap, scale=scale)
 
     def rope_of(self, sight: Sight) -> Rope | None:
         """The rotary positions of a layer of this sight."""

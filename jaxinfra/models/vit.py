@@ -27,14 +27,14 @@ from jaxinfra.models.attention import Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
 from jaxinfra.models.model import Inputs, LayerStats, StageLayers
 from jaxinfra.models.remat import Remat, remat
-from jaxinfra.ops.attention import Kernel, See
+from jaxinfra.ops.attention import AttentionSpec, Kernel
+from jaxinfra.ops.context_cost import ContextChoice
 from jaxinfra.ops.dot import dot
-from jaxinfra.ops.dropout import BEFORE_LAYERS, FIELD, drop, layer_words
-from jaxinfra.ops.route import Across
+from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import constant, normal
 
-ALL = See(causal=False)
+ALL = AttentionSpec(causal=False)
 NOWHERE = Place(tables=None, segments=None, start=None)
 """Positions are in the stream: attention needs none."""
 
@@ -134,7 +134,7 @@ class VisionTransformerConfig:
         ends = self.patches * self.patch**2 * self.channels * width + width * self.classes
         return 6 * (self.layers * length * weights + ends) + 12 * self.layers * width * length * length
 
-    def across(self, data: Images, partitioner: Partitioner) -> Mapping[str, Across]:
+    def across(self, data: Images, partitioner: Partitioner) -> Mapping[str, ContextChoice]:
         """Nothing: images are whole."""
         return {}
 
@@ -176,12 +176,12 @@ class EncoderBlock(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = MLP(width, config.mlp_dim, kind="gelu", bias=True, out_scale=out_scale, stack=stack)
 
-    def __call__(self, x_BTD: jax.Array, words_BT: jax.Array | None) -> jax.Array:
-        """One layer; `x_BTD` has block positions before and after, `words_BT` decide what is dropped."""
+    def __call__(self, x_BTD: jax.Array, bits_BT: jax.Array | None) -> jax.Array:
+        """One layer; `x_BTD` has block positions before and after, `bits_BT` decide what is dropped."""
         y_BTD, _ = self.attention(self.attention_norm(x_BTD), ALL, NOWHERE, None)
-        x_BTD += drop(y_BTD, words_BT, 0, self.dropout)
+        x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
         y_BTD = self.mlp(self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp"))
-        return x_BTD + drop(y_BTD, words_BT, 1, self.dropout)
+        return x_BTD + dropout(y_BTD, bits_BT, 1, self.dropout)
 
 
 class VisionTransformer(nnx.Module):
@@ -218,7 +218,7 @@ class VisionTransformer(nnx.Module):
             token = partitioner.gather_weight(self.token[...], (None,))
             x_BTD = partitioner.map_local(_with_token, x_BND, bias, table, token)
         x_BTD = partitioner.shard(x_BTD, "batch", "positions", None)
-        return drop(x_BTD, layer_words(batch.get(FIELD), BEFORE_LAYERS), 0, self.config.dropout)
+        return dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
 
     def apply_layers(
         self, x_BTD: jax.Array, batch: Inputs, staged: StageLayers | None = None, /
@@ -226,7 +226,7 @@ class VisionTransformer(nnx.Module):
         """The stream after the layers that `blocks` holds, block positions; they count nothing (see `Model`)."""
 
         def layer(block: EncoderBlock, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
-            return block(x_BTD, layer_words(batch.get(FIELD), number))
+            return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), number))
 
         kept = remat(layer, self.config.remat)
 

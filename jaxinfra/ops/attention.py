@@ -1,11 +1,9 @@
-"""Scaled dot-product attention: one description of what may be seen, several kernels that obey it.
+"""Scaled dot-product attention: one `AttentionSpec`, several kernels.
 
-`See` describes a mask once: causal, window, soft cap; documents come as segment ids. Every kernel either honours
-the whole description or refuses it by name: none attends across packed documents in silence. `attend` chooses
-the fastest kernel that does not refuse, by platform and shape; a config may force one.
+A kernel is used only if it supports the whole spec: none ignores the segment ids of packed documents.
 
-Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K width of a query and key
-head, V width of a value head.
+Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K head dim of queries and keys,
+V head dim of values.
 """
 
 from collections.abc import Callable
@@ -19,18 +17,23 @@ import jax.numpy as jnp
 from jaxinfra.errors import ConfigError
 
 type Kernel = Literal["reference", "xla", "cudnn", "splash"]
+type Segments = tuple[jax.Array, jax.Array]
+"""Document ids of queries `[B, T]` and of keys `[B, S]`: a query attends only to keys with its own id."""
 
-ATTENDED = "attended"
-"""The name by which rematerialisation knows what the splash kernel yields: its output and normalisers."""
+type Positions = tuple[jax.Array, jax.Array]
+"""Positions of queries `[B or 1, T]` and of keys `[B or 1, S]`."""
+
+ATTENTION_RESIDUALS = "attention_residuals"
+"""The checkpoint name of the splash kernel's output and log-sum-exp."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class See:
-    """Which keys a query sees, and how a score becomes a weight.
+class AttentionSpec:
+    """Which keys a query attends to, and how scores are scaled.
 
     Attributes:
-        causal: query i sees no key after i.
-        window: query i sees no key at or before `i - window`.
+        causal: a query attends to no later key.
+        window: a query at position i attends to no key at or before `i - window`.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         scale: factor on the dot products; None is `1 / sqrt(K)`.
     """
@@ -42,224 +45,235 @@ class See:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What a kernel needs to know of its arguments to accept or refuse them."""
+class KernelInputs:
+    """The sizes and the dtype that decide whether a kernel can run."""
 
-    queries: int
-    keys: int
+    q_len: int
+    kv_len: int
     head_dim: int
     value_dim: int
-    indexed: bool
+    explicit_positions: bool
     dtype: jnp.dtype
 
 
-def visible(see: See, q_index: jax.Array, kv_index: jax.Array, segments: tuple[jax.Array, jax.Array] | None):
-    """The mask as an array, bool `[B or 1, T, S]`: True where a query sees a key.
-
-    Args:
-        see: the description.
-        q_index: place of each query in its row, `[B or 1, T]`.
-        kv_index: place of each key, `[B or 1, S]`.
-        segments: document ids of queries `[B, T]` and keys `[B, S]`; a query sees its own document alone.
-    """
-    distance = q_index[:, :, None] - kv_index[:, None, :]
-    seen = jnp.ones_like(distance, bool)
-    if see.causal:
-        seen &= distance >= 0
-    if see.window is not None:
-        seen &= distance < see.window
+def attention_mask(spec: AttentionSpec, positions: Positions, segments: Segments | None) -> jax.Array:
+    """Returns the mask, bool `[B or 1, T, S]`: True where a query attends to a key."""
+    distance = positions[0][:, :, None] - positions[1][:, None, :]
+    mask = jnp.ones_like(distance, bool)
+    if spec.causal:
+        mask &= distance >= 0
+    if spec.window is not None:
+        mask &= distance < spec.window
     if segments is not None:
-        seen &= segments[0][:, :, None] == segments[1][:, None, :]
-    return seen
+        mask &= segments[0][:, :, None] == segments[1][:, None, :]
+    return mask
 
 
-def _index(x: jax.Array) -> jax.Array:
-    return jnp.arange(x.shape[1])[None]
+def _default_positions(q: jax.Array, k: jax.Array) -> Positions:
+    return jnp.arange(q.shape[1])[None], jnp.arange(k.shape[1])[None]
 
 
-def reference(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, q_index=None, kv_index=None) -> jax.Array:
-    """The definition, scores and softmax in float32. Runs anywhere; memory grows with `T * S`.
+def reference(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    spec: AttentionSpec,
+    segments: Segments | None = None,
+    positions: Positions | None = None,
+) -> jax.Array:
+    """Computes attention by its definition, with scores and softmax in float32. Memory grows with `T * S`.
 
-    A query that sees no key gets the mean of all values.
+    A query that may attend to no key gets the mean of all values.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    scores_BGRTS *= K**-0.5 if see.scale is None else see.scale
-    if see.softcap is not None:
-        scores_BGRTS = see.softcap * jnp.tanh(scores_BGRTS / see.softcap)
-    q_index = _index(q_BTHK) if q_index is None else q_index
-    kv_index = _index(k_BSGK) if kv_index is None else kv_index
-    seen_BTS = visible(see, q_index, kv_index, segments)
-    scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, -1e30)
+    scores_BGRTS *= K**-0.5 if spec.scale is None else spec.scale
+    if spec.softcap is not None:
+        scores_BGRTS = spec.softcap * jnp.tanh(scores_BGRTS / spec.softcap)
+    mask_BTS = attention_mask(spec, positions or _default_positions(q_BTHK, k_BSGK), segments)
+    scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -1e30)
     weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGV.dtype)
     return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV).reshape(B, T, H, v_BSGV.shape[-1])
 
 
-def _jax_nn(q_BTHK, k_BSGK, v_BSGK, see: See, segments=None, *, implementation: Literal["xla", "cudnn"]) -> jax.Array:
+def _jax_nn(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    spec: AttentionSpec,
+    segments: Segments | None = None,
+    *,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
     mask = None
     if segments is not None:
-        mask = visible(See(causal=False), _index(q_BTHK), _index(k_BSGK), segments)[:, None]
-    window = None if see.window is None else (see.window - 1, 0 if see.causal else k_BSGK.shape[1])
+        mask = attention_mask(AttentionSpec(causal=False), _default_positions(q_BTHK, k_BSGK), segments)[:, None]
+    window = None if spec.window is None else (spec.window - 1, 0 if spec.causal else k_BSGK.shape[1])
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BSGK,
         v_BSGK,
         mask=mask,
-        scale=see.scale,
-        is_causal=see.causal,
+        scale=spec.scale,
+        is_causal=spec.causal,
         local_window_size=window,
         implementation=implementation,
     )
 
 
-def _refuse_xla(see: See, shape: Shape) -> str | None:
-    if see.softcap is not None:
+def _xla_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
+    if spec.softcap is not None:
         return "it has no soft cap"
-    if shape.value_dim != shape.head_dim:
-        return f"its values are as wide as its keys, not {shape.value_dim} and {shape.head_dim}"
-    return "it takes no explicit positions" if shape.indexed else None
+    if inputs.value_dim != inputs.head_dim:
+        return f"its values are as wide as its keys, not {inputs.value_dim} and {inputs.head_dim}"
+    return "it takes no explicit positions" if inputs.explicit_positions else None
 
 
-def _refuse_cudnn(see: See, shape: Shape) -> str | None:
-    if refused := _refuse_xla(see, shape):
-        return refused
-    if shape.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, not {jnp.dtype(shape.dtype).name}"
-    if shape.head_dim % 8 or shape.head_dim > 128:
-        return f"its heads are at most 128 wide and a multiple of 8, not {shape.head_dim}"
-    if see.window is not None and not see.causal:
+def _cudnn_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
+    if limit := _xla_limit(spec, inputs):
+        return limit
+    if inputs.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not {jnp.dtype(inputs.dtype).name}"
+    if inputs.head_dim % 8 or inputs.head_dim > 128:
+        return f"its head_dim is a multiple of 8 and at most 128, not {inputs.head_dim}"
+    if spec.window is not None and not spec.causal:
         return "its window needs a causal mask"
     return None
 
 
 def splash_block(length: int, largest: int = 512) -> int:
-    """The largest block of splash attention that divides `length`: a multiple of 128, at most `largest`.
+    """Returns the largest multiple of 128, at most `largest`, that divides `length`; 0 if there is none.
 
     512 compiles for every TPU from v5e on at length 8192; 1024 and above overflow the scratch memory of some.
     """
     return next((block for block in range(largest, 0, -128) if length % block == 0), 0)
 
 
-def _splash(q_BTHK, k_BSGK, v_BSGV, see: See, segments=None, interpret: bool = False) -> jax.Array:
-    # Pallas takes a second to import: only those who use it pay.
+def _splash(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    spec: AttentionSpec,
+    segments: Segments | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    # Pallas takes a second to import, so only its users import it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
-    if see.window is not None:
-        right = 0 if see.causal else S
-        mask = splash_mask.LocalMask((T, S), (see.window - 1, right), 0)
+    if spec.window is not None:
+        mask = splash_mask.LocalMask((T, S), (spec.window - 1, 0 if spec.causal else S), 0)
     else:
-        mask = splash_mask.CausalMask((T, S)) if see.causal else splash_mask.FullMask((T, S))
+        mask = splash_mask.CausalMask((T, S)) if spec.causal else splash_mask.FullMask((T, S))
     bq, bk = splash_block(T), splash_block(S)
     kernel = splash.make_splash_mqa(
         splash_mask.MultiHeadMask([mask] * (H // G)),
         block_sizes=splash.BlockSizes(
             block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk
         ),
-        attn_logits_soft_cap=see.softcap,
+        attn_logits_soft_cap=spec.softcap,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=ATTENDED,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
         interpret=interpret,
     )
-    scale = K**-0.5 if see.scale is None else see.scale
+    scale = K**-0.5 if spec.scale is None else spec.scale
     q_BGRTK = (q_BTHK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(q_BTHK.dtype)
     k_BGSK, v_BGSV = k_BSGK.transpose(0, 2, 1, 3), v_BSGV.transpose(0, 2, 1, 3)
     ids = None if segments is None else splash.SegmentIds(q=segments[0], kv=segments[1])
-    by_group = jax.vmap(cast(Callable[..., jax.Array], kernel), in_axes=(0, 0, 0, None))
-    out_BGRTV = jax.vmap(by_group, in_axes=(0, 0, 0, None if ids is None else 0))(q_BGRTK, k_BGSK, v_BGSV, ids)
+    over_kv_heads = jax.vmap(cast(Callable[..., jax.Array], kernel), in_axes=(0, 0, 0, None))
+    over_batch = jax.vmap(over_kv_heads, in_axes=(0, 0, 0, None if ids is None else 0))
+    out_BGRTV = over_batch(q_BGRTK, k_BGSK, v_BGSV, ids)
     return out_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, v_BSGV.shape[-1])
 
 
-def _refuse_splash(see: See, shape: Shape) -> str | None:
-    if shape.indexed:
+splash_interpreted = partial(_splash, interpret=True)
+"""The splash kernel in Pallas' interpreter: the numbers of a TPU on any machine, slowly."""
+
+
+def _splash_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
+    if inputs.explicit_positions:
         return "it takes no explicit positions"
-    if not splash_block(shape.queries) or not splash_block(shape.keys):
-        return f"its lengths are multiples of 128, not {shape.queries} and {shape.keys}"
-    width = shape.head_dim if shape.head_dim % 64 else shape.value_dim
-    return f"its heads are a multiple of 64 wide, not {width}" if width % 64 else None
+    if not splash_block(inputs.q_len) or not splash_block(inputs.kv_len):
+        return f"its lengths are multiples of 128, not {inputs.q_len} and {inputs.kv_len}"
+    for dim in (inputs.head_dim, inputs.value_dim):
+        if dim % 64:
+            return f"its head_dim is a multiple of 64, not {dim}"
+    return None
 
 
-KERNELS: dict[str, tuple[Callable[..., jax.Array], Callable[[See, Shape], str | None]]] = {
-    "reference": (reference, lambda see, shape: None),
-    "xla": (partial(_jax_nn, implementation="xla"), _refuse_xla),
-    "cudnn": (partial(_jax_nn, implementation="cudnn"), _refuse_cudnn),
-    "splash": (_splash, _refuse_splash),
+KERNELS: dict[Kernel, tuple[Callable[..., jax.Array], Callable[[AttentionSpec, KernelInputs], str | None]]] = {
+    "reference": (reference, lambda spec, inputs: None),
+    "xla": (partial(_jax_nn, implementation="xla"), _xla_limit),
+    "cudnn": (partial(_jax_nn, implementation="cudnn"), _cudnn_limit),
+    "splash": (_splash, _splash_limit),
 }
-PREFERRED: dict[str, tuple[str, ...]] = {
+"""Each kernel, and a function that returns why it cannot run, or None if it can."""
+
+FASTEST_FIRST: dict[str, tuple[Kernel, ...]] = {
     "tpu": ("splash", "xla", "reference"),
     "gpu": ("cudnn", "xla", "reference"),
     "cpu": ("xla", "reference"),
 }
 
-PLAIN = ("xla", "reference")
-"""The kernels in plain JAX, which knows over which mesh axes their values vary. It cannot look into the others, and
-so sums their gradients over all axes that no sharding names: a copy and a wait on CPUs, even over one device."""
+
+def choose_kernel(spec: AttentionSpec, inputs: KernelInputs, platform: str, kernel: Kernel | None = None) -> Kernel:
+    """Returns `kernel`, or the fastest one of the platform that can run; ConfigError if `kernel` cannot."""
+    candidates = FASTEST_FIRST[platform]
+    if kernel is None:
+        return next(name for name in candidates if KERNELS[name][1](spec, inputs) is None)
+    limit = KERNELS[kernel][1](spec, inputs) if kernel in candidates else f"it does not run on {platform}"
+    if limit is not None:
+        raise ConfigError(f"model.attention={kernel}: {limit}; use model.attention=none for the fastest that can run")
+    return kernel
 
 
-def choose(see: See, shape: Shape, platform: str, forced: Kernel | None = None) -> str:
-    """The kernel to use; a ConfigError where the forced one cannot honour the description, or runs elsewhere."""
-    preferred = PREFERRED[platform]
-    if forced is None:
-        return next(name for name in preferred if KERNELS[name][1](see, shape) is None)
-    reason = KERNELS[forced][1](see, shape) if forced in preferred else f"it does not run on {platform}"
-    if reason is not None:
-        raise ConfigError(f"model.attention={forced}: refused: {reason}; use model.attention=none to let it be chosen")
-    return forced
-
-
-def attend(
+def dot_product_attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGV: jax.Array,
-    see: See,
+    spec: AttentionSpec,
     *,
     platform: str,
-    segments: tuple[jax.Array, jax.Array] | None = None,
-    q_index: jax.Array | None = None,
-    kv_index: jax.Array | None = None,
-    forced: Kernel | None = None,
+    segments: Segments | None = None,
+    positions: Positions | None = None,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
-    """Attention by the kernel that fits: `[B, T, H, V]`, sharded like `q_BTHK`.
+    """Computes attention with the fastest kernel that can: `[B, T, H, V]`, sharded like `q_BTHK`.
 
-    Every device works on its own sequences and heads: the batch and head dimensions may be sharded, lengths and
-    head width may not.
+    Batch and heads may be sharded; lengths and head dims may not.
 
     Args:
         q_BTHK: queries.
         k_BSGK: keys; `H` is a multiple of `G`.
         v_BSGV: values.
-        see: what may be seen.
+        spec: mask, soft cap and scale.
         platform: "cpu", "gpu" or "tpu".
-        segments: document ids of queries and keys.
-        q_index: places of the queries if they are not `0..T-1` (decoding from a cache).
-        kv_index: places of the keys likewise.
-        forced: the kernel that the config asks for; a ConfigError where it refuses.
+        segments: document ids, for packed sequences.
+        positions: None is `0..T-1` and `0..S-1`; decoding from a cache has others.
+        kernel: the kernel to use; raises ConfigError if it cannot run.
     """
-    indexed = q_index is not None or kv_index is not None
-    shape = Shape(
-        queries=q_BTHK.shape[1],
-        keys=k_BSGK.shape[1],
+    inputs = KernelInputs(
+        q_len=q_BTHK.shape[1],
+        kv_len=k_BSGK.shape[1],
         head_dim=q_BTHK.shape[-1],
         value_dim=v_BSGV.shape[-1],
-        indexed=indexed,
+        explicit_positions=positions is not None,
         dtype=q_BTHK.dtype,
     )
-    name = choose(see, shape, platform, forced)
-    kernel = KERNELS[name][0]
-    extra = {"segments": segments} | ({"q_index": q_index, "kv_index": kv_index} if indexed else {})
+    name = choose_kernel(spec, inputs, platform, kernel)
+    run, _ = KERNELS[name]
 
-    def local(q, k, v, extra):
-        return kernel(q, k, v, see, **extra)
+    def local(q, k, v, segments, positions):
+        return run(q, k, v, spec, segments, *([] if positions is None else [positions]))
 
-    q, kv, extra_specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (q_BTHK, k_BSGK, extra))
-    sharded = jax.shard_map(local, in_specs=(q, kv, kv, extra_specs), out_specs=q, check_vma=name in PLAIN)
-    return sharded(q_BTHK, k_BSGK, v_BSGV, extra)
-
-
-splash_interpreted = partial(_splash, interpret=True)
-"""The splash kernel, interpreted: the numbers that a TPU would give, on any machine, slowly."""
+    arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions)
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
+    # JAX tracks over which mesh axes a value varies, but not through kernels that are not written in JAX. Without the
+    # check it sums gradients over all unnamed axes, which costs a copy and a wait on CPUs, even over one device.
+    check_vma = name in ("xla", "reference")
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=check_vma)(*arrays)

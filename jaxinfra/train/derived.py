@@ -64,10 +64,10 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
     for kind, across in program.family.across(program.data, program.partitioner).items():
-        numbers[f"{kind} attention over shards"] = (across.form, "of the bytes waited for (ops/route.py)")
-        for form, cost in across.costs.items():
-            note = f"waited for, of {gib(cost.receives)} a sequence and layer; holds {gib(cost.holds)}"
-            numbers[f"{kind} attention, {form}"] = (gib(cost.waits), note)
+        numbers[f"{kind} attention over shards"] = (across.method, "of the bytes waited for (ops/context_cost.py)")
+        for method, cost in across.costs.items():
+            note = f"waited for, of {gib(cost.received_bytes)} a sequence and layer; holds {gib(cost.held_bytes)}"
+            numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)
     if program.partitioner.mesh.stage > 1:
         numbers |= schedule_summary(run.pipeline.make_schedule(program.partitioner.mesh.stage, run.train.accumulate))
     if train_units is not None:

@@ -6,7 +6,7 @@ import pytest
 
 from jaxinfra.data.packing import Packs, pack
 from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
-from jaxinfra.ops.attention import See, reference, splash_interpreted
+from jaxinfra.ops.attention import AttentionSpec, reference, splash_interpreted
 
 EOT = 0
 
@@ -107,7 +107,9 @@ def test_padding_does_not_reach_the_documents(kernel):
     other = np.where(real_T[None, :, None, None], 0, noise)
 
     def attended(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.asarray(kernel(jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), See(), segments=(ids, ids)))[0]
+        return np.asarray(
+            kernel(jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), AttentionSpec(), segments=(ids, ids))
+        )[0]
 
     plain, moved = attended(k, v), attended(k + other, v + other)
     assert np.isfinite(plain).all()

@@ -20,7 +20,7 @@ from dataclasses import replace
 from jaxinfra.bench.parity import meshes
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.remat import Remat
-from jaxinfra.ops.route import Form
+from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.run import Run
@@ -33,7 +33,7 @@ DRAWS = 60
 """Of all combinations of one mesh."""
 
 ACCUMULATE = (1, 2, 4)
-FORMS: tuple[Form, ...] = ("ring", "gather")
+METHODS: tuple[ContextMethod, ...] = ("ring", "gather")
 SCHEDULES = (
     PipelineConfig(schedule="1f1b"),
     PipelineConfig(schedule="gpipe"),
@@ -69,14 +69,14 @@ def pairs(case: Case) -> set[tuple[str, str]]:
     sizes = [(axis, size) for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1]
     exact, above = [f"{axis}={size}" for axis, size in sizes], [axis for axis, _ in sizes]
     shared = [f"by {case.accumulate}", f"shuffled {case.shuffled}"]
-    form = [f"form {model.context_attention}"] if mesh.context > 1 else []
+    method = [f"method {model.context_attention}"] if mesh.context > 1 else []
     features = [f"remat {model.remat}", *([f"schedule {case.run.pipeline.schedule}"] if mesh.stage > 1 else [])]
     return {
         *itertools.combinations(above, 2),
         *itertools.product(exact, ["some case"]),
-        *itertools.combinations([*shared, *form, *features], 2),
-        *itertools.product([case.run.name], [*above, *shared, *form]),
-        *itertools.product([*shared, *form, *features], above),
+        *itertools.combinations([*shared, *method, *features], 2),
+        *itertools.product([case.run.name], [*above, *shared, *method]),
+        *itertools.product([*shared, *method, *features], above),
         *itertools.product([kind(case.run)], features),
     }
 
@@ -87,7 +87,7 @@ def _drawn(mesh: MeshConfig, draw: random.Random) -> Case:
     if isinstance(run.data, ImageData):
         model = replace(run.model, remat=draw.choice([remat for remat in REMATS if isinstance(remat, str)]))
     else:
-        model = replace(run.model, remat=draw.choice(REMATS), context_attention=draw.choice(FORMS))
+        model = replace(run.model, remat=draw.choice(REMATS), context_attention=draw.choice(METHODS))
     pipeline = draw.choice(SCHEDULES) if mesh.stage > 1 else run.pipeline
     return Case(
         run=replace(run, model=model, pipeline=pipeline),
