@@ -1,6 +1,6 @@
-"""Reads and writes storage: local files, objects in folders and buckets, checks before long work, errors.
+"""Reads and writes local files and object stores, checks free space and access, and reports failures in one line.
 
-There are two clients, TensorStore in `objects` and fsspec in `files`, because neither can do the other's work.
-TensorStore has conditional writes and reads zarr arrays, but lists names alone, not over HTTP, and has no driver for
-Azure or Hugging Face. fsspec opens all of these, with files that can be sought in, but cannot publish a version safely.
+There are two clients because neither covers the other's work. TensorStore (`objects`) writes conditionally and reads
+zarr arrays, but lists only names, not over HTTP, and has no driver for Azure or Hugging Face. fsspec (`files`) opens
+seekable files in all of these, but has no conditional writes to publish a version safely.
 """

@@ -1,4 +1,4 @@
-"""Appends records to a local file so that neither a kill nor a full disk leaves half a record before a whole one."""
+"""Appends records to a local file, so that a kill or a full disk leaves no half record before a whole one."""
 
 import os
 from collections import deque
@@ -6,50 +6,50 @@ from pathlib import Path
 
 from jaxinfra.errors import StorageError
 
-_WAITING = 10_000  # records, about 3 MB of host memory at 300 bytes each
+_MAX_PENDING = 10_000  # records, about 3 MB of host memory at 300 bytes each
 
 
 class Appender:
-    """Appends records to a file, without a buffer: what `append` has written survives the process.
+    """Appends records to a file without a buffer: what `append` has written survives the process.
 
-    While the disk is full, records wait in memory and go first when it can be written again, in order. Of
-    more than 10,000 that wait the oldest are dropped and counted in `dropped`.
+    While the disk is full, records wait in memory and are written first, in order, once that works again. When 10,000
+    wait, the oldest is dropped and counted in `dropped`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens `path`, made if it is not there; raises OSError where it cannot be opened."""
+        """Opens or creates `path`; raises OSError if that fails."""
         self.dropped, self._path = 0, path
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size_bytes = os.fstat(self._fd).st_size
-        self._waiting: deque[bytes] = deque()
+        self._pending: deque[bytes] = deque()
 
     def append(self, record: bytes) -> None:
-        """Writes the records that wait, then this one. All wait for the next call where that raises OSError."""
-        if len(self._waiting) == _WAITING:
-            self._waiting.popleft()
+        """Writes the pending records, then this one. If that raises OSError, all of them stay pending."""
+        if len(self._pending) == _MAX_PENDING:
+            self._pending.popleft()
             self.dropped += 1
-        self._waiting.append(record)
+        self._pending.append(record)
         self._write()
 
     def close(self) -> None:
-        """Writes what waits and closes the file; StorageError says how many records were lost."""
+        """Writes the pending records and closes the file; raises StorageError if any records were lost."""
         try:
             self._write()
         except OSError:
-            self.dropped += len(self._waiting)
+            self.dropped += len(self._pending)
         finally:
             os.close(self._fd)
         if self.dropped:
-            raise StorageError(f"{self._path}: {self.dropped} records lost to a full disk; free space there")
+            raise StorageError(f"{self._path}: {self.dropped} records lost because the disk is full; free some space")
 
     def _write(self) -> None:
-        data = b"".join(self._waiting)
+        data = b"".join(self._pending)
         written = 0
         try:
             while written < len(data):
                 written += os.write(self._fd, data[written:])
         except OSError:
-            os.ftruncate(self._fd, self._size_bytes)  # half a record must not stand before a whole one
+            os.ftruncate(self._fd, self._size_bytes)  # removes the half record
             raise
         self._size_bytes += len(data)
-        self._waiting.clear()
+        self._pending.clear()

@@ -1,7 +1,4 @@
-"""Puts local files and folders into place whole or not at all, whatever ends the process, and durably.
-
-Not for checkpoints, which have a manifest, and not for object stores, which replace whole objects anyway.
-"""
+"""Writes and moves local files and folders atomically and durably: all of it or nothing, whatever ends the process."""
 
 import contextlib
 import errno
@@ -15,9 +12,9 @@ from typing import BinaryIO
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Gives a temporary file that takes the place of `path` once it is written and synced.
+    """Opens a temporary file that replaces `path` on exit, once it is written and synced.
 
-    Where an OSError prevents it, `path` is unchanged and nothing is left beside it.
+    If anything raises, `path` is unchanged and the temporary file is deleted.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -31,22 +28,23 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync(path.parent)
+    _fsync(path.parent)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file by `data`; see `atomic_file`."""
+    """Replaces a file by `data` atomically."""
     with open_atomic(path) as file:
         file.write(data)
 
 
 def move_folder(folder: Path, target: Path) -> bool:
-    """Syncs a folder with all in it and renames it; tells whether one rename could do that.
+    """Syncs a folder and everything in it, then renames it to `target`.
 
-    It cannot from another disk, nor over a folder that is not empty; both are then unchanged. Other failures: OSError.
+    Returns False, with nothing changed, if the target is on another disk or is a folder that is not empty. Other
+    failures raise OSError.
     """
     for path in folder.rglob("*"):
-        _sync(path)
+        _fsync(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(target)
@@ -54,12 +52,11 @@ def move_folder(folder: Path, target: Path) -> bool:
         if error.errno in (errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
             return False
         raise
-    _sync(target.parent)
+    _fsync(target.parent)
     return True
 
 
-def _sync(path: Path) -> None:
-    """Makes a file durable, or the names in a folder."""
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Checks before long work begins that there is room for what it writes and that it may write there."""
+"""Checks, before long work starts, that its output folder is writable and has enough free space."""
 
 import os
 import shutil
@@ -13,15 +13,15 @@ from jaxinfra.storage.errors import storage_errors
 
 
 def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix: str) -> None:
-    """Raises StorageError where the disk of `folder` has less than `needed_bytes` free; object stores always pass.
+    """Raises StorageError if the disk of `folder` has less than `needed_bytes` free.
 
-    The folder need not exist yet, or is a URL. `purpose` says what needs the room, `fix` what to do beside freeing
-    some.
+    The folder need not exist yet. A URL always passes: object stores do not report free space. The message has
+    `purpose`, what needs the space, and `fix`, an alternative to freeing some.
     """
     if is_remote(folder):
         return
-    place = Path(os.path.abspath(folder))
-    existing = next(each for each in (place, *place.parents) if each.exists())
+    path = Path(os.path.abspath(folder))
+    existing = next(each for each in (path, *path.parents) if each.exists())
     if (free := shutil.disk_usage(existing).free) < needed_bytes:
         raise StorageError(
             f"{folder}: {decimal(free)} free, {purpose} needs about {decimal(needed_bytes)}; free some space, or {fix}"
@@ -29,14 +29,15 @@ def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix:
 
 
 def make_writable(folder: epath.PathLike) -> None:
-    """Makes `folder` if it is missing; raises StorageError, found by writing a file, where this process may not."""
+    """Creates `folder` if it is missing; raises StorageError if this process cannot write to it."""
     with storage_errors(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
-        if not is_remote(folder):  # permission bits do not tell of a read-only or full file system, so write
+        if not is_remote(folder):
+            # Permission bits do not show a read-only or full file system; writing a file does.
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"\0")
 
 
 def is_remote(folder: epath.PathLike) -> bool:
-    """Tells whether a folder is a URL of an object store."""
+    """Returns whether a folder is a URL of an object store."""
     return "://" in os.fspath(folder)

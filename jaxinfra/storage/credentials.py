@@ -1,4 +1,4 @@
-"""Keeps credentials out of messages and records: those in URLs, and the values of secret environment variables."""
+"""Masks credentials in messages and records: those in URLs, and the values of secret environment variables."""
 
 import os
 import re
@@ -6,26 +6,26 @@ import re
 _USER = re.compile(r"(://)[^/@\s:]*:[^/\s]*(?=@)|\b((?:https?|s3a?|gc?s)://)[^/@\s:]+(?=@)")
 _SIGNED = re.compile(
     r"(?<=[?&#;])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
-    # A closing quote, bracket or comma is the sentence's.
+    # A closing quote, bracket or comma belongs to the sentence, not to the URL.
     r"|client_secret|password)=(?:[^&#\s]*[^&#\s\"'`)\]}>,;:.]|[^&#\s]+)",
     re.IGNORECASE,
 )
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING", "HF_TOKEN")
-_SECRET_LENGTH = 8  # at least; what is shorter is found in words
+_MIN_SECRET_LENGTH = 8  # a shorter value may be part of an ordinary word
 
 
 def mask_credentials(text: str) -> str:
-    """Replaces credentials in URLs by `***`, and secrets of the environment by the names of their variables."""
+    """Replaces credentials in URLs by `***`, and secrets from the environment by the names of their variables."""
     for name in _SECRETS:
-        if len(secret := os.environ.get(name, "")) >= _SECRET_LENGTH:
+        if len(secret := os.environ.get(name, "")) >= _MIN_SECRET_LENGTH:
             text = text.replace(secret, f"${name}")
-    return _without_credentials(text)
+    return _mask_urls(text)
 
 
 def has_credentials(text: str) -> bool:
-    """Tells whether a URL in the text has a password, a token or a signature in it."""
-    return _without_credentials(text) != text
+    """Returns whether a URL in the text contains a password, a token or a signature."""
+    return _mask_urls(text) != text
 
 
-def _without_credentials(text: str) -> str:
+def _mask_urls(text: str) -> str:
     return _SIGNED.sub(r"\1=***", _USER.sub(r"\1\2***", text))

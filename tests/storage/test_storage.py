@@ -267,7 +267,7 @@ def test_what_the_storage_loses_is_noticed_before_the_last_files_are_written(kep
 
 @pytest.mark.parametrize("call", ["read", "exists", "list_names"])
 def test_a_missing_bucket_of_s3_is_said(call, s3):
-    with raises(StorageError, "s3://no-such-bucket/store make the bucket"):
+    with raises(StorageError, "s3://no-such-bucket/store create the bucket"):
         getattr(ObjectStore("s3://no-such-bucket/store"), call)(*([] if call == "list_names" else ["a"]))
 
 
