@@ -18,5 +18,5 @@ def config() -> Run:
         data=TokenData(store="stores/text-gemma2", recipe="configs/data/text_gemma2.py", seq_len=8192),
         mesh=MeshConfig(fsdp=8, tensor=2),
         optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=1000), peak_lr=3e-4),
-        train=TrainConfig(steps=50000, global_batch=64, eval_every=1000, eval_windows=1024),
+        train=TrainConfig(steps=50000, global_batch=64, eval_every=1000, eval_samples=1024),
     )

@@ -21,5 +21,5 @@ def config() -> Run:
         data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=8192),
         mesh=MeshConfig(replica=2, fsdp=32, tensor=4),
         optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=2000), peak_lr=1.5e-4),
-        train=TrainConfig(steps=100000, global_batch=256, accumulate=2, eval_every=1000, eval_windows=1024),
+        train=TrainConfig(steps=100000, global_batch=256, accumulate=2, eval_every=1000, eval_samples=1024),
     )

@@ -19,5 +19,5 @@ def config() -> Run:
         data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=131072),
         mesh=MeshConfig(fsdp=16, context=4),
         optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=200), peak_lr=3e-5),
-        train=TrainConfig(steps=2000, global_batch=16, eval_every=200, eval_windows=64),
+        train=TrainConfig(steps=2000, global_batch=16, eval_every=200, eval_samples=64),
     )

@@ -20,5 +20,5 @@ def config() -> Run:
         optim=OptimConfig(
             optimizer=AdamW(weight_decay=0.1), schedule=WSD(warmup_steps=500), peak_lr=1e-3, ema_decay=0.9995
         ),
-        train=TrainConfig(steps=20000, global_batch=128, accumulate=2, eval_every=1000, eval_windows=1024),
+        train=TrainConfig(steps=20000, global_batch=128, accumulate=2, eval_every=1000, eval_samples=1024),
     )

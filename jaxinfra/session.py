@@ -24,10 +24,10 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, Loaded, diff, read_record, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
-from jaxinfra.data.batches import Batches, validation_batches
-from jaxinfra.data.interfaces import OpenData
+from jaxinfra.data.batches import BatchLoader, validation_batches
+from jaxinfra.data.interfaces import Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
-from jaxinfra.data.stopwatch import lateness
+from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import ConfigError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
@@ -98,7 +98,7 @@ class RunDirectory:
         finally:
             os.close(holder)
 
-    def check(self, run: Run, data: OpenData) -> None:
+    def check(self, run: Run, data: Dataset) -> None:
         """Refuses a directory that a config with other numbers has begun, or the same one with other data."""
         found = self.begun()
         if changed := self._changed(run, found):
@@ -132,7 +132,7 @@ def train(loaded: Loaded[Run], *, command: Sequence[str], prepare_hint: str) -> 
     validate(run)
     program = Program(run, make_mesh(run.mesh, devices))
     directory = RunDirectory(Path(run.root) / run.name)
-    data = program.data.pinned(directory.data_versions(loaded.run)).open(fix=prepare_hint)
+    data = program.data.with_versions(directory.data_versions(loaded.run)).open(hint=prepare_hint)
     data.check(run.model)
     data.validation()  # refuses data without any
 
@@ -179,7 +179,7 @@ def _finished_before(directory: RunDirectory, done: int) -> dict[str, Any]:
 
 
 def _record(
-    loaded: Loaded[Run], program: Program, data: OpenData, command: Sequence[str], numbers: Derived
+    loaded: Loaded[Run], program: Program, data: Dataset, command: Sequence[str], numbers: Derived
 ) -> dict[str, Any]:
     devices = {
         "count": len(jax.devices()),
@@ -190,7 +190,7 @@ def _record(
     }
     git = git_state(Path(jaxinfra.__file__).parent)
     # A record names the versions that it is of: who replays it, or samples from the run, reads those.
-    run = replace(loaded.run, data=loaded.run.data.pinned(data.versions))
+    run = replace(loaded.run, data=loaded.run.data.with_versions(data.versions))
     newest = {each.path: "newest at the start" for each in diff(loaded.run, run)}
     pinned = replace(loaded, run=run, origins=loaded.origins | newest)
     written = record(pinned, command=command, versions=package_versions(PACKAGES), git=git, devices=devices)
@@ -204,7 +204,7 @@ class _Session:
     def __init__(
         self,
         program: Program,
-        data: OpenData,
+        data: Dataset,
         checkpoints: CheckpointManager,
         trackers: MultiTracker,
         stop: StopRequest,
@@ -218,7 +218,7 @@ class _Session:
         self.rows = process_rows(one.sharding, one.shape)
         self.validation = validation_batches(
             program.data,
-            data.validation(config.train.eval_windows),
+            data.validation(config.train.eval_samples),
             global_batch=config.train.global_batch,
             rows=self.rows,
         )
@@ -232,14 +232,14 @@ class _Session:
         with program.on_mesh:
             key = jax.random.key(config.seed)
             state = self.checkpoints.restore(done, program.state) if done else program.init(key)
-            batches = Batches(
+            batches = BatchLoader(
                 program.data,
                 self.data.train,
                 global_batch=config.train.global_batch,
                 rows=self.rows,
                 start_step=done,
                 steps=config.train.steps - done,
-                ids=self.data.ids,
+                ids=self.data.sample_ids,
             )
             with Prefetcher(batches, self._place) as ahead:
                 hooks = Hooks(
@@ -259,7 +259,7 @@ class _Session:
                 start_s = time.monotonic()
                 outcome = fit(program, state, done, ahead, hooks, Reporter(hooks, work))
                 stages_s = {**batches.stages_s, "placing": ahead.placing.total_s}
-                late = lateness(ahead.late_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
+                late = input_bound_warning(ahead.late_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
             if late is not None:
                 _log.warning("%s", late)
             self._save_last(outcome)
@@ -305,7 +305,7 @@ class _Session:
             "final_loss": losses[-1] if losses else None,
             "validation": {name.removeprefix("eval/"): score for name, score in self.last_eval.items()},
             # Of all validation samples: there are none of a part of them.
-            "baselines": self.data.baselines if self.run_config.train.eval_windows is None else {},
+            "baselines": self.data.baselines if self.run_config.train.eval_samples is None else {},
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self.peak,

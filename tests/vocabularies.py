@@ -102,5 +102,5 @@ def control(tokenizer, text):
     """Token ids of the text of a template: special tokens that are spelt in it become those tokens."""
     ids = []
     for part in tokenizer.split(text):
-        ids += [part] if isinstance(part, int) else tokenizer.encode(part, inner=bool(ids))
+        ids += [part] if isinstance(part, int) else tokenizer.encode(part, continuation=bool(ids))
     return ids

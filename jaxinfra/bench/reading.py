@@ -17,11 +17,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxinfra.bench.children import asked
-from jaxinfra.data.batches import Batches
+from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Batch
-from jaxinfra.data.sequences import window_count
+from jaxinfra.data.sequences import num_sequences
 from jaxinfra.data.store.store import TOKENS
-from jaxinfra.data.tokens import Packing, TokenData
+from jaxinfra.data.tokens import PackingMode, TokenData
 from jaxinfra.track.memory import rss_bytes
 
 LENGTH, BATCH = 1024, 64
@@ -61,7 +61,7 @@ class Stores:
     @property
     def windows(self) -> int:
         """Windows that share a token each with the next."""
-        return window_count(self.tokens, LENGTH)
+        return num_sequences(self.tokens, LENGTH)
 
     def memmap(self) -> np.ndarray:
         """All windows, as views of the file: [tokens - LENGTH, LENGTH + 1]."""
@@ -69,12 +69,14 @@ class Stores:
 
 
 def jaxinfra(
-    stores: Stores, *, mask_documents: bool = True, packing: Packing = "windows"
+    stores: Stores, *, mask_documents: bool = True, packing: PackingMode = "concat"
 ) -> Generator[Batch, None, None]:
     """The batches of a run."""
     data = TokenData(store=str(stores.store), seq_len=LENGTH, mask_documents=mask_documents, packing=packing)
     found = data.open()
-    batches = Batches(data, found.train, global_batch=BATCH, rows=slice(None), start_step=0, steps=2**40, ids=found.ids)
+    batches = BatchLoader(
+        data, found.train, global_batch=BATCH, rows=slice(None), start_step=0, steps=2**40, ids=found.sample_ids
+    )
     with closing(iter(batches)) as steps:
         for _, batch in steps:
             yield batch

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxinfra.bench.reading import LENGTH, TYPE, Stores
-from jaxinfra.data.packing import Pack
+from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
 from jaxinfra.data.store.store import TOKENS, hash_files, info_of
@@ -49,7 +49,7 @@ def build_store(stores: Stores, tokenizer: Tokenizer, rng: np.random.Generator) 
             lengths_D = np.diff(np.flatnonzero(block_N == tokenizer.eot_id), prepend=-1)
             writer.add(block_N, lengths_D, None, len(block_N))
         splits[split] = writer.close()
-        packs[f"{split}/{LENGTH}"] = write_pack(root, split, Pack(seq_len=LENGTH), writer.lengths)
+        packs[f"{split}/{LENGTH}"] = write_pack(root, split, PackSpec(seq_len=LENGTH), writer.lengths)
     info = info_of(tokenizer)
     (root / info.file).write_bytes(tokenizer.content)
     manifest = Manifest(
@@ -66,4 +66,4 @@ def build_store(stores: Stores, tokenizer: Tokenizer, rng: np.random.Generator) 
         baselines={},
         **made_now(),
     )
-    (root / FILE_NAME).write_bytes(manifest.content())
+    (root / FILE_NAME).write_bytes(manifest.to_bytes())

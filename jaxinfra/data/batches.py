@@ -17,7 +17,7 @@ _MOST_AHEAD = 16  # batches; more would only be read in vain where a run ends ea
 Rows = slice | np.ndarray  # rows of the global batch that this process reads
 
 
-class Batches:
+class BatchLoader:
     """The host batches of a range of steps; iterating yields `(step, batch)`, from the start each time.
 
     Without `ids` the samples come in their own order, once, and rows beyond the last one repeat it with `weights` of 0,
@@ -39,7 +39,7 @@ class Batches:
         """Plans the batches of `start_step` to `start_step + steps - 1`; reads none yet.
 
         `data` says how far ahead to read and by how many threads; of `global_batch` rows over all processes, `rows` are
-        read here; `ids` gives the samples of a step (see `OpenData.ids`), None takes them in their own order.
+        read here; `ids` gives the samples of a step (see `Dataset.sample_ids`), None takes them in their own order.
         """
         self.samples = samples
         self._data, self._ids = data, ids
@@ -88,7 +88,7 @@ class Batches:
         return batch | {"weights": batch["weights"] * real}
 
 
-def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> Batches:
-    """All samples in their own order, the same at every evaluation (see `Batches`)."""
+def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> BatchLoader:
+    """All samples in their own order, the same at every evaluation (see `BatchLoader`)."""
     steps = -(-len(samples) // global_batch)
-    return Batches(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, ids=None)
+    return BatchLoader(data, samples, global_batch=global_batch, rows=rows, start_step=0, steps=steps, ids=None)

@@ -12,12 +12,12 @@ from jaxinfra.config.limits import Count
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
-from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
+from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
 from jaxinfra.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData(OneStore):
+class ImageData(StoreData):
     """Training on a store of images.
 
     Attributes:
@@ -32,9 +32,9 @@ class ImageData(OneStore):
     white: Count = 255
     threads: Annotated[Count, NOT_FINGERPRINTED] = 1
 
-    def open(self, *, fix: str = PREPARE) -> "Images":
+    def open(self, *, hint: str = PREPARE) -> "Images":
         """Opens the store and checks that it suits; see `DataConfig`."""
-        store = Store.open(self.store, self.version, fix=fix)
+        store = Store.open(self.store, self.version, hint=hint)
         if store.manifest.kind != "images":
             raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, not images; name another store")
         height, width, channels = store.manifest.shape
@@ -50,16 +50,16 @@ class ImageData(OneStore):
             raise ConfigError(
                 f"data.channels={self.channels}: the images of {store} have {channels}; use data.channels={channels}"
             )
-        return Images(store, self.seed, partial(Labelled, self, store))
+        return Images(store, self.seed, partial(ImageSamples, self, store))
 
 
-class Labelled(SplitSamples[ImageData, Store]):
+class ImageSamples(StoreSamples[ImageData, Store]):
     """Images of a split with their labels: `Samples`."""
 
     def __init__(self, data: ImageData, store: Store, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them, and reads the labels."""
         super().__init__(data, store, split, store.manifest.splits[split].documents, at_most)
-        self._labels = store.whole(split, LABELS)[: len(self)]
+        self._labels = store.read_all(split, LABELS)[: len(self)]
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """`images`, float32 `[B, H, W, channels]` from -1 to 1, and `labels`, int32 `[B]`; weights are ones."""
@@ -85,11 +85,11 @@ class Classes(Protocol):
         ...
 
 
-class Images(OpenStore[Store, Labelled]):
-    """An open store of images: `OpenData`."""
+class Images(StoreDataset[Store, ImageSamples]):
+    """An open store of images: `Dataset`."""
 
-    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Training samples in lines for people; see `OpenData`."""
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `Dataset`."""
         batch, names = self.train.read(ids, weighted=False), self.store.manifest.labels
         shown = zip(ids, batch["images"], batch["labels"], strict=True)
         for row, (sample, image, label) in enumerate(shown, first_row):

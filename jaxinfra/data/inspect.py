@@ -14,7 +14,7 @@ BORDER = "⏎"  # stands between documents
 _BARS = 40
 
 
-def facts(manifest: Manifest) -> Iterator[str]:
+def describe_manifest(manifest: Manifest) -> Iterator[str]:
     """What a version holds and what there is to beat."""
     yield f"fingerprint  {manifest.fingerprint}"
     yield f"made         {manifest.created} by {', '.join(f'{n} {v}' for n, v in manifest.versions.items())}"
@@ -44,7 +44,7 @@ def facts(manifest: Manifest) -> Iterator[str]:
         yield f"to beat      {', '.join(f'{value:.4f} by {name}' for name, value in by.items())} ({score})"
 
 
-def histogram(store: TokenStore) -> Iterator[str]:
+def length_histogram(store: TokenStore) -> Iterator[str]:
     """How long documents are, in powers of two."""
     for split in SPLITS:
         lengths = store.lengths(split)
@@ -56,12 +56,12 @@ def histogram(store: TokenStore) -> Iterator[str]:
             yield from _bars({f"{2**p:>10,} to {2 ** (p + 1) - 1:>10,}": count for p, count in named})
 
 
-def labels(store: Store) -> Iterator[str]:
+def label_histogram(store: Store) -> Iterator[str]:
     """How many images are of which class."""
     names = store.manifest.labels
     for split in SPLITS:
         yield f"{split}: images of a class"
-        count_C = np.bincount(store.whole(split, LABELS), minlength=len(names))
+        count_C = np.bincount(store.read_all(split, LABELS), minlength=len(names))
         yield from _bars({f"{names[c] if names else c:>10}": int(count) for c, count in enumerate(count_C)})
 
 
@@ -71,7 +71,7 @@ def _bars(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"{name} {count:>10,} {'█' * -(-_BARS * count // largest)}".rstrip()
 
 
-def samples(store: TokenStore, documents: int, chars: int) -> Iterator[str]:
+def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[str]:
     """Some documents of each split, evenly spaced, each with its end; what is not learned is in brackets.
 
     Documents have one token at least, their end.
@@ -117,7 +117,7 @@ def spelt(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    special = {index: text for text, index in tokenizer.special.items()}
+    special = {index: text for text, index in tokenizer.special_tokens.items()}
     special_N = np.isin(tokens, [*special])
     runs = (tokens[a:b].tolist() for a, b in _runs(special_N[1:] | special_N[:-1]))
     return "".join(special.get(run[0]) or repr(tokenizer.decode(run))[1:-1] for run in runs)

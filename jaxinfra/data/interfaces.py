@@ -25,7 +25,7 @@ class Samples(Protocol):
         ...
 
 
-class OpenData(Protocol):
+class Dataset(Protocol):
     """Data that was found and looked at."""
 
     name: str  # what messages call it
@@ -39,15 +39,15 @@ class OpenData(Protocol):
         """The samples to train on."""
         ...
 
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
+    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
         """The samples of the global batch of a step, int64[global_batch]: a function of nothing but the config."""
         ...
 
-    def before(self, step: int, global_batch: int) -> Iterable[str]:
+    def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
         """What is read, and how often it was when a step begins, in lines for people."""
         ...
 
-    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
         """Training samples in lines for people, `chars` of each; `first_row` is the first's in the global batch."""
         ...
 
@@ -85,7 +85,7 @@ class DataConfig(Protocol):
         """Fields whose dimensions are sharded, as in `ModelConfig`."""
         ...
 
-    def open(self, *, fix: str) -> OpenData:
+    def open(self, *, hint: str) -> Dataset:
         """Finds the data and looks at it; `fix` is the command that makes it, for the error when there is none.
 
         Raises ConfigError where there is none or it does not suit, DataError where it is damaged, StorageError where
@@ -93,8 +93,8 @@ class DataConfig(Protocol):
         """
         ...
 
-    def pinned(self, versions: Sequence[str]) -> Self:
-        """The config that reads these `OpenData.versions`, where it does not name others itself; () pins nothing."""
+    def with_versions(self, versions: Sequence[str]) -> Self:
+        """The config that reads these `Dataset.versions`, where it does not name others itself; () pins nothing."""
         ...
 
     @property

@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Natural
-from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, reshuffled, steps_together, stream_seed
+from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, shuffled_ids, steps_together, stream_seed
 
 BLOCK = 64  # samples that are shuffled among themselves; no more, so that a batch has about its share of every source
 
@@ -73,7 +73,7 @@ def stage_problems(stages: Sequence[MixStage], *, sources: int) -> Iterator[Prob
         last = max(last, stage.start_step)
 
 
-class Mixing:
+class MixtureSampler:
     """The samples of every step of a run that reads several sources, or one."""
 
     def __init__(
@@ -115,7 +115,7 @@ class Mixing:
         for shares, start, end in zip(self._shares, self._starts, self._starts[1:], strict=False):
             self._before.append(_sums(self._before[-1], shares.counts((end - start) * global_batch)))
 
-    def ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    def sample_ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """The source of each of these rows of a step's batch, and its sample there: int64[R] both, not to be written.
 
         Steps that follow one another are worked out together, as in `sample_ids`. ValueError where the step is negative
@@ -139,7 +139,7 @@ class Mixing:
         batches = slice(skip, skip + steps * self._global_batch)
         source_N, number_N = source_M[batches], number_M[batches]
         size_N, seed_N = self._length_S[source_N], self._seed_S[source_N]
-        sample_N = reshuffled(number_N, size=size_N, seed=seed_N, curriculum=self._curriculum)
+        sample_N = shuffled_ids(number_N, size=size_N, seed=seed_N, curriculum=self._curriculum)
         found = source_N.reshape(shape), sample_N.reshape(shape)
         for array in found:
             array.flags.writeable = False

@@ -13,13 +13,13 @@ from jaxinfra.config.limits import Count, NonEmpty
 from jaxinfra.data import buffers
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
-from jaxinfra.data.mixing import Mixing, MixStage, stage_problems
+from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
-from jaxinfra.data.store_data import pinned
+from jaxinfra.data.store_data import resolve_version
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import Packing, Text, TokenData, TokenSamples, Vocabulary
+from jaxinfra.data.tokens import PackingMode, Text, TokenData, TokenSamples, Vocabulary
 from jaxinfra.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class MixSource:
     store: Annotated[NonEmpty, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
     recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
-    packing: Packing = "windows"
+    packing: PackingMode = "concat"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,12 @@ class Mixture:
             for source in self.sources
         ]
 
-    def pinned(self, versions: Sequence[str]) -> Self:
+    def with_versions(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
         pairs = zip_longest(self.sources, versions[: len(self.sources)])
-        return replace(self, sources=tuple(replace(each, version=pinned(each.version, known)) for each, known in pairs))
+        return replace(
+            self, sources=tuple(replace(each, version=resolve_version(each.version, known)) for each, known in pairs)
+        )
 
     @property
     def recipes(self) -> Mapping[str, str]:
@@ -101,21 +103,21 @@ class Mixture:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 
-    def open(self, *, fix: str = PREPARE) -> "MixedText":
+    def open(self, *, hint: str = PREPARE) -> "MixtureDataset":
         """Opens every store and checks that they were made by one tokenizer; see `DataConfig`."""
-        found = [part.open(at=f"data.sources.{i}", fix=fix) for i, part in enumerate(self.parts)]
-        first = found[0].store.manifest.words
+        found = [part.open(at=f"data.sources.{i}", hint=hint) for i, part in enumerate(self.parts)]
+        first = found[0].store.manifest.tokenizer_info
         for each in found[1:]:
-            words = each.store.manifest.words
+            words = each.store.manifest.tokenizer_info
             if (words.sha256, words.eot_id) != (first.sha256, first.eot_id):
                 raise ConfigError(
                     f"data.sources: {found[0].name} and {each.name} were made by different tokenizers "
                     f"({first.sha256[:12]}, {words.sha256[:12]}); prepare one of them with the tokenizer of the other"
                 )
-        return MixedText(self, found)
+        return MixtureDataset(self, found)
 
 
-class MixedSamples:
+class MixtureSamples:
     """Samples of several stores, numbered through: `Samples`."""
 
     def __init__(self, parts: Sequence[TokenSamples]):
@@ -146,8 +148,8 @@ class MixedSamples:
         return sum(part.n_bytes for part in self._parts)
 
 
-class MixedText:
-    """Open token stores: `OpenData`."""
+class MixtureDataset:
+    """Open token stores: `Dataset`."""
 
     def __init__(self, data: Mixture, parts: Sequence[Text]):
         """Takes stores of one tokenizer."""
@@ -155,36 +157,36 @@ class MixedText:
         self.name = " + ".join(part.name for part in parts)
         self.versions: Sequence[str] = [part.fingerprint for part in parts]
         self.fingerprint = digest_of(self.versions)
-        self.train = MixedSamples([part.train for part in parts])
+        self.train = MixtureSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)
         self.baselines: Mapping[str, Mapping[str, float]] = {}  # what was measured is of one store each
         lengths = [len(part.train) for part in parts]
-        mixing = partial(Mixing, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
+        mixing = partial(MixtureSampler, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
         self._mixing = lru_cache(maxsize=1)(mixing)
 
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
-        source, sample = self._mixing(global_batch=global_batch).ids(step)
+    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, in the order of its rows; see `Dataset`."""
+        source, sample = self._mixing(global_batch=global_batch).sample_ids(step)
         return self.train.offsets[source] + sample
 
-    def before(self, step: int, global_batch: int) -> Iterator[str]:
-        """See `OpenData`."""
+    def epochs_at(self, step: int, global_batch: int) -> Iterator[str]:
+        """See `Dataset`."""
         for part, count in zip(self._parts, self._mixing(global_batch=global_batch).counts(step), strict=True):
             yield f"{part.name}: {count / len(part.train):.3f} epochs before"
 
-    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Training samples in lines for people; see `OpenData`."""
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `Dataset`."""
         for at, sample in enumerate(ids):
             source = int(np.searchsorted(self.train.offsets, sample, side="right")) - 1
             yield f"of {self._parts[source].name}"
             batch = self.train.read(sample[None], weighted=False)
             yield from rows(batch, self.tokenizer, sample[None] - self.train.offsets[source], first_row + at, chars)
 
-    def validation(self, at_most: int | None = None) -> MixedSamples:
+    def validation(self, at_most: int | None = None) -> MixtureSamples:
         """Returns all validation samples, or the first `at_most`, with equal shares from every store."""
         count = len(self._parts)
         shares = [None if at_most is None else max(1, (at_most + count - 1 - i) // count) for i in range(count)]
-        return MixedSamples([part.validation(share) for part, share in zip(self._parts, shares, strict=True)])
+        return MixtureSamples([part.validation(share) for part, share in zip(self._parts, shares, strict=True)])
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -77,12 +77,12 @@ def _steps(
 ) -> np.ndarray:
     """The windows of some steps: int64[steps, global_batch]."""
     running = np.arange(first * global_batch, (first + steps) * global_batch, dtype=np.uint64)
-    ids = reshuffled(running, size=windows, seed=seed, curriculum=curriculum).reshape(steps, global_batch)
+    ids = shuffled_ids(running, size=windows, seed=seed, curriculum=curriculum).reshape(steps, global_batch)
     ids.flags.writeable = False
     return ids
 
 
-def reshuffled(
+def shuffled_ids(
     number: np.ndarray, *, size: int | np.ndarray, seed: int | np.ndarray, curriculum: Curriculum | None = None
 ) -> np.ndarray:
     """The samples that are read when sources are read epoch after epoch, every epoch in its own order, int64[N].

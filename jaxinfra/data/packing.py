@@ -20,7 +20,7 @@ from jaxinfra.config.limits import Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
+class PackSpec:
     """Rows that a recipe has whole documents packed into.
 
     Attributes:
@@ -38,13 +38,13 @@ class Pack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs:
+class PackedRows:
     """Lists the pieces of each row; rows are numbered by rising length of their longest piece, for a `Curriculum`."""
 
     seq_len: int  # room of a row, in targets
-    piece_document: np.ndarray  # document of each piece, int64[P]
-    piece_skip: np.ndarray  # its tokens before the piece, int64[P]
-    piece_length: np.ndarray  # targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more
+    segment_document: np.ndarray  # document of each piece, int64[P]
+    segment_start: np.ndarray  # its tokens before the piece, int64[P]
+    segment_length: np.ndarray  # targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more
     row_offsets: np.ndarray  # row r has pieces `row_offsets[r]` to `row_offsets[r + 1]`, longest first; int64[rows + 1]
 
     @property
@@ -55,15 +55,15 @@ class Packs:
     @property
     def efficiency(self) -> float:
         """Share of the room that targets take; 1 where there is none."""
-        return int(self.piece_length.sum()) / (self.rows * self.seq_len) if self.rows else 1.0
+        return int(self.segment_length.sum()) / (self.rows * self.seq_len) if self.rows else 1.0
 
     @property
     def cut_documents(self) -> int:
         """Documents in more than one piece."""
-        return int(np.count_nonzero(self.piece_skip == self.seq_len))
+        return int(np.count_nonzero(self.segment_start == self.seq_len))
 
 
-def pack(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = False) -> Packs:
+def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = False) -> PackedRows:
     """Packs documents into as few rows as best fit, longest first, finds.
 
     Args:
@@ -93,11 +93,11 @@ def pack(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = False) -> Pac
     row_P = number_R[row_P]
     by_row = np.argsort(row_P, kind="stable")
     chosen = longest_first[by_row]
-    return Packs(
+    return PackedRows(
         seq_len=seq_len,
-        piece_document=document_P[chosen],
-        piece_skip=skip_P[chosen],
-        piece_length=length_P[by_row],
+        segment_document=document_P[chosen],
+        segment_start=skip_P[chosen],
+        segment_length=length_P[by_row],
         row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_P, minlength=rows))]),
     )
 

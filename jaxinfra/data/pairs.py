@@ -14,7 +14,7 @@ from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
-from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
+from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
 from jaxinfra.data.tokens import Vocabulary, check_vocabulary
 from jaxinfra.errors import ConfigError
 
@@ -24,7 +24,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairData(OneStore):
+class PairData(StoreData):
     """Pairs of documents that begin alike and end in a chosen and in a rejected answer.
 
     Attributes:
@@ -40,9 +40,9 @@ class PairData(OneStore):
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 
-    def open(self, *, fix: str = PREPARE) -> "Pairs":
+    def open(self, *, hint: str = PREPARE) -> "Pairs":
         """Opens the store, checks that it holds pairs, and tells how many are longer than a row; see `DataConfig`."""
-        store = TokenStore.open(self.store, self.version, fix=fix)
+        store = TokenStore.open(self.store, self.version, hint=hint)
         if store.manifest.kind != "pairs":
             raise ConfigError(f"data.store={self.store}: holds {store.manifest.kind}, no pairs; name another store")
         opened = Pairs(store, self.seed, partial(PairSamples, self, store))
@@ -55,7 +55,7 @@ class PairData(OneStore):
         return opened
 
 
-class PairSamples(SplitSamples[PairData, TokenStore]):
+class PairSamples(StoreSamples[PairData, TokenStore]):
     """The pairs of a split: `Samples`."""
 
     def __init__(self, data: PairData, store: TokenStore, split: Split, at_most: int | None = None):
@@ -71,17 +71,17 @@ class PairSamples(SplitSamples[PairData, TokenStore]):
             borders_B3 = borders.reshape(-1, sides + 1)
             lengths_P = np.minimum(np.diff(borders_B3, axis=1).reshape(-1) - 1, seq_len)
             starts_P = borders_B3[:, 1:].reshape(-1) - 1 - lengths_P
-            tokens_N, mask_N = store.read_pieces(split, starts_P, lengths_P + 1)
+            tokens_N, mask_N = store.read_segments(split, starts_P, lengths_P + 1)
         one_P = np.ones(len(lengths_P), np.int64)
         batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
         return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
 
 
-class Pairs(OpenStore[TokenStore, PairSamples]):
-    """An open store of pairs: `OpenData`."""
+class Pairs(StoreDataset[TokenStore, PairSamples]):
+    """An open store of pairs: `Dataset`."""
 
-    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Training samples in lines for people; see `OpenData`."""
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `Dataset`."""
         batch = self.train.read(ids, weighted=False)
         for side in SIDES:
             yield side

@@ -13,7 +13,7 @@ from jaxinfra.data import buffers
 from jaxinfra.data.interfaces import Batch
 
 
-def window_count(tokens: int, seq_len: int) -> int:
+def num_sequences(tokens: int, seq_len: int) -> int:
     """How many whole windows a split of so many tokens has."""
     return max(0, (tokens - 1) // seq_len)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-LATE = 0.05  # share of its time that a run may wait for data before it is said
+MAX_WAIT_FRACTION = 0.05  # share of its time that a run may wait for data before it is said
 
 
 class Stopwatch:
@@ -27,13 +27,15 @@ class Stopwatch:
                 self.total_s += took_s
 
 
-def lateness(waited_s: float, wall_s: float, stages_s: Mapping[str, float], remedies: Mapping[str, str]) -> str | None:
+def input_bound_warning(
+    waited_s: float, wall_s: float, stages_s: Mapping[str, float], remedies: Mapping[str, str]
+) -> str | None:
     """Returns a warning for a run that waited `waited_s` of its `wall_s` for batches; None where it hardly waited.
 
     `stages_s` are what each stage of making batches took, divided by the threads that work on it at once; `remedies`
     say what helps where it is slow.
     """
-    if waited_s <= LATE * wall_s:
+    if waited_s <= MAX_WAIT_FRACTION * wall_s:
         return None
     slowest = max(stages_s, key=stages_s.__getitem__)
     shown = ", ".join(f"{stage} {took_s:.1f} s" for stage, took_s in stages_s.items())

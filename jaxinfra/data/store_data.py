@@ -18,7 +18,7 @@ from jaxinfra.data.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneStore:
+class StoreData:
     """Where samples are read from, and how; of `DataConfig` what all kinds share.
 
     Attributes:
@@ -37,9 +37,9 @@ class OneStore:
     prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
     threads: Annotated[Count, NOT_FINGERPRINTED] = 6
 
-    def pinned(self, versions: Sequence[str]) -> Self:
+    def with_versions(self, versions: Sequence[str]) -> Self:
         """See `DataConfig`."""
-        return replace(self, version=pinned(self.version, next(iter(versions), None)))
+        return replace(self, version=resolve_version(self.version, next(iter(versions), None)))
 
     @property
     def recipes(self) -> Mapping[str, str]:
@@ -57,12 +57,12 @@ class OneStore:
         return {}
 
 
-def pinned(asked: str | None, known: str | None) -> str | None:
+def resolve_version(asked: str | None, known: str | None) -> str | None:
     """The version to read where one may be known already: that one, unless another is asked for."""
     return known if known is not None and known.startswith(asked or "") else asked
 
 
-class SplitSamples[D: OneStore, T: Store]:
+class StoreSamples[D: StoreData, T: Store]:
     """Of `Samples` what all kinds share."""
 
     def __init__(self, data: D, store: T, split: Split, found: int, at_most: int | None):
@@ -81,8 +81,8 @@ class SplitSamples[D: OneStore, T: Store]:
         return self._reading.total_s
 
 
-class OpenStore[T: Store, S: SplitSamples]:
-    """Of `OpenData` what all kinds share."""
+class StoreDataset[T: Store, S: StoreSamples]:
+    """Of `Dataset` what all kinds share."""
 
     def __init__(
         self, store: T, seed: int, samples: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
@@ -95,8 +95,8 @@ class OpenStore[T: Store, S: SplitSamples]:
         self.train = samples("train", None)
         self.train_units = len(self.train)
 
-    def ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `OpenData`."""
+    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
+        """The samples of the global batch of a step, in the order of its rows; see `Dataset`."""
         windows, seed, curriculum = len(self.train), self._seed, self._curriculum
         return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
 
@@ -104,6 +104,6 @@ class OpenStore[T: Store, S: SplitSamples]:
         """The validation samples, or the first of them; ConfigError where text is too short for one."""
         return self._samples("validation", at_most)
 
-    def before(self, step: int, global_batch: int) -> Iterable[str]:
-        """See `OpenData`."""
+    def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
+        """See `Dataset`."""
         yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"

@@ -14,19 +14,19 @@ from jaxinfra.data.batches import validation_batches
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.data.order import Curriculum
-from jaxinfra.data.packing import Pack
-from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
+from jaxinfra.data.packing import PackSpec
+from jaxinfra.data.sequences import num_sequences, packed_batch, split_inputs_targets
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import PREPARE, TokenStore
-from jaxinfra.data.store_data import OneStore, OpenStore, SplitSamples
+from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
 
-Packing = Literal["windows", "best_fit", "best_fit_by_length"]
+PackingMode = Literal["concat", "best_fit", "best_fit_by_length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenData(OneStore):
+class TokenData(StoreData):
     """Training on a token store.
 
     Attributes:
@@ -38,19 +38,19 @@ class TokenData(OneStore):
 
     modality: ClassVar[str] = "token"
     seq_len: Count = 1024
-    packing: Packing = "windows"
+    packing: PackingMode = "concat"
     curriculum: Curriculum | None = None
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the numbers; the store is looked at by `open`."""
-        if self.packing != "windows" and not self.mask_documents:
+        if self.packing != "concat" and not self.mask_documents:
             yield Problem(
                 fields=("packing", "mask_documents"),
                 message="rows of whole documents keep them apart",
                 fix="use mask_documents=true",
             )
-        if self.curriculum is not None and self.packing == "windows":
+        if self.curriculum is not None and self.packing == "concat":
             yield Problem(
                 fields=("curriculum", "packing"),
                 message="windows are all of one length",
@@ -68,30 +68,30 @@ class TokenData(OneStore):
         return {"seq_len": (self.seq_len, "positions")}
 
     @property
-    def pack(self) -> Pack:
+    def pack_spec(self) -> PackSpec:
         """The packing of the store that rows of whole documents are of."""
-        return Pack(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
+        return PackSpec(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
 
-    def open(self, *, at: str = "data", fix: str = PREPARE) -> "Text":
+    def open(self, *, at: str = "data", hint: str = PREPARE) -> "Text":
         """Opens the store and checks that it suits.
 
         It fails as `DataConfig` says; `at` is the part of the config that names the store, for messages.
         """
-        store = TokenStore.open(self.store, self.version, at=at, fix=fix)
+        store = TokenStore.open(self.store, self.version, at=at, hint=hint)
         if store.manifest.kind != "text":
             raise ConfigError(f"{at}.store={self.store}: holds {store.manifest.kind}, not text; name another store")
         if store.manifest.masked and not self.mask_documents:
             raise ConfigError(
                 f"data.mask_documents=false: {store} says which tokens are learned; use data.mask_documents=true"
             )
-        windows = self.packing == "windows"
-        samples = partial(Windows, self, store) if windows else partial(PackedRows, self, store, at=at)
+        windows = self.packing == "concat"
+        samples = partial(ConcatSamples, self, store) if windows else partial(PackedSamples, self, store, at=at)
         opened = Text(store, self.seed, samples, self.curriculum)
         opened.train_units = store.manifest.splits["train"].tokens
         return opened
 
 
-class TokenSamples(SplitSamples[TokenData, TokenStore], ABC):
+class TokenSamples(StoreSamples[TokenData, TokenStore], ABC):
     """Samples of a split: what windows and packed rows have in common."""
 
     @abstractmethod
@@ -109,13 +109,13 @@ class TokenSamples(SplitSamples[TokenData, TokenStore], ABC):
         return sum(int((length_V[batch["targets"]] * batch["weights"]).sum()) for _, batch in batches)
 
 
-class Windows(TokenSamples):
+class ConcatSamples(TokenSamples):
     """The windows of a split, in the order of the text: `Samples`, each the mapping of `split_inputs_targets`."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
         """Counts them, the first `at_most` of them; reads none yet. ConfigError where there is not even one."""
         tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
-        windows = window_count(tokens, seq_len)
+        windows = num_sequences(tokens, seq_len)
         if not windows:
             fix = f"data.seq_len={tokens - 1} or less" if tokens > 1 else "a recipe with more validation data"
             raise ConfigError(
@@ -131,23 +131,23 @@ class Windows(TokenSamples):
         with self._reading.running():
             window_BW = store.read(self._split, starts, length)
             mask_BW = store.read_mask(self._split, starts, length)
-        eot_id = store.manifest.words.eot_id
+        eot_id = store.manifest.tokenizer_info.eot_id
         batch = split_inputs_targets(window_BW, eot_id=eot_id, mask_documents=data.mask_documents, mask_BW=mask_BW)
         if weighted and "weights" not in batch:
             batch["weights"] = np.ones(batch["targets"].shape, np.float32)
         return batch
 
 
-class PackedRows(TokenSamples):
+class PackedSamples(TokenSamples):
     """The rows of whole documents that the store has packed: `Samples`, each the mapping of `packed_batch`."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None, *, at: str):
-        """As `Windows`, with ConfigError where the store has no such packing, too; `at` is as in `TokenData.open`."""
-        name = data.pack.name
+        """Counts the rows; ConfigError if the store has no such packing. `at` is as in `TokenData.open`."""
+        name = data.pack_spec.name
         info = store.manifest.packs.get(f"{split}/{name}")
         if info is None:
             known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]
-            wanted = f"Pack(seq_len={data.seq_len}{', by_length=True' if data.pack.by_length else ''})"
+            wanted = f"PackSpec(seq_len={data.seq_len}{', by_length=True' if data.pack_spec.by_length else ''})"
             raise ConfigError(
                 f"{at}.packing={data.packing}: {store} has no rows of {data.seq_len} ({name}), it has "
                 f"{', '.join(known)}; add {wanted} to the packs of its recipe and prepare it"
@@ -165,8 +165,8 @@ class PackedRows(TokenSamples):
         with self._reading.running():
             borders = store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2))
             first_B, end_B = borders.reshape(-1, 2).T
-            start_P, length_P = store.read_ranges(split, f"{self._name}/pieces", first_B, end_B - first_B).T
-            tokens_N, mask_N = store.read_pieces(split, start_P, length_P + 1)
+            start_P, length_P = store.read_ranges(split, f"{self._name}/segments", first_B, end_B - first_B).T
+            tokens_N, mask_N = store.read_segments(split, start_P, length_P + 1)
         return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
@@ -181,7 +181,7 @@ class Vocabulary(Protocol):
 
 def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
     """Raises ConfigError for a model whose vocabulary is smaller: ids beyond its embedding would be read as garbage."""
-    words = store.manifest.words.vocab_size
+    words = store.manifest.tokenizer_info.vocab_size
     if words > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size}: the store {store} has {words} words; "
@@ -189,11 +189,11 @@ def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
         )
 
 
-class Text(OpenStore[TokenStore, TokenSamples]):
-    """An open token store: `OpenData`."""
+class Text(StoreDataset[TokenStore, TokenSamples]):
+    """An open token store: `Dataset`."""
 
-    def shown(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Training samples in lines for people; see `OpenData`."""
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Training samples in lines for people; see `Dataset`."""
         return rows(self.train.read(ids, weighted=False), self.store.tokenizer, ids, first_row, chars)
 
     @property

@@ -98,7 +98,7 @@ class _Course:
         self._identity, self._told = identity, told
         self.position: Mapping[str, Any] = {}
         self.count = self.unsealed_tokens = self._read_bytes = self._tokens = 0
-        known = {each.made_of for each in versions.listed(store)}
+        known = {each.made_of for each in versions.list_versions(store)}
         for number in parts.numbers(kept):
             if number != self.count:
                 raise DataError(
@@ -120,7 +120,7 @@ class _Course:
 
     def seal(self) -> Prepared:
         """Makes a version of all that has come, unless there is one; it is the newest one then."""
-        if (found := existing(self._store, versions.listed(self._store), self._made_of)) is not None:
+        if (found := existing(self._store, versions.list_versions(self._store), self._made_of)) is not None:
             return found
         self.tell("store")
         needed_bytes = sum(path.stat().st_size for path in self._kept.iterdir())
@@ -128,7 +128,7 @@ class _Course:
         shutil.rmtree(self._build, ignore_errors=True)
         self._build.mkdir(parents=True)
         manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))
-        versions.publish(self._build, self._store, manifest, self._made_of)
+        versions.publish_version(self._build, self._store, manifest, self._made_of)
         self.unsealed_tokens = 0
         return Prepared(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 

@@ -84,7 +84,7 @@ def prepare(
     """
     store = ObjectStore(recipe.store)
     require_store(store)
-    known = versions.listed(store)
+    known = versions.list_versions(store)
     sources = [_cut(recipe.source, recipe.shard_bytes), _validation_pieces(recipe)]
     maker = TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
     source_digest = digest_of([vars(piece) for pieces in sources for piece in pieces])
@@ -125,7 +125,7 @@ def prepare(
         build.mkdir()
         manifest = maker.assemble(folder, range(len(jobs)), build, source_digest)
         say("publish")
-        versions.publish(build, store, manifest, made_of)
+        versions.publish_version(build, store, manifest, made_of)
     return Prepared(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.data.batches import Batches
+from jaxinfra.data.batches import BatchLoader
 from jaxinfra.data.interfaces import Batch
 from jaxinfra.program import Program, TrainState
 
 
 def evaluate(
-    program: Program, state: TrainState, batches: Batches, place: Callable[[Batch], dict[str, jax.Array]]
+    program: Program, state: TrainState, batches: BatchLoader, place: Callable[[Batch], dict[str, jax.Array]]
 ) -> dict[str, float]:
     """The scores of the task over all validation samples, in batches that `place` puts on the devices, as "eval/NAME".
 

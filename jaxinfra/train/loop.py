@@ -29,7 +29,7 @@ class TrainConfig:
         global_batch: samples (sequences, images) of one step, over all devices.
         accumulate: microbatches that a step is computed in, one after the other.
         eval_every: steps between evaluations; there is one at the end as well. None: only that one.
-        eval_windows: validation samples to evaluate on; None is all.
+        eval_samples: validation samples to evaluate on; None is all.
         compiler: a set of options for the compiler of the steps (see `jaxinfra.compiler`).
     """
 
@@ -37,7 +37,7 @@ class TrainConfig:
     global_batch: Count = 32
     accumulate: Annotated[Count, NOT_FINGERPRINTED] = 1
     eval_every: Annotated[Count | None, NOT_FINGERPRINTED] = 100
-    eval_windows: Count | None = None
+    eval_samples: Count | None = None
     compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
 
     def evaluates(self, done: int) -> bool:

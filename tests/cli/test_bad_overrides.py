@@ -22,7 +22,7 @@ WITHOUT_A_FIX = (
     ("rules.batch=(fsdp,tensor)", "rules.batch=(fsdp, tensor)"),
     ("name=..", ""),
     ("train.steps=0", "train.steps=1"),
-    ("data.packing=best_fit", "32 Pack(seq_len=32)"),
+    ("data.packing=best_fit", "32 PackSpec(seq_len=32)"),
 )
 
 
@@ -64,7 +64,7 @@ WITH_A_FIX = (
     ("optim.peak_lr=-1", "optim.peak_lr=-1.0"),
     ("data.version=xx", "data.version=xx"),
     ("data.packing=best_fit data.mask_documents=false", "data.packing=best_fit data.mask_documents=false"),
-    ("data.curriculum=curriculum", "data.curriculum= data.packing=windows"),
+    ("data.curriculum=curriculum", "data.curriculum= data.packing=concat"),
     ("data.seq_len=100000", "data.seq_len=100000 train"),
     ("data.seq_len=2000", "data.seq_len=2000"),
     ("model.heads=6 model.head_dim=4 mesh.tensor=4", "model.heads=6 mesh.tensor=4"),

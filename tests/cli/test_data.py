@@ -39,14 +39,14 @@ def peek(tiny: Tiny, step: int, rank: int, of: int, *overrides: str) -> list[tup
 
 @pytest.mark.parametrize("of", [1, 2, 4, 8])
 def test_peek_shows_every_process_its_part_of_the_same_batch(tiny: Tiny, of: int) -> None:
-    ids = tiny.loaded().data.open().ids(1234, 8)
+    ids = tiny.loaded().data.open().sample_ids(1234, 8)
     shown = [pair for rank in range(of) for pair in peek(tiny, 1234, rank, of)]
     assert shown == list(enumerate(ids.tolist()))
 
 
 def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
     data = tiny.loaded().data.open()
-    tokens = data.store.read("train", data.ids(7, 8)[:1] * 32, 33)[0]
+    tokens = data.store.read("train", data.sample_ids(7, 8)[:1] * 32, 33)[0]
     ended = tiny.launch("--step", "7", "--rows", "1", "--chars", "10000", command="data peek")
     lines = ended.out.splitlines()
     assert lines[1] == f"{data.name}: {7 * 8 / len(data.train):.3f} epochs before"
@@ -196,8 +196,12 @@ def test_a_run_on_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_run_on_packed_rows(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tmp_path / "packed.py"
-    text = tiny.recipe.read_text().replace("import Corpus\n", "import Corpus\nfrom jaxinfra.data.packing import Pack\n")
-    recipe.write_text(text.replace("        validation=", "        packs=(Pack(seq_len=32),),\n        validation="))
+    text = tiny.recipe.read_text().replace(
+        "import Corpus\n", "import Corpus\nfrom jaxinfra.data.packing import PackSpec\n"
+    )
+    recipe.write_text(
+        text.replace("        validation=", "        packs=(PackSpec(seq_len=32),),\n        validation=")
+    )
     assert launch("data", "prepare", str(recipe), f"store={tmp_path / 'store'}", "--workers", "1").code == 0
     data = TokenData(store=str(tmp_path / "store"), seq_len=32, packing="best_fit").open()
     assert data.store.manifest.packs["train/32"].efficiency > 0.9
@@ -216,8 +220,8 @@ def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
         return read(*arguments)
 
     monkeypatch.setattr(arrays, "read_windows", slow)
-    monkeypatch.setattr(stopwatch, "LATE", 0.0)  # of its time, however long it compiles
-    short = ("train.steps=8", "train.eval_every=none", "train.eval_windows=1")
+    monkeypatch.setattr(stopwatch, "MAX_WAIT_FRACTION", 0.0)  # of its time, however long it compiles
+    short = ("train.steps=8", "train.eval_every=none", "train.eval_samples=1")
     ended = tiny.launch("name=slow", "data.threads=1", "data.prefetch_bytes=1", *short)
     assert ended.code == 0
     (message,) = caplog.messages
@@ -239,7 +243,9 @@ def test_bytes_that_are_no_text_are_refused_or_left_out(tiny: Tiny, tiny_data: P
 
 
 def test_ids_outside_of_the_vocabulary_are_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(JsonTokenizer, "encode_batch", lambda self, texts, inner=False: [[1, 10**6] for _ in texts])
+    monkeypatch.setattr(
+        JsonTokenizer, "encode_batch", lambda self, texts, continuation=False: [[1, 10**6] for _ in texts]
+    )
     prepare = ["data", "prepare", str(tiny.recipe), f"store={tmp_path / 'store'}", "--workers", "1"]
     refused(launch(*prepare), "1000000 300", code=78)
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".work"]

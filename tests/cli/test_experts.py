@@ -19,7 +19,7 @@ MIXTURE = (
     "model.dense_layers=1",
     "name=mixture",
     "train.eval_every=none",
-    "train.eval_windows=8",
+    "train.eval_samples=8",
     "track.console=off",
 )
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from jaxinfra.data import buffers, stopwatch
-from jaxinfra.data.batches import Batches, validation_batches
+from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.prefetch import Prefetcher
-from jaxinfra.data.stopwatch import Stopwatch, lateness
+from jaxinfra.data.stopwatch import Stopwatch, input_bound_warning
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.tokens import TokenData, Windows
+from jaxinfra.data.tokens import ConcatSamples, TokenData
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.models.transformer import TransformerConfig
 from tests.refusals import names, problem, raises
@@ -40,12 +40,12 @@ def store(data):
 
 
 def batches(data, store, **options):
-    defaults = {"rows": slice(None), "start_step": 0, "steps": 6, "ids": data.open().ids}
-    return Batches(data, Windows(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
+    defaults = {"rows": slice(None), "start_step": 0, "steps": 6, "ids": data.open().sample_ids}
+    return BatchLoader(data, ConcatSamples(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
 
 
 def validation(data, store, at_most=None, *, global_batch=GLOBAL_BATCH, rows=slice(None)):
-    windows = Windows(data, store, "validation", at_most)
+    windows = ConcatSamples(data, store, "validation", at_most)
     return validation_batches(data, windows, global_batch=global_batch, rows=rows)
 
 
@@ -116,7 +116,7 @@ def test_validation_batches_cover_the_windows_once_with_equal_shapes(data, store
     inputs = np.concatenate([batch["inputs"] for _, batch in found])
     weights = np.concatenate([batch["weights"] for _, batch in found])
     np.testing.assert_array_equal(inputs[:windows].ravel(), every[: windows * T])
-    np.testing.assert_array_equal(weights[:windows], inputs[:windows] != store.manifest.words.eot_id)
+    np.testing.assert_array_equal(weights[:windows], inputs[:windows] != store.manifest.tokenizer_info.eot_id)
     assert not weights[windows:].any()
 
 
@@ -135,9 +135,11 @@ def test_validation_batches_have_weights_even_without_masks(data, store):
 
 def test_validation_bytes_are_those_of_the_weighted_targets(data, store):
     tokens = store.read("validation", [0], 5 * T + 1)[0]
-    targets = [int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.words.eot_id]
+    targets = [
+        int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.tokenizer_info.eot_id
+    ]
     expected = len(store.tokenizer.decode(targets).encode())
-    found = Windows(data, store, "validation", 5).n_bytes
+    found = ConcatSamples(data, store, "validation", 5).n_bytes
     assert abs(found - expected) <= 2  # the last character may be cut, and then decodes to 3 bytes
 
 
@@ -151,7 +153,7 @@ def test_a_split_that_is_too_short_says_which_length_fits(data, store):
 
 
 def test_a_small_vocabulary_of_the_model_is_refused(data, store):
-    size = store.manifest.words.vocab_size
+    size = store.manifest.tokenizer_info.vocab_size
 
     def check(size):
         data.open().check(TransformerConfig(vocab_size=size, layers=1, width=8, heads=1, mlp_dim=8))
@@ -197,7 +199,7 @@ def counted(data, samples, steps=100):
     def ids(step, global_batch):
         return np.arange(step * global_batch, (step + 1) * global_batch)
 
-    return Batches(data, samples, global_batch=2, rows=slice(None), start_step=0, steps=steps, ids=ids)
+    return BatchLoader(data, samples, global_batch=2, rows=slice(None), start_step=0, steps=steps, ids=ids)
 
 
 @pytest.mark.parametrize(("row_bytes", "ahead"), [(10_000, 5), (10**6, 1), (0, 16)])
@@ -314,11 +316,11 @@ def test_threads_count_severally_and_errors_end_the_count(monkeypatch):
 
 
 def test_a_run_that_hardly_waits_says_nothing():
-    assert lateness(5.0, 100.0, {"reading": 50.0, "decoding": 1.0}, REMEDIES) is None
+    assert input_bound_warning(5.0, 100.0, {"reading": 50.0, "decoding": 1.0}, REMEDIES) is None
 
 
 def test_the_slowest_stage_is_named():
-    found = lateness(20.0, 100.0, {"reading": 5.0, "decoding": 50.0}, REMEDIES)
+    found = input_bound_warning(20.0, 100.0, {"reading": 5.0, "decoding": 50.0}, REMEDIES)
     names(found or "", "20.0 100.0 decoding is reading 5.0 decode less")
 
 

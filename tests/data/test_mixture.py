@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.data.batches import Batches, validation_batches
+from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
-from jaxinfra.data.packing import Pack
+from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
@@ -55,8 +55,14 @@ def data(stores):
 
 def batches(data, *, start_step=0, steps=30):
     opened = data.open()
-    options = {"global_batch": 12, "rows": slice(None), "start_step": start_step, "steps": steps, "ids": opened.ids}
-    return list(Batches(data, opened.train, **options))
+    options = {
+        "global_batch": 12,
+        "rows": slice(None),
+        "start_step": start_step,
+        "steps": steps,
+        "ids": opened.sample_ids,
+    }
+    return list(BatchLoader(data, opened.train, **options))
 
 
 def letters(batch):
@@ -93,19 +99,19 @@ def test_validation_samples_are_of_every_store(data):
 
 def test_how_often_each_source_was_read_is_told(data):
     opened = data.open()
-    read = np.concatenate([opened.ids(step, 16) for step in range(9)])
+    read = np.concatenate([opened.sample_ids(step, 16) for step in range(9)])
     counts = np.histogram(read, opened.train.offsets)[0] / np.diff(opened.train.offsets)
-    assert [line.split()[-3] for line in opened.before(9, 16)] == [f"{epochs:.3f}" for epochs in counts]
+    assert [line.split()[-3] for line in opened.epochs_at(9, 16)] == [f"{epochs:.3f}" for epochs in counts]
 
 
 def test_versions_are_pinned_in_the_order_of_the_sources(data):
     opened = data.open()
-    pinned = data.pinned(opened.versions)
+    pinned = data.with_versions(opened.versions)
     assert [each.version for each in pinned.sources] == list(opened.versions)
     assert pinned.open().fingerprint == opened.fingerprint
     begun = replace(data.sources[0], version=opened.versions[0][:6])
     named = replace(data, sources=(begun, replace(data.sources[1], version="ab"), data.sources[2]))
-    whole = [each.version for each in named.pinned(opened.versions).sources]
+    whole = [each.version for each in named.with_versions(opened.versions).sources]
     assert whole == [opened.versions[0], "ab", opened.versions[2]], "a beginning becomes the whole, another one stays"
     other = replace(data.sources[1], version="none")
     with raises(ConfigError, "data.sources.1.version=none: /store-b; use data.sources.1.version=none"):
@@ -154,7 +160,7 @@ def store(tmp_path_factory):
     """Documents of 1 to 200 bytes, each beginning with its number."""
     folder, rng = tmp_path_factory.mktemp("packed"), random.Random(0)
     source = jsonl(folder / "source", [f"{number} " + "x" * int(200 * rng.random() ** 3) for number in range(300)])
-    packs = (Pack(seq_len=PACKED), Pack(seq_len=PACKED, by_length=True))
+    packs = (PackSpec(seq_len=PACKED), PackSpec(seq_len=PACKED, by_length=True))
     prepare(bytes_recipe(source.root, folder / "store", packs=packs), workers=1)
     return str(folder / "store")
 
@@ -176,7 +182,7 @@ def test_a_curriculum_reads_short_documents_first_and_all_of_them_once(store):
     data = TokenData(store=store, seq_len=PACKED, packing="best_fit_by_length", curriculum=Curriculum(buckets=4))
     opened = data.open()
     count = len(opened.train)
-    read = np.concatenate([opened.ids(step, 1) for step in range(2 * count)])
+    read = np.concatenate([opened.sample_ids(step, 1) for step in range(2 * count)])
     first, second = read[:count], read[count:]
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(count))
     rows = opened.train.read(first, weighted=False)
@@ -195,9 +201,9 @@ def test_validation_rows_count_their_bytes(store):
 
 
 def test_a_length_that_was_not_packed_says_which_were(store):
-    with raises(ConfigError, "65 64, 64-by-length; Pack(seq_len=65)"):
+    with raises(ConfigError, "65 64, 64-by-length; PackSpec(seq_len=65)"):
         TokenData(store=store, seq_len=65, packing="best_fit").open()
-    with raises(ConfigError, "Pack(seq_len=65, by_length=True)"):
+    with raises(ConfigError, "PackSpec(seq_len=65, by_length=True)"):
         TokenData(store=store, seq_len=65, packing="best_fit_by_length").open()
 
 
@@ -208,10 +214,10 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
         for question, answer in talks
     ]
     fields = {"form": Chat(), "tokenizer": Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))}
-    fields |= {"validation": ByKey(fraction=0.2), "packs": (Pack(seq_len=256),)}
+    fields |= {"validation": ByKey(fraction=0.2), "packs": (PackSpec(seq_len=256),)}
     source = jsonl(tmp_path / "source", records)
     assert prepare(bytes_recipe(source.root, tmp_path / "store", **fields), workers=1).manifest.masked
-    for packing in ("windows", "best_fit"):
+    for packing in ("concat", "best_fit"):
         data = TokenData(store=str(tmp_path / "store"), seq_len=256, packing=packing)
         opened = data.open()
         batch = opened.train.read(np.arange(len(opened.train)), weighted=False)
@@ -219,7 +225,7 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
         assert "answer 1" in learned and "question" not in learned
     assert learned.count("answer") == opened.store.manifest.splits["train"].documents
     with raises(ConfigError, "data.mask_documents=false"):
-        replace(data, packing="windows", mask_documents=False).open()
+        replace(data, packing="concat", mask_documents=False).open()
 
 
 PAIR = 40
@@ -294,4 +300,4 @@ def test_pairs_are_no_text_and_text_is_no_pairs(recipe, store_path):
     with raises(ConfigError, f"{store_path} text pairs"):
         PairData(store=str(store_path)).open()
     problem(replace(recipe, baselines=True), "baselines=true, form= use baselines=false")
-    problem(replace(recipe, packs=(Pack(seq_len=8),)), "packs= pairs")
+    problem(replace(recipe, packs=(PackSpec(seq_len=8),)), "packs= pairs")

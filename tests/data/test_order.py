@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from jaxinfra.data.mixing import BLOCK, Mixing, MixStage, stage_problems
-from jaxinfra.data.order import Curriculum, epoch_keys, permute, reshuffled, sample_ids
+from jaxinfra.data.mixing import BLOCK, MixStage, MixtureSampler, stage_problems
+from jaxinfra.data.order import Curriculum, epoch_keys, permute, sample_ids, shuffled_ids
 from tests.refusals import problem
 
 
@@ -75,12 +75,12 @@ def test_indices_of_ranges_of_any_size_go_through_one_call():
 @pytest.mark.parametrize(("samples", "buckets"), [(100, 8), (97, 5), (3, 8), (1, 1), (1000, 1)])
 def test_a_curriculum_goes_from_short_to_long_and_reads_each_sample_once(samples, buckets):
     curriculum = Curriculum(buckets=buckets, epochs=2)
-    ids = reshuffled(np.arange(3 * samples), size=samples, seed=6, curriculum=curriculum).reshape(3, samples)
+    ids = shuffled_ids(np.arange(3 * samples), size=samples, seed=6, curriculum=curriculum).reshape(3, samples)
     assert np.array_equal(np.sort(ids, axis=1), np.tile(np.arange(samples), (3, 1)))
     bounds = [samples * bucket // buckets for bucket in range(buckets + 1)]
     for start, end in zip(bounds, bounds[1:], strict=False):
         assert np.array_equal(np.sort(ids[:2, start:end], axis=1), np.tile(np.arange(start, end), (2, 1)))
-    plain = reshuffled(np.arange(3 * samples), size=samples, seed=6).reshape(3, samples)
+    plain = shuffled_ids(np.arange(3 * samples), size=samples, seed=6).reshape(3, samples)
     assert np.array_equal(ids[2], plain[2])
     if samples > 50:
         assert not np.array_equal(ids[0], ids[1])
@@ -88,7 +88,7 @@ def test_a_curriculum_goes_from_short_to_long_and_reads_each_sample_once(samples
 
 
 def test_ranges_of_a_curriculum_are_shuffled_each_in_its_way():
-    ids = reshuffled(np.arange(400), size=400, seed=6, curriculum=Curriculum(buckets=4)).reshape(4, 100)
+    ids = shuffled_ids(np.arange(400), size=400, seed=6, curriculum=Curriculum(buckets=4)).reshape(4, 100)
     assert len({tuple(row) for row in (ids - 100 * np.arange(4)[:, None]).tolist()}) == 4
 
 
@@ -113,9 +113,9 @@ def test_arguments_out_of_range_are_refused(arguments):
         sample_ids(**arguments, seed=0)
 
 
-def read(mixing: Mixing, steps: int, first: int = 0) -> np.ndarray:
+def read(mixing: MixtureSampler, steps: int, first: int = 0) -> np.ndarray:
     """Sources and samples of some steps in the order they are read: [2, N]."""
-    return np.concatenate([np.stack(mixing.ids(step)) for step in range(first, first + steps)], axis=1)
+    return np.concatenate([np.stack(mixing.sample_ids(step)) for step in range(first, first + steps)], axis=1)
 
 
 def random_mixing(rng: np.random.Generator, steps: int) -> tuple[list[int], list[MixStage], int]:
@@ -136,7 +136,7 @@ def test_every_source_is_read_in_whole_epochs(seed):
     rng = np.random.default_rng(seed)
     lengths, stages, global_batch = random_mixing(rng, steps=60)
     curriculum = Curriculum(buckets=int(rng.integers(1, 9))) if seed % 2 else None
-    mixing = Mixing(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
+    mixing = MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
     source_N, sample_N = read(mixing, 60)
     for source, length in enumerate(lengths):
         own = sample_N[source_N == source]
@@ -152,7 +152,7 @@ def test_every_source_is_read_in_whole_epochs(seed):
 def test_shares_are_exact_to_the_stated_bound(seed):
     steps = 80
     lengths, stages, global_batch = random_mixing(np.random.default_rng(seed), steps)
-    mixing = Mixing(lengths, stages, global_batch=global_batch, seed=seed)
+    mixing = MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed)
     source_N, _ = read(mixing, steps)
     at_step = np.searchsorted([stage.start_step for stage in stages], np.arange(len(source_N)) // global_batch, "right")
     share_stages = np.array([np.array(stage.weights) / sum(stage.weights) for stage in stages])
@@ -166,7 +166,7 @@ def test_shares_are_exact_to_the_stated_bound(seed):
 
 def test_shares_hold_for_thousands_of_sources_and_for_rare_ones():
     weights = tuple(1 / (i + 1) ** 2 for i in range(3000))
-    mixing = Mixing([10] * 3000, [MixStage(weights=weights)], global_batch=64, seed=0)
+    mixing = MixtureSampler([10] * 3000, [MixStage(weights=weights)], global_batch=64, seed=0)
     for step in (1, 77, 10**5, 10**9):
         off = np.array(mixing.counts(step), float) - 64.0 * step * np.array(weights) / sum(weights)
         assert np.abs(off).max() < 2
@@ -174,7 +174,7 @@ def test_shares_hold_for_thousands_of_sources_and_for_rare_ones():
 
 def test_a_source_of_no_weight_is_not_read_and_goes_on_where_it_was():
     stages = [MixStage(weights=(1, 1)), MixStage(start_step=5, weights=(1, 0)), MixStage(start_step=9, weights=(0, 1))]
-    mixing = Mixing([40, 1000], stages, global_batch=10, seed=1)
+    mixing = MixtureSampler([40, 1000], stages, global_batch=10, seed=1)
     assert set(read(mixing, 4, first=5)[0]) == {0}
     assert set(read(mixing, 4, first=9)[0]) == {1}
     assert mixing.counts(5) == [25, 25]
@@ -182,67 +182,75 @@ def test_a_source_of_no_weight_is_not_read_and_goes_on_where_it_was():
     source_N, sample_N = read(mixing, 100)
     own = sample_N[source_N == 1]
     alone = np.concatenate(
-        [Mixing([1, 1000], [MixStage(weights=(0, 1))], global_batch=9, seed=1).ids(s)[1] for s in range(90)]
+        [
+            MixtureSampler([1, 1000], [MixStage(weights=(0, 1))], global_batch=9, seed=1).sample_ids(s)[1]
+            for s in range(90)
+        ]
     )
     assert np.array_equal(own[:810], alone)
 
 
 @pytest.mark.parametrize("global_batch", [8, 24, 120])
 def test_any_number_of_processes_reads_the_same_batches(global_batch):
-    mixing = Mixing([50, 7, 1], [MixStage(weights=(0.5, 0.3, 0.2))], global_batch=global_batch, seed=3)
+    mixing = MixtureSampler([50, 7, 1], [MixStage(weights=(0.5, 0.3, 0.2))], global_batch=global_batch, seed=3)
     for step, processes in zip(range(7, 40), [1, 2, 3, 4, 8] * 7, strict=False):  # their number changes in mid-run
         rows = np.array_split(np.random.default_rng(step).permutation(global_batch), processes)
-        whole = np.stack(mixing.ids(step))
+        whole = np.stack(mixing.sample_ids(step))
         for part in rows:
-            assert np.array_equal(np.stack(mixing.ids(step, part)), whole[:, part])
+            assert np.array_equal(np.stack(mixing.sample_ids(step, part)), whole[:, part])
 
 
 def test_the_order_of_a_mixture_does_not_depend_on_the_batch_size():
     def order(global_batch: int) -> np.ndarray:
-        return read(Mixing([50, 7], [MixStage(weights=(2, 1))], global_batch=global_batch, seed=3), 960 // global_batch)
+        return read(
+            MixtureSampler([50, 7], [MixStage(weights=(2, 1))], global_batch=global_batch, seed=3), 960 // global_batch
+        )
 
     assert np.array_equal(order(4), order(96))
 
 
 def test_one_source_is_read_as_by_itself():
-    mixing = Mixing([97], global_batch=10, seed=5)
+    mixing = MixtureSampler([97], global_batch=10, seed=5)
     for step in (0, 9, 10**9):
-        assert np.array_equal(mixing.ids(step)[1], sample_ids(step, global_batch=10, windows=97, seed=5))
+        assert np.array_equal(mixing.sample_ids(step)[1], sample_ids(step, global_batch=10, windows=97, seed=5))
 
 
 def test_another_source_does_not_reshuffle_the_others():
     def order(lengths: Sequence[int]) -> np.ndarray:
-        source_N, sample_N = read(Mixing(lengths, global_batch=10, seed=5), 40)
+        source_N, sample_N = read(MixtureSampler(lengths, global_batch=10, seed=5), 40)
         return sample_N[source_N == 1][:100]
 
     assert np.array_equal(order([60, 80]), order([60, 80, 50]))
 
 
 def test_without_stages_sources_run_through_their_epochs_together():
-    assert Mixing([300, 147, 1], global_batch=448, seed=0).counts(3) == [900, 441, 3]
+    assert MixtureSampler([300, 147, 1], global_batch=448, seed=0).counts(3) == [900, 441, 3]
 
 
 def test_decimal_weights_are_taken_at_their_word():
-    tenths = Mixing([9, 9], [MixStage(weights=(0.1, 0.9))], global_batch=10, seed=0)
+    tenths = MixtureSampler([9, 9], [MixStage(weights=(0.1, 0.9))], global_batch=10, seed=0)
     assert tenths.counts(10**17) == [10**17, 9 * 10**17]
 
 
 def test_neighbors_of_a_batch_are_of_any_source():
     """Row i of every batch, which one process reads, has its share of every source."""
-    mixing = Mixing([1000, 1000], [MixStage(weights=(1, 1))], global_batch=64, seed=0)
-    first = np.array([mixing.ids(step)[0] for step in range(200)])
+    mixing = MixtureSampler([1000, 1000], [MixStage(weights=(1, 1))], global_batch=64, seed=0)
+    first = np.array([mixing.sample_ids(step)[0] for step in range(200)])
     assert (np.abs(first.mean(axis=0) - 0.5) < 0.2).all()
 
 
 def test_the_order_of_a_mixture_never_changes():
     """Runs go on from their step alone, so a changed order would repeat and skip data silently."""
     stages = [MixStage(weights=(0.7, 0.2, 0.1)), MixStage(start_step=1000, weights=(0.1, 0.2, 0.7))]
-    mixing = Mixing([1000, 10**6, 3], stages, global_batch=8, seed=42, curriculum=Curriculum(buckets=4))
-    assert [array.tolist() for array in mixing.ids(3)] == [
+    mixing = MixtureSampler([1000, 10**6, 3], stages, global_batch=8, seed=42, curriculum=Curriculum(buckets=4))
+    assert [array.tolist() for array in mixing.sample_ids(3)] == [
         [1, 0, 0, 1, 1, 0, 0, 1],
         [248032, 73, 178, 14891, 5765, 137, 1, 86855],
     ]
-    assert [array.tolist() for array in mixing.ids(10**6)] == [[2, 2, 2, 2, 2, 2, 1, 2], [0, 2, 0, 1, 0, 1, 606215, 2]]
+    assert [array.tolist() for array in mixing.sample_ids(10**6)] == [
+        [2, 2, 2, 2, 2, 2, 1, 2],
+        [0, 2, 0, 1, 0, 1, 606215, 2],
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,4 +278,4 @@ def test_wrong_stages_are_one_line(sources, stages, named):
     made = tuple(MixStage(start_step=start, weights=weights) for start, weights in stages)
     problem(Owner(sources=sources, stages=made), named)
     with pytest.raises(ValueError, match="weights|start_step"):
-        Mixing([5] * sources, made, global_batch=1, seed=0)
+        MixtureSampler([5] * sources, made, global_batch=1, seed=0)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.data.packing import Packs, pack
-from jaxinfra.data.sequences import packed_batch, split_inputs_targets, window_count
+from jaxinfra.data.packing import PackedRows, pack_documents
+from jaxinfra.data.sequences import packed_batch, split_inputs_targets, num_sequences
 from jaxinfra.ops.attention import AttentionSpec, reference, splash_interpreted
 
 EOT = 0
@@ -46,7 +46,7 @@ def test_without_masks_there_are_only_inputs_and_targets():
 
 @pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
 def test_windows_share_one_token_and_never_run_over_the_end(tokens, windows):
-    assert window_count(tokens, 4) == windows
+    assert num_sequences(tokens, 4) == windows
     assert windows * 4 + 1 <= max(tokens, 1)
 
 
@@ -66,15 +66,17 @@ def test_any_packed_batch_equals_the_loop_over_pieces(seed):
     rng, seq_len = np.random.default_rng(seed), int(3 + 7 * seed)
     documents = [rng.integers(0, 2**17, n).astype(np.uint32) for n in rng.integers(1, 40, 50)]
     masks = [rng.integers(0, 2, len(document)) for document in documents]
-    packs = pack(np.array([len(document) for document in documents]), seq_len)
+    packs = pack_documents(np.array([len(document) for document in documents]), seq_len)
     chosen = rng.integers(0, packs.rows, 6)
     pieces = [np.arange(packs.row_offsets[row], packs.row_offsets[row + 1]) for row in chosen]
-    parts = [(packs.piece_document[p], packs.piece_skip[p], packs.piece_length[p]) for p in np.concatenate(pieces)]
+    parts = [
+        (packs.segment_document[p], packs.segment_start[p], packs.segment_length[p]) for p in np.concatenate(pieces)
+    ]
     expected = {name: np.zeros((6, seq_len)) for name in ("inputs", "targets", "segments", "positions", "weights")}
     for row, own in enumerate(pieces):
         at = 0
         for number, p in enumerate(own, start=1):
-            document, skip, length = packs.piece_document[p], packs.piece_skip[p], int(packs.piece_length[p])
+            document, skip, length = packs.segment_document[p], packs.segment_start[p], int(packs.segment_length[p])
             place, here = (row, slice(at, at + length)), slice(skip, skip + length)
             after = slice(skip + 1, skip + length + 1)
             expected["inputs"][place], expected["targets"][place] = (
@@ -139,7 +141,7 @@ def random_lengths(seed: int) -> tuple[np.ndarray, int]:
     return lengths, seq_len
 
 
-def rows_of(packs: Packs, array: np.ndarray) -> list[np.ndarray]:
+def rows_of(packs: PackedRows, array: np.ndarray) -> list[np.ndarray]:
     return np.split(array, packs.row_offsets[1:-1]) if packs.rows else []
 
 
@@ -147,15 +149,15 @@ def rows_of(packs: Packs, array: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_but_the_first_is_a_target_once(seed, by_length):
     lengths, seq_len = random_lengths(seed)
-    packs = pack(lengths, seq_len, by_length=by_length)
+    packs = pack_documents(lengths, seq_len, by_length=by_length)
     learned = [np.zeros(int(n), int) for n in lengths]
-    for document, skip, length in zip(packs.piece_document, packs.piece_skip, packs.piece_length, strict=True):
+    for document, skip, length in zip(packs.segment_document, packs.segment_start, packs.segment_length, strict=True):
         assert skip + length < len(learned[document]), "a piece reads one token more than it has targets"
         learned[document][skip + 1 : skip + 1 + length] += 1
     for counts in learned:
         assert not counts[:1].any()
         assert (counts[1:] == 1).all()
-    pieces = np.bincount(packs.piece_document, minlength=len(lengths))
+    pieces = np.bincount(packs.segment_document, minlength=len(lengths))
     assert pieces.tolist() == [-(-max(int(n) - 1, 0) // seq_len) for n in lengths], "no piece more than needed"
     assert packs.cut_documents == (pieces > 1).sum()
 
@@ -164,8 +166,8 @@ def test_every_token_but_the_first_is_a_target_once(seed, by_length):
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_are_never_too_full_and_rise(seed, by_length):
     lengths, seq_len = random_lengths(seed)
-    packs = pack(lengths, seq_len, by_length=by_length)
-    rows = rows_of(packs, packs.piece_length)
+    packs = pack_documents(lengths, seq_len, by_length=by_length)
+    rows = rows_of(packs, packs.segment_length)
     assert all(0 < row.sum() <= seq_len for row in rows)
     assert all((np.diff(row) <= 0).all() for row in rows)
     longest = [row[0] for row in rows]
@@ -178,28 +180,30 @@ def test_rows_are_never_too_full_and_rise(seed, by_length):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_more_rows_than_best_fit_decreasing(seed):
     lengths, seq_len = random_lengths(seed)
-    packs = pack(lengths, seq_len)
-    assert packs.rows == best_fit_decreasing(packs.piece_length.tolist(), seq_len)
+    packs = pack_documents(lengths, seq_len)
+    assert packs.rows == best_fit_decreasing(packs.segment_length.tolist(), seq_len)
 
 
 def test_packing_is_deterministic_and_does_not_depend_on_the_integer_type():
     lengths = np.random.default_rng(0).integers(0, 300, 5000)
     for again in (lengths, lengths.astype(np.uint16)):
-        found, expected = pack(again, 256), pack(lengths, 256)
-        for name in ("piece_document", "piece_skip", "piece_length", "row_offsets"):
+        found, expected = pack_documents(again, 256), pack_documents(lengths, 256)
+        for name in ("segment_document", "segment_start", "segment_length", "row_offsets"):
             assert np.array_equal(getattr(found, name), getattr(expected, name))
-    dtypes = [array.dtype for array in (found.piece_document, found.piece_skip, found.piece_length, found.row_offsets)]
+    dtypes = [
+        array.dtype for array in (found.segment_document, found.segment_start, found.segment_length, found.row_offsets)
+    ]
     assert dtypes == [np.int64, np.int64, np.int32, np.int64]
 
 
 def test_documents_like_those_of_text_fill_the_rows():
     lengths = np.exp(np.random.default_rng(0).normal(6.3, 1.3, 20_000)).astype(np.int64) + 1
-    packs = pack(lengths, 2048)
+    packs = pack_documents(lengths, 2048)
     assert packs.efficiency > 0.999
     assert packs.cut_documents == (lengths > 2049).sum()
 
 
 def test_rows_far_longer_than_any_table_of_16_bits():
-    packs = pack(np.array([70_000, 131_073, 61_074]), 2**17)
+    packs = pack_documents(np.array([70_000, 131_073, 61_074]), 2**17)
     assert packs.rows == 2
     assert packs.efficiency == 1.0

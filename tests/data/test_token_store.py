@@ -33,7 +33,7 @@ def use(path):
 
 def test_the_store_holds_every_document_and_its_end(store_path, corpus):
     store = TokenStore.open(store_path)
-    tokenizer, eot_id = store.tokenizer, store.manifest.words.eot_id
+    tokenizer, eot_id = store.tokenizer, store.manifest.tokenizer_info.eot_id
     names = sorted(path.relative_to(corpus.source.root).as_posix() for path in Path(corpus.source.root).rglob("*.py"))
     for split in ("train", "validation"):
         own = [name for name in names if (draw(name) < corpus.validation.fraction) == (split == "validation")]
@@ -157,14 +157,14 @@ def test_verify_finds_damage_to_every_other_file(copy):
 
 def test_an_id_beyond_the_vocabulary_is_found(copy):
     manifest = TokenStore.open(copy).manifest
-    smaller = replace(manifest, tokenizer=replace(manifest.words, vocab_size=200))
+    smaller = replace(manifest, tokenizer=replace(manifest.tokenizer_info, vocab_size=200))
     (copy / "manifest.json").write_bytes(smaller.content())
     with raises(DataError, "vocabulary 200"):
         use(copy)
     store = TokenStore.open(copy)
     high = int(np.flatnonzero(store.read_ranges("train", "tokens", np.array([0]), np.array([2000])) >= 200)[0])
     with raises(DataError, f"vocabulary 200 {high} {high + 3};"):
-        store.read_pieces("train", np.array([0, high]), np.array([high, 3]))
+        store.read_segments("train", np.array([0, high]), np.array([high, 3]))
 
 
 def test_a_damaged_or_newer_manifest_is_refused(copy):

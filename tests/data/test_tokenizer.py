@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from jaxinfra.data.tokenizer import StreamDecoder, restore
+from jaxinfra.data.tokenizer import StreamDecoder, load_tokenizer
 from jaxinfra.errors import ConfigError
 from tests.refusals import raises
 from tests.vocabularies import EOT, KINDS, MARKERS, TEXTS, control, vocabulary
@@ -51,7 +51,7 @@ def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
 
 
 def test_a_tokenizer_is_made_again_from_what_a_store_keeps(tokenizer):
-    again = restore(tokenizer.kind, tokenizer.content, EOT, "store/tokenizer")
+    again = load_tokenizer(tokenizer.kind, tokenizer.content, EOT, "store/tokenizer")
     pickled = pickle.loads(pickle.dumps(tokenizer))
     for other in (again, pickled):
         assert type(other) is type(tokenizer)
@@ -74,7 +74,7 @@ def test_damaged_content_is_refused(tokenizer):
     cases += [("runes", whole, EOT, "newer"), *[(kind, whole, "<end>", "end_of_document=<end>")][: kind != "bytes"]]
     for kind, content, end, named in cases:
         with raises(ConfigError, named):
-            restore(kind, content, end, "store/t")
+            load_tokenizer(kind, content, end, "store/t")
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "🙂" * 9, "\ufffd real \ufffd\ufffd"])

@@ -78,11 +78,11 @@ def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatc
         found = baseline.measured(store)["bits_per_byte"]
         assert found["xz -6"] == xz_bits_per_byte(texts)
         assert found["token 5-gram"] == ngram_bits_per_byte(
-            store.sample("train", 10**9),
+            store.sample_tokens("train", 10**9),
             store.read("validation", [0], offsets[count])[0],
             validation_bytes=sum(len(text.encode()) for text in texts),
-            vocab_size=store.manifest.words.vocab_size,
-            eot_id=store.manifest.words.eot_id,
+            vocab_size=store.manifest.tokenizer_info.vocab_size,
+            eot_id=store.manifest.tokenizer_info.eot_id,
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.store.versions import listed
+from jaxinfra.data.store.versions import list_versions
 from jaxinfra.storage.objects import ObjectStore
 from tests.refusals import names, refused
 from tests.servers.kafka import send
@@ -45,13 +45,13 @@ def test_standard_input_becomes_a_store_and_goes_on(recipe, tmp_path):
     assert f"sealed: {tmp_path}/store/" in run(path, "--follow")
     assert_each_once(tmp_path / "store")
     assert "was there: " in run(path, "--follow")
-    (version,) = listed(ObjectStore(tmp_path / "store"))
+    (version,) = list_versions(ObjectStore(tmp_path / "store"))
     shutil.rmtree(tmp_path / "store" / version.fingerprint)
     assert "sealed" in run(path, "--follow"), "what was taken away is made again"
-    assert [each.fingerprint for each in listed(ObjectStore(tmp_path / "store"))] == [version.fingerprint]
+    assert [each.fingerprint for each in list_versions(ObjectStore(tmp_path / "store"))] == [version.fingerprint]
     assert "error: stdin: " in run(path, "--follow", stdin=LINES[1:], code=78)
     assert "sealed" in run(path, "--follow", stdin=LINES + b'{"text": "one more"}\n')
-    assert len(listed(ObjectStore(tmp_path / "store"))) == 2
+    assert len(list_versions(ObjectStore(tmp_path / "store"))) == 2
     assert sorted(documents(tmp_path / "store")) == sorted([*(each["text"] for each in DOCUMENTS), "one more"])
 
 
@@ -70,7 +70,7 @@ def test_a_part_that_is_damaged_or_gone_is_an_error(recipe, tmp_path):
 
 def test_versions_are_sealed_on_the_way(recipe, tmp_path):
     out = run(recipe(), "--follow", "--seal-every", "4000")
-    assert out.count("sealed: ") == len(listed(ObjectStore(tmp_path / "store"))) > 2
+    assert out.count("sealed: ") == len(list_versions(ObjectStore(tmp_path / "store"))) > 2
     assert_each_once(tmp_path / "store")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.store.versions import listed
+from jaxinfra.data.store.versions import list_versions
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import text as text_builder
@@ -73,7 +73,7 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
     before = snapshot(Path(first.path))
     second = prepare(replace(bytes_recipe(source, tmp_path / "store"), validation=ByKey(fraction=0.5)), workers=1)
     assert snapshot(Path(first.path)) == before
-    assert [each.fingerprint for each in listed(ObjectStore(tmp_path / "store"))] == [
+    assert [each.fingerprint for each in list_versions(ObjectStore(tmp_path / "store"))] == [
         first.manifest.fingerprint,
         second.manifest.fingerprint,
     ]
@@ -93,7 +93,7 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
         again = prepare(recipe, workers=1)
         assert (again.path, again.new, again.moved) == (made.path, False, moved)
         assert TokenStore.open(tmp_path / "store").manifest == made.manifest
-    assert len(listed(ObjectStore(tmp_path / "store"))) == 2
+    assert len(list_versions(ObjectStore(tmp_path / "store"))) == 2
 
 
 def test_what_is_in_both_splits_stays_in_validation(tmp_path):

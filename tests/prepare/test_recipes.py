@@ -160,7 +160,7 @@ def test_every_image_is_in_one_split_with_its_label(write):
     store = Store.open(prepare(recipe, workers=1).path)
     assert store.manifest.shape == (2, 3, 1) and store.manifest.labels == recipe.classes
     images, labels = (
-        np.concatenate([store.whole(split, name) for split in store.manifest.splits]) for name in (IMAGES, LABELS)
+        np.concatenate([store.read_all(split, name) for split in store.manifest.splits]) for name in (IMAGES, LABELS)
     )
     assert sorted(images[:, 0, 0, 0].tolist()) == list(range(60))
     assert all(image.tolist() == [[[image[0, 0, 0]], [1], [2]], [[3], [4], [5]]] for image in images)
@@ -179,7 +179,7 @@ def test_every_image_is_read_once_an_epoch_with_its_label(write):
     opened = replace(opened, image_size=2).open()
     count = len(opened.train)
     assert count == 60 - len(opened.validation())
-    batch = opened.train.read(opened.ids(0, count), weighted=False)
+    batch = opened.train.read(opened.sample_ids(0, count), weighted=False)
     first = np.rint((batch["images"][:, 0, 0, 0] + 1) / 2 * 255).astype(int)
     assert len(set(first.tolist())) == count
     np.testing.assert_array_equal(batch["labels"], first % 3)

@@ -41,7 +41,7 @@ def test_training_is_deterministic_and_survives_the_file(trained, tmp_path):
 
 def test_special_tokens_of_a_template_are_trained_with_the_rest():
     trained = train_bpe([*TEXTS, "".join(MARKERS) * 9], vocab_size=290, end_of_document=EOT, special_tokens=MARKERS)
-    assert trained.special == {EOT: 0, MARKERS[0]: 1, MARKERS[1]: 2}
+    assert trained.special_tokens == {EOT: 0, MARKERS[0]: 1, MARKERS[1]: 2}
     assert control(trained, f"{MARKERS[0]}{EOT}") == [1, 0]
     assert not {0, 1, 2} & set(trained.encode("".join(MARKERS) + EOT))
 
@@ -102,7 +102,7 @@ def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path, monkeypatc
     expected = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: expected)
     found = load(Tiktoken(encoding=encoding))
-    assert (found.sha256, found.special) == (tokenizer.sha256, tokenizer.special)
+    assert (found.sha256, found.special_tokens) == (tokenizer.sha256, tokenizer.special_tokens)
     for text in (REAL, *TEXTS, EOT):
         assert tokenizer.encode(text) == expected.encode_ordinary(text)
         assert control(tokenizer, text) == expected.encode(text, allowed_special="all")
@@ -270,7 +270,7 @@ def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
     (document,) = Chat().documents({"messages": TALK[2:]})
     ids, learned = encoded(tokenizer, *document)
     assert ids == control(tokenizer, "".join(span.text for span in document))
-    answer = [*tokenizer.encode("class", inner=True), *control(tokenizer, "<|im_end|>")]
+    answer = [*tokenizer.encode("class", continuation=True), *control(tokenizer, "<|im_end|>")]
     (end,) = control(tokenizer, "<|im_end|>")
     assert ids.count(end) == 2 and learned[ids.index(end)] is False
     text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
@@ -280,7 +280,7 @@ def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
 def test_a_message_spells_no_special_token(tokenizer):
     (document,) = Chat().documents({"messages": TALK})
     ids, learned = encoded(tokenizer, *document)
-    special = [i for i in ids if i in tokenizer.special.values()]
+    special = [i for i in ids if i in tokenizer.special_tokens.values()]
     assert special == [i for marker in MARKERS * 4 for i in control(tokenizer, marker)]
     assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, control=True))[0][-1] == tokenizer.eot_id
     assert sum(learned) == len(learned) - learned.count(False) > 0
@@ -336,8 +336,8 @@ def test_a_space_is_put_before_a_document_and_nowhere_else_and_what_is_learned_i
     for tokenizer in rewriting:
         ids, _ = encoded(tokenizer, Span(text="hello", control=True), end, Span(text="hello"), end)
         eot_id = tokenizer.eot_id
-        assert ids == [*tokenizer.encode("hello"), eot_id, *tokenizer.encode("hello", inner=True), eot_id]
-        assert tokenizer.encode("hello") != tokenizer.encode("hello", inner=True)
+        assert ids == [*tokenizer.encode("hello"), eot_id, *tokenizer.encode("hello", continuation=True), eot_id]
+        assert tokenizer.encode("hello") != tokenizer.encode("hello", continuation=True)
         assert tokenizer.decode(ids) == "hellohello"
         ids, learned = encoded(tokenizer, *spans)
         assert ids == tokenizer.encode("".join(span.text for span in spans))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import apply, validate
-from jaxinfra.data.inspect import facts
+from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.data.store.store import LABELS, Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.chat import Chat
@@ -162,7 +162,7 @@ def test_what_is_in_both_is_counted_dropped_or_refused(recipe, tmp_path):
     recipe = replace(recipe, validation=other)
     kept = prepare(recipe, workers=1).manifest
     assert (kept.counts.overlap, kept.counts.overlap_dropped, kept.splits["train"].documents) == (3, 0, 200)
-    assert any(line.startswith("overlap      3 of") for line in facts(kept))
+    assert any(line.startswith("overlap      3 of") for line in describe_manifest(kept))
     with raises(DataError, "on_overlap=fail: 3 of 53 on_overlap=drop") as error:
         prepare(replace(recipe, on_overlap="fail"), workers=1)
     assert str(error.value).count("all.jsonl at byte ") == 3
@@ -262,7 +262,7 @@ def test_images_of_their_own_source(tmp_path):
     )
     made = prepare(recipe, workers=1)
     store = Store.open(made.path)
-    np.testing.assert_array_equal(store.whole("validation", LABELS), np.arange(50, 80) % 3)
+    np.testing.assert_array_equal(store.read_all("validation", LABELS), np.arange(50, 80) % 3)
     assert (made.manifest.counts.overlap, made.manifest.splits["train"].documents) == (10, 60)
     dropped = prepare(replace(recipe, on_overlap="drop"), workers=1).manifest
     assert (dropped.counts.overlap_dropped, dropped.splits["train"].documents) == (10, 50)

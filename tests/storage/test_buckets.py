@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.store.store import TokenStore
-from jaxinfra.data.store.versions import listed
+from jaxinfra.data.store.versions import list_versions
 from jaxinfra.errors import DataError, StorageError
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.storage import connection
@@ -92,7 +92,7 @@ def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(ser
     with raises(StorageError, f"{recipe.store}/"):
         prepare(recipe, workers=1, tell=stop)
     server.faults.clear()
-    assert listed(ObjectStore(recipe.store)) == [] == ObjectStore(recipe.store).list_names()
+    assert list_versions(ObjectStore(recipe.store)) == [] == ObjectStore(recipe.store).list_names()
     stages = []
     made = prepare(recipe, workers=1, tell=lambda progress: stages.append((progress.stage, progress.tokens)))
     assert all(tokens == 0 for _, tokens in stages)  # none was made again

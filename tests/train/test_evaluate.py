@@ -43,7 +43,7 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
         hidden = model.hidden(batch)
         return hidden @ model.head()
 
-    eot_id, lengths = store.manifest.words.eot_id, store.tokenizer.byte_lengths()
+    eot_id, lengths = store.manifest.tokenizer_info.eot_id, store.tokenizer.byte_lengths()
     loss, tokens, n_bytes = 0.0, 0, 0
     for window in windows:
         ids = store.read("validation", np.array([window * SEQ_LEN]), SEQ_LEN + 1)

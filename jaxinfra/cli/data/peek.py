@@ -32,12 +32,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     data, global_batch, rows, hint = _what(options)
     if options.step >= (last := _SAMPLES // global_batch):
         raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last - 1} or less")
-    opened = data.open(fix=hint)
-    ids = opened.ids(options.step, global_batch)[rows]
+    opened = data.open(hint=hint)
+    ids = opened.sample_ids(options.step, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
-    print("\n".join(opened.before(options.step, global_batch)))
+    print("\n".join(opened.epochs_at(options.step, global_batch)))
     for row, sample in list(zip(rows, ids, strict=True))[: options.rows]:
-        print("\n".join(opened.shown(sample[None], int(row), options.chars)))
+        print("\n".join(opened.format_rows(sample[None], int(row), options.chars)))
     return 0
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bars
 
 from jaxinfra.cli.arguments import ENGINES
 from jaxinfra.config import load, validate
-from jaxinfra.data.inspect import facts
+from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.errors import ConfigError, Preempted
 from jaxinfra.prepare.follow import follow
 from jaxinfra.prepare.prepare import Prepared, Progress, prepare
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         with bar() as tell:
             made = prepare(corpus, engine=options.engine or ENGINES[0], workers=options.workers, tell=tell)
         _say(made, "made")
-        print("\n".join(facts(made.manifest)))
+        print("\n".join(describe_manifest(made.manifest)))
     return 0
 
 
@@ -99,7 +99,7 @@ def _follow(options: argparse.Namespace) -> int:
                 "command to go on"
             ) from None
     if made is not None:
-        print("\n".join(facts(made.manifest)))
+        print("\n".join(describe_manifest(made.manifest)))
     if stop.reason is not None:
         raise Preempted(f"{stop.reason}: all that has come is kept; start the same command to go on")
     return 0

@@ -38,7 +38,7 @@ class PackInfo:
     """One packing of the documents of a split into rows (see `packing`)."""
 
     rows: int  # number of rows
-    pieces: int  # documents and parts of documents in them
+    segments: int  # documents and parts of documents in them
     truncated: int  # documents that are longer than a row, and so in several
     efficiency: float  # share of the places in the rows that hold a target
     digest: str  # of the arrays
@@ -107,7 +107,7 @@ class Manifest:
         return digest_of(seen)
 
     @property
-    def words(self) -> TokenizerInfo:
+    def tokenizer_info(self) -> TokenizerInfo:
         """The tokenizer of a store of text; DataError for one of images."""
         if self.tokenizer is None:
             raise DataError(f"{self.fingerprint}: is a store of {self.kind}, not of text; name another store")
@@ -117,14 +117,14 @@ class Manifest:
         """Mean bytes of text that a token of the split stands for, ends of documents counted as tokens."""
         return self.splits[split].bytes / max(1, self.splits[split].tokens)
 
-    def content(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The manifest as a file."""
         tree = asdict(self) | {"format": FORMAT, "fingerprint": self.fingerprint}
         tree["digest"] = digest_of(tree)
         return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def parse(content: bytes, path: str) -> Manifest:
+def parse_manifest(content: bytes, path: str) -> Manifest:
     """Reads the content of a manifest at `path`; DataError where it is damaged or of a format unknown here."""
     try:
         tree: dict[str, Any] = json.loads(content)

@@ -31,10 +31,10 @@ import tensorstore as ts
 import xxhash
 
 from jaxinfra.command import COMMAND
-from jaxinfra.data.store import arrays, tracked, versions
+from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
 from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split, TokenizerInfo
-from jaxinfra.data.tokenizer import Tokenizer, restore
+from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 from jaxinfra.storage.objects import ObjectStore
@@ -78,7 +78,7 @@ class Store:
         self._arrays: dict[str, ts.TensorStore] = {}
 
     @classmethod
-    def open(cls, path: str | Path, version: str | None = None, *, at: str = "data", fix: str = PREPARE) -> Self:
+    def open(cls, path: str | Path, version: str | None = None, *, at: str = "data", hint: str = PREPARE) -> Self:
         """Opens a version and checks its manifest and the length of every file.
 
         Raises ConfigError where there is no store, or not that version of it, DataError where it is damaged or of a
@@ -88,10 +88,10 @@ class Store:
             path: folder or URL of the store, or of one of its versions, or its `.dvc` file.
             version: fingerprint of the one to open, or its beginning; None is the newest.
             at: the part of the config that names the store, for messages.
-            fix: the command that makes the store, for the error when there is none.
+            hint: the command that makes the store, for the error when there is none.
         """
-        storage = versions.find(ObjectStore(tracked.resolved(str(path))), version, at=at, fix=fix)
-        found = manifests.parse(storage.read(manifests.FILE_NAME), storage.url_of(manifests.FILE_NAME))
+        storage = versions.find_version(ObjectStore(dvc_tracking.resolve_dvc_path(str(path))), version, at=at, hint=hint)
+        found = manifests.parse_manifest(storage.read(manifests.FILE_NAME), storage.url_of(manifests.FILE_NAME))
         named = storage.url.rpartition("/")[2]
         if manifests.is_fingerprint(named) and found.fingerprint != named:
             raise DataError(
@@ -108,7 +108,7 @@ class Store:
     def __str__(self) -> str:
         return self.storage.url
 
-    def blocks(self, split: Split) -> Iterator[tuple[str, int]]:
+    def hashed_arrays(self, split: Split) -> Iterator[tuple[str, int]]:
         """The arrays of a split whose blocks are hashed, and how many elements they have."""
         info = self.manifest.splits[split]
         if self.manifest.kind == "images":
@@ -129,13 +129,13 @@ class Store:
                 fits = xxhash.xxh3_128_hexdigest(content) == info.digest
                 yield name, info.bytes, None if fits else Damage(file=name, cause="does not fit its hash")
         for split in self.manifest.splits:
-            for name, count in self.blocks(split):
+            for name, count in self.hashed_arrays(split):
                 yield from self._verify_blocks(split, name, count)
 
     def _verify_blocks(self, split: Split, name: str, count: int) -> Iterator[tuple[str, int, Damage | None]]:
         file, block = f"{split}/{name}", self.manifest.block
         try:
-            array, hashes = self.array(split, name), self.whole(split, name + BLOCKS)
+            array, hashes = self.array(split, name), self.read_all(split, name + BLOCKS)
         except DataError as error:
             yield file, 0, Damage(file=file, cause=str(error))
             return
@@ -162,7 +162,7 @@ class Store:
         path = f"{self}/{split}/{name}"
         return arrays.read_ranges(self.array(split, name), path, starts.tolist(), lengths.tolist())
 
-    def whole(self, split: Split, name: str) -> np.ndarray:
+    def read_all(self, split: Split, name: str) -> np.ndarray:
         """All of an array; DataError where it is damaged."""
         array = self.array(split, name)
         return arrays.read_ranges(array, f"{self}/{split}/{name}", [0], [array.shape[0]])
@@ -181,7 +181,7 @@ class TokenStore(Store):
     def __init__(self, storage: ObjectStore, manifest: Manifest):
         """Takes a version whose files are there; DataError where its tokenizer is damaged, or another one."""
         super().__init__(storage, manifest)
-        info = manifest.words
+        info = manifest.tokenizer_info
         self._vocabulary = storage.read(info.file)
         if hashlib.sha256(self._vocabulary).hexdigest() != info.sha256:
             raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; {DAMAGED_VERSION_FIX}")
@@ -189,8 +189,8 @@ class TokenStore(Store):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """What made the tokens."""
-        info = self.manifest.words
-        return restore(info.kind, self._vocabulary, info.end_of_document, name=f"{self}/{info.file}")
+        info = self.manifest.tokenizer_info
+        return load_tokenizer(info.kind, self._vocabulary, info.end_of_document, name=f"{self}/{info.file}")
 
     def read(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Reads windows of consecutive tokens that begin at `starts`, int64[N]: [N, length] of the store's type.
@@ -201,7 +201,7 @@ class TokenStore(Store):
         self._check(split, window_NL.reshape(-1), np.asarray(starts), np.full(len(starts), length))
         return window_NL
 
-    def read_pieces(
+    def read_segments(
         self, split: Split, starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Reads ranges of tokens, and of the mask where there is one: one after the other, as `read_ranges`."""
@@ -213,7 +213,7 @@ class TokenStore(Store):
         """Reads which tokens of windows are learned, uint8[N, length], as `read`; None where the store has no mask."""
         return self._windows(split, MASK, starts, length) if self.manifest.masked else None
 
-    def sample(self, split: Split, limit: int) -> np.ndarray:
+    def sample_tokens(self, split: Split, limit: int) -> np.ndarray:
         """All tokens of a split, or about `limit` of them in evenly spaced pieces if it has more."""
         tokens = self.manifest.splits[split].tokens
         if tokens <= limit:
@@ -223,11 +223,11 @@ class TokenStore(Store):
 
     def offsets(self, split: Split) -> np.ndarray:
         """Where each document starts, and the end of the last: int64[documents + 1]."""
-        return self.whole(split, OFFSETS)
+        return self.read_all(split, OFFSETS)
 
     def lengths(self, split: Split) -> np.ndarray:
         """Tokens of each document, with its end: int64[documents]."""
-        return self.whole(split, LENGTHS)
+        return self.read_all(split, LENGTHS)
 
     def _windows(self, split: Split, name: str, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         starts = np.asarray(starts, np.int64)
@@ -239,7 +239,7 @@ class TokenStore(Store):
         return arrays.read_windows(self.array(split, name), f"{self}/{split}/{name}", starts.tolist(), length)
 
     def _check(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
-        words = self.manifest.words.vocab_size
+        words = self.manifest.tokenizer_info.vocab_size
         if tokens_N.size and int(tokens_N.max()) >= words:
             piece = int(np.searchsorted(np.cumsum(lengths_P), (tokens_N >= words).argmax(), side="right"))
             raise DataError(

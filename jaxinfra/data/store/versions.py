@@ -27,7 +27,7 @@ class Version:
     created: str  # when it was made, in UTC
 
 
-def listed(store: ObjectStore) -> list[Version]:
+def list_versions(store: ObjectStore) -> list[Version]:
     """The versions of a store, the newest last; none where there is no store. DataError where the list is damaged."""
     return _parsed(store.read(INDEX), store.url_of(INDEX)) if store.exists(INDEX) else []
 
@@ -39,16 +39,16 @@ def _parsed(content: bytes, where: str) -> list[Version]:
         raise DataError(f"{where}: damaged list of versions ({error}); name a version by its path") from None
 
 
-def find(store: ObjectStore, version: str | None, *, at: str, fix: str) -> ObjectStore:
+def find_version(store: ObjectStore, version: str | None, *, at: str, hint: str) -> ObjectStore:
     """The folder of a version, of arguments as in `Store.open`; `store` may be a version itself.
 
     Raises ConfigError where there is none or more than one begins so, DataError where the list is damaged.
     """
-    known = listed(store)
+    known = list_versions(store)
     if not known:
         if store.exists(manifests.FILE_NAME):
             return store
-        raise ConfigError(f"{at}.store={store.url}: no store there; make it with: {fix}")
+        raise ConfigError(f"{at}.store={store.url}: no store there; make it with: {hint}")
     fitting = [each for each in known if version is None or each.fingerprint.startswith(version)]
     if version is not None and len({each.fingerprint for each in fitting}) != 1:
         there = ", ".join(each.fingerprint for each in (fitting or known)[-3:])
@@ -59,7 +59,7 @@ def find(store: ObjectStore, version: str | None, *, at: str, fix: str) -> Objec
     return store.child(fitting[-1].fingerprint)
 
 
-def publish(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -> None:
+def publish_version(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -> None:
     """Puts a finished version beside the others: whole, or not at all; StorageError where it cannot be written.
 
     `build` is a local folder with its files and no manifest; it is gone afterwards where it could be renamed.
@@ -67,7 +67,7 @@ def publish(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -
     fingerprint = manifest.fingerprint
     version = store.child(fingerprint)
     if not version.exists(manifests.FILE_NAME):
-        (build / manifests.FILE_NAME).write_bytes(manifest.content())
+        (build / manifests.FILE_NAME).write_bytes(manifest.to_bytes())
         if version.folder is None or not move_folder(build, version.folder):
             # In a bucket what is there is of the same contents, for they name it; a folder may be anybody's.
             version.upload(build, last=[manifests.FILE_NAME], resume=version.folder is None)
@@ -76,7 +76,7 @@ def publish(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -
 
 def make_newest(store: ObjectStore, version: Version) -> bool:
     """Lists a version that is there as the newest, which runs take; tells whether it was another one."""
-    if listed(store)[-1].fingerprint == version.fingerprint:
+    if list_versions(store)[-1].fingerprint == version.fingerprint:
         return False
     _list_last(store, version)
     return True

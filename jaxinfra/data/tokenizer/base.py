@@ -15,7 +15,7 @@ from jaxinfra.errors import ConfigError
 class Tokenizer(ABC):
     """A vocabulary whose `eot_id` ends documents.
 
-    `content` is all that there is to it: `restore` makes the same tokenizer of it in another process, or from a
+    `content` is all that there is to it: `from_bytes` makes the same tokenizer of it in another process, or from a
     store, and pickling does just that.
     """
 
@@ -26,34 +26,34 @@ class Tokenizer(ABC):
     end_of_document: str  # the special token that ends documents
     eot_id: int  # its id
     vocab_size: int  # one more than the largest token id
-    special: Mapping[str, int]  # ids of the special tokens by their text
+    special_tokens: Mapping[str, int]  # ids of the special tokens by their text
 
     @classmethod
     @abstractmethod
-    def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
+    def from_bytes(cls, content: bytes, end_of_document: str, name: str) -> Self:
         """Makes the tokenizer whose `content` this is; ConfigError where it is none or lacks that end of a document."""
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool = False) -> list[list[int]]:
         """Token ids of each text, without ends of documents; never a special token, whatever a text spells.
 
         A text is a document, or a part of one between special tokens. Where a vocabulary puts a space before a
-        document, it puts none before `inner` texts, which something in their documents comes before.
+        document, it puts none before `continuation` texts, which something in their documents comes before.
         """
 
-    def encode(self, text: str, *, inner: bool = False) -> list[int]:
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Token ids of one text, as `encode_batch` gives them."""
-        return self.encode_batch([text], inner=inner)[0]
+        return self.encode_batch([text], continuation=continuation)[0]
 
-    def encode_located(self, text: str, *, inner: bool = False) -> tuple[list[int], np.ndarray]:
+    def encode_with_byte_spans(self, text: str, *, continuation: bool = False) -> tuple[list[int], np.ndarray]:
         """Token ids of a text as by `encode`, and the bytes that each stands for, from the first to before the second.
 
         These are int64[N, 2]. A token for a part of a character may get the whole of it.
         """
-        ids = self.encode(text, inner=inner)
+        ids = self.encode(text, continuation=continuation)
         ends_N = np.cumsum(self._byte_lengths_V[ids], dtype=np.int64)
         if len(ids) and ends_N[-1] != len(text.encode()):
-            return ids, self._located(text, inner=inner)
+            return ids, self._located(text, continuation=continuation)
         return ids, np.stack([np.concatenate([[0], ends_N[:-1]])[: len(ids)], ends_N], axis=1)
 
     def split(self, text: str) -> list[str | int]:
@@ -62,7 +62,7 @@ class Tokenizer(ABC):
         for found in self._spelt.finditer(text):
             if found.start() > start:
                 parts.append(text[start : found.start()])
-            parts.append(self.special[found[0] if found[0] in self.special else found[0].strip()])
+            parts.append(self.special_tokens[found[0] if found[0] in self.special_tokens else found[0].strip()])
             start = found.end()
         return [*parts, text[start:]] if start < len(text) else parts
 
@@ -78,8 +78,8 @@ class Tokenizer(ABC):
         tiktoken, bytes) or falls back to them and rewrites nothing. One that puts a space before every text counts it.
         """
 
-    def _located(self, text: str, *, inner: bool) -> np.ndarray:
-        """As `encode_located`, from the library: for vocabularies that rewrite texts."""
+    def _located(self, text: str, *, continuation: bool) -> np.ndarray:
+        """As `encode_with_byte_spans`, from the library: for vocabularies that rewrite texts."""
         raise AssertionError(f"{self.kind} has tokens of other bytes than those of the text")
 
     @cached_property
@@ -89,7 +89,7 @@ class Tokenizer(ABC):
     @cached_property
     def _spelt(self) -> re.Pattern[str]:
         """Finds special tokens in the text of a template, the longest one that fits."""
-        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
+        return re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))))
 
     @cached_property
     def sha256(self) -> str:
@@ -97,10 +97,10 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.content).hexdigest()
 
     def __reduce__(self):
-        return type(self).restore, (self.content, self.end_of_document, self.file_name)
+        return type(self).from_bytes, (self.content, self.end_of_document, self.file_name)
 
 
-def no_end(name: str, end_of_document: str, special: Iterable[str]) -> ConfigError:
+def missing_end_of_document(name: str, end_of_document: str, special: Iterable[str]) -> ConfigError:
     """The error for a tokenizer that lacks the token that should end its documents."""
     found = sorted(special)
     some = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -110,7 +110,7 @@ def no_end(name: str, end_of_document: str, special: Iterable[str]) -> ConfigErr
     )
 
 
-def bytes_before(text: str) -> np.ndarray:
+def byte_offsets(text: str) -> np.ndarray:
     """Bytes of UTF-8 before each character of a text, and of all: int64[characters + 1]."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)

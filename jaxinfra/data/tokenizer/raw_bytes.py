@@ -19,13 +19,13 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, end_of_document: str, special_tokens: Sequence[str] = ()):
         self.end_of_document = end_of_document
-        self.special = {text: 256 + number for number, text in enumerate((end_of_document, *special_tokens))}
-        self.vocab_size = 256 + len(self.special)
+        self.special_tokens = {text: 256 + number for number, text in enumerate((end_of_document, *special_tokens))}
+        self.vocab_size = 256 + len(self.special_tokens)
         self.content = json.dumps({"vocabulary": "bytes", "special_tokens": list(special_tokens)}).encode()
 
     @classmethod
     @override
-    def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
+    def from_bytes(cls, content: bytes, end_of_document: str, name: str) -> Self:
         try:
             made = cls(end_of_document, json.loads(content)["special_tokens"])
         except (ValueError, KeyError, TypeError):
@@ -35,7 +35,7 @@ class ByteTokenizer(Tokenizer):
         return made
 
     @override
-    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool = False) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
     @override

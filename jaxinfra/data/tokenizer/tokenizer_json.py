@@ -13,7 +13,7 @@ from typing import Any, Self, override
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from jaxinfra.data.tokenizer.base import Tokenizer, bytes_before, no_end
+from jaxinfra.data.tokenizer.base import Tokenizer, byte_offsets, missing_end_of_document
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import cause_of
 
@@ -34,17 +34,17 @@ class JsonTokenizer(Tokenizer):
         self._backend = backend
         self._backend.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
         self._added = self._backend.get_added_tokens_decoder()
-        self.special = {token.content: index for index, token in self._added.items() if token.special}
+        self.special_tokens = {token.content: index for index, token in self._added.items() if token.special}
         self.eot_id = _end_id(self._backend, end_of_document, name)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     @override
-    def restore(cls, content: bytes, end_of_document: str, name: str) -> Self:
+    def from_bytes(cls, content: bytes, end_of_document: str, name: str) -> Self:
         return cls(content, read_backend(content, name), end_of_document, name)
 
     @classmethod
-    def adopt(cls, backend: Backend, end_of_document: str, name: str, special: Iterable[str] = ()) -> Self:
+    def from_backend(cls, backend: Backend, end_of_document: str, name: str, special: Iterable[str] = ()) -> Self:
         """Makes a tokenizer of a backend, which it changes: to neither cut nor pad, with a special end of documents.
 
         `special` are more tokens that must be special; what the backend lacks of them is added to it. ConfigError, with
@@ -58,9 +58,9 @@ class JsonTokenizer(Tokenizer):
         return cls(backend.to_str().encode(), backend, end_of_document, name)
 
     @override
-    def encode_batch(self, texts: Sequence[str], *, inner: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool = False) -> list[list[int]]:
         """Runs on all cores and releases the GIL."""
-        encodings = self._encoder(inner).encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._encoder(continuation).encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     @override
@@ -89,12 +89,12 @@ class JsonTokenizer(Tokenizer):
         return lengths
 
     @override
-    def _located(self, text: str, *, inner: bool) -> np.ndarray:
-        encoding = self._encoder(inner).encode(text, add_special_tokens=False)
-        return bytes_before(text)[np.array(encoding.offsets)]
+    def _located(self, text: str, *, continuation: bool) -> np.ndarray:
+        encoding = self._encoder(continuation).encode(text, add_special_tokens=False)
+        return byte_offsets(text)[np.array(encoding.offsets)]
 
-    def _encoder(self, inner: bool) -> Backend:
-        return self._inner if inner else self._first
+    def _encoder(self, continuation: bool) -> Backend:
+        return self._inner if continuation else self._first
 
     @cached_property
     def _first(self) -> Backend:
@@ -102,7 +102,7 @@ class JsonTokenizer(Tokenizer):
 
         A model of unigrams, or one of whole words, would. The ids stay the same, their texts become unspellable.
         """
-        spelt = [text for text, index in self.special.items() if _finds(self._backend, text, index)]
+        spelt = [text for text, index in self.special_tokens.items() if _finds(self._backend, text, index)]
         if not spelt:
             return self._backend
         tree = json.loads(self.content)
@@ -161,7 +161,7 @@ def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
     index = backend.token_to_id(end_of_document)
     if index is None:
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-        raise no_end(name, end_of_document, special)
+        raise missing_end_of_document(name, end_of_document, special)
     return index
 
 

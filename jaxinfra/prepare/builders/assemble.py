@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from jaxinfra.config.text import snake_case
-from jaxinfra.data.packing import Pack, pack
+from jaxinfra.data.packing import PackSpec, pack_documents
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Counts, PackInfo, Split, SplitInfo
 from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
@@ -236,12 +236,12 @@ def _halved(arrays: _Arrays, document: int, share: float, tokenizer: Tokenizer, 
     return found
 
 
-def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -> PackInfo:
-    """Packs documents of so many tokens, with their ends, into rows, and writes where their pieces are."""
-    packs = pack(lengths_D, wanted.seq_len, by_length=wanted.by_length)
+def write_pack(build: Path, split: Split, wanted: PackSpec, lengths_D: np.ndarray) -> PackInfo:
+    """Packs documents into rows, and writes where their segments start; `lengths_D` count tokens with the end."""
+    packs = pack_documents(lengths_D, wanted.seq_len, by_length=wanted.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
     found = {
-        "pieces": np.stack([offsets_D[packs.piece_document] + packs.piece_skip, packs.piece_length], axis=1),
+        "segments": np.stack([offsets_D[packs.segment_document] + packs.segment_start, packs.segment_length], axis=1),
         "rows": packs.row_offsets,
     }
     digest = xxhash.xxh3_128()
@@ -250,7 +250,7 @@ def write_pack(build: Path, split: Split, wanted: Pack, lengths_D: np.ndarray) -
         digest.update(hash_block(values).to_bytes(8, "little"))
     return PackInfo(
         rows=packs.rows,
-        pieces=len(packs.piece_length),
+        segments=len(packs.segment_length),
         truncated=packs.cut_documents,
         efficiency=packs.efficiency,
         digest=digest.hexdigest(),

@@ -92,7 +92,7 @@ def measured(store: TokenStore) -> dict[str, dict[str, float]]:
 
     The text is what the tokens decode to.
     """
-    offsets, words = store.offsets("validation"), store.manifest.words
+    offsets, words = store.offsets("validation"), store.manifest.tokenizer_info
     documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
     validation = store.read("validation", [0], int(offsets[documents]))[0]
     ends = offsets[: documents + 1]
@@ -100,6 +100,9 @@ def measured(store: TokenStore) -> dict[str, dict[str, float]]:
     validation_bytes = sum(len(text.encode()) for text in texts)
     if not validation_bytes:
         return {}
-    train, sizes = store.sample("train", TRAIN_LIMIT_TOKENS), {"vocab_size": words.vocab_size, "eot_id": words.eot_id}
+    train, sizes = (
+        store.sample_tokens("train", TRAIN_LIMIT_TOKENS),
+        {"vocab_size": words.vocab_size, "eot_id": words.eot_id},
+    )
     ngram = ngram_bits_per_byte(train, validation, validation_bytes=validation_bytes, **sizes)
     return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}

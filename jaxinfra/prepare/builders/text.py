@@ -18,7 +18,7 @@ from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
 from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore, hash_files, info_of, token_dtype
-from jaxinfra.data.tokenizer import Tokenizer, restore
+from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
@@ -68,7 +68,7 @@ def _read_info(folder: Path) -> TokenizerInfo:
 def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
     """Reads the tokenizer beside the parts; a worker does it once."""
     path = folder / info.file
-    return restore(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
+    return load_tokenizer(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
 def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad] | None, *, read_bytes: int) -> Part:
@@ -102,7 +102,7 @@ def _copy_documents(other: OtherStore, piece: Piece, group: int, tokenizer: Toke
     some = np.array([first]), np.array([count])
     lengths_D = store.read_ranges(other.split, LENGTHS, *some)
     start = store.read_ranges(other.split, OFFSETS, *some)[:1]
-    tokens_N, mask_N = store.read_pieces(other.split, start, lengths_D.sum(keepdims=True))
+    tokens_N, mask_N = store.read_segments(other.split, start, lengths_D.sum(keepdims=True))
     learned_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
     ends = np.cumsum(lengths_D).tolist()
     for number, (end, length) in enumerate(zip(ends, lengths_D.tolist(), strict=True), first):
@@ -252,7 +252,7 @@ class TextMaker:
             self._existing, digest, special = None, None, {config.end_of_document, *config.special_tokens}
         else:
             self._existing = given, _ = convert(config)
-            digest, special = given.sha256, given.special
+            digest, special = given.sha256, given.special_tokens
         # Of the files that the recipe names; a tokenizer that is trained follows from all else.
         found = [digest, corpus.form.identity()]
         self.identity = digest_of(found) if any(found) else None

@@ -28,7 +28,7 @@ class _Run:
     """Text without special tokens, in spans, and whether something comes before it in its document."""
 
     spans: Sequence[Span]
-    inner: bool
+    continuation: bool
 
     @property
     def text(self) -> str:
@@ -44,9 +44,11 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> lis
     cut = [list(_cut(tokenizer, document)) for document in documents]
     runs = [part for parts in cut for part in parts if isinstance(part, _Run)]
     encoded = {run: _encode_mixed(tokenizer, run) for run in runs if run.mixed}
-    for inner in (False, True):  # what is learned throughout, or not at all, is done together
-        whole = [run for run in runs if run.inner == inner and not run.mixed]
-        for run, ids in zip(whole, tokenizer.encode_batch([run.text for run in whole], inner=inner), strict=True):
+    for continuation in (False, True):  # what is learned throughout, or not at all, is done together
+        whole = [run for run in runs if run.continuation == continuation and not run.mixed]
+        for run, ids in zip(
+            whole, tokenizer.encode_batch([run.text for run in whole], continuation=continuation), strict=True
+        ):
             encoded[run] = _tokens(ids, np.full(len(ids), run.spans[0].learned), len(run.text.encode()))
     return [_joined([encoded[part] if isinstance(part, _Run) else part for part in parts]) for parts in cut]
 
@@ -58,23 +60,23 @@ def _tokens(ids: Sequence[int], learned: Sequence[bool] | np.ndarray, n_bytes: i
 def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
     """Yields the special tokens of a document, and the runs of text between them."""
     run: list[Span] = []
-    inner = False
+    continuation = False
     for span in document:
         for part in tokenizer.split(span.text) if span.control else [span.text]:
             if isinstance(part, str):
                 run.append(Span(text=part, learned=span.learned))
                 continue
             if run:
-                yield _Run(run, inner)
+                yield _Run(run, continuation)
             yield _tokens([part], [span.learned], 0)
-            run, inner = [], True
+            run, continuation = [], True
     if run:
-        yield _Run(run, inner)
+        yield _Run(run, continuation)
 
 
 def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
     """Tokenizes a run of which a part is learned."""
-    ids, bytes_N2 = tokenizer.encode_located(run.text, inner=run.inner)
+    ids, bytes_N2 = tokenizer.encode_with_byte_spans(run.text, continuation=run.continuation)
     sizes = [len(span.text.encode()) for span in run.spans]
     learned_bytes = np.repeat([span.learned for span in run.spans], sizes)
     before = np.concatenate([[0], np.cumsum(learned_bytes)])

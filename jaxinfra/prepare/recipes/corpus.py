@@ -8,7 +8,7 @@ from annotated_types import Ge
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
-from jaxinfra.data.packing import Pack
+from jaxinfra.data.packing import PackSpec
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.filters import Filters
@@ -67,7 +67,7 @@ class Corpus(StoreRecipe):
     filters: Filters = Filters()
     dedup: Dedup | None = None
     tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
-    packs: tuple[Pack, ...] = ()
+    packs: tuple[PackSpec, ...] = ()
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the recipe itself; nothing is looked up."""

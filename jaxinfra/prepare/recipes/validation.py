@@ -65,7 +65,7 @@ class OtherStore:
     def require_same(self, tokenizer: TokenizerInfo, *, kind: str, masked: bool) -> None:
         """Raises ConfigError for a store whose documents another tokenizer or form made, and as `open`."""
         manifest = self.open().manifest
-        theirs, at = manifest.words, f"validation.store={self.store}"
+        theirs, at = manifest.tokenizer_info, f"validation.store={self.store}"
         if (theirs.sha256, theirs.eot_id) != (tokenizer.sha256, tokenizer.eot_id):
             raise ConfigError(
                 f"{at}: has another tokenizer ({theirs.kind}, {theirs.vocab_size:,} words) than this recipe "

@@ -74,7 +74,7 @@ class Converted:
     def check(self, texts: Iterable[str]) -> None:
         """Compares ids and decoded text with those of the original library; a ConfigError says where they differ."""
         for text in texts:
-            for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special if token in text)):
+            for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special_tokens if token in text)):
                 if cause := self._difference(each):
                     raise ConfigError(
                         f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of "

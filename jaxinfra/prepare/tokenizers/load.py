@@ -77,7 +77,7 @@ def convert(config: Existing) -> tuple[Tokenizer, Callable[[Iterable[str]], None
     match config:
         case TokenizerFile():
             backend = read_backend(read_file(config.path, "a tokenizer"), config.path)
-            found = JsonTokenizer.adopt(backend, config.end_of_document, config.path, config.special_tokens)
+            found = JsonTokenizer.from_backend(backend, config.end_of_document, config.path, config.special_tokens)
             return found, lambda texts: None
         case Bytes():
             return ByteTokenizer(config.end_of_document, config.special_tokens), lambda texts: None
@@ -106,4 +106,4 @@ def train_bpe(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return JsonTokenizer.adopt(backend, end_of_document, "the trained tokenizer")
+    return JsonTokenizer.from_backend(backend, end_of_document, "the trained tokenizer")

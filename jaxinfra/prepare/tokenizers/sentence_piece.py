@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from jaxinfra.config.limits import NonEmpty
-from jaxinfra.data.tokenizer.base import no_end
+from jaxinfra.data.tokenizer.base import missing_end_of_document
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import import_optional
@@ -62,7 +62,7 @@ def convert_sentence_piece(config: SentencePieceModel) -> Converted:
     processor = library.SentencePieceProcessor(model_proto=model.SerializeToString())
     unigrams = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
     return Converted(
-        tokenizer=JsonTokenizer.adopt(_backend(model), config.end_of_document, config.path),
+        tokenizer=JsonTokenizer.from_backend(_backend(model), config.end_of_document, config.path),
         encode=processor.encode,
         decode=processor.decode,
         unknown=processor.unk_id(),
@@ -83,7 +83,7 @@ def _make_control(model: Any, config: SentencePieceModel) -> None:
         if text in may_be:
             may_be[text].type = types.CONTROL
         elif text == config.end_of_document:
-            raise no_end(config.path, text, found)
+            raise missing_end_of_document(config.path, text, found)
         else:
             raise ConfigError(f"special_tokens: {config.path} has no special piece {text}; it has {', '.join(found)}")
 

@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, pre_tokenizers
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
-from jaxinfra.data.tokenizer.base import no_end
+from jaxinfra.data.tokenizer.base import missing_end_of_document
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import import_optional
@@ -95,7 +95,7 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
         if config.special_tokens:
             special = {text: max(ranks.values()) + 1 + i for i, text in enumerate(config.special_tokens)}
     if config.end_of_document not in special:
-        raise no_end(name, config.end_of_document, special)
+        raise missing_end_of_document(name, config.end_of_document, special)
     if taken := set(special.values()) & set(ranks.values()):
         raise ConfigError(
             f"{name}: id {min(taken)} is both a token of its file and a special one; the encoding fits another file"
@@ -106,7 +106,7 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
     except Exception as error:  # both libraries raise bare classes
         raise ConfigError(f"{name}: tiktoken refuses it ({cause_of(error)}); check pattern and ranks") from None
     return Converted(
-        tokenizer=JsonTokenizer.restore(content, config.end_of_document, name),
+        tokenizer=JsonTokenizer.from_bytes(content, config.end_of_document, name),
         encode=original.encode_ordinary,
         decode=original.decode,
         name=name,
