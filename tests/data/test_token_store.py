@@ -91,7 +91,7 @@ def test_the_type_leaves_a_value_that_is_no_token():
 
 def test_a_missing_store_says_how_to_make_it(tmp_path):
     with raises(ConfigError, f"{tmp_path}/none: make data"):
-        TokenStore.open(tmp_path / "none", fix="make data")
+        TokenStore.open(tmp_path / "none", hint="make data")
 
 
 @pytest.mark.parametrize("name", [SHARD, "train/tokens/zarr.json", "validation/offsets/c/0", "tokenizer.json"])
@@ -158,7 +158,7 @@ def test_verify_finds_damage_to_every_other_file(copy):
 def test_an_id_beyond_the_vocabulary_is_found(copy):
     manifest = TokenStore.open(copy).manifest
     smaller = replace(manifest, tokenizer=replace(manifest.tokenizer_info, vocab_size=200))
-    (copy / "manifest.json").write_bytes(smaller.content())
+    (copy / "manifest.json").write_bytes(smaller.to_bytes())
     with raises(DataError, "vocabulary 200"):
         use(copy)
     store = TokenStore.open(copy)
