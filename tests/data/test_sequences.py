@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.data.packing import PackedRows, pack_documents
-from jaxinfra.data.sequences import packed_batch, split_inputs_targets, num_sequences
+from jaxinfra.data.sequences import num_sequences, packed_batch, split_inputs_targets
 from jaxinfra.ops.attention import AttentionSpec, reference, splash_interpreted
 
 EOT = 0

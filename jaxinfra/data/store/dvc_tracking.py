@@ -8,7 +8,7 @@ from jaxinfra.packages import import_optional
 SUFFIX = ".dvc"
 
 
-def resolve_dvc_path(path: str) -> str:
+def resolve_path(path: str) -> str:
     """Where a store is: the path itself, or the folder of the `.dvc` file that it names or has beside it.
 
     A folder that is there and is tracked is used as it is unless the `.dvc` file itself is named: then it is made what

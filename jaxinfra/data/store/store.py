@@ -90,7 +90,7 @@ class Store:
             at: the part of the config that names the store, for messages.
             hint: the command that makes the store, for the error when there is none.
         """
-        storage = versions.find_version(ObjectStore(dvc_tracking.resolve_dvc_path(str(path))), version, at=at, hint=hint)
+        storage = versions.find_version(ObjectStore(dvc_tracking.resolve_path(str(path))), version, at=at, hint=hint)
         found = manifests.parse_manifest(storage.read(manifests.FILE_NAME), storage.url_of(manifests.FILE_NAME))
         named = storage.url.rpartition("/")[2]
         if manifests.is_fingerprint(named) and found.fingerprint != named:
