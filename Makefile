@@ -75,7 +75,7 @@ lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.installed ## time the train step against a bare JAX loop
+bench: $(VENV)/.installed ## time the train step against hand-written code
 	$(LAUNCH) bench step
 
 clean: ## remove what was installed and built; runs and stores stay

@@ -1,17 +1,17 @@
-"""Times the framework against hand-written code, and compares its meshes with one device.
+"""Benchmarks against hand-written code and other libraries, and the comparison of meshes with one device.
 
-The commands `bench` and `parity` are its users; nothing else imports it.
+Only the commands `bench` and `parity` import it.
 """
 
 from collections.abc import Iterable
 
-CONFIG = "configs/bench_small.py"
-"""The model that is timed unless another is named."""
+DEFAULT_CONFIG = "configs/bench_small.py"
+"""Config that is timed by default."""
 
 PARITY_CONFIGS = ("configs/parity_dense.py", "configs/parity_moe.py")
-"""The models that are compared on every mesh unless others are named."""
+"""Configs that are compared on every mesh by default."""
 
 
-def last(overrides: Iterable[str]) -> list[str]:
-    """Keeps the last of the changes to each field."""
-    return list({change.partition("=")[0]: change for change in overrides}.values())
+def merge_overrides(overrides: Iterable[str]) -> list[str]:
+    """Keeps only the last override of each field."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())

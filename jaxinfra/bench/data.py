@@ -1,7 +1,7 @@
-"""`python -m launch bench data`: batches of random windows, by this project's loader and by others.
+"""`python -m launch bench data`: loads batches of random windows with jaxinfra and with other loaders.
 
-All read the same tokens from a warm file cache, in turns; each turn starts its loader anew, waits for its first
-batches, and counts those of half a second and the CPU time of all threads and processes that made them.
+All loaders read the same tokens from a warm file cache. In every round each loader is started anew and timed for half a
+second after its first batches. CPU time is that of all threads and processes of the loader.
 """
 
 import argparse
@@ -18,162 +18,155 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.bench import reading, token_files
-from jaxinfra.bench.reading import BATCH, LENGTH, Stores
-from jaxinfra.bench.table import Columns, Findings, Row, ratio, table
+from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, jaxinfra_batches, measure_in_subprocess
+from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
+from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
 from jaxinfra.run import Run, of_text
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
-TOKENS, LEAST_TOKENS = 200_000_000, 4 * BATCH * LENGTH
-TURN_S = 0.5
-WARM_UPS = 8
-"""Batches of a turn before its time counts."""
-TURNS = 15
-CHIPS, CHIP, MFU, MODEL = 64, "TPU v5p", 0.4, "configs/llama3_8b.py"
+DEFAULT_TOKENS, MIN_TOKENS = 200_000_000, 4 * BATCH_SIZE * SEQ_LEN
+MAX_ROUNDS = 15
+ROUND_S = 0.5
+WARMUP_BATCHES = 8
+IN_FLIGHT = 4  # reads that `tensorstore_batches` starts before it waits for the first
 GROWTH_BATCHES = 10_000
-MB = 1_000_000
+NUM_CHIPS, CHIP, MFU, MODEL = 64, "TPU v5p", 0.4, "configs/llama3_8b.py"  # the training run that is to be fed
 
-IN_FLIGHT = 4
-"""Reads that the loop over TensorStore alone has started before it waits for the first."""
+type Loader = Callable[[TokenFiles], Generator[object, None, None]]
 
-type Stream[T] = Generator[T, None, None]
-type Reader = Callable[[Stores], Stream[Any]]
+TENSORSTORE, JAXINFRA, GRAIN = "TensorStore alone", "jaxinfra", "Grain MapDataset, ArrayRecord"
+COLUMNS: Columns = {
+    "loader": ("loader", ""),
+    "mtok_per_s": ("Mtok/s", "{:.1f}"),
+    "cpu_ns": ("CPU ns per token", "{:.1f}"),
+    "cores": (f"cores for {NUM_CHIPS} {CHIP}", "{:.4f}"),
+    "vs_tensorstore": ("vs. TensorStore alone", "{:.2f}"),
+    "vs_grain": ("vs. Grain", "{:.1f}"),
+}
 
 
-def gather(stores: Stores) -> Stream[np.ndarray]:
-    """Copies windows out of a mapped file: what memory allows."""
-    windows, rng = stores.memmap(), np.random.default_rng(0)
+def memmap_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
+    """Copies windows out of a memory-mapped file: an upper bound."""
+    windows, rng = files.windows_at_every_token(), np.random.default_rng(0)
     while True:
-        yield windows[rng.integers(0, stores.windows, BATCH) * LENGTH]
+        yield windows[rng.integers(0, files.num_windows, BATCH_SIZE) * SEQ_LEN]
 
 
-def tensorstore(stores: Stores) -> Stream[np.ndarray]:
-    """TensorStore alone: one read a batch, several of them in flight."""
-    array, rng = arrays.open_array(stores.array, arrays.cache_context()), np.random.default_rng(0)
-    asked: deque[ts.Future[np.ndarray]] = deque()
+def tensorstore_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
+    """Reads each batch with one TensorStore read, and does nothing else with it."""
+    array, rng = arrays.open_array(files.train_array, arrays.cache_context()), np.random.default_rng(0)
+    reads: deque[ts.Future[np.ndarray]] = deque()
     while True:
-        starts = (rng.integers(0, stores.windows, BATCH) * LENGTH).tolist()
-        with ts.Batch() as together:
-            windows = [array[start : start + LENGTH + 1] for start in starts]
-            asked.append(ts.concat(windows, axis=0).read(batch=together))
-        if len(asked) > IN_FLIGHT:
-            yield asked.popleft().result().reshape(BATCH, LENGTH + 1)
+        starts = (rng.integers(0, files.num_windows, BATCH_SIZE) * SEQ_LEN).tolist()
+        with ts.Batch() as batch:
+            windows = [array[start : start + SEQ_LEN + 1] for start in starts]
+            reads.append(ts.concat(windows, axis=0).read(batch=batch))
+        if len(reads) > IN_FLIGHT:
+            yield reads.popleft().result().reshape(BATCH_SIZE, SEQ_LEN + 1)
 
 
-ALONE, OURS, GRAIN = "TensorStore alone", "jaxinfra", "Grain MapDataset, ArrayRecord"
-
-
-def readers() -> dict[str, Reader]:
-    """Ours, and those of others that are installed."""
-    found: dict[str, Reader] = {
-        "memmap, gathered": gather,
-        ALONE: tensorstore,
-        OURS: partial(reading.jaxinfra, mask_documents=False),
-        f"{OURS}, documents masked": reading.jaxinfra,
-        f"{OURS}, whole documents packed": partial(reading.jaxinfra, packing="best_fit"),
+def installed_loaders() -> dict[str, Loader]:
+    """Returns all loaders whose packages are installed."""
+    loaders: dict[str, Loader] = {
+        "memmap, gathered": memmap_batches,
+        TENSORSTORE: tensorstore_batches,
+        JAXINFRA: partial(jaxinfra_batches, mask_documents=False),
+        f"{JAXINFRA}, documents masked": jaxinfra_batches,
+        f"{JAXINFRA}, whole documents packed": partial(jaxinfra_batches, packing="best_fit"),
     }
-    if installed("grain"):
-        others = importlib.import_module("jaxinfra.bench.other_readers")
-        found |= {GRAIN: others.grain_dataset, "Grain DataLoader, ArrayRecord": others.grain_loader}
-        if installed("torch"):
-            found |= {f"PyTorch DataLoader, memmap, {n} workers": partial(others.torch, workers=n) for n in (0, 1, 2)}
-    return found
+    if _installed("grain"):
+        others = importlib.import_module("jaxinfra.bench.other_loaders")
+        loaders |= {GRAIN: others.grain_map_dataset, "Grain DataLoader, ArrayRecord": others.grain_data_loader}
+        if _installed("torch"):
+            for n in (0, 1, 2):
+                name = f"PyTorch DataLoader, memmap, {n} workers"
+                loaders[name] = partial(others.torch_data_loader, num_workers=n)
+    return loaders
 
 
-def installed(package: str) -> bool:
-    """Whether it can be imported."""
+def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-COLUMNS: Columns = {
-    "reader": ("batches by", str),
-    "tokens_per_s": ("Mtok/s", lambda speed: f"{speed / 1e6:.1f}"),
-    "cpu_ns": ("CPU ns a token", "{:.1f}".format),  # of all threads and processes, the start included
-    "cores": (f"cores for {CHIPS} {CHIP}", "{:.4f}".format),  # busy with feeding chips that train `MODEL`
-    "of_alone": ("of TensorStore alone", "{:.2f}".format),
-    "of_grain": ("of Grain", "{:.1f}".format),  # where it is installed
-}
-"""Medians of the turns."""
-
-
 def cpu_s() -> float:
-    """CPU seconds of this process, and of those that it has waited for."""
-    used = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    """Returns the CPU seconds of this process and of its ended child processes."""
+    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def turn(reader: Reader, stores: Stores, seconds: float) -> tuple[float, float]:
-    """Starts a loader, reads for so long, and ends it; returns tokens a second, and CPU nanoseconds a token."""
+def time_loader(loader: Loader, files: TokenFiles) -> tuple[float, float]:
+    """Starts a loader and reads for `ROUND_S`; returns tokens per second and CPU nanoseconds per token."""
     gc.collect()
     start_cpu_s = cpu_s()
-    with closing(reader(stores)) as batches:
-        for _ in range(WARM_UPS):
+    with closing(loader(files)) as batches:
+        for _ in range(WARMUP_BATCHES):
             next(batches)
         start_s, count = time.perf_counter(), 0
-        while (spent_s := time.perf_counter() - start_s) < seconds or not count:
+        while (elapsed_s := time.perf_counter() - start_s) < ROUND_S or not count:
             next(batches)
             count += 1
-    tokens = BATCH * LENGTH
-    return count * tokens / spent_s, 1e9 * (cpu_s() - start_cpu_s) / ((count + WARM_UPS) * tokens)
+    batch_tokens = BATCH_SIZE * SEQ_LEN
+    cpu_ns = 1e9 * (cpu_s() - start_cpu_s)
+    return count * batch_tokens / elapsed_s, cpu_ns / ((count + WARMUP_BATCHES) * batch_tokens)
 
 
-def eaten_tokens_per_s() -> float:
-    """Tokens a second of `CHIPS` chips that train `MODEL`, by its FLOPs and the chip's data sheet."""
+def required_tokens_per_s() -> float:
+    """Returns the tokens per second that `NUM_CHIPS` chips train `MODEL` on, at `MFU` of their peak FLOP/s."""
     model, data = of_text(load(MODEL, root=Run).run)
-    return CHIPS * PEAK_FLOPS[CHIP] * MFU * data.seq_len / model.flops(data)
+    return NUM_CHIPS * PEAK_FLOPS[CHIP] * MFU * data.seq_len / model.flops(data)
 
 
-def speed(stores: Stores, turns: int) -> Iterator[Row]:
-    """Times all loaders in turns; the first turn of each is dropped."""
-    sides = readers()
-    rounds = [{name: turn(reader, stores, TURN_S) for name, reader in sides.items()} for _ in range(turns + 1)][1:]
-    speeds = {name: [found[name][0] for found in rounds] for name in sides}
-    eaten = eaten_tokens_per_s()
-    for name, own in speeds.items():
-        cpu_ns = median(found[name][1] for found in rounds)
+def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:
+    """Times all loaders round by round; the first round is warm-up."""
+    loaders = installed_loaders()
+    rounds = [{name: time_loader(loader, files) for name, loader in loaders.items()} for _ in range(num_rounds + 1)]
+    speeds = {name: [times[name][0] for times in rounds[1:]] for name in loaders}
+    required = required_tokens_per_s()
+    for name, speed in speeds.items():
+        cpu_ns = median(times[name][1] for times in rounds[1:])
         yield {
-            "reader": name,
-            "tokens_per_s": median(own),
+            "loader": name,
+            "mtok_per_s": median(speed) / 1e6,
             "cpu_ns": cpu_ns,
-            "cores": 1e-9 * cpu_ns * eaten,
-            "of_alone": ratio(own, speeds[ALONE]),
-            "of_grain": ratio(own, speeds[GRAIN]) if GRAIN in speeds else None,
+            "cores": 1e-9 * cpu_ns * required,  # that are busy loading, for `required` tokens per second
+            "vs_tensorstore": median_ratio(speed, speeds[TENSORSTORE]),
+            "vs_grain": median_ratio(speed, speeds[GRAIN]) if GRAIN in speeds else None,
         }
 
 
-def run(options: argparse.Namespace) -> Findings:
-    """Measures the chosen parts, or all."""
-    tokens, turns = TOKENS if options.tokens is None else options.tokens, min(options.pairs, TURNS)
-    if tokens < LEAST_TOKENS:
-        raise ConfigError(f"--tokens {tokens}: expected {LEAST_TOKENS} or more, for batches of different windows")
-    figures: dict[str, Any] = {"tokens": tokens, "turns": turns}
+def run(options: argparse.Namespace) -> BenchmarkResult:
+    """Measures the parts that `--only` names, or all."""
+    num_tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
+    num_rounds = min(options.pairs, MAX_ROUNDS)
+    if num_tokens < MIN_TOKENS:
+        raise ConfigError(f"--tokens {num_tokens}: must be {MIN_TOKENS} or more; use --tokens {MIN_TOKENS}")
+    figures: dict[str, object] = {"tokens": num_tokens, "rounds": num_rounds}
     lines: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as name:
-        print(f"writing {tokens:,} tokens ...", file=sys.stderr, flush=True)
-        stores = token_files.build(Path(name), tokens, records=installed("grain"))
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
+        print(f"writing {num_tokens:,} tokens ...", file=sys.stderr, flush=True)
+        files = write_token_files(Path(folder), num_tokens, records=_installed("grain"))
         for part in options.only or ("speed", "first", "memory"):
             print(f"measuring {part} ...", file=sys.stderr, flush=True)
             if part == "speed":
-                figures["rows"] = list(speed(stores, turns))
-                lines.append(table(COLUMNS, figures["rows"]))
+                rows = list(time_loaders(files, num_rounds))
+                figures["rows"] = rows
+                lines.append(format_table(COLUMNS, rows))
             elif part == "first":
-                times_s = [reading.ask("first", stores) for _ in range(turns + 1)]
-                figures["first_batch_s"] = median(times_s[1:])
+                times_s = [measure_in_subprocess("first", files) for _ in range(num_rounds + 1)]
+                figures["first_batch_s"] = first_s = median(times_s[1:])
                 lines.append(
-                    f"First batch {figures['first_batch_s']:.2f} s after the start of a process, "
-                    "which imports all that it needs, and no jax (goal < 1 s)."
+                    f"First batch {first_s:.2f} s after the start of a process, imports included, "
+                    "without importing JAX (goal < 1 s)."
                 )
             else:
-                figures["growth_bytes"] = int(reading.ask("growth", stores, GROWTH_BATCHES))
-                grown = f"{figures['growth_bytes'] / MB:.1f} MB larger (goal < 50)"
-                lines.append(f"{GROWTH_BATCHES:,} batches make the process {grown}.")
-    sizes = f"{tokens:,} tokens, windows of {LENGTH:,}, batches of {BATCH}"
-    return Findings(text="\n".join(lines), note=f"{sizes}; medians of {turns} turns", figures=figures)
+                figures["growth_bytes"] = growth_bytes = int(measure_in_subprocess("growth", files, GROWTH_BATCHES))
+                lines.append(f"Memory grows {growth_bytes / 1e6:.1f} MB over {GROWTH_BATCHES:,} batches (goal < 50).")
+    sizes = f"{num_tokens:,} tokens, windows of {SEQ_LEN:,}, batches of {BATCH_SIZE}"
+    return BenchmarkResult(text="\n".join(lines), note=f"{sizes}; medians of {num_rounds} rounds", figures=figures)

@@ -1,7 +1,6 @@
-"""`python -m launch bench llama`: the Llama 3.1 8B step on 64 TPU v5p chips, compiled, beside what others compile to.
+"""`python -m launch bench llama`: compiles Llama 3.1 8B for 64 TPU v5p chips and compares it with published figures.
 
-Nothing is timed: temporaries and cycles are the TPU compiler's (see `plan.aot`, and where they lie in
-docs/compile.md). "best" is the policy of rematerialisation that computes least again of those that fit a chip.
+Nothing is timed: temporaries and cycles are estimates of the TPU compiler (see docs/compile.md).
 """
 
 import argparse
@@ -9,107 +8,107 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
-from jaxinfra.bench import last
-from jaxinfra.bench.table import Columns, Findings, Row, table
+from jaxinfra.bench import merge_overrides
+from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.plan.aot import CompiledStep, compile_step
+from jaxinfra.plan.chips import GIB
 from jaxinfra.plan.compile_errors import TOO_LARGE
 from jaxinfra.plan.topology import parse_topology
 from jaxinfra.run import Run
 
-ON = "v5p:4x4x4"
-CHIPS = 64
+TOPOLOGY = parse_topology("v5p:4x4x4")
 CONFIG = "configs/llama3_8b.py"
-SEQUENCES = (1, 2, 4)
-"""Sequences a chip takes in a step."""
+BATCH_SIZES = (1, 2, 4)
+"""Sequences per chip and step."""
+DOTS_BATCH_SIZES = (2,)
+"""Batch sizes for which `OTHERS` has figures with remat policy "dots"."""
 
 POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(dots,full)", "full")
-"""From what computes least again to what computes most."""
-
-GIB = 2**30
+"""Remat policies, from the least recomputation to the most."""
 
 COLUMNS: Columns = {
-    "name": ("step", str),
-    "sequences": ("sequences a chip", str),
-    "remat": ("remat", str),
-    "arguments_gib": ("arguments", "{:.2f} GiB".format),  # train state and batch of one chip
-    "temporaries_gib": ("temporaries", lambda gib: gib if isinstance(gib, str) else f"{gib:.2f} GiB"),
-    "temp_size_gib": ("`temp_size_in_bytes`", "{:.2f} GiB".format),  # the same as JAX calls it
-    "cycles": ("cycles a sequence", lambda cycles: cycles if isinstance(cycles, str) else f"{cycles / 1e9:.3f}e9"),
-    "attention": ("forward kernels", str),  # of attention, runs in a step: their cycles are not known
+    "name": ("step", ""),
+    "batch_size": ("sequences per chip", "{}"),
+    "remat": ("remat", ""),
+    "arguments_gib": ("arguments", "{:.2f} GiB"),
+    "temporaries_gib": ("temporaries", "{:.2f} GiB"),
+    "temp_size_gib": ("`temp_size_in_bytes`", "{:.2f} GiB"),
+    "gcycles": ("Gcycles per sequence", "{:.3f}"),
+    "attention": ("attention forward passes", "{}"),  # their cycles are not estimated
 }
 
-OTHERS: tuple[Row, ...] = tuple(
-    dict.fromkeys(COLUMNS) | {"name": name, "sequences": n, "remat": remat, "temporaries_gib": gib, "cycles": cycles}
-    for name, n, remat, gib, cycles in (
-        ("MaxText 0.2.5", 4, "full", "35.3 GiB", "2.49e9"),
-        ("bare JAX step", 1, "full", "6.9 GiB", "2.46e9"),
-        ("bare JAX step", 2, "full", "11.4 GiB", "2.46e9"),
-        ("bare JAX step", 2, "dots", "52.6 GiB", "2.25e9"),
+OTHERS: tuple[TableRow, ...] = tuple(
+    {"name": name, "batch_size": batch_size, "remat": remat, "temporaries_gib": gib, "gcycles": gcycles}
+    for name, batch_size, remat, gib, gcycles in (
+        ("MaxText 0.2.5", 4, "full", "35.3 GiB", "2.49"),
+        ("plain JAX step", 1, "full", "6.9 GiB", "2.46"),
+        ("plain JAX step", 2, "full", "11.4 GiB", "2.46"),
+        ("plain JAX step", 2, "dots", "52.6 GiB", "2.25"),
     )
 )
-"""Figures given to this project, not produced by it: the same topology and model, splash attention in blocks of 512."""
+"""Figures from outside this project, for the same model and topology, with splash attention in blocks of 512."""
 
 
-def _compiled(sequences: int, policy: str, overrides: Sequence[str]) -> CompiledStep:
-    changes = [f"train.global_batch={CHIPS * sequences}", f"model.remat={policy}", *overrides]
-    print(f"compiling {' '.join(last(changes))} ...", file=sys.stderr, flush=True)
-    return compile_step(load(CONFIG, last(changes), root=Run).run, parse_topology(ON), on_progress=lambda line: None)
+def _compile(batch_size: int, policy: str, overrides: Sequence[str]) -> CompiledStep:
+    batch = f"train.global_batch={TOPOLOGY.num_devices * batch_size}"
+    overrides = merge_overrides([batch, f"model.remat={policy}", *overrides])
+    print(f"compiling {' '.join(overrides)} ...", file=sys.stderr, flush=True)
+    return compile_step(load(CONFIG, overrides, root=Run).run, TOPOLOGY, on_progress=lambda line: None)
 
 
-def _row(part: str, sequences: int, policy: str, found: CompiledStep) -> Row:
-    assert found.cycles is not None, found.topology
+def _row(part: str, batch_size: int, policy: str, compiled: CompiledStep) -> TableRow:
+    assert compiled.cycles is not None, compiled.topology
     return {
         "part": part,
-        "sequences": sequences,
+        "batch_size": batch_size,
         "remat": policy,
-        "arguments_gib": found.memory.arguments / GIB,
-        "temporaries_gib": found.memory.temporaries / GIB,
-        "temp_size_gib": found.memory.temp_size / GIB,
-        "cycles": found.cycles / sequences,
-        "attention": sum(kernel.runs for kernel in found.kernels if "fwd" in kernel.name),
+        "arguments_gib": compiled.memory.arguments / GIB,
+        "temporaries_gib": compiled.memory.temporaries / GIB,
+        "temp_size_gib": compiled.memory.temp_size / GIB,
+        "gcycles": compiled.cycles / batch_size / 1e9,
+        "attention": sum(kernel.runs for kernel in compiled.kernels if "fwd" in kernel.name),
     }
 
 
-def full(overrides: Sequence[str]) -> Iterator[Row]:
-    """Only the input of every layer is kept."""
-    for sequences in SEQUENCES:
-        yield _row("full", sequences, "full", _compiled(sequences, "full", overrides))
+def full(overrides: Sequence[str]) -> Iterator[TableRow]:
+    """Saves only the input of every layer."""
+    for batch_size in BATCH_SIZES:
+        yield _row("full", batch_size, "full", _compile(batch_size, "full", overrides))
 
 
-def dots(overrides: Sequence[str]) -> Iterator[Row]:
-    """Products with weights are kept, where others have done so."""
-    for sequences in sorted({other["sequences"] for other in OTHERS if other["remat"] == "dots"}):
-        yield _row("dots", sequences, "dots", _compiled(sequences, "dots", overrides))
+def dots(overrides: Sequence[str]) -> Iterator[TableRow]:
+    """Saves the matmuls with weights, for the batch sizes with published figures."""
+    for batch_size in DOTS_BATCH_SIZES:
+        yield _row("dots", batch_size, "dots", _compile(batch_size, "dots", overrides))
 
 
-def best(overrides: Sequence[str]) -> Iterator[Row]:
-    """Picks, among the policies that fit, the one that recomputes least."""
-    hbm_bytes = parse_topology(ON).chip.hbm_bytes
-    for sequences in SEQUENCES:
+def best(overrides: Sequence[str]) -> Iterator[TableRow]:
+    """Chooses for each batch size the policy with the least recomputation that fits the chip."""
+    for batch_size in BATCH_SIZES:
         for policy in POLICIES:
             try:
-                found = _compiled(sequences, policy, overrides)
-            except ConfigError as refused:
-                if TOO_LARGE not in str(refused):
+                compiled = _compile(batch_size, policy, overrides)
+            except ConfigError as error:
+                if TOO_LARGE not in str(error):
                     raise
                 continue
-            if found.memory.total <= hbm_bytes:
-                yield _row("best", sequences, policy, found)
+            if compiled.memory.total <= TOPOLOGY.chip.hbm_bytes:
+                yield _row("best", batch_size, policy, compiled)
                 break
 
 
 CASES = {"full": full, "dots": dots, "best": best}
 
 
-def run(options: argparse.Namespace) -> Findings:
-    """Compiles the chosen parts, or all; the table has others after ours of as many sequences."""
+def run(options: argparse.Namespace) -> BenchmarkResult:
+    """Compiles the parts that `--only` names, or all."""
     rows = [row for part in options.only or CASES for row in CASES[part](options.overrides)]
-    shown = [*({**row, "name": "jaxinfra"} for row in rows), *OTHERS]
-    return Findings(
-        text=table(COLUMNS, [row for each in SEQUENCES for row in shown if row["sequences"] == each]),
-        note=f"{CONFIG} on {ON}",
+    all_rows = [*({**row, "name": "jaxinfra"} for row in rows), *OTHERS]
+    return BenchmarkResult(
+        text=format_table(COLUMNS, [row for n in BATCH_SIZES for row in all_rows if row["batch_size"] == n]),
+        note=f"{CONFIG} on {TOPOLOGY}",
         figures={"rows": rows},
-        facts={name: version(name) for name in ("jax", "libtpu")},
+        environment={name: version(name) for name in ("jax", "libtpu")},
     )

@@ -1,150 +1,163 @@
-"""One measurement in a process of its own: jaxinfra and the bare step, or jaxinfra on two meshes, in turns.
+"""Measures jaxinfra and the baseline, or jaxinfra on two meshes, alternately in one process.
 
-The number of emulated CPU devices is fixed when JAX starts, so each case is a child of the command:
-`python -m jaxinfra.bench.measure REQUEST`, REQUEST in JSON, prints one line of JSON. Both sides live in the same
-process and step alternately: what else the machine does hits both alike, and only their ratio is trusted.
+`python -m jaxinfra.bench.measure REQUEST`, with the arguments of `measure` in JSON, prints one line of JSON. Other load
+on the machine slows both sides alike, so only their ratio is reliable.
 """
 
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import override
 
 import jax
 
-from jaxinfra.bench import CONFIG, bare
-from jaxinfra.bench.children import Times
-from jaxinfra.bench.parity import batch_of, program_of, put
+from jaxinfra.bench import DEFAULT_CONFIG
+from jaxinfra.bench.baseline import BaselineConfig, make_train_step
+from jaxinfra.bench.parity import make_program, put_like, random_batch
+from jaxinfra.bench.subprocesses import Times
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.program import Program
+from jaxinfra.program import Program, TrainState
 from jaxinfra.run import Run, of_text, resolved
 from jaxinfra.train.loop import Hooks, Reporter, Work, fit
 
-WARM_UPS = 3
-"""Steps of each side before its times count: compilation, first touch of memory, allocator."""
+WARMUP_STEPS = 3
+"""Untimed steps of each side: compilation, first use of memory."""
 
 
-def sizes_of(run: Run, naive: bool = False) -> bare.Sizes:
-    """The bare step of the same model, batch and optimiser."""
+def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
+    """Returns the baseline with the same model, batch and optimizer; raises ConfigError if it cannot have them."""
     (model, data), adamw = of_text(run), run.optim.optimizer
     if model.rope is None or model.groups != model.heads or model.latent is not None or not isinstance(adamw, AdamW):
-        raise ConfigError(f"{run.name}: the bare step has rotary, ungrouped attention and AdamW; use {CONFIG}")
-    return bare.Sizes(
-        vocab=model.vocab_size,
-        layers=model.layers,
-        width=model.width,
-        heads=model.heads,
-        mlp=model.mlp_dim,
-        length=data.seq_len,
-        batch=run.train.global_batch,
-        eps=model.norm_eps,
-        theta=model.rope.theta,
+        raise ConfigError(
+            f"{run.name}: the baseline needs rotary embeddings, multi-head attention without shared keys, and AdamW; "
+            f"use --config {DEFAULT_CONFIG}"
+        )
+    return BaselineConfig(
+        vocab_size=model.vocab_size,
+        num_layers=model.layers,
+        hidden_size=model.width,
+        num_heads=model.heads,
+        mlp_dim=model.mlp_dim,
+        seq_len=data.seq_len,
+        batch_size=run.train.global_batch,
+        norm_eps=model.norm_eps,
+        rope_theta=model.rope.theta,
         peak_lr=run.optim.peak_lr,
         weight_decay=adamw.weight_decay,
-        compute=run.precision.compute,
-        naive=naive,
+        compute_dtype=run.precision.compute,
+        naive_matmul=naive_matmul,
     )
 
 
-class Side:
-    """A train step, what it carries from one call to the next, and the batch of every call."""
+class TimedStep:
+    """A train step with its state and its batch; `context` makes the context manager that it runs in."""
 
-    def __init__(self, step: Any, carried: list[Any], batch: Any, context: Callable[[], Any] = nullcontext):
-        self.step, self.carried, self.batch, self.context = step, carried, batch, context
-        self.values: Any = None
+    def __init__(
+        self,
+        step: Callable[..., tuple[object, ...]],
+        state: Sequence[object],
+        batch: Mapping[str, jax.Array] | jax.Array,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):
+        self.step, self.state, self.batch, self.context = step, state, batch, context
+        self.output: object = None
 
-    def call(self) -> None:
-        """Dispatches one step."""
-        *self.carried, self.values = self.step(*self.carried, self.batch)
+    def dispatch(self) -> None:
+        """Starts one step on the devices."""
+        *self.state, self.output = self.step(*self.state, self.batch)
 
     def wait(self) -> None:
-        """Waits until all of it is done."""
-        jax.block_until_ready((self.carried, self.values))
+        """Waits until the step is finished."""
+        jax.block_until_ready((self.state, self.output))
 
 
-def framework(program: Program) -> Side:
-    """Returns the train step of a program on random tokens, none of them masked."""
-    tokens = batch_of(program.run)
-    shapes = {name: program.batch[name] for name in ("inputs", "targets")}
+def jaxinfra_step(program: Program) -> TimedStep:
+    """Returns the train step of a program on random tokens without weights or document masks."""
+    tokens = random_batch(program.run)
+    like = {name: program.batch[name] for name in ("inputs", "targets")}
     with program.on_mesh:
         state = program.init(jax.random.key(program.run.seed))
-    batch = put({name: tokens[name] for name in shapes}, shapes)
-    return Side(program.train_step, [state], batch, lambda: program.on_mesh)
+    batch = put_like({name: tokens[name] for name in like}, like)
+    return TimedStep(program.train_step, [state], batch, lambda: program.on_mesh)
 
 
-def by_hand(run: Run, naive: bool = False) -> Side:
-    """Returns the bare step of the same model, whose mesh is in its shardings."""
-    step, *carried, batch = bare.build(sizes_of(run, naive), len(jax.devices()))
-    return Side(step, carried, batch)
+def baseline_step(run: Run, naive_matmul: bool = False) -> TimedStep:
+    """Returns the baseline's train step for the same model, sharded over all devices."""
+    step, *state, batch = make_train_step(baseline_config(run, naive_matmul), len(jax.devices()))
+    return TimedStep(step, state, batch)
 
 
-def turns(sides: dict[str, Side], pairs: int, *, to_the_end: bool = True) -> Times:
-    """Times so many turns of each side, the sides alternating; the devices are idle when a turn begins.
-
-    With `to_the_end` the time is that of a whole step, else that of the call alone that dispatches it.
-    """
-    times_s: Times = {name: [] for name in sides}
-    for turn in range(WARM_UPS + pairs):
-        for name, side in sides.items():
-            with side.context():
+def time_alternately(steps: dict[str, TimedStep], num_rounds: int, *, dispatch_only: bool = False) -> Times:
+    """Times the steps in turn, or only their dispatch; the devices are idle when a step starts."""
+    times_s: Times = {name: [] for name in steps}
+    for round_number in range(WARMUP_STEPS + num_rounds):
+        for name, step in steps.items():
+            with step.context():
                 start_s = time.perf_counter()
-                side.call()
-                called_s = time.perf_counter()
-                side.wait()
-                end_s = time.perf_counter() if to_the_end else called_s
-            if turn >= WARM_UPS:
+                step.dispatch()
+                dispatched_s = time.perf_counter()
+                step.wait()
+                end_s = dispatched_s if dispatch_only else time.perf_counter()
+            if round_number >= WARMUP_STEPS:
                 times_s[name].append(end_s - start_s)
     return times_s
 
 
-def step(run: Run, pairs: int) -> Times:
-    """Times whole steps of jaxinfra and of the bare step."""
-    return turns({"jaxinfra": framework(program_of(run)), "bare": by_hand(run)}, pairs)
+def time_steps(run: Run, num_rounds: int) -> Times:
+    """Times whole steps of jaxinfra and of the baseline."""
+    return time_alternately({"jaxinfra": jaxinfra_step(make_program(run)), "baseline": baseline_step(run)}, num_rounds)
 
 
-def meshes(run: Run, plain: Run, pairs: int) -> Times:
-    """Times whole steps of jaxinfra on two meshes, or on one under two schedules."""
-    return turns({"mesh": framework(program_of(run)), "plain": framework(program_of(plain))}, pairs)
+def time_meshes(run: Run, fsdp_run: Run, num_rounds: int) -> Times:
+    """Times whole steps of jaxinfra on two meshes."""
+    steps = {"mesh": jaxinfra_step(make_program(run)), "fsdp": jaxinfra_step(make_program(fsdp_run))}
+    return time_alternately(steps, num_rounds)
 
 
-def alone(run: Run, pairs: int) -> Times:
-    """Times whole steps of jaxinfra, then of the bare step, each with the machine to itself."""
-    times_s = turns({"jaxinfra": framework(program_of(run))}, pairs)
-    return times_s | turns({"bare": by_hand(run)}, pairs)
+def time_separately(run: Run, num_rounds: int) -> Times:
+    """Times whole steps of jaxinfra, and then those of the baseline."""
+    times_s = time_alternately({"jaxinfra": jaxinfra_step(make_program(run))}, num_rounds)
+    return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
 
 
-def layouts(run: Run, pairs: int) -> Times:
-    """Times whole bare steps without and with the layouts of products that XLA runs fast."""
-    return turns({"naive": by_hand(run, naive=True), "bare": by_hand(run)}, pairs)
+def time_layouts(run: Run, num_rounds: int) -> Times:
+    """Times whole steps of the baseline with naive matmuls and with the layouts that XLA's fast kernels need."""
+    return time_alternately(
+        {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}, num_rounds
+    )
 
 
-def dispatch(run: Run, pairs: int) -> Times:
-    """Times the host's work on a step: of its call alone, on both sides, and of a turn of the training loop."""
-    program = program_of(run)
-    ours = framework(program)
-    times_s = turns({"jaxinfra": ours, "bare": by_hand(run)}, 20 * pairs, to_the_end=False)
-    return times_s | {"loop": [loop_host_s(program, ours) for _ in range(pairs)]}
+def time_dispatch(run: Run, num_rounds: int) -> Times:
+    """Times the host's work: the dispatch of a step on both sides, and an iteration of the training loop."""
+    program = make_program(run)
+    step = jaxinfra_step(program)
+    times_s = time_alternately({"jaxinfra": step, "baseline": baseline_step(run)}, 20 * num_rounds, dispatch_only=True)
+    return times_s | {"loop": [loop_host_s(program, step) for _ in range(num_rounds)]}
 
 
-class _Waiting(Reporter):
-    """A reporter that takes the time for which the loop waits for the devices."""
+class _WaitTimer(Reporter):
+    """A reporter that adds up how long the loop waits for the devices."""
 
     waited_s = 0.0
 
-    def finished(self, step: int, values: Any) -> None:
+    @override
+    def finished(self, step: int, values: Mapping[str, jax.Array]) -> None:
         start_s = time.perf_counter()
         jax.block_until_ready(values)
         self.waited_s += time.perf_counter() - start_s
         super().finished(step, values)
 
 
-def loop_host_s(program: Program, side: Side, steps: int = 50) -> float:
-    """Returns seconds a step of the training loop, with nothing due, less those in which it waits for the devices."""
+def loop_host_s(program: Program, step: TimedStep, num_steps: int = 50) -> float:
+    """Returns the seconds per iteration of the training loop without its waits for the devices.
+
+    No iteration logs, evaluates or saves.
+    """
     hooks = Hooks(
         log=lambda step, metrics: None,
         due=lambda step: False,
@@ -153,46 +166,52 @@ def loop_host_s(program: Program, side: Side, steps: int = 50) -> float:
         save=lambda done, state, values: None,
         stop=lambda: None,
     )
-    assert program.run.train.steps > steps, "the last step is evaluated"
-    batches = [(step, side.batch) for step in range(steps)]
-    reporter = _Waiting(hooks, Work(modality="token", units=1, flops=1.0, peak=1.0))
-    side.wait()
+    assert program.run.train.steps > num_steps, "the last step is evaluated"
+    (state,), batch = step.state, step.batch
+    assert isinstance(state, TrainState) and isinstance(batch, dict)
+    batches = [(i, batch) for i in range(num_steps)]
+    reporter = _WaitTimer(hooks, Work(modality="token", units=1, flops=1.0, peak=1.0))
+    step.wait()
     with program.on_mesh:
         start_s = time.perf_counter()
-        side.carried = [fit(program, side.carried[0], 0, batches, hooks, reporter).state]
-        spent_s = time.perf_counter() - start_s
-    return (spent_s - reporter.waited_s) / steps
+        step.state = [fit(program, state, 0, batches, hooks, reporter).state]
+        elapsed_s = time.perf_counter() - start_s
+    return (elapsed_s - reporter.waited_s) / num_steps
 
 
-KINDS: dict[str, Callable[[Run, int], Any]] = {
-    "step": step,
-    "alone": alone,
-    "layouts": layouts,
-    "dispatch": dispatch,
-    "sizes": lambda run, pairs: dataclasses.asdict(sizes_of(run)),
+KINDS: dict[str, Callable[[Run, int], Times | dict[str, object]]] = {
+    "step": time_steps,
+    "alone": time_separately,
+    "layouts": time_layouts,
+    "dispatch": time_dispatch,
+    "baseline_config": lambda run, num_rounds: dataclasses.asdict(baseline_config(run)),
 }
 
 
-def answer(*, kind: str, config: str, overrides: Sequence[str], pairs: int, plain: Sequence[str] | None = None) -> Any:
-    """Measures what is asked for: a key of `KINDS`, or "meshes", whose other side has the overrides `plain`."""
-    run = _run(config, overrides)
-    return KINDS[kind](run, pairs) if plain is None else meshes(run, _run(config, plain), pairs)
+def measure(
+    *, kind: str, config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str] | None = None
+) -> Times | dict[str, object]:
+    """Measures a kind of `KINDS`, or "meshes", which compares `overrides` with `fsdp_overrides`."""
+    run = _load(config, overrides)
+    if fsdp_overrides is not None:
+        return time_meshes(run, _load(config, fsdp_overrides), num_rounds)
+    return KINDS[kind](run, num_rounds)
 
 
-def _run(config: str, overrides: Sequence[str]) -> Run:
+def _load(config: str, overrides: Sequence[str]) -> Run:
     run = resolved(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
     return run
 
 
 def main() -> int:
-    """Answers the request on the command line; what it refuses is the last line of its errors."""
+    """Answers the request on the command line; a ConfigError becomes the last line of stderr."""
     try:
-        print(json.dumps(answer(**json.loads(sys.argv[1]))))
+        print(json.dumps(measure(**json.loads(sys.argv[1]))))
         return 0
-    except ConfigError as refused:
-        print(refused, file=sys.stderr)
-        return refused.exit_code
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

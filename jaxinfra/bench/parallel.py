@@ -1,43 +1,40 @@
-"""`python -m launch bench parallel`: the step on each mesh axis and pipeline schedule, against the plain form.
+"""`python -m launch bench parallel`: times every mesh axis and pipeline schedule against plain FSDP.
 
-Eight emulated devices share the cores of this machine, so a ratio says how much more work a form is, bubbles and
-recomputation included, and what its collectives copy; not how fast links are. Both sides step in turns A B A B in one
-process; a ratio is the median of those of the pairs.
+The eight devices are emulated on the cores of this machine. So a ratio shows the additional work of a mesh, such as
+pipeline bubbles, recomputation and the copies of its collectives, but not the speed of links.
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from jaxinfra.bench import last
-from jaxinfra.bench.children import asked
-from jaxinfra.bench.table import Cases, Columns, Findings, Row, in_turns, ratio
+from jaxinfra.bench import merge_overrides
+from jaxinfra.bench.subprocesses import run_module
+from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
 from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineConfig
 
-DEVICES = 8
-PLAIN = ("mesh.fsdp=8",)
+NUM_DEVICES = 8
+FSDP = ("mesh.fsdp=8",)
 MICROBATCHES = 8
-STAGES = ("mesh.stage=4", "mesh.fsdp=2")
-SIZE = ("data.seq_len=128", "train.global_batch=64", "model.layers=8", "model.remat=full")
-"""Rows enough for eight microbatches on every mesh, layers enough for two chunks on each of four stages."""
-AXES = ("replica=8", "fsdp=4 tensor=2", "tensor=8", "fsdp=4 context=2", "context=8", "fsdp=4 stage=2")
-EXPERTS = ("replica=8", "fsdp=4 expert=2", "expert=8", "expert=4 tensor=2")
+# Enough samples for eight microbatches on every mesh, enough layers for two chunks on each of four stages.
+DENSE_MODEL = ("data.seq_len=128", "train.global_batch=64", "model.layers=8", "model.remat=full")
+MOE_CONFIG = "configs/parity_moe.py"
+DENSE_MESHES = ("replica=8", "fsdp=4 tensor=2", "tensor=8", "fsdp=4 context=2", "context=8", "fsdp=4 stage=2")
+MOE_MESHES = ("replica=8", "fsdp=4 expert=2", "expert=8", "expert=4 tensor=2")
 SCHEDULES = (
     PipelineConfig(schedule="gpipe"),
     PipelineConfig(schedule="1f1b"),
     PipelineConfig(schedule="interleaved", chunks=2),
     PipelineConfig(schedule="zero_bubble"),
 )
-MOE = "configs/parity_moe.py"
-"""The model of `experts`."""
-
 
 COLUMNS: Columns = {
-    "case": ("case", str),
-    "step_ms": ("step", "{:.1f} ms".format),
-    "plain_ms": ("fsdp=8", "{:.1f} ms".format),  # in turns with the step
-    "ratio": ("ratio", "{:.3f}".format),
-    "formula": ("by the formula", "{:.3f}".format),  # the ratio that the schedule alone makes, where there is one
+    "case": ("case", ""),
+    "step_ms": ("step", "{:.1f} ms"),
+    "fsdp_ms": ("fsdp=8", "{:.1f} ms"),
+    "ratio": ("ratio", "{:.3f}"),
+    "expected": ("expected of the schedule", "{:.3f}"),
 }
 
 
@@ -45,51 +42,54 @@ def _row(
     options: argparse.Namespace,
     case: str,
     mesh: Sequence[str],
-    plain: Sequence[str],
-    *,
+    *shared: str,
     config: str | None = None,
-    formula: float | None = None,
-) -> Row:
-    """Measures both sides in a process of their own."""
-    changes = (*(() if config else SIZE), *options.overrides)
-    request = {"kind": "meshes", "config": config or options.config, "pairs": options.pairs}
-    sides = {"overrides": last((*changes, *mesh)), "plain": last((*changes, *plain))}
-    times_s = asked("measure", DEVICES, **request, **sides)
-    step_s, plain_s = times_s["mesh"], times_s["plain"]
-    times_ms = {"step_ms": 1e3 * median(step_s), "plain_ms": 1e3 * median(plain_s)}
-    return {"case": case, **times_ms, "ratio": ratio(step_s, plain_s), "formula": formula}
+    expected: float | None = None,
+) -> TableRow:
+    """Times a mesh and FSDP in one process; both have the overrides `shared`."""
+    overrides = (*(() if config else DENSE_MODEL), *options.overrides)
+    request = {"kind": "meshes", "config": config or options.config, "num_rounds": options.pairs}
+    request["overrides"] = merge_overrides((*overrides, *mesh, *shared))
+    request["fsdp_overrides"] = merge_overrides((*overrides, *FSDP, *shared))
+    times_s = json.loads(run_module("measure", NUM_DEVICES, **request))
+    return {
+        "case": case,
+        "step_ms": 1e3 * median(times_s["mesh"]),
+        "fsdp_ms": 1e3 * median(times_s["fsdp"]),
+        "ratio": median_ratio(times_s["mesh"], times_s["fsdp"]),
+        "expected": expected,
+    }
 
 
 def _mesh(sizes: str) -> tuple[str, ...]:
     return ("mesh.fsdp=1", *(f"mesh.{size}" for size in sizes.split()))
 
 
-def axes(options: argparse.Namespace) -> Iterator[Row]:
-    """A dense model, one axis after the other; stages with as many microbatches as the plain form."""
-    for sizes in AXES:
-        accumulate = ("train.accumulate=4",) if "stage" in sizes else ()
-        yield _row(options, sizes, (*_mesh(sizes), *accumulate), (*PLAIN, *accumulate))
+def axes(options: argparse.Namespace) -> Iterator[TableRow]:
+    """Times a dense model on each mesh axis."""
+    for sizes in DENSE_MESHES:
+        yield _row(options, sizes, _mesh(sizes), *(["train.accumulate=4"] if "stage" in sizes else []))
 
 
-def experts(options: argparse.Namespace) -> Iterator[Row]:
-    """A mixture of experts."""
-    for sizes in EXPERTS:
-        yield _row(options, f"experts: {sizes}", _mesh(sizes), PLAIN, config=MOE)
+def experts(options: argparse.Namespace) -> Iterator[TableRow]:
+    """Times a mixture of experts."""
+    for sizes in MOE_MESHES:
+        yield _row(options, f"experts: {sizes}", _mesh(sizes), config=MOE_CONFIG)
 
 
-def schedules(options: argparse.Namespace) -> Iterator[Row]:
-    """Four stages by two, eight microbatches: what a schedule costs is its time over that of its work alone."""
-    accumulate = f"train.accumulate={MICROBATCHES}"
+def schedules(options: argparse.Namespace) -> Iterator[TableRow]:
+    """Times each pipeline schedule on four stages; the expected ratio is its length over that of its work alone."""
     for pipeline in SCHEDULES:
-        formula = pipeline.make_schedule(4, MICROBATCHES).total_cost / ((FORWARD_COST + BACKWARD_COST) * MICROBATCHES)
-        chosen = (f"pipeline.schedule={pipeline.schedule}", f"pipeline.chunks={pipeline.chunks}")
+        expected = pipeline.make_schedule(4, MICROBATCHES).total_cost / ((FORWARD_COST + BACKWARD_COST) * MICROBATCHES)
+        schedule = (f"pipeline.schedule={pipeline.schedule}", f"pipeline.chunks={pipeline.chunks}")
         case = f"stage=4 fsdp=2, {MICROBATCHES} microbatches, {pipeline.schedule}"
-        yield _row(options, case, (*STAGES, accumulate, *chosen), (*PLAIN, accumulate), formula=formula)
+        mesh = ("mesh.stage=4", "mesh.fsdp=2", *schedule)
+        yield _row(options, case, mesh, f"train.accumulate={MICROBATCHES}", expected=expected)
 
 
 CASES: Cases = {"axes": axes, "experts": experts, "schedules": schedules}
 
 
-def run(options: argparse.Namespace) -> Findings:
-    """Measures the chosen parts, or all."""
-    return in_turns(options, CASES, COLUMNS)
+def run(options: argparse.Namespace) -> BenchmarkResult:
+    """Measures the cases that `--only` names, or all."""
+    return run_cases(options, CASES, COLUMNS)

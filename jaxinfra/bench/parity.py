@@ -1,7 +1,7 @@
-"""Parity of meshes: loss and every gradient of small models on every mesh, against one device.
+"""Compares loss and gradients of small models on every mesh with those on one device.
 
-Every way to spread the devices over the six mesh axes, each in two orders of the devices. What a mesh computes is
-the same sums in another order; in float32 they may differ by rounding, and by no more than `BOUND`.
+Every split of the devices over the six mesh axes is tried, each with two orders of the devices. A mesh only changes the
+order in which float32 sums are computed, so results may differ by rounding, at most by `TOLERANCE`.
 """
 
 import dataclasses
@@ -25,206 +25,223 @@ from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, of_text
 
-BOUND = 2e-5
-"""Largest difference of an array, as a part of its largest value."""
+TOLERANCE = 2e-5
+"""Largest difference of an array, relative to its largest value."""
 ROUNDING = 1e-6
-"""An array whose largest value is a smaller part of that of all gradients is zero but for rounding."""
+"""A gradient whose largest value is below this part of the largest of all gradients is zero except for rounding."""
 MICROBATCHES = 4
-"""Microbatches of a step on a mesh; one device takes the whole batch."""
+"""Microbatches per step on a mesh; one device computes the whole batch at once."""
 
+type PyTree = Any
 type Arrays = Mapping[str, np.ndarray]
 
 
-class WorkerError(JaxinfraError):
+class ParityWorkerError(JaxinfraError):
     """A process that compared meshes died."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One mesh: differences from one device, relative.
+class MeshDifference:
+    """Relative differences of one mesh from one device.
 
     Attributes:
-        config: which model.
-        mesh: the sizes of the axes above 1.
-        loss: of the loss.
-        gradient: of the gradient that differs most.
-        leaf: the parameter of that gradient.
-        permuted: the larger of both with the devices in another order.
+        config: name of the config.
+        mesh: sizes of the axes above 1.
+        loss: difference of the loss.
+        gradient: largest difference of a gradient.
+        parameter: the parameter with that gradient.
+        permuted: largest difference with the devices in another order.
     """
 
     config: str
     mesh: str
     loss: float
     gradient: float
-    leaf: str
+    parameter: str
     permuted: float
 
     @property
     def worst(self) -> float:
-        """The largest of its differences; NaN if any is."""
-        return max((self.loss, self.gradient, self.permuted), key=_badness)
+        """The largest difference; NaN if any is NaN."""
+        return max((self.loss, self.gradient, self.permuted), key=_nan_is_largest)
 
 
-def meshes(devices: int) -> list[MeshConfig]:
-    """Every way to spread so many devices over the six axes; one device for all comes first."""
-    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
-    spread = (found for found in itertools.product(sizes, repeat=len(AXES)) if math.prod(found) == devices)
-    return [MeshConfig(**dict(zip(AXES, found, strict=True))) for found in spread]
+def all_meshes(num_devices: int) -> list[MeshConfig]:
+    """Returns every split of the devices over the six mesh axes."""
+    divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    splits = (sizes for sizes in itertools.product(divisors, repeat=len(AXES)) if math.prod(sizes) == num_devices)
+    return [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in splits]
 
 
-def loaded(config: str, overrides: Sequence[str]) -> Run:
-    """The run of a config, which must be of a model of text, in float32 throughout."""
+def load_text_run(config: str, overrides: Sequence[str]) -> Run:
+    """Loads a config of a language model, with all precision set to float32."""
     run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
     of_text(run)
     return run
 
 
-def on(run: Run, mesh: MeshConfig, microbatches: int) -> Run:
-    """The run on a mesh; a ConfigError where it does not fit."""
+def with_mesh(run: Run, mesh: MeshConfig, microbatches: int) -> Run:
+    """Returns the run with another mesh; raises ConfigError if it does not fit."""
     run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
     validate(run)
     return run
 
 
-def batch_of(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens `[global_batch, seq_len]`; with document masks two documents a row, and some weights of zero."""
-    draw, (model, data) = np.random.default_rng(seed), of_text(run)
-    rows, length = run.train.global_batch, data.seq_len
-    words = draw.integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
-    batch = {"inputs": words[:, :-1], "targets": words[:, 1:]}
+def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns random tokens `[global_batch, seq_len]`.
+
+    With document masks each row has two documents, and a fifth of the weights are zero.
+    """
+    rng, (model, data) = np.random.default_rng(seed), of_text(run)
+    batch_size, seq_len = run.train.global_batch, data.seq_len
+    tokens = rng.integers(0, model.vocab_size, (batch_size, seq_len + 1), dtype=np.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     if data.mask_documents:
-        cut, place = draw.integers(1, length, (rows, 1)), np.arange(length)
-        batch["segments"] = (place >= cut).astype(np.int32)
-        batch["positions"] = np.where(place >= cut, place - cut, place).astype(np.int32)
-        batch["weights"] = (draw.random((rows, length)) > 0.2).astype(np.float32)
+        second_start, positions = rng.integers(1, seq_len, (batch_size, 1)), np.arange(seq_len)
+        in_second = positions >= second_start
+        batch["segments"] = in_second.astype(np.int32)
+        batch["positions"] = np.where(in_second, positions - second_start, positions).astype(np.int32)
+        batch["weights"] = (rng.random((batch_size, seq_len)) > 0.2).astype(np.float32)
     return batch
 
 
-def program_of(run: Run, order: Sequence[int] | None = None) -> Program:
-    """The program of a run on the first devices here, in their own order or in another."""
+def make_program(run: Run, order: Sequence[int] | None = None) -> Program:
+    """Builds the program of a run on the first devices, in their own order or in another."""
     mesh = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
     return Program(run, mesh if order is None else permute_devices(mesh, order))
 
 
-def put(values: Any, like: Any) -> Any:
-    """Host arrays on the devices, sharded like `ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), values, like)
+def put_like(values: PyTree, like: PyTree) -> PyTree:
+    """Puts host arrays on devices with the shardings of a tree of `ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, like)
 
 
-def computed(program: Program, batch: Mapping[str, np.ndarray], params: Any = None, step: int = 0) -> Arrays:
-    """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`, at one point.
+def loss_and_gradients(
+    program: Program, batch: Mapping[str, np.ndarray], params: PyTree | None = None, step: int = 0
+) -> Arrays:
+    """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`.
 
-    Batch and parameters are on the host, or the parameters are the first of the run; dropout masks are those of `step`.
+    `params` are host arrays; None initializes them from the run's seed. `step` selects the dropout masks.
     """
     with program.on_mesh, jax.default_matmul_precision("highest"):
-        first = params is None
-        placed = program.init(jax.random.key(program.run.seed)).params if first else put(params, program.params)
-        expected = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
-        grads, sums = program.gradients(placed, program.with_words(put(dict(batch), expected), step))
+        if params is None:
+            placed = program.init(jax.random.key(program.run.seed)).params
+        else:
+            placed = put_like(params, program.params)
+        like = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
+        grads, sums = program.gradients(placed, program.with_words(put_like(dict(batch), like), step))
         leaves = jax.tree.leaves_with_path({"sum": sums, "grad": grads})
         return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 
-def differences(found: Arrays, wanted: Arrays) -> dict[str, float]:
-    """Returns the largest difference of each array, relative to its largest value; NaN where a value is NaN.
+def relative_differences(actual: Arrays, expected: Arrays) -> dict[str, float]:
+    """Returns the largest difference of each array relative to its largest expected value; NaN if a value is NaN.
 
-    Of a gradient that is zero but for rounding (the bias of keys, which no score depends on): as a part of what
-    rounding may be, so that `BOUND` is passed where `ROUNDING` of the largest gradient is.
+    Some gradients are zero except for rounding, such as that of the key bias, on which no attention weight depends.
+    Their difference is scaled so that it is `TOLERANCE` where it is `ROUNDING` of the largest gradient.
     """
-    assert found.keys() == wanted.keys()
-    sizes = {name: float(np.abs(one).max()) for name, one in wanted.items()}
-    zero = ROUNDING * max((size for name, size in sizes.items() if not name.startswith("sum.")), default=0.0)
-    return {
-        name: float(np.abs(found[name] - one).max()) / (sizes[name] if sizes[name] > zero else (zero / BOUND or 1.0))
-        for name, one in wanted.items()
-    }
+    assert actual.keys() == expected.keys()
+    largest = {name: float(np.abs(array).max()) for name, array in expected.items()}
+    zero = ROUNDING * max((size for name, size in largest.items() if not name.startswith("sum.")), default=0.0)
+    scales = {name: size if size > zero else (zero / TOLERANCE or 1.0) for name, size in largest.items()}
+    return {name: float(np.abs(actual[name] - array).max()) / scales[name] for name, array in expected.items()}
 
 
-def rows(configs: Sequence[str], overrides: Sequence[str], part: int, parts: int) -> Iterator[Row]:
-    """Compares every `parts`-th mesh, from the `part`-th on; that all fit is checked before the first is computed."""
-    devices = len(jax.devices())
-    order = np.random.default_rng(1).permutation(devices).tolist()
-    chosen = meshes(devices)[part::parts]
-    spread = {config: [_fitting(config, overrides, mesh) for mesh in chosen] for config in configs if chosen}
-    for config, runs in spread.items():
-        wanted = _compared(on(runs[0], MeshConfig(fsdp=1), 1))
+def compare_meshes(
+    configs: Sequence[str], overrides: Sequence[str], worker: int, num_workers: int
+) -> Iterator[MeshDifference]:
+    """Compares every `num_workers`-th mesh, starting with number `worker`.
+
+    Before anything is computed, it checks that every config fits every mesh.
+    """
+    num_devices = len(jax.devices())
+    permutation = np.random.default_rng(1).permutation(num_devices).tolist()
+    meshes = all_meshes(num_devices)[worker::num_workers]
+    runs_of = {config: [_run_on(config, overrides, mesh) for mesh in meshes] for config in configs if meshes}
+    for config, runs in runs_of.items():
+        expected = _loss_and_gradients(with_mesh(runs[0], MeshConfig(fsdp=1), 1))
         for run in runs:
-            plain = differences(_compared(run), wanted)
-            loss = plain.pop("sum.loss")
-            leaf = max(plain, key=lambda name: _badness(plain[name]))
-            shuffled = differences(_compared(run, order), wanted)
-            yield Row(
+            differences = relative_differences(_loss_and_gradients(run), expected)
+            permuted = relative_differences(_loss_and_gradients(run, permutation), expected)
+            loss = differences.pop("sum.loss")
+            worst = max(differences, key=lambda name: _nan_is_largest(differences[name]))
+            yield MeshDifference(
                 config=Path(config).stem,
-                mesh=_named(run.mesh),
+                mesh=_mesh_name(run.mesh),
                 loss=loss,
-                gradient=plain[leaf],
-                leaf=leaf.removeprefix("grad."),
-                permuted=max(shuffled.values(), key=_badness),
+                gradient=differences[worst],
+                parameter=worst.removeprefix("grad."),
+                permuted=max(permuted.values(), key=_nan_is_largest),
             )
 
 
-def _compared(run: Run, order: Sequence[int] | None = None) -> Arrays:
-    """The loss and every gradient, from the first parameters of the run."""
-    found = computed(program_of(run, order), batch_of(run))
-    return {name: one for name, one in found.items() if name == "sum.loss" or name.startswith("grad.")}
+def _loss_and_gradients(run: Run, order: Sequence[int] | None = None) -> Arrays:
+    arrays = loss_and_gradients(make_program(run, order), random_batch(run))
+    return {name: array for name, array in arrays.items() if name == "sum.loss" or name.startswith("grad.")}
 
 
-def _fitting(config: str, overrides: Sequence[str], mesh: MeshConfig) -> Run:
+def _run_on(config: str, overrides: Sequence[str], mesh: MeshConfig) -> Run:
     try:
-        return on(loaded(config, overrides), mesh, MICROBATCHES)
+        return with_mesh(load_text_run(config, overrides), mesh, MICROBATCHES)
     except ConfigError as error:
-        raise ConfigError(f"{config} on the mesh {_named(mesh)}, one of those that parity spreads: {error}") from error
+        raise ConfigError(f"{config} on {_mesh_name(mesh)}, one of the meshes that parity compares: {error}") from error
 
 
-def _badness(difference: float) -> tuple[bool, float]:
+def _nan_is_largest(difference: float) -> tuple[bool, float]:
     return math.isnan(difference), difference
 
 
-def _named(mesh: MeshConfig) -> str:
+def _mesh_name(mesh: MeshConfig) -> str:
     return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
 
 
-def _worker(out: Connection, *part: Any) -> None:
-    """Sends rows, or the error that ended them; leaves when its parent does."""
+def _worker(out: Connection, configs: Sequence[str], overrides: Sequence[str], worker: int, num_workers: int) -> None:
+    """Sends the differences, or the error that ended the comparison; exits when the parent process does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
-        for row in rows(*part):
-            out.send(row)
+        for difference in compare_meshes(configs, overrides, worker, num_workers):
+            out.send(difference)
     except JaxinfraError as error:
         out.send(error)
 
 
-def shared_out(configs: Sequence[str], overrides: Sequence[str], jobs: int) -> Iterator[Row]:
-    """The rows of all meshes, as so many processes come to them; a WorkerError where one of these died."""
+def compare_in_processes(
+    configs: Sequence[str], overrides: Sequence[str], num_workers: int
+) -> Iterator[MeshDifference]:
+    """Compares all meshes in worker processes, and yields the differences as they are computed.
+
+    Raises:
+        ParityWorkerError: a worker died.
+    """
     context = multiprocessing.get_context("spawn")
     workers = {}
-    for number in range(jobs):
+    for worker in range(num_workers):
         reader, writer = context.Pipe(duplex=False)
-        part = (writer, tuple(configs), tuple(overrides), number, jobs)
-        workers[reader] = context.Process(target=_worker, args=part, daemon=True)
+        arguments = (writer, tuple(configs), tuple(overrides), worker, num_workers)
+        workers[reader] = context.Process(target=_worker, args=arguments, daemon=True)
         workers[reader].start()
-        writer.close()  # the worker's is then the only one, and its end is seen here
+        writer.close()  # the worker has the only writer left, so its exit ends the pipe
     while workers:
         for reader in wait(list(workers)):
             assert isinstance(reader, Connection)
             try:
-                said = reader.recv()
+                received = reader.recv()
             except EOFError:
-                worker = workers.pop(reader)
-                worker.join()
-                if worker.exitcode:
-                    raise WorkerError(
-                        f"a process that compared meshes ended with {worker.exitcode}; the reason is what it said "
-                        "last, or a lack of memory: use --jobs 1"
+                process = workers.pop(reader)
+                process.join()
+                if process.exitcode:
+                    raise ParityWorkerError(
+                        f"a parity worker exited with code {process.exitcode}: see its last message above; "
+                        "if there is none, memory was probably too small: use --jobs 1"
                     ) from None
                 continue
-            if isinstance(said, JaxinfraError):
-                raise said
-            yield said
+            if isinstance(received, JaxinfraError):
+                raise received
+            yield received

@@ -1,8 +1,7 @@
-"""`python -m launch bench prepare`: tokens from text, by `data prepare` and by `datasets.map`, with one worker and two.
+"""`python -m launch bench prepare`: tokenizes text with `data prepare` and with `datasets.map`, by one and two workers.
 
-The same text, the same tokenizer, one thread a worker. Each turn is a process of its own, which times the work alone:
-of `prepare` all from the list of files to the published version, of `map` all from the texts in its table to the
-tokens on disk.
+Text, tokenizer and threads per worker (one) are the same. Every measurement is a process of its own. `prepare` is timed
+from the list of files to the published store, `map` from the texts in memory to the tokens on disk.
 """
 
 import argparse
@@ -16,142 +15,144 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from jaxinfra.bench.children import output
-from jaxinfra.bench.table import Columns, Findings, Row, ratio, table
+from tokenizers import Tokenizer
+
+from jaxinfra.bench.subprocesses import run_command
+from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.record import Found
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TokenizerFile, train_bpe
 
-OURS, THEIRS = "prepare", "map"
-TITLES = {OURS: "data prepare", THEIRS: "datasets.map"}
-WORKERS = (1, 2)
-TURNS = 5
-VOCABULARY = 8192
+PREPARE, MAP = "prepare", "map"
+TITLES = {PREPARE: "data prepare", MAP: "datasets.map"}
+NUM_WORKERS = (1, 2)
+MAX_ROUNDS = 5
+VOCAB_SIZE = 8192
 COLUMNS: Columns = {
-    "side": ("tokens by", str),
-    "median_s": ("s", "{:.2f}".format),
-    "mb_per_s": ("MB/s", "{:.2f}".format),
-    "mtok_per_s": ("Mtok/s", "{:.2f}".format),
-    "of_one_worker": ("of one worker", "{:.2f}".format),
-    "of_datasets": ("of datasets.map", "{:.2f}".format),
+    "side": ("tokenized by", ""),
+    "median_s": ("s", "{:.2f}"),
+    "mb_per_s": ("MB/s", "{:.2f}"),
+    "mtok_per_s": ("Mtok/s", "{:.2f}"),
+    "vs_one_worker": ("vs. one worker", "{:.2f}"),
+    "vs_map": ("vs. datasets.map", "{:.2f}"),
 }
-GOALS = "Goals: two workers 1.6 times one, and at least as fast as datasets.map."
+GOALS = "Goals: two workers are 1.6 times as fast as one, and data prepare is at least as fast as datasets.map."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Side:
-    """What is timed: who tokenises, with how many workers."""
+class TokenizeCase:
+    """What is timed: a tool, "prepare" or "map", and its number of workers."""
 
-    maker: str
-    workers: int
+    tool: str
+    num_workers: int
 
     @property
     def title(self) -> str:
-        """As in the table."""
-        return f"{TITLES[self.maker]}, {self.workers} worker{'s' if self.workers > 1 else ''}"
+        """The first cell of its row."""
+        return f"{TITLES[self.tool]}, {self.num_workers} worker{'s' if self.num_workers > 1 else ''}"
 
 
-def sides(chosen: Sequence[str] | None) -> list[Side]:
-    """Those that are chosen, or ours and those of `datasets` where it is installed."""
-    makers = chosen or [OURS, *([THEIRS] if importlib.util.find_spec("datasets") else [])]
-    return [Side(maker=maker, workers=workers) for maker in makers for workers in WORKERS]
+def make_cases(tools: Sequence[str] | None) -> list[TokenizeCase]:
+    """Returns the cases of some tools; None is all that are installed."""
+    tools = tools or [PREPARE, *([MAP] if importlib.util.find_spec("datasets") else [])]
+    return [TokenizeCase(tool=tool, num_workers=n) for tool in tools for n in NUM_WORKERS]
 
 
-def texts(source: TextFiles) -> list[str]:
-    """All texts of the files that can be read."""
-    found = (each for piece in source.pieces(1 << 40) for each in source.read(piece))
-    return [each.record["text"] for each in found if isinstance(each, Found)]
+def read_texts(source: TextFiles) -> list[str]:
+    """Reads all files; files that cannot be decoded are left out."""
+    records = (record for piece in source.pieces(1 << 40) for record in source.read(piece))
+    return [record.record["text"] for record in records if isinstance(record, Found)]
 
 
-def ours(source: TextFiles, tokenizer: Path, workers: int, folder: Path) -> float:
-    """Seconds that `prepare` takes."""
+def time_prepare(source: TextFiles, tokenizer: Path, num_workers: int, folder: Path) -> float:
+    """Returns the seconds of `prepare`."""
     recipe = Corpus(
         store=str(folder / "store"), source=source, tokenizer=TokenizerFile(path=str(tokenizer)), on_bad="skip"
     )
     start_s = time.perf_counter()
-    prepare(recipe, workers=workers)
+    prepare(recipe, workers=num_workers)
     return time.perf_counter() - start_s
 
 
-def encode(tokenizer: Any, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-    """What `map` applies to a batch."""
+def encode_batch(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    """Tokenizes a batch of `datasets.map`; a module-level function, so that workers can unpickle it."""
     return {"ids": [each.ids for each in tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)]}
 
 
-def theirs(source: TextFiles, tokenizer: Path, workers: int, folder: Path) -> float:
-    """Seconds that `datasets.map` takes."""
+def time_map(source: TextFiles, tokenizer: Path, num_workers: int, folder: Path) -> float:
+    """Returns the seconds of `datasets.map`."""
     import datasets
-    from tokenizers import Tokenizer
 
     datasets.disable_progress_bars()
-    backend = Tokenizer.from_file(str(tokenizer))
-    documents = datasets.Dataset.from_dict({"text": texts(source)})
+    documents = datasets.Dataset.from_dict({"text": read_texts(source)})
+    encode = partial(encode_batch, Tokenizer.from_file(str(tokenizer)))
     start_s = time.perf_counter()
     documents.map(
-        partial(encode, backend),
+        encode,
         batched=True,
-        num_proc=workers if workers > 1 else None,
+        num_proc=num_workers if num_workers > 1 else None,
         remove_columns=["text"],
         cache_file_name=str(folder / "tokens.arrow"),
     )
     return time.perf_counter() - start_s
 
 
-def timed_s(side: Side, root: str, pattern: str, tokenizer: Path) -> float:
-    """Seconds of one turn, in a process of its own."""
-    words = (side.maker, str(side.workers), root, pattern, str(tokenizer))
-    command = [sys.executable, "-m", "jaxinfra.bench.prepare", *words]
-    environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return float(output(command, environment).split()[-1])
+def time_in_subprocess(case: TokenizeCase, source: TextFiles, tokenizer: Path) -> float:
+    """Returns the seconds of one case, measured in a new process."""
+    arguments = (case.tool, str(case.num_workers), source.root, source.pattern, str(tokenizer))
+    command = [sys.executable, "-m", "jaxinfra.bench.prepare", *arguments]
+    env = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return float(run_command(command, env).split()[-1])
 
 
-def run(options: argparse.Namespace) -> Findings:
-    """Measures every side in turns."""
+def run(options: argparse.Namespace) -> BenchmarkResult:
+    """Times all cases, round by round."""
     source = TextFiles(root=options.text, pattern="**/*") if options.text else TextFiles()
-    every = texts(source)
-    n_bytes, turns = sum(len(text.encode()) for text in every), min(options.pairs, TURNS)
-    times_s: dict[Side, list[float]] = {side: [] for side in sides(options.only)}
-    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as name:
-        path = Path(name) / "tokenizer.json"
-        trained = train_bpe(every, vocab_size=VOCABULARY, end_of_document="<|endoftext|>")
-        path.write_bytes(trained.content)
-        tokens = sum(map(len, trained.encode_batch(every)))
-        for turn in range(turns):
-            for side in times_s:
-                print(f"turn {turn + 1} of {turns}: {side.title} ...", file=sys.stderr, flush=True)
-                times_s[side].append(timed_s(side, source.root, source.pattern, path))
-    found = list(rows(times_s, n_bytes, tokens))
-    note = f"{len(every):,} files, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens; medians of {turns} turns"
-    return Findings(text=f"{table(COLUMNS, found)}\n\n{GOALS}", note=note, figures={"rows": found})
+    texts = read_texts(source)
+    n_bytes, num_rounds = sum(len(text.encode()) for text in texts), min(options.pairs, MAX_ROUNDS)
+    times_s: dict[TokenizeCase, list[float]] = {case: [] for case in make_cases(options.only)}
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
+        path = Path(folder) / "tokenizer.json"
+        tokenizer = train_bpe(texts, vocab_size=VOCAB_SIZE, end_of_document="<|endoftext|>")
+        path.write_bytes(tokenizer.content)
+        num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        for round_number in range(1, num_rounds + 1):
+            for case in times_s:
+                print(f"round {round_number} of {num_rounds}: {case.title} ...", file=sys.stderr, flush=True)
+                times_s[case].append(time_in_subprocess(case, source, path))
+    rows = list(make_rows(times_s, n_bytes, num_tokens))
+    note = f"{len(texts):,} files, {n_bytes / 1e6:.1f} MB, {num_tokens:,} tokens; medians of {num_rounds} rounds"
+    return BenchmarkResult(text=f"{format_table(COLUMNS, rows)}\n\n{GOALS}", note=note, figures={"rows": rows})
 
 
-def rows(times_s: dict[Side, list[float]], n_bytes: int, tokens: int) -> Iterator[Row]:
-    """Yields the lines of the table; ratios are medians of those of the turns."""
+def make_rows(times_s: dict[TokenizeCase, list[float]], n_bytes: int, num_tokens: int) -> Iterator[TableRow]:
+    """Yields a row per case; ratios are medians of the ratios of the rounds."""
 
-    def ratio_to(other: Side, own: Side) -> float | None:
-        return ratio(times_s[other], times_s[own]) if other in times_s and other != own else None
+    def speedup(case: TokenizeCase, **changes: str | int) -> float | None:
+        """Returns how much faster a case is than the same case with changes; None if that was not timed."""
+        other = dataclasses.replace(case, **changes)
+        return median_ratio(times_s[other], times_s[case]) if other in times_s and other != case else None
 
-    for side, own in times_s.items():
+    for case, case_s in times_s.items():
         yield {
-            "side": side.title,
-            "median_s": median(own),
-            "mb_per_s": n_bytes / 1e6 / median(own),
-            "mtok_per_s": tokens / 1e6 / median(own),
-            "of_one_worker": ratio_to(dataclasses.replace(side, workers=1), side),
-            "of_datasets": ratio_to(dataclasses.replace(side, maker=THEIRS), side),
+            "side": case.title,
+            "median_s": median(case_s),
+            "mb_per_s": n_bytes / 1e6 / median(case_s),
+            "mtok_per_s": num_tokens / 1e6 / median(case_s),
+            "vs_one_worker": speedup(case, num_workers=1),
+            "vs_map": speedup(case, tool=MAP),
         }
 
 
-def main(words: Sequence[str]) -> None:
-    """Times one side and prints the seconds: maker, workers, root, pattern, tokenizer."""
-    maker, workers, root, pattern, tokenizer = words
+def main(arguments: Sequence[str]) -> None:
+    """Times one case and prints the seconds; arguments are tool, workers, root, pattern, tokenizer."""
+    tool, num_workers, root, pattern, tokenizer = arguments
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
-        timed = ours if maker == OURS else theirs
-        print(timed(TextFiles(root=root, pattern=pattern), Path(tokenizer), int(workers), Path(folder)))
+        time_tool = time_prepare if tool == PREPARE else time_map
+        print(time_tool(TextFiles(root=root, pattern=pattern), Path(tokenizer), int(num_workers), Path(folder)))
 
 
 if __name__ == "__main__":

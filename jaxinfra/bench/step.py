@@ -1,21 +1,22 @@
-"""`python -m launch bench step`: how much slower than hand-written code the framework is.
+"""`python -m launch bench step`: compares the training step with the hand-written baseline.
 
-Every number is a median over turns A B A B in one process; ratios are medians of the ratios of pairs, since what
-else the machine does hits both sides of a pair alike.
+Both sides run alternately in one process. Times are medians, ratios are medians of the ratios of the rounds.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 
-from jaxinfra.bench import last
-from jaxinfra.bench.children import Times, asked, last_line
-from jaxinfra.bench.start import start
-from jaxinfra.bench.table import Cases, Columns, Findings, Row, in_turns, ratio
+from jaxinfra.bench import merge_overrides
+from jaxinfra.bench.startup import time_startup
+from jaxinfra.bench.subprocesses import Times, last_line, run_module
+from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
 
-DISPATCH = (
+# So small that the host's work dominates the step.
+DISPATCH_MODEL = (
     "model.layers=2",
     "model.width=64",
     "model.heads=4",
@@ -24,20 +25,17 @@ DISPATCH = (
     "data.seq_len=32",
     "train.global_batch=8",
 )
-"""A model so small that the host's work on a step is all there is to see."""
-LAYOUT_PAIRS = 5
-"""Turns with naive layouts, which are slow and need no precision."""
-START_PAIRS = 5
-AGAINST_TURNS = 3
+MAX_LAYOUT_ROUNDS = 5  # naive matmuls are slow, and their ratio is far from 1
+MAX_STARTUP_ROUNDS = 5
+MAX_AGAINST_ROUNDS = 3
 
 COLUMNS: Columns = {
-    "case": ("case", str),
-    "jaxinfra": ("jaxinfra", str),
-    "bare": ("bare", str),
-    "ratio": ("ratio", "{:.3f}".format),
-    "goal": ("goal", str),
+    "case": ("case", ""),
+    "jaxinfra": ("jaxinfra", ""),
+    "baseline": ("baseline", ""),
+    "ratio": ("ratio", "{:.3f}"),
+    "goal": ("goal", ""),
 }
-"""Two sides, the ratio of the first to the second, and what it should be."""
 
 
 def _ms(times_s: Sequence[float], digits: int = 1) -> str:
@@ -51,75 +49,87 @@ def _row(
     goal: str,
     *,
     notes: tuple[str, str] = ("", ""),
-    written: Callable[[Sequence[float]], str] = _ms,
-) -> Row:
-    first, second = (f"{written(times_s)}{note}" for times_s, note in zip((first_s, second_s), notes, strict=True))
-    return {"case": case, "jaxinfra": first, "bare": second, "ratio": ratio(first_s, second_s), "goal": goal}
+    format_times: Callable[[Sequence[float]], str] = _ms,
+) -> TableRow:
+    return {
+        "case": case,
+        "jaxinfra": format_times(first_s) + notes[0],
+        "baseline": format_times(second_s) + notes[1],
+        "ratio": median_ratio(first_s, second_s),
+        "goal": goal,
+    }
 
 
-def measured(options: argparse.Namespace, kind: str, *overrides: str, devices: int = 1, pairs: int = 0) -> Times:
-    """Returns times of a kind (see `measure.KINDS`), with these overrides after those of the command line."""
-    changes = last((*options.overrides, f"mesh.fsdp={devices}", *overrides))
-    pairs = pairs or options.pairs
-    return asked("measure", devices, kind=kind, config=options.config, overrides=changes, pairs=pairs)
+def measure(
+    options: argparse.Namespace, kind: str, *overrides: str, num_devices: int = 1, max_rounds: int | None = None
+) -> Times:
+    """Measures one of `measure.KINDS` in a new process; `overrides` come after those of the command line."""
+    overrides_ = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", *overrides])
+    num_rounds = options.pairs if max_rounds is None else min(options.pairs, max_rounds)
+    request = {"kind": kind, "config": options.config, "overrides": overrides_, "num_rounds": num_rounds}
+    return json.loads(run_module("measure", num_devices, **request))
 
 
-def step_rows(options: argparse.Namespace, dtype: str, devices: int) -> Iterator[Row]:
-    """Times a whole step; in bfloat16 also what the layouts of its products are worth."""
-    where = f"step, {dtype}, {'one device' if devices == 1 else f'fsdp={devices}, emulated'}"
-    timed = partial(measured, options, devices=devices)
-    times_s = timed("step", f"precision.compute={dtype}")
-    yield _row(where, times_s["jaxinfra"], times_s["bare"], "<= 1.02")
+def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iterator[TableRow]:
+    """Times whole steps; in bfloat16 also the baseline with naive matmuls, to show what fast layouts gain."""
+    case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
+    precision = f"precision.compute={dtype}"
+    times_s = measure(options, "step", precision, num_devices=num_devices)
+    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
     if options.against is not None:
-        yield from against_rows(options, dtype, devices, where)
+        yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":
-        times_s = timed("layouts", f"precision.compute={dtype}", pairs=min(options.pairs, LAYOUT_PAIRS))
-        case = f"bare {where}: naive products against fast layouts"
-        yield _row(case, times_s["naive"], times_s["bare"], "> 1", notes=(" (naive)", ""))
+        times_s = measure(options, "layouts", precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS)
+        case = f"baseline {case}: naive matmuls against fast layouts"
+        yield _row(case, times_s["naive"], times_s["baseline"], "> 1", notes=(" (naive)", ""))
 
 
-def against_rows(options: argparse.Namespace, dtype: str, devices: int, where: str) -> Iterator[Row]:
-    """Times a whole step against that of another script, each side in processes of its own, in turns."""
-    script, short = options.against, {"float32": "f32"}.get(dtype, "bf16")
-    words = ["--devices", str(devices), "--fsdp", str(devices), "--dtype", short]
-    found: list[dict[str, float]] = []
-    for _ in range(min(options.pairs, AGAINST_TURNS)):
-        times_s = measured(options, "alone", f"precision.compute={dtype}", devices=devices)
-        theirs = last_line([sys.executable, str(script), *words], devices)["median_step_ms"] / 1e3
-        found.append({name: median(each) for name, each in times_s.items()} | {"theirs": theirs})
-    sides = {name: [turn[name] for turn in found] for name in found[0]}
-    for name, note, goal in (("jaxinfra", "", "<= 1.02"), ("bare", " (bare)", "about 1 or less")):
-        case, notes = f"{where}: {name} against {script.name}", (note, f" ({script.name})")
-        yield _row(case, sides[name], sides["theirs"], goal, notes=notes)
+def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case: str) -> Iterator[TableRow]:
+    """Times whole steps against the script of `--against`, each side in processes of its own."""
+    script, short_dtype = options.against, {"float32": "f32"}.get(dtype, "bf16")
+    words = ["--devices", str(num_devices), "--fsdp", str(num_devices), "--dtype", short_dtype]
+    rounds: list[dict[str, float]] = []
+    for _ in range(min(options.pairs, MAX_AGAINST_ROUNDS)):
+        times_s = measure(options, "alone", f"precision.compute={dtype}", num_devices=num_devices)
+        answer = json.loads(last_line([sys.executable, str(script), *words], num_devices))
+        rounds.append({side: median(each) for side, each in times_s.items()})
+        rounds[-1]["script"] = answer["median_step_ms"] / 1e3
+    sides = {side: [each[side] for each in rounds] for side in rounds[0]}
+    for side, note, goal in (("jaxinfra", "", "<= 1.02"), ("baseline", " (baseline)", "about 1 or less")):
+        title, notes = f"{case}: {side} against {script.name}", (note, f" ({script.name})")
+        yield _row(title, sides[side], sides["script"], goal, notes=notes)
 
 
-def dispatch_rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Times the host's work on a small step: of the call alone, and of a turn of the training loop."""
-    times_s = measured(options, "dispatch", *DISPATCH)
+def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
+    """Times the host's work on a small step: the dispatch alone, and one iteration of the training loop."""
+    times_s = measure(options, "dispatch", *DISPATCH_MODEL)
     ms = partial(_ms, digits=3)
-    case = "dispatch: call of the step, devices idle"
-    yield _row(case, times_s["jaxinfra"], times_s["bare"], "<= 0.5 ms", written=ms)
-    case = "a turn of the training loop, without the wait for devices"
-    yield {"case": case, "jaxinfra": ms(times_s["loop"]), "bare": "", "ratio": None, "goal": ""}
+    case = "dispatch of a step, devices idle"
+    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", format_times=ms)
+    yield {"case": "iteration of the training loop, without waiting for devices", "jaxinfra": ms(times_s["loop"])}
 
 
-def start_rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Times process start to the end of the first step."""
-    times_s = start(options.config, (*options.overrides, "mesh.fsdp=1"), min(options.pairs, START_PAIRS))
-    case = "process start to end of first step, warm compile cache"
-    yield _row(case, times_s["jaxinfra"], times_s["bare"], "<= 2.0", written=lambda each: f"{median(each):.2f} s")
+def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
+    """Times the start of a process up to the end of its first step."""
+    num_rounds = min(options.pairs, MAX_STARTUP_ROUNDS)
+    times_s = time_startup(options.config, (*options.overrides, "mesh.fsdp=1"), num_rounds)
+    case = "process start to end of first step, warm compilation cache"
+    seconds = "{:.2f} s".format
+    yield _row(
+        case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", format_times=lambda each: seconds(median(each))
+    )
 
 
 CASES: Cases = {
-    "float32": partial(step_rows, dtype="float32", devices=1),
-    "float32-fsdp8": partial(step_rows, dtype="float32", devices=8),
-    "bfloat16": partial(step_rows, dtype="bfloat16", devices=1),
-    "bfloat16-fsdp8": partial(step_rows, dtype="bfloat16", devices=8),
+    "float32": partial(step_rows, dtype="float32", num_devices=1),
+    "float32-fsdp8": partial(step_rows, dtype="float32", num_devices=8),
+    "bfloat16": partial(step_rows, dtype="bfloat16", num_devices=1),
+    "bfloat16-fsdp8": partial(step_rows, dtype="bfloat16", num_devices=8),
     "dispatch": dispatch_rows,
-    "start": start_rows,
+    "start": startup_rows,
 }
 
 
-def run(options: argparse.Namespace) -> Findings:
-    """Measures the chosen cases, or all."""
-    return in_turns(options, CASES, COLUMNS)
+def run(options: argparse.Namespace) -> BenchmarkResult:
+    """Measures the cases that `--only` names, or all."""
+    return run_cases(options, CASES, COLUMNS)

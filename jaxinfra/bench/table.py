@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-type Row = dict[str, Any]
-"""Figures of one line of a table, as JSON values."""
-type Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
-"""Of each column the figure that it shows, its title, and how the figure is written; None is left blank."""
-type Cases = Mapping[str, Callable[[argparse.Namespace], Iterable[Row]]]
-"""The parts of a benchmark by name: from the options of the command line to rows."""
+type TableRow = Mapping[str, str | float | None]
+"""The figures of one row, as JSON values."""
+type Columns = Mapping[str, tuple[str, str]]
+"""Maps the key of a figure to its column's title and to the format of numbers, such as "{:.1f} ms"."""
+type Cases = Mapping[str, Callable[[argparse.Namespace], Iterable[TableRow]]]
+"""The parts of a benchmark, by the names that `--only` takes."""
 
 
-def machine() -> dict[str, str]:
-    """Names the machine that the figures were measured on."""
+def describe_machine() -> dict[str, str]:
+    """Returns the CPU, its cores, the versions of Python and JAX, and the date."""
     return {
         "cpu": _cpu_model(),
         "cores": str(os.cpu_count()),
@@ -32,23 +31,23 @@ def machine() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class BenchmarkResult:
     """The result of a benchmark.
 
     Attributes:
-        text: the table, and sentences beside it.
-        note: how it was measured, without the machine.
-        figures: the same as JSON values.
-        facts: what it was measured on.
+        text: the table, and sentences below it.
+        note: how it was measured.
+        figures: the same figures as JSON values.
+        environment: hardware and versions.
     """
 
     text: str
     note: str
-    figures: Mapping[str, Any]
-    facts: Mapping[str, str] = field(default_factory=machine)
+    figures: Mapping[str, object]
+    environment: Mapping[str, str] = field(default_factory=describe_machine)
 
     def __str__(self) -> str:
-        return f"{self.text}\n\n{self.note}; {', '.join(f'{name} {value}' for name, value in self.facts.items())}."
+        return f"{self.text}\n\n{self.note}; {', '.join(f'{key} {value}' for key, value in self.environment.items())}."
 
 
 def _cpu_model() -> str:
@@ -58,30 +57,37 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def table(columns: Columns, rows: Iterable[Row]) -> str:
-    """Formats a Markdown table that reads well as plain text, too."""
+def format_table(columns: Columns, rows: Iterable[TableRow]) -> str:
+    """Formats a Markdown table with aligned columns; missing figures are left blank."""
     cells = [[title for title, _ in columns.values()]]
-    for row in rows:
-        cells.append(["" if row[key] is None else written(row[key]) for key, (_, written) in columns.items()])
+    cells += [
+        [_format_cell(row.get(key), number_format) for key, (_, number_format) in columns.items()] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 
 
-def ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the median of the ratios of turns: what else the machine does hits both sides of one alike."""
+def _format_cell(figure: str | float | None, number_format: str) -> str:
+    if figure is None or isinstance(figure, str):
+        return figure or ""
+    return number_format.format(figure)
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Returns the median ratio of the rounds: other load on the machine slows both sides of a round alike."""
     return median(a / b for a, b in zip(first, second, strict=True))
 
 
-def in_turns(options: argparse.Namespace, cases: Cases, columns: Columns) -> Findings:
-    """Measures the chosen cases, or all."""
-    rows: list[Row] = []
+def run_cases(options: argparse.Namespace, cases: Cases, columns: Columns) -> BenchmarkResult:
+    """Measures the cases that `--only` names, or all."""
+    rows: list[TableRow] = []
     for name in options.only or cases:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         rows += cases[name](options)
-    return Findings(
-        text=table(columns, rows),
-        note=f"Medians of {options.pairs} pairs in turns",
+    return BenchmarkResult(
+        text=format_table(columns, rows),
+        note=f"Medians of {options.pairs} rounds",
         figures={"rows": rows, "pairs": options.pairs},
     )

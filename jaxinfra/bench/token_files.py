@@ -1,11 +1,11 @@
-"""Random tokens on disk in three forms, for `bench data`: as they are, as a store, and as one record a window."""
+"""Writes random tokens for `bench data` as a flat file, as a jaxinfra store and as ArrayRecord."""
 
 import importlib
 from pathlib import Path
 
 import numpy as np
 
-from jaxinfra.bench.reading import LENGTH, TYPE, Stores
+from jaxinfra.bench.loader import SEQ_LEN, TOKEN_DTYPE, TokenFiles
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
@@ -14,42 +14,40 @@ from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.prepare.builders.assemble import SplitWriter, made_now, write_pack
 from jaxinfra.prepare.tokenizers import Bytes, load
 
-DOCUMENT = 500
-"""Tokens of a document in the mean."""
+MEAN_DOCUMENT_TOKENS = 500
 
 
-def build(folder: Path, tokens: int, *, records: bool) -> Stores:
-    """Writes documents of random tokens in all three forms; as records only if asked to."""
-    stores = Stores(folder=folder, tokens=tokens)
-    tokenizer, rng = load(Bytes()), np.random.default_rng(0)
-    build_store(stores, tokenizer, rng)
-    with stores.flat.open("wb") as file:
-        array = arrays.open_array(stores.array, arrays.cache_context())
-        for start in range(0, tokens, arrays.SHARD):
-            array[start : min(start + arrays.SHARD, tokens)].read().result().tofile(file)
+def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenFiles:
+    """Writes documents of random tokens; as ArrayRecord only if `records` is true."""
+    files = TokenFiles(folder=folder, num_tokens=num_tokens)
+    write_store(files, load(Bytes()), np.random.default_rng(0))
+    with files.flat.open("wb") as file:
+        array = arrays.open_array(files.train_array, arrays.cache_context())
+        for start in range(0, num_tokens, arrays.SHARD):
+            array[start : min(start + arrays.SHARD, num_tokens)].read().result().tofile(file)
     if records:
         library = importlib.import_module("array_record.python.array_record_module")
-        writer = library.ArrayRecordWriter(str(stores.records), "group_size:1")  # each is read by itself
-        for window in stores.memmap()[::LENGTH]:
+        writer = library.ArrayRecordWriter(str(files.records), "group_size:1")  # each record can be read alone
+        for window in files.windows_at_every_token()[::SEQ_LEN]:
             writer.write(window.tobytes())
         writer.close()
-    return stores
+    return files
 
 
-def build_store(stores: Stores, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
-    """Writes a version of a store as `data prepare` does, but for the text that it is of."""
-    root, splits, packs = stores.store, {}, {}
-    sizes: dict[Split, int] = {"train": stores.tokens, "validation": 2 * LENGTH}
+def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+    """Writes the store that `data prepare` would write, from random tokens in place of text."""
+    root, splits, packs = files.store, {}, {}
+    sizes: dict[Split, int] = {"train": files.num_tokens, "validation": 2 * SEQ_LEN}
     for split, size in sizes.items():
-        writer = SplitWriter(root / split, np.dtype(TYPE), masked=False)
+        writer = SplitWriter(root / split, np.dtype(TOKEN_DTYPE), masked=False)
         for start in range(0, size, arrays.SHARD):
-            block_N = rng.integers(0, tokenizer.eot_id, min(arrays.SHARD, size - start), TYPE)
-            block_N[rng.random(len(block_N)) < 1 / DOCUMENT] = tokenizer.eot_id
-            block_N[-1] = tokenizer.eot_id
-            lengths_D = np.diff(np.flatnonzero(block_N == tokenizer.eot_id), prepend=-1)
-            writer.add(block_N, lengths_D, None, len(block_N))
+            tokens_N = rng.integers(0, tokenizer.eot_id, min(arrays.SHARD, size - start), TOKEN_DTYPE)
+            tokens_N[rng.random(len(tokens_N)) < 1 / MEAN_DOCUMENT_TOKENS] = tokenizer.eot_id
+            tokens_N[-1] = tokenizer.eot_id
+            lengths_D = np.diff(np.flatnonzero(tokens_N == tokenizer.eot_id), prepend=-1)
+            writer.add(tokens_N, lengths_D, None, len(tokens_N))
         splits[split] = writer.close()
-        packs[f"{split}/{LENGTH}"] = write_pack(root, split, PackSpec(seq_len=LENGTH), writer.lengths)
+        packs[f"{split}/{SEQ_LEN}"] = write_pack(root, split, PackSpec(seq_len=SEQ_LEN), writer.lengths)
     info = info_of(tokenizer)
     (root / info.file).write_bytes(tokenizer.content)
     manifest = Manifest(
@@ -57,7 +55,7 @@ def build_store(stores: Stores, tokenizer: Tokenizer, rng: np.random.Generator) 
         recipe={},
         source_digest="",
         counts=Counts(),
-        dtype=np.dtype(TYPE).name,
+        dtype=np.dtype(TOKEN_DTYPE).name,
         block=arrays.CHUNK,
         tokenizer=info,
         splits=splits,

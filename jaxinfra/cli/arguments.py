@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxinfra.bench import CONFIG, PARITY_CONFIGS
+from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
 
 CONFIG_HELP = "a config file, or the run.json of a run"
 ENGINES = ("local", "ray", "dask", "spark")  # engines that run the workers of `data prepare`; the first is the default
-DEFAULT_PAIRS = 15  # timed turns of each side of a benchmark
+DEFAULT_PAIRS = 15  # timed rounds of a benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class BenchmarkSpec:
 
 BENCHES = {
     "step": BenchmarkSpec(
-        summary="the train step, dispatch and start against a bare JAX loop of the same model",
+        summary="the train step, dispatch and start against a hand-written step of the same model",
         parts=("float32", "float32-fsdp8", "bfloat16", "bfloat16-fsdp8", "dispatch", "start"),
         options=("config", "pairs", "against"),
     ),
@@ -142,14 +142,14 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=BENCHES, help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the config, before options")
-    parser.add_argument("--config", help=f"the model to time (default {CONFIG})")
-    _add_int(parser, "--pairs", 1, help=f"timed turns of each side (default {DEFAULT_PAIRS})")
+    parser.add_argument("--config", help=f"the model to time (default {DEFAULT_CONFIG})")
+    _add_int(parser, "--pairs", 1, help=f"timed rounds (default {DEFAULT_PAIRS})")
     parser.add_argument("--tokens", type=int, help="data: tokens of the store that is read (default 200 million)")
     parser.add_argument("--text", help="prepare: folder of the text files (default: Python's standard library)")
     parts = "; ".join(f"{name}: {', '.join(bench.parts)}" for name, bench in BENCHES.items())
     parser.add_argument("--only", action="append", metavar="PART", help=f"measure this part; may be repeated ({parts})")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table as JSON, too")
-    script = "step: time this script of a bare step as well: it takes --devices, --fsdp and --dtype, "
+    script = "step: also time this script of a hand-written step: it takes --devices, --fsdp and --dtype, "
     script += "and prints a line of JSON with median_step_ms"
     parser.add_argument("--against", type=Path, metavar="SCRIPT", help=script)
 

@@ -5,7 +5,7 @@ import importlib
 import json
 from collections.abc import Sequence
 
-from jaxinfra.bench import CONFIG
+from jaxinfra.bench import DEFAULT_CONFIG
 from jaxinfra.cli.arguments import BENCHES, DEFAULT_PAIRS
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage import outputs
@@ -14,11 +14,13 @@ from jaxinfra.storage import outputs
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs the benchmark and prints its table; see `check`."""
     check_options(options)
-    options.config, options.pairs = options.config or CONFIG, options.pairs or DEFAULT_PAIRS
-    found = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
-    print(found)
+    options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
+    result = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
+    print(result)
     if options.json is not None:
-        outputs.write_text(options.json, json.dumps({**found.figures, "facts": found.facts}, indent=2) + "\n")
+        outputs.write_text(
+            options.json, json.dumps({**result.figures, "environment": result.environment}, indent=2) + "\n"
+        )
     return 0
 
 

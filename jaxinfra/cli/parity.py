@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from jaxinfra.bench import PARITY_CONFIGS
-from jaxinfra.bench.parity import BOUND, Row, loaded, shared_out
+from jaxinfra.bench.parity import TOLERANCE, MeshDifference, compare_in_processes, load_text_run
 from jaxinfra.errors import ConfigError
 from jaxinfra.runtime import emulation
 from jaxinfra.storage import outputs
@@ -16,7 +16,7 @@ from jaxinfra.storage import outputs
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"  # marks around the table on the page that `--write` names
 
 
-def markdown_table(found: Iterable[Row]) -> str:
+def markdown_table(found: Iterable[MeshDifference]) -> str:
     """The rows in Markdown, one line a mesh with all its models."""
     rows = {(row.mesh, row.config): row for row in found}
     configs = sorted({config for _, config in rows})
@@ -46,23 +46,26 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         outputs.check_writable(options.write)
         insert_table(options.write, "")
     for config in configs:
-        loaded(config, overrides)
+        load_text_run(config, overrides)
     if options.devices is None:
         os.environ |= emulation.emulation_env(8)
-    found: list[Row] = []
-    for row in shared_out(configs, overrides, options.jobs):
+    found: list[MeshDifference] = []
+    for row in compare_in_processes(configs, overrides, options.jobs):
         found.append(row)
         print(
-            f"{row.config:14} {row.mesh:32} loss {row.loss:.1e}  gradients {row.gradient:.1e} ({row.leaf})"
-            f"  other order {row.permuted:.1e}{'' if row.worst <= BOUND else '  TOO FAR'}",
+            f"{row.config:14} {row.mesh:32} loss {row.loss:.1e}  gradients {row.gradient:.1e} ({row.parameter})"
+            f"  other order {row.permuted:.1e}{'' if row.worst <= TOLERANCE else '  TOO FAR'}",
             flush=True,
         )
-    far = [row for row in found if not row.worst <= BOUND]
-    print(f"{len(found)} rows, {len({row.mesh for row in found})} meshes, {len(far)} beyond {BOUND:g}", file=sys.stderr)
+    far = [row for row in found if not row.worst <= TOLERANCE]
+    print(
+        f"{len(found)} rows, {len({row.mesh for row in found})} meshes, {len(far)} beyond {TOLERANCE:g}",
+        file=sys.stderr,
+    )
     if options.write:
         outputs.write_text(options.write, insert_table(options.write, markdown_table(found)))
     if far:
         raise ConfigError(
-            f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {BOUND:g} or less"
+            f"{far[0].config} on {far[0].mesh}: differs by {far[0].worst:.1e}, expected {TOLERANCE:g} or less"
         )
     return 0

@@ -6,30 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfra.bench import data, reading, token_files
-from jaxinfra.bench.reading import BATCH, LENGTH, Stores
+from jaxinfra.bench import data
+from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, measure_in_subprocess
+from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.data.tokens import TokenData
 from tests.tiny_run import launch
 
-TOKENS = data.LEAST_TOKENS
+NUM_TOKENS = data.MIN_TOKENS
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
-    return token_files.build(tmp_path_factory.mktemp("bench"), TOKENS, records=True)
+def files(tmp_path_factory: pytest.TempPathFactory) -> TokenFiles:
+    return write_token_files(tmp_path_factory.mktemp("bench"), NUM_TOKENS, records=True)
 
 
-def test_every_reader_reads_windows_of_the_same_tokens(stores: Stores) -> None:
-    known = {window.tobytes() for window in stores.memmap()[::LENGTH]}
-    for name, reader in data.readers().items():
-        batches = reader(stores)
+def test_all_loaders_read_windows_of_the_same_tokens(files: TokenFiles) -> None:
+    known = {window.tobytes() for window in files.windows_at_every_token()[::SEQ_LEN]}
+    for name, loader in data.installed_loaders().items():
+        batches = loader(files)
         for _ in range(2):
             batch = next(batches)
             if "packed" in name:
-                assert batch["inputs"].shape == (BATCH, LENGTH)
+                assert batch["inputs"].shape == (BATCH_SIZE, SEQ_LEN)
                 continue
             rows = _windows(batch) if isinstance(batch, dict) else np.asarray(batch)
-            assert rows.shape == (BATCH, LENGTH + 1)
+            assert rows.shape == (BATCH_SIZE, SEQ_LEN + 1)
             assert all(row.astype(np.uint16).tobytes() in known for row in rows), name
         getattr(batches, "close", lambda: None)()
 
@@ -38,31 +39,31 @@ def _windows(batch: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
 
 
-def test_the_store_is_one_that_a_run_reads(stores: Stores) -> None:
-    opened = TokenData(store=str(stores.store), seq_len=LENGTH, packing="best_fit").open()
-    assert opened.train_units == TOKENS
-    assert opened.store.manifest.packs[f"train/{LENGTH}"].rows == len(opened.train)
+def test_store_can_be_opened_by_a_run(files: TokenFiles) -> None:
+    opened = TokenData(store=str(files.store), seq_len=SEQ_LEN, packing="best_fit").open()
+    assert opened.train_units == NUM_TOKENS
+    assert opened.store.manifest.packs[f"train/{SEQ_LEN}"].rows == len(opened.train)
     assert not [damage for _, _, damage in opened.store.verify() if damage is not None]
 
 
-def test_the_chips_eat_what_their_flops_allow() -> None:
-    assert data.eaten_tokens_per_s() == pytest.approx(0.22e6, rel=0.5)
+def test_required_speed_follows_from_flops() -> None:
+    assert data.required_tokens_per_s() == pytest.approx(0.22e6, rel=0.5)
 
 
-def test_first_batch_and_growth_are_measured_in_processes_without_jax(stores: Stores) -> None:
-    assert isinstance(reading.ask("first", stores), float)
-    assert abs(reading.ask("growth", stores, batches=5)) < 2**30
-    code = "import sys, jaxinfra.bench.reading; sys.exit('jax' in sys.modules)"
+def test_first_batch_and_memory_growth_without_jax(files: TokenFiles) -> None:
+    assert isinstance(measure_in_subprocess("first", files), float)
+    assert abs(measure_in_subprocess("growth", files, num_batches=5)) < 2**30
+    code = "import sys, jaxinfra.bench.loader; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_table_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "TURN_S", 0.01)
+def test_table_and_json_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "ROUND_S", 0.01)
     out = tmp_path / "out.json"
-    ended = launch("bench", "data", "--tokens", str(TOKENS), "--pairs", "1", "--only", "speed", "--json", str(out))
+    ended = launch("bench", "data", "--tokens", str(NUM_TOKENS), "--pairs", "1", "--only", "speed", "--json", str(out))
     assert ended.code == 0, ended.err
     found = json.loads(out.read_text())
-    assert [row["reader"] for row in found["rows"]] == list(data.readers())
+    assert [row["loader"] for row in found["rows"]] == list(data.installed_loaders())
     for row in found["rows"]:
-        assert f"| {row['reader']} " in ended.out
-        assert row["cores"] == pytest.approx(1e-9 * row["cpu_ns"] * data.eaten_tokens_per_s())
+        assert f"| {row['loader']} " in ended.out
+        assert row["cores"] == pytest.approx(1e-9 * row["cpu_ns"] * data.required_tokens_per_s())

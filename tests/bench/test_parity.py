@@ -1,5 +1,3 @@
-"""The command that compares meshes: which meshes, what is too far, and where the table goes."""
-
 import math
 import signal
 import time
@@ -10,7 +8,7 @@ import psutil
 import pytest
 
 from jaxinfra.bench import PARITY_CONFIGS as CONFIGS
-from jaxinfra.bench.parity import BOUND, Row, differences, meshes
+from jaxinfra.bench.parity import TOLERANCE, MeshDifference, all_meshes, relative_differences
 from jaxinfra.cli.parity import BEGIN, END, insert_table, markdown_table
 from tests.refusals import names, refused
 from tests.tiny_run import ended, launch, start
@@ -18,56 +16,56 @@ from tests.tiny_run import ended, launch, start
 DENSE = CONFIGS[0]
 
 
-def row(**changes: object) -> Row:
-    values = {"config": "a", "mesh": "stage=2 fsdp=4", "loss": 0.0, "gradient": 1e-6, "leaf": "x", "permuted": 2e-6}
-    return Row(**{**values, **changes})
+def difference(**changes: object) -> MeshDifference:
+    values = {"loss": 0.0, "gradient": 1e-6, "parameter": "x", "permuted": 2e-6}
+    return MeshDifference(**{"config": "a", "mesh": "stage=2 fsdp=4", **values, **changes})
 
 
-def test_eight_devices_make_every_mesh_over_six_axes() -> None:
-    found = meshes(8)
+def test_all_meshes_of_eight_devices() -> None:
+    found = all_meshes(8)
     assert len(found) == len({mesh.sizes for mesh in found}) == math.comb(3 + 5, 5) == 56
     assert {math.prod(mesh.sizes) for mesh in found} == {8}
 
 
-def test_what_is_no_number_is_the_worst() -> None:
-    assert row(gradient=1e-4).worst == 1e-4
-    assert not row(loss=math.nan).worst <= BOUND
-    far = differences({"g": np.array([1.0, 2.0])}, {"g": np.array([1.0, 4.0])})
+def test_nan_is_the_worst_difference() -> None:
+    assert difference(gradient=1e-4).worst == 1e-4
+    assert not difference(loss=math.nan).worst <= TOLERANCE
+    far = relative_differences({"g": np.array([1.0, 2.0])}, {"g": np.array([1.0, 4.0])})
     assert far == {"g": 0.5}
-    assert math.isnan(differences({"g": np.array([math.nan])}, {"g": np.array([1.0])})["g"])
+    assert math.isnan(relative_differences({"g": np.array([math.nan])}, {"g": np.array([1.0])})["g"])
 
 
-def test_a_gradient_that_is_nothing_but_rounding_is_held_to_rounding() -> None:
-    """Nothing depends on the bias of keys; its gradient is a few times 1e-8 of the others, here or there."""
+def test_zero_gradient_may_differ_by_rounding() -> None:
+    """No output depends on the key bias; rounding makes its gradient about 1e-8 of the others."""
     wanted = {"g": np.array([1.0]), "bias": np.array([3e-8])}
-    assert differences({"g": np.array([1.0]), "bias": np.array([-2e-8])}, wanted)["bias"] <= BOUND
-    assert differences({"g": np.array([1.0]), "bias": np.array([2e-6])}, wanted)["bias"] > BOUND
+    assert relative_differences({"g": np.array([1.0]), "bias": np.array([-2e-8])}, wanted)["bias"] <= TOLERANCE
+    assert relative_differences({"g": np.array([1.0]), "bias": np.array([2e-6])}, wanted)["bias"] > TOLERANCE
     small = {"g": np.array([1.0]), "x": np.array([1e-5])}
-    assert differences({"g": np.array([1.0]), "x": np.array([1.1e-5])}, small)["x"] == pytest.approx(0.1)
+    assert relative_differences({"g": np.array([1.0]), "x": np.array([1.1e-5])}, small)["x"] == pytest.approx(0.1)
 
 
-def test_the_table_has_a_line_for_each_mesh() -> None:
-    lines = markdown_table([row(), row(config="b", loss=3e-7), row(mesh="tensor=8")]).splitlines()
+def test_table_has_a_row_per_mesh() -> None:
+    lines = markdown_table([difference(), difference(config="b", loss=3e-7), difference(mesh="tensor=8")]).splitlines()
     assert lines[2:] == [
         "| stage=2 fsdp=4 | 0.0e+00 | 1.0e-06 | 2.0e-06 | 3.0e-07 | 1.0e-06 | 2.0e-06 |",
         "| tensor=8 | 0.0e+00 | 1.0e-06 | 2.0e-06 |  |  |  |",
     ]
 
 
-def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
+def test_table_replaces_the_old_one(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     page.write_text(insert_table(page, "| newer |"))
     assert insert_table(page, "| new |") == f"before\n{BEGIN}\n\n| new |\n\n{END}\nafter\n"
 
 
-def test_the_published_table_is_whole_and_within_the_bound(repo_root: Path) -> None:
+def test_published_table_is_complete_and_within_tolerance(repo_root: Path) -> None:
     page = (repo_root / "docs" / "parallelism.md").read_text()
     lines = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
-    assert lines[0] == markdown_table([row(config=Path(config).stem) for config in CONFIGS]).splitlines()[0]
+    assert lines[0] == markdown_table([difference(config=Path(config).stem) for config in CONFIGS]).splitlines()[0]
     cells = [line.strip("| ").split(" | ") for line in lines[2:]]
-    assert len({mesh for mesh, *_ in cells}) == len(meshes(8)) == len(cells)
-    assert all(len(found) == 3 * len(CONFIGS) and max(map(float, found)) <= BOUND for _, *found in cells)
+    assert len({mesh for mesh, *_ in cells}) == len(all_meshes(8)) == len(cells)
+    assert all(len(found) == 3 * len(CONFIGS) and max(map(float, found)) <= TOLERANCE for _, *found in cells)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,7 @@ def test_the_published_table_is_whole_and_within_the_bound(repo_root: Path) -> N
     ],
     ids=str,
 )
-def test_what_cannot_work_is_said_at_once(
+def test_wrong_arguments_are_rejected(
     words: tuple[str, ...], named: str, code: int, repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repo_root)
@@ -92,20 +90,20 @@ def test_what_cannot_work_is_said_at_once(
     assert (tmp_path / "bare.md").read_text() == "nothing"
 
 
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_computed() -> None:
+def test_model_that_does_not_fit_is_rejected_before_computing() -> None:
     done = ended(start("parity", DENSE, "model.heads=6", "--devices", "cpu:4", "--jobs", "1"))
     refused(done, f"{DENSE} heads =4")
     assert done.out == ""
 
 
-def test_a_process_that_dies_ends_the_command() -> None:
+def test_dead_worker_ends_the_command() -> None:
     done = ended(start("parity", DENSE, "--devices", "cpu:1", "--jobs", "1", env={"XLA_FLAGS": "--nonsense"}))
     assert done.code == 1 and done.out == ""
     names(done.err.splitlines()[-1], "error: --jobs 1")
 
 
-def test_processes_leave_with_the_command(tmp_path: Path) -> None:
-    """Killed, it cannot take them along: they see that it is gone."""
+def test_workers_exit_with_the_command(tmp_path: Path) -> None:
+    """A killed command cannot end its workers; they notice."""
     command = start("parity", DENSE, "--devices", "cpu:1", "--jobs", "1", env={"XDG_CACHE_HOME": str(tmp_path)})
     try:
         while not (workers := psutil.Process(command.pid).children(recursive=True)):
@@ -118,7 +116,7 @@ def test_processes_leave_with_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(60)
-def test_two_devices_agree_with_one(repo_root: Path) -> None:
+def test_two_devices_agree_with_one_device(repo_root: Path) -> None:
     changes = ("model.qkv_bias=true", "model.layers=2")
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = ended(start("parity", DENSE, *changes, "--devices", "cpu:2", "--jobs", "1", env=quick), timeout_s=1500)

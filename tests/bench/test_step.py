@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from jaxinfra.bench import llama, parallel
-from jaxinfra.bench.children import ChildError, last_line
-from jaxinfra.bench.start import first_step_s
+from jaxinfra.bench.startup import first_step_s
 from jaxinfra.bench.step import CASES, COLUMNS
-from jaxinfra.bench.table import table
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, last_line
+from jaxinfra.bench.table import format_table
 from jaxinfra.cli.arguments import BENCHES
 from tests.refusals import names, refused
 from tests.tiny_run import launch
@@ -39,12 +39,12 @@ TITLES = [
     "step, float32, one device",
     "step, float32, fsdp=8, emulated",
     "step, bfloat16, one device",
-    "bare step, bfloat16, one device: naive products against fast layouts",
+    "baseline step, bfloat16, one device: naive matmuls against fast layouts",
     "step, bfloat16, fsdp=8, emulated",
-    "bare step, bfloat16, fsdp=8, emulated: naive products against fast layouts",
-    "dispatch: call of the step, devices idle",
-    "a turn of the training loop, without the wait for devices",
-    "process start to end of first step, warm compile cache",
+    "baseline step, bfloat16, fsdp=8, emulated: naive matmuls against fast layouts",
+    "dispatch of a step, devices idle",
+    "iteration of the training loop, without waiting for devices",
+    "process start to end of first step, warm compilation cache",
 ]
 
 
@@ -52,7 +52,7 @@ PARTS = {"step": CASES, "parallel": parallel.CASES, "llama": llama.CASES, "data"
 
 
 @pytest.mark.parametrize("bench", PARTS)
-def test_the_command_line_names_every_part(bench: str) -> None:
+def test_command_line_lists_every_part(bench: str) -> None:
     assert BENCHES[bench].parts == tuple(PARTS[bench])
 
 
@@ -72,7 +72,7 @@ def test_the_command_line_names_every_part(bench: str) -> None:
         ("step --config configs/vit_digits.py --only float32", "vit images"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(
+def test_wrong_arguments_are_rejected(
     words: str, named: str, repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repo_root)
@@ -83,32 +83,32 @@ def test_what_cannot_be_measured_is_said_in_a_line(
 
 
 @pytest.mark.parametrize("place", ["none/x.json", ""])
-def test_a_file_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> None:
+def test_unwritable_json_path_is_named(place: str, tmp_path: Path) -> None:
     refused(launch("bench", "step", "--json", str(tmp_path / place)), str(tmp_path / place), code=82)
 
 
-def test_the_table_is_markdown() -> None:
-    row = {"case": "a", "jaxinfra": "1.0 ms", "bare": "", "ratio": None, "goal": ""}
-    lines = table(COLUMNS, [row]).splitlines()
+def test_table_is_markdown() -> None:
+    row = {"case": "a", "jaxinfra": "1.0 ms", "ratio": None}
+    lines = format_table(COLUMNS, [row]).splitlines()
     assert lines[0].startswith("| case") and lines[1].startswith("|---") and lines[2].startswith("| a ")
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_a_failed_child_is_one_line_with_its_reason() -> None:
+def test_failed_process_is_an_error_with_its_reason() -> None:
     command = [sys.executable, "-c", "raise SystemExit('it broke')"]
-    with pytest.raises(ChildError, match="it broke"):
+    with pytest.raises(BenchmarkProcessError, match="it broke"):
         last_line(command, 1)
 
 
-def test_the_first_step_is_timed_and_the_process_ended(tmp_path: Path) -> None:
+def test_process_is_killed_after_its_first_step(tmp_path: Path) -> None:
     script = "import time\nprint('step 1', flush=True)\ntime.sleep(60)"
     assert first_step_s([sys.executable, "-c", script], dict(os.environ), tmp_path / "log") < 30
-    with pytest.raises(ChildError):
+    with pytest.raises(BenchmarkProcessError):
         first_step_s([sys.executable, "-c", ""], dict(os.environ), tmp_path / "log")
 
 
 @pytest.mark.slow(90)
-def test_the_whole_benchmark(repo_root: Path, tmp_path: Path) -> None:
+def test_all_cases(repo_root: Path, tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus", tmp_path / "out.json"
     corpus.mkdir()
     for i in range(12):
@@ -117,9 +117,9 @@ def test_the_whole_benchmark(repo_root: Path, tmp_path: Path) -> None:
     recipe.write_text(RECIPE.format(text=str(corpus)))
     command = [sys.executable, "-m", "launch", "bench", "step", *TINY, f"data.recipe={recipe}"]
     command += ["--pairs", "1", "--json", str(out)]
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=repo_root, env=quick, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    process = subprocess.run(command, cwd=repo_root, env=env, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     found = json.loads(out.read_text())
     assert [row["case"] for row in found["rows"]] == TITLES
-    assert all(f"| {title} " in done.stdout for title in TITLES)
+    assert all(f"| {title} " in process.stdout for title in TITLES)

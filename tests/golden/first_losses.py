@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxinfra.parallel.mesh_config import MeshConfig
-from tests.parity.cases import DOCUMENTS, Case, batch_on_host, put
+from tests.parity.cases import DOCUMENTS, Case, batch_on_host, put_like
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     with program.on_mesh:
         state = program.init(jax.random.key(0))
         for step in range(case.run.train.steps):
-            state, metrics = program.train_step(state, put(batch_on_host(case.run, seed=step), program.batch))
+            state, metrics = program.train_step(state, put_like(batch_on_host(case.run, seed=step), program.batch))
             print(np.asarray(metrics["loss"]).tobytes().hex())
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state):

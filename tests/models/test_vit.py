@@ -13,7 +13,7 @@ from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from tests.models.numpy_reference import normalise, tanh_gelu
-from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put, values_on_host
+from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put_like, values_on_host
 
 Params = dict[str, Any]
 
@@ -62,8 +62,8 @@ def test_sums_are_those_of_the_definition(run) -> None:
     program, batch = Case(run=run).program(), batch_on_host(TOKEN)
     values = values_on_host(program.specs)
     with program.on_mesh:
-        placed = put(batch, program.validation_batch)
-        sums = program.eval_step(put(values, program.params), placed)
+        placed = put_like(batch, program.validation_batch)
+        sums = program.eval_step(put_like(values, program.params), placed)
     exact = jax.tree.map(lambda a: a.astype(np.float64), values)
     logits = np.stack([logits_of_image(image, exact, run.model) for image in batch["images"].astype(np.float64)])
     of_label = np.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
@@ -82,8 +82,8 @@ def test_smoothing_mixes_the_target_with_all_classes() -> None:
         task = replace(TOKEN.task, label_smoothing=smoothing)
         program = Case(run=replace(TOKEN, task=task)).program()
         with program.on_mesh:
-            batch = put({**batch_on_host(TOKEN), "labels": labels}, program.validation_batch)
-            grads, _ = program.gradients(put(values_on_host(program.specs), program.params), batch)
+            batch = put_like({**batch_on_host(TOKEN), "labels": labels}, program.validation_batch)
+            grads, _ = program.gradients(put_like(values_on_host(program.specs), program.params), batch)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
 
     labels = batch_on_host(TOKEN)["labels"]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfra.bench.parity import Arrays, batch_of, computed, differences, program_of, put
+from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_like, random_batch, relative_differences
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.tokens import TokenData
@@ -193,13 +193,13 @@ class Case:
     def program(self) -> Program:
         run = replace(self.run, mesh=self.mesh, train=replace(self.run.train, accumulate=self.accumulate))
         validate(run)
-        return program_of(run, SHUFFLED if self.shuffled else None)
+        return make_program(run, SHUFFLED if self.shuffled else None)
 
 
 def batch_on_host(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     """Random samples of a run, some weights of zero where it has weights; images always have."""
     if not isinstance(run.data, ImageData):
-        return batch_of(run, seed)
+        return random_batch(run, seed)
     draw = np.random.default_rng(seed)
     return {
         "images": draw.normal(size=(ROWS, 8, 8, 1)).astype(np.float32),
@@ -229,7 +229,7 @@ def on_host(tree: Any) -> dict[str, np.ndarray]:
 def gradients(case: Case, step: int = STEP) -> Arrays:
     """Every gradient and every sum of the loss, with the dropout masks of a step."""
     program = case.program()
-    return computed(program, batch_on_host(case.run), values_on_host(program.specs), step)
+    return loss_and_gradients(program, batch_on_host(case.run), values_on_host(program.specs), step)
 
 
 @functools.cache
@@ -243,13 +243,13 @@ def evaluated(case: Case) -> Arrays:
     program, batch = case.program(), batch_on_host(case.run)
     expected = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
     with program.on_mesh:
-        placed = put(values_on_host(program.specs), program.params)
-        return on_host(program.eval_step(placed, put(batch, expected)))
+        placed = put_like(values_on_host(program.specs), program.params)
+        return on_host(program.eval_step(placed, put_like(batch, expected)))
 
 
 def too_different(found: Arrays, wanted: Arrays) -> dict[str, float]:
     """The arrays that differ by more than `TOLERANCE`; NaN counts."""
-    return {path: size for path, size in differences(found, wanted).items() if not size < TOLERANCE}
+    return {path: size for path, size in relative_differences(found, wanted).items() if not size < TOLERANCE}
 
 
 def near_zero(found: Arrays) -> set[str]:

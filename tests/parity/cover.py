@@ -17,7 +17,7 @@ import itertools
 import random
 from dataclasses import replace
 
-from jaxinfra.bench.parity import meshes
+from jaxinfra.bench.parity import all_meshes
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.remat import Remat
 from jaxinfra.ops.context_cost import ContextMethod
@@ -101,7 +101,7 @@ def _drawn(mesh: MeshConfig, draw: random.Random) -> Case:
 def candidates() -> list[Case]:
     """A sample of all combinations that the product allows, always the same."""
     draw = random.Random(0)
-    drawn = (_drawn(mesh, draw) for mesh in meshes(8) for _ in range(DRAWS))
+    drawn = (_drawn(mesh, draw) for mesh in all_meshes(8) for _ in range(DRAWS))
     return [case for case in drawn if allowed(case)]
 
 

@@ -17,7 +17,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run
-from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, differences, gradients, on_one_device
+from tests.parity.cases import DEEPSEEK, DOCUMENTS, Case, gradients, on_one_device, relative_differences
 
 PRODUCTS = 7
 """With weights of a layer: query, key, value, out; gate, up, down."""
@@ -72,7 +72,7 @@ def test_rematerialisation_changes_nothing_but_a_rounding(remat: Remat) -> None:
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 def test_quantizing_reaches_every_gradient(quantize: Quantize) -> None:
-    changed = differences(on_one_device(run_of(quantize)), on_one_device(DOCUMENTS))
+    changed = relative_differences(on_one_device(run_of(quantize)), on_one_device(DOCUMENTS))
     assert min(size for path, size in changed.items() if path.endswith("weight") and path.startswith("grad.")) > 1e-3
 
 

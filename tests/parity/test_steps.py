@@ -21,7 +21,7 @@ from tests.parity.cases import (
     gradients,
     on_host,
     on_one_device,
-    put,
+    put_like,
     too_different,
 )
 
@@ -68,7 +68,7 @@ def test_each_step_of_training_has_masks_of_its_own() -> None:
     program = Case(run=DROPPING).program()
     losses = []
     with program.on_mesh:
-        batch = put(batch_on_host(program.run), program.batch)
+        batch = put_like(batch_on_host(program.run), program.batch)
         for step in (0, 1, 0):
             state = program.init(jax.random.key(0))
             state = replace(state, step=state.step + step)
@@ -103,7 +103,7 @@ def test_biases_move_alike_on_every_mesh(mesh: MeshConfig, accumulate: int) -> N
         with program.on_mesh:
             state = program.init(jax.random.key(0))
             for step in range(2):
-                state, metrics = program.train_step(state, put(batch_on_host(case.run, seed=step), program.batch))
+                state, metrics = program.train_step(state, put_like(batch_on_host(case.run, seed=step), program.batch))
         return np.asarray(state.params["blocks"]["mlp"]["bias"]), {n: float(v) for n, v in metrics.items()}
 
     wanted, wanted_metrics = biases(Case(run=TIGHT))
@@ -119,7 +119,7 @@ def trained(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], l
         state = program.init(jax.random.key(0))
         start = on_host(state)
         for step in range(case.run.train.steps):
-            state, found = program.train_step(state, put(batch_on_host(case.run, seed=step), program.batch))
+            state, found = program.train_step(state, put_like(batch_on_host(case.run, seed=step), program.batch))
             metrics.append({name: float(value) for name, value in found.items()})
     return start, _roots(on_host(state)), metrics
 

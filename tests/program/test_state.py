@@ -12,7 +12,7 @@ from jaxinfra.optim.optimizers import AdamW, Lion, Muon, Optimizer
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program, TrainState
-from tests.parity.cases import BIASES, DOCUMENTS, Case, batch_on_host, on_host, put
+from tests.parity.cases import BIASES, DOCUMENTS, Case, batch_on_host, on_host, put_like
 
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
 ALONE = (MeshConfig(fsdp=8), MeshConfig(fsdp=1, tensor=8), MeshConfig(replica=8, fsdp=1))
@@ -81,7 +81,7 @@ def test_a_step_gives_the_state_up_and_another_of_the_same_kind_back() -> None:
     with program.on_mesh:
         before = program.init(jax.random.key(0))
         assert shardings(before) == shardings(program.state)
-        after, _ = program.train_step(before, put(batch_on_host(DOCUMENTS), program.batch))
+        after, _ = program.train_step(before, put_like(batch_on_host(DOCUMENTS), program.batch))
     assert shardings(after) == shardings(program.state)
     assert {path for path, leaf in by_path(before).items() if not leaf.is_deleted()} == set()
 

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.bench import bare
-from jaxinfra.bench.measure import sizes_of
+from jaxinfra.bench.baseline import loss_fn, make_train_step
+from jaxinfra.bench.measure import baseline_config
 from jaxinfra.config import load
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
@@ -35,15 +35,15 @@ PARAMS = {
 }
 
 
-def renamed(params):
-    """The nested parameters of a program under the names of the bare step."""
-    found = {}
+def baseline_names(params):
+    """Renames the nested parameters of a program to those of the baseline."""
+    renamed = {}
     for name, path in PARAMS.items():
         leaf = params
         for key in path:
             leaf = leaf[key]
-        found[name] = np.asarray(leaf)
-    return found
+        renamed[name] = np.asarray(leaf)
+    return renamed
 
 
 @pytest.fixture(scope="module")
@@ -58,33 +58,33 @@ def tokens_BW(run: Run) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def framework(run: Run, tokens_BW: np.ndarray):
-    """Parameters, loss and gradients by the framework, under the bare step's names."""
+def jaxinfra_result(run: Run, tokens_BW: np.ndarray):
+    """Returns parameters, loss and gradients of jaxinfra, under the names of the baseline."""
     program = Program(run, make_mesh(run.mesh, jax.devices()[:1]))
     with program.on_mesh:
         params = program.init(jax.random.key(0)).params
         arrays = {"inputs": tokens_BW[:, :-1], "targets": tokens_BW[:, 1:]}
         batch = {name: jax.device_put(array, program.batch[name].sharding) for name, array in arrays.items()}
         grads, sums = program.gradients(params, batch)
-    return renamed(params), float(sums["loss"] / sums["weight"]), renamed(grads)
+    return baseline_names(params), float(sums["loss"] / sums["weight"]), baseline_names(grads)
 
 
 @pytest.mark.parametrize("naive", [False, True], ids=["fast", "naive"])
-def test_the_bare_step_does_the_same_work(run: Run, tokens_BW: np.ndarray, framework, naive: bool) -> None:
-    params, loss, grads = framework
-    sizes = sizes_of(run, naive=naive)
-    bare_loss, bare_grads = jax.jit(jax.value_and_grad(bare.loss), static_argnums=2)(params, tokens_BW, sizes)
-    assert float(bare_loss) == pytest.approx(loss, rel=1e-5)
+def test_baseline_loss_and_gradients(run: Run, tokens_BW: np.ndarray, jaxinfra_result, naive: bool) -> None:
+    params, loss, grads = jaxinfra_result
+    config = baseline_config(run, naive_matmul=naive)
+    baseline_loss, baseline_grads = jax.jit(jax.value_and_grad(loss_fn), static_argnums=2)(params, tokens_BW, config)
+    assert float(baseline_loss) == pytest.approx(loss, rel=1e-5)
     for name, grad in grads.items():
-        np.testing.assert_allclose(bare_grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(baseline_grads[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_sharded_and_whole_bare_steps_agree(run: Run) -> None:
-    sizes = sizes_of(run)
+def test_sharded_baseline_has_the_same_loss(run: Run) -> None:
+    config = baseline_config(run)
     losses = []
-    for devices in (1, 4):
-        step, params, state, batch = bare.build(sizes, devices)
+    for num_devices in (1, 4):
+        step, params, opt_state, batch = make_train_step(config, num_devices)
         for _ in range(2):
-            params, state, loss = step(params, state, batch)
+            params, opt_state, loss = step(params, opt_state, batch)
         losses.append(float(loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

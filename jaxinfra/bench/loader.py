@@ -1,0 +1,111 @@
+"""jaxinfra's data loader over the files of `bench data`; startup and memory, which need a process of their own.
+
+`python -m jaxinfra.bench.loader REQUEST`, with the arguments of `measure` in JSON, prints a number. Like any process
+that only loads data it does not import JAX.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from jaxinfra.bench.subprocesses import run_module
+from jaxinfra.data.batches import BatchLoader
+from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.sequences import num_sequences
+from jaxinfra.data.store.store import TOKENS
+from jaxinfra.data.tokens import PackingMode, TokenData
+from jaxinfra.track.memory import rss_bytes
+
+SEQ_LEN, BATCH_SIZE = 1024, 64
+TOKEN_DTYPE = np.uint16
+MEMORY_WARMUP_BATCHES = 500
+"""BatchLoader that are loaded before memory is measured for the first time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFiles:
+    """A folder with the same tokens as a flat file, as a store and as ArrayRecord."""
+
+    folder: Path
+    num_tokens: int
+
+    @property
+    def flat(self) -> Path:
+        """File of raw tokens."""
+        return self.folder / "tokens.bin"
+
+    @property
+    def store(self) -> Path:
+        """Folder of a jaxinfra store."""
+        return self.folder / "store"
+
+    @property
+    def train_array(self) -> str:
+        """Zarr array with the store's training tokens."""
+        return str(self.store / "train" / TOKENS)
+
+    @property
+    def records(self) -> Path:
+        """ArrayRecord file with one window per record."""
+        return self.folder / "windows.array_record"
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows; each shares one token with the next."""
+        return num_sequences(self.num_tokens, SEQ_LEN)
+
+    def windows_at_every_token(self) -> np.ndarray:
+        """Maps the flat file into memory, as views `[num_tokens - SEQ_LEN, SEQ_LEN + 1]`."""
+        return sliding_window_view(np.memmap(self.flat, TOKEN_DTYPE, "r"), SEQ_LEN + 1)
+
+
+def jaxinfra_batches(
+    files: TokenFiles, *, mask_documents: bool = True, packing: PackingMode = "concat"
+) -> Generator[Batch, None, None]:
+    """Yields the batches that a training run gets."""
+    data = TokenData(store=str(files.store), seq_len=SEQ_LEN, mask_documents=mask_documents, packing=packing)
+    opened = data.open()
+    batches = BatchLoader(
+        data, opened.train, global_batch=BATCH_SIZE, rows=slice(None), start_step=0, steps=2**40, ids=opened.sample_ids
+    )
+    with closing(iter(batches)) as steps:
+        for _, batch in steps:
+            yield batch
+
+
+def measure_in_subprocess(kind: Literal["first", "growth"], files: TokenFiles, num_batches: int = 0) -> float:
+    """Runs `measure` in a new process."""
+    start_time_s, folder = time.time(), str(files.folder)
+    request = {"kind": kind, "folder": folder, "num_tokens": files.num_tokens, "num_batches": num_batches}
+    return float(run_module("loader", 1, **request, start_time_s=start_time_s))
+
+
+def measure(*, kind: str, folder: str, num_tokens: int, num_batches: int, start_time_s: float) -> float:
+    """Measures the startup or the memory of a loader that masks documents.
+
+    Returns:
+        For kind "first" the seconds from `start_time_s` to the first batch, imports included; for "growth" the bytes by
+        which resident memory grows over `num_batches`, after warm-up.
+    """
+    with closing(jaxinfra_batches(TokenFiles(folder=Path(folder), num_tokens=num_tokens))) as batches:
+        next(batches)
+        if kind == "first":
+            return time.time() - start_time_s
+        for _ in range(MEMORY_WARMUP_BATCHES):
+            next(batches)
+        before_bytes = rss_bytes()
+        for _ in range(num_batches):
+            next(batches)
+        return rss_bytes() - before_bytes
+
+
+if __name__ == "__main__":
+    print(measure(**json.loads(sys.argv[1])))

@@ -1,0 +1,54 @@
+"""Times the start of a process up to the end of its first training step.
+
+jaxinfra starts as a user would start it, `python -m launch CONFIG`: config, data store, checkpoints, trackers. The
+baseline is a script. Each has a compilation cache of its own.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, Times, emulated_env, run_command, run_module
+
+
+def first_step_s(command: Sequence[str], env: Mapping[str, str], log: Path) -> float:
+    """Returns the seconds until a command prints a line that begins with "step", and kills it.
+
+    Raises:
+        BenchmarkProcessError: the command ended without such a line.
+    """
+    start_s = time.perf_counter()
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                elapsed_s = time.perf_counter() - start_s
+                process.kill()
+                return elapsed_s
+    raise BenchmarkProcessError(command, log.read_text())
+
+
+def time_startup(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
+    """Times the first step of both sides on one device; a first round fills the compilation caches."""
+    times_s: Times = {"jaxinfra": [], "baseline": []}
+    baseline = run_module("measure", 1, kind="baseline_config", config=config, overrides=[*overrides], num_rounds=1)
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as name:
+        folder, store = Path(name), f"data.store={name}/store"
+        prepare = [sys.executable, "-m", "launch", "data", "prepare", config, *overrides, store]
+        run_command(prepare, emulated_env(1))
+        for round_number in range(num_rounds + 1):
+            # A new run directory each time, else the second start would resume the first run.
+            run = [config, *overrides, f"root={folder / str(round_number)}", store, "track.log_every=1"]
+            commands = {"jaxinfra": ["launch", *run], "baseline": ["jaxinfra.bench.baseline", baseline]}
+            for side, module in commands.items():
+                env = emulated_env(1) | {"JAX_COMPILATION_CACHE_DIR": str(folder / f"compiled-{side}")}
+                elapsed_s = first_step_s([sys.executable, "-m", *module], env, folder / "log")
+                if round_number:
+                    times_s[side].append(elapsed_s)
+    return times_s
