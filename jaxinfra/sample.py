@@ -1,6 +1,6 @@
 """Text from a trained model: a cache of keys and values, one token a step, streamed as it is decoded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,12 +60,12 @@ class Sampler:
         self._masked = data.mask_documents
 
     @classmethod
-    def from_run(cls, run_dir: str | Path) -> Self:
+    def from_run(cls, run_dir: str | Path, imports: Sequence[str] = ()) -> Self:
         """The newest checkpoint of a run of a model of text; the averaged parameters where the run keeps them."""
         directory = Path(run_dir)
         if not (directory / "run.json").exists():
             raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
-        run = load(directory / "run.json", root=Run).run
+        run = load(directory / "run.json", (), Run, imports).run
         _, data = of_text(run)
         text = data.open()
         program = sampling_program(run)

@@ -72,6 +72,12 @@ def _add_int(parser: argparse._ActionsContainer, option: str, least: int, **sett
 def _add_config(parser: argparse.ArgumentParser, what: str = CONFIG_HELP) -> None:
     parser.add_argument("config", metavar="CONFIG", help=what)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to it, such as train.steps=400")
+    _add_imports(parser)
+
+
+def _add_imports(parser: argparse.ArgumentParser) -> None:
+    what = "let a run.json use the classes of this module, or of this file and its folder; may be repeated"
+    parser.add_argument("--import", dest="imports", metavar="MODULE|FILE", action="append", default=[], help=what)
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -125,11 +131,13 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=50, help="draw among so many; 0 is all (default %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="and from this share of probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    _add_imports(parser)
 
 
 def _add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", metavar="A", help="a config file or run.json")
     parser.add_argument("right", metavar="B", help="a config file or run.json")
+    _add_imports(parser)
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:

@@ -9,12 +9,14 @@ from jaxinfra.run import Run, named
 
 def load_config(options: argparse.Namespace) -> Loaded[Run]:
     """The config with its overrides, and a name of its own where they change its numbers; see `config.load`."""
-    file = load(options.config, root=Run)
-    return named(load(options.config, options.overrides, root=Run), file.run) if options.overrides else file
+    file = load(options.config, (), Run, options.imports)
+    return named(load(options.config, options.overrides, Run, options.imports), file.run) if options.overrides else file
 
 
 def prepare_command(options: argparse.Namespace, run: Run) -> str:
     """The command that makes the data of a run."""
     changed = [each for each in options.overrides if each.startswith("data.")]
-    known = run.parts.data.recipes
-    return " ".join([f"{COMMAND} data prepare", options.config if known else "RECIPE", *changed])
+    recipes = run.parts.data.recipes
+    imports = dict.fromkeys(recipes.values()) if options.config.endswith(".json") else ()
+    words = [options.config, *(f"--import {path}" for path in imports)] if recipes else ["RECIPE"]
+    return " ".join([f"{COMMAND} data prepare", *words, *changed])

@@ -9,7 +9,7 @@ from jaxinfra.sample import Draw, Sampler
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the prompt and its continuation."""
     draw = Draw(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    sampler = Sampler.from_run(options.run_dir)
+    sampler = Sampler.from_run(options.run_dir, options.imports)
     shown = options.prompt
     for text in sampler.stream(options.prompt, max_tokens=options.max_tokens, draw=draw):
         print(shown + text, end="", flush=True)

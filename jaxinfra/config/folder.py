@@ -112,7 +112,7 @@ def import_module(module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"no module {module}; name one that Python can import from here") from error
+            raise ConfigError(f"no module {module}; install it, or put its folder on PYTHONPATH") from error
         top = module.partition(".")[0]
         raise ConfigError(_failure(module, error, lambda name: name.partition(".")[0] == top)) from error
 

@@ -7,12 +7,12 @@ config file nor the command line. It is written once, at once: a reader sees the
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jaxinfra.config.classes import ClassFinder, source_of, users_classes
+from jaxinfra.config.classes import RESTORE, ClassFinder, source_of, users_classes
 from jaxinfra.config.codec import decode, encode
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_config
@@ -49,7 +49,7 @@ def record(
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
         "config": encode(loaded.run),
-        "classes": {class_name(each): asdict(source_of(each)) for each in users_classes(loaded.run)},
+        "classes": {class_name(each): source_of(each) for each in users_classes(loaded.run)},
         "origins": dict(loaded.origins),
         "versions": versions,
         "git": git,
@@ -114,15 +114,25 @@ def decode_record[C](
         raise ConfigError(f"{path}: {error}") from error
 
 
-def require_sources(path: str | os.PathLike[str], record: dict[str, Any], finder: ClassFinder) -> None:
-    """Finds the users' classes of a record again; ConfigError where one is missing, or its file has changed."""
-    for name, source in record.get("classes", {}).items():
+def require_classes(
+    path: str | os.PathLike[str], record: dict[str, Any], finder: ClassFinder, *, same_sources: bool
+) -> None:
+    """Finds the users' classes of a record; ConfigError where one is missing, or its file differs."""
+    classes = record.get("classes", {})
+    if not isinstance(classes, dict) or not all(map(_is_source, classes.values())):
+        raise ConfigError(f"{path}: the classes in it are damaged; restore the file")
+    for name, source in classes.items():
         try:
             now = source_of(finder.find(name, file=source["file"]))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-        if now.sha256 != source["sha256"]:
-            raise ConfigError(
-                f"{path}: {now.file} has changed since the run, which used {name} of it (SHA-256 {source['sha256']}, "
-                f"now {now.sha256}); restore the file, or name a config file instead of the record"
-            )
+        if same_sources and now["sha256"] != source["sha256"]:
+            hashes = f"SHA-256 {source['sha256']} then, {now['sha256']} now"
+            raise ConfigError(f"{path}: {now['file']} has changed since the run used its {name} ({hashes}); {RESTORE}")
+
+
+def _is_source(source: object) -> bool:
+    """Tells whether a part of a record has the form that `source_of` returns."""
+    if not isinstance(source, dict) or source.keys() != {"file", "sha256"}:
+        return False
+    return all(value is None or (isinstance(value, str) and value.isprintable()) for value in source.values())

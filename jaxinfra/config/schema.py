@@ -94,18 +94,19 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
     )
 
 
-def resolve(cls: type, seen: set[type] | None = None) -> None:
-    """Reads the annotations of `cls` and of all config classes below it, once and for all.
+def reachable(cls: type, found: dict[type, None] | None = None) -> dict[type, None]:
+    """Reads the annotations of `cls` and of all config classes that they name; returns these classes.
 
     String annotations are looked up in the module of their class. The module of a config file is gone after
     loading, so this must happen before.
     """
-    seen = set() if seen is None else seen
-    if cls not in seen:
-        seen.add(cls)
+    found = {} if found is None else found
+    if cls not in found:
+        found[cls] = None
         for field in fields_of(cls):
             for part in filter(is_config, _classes(field.annotation)):
-                resolve(part, seen)
+                reachable(part, found)
+    return found
 
 
 def members(annotation: Any) -> tuple[Any, ...]:

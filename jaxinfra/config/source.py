@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxinfra.config.classes import ClassFinder, keep_usable
+from jaxinfra.config.classes import ClassFinder, keep_usable, users_classes
 from jaxinfra.config.folder import ModuleFolder
 from jaxinfra.config.overrides import apply, read_overrides
-from jaxinfra.config.record import Loaded, decode_record, read_record, require_sources
+from jaxinfra.config.record import Loaded, decode_record, read_record, require_classes
 from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
 from jaxinfra.config.text import join, nearest, same
 from jaxinfra.config.view import leaves
@@ -29,6 +29,7 @@ def load[C](
     overrides: Sequence[str] = (),
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] = (),
+    same_sources: bool = True,
 ) -> Loaded[C]:
     """Returns the config that a file describes, with overrides applied; it is not validated.
 
@@ -40,6 +41,7 @@ def load[C](
         overrides: `path=value` texts, applied from left to right.
         root: the class that the config must be an instance of.
         imports: modules, and files or folders for all modules of the folder, that a record may import classes from.
+        same_sources: refuse a record if the file of one of its classes has changed since.
     """
     path = Path(source)
     _require_config_file(path)
@@ -47,7 +49,7 @@ def load[C](
     finder = ClassFinder.named(imports)
     if path.suffix == ".json":
         content = read_record(path)
-        require_sources(path, content, finder)
+        require_classes(path, content, finder, same_sources=same_sources)
         run = decode_record(path, content, root, finder)
     else:
         folder = ModuleFolder(path.parent)
@@ -82,7 +84,8 @@ def _run_config_file(folder: ModuleFolder, path: Path) -> object:
         run = folder.run(path, _config_function(path, folder.load(path.name)))
         if not is_config(type(run)):
             raise ConfigError(f"{path}: config() must return a config dataclass, found {type(run).__name__}")
-        keep_usable(run)
+        for cls in [type(run), *users_classes(run)]:
+            keep_usable(cls)
     return run
 
 

@@ -1,6 +1,8 @@
 """Classes of users: in a config file, in modules beside it, in packages; in records, and found again for a replay."""
 
+import json
 import os
+import sys
 import textwrap
 from collections.abc import Callable
 from hashlib import sha256
@@ -10,8 +12,13 @@ from typing import Any
 import pytest
 
 from jaxinfra.config import diff, dump, load, read_record, record, validate, write_record
+from jaxinfra.config.classes import ClassFinder
+from jaxinfra.config.record import decode_record
 from jaxinfra.errors import ConfigError
-from tests.refusals import raises
+from tests.refusals import raises, refused
+from tests.tiny_run import Tiny, launch
+from tests.tiny_run import tiny as tiny
+from tests.tiny_run import tiny_data as tiny_data
 
 from . import extended
 from .extended import Run
@@ -144,3 +151,334 @@ def test_errors_of_a_class_in_the_file(write: Write, old: str, new: str, named: 
     assert old in MINE
     with raises(ConfigError, named):
         load(write("mine.py", MINE.replace(old, new)))
+
+
+# In modules beside the config file.
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_a_config_file_imports_its_siblings_from_any_working_directory(write: Write, package: bool) -> None:
+    if package:
+        write("configs/opt/__init__.py", "from opt.mine import Mine")
+    write("configs/opt/mine.py" if package else "configs/opt.py", SIBLING)
+    write("opt.py", "raise RuntimeError('must not be found')")
+    path, finders, modules = [*sys.path], [*sys.meta_path], set(sys.modules)
+    run = load(write("configs/mine.py", USES_SIBLING), ["optimizer.limit=limit"]).run
+    assert dump(run).startswith(f"optimizer = opt{'.mine' if package else ''}:Mine\noptimizer.beta = 0.25\n")
+    assert run.optimizer.step(2) == 6
+    assert (sys.path, sys.meta_path, set(sys.modules)) == (path, finders, modules)
+    assert not Path("configs/__pycache__").exists()
+
+
+def test_an_override_names_a_class_of_a_sibling(write: Write) -> None:
+    write("configs/opt.py", SIBLING)
+    for text in (USES_SIBLING, MINE):
+        run = load(write("configs/mine.py", text), ["optimizer=opt:Mine", "optimizer.limit=limit"]).run
+        assert run.optimizer.beta == 0.25 and run.optimizer.limit.above == 1
+
+
+def test_folders_with_modules_of_the_same_name_do_not_mix(write: Write) -> None:
+    for folder, factor in (("one", 1), ("two", 2)):
+        write(f"{folder}/opt.py", SIBLING.replace("FACTOR = 3", f"from more import FACTOR\nassert FACTOR == {factor}"))
+        write(f"{folder}/more.py", f"FACTOR = {factor}")
+        write(f"{folder}/mine.py", USES_SIBLING)
+    one, two, again = (load(f"{folder}/mine.py").run for folder in ("one", "two", "one"))
+    assert [run.optimizer.step(1.0) for run in (one, two, again)] == [1.0, 2.0, 1.0]
+    assert type(one.optimizer) is not type(two.optimizer)
+    nested = write(
+        "one/nested.py",
+        "import opt\nfrom jaxinfra.config import load\ndef config():\n    other = load('two/mine.py').run\n"
+        f"    from more import FACTOR\n    assert FACTOR == 1\n    from {HERE} import Run\n"
+        "    return Run(optimizer=opt.Mine(), maybe=other.optimizer)\n",
+    )
+    run = load(nested).run
+    assert (run.optimizer.step(1.0), run.maybe.step(1.0)) == (1.0, 2.0)
+    files = {name: source["file"] for name, source in save(nested)["classes"].items() if name == "opt:Mine"}
+    assert files["opt:Mine"].endswith("opt.py")
+
+
+@pytest.mark.parametrize("name", ["random", "sys", "jaxinfra", "numpy", "annotated_types"])
+def test_a_sibling_never_hides_python_or_an_installed_package(write: Write, name: str) -> None:
+    write(f"configs/{name}.py", "raise RuntimeError('must not be found')")
+    check = f"    import {name}\n    assert not {name}.__spec__.origin.startswith('{os.getcwd()}')\n"
+    load(write("configs/mine.py", MINE.replace("def config():\n", f"def config():\n{check}")))
+
+
+def test_a_module_that_is_importable_anyway_stays(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("configs/anyway.py", SIBLING)
+    monkeypatch.syspath_prepend(os.path.abspath("configs"))
+    run = load(write("configs/mine.py", USES_SIBLING.replace("import opt", "import anyway as opt"))).run
+    assert type(run.optimizer) is sys.modules.pop("anyway").Mine
+
+
+def test_errors_in_a_sibling_name_its_line(write: Write) -> None:
+    write("configs/opt.py", "x = 1\ny = 1 / 0\n")
+    with raises(ConfigError, "configs/opt.py:2: ZeroDivisionError"):
+        load(write("configs/mine.py", USES_SIBLING))
+    write("configs/opt.py", "x = (\n")
+    with raises(ConfigError, "configs/mine.py:2: SyntaxError opt.py"):
+        load("configs/mine.py")
+    with raises(ConfigError, "mine.py:1: ModuleNotFoundError: absent"):
+        load(write("configs/mine.py", "import absent"))
+    with raises(ConfigError, "mine.py:1: ImportError"):
+        load(write("configs/mine.py", "from . import opt"))
+
+
+# In a record.
+
+
+def test_a_record_has_the_source_of_every_users_class(write: Write) -> None:
+    content = save(write("configs/mine.py", MINE), ("optimizer=mine.py:Second", f"maybe={HERE}:Steeper"))
+    mine = {"file": os.path.abspath("configs/mine.py"), "sha256": digest("configs/mine.py")}
+    here = {"file": extended.__file__, "sha256": digest(extended.__file__)}
+    assert content["classes"] == {
+        **{f"{HERE}:{name}": here for name in ("Run", "Optimizer", "AdamW", "Steeper")},
+        **{f"mine.py:{name}": mine for name in ("Second", "Mine")},
+    }
+    assert content["config"]["optimizer"]["kind"] == "mine.py:Second"
+    assert "Mine" not in json.dumps(content["origins"])
+
+
+@pytest.mark.parametrize("named", ["configs/mine.py", "configs/", "configs/other.py"])
+def test_replay_of_a_class_of_a_config_file(write: Write, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("configs/other.py", "raise RuntimeError('must not be run')")
+    save(write("configs/mine.py", MINE), ("optimizer.beta=0.75", "optimizer.limit=limit"))
+    replay = load("run.json", ["optimizer.limit.above=4"], Run, [HERE, named])
+    assert (replay.run.optimizer.beta, replay.run.optimizer.limit.above) == (0.75, 4)
+    assert replay.run.optimizer.step(2) == 6 and dump(replay.run).startswith("optimizer = mine.py:Mine")
+    write_record("again.json", record(replay, command=[], versions={}, git={}, devices=[]))
+    assert read_record("again.json")["classes"] == read_record("run.json")["classes"]
+    monkeypatch.chdir("configs")
+    assert dump(load("../again.json", (), Run, [HERE, f"../{named}"]).run) == dump(replay.run)
+
+
+@pytest.mark.parametrize("named", ["configs/mine.py", "configs/opt.py"])
+def test_replay_of_a_class_of_a_sibling(write: Write, named: str) -> None:
+    write("configs/opt.py", SIBLING)
+    save(write("configs/mine.py", USES_SIBLING), ("optimizer.limit=limit",))
+    with raises(ConfigError, f"opt:Mine {os.path.abspath('configs/opt.py')}: --import {os.path.abspath('configs')}/"):
+        load("run.json", imports=[HERE])
+    assert load("run.json", imports=[HERE, named]).run.optimizer.step(2) == 6
+    write("configs/opt.py", SIBLING + "\n")
+    with raises(ConfigError, f"run.json: {os.path.abspath('configs/opt.py')} changed opt:Mine restore"):
+        load("run.json", imports=[HERE, named])
+
+
+def test_replay_of_a_class_of_a_package(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("lib/mypackage/__init__.py", "")
+    write("lib/mypackage/parts.py", MINE)
+    monkeypatch.syspath_prepend(os.path.abspath("lib"))
+    try:
+        save(write("mine.py", f"from {HERE} import Run\nconfig = lambda: Run()"), ("optimizer=mypackage.parts:Mine",))
+        refused = (
+            f"run.json: mypackage.parts:Mine {os.path.abspath('lib/mypackage/parts.py')}: --import mypackage.parts"
+        )
+        with raises(ConfigError, refused):
+            load("run.json", imports=[HERE])
+        for named in ("mypackage", "mypackage.parts"):
+            assert load("run.json", imports=[HERE, named]).run.optimizer.step(2) == 6
+    finally:
+        for name in [name for name in sys.modules if name.startswith("mypackage")]:
+            del sys.modules[name]
+
+
+def test_replay_is_refused_where_the_file_is_gone_or_has_changed(write: Write) -> None:
+    path = write("configs/mine.py", MINE)
+    full = os.path.abspath(path)
+    save(path)
+    with raises(ConfigError, f"run.json: mine.py:Mine {full}: --import {full}"):
+        load("run.json", imports=[HERE])
+    write("configs/mine.py", MINE.replace("FACTOR = 3", "FACTOR = 4"))
+    refused = f"run.json: {full} changed mine.py:Mine {digest(path)} restore the file, config file instead"
+    with raises(ConfigError, refused):
+        load("run.json", imports=[HERE, path])
+    assert load("run.json", imports=[HERE, path], same_sources=False).run.optimizer.beta == 0.25
+    write("configs/mine.py", "")
+    with raises(ConfigError, f"run.json: mine.py:Mine {full}: no class Mine; restore the file, config file instead"):
+        load("run.json", imports=[HERE, path])
+    path.unlink()
+    with raises(ConfigError, f"run.json: mine.py:Mine {full}: gone; restore the file, config file instead"):
+        load("run.json", imports=[HERE, "configs/"])
+    with raises(ConfigError, "--import configs/mine.py: no such file"):
+        load("run.json", imports=[HERE, path])
+    write("configs/mine.py", MINE)
+    assert load("run.json", imports=[HERE, path]).run.optimizer.step(2) == 6
+
+
+def test_a_class_inside_a_function_is_shown_but_not_replayed(write: Write) -> None:
+    inside = f"""
+from dataclasses import dataclass
+from {HERE} import Optimizer, Run
+
+def config():
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Optimizer):
+        def step(self, x):
+            return x
+    return Run(optimizer=Mine())
+"""
+    save(write("mine.py", inside))
+    with raises(ConfigError, "run.json: mine.py:config.<locals>.Mine top of its module"):
+        load("run.json", imports=[HERE, "mine.py"])
+
+
+def test_the_record_of_a_run_that_goes_on_may_use_the_classes_of_its_config(write: Write) -> None:
+    path = write("configs/mine.py", MINE)
+    content = save(path)
+    write("configs/mine.py", MINE.replace("beta=0.25", "beta=0.75"))
+    run = load(path, (), Run).run
+    before = decode_record("run.json", content, Run, ClassFinder.of(run))
+    assert [(each.path, each.left, each.right) for each in diff(before, run)] == [("optimizer.beta", 0.25, 0.75)]
+    with raises(ConfigError, f"run.json: optimizer.kind: {HERE}:Mine: not use use name=ANOTHER"):
+        content["config"]["optimizer"]["kind"] = f"{HERE}:Mine"
+        decode_record("run.json", content, Run, ClassFinder.of(run))
+
+
+# A record is data.
+
+
+@pytest.fixture
+def marker(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that a module writes, on `sys.path` and in a folder, if it is imported."""
+    marker = Path(os.path.abspath("marker"))
+    evil = MINE.replace(
+        "import Optimizer", f"import Optimizer\nopen({str(marker)!r}, 'w').close()\nfrom {HERE} import Run"
+    )
+    for name in ("path/evil.py", "path/package/__init__.py", "path/jaxinfra_evil.py", "configs/evil.py", "evil.py"):
+        write(name, evil)
+    write("runs/x/evil.py", evil)
+    monkeypatch.syspath_prepend(os.path.abspath("path"))
+    return marker
+
+
+ATTACKS = [
+    "os:system",
+    "subprocess:Popen",
+    "builtins:eval",
+    "evil:Mine",
+    "package:Mine",
+    "package.sub:Mine",
+    "jaxinfra_evil:Mine",
+    "jaxinfra.config.source:os.system",
+    "jaxinfra.config.source:Path",
+    "jaxinfra.config.record:Loaded",
+    "jaxinfra.config.source:load",
+    "jaxinfra..evil:Mine",
+    "jaxinfra.config.:Mine",
+    "evil.py:Mine",
+    "../evil.py:Mine",
+    "configs/evil.py:Mine",
+    "configs/../evil.py:Mine",
+    "..evil:Mine",
+    ".evil:Mine",
+    "path/evil.py:Mine",
+    "evil.py:__init__.__globals__",
+    ":Mine",
+    "evil:",
+    "",
+    "\n",
+    None,
+    3,
+    ["evil:Mine"],
+    {"evil": "Mine"},
+]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("key", ["root", "kind", "classes"])
+def test_a_record_imports_nothing_that_the_user_has_not_named(write: Write, marker: Path, name: Any, key: str) -> None:
+    config = f"from {HERE} import Run\nconfig = lambda: Run()"
+    content = save(write("named/mine.py", config), to="runs/x/run.json")
+    if key == "root":
+        content["root"] = name
+    elif key == "kind":
+        content["config"]["optimizer"] = {"kind": name}
+    else:
+        content["classes"] = {str(name): {"file": "evil.py", "sha256": "0" * 16}}
+    write_record("runs/x/run.json", content)
+    modules = set(sys.modules)
+    for root in (None, Run) if key != "root" else (None,):
+        for imports in ([HERE], [HERE, "named/mine.py"], [HERE, "named/"]):
+            with raises(ConfigError, "runs/x/run.json:"):
+                load("runs/x/run.json", (), root, imports)
+    assert {each for each in set(sys.modules) - modules if not each.startswith("jaxinfra.")} == set()
+    assert not marker.exists()
+
+
+def test_what_lies_in_a_folder_that_the_user_names_may_be_imported(write: Write, marker: Path) -> None:
+    save("runs/x/evil.py", to="run.json")
+    marker.unlink()
+    with raises(ConfigError, f"evil.py:Mine {os.path.abspath('runs/x/evil.py')}: --import"):
+        load("run.json", imports=[HERE])
+    assert not marker.exists()
+    assert load("run.json", imports=[HERE, "runs/x/"]).run.optimizer.beta == 0.25
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("classes", [None, [], 3, {"a:B": None}, {"a:B": {}}, {"a:B": {"file": 3, "sha256": 4}}])
+def test_damaged_sources_in_a_record_are_refused(write: Write, classes: Any) -> None:
+    save(write("mine.py", MINE))
+    change("classes", classes)
+    with raises(ConfigError, "run.json: classes restore"):
+        load("run.json", imports=[HERE, "mine.py"])
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [("nowhere.py", "nowhere.py"), ("nowhere/", "nowhere/"), ("no.such", "no.such"), ("..x", "..x"), ("", "module")],
+)
+def test_errors_of_what_may_be_imported(write: Write, named: str, expected: str) -> None:
+    save(write("mine.py", MINE))
+    with raises(ConfigError, "--import", expected):
+        load("run.json", imports=[named])
+
+
+# On the command line.
+
+
+def test_diff_imports_what_lies_beside_a_config_file_that_it_compares(write: Write) -> None:
+    path = write("configs/mine.py", MINE)
+    save(path, ("optimizer=mine.py:Second",))
+    full = os.path.abspath(path)
+    refused(
+        launch("diff", "run.json", "run.json", "--import", HERE), f"run.json: mine.py:Second {full}: --import {full}"
+    )
+    write("configs/mine.py", MINE.replace("beta=0.25", "beta=0.75"))
+    expected = [
+        "optimizer mine.py:Second -> mine.py:Mine",
+        "optimizer.beta 0.25 -> 0.75",
+        "optimizer.more () -> absent",
+    ]
+    for words in (["run.json", str(path)], ["run.json", str(path), "--import", "configs/"]):
+        ended = launch("diff", *words, "--import", HERE)
+        assert [" ".join(line.split()) for line in ended.out.splitlines()] == expected, ended
+    refused(launch("diff", "run.json", "configs/nowhere.py", "--import", HERE), "run.json: --import")
+
+
+@pytest.mark.parametrize("command", ["train", "show", "data peek", "data prepare"])
+def test_commands_that_read_a_record_import_nothing_by_themselves(
+    write: Write, marker: Path, tiny: Tiny, command: str
+) -> None:
+    content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
+    for change in ({"root": "evil:Mine"}, {"classes": {"evil:Mine": {"file": None, "sha256": None}}}):
+        write_record("run.json", content | change)
+        refused(launch(*command.split(), "run.json"), "run.json: evil:Mine: --import evil")
+    assert not marker.exists()
+    assert "--import MODULE|FILE" in launch(*command.split(), "--help").out
+
+
+def test_sample_imports_nothing_by_itself(write: Write, marker: Path, tiny: Tiny) -> None:
+    content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
+    write_record("run.json", content | {"classes": {"evil:Mine": {"file": None, "sha256": None}}})
+    refused(launch("sample", ".", "w1"), "run.json: evil:Mine: --import evil")
+    assert not marker.exists()
+
+
+def test_a_record_runs_no_recipe_that_the_user_does_not_name(write: Write, tiny: Tiny, tmp_path: Path) -> None:
+    recipe = write("recipe.py", "open('marker', 'w').close()\nconfig = lambda: None")
+    overrides = [f"data.recipe={recipe}"]
+    write_record("run.json", record(load(tiny.config, overrides), command=[], versions={}, git={}, devices=[]))
+    refused(launch("data", "prepare", "run.json"), "run.json: --import recipe.py")
+    assert not Path("marker").exists()
+    refused(launch("data", "prepare", "run.json", "--import", "recipe.py"), "recipe.py: config() NoneType")
+    assert Path("marker").exists()

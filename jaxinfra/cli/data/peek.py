@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str]:
     """The data, the rows of a step and those of the process, and the command that makes the data."""
-    config = load(options.config, options.overrides).run
+    config = load(options.config, options.overrides, imports=options.imports).run
     validate(config)
     size = options.global_batch
     if isinstance(config, Run):

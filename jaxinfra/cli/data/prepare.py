@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def recipes(options: argparse.Namespace) -> list[Recipe]:
     """The recipe that the file is, or those of the stores that a run trains on; ConfigError where there are none."""
-    config = load(options.config, options.overrides).run
+    config = load(options.config, options.overrides, imports=options.imports).run
     if isinstance(config, Recipe):
         return [config]
     from jaxinfra.run import Run  # imports jax, which a recipe has no use for
@@ -48,6 +48,8 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
         )
     found = []
     for store, path in made.items():
+        if options.config.endswith(".json") and path not in options.imports:
+            raise ConfigError(f"{options.config}: a record runs no recipe that you do not name; add --import {path}")
         recipe = load(path).run
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{path}: is no recipe; name a file whose config() returns one")
