@@ -1,1 +1,1 @@
-"""Checkpoints: the state of a run on storage, to go on from and to sample from."""
+"""Checkpoints of a run, to resume training and to sample from."""
