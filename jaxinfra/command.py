@@ -1,4 +1,4 @@
-"""How this process was started, for help and hints: `jaxinfra` where it is installed, `python -m launch` in a clone."""
+"""The command that started this process, for help and hints: `jaxinfra` if installed, else `python -m launch`."""
 
 import sys
 from pathlib import Path

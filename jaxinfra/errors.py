@@ -1,50 +1,49 @@
-"""The errors that a run may end with, each with the exit code that a supervisor acts on.
+"""Errors that end a run, each with the exit code that a supervisor acts on.
 
-A message is one line: what is wrong, where, what was expected, and how to mend it. The command line prints
-that line and leaves with `exit_code`; a traceback is shown only with `--debug`. Code 75 means "start the same
-command again"; all others need a person first.
+A message is one line: what is wrong, where, what is allowed, and how to fix it. The command line prints it and exits
+with `exit_code`; `--debug` adds the traceback. Code 75 means "run the same command again"; the others need a person.
 """
 
 from typing import ClassVar
 
 
 class JaxinfraError(Exception):
-    """Base of every error that is meant for the user; never raised itself."""
+    """Base class of all errors for the user; never raised itself."""
 
     exit_code: ClassVar[int] = 1
 
 
 class Preempted(JaxinfraError):
-    """The run was asked to stop, saved its state and can be started again."""
+    """The run was asked to stop, saved its state and can be resumed."""
 
     exit_code = 75
 
 
 class DataError(JaxinfraError):
-    """Training data is damaged, missing or not what its manifest says."""
+    """Training data is damaged, missing or differs from its manifest."""
 
     exit_code = 78
 
 
 class CheckpointError(JaxinfraError):
-    """A checkpoint is damaged and no older good one exists."""
+    """A checkpoint is missing or damaged."""
 
     exit_code = 79
 
 
 class NonFiniteError(JaxinfraError):
-    """The loss or the gradient is no longer a number: nothing that is trained or saved from here on is of use."""
+    """The loss or the gradient is NaN or infinite, so the state is useless."""
 
     exit_code = 80
 
 
 class ConfigError(JaxinfraError):
-    """The config, its overrides or the layout that it asks for cannot work."""
+    """The config, an override or the mesh is invalid."""
 
     exit_code = 81
 
 
 class StorageError(JaxinfraError):
-    """Storage cannot be read or written: no space, no permission, no such place."""
+    """Storage cannot be read or written: no space, no permission, no such path."""
 
     exit_code = 82

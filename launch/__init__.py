@@ -1,1 +1,1 @@
-"""The command line of a clone: `python -m launch`."""
+"""The command line in a clone: `python -m launch`."""

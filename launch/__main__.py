@@ -1,4 +1,4 @@
-"""Runs the command line of jaxinfra: `python -m launch CONFIG` in a clone is `jaxinfra CONFIG`."""
+"""Runs the command line: in a clone, `python -m launch CONFIG` is `jaxinfra CONFIG`."""
 
 import sys
 

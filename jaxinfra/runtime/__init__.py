@@ -1,1 +1,1 @@
-"""Processes and time: what a run lives in while it trains."""
+"""What surrounds the training loop: devices, platforms, signals, peak FLOP/s, and the environment of a run."""

@@ -1,52 +1,57 @@
-"""The devices of this process, asked for once; what JAX logs on the way becomes part of the answer."""
+"""Finds the devices of this process, and turns what JAX logs about unusable platforms into one error line."""
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.parallel.mesh import Device
 
-_STARTING = "jax._src.xla_bridge"  # the logger of JAX that tells of platforms and plugins
+_PLATFORM_LOGGER = "jax._src.xla_bridge"  # JAX logs here about platforms and plugins
 
 
-def local_devices() -> Sequence[Any]:
-    """The devices of this process; ConfigError where it lacks the platform asked for, or JAX has other processes."""
-    with _capture_logs(_STARTING) as said:
+def local_devices() -> Sequence[Device]:
+    """Returns the devices of this process.
+
+    Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if there are several JAX processes.
+    """
+    with _capture_logs(_PLATFORM_LOGGER) as records:
         try:
-            found = jax.devices()
-        except (RuntimeError, AssertionError) as error:  # the latter where JAX has no plugin for the platform at all
-            reasons = [str(record.exc_info[1]) for record in said if record.exc_info and record.exc_info[1]]
-            said.clear()
+            devices = jax.devices()
+        except (RuntimeError, AssertionError) as error:  # the latter if JAX has no plugin for the platform at all
+            reasons = [str(record.exc_info[1]) for record in records if record.exc_info and record.exc_info[1]]
+            records.clear()
             cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "; ".join(reasons) or "JAX has no plugin for it"
             raise ConfigError(
-                f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: cannot be used: {' '.join(cause.split())}; "
+                f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: unusable platform: {' '.join(cause.split())}; "
                 "use --devices cpu, or install JAX for that platform"
             ) from error
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes: a run has one process so far; start it on one host")
-    return found
+    if (num_processes := jax.process_count()) > 1:
+        raise ConfigError(
+            f"{num_processes} JAX processes: multi-host training is not supported yet; start one process on one host"
+        )
+    return devices
 
 
 @contextmanager
 def _capture_logs(name: str) -> Iterator[list[logging.LogRecord]]:
-    """The records of a logger, kept until the end; those that are still in the list then are logged, a line each."""
+    """Collects the records of a logger; on exit, logs those still in the list on one line each."""
     logger, records = logging.getLogger(name), []
 
-    def hold(record: logging.LogRecord) -> bool:
+    def capture(record: logging.LogRecord) -> bool:
         records.append(record)
         return False
 
-    logger.addFilter(hold)
+    logger.addFilter(capture)
     try:
         yield records
     finally:
-        logger.removeFilter(hold)
+        logger.removeFilter(capture)
         for record in records:
-            if record.exc_info and record.exc_info[1]:  # a platform that cannot be used is worth no traceback
+            if record.exc_info and record.exc_info[1]:  # an unusable platform needs no traceback
                 record.msg, record.args = f"{record.getMessage()}: {' '.join(str(record.exc_info[1]).split())}", ()
                 record.exc_info = record.exc_text = None
             logger.handle(record)

@@ -1,29 +1,29 @@
-"""CPU devices that stand in for others: the environment of a process that has so many of them."""
+"""Emulates several accelerators with CPU devices: environment variables that JAX and XLA read when they start."""
 
 import os
 
-THREADS = 4
-"""Of XLA's pool for each device.
+THREADS_PER_DEVICE = 4
+"""Size of XLA's thread pool, per device.
 
-A device that waits in a collective holds a thread, and may wait in several at once. With hardly more threads than
-devices, as by default, programs in which two collectives have no order (those of pipeline stages) can wait for ever.
+A device that waits in a collective holds a thread, and may wait in several at once. With the default of hardly more
+threads than devices, collectives without an order between them (those of pipeline stages) can deadlock.
 """
 
 FLAGS = {
-    # Scheduled for concurrency, such collectives start in another order on each device, whatever the number of threads.
+    # The concurrency-optimized scheduler starts such collectives in another order on each device: a deadlock, too.
     "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
-    # XLA aborts when a device is 40 s late: those of a busy machine may be.
+    # By default XLA aborts if a device is 40 s late, which happens on a busy machine.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
 
 
-def emulation_env(devices: int) -> dict[str, str]:
-    """Returns what JAX and XLA read when they start; flags that are set already stay."""
+def emulation_env(num_devices: int) -> dict[str, str]:
+    """Returns the environment variables of a process with this many CPU devices; XLA flags already set are kept."""
     flags = os.environ.get("XLA_FLAGS", "")
-    more = (f"{name}={value}" for name, value in FLAGS.items() if name not in flags)
+    added = (f"{name}={value}" for name, value in FLAGS.items() if name not in flags)
     return {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "NPROC": str(THREADS * devices),
-        "XLA_FLAGS": " ".join([flags, *more]).strip(),
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
+        "NPROC": str(THREADS_PER_DEVICE * num_devices),
+        "XLA_FLAGS": " ".join([flags, *added]).strip(),
     }

@@ -1,23 +1,19 @@
-"""What a run ran with: the state of the source tree and the versions of packages, for the run record.
-
-Asking must never stop a run: what cannot be found out is None.
-"""
+"""Git state and package versions for the run record. What cannot be found out is None and never stops a run."""
 
 import os
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
-from typing import Any
 
 _GIT_TIMEOUT_S = 5.0
 
 
-def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT_S) -> dict[str, Any]:
-    """Returns `{"commit": hash, "dirty": bool}` of the working tree that `directory` is in.
+def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT_S) -> dict[str, str | bool | None]:
+    """Returns `{"commit": hash, "dirty": bool}` of the git working tree that contains `directory`.
 
-    It is dirty if tracked files differ from the commit or untracked ones exist. Both are None outside a working tree,
-    before the first commit and without git; `dirty` alone is None when one of the two calls of git took too long.
+    It is dirty if tracked files differ from the commit or untracked files exist. Both are None outside a working tree,
+    before the first commit and without git; `dirty` alone is None if `git status` takes too long.
     """
     commit = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
     changes = None if commit is None else _git(directory, timeout_s, "status", "--porcelain")
@@ -25,7 +21,7 @@ def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
-    """Returns the installed version by package name; None for one that is not installed."""
+    """Returns the installed version of each package, None if it is not installed."""
     versions: dict[str, str | None] = dict.fromkeys(names)
     for name in versions:
         with suppress(metadata.PackageNotFoundError):
@@ -34,16 +30,17 @@ def package_versions(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -> str | None:
+    """Returns the output of a git command, or None if it fails."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", os.fspath(directory), *arguments],
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=True,
-            # Without this, `status` takes the index lock and can make a commit elsewhere fail.
+            # Without this, `git status` takes the index lock and can make a commit elsewhere fail.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""The most that a device can compute, to measure what a run makes of it against."""
+"""Peak FLOP/s of a device, for MFU."""
 
 import time
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxinfra.parallel.mesh import Device
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. The longest key that starts `device_kind`
-# counts. v4 and v7x chips are given whole by Google; JAX lists v7x as two devices a chip, so half of 2307 TFLOP/s.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. `device_kind` is looked up by its longest
+# prefix. Google publishes FLOP/s per chip; JAX lists a v7x chip as two devices, so half of 2307 TFLOP/s.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
@@ -30,30 +30,31 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: Device, dtype: jnp.dtype, devices_here: int) -> tuple[float, str]:
-    """Peak FLOP/s of one device, and where the figure is from.
+def peak_flops(device: Device, dtype: jnp.dtype, num_local_devices: int) -> tuple[float, str]:
+    """Returns the peak FLOP/s of one device, and the source of that number.
 
-    The figures of accelerators are bfloat16's. A CPU's is measured in `dtype`: emulated devices share the cores, so
-    each of `devices_here`, those of this process, has its part of the whole.
+    For accelerators it is the bfloat16 peak. For CPUs it is measured in `dtype`, and divided by the number of devices
+    of this process, which share the cores.
     """
+    measured = f"measured, {jnp.dtype(dtype).name} matmul"
     if device.platform == "cpu":
-        return measure_flops(device, dtype) / devices_here, f"measured, {jnp.dtype(dtype).name} matmul"
-    if known := [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]:
-        kind = max(known, key=len)
+        return measure_flops(device, dtype) / num_local_devices, measured
+    if kinds := [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]:
+        kind = max(kinds, key=len)
         return PEAK_FLOPS[kind], f"data sheet, bfloat16, {kind}"
-    return measure_flops(device, dtype), f"measured, {jnp.dtype(dtype).name} matmul on {device.device_kind}"
+    return measure_flops(device, dtype), f"{measured} on {device.device_kind}"
 
 
 def measure_flops(device: Device, dtype: jnp.dtype, size: int | None = None) -> float:
-    """FLOP/s of the fastest of some square matrix products on one device."""
-    size = size or (1024 if device.platform == "cpu" else 4096)  # a CPU is busy with 1024, in a tenth of the time
+    """Measures the FLOP/s of one device: the fastest of five matmuls of square matrices."""
+    size = size or (1024 if device.platform == "cpu" else 4096)  # 1024 is enough for a CPU, and ten times faster
     with jax.default_device(device):
         a = jnp.ones((size, size), dtype)
-        product = jax.jit(jnp.matmul)
-        product(a, a).block_until_ready()
+        matmul = jax.jit(jnp.matmul)
+        matmul(a, a).block_until_ready()
         times_s = []
         for _ in range(5):
             start_s = time.perf_counter()
-            product(a, a).block_until_ready()
+            matmul(a, a).block_until_ready()
             times_s.append(time.perf_counter() - start_s)
     return 2 * size**3 / min(times_s)

@@ -1,4 +1,4 @@
-"""A wish to stop, made by a signal and obeyed between steps."""
+"""Turns SIGINT and SIGTERM into a request to stop after the current step."""
 
 import signal
 from types import FrameType
@@ -6,22 +6,22 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Inside this context Ctrl-C (SIGINT) and SIGTERM ask to stop instead of stopping.
+    """Within this context Ctrl-C (SIGINT) and SIGTERM set `reason` instead of ending the process.
 
-    The loop looks at `reason` after every step, saves and leaves. A second Ctrl-C interrupts at once; further
-    SIGTERMs change nothing. The handlers that were there before come back on leaving. Main thread only.
+    The training loop reads `reason` after every step, saves and stops. A second Ctrl-C interrupts at once; further
+    SIGTERMs change nothing. The previous handlers are restored on exit. Main thread only.
     """
 
     def __init__(self) -> None:
         self._reason: str | None = None
         self._interrupted = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     @property
     def reason(self) -> str | None:
-        """Name of the signal that asked first, None while nobody has; KeyboardInterrupt after a second Ctrl-C.
+        """Name of the first signal, or None; raises KeyboardInterrupt after a second Ctrl-C.
 
-        That was raised before, but Python drops an exception that comes up in a callback of the garbage collector.
+        The handler raises that, too, but Python drops an exception raised in a garbage collector callback.
         """
         if self._interrupted:
             raise KeyboardInterrupt
@@ -29,14 +29,14 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._reason is not None:
             self._interrupted = True
             raise KeyboardInterrupt
