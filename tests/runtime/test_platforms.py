@@ -30,7 +30,7 @@ def test_only_plugins_without_hardware_are_left_out(
     monkeypatch.setattr(platforms, "find_spec", lambda name: object() if libtpu else None)
     monkeypatch.setattr(platforms, "_has_tpu_on_pci", lambda: False)
     for name in ("gpu", "tpu"):
-        monkeypatch.setattr(platforms, f"_{name.upper()}S", (str(tmp_path / f"{name}[0-9]*"),))
+        monkeypatch.setattr(platforms, f"_{name.upper()}_PATHS", (str(tmp_path / f"{name}[0-9]*"),))
     for name in hardware.split():
         (tmp_path / f"{name}0").touch()
     assert platforms.available_platforms() == found
