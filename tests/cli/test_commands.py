@@ -77,7 +77,7 @@ def test_show_draws_the_pipeline(tiny: Tiny) -> None:
     assert "stage 1  .   F0 B0  F1 B1  F2 B2  F3 B3  ." in shown.out
     numbers = " ".join(shown.out.split())
     assert "pipeline bubble 20.0% 1f1b" in numbers
-    assert "microbatches in flight 3 inputs kept, by stage: 3, 1" in numbers
+    assert "microbatches in flight 3 saved inputs by stage: 3, 1" in numbers
 
 
 def test_prepare_twice(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,127 +1,119 @@
-"""Schedules are complete and in order, cost what their formulas say, and keep no more than they need."""
+"""Schedules run every pass once and in order, cost what their formulas say, and save no more inputs than needed."""
 
 import itertools
-from typing import Any
 
-import numpy as np
 import pytest
 
-from jaxinfra.parallel.schedules import IDLE, PipelineSchedule, format_schedule, make_schedule
+from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule, format_schedule, make_schedule
 
 KINDS = [("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("interleaved", 3)]
 SIZES = [(1, 1), (1, 3), (2, 1), (2, 2), (2, 8), (3, 6), (4, 4), (4, 12), (8, 16)]
 
-
-def tables() -> list[PipelineSchedule]:
-    """Every kind with stages and microbatches that it takes in full rounds."""
-    made = []
-    for (name, chunks), (stages, microbatches) in itertools.product(KINDS, SIZES):
-        if chunks == 1 or microbatches % stages == 0:
-            made.append(make_schedule(name, stages=stages, microbatches=microbatches, chunks=chunks))
-    return made
+SCHEDULES = [
+    make_schedule(name, stages=stages, microbatches=microbatches, chunks=chunks)
+    for (name, chunks), (stages, microbatches) in itertools.product(KINDS, SIZES)
+    if chunks == 1 or microbatches % stages == 0
+]
 
 
-def name(made: PipelineSchedule) -> str:
-    return f"{made.name}-{made.chunks}x{made.stages}-by{made.microbatches}"
+def schedule_id(schedule: PipelineSchedule) -> str:
+    return f"{schedule.name}-{schedule.chunks}x{schedule.stages}-by{schedule.microbatches}"
 
 
-def run(made: PipelineSchedule) -> dict[str, list[Any]]:
-    """What a machine that obeys the table does, with names in place of arrays.
+def entry(table: PassTable, tick: int, stage: int) -> tuple[int, int, int]:
+    return int(table.microbatch[tick, stage]), int(table.chunk[tick, stage]), int(table.slot[tick, stage])
 
-    An activation is `(microbatch, place)`: what has passed the places before. A gradient likewise: of the input of
-    the place. Whatever meets something that it should not meet fails here.
+
+def simulate(schedule: PipelineSchedule) -> tuple[list[int], list[tuple[int, int]]]:
+    """Runs the table on names instead of arrays; returns the losses and weight gradients that were computed.
+
+    `(microbatch, place)` stands for the input of chunk `place` of the model, and for its gradient.
     """
-    last = made.stages * made.chunks - 1
-    up: list[Any] = [None] * made.stages
-    down: list[Any] = [None] * made.stages
-    waiting: dict[tuple[int, int], Any] = {}
-    done: dict[str, list[Any]] = {"losses": [], "weights": []}
-    for tick in range(made.ticks):
-        sent: list[Any] = [None] * made.stages
-        for s in range(made.stages):
-            m, c, slot = (int(table[tick, s]) for table in _tables(made.forward))
+    S = schedule.stages
+    activations: list[tuple[int, int] | None] = [None] * S
+    grads: list[tuple[int, int] | None] = [None] * S
+    saved: dict[tuple[int, int], tuple[int, int]] = {}
+    losses, weight_grads = [], []
+    for tick in range(schedule.num_ticks):
+        sent: list[tuple[int, int] | None] = [None] * S
+        for s in range(S):
+            m, c, slot = entry(schedule.forward, tick, s)
             if m == IDLE:
                 continue
-            place = c * made.stages + s
-            x = (m, 0) if place == 0 else up[s]
-            assert x == (m, place)
-            waiting[s, slot] = x
-            sent[(s + 1) % made.stages] = (m, place + 1)
-        up = sent
-        sent = [None] * made.stages
-        for s in range(made.stages):
-            m, c, slot = (int(table[tick, s]) for table in _tables(made.backward))
+            place = c * S + s
+            assert (m, place) == ((m, 0) if place == 0 else activations[s])
+            saved[s, slot] = (m, place)
+            sent[(s + 1) % S] = (m, place + 1)
+        activations, sent = sent, [None] * S
+        for s in range(S):
+            m, c, slot = entry(schedule.backward, tick, s)
             if m == IDLE:
                 continue
-            place = c * made.stages + s
-            assert waiting[s, slot] == (m, place), "the input was overwritten"
-            if place == last:
-                done["losses"].append(m)
+            place = c * S + s
+            assert saved[s, slot] == (m, place), "the input was overwritten"
+            if place == S * schedule.chunks - 1:
+                losses.append(m)
             else:
-                assert down[s] == (m, place + 1)
-            sent[(s - 1) % made.stages] = (m, place)
-            if made.weights is None:
-                done["weights"].append((m, place))
-        down = sent
-        if made.weights is not None:
-            for s in range(made.stages):
-                m, c, slot = (int(table[tick, s]) for table in _tables(made.weights))
+                assert grads[s] == (m, place + 1)
+            sent[(s - 1) % S] = (m, place)
+            if schedule.weight_grad is None:
+                weight_grads.append((m, place))
+        grads = sent
+        if schedule.weight_grad is not None:
+            for s in range(S):
+                m, c, slot = entry(schedule.weight_grad, tick, s)
                 if m != IDLE:
-                    assert waiting[s, slot] == (m, c * made.stages + s)
-                    done["weights"].append((m, c * made.stages + s))
-    return done
+                    assert saved[s, slot] == (m, c * S + s)
+                    weight_grads.append((m, c * S + s))
+    return losses, weight_grads
 
 
-def _tables(part: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return part.microbatch, part.chunk, part.slot
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=schedule_id)
+def test_every_microbatch_is_trained_once(schedule: PipelineSchedule) -> None:
+    losses, weight_grads = simulate(schedule)
+    places = range(schedule.stages * schedule.chunks)
+    assert sorted(losses) == list(range(schedule.microbatches))
+    assert sorted(weight_grads) == sorted(itertools.product(range(schedule.microbatches), places))
 
 
-@pytest.mark.parametrize("made", tables(), ids=name)
-def test_a_machine_that_obeys_the_table_trains_every_microbatch_once(made: PipelineSchedule) -> None:
-    done = run(made)
-    places = range(made.stages * made.chunks)
-    assert sorted(done["losses"]) == list(range(made.microbatches))
-    assert sorted(done["weights"]) == sorted(itertools.product(range(made.microbatches), places))
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=schedule_id)
+def test_the_bubble_is_that_of_the_formula(schedule: PipelineSchedule) -> None:
+    """(S - 1) / (V M + S - 1); for zero_bubble 3 (S - 1) / (6 M + 3 (S - 1))."""
+    S, V, M = schedule.stages, schedule.chunks, schedule.microbatches
+    wanted = (S - 1) / (V * M + S - 1) if schedule.name != "zero_bubble" else 3 * (S - 1) / (6 * M + 3 * (S - 1))
+    assert schedule.bubble == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("made", tables(), ids=name)
-def test_the_bubble_is_that_of_the_formula(made: PipelineSchedule) -> None:
-    """(S - 1) / (V M + S - 1); with weight gradients apart, 3 (S - 1) of 6 M + 3 (S - 1)."""
-    S, V, M = made.stages, made.chunks, made.microbatches
-    wanted = (S - 1) / (V * M + S - 1) if made.name != "zero_bubble" else 3 * (S - 1) / (6 * M + 3 * (S - 1))
-    assert made.bubble == pytest.approx(wanted)
-
-
-def test_weight_gradients_apart_pay_for_few_microbatches_alone() -> None:
-    """They cost another forward pass each: less time than 1F1B needs 2 M < S - 1."""
+def test_zero_bubble_is_faster_only_with_few_microbatches() -> None:
+    """Separate weight gradients cost another forward pass each: faster than 1F1B if 2 M < S - 1."""
     for stages, microbatches in itertools.product((2, 4, 8, 16), (1, 2, 4, 8)):
-        apart, together = (make_schedule(n, stages=stages, microbatches=microbatches) for n in ("zero_bubble", "1f1b"))
-        assert (apart.total_cost < together.total_cost) == (2 * microbatches < stages - 1)
+        split, whole = (make_schedule(n, stages=stages, microbatches=microbatches) for n in ("zero_bubble", "1f1b"))
+        assert (split.total_cost < whole.total_cost) == (2 * microbatches < stages - 1)
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8])
-def test_1f1b_keeps_as_many_inputs_however_many_microbatches_there_are(stages: int) -> None:
-    """Stage s keeps 2 (S - 1 - s) + 1: a microbatch goes to the end and back. GPipe keeps them all."""
+def test_1f1b_saves_a_bounded_number_of_inputs(stages: int) -> None:
+    """Stage s saves 2 (S - 1 - s) + 1: a microbatch goes to the end and back. GPipe saves them all."""
     for microbatches in (2 * stages, 32, 128):
-        made = make_schedule("1f1b", stages=stages, microbatches=microbatches)
-        assert made.in_flight == tuple(2 * (stages - 1 - s) + 1 for s in range(stages))
-        assert made.num_slots == 2 * stages - 1
+        schedule = make_schedule("1f1b", stages=stages, microbatches=microbatches)
+        assert schedule.in_flight == tuple(2 * (stages - 1 - s) + 1 for s in range(stages))
+        assert schedule.num_slots == 2 * stages - 1
         assert make_schedule("gpipe", stages=stages, microbatches=microbatches).num_slots == microbatches
 
 
 @pytest.mark.parametrize("chunks", [2, 4])
-def test_interleaved_keeps_as_many_inputs_however_many_microbatches_there_are(chunks: int) -> None:
-    """(V + 1) S - 1, a chunk's input each."""
+def test_interleaved_saves_a_bounded_number_of_inputs(chunks: int) -> None:
+    """(V + 1) S - 1 inputs of chunks."""
     for microbatches in (16, 32, 128):
-        made = make_schedule("interleaved", stages=4, microbatches=microbatches, chunks=chunks)
-        assert made.num_slots == (chunks + 1) * 4 - 1
+        schedule = make_schedule("interleaved", stages=4, microbatches=microbatches, chunks=chunks)
+        assert schedule.num_slots == (chunks + 1) * 4 - 1
 
 
-def test_weight_gradients_apart_keep_no_more_inputs() -> None:
+def test_zero_bubble_saves_a_bounded_number_of_inputs() -> None:
     assert {make_schedule("zero_bubble", stages=4, microbatches=m).num_slots for m in (8, 32, 128)} == {7}
 
 
-def test_the_picture() -> None:
+def test_format_schedule() -> None:
     assert format_schedule(make_schedule("1f1b", stages=3, microbatches=3)) == [
         "stage 0  F0  F1  F2     .      B0     B1  B2",
         "stage 1  .   F0  F1     F2 B0  B1     B2  .",
@@ -129,12 +121,12 @@ def test_the_picture() -> None:
     ]
 
 
-def test_the_picture_of_a_long_table_leaves_its_middle_out() -> None:
+def test_format_schedule_leaves_out_the_middle_of_a_long_table() -> None:
     rows = format_schedule(make_schedule("1f1b", stages=2, microbatches=64), width=6)
     assert all(row.count("...") == 1 for row in rows)
     assert rows[0].startswith("stage 0  F0") and rows[0].endswith("B63")
 
 
-def test_chunks_are_letters_in_the_picture() -> None:
+def test_format_schedule_names_chunks_by_letters() -> None:
     first = format_schedule(make_schedule("interleaved", stages=2, microbatches=2, chunks=2))[0]
     assert first.split()[2:6] == ["F0a", "F1a", "F0b", "F1b"]
