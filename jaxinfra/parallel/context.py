@@ -1,11 +1,9 @@
-"""The order in which the positions of a sequence lie on its shards, and the way of keys and values round them.
+"""How the positions of a sequence are sharded for context parallelism.
 
-A causal query sees what is before it: of consecutive shards the last has almost all the work. In zig-zag order a
-sequence is cut into `2C` blocks for `C` shards, and shard i has blocks i and `2C - 1 - i`: an early one and a late one,
-which together see as much as those of every other shard (Dubey et al. 2024, "The Llama 3 herd of models", section
-3.3.2). A batch is laid in this order once a step; nothing but attention and positions can tell.
-
-This file knows where blocks lie, not what is computed on them.
+A causal query attends to earlier positions only, so of consecutive shards the last would have almost all the work. In
+zigzag order a sequence is cut into `2C` blocks for `C` shards, and shard i holds blocks i and `2C - 1 - i`: every shard
+then has equal work (Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2). A batch is put into this order
+once a step; only attention and positions depend on it.
 """
 
 from dataclasses import dataclass
@@ -17,12 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceSharding:
-    """Where the positions of a sequence are.
+    """The order of positions over the shards of a sequence.
 
     Attributes:
-        axes: the mesh axes that sequences are spread over, each of more than one device.
-        num_shards: into how many shards.
-        zigzag: each shard has an early and a late block; otherwise consecutive positions.
+        axes: mesh axes that shard sequences, each of more than one device.
+        num_shards: shards of a sequence.
+        zigzag: each shard holds an early and a late block; otherwise consecutive positions.
     """
 
     axes: tuple[str, ...] = ()
@@ -31,39 +29,40 @@ class SequenceSharding:
 
     @property
     def blocks_per_shard(self) -> int:
-        """Blocks of consecutive positions that one shard has."""
+        """Blocks of consecutive positions in one shard."""
         return 2 if self.zigzag and self.num_shards > 1 else 1
 
-    def block_index[I: (np.ndarray, jax.Array)](self, shard: I, piece: int) -> I:
-        """The number of the block that is this piece of a shard."""
-        return 2 * self.num_shards - 1 - shard if piece else shard
+    def block_index[I: (np.ndarray, jax.Array)](self, shard: I, block: int) -> I:
+        """Returns the index in the sequence of a shard's first (0) or second (1) block."""
+        return 2 * self.num_shards - 1 - shard if block else shard
 
     def to_shard_order(self, x: jax.Array, dim: int) -> jax.Array:
-        """`x`, whole along `dim` and in the order of positions, in this order."""
+        """Reorders positions along `dim`, which is unsharded, so that each shard's blocks are consecutive."""
         if self.blocks_per_shard == 1:
             return x
-        early, late = jnp.split(self._blocks(x, dim, (2, self.num_shards)), 2, axis=dim)
+        early, late = jnp.split(self._split(x, dim, (2, self.num_shards)), 2, axis=dim)
         pairs = [jnp.squeeze(early, dim), jnp.flip(jnp.squeeze(late, dim), dim)]
         return jnp.stack(pairs, axis=dim + 1).reshape(x.shape)
 
     def to_natural_order(self, x: jax.Array, dim: int) -> jax.Array:
-        """The inverse of `to_shard_order`."""
+        """Reverses `to_shard_order`."""
         if self.blocks_per_shard == 1:
             return x
-        early, late = jnp.split(self._blocks(x, dim, (self.num_shards, 2)), 2, axis=dim + 1)
+        early, late = jnp.split(self._split(x, dim, (self.num_shards, 2)), 2, axis=dim + 1)
         return jnp.concatenate([early, jnp.flip(late, dim)], axis=dim).reshape(x.shape)
 
-    def _blocks(self, x: jax.Array, dim: int, split: tuple[int, int]) -> jax.Array:
+    def _split(self, x: jax.Array, dim: int, blocks: tuple[int, int]) -> jax.Array:
+        """Splits `dim` into blocks: `[..., T, ...]` to `[..., *blocks, T / (2 * num_shards), ...]`."""
         length = x.shape[dim] // (2 * self.num_shards)
-        return x.reshape(*x.shape[:dim], *split, length, *x.shape[dim + 1 :])
+        return x.reshape(*x.shape[:dim], *blocks, length, *x.shape[dim + 1 :])
 
     def positions(self, length: int) -> jax.Array:
-        """The position that stands at each place of a whole sequence, int32 `[length]`."""
+        """Returns the positions of a sequence in shard order, int32 `[length]`."""
         return self.to_shard_order(jnp.arange(length, dtype=jnp.int32), 0)
 
-    def rotate[T](self, tree: T, by: int) -> T:
-        """In a `shard_map`: what every shard has, sent to the shard `by` after it, round the ring."""
-        if by % self.num_shards == 0:
+    def rotate[T](self, tree: T, offset: int) -> T:
+        """Sends each shard's arrays to the shard `offset` after it, around the ring; inside a `shard_map`."""
+        if offset % self.num_shards == 0:
             return tree
-        route = [(shard, (shard + by) % self.num_shards) for shard in range(self.num_shards)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, route), tree)
+        pairs = [(shard, (shard + offset) % self.num_shards) for shard in range(self.num_shards)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), tree)

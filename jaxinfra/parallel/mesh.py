@@ -1,9 +1,8 @@
-"""The device mesh: six named axes over the devices, the fastest links innermost.
+"""Builds the device mesh: six named axes, ordered from the slowest links to the fastest.
 
-The axes, from the slowest links to the fastest: `replica` (data parallel between slices, over the data-centre
-network), `stage` (pipeline), `fsdp` (fully sharded data parallel), `expert`, `context` (sequence), `tensor`.
-All six are always there; an axis of size 1 costs nothing. Every axis is of the `Explicit` type: the sharding of
-an array is part of its type, and a mistake is an error while tracing, not a slow program.
+The axes: `replica` (data parallel between slices, over the data-center network), `stage` (pipeline), `fsdp` (fully
+sharded data parallel), `expert`, `context` (sequence), `tensor`. All six always exist; an axis of size 1 costs nothing.
+Every axis has the `Explicit` type: the sharding of an array is part of its type, so a wrong one is a tracing error.
 """
 
 import functools
@@ -18,63 +17,61 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 
 type Device = Any
-"""A JAX device, whose class has no public type."""
+"""A JAX device; type checkers do not accept `jax.Device` as a type."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
-    """A mesh of `config` over all of `devices`, explicit axis types, physical neighbors innermost.
+    """Builds the mesh over all of `devices`, with physical neighbors innermost.
 
-    On TPUs several slices make the outermost axis: `replica` must be a multiple of their number. Elsewhere
-    devices stand in the order of their ids, host after host, and any axis may span hosts. Sizes that do not fit the
-    devices, or a `replica` that does not fit the slices, are a ConfigError.
+    On TPUs `replica` spans the slices. Elsewhere devices are in the order of their ids, host after host, and any axis
+    may span hosts.
+
+    Raises:
+        ConfigError: the sizes do not match the devices, or `replica` is not a multiple of the slices.
     """
     config = config.resolve(len(devices))
     mesh = functools.partial(Mesh, axis_names=AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     if any(device.platform != "tpu" for device in devices):
-        # Not by `jax.make_mesh`: off TPUs it takes every host for a slice and refuses more than one.
+        # `jax.make_mesh` would take every host for a slice here, and reject more than one.
         in_order = np.array(sorted(devices, key=lambda device: device.id), dtype=object)
         return mesh(in_order.reshape(config.sizes))
-    # The devices of a described topology have a slice only where it has several.
+    # Devices of a topology description have no slice_index if there is one slice.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh(_split_where_needed(mesh_utils.create_device_mesh, config.sizes, devices))
+        return mesh(_device_grid(mesh_utils.create_device_mesh, config.sizes, devices))
     if config.replica % slices:
         raise ConfigError(
-            f"mesh.replica={config.replica}: {slices} slices need a multiple of {slices}; use mesh.replica={slices}"
+            f"mesh.replica={config.replica}: must be a multiple of the {slices} slices; use mesh.replica={slices}"
         )
-    inside = (config.replica // slices, *config.sizes[1:])
-    hybrid = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1, 1, 1))
-    return mesh(_split_where_needed(hybrid, inside, devices))
+    sizes_in_slice = (config.replica // slices, *config.sizes[1:])
+    create = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1, 1, 1))
+    return mesh(_device_grid(create, sizes_in_slice, devices))
 
 
-def _split_where_needed(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]):
-    """Devices in a grid, each mesh axis along whole dimensions of the chips' network where that can be.
-
-    Where it cannot (an axis of 8 on 4 x 4 x 4 chips), axes share a dimension, and the grid is the network row by row:
-    then what lies together in the mesh lies together in it, over several axes at once too. In any other order the
-    compiler makes an all-reduce of every all-gather over two of them. On v5e all is as `jax.make_mesh` does it.
-    """
+def _device_grid(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]) -> np.ndarray:
+    """Arranges TPU devices with each mesh axis along whole dimensions of the network, if possible."""
     if devices[0].device_kind in ("TPU v5 lite", "TPU v5e"):
         return create(sizes, devices=devices, allow_split_physical_axes=True)
     try:
         return create(sizes, devices=devices)
-    except NotImplementedError:  # raised by JAX for an axis that cannot lie along whole dimensions: axes share one then
-        shared = create(sizes, devices=devices, allow_split_physical_axes=True)  # refuses what cannot be shared
-        return np.array(sorted(devices, key=_place), dtype=object).reshape(shared.shape)
+    except NotImplementedError:
+        # An axis cannot lie along whole dimensions (8 on 4 x 4 x 4 chips), so axes share one. The network is then
+        # taken row by row: with another order the compiler makes an all-reduce of every all-gather over two axes.
+        shared = create(sizes, devices=devices, allow_split_physical_axes=True)  # raises if no dimension can be shared
+        return np.array(sorted(devices, key=_network_position), dtype=object).reshape(shared.shape)
 
 
-def _place(device: Device) -> tuple[int, ...]:
-    """Where a TPU device is: its slice, the chip's place in it, and its place on the chip."""
+def _network_position(device: Device) -> tuple[int, ...]:
     return (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The same mesh without devices, to trace and lower on. No axis may be -1."""
+    """Builds the same mesh without devices, to trace and lower on; no axis may be -1."""
     assert -1 not in config.sizes, config
     return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def permute_devices(mesh: Mesh, order: Sequence[int]) -> Mesh:
-    """The mesh with its devices in another order: the numbers that it computes must not change."""
+    """Returns the mesh with its devices in another order; results on it must not change."""
     grid = np.asarray(mesh.devices).reshape(-1)[list(order)].reshape(mesh.devices.shape)
     return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

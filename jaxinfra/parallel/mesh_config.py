@@ -15,15 +15,15 @@ type AxisSize = Literal[-1] | Count
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The size of every mesh axis; at most one may be -1, which takes the devices that are left.
+    """The size of every mesh axis; one may be -1 and takes the remaining devices.
 
     Attributes:
-        replica: copies of the parameters, one a slice where there are several; gradients meet once a step.
+        replica: data parallel, usually between slices; gradients are all-reduced once a step.
         stage: pipeline stages.
-        fsdp: data parallel with parameters, gradients and optimiser state sharded.
-        expert: data parallel, with the experts of a layer shared out; all other parameters are sharded as over fsdp.
+        fsdp: data parallel with sharded parameters, gradients and optimizer state.
+        expert: data parallel with sharded experts; all other parameters are sharded as over fsdp.
         context: shards of a sequence.
-        tensor: shards of heads, MLP width and vocabulary.
+        tensor: shards of heads, MLP and vocabulary.
     """
 
     replica: AxisSize = 1
@@ -34,9 +34,9 @@ class MeshConfig:
     tensor: AxisSize = 1
 
     def problems(self) -> Iterable[Problem]:
-        """At most one size is -1."""
+        """Yields a problem if several sizes are -1."""
         if len(free := self._free) > 1:
-            yield Problem(fields=free, message="only one mesh axis may be -1", fix=f"give {free[0]} a size")
+            yield Problem(fields=free, message="only one mesh axis may be -1", fix=f"set a size for {free[0]}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -48,17 +48,17 @@ class MeshConfig:
         return tuple(axis for axis, size in zip(AXES, self.sizes, strict=True) if size == -1)
 
     def resolve(self, devices: int) -> "MeshConfig":
-        """The same mesh with -1 replaced, for `devices` devices; a ConfigError where the sizes multiply to others."""
-        named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size != 1)
+        """Replaces -1 so that the sizes multiply to `devices`; raises ConfigError if they cannot."""
         fixed = math.prod(size for size in self.sizes if size != -1)
         free = self._free[:1]
-        fits = devices % fixed == 0 if free else devices == fixed
-        if fits:
+        if devices == fixed or (free and devices % fixed == 0):
             return replace(self, **{axis: devices // fixed for axis in free})
-        fix = f"use --devices cpu:{fixed} to emulate them, or mesh.fsdp=-1 to take what is there"
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size != 1)
         if free:
-            fix = f"the other axes must divide {devices}"
-        raise ConfigError(f"{named or 'mesh'}: asks for {fixed} devices, {devices} here; {fix}")
+            fix = f"use sizes of the other axes that divide {devices}"
+        else:
+            fix = f"use --devices cpu:{fixed} to emulate them, or mesh.fsdp=-1 to use all devices"
+        raise ConfigError(f"{named or 'mesh'}: needs {fixed} devices, found {devices}; {fix}")
 
 
 AXES: tuple[str, ...] = tuple(field.name for field in fields(MeshConfig))

@@ -1,4 +1,4 @@
-"""Sharding rules: which mesh axes each logical axis of an array is sharded over. Imports no JAX."""
+"""Sharding rules: which mesh axes shard each logical axis of an array. Imports no JAX."""
 
 import itertools
 from collections.abc import Iterable
@@ -10,24 +10,24 @@ from jaxinfra.parallel.mesh_config import MeshAxis
 
 type LogicalAxes = tuple[str | None, ...]
 type Quantize = Literal["none", "int8", "fp8"]
-"""The format of the factors of products with the weights of layers (see `ops.quantized`)."""
+"""The number format of matrix products with the layers' weights (see `ops.quantized`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Which mesh axes each logical axis is spread over; `()` keeps it whole on every device.
+    """Maps each logical axis to mesh axes; `()` leaves it unsharded.
 
     Attributes:
         batch: sequences of a batch.
-        sequence: positions of a sequence, everywhere.
-        block_sequence: positions, in addition, between blocks: the residual stream of sequence parallelism.
+        sequence: positions of a sequence, everywhere (context parallelism).
+        block_sequence: more axes for positions of the residual stream between blocks (sequence parallelism).
         layers: stacked layers.
-        embed: the residual width, or the rank of a product of two, of parameters alone: activations keep it whole.
+        embed: hidden size of parameters, or the rank of a low-rank projection; activations keep it unsharded.
             Parameters of experts leave out the axes of `experts`.
         heads: attention heads.
         kv_heads: heads of keys and values.
-        mlp: hidden width of the MLP, and of each expert.
-        experts: experts, which tokens are sent to; of the axes of `batch`.
+        mlp: hidden size of the MLP and of each expert.
+        experts: experts of a layer; a subset of the axes of `batch`.
         vocab: rows of the embedding and columns of the head.
     """
 
@@ -43,47 +43,43 @@ class ShardingRules:
     vocab: tuple[MeshAxis, ...] = ("tensor",)
 
     def problems(self) -> Iterable[Problem]:
-        """Each mesh axis spreads one dimension of an activation, and what it is for; heads must agree."""
-        spread = (*self.batch, *self.sequence, *self.block_sequence)
-        twice = sorted({axis for axis in spread if spread.count(axis) > 1})
-        if twice:
-            yield Problem(
-                fields=("batch", "sequence", "block_sequence"),
-                message=f"{twice[0]} shards two dimensions of one activation",
-                fix=f"keep {twice[0]} in one of them",
-            )
-        reserved: tuple[tuple[MeshAxis, tuple[str, ...], str], ...] = (
-            ("stage", ("layers",), "stages share out layers and nothing else"),
-            ("replica", ("batch", "sequence"), "replicas have the whole model, and rows or positions of their own"),
+        """Yields mesh axes that shard two dimensions of an activation, or what they must not shard."""
+        same_activation = (
+            *itertools.combinations(("batch", "sequence", "block_sequence"), 2),
+            *itertools.product(("batch", "sequence"), ("heads", "mlp", "vocab")),
         )
-        for name, (axis, its_own, message) in itertools.product((field.name for field in fields(self)), reserved):
-            if axis in getattr(self, name) and name not in its_own:
-                yield Problem(fields=(name,), message=message, fix=f"take {axis} from {name}")
+        for names in same_activation:
+            axes = [axis for name in names for axis in getattr(self, name)]
+            if twice := [axis for axis in axes if axes.count(axis) > 1]:
+                message = f"mesh axis {twice[0]} shards two dimensions of one activation"
+                yield Problem(fields=names, message=message, fix=f"keep {twice[0]} in one of them")
+        reserved: tuple[tuple[MeshAxis, tuple[str, ...], str], ...] = (
+            ("stage", ("layers",), "mesh axis stage may shard only layers"),
+            ("replica", ("batch", "sequence"), "mesh axis replica may shard only batch and sequence"),
+        )
+        for name, (axis, allowed, message) in itertools.product((field.name for field in fields(self)), reserved):
+            if axis in getattr(self, name) and name not in allowed:
+                yield Problem(fields=(name,), message=message, fix=f"remove {axis} from {name}")
         if self.heads != self.kv_heads:
             yield Problem(
                 fields=("heads", "kv_heads"),
-                message="queries and keys of one head must live on one device",
-                fix="give both the same mesh axes",
+                message="queries and keys of one head must be on one device",
+                fix="use the same mesh axes for both",
             )
         if set(self.layers) - {"stage"}:
             yield Problem(
                 fields=("layers",),
-                message="layers are scanned on every device, or shared out to pipeline stages",
+                message="only mesh axis stage may shard layers",
                 fix="use rules.layers=stage or rules.layers=()",
             )
         if {*self.experts} - {*self.batch}:
             shared = "".join(f"{axis}," for axis in self.experts if axis in self.batch)
             yield Problem(
                 fields=("experts", "batch"),
-                message="tokens are sent to experts from the devices that share the batch",
+                message="experts must use mesh axes of batch, whose devices exchange tokens",
                 fix=f"use rules.experts=({shared})",
             )
-        for names in itertools.product(("batch", "sequence"), ("heads", "mlp", "vocab")):
-            tokens, features = (getattr(self, name) for name in names)
-            if both := [axis for axis in tokens if axis in features]:
-                message = f"{both[0]} shards two dimensions of one activation"
-                yield Problem(fields=names, message=message, fix=f"keep {both[0]} in one of them")
 
     def mesh_axes(self, name: str) -> tuple[MeshAxis, ...]:
-        """The mesh axes of a logical axis; "positions" are those of a sequence between blocks."""
+        """Returns the mesh axes of a logical axis; "positions" stands for positions between blocks."""
         return (*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name)

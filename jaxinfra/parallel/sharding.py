@@ -1,24 +1,22 @@
-"""ShardingRules from logical axes to mesh axes, and the movements of arrays that follow from them.
+"""Shardings of arrays, from the logical names of their dimensions, and the resharding operations of a model.
 
-A model names the dimensions of its arrays ("batch", "embed", "heads", ...); `ShardingRules` maps each
-name to mesh axes; `Partitioner` turns names into shardings. To try another sharding, change one field of the rules.
+A model names dimensions ("batch", "embed", "heads", ...). `ShardingRules` maps the names to mesh axes, and
+`Partitioner` turns names into `PartitionSpec`s. To try another sharding, change one field of the rules.
 
-How an array's type reads here (JAX explicit sharding): a weight *stored* as `f32[D@fsdp, F@tensor]` is *used* as
-`f32[D, F@tensor]{R: replica, fsdp, context}`: gathered over `fsdp`, and marked as reduced over every axis that
-the activations which it meets are spread over. The mark makes its gradient a partial sum (unreduced) over those
-axes: it is scattered over `fsdp` at once and crosses `replica` only where the train step says so.
+With JAX's explicit sharding, a weight is *stored* as `f32[D@fsdp, F@tensor]` and *used* as
+`f32[D, F@tensor]{R: replica, fsdp, context}`: all-gathered over `fsdp`, and marked as reduced over every axis that
+shards the activations. The mark makes its gradient a partial sum (unreduced) over these axes: it is reduce-scattered
+over `fsdp` at once, and crosses `replica` only where the train step says so.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout as Stored
-from jax.experimental.layout import with_layout_constraint
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxinfra.errors import ConfigError
@@ -27,27 +25,32 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes, Quantize, ShardingRules
 from jaxinfra.parallel.spec import ParamSpec
 
-GATHERED_WEIGHT = "gathered"
-"""The name by which rematerialisation knows a weight that was gathered: no layer keeps it for its backward pass."""
+type SpecEntry = str | tuple[str, ...] | None
+"""The mesh axes of one dimension in a `PartitionSpec`."""
 
-RESHARDED = "moved"
-"""The name of an activation that was moved to another sharding."""
+GATHERED_WEIGHT = "gathered"
+"""The checkpoint name of an all-gathered weight: remat policies gather it again instead of saving it."""
+
+RESHARDED = "resharded"
+"""The checkpoint name of an activation that was moved to another sharding."""
 
 STAGES = "stages"
-"""The logical axis of weights of several pipeline stages, one layer of each, side by side."""
+"""The logical axis of weights that hold one layer of each pipeline stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partitioner:
-    """Shardings by name, for one model on one mesh.
+    """Turns logical axes into shardings, for one model on one mesh.
+
+    Mesh axes of size 1 never appear in a sharding.
 
     Attributes:
-        rules: logical axis to mesh axes.
+        rules: maps logical axes to mesh axes.
         mesh: size of every mesh axis, none of them -1.
-        platform: what runs the program ("cpu", "gpu", "tpu"): kernels are chosen by it.
-        compute_dtype: the dtype that weights are cast to where they are used.
-        quantize: the format of the factors of products with the weights of layers.
-        zigzag: sequences that are spread over devices stand in zig-zag order there.
+        platform: "cpu", "gpu" or "tpu"; selects kernels.
+        compute_dtype: weights are cast to it where they are used.
+        quantize: number format of matrix products with the layers' weights.
+        zigzag: whether sequences that are sharded over devices are in zigzag order.
     """
 
     rules: ShardingRules = ShardingRules()
@@ -59,70 +62,73 @@ class Partitioner:
 
     @property
     def sequence_sharding(self) -> SequenceSharding:
-        """Which positions of a sequence each of its shards has."""
-        return SequenceSharding(
-            axes=self.mesh_axes("sequence"), num_shards=self.num_shards("sequence"), zigzag=self.zigzag
-        )
+        """How sequences are sharded for context parallelism."""
+        axes, num_shards = self.mesh_axes("sequence"), self.num_shards("sequence")
+        return SequenceSharding(axes=axes, num_shards=num_shards, zigzag=self.zigzag)
 
-    def _real(self, axes: Iterable[str]) -> tuple[str, ...]:
-        """Those of the mesh axes that have more than one device: others never appear in a type."""
-        return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
+    def _size(self, axes: Iterable[str]) -> int:
+        return math.prod(getattr(self.mesh, axis) for axis in axes)
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes, of more than one device, of a logical axis (see `ShardingRules.mesh_axes`)."""
-        return () if name is None else self._real(("stage",) if name == STAGES else self.rules.mesh_axes(name))
+        """Returns the mesh axes of a logical axis (see `ShardingRules.mesh_axes`)."""
+        if name is None:
+            return ()
+        axes = ("stage",) if name == STAGES else self.rules.mesh_axes(name)
+        return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
 
     def num_shards(self, name: str | None) -> int:
-        """How many shards a logical axis is cut into."""
-        return math.prod(getattr(self.mesh, axis) for axis in self.mesh_axes(name))
+        """Returns the number of shards of a logical axis."""
+        return self._size(self.mesh_axes(name))
 
     def spec(self, *names: str | None) -> PartitionSpec:
-        """The sharding of an array whose dimensions have these logical axes."""
+        """Returns the sharding of an activation with these logical axes."""
         return PartitionSpec(*(self.mesh_axes(name) or None for name in names))
 
-    def _axes(self, name: str | None, names: LogicalAxes) -> tuple[str, ...]:
-        """The mesh axes of a parameter's dimension: the width leaves the axes of experts to them."""
+    def _param_axes(self, name: str | None, names: LogicalAxes) -> tuple[str, ...]:
+        """Returns the mesh axes of a parameter's dimension; "embed" leaves those of "experts" to the experts."""
         taken = self.mesh_axes("experts") if name == "embed" and "experts" in names else ()
         return tuple(axis for axis in self.mesh_axes(name) if axis not in taken)
 
     def stored_spec(self, path: str, spec: ParamSpec) -> PartitionSpec:
-        """The sharding in which a parameter is kept.
+        """Returns the sharding in which a parameter is stored.
 
-        Pipeline stages share out stacked layers where they divide them, and the width of all other parameters: of
-        these no stage keeps the whole either. A ConfigError where two dimensions want one mesh axis, or do not divide.
+        `stage` shards stacked layers if it divides them, and "embed" of all other parameters.
+
+        Raises:
+            ConfigError: two dimensions use one mesh axis, or a dimension is not divisible by its shards.
         """
-        axes = [self._axes(name, spec.axes) for name in spec.axes]
+        axes = [self._param_axes(name, spec.axes) for name in spec.axes]
         if "layers" in spec.axes and spec.shape[spec.axes.index("layers")] % self.num_shards("layers"):
             axes[spec.axes.index("layers")] = ()
-        if "embed" in spec.axes and self.mesh.stage > 1 and not any("stage" in one for one in axes):
-            at = spec.axes.index("embed")
-            if spec.shape[at] % (self.num_shards("embed") * self.mesh.stage) == 0:
-                axes[at] = (*axes[at], "stage")
-        seen: dict[str, str | None] = {}
-        for size, name, spread in zip(spec.shape, spec.axes, axes, strict=True):
-            for axis in spread:
-                if axis in seen:
+        if "embed" in spec.axes and self.mesh.stage > 1 and not any("stage" in used for used in axes):
+            embed = spec.axes.index("embed")
+            if spec.shape[embed] % (self.num_shards("embed") * self.mesh.stage) == 0:
+                axes[embed] = (*axes[embed], "stage")
+        names_by_axis: dict[str, str | None] = {}
+        for size, name, used in zip(spec.shape, spec.axes, axes, strict=True):
+            for axis in used:
+                if axis in names_by_axis:
                     raise ConfigError(
-                        f"rules.{name}, rules.{seen[axis]}: both put a dimension of parameter {path} "
-                        f"{spec.shape} on mesh axis {axis}; take it from one of them"
+                        f"rules.{name}, rules.{names_by_axis[axis]}: mesh axis {axis} shards two dimensions of "
+                        f"parameter {path} {spec.shape}; remove {axis} from one of them"
                     )
-                seen[axis] = name
-            if size % math.prod(getattr(self.mesh, axis) for axis in spread):
+                names_by_axis[axis] = name
+            if size % self._size(used):
                 raise ConfigError(
-                    f"rules.{name}={self.mesh_axes(name)}: parameter {path} {spec.shape} has {size} {name}, which "
-                    f"{self.num_shards(name)} shards do not divide; use another mesh or rules.{name}=()"
+                    f"rules.{name}={self.mesh_axes(name)}: {name} of parameter {path} {spec.shape} has size {size}, "
+                    f"which is not divisible by {self.num_shards(name)} shards; use another mesh or rules.{name}=()"
                 )
-        return PartitionSpec(*(spread or None for spread in axes))
+        return PartitionSpec(*(used or None for used in axes))
 
     def _compute_spec(self, names: LogicalAxes, activation_axes: LogicalAxes) -> PartitionSpec:
-        """The sharding in which a weight meets an activation whose spread dimensions are `activation_axes`."""
-        over = [axis for name in activation_axes for axis in self.mesh_axes(name)]
+        """Returns the sharding in which a weight is multiplied with an activation sharded over `activation_axes`."""
+        reduced = {axis for name in activation_axes for axis in self.mesh_axes(name)}
         if names[:1] == (STAGES,):
-            over = [axis for axis in over if axis != "stage"]  # each stage's rows meet the weights of that stage
+            reduced -= {"stage"}  # each stage's rows are multiplied with the weights of that stage
         if "experts" in names:
-            over = [axis for axis in over if axis not in self.mesh_axes("experts")]  # tokens are sent to their experts
-        kept = [tuple(axis for axis in self._axes(name, names) if axis not in over) or None for name in names]
-        return PartitionSpec(*kept, reduced=frozenset(over))
+            reduced -= {*self.mesh_axes("experts")}  # tokens are sent to their experts
+        kept = (tuple(axis for axis in self._param_axes(name, names) if axis not in reduced) for name in names)
+        return PartitionSpec(*(axes or None for axes in kept), reduced=frozenset(reduced))
 
     def gather_weight(
         self,
@@ -131,13 +137,13 @@ class Partitioner:
         activation_axes: LogicalAxes = ("batch", "sequence"),
         dtype: jnp.dtype | None = None,
     ) -> jax.Array:
-        """A stored weight made ready for use: cast to the compute dtype, gathered, marked as reduced.
+        """Prepares a stored weight for use: casts it, all-gathers it, and marks it as reduced.
 
         Args:
             value: the parameter, or one layer of it.
-            names: its logical axes, of one layer; a `value` of one more dimension has a layer of each stage.
-            activation_axes: the spread dimensions of the activation that it is used with.
-            dtype: another dtype than that of the partitioner.
+            names: the logical axes of one layer; a `value` of one more dimension has a layer of each stage.
+            activation_axes: the sharded logical axes of the activation.
+            dtype: overrides `compute_dtype`.
         """
         if value.ndim > len(names):
             names = (STAGES, *names)
@@ -145,35 +151,37 @@ class Partitioner:
         return checkpoint_name(jax.reshard(value, self._compute_spec(names, activation_axes)), GATHERED_WEIGHT)
 
     def lookup_table(self, table: jax.Array, name: str) -> tuple[jax.Array, PartitionSpec]:
-        """A table ready for lookups in its own columns, and the sharding `[B, T, columns]` of what they yield.
+        """Prepares an embedding table for lookups in which each device reads its own columns.
 
-        Its rows are whole; its columns, of the logical axis `name`, stay where they are stored.
+        Returns:
+            The table with unsharded rows and columns sharded by `name`, and the sharding of the result
+            `[B, T, columns]`.
         """
-        kept = self.mesh_axes(name)
-        spread = (self.mesh_axes("batch"), self.mesh_axes("sequence"))
-        batch, sequence = (tuple(axis for axis in axes if axis not in kept) for axes in spread)
-        used = PartitionSpec(None, kept or None, reduced=frozenset((*batch, *sequence)))
-        yielded = PartitionSpec(batch or None, sequence or None, kept or None)
-        return jax.reshard(table.astype(self.compute_dtype), used), yielded
+        columns = self.mesh_axes(name)
+        batch, sequence = self._without(columns)
+        used = PartitionSpec(None, columns or None, reduced=frozenset((*batch, *sequence)))
+        result = PartitionSpec(batch or None, sequence or None, columns or None)
+        return jax.reshard(table.astype(self.compute_dtype), used), result
+
+    def _without(self, axes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Returns the mesh axes of "batch" and of "sequence" that are not in `axes`."""
+        batch, sequence = self.mesh_axes("batch"), self.mesh_axes("sequence")
+        return tuple(axis for axis in batch if axis not in axes), tuple(axis for axis in sequence if axis not in axes)
 
     def reshard_to_tokens(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        """Moves the result of a lookup in `lookup_table` to the devices of its tokens: `[B, T, D]`, columns whole.
-
-        Axes that go to positions and axes that go to rows move one after the other, the innermost first: each time
-        it is an all-to-all. Of all at once the compiler makes an all-reduce of the whole array, on every device.
-        """
-        kept = self.mesh_axes(name)
-        batch, sequence = self.mesh_axes("batch"), self.mesh_axes("sequence")
-        while kept:
-            to_sequence = kept[-1] in sequence
-            while kept and (kept[-1] in sequence) == to_sequence:
-                kept = kept[:-1]
-            spread = (tuple(axis for axis in axes if axis not in kept) for axes in (batch, sequence))
-            x_BTD = jax.reshard(x_BTD, PartitionSpec(*(axes or None for axes in (*spread, kept))))
+        """Moves the result of a lookup in `lookup_table` to the devices of its tokens: `[B, T, D]`, D unsharded."""
+        columns, sequence = self.mesh_axes(name), self.mesh_axes("sequence")
+        # One all-to-all for axes that move to positions, one for those that move to rows, innermost axes first. If all
+        # move at once, the compiler makes an all-reduce of the whole array.
+        while columns:
+            to_sequence = columns[-1] in sequence
+            while columns and (columns[-1] in sequence) == to_sequence:
+                columns = columns[:-1]
+            x_BTD = jax.reshard(x_BTD, PartitionSpec(*(axes or None for axes in (*self._without(columns), columns))))
         return x_BTD
 
     def shard(self, x: jax.Array, *names: str | None, out_axis: str | None = None) -> jax.Array:
-        """An activation moved to the sharding of these logical axes.
+        """Reshards an activation to these logical axes.
 
         `out_axis` is the logical axis of the output features of the projection that follows. The activation is marked
         as reduced over its mesh axes that also shard block positions: its gradient is then reduce-scattered.
@@ -181,25 +189,23 @@ class Partitioner:
         reduced = frozenset(self.mesh_axes(out_axis)) & {*self.rules.block_sequence}
         return checkpoint_name(jax.reshard(x, self.spec(*names).update(reduced=reduced)), RESHARDED)
 
-    def row_major(self, x: jax.Array) -> jax.Array:
-        """An activation stored row by row, features next to one another, its gradient too.
-
-        Said for TPUs alone: left to itself their compiler lets a stream of activations follow the weights that add to
-        it, which it stores transposed, and copies and norms then cost more.
-        """
-        if self.platform != "tpu":
-            return x
-        return with_layout_constraint(x, Stored(major_to_minor=tuple(range(x.ndim))))
-
     def gather_sequence(self, x_BTD: jax.Array, out_axis: str) -> jax.Array:
-        """A stream of block positions with whole positions, for products with weights of these features."""
+        """All-gathers block positions before a projection whose output features are sharded by `out_axis`."""
         return self.shard(x_BTD, "batch", "sequence", None, out_axis=out_axis)
 
-    def map_local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
-        """`fun(x, *weights)` where every device works on its own part of `x` and of the ready weights.
+    def row_major(self, x: jax.Array) -> jax.Array:
+        """Constrains an activation and its gradient to row-major layout, on TPUs."""
+        # Without it the TPU compiler lets the residual stream take the transposed layout of the weights, and then
+        # copies and norms cost more.
+        if self.platform != "tpu":
+            return x
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
-        For elementwise work: outside such a region JAX lets reduced weights into matrix products alone. Of weights
-        of several stages `fun` sees those of the device's own stage.
+    def map_local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
+        """Applies an elementwise `fun(x, *weights)` on each device to its own parts.
+
+        JAX allows weights that are marked as reduced only in matrix products outside such a region. If the weights
+        have a dimension of stages, `fun` sees those of the device's stage.
         """
         x_spec, *weight_specs = (jax.typeof(a).sharding.spec for a in (x, *weights))
 
@@ -209,43 +215,41 @@ class Partitioner:
         return jax.shard_map(on_device, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
 
     def with_reduced(self, spec: PartitionSpec, *axes: str) -> PartitionSpec:
-        """A parameter's sharding marked so that its gradient stays a partial sum over `replica` and these axes."""
-        return spec.update(reduced=frozenset(self._real(("replica", *axes))))
+        """Marks a parameter so that its gradient stays a partial sum over `replica` and these axes."""
+        return spec.update(reduced=frozenset(axis for axis in ("replica", *axes) if getattr(self.mesh, axis) > 1))
 
 
-def axis_names(part: Any) -> tuple[str, ...]:
-    """The mesh axes that a dimension is spread over, from its part of a sharding."""
-    return part if isinstance(part, tuple) else () if part is None else (part,)
+def axis_names(entry: SpecEntry) -> tuple[str, ...]:
+    """Returns the mesh axes of one dimension of a `PartitionSpec` as a tuple."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def local_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """In a `shard_map`: a ready weight of this sharding as one value a device, without a dimension of stages.
+    """Returns a device's own weight inside a `shard_map`, without the dimension of stages.
 
-    Its gradient becomes a partial sum of theirs over the axes that it is reduced over.
+    The gradient is a partial sum over the axes that the weight is marked as reduced over.
     """
     w = jax.lax.pcast(w, tuple(spec.reduced), to="varying")
     return w[0] if has_stage_dim(spec) else w
 
 
 def as_varying(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
-    """In a `shard_map`: an array of this sharding as a value of each device along `axes`, spread over them or not."""
-    there = {axis for part in spec.partitions for axis in axis_names(part)}
+    """Makes an array inside a `shard_map` vary over `axes`, whether they shard it or not."""
     x = jax.lax.pcast(x, tuple(spec.reduced), to="varying") if spec.reduced else x
-    alike = tuple(axis for axis in axes if axis not in there | spec.reduced)
-    return jax.lax.pcast(x, alike, to="varying") if alike else x
+    varying = spec.reduced.union(*(axis_names(entry) for entry in spec.partitions))
+    replicated = tuple(axis for axis in axes if axis not in varying)
+    return jax.lax.pcast(x, replicated, to="varying") if replicated else x
 
 
 def has_stage_dim(spec: PartitionSpec) -> bool:
-    """Whether an array of this sharding has a leading dimension of pipeline stages."""
+    """Returns whether the first dimension is one of pipeline stages."""
     return bool(spec.partitions) and "stage" in axis_names(spec.partitions[0])
 
 
 def unreduced_zeros(shape: tuple[int, ...], dtype: jnp.dtype, spec: PartitionSpec) -> jax.Array:
-    """Zeros that are a partial sum (unreduced) over mesh axes, for others to be added to.
-
-    A scalar is kept apart from other constants. A scalar constant that is itself unreduced is merged with the zeros
-    that arrays are made from, which are unreduced over other axes, and the TPU compiler refuses the program.
-    """
+    """Returns zeros in a sharding that may be unreduced over mesh axes, as the start of a sum."""
     if shape:
         return jnp.zeros(shape, dtype, out_sharding=spec)
+    # Without the barrier this scalar is merged with the constants that arrays of zeros are made from, which are
+    # unreduced over other axes, and the TPU compiler rejects the program.
     return jax.lax.broadcast(jax.lax.optimization_barrier(jnp.zeros((), dtype)), (), out_sharding=spec)

@@ -1,7 +1,7 @@
-"""The declaration of one parameter: its shape, the names of its dimensions, its first values, its role.
+"""The declaration of a parameter: shape, logical axes, initializer and role.
 
-A model is built out of `ParamSpec`s and holds no array until `Program.init` fills them in. Shape, sharding,
-initialiser, decay mask and optimiser choice all follow from this one declaration, so they cannot disagree.
+A model is built from `ParamSpec`s and holds no arrays until `Program.init` creates them. Sharding, initialization,
+weight decay and the choice of optimizer all follow from this one declaration, so they cannot disagree.
 """
 
 import math
@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+type PyTree = Any
+"""A nested structure that `jax.tree` maps over: of arrays, specs or shardings."""
+
 type Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype, PartitionSpec | None], jax.Array]
 """`(key, shape, dtype, out_sharding) -> array`; the values do not depend on the sharding."""
 
@@ -22,16 +25,16 @@ type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """One parameter, declared.
+    """The declaration of one parameter.
 
     Attributes:
-        shape: the whole array's shape, stacked layers first.
-        axes: the logical axis of each dimension (see `ShardingRules`), None for one that is never sharded.
-        init: makes the first values.
-        role: what it is for; optimisers choose by it (weight decay, Muon).
-        in_dims: the dimensions of `shape` that its matrix product contracts (empty if there is none).
-        out_dims: the dimensions of `shape` that its matrix product yields.
-        trainable: whether the optimiser moves it; a model moves the others itself, and they are float32.
+        shape: global shape, stacked layers first.
+        axes: the logical axis of each dimension (see `ShardingRules`); None is never sharded.
+        init: creates the initial values.
+        role: selects the optimizer's treatment (weight decay, Muon).
+        in_dims: dimensions of `shape` that the parameter's matmul contracts (empty if there is none).
+        out_dims: dimensions of `shape` that the matmul outputs.
+        trainable: whether the optimizer updates it; others are float32 buffers that the model updates.
     """
 
     shape: tuple[int, ...]
@@ -51,23 +54,26 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
-def select_trainable(tree: Any, specs: Any) -> Any:
-    """A nested dict like `specs`, one of `ParamSpec`s, without the parameters that are not trained."""
+def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
+    """Removes parameters that are not trainable from a nested dict; `specs` are its `ParamSpec`s."""
     if isinstance(specs, ParamSpec):
         return tree
-    kept = {n: s for n, s in specs.items() if not isinstance(s, ParamSpec) or s.trainable}
-    return {name: select_trainable(tree[name], spec) for name, spec in kept.items()}
+    return {
+        name: select_trainable(tree[name], spec)
+        for name, spec in specs.items()
+        if not isinstance(spec, ParamSpec) or spec.trainable
+    }
 
 
-def merge_trees(tree: Any, leaves: Any) -> Any:
-    """A nested dict with those of its leaves that `leaves`, a part of such a dict, has."""
+def merge_trees(tree: PyTree, updates: PyTree) -> PyTree:
+    """Replaces those leaves of a nested dict that `updates` contains."""
     if not isinstance(tree, dict):
-        return leaves
-    return {name: merge_trees(value, leaves[name]) if name in leaves else value for name, value in tree.items()}
+        return updates
+    return {name: merge_trees(value, updates[name]) if name in updates else value for name, value in tree.items()}
 
 
 def normal(stddev: float) -> Initializer:
-    """Independent normal values of standard deviation `stddev`, drawn in float32."""
+    """Initializes with independent normal values, drawn in float32."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, out: PartitionSpec | None) -> jax.Array:
         values = stddev * jax.random.normal(key, shape, jnp.float32, out_sharding=out)
@@ -77,10 +83,10 @@ def normal(stddev: float) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
-    """The same `value` everywhere."""
+    """Initializes every element with `value`."""
     return lambda key, shape, dtype, out: jnp.full(shape, value, dtype, out_sharding=out)
 
 
 def param_key(key: jax.Array, path: str) -> jax.Array:
-    """The random key of the parameter at `path`: it depends on the path alone, not on the other parameters."""
+    """Returns the random key of the parameter at `path`; it does not depend on other parameters."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

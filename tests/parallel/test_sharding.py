@@ -68,7 +68,7 @@ def test_its_mark_keeps_gradients_partial_over_replica() -> None:
 
 def test_two_dimensions_on_one_mesh_axis_name_the_parameter() -> None:
     partitioner = Partitioner(rules=ShardingRules(embed=("tensor",)), mesh=CUBE)
-    with raises(ConfigError, "rules.mlp, rules.embed: blocks.mlp.up.weight (2, 8, 16) tensor;"):
+    with raises(ConfigError, "rules.mlp, rules.embed: axis tensor blocks.mlp.up.weight (2, 8, 16); remove tensor"):
         partitioner.stored_spec("blocks.mlp.up.weight", spec((2, 8, 16), "layers", "embed", "mlp"))
 
 
