@@ -1,5 +1,3 @@
-"""The step as compilers make it for hardware that is not here: what it sends and takes changes only on purpose."""
-
 import difflib
 import math
 import re
@@ -38,28 +36,28 @@ from tests.golden.compiled import (
 )
 from tests.refusals import raises
 
-HINT = "if that is meant, run `python tests/golden/write.py compile {}` and commit what it writes"
-LONG = "llama3_8b_128k"
+HINT = "if this is intended, run `python tests/golden/write.py compile {}` and commit what it writes"
+LONG_CONTEXT = "llama3_8b_128k"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_small_program_sends_and_takes_what_it_did(name: str) -> None:
+def test_small_program_equals_its_golden_file(name: str) -> None:
     found = compiled(name)
     path = FOLDER / f"{name}.txt"
-    before, now = path.read_text(encoding="utf-8") if path.exists() else "", golden(found)
-    if now != before:
-        changes = difflib.unified_diff(before.splitlines(), now.splitlines(), "golden", "now", "", "", 3, "")
+    expected, actual = path.read_text(encoding="utf-8") if path.exists() else "", golden(found)
+    if actual != expected:
+        changes = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "golden", "now", "", "", 3, "")
         pytest.fail(f"{name}: {HINT.format(name)}:\n" + "\n".join(changes), pytrace=False)
     assert not found.unknown_loops
     if parse_topology(found.topology).slices > 1:
-        meets_once(found)
+        assert_gradients_cross_slices_once(found)
     if found.mesh.keys() == {"fsdp"}:
-        gathers_weights_twice(found)
+        assert_weights_are_gathered_twice(found)
 
 
-def gathers_weights_twice(found: CompiledStep) -> None:
-    """In bfloat16, for the forward pass and again for the backward pass; their gradients are scattered once."""
+def assert_weights_are_gathered_twice(found: CompiledStep) -> None:
+    """Weights are gathered in bfloat16 for the forward and the backward pass; gradients are scattered once."""
     model = DENSE.model
     per_layer = 4 * model.width**2 + 3 * model.width * model.mlp_dim
     moved = {
@@ -70,20 +68,20 @@ def gathers_weights_twice(found: CompiledStep) -> None:
     assert moved["reduce-scatter"] + moved[ALL_REDUCE_SLICE] == 2 * model.layers * per_layer
 
 
-def meets_once(found: CompiledStep) -> None:
-    """Between slices go the gradients, once a step and outside all loops, in float32; nothing else but sums."""
+def assert_gradients_cross_slices_once(found: CompiledStep) -> None:
+    """Only float32 gradients and sums of the loss cross slices, once per step and outside all loops."""
     far = [row for row in found.traffic if row.link == "network"]
     assert {(row.kind, row.axes, row.loops) for row in far} == {("all-reduce", ("replica",), 0)}
     assert all(row.runs == row.arrays for row in far)
-    params_bytes = found.memory.output / 3  # AdamW: as many bytes of each moment as of the float32 parameters
+    params_bytes = found.memory.output / 3  # AdamW has two moments of the same size
     assert sum(row.bytes for row in far) == pytest.approx(params_bytes, rel=0.02)
 
 
 @pytest.mark.slow(70)
 @pytest.mark.parametrize("name", ON)
-def test_a_config_keeps_to_its_budget(name: str) -> None:
+def test_config_stays_within_its_budget(name: str) -> None:
     texts: list[str] = []
-    found = compiled(name, dump=texts.append if name == LONG else None)
+    found = compiled(name, dump=texts.append if name == LONG_CONTEXT else None)
     chip = parse_topology(found.topology).chip
     assert found.memory.total <= chip.hbm_bytes
     assert not found.unknown_loops
@@ -93,16 +91,13 @@ def test_a_config_keeps_to_its_budget(name: str) -> None:
     if name == EXAMPLE:
         page = PAGE.read_text(encoding="utf-8")
         assert page == with_example(page, found), HINT.format(name)
-    if name == LONG:
-        no_squares(texts[0], found)
+    if name == LONG_CONTEXT:
+        assert_no_attention_matrix(texts[0], found)
 
 
-def no_squares(text: str, found: CompiledStep) -> None:
-    """Of a long sequence there are no scores of a block of queries and a block of keys: kernels keep them inside.
-
-    And over the axes that share a sequence weights are gathered, not added up from parts that are zero.
-    """
-    run = load(CONFIGS / f"{LONG}.py", root=Run).run
+def assert_no_attention_matrix(text: str, found: CompiledStep) -> None:
+    """Attention scores stay inside kernels; weights are all-gathered, not all-reduced from zero-padded shards."""
+    run = load(CONFIGS / f"{LONG_CONTEXT}.py", root=Run).run
     block = run.data.units_per_sample // (2 * run.mesh.context)
     shapes = set(re.findall(r"\w+\[([\d,]+)\]", text))
     assert shapes
@@ -113,7 +108,7 @@ def no_squares(text: str, found: CompiledStep) -> None:
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8, context=8), MeshConfig(fsdp=32, context=2)], ids=str)
-def test_axes_that_share_a_dimension_of_the_chips_are_gathered_together(mesh: MeshConfig) -> None:
+def test_two_axes_are_gathered_by_one_all_gather(mesh: MeshConfig) -> None:
     pod = parse_topology("v5p:4x4x4")
     set_up_compiler(pod)
     with jax.set_mesh(placed := make_mesh(mesh, topology_devices(pod))):
@@ -125,14 +120,14 @@ def test_axes_that_share_a_dimension_of_the_chips_are_gathered_together(mesh: Me
     assert " all-reduce(" not in text
 
 
-def test_every_config_names_what_it_is_compiled_for() -> None:
+def test_every_config_has_a_topology() -> None:
     configs = {path.stem for path in CONFIGS.glob("*.py")}
     assert set(ON) | TOYS == configs, "give every file of configs/ a topology in tests/golden/compiled.py"
     assert set(budgets()) == set(ON), HINT.format("")
     assert {path.stem for path in FOLDER.glob("*.txt")} == set(CASES), HINT.format("")
 
 
-def test_every_axis_is_on_a_topology() -> None:
+def test_every_axis_is_in_a_golden_case() -> None:
     sizes = [case.mesh.sizes for case in CASES.values()]
     used = {name for name, of_cases in zip(AXES, zip(*sizes, strict=True), strict=True) if max(of_cases) > 1}
     assert used == set(AXES)
@@ -140,7 +135,7 @@ def test_every_axis_is_on_a_topology() -> None:
         assert math.prod(case.mesh.sizes) == parse_topology(case.on).num_devices
 
 
-def test_a_figure_may_move_by_the_tolerance() -> None:
+def test_figure_may_change_within_tolerance() -> None:
     recorded = {"cycles": 1000, "network_bytes": 0}
     assert overstepped("a", {"cycles": 1010, "network_bytes": 0}, recorded) == []
     assert overstepped("a", {"cycles": 985, "network_bytes": 4}, recorded) == [
@@ -158,21 +153,21 @@ SMALL = replace(
 )
 
 
-def test_every_set_is_named() -> None:
+def test_option_set_type_lists_all_sets() -> None:
     assert set(SETS) == set(get_args(OptionSet.__value__))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, of in SETS.items() if "tpu" in of and name != "default"])
-def test_the_tpu_compiler_takes_the_set(name: OptionSet) -> None:
-    """The budget of Llama 3.1 8B holds what it does on another chip."""
+def test_tpu_compiler_accepts_option_set(name: OptionSet) -> None:
+    """The budget of llama3_8b shows the effect of the set."""
     run = replace(SMALL, train=replace(SMALL.train, compiler=name))
     assert compile_step(run, parse_topology(TPU)).traffic
 
 
 @pytest.mark.slow
-def test_a_gpu_step_is_compiled_with_the_set() -> None:
-    """Two layers are a turn of the loop, so its text has twice as many collectives."""
+def test_gpu_compiler_applies_option_set() -> None:
+    """The loop is unrolled by two layers, so the HLO has more collectives."""
     plain, chosen = (
         compile_step(replace(SMALL, train=replace(SMALL.train, compiler=name)), parse_topology("h100:1x4"))
         for name in ("default", "overlap")
@@ -180,7 +175,7 @@ def test_a_gpu_step_is_compiled_with_the_set() -> None:
     assert sum(row.arrays for row in chosen.traffic) > sum(row.arrays for row in plain.traffic)
 
 
-def test_a_set_for_other_hardware_is_refused_in_a_line() -> None:
+def test_option_set_of_another_platform_is_an_error() -> None:
     with raises(ConfigError, "train.compiler=overlap: gpu, tpu; use train.compiler=large"):
         options("overlap", "tpu")
     assert options("overlap", "cpu") == {}

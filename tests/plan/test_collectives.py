@@ -1,5 +1,3 @@
-"""Collectives are found in every form that XLA prints, with their axes, links and runs."""
-
 import pytest
 
 from jaxinfra.plan.collectives import ALL_REDUCE_SLICE, Collective, find_collectives
@@ -70,7 +68,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
         ("replica_groups={}", ("replica", "fsdp", "tensor")),
     ],
 )
-def test_collectives_are_found_with_their_axes_and_loops(groups: str, axes: tuple[str, ...]) -> None:
+def test_axes_and_loops_in_every_form_of_groups(groups: str, axes: tuple[str, ...]) -> None:
     assert find_collectives(HloModule(TEXT.format(groups=groups)), MESH) == [
         collective("all-reduce", (), 4),
         collective("all-reduce", ("replica",), 4, 48),
@@ -78,8 +76,8 @@ def test_collectives_are_found_with_their_axes_and_loops(groups: str, axes: tupl
     ]
 
 
-def test_of_a_choice_the_branch_that_moves_most_counts() -> None:
-    """The left branch gathers 5 x 64 bytes; the right one permutes 16, or 4096."""
+def test_conditional_counts_the_branch_that_moves_most() -> None:
+    """The left branch gathers 5 x 64 bytes; the right branch permutes 16 bytes, then 4096."""
     text = TEXT.format(groups="replica_groups=[4,2]<=[8]")
     kinds = [found.kind for found in find_collectives(HloModule(text), MESH)]
     assert kinds == ["all-reduce", "all-reduce", "all-gather"]
@@ -88,7 +86,7 @@ def test_of_a_choice_the_branch_that_moves_most_counts() -> None:
     assert kinds == ["all-reduce", "all-reduce", "collective-permute"]
 
 
-def test_a_form_that_is_not_known_is_refused() -> None:
+def test_unknown_form_of_groups_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"new\(8\)"):
         find_collectives(HloModule(TEXT.format(groups="replica_groups=new(8)")), MESH)
 
@@ -97,7 +95,7 @@ def collective(kind: str, axes: tuple[str, ...], *array_bytes: int, loops: int =
     return Collective(kind=kind, axes=axes, link=link, loops=loops, runs=runs, array_bytes=array_bytes)
 
 
-def entry(*lines: str, before: str = "", partitions: int = 8) -> HloModule:
+def entry_module(*lines: str, before: str = "", partitions: int = 8) -> HloModule:
     body = "".join(f"  {line}\n" for line in lines)
     return HloModule(
         f"HloModule jit_step, num_partitions={partitions}\n{before}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}}}\n"
@@ -115,37 +113,35 @@ FUSED_SLICE = """
 """
 
 
-def test_a_sum_that_is_only_sliced_is_told_from_one_that_is_used() -> None:
-    sliced = entry(f"%sum.1 = f32[8] {REDUCE}", f"ROOT %part = f32[4] {SLICE.format('sum.1')}")
-    used = entry(
-        f"%sum.1 = f32[8] {REDUCE}", f"%part = f32[4] {SLICE.format('sum.1')}", "ROOT %more = f32[8] negate(%sum.1)"
-    )
-    in_a_fusion = entry(
-        f"%sum.1 = f32[8] {REDUCE}",
-        "%copy = f32[8] copy(%sum.1)",
-        "ROOT %part = f32[4] fusion(%y, %copy), kind=kLoop, calls=%cut",
-        before=FUSED_SLICE,
-    )
-    assert find_collectives(sliced, MESH) == [collective(ALL_REDUCE_SLICE, ("tensor",), 32)]
-    assert find_collectives(used, MESH) == [collective("all-reduce", ("tensor",), 32)]
-    assert find_collectives(in_a_fusion, MESH) == [collective(ALL_REDUCE_SLICE, ("tensor",), 32)]
+def over_tensor(kind: str, *array_bytes: int) -> list[Collective]:
+    return [collective(kind, ("tensor",), *array_bytes)]
 
 
-def test_of_a_combined_sum_each_array_is_judged_by_itself() -> None:
-    module = entry(
+def collectives_of(*lines: str, before: str = "") -> list[Collective]:
+    return find_collectives(entry_module(*lines, before=before), MESH)
+
+
+def test_all_reduce_that_is_only_sliced() -> None:
+    all_reduce, part = f"%sum.1 = f32[8] {REDUCE}", f"%part = f32[4] {SLICE.format('sum.1')}"
+    assert collectives_of(all_reduce, f"ROOT {part}") == over_tensor(ALL_REDUCE_SLICE, 32)
+    assert collectives_of(all_reduce, part, "ROOT %used = f32[8] negate(%sum.1)") == over_tensor("all-reduce", 32)
+    fusion = "ROOT %part = f32[4] fusion(%y, %copy), kind=kLoop, calls=%cut"
+    fused = collectives_of(all_reduce, "%copy = f32[8] copy(%sum.1)", fusion, before=FUSED_SLICE)
+    assert fused == over_tensor(ALL_REDUCE_SLICE, 32)
+
+
+def test_each_array_of_a_combined_all_reduce_has_its_kind() -> None:
+    combined = collectives_of(
         "%sum.1 = (f32[8], f32[2]) all-reduce(%p, %q), replica_groups=[4,2]<=[8], to_apply=%sum",
         "%first = f32[8] get-tuple-element(%sum.1), index=0",
         "%second = f32[2] get-tuple-element(%sum.1), index=1",
         f"%part = f32[4] {SLICE.format('first')}",
         "ROOT %out = (f32[4], f32[2]) tuple(%part, %second)",
     )
-    assert find_collectives(module, MESH) == [
-        collective("all-reduce", ("tensor",), 8),
-        collective(ALL_REDUCE_SLICE, ("tensor",), 32),
-    ]
+    assert combined == over_tensor("all-reduce", 8) + over_tensor(ALL_REDUCE_SLICE, 32)
 
 
-def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter() -> None:
+def test_all_reduce_fused_with_its_slice_is_a_reduce_scatter() -> None:
     fused = f"""
 %all-reduce-scatter (input: f32[8]) -> f32[4] {{
   %input = f32[8] parameter(0)
@@ -153,76 +149,63 @@ def test_a_sum_that_is_fused_with_its_slice_is_a_reduce_scatter() -> None:
   ROOT %part = f32[4] {SLICE.format("sum.1")}
 }}
 """
-    module = entry("ROOT %out = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter", before=fused)
-    assert find_collectives(module, MESH) == [collective("reduce-scatter", ("tensor",), 32)]
+    fusion = "ROOT %out = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter"
+    assert collectives_of(fusion, before=fused) == over_tensor("reduce-scatter", 32)
 
 
-def test_a_named_reduce_scatter_counts_what_it_reduces() -> None:
-    module = entry("ROOT %part = f32[4] reduce-scatter(%p), replica_groups=[4,2]<=[8], to_apply=%sum, dimensions={0}")
-    assert find_collectives(module, MESH) == [collective("reduce-scatter", ("tensor",), 32)]
+def test_reduce_scatter_counts_its_input() -> None:
+    line = "ROOT %part = f32[4] reduce-scatter(%p), replica_groups=[4,2]<=[8], to_apply=%sum, dimensions={0}"
+    assert collectives_of(line) == over_tensor("reduce-scatter", 32)
 
 
 @pytest.mark.parametrize(
-    ("kind", "start", "done", "arrays"),
+    ("kind", "start", "operands", "done", "array_bytes"),
     [
-        ("all-gather", "(f32[8], f32[16]) all-gather-start(%p)", "f32[16] all-gather-done(%s)", (64,)),
-        (
-            "all-gather",
-            "((f32[8], f32[2]), (f32[16], f32[4])) all-gather-start(%p, %q)",
-            "(f32[16], f32[4]) all-gather-done(%s)",
-            (64, 16),
-        ),
-        (
-            "reduce-scatter",
-            "((f32[8], f32[4]), (f32[4], f32[2])) reduce-scatter-start(%p, %q)",
-            "(f32[4], f32[2]) reduce-scatter-done(%s)",
-            (32, 16),
-        ),
-        ("all-reduce", "f32[8] all-reduce-start(%p)", "f32[8] all-reduce-done(%s)", (32,)),
-        ("all-reduce", "((f32[8]), f32[8]) all-reduce-start(%p)", "f32[8] all-reduce-done(%s)", (32,)),
-        (
-            "collective-permute",
-            "(f32[8], f32[8], u32[], u32[]) collective-permute-start(%p)",
-            "f32[8] collective-permute-done(%s)",
-            (32,),
-        ),
+        ("all-gather", "(f32[8], f32[16])", "%p", "f32[16]", (64,)),
+        ("all-gather", "((f32[8], f32[2]), (f32[16], f32[4]))", "%p, %q", "(f32[16], f32[4])", (64, 16)),
+        ("reduce-scatter", "((f32[8], f32[4]), (f32[4], f32[2]))", "%p, %q", "(f32[4], f32[2])", (32, 16)),
+        ("all-reduce", "f32[8]", "%p", "f32[8]", (32,)),
+        ("all-reduce", "((f32[8]), f32[8])", "%p", "f32[8]", (32,)),
+        ("collective-permute", "(f32[8], f32[8], u32[], u32[])", "%p", "f32[8]", (32,)),
     ],
 )
-def test_what_starts_and_ends_apart_counts_once(kind: str, start: str, done: str, arrays: tuple[int, ...]) -> None:
+def test_start_and_done_count_once(
+    kind: str, start: str, operands: str, done: str, array_bytes: tuple[int, ...]
+) -> None:
     groups = "source_target_pairs={{0,1},{1,0}}" if kind == "collective-permute" else "replica_groups=[4,2]<=[8]"
-    module = entry(f"%s = {start}, {groups}", f"ROOT %d = {done}")
-    assert find_collectives(module, MESH) == [collective(kind, ("tensor",), *arrays)]
+    lines = (f"%s = {start} {kind}-start({operands}), {groups}", f"ROOT %d = {done} {kind}-done(%s)")
+    assert collectives_of(*lines) == over_tensor(kind, *array_bytes)
 
 
 @pytest.mark.parametrize("sent", [8, 2])
-def test_a_ragged_exchange_counts_the_smaller_of_what_is_sent_and_what_is_written(sent: int) -> None:
-    """Of its operands the first two are rows, the others say where they go."""
-    operands = "%x, %room, %a, %b, %c, %d"
-    types = f"f32[{sent}], f32[4], s32[2], s32[2], s32[2], s32[2]"
-    at_once = f"ROOT %r = f32[4] ragged-all-to-all({operands}), replica_groups=[4,2]<=[8]"
-    apart = (
-        f"%s = (({types}), f32[4], u32[], u32[]) ragged-all-to-all-start({operands}), replica_groups=[4,2]<=[8]",
+def test_ragged_all_to_all_counts_the_smaller_buffer(sent: int) -> None:
+    """Its first two operands are the input and output buffers, the others are offsets and sizes."""
+    operands = "%x, %output, %a, %b, %c, %d"
+    shapes = f"f32[{sent}], f32[4], s32[2], s32[2], s32[2], s32[2]"
+    sync = (f"ROOT %r = f32[4] ragged-all-to-all({operands}), replica_groups=[4,2]<=[8]",)
+    start_and_done = (
+        f"%s = (({shapes}), f32[4], u32[], u32[]) ragged-all-to-all-start({operands}), replica_groups=[4,2]<=[8]",
         "ROOT %r = f32[4] ragged-all-to-all-done(%s)",
     )
-    for lines in ((at_once,), apart):
-        module = entry(f"%x = f32[{sent}] negate(%p)", *lines)
-        assert find_collectives(module, MESH) == [collective("ragged-all-to-all", ("tensor",), 4 * min(sent, 4))]
+    for lines in (sync, start_and_done):
+        found = collectives_of(f"%x = f32[{sent}] negate(%p)", *lines)
+        assert found == over_tensor("ragged-all-to-all", 4 * min(sent, 4))
 
 
-def test_a_computation_that_is_started_and_waited_for_counts_once() -> None:
-    wrapped = """
+def test_async_computation_counts_once() -> None:
+    computation = """
 %wrapped (x: f32[8]) -> f32[8] {
   %x = f32[8] parameter(0)
   ROOT %all-to-all.1 = f32[8] all-to-all(%x), replica_groups=[4,2]<=[8], dimensions={0}
 }
 """
-    module = entry(
+    found = collectives_of(
         "%s = ((f32[8]), f32[8], s32[]) async-start(%p), calls=%wrapped",
         "%u = ((f32[8]), f32[8], s32[]) async-update(%s), calls=%wrapped",
         "ROOT %d = f32[8] async-done(%u), calls=%wrapped",
-        before=wrapped,
+        before=computation,
     )
-    assert find_collectives(module, MESH) == [collective("all-to-all", ("tensor",), 32)]
+    assert found == over_tensor("all-to-all", 32)
 
 
 SEND = (
@@ -232,9 +215,9 @@ SEND = (
 )
 
 
-def test_what_leaves_a_slice_crosses_the_network_on_the_outermost_axis() -> None:
-    """The text is of one slice: groups of four devices are all of it, and two replicas of four stay inside."""
-    module = entry(
+def test_send_to_another_slice_crosses_the_network() -> None:
+    """The HLO is that of one slice of four devices; with replica=4 two replicas are inside the slice."""
+    module = entry_module(
         SEND,
         "%done = token[] send-done(%send), channel_id=2, is_host_transfer=true",
         "%all = f32[8] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%sum",
@@ -252,8 +235,8 @@ def test_what_leaves_a_slice_crosses_the_network_on_the_outermost_axis() -> None
     ]
 
 
-def test_groups_that_join_hosts_cross_the_network() -> None:
-    module = entry(
+def test_groups_over_hosts_cross_the_network() -> None:
+    module = entry_module(
         "%far = f32[8] all-reduce(%p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum",
         "ROOT %near = f32[8] all-reduce(%far), replica_groups=[4,2]<=[8], to_apply=%sum",
     )

@@ -1,5 +1,3 @@
-"""The text of a program is read as it runs: what calls what, how often, and what it costs."""
-
 import pytest
 
 from jaxinfra.plan.hlo import NO_ESTIMATE, HloModule, array_bytes
@@ -8,7 +6,7 @@ COST = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
 
 
 def loop(*, condition: str = "", body: str = "", carried: str = "%zero, %x, %limit", inside: str = "") -> HloModule:
-    """A program of one loop, whose parts are in the forms that compilers print."""
+    """Returns a program with one loop."""
     condition = condition or "%n = s32[] constant(12)\n  ROOT %less = pred[] compare(%i.1, %n), direction=LT"
     body = body or "%next = s32[] add(%i, %one)"
     return HloModule(f"""\
@@ -50,7 +48,7 @@ def trip_count(module: HloModule) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("made", "runs"),
+    ("module", "expected"),
     [
         (loop(), 12),
         (loop(carried="%copied, %x, %limit"), 9),
@@ -64,14 +62,14 @@ def trip_count(module: HloModule) -> int | None:
         (loop(carried="%limit, %x, %limit"), 0),
     ],
 )
-def test_trips_follow_from_condition_first_value_and_step(made: HloModule, runs: int | None) -> None:
-    assert trip_count(made) == runs
-    assert made.unknown_loops() == (["while"] if runs is None else [])
-    body = [call for call in made.calls() if call.computation.name == "body"]
-    assert [call.runs for call in body] == [1 if runs is None else runs]
+def test_trip_count_follows_from_condition_first_value_and_increment(module: HloModule, expected: int | None) -> None:
+    assert trip_count(module) == expected
+    assert module.unknown_loops() == (["while"] if expected is None else [])
+    body = [call for call in module.calls() if call.computation.name == "body"]
+    assert [call.runs for call in body] == [1 if expected is None else expected]
 
 
-def test_a_limit_that_changes_is_not_taken_for_a_constant() -> None:
+def test_changing_limit_is_no_constant() -> None:
     text = loop(condition="ROOT %less = pred[] compare(%i.1, %limit.1), direction=LT")
     assert trip_count(text) == 20
     body = text.computations["body"]
@@ -80,7 +78,7 @@ def test_a_limit_that_changes_is_not_taken_for_a_constant() -> None:
     assert trip_count(text) is None, changed
 
 
-def test_a_count_that_the_compiler_wrote_down_counts() -> None:
+def test_known_trip_count_of_the_compiler() -> None:
     text = """\
 HloModule jit_step
 %other (p: f32[]) -> pred[] {
@@ -93,8 +91,8 @@ ENTRY %main (x: f32[]) -> f32[] {
     assert trip_count(HloModule(text)) == 7
 
 
-def test_cycles_are_multiplied_by_trips_and_of_a_choice_the_longest_counts() -> None:
-    """Inside a fusion nothing counts: its own estimate is for all of it."""
+def test_cycles_of_loops_and_conditionals() -> None:
+    """The estimate of a fusion includes its computation."""
     module = HloModule(f"""\
 HloModule jit_step
 %fused (p: f32[8]) -> f32[8] {{
@@ -140,7 +138,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
     assert times == {"main": 1, "condition": 3, "body": 3, "cheap": 3, "dear": 3, "fused": 3}
 
 
-def test_line_breaks_in_the_attributes_of_a_kernel_end_no_instruction() -> None:
+def test_line_breaks_in_quoted_attributes() -> None:
     text = """\
 HloModule jit_step
 ENTRY %main (x: f32[8]) -> f32[8] {
@@ -166,10 +164,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         ("c64[2]{0}", (16,)),
     ],
 )
-def test_bytes_of_arrays(shape: str, sizes: tuple[int, ...]) -> None:
+def test_array_bytes(shape: str, sizes: tuple[int, ...]) -> None:
     assert array_bytes(shape) == sizes
 
 
-def test_other_text_is_refused() -> None:
+def test_text_without_entry_is_an_error() -> None:
     with pytest.raises(ValueError, match="ENTRY"):
         HloModule("module @jit_step {\n}\n")

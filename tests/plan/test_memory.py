@@ -1,5 +1,3 @@
-"""Memory of a step as the TPU compiler allots it: what it counts, kernels keep inside, and waits in host memory."""
-
 import functools
 import re
 from dataclasses import replace
@@ -22,13 +20,13 @@ from jaxinfra.run import Run
 from jaxinfra.train.loop import TrainConfig
 from tests.golden.compiled import DENSE
 
-ON = parse_topology("v5p:2x2x1")
+V5P = parse_topology("v5p:2x2x1")
 WIDTH = 4096
 GIB = 2**30
 
 
-def lowered(layers: int):
-    """A step that gives its weights away, whose memory grows by the same bytes with every layer."""
+def lower_step(layers: int):
+    """Lowers a step that donates its weights; its memory grows linearly with its layers."""
 
     def loss(weights, x):
         def layer(x, w):
@@ -39,73 +37,72 @@ def lowered(layers: int):
     def step(weights, x):
         return weights - 1e-3 * jax.grad(loss)(weights, x)
 
-    mesh = make_mesh(MeshConfig(fsdp=ON.num_devices), topology_devices(ON))
+    mesh = make_mesh(MeshConfig(fsdp=V5P.num_devices), topology_devices(V5P))
     with jax.set_mesh(mesh):
         shapes = (
             ((layers, WIDTH, WIDTH), PartitionSpec(None, "fsdp")),
-            ((ON.num_devices * WIDTH, WIDTH), PartitionSpec("fsdp")),
+            ((V5P.num_devices * WIDTH, WIDTH), PartitionSpec("fsdp")),
         )
         given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, at)) for shape, at in shapes]
         return jax.jit(step, donate_argnums=0).lower(*given)
 
 
-def counted_gib(layers: int) -> float:
+def allocated_gib(layers: int) -> float:
     with no_compilation_cache():
-        memory = memory_usage(lowered(layers).compile())
+        memory = memory_usage(lower_step(layers).compile())
     return (memory.total - memory.code) / GIB
 
 
-def test_the_count_goes_on_where_the_compiler_refuses() -> None:
-    set_up_compiler(ON)
-    fewer, more = counted_gib(400), counted_gib(500)
-    assert 1.2 * fewer < more < ON.chip.hbm_bytes / GIB
-    with pytest.raises(jax.errors.JaxRuntimeError) as refused, no_compilation_cache():
-        lowered(700).compile()
-    said = re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(refused.value))
-    assert said, refused.value
-    assert float(said[1]) == pytest.approx(more + 2 * (more - fewer), rel=2e-3)
+def test_total_is_what_the_compiler_compares_with_its_limit() -> None:
+    set_up_compiler(V5P)
+    fewer, more = allocated_gib(400), allocated_gib(500)
+    assert 1.2 * fewer < more < V5P.chip.hbm_bytes / GIB
+    with pytest.raises(jax.errors.JaxRuntimeError) as error, no_compilation_cache():
+        lower_step(700).compile()
+    required = re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(error.value))
+    assert required, error.value
+    assert float(required[1]) == pytest.approx(more + 2 * (more - fewer), rel=2e-3)
 
 
-LAYERS, VOCAB, ROWS = 2, 32768, 8
+LAYERS, VOCAB, BATCH_SIZE = 2, 32768, 8
 MODEL = TransformerConfig(
     vocab_size=VOCAB, layers=LAYERS, width=256, heads=2, kv_heads=1, head_dim=128, mlp_dim=512, remat="full"
 )
 
 
-def compiled(length: int, remat: Remat) -> tuple[CompiledStep, str]:
-    """A step on four chips with its text."""
+def compile_with_text(length: int, remat: Remat) -> tuple[CompiledStep, str]:
+    """Compiles a step for four chips; returns its HLO, too."""
     run = Run(
         name="kernels",
         model=replace(MODEL, remat=remat),
         data=TokenData(store="none", seq_len=length),
         mesh=MeshConfig(fsdp=4),
-        train=TrainConfig(global_batch=4 * ROWS),
+        train=TrainConfig(global_batch=4 * BATCH_SIZE),
     )
     texts: list[str] = []
-    return compile_step(run, parse_topology("v5p:2x2x1"), dump=texts.append, on_progress=lambda line: None), texts[0]
+    return compile_step(run, V5P, dump=texts.append, on_progress=lambda line: None), texts[0]
 
 
-def blocks(text: str) -> set[int]:
-    """Sizes of the blocks of the attention kernels."""
+def kernel_block_sizes(text: str) -> set[int]:
     return {int(size) for size in re.findall(r"\bblock_(?:q|kv)\w*\W+(\d+)", text)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "remat", "forward"), [(640, "full", 2), (1024, "dots_and_attention", 1)], ids=str)
-def test_splash_attention_runs_in_blocks_that_fit_the_length(length: int, remat: Remat, forward: int) -> None:
-    """Once a layer and direction, and again only where the policy keeps nothing; logits are never whole."""
-    found, text = compiled(length, remat)
+def test_splash_attention_block_size_and_runs(length: int, remat: Remat, forward: int) -> None:
+    """Forward kernels run again only if the policy saves nothing; logits are never materialized at once."""
+    found, text = compile_with_text(length, remat)
     runs = {kernel.name: kernel.runs for kernel in found.kernels}
     assert {re.sub(r"_(no_)?(segmented|residuals)", "", name): n for name, n in runs.items()} == {
         "splash_mqa_fwd": forward * LAYERS,
         "splash_mqa_dq": LAYERS,
         "splash_mqa_dkv": LAYERS,
     }, runs
-    assert blocks(text) == {splash_block(length)}
-    assert found.memory.temporaries < 2 * ROWS * length * VOCAB
+    assert kernel_block_sizes(text) == {splash_block(length)}
+    assert found.memory.temporaries < 2 * BATCH_SIZE * length * VOCAB
 
 
-OFFLOADED_ON = parse_topology("v5e:2x2")
+V5E = parse_topology("v5e:2x2")
 RUN = replace(
     DENSE,
     name="offload",
@@ -124,48 +121,41 @@ RUN = replace(
 )
 SMALL = replace(RUN, model=replace(RUN.model, vocab_size=1024, width=256, heads=2, kv_heads=2, mlp_dim=1024))
 IN_HOST_MEMORY = "S(5)"
-"""How the text marks the layout of an array there."""
+"""Layout of an array in host memory, in HLO."""
 
 
 @functools.cache
-def allotted(of: Run, *, rows: int, offload: bool = False, remat: Remat = "full") -> tuple[Memory, bool]:
-    """What is allotted, and whether the text has arrays in host memory."""
-    run = replace(
-        of,
-        optim=OptimConfig(offload=offload),
-        model=replace(of.model, remat=remat),
-        train=TrainConfig(global_batch=rows),
-    )
+def memory_of(base: Run, *, offload: bool = False, remat: Remat = "full", global_batch: int) -> tuple[Memory, bool]:
+    """Returns the memory of a step, and whether its HLO has arrays in host memory."""
+    model, train = replace(base.model, remat=remat), TrainConfig(global_batch=global_batch)
+    run = replace(base, model=model, train=train, optim=OptimConfig(offload=offload))
     texts: list[str] = []
-    found = compile_step(run, OFFLOADED_ON, dump=texts.append, on_progress=lambda line: None)
-    return found.memory, IN_HOST_MEMORY in texts[0]
+    compiled = compile_step(run, V5E, dump=texts.append, on_progress=lambda line: None)
+    return compiled.memory, IN_HOST_MEMORY in texts[0]
 
 
 @pytest.mark.slow
-def test_state_of_the_optimiser_leaves_the_device() -> None:
-    """Both moments of AdamW do; of what comes back only a few layers are there at once."""
-    (here, marked), (away, moved) = (allotted(SMALL, rows=8, offload=offload) for offload in (False, True))
-    assert moved and not marked and here.host == 0
-    state = program_on(replace(SMALL, train=TrainConfig(global_batch=4)), OFFLOADED_ON).state
-    moments = (
-        sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.opt_state) if a.ndim) // OFFLOADED_ON.num_devices
-    )
-    assert away.host == pytest.approx(moments, rel=0.01)
-    assert here.arguments - away.arguments == pytest.approx(moments, rel=0.01)
-    assert away.temporaries - here.temporaries < moments / 4
+def test_offloaded_optimizer_state_leaves_the_device() -> None:
+    """Both moments of AdamW leave it; only a few layers are copied back at a time."""
+    on_device, marked = memory_of(SMALL, global_batch=8)
+    offloaded, marked_offloaded = memory_of(SMALL, global_batch=8, offload=True)
+    assert marked_offloaded and not marked and on_device.host == 0
+    state = program_on(replace(SMALL, train=TrainConfig(global_batch=4)), V5E).state
+    moments = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.opt_state) if a.ndim) // V5E.num_devices
+    assert offloaded.host == pytest.approx(moments, rel=0.01)
+    assert on_device.arguments - offloaded.arguments == pytest.approx(moments, rel=0.01)
+    assert offloaded.temporaries - on_device.temporaries < moments / 4
 
 
 @pytest.mark.slow(75)
-def test_what_layers_keep_leaves_the_device() -> None:
-    """Six products a layer: queries, keys, values, the output of attention, gate and up.
-
-    What is left is what the policy takes that keeps nothing.
-    """
-    (dots, marked), (away, moved) = (allotted(RUN, rows=128, remat=policy) for policy in ("dots", "offload"))
-    full, _ = allotted(RUN, rows=128)
-    assert moved and not marked and dots.host == 0
-    model, tokens = RUN.model, 128 * RUN.data.seq_len // OFFLOADED_ON.num_devices
-    kept = 2 * tokens * model.layers * (4 * model.width + 2 * model.mlp_dim)
-    assert away.host == kept
-    assert dots.temporaries - full.temporaries > 0.9 * kept
-    assert away.temporaries - full.temporaries < 0.05 * kept
+def test_offloaded_activations_leave_the_device() -> None:
+    """`dots` saves six matmuls per layer: query, key, value, attention output, gate and up."""
+    dots, marked = memory_of(RUN, global_batch=128, remat="dots")
+    offloaded, marked_offloaded = memory_of(RUN, global_batch=128, remat="offload")
+    full, _ = memory_of(RUN, global_batch=128)
+    assert marked_offloaded and not marked and dots.host == 0
+    model, tokens = RUN.model, 128 * RUN.data.seq_len // V5E.num_devices
+    saved = 2 * tokens * model.layers * (4 * model.width + 2 * model.mlp_dim)
+    assert offloaded.host == saved
+    assert dots.temporaries - full.temporaries > 0.9 * saved
+    assert offloaded.temporaries - full.temporaries < 0.05 * saved

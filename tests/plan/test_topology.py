@@ -1,5 +1,3 @@
-"""What --on names is understood or refused with what would do, and what its compiler says becomes one line."""
-
 import importlib.util
 from dataclasses import replace
 from typing import Any
@@ -21,7 +19,7 @@ GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"
 
 
 @pytest.mark.parametrize(
-    ("text", "chip", "shape", "slices", "count"),
+    ("text", "chip", "shape", "slices", "num_devices"),
     [
         ("v5p:4x4x4", "v5p", (4, 4, 4), 1, 64),
         ("2xv5e:2x4", "v5e", (2, 4), 2, 16),
@@ -30,10 +28,12 @@ GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"
         ("h100:2x8", "h100", (2, 8), 1, 16),
     ],
 )
-def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, ...], slices: int, count: int) -> None:
+def test_topology_is_parsed_and_formatted(
+    text: str, chip: str, shape: tuple[int, ...], slices: int, num_devices: int
+) -> None:
     found = parse_topology(text)
     assert found == Topology(chip=CHIPS[chip], shape=shape, slices=slices)
-    assert (str(found), found.num_devices) == (text, count)
+    assert (str(found), found.num_devices) == (text, num_devices)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,14 @@ def test_a_topology_is_read_and_written(text: str, chip: str, shape: tuple[int, 
         ("v6e:32x8", "v6e:16x16"),
     ],
 )
-def test_what_is_no_topology_is_refused(text: str, use: str) -> None:
-    """With one that would do."""
+def test_error_suggests_a_valid_topology(text: str, use: str) -> None:
     with raises(ConfigError, f"--on {text}: use --on {use}"):
         parse_topology(text)
     assert str(parse_topology(use)) == use
 
 
 @pytest.mark.parametrize("text", ["999xv5e:16x16", "h100:9999x8"])
-def test_there_is_a_largest_number_of_devices(text: str) -> None:
+def test_too_many_devices_are_an_error(text: str) -> None:
     with raises(ConfigError, f"--on {text}: 65,536"):
         parse_topology(text)
 
@@ -73,12 +72,12 @@ def test_there_is_a_largest_number_of_devices(text: str) -> None:
         ("v5e:16x16", (True, True, False)),
     ],
 )
-def test_rings_close_where_the_hardware_has_them(text: str, rings: tuple[bool, bool, bool]) -> None:
+def test_wrap(text: str, rings: tuple[bool, bool, bool]) -> None:
     assert parse_topology(text).wrap == rings
 
 
 @pytest.mark.parametrize(("text", "package"), [("v5e:2x4", "libtpu"), ("h100:1x8", "jax-cuda13-plugin")])
-def test_a_compiler_that_is_not_installed_is_named(text: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_named(text: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
     def without_plugins(name: str) -> Any:
@@ -89,11 +88,11 @@ def test_a_compiler_that_is_not_installed_is_named(text: str, package: str, monk
         set_up_compiler(parse_topology(text))
 
 
-def test_the_table_of_chips_agrees_with_the_peaks() -> None:
-    """A chip of two devices has half of it in each; clocks are those that matrix units of this kind run at."""
+def test_chips_agree_with_peak_flops() -> None:
+    """The clocks that follow from the number of matrix units are plausible."""
     for chip in CHIPS.values():
         kind = max((kind for kind in PEAK_FLOPS if chip.device_kind.startswith(kind)), key=len)
-        whole = 2 if chip.name == "v4" else 1  # of TPU7x the peak is that of a device already
+        whole = 2 if chip.name == "v4" else 1  # of TPU7x `PEAK_FLOPS` already has half a chip
         assert chip.peak_flops * whole == PEAK_FLOPS[kind]
         assert (chip.clock_hz is None) == (chip.platform == "cuda")
         if chip.clock_hz is not None:
@@ -101,7 +100,7 @@ def test_the_table_of_chips_agrees_with_the_peaks() -> None:
 
 
 @pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:1x1", "v5p:4x4x4", "v6e:16x16", "tpu7x:2x2x1", *GPUS])
-def test_its_compiler_knows_it(text: str) -> None:
+def test_compiler_knows_every_chip(text: str) -> None:
     topology = parse_topology(text)
     set_up_compiler(topology)
     found = topology_devices(topology)
@@ -111,7 +110,7 @@ def test_its_compiler_knows_it(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "sizes"), [("3xv5e:2x4", [8, 8, 8]), ("h100:2x4", [4, 4])])
-def test_slices_and_hosts_are_told_apart(text: str, sizes: list[int]) -> None:
+def test_slice_ids(text: str, sizes: list[int]) -> None:
     topology = parse_topology(text)
     set_up_compiler(topology)
     placed = slice_ids(topology, topology_devices(topology))
@@ -152,9 +151,9 @@ OOM = "RESOURCE_EXHAUSTED: "
         ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice use '.[compile]'"),
         ("INTERNAL: Mosaic failed\n  more", "Mosaic failed; --debug"),
     ],
-    ids=["temporaries", "in all", "unknown form", "vector memory", "cudnn", "cuda", "anything"],
+    ids=["temporaries", "total", "unknown form", "vector memory", "cudnn", "cuda", "anything"],
 )
-def test_a_refusal_is_one_line_that_says_what_to_do(message: str, named: str) -> None:
+def test_compiler_error_becomes_one_line_with_a_fix(message: str, named: str) -> None:
     names(explain(message, RUN, 12), named)
 
 
@@ -170,7 +169,7 @@ def test_a_refusal_is_one_line_that_says_what_to_do(message: str, named: str) ->
         ("full", 1, 0.5, 2.0, "use more devices"),
     ],
 )
-def test_what_would_help_is_what_is_not_done_yet(
+def test_suggested_fix_is_not_yet_in_the_config(
     remat: str, accumulate: int, rows: float, times: float, fix: str
 ) -> None:
     run = replace(RUN, model=replace(RUN.model, remat=remat), train=TrainConfig(global_batch=96, accumulate=accumulate))
