@@ -4,9 +4,8 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
-from jaxinfra.run import Precision, Run
+from jaxinfra.run import Precision, Run, TrainConfig
 from jaxinfra.track.tracker import TrackConfig
-from jaxinfra.train.loop import TrainConfig
 
 
 def config() -> Run:

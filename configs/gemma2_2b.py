@@ -7,8 +7,7 @@ from jaxinfra.models.zoo import shape
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.run import Run
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Run, TrainConfig
 
 
 def config() -> Run:

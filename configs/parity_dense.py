@@ -2,11 +2,10 @@
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
-from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 
 def config() -> Run:
@@ -15,7 +14,7 @@ def config() -> Run:
         model=TransformerConfig(
             vocab_size=128, layers=8, width=64, heads=16, kv_heads=8, head_dim=8, mlp_dim=128, qk_norm=True, tied=True
         ),
-        task=CausalLM(loss_chunks=2, z_loss=1e-2),
+        objective=CausalLM(loss_chunks=2, z_loss=1e-2),
         data=TokenData(store="none", seq_len=32, mask_documents=True),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Constant(), peak_lr=1e-3),

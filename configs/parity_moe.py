@@ -3,11 +3,10 @@
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
-from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 
 def config() -> Run:
@@ -35,7 +34,7 @@ def config() -> Run:
                 z_loss=1e-2,
             ),
         ),
-        task=CausalLM(loss_chunks=2, z_loss=1e-2),
+        objective=CausalLM(loss_chunks=2, z_loss=1e-2),
         data=TokenData(store="none", seq_len=32, mask_documents=True),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Constant(), peak_lr=1e-3),

@@ -8,8 +8,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
 from jaxinfra.optim.optimizers import Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD
-from jaxinfra.run import Precision, Run
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 
 def config() -> Run:

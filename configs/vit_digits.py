@@ -5,11 +5,10 @@ The images come with scikit-learn (the extra `digits`): no network.
 
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
+from jaxinfra.objectives.classification import Classification
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
-from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.classification import Classification
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 
 def config() -> Run:
@@ -18,7 +17,7 @@ def config() -> Run:
         model=VisionTransformerConfig(
             image_size=8, patch=2, channels=1, classes=10, layers=4, width=64, heads=4, mlp_dim=128, dropout=0.2
         ),
-        task=Classification(label_smoothing=0.1),
+        objective=Classification(label_smoothing=0.1),
         data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=4e-3),

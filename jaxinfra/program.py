@@ -8,18 +8,23 @@ gathers its weights over `fsdp` layer by layer and scatters their gradients back
 is a partial sum over `replica`; after the last microbatch that buffer crosses `replica`, once; then the update.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.compiler import options
+from jaxinfra.models.module import LayerStats, Module
+from jaxinfra.objectives import losses
+from jaxinfra.objectives.objective import WithReference
 from jaxinfra.ops.dropout import DROPOUT_FIELD, token_bits
 from jaxinfra.optim.optimizers import make_optimizer
 from jaxinfra.optim.schedules import optax_schedule
@@ -27,14 +32,16 @@ from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import Partitioner, unreduced_zeros
-from jaxinfra.parallel.spec import ParamSpec, merge_trees, param_key, select_trainable
+from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, merge_trees, param_key, select_trainable
+from jaxinfra.run import Run
 from jaxinfra.stages import Stages
-from jaxinfra.tasks.task import loss
-
-if TYPE_CHECKING:
-    from jaxinfra.run import Run
+from jaxinfra.user_code import user_code
 
 type Batch = Mapping[str, jax.Array]
+type BatchShapes = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+type Metrics = dict[str, jax.Array]
+type Sums = dict[str, jax.Array]
+"""Sums over a batch by name, scalars."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,12 +54,51 @@ class TrainState:
         params: nested dict of arrays.
         opt_state: optax's state, sharded like the parameters.
         ema: moving average of the parameters in float32, or None.
+        reference: frozen copy of the first parameters, for an objective that uses one, or None.
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None
+    reference: Params | None = None
+
+
+class TrainStep(Protocol):
+    """The compiled train step; the state that it is given is given up."""
+
+    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
+        """Updates the state by one batch."""
+        ...
+
+    def trace(self, state: TrainState, batch: BatchShapes, /) -> jax.stages.Traced:
+        """Traces the step, from arrays or from their shapes."""
+        ...
+
+    def lower(self, state: TrainState, batch: BatchShapes, /) -> jax.stages.Lowered:
+        """Lowers the step for the devices of the mesh."""
+        ...
+
+
+class Forward:
+    """The model of a program as its objective calls it: `objective.Apply`. It collects the statistics of the layers."""
+
+    def __init__(self, program: "Program", *, train: bool):
+        self._program, self._train = program, train
+        # A partial sum can only be added to others: so only a loss that is known to keep to that may see one.
+        self.partial_sums = bool(vars(type(program.objective)).get("partial_sums", False))
+        self.stats: LayerStats = {}
+
+    def __call__(self, params: Params, batch: Batch, *, train: bool = True) -> Any:
+        """Returns what the model makes of a batch."""
+        train = train and self._train
+        if not train:
+            batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
+        with user_code(type(self._program.run.model), "model"):
+            output, stats = self._program.model(params).forward(batch)
+        if train:
+            self.stats = {name: self.stats[name] + a if name in self.stats else a for name, a in stats.items()}
+        return output
 
 
 class Program:
@@ -60,9 +106,7 @@ class Program:
 
     Attributes:
         run: the config.
-        family: the config of its model.
-        task: what it is trained for.
-        data: what it is trained on.
+        objective: what it minimizes.
         mesh: where it runs; an `AbstractMesh` can be lowered on but not run.
         partitioner: names to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
@@ -70,15 +114,14 @@ class Program:
         state: the train state as `ShapeDtypeStruct`s.
     """
 
-    def __init__(self, run: "Run", mesh: Mesh | AbstractMesh, platform: str | None = None):
+    def __init__(self, run: Run, mesh: Mesh | AbstractMesh, platform: str | None = None):
         """Declares everything; compiles nothing.
 
         The run is validated and the mesh has the axes of `MeshConfig`; a parameter that does not fit it, or a
         `train.compiler` that does not fit the platform, is a ConfigError.
         `platform` is "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
         """
-        self.run, self.mesh = run, mesh
-        self.family, self.task, self.data = run.parts
+        self.run, self.mesh, self.objective = run, mesh, run.objective
         if platform is None:
             platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
         self._options = options(run.train.compiler, {"cuda": "gpu"}.get(platform, platform))
@@ -90,11 +133,13 @@ class Program:
             platform=platform,
             compute_dtype=jnp.dtype(run.precision.compute),
             quantize=run.precision.quantize,
-            # A loss over single positions does not ask where they stand.
-            zigzag=self.task.by_position,
+            # A loss that adds up single positions does not depend on their order.
+            zigzag=self.objective.by_position,
         )
-        self.graphdef, specs = nnx.split(run.model.build(self.partitioner))
-        self.specs: dict[str, Any] = nnx.to_pure_dict(specs)
+        with user_code(type(run.model), "model"):
+            self.module = run.model.build(self.partitioner)
+        self.graphdef, specs = nnx.split(self.module)
+        self.specs: ParamSpecs = nnx.to_pure_dict(specs)
         dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
         self._paths = jax.tree.map_with_path(lambda path, _: dotted(path), self.specs)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
@@ -107,7 +152,7 @@ class Program:
     # What it works on
 
     @property
-    def on_mesh(self) -> Any:
+    def on_mesh(self) -> AbstractContextManager[object]:
         """A context in which the functions of this program are traced and called."""
         if isinstance(self.mesh, AbstractMesh):
             return jax.sharding.use_abstract_mesh(self.mesh)
@@ -127,13 +172,21 @@ class Program:
         return self._batch(validation=True)
 
     def _batch(self, *, validation: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        fields = self.task.batch(self.data, self.run.train.global_batch, validation=validation)
-        return {n: self._sharded(f.shape, f.dtype, self.partitioner.spec(*f.axes)) for n, f in fields.items()}
+        rows = self.run.train.global_batch
+        return {
+            name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self.partitioner.spec("batch", *spec.axes))
+            for name, spec in self.run.data.batch_spec(validation=validation).items()
+        }
 
     @cached_property
-    def params(self) -> Any:
+    def params(self) -> Params:
         """The parameters as they are stored, as `ShapeDtypeStruct`s."""
         return jax.tree.map(lambda s, p: self._sharded(s.shape, self._dtype(s), p), self.specs, self._stored)
+
+    @cached_property
+    def averaged_params(self) -> Params:
+        """The averaged parameters of a run that keeps them, as `ShapeDtypeStruct`s: float32."""
+        return jax.tree.map(lambda p: p.update(dtype=jnp.dtype("float32")), self.params)
 
     def _dtype(self, spec: ParamSpec) -> jnp.dtype:
         return jnp.dtype(self.run.precision.params if spec.trainable else "float32")
@@ -160,70 +213,92 @@ class Program:
 
     # What it does
 
-    def model(self, params: Any) -> Any:
+    def model(self, params: Params) -> Module:
         """The module with these parameters, for use while tracing."""
         return nnx.merge(self.graphdef, nnx.State(params))
 
     @cached_property
-    def init(self) -> Any:
+    def init(self) -> Callable[[jax.Array], TrainState]:
         """`init(key) -> TrainState`, compiled; the numbers depend on the key, not on the mesh."""
         return jax.jit(lambda key: self._from_params(self._init_params(key)))
 
     @cached_property
-    def train_step(self) -> Any:
+    def init_from(self) -> Callable[[Params], TrainState]:
+        """`init_from(params) -> TrainState`, compiled: the first state of a run that starts from other parameters."""
+
+        def cast(params: Params) -> TrainState:
+            params = jax.tree.map(lambda p, s: p.astype(self._dtype(s)), params, self.specs)
+            return self._from_params(params)
+
+        return jax.jit(cast)
+
+    @cached_property
+    def train_step(self) -> TrainStep:
         """`train_step(state, batch) -> (state, metrics)`, compiled; the old state is given up."""
         return jax.jit(self._train_step, donate_argnums=0, compiler_options=self._options or None)
 
     @cached_property
-    def eval_step(self) -> Any:
-        """`eval_step(params, batch) -> sums`, compiled: the task's sums over the batch, replicated scalars."""
+    def eval_step(self) -> Callable[..., Sums]:
+        """`eval_step(params, batch, reference=None) -> sums`, compiled: those of the objective over the batch."""
         return jax.jit(self._eval_step, compiler_options=self._options or None)
 
     @cached_property
-    def gradients(self) -> Any:
-        """`gradients(params, batch) -> (grads, sums)`, compiled: of the mean loss over the whole batch."""
+    def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
+        """`gradients(params, batch, reference=None) -> (grads, sums, stats)`, compiled: of the mean loss of a batch."""
         return jax.jit(self._gradients)
 
-    def lower(self) -> Any:
+    def lower(self) -> jax.stages.Lowered:
         """The train step, lowered for `platform` from shapes alone."""
         with self.on_mesh:
             traced = self.train_step.trace(self.state, self.batch)
             platform = {"gpu": "cuda"}.get(self.partitioner.platform, self.partitioner.platform)
             return traced.lower(lowering_platforms=(platform,))
 
-    def _init_params(self, key: jax.Array) -> Any:
+    def _init_params(self, key: jax.Array) -> Params:
         def one(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
             return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
 
         return jax.tree.map(one, self._paths, self.specs, self._stored)
 
-    def _from_params(self, params: Any) -> TrainState:
+    def _from_params(self, params: Params) -> TrainState:
         averaged = self.run.optim.ema_decay is not None
         ema = jax.tree.map(lambda p: p.astype(jnp.float32), params) if averaged else None
         opt_state = self.optimizer.init(select_trainable(params, self.specs))
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema=ema)
+        reference = jax.tree.map(jnp.copy, params) if self.objective.uses_reference else None
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step=step, params=params, opt_state=opt_state, ema=ema, reference=reference)
 
-    def with_words(self, batch: Batch, step: jax.Array | int) -> Batch:
-        """The batch of a step with what decides about dropout: random words of its positions, if there is any."""
-        if self.family.dropout == 0:
+    def with_dropout_bits(self, batch: Batch, step: jax.Array | int) -> Batch:
+        """The batch of a step with the random bits that dropout needs, a word for each position."""
+        model, data = self.run.model, self.run.data
+        if not model.uses_dropout:
             return batch
         key = param_key(jax.random.key(self.run.seed), DROPOUT_FIELD)
-        shape = (self.run.train.global_batch, self.family.positions(self.data))
+        shape = (self.run.train.global_batch, model.positions(data))
         return {
             **batch,
             DROPOUT_FIELD: token_bits(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence")),
         }
 
-    def _loss_and_grads(self, params: Any, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
-        """Sums of one microbatch and the float32 gradient of its summed loss, both partial over `replica`."""
+    def _loss(
+        self, params: Params, batch: Batch, reference: Params | None, *, train: bool
+    ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
+        """The loss that training minimizes, summed over the batch, the sums of the objective, and of the layers."""
+        forward = Forward(self, train=train)
+        given = WithReference(params, reference) if reference is not None else params
+        with user_code(type(self.objective), "objective"):
+            total, sums = losses.checked(self.objective, self.objective.loss(forward, given, batch))
+        return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
 
-        def total_and_sums(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss(self.task, self.model(params), batch)
-
-        total, pull, sums = jax.vjp(total_and_sums, params, has_aux=True)
+    def _loss_and_grads(
+        self, params: Params, batch: Batch, reference: Params | None
+    ) -> tuple[Sums, LayerStats, Params]:
+        """Sums of one microbatch and the float32 gradient of its summed loss, partial over `replica`."""
+        loss = partial(self._loss, batch=batch, reference=reference, train=True)
+        total, pull, (sums, stats) = jax.vjp(loss, params, has_aux=True)
         over = jax.typeof(total).sharding.spec.unreduced
         (grads,) = pull(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=over)))
-        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def _arranged(self, batch: Batch) -> Batch:
         """The batch with sequence positions in shard order, as the model expects them."""
@@ -238,59 +313,58 @@ class Program:
             arranged = sharding.to_shard_order(jax.reshard(x, whole), axes.index("sequence"))
             return jax.reshard(arranged, self.partitioner.spec(*axes))
 
-        fields = self.task.batch(self.data, self.run.train.global_batch, validation=True)
-        axes = {name: field.axes for name, field in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
+        fields = self.run.data.batch_spec(validation=True)
+        axes = {name: ("batch", *spec.axes) for name, spec in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
         return {name: one(x, axes[name]) for name, x in batch.items()}
 
-    def _gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        """The gradient of the mean loss, by what is trained, and the sums; `replica` is crossed once."""
+    def _gradients(
+        self, params: Params, batch: Batch, reference: Params | None = None
+    ) -> tuple[Params, Sums, LayerStats]:
+        """The gradient of the mean loss by what is trained, and the sums; `replica` is crossed once."""
         batch = self._arranged(batch)
         count = self.run.train.accumulate
         if self._stages is not None:
-            grads, sums = self._stages.gradients(params, _split(batch, count))
+            grads, sums, stats = self._stages.gradients(params, _split(batch, count))
             scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-            return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums
+            return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums, stats
         marked = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
+        step = partial(self._loss_and_grads, marked, reference=reference)
         if count == 1:
-            sums, grads = self._loss_and_grads(marked, batch)
+            sums, stats, grads = step(batch)
         else:
             microbatches = _split(batch, count)
-            first = jax.tree.map(lambda x: x[0], microbatches)
-            shapes = jax.eval_shape(self._loss_and_grads, marked, first)
+            shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))
             # From zeros and not from the first microbatch, so that the model is compiled once, inside the loop.
             zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
-
-            def body(total: Any, microbatch: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, self._loss_and_grads(marked, microbatch)), None
-
-            (sums, grads), _ = jax.lax.scan(body, zeros, microbatches)
-        sums = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+            (sums, stats, grads), _ = jax.lax.scan(
+                lambda total, microbatch: (jax.tree.map(jnp.add, total, step(microbatch)), None), zeros, microbatches
+            )
+        sums, stats = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (sums, stats))
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
         grads, stored = (select_trainable(tree, self.specs) for tree in (grads, self._stored))
-        return jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, stored), sums
+        return jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, stored), sums, stats
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         optim = self.run.optim
-        grads, sums = self._gradients(state.params, self.with_words(batch, state.step))
+        batch = self.with_dropout_bits(batch, state.step)
+        grads, sums, stats = self._gradients(state.params, batch, state.reference)
         grads, norm = clip_by_global_norm(grads, optim.clip_norm)
         before = select_trainable(state.params, self.specs)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
         after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
-        totals = {name: value for name, value in sums.items() if not value.ndim}
-        stats = {name: value for name, value in sums.items() if value.ndim}
         model = self.model(state.params)
         params = merge_trees(merge_trees(state.params, after), model.update_buffers(stats))
         ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
-        metrics = {name: value / sums["weight"] for name, value in totals.items() if name != "weight"}
+        metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
         metrics |= model.metrics(stats, sums["weight"])
         metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": jnp.asarray(self._schedule(state.step))}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
-    def _eval_step(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
         batch = self._arranged(batch)
         if self._stages is not None:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
-        _, sums = loss(self.task, self.model(params), batch)
+        _, (sums, _) = self._loss(params, batch, reference, train=False)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
 
 

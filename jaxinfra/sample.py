@@ -9,30 +9,32 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import load
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
-from jaxinfra.errors import CheckpointError, ConfigError
+from jaxinfra.errors import ConfigError
+from jaxinfra.language_model import require_text
 from jaxinfra.models.decoder import Cache, Transformer
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.spec import Params
 from jaxinfra.program import Program
-from jaxinfra.run import Run, of_text
+from jaxinfra.run import Run
+from jaxinfra.run_dir import load_params, parse_source
 
 PROMPT_BLOCK = 64
 """Prompts are padded to a multiple of this, so that prompts of like length share one compiled program."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """How the next token is drawn.
+class SamplingParams:
+    """How the next token is sampled.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: only so many of the likeliest tokens; 0 is all.
         top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020).
-        seed: of the draws.
+        seed: of the random numbers.
     """
 
     temperature: float = 0.8
@@ -52,47 +54,46 @@ class Draw:
 class Sampler:
     """A model with its parameters on one device, and its tokenizer."""
 
-    def __init__(self, run: Run, params: Any, tokenizer: Tokenizer):
+    def __init__(self, run: Run, params: Params, tokenizer: Tokenizer):
         """Takes parameters that are on the mesh of `sampling_program(run)`."""
         self._program = sampling_program(run)
         self._params, self._tokenizer = params, tokenizer
-        self._config, data = of_text(run)
+        self._config, data = require_text(run)
         self._masked = data.mask_documents
 
     @classmethod
     def from_run(cls, run_dir: str | Path, imports: Sequence[str] = ()) -> Self:
-        """The newest checkpoint of a run of a model of text; the averaged parameters where the run keeps them."""
-        directory = Path(run_dir)
-        if not (directory / "run.json").exists():
-            raise ConfigError(f"{directory}: no run.json there; name the directory of a run, such as runs/quickstart")
-        run = load(directory / "run.json", (), Run, imports).run
-        _, data = of_text(run)
-        text = data.open()
-        program = sampling_program(run)
-        folder = directory / "checkpoints"
-        missing = CheckpointError(f"{folder}: no checkpoint yet; train until the first one is saved")
-        if not folder.exists():
-            raise missing
-        with program.on_mesh, CheckpointManager(folder, read_only=True) as checkpoints:
-            if (newest := checkpoints.latest_step()) is None:
-                raise missing
-            subtree = "params" if run.optim.ema_decay is None else "ema"
-            wanted = program.params if subtree == "params" else program.state.ema
-            return cls(run, checkpoints.restore_params(newest, wanted, subtree=subtree), text.tokenizer)
+        """Samples from a run of a language model: its newest checkpoint, or that of a step with `runs/NAME@STEP`.
 
-    def stream(self, prompt: str, *, max_tokens: int, draw: Draw) -> Iterator[str]:
+        Takes the averaged parameters where the run keeps them.
+        """
+        path, _ = parse_source(run_dir)
+        record = path / "run.json"
+        if not record.exists():
+            raise ConfigError(f"{path}: no run.json there; name the directory of a run, such as runs/quickstart")
+        run = load(record, (), Run, imports).run
+        tokenizer = _open_tokenizer(run)
+        return cls(run, load_params(run_dir, sampling_program(run)).params, tokenizer)
+
+    @classmethod
+    def from_params(cls, run: Run, params: Params) -> Self:
+        """Samples from parameters on any mesh; they are copied to the first device."""
+        tokenizer, program = _open_tokenizer(run), sampling_program(run)
+        return cls(run, jax.device_put(params, jax.tree.map(lambda p: p.sharding, program.params)), tokenizer)
+
+    def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
         """Yields the continuation piece by piece, as soon as a piece is whole characters.
 
         Ends after `max_tokens`, or where the model ends the document.
         """
         decoder = StreamDecoder(self._tokenizer)
-        for token in self.tokens(self._tokenizer.encode(prompt), max_tokens=max_tokens, draw=draw):
+        for token in self.tokens(self._tokenizer.encode(prompt), max_tokens=max_tokens, sampling=sampling):
             if piece := decoder.push(token):
                 yield piece
         if rest := decoder.flush():
             yield rest
 
-    def tokens(self, prompt: list[int], *, max_tokens: int, draw: Draw) -> Iterator[int]:
+    def tokens(self, prompt: list[int], *, max_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """Yields the ids of the continuation, without the one that ends the document.
 
         Prompt and continuation may not be longer than the model's learned positions.
@@ -110,10 +111,10 @@ class Sampler:
                 )
             slots = min(slots, longest)
         with self._program.on_mesh:
-            key = jax.random.key(draw.seed)
+            key = jax.random.key(sampling.seed)
             padded = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32)
-            cache = self._program.model(self._params).empty_cache(1, max(slots, len(ids) + max_tokens))
-            token, cache = self._prefill(self._params, cache, padded, len(ids), key, draw)
+            cache = self._model(self._params).empty_cache(1, max(slots, len(ids) + max_tokens))
+            token, cache = self._prefill(self._params, cache, padded, len(ids), key, sampling)
             for count in range(1, max_tokens + 1):
                 found = int(token[0, 0])
                 if found == self._tokenizer.eot_id:
@@ -121,25 +122,39 @@ class Sampler:
                 yield found
                 if count < max_tokens:
                     step_key = jax.random.fold_in(key, count)
-                    token, cache = self._decode(self._params, cache, token, step_key, draw)
+                    token, cache = self._decode(self._params, cache, token, step_key, sampling)
+
+    def _model(self, params: Params) -> Transformer:
+        model = self._program.model(params)
+        assert isinstance(model, Transformer)
+        return model
 
     @partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
-    def _prefill(self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, draw: Draw):
+    def _prefill(
+        self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, sampling: SamplingParams
+    ):
         """The first token after `count` tokens of a padded prompt, and the cache of those tokens.
 
         What the padding wrote into the cache lies behind its end: unseen, and overwritten in time.
         """
-        model: Transformer = self._program.model(params)
+        model = self._model(params)
         hidden_BTD, cache = model.decode(tokens_BT, cache)
         last_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, count - 1, axis=1, keepdims=False)
-        return _draw(model, last_BD, key, draw), cache._replace(length=jnp.asarray(count, jnp.int32))
+        return _sample_token(model, last_BD, key, sampling), cache._replace(length=jnp.asarray(count, jnp.int32))
 
     @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-    def _decode(self, params: Any, cache: Cache, token_B1: jax.Array, key: jax.Array, draw: Draw):
+    def _decode(
+        self, params: Params, cache: Cache, token_B1: jax.Array, key: jax.Array, sampling: SamplingParams
+    ) -> tuple[jax.Array, Cache]:
         """The token after `token_B1`, and the cache with it."""
-        model: Transformer = self._program.model(params)
+        model = self._model(params)
         hidden_B1D, cache = model.decode(token_B1, cache)
-        return _draw(model, hidden_B1D[:, 0], key, draw), cache
+        return _sample_token(model, hidden_B1D[:, 0], key, sampling), cache
+
+
+def _open_tokenizer(run: Run) -> Tokenizer:
+    _, data = require_text(run)
+    return data.open().tokenizer
 
 
 def sampling_program(run: Run) -> Program:
@@ -149,18 +164,18 @@ def sampling_program(run: Run) -> Program:
     return Program(run, make_mesh(alone, jax.devices()[:1]))
 
 
-def _draw(model: Transformer, hidden_BD: jax.Array, key: jax.Array, draw: Draw) -> jax.Array:
+def _sample_token(model: Transformer, hidden_BD: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
     """One token a row, int32 `[B, 1]`."""
     logits_BV = dot(hidden_BD, model.head()).astype(jnp.float32)
     if (cap := model.config.logit_softcap) is not None:
         logits_BV = cap * jnp.tanh(logits_BV / cap)
-    if draw.temperature == 0:
+    if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)[:, None]
-    logits_BV = keep_likeliest(logits_BV / draw.temperature, top_k=draw.top_k, top_p=draw.top_p)
+    logits_BV = filter_top_k_top_p(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     return jax.random.categorical(key, logits_BV).astype(jnp.int32)[:, None]
 
 
-def keep_likeliest(logits_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
+def filter_top_k_top_p(logits_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
     """Logits with `-inf` for all but the `top_k` likeliest (0: all) whose probability above them is under `top_p`."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     if 0 < top_k < logits_BV.shape[-1]:

@@ -6,9 +6,9 @@ and their gradients back after its last. Where the stages hold consecutive layer
 nothing; otherwise each weight crosses `stage` once and its gradient once, whatever the number of microbatches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxinfra.models.model import StageLayers
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.module import LayeredModule, StageLayers
+from jaxinfra.objectives import losses
+from jaxinfra.objectives.objective import Objective
 from jaxinfra.parallel.pipeline import LossSharding, Pipeline, without_stage
 from jaxinfra.parallel.sharding import Partitioner
-
-if TYPE_CHECKING:
-    from jaxinfra.run import Run
+from jaxinfra.run import Run
+from jaxinfra.user_code import user_code
 
 type Batch = Mapping[str, jax.Array]
 STACKED = "blocks"
@@ -40,27 +42,66 @@ def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
     return np.reshape(numbers, (chunks, stages, longest)).transpose(0, 2, 1)
 
 
+class LastStage:
+    """The model as an objective calls it on the activations that leave the last stage: `objective.Apply`."""
+
+    def __init__(self, module: LayeredModule, x: jax.Array, objective: Objective):
+        self._module, self._x, self._objective = module, x, type(objective)
+        self.params = WholeParams(self._refusal)
+        self.partial_sums = bool(vars(self._objective).get("partial_sums", False))
+        self._called = False
+
+    def __call__(self, params: Any, batch: Batch, *, train: bool = True) -> Any:
+        """Returns what the model makes of the microbatch."""
+        if self._called or params is not self.params:
+            raise self._refusal()
+        self._called = True
+        return self._module.output(self._x)
+
+    def _refusal(self) -> ConfigError:
+        return ConfigError(
+            f"objective={self._objective.__name__}: needs two forward passes, or parameters besides them, where "
+            "pipeline stages make one pass; use mesh.stage=1"
+        )
+
+
+class WholeParams:
+    """Stands for the parameters of all stages, which no stage has: an objective can pass it on, and nothing else."""
+
+    def __init__(self, refusal: Callable[[], ConfigError]):
+        self._refusal = refusal
+
+    def __getitem__(self, name: str) -> Any:
+        raise self._refusal()
+
+
 class Stages:
     """The stages of a run: a `pipeline.PipelineModel`, and the step that it makes."""
 
-    def __init__(self, run: "Run", partitioner: Partitioner, specs: Any, stored: Any):
+    def __init__(self, run: Run, partitioner: Partitioner, specs: Any, stored: Any):
         """Builds the model twice: for the rows of all stages, and for its end, spread over them.
 
         The partitioner is that of a run without stages; `specs` and `stored` are those of every parameter.
         """
         self.run, self.partitioner, self.specs, self.stored = run, partitioner, specs, stored
         rules, self.stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
-        dim = run.loss_sharded_dim()
+        dim = run.mesh_fit.loss_dim()
         assert dim is not None, "validate the run first"
         spread = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
         self.at_end = replace(partitioner, rules=replace(rules, block_sequence=(), **spread))
         in_rows = replace(partitioner, rules=replace(rules, batch=("stage", *rules.batch)))
-        self._rows, self._end = (nnx.split(run.model.build(one))[0] for one in (in_rows, self.at_end))
-        numbers = layer_numbers(run.model.layers, self.stages, self.chunks)
+        module = run.model.build(in_rows)
+        if not isinstance(module, LayeredModule):
+            raise ConfigError(
+                f"mesh.stage={self.stages}: {type(run.model).__name__} builds no LayeredModule, whose layers pipeline "
+                "stages could share; use mesh.stage=1"
+            )
+        self._rows, self._end = (nnx.split(one)[0] for one in (module, run.model.build(self.at_end)))
+        numbers = layer_numbers(run.model.pipeline_layers, self.stages, self.chunks)
         self.places, self.longest = self.stages * self.chunks, numbers.shape[1]
         # So many places have that many layers, all others one less.
-        self.full = run.model.layers - self.places * (self.longest - 1)
-        self._uniform = run.model.uniform(numbers)
+        self.full = run.model.pipeline_layers - self.places * (self.longest - 1)
+        self._uniform = module.uniform(numbers)
         schedule = run.pipeline.make_schedule(self.stages, run.train.accumulate)
         where = LossSharding(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
         self.pipeline = Pipeline(self, schedule, where, numbers)
@@ -81,9 +122,16 @@ class Stages:
 
     def loss(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `pipeline.PipelineModel`."""
-        fields = self.run.parts.task.batch(self.run.data, self.run.train.global_batch, validation=True)
-        batch = {n: jax.reshard(batch[n], self.at_end.spec(*f.axes)) for n, f in fields.items() if n in batch}
-        return self.run.parts.task.finish(self._merged(self._end, shared), x, batch)
+        fields = self.run.data.batch_spec(validation=True)
+        batch = {
+            name: jax.reshard(batch[name], self.at_end.spec("batch", *spec.axes))
+            for name, spec in fields.items()
+            if name in batch
+        }
+        objective = self.run.objective
+        forward = LastStage(self._merged(self._end, shared), x, objective)
+        with user_code(type(objective), "objective"):
+            return losses.checked(objective, objective.loss(forward, forward.params, batch))
 
     def aux_loss(self, stats: Any) -> jax.Array | None:
         """See `pipeline.PipelineModel`."""
@@ -91,19 +139,21 @@ class Stages:
 
     # A step
 
-    def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        """Gradients of the summed loss, as parameters are stored, and all sums; `batch` is in microbatches."""
+    def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
+        """Gradients of the summed loss, as parameters are stored, sums and statistics; `batch` is in microbatches."""
         (weights, shared), sums, stats = self.pipeline.gradients(*self._laid_out(params), batch)
         shared = jax.tree.map(self._scattered, shared, self._of_shared(self.stored))
-        return {**shared, STACKED: self._laid_back(weights)}, self._sums(sums, stats)
+        return {**shared, STACKED: self._laid_back(weights)}, *self._whole(sums, stats)
 
     def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         """All sums; `batch` is in microbatches."""
-        return self._sums(*self.pipeline.evaluate(*self._laid_out(params), batch))
+        return self._whole(*self.pipeline.evaluate(*self._laid_out(params), batch))[0]
 
-    def _sums(self, sums: dict[str, jax.Array], stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        stats = {name: self._joined(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
-        return {**{name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}, **stats}
+    def _whole(
+        self, sums: dict[str, jax.Array], stats: dict[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        whole = {name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}
+        return whole, {name: self._joined(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
 
     @staticmethod
     def _of_shared(tree: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +205,7 @@ class Stages:
     def _joined(self, laid: jax.Array) -> jax.Array:
         """The inverse of `_split`."""
         places, longest, full, rest = self.places, self.longest, self.full, laid.shape[3:]
-        layers, spec = self.run.model.layers, jax.typeof(laid).sharding.spec.partitions
+        layers, spec = self.run.model.pipeline_layers, jax.typeof(laid).sharding.spec.partitions
         laid = jnp.moveaxis(laid, 2, 1)
         if full == places:
             return laid.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))

@@ -12,7 +12,7 @@ import pytest
 
 from jaxinfra.config import validate
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.run import resolved
+from jaxinfra.run import with_mesh_size
 
 
 def names(line: str, *named: str) -> str:
@@ -69,7 +69,7 @@ def mend(tiny: Any, overrides: Sequence[str], line: str, *, most: int = 1, devic
         overrides = mended(overrides, line)
         try:
             validate(run := tiny.loaded(*overrides))
-            validate(resolved(run, devices))
+            validate(with_mesh_size(run, devices))
             break
         except ConfigError as error:
             assert left, error

@@ -5,22 +5,23 @@ from dataclasses import replace
 from typing import Any
 
 from jaxinfra.config import Loaded, apply, fingerprint, leaves
-from jaxinfra.config.schema import children, is_config, members, words_of
+from jaxinfra.config.schema import children, choices, is_config, is_open, members, words_of
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
 from jaxinfra.data.order import Curriculum
+from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
+from jaxinfra.objectives.classification import Classification
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
-from jaxinfra.run import Run, named
-from jaxinfra.tasks.classification import Classification
+from jaxinfra.run import Run, with_fingerprint_name
 
 DECODER = TransformerConfig(vocab_size=300, layers=2, width=32, heads=4, mlp_dim=64, experts=Experts(), latent=Latent())
 TEXT = Run(name="text", model=DECODER, data=TokenData(store="s", curriculum=Curriculum()))
@@ -28,10 +29,12 @@ MIXED = replace(TEXT, data=Mixture(sources=(MixSource(store="a"),), stages=(MixS
 IMAGES = Run(
     name="images",
     model=VisionTransformerConfig(image_size=8, patch=4, classes=10, layers=2, width=32, heads=4, mlp_dim=64),
-    task=Classification(),
+    objective=Classification(),
     data=ImageData(store="s", image_size=8),
 )
+PAIRS = replace(TEXT, data=PairData(store="s"))
 RUNS = [
+    PAIRS,
     TEXT,
     MIXED,
     IMAGES,
@@ -43,11 +46,12 @@ RUNS = [
     ),
 ]
 NOT_THE_NUMBERS = {
-    *("name", "root", "mesh", "rules", "pipeline", "checkpoint", "track", "optim.offload", "task.loss_chunks"),
+    *("name", "root", "mesh", "rules", "pipeline", "checkpoint", "track", "optim.offload", "objective.loss_chunks"),
     *("train.accumulate", "train.compiler", "train.eval_every"),
     *("model.attention", "model.context_attention", "model.remat"),
     *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads"),
     *("data.sources.0.store", "data.sources.0.version", "data.sources.0.recipe"),
+    "init",
 }
 """Where and how fast a run goes, and in what order it rounds; each with what lies below it."""
 
@@ -80,17 +84,19 @@ def test_a_field_names_another_run_if_it_changes_the_numbers() -> None:
     for run, path, annotation in fields.values():
         other = changed(run, path, annotation)
         if other is None:
-            assert any(is_config(member) or "tuple" in str(member) for member in members(annotation)), path
+            grouped = (is_config(member) or is_open(member) or "tuple" in str(member) for member in members(annotation))
+            assert any(grouped), path
             continue
         same = any(f"{path}.".startswith(f"{prefix}.") for prefix in NOT_THE_NUMBERS)
         assert (fingerprint(other) == fingerprint(run)) == same, path
         origins = {"name": "command line" if path == "name" else "file"}
-        found = named(Loaded(run=other, source="x.py", origins=origins), run).run.name
+        found = with_fingerprint_name(Loaded(run=other, source="x.py", origins=origins), run).run.name
         assert found == (other.name if same else f"{run.name}-{fingerprint(other)[:6]}"), path
 
 
 def test_every_class_that_a_run_may_hold_is_walked() -> None:
     def classes(annotation: Any) -> Iterator[type]:
+        yield from choices(annotation).values()
         for member in members(annotation):
             if is_config(member):
                 yield member

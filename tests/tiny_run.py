@@ -27,7 +27,7 @@ from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
 from jaxinfra.track.tracker import TrackConfig
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import TrainConfig
 
 
 def config() -> Run:

@@ -28,7 +28,9 @@ from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
 from jaxinfra.data.store import arrays
 from jaxinfra.errors import ConfigError
-from jaxinfra.run import Run, of_text
+from jaxinfra.language_model import require_text
+from jaxinfra.models.flops import flops_per_token
+from jaxinfra.run import Run
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 DEFAULT_TOKENS, MIN_TOKENS = 200_000_000, 4 * BATCH_SIZE * SEQ_LEN
@@ -119,8 +121,8 @@ def time_loader(loader: Loader, files: TokenFiles) -> tuple[float, float]:
 
 def required_tokens_per_s() -> float:
     """Returns the tokens per second that `NUM_CHIPS` chips train `MODEL` on, at `MFU` of their peak FLOP/s."""
-    model, data = of_text(load(MODEL, root=Run).run)
-    return NUM_CHIPS * PEAK_FLOPS[CHIP] * MFU * data.seq_len / model.flops(data)
+    model, data = require_text(load(MODEL, root=Run).run)
+    return NUM_CHIPS * PEAK_FLOPS[CHIP] * MFU / flops_per_token(model, data.seq_len)
 
 
 def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:

@@ -8,8 +8,9 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import override
 
 import jax
@@ -20,10 +21,12 @@ from jaxinfra.bench.parity import make_program, put_like, random_batch
 from jaxinfra.bench.subprocesses import Times
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
+from jaxinfra.language_model import require_text
 from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.program import Program, TrainState
-from jaxinfra.run import Run, of_text, resolved
-from jaxinfra.train.loop import Hooks, Reporter, Work, fit
+from jaxinfra.program import Metrics, Program, TrainState
+from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.train.trainer import Trainer
 
 WARMUP_STEPS = 3
 """Untimed steps of each side: compilation, first use of memory."""
@@ -31,7 +34,7 @@ WARMUP_STEPS = 3
 
 def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
     """Returns the baseline with the same model, batch and optimizer; raises ConfigError if it cannot have them."""
-    (model, data), adamw = of_text(run), run.optim.optimizer
+    (model, data), adamw = require_text(run), run.optim.optimizer
     if model.rope is None or model.groups != model.heads or model.latent is not None or not isinstance(adamw, AdamW):
         raise ConfigError(
             f"{run.name}: the baseline needs rotary embeddings, multi-head attention without shared keys, and AdamW; "
@@ -137,46 +140,45 @@ def time_dispatch(run: Run, num_rounds: int) -> Times:
     program = make_program(run)
     step = jaxinfra_step(program)
     times_s = time_alternately({"jaxinfra": step, "baseline": baseline_step(run)}, 20 * num_rounds, dispatch_only=True)
-    return times_s | {"loop": [loop_host_s(program, step) for _ in range(num_rounds)]}
+    return times_s | {"loop": [loop_host_s(run, step) for _ in range(num_rounds)]}
 
 
-class _WaitTimer(Reporter):
-    """A reporter that adds up how long the loop waits for the devices."""
+class _IdleTrainer(Trainer):
+    """A trainer that never saves, and adds up how long its loop waits for the devices."""
 
     waited_s = 0.0
 
     @override
-    def finished(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    def report(self, step: int, metrics: Metrics) -> None:
         start_s = time.perf_counter()
-        jax.block_until_ready(values)
+        jax.block_until_ready(metrics)
         self.waited_s += time.perf_counter() - start_s
-        super().finished(step, values)
+        super().report(step, metrics)
+
+    @override
+    def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
+        pass
 
 
-def loop_host_s(program: Program, step: TimedStep, num_steps: int = 50) -> float:
+def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     """Returns the seconds per iteration of the training loop without its waits for the devices.
 
     No iteration logs, evaluates or saves.
     """
-    hooks = Hooks(
-        log=lambda step, metrics: None,
-        due=lambda step: False,
-        waited_s=lambda: 0.0,
-        evaluate=lambda state: {},
-        save=lambda done, state, values: None,
-        stop=lambda: None,
-    )
-    assert program.run.train.steps > num_steps, "the last step is evaluated"
+    assert run.train.steps > num_steps, "the last step is evaluated"
+    trainer = _IdleTrainer(replace(run, track=TrackConfig(log_every=num_steps + 2, console="off")))
     (state,), batch = step.state, step.batch
     assert isinstance(state, TrainState) and isinstance(batch, dict)
-    batches = [(i, batch) for i in range(num_steps)]
-    reporter = _WaitTimer(hooks, Work(modality="token", units=1, flops=1.0, peak=1.0))
+    trainer.state = state
     step.wait()
-    with program.on_mesh:
-        start_s = time.perf_counter()
-        step.state = [fit(program, state, 0, batches, hooks, reporter).state]
+    with trainer.program.on_mesh:
+        trainer.fit([(0, batch)])  # compiles
+        jax.block_until_ready(trainer.state)
+        start_s, trainer.waited_s = time.perf_counter(), 0.0
+        trainer.fit([(i, batch) for i in range(num_steps)])
         elapsed_s = time.perf_counter() - start_s
-    return (elapsed_s - reporter.waited_s) / num_steps
+    step.state = [trainer.state]
+    return (elapsed_s - trainer.waited_s) / num_steps
 
 
 KINDS: dict[str, Callable[[Run, int], Times | dict[str, object]]] = {
@@ -199,7 +201,7 @@ def measure(
 
 
 def _load(config: str, overrides: Sequence[str]) -> Run:
-    run = resolved(load(config, overrides, root=Run).run, len(jax.devices()))
+    run = with_mesh_size(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
     return run
 

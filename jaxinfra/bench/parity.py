@@ -20,10 +20,11 @@ import numpy as np
 
 from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.language_model import require_text
 from jaxinfra.parallel.mesh import make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.program import Program
-from jaxinfra.run import Precision, Run, of_text
+from jaxinfra.run import Precision, Run
 
 TOLERANCE = 2e-5
 """Largest difference of an array, relative to its largest value."""
@@ -76,7 +77,7 @@ def all_meshes(num_devices: int) -> list[MeshConfig]:
 def load_text_run(config: str, overrides: Sequence[str]) -> Run:
     """Loads a config of a language model, with all precision set to float32."""
     run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
-    of_text(run)
+    require_text(run)
     return run
 
 
@@ -92,7 +93,7 @@ def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
 
     With document masks each row has two documents, and a fifth of the weights are zero.
     """
-    rng, (model, data) = np.random.default_rng(seed), of_text(run)
+    rng, (model, data) = np.random.default_rng(seed), require_text(run)
     batch_size, seq_len = run.train.global_batch, data.seq_len
     tokens = rng.integers(0, model.vocab_size, (batch_size, seq_len + 1), dtype=np.int32)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
@@ -129,8 +130,8 @@ def loss_and_gradients(
         else:
             placed = put_like(params, program.params)
         like = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
-        grads, sums = program.gradients(placed, program.with_words(put_like(dict(batch), like), step))
-        leaves = jax.tree.leaves_with_path({"sum": sums, "grad": grads})
+        grads, sums, stats = program.gradients(placed, program.with_dropout_bits(put_like(dict(batch), like), step))
+        leaves = jax.tree.leaves_with_path({"sum": {**sums, **stats}, "grad": grads})
         return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 

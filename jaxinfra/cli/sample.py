@@ -3,15 +3,17 @@
 import argparse
 from collections.abc import Sequence
 
-from jaxinfra.sample import Draw, Sampler
+from jaxinfra.sample import Sampler, SamplingParams
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the prompt and its continuation."""
-    draw = Draw(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    sampling = SamplingParams(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+    )
     sampler = Sampler.from_run(options.run_dir, options.imports)
     shown = options.prompt
-    for text in sampler.stream(options.prompt, max_tokens=options.max_tokens, draw=draw):
+    for text in sampler.stream(options.prompt, max_tokens=options.max_tokens, sampling=sampling):
         print(shown + text, end="", flush=True)
         shown = ""
     print(shown)

@@ -14,10 +14,10 @@ from jaxinfra.optim.schedules import lr_table
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.schedules import format_schedule
 from jaxinfra.program import Program
-from jaxinfra.run import resolved
+from jaxinfra.run import with_mesh_size
 from jaxinfra.track.console import statistics_table, stdout_console, titled_table
 from jaxinfra.track.terminal_plot import plot_curve
-from jaxinfra.train.derived import derived
+from jaxinfra.train.statistics import run_statistics
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     validate(loaded.run)
     count = options.devices.partition(":")[2] if options.devices else ""
     fixed = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
-    run = resolved(loaded.run, int(count or fixed))
+    run = with_mesh_size(loaded.run, int(count or fixed))
     validate(run)
     program = Program(run, abstract_mesh(run.mesh))
     console = stdout_console()
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         path = line.partition(" = ")[0]
         origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
         console.print(escape(line) + origin)
-    console.print(statistics_table(derived(program)))
+    console.print(statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
         for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):

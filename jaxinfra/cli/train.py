@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfra.cli import config_argument
-from jaxinfra.session import train
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.terminal_plot import plot_curve
+from jaxinfra.train.trainer import Trainer
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Trains to the end, or says that there is nothing left to do."""
     command = ["python", "-m", "launch", *argv]
     loaded = config_argument.load_config(options)
-    summary = train(loaded, command=command, prepare_hint=config_argument.prepare_command(options, loaded.run))
+    prepare = config_argument.prepare_command(options, loaded.run)
+    summary = Trainer(loaded, command=command, prepare_command=prepare).train()
     if summary["status"] == "finished before":
         print(f"nothing to do: all {summary['steps']} steps are done, {summary.get('checkpoint', 'saved')}")
     elif loaded.run.track.console != "off":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from typing import Self
+from typing import ClassVar, Self
 
 from jaxinfra.errors import ConfigError
 
@@ -21,7 +21,13 @@ class Extensible:
 
     AdamW and Lion are chosen as `adam_w` and `lion`, any other frozen dataclass that inherits from Optimizer by its
     import path, `package.module:Class`, or by `FILE.py:Class` if it is defined in the config file FILE.py.
+
+    Attributes:
+        builtins: import paths of classes that have a snake_case name too, without being in the annotation. They are
+            imported when they are used first.
     """
+
+    builtins: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Refuses a class that cannot be a config value; ConfigError says what to add to it."""

@@ -14,6 +14,7 @@ import enum
 import functools
 import math
 import operator
+import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -176,7 +177,13 @@ def accepts(annotation: Any, cls: type) -> bool:
 def choices(annotation: Any) -> dict[str, type]:
     """Returns the config classes that a choice names, by snake_case name; empty when the annotation is no choice."""
     options = members(annotation)
-    return {snake_case(option): option for option in options if is_config(option)} if len(options) > 1 else {}
+    named = [*filter(is_config, options), *(cls for option in options if is_open(option) for cls in _builtins(option))]
+    return {snake_case(cls): cls for cls in named} if len(options) > 1 or any(map(is_open, options)) else {}
+
+
+@functools.cache
+def _builtins(base: type[Extensible]) -> tuple[type, ...]:
+    return tuple(map(pkgutil.resolve_name, base.builtins))
 
 
 def is_choice(annotation: Any) -> bool:

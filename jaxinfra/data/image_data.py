@@ -1,6 +1,6 @@
 """Training on images: samples of a store of images with labels (see `batches`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar, Protocol
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import Count
-from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
 from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
@@ -31,6 +31,12 @@ class ImageData(StoreData):
     channels: Count = 3
     white: Count = 255
     threads: Annotated[Count, NOT_FINGERPRINTED] = 1
+
+    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
+        """Returns images `[H, W, channels]` and labels; validation batches have weights."""
+        images = ArraySpec(shape=(self.image_size, self.image_size, self.channels), axes=(None, None, None))
+        weights = {"weights": ArraySpec()} if validation else {}
+        return {"images": images, "labels": ArraySpec(dtype="int32")} | weights
 
     def open(self, *, hint: str = PREPARE) -> "Images":
         """Opens the store and checks that it suits; see `DataConfig`."""

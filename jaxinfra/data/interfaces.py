@@ -1,11 +1,30 @@
 """What a run needs of its data, of whatever kind: a config that opens it, and samples that are read by number."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from jaxinfra.config import Extensible
+
 Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of a batch, without its dimension of samples.
+
+    Attributes:
+        shape: of the array for one sample.
+        dtype: of its elements.
+        axes: the logical axis of each dimension, such as "sequence"; None for one that is never sharded.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    axes: tuple[str | None, ...] = ()
 
 
 class Samples(Protocol):
@@ -60,44 +79,52 @@ class Dataset(Protocol):
         ...
 
 
-class DataConfig(Protocol):
-    """Data as a config describes it."""
+class DataConfig(Extensible, ABC):
+    """Data as a config describes it: a frozen dataclass that inherits from this class.
 
-    modality: ClassVar[str]  # what it is counted in: "token" or "image"
+    Attributes:
+        modality: what samples are made of, and what speed is counted in: "token" or "image".
+        prefetch_bytes: bytes of host batches that are made ahead.
+        threads: threads that make host batches.
+    """
 
-    @property
-    def prefetch_bytes(self) -> int:
-        """Of host batches that are made ahead."""
-        ...
+    builtins: ClassVar[tuple[str, ...]] = (
+        "jaxinfra.data.tokens:TokenData",
+        "jaxinfra.data.mixture:Mixture",
+        "jaxinfra.data.image_data:ImageData",
+        "jaxinfra.data.pairs:PairData",
+    )
+    modality: ClassVar[str] = "sample"
+    prefetch_bytes: int = 2**26
+    threads: int = 1
 
-    @property
-    def threads(self) -> int:
-        """Threads that make host batches."""
-        ...
+    @abstractmethod
+    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
+        """Returns the arrays of a batch by name; a validation batch always has `weights`."""
 
-    @property
-    def units_per_sample(self) -> int:
-        """Units of one sample."""
-        ...
-
-    @property
-    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Fields whose dimensions are sharded, as in `ModelConfig`."""
-        ...
-
+    @abstractmethod
     def open(self, *, hint: str) -> Dataset:
-        """Finds the data and looks at it; `fix` is the command that makes it, for the error when there is none.
+        """Opens the data and checks it; `hint` is the command that makes it, for the error when there is none.
 
         Raises ConfigError where there is none or it does not suit, DataError where it is damaged, StorageError where
         it may not be read.
         """
-        ...
+
+    @property
+    def units_per_sample(self) -> int:
+        """Tokens of a sample, or 1 for what is counted whole."""
+        return 1
+
+    @property
+    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
+        """Config fields that are the size of a sharded dimension, as in `ModelConfig`."""
+        return {}
 
     def with_versions(self, versions: Sequence[str]) -> Self:
-        """The config that reads these `Dataset.versions`, where it does not name others itself; () pins nothing."""
-        ...
+        """Returns the config that reads these `Dataset.versions`, unless it names others; () changes nothing."""
+        return self
 
     @property
     def recipes(self) -> Mapping[str, str]:
-        """Config files that make it, by the stores that they make."""
-        ...
+        """Returns the config files that make the data, by the stores that they make."""
+        return {}

@@ -12,14 +12,14 @@ from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, NonEmpty
 from jaxinfra.data import buffers
 from jaxinfra.data.inspect import rows
-from jaxinfra.data.interfaces import Batch
-from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
+from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig
+from jaxinfra.data.mixing import MixtureSampler, MixStage, stage_problems
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
 from jaxinfra.data.store_data import resolve_version
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import PackingMode, Text, TokenData, TokenSamples, Vocabulary
+from jaxinfra.data.tokens import PackingMode, Text, TokenData, TokenSamples, Vocabulary, token_batch_spec
 from jaxinfra.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class MixSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
+class Mixture(DataConfig):
     """Training on a mixture of token stores; its other fields are those of `TokenData`, `curriculum` for each source.
 
     Attributes:
@@ -97,6 +97,10 @@ class Mixture:
     def units_per_sample(self) -> int:
         """Tokens of a sequence."""
         return self.seq_len
+
+    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
+        """Returns inputs and targets `[T]`; with document masks also segments, positions and weights."""
+        return token_batch_spec(self.seq_len, documents=self.mask_documents, validation=validation)
 
     @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:

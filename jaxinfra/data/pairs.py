@@ -10,12 +10,13 @@ import numpy as np
 
 from jaxinfra.config.limits import Count
 from jaxinfra.data.inspect import rows
-from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
 from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
-from jaxinfra.data.tokens import Vocabulary, check_vocabulary
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokens import Vocabulary, check_vocabulary, token_batch_spec
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -32,13 +33,29 @@ class PairData(StoreData):
             where the answer alone is longer, that of the answer too (TRL's `truncation_mode="keep_end"`).
     """
 
-    modality: ClassVar[str] = "pair"
+    modality: ClassVar[str] = "token"
     seq_len: Count = 1024
+
+    @property
+    def mask_documents(self) -> bool:
+        """Whether documents are kept apart: a row is one."""
+        return True
+
+    @property
+    def units_per_sample(self) -> int:
+        """Tokens of both sides."""
+        return len(SIDES) * self.seq_len
 
     @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
+
+    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
+        """Returns the arrays of `TokenData` for each side of a pair, `chosen_inputs` and so on."""
+        row = token_batch_spec(self.seq_len, documents=True, validation=validation)
+        weights = {"weights": ArraySpec()} if validation else {}
+        return {f"{side}_{name}": spec for side in SIDES for name, spec in row.items()} | weights
 
     def open(self, *, hint: str = PREPARE) -> "Pairs":
         """Opens the store, checks that it holds pairs, and tells how many are longer than a row; see `DataConfig`."""
@@ -74,7 +91,8 @@ class PairSamples(StoreSamples[PairData, TokenStore]):
             tokens_N, mask_N = store.read_segments(split, starts_P, lengths_P + 1)
         one_P = np.ones(len(lengths_P), np.int64)
         batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=seq_len, mask_N=mask_N)
-        return {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
+        pairs = {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
+        return pairs | {"weights": np.ones(len(ids), np.float32)} if weighted else pairs
 
 
 class Pairs(StoreDataset[TokenStore, PairSamples]):
@@ -87,6 +105,11 @@ class Pairs(StoreDataset[TokenStore, PairSamples]):
             yield side
             own = {name.removeprefix(f"{side}_"): array for name, array in batch.items() if name.startswith(side)}
             yield from rows(own, self.store.tokenizer, ids, first_row, chars)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the store."""
+        return self.store.tokenizer
 
     def check(self, model: Vocabulary) -> None:
         """Raises ConfigError for a model whose vocabulary is smaller than the store's."""

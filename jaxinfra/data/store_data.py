@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import Count, NonEmpty
+from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
@@ -18,7 +19,7 @@ from jaxinfra.data.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreData:
+class StoreData(DataConfig):
     """Where samples are read from, and how; of `DataConfig` what all kinds share.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ClassVar, Literal, Protocol
 
@@ -12,7 +12,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count
 from jaxinfra.data.batches import validation_batches
 from jaxinfra.data.inspect import rows
-from jaxinfra.data.interfaces import Batch
+from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.sequences import num_sequences, packed_batch, split_inputs_targets
@@ -67,6 +67,10 @@ class TokenData(StoreData):
         """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 
+    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
+        """Returns inputs and targets `[T]`; with document masks also segments, positions and weights."""
+        return token_batch_spec(self.seq_len, documents=self.mask_documents, validation=validation)
+
     @property
     def pack_spec(self) -> PackSpec:
         """The packing of the store that rows of whole documents are of."""
@@ -89,6 +93,14 @@ class TokenData(StoreData):
         opened = Text(store, self.seed, samples, self.curriculum)
         opened.train_units = store.manifest.splits["train"].tokens
         return opened
+
+
+def token_batch_spec(seq_len: int, *, documents: bool, validation: bool) -> dict[str, ArraySpec]:
+    """Returns the arrays of a batch of rows of tokens; `documents` keeps those of a row apart."""
+    names = ("inputs", "targets", "segments", "positions") if documents else ("inputs", "targets")
+    row = ArraySpec(shape=(seq_len,), dtype="int32", axes=("sequence",))
+    weights = {"weights": replace(row, dtype="float32")} if documents or validation else {}
+    return dict.fromkeys(names, row) | weights
 
 
 class TokenSamples(StoreSamples[TokenData, TokenStore], ABC):

@@ -6,27 +6,30 @@ length) have the same parameters and differ by a branch inside the scan.
 Shape suffixes: B batch, T length, L layers, D residual width, V vocabulary, S cache length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.models import moe
+from jaxinfra.models import flops, moe
 from jaxinfra.models.attention import KV, Attention, AttentionShape, Place
 from jaxinfra.models.latent import LatentAttention, Latents
 from jaxinfra.models.layers import MLP, Norm, Stack
-from jaxinfra.models.model import Inputs, LayerStats, StageLayers
+from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.models.stack import Step, scan_pattern
-from jaxinfra.models.transformer import Sight, TransformerConfig
+from jaxinfra.models.transformer import Sequences, Sight, TransformerConfig
 from jaxinfra.ops.attention import AttentionSpec
+from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, choose_method, context_costs
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
+from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.ops.rope import rope_tables
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
@@ -121,7 +124,7 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-class Transformer(nnx.Module):
+class Transformer(LayeredModule):
     """A decoder: words in, hidden states out; `head` makes them logits (see `ops.cross_entropy`)."""
 
     def __init__(self, config: TransformerConfig, partitioner: Partitioner):
@@ -164,7 +167,8 @@ class Transformer(nnx.Module):
         kv = jax.tree.map(lambda *a: jnp.concatenate(a) if dense else a[0], *parts, kv)
         return self.final_norm(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
 
-    def embed(self, batch: Inputs) -> jax.Array:
+    @override
+    def embed(self, batch: Inputs, /) -> jax.Array:
         """The stream before the first layer of the stack (dense ones before it are done): `[B, T, D]`, block positions.
 
         Args:
@@ -211,16 +215,55 @@ class Transformer(nnx.Module):
         """The stream after the last norm, whole positions."""
         return self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
 
+    @override
+    def output(self, x_BTD: jax.Array, /) -> FactoredLogits:
+        return FactoredLogits(hidden=self.final_norm(x_BTD), head=self.head(), softcap=self.config.logit_softcap)
+
+    @override
+    def uniform(self, numbers: np.ndarray) -> bool:
+        config = self.config
+        kinds = [config.sight(config.dense_layers + number) if number >= 0 else None for number in numbers.flat]
+        side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
+        return bool((side_by_side == side_by_side[:, :1]).all())
+
+    @override
+    def flops(self, data: Sequences) -> float:
+        return data.seq_len * flops.flops_per_token(self.config, data.seq_len)
+
+    @override
+    def context_costs(self, data: Sequences) -> Mapping[str, ContextChoice]:
+        config, partitioner = self.config, self.partitioner
+        sharding = partitioner.sequence_sharding
+        if sharding.num_shards == 1:
+            return {}
+        sizes = AttentionSizes(
+            batch=1,
+            seq_len=data.seq_len,
+            num_heads=config.heads // partitioner.num_shards("heads"),
+            num_kv_heads=config.groups // partitioner.num_shards("kv_heads"),
+            head_dim=config.head_width,
+            value_dim=config.value_width,
+            itemsize=partitioner.compute_dtype.itemsize,
+        )
+        asked = config.context_attention
+        return {
+            sight: ContextChoice(
+                choose_method(sharding, spec, sizes) if asked == "auto" else asked, context_costs(sharding, spec, sizes)
+            )
+            for sight, spec in ((sight, config.attention_spec(sight)) for sight in config.kinds)
+        }
+
+    @override
     def aux_loss(self, stats: LayerStats) -> jax.Array | None:
         """What the layers add to the loss, summed over tokens like it; None for nothing."""
         return moe.aux_loss(stats, (*self.partitioner.mesh_axes("batch"), *self.partitioner.mesh_axes("sequence")))
 
+    @override
     def metrics(self, stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
-        """See `Model`."""
         return moe.metrics(stats, weight)
 
+    @override
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
-        """See `Model`: the biases of experts."""
         experts, mlp = self.config.experts, self.blocks.mlp
         if experts is None or not isinstance(mlp, MoE) or mlp.bias is None:
             return {}

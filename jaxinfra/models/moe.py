@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count, Natural, NonNegative, Positive
 from jaxinfra.models.layers import ACTIVATIONS, BLOCK, MLP, Stack
-from jaxinfra.models.model import LayerStats
+from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import product
 from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot

@@ -5,23 +5,17 @@ What is built of it is in `models.decoder`.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
-
-import numpy as np
+from typing import Annotated, ClassVar, Literal, Protocol, override
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, Decay, Natural, Positive
-from jaxinfra.models import flops
 from jaxinfra.models.latent import Latent
+from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.remat import Remat
 from jaxinfra.ops.attention import AttentionSpec, Kernel
-from jaxinfra.ops.context_cost import AttentionSizes, ContextChoice, ContextMethod, choose_method, context_costs
+from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.ops.rope import Rope
-from jaxinfra.parallel.sharding import Partitioner
-
-if TYPE_CHECKING:
-    from jaxinfra.models.decoder import Transformer
 
 type Sight = Literal["global", "local"]
 
@@ -36,7 +30,7 @@ class Sequences(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(ModelConfig):
     """The shape of a decoder.
 
     Attributes:
@@ -79,7 +73,9 @@ class TransformerConfig:
             over those of each chunk.
     """
 
-    modality: ClassVar[str] = "token"
+    modality: ClassVar[str | None] = "token"
+    implementation: ClassVar[str | None] = "jaxinfra.models.decoder:Transformer"
+    supports_context: ClassVar[bool] = True
     vocab_size: Count
     layers: Count
     width: Count
@@ -180,8 +176,18 @@ class TransformerConfig:
             yield Problem(fields=("rope", "latent"), message="latent attention rotates keys", fix="use rope=rope")
 
     @property
+    @override
+    def pipeline_layers(self) -> int:
+        return self.layers
+
+    @property
+    @override
+    def uses_dropout(self) -> bool:
+        return self.dropout > 0
+
+    @property
+    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """See `ModelConfig`."""
         latent, experts = self.latent, self.experts
         dim = None if experts is None else experts.dim
         sizes = {
@@ -206,36 +212,9 @@ class TransformerConfig:
                 fix=f"use data.seq_len={self.learned_positions}",
             )
 
+    @override
     def positions(self, data: Sequences) -> int:
-        """Tokens of a sequence."""
         return data.seq_len
-
-    def flops(self, data: Sequences) -> float:
-        """FLOPs of training on one sequence."""
-        return data.seq_len * flops.flops_per_token(self, data.seq_len)
-
-    def across(self, data: Sequences, partitioner: Partitioner) -> Mapping[str, ContextChoice]:
-        """See `ModelConfig`; one sequence of one device."""
-        sharding = partitioner.sequence_sharding
-        if sharding.num_shards == 1:
-            return {}
-        sizes = AttentionSizes(
-            batch=1,
-            seq_len=data.seq_len,
-            num_heads=self.heads // partitioner.num_shards("heads"),
-            num_kv_heads=self.groups // partitioner.num_shards("kv_heads"),
-            head_dim=self.head_width,
-            value_dim=self.value_width,
-            itemsize=partitioner.compute_dtype.itemsize,
-        )
-        specs = {sight: self.attention_spec(sight) for sight in self.kinds}
-        asked = self.context_attention
-        return {
-            sight: ContextChoice(
-                choose_method(sharding, spec, sizes) if asked == "auto" else asked, context_costs(sharding, spec, sizes)
-            )
-            for sight, spec in specs.items()
-        }
 
     def attention_spec(self, sight: Sight) -> AttentionSpec:
         """What a layer of this sight sees."""
@@ -268,15 +247,3 @@ class TransformerConfig:
     def kinds(self) -> tuple[Sight, ...]:
         """The different sights of the layers, in order."""
         return tuple(dict.fromkeys(self.sight(number) for number in range(self.depth)))
-
-    def uniform(self, numbers: np.ndarray) -> bool:
-        """Tells whether stages side by side have layers of one sight; see `ModelConfig`."""
-        kinds = [self.sight(self.dense_layers + number) if number >= 0 else None for number in numbers.flat]
-        side_by_side = np.array(kinds, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
-        return bool((side_by_side == side_by_side[:, :1]).all())
-
-    def build(self, partitioner: Partitioner) -> "Transformer":
-        """The module, with `ParamSpec`s where arrays will be."""
-        from jaxinfra.models.decoder import Transformer  # which is made of this config
-
-        return Transformer(self, partitioner)

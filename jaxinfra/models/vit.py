@@ -13,7 +13,7 @@ Shape suffixes: B batch, N patches, T positions, P features of a patch, D width,
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, override
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, Decay, Positive
 from jaxinfra.models.attention import Attention, AttentionShape, Place
 from jaxinfra.models.layers import MLP, Norm, Stack
-from jaxinfra.models.model import Inputs, LayerStats, StageLayers
+from jaxinfra.models.model import ModelConfig
+from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import AttentionSpec, Kernel
-from jaxinfra.ops.context_cost import ContextChoice
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.dropout import DROPOUT_FIELD, EMBEDDING_LAYER, dropout, layer_bits
 from jaxinfra.parallel.sharding import Partitioner
@@ -54,7 +54,7 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionTransformerConfig:
+class VisionTransformerConfig(ModelConfig):
     """The shape of an image classifier.
 
     Attributes:
@@ -74,7 +74,7 @@ class VisionTransformerConfig:
         remat: what is kept of each layer for the backward pass.
     """
 
-    modality: ClassVar[str] = "image"
+    modality: ClassVar[str | None] = "image"
     image_size: Count
     patch: Count
     classes: Count
@@ -109,8 +109,18 @@ class VisionTransformerConfig:
             yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=fix)
 
     @property
+    @override
+    def pipeline_layers(self) -> int:
+        return self.layers
+
+    @property
+    @override
+    def uses_dropout(self) -> bool:
+        return self.dropout > 0
+
+    @property
+    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """See `ModelConfig`."""
         return {"heads": (self.heads, "heads"), "mlp_dim": (self.mlp_dim, "mlp"), "width": (self.width, "embed")}
 
     def problems_with(self, data: Images) -> Iterable[Problem]:
@@ -120,31 +130,12 @@ class VisionTransformerConfig:
                 fix = f"use model.{name}={found}"
                 yield Problem(fields=(f"model.{name}",), message=f"the images have {found}", fix=fix)
 
+    @override
     def positions(self, data: Images) -> int:
-        """Patches, and a class token where there is one."""
         return self.length
 
-    def flops(self, data: Images) -> float:
-        """FLOPs of training on one image: `6` a weight and position it meets, and of attention `12` a pair and width.
-
-        Norms, pooling and softmax count nothing (see `models.flops`).
-        """
-        width, length = self.width, self.length
-        weights = 4 * width * width + 2 * width * self.mlp_dim
-        ends = self.patches * self.patch**2 * self.channels * width + width * self.classes
-        return 6 * (self.layers * length * weights + ends) + 12 * self.layers * width * length * length
-
-    def across(self, data: Images, partitioner: Partitioner) -> Mapping[str, ContextChoice]:
-        """Nothing: images are whole."""
-        return {}
-
-    def uniform(self, numbers: np.ndarray) -> bool:
-        """Whether each place in the stages holds a layer, or none does (see `ModelConfig`)."""
-        held = numbers >= 0
-        return bool((held.all(axis=-1) | ~held.any(axis=-1)).all())
-
+    @override
     def build(self, partitioner: Partitioner) -> "VisionTransformer":
-        """The module, with `ParamSpec`s where arrays will be."""
         rules = replace(partitioner.rules, sequence=())
         if self.length % replace(partitioner, rules=rules).num_shards("positions"):
             rules = replace(rules, block_sequence=())
@@ -184,7 +175,7 @@ class EncoderBlock(nnx.Module):
         return x_BTD + dropout(y_BTD, bits_BT, 1, self.dropout)
 
 
-class VisionTransformer(nnx.Module):
+class VisionTransformer(LayeredModule):
     """Images in, logits of their classes out."""
 
     def __init__(self, config: VisionTransformerConfig, partitioner: Partitioner):
@@ -202,7 +193,8 @@ class VisionTransformer(nnx.Module):
         self.classes = alone.declare((width, config.classes), ("embed", None), normal(width**-0.5), "head", contract=1)
         self.classes_bias = alone.declare((config.classes,), (None,), constant(0.0), "bias")
 
-    def embed(self, batch: Inputs) -> jax.Array:
+    @override
+    def embed(self, batch: Inputs, /) -> jax.Array:
         """The stream before the first layer, `[B, T, D]` in the compute dtype, block positions.
 
         The batch has `images` `[B, H, W, channels]`, float32, and `dropout` `[B, T]` (see `ops.dropout`), or none.
@@ -220,6 +212,7 @@ class VisionTransformer(nnx.Module):
         x_BTD = partitioner.shard(x_BTD, "batch", "positions", None)
         return dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
 
+    @override
     def apply_layers(
         self, x_BTD: jax.Array, batch: Inputs, staged: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
@@ -245,25 +238,31 @@ class VisionTransformer(nnx.Module):
             x_BTD = x_BTD[:, :1]
         return jnp.mean(self.norm(x_BTD, ("batch", "sequence")), axis=1)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Of the classes, from the stream after the last layer: `[B, C]`, float32."""
+    @override
+    def output(self, x_BTD: jax.Array, /) -> jax.Array:
+        """Returns the logits of the classes, float32 `[B, C]`."""
         partitioner = self.partitioner
         y_BC = dot(self.final_norm(x_BTD), partitioner.gather_weight(self.classes[...], ("embed", None)))
         return partitioner.map_local(jnp.add, y_BC, partitioner.gather_weight(self.classes_bias[...], (None,))).astype(
             jnp.float32
         )
 
-    def aux_loss(self, stats: LayerStats) -> jax.Array | None:
-        """Nothing."""
-        return None
+    @override
+    def uniform(self, numbers: np.ndarray) -> bool:
+        held = numbers >= 0
+        return bool((held.all(axis=-1) | ~held.any(axis=-1)).all())
 
-    def metrics(self, stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
-        """Nothing."""
-        return {}
+    @override
+    def flops(self, data: Images) -> float:
+        """Returns `6` FLOPs a weight and position that it meets, and of attention `12` a pair and feature.
 
-    def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
-        """Nothing: all parameters are trained."""
-        return {}
+        Norms, pooling and softmax count nothing (see `models.flops`).
+        """
+        config = self.config
+        width, length = config.width, config.length
+        weights = 4 * width * width + 2 * width * config.mlp_dim
+        ends = config.patches * config.patch**2 * config.channels * width + width * config.classes
+        return 6 * (config.layers * length * weights + ends) + 12 * config.layers * width * length * length
 
 
 def to_patches(images: jax.Array, patch: int) -> jax.Array:

@@ -74,6 +74,23 @@ def _zero(w_DV: jax.Array) -> jax.Array:
     return unreduced_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_partial_sums(w_DV)))
 
 
+def chunked_token_losses(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, config: CrossEntropy) -> jax.Array:
+    """Returns the cross-entropy of each token, float32 `[B, T]`, differentiable by `x_BTD` and `w_DV`.
+
+    The logits of a chunk exist alone, forward and, computed again, backward.
+    """
+
+    @jax.checkpoint
+    def of_chunk(x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+        return token_losses(dot(x_BCD, w_DV).astype(jnp.float32), targets_BC, config)[0]
+
+    if config.chunks == 1:
+        return of_chunk(x_BTD, w_DV, targets_BT)
+    pieces = tuple(_chunks(a, config.chunks) for a in (x_BTD, targets_BT))
+    _, losses = jax.lax.scan(lambda _, chunk: (None, of_chunk(chunk[0], w_DV, chunk[1])), None, pieces)
+    return jnp.moveaxis(losses, 0, 2).reshape(targets_BT.shape)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropy

@@ -54,6 +54,13 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
+type ParamSpecs = dict[str, ParamSpec | ParamSpecs]
+"""The declarations of a model's parameters, a nested dict."""
+
+type Params = dict[str, jax.Array | Params]
+"""The parameters of a model, a nested dict."""
+
+
 def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
     """Removes parameters that are not trainable from a nested dict; `specs` are its `ParamSpec`s."""
     if isinstance(specs, ParamSpec):

@@ -24,8 +24,8 @@ from jaxinfra.plan.compile_errors import explain, out_of_memory
 from jaxinfra.plan.hlo import NO_ESTIMATE, Call, HloModule
 from jaxinfra.plan.topology import Topology, set_up_compiler, slice_ids, topology_devices
 from jaxinfra.program import Program
-from jaxinfra.run import Run, resolved
-from jaxinfra.train.derived import per_device_bytes
+from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.train.statistics import per_device_bytes
 
 # Custom calls that XLA inserts itself, such as AllocateBuffer, ConcatBitcast and SliceId.
 _XLA_TARGET = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
@@ -124,7 +124,7 @@ def program_on(run: Run, topology: Topology) -> Program:
     if num_devices % fixed or (fixed != num_devices and not free):
         fix = f"axes that divide {num_devices}" if free else "mesh.fsdp=-1, or a topology of that size"
         raise ConfigError(f"--on {topology}: has {num_devices} devices, but the mesh has {fixed}; use {fix}")
-    run = resolved(run, num_devices)
+    run = with_mesh_size(run, num_devices)
     validate(run)
     return Program(run, make_mesh(run.mesh, devices))
 

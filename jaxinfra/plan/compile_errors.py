@@ -46,7 +46,7 @@ def out_of_memory(needed_bytes: float, limit_bytes: float, fix: str, what: str =
 
 def suggest_fix(run: Run, per_device_batch_size: float, ratio: float) -> str:
     """Suggests overrides that make temporaries about `ratio` times smaller: more remat, more microbatches."""
-    fixes = [] if run.model.remat == "full" else ["model.remat=full"]
+    fixes = [] if getattr(run.model, "remat", "full") == "full" else ["model.remat=full"]
     microbatch = int(per_device_batch_size) // run.train.accumulate
     divisors = (n for n in range(max(2, math.ceil(ratio)), microbatch) if microbatch % n == 0)
     if (split := next(divisors, microbatch)) > 1:

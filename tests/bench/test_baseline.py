@@ -65,7 +65,7 @@ def jaxinfra_result(run: Run, tokens_BW: np.ndarray):
         params = program.init(jax.random.key(0)).params
         arrays = {"inputs": tokens_BW[:, :-1], "targets": tokens_BW[:, 1:]}
         batch = {name: jax.device_put(array, program.batch[name].sharding) for name, array in arrays.items()}
-        grads, sums = program.gradients(params, batch)
+        grads, sums, _ = program.gradients(params, batch)
     return baseline_names(params), float(sums["loss"] / sums["weight"]), baseline_names(grads)
 
 

@@ -126,7 +126,7 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_what_is_no_recipe(tiny: Tiny, tmp_path: Path) -> None:
     part = tmp_path / "part.py"
-    part.write_text("from jaxinfra.train.loop import TrainConfig\n\n\ndef config():\n    return TrainConfig()\n")
+    part.write_text("from jaxinfra.run import TrainConfig\n\n\ndef config():\n    return TrainConfig()\n")
     for words in ((tiny.config, "data.recipe=none"), (tiny.config, f"data.recipe={tiny.config}"), (part,)):
         refused(launch("data", "prepare", *map(str, words)), f"{words[0]}: recipe")
 

@@ -22,7 +22,7 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.prepare.prepare import Progress
 from jaxinfra.program import Program
-from jaxinfra.run import resolved
+from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
 from tests.refusals import names, refused
 from tests.tiny_run import Tiny, launch
@@ -70,7 +70,7 @@ def test_peek_shows_the_text_of_a_row(tiny: Tiny) -> None:
 def test_peek_shows_the_rows_that_the_loader_reads_for_the_devices_of_a_process(
     tiny: Tiny, overrides: str, of: int
 ) -> None:
-    run = resolved(tiny.loaded(*overrides.split()), len(jax.devices()))
+    run = with_mesh_size(tiny.loaded(*overrides.split()), len(jax.devices()))
     sharding, shape = next(
         (each.sharding, each.shape) for each in Program(run, make_mesh(run.mesh, jax.devices())).batch.values()
     )

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.sample import Draw, Sampler, sampling_program
+from jaxinfra.sample import Sampler, SamplingParams, sampling_program
 from jaxinfra.track.jsonl import read_metrics
 from tests.tiny_run import Tiny
 
@@ -39,7 +39,7 @@ def test_from_the_first_step_to_text(tiny: Tiny) -> None:
 def check_greedy(sampler: Sampler) -> None:
     """Word by word from a cache, each is the likeliest after reading all before it anew."""
     prompt = sampler._tokenizer.encode("w1 w7 w50")
-    found = list(sampler.tokens(prompt, max_tokens=12, draw=Draw(temperature=0.0)))
+    found = list(sampler.tokens(prompt, max_tokens=12, sampling=SamplingParams(temperature=0.0)))
     program = sampling_program(sampler._program.run)
     ids = np.array([[*prompt, *found]], np.int32)
     with program.on_mesh:

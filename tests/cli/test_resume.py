@@ -15,7 +15,7 @@ import pytest
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
-from jaxinfra.run import resolved
+from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, ended, summary
@@ -54,7 +54,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 
 def saved(tiny: Tiny, directory: Path, step: int, *overrides: str) -> list[np.ndarray]:
     """All arrays of a checkpoint, restored onto the mesh of these overrides."""
-    run = resolved(tiny.loaded(*overrides), len(jax.devices()))
+    run = with_mesh_size(tiny.loaded(*overrides), len(jax.devices()))
     program = Program(run, make_mesh(run.mesh, jax.devices()))
     with program.on_mesh, CheckpointManager(directory / "checkpoints", read_only=True) as checkpoints:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.restore(step, program.state))]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.sample import Draw, Sampler, keep_likeliest, sampling_program
+from jaxinfra.sample import Sampler, SamplingParams, filter_top_k_top_p, sampling_program
 from tests.refusals import refused
 from tests.tiny_run import Tiny, contents, launch
 
-GREEDY = Draw(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 PROMPT = "w1 w7 w50"
 
 
@@ -57,7 +57,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass(sampler: Sampler) -> Non
     """Decoding one word at a time from a cache finds the same words as reading everything anew."""
     eot_id = sampler._tokenizer.eot_id
     prompt = encoded(sampler, PROMPT)
-    found = list(sampler.tokens(prompt, max_tokens=24, draw=GREEDY))
+    found = list(sampler.tokens(prompt, max_tokens=24, sampling=GREEDY))
     expected = greedy_without_cache(sampler, prompt, 24)
     expected = expected[: expected.index(eot_id)] if eot_id in expected else expected
     assert found == expected and len(found) > 2
@@ -66,7 +66,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass(sampler: Sampler) -> Non
 def test_prompt_longer_than_a_block(sampler: Sampler) -> None:
     """The padding of the prompt is never seen."""
     prompt = encoded(sampler, "w1 w7 w50 w45 w11 " * 8)[:75]
-    found = list(sampler.tokens(prompt, max_tokens=4, draw=GREEDY))
+    found = list(sampler.tokens(prompt, max_tokens=4, sampling=GREEDY))
     assert found == greedy_without_cache(sampler, prompt, 4)[: len(found)]
 
 
@@ -79,16 +79,20 @@ def test_averaged_parameters_are_sampled(trained: Path, sampler: Sampler) -> Non
 
 
 def test_pieces_join_to_the_text(sampler: Sampler) -> None:
-    for draw in (GREEDY, Draw(temperature=1.5, top_k=0, top_p=1.0)):
-        pieces = list(sampler.stream(PROMPT, max_tokens=40, draw=draw))
-        ids = list(sampler.tokens(encoded(sampler, PROMPT), max_tokens=40, draw=draw))
+    for sampling in (GREEDY, SamplingParams(temperature=1.5, top_k=0, top_p=1.0)):
+        pieces = list(sampler.stream(PROMPT, max_tokens=40, sampling=sampling))
+        ids = list(sampler.tokens(encoded(sampler, PROMPT), max_tokens=40, sampling=sampling))
         assert "".join(pieces) == sampler._tokenizer.decode(ids)
         assert 0 < len(ids) <= 40
 
 
 def test_a_seed_fixes_the_text(sampler: Sampler) -> None:
     def text(seed: int) -> str:
-        return "".join(sampler.stream(PROMPT, max_tokens=30, draw=Draw(temperature=1.5, top_k=0, top_p=1.0, seed=seed)))
+        return "".join(
+            sampler.stream(
+                PROMPT, max_tokens=30, sampling=SamplingParams(temperature=1.5, top_k=0, top_p=1.0, seed=seed)
+            )
+        )
 
     assert text(1) == text(1)
     assert len({text(1), text(2), text(3)}) > 1
@@ -96,16 +100,16 @@ def test_a_seed_fixes_the_text(sampler: Sampler) -> None:
 
 def test_no_random_choice_is_greedy(sampler: Sampler) -> None:
     ids = encoded(sampler, PROMPT)
-    greedy = list(sampler.tokens(ids, max_tokens=10, draw=GREEDY))
-    assert list(sampler.tokens(ids, max_tokens=10, draw=Draw(top_k=1))) == greedy
-    assert list(sampler.tokens(ids, max_tokens=10, draw=Draw(top_k=0, top_p=1e-6))) == greedy
+    greedy = list(sampler.tokens(ids, max_tokens=10, sampling=GREEDY))
+    assert list(sampler.tokens(ids, max_tokens=10, sampling=SamplingParams(top_k=1))) == greedy
+    assert list(sampler.tokens(ids, max_tokens=10, sampling=SamplingParams(top_k=0, top_p=1e-6))) == greedy
 
 
-def test_keep_likeliest() -> None:
+def test_filter_top_k_top_p() -> None:
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
 
     def kept(top_k: int, top_p: float) -> list[bool]:
-        return jnp.isfinite(keep_likeliest(logits, top_k=top_k, top_p=top_p))[0].tolist()
+        return jnp.isfinite(filter_top_k_top_p(logits, top_k=top_k, top_p=top_p))[0].tolist()
 
     assert kept(0, 1.0) == kept(4, 1.0) == kept(9, 1.0) == [True] * 4
     assert kept(2, 1.0) == [False, True, False, True]

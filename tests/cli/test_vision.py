@@ -22,9 +22,9 @@ from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.classification import Classification
+from jaxinfra.objectives.classification import Classification
 from jaxinfra.track.tracker import TrackConfig
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import TrainConfig
 
 
 def config() -> Run:
@@ -34,7 +34,7 @@ def config() -> Run:
         model=VisionTransformerConfig(
             image_size=8, patch=4, channels=1, classes=10, layers=2, width=32, heads=4, mlp_dim=64, dropout=0.1
         ),
-        task=Classification(),
+        objective=Classification(),
         data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
         precision=Precision(compute="float32"),
         train=TrainConfig(steps=12, global_batch=16, eval_every=6),
@@ -129,7 +129,7 @@ WRONG = (
     ("model.dropout=1", "model.dropout=1.0"),
     ("data.image_size=12 model.image_size=12", "data.image_size=12"),
     ("data.channels=3 model.channels=3", "data.channels=3"),
-    ("task.label_smoothing=1", "task.label_smoothing=1.0"),
+    ("objective.label_smoothing=1", "objective.label_smoothing=1.0"),
     ("mesh.tensor=8", "model.heads=4 mesh.tensor=8"),
     ("mesh.stage=2 train.global_batch=4", "train.global_batch=4 mesh.stage=2"),
     ("mesh.context=2", "rules.sequence=(context,) mesh.context=2"),
@@ -147,7 +147,7 @@ def test_wrong_value(seen: Tiny, overrides: str, named: str) -> None:
 
 def test_what_no_value_mends(seen: Tiny) -> None:
     refused(seen.launch("data.store=nowhere"), "data.store= /nowhere data prepare")
-    refused(seen.launch("task=causal_lm"), "model=vision_transformer_config task=causal_lm data=image_data")
+    refused(seen.launch("objective=causal_lm"), "model=vision_transformer_config objective=causal_lm data=image_data")
     assert not seen.runs.exists()
 
 

@@ -19,8 +19,7 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, compile_step
 from jaxinfra.plan.topology import parse_topology
-from jaxinfra.run import Run
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Run, TrainConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FOLDER = Path(__file__).resolve().parent / "compile"

@@ -149,6 +149,18 @@ class Built:
             return np.asarray(self.forward(self.put(values), *placed)[0])
 
 
+class Applied:
+    """A built model as objectives call it: `objective.Apply`."""
+
+    partial_sums = False
+
+    def __init__(self, built: Built):
+        self._built = built
+
+    def __call__(self, params: dict[str, Any], batch: Any, *, train: bool = True) -> Any:
+        return self._built.model(params)(batch)
+
+
 def build(
     mesh: MeshConfig = ONE, *, rules: ShardingRules | None = None, dtype: str = "float32", **changes: Any
 ) -> Built:

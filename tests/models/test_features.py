@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from jaxinfra.models.latent import Latent
+from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.tasks.task import loss
 from tests.models import numpy_reference
-from tests.models.harness import MODELS, build, relative, tokens
+from tests.models.harness import MODELS, Applied, build, relative, tokens
 
 TOLERANCE = 2e-5
 # Wavelengths from 6 to 6,000 positions: with these numbers some are kept, some ramped, some divided.
@@ -130,8 +129,8 @@ def test_loss_is_the_entropy_of_the_capped_logits_of_the_definition() -> None:
     wanted = (numpy_reference.entropies(logits, targets, 2.0) * weights).sum()
     batch = {"inputs": words, "targets": targets, "positions": RESTARTED, "segments": DOCUMENTS, "weights": weights}
     with jax.set_mesh(built.mesh):
-        task = CausalLM(loss_chunks=3)
+        objective = CausalLM(loss_chunks=3)
         placed = jax.tree.map(built.rows, batch)
-        total, sums = jax.jit(lambda p, b: loss(task, built.model(p), b))(built.put(values), placed)
+        total, sums = jax.jit(lambda p, b: objective.loss(Applied(built), p, b))(built.put(values), placed)
     assert relative(total, wanted) < TOLERANCE and relative(sums["loss"], wanted) < TOLERANCE
     assert sums["weight"] == weights.sum()

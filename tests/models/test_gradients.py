@@ -10,13 +10,12 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
+from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.optim.optimizers import OptimConfig
 from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
-from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 from tests.models import numpy_reference
 from tests.models.harness import BASE, MODELS, ONE, build, relative, tokens
 from tests.models.numpy_experts import Counted
@@ -30,7 +29,7 @@ def run_of(changes: dict[str, Any], mesh: MeshConfig, accumulate: int = 1) -> Ru
     return Run(
         name="test",
         model=replace(BASE, **{"layers": 2} | changes),
-        task=CausalLM(loss_chunks=2),
+        objective=CausalLM(loss_chunks=2),
         data=TokenData(store="none", seq_len=LENGTH),
         precision=Precision(compute="float32"),
         mesh=mesh,
@@ -59,7 +58,7 @@ def gradients(run: Run, values: dict[str, Any]) -> tuple[dict[str, Any], float]:
     batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in batch_on_host().items()}
     params = jax.tree.map(lambda v, p: jax.device_put(v, p.sharding), values, program.params)
     with program.on_mesh:
-        grads, sums = program.gradients(params, batch)
+        grads, sums, _ = program.gradients(params, batch)
     return jax.tree.map(np.asarray, grads), float(sums["loss"] / sums["weight"])
 
 

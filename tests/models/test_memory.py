@@ -12,18 +12,17 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
-from jaxinfra.run import Run
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Run, TrainConfig
 
 VOCAB, ROWS, LENGTH = 8192, 8, 64
 RUN = Run(
     name="test",
     model=TransformerConfig(vocab_size=VOCAB, layers=1, width=8, heads=2, mlp_dim=8),
-    task=CausalLM(loss_chunks=8),
+    objective=CausalLM(loss_chunks=8),
     data=TokenData(store="none", seq_len=LENGTH),
     train=TrainConfig(global_batch=ROWS),
 )
@@ -42,7 +41,7 @@ def test_a_step_never_holds_all_logits(tied: bool) -> None:
 
 
 def test_a_step_with_one_chunk_does() -> None:
-    run = replace(RUN, mesh=MeshConfig(fsdp=1), task=CausalLM(loss_chunks=1))
+    run = replace(RUN, mesh=MeshConfig(fsdp=1), objective=CausalLM(loss_chunks=1))
     assert temporaries_bytes(run) > 4 * ROWS * LENGTH * VOCAB
 
 

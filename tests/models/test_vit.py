@@ -79,11 +79,11 @@ def test_smoothing_mixes_the_target_with_all_classes() -> None:
     epsilon, classes = 0.25, TOKEN.model.classes
 
     def gradients(smoothing: float, labels: np.ndarray) -> list[np.ndarray]:
-        task = replace(TOKEN.task, label_smoothing=smoothing)
-        program = Case(run=replace(TOKEN, task=task)).program()
+        objective = replace(TOKEN.objective, label_smoothing=smoothing)
+        program = Case(run=replace(TOKEN, objective=objective)).program()
         with program.on_mesh:
             batch = put_like({**batch_on_host(TOKEN), "labels": labels}, program.validation_batch)
-            grads, _ = program.gradients(put_like(values_on_host(program.specs), program.params), batch)
+            grads, *_ = program.gradients(put_like(values_on_host(program.specs), program.params), batch)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
 
     labels = batch_on_host(TOKEN)["labels"]

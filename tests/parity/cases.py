@@ -19,16 +19,15 @@ from jaxinfra.models.latent import Latent
 from jaxinfra.models.moe import Experts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
+from jaxinfra.objectives.causal_lm import CausalLM
+from jaxinfra.objectives.classification import Classification
 from jaxinfra.ops.rope import Rope, YarnScaling
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec
 from jaxinfra.program import Program
-from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.tasks.classification import Classification
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 VOCAB, ROWS, LENGTH, STEP = 64, 32, 16, 3
 TOLERANCE = 1e-5
@@ -42,7 +41,7 @@ DOCUMENTS = Run(
     model=TransformerConfig(
         vocab_size=VOCAB, layers=2, width=32, heads=16, kv_heads=8, head_dim=4, mlp_dim=64, qk_norm=True, tied=True
     ),
-    task=CausalLM(loss_chunks=2, z_loss=1e-2),
+    objective=CausalLM(loss_chunks=2, z_loss=1e-2),
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=True),
     precision=Precision(compute="float32"),
     optim=OptimConfig(
@@ -79,7 +78,7 @@ BIASES = replace(
         logit_softcap=3.0,
         learned_positions=LENGTH,
     ),
-    task=CausalLM(loss_chunks=4),
+    objective=CausalLM(loss_chunks=4),
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=False),
 )
 """Biases everywhere, layers of two sights, learned positions, soft caps, a head of its own, four chunks."""
@@ -88,7 +87,7 @@ BIASES = replace(
 # of any other order of sums, on one device too. Of 8 features they are not.
 DEEP = replace(DOCUMENTS, name="deep", model=replace(DOCUMENTS.model, layers=4, head_dim=8))
 
-DROPPING = replace(BIASES, name="dropping", model=replace(BIASES.model, dropout=0.2), task=CausalLM(loss_chunks=2))
+DROPPING = replace(BIASES, name="dropping", model=replace(BIASES.model, dropout=0.2), objective=CausalLM(loss_chunks=2))
 
 LATENT = replace(
     DOCUMENTS,
@@ -160,7 +159,11 @@ DEEPSEEK = replace(
 
 SHAPE = VisionTransformerConfig(image_size=8, patch=2, channels=1, classes=5, layers=3, width=32, heads=8, mlp_dim=64)
 TOKEN = replace(
-    DOCUMENTS, name="token", model=SHAPE, task=Classification(), data=ImageData(store="none", image_size=8, channels=1)
+    DOCUMENTS,
+    name="token",
+    model=SHAPE,
+    objective=Classification(),
+    data=ImageData(store="none", image_size=8, channels=1),
 )
 """Images; a class token makes 17 positions, which no mesh divides; three layers are uneven over two stages."""
 
@@ -168,7 +171,7 @@ MEAN = replace(
     TOKEN,
     name="mean",
     model=replace(SHAPE, pool="mean", layers=4, dropout=0.2),
-    task=Classification(label_smoothing=0.2),
+    objective=Classification(label_smoothing=0.2),
 )
 """Images of sixteen positions, spread over tensor between the layers; dropout and smoothing."""
 

@@ -16,8 +16,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, Memory, compile_step, memory_usage, no_compilation_cache, program_on
 from jaxinfra.plan.topology import parse_topology, set_up_compiler, topology_devices
-from jaxinfra.run import Run
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Run, TrainConfig
 from tests.golden.compiled import DENSE
 
 V5P = parse_topology("v5p:2x2x1")

@@ -10,9 +10,8 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.plan.chips import CHIPS
 from jaxinfra.plan.compile_errors import explain, suggest_fix
 from jaxinfra.plan.topology import Topology, parse_topology, set_up_compiler, slice_ids, topology_devices
-from jaxinfra.run import Run
+from jaxinfra.run import Run, TrainConfig
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
-from jaxinfra.train.loop import TrainConfig
 from tests.refusals import names, raises
 
 GPUS = [f"{chip.name}:1x8" for chip in CHIPS.values() if chip.platform == "cuda"]

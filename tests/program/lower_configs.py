@@ -13,13 +13,13 @@ import jax
 from jaxinfra.config import load, validate
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.program import Program
-from jaxinfra.run import Run, resolved
+from jaxinfra.run import Run, with_mesh_size
 
 
 def program(path: str, platform: str) -> Program:
     """The config's program; a mesh axis of -1 counts as one device."""
     run = load(path, root=Run).run
-    run = resolved(run, math.prod(size for size in run.mesh.sizes if size != -1))
+    run = with_mesh_size(run, math.prod(size for size in run.mesh.sizes if size != -1))
     validate(run)
     return Program(run, abstract_mesh(run.mesh), platform)
 

@@ -11,14 +11,13 @@ import pytest
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.collectives import Collective, find_collectives, summarize
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.program import Program
-from jaxinfra.run import Precision, Run
-from jaxinfra.tasks.causal_lm import CausalLM
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 ONE = MeshConfig(fsdp=1)
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
@@ -53,7 +52,7 @@ def program(mesh: MeshConfig, accumulate: int) -> Program:
     run = Run(
         name="test",
         model=TransformerConfig(vocab_size=64, layers=3, width=32, heads=8, kv_heads=4, mlp_dim=64),
-        task=CausalLM(loss_chunks=2),
+        objective=CausalLM(loss_chunks=2),
         data=TokenData(store="none", seq_len=16),
         precision=Precision(compute="float32"),
         mesh=mesh,

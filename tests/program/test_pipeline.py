@@ -13,8 +13,7 @@ from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.plan.collectives import Collective, find_collectives
 from jaxinfra.plan.hlo import HloModule
 from jaxinfra.program import Program
-from jaxinfra.run import Precision, Run
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 ROWS, LENGTH, WIDTH = 8, 128, 128
 CUBE = MeshConfig(replica=2, stage=2, fsdp=2)

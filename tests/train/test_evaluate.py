@@ -8,29 +8,27 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.data.batches import validation_batches
-from jaxinfra.data.prefetch import to_global
 from jaxinfra.data.sequences import split_inputs_targets
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program, TrainState
-from jaxinfra.run import Run, resolved
-from jaxinfra.train.evaluate import evaluate
+from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.train.trainer import Trainer
 from tests.tiny_run import Tiny
 
 SEQ_LEN, BATCH = 32, 8
 
 
 def build(run: Run, devices: int = 8) -> Program:
-    run = resolved(run, devices)
+    run = with_mesh_size(run, devices)
     return Program(run, make_mesh(run.mesh, jax.devices()[:devices]))
 
 
-def found(program: Program, state: TrainState, windows: int | None = None) -> dict[str, float]:
-    data = program.run.data
-    shardings: dict[str, Any] = {name: array.sharding for name, array in program.validation_batch.items()}
-    batches = validation_batches(data, data.open().validation(windows), global_batch=BATCH, rows=slice(None))
-    return evaluate(program, state, batches, lambda b: to_global(b, shardings, global_batch=BATCH))
+def found(run: Run, state: TrainState, windows: int | None = None) -> dict[str, float]:
+    trainer = Trainer(replace(run, train=replace(run.train, eval_samples=windows)))
+    trainer.state = state
+    with trainer.program.on_mesh:
+        return trainer.evaluate()
 
 
 def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) -> dict[str, float]:
@@ -67,7 +65,7 @@ def test_equals_numpy(tiny: Tiny, mask: bool) -> None:
     assert windows % BATCH, "the last batch must be a shorter one"
     with program.on_mesh:
         state = program.init(jax.random.key(0))
-        all_of_them, first = found(program, state), found(program, state, windows=5)
+        all_of_them, first = found(run, state), found(run, state, windows=5)
     params = jax.tree.map(np.asarray, state.params)
     assert all_of_them == pytest.approx(reference(run, params, store, range(windows)), rel=1e-5)
     assert first == pytest.approx(reference(run, params, store, range(5)), rel=1e-5)
@@ -82,5 +80,5 @@ def test_averaged_parameters_are_evaluated(tiny: Tiny) -> None:
         state, other = program.init(jax.random.key(0)), program.init(jax.random.key(1))
         swapped = replace(state, ema=other.params)
         plain = replace(other, ema=None)
-        assert found(program, swapped) == found(program, plain)
-        assert found(program, swapped) != found(program, state)
+        assert found(run, swapped) == found(run, plain)
+        assert found(run, swapped) != found(run, state)

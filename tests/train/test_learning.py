@@ -12,8 +12,7 @@ from jaxinfra.optim.schedules import Linear
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
-from jaxinfra.run import Precision, Run
-from jaxinfra.train.loop import TrainConfig
+from jaxinfra.run import Precision, Run, TrainConfig
 
 WORDS, HALF, BATCH, STEPS = 16, 12, 32, 150
 LENGTH = 2 * HALF - 1

@@ -16,7 +16,7 @@ from jaxinfra.data.store.store import PREPARE
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
-from jaxinfra.run import Run, resolved
+from jaxinfra.run import Run, with_mesh_size
 
 _SAMPLES, _LARGEST_BATCH = 2**62, 2**24
 
@@ -50,7 +50,7 @@ def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
         rows, hint = rows_of(config, options.rank, options.of), config_argument.prepare_command(options, config)
-        return config.parts.data, config.train.global_batch, rows, hint
+        return config.data, config.train.global_batch, rows, hint
     if not hasattr(config, "modality") or not hasattr(config, "open"):
         raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
     if size is None or not 1 <= size <= _LARGEST_BATCH or size % options.of:
@@ -73,7 +73,7 @@ def rows_of(run: Run, rank: int, of: int) -> np.ndarray:
         raise ConfigError(f"--of {of}: the {fixed} devices of the mesh are not shared evenly by {of}; use --of {fixed}")
     if fixed < of and -1 not in run.mesh.sizes:
         raise ConfigError(f"--of {of}: the mesh has {fixed} devices, fewer than processes; use mesh.fsdp={of}")
-    run = resolved(run, devices)
+    run = with_mesh_size(run, devices)
     validate(run)
     mesh = make_mesh(run.mesh, [_Device(id=i, process_index=i // (devices // of), here=rank) for i in range(devices)])
     one = next(iter(Program(run, mesh).batch.values()))

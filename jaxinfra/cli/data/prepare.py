@@ -42,7 +42,7 @@ def recipes(options: argparse.Namespace) -> list[Recipe]:
 
     if not isinstance(config, Run):
         raise ConfigError(f"{options.config}: is neither a recipe nor a run; name a file such as configs/data/NAME.py")
-    if not (made := config.parts.data.recipes):
+    if not (made := config.data.recipes):
         raise ConfigError(
             f"{options.config}: its data names no recipe; name the file of the recipe, or give each store its recipe"
         )

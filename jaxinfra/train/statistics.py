@@ -10,7 +10,7 @@ from jaxinfra.parallel.schedules import schedule_summary
 from jaxinfra.program import Program
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
-type Derived = dict[str, tuple[int | float | str, str]]
+type RunStatistics = dict[str, tuple[int | float | str, str]]
 
 ASSUMED_MFU = 0.4
 """Share of the peak that large dense models reach; for estimates of chip-hours before anything has run."""
@@ -29,25 +29,29 @@ def gib(n_bytes: float) -> str:
 
 def units_per_step(program: Program) -> int:
     """Units (tokens, images) of one global batch."""
-    return program.run.train.global_batch * program.data.units_per_sample
+    return program.run.train.global_batch * program.run.data.units_per_sample
 
 
 def step_flops(program: Program) -> float:
-    """FLOPs of one step, over all devices (see `models.flops`)."""
-    return program.run.train.global_batch * program.family.flops(program.data)
+    """Returns the FLOPs of one step over all devices: the model's own figure, else 6 a parameter and unit."""
+    data = program.run.data
+    flops = program.module.flops(data)
+    if flops is None:
+        flops = 6.0 * program.num_params * data.units_per_sample
+    return program.run.train.global_batch * flops
 
 
-def derived(program: Program, train_units: int | None = None) -> Derived:
+def run_statistics(program: Program, train_units: int | None = None) -> RunStatistics:
     """Name to value and unit, or how it was computed; from the units of the training data, too, if it is there."""
     run, state, batch = program.run, program.state, program.run.train.global_batch
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
-    modality, units = program.task.modality, units_per_step(program) * run.train.steps
+    modality, units = run.data.modality, units_per_step(program) * run.train.steps
     a_modality = f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
     embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
     flops = step_flops(program) * run.train.steps
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
-    numbers: Derived = {
+    numbers: RunStatistics = {
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
         "parameters of blocks": (program.num_params - embedded, "without embeddings and head"),
@@ -56,16 +60,16 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
         f"{modality}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
         f"{modality}s": (units, f"steps x {modality}s a step"),
-        **program.task.derived(units, program.num_params),
+        **_tokens_per_parameter(modality, units / program.num_params),
         f"FLOPs {a_modality}": (flops / units, "6 x matmul parameters + attention"),
         "FLOPs": (flops, "of the whole run"),
         "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
-        "optimiser state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
+        "optimizer state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
-    for kind, across in program.family.across(program.data, program.partitioner).items():
-        numbers[f"{kind} attention over shards"] = (across.method, "of the bytes waited for (ops/context_cost.py)")
-        for method, cost in across.costs.items():
+    for kind, choice in program.module.context_costs(run.data).items():
+        numbers[f"{kind} attention over shards"] = (choice.method, "of the bytes waited for (ops/context_cost.py)")
+        for method, cost in choice.costs.items():
             note = f"waited for, of {gib(cost.received_bytes)} a sequence and layer; holds {gib(cost.held_bytes)}"
             numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)
     if program.partitioner.mesh.stage > 1:
@@ -79,3 +83,8 @@ def derived(program: Program, train_units: int | None = None) -> Derived:
             f"chip-hours if {ASSUMED_MFU:.0%} of {PEAK_FLOPS[chip] / 1e12:.0f} TFLOP/s",
         )
     return numbers
+
+
+def _tokens_per_parameter(modality: str, ratio: float) -> RunStatistics:
+    note = "20 is compute-optimal (Hoffmann et al. 2022)"
+    return {"tokens a parameter": (ratio, note)} if modality == "token" else {}

@@ -11,8 +11,8 @@ from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
-from jaxinfra.run import resolved
-from jaxinfra.train.derived import derived, per_device_bytes, step_flops, units_per_step
+from jaxinfra.run import with_mesh_size
+from jaxinfra.train.statistics import per_device_bytes, run_statistics, step_flops, units_per_step
 from tests.tiny_run import Tiny
 
 
@@ -74,10 +74,10 @@ def test_flops_against_the_compiler() -> None:
     assert cost is not None and cost["flops"] == pytest.approx(counted, rel=0.15)
 
 
-def test_derived_numbers(tiny: Tiny) -> None:
-    run = resolved(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9", "train.accumulate=2"), 8)
+def test_run_statistics(tiny: Tiny) -> None:
+    run = with_mesh_size(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9", "train.accumulate=2"), 8)
     program = Program(run, abstract_mesh(run.mesh))
-    numbers = {name: value for name, (value, _) in derived(program, train_units=1000).items()}
+    numbers = {name: value for name, (value, _) in run_statistics(program, train_units=1000).items()}
     block = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
     assert numbers["devices"] == 8
     assert numbers["parameters"] == 2 * 304 * 32 + 2 * block + 32
@@ -93,7 +93,7 @@ def test_derived_numbers(tiny: Tiny) -> None:
 
 def test_bytes_of_a_device(tiny: Tiny) -> None:
     """The largest part of an array that one device holds, which for even shards is each."""
-    run = resolved(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9"), 8)
+    run = with_mesh_size(tiny.loaded("mesh.tensor=2", "optim.ema_decay=0.9"), 8)
     program = Program(run, abstract_mesh(run.mesh))
     matrices = 2 * 304 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
     norms = 2 * 2 * 32 + 32

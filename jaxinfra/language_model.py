@@ -1,0 +1,16 @@
+"""The parts of a run of a language model, for what works on text alone."""
+
+from jaxinfra.data.mixture import Mixture
+from jaxinfra.data.pairs import PairData
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.run import Run
+
+
+def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | PairData]:
+    """Returns the model and data of a run of a language model; ConfigError for a run of anything else."""
+    model, data = run.model, run.data
+    if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture | PairData):
+        return model, data
+    raise ConfigError(f"{run.name}: its model reads {data.modality}s, this is for language models; name another run")

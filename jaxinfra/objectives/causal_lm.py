@@ -1,0 +1,71 @@
+"""Causal language modeling: every token predicts the next one of its document."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, override
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config.limits import Count, NonNegative
+from jaxinfra.objectives import losses
+from jaxinfra.objectives.objective import Apply, Batch, Objective
+
+
+class TextSamples(Protocol):
+    """What bits per byte need to know of validation samples."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of text that the targets of weight 1 stand for."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Objective):
+    """Next-token prediction.
+
+    Attributes:
+        loss_chunks: parts of a sequence that pass the head one at a time, to bound the memory of logits; None
+            chooses (see `losses.CHUNK_TOKENS`).
+        z_loss: weight of the squared log-normalizer of the logits (PaLM, section 5).
+    """
+
+    batch_fields: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+    by_position: ClassVar[bool] = True
+    partial_sums: ClassVar[bool] = True
+    loss_chunks: Annotated[Count | None, NOT_FINGERPRINTED] = None
+    z_loss: NonNegative = 0.0
+
+    @override
+    def loss(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        targets_BT = batch["targets"]
+        weights_BT = batch["weights"] if "weights" in batch else jnp.ones_like(targets_BT, jnp.float32)
+        total, sums = losses.cross_entropy(
+            apply(params, batch), targets_BT, weights_BT, chunks=self.loss_chunks, z_loss=self.z_loss
+        )
+        return losses.sums(apply, total, sums)
+
+    @override
+    def scores(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
+        """Returns the loss in nats a token, and bits per byte where the samples are text."""
+        bits_per_byte = {}
+        if hasattr(samples, "n_bytes"):
+            bits_per_byte["bits_per_byte"] = sums["loss"] / math.log(2) / samples.n_bytes
+        return {"loss": sums["loss"] / sums["weight"]} | bits_per_byte
+
+    @override
+    def problems_with(self, data: Any) -> Iterable[Problem]:
+        return self._undivided(data.seq_len, "chunks must divide the sequence", "data.seq_len")
+
+    @override
+    def problems_of_shard(self, positions: int) -> Iterable[Problem]:
+        return self._undivided(positions, f"chunks must divide the {positions} positions of a sequence on one device")
+
+    def _undivided(self, length: int, message: str, *fields: str) -> Iterable[Problem]:
+        if self.loss_chunks is not None and length % self.loss_chunks:
+            fitting = next(n for n in range(min(self.loss_chunks, length), 0, -1) if length % n == 0)
+            fix = f"use objective.loss_chunks={fitting}"
+            yield Problem(fields=("objective.loss_chunks", *fields), message=message, fix=fix)

@@ -1,0 +1,36 @@
+"""Logits that are not multiplied out: of a large vocabulary they are the largest array of a language model.
+
+Shape suffixes: B batch, T length, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.ops.dot import dot
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class FactoredLogits:
+    """Hidden states and the head whose product are the logits `[B, T, V]`.
+
+    Attributes:
+        hidden: `[B, T, D]`, after the final norm, in the compute dtype.
+        head: `[D, V]`, ready for use (see `Partitioner.gather_weight`).
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); None leaves them.
+    """
+
+    hidden: jax.Array
+    head: jax.Array
+    softcap: float | None = field(default=None, metadata={"static": True})
+
+    def materialize(self) -> jax.Array:
+        """Returns the logits, float32 `[B, T, V]`."""
+        return softcapped(dot(self.hidden, self.head).astype(jnp.float32), self.softcap)
+
+
+def softcapped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """Caps logits smoothly at `softcap`."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

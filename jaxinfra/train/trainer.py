@@ -1,0 +1,362 @@
+"""`Trainer`: trains a run on the devices of this machine.
+
+`Trainer(run).train()` checks what can be refused before it writes or compiles anything, restores or initializes the
+state, trains, evaluates, and saves. No step waits for the host: metrics stay on the devices until they are due, and the
+host waits for a step only once the next one is running.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.config import Loaded, diff, record, validate, write_record
+from jaxinfra.data.batches import BatchLoader, validation_batches
+from jaxinfra.data.interfaces import Batch, Dataset
+from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
+from jaxinfra.data.stopwatch import input_bound_warning
+from jaxinfra.errors import NonFiniteError, Preempted, StorageError
+from jaxinfra.parallel.mesh import make_mesh
+from jaxinfra.program import Metrics, Program, TrainState
+from jaxinfra.run import Run, with_mesh_size
+from jaxinfra.run_dir import RunDirectory, load_params
+from jaxinfra.runtime.devices import local_devices
+from jaxinfra.runtime.environment import git_state, package_versions
+from jaxinfra.runtime.peak_flops import peak_flops
+from jaxinfra.runtime.signals import StopRequest
+from jaxinfra.sample import Sampler
+from jaxinfra.storage.checks import check_space
+from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.track.memory import rss_bytes
+from jaxinfra.track.report import write_report
+from jaxinfra.track.tracker import MultiTracker, make_trackers
+from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
+from jaxinfra.train.step_timer import StepTimer
+
+_log = logging.getLogger(__name__)
+
+DATA_REMEDIES = {
+    "reading": "use a store nearer to this machine, or more data.threads",
+    "decoding": "use more data.threads, if there are cores for them",
+    "placing": "use a smaller train.global_batch a process, or faster links to the devices",
+}
+"""What helps where a stage of making batches is slow."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+
+
+class Trainer:
+    """Trains a run.
+
+    Attributes:
+        run: the config, its mesh sized for the devices.
+        program: what is compiled of it.
+        run_dir: where the run is kept.
+        state: the train state on the devices; None before `train`.
+        completed_steps: steps that the state has seen.
+    """
+
+    def __init__(self, run: Run | Loaded[Run], *, command: Sequence[str] = (), prepare_command: str | None = None):
+        """Checks the config and builds the program; nothing is read, written or compiled yet.
+
+        Args:
+            run: a config, or one that `config.load` has read from a file.
+            command: the command line, for the record.
+            prepare_command: the command that makes the data, for the error when it is missing.
+        """
+        self._loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
+        validate(self._loaded.run)
+        devices = local_devices()
+        self.run = with_mesh_size(self._loaded.run, len(devices))
+        validate(self.run)
+        self.program = Program(self.run, make_mesh(self.run.mesh, devices))
+        self.run_dir = RunDirectory(Path(self.run.root) / self.run.name)
+        self.state: TrainState | None = None
+        self.completed_steps = 0
+        self._command, self._prepare_command = list(command), prepare_command
+        self._trackers, self._timer = MultiTracker(), StepTimer()
+        self._checkpoints: CheckpointManager | None = None
+        self._loader: Prefetcher[dict[str, jax.Array]] | None = None
+        self._record: dict[str, Any] = {}
+        self._scores: dict[str, float] = {}
+        self._logged_wait_s = 0.0
+        self._peak_flops, self._peak_source = math.nan, ""  # of one device
+
+    # Training
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the last step and returns the summary, as in summary.json.
+
+        Goes on from the newest checkpoint of the run directory. Raises Preempted where it was asked to stop: the state
+        is saved then, and the same call goes on.
+        """
+        dataset, steps = self.dataset, self.run.train.steps
+        manager = CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint)
+        with StopRequest() as stop, self.run_dir.locked(), manager as self._checkpoints:
+            self.completed_steps = self._checkpoints.latest_step() or 0
+            if self.completed_steps:
+                self.run_dir.check(self._loaded.run, dataset)
+            if self.completed_steps >= steps:
+                return self.run_dir.finished_summary(self.completed_steps)
+            self._check_space()
+            # Before the loop: a CPU's peak is measured.
+            dtype = jnp.dtype(self.run.precision.compute)
+            self._peak_flops, self._peak_source = peak_flops(jax.devices()[0], dtype, len(jax.local_devices()))
+            statistics = run_statistics(self.program, dataset.train_units)
+            with make_trackers(self.run.track, self.run_dir.path) as self._trackers, self.program.on_mesh:
+                self.state = self._restore_or_init()
+                self._record |= self._make_record(statistics)
+                write_record(self.run_dir.record, self._record)
+                start = {"start_step": self.completed_steps, "total_steps": steps}
+                self._trackers.start(self._record, statistics, **start)
+                start_s = time.monotonic()
+                reason = self._fit_loaded(lambda: stop.reason)
+                self.save(force=True)
+                self._checkpoints.wait_until_finished()
+                summary = self._summary(reason, time.monotonic() - start_s)
+                self._trackers.log_summary(summary)
+        write_report(self.run_dir.path)
+        if reason is not None:
+            raise Preempted(
+                f"{self.run_dir.path}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
+                "start the same command to go on"
+            )
+        return summary
+
+    def fit(
+        self, batches: Iterable[tuple[int, dict[str, jax.Array]]], stop_reason: Callable[[], str | None] = lambda: None
+    ) -> str | None:
+        """Trains the state on batches until they end or there is a reason to stop, which it returns.
+
+        The batches are on the devices, each with the number of its step, from `completed_steps` on.
+        """
+        assert self.state is not None
+        config, reason = self.run.train, None
+        pending: tuple[int, Metrics] | None = None
+        for step, batch in batches:
+            self.state, metrics = self.program.train_step(self.state, batch)
+            if pending is not None:
+                self.report(*pending)
+            pending, self.completed_steps = (step, metrics), step + 1
+            if config.evaluates_after(self.completed_steps):
+                self.report(*pending)
+                pending = None
+                self._log_evaluation(step)
+            self.save(metrics)
+            if reason := stop_reason():
+                break
+        if pending is not None:
+            self.report(*pending)
+            require_finite(*pending)
+        return reason if self.completed_steps < config.steps else None
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """Waits for a step and logs its metrics if they are due; NonFiniteError where loss or gradient is no number."""
+        jax.block_until_ready(metrics)
+        self._timer.finish_step()
+        if not self.run.track.due(step, self.run.train.steps):
+            return
+        values = require_finite(step, metrics)
+        step_time_s = self._timer.read()
+        if step_time_s is not None:
+            values["step_time_s"] = step_time_s
+            values[f"{self.run.data.modality}s_per_s"] = units_per_step(self.program) / step_time_s
+            values["mfu"] = step_flops(self.program) / step_time_s / (self._peak_flops * self.program.mesh.size)
+        waited_s = 0.0 if self._loader is None else self._loader.data_wait_s
+        values["data_wait_s"], self._logged_wait_s = waited_s - self._logged_wait_s, waited_s
+        values["rss_bytes"] = rss_bytes()
+        self._trackers.log(step, values | device_memory())
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns the scores of the objective over all validation samples, each counted once, as "eval/NAME".
+
+        The averaged parameters are evaluated where a run keeps them. Sums meet on the devices: the host waits once.
+        """
+        assert self.state is not None
+        state, total = self.state, None
+        params = state.params if state.ema is None else state.ema
+        for _, batch in self._validation:
+            sums = self.program.eval_step(params, self._place(batch), state.reference)
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        assert total is not None, "there is at least one validation sample"
+        sums = {name: float(value) for name, value in jax.device_get(total).items()}
+        scores = self.program.objective.scores(sums, self._validation.samples)
+        return {f"eval/{name}": score for name, score in scores.items()}
+
+    def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
+        """Saves the state if it is due, or in any case with `force`; a failure without it is logged, and tried again.
+
+        With the metrics of the last step a state that is no longer finite is not saved, but a NonFiniteError.
+        """
+        assert self._checkpoints is not None
+        due = force or self.completed_steps % self.run.checkpoint.save_every == 0
+        if due and metrics is not None:
+            require_finite(self.completed_steps - 1, metrics)
+        try:
+            self._checkpoints.save(self.completed_steps, self.state, self._record, force=force)
+        except StorageError as error:
+            _log.error("%s", error)
+            if force:  # what failed may be the save before this one
+                self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
+
+    # What comes out of it
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The logged metrics of all starts of the run, a row a step, as in metrics.jsonl."""
+        return read_metrics(self.run_dir.metrics) if self.run_dir.metrics.exists() else []
+
+    def sampler(self) -> Sampler:
+        """Returns a sampler of the trained language model; the averaged parameters where the run keeps them."""
+        if self.state is None:
+            return Sampler.from_run(self.run_dir.path)
+        params = self.state.params if self.state.ema is None else self.state.ema
+        return Sampler.from_params(self.run, params)
+
+    # Parts
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data of the run, opened and checked; ConfigError where there is none, or it does not suit the model."""
+        run = self._loaded.run
+        known = self.run.data.recipes
+        hint = self._prepare_command or f"data.prepare({', '.join(known.values()) or 'RECIPE'})"
+        dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
+        dataset.check(self.run.model)
+        dataset.validation()  # refuses data without any
+        return dataset
+
+    @cached_property
+    def _rows(self) -> Any:
+        one = next(iter(self.program.batch.values()))
+        return process_rows(one.sharding, one.shape)
+
+    @cached_property
+    def _validation(self) -> BatchLoader:
+        config = self.run.train
+        samples = self.dataset.validation(config.eval_samples)
+        return validation_batches(self.run.data, samples, global_batch=config.global_batch, rows=self._rows)
+
+    def _place(self, batch: Batch) -> dict[str, jax.Array]:
+        shardings = {name: array.sharding for name, array in self.program.validation_batch.items()}
+        return to_global(batch, shardings, global_batch=self.run.train.global_batch)
+
+    def _check_space(self) -> None:
+        assert self._checkpoints is not None
+        needed_bytes = self._checkpoints.needed_bytes(self.program.state)
+        fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
+        check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
+
+    def _restore_or_init(self) -> TrainState:
+        """Restores the newest checkpoint, or takes the parameters of `run.init`, or draws them."""
+        assert self._checkpoints is not None
+        if self.completed_steps:
+            self._record = {"init": self.run_dir.existing_record().get("init")}
+            return self._checkpoints.restore(self.completed_steps, self.program.state)
+        self._record = {"init": None}
+        if self.run.init is None:
+            return self.program.init(jax.random.key(self.run.seed))
+        found = load_params(self.run.init, self.program)
+        path = self.run.init.rpartition("@")[0] or self.run.init
+        self._record = {"init": {"run": path, "step": found.step, "fingerprint": found.fingerprint}}
+        return self.program.init_from(found.params)
+
+    def _fit_loaded(self, stop_reason: Callable[[], str | None]) -> str | None:
+        """Trains on the data of the run, from the step that is next."""
+        config, start = self.run.train, self.completed_steps
+        batches = BatchLoader(
+            self.run.data,
+            self.dataset.train,
+            global_batch=config.global_batch,
+            rows=self._rows,
+            start_step=start,
+            steps=config.steps - start,
+            ids=self.dataset.sample_ids,
+        )
+        with Prefetcher(batches, self._place) as self._loader:
+            start_s = time.monotonic()
+            reason = self.fit(self._loader, stop_reason)
+            stages_s = {**batches.stages_s, "placing": self._loader.placing.total_s}
+            late = input_bound_warning(self._loader.late_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
+        if late is not None:
+            _log.warning("%s", late)
+        return reason
+
+    def _log_evaluation(self, step: int) -> None:
+        self._scores = self.evaluate()
+        self._timer.pause()
+        self._trackers.log(step, self._scores)
+
+    def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
+        devices = {
+            "count": len(jax.devices()),
+            "kind": jax.devices()[0].device_kind,
+            "platform": jax.devices()[0].platform,
+            "processes": jax.process_count(),
+            "mesh": dict(self.program.mesh.shape),
+        }
+        dataset, loaded = self.dataset, self._loaded
+        # A record names the versions that it is of: who replays it, or samples from the run, reads those.
+        run = replace(loaded.run, data=loaded.run.data.with_versions(dataset.versions))
+        newest = {each.path: "newest at the start" for each in diff(loaded.run, run)}
+        with_versions = replace(loaded, run=run, origins=loaded.origins | newest)
+        versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
+        made = record(with_versions, command=self._command, versions=versions, git=git, devices=devices)
+        made |= {"data": dataset.fingerprint, "data_versions": [*dataset.versions]}
+        return {**made, "derived": {name: list(value) for name, value in statistics.items()}}
+
+    def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
+        """Returns the final values of the run, from its own metrics."""
+        rows, units = self.metrics, f"{self.run.data.modality}s"
+        losses = [row["loss"] for row in rows if "loss" in row]
+        return {
+            "status": "finished" if reason is None else "stopped",
+            "steps": self.completed_steps,
+            "modality": self.run.data.modality,
+            units: self.completed_steps * units_per_step(self.program),
+            "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
+            "final_loss": losses[-1] if losses else None,
+            "validation": {name.removeprefix("eval/"): score for name, score in self._scores.items()},
+            # Of all validation samples: there are none of a part of them.
+            "baselines": self.dataset.baselines if self.run.train.eval_samples is None else {},
+            f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
+            "mfu_median": _median(rows, "mfu"),
+            "peak_flops_per_device": self._peak_flops,
+            "peak_source": self._peak_source,
+            "peak_rss_bytes": max((int(row["rss_bytes"]) for row in rows if "rss_bytes" in row), default=None),
+            "checkpoint": str(self.run_dir.checkpoints / str(self.completed_steps)),
+            "report": str(self.run_dir.report),
+        }
+
+
+def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Returns the metrics of a step on the host; NonFiniteError where the loss or the gradient is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values.get(name, 0.0)):
+            raise NonFiniteError(
+                f"step {step}: {name} is {values[name]}; nothing was saved since: start the same command with a lower "
+                "optim.peak_lr, a longer warm-up, or another data.seed"
+            )
+    return values
+
+
+def device_memory() -> dict[str, float]:
+    """Returns bytes in use on the fullest local device, and its peak; nothing where the platform does not tell."""
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
+    return {name: float(max(s[key] for s in stats)) for name, key in names.items() if stats and key in stats[0]}
+
+
+def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
+    found = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+    return median(found) if found else None

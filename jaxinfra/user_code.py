@@ -1,0 +1,47 @@
+"""Turns a failure inside a user's own class into one line that names their file and line."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxinfra.errors import ConfigError, JaxinfraError
+
+_PACKAGE = Path(__file__).parent
+
+
+@contextmanager
+def user_code(owner: type, path: str) -> Iterator[None]:
+    """Raises a ConfigError for a failure in a class from outside this package, at `path` in the config.
+
+    The line that it shows is the innermost one of the user's files, not one of JAX or of this package. A failure in a
+    class of this package, and an error that is meant for the user already, pass unchanged.
+    """
+    try:
+        yield
+    except JaxinfraError:
+        raise
+    except Exception as error:
+        if owner.__module__.partition(".")[0] == "jaxinfra":
+            raise
+        place = owner.__qualname__
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if _is_users(frame.f_code.co_filename):
+                place = f"{frame.f_code.co_filename}:{line}"
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{place}: {type(error).__name__}: {reason[:300]}; mend {owner.__qualname__}, the {path} of the config"
+        ) from error
+
+
+def _is_users(file: str) -> bool:
+    if not Path(file).is_absolute() and file.startswith("<"):
+        return False
+    resolved = Path(file).resolve()
+    if resolved.is_relative_to(_PACKAGE):
+        return False
+    return "site-packages" not in resolved.parts and not any(map(resolved.is_relative_to, _stdlib()))
+
+
+def _stdlib() -> list[Path]:
+    return [Path(traceback.__file__).resolve().parent]
