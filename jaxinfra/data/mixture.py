@@ -13,7 +13,7 @@ from jaxinfra.config.limits import Count, NonEmpty
 from jaxinfra.data import buffers
 from jaxinfra.data.inspect import rows
 from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig
-from jaxinfra.data.mixing import MixtureSampler, MixStage, stage_problems
+from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
