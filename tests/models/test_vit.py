@@ -11,6 +11,7 @@ from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.models.zoo import VISION_SHAPES, vision_shape
 from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
 from tests.models.numpy_reference import normalise, tanh_gelu
 from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put_like, values_on_host
@@ -113,4 +114,4 @@ def test_flops_by_hand() -> None:
     patches, tokens = 4, 5
     products = patches * 3 * 4 + tokens * (4 * 4 * 4 + 2 * 4 * 5) + 4 * 6
     attention = 2 * tokens * tokens * 4  # scores, and the weighted sum of values
-    assert shape.flops(MEAN.data) == 3 * 2 * (products + attention)
+    assert shape.build(Partitioner()).flops(MEAN.data) == 3 * 2 * (products + attention)
