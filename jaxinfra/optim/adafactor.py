@@ -1,59 +1,57 @@
-"""Adafactor: the second moment of a matrix as a vector of row means and one of column means.
+"""Adafactor: stores the second moment of a matrix as row means and column means.
 
-After Shazeer & Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost".
-
-Rows and columns are those of the matrix product (`blocks`), so stacked layers are never averaged with each
-other and heads count as columns. For a plain matrix it computes what `optax.adafactor` computes.
+After Shazeer & Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost". For an unstacked matrix it
+computes what `optax.adafactor` computes; stacked layers are separate matrices (see `matrix_dims`).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxinfra.optim.matrix_dims import MatrixDims, is_param_spec, matrix_dims
-from jaxinfra.parallel.spec import ParamSpec
+from jaxinfra.parallel.spec import ParamSpec, PyTree
 
 
 class Factored(NamedTuple):
-    """Means of a matrix's squared gradient: `row` lacks the column dimensions, `col` the row dimensions."""
+    """Means of a matrix's squared gradient: `row` has no column dimensions, `col` no row dimensions."""
 
     row: jax.Array
     col: jax.Array
 
 
 class FactoredState(NamedTuple):
-    """The number of updates made, and each parameter's second moment: `Factored`, or whole if small."""
+    """The number of updates so far, and the second moments: `Factored`, or unfactored arrays for small matrices."""
 
     step: jax.Array
-    second: Any
+    second: PyTree
 
 
 def scale_by_factored_rms(
-    specs: Any, *, decay_power: float, min_factored_dim: int, clip_rms: float | None
+    specs: PyTree, *, decay_power: float, min_factored_dim: int, clip_rms: float | None
 ) -> optax.GradientTransformation:
-    """Gradients divided by the root of their factored second moment (the paper's Algorithm 4).
+    """Divides gradients by the root of their factored second moment (Algorithm 4).
 
     Args:
-        specs: tree of `ParamSpec` like the parameters.
-        decay_power: the moment of update t (from 1) decays by `1 - t ** -decay_power`.
-        min_factored_dim: matrices with fewer rows or columns keep their whole second moment.
-        clip_rms: updates of one matrix are scaled down to this root mean square; None for no limit.
+        specs: the `ParamSpec`s.
+        decay_power: update t (from 1) decays the moment by `1 - t ** -decay_power`.
+        min_factored_dim: matrices with fewer rows or columns are not factored.
+        clip_rms: limit on the root mean square of each matrix's update; None for no limit.
     """
     factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs, is_leaf=is_param_spec)
-    blocks = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
+    dims_tree = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
 
     def init(params: optax.Params) -> FactoredState:
         def zeros(param: jax.Array, is_factored: bool, dims: MatrixDims) -> Factored | jax.Array:
             if not is_factored:
                 return jnp.zeros_like(param)
-            # The shape's own type carries the sharding that is left when dimensions are averaged away.
+            # The type of a mean carries the sharding of the remaining dimensions.
             row, col = jax.eval_shape(lambda p: (p.mean(dims.cols), p.mean(dims.rows)), param)
             return Factored(jnp.zeros_like(row), jnp.zeros_like(col))
 
-        return FactoredState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params, factored, blocks))
+        return FactoredState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params, factored, dims_tree))
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -62,21 +60,21 @@ def scale_by_factored_rms(
         assert isinstance(state, FactoredState)
         step = state.step + 1
         decay = 1 - step.astype(jnp.float32) ** -decay_power
-        second = jax.tree.map(lambda g, v, dims: _moment(g, v, dims, decay), updates, state.second, blocks)
-        scaled = jax.tree.map(lambda g, v, dims: _scaled(g, v, dims, clip_rms), updates, second, blocks)
+        second = jax.tree.map(lambda g, v, dims: _moment(g, v, dims, decay), updates, state.second, dims_tree)
+        scaled = jax.tree.map(lambda g, v, dims: _scale(g, v, dims, clip_rms), updates, second, dims_tree)
         return scaled, FactoredState(step, second)
 
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_param_rms(specs: Any, *, min_rms: float) -> optax.GradientTransformation:
-    """Updates times the root mean square of the matrix that they go to, at least `min_rms` (section 8)."""
-    blocks = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
+def scale_by_param_rms(specs: PyTree, *, min_rms: float) -> optax.GradientTransformation:
+    """Multiplies updates by the root mean square of their matrix, at least `min_rms` (section 8)."""
+    dims_tree = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)
 
-    def one(update: jax.Array, param: jax.Array, dims: MatrixDims) -> jax.Array:
+    def scale(update: jax.Array, param: jax.Array, dims: MatrixDims) -> jax.Array:
         return update * jnp.maximum(_rms(param, dims), min_rms)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, params, blocks))
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, dims_tree))
 
 
 def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
@@ -84,7 +82,7 @@ def _is_factored(spec: ParamSpec, min_factored_dim: int) -> bool:
 
 
 def _moment(grad: jax.Array, old: Factored | jax.Array, dims: MatrixDims, decay: jax.Array) -> Factored | jax.Array:
-    # The paper's epsilon_1: keeps the root finite where no gradient has ever been.
+    # The paper's epsilon_1: keeps the root finite for gradients that were always zero.
     square = jnp.square(grad) + 1e-30
     if isinstance(old, Factored):
         return Factored(
@@ -94,7 +92,7 @@ def _moment(grad: jax.Array, old: Factored | jax.Array, dims: MatrixDims, decay:
     return decay * old + (1 - decay) * square
 
 
-def _scaled(grad: jax.Array, second: Factored | jax.Array, dims: MatrixDims, clip_rms: float | None) -> jax.Array:
+def _scale(grad: jax.Array, second: Factored | jax.Array, dims: MatrixDims, clip_rms: float | None) -> jax.Array:
     if isinstance(second, Factored):
         row = jnp.expand_dims(second.row, dims.cols)
         col = jnp.expand_dims(second.col, dims.rows)
@@ -107,6 +105,6 @@ def _scaled(grad: jax.Array, second: Factored | jax.Array, dims: MatrixDims, cli
 
 
 def _rms(x: jax.Array, dims: MatrixDims) -> jax.Array:
-    """Root mean square of each matrix, with its dimensions kept as 1."""
+    """Returns the root mean square of each matrix, its dimensions kept with size 1."""
     size = math.prod(x.shape[dim] for dim in dims.matrix)
     return jnp.sqrt(jnp.square(x).sum(dims.matrix, keepdims=True) / size)

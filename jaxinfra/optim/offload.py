@@ -1,9 +1,8 @@
-"""An optimiser whose arrays wait in host memory between steps, and come to the devices layer by layer.
+"""Keeps optimizer state in host memory between steps, and moves it to the devices layer by layer.
 
-A step of it needs on the devices what it always needs there, gradients and parameters, and of its own state that of
-one layer. Not for averaged weights: they are evaluated and sampled from where they are.
+A step needs device memory for gradients, parameters and the state of one layer. Averaged weights are not offloaded.
 
-Invariant: the tree of the state is that of the optimiser without offloading, and so, but for rounding, are the numbers.
+The state has the same tree as without offloading and, up to rounding, the same values.
 """
 
 from collections.abc import Callable
@@ -14,108 +13,117 @@ import jax
 import jax.numpy as jnp
 import optax
 
-type Build = Callable[[Any], optax.GradientTransformation]
-"""Makes the optimiser of parameters declared by a tree of specs."""
+from jaxinfra.parallel.spec import PyTree
+
+type OptimizerFactory = Callable[[PyTree], optax.GradientTransformation]
+"""Makes the optimizer of the parameters of a tree of `ParamSpec`s."""
 
 
-def store_state_on_host(build: Build, specs: dict[str, Any]) -> optax.GradientTransformation:
-    """`build(specs)` with the arrays of its state in host memory; scalars and counters stay on the devices.
+def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> optax.GradientTransformation:
+    """Wraps `make(specs)` to keep the arrays of its state in host memory; scalars stay on the devices.
 
-    The state of stacked layers is moved and used one layer at a time, in a loop over the gradients: without one the
-    compiler moves all of it as early as it can. Other parameters, and layers that pipeline stages have shared out,
-    move whole.
+    The state of stacked layers is moved and used one layer at a time. Other parameters, and layers that are sharded
+    over pipeline stages, move at once.
     """
 
-    def is_params(node: Any) -> bool:
+    def is_params(node: PyTree) -> bool:
         return isinstance(node, dict) and node.keys() == specs.keys()
 
-    def part(tree: Any, names: list[str]) -> Any:
-        """The state, gradients or parameters without what is of others."""
+    def select(tree: PyTree, names: list[str]) -> PyTree:
+        """Keeps only these parameters in every dict of parameters in the tree."""
         return jax.tree.map(
             lambda node: {name: node[name] for name in names} if is_params(node) else node, tree, is_leaf=is_params
         )
 
-    def merged(tree: Any, *parts: Any) -> Any:
-        """What `part` took apart; of counters the first."""
+    def merge(tree: PyTree, *parts: PyTree) -> PyTree:
+        """Reverses `select`; counters come from the first part."""
 
-        def one(node: Any, *found: Any) -> Any:
-            return {name: next(p[name] for p in found if name in p) for name in node} if is_params(node) else found[0]
+        def merge_node(node: PyTree, *found: PyTree) -> PyTree:
+            if not is_params(node):
+                return found[0]
+            return {name: next(part[name] for part in found if name in part) for name in node}
 
-        return jax.tree.map(one, tree, *parts, is_leaf=is_params)
+        return jax.tree.map(merge_node, tree, *parts, is_leaf=is_params)
 
     def init(params: optax.Params) -> optax.OptState:
-        return _to_host(build(specs).init(params))
+        return _to_host(make(specs).init(params))
 
-    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
-        streamed = [name for name in specs if _is_stacked(specs[name], updates[name])]
-        others = [name for name in specs if name not in streamed]
+    def update(updates: PyTree, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, optax.OptState]:
+        layered = [name for name in specs if _is_stacked(specs[name], updates[name])]
+        others = [name for name in specs if name not in layered]
         results = []
         if others:
-            tx = build(part(specs, others))
-            results.append(_whole(tx, *(part(tree, others) for tree in (updates, state, params))))
-        for name in streamed:  # each is a stack of its own length
-            of_one = jax.tree.map(lambda spec: replace(spec, shape=(1, *spec.shape[1:])), part(specs, [name]))
-            stacked = (part(tree, [name]) for tree in (updates, state, params))
-            results.append(_layer_by_layer(build(of_one), *stacked))
-        moved, states = zip(*results, strict=True)
-        return merged(updates, *moved), merged(state, *states)
+            tx = make(select(specs, others))
+            results.append(_update_at_once(tx, *(select(tree, others) for tree in (updates, state, params))))
+        for name in layered:  # stacks can differ in length
+            layer_specs = jax.tree.map(lambda spec: replace(spec, shape=(1, *spec.shape[1:])), select(specs, [name]))
+            stacked = (select(tree, [name]) for tree in (updates, state, params))
+            results.append(_update_by_layer(make(layer_specs), *stacked))
+        new_updates, states = zip(*results, strict=True)
+        return merge(updates, *new_updates), merge(state, *states)
 
     return optax.GradientTransformation(init, update)
 
 
-class _Split(NamedTuple):
-    """A state whose arrays are apart from its counters."""
+class _SplitState(NamedTuple):
+    """A flattened state, its arrays and counters by their index."""
 
-    tree: Any
+    treedef: Any
     arrays: dict[int, jax.Array]
     counters: dict[int, jax.Array]
 
     @classmethod
-    def of(cls, state: Any) -> "_Split":
-        leaves, tree = jax.tree.flatten(state)
+    def split(cls, state: optax.OptState) -> "_SplitState":
+        leaves, treedef = jax.tree.flatten(state)
         arrays = {at: leaf for at, leaf in enumerate(leaves) if leaf.ndim}
-        return cls(tree, arrays, {at: leaf for at, leaf in enumerate(leaves) if not leaf.ndim})
+        return cls(treedef, arrays, {at: leaf for at, leaf in enumerate(leaves) if not leaf.ndim})
 
-    def joined(self, arrays: dict[int, jax.Array]) -> Any:
+    def with_arrays(self, arrays: dict[int, jax.Array]) -> optax.OptState:
         leaves = self.counters | arrays
-        return self.tree.unflatten([leaves[at] for at in range(len(leaves))])
+        return self.treedef.unflatten([leaves[at] for at in range(len(leaves))])
 
 
-def _whole(tx: optax.GradientTransformation, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    split = _Split.of(state)
-    here = jax.device_put(split.arrays, jax.memory.Space.Device)
-    updates, state = tx.update(updates, split.joined(here), params)
+def _update_at_once(
+    tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, optax.OptState]:
+    split = _SplitState.split(state)
+    arrays = jax.device_put(split.arrays, jax.memory.Space.Device)
+    updates, state = tx.update(updates, split.with_arrays(arrays), params)
     return updates, _to_host(state)
 
 
-def _layer_by_layer(tx: optax.GradientTransformation, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """`tx`, made for one layer, over stacked layers; counters come back as they were."""
-    split = _Split.of(state)
-    (count,) = {len(leaf) for leaf in jax.tree.leaves(updates)}
+def _update_by_layer(
+    tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, optax.OptState]:
+    """Updates stacked layers with `tx`, the optimizer of one layer; counters are returned unchanged."""
+    split = _SplitState.split(state)
+    (num_layers,) = {len(leaf) for leaf in jax.tree.leaves(updates)}
 
-    def layer(stacked: Any, number: jax.Array) -> Any:
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number), stacked)
+    def select(stacked: PyTree, layer: jax.Array) -> PyTree:
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer), stacked)
 
-    def put(stacked: Any, one: Any, number: jax.Array) -> Any:
-        return jax.tree.map(lambda a, n: jax.lax.dynamic_update_index_in_dim(a, n, number, 0), stacked, one)
+    def write(stacked: PyTree, value: PyTree, layer: jax.Array) -> PyTree:
+        return jax.tree.map(lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, layer, 0), stacked, value)
 
-    # Both are overwritten in place, layer by layer: updates need no memory beside that of the gradients.
-    def step(at: tuple[Any, Any], number: jax.Array) -> tuple[tuple[Any, Any], None]:
-        updates, arrays = at
-        here = jax.device_put(layer(arrays, number), jax.memory.Space.Device)
-        moved, new = tx.update(layer(updates, number), split.joined(here), layer(params, number))
-        return (put(updates, moved, number), put(arrays, _Split.of(_to_host(new)).arrays, number)), None
+    # A scan, because the compiler would otherwise move the state of all layers at the start. Both parts of the carry
+    # are overwritten in place: updates reuse the memory of the gradients.
+    def step(carry: tuple[PyTree, PyTree], layer: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
+        updates, arrays = carry
+        state = split.with_arrays(jax.device_put(select(arrays, layer), jax.memory.Space.Device))
+        update, state = tx.update(select(updates, layer), state, select(params, layer))
+        new_arrays = _SplitState.split(_to_host(state)).arrays
+        return (write(updates, update, layer), write(arrays, new_arrays, layer)), None
 
-    (updates, arrays), _ = jax.lax.scan(step, (updates, split.arrays), jnp.arange(count))
-    return updates, split.joined(arrays)
+    (updates, arrays), _ = jax.lax.scan(step, (updates, split.arrays), jnp.arange(num_layers))
+    return updates, split.with_arrays(arrays)
 
 
-def _to_host(state: Any) -> Any:
+def _to_host(state: optax.OptState) -> optax.OptState:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, state)
 
 
-def _is_stacked(specs: Any, arrays: Any) -> bool:
-    """Whether these parameters are stacked layers, all of them whole on every device."""
-    first = (spec.axes[:1] == ("layers",) for spec in jax.tree.leaves(specs))
-    whole = (jax.typeof(a).sharding.spec.partitions[:1] in ((), (None,)) for a in jax.tree.leaves(arrays))
-    return all(first) and all(whole)
+def _is_stacked(specs: PyTree, arrays: PyTree) -> bool:
+    """Returns whether these parameters are stacked layers that are not sharded over layers."""
+    stacked = (spec.axes[:1] == ("layers",) for spec in jax.tree.leaves(specs))
+    unsharded = (jax.typeof(a).sharding.spec.partitions[:1] in ((), (None,)) for a in jax.tree.leaves(arrays))
+    return all(stacked) and all(unsharded)

@@ -1,16 +1,14 @@
-"""The optimiser of a run: its config, and the optax chain that follows from it.
+"""The optimizer's config, and the optax chain that it describes.
 
-Not for clipping and averaged weights: the train step calls `transforms.clip_by_global_norm` before the chain
-and `transforms.ema_update` after it.
+The train step itself clips gradients and averages weights (`optim.transforms`).
 
-Invariants: weight decay is decoupled from the gradient, multiplied by the learning rate (Loshchilov & Hutter
-2019) and goes only to parameters whose role is in `OptimConfig.decay_roles`. Update t (from 0) uses the schedule's
-rate at t.
+Weight decay is decoupled: it is multiplied by the learning rate (Loshchilov & Hutter 2019), and applies only to
+parameters whose role is in `OptimConfig.decay_roles`. Update t (from 0) uses the learning rate of step t.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +18,12 @@ from annotated_types import Ge, Gt
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, Decay, NonNegative, Positive, PositiveShare
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
-from jaxinfra.optim.matrix_dims import is_hidden_matrix, is_param_spec, matrix_dims
+from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_spec, matrix_dims
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import Cosine, LRSchedule, optax_schedule
 from jaxinfra.optim.transforms import store_state_as
-from jaxinfra.parallel.spec import Role
+from jaxinfra.parallel.spec import ParamSpec, PyTree, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +31,10 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2).
 
     Attributes:
-        b1: decay of the mean of the gradient.
-        b2: decay of the mean of its square.
-        eps: added to the root of the second mean, after bias correction.
-        weight_decay: fraction of a parameter taken away per unit of learning rate.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment, after bias correction.
+        weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
     b1: Decay = 0.9
@@ -47,16 +45,16 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor:
-    """Adam's second moment in rows and columns, no first moment (Shazeer & Stern 2018, Algorithm 4).
+    """Adafactor: a factored second moment and no first moment (Shazeer & Stern 2018, Algorithm 4).
 
     Attributes:
-        decay_power: the moment of update t (from 1) decays by `1 - t ** -decay_power`.
-        min_factored_dim: matrices with fewer rows or columns keep their whole second moment.
-        clip_rms: limit on the root mean square of one matrix's update before the rate; None for no limit.
-        scale_by_param: multiply the rate by the parameter's own root mean square, as the paper does; the peak
-            rate is then relative, about 1e-2.
-        min_param_rms: the least root mean square that `scale_by_param` takes.
-        weight_decay: fraction of a parameter taken away per unit of learning rate.
+        decay_power: update t (from 1) decays the second moment by `1 - t ** -decay_power`.
+        min_factored_dim: matrices with fewer rows or columns are not factored.
+        clip_rms: limit on the root mean square of one matrix's update before the learning rate; None for no limit.
+        scale_by_param: multiply the learning rate by the parameter's root mean square, as the paper does; the peak is
+            then relative, about 1e-2.
+        min_param_rms: lower bound of that root mean square.
+        weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
     decay_power: PositiveShare = 0.8
@@ -69,15 +67,15 @@ class Adafactor:
 
 @dataclass(frozen=True, kw_only=True)
 class Lion:
-    """The sign of an interpolated momentum (Chen et al. 2023, Algorithm 2).
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023, Algorithm 2).
 
-    Every element moves by the whole rate, so the peak wants to be 3 to 10 times lower than AdamW's and the
-    weight decay as much higher (section 5 there).
+    Every element changes by the full learning rate, so use a peak 3 to 10 times lower than AdamW's and a weight decay
+    higher by the same factor (section 5).
 
     Attributes:
         b1: weight of the momentum in the update.
         b2: decay of the momentum.
-        weight_decay: fraction of a parameter taken away per unit of learning rate.
+        weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
     b1: Decay = 0.9
@@ -91,8 +89,8 @@ class SGD:
 
     Attributes:
         momentum: `m <- g + momentum * m`; 0 keeps no state.
-        nesterov: step along `g + momentum * m` instead of `m`.
-        weight_decay: fraction of a parameter taken away per unit of learning rate, past the momentum.
+        nesterov: update with `g + momentum * m` instead of `m`.
+        weight_decay: fraction of a parameter subtracted per unit of learning rate, without momentum.
     """
 
     momentum: Decay = 0.9
@@ -100,30 +98,30 @@ class SGD:
     weight_decay: NonNegative = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """Nesterov's step needs momentum."""
+        """Yields a problem if `nesterov` is set without momentum."""
         if self.nesterov and self.momentum == 0:
             yield Problem(
                 fields=("momentum", "nesterov"),
-                message="Nesterov's step without momentum is plain descent",
+                message="nesterov has no effect without momentum",
                 fix="use momentum=0.9 or nesterov=False",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Muon:
-    """Orthogonalised momentum for hidden matrices, AdamW for all else (Jordan et al. 2024).
+    """Orthogonalized momentum for hidden matrices, AdamW for all other parameters (Jordan et al. 2024).
 
     Attributes:
-        momentum: decay of the momentum of matrices.
-        nesterov: orthogonalise `g + momentum * m` instead of `m`.
-        iterations: of Newton-Schulz.
-        scale: "rms" scales updates to AdamW's usual size, so that both halves share one rate (Liu et al.
-            2025); "width" is the original `sqrt(max(1, cols / rows))`, whose peak rate is about 0.02.
-        matmul_dtype: of the Newton-Schulz products; bfloat16 halves what moves between devices.
-        b1: AdamW's, for the rest.
-        b2: AdamW's, for the rest.
-        eps: AdamW's, for the rest.
-        weight_decay: fraction of a parameter taken away per unit of learning rate, in both halves.
+        momentum: decay of the momentum.
+        nesterov: orthogonalize `g + momentum * m` instead of `m`.
+        iterations: Newton-Schulz iterations.
+        scale: "rms" scales updates to AdamW's usual size, so that both share one learning rate (Liu et al. 2025);
+            "width" is the original `sqrt(max(1, cols / rows))`, with a peak of about 0.02.
+        matmul_dtype: dtype of the Newton-Schulz products; bfloat16 halves the transfers between devices.
+        b1: see `AdamW`.
+        b2: see `AdamW`.
+        eps: see `AdamW`.
+        weight_decay: fraction of a parameter subtracted per unit of learning rate, for all parameters.
     """
 
     momentum: Decay = 0.95
@@ -142,17 +140,17 @@ type Optimizer = AdamW | Adafactor | Lion | SGD | Muon
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How parameters move.
+    """The optimizer, its learning-rate schedule, and what is done around an update.
 
     Attributes:
         optimizer: the update rule.
-        schedule: the learning rate's course, as a fraction of the peak.
+        schedule: the learning rate as a fraction of the peak.
         peak_lr: the highest learning rate.
         clip_norm: limit on the global norm of the gradient; None for no limit.
-        ema_decay: of an averaged copy of the parameters; None keeps none.
-        state_dtype: what the optimiser's arrays are stored in; it computes in float32 either way.
-        offload: keep the optimiser's arrays in host memory between steps.
-        decay_roles: parameters of these roles are decayed.
+        ema_decay: decay of averaged weights; None keeps none.
+        state_dtype: dtype of the stored optimizer state; computation is in float32.
+        offload: keep the optimizer state in host memory between steps.
+        decay_roles: roles of the parameters that weight decay applies to.
     """
 
     optimizer: Optimizer = AdamW()
@@ -165,35 +163,40 @@ class OptimConfig:
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
 
     def problems(self) -> Iterable[Problem]:
-        """Means that bfloat16 can keep: it rounds changes of less than 2**-8 of a value away."""
+        """Yields moments that bfloat16 cannot store: it rounds away changes of less than 2**-8 of a value."""
         if self.state_dtype != "bfloat16":
             return
         if isinstance(self.optimizer, Adafactor):
             yield Problem(
                 fields=("state_dtype", "optimizer.decay_power"),
-                message="bfloat16 rounds late changes of Adafactor's second moment away, and saves little",
+                message="bfloat16 rounds away late changes of Adafactor's second moment, and saves little memory",
                 fix="use state_dtype=float32",
             )
         for name in ("b1", "b2", "momentum"):
             if (decay := getattr(self.optimizer, name, 0.0)) > 1 - 2**-8:
                 yield Problem(
                     fields=("state_dtype", f"optimizer.{name}"),
-                    message=f"bfloat16 rounds the changes of a mean with {name}={decay} away",
+                    message=f"bfloat16 rounds away the changes of a moment with {name}={decay}",
                     fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
                 )
 
 
-def make_optimizer(optim: OptimConfig, *, steps: int, specs: Any) -> optax.GradientTransformation:
-    """The optax chain of a run of `steps` steps over parameters declared by `specs`, a tree of `ParamSpec`.
+def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformation:
+    """Makes the optax chain of a run of `steps` steps, without clipping.
 
-    Its `update` needs the parameters and returns float32 updates to add to them (`optax.apply_updates`).
-    State is sharded like the parameters, which may be abstract at `init`. Gradients are not clipped here.
+    `update` needs the parameters and returns float32 updates for `optax.apply_updates`. The state is sharded like the
+    parameters, which may be abstract in `init`.
+
+    Args:
+        optim: the config.
+        steps: steps of the run, for the schedule.
+        specs: the `ParamSpec`s of the parameters.
     """
     rate = optax_schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
 
-    def chain(specs: Any) -> optax.GradientTransformation:
+    def chain(specs: PyTree) -> optax.GradientTransformation:
         decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
-        links = [_direction(optim.optimizer, specs)]
+        links = [_update_rule(optim.optimizer, specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))
@@ -202,8 +205,8 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: Any) -> optax.Gradi
     return store_state_on_host(chain, specs) if optim.offload else chain(specs)
 
 
-def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation:
-    """The update before weight decay and learning rate."""
+def _update_rule(optimizer: Optimizer, specs: PyTree) -> optax.GradientTransformation:
+    """Returns the update before weight decay and learning rate."""
     match optimizer:
         case AdamW():
             return optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
@@ -228,16 +231,16 @@ def _direction(optimizer: Optimizer, specs: Any) -> optax.GradientTransformation
     assert_never(optimizer)
 
 
-def _muon(muon: Muon, specs: Any) -> optax.GradientTransformation:
-    blocks = jax.tree.map(
-        lambda spec: matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_param_spec
-    )
-    # Newton-Schulz does not see the scale of its input, so the sum that `trace` keeps does for the paper's
-    # mean.
+def _muon(muon: Muon, specs: PyTree) -> optax.GradientTransformation:
+    def dims(spec: ParamSpec) -> MatrixDims | optax.MaskedNode:
+        return matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode()
+
+    dims_tree = jax.tree.map(dims, specs, is_leaf=is_param_spec)
+    # `trace` sums gradients where the paper averages them. Newton-Schulz does not depend on the scale.
     matrices = optax.chain(
         optax.trace(muon.momentum, muon.nesterov),
-        orthogonalize(blocks, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)),
+        orthogonalize(dims_tree, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)),
     )
-    rest = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
+    others = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
     labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs, is_leaf=is_param_spec)
-    return optax.partition({"muon": matrices, "adamw": rest}, labels)
+    return optax.partition({"muon": matrices, "adamw": others}, labels)

@@ -1,20 +1,18 @@
-"""The learning rate as a function of the step.
+"""Learning-rate schedules: the learning rate as a function of the step.
 
-Not for choosing the peak or the length of a run: both are arguments, so that one schedule fits many runs.
+The peak and the length of a run are arguments, so one schedule fits many runs. Step t (from 0) uses `lr(t)`:
 
-Steps count from 0: the update that step t makes uses `lr(t)`. All schedules share these end points:
-
-- With `warmup_steps=w > 0`, `lr(t) = peak_lr * t / w` for t < w: step 0 has rate 0 and **step w is the first
-  with the peak**. With `warmup_steps=0`, step 0 has the peak.
-- Decaying schedules reach `final_fraction * peak_lr` exactly at step `steps`, one after the last update, so
-  no update is spent at the final rate; the last one, step `steps - 1`, is one notch above it.
-- Beyond `steps` the rate stays where it was at `steps`, except for `InverseSqrt`, which has no end.
+- With `warmup_steps=w > 0`, `lr(t) = peak_lr * t / w` for t < w, so step w is the first with the peak. With
+  `warmup_steps=0`, step 0 has the peak.
+- Decaying schedules reach `final_fraction * peak_lr` at step `steps`, one after the last update.
+- Beyond `steps` the rate is constant, except for `InverseSqrt`, which keeps falling.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +25,10 @@ from jaxinfra.config.limits import Natural, PositiveShare, Share
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """Holds the fields that every schedule has.
+    """The common field of all schedules.
 
     Attributes:
-        warmup_steps: steps of linear warm-up from 0; this step is the first with the peak rate.
+        warmup_steps: steps of linear warmup from 0.
     """
 
     warmup_steps: Natural = 0
@@ -38,12 +36,12 @@ class Warmup:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Warmup):
-    """The peak from the end of warm-up on."""
+    """The peak, after warmup."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Warmup):
-    """A straight line from the peak down.
+    """Linear decay from the peak.
 
     Attributes:
         final_fraction: the rate at the end of the run, as a fraction of the peak.
@@ -54,7 +52,7 @@ class Linear(Warmup):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Warmup):
-    """Half a cosine from the peak down (Loshchilov & Hutter 2017, section 3, without restarts).
+    """Half a cosine from the peak (Loshchilov & Hutter 2017, section 3, without restarts).
 
     Attributes:
         final_fraction: the rate at the end of the run, as a fraction of the peak.
@@ -65,11 +63,11 @@ class Cosine(Warmup):
 
 @dataclass(frozen=True, kw_only=True)
 class WSD(Warmup):
-    """Warm-up, stable, decay: the peak is kept until a short decay ends the run (Hu et al. 2024, section 4).
+    """Warmup, stable, decay: the peak until a short decay at the end of the run (Hu et al. 2024, section 4).
 
     Attributes:
-        decay_fraction: the decay takes `round(decay_fraction * steps)` steps at the end of the run.
-        shape: of the decay: "linear", or "sqrt" for one minus a square root (Haegele et al. 2024, section 3).
+        decay_fraction: the decay takes the last `round(decay_fraction * steps)` steps.
+        shape: "linear" decay, or "sqrt" for one minus a square root (Haegele et al. 2024, section 3).
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
@@ -78,35 +76,30 @@ class WSD(Warmup):
     final_fraction: Share = 0.0
 
     def decay_steps(self, steps: int) -> int:
-        """How many of a run's `steps` decay."""
+        """Returns the number of steps that decay."""
         return round(self.decay_fraction * steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrt(Warmup):
-    """`peak_lr * sqrt(w / t)` with `w = max(warmup_steps, 1)` (Vaswani et al. 2017, section 5.3).
-
-    It has no end: the rate goes on falling beyond the last step.
-    """
+    """`peak_lr * sqrt(w / t)` with `w = max(warmup_steps, 1)` (Vaswani et al. 2017, section 5.3)."""
 
 
 type LRSchedule = Constant | Linear | Cosine | WSD | InverseSqrt
 
 
 def optax_schedule(config: LRSchedule, *, peak_lr: float, steps: int) -> optax.Schedule:
-    """The learning rate of a run of `steps` steps, as the function of the step that optax wants."""
-
-    def lr(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        return learning_rate(config, step, peak_lr=peak_lr, steps=steps)
-
-    return lr
+    """Returns the learning rate of a run of `steps` steps as an optax schedule."""
+    return partial(learning_rate, config, peak_lr=peak_lr, steps=steps)
 
 
-def learning_rate(config: LRSchedule, step: Any, *, peak_lr: float, steps: int) -> Any:
-    """The learning rate of `step`, an integer or an array of them, in a run of `steps` steps.
+def learning_rate(
+    config: LRSchedule, step: jax.typing.ArrayLike, *, peak_lr: float, steps: int
+) -> jax.Array | np.ndarray:
+    """Returns the learning rate of `step`, an integer or an array, in a run of `steps` steps.
 
-    The rates have the shape of `step`. JAX arrays, traced ones too, give float32 JAX arrays; anything else is computed
-    in NumPy's float64 and starts no device.
+    JAX arrays, traced or not, give float32 JAX arrays. Anything else is computed in NumPy, in float64, without
+    initializing a device.
     """
     xp = jnp if isinstance(step, jax.Array) else np
     t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
@@ -115,46 +108,46 @@ def learning_rate(config: LRSchedule, step: Any, *, peak_lr: float, steps: int) 
 
 
 def lr_table(config: LRSchedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
-    """About `rows` pairs (step, rate), evenly spread from step 0 to the last step, and the end of warm-up."""
-    spread = {round(at) for at in np.linspace(0, steps - 1, rows)}
-    chosen = sorted(spread | {min(config.warmup_steps, steps - 1)})
+    """Returns about `rows` pairs (step, learning rate) from the first step to the last, and the end of warmup."""
+    evenly_spaced = {round(at) for at in np.linspace(0, steps - 1, rows)}
+    chosen = sorted(evenly_spaced | {min(config.warmup_steps, steps - 1)})
     return [(at, float(learning_rate(config, at, peak_lr=peak_lr, steps=steps))) for at in chosen]
 
 
 def schedule_problems(config: LRSchedule, steps: int, *, path: str = "") -> Iterable[Problem]:
-    """Yields what cannot work in a run of `steps` steps; fields are named under `path`, as in "optim.schedule."."""
+    """Yields problems with a run of `steps` steps; `path` is the prefix of fields, such as "optim.schedule."."""
     if config.warmup_steps and config.warmup_steps >= steps:
         yield Problem(
             fields=(f"{path}warmup_steps",),
-            message=f"step {config.warmup_steps} has the peak rate, but the last step is {steps - 1}",
+            message=f"the last step is {steps - 1}, before the end of warmup",
             fix=f"use {path}warmup_steps={steps // 10}, or more steps",
         )
     elif isinstance(config, WSD) and config.warmup_steps + config.decay_steps(steps) > steps:
         yield Problem(
             fields=(f"{path}warmup_steps", f"{path}decay_fraction"),
-            message=f"warm-up and {config.decay_steps(steps)} steps of decay do not fit into {steps} steps",
+            message=f"warmup and {config.decay_steps(steps)} steps of decay do not fit into {steps} steps",
             fix=f"use {path}warmup_steps={steps - config.decay_steps(steps)} or less",
         )
 
 
-def _decay(config: LRSchedule, t: Any, steps: int, xp: ModuleType) -> Any:
-    """The rate after warm-up as a fraction of the peak; 1 during warm-up."""
+def _decay(config: LRSchedule, t: jax.Array | np.ndarray, steps: int, xp: ModuleType) -> jax.Array | np.ndarray:
+    """Returns the rate after warmup as a fraction of the peak; 1 during warmup."""
     match config:
         case Constant():
             return xp.ones_like(t)
         case InverseSqrt():
             first = max(config.warmup_steps, 1)
             return xp.sqrt(first / xp.maximum(t, first))
-        case Linear():
-            left = 1 - _progress(t, config.warmup_steps, steps, xp)
-        case Cosine():
-            left = (1 + xp.cos(np.pi * _progress(t, config.warmup_steps, steps, xp))) / 2
         case WSD():
-            progress = _progress(t, steps - config.decay_steps(steps), steps, xp)
-            left = 1 - (xp.sqrt(progress) if config.shape == "sqrt" else progress)
+            start = steps - config.decay_steps(steps)
+        case Linear() | Cosine():
+            start = config.warmup_steps
+    progress = xp.clip((t - start) / max(steps - start, 1), 0.0, 1.0)
+    match config:
+        case Cosine():
+            left = (1 + xp.cos(np.pi * progress)) / 2
+        case WSD(shape="sqrt"):
+            left = 1 - xp.sqrt(progress)
+        case _:
+            left = 1 - progress
     return config.final_fraction + (1 - config.final_fraction) * left
-
-
-def _progress(t: Any, start: int, stop: int, xp: ModuleType) -> Any:
-    """0 up to step `start`, 1 from step `stop` on, straight in between."""
-    return xp.clip((t - start) / max(stop - start, 1), 0.0, 1.0)

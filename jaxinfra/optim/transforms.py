@@ -1,21 +1,17 @@
-"""What every optimiser shares: clipping by the global norm, averaged weights, the dtype of stored state.
-
-Clipping is a function of its own, not a link of the chain, because the step reports the norm that it takes.
-"""
-
-from typing import Any
+"""Gradient clipping by the global norm, averaged weights, and the dtype of stored optimizer state."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxinfra.parallel.spec import PyTree
 
-def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Array]:
-    """Gradients scaled down to a global norm of at most `max_norm`, and the norm that they had.
 
-    Sums in float32 whatever the gradients' dtype, which they keep. Gradients within the limit come back bit for bit; so
-    do all with `max_norm=None`. A norm that is not finite makes gradients that are not finite: the caller decides what
-    to do.
+def clip_by_global_norm(grads: PyTree, max_norm: float | None) -> tuple[PyTree, jax.Array]:
+    """Scales gradients down to a global norm of at most `max_norm`; returns them and the norm before.
+
+    Sums in float32, whatever the gradients' dtype, and keeps that dtype. Gradients within the limit, or with
+    `max_norm=None`, are returned bit for bit. If the norm is not finite, neither are the scaled gradients.
     """
     norm = jnp.sqrt(sum((_square_sum(g) for g in jax.tree.leaves(grads)), start=jnp.float32(0)))
     if max_norm is None:
@@ -25,27 +21,24 @@ def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Ar
 
 
 def _square_sum(x: jax.Array) -> jax.Array:
-    """The sum of the squares of all elements, a whole dimension first.
-
-    XLA's CPU back end adds up rows many at a time, but the elements of one array one after the other.
-    """
+    """Sums the squares of all elements, one unsharded dimension first."""
+    # XLA's CPU backend vectorizes a sum over rows, but not a sum over all elements of an array.
     squares = jnp.square(x.astype(jnp.float32))
-    whole = [dim for dim, part in enumerate(jax.typeof(x).sharding.spec) if part is None]
-    return jnp.sum(jnp.sum(squares, axis=whole[0]) if whole and x.ndim > 1 else squares)
+    unsharded = [dim for dim, entry in enumerate(jax.typeof(x).sharding.spec) if entry is None]
+    return jnp.sum(jnp.sum(squares, axis=unsharded[0]) if unsharded and x.ndim > 1 else squares)
 
 
-def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int) -> Any:
-    """The exponential moving average of the parameters, one step on.
+def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int) -> PyTree:
+    """Updates the exponential moving average of the parameters.
 
-    The decay used is `min(decay, (1 + step) / (10 + step))`, so that the first values, which the average
-    starts from, are soon forgotten. Computes in float32 and keeps the average's own dtype: float32, or a
-    large decay would round every change away.
+    The decay is `min(decay, (1 + step) / (10 + step))`, so that the initial values are soon forgotten. Computes in
+    float32 and keeps the average's dtype: float32, or a large decay would round every change away.
 
     Args:
-        ema: the average before; a copy of the parameters at the start.
-        params: the parameters after this step's update, of the same structure.
-        decay: the limit of the decay, in [0, 1).
-        step: updates made before this one: 0 at the first.
+        ema: the average; starts as a copy of the parameters.
+        params: the parameters after this step's update.
+        decay: the largest decay, in [0, 1).
+        step: number of updates before this one.
     """
     t = jnp.asarray(step).astype(jnp.float32)
     keep = jnp.minimum(decay, (1 + t) / (10 + t))
@@ -58,12 +51,12 @@ def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int) -> An
 
 
 def store_state_as(tx: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """`tx` with its floating-point state kept in `dtype` between steps, while it computes in float32.
+    """Wraps `tx` to store its floating-point state in `dtype` between steps, and to compute in float32.
 
-    Updates come back in float32. Scalars and counters of the state are left as they are.
+    Updates are float32. Scalars and counters of the state are unchanged.
     """
 
-    def cast(tree: Any, to: jnp.dtype) -> Any:
+    def cast(tree: PyTree, to: jnp.dtype) -> PyTree:
         return jax.tree.map(lambda x: x.astype(to) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
     float32 = jnp.dtype("float32")
