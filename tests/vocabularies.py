@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, load, train_bpe
+from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TokenizerFile, build_tokenizer, train_bpe
 
 EOT = "<|endoftext|>"
 TEXTS = ["def naïve(x):\n\treturn  'é漢字 🙂'\n" * 5, "class A:\n    pass\n" * 20, "\r\n  \x00 tail"]
@@ -26,7 +26,7 @@ def vocabulary(kind: str, folder: Path) -> Tokenizer:
         "fallback": _fallback,
         "tiktoken": _tiktoken,
         "sentencepiece": _sentencepiece,
-        "bytes": lambda _: load(Bytes(end_of_document=EOT, special_tokens=MARKERS)),
+        "bytes": lambda _: build_tokenizer(Bytes(end_of_document=EOT, special_tokens=MARKERS)),
     }[kind](folder)
 
 
@@ -64,7 +64,7 @@ def _fallback(folder: Path) -> Tokenizer:
 
 def _from_json(backend: Backend, path: Path) -> Tokenizer:
     backend.save(str(path))
-    return load(TokenizerFile(path=str(path), end_of_document=EOT))
+    return build_tokenizer(TokenizerFile(path=str(path), end_of_document=EOT))
 
 
 def rank_file(path: Path) -> Path:
@@ -76,7 +76,7 @@ def rank_file(path: Path) -> Path:
 
 def _tiktoken(folder: Path) -> Tokenizer:
     path = rank_file(folder / "small.tiktoken")
-    return load(Tiktoken(path=str(path), special_tokens=(EOT, *MARKERS), end_of_document=EOT))
+    return build_tokenizer(Tiktoken(path=str(path), special_tokens=(EOT, *MARKERS), end_of_document=EOT))
 
 
 def spm_file(path: Path, texts: Sequence[str] | None = None, **fields: object) -> Path:
@@ -95,7 +95,7 @@ def spm_file(path: Path, texts: Sequence[str] | None = None, **fields: object) -
 
 
 def _sentencepiece(folder: Path) -> Tokenizer:
-    return load(SentencePieceModel(path=str(spm_file(folder / "small.model")), end_of_document=EOT))
+    return build_tokenizer(SentencePieceModel(path=str(spm_file(folder / "small.model")), end_of_document=EOT))
 
 
 def control(tokenizer, text):

@@ -22,7 +22,7 @@ from jaxinfra.bench.subprocesses import run_command
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.sources.record import Found
+from jaxinfra.prepare.sources.record import Record
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TokenizerFile, train_bpe
 
@@ -63,8 +63,8 @@ def make_cases(tools: Sequence[str] | None) -> list[TokenizeCase]:
 
 def read_texts(source: TextFiles) -> list[str]:
     """Reads all files; files that cannot be decoded are left out."""
-    records = (record for piece in source.pieces(1 << 40) for record in source.read(piece))
-    return [record.record["text"] for record in records if isinstance(record, Found)]
+    records = (record for shard in source.list_shards(1 << 40) for record in source.read(shard))
+    return [record.fields["text"] for record in records if isinstance(record, Record)]
 
 
 def time_prepare(source: TextFiles, tokenizer: Path, num_workers: int, folder: Path) -> float:

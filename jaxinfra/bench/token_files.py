@@ -11,8 +11,8 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
 from jaxinfra.data.store.store import TOKENS, hash_files, info_of
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.builders.assemble import SplitWriter, made_now, write_pack
-from jaxinfra.prepare.tokenizers import Bytes, load
+from jaxinfra.prepare.builders.assemble import SplitWriter, provenance, write_pack
+from jaxinfra.prepare.tokenizers import Bytes, build_tokenizer
 
 MEAN_DOCUMENT_TOKENS = 500
 
@@ -20,7 +20,7 @@ MEAN_DOCUMENT_TOKENS = 500
 def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenFiles:
     """Writes documents of random tokens; as ArrayRecord only if `records` is true."""
     files = TokenFiles(folder=folder, num_tokens=num_tokens)
-    write_store(files, load(Bytes()), np.random.default_rng(0))
+    write_store(files, build_tokenizer(Bytes()), np.random.default_rng(0))
     with files.flat.open("wb") as file:
         array = arrays.open_array(files.train_array, arrays.cache_context())
         for start in range(0, num_tokens, arrays.SHARD):
@@ -62,6 +62,6 @@ def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generato
         packs=packs,
         files=hash_files(root, unhashed=(TOKENS,)),
         baselines={},
-        **made_now(),
+        **provenance(),
     )
     (root / FILE_NAME).write_bytes(manifest.to_bytes())

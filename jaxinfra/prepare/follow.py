@@ -1,31 +1,30 @@
-"""From a stream to versions of a store: what comes is tokenised and kept as it comes, and sealed again and again.
+"""Makes versions of a store from a stream: stores what arrives as parts, and seals all parts into versions.
 
-    stream --blocks--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
-              ^          |
-              +-position-+
+    stream --batches--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
+              ^           |
+              +--position-+
 
-A block becomes a part, and where the stream stands after it is written in that part: one rename commits both. So every
-record is in the parts exactly once, whenever the process is killed. Parts of a stream are kept: a version is made of
-all of them, and the stream may not be there to be read again.
+A batch becomes a part that also holds the position of the stream after it. One rename commits both, so each record is
+in the parts exactly once, whenever the process is killed. Parts are kept forever: a version is made of all of them,
+and the stream cannot always be read again.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders.text import TextMaker
-from jaxinfra.prepare.parts import Note
-from jaxinfra.prepare.prepare import Prepared, Progress, content_of, existing
+from jaxinfra.prepare.builders.text import TextStoreBuilder
+from jaxinfra.prepare.parts import Part, PartMetadata
+from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, find_existing, output_fields
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.sources.stream import WAIT_S, Stream, blocks
-from jaxinfra.prepare.workspace import kept_folder, require_store, workspace
+from jaxinfra.prepare.sources.stream import LINGER_S, Position, StreamSource, read_batches
+from jaxinfra.prepare.workspace import open_workspace, require_store, stream_folder
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
 
@@ -33,110 +32,115 @@ from jaxinfra.storage.objects import ObjectStore
 def follow(
     recipe: Recipe,
     *,
-    stopping: Callable[[], bool],
-    until_idle_s: float | None = None,
+    should_stop: Callable[[], bool],
+    idle_timeout_s: float | None = None,
     seal_every_tokens: int | None = None,
-    tell: Callable[[Progress], None] = lambda progress: None,
-) -> Iterator[Prepared]:
-    """Reads a stream from where the last call stood, and seals versions of all that has come since its beginning.
+    on_progress: Callable[[PrepareProgress], None] = lambda progress: None,
+) -> Iterator[PreparedVersion]:
+    """Reads a stream from the position of the last call, and seals versions of everything since its beginning.
 
-    Memory: a block of the stream, about `shard_bytes` of text, and its tokens; sealing, see `assemble`.
+    Memory: a batch, about `shard_bytes` of text, and its tokens; for sealing see `builders.assemble`.
 
     Args:
-        recipe: what to make; its source is a stream, its tokenizer an existing one.
-        stopping: whether to seal what has come and end; asked at least twice a second while the stream is waited for.
-        until_idle_s: seal and end when all has come and nothing more for so long; None waits for the end of the stream.
-        seal_every_tokens: seal a version whenever so many have come, too; each takes as long as copying all tokens.
-        tell: told about what has come.
+        recipe: what to make; its source is a stream, its tokenizer is not trained.
+        should_stop: whether to seal and end; called at least twice a second while waiting.
+        idle_timeout_s: seals and ends when everything has been read and nothing arrived for this time; None waits for
+            the end of the stream.
+        seal_every_tokens: also seals whenever this many tokens have arrived; sealing copies all tokens.
+        on_progress: called after each batch.
 
     Yields:
-        Each version that was sealed, and at the end the newest, `new` if it was sealed now.
+        Each sealed version, and at the end the newest one, which is `new` if it was sealed now.
 
-    Raises as `prepare`, and DataError for another stream than before, ConfigError if a split of what came is empty.
+    Raises:
+        ConfigError: as `prepare`, or a split of what arrived is empty.
+        DataError: as `prepare`, or this is another stream than before.
+        StorageError: as `prepare`.
     """
     source = recipe.source
-    if not isinstance(recipe, Corpus) or not isinstance(source, Stream):
-        raise ConfigError(f"source={type(source).__name__}: is no stream; leave out --follow")
+    if not isinstance(recipe, Corpus) or not isinstance(source, StreamSource):
+        raise ConfigError(f"source={type(source).__name__}: is not a stream; leave out --follow")
     store = ObjectStore(recipe.store)
     require_store(store)
-    maker = TextMaker(recipe)
-    identity = digest_of([dict(content_of(recipe)) | {"source": source.name}, maker.identity])
-    with workspace(store, identity, recipe.work) as work:
-        kept = kept_folder(store, identity, recipe.work)
-        maker.begin(kept, ())
-        course = _Course(store, maker, work / "build", kept, identity, tell)
-        course.tell("tokens")
-        with source.open(course.position) as reader:
+    builder = TextStoreBuilder(recipe)
+    stream_digest = digest_of([dict(output_fields(recipe)) | {"source": source.name}, builder.input_digest])
+    with open_workspace(store, stream_digest, recipe.work_dir) as work:
+        folder = stream_folder(store, stream_digest, recipe.work_dir)
+        builder.setup(folder, ())
+        stream = _StreamParts(store, builder, work / "build", folder, stream_digest, on_progress)
+        stream.report("tokens")
+        with source.open(stream.position) as reader:
             heard_s = time.monotonic()
-            wait_s = WAIT_S if until_idle_s is None else min(WAIT_S, until_idle_s)
-            for block in blocks(reader, recipe.shard_bytes, stopping=stopping, wait_s=wait_s):
-                if block is not None:
-                    course.commit(maker.part(kept, block))
-                    reader.committed(block.position)
+            linger_s = LINGER_S if idle_timeout_s is None else min(LINGER_S, idle_timeout_s)
+            for batch in read_batches(reader, recipe.shard_bytes, should_stop=should_stop, linger_s=linger_s):
+                if batch is not None:
+                    stream.commit(builder.part_of_batch(folder, batch))
+                    reader.on_commit(batch.position)
                     heard_s = time.monotonic()
-                elif until_idle_s is not None and time.monotonic() - heard_s >= until_idle_s and reader.at_end():
+                elif idle_timeout_s is not None and time.monotonic() - heard_s >= idle_timeout_s and reader.caught_up():
                     break
-                if seal_every_tokens is not None and course.unsealed_tokens >= seal_every_tokens:
-                    yield course.seal()
-        if course.count or not stopping():
-            yield course.seal()
+                if seal_every_tokens is not None and stream.unsealed_tokens >= seal_every_tokens:
+                    yield stream.seal()
+        if stream.num_parts or not should_stop():
+            yield stream.seal()
 
 
-class _Course:
-    """What has come so far, and what of it is sealed."""
+class _StreamParts:
+    """The parts of a stream so far, and how many of their tokens are in no version yet."""
 
     def __init__(
         self,
         store: ObjectStore,
-        maker: TextMaker,
+        builder: TextStoreBuilder,
         build: Path,
-        kept: Path,
-        identity: str,
-        told: Callable[[Progress], None],
+        folder: Path,
+        stream_digest: str,
+        on_progress: Callable[[PrepareProgress], None],
     ):
-        self._store, self._maker, self._build, self._kept = store, maker, build, kept
-        self._identity, self._told = identity, told
-        self.position: Mapping[str, Any] = {}
-        self.count = self.unsealed_tokens = self._read_bytes = self._tokens = 0
-        known = {each.made_of for each in versions.list_versions(store)}
-        for number in parts.numbers(kept):
-            if number != self.count:
+        self._store, self._builder, self._build, self._folder = store, builder, build, folder
+        self._stream_digest, self._on_progress = stream_digest, on_progress
+        self.position: Position = {}
+        self.num_parts = self.unsealed_tokens = self._read_bytes = self._new_tokens = 0
+        known = {version.made_of for version in versions.list_versions(store)}
+        for number in parts.part_numbers(folder):
+            if number != self.num_parts:
                 raise DataError(
-                    f"{parts.path_of(kept, self.count)}: missing, and the stream has gone on since; delete {kept} to "
+                    f"{parts.part_path(folder, self.num_parts)}: is missing, but later parts exist; delete {folder} to "
                     "read the stream from its beginning"
                 )
-            self._count(parts.note(kept, number))
+            self._add(parts.read_metadata(folder, number))
             if self._made_of in known:
                 self.unsealed_tokens = 0
 
-    def commit(self, part: parts.Part) -> None:
-        note = parts.write(self._kept, self.count, part)
-        self._count(note)
-        self._tokens += note.tokens
-        self.tell("tokens")
+    def commit(self, part: Part) -> None:
+        metadata = parts.write_part(self._folder, self.num_parts, part)
+        self._add(metadata)
+        self._new_tokens += metadata.tokens
+        self.report("tokens")
 
-    def tell(self, stage: str) -> None:
-        self._told(Progress(stage=stage, done=self._read_bytes, total=self._read_bytes, tokens=self._tokens))
+    def report(self, stage: str) -> None:
+        done = self._read_bytes
+        self._on_progress(PrepareProgress(stage=stage, done=done, total=done, tokens=self._new_tokens))
 
-    def seal(self) -> Prepared:
-        """Makes a version of all that has come, unless there is one; it is the newest one then."""
-        if (found := existing(self._store, versions.list_versions(self._store), self._made_of)) is not None:
+    def seal(self) -> PreparedVersion:
+        """Makes a version of all parts, unless it exists; it becomes the newest version."""
+        if (found := find_existing(self._store, versions.list_versions(self._store), self._made_of)) is not None:
             return found
-        self.tell("store")
-        needed_bytes = sum(path.stat().st_size for path in self._kept.iterdir())
-        check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work=FOLDER on another disk")
+        self.report("store")
+        needed_bytes = sum(path.stat().st_size for path in self._folder.iterdir())
+        check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work_dir=FOLDER on another disk")
         shutil.rmtree(self._build, ignore_errors=True)
         self._build.mkdir(parents=True)
-        manifest = self._maker.assemble(self._kept, range(self.count), self._build, digest_of(self.position))
+        manifest = self._builder.assemble(self._folder, range(self.num_parts), self._build, digest_of(self.position))
         versions.publish_version(self._build, self._store, manifest, self._made_of)
         self.unsealed_tokens = 0
-        return Prepared(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
+        return PreparedVersion(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
     @property
     def _made_of(self) -> str:
-        return digest_of([self._identity, self.position])
+        return digest_of([self._stream_digest, self.position])
 
-    def _count(self, note: Note) -> None:
-        self.count, self.position = self.count + 1, note.position
-        self.unsealed_tokens += note.tokens
-        self._read_bytes += note.read_bytes
+    def _add(self, part: PartMetadata) -> None:
+        self.num_parts, self.position = self.num_parts + 1, part.position
+        self.unsealed_tokens += part.tokens
+        self._read_bytes += part.read_bytes

@@ -1,7 +1,7 @@
-"""Parts: what a job made of its records, one file each in the work folder; to rename one into place is to commit it.
+"""Parts: the output of a job, one file each in the work folder. Renaming a part into place commits it.
 
-A part is an uncompressed `.npz`, whose every member has a CRC-32. A killed process leaves whole parts and temporary
-names, nothing between.
+A part is an uncompressed `.npz`, in which every array has a CRC-32. A killed process leaves whole parts and temporary
+files only.
 """
 
 import json
@@ -24,16 +24,16 @@ _SUFFIX = ".npz"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note:
-    """What is known of a part without its arrays.
+class PartMetadata:
+    """Counts of a part.
 
     Attributes:
-        tokens: of all splits; of images 0.
-        records: how many were read.
-        read_bytes: of the source, about.
-        skipped: where and why a record could not be read.
-        filtered: documents left out, by rule.
-        position: where a stream stands after it.
+        tokens: of all splits; 0 for images.
+        records: records that were read.
+        read_bytes: bytes of the source, estimated.
+        skipped: location and cause of each bad record.
+        filtered: documents that each filter rule left out.
+        position: of a stream, after the last record of the part.
     """
 
     tokens: int = 0
@@ -45,46 +45,46 @@ class Note:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(Note):
-    """What one job made: the arrays of each split, by names that are known to who makes and assembles them."""
+class Part(PartMetadata):
+    """Output of one job: arrays of each split, by names that the builder knows."""
 
     splits: Mapping[Split, Mapping[str, np.ndarray]]
 
 
-def path_of(folder: Path, number: int) -> Path:
-    """Returns where a part stands."""
+def part_path(folder: Path, number: int) -> Path:
+    """Returns the path of a part."""
     return folder / f"{number:08d}{_SUFFIX}"
 
 
-def numbers(folder: Path) -> list[int]:
-    """Lists the parts that are there, in order; what a killed process left unfinished is none."""
+def part_numbers(folder: Path) -> list[int]:
+    """Lists the committed parts, sorted."""
     return sorted(int(path.stem) for path in folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
 
 
-def write(folder: Path, number: int, part: Part) -> Note:
-    """Commits a part: it is there whole or not at all, whatever ends the process, or an OSError."""
-    note = Note(**{each.name: getattr(part, each.name) for each in fields(Note)})
-    arrays = {f"{split}.{name}": array for split, own in part.splits.items() for name, array in own.items()}
-    with open_atomic(path_of(folder, number)) as file:
-        meta = np.frombuffer(json.dumps(vars(note)).encode(), np.uint8)
-        np.savez(file, allow_pickle=False, **{_META: meta}, **arrays)
-    return note
+def write_part(folder: Path, number: int, part: Part) -> PartMetadata:
+    """Writes and commits a part; OSError if it cannot be written, which leaves none."""
+    metadata = PartMetadata(**{each.name: getattr(part, each.name) for each in fields(PartMetadata)})
+    arrays = {f"{split}.{name}": array for split, named in part.splits.items() for name, array in named.items()}
+    with open_atomic(part_path(folder, number)) as file:
+        encoded = np.frombuffer(json.dumps(vars(metadata)).encode(), np.uint8)
+        np.savez(file, allow_pickle=False, **{_META: encoded}, **arrays)
+    return metadata
 
 
 @contextmanager
-def opened(folder: Path, number: int) -> Iterator[Mapping[str, np.ndarray]]:
-    """Gives the arrays of a part by SPLIT.NAME, each read when it is asked for; a damaged one is a DataError."""
-    path = path_of(folder, number)
+def open_part(folder: Path, number: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """Opens the arrays of a part by SPLIT.NAME, each read when it is accessed; DataError if the part is damaged."""
+    path = part_path(folder, number)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        cause = f"damaged ({error}); delete it and prepare again: its records are read anew"
-        raise DataError(f"{path}: {cause}") from error
+        fix = "delete it and prepare again, which reads its records again"
+        raise DataError(f"{path}: is damaged ({error}); {fix}") from error
 
 
-def note(folder: Path, number: int) -> Note:
-    """Returns what is known of a part without its arrays; a damaged one is a DataError."""
-    with opened(folder, number) as arrays:
-        found = json.loads(arrays[_META].tobytes())
-    return Note(**found | {"skipped": tuple((where, cause) for where, cause in found["skipped"])})
+def read_metadata(folder: Path, number: int) -> PartMetadata:
+    """Reads the metadata of a part; DataError if it is damaged."""
+    with open_part(folder, number) as arrays:
+        values = json.loads(arrays[_META].tobytes())
+    return PartMetadata(**values | {"skipped": tuple((location, cause) for location, cause in values["skipped"])})

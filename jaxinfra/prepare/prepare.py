@@ -1,10 +1,10 @@
-"""From a recipe to a version of a store: list, work in parallel, assemble, publish.
+"""Makes a version of a store from a recipe: list shards, run jobs, assemble their parts, publish.
 
-    source --pieces--> jobs --engine--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
+    source --shards--> jobs --engine--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
 
-Everything before the last arrow happens in a work folder that is named by what is made, so that a killed preparation
-goes on with the parts that it has. Jobs and their order are a function of the recipe and the files: the same bytes come
-out of any engine and any number of workers.
+Everything before the last arrow happens in a work folder that is named by a digest of the inputs, so a killed
+preparation continues with the parts that it has. Jobs and their order are a function of the recipe and the files, so
+every engine and any number of workers give the same bytes.
 """
 
 import shutil
@@ -20,27 +20,27 @@ from jaxinfra.data.store.store import Store
 from jaxinfra.data.store.versions import Version
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import engines, parts
-from jaxinfra.prepare.builders.images import ImageMaker
-from jaxinfra.prepare.builders.job import Job
-from jaxinfra.prepare.builders.text import TextMaker
+from jaxinfra.prepare.builders.images import ImageStoreBuilder
+from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder
+from jaxinfra.prepare.builders.text import TextStoreBuilder
 from jaxinfra.prepare.engines import EngineName
-from jaxinfra.prepare.parts import Note
+from jaxinfra.prepare.parts import PartMetadata
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import SHARD_BYTES, Corpus
-from jaxinfra.prepare.recipes.validation import OtherStore, explicit
+from jaxinfra.prepare.recipes.validation import OtherStore, validation_source
 from jaxinfra.prepare.sources.any_source import AnySource
-from jaxinfra.prepare.sources.record import Piece
-from jaxinfra.prepare.workspace import require_store, workspace
+from jaxinfra.prepare.sources.record import SourceShard
+from jaxinfra.prepare.workspace import open_workspace, require_store
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
 
-_NOT_CONTENT = ("store", "shard_bytes", "work")  # fields of a recipe that do not change what comes out
-_LEAST_JOBS, _LEAST_BYTES = 32, 64 * 1024
+_NOT_CONTENT = ("store", "shard_bytes", "work_dir")  # fields that do not change the documents
+_MIN_JOBS, _MIN_SHARD_BYTES = 32, 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far preparing is: `done` of about `total` bytes of the source, and tokens that were made in this call."""
+class PrepareProgress:
+    """Progress of preparing: `done` of about `total` bytes of the source, and tokens made by this call."""
 
     stage: str
     done: int
@@ -49,18 +49,18 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A version that is there.
+class PreparedVersion:
+    """A version that exists.
 
     Attributes:
         new: whether this call made it.
-        moved: whether it was there and another one was the newest, which it is now.
+        promoted: whether it existed, but was not the newest one until this call.
     """
 
     path: str
     manifest: Manifest
     new: bool
-    moved: bool = False
+    promoted: bool = False
 
 
 def prepare(
@@ -68,138 +68,143 @@ def prepare(
     *,
     engine: EngineName = "local",
     workers: int | None = None,
-    tell: Callable[[Progress], None] = lambda progress: None,
-) -> Prepared:
-    """Makes a version of the store; one that this recipe has made of the same files is not made again.
+    on_progress: Callable[[PrepareProgress], None] = lambda progress: None,
+) -> PreparedVersion:
+    """Makes a version of the store, unless the recipe has made one of the same files; it becomes the newest version.
 
-    Either way it is the newest one then, which runs take. So many `workers` of the engine as there are cores do the
-    jobs if None is given, and `tell` is told about the steps on the way.
+    Memory: a worker holds the largest record and the output of one shard; for assembling see `builders.assemble`.
 
-    Memory: a worker holds the largest record and what it makes of a shard of the source; assembling, see `assemble`.
+    Args:
+        recipe: what to make.
+        engine: where the jobs run.
+        workers: jobs that run at once; None is one per core.
+        on_progress: called after each step.
 
     Raises:
         ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.
-        DataError: a record cannot be read and the recipe does not skip it; what is done so far is kept.
-        StorageError: something cannot be read, or the store cannot be written.
+        DataError: a record cannot be read and the recipe does not skip it; finished parts are kept.
+        StorageError: a file cannot be read, or the store cannot be written.
     """
     store = ObjectStore(recipe.store)
     require_store(store)
     known = versions.list_versions(store)
-    sources = [_cut(recipe.source, recipe.shard_bytes), _validation_pieces(recipe)]
-    maker = TextMaker(recipe) if isinstance(recipe, Corpus) else ImageMaker(recipe)
-    source_digest = digest_of([vars(piece) for pieces in sources for piece in pieces])
-    made_of = digest_of([content_of(recipe), source_digest, maker.identity])
-    if (found := existing(store, known, made_of)) is not None:
+    sources = [_list_shards(recipe.source, recipe.shard_bytes), _list_validation_shards(recipe)]
+    builder: StoreBuilder[Any]
+    builder = TextStoreBuilder(recipe) if isinstance(recipe, Corpus) else ImageStoreBuilder(recipe)
+    source_digest = digest_of([vars(shard) for shards in sources for shard in shards])
+    made_of = digest_of([output_fields(recipe), source_digest, builder.input_digest])
+    if (found := find_existing(store, known, made_of)) is not None:
         return found
     planned = [
-        Job(number=0, pieces=group, recipe=recipe, folder="", validation=validation)
-        for pieces, validation in zip(sources, (False, True), strict=True)
-        for group in plan(pieces, recipe.shard_bytes)
+        PrepareJob(number=0, shards=group, recipe=recipe, folder="", validation=validation)
+        for shards, validation in zip(sources, (False, True), strict=True)
+        for group in group_shards(shards, recipe.shard_bytes)
     ]
-    # Parts that were cut in another way would lose or repeat records.
-    cut = digest_of([made_of, *(len(job.pieces) for job in planned)])
-    with workspace(store, cut, recipe.work) as work:
+    # The digest includes the jobs, because parts of other jobs would lose or repeat records.
+    work_name = digest_of([made_of, *(len(job.shards) for job in planned)])
+    with open_workspace(store, work_name, recipe.work_dir) as work:
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
-        jobs: list[Job[Any]] = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
+        jobs: list[PrepareJob[Any]] = [
+            replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)
+        ]
         total, done, tokens = sum(job.read_bytes for job in jobs), 0, 0
 
-        def say(stage: str, note: Note | None = None) -> None:
+        def report(stage: str, part: PartMetadata | None = None) -> None:
             nonlocal done, tokens
-            if note is not None:
-                done, tokens = done + note.read_bytes, tokens + note.tokens
-            tell(Progress(stage=stage, done=done, total=total, tokens=tokens))
+            if part is not None:
+                done, tokens = done + part.read_bytes, tokens + part.tokens
+            on_progress(PrepareProgress(stage=stage, done=done, total=total, tokens=tokens))
 
-        say("begin")
-        usual = recipe.shard_bytes == SHARD_BYTES
-        maker.begin(folder, sources[0] if usual else _cut(recipe.source, SHARD_BYTES))
-        check_space(folder, maker.needed_bytes(total), purpose="preparing", fix="use work=FOLDER on another disk")
-        there = set(parts.numbers(folder))
-        todo = [job for job in jobs if job.number not in there]
+        report("begin")
+        has_default_shards = recipe.shard_bytes == SHARD_BYTES
+        builder.setup(folder, sources[0] if has_default_shards else _list_shards(recipe.source, SHARD_BYTES))
+        needed_bytes = builder.estimate_bytes(total)
+        check_space(folder, needed_bytes, purpose="preparing", fix="use work_dir=FOLDER on another disk")
+        finished = set(parts.part_numbers(folder))
+        todo = [job for job in jobs if job.number not in finished]
         done = total - sum(job.read_bytes for job in todo)
-        say(maker.stage)
-        engines.run(engine, maker.job, todo, workers=workers, done=partial(say, maker.stage))
+        report(builder.stage)
+        engines.run_jobs(engine, builder.make_part, todo, workers=workers, on_result=partial(report, builder.stage))
         _check_unchanged(recipe, sources)
-        say("store")
+        report("store")
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir()
-        manifest = maker.assemble(folder, range(len(jobs)), build, source_digest)
-        say("publish")
+        manifest = builder.assemble(folder, range(len(jobs)), build, source_digest)
+        report("publish")
         versions.publish_version(build, store, manifest, made_of)
-    return Prepared(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
+    return PreparedVersion(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
 
-def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[Piece]]) -> None:
-    """Raises DataError if what was read is not what was listed, so that parts are of different files."""
-    for source, pieces in zip((recipe.source, explicit(recipe.validation)), sources, strict=True):
-        if source is None or isinstance(source, OtherStore):  # whose versions never change
+def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[SourceShard]]) -> None:
+    """Raises DataError if a file was replaced after it was listed, so that the parts mix two states of it."""
+    for source, shards in zip((recipe.source, validation_source(recipe.validation)), sources, strict=True):
+        if source is None or isinstance(source, OtherStore):  # versions of a store never change
             continue
-        stamps = {piece.name: piece.stamp for piece in source.pieces(recipe.shard_bytes)}
-        for piece in pieces:
-            if stamps.get(piece.name) != piece.stamp:
-                raise DataError(
-                    f"{piece.name}: was changed while the source was read; start again when it stays as it is"
-                )
+        stamps = {shard.name: shard.stamp for shard in source.list_shards(recipe.shard_bytes)}
+        for shard in shards:
+            if stamps.get(shard.name) != shard.stamp:
+                raise DataError(f"{shard.name}: changed while it was read; start again when nothing writes to it")
 
 
-def existing(store: ObjectStore, known: Sequence[Version], made_of: str) -> Prepared | None:
-    """Returns the known version that was made of the same, and makes it the newest one; None if there is none.
+def find_existing(store: ObjectStore, known: Sequence[Version], made_of: str) -> PreparedVersion | None:
+    """Finds the version that was made of the same inputs, and makes it the newest one.
 
-    A damaged one is a DataError: as others may read it, it is not replaced.
+    A damaged version is a DataError and is not replaced, because others may be reading it.
     """
-    for each in known:
-        if each.made_of == made_of and store.child(each.fingerprint).exists(FILE_NAME):
+    for version in known:
+        if version.made_of == made_of and store.child(version.fingerprint).exists(FILE_NAME):
             try:
-                found = Store.open(store.url, each.fingerprint)
+                found = Store.open(store.url, version.fingerprint)
             except DataError as error:
                 raise DataError(
-                    f"{store.url}: what this recipe made before is damaged ({error}); move the folder "
-                    f"{each.fingerprint} away and prepare again"
+                    f"{store.url}: the version that this recipe made before is damaged ({error}); move the folder "
+                    f"{version.fingerprint} away and prepare again"
                 ) from error
-            moved = versions.make_newest(store, each)
-            return Prepared(path=str(found), manifest=found.manifest, new=False, moved=moved)
+            promoted = versions.make_newest(store, version)
+            return PreparedVersion(path=str(found), manifest=found.manifest, new=False, promoted=promoted)
     return None
 
 
-def content_of(recipe: Recipe) -> Mapping[str, object]:
-    """Returns the recipe without what does not change what comes out."""
+def output_fields(recipe: Recipe) -> Mapping[str, object]:
+    """Returns the fields of a recipe that decide what the store holds."""
     return {name: value for name, value in encode(recipe).items() if name not in _NOT_CONTENT}
 
 
-def _validation_pieces(recipe: Recipe) -> Sequence[Piece]:
-    """Lists the validation source; () where the validation split is a share of the source."""
-    validation = explicit(recipe.validation)
-    if validation is None:
+def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
+    """Lists the validation source; () if the validation split is a fraction of the training source."""
+    source = validation_source(recipe.validation)
+    if source is None:
         return ()
     try:
-        return _cut(validation, recipe.shard_bytes)
+        return _list_shards(source, recipe.shard_bytes)
     except ConfigError as error:
-        where = str(error)
-        raise ConfigError(where if where.startswith("validation.") else f"validation.{where}") from error
+        message = str(error)
+        raise ConfigError(message if message.startswith("validation.") else f"validation.{message}") from error
 
 
-def _cut(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[Piece]:
-    """A source in pieces of about a shard; in smaller ones where that would leave workers idle."""
-    pieces = source.pieces(shard_bytes)
-    size = _shard_size(pieces, shard_bytes)
-    return pieces if size == shard_bytes else source.pieces(size)
+def _list_shards(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[SourceShard]:
+    """Lists shards of about `shard_bytes`, or smaller ones if workers would be idle otherwise."""
+    shards = source.list_shards(shard_bytes)
+    job_bytes = _job_bytes(shards, shard_bytes)
+    return shards if job_bytes == shard_bytes else source.list_shards(job_bytes)
 
 
-def _shard_size(pieces: Sequence[Piece], shard_bytes: int) -> int:
-    """Bytes that a job reads: a function of the source alone, not of the workers."""
-    even = sum(piece.size_bytes for piece in pieces) // _LEAST_JOBS
-    return min(shard_bytes, max(even, _LEAST_BYTES))
+def _job_bytes(shards: Sequence[SourceShard], shard_bytes: int) -> int:
+    """Returns the bytes that a job reads, which depend on the source and not on the number of workers."""
+    even = sum(shard.size_bytes for shard in shards) // _MIN_JOBS
+    return min(shard_bytes, max(even, _MIN_SHARD_BYTES))
 
 
-def plan(pieces: Sequence[Piece], shard_bytes: int) -> list[tuple[Piece, ...]]:
-    """Pieces in groups of about a shard, each to be read by one job."""
-    size = _shard_size(pieces, shard_bytes)
-    groups: list[list[Piece]] = []
-    filled = size
-    for piece in pieces:
-        if filled >= size:
+def group_shards(shards: Sequence[SourceShard], shard_bytes: int) -> list[tuple[SourceShard, ...]]:
+    """Groups consecutive shards, so that each job reads about `shard_bytes`."""
+    job_bytes = _job_bytes(shards, shard_bytes)
+    groups: list[list[SourceShard]] = []
+    group_bytes = job_bytes
+    for shard in shards:
+        if group_bytes >= job_bytes:
             groups.append([])
-            filled = 0
-        groups[-1].append(piece)
-        filled += piece.size_bytes
+            group_bytes = 0
+        groups[-1].append(shard)
+        group_bytes += shard.size_bytes
     return [tuple(group) for group in groups]

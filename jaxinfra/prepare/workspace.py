@@ -1,4 +1,4 @@
-"""Where a version is in the making: a folder that one process holds, whose parts outlive a kill."""
+"""The folder in which one process builds a version; its parts survive a kill."""
 
 import fcntl
 import os
@@ -13,34 +13,43 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.storage.objects import ObjectStore
 
-WORK = ".work"
-STREAM = ".stream"
+WORK_DIR = ".work"
+STREAM_DIR = ".stream"
 
 
 def require_store(store: ObjectStore) -> None:
-    """Raises ConfigError for a local folder with something else in it, StorageError for one that cannot be read."""
+    """Raises ConfigError for a local folder that holds something else, StorageError for one that cannot be read."""
     folder = store.folder
     if folder is None:
         return
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
     with storage_errors(f"store={folder}", action="read"):
-        there = {each.name for each in nearest.iterdir()}
-    # A process that is killed before it has listed its version leaves that, and a lock of the list.
-    others = {name for name in there - {WORK, STREAM} if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
-    if nearest == folder and versions.INDEX not in there and others:
-        raise ConfigError(f"store={folder}: holds something that is no store ({min(others)}); choose an empty place")
+        names = {each.name for each in nearest.iterdir()}
+    # A process that is killed before it lists its version leaves a fingerprint, and a lock of the index.
+    others = {
+        name for name in names - {WORK_DIR, STREAM_DIR} if not (is_fingerprint(name) or name.startswith(versions.INDEX))
+    }
+    if nearest == folder and versions.INDEX not in names and others:
+        raise ConfigError(f"store={folder}: is not a store, it holds {min(others)}; use a new or empty folder")
 
 
 @contextmanager
-def workspace(store: ObjectStore, made_of: str, place: str | None) -> Iterator[Path]:
-    """The folder of one version in the making, held by a lock; kept when the work ends early, removed when it is done.
+def open_workspace(store: ObjectStore, name: str, work_dir: str | None) -> Iterator[Path]:
+    """Locks and gives the work folder of a version; removes it at the end, but keeps it after an error.
 
-    What is left there of other recipes of the store is removed: one version of it is in the making at a time. It is
-    named by what the version is made of, and below `place`; None is in the store, or in the user's cache where the
-    store is remote. Raises ConfigError if another process holds it, and StorageError for what cannot be written inside.
+    Only one version of a store is built at a time, so work folders of other recipes of the store are removed.
+
+    Args:
+        store: where the version will be.
+        name: digest of everything that the version is made of.
+        work_dir: parent folder; None is the store, or the user's cache if the store is remote.
+
+    Raises:
+        ConfigError: another process is preparing the store.
+        StorageError: the folder cannot be written.
     """
-    root = _root(store, place)
-    work = root / made_of
+    root = _root(store, work_dir)
+    work = root / name
     with storage_errors(f"store={store.url}"):
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root, os.O_RDONLY)
@@ -48,12 +57,12 @@ def workspace(store: ObjectStore, made_of: str, place: str | None) -> Iterator[P
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
-                    raise BlockingIOError  # that one has removed it in this moment
+                    raise BlockingIOError  # another process has just removed it
             except BlockingIOError:
-                raise ConfigError(f"store={store.url}: another process is preparing it; wait for that one") from None
-            for left in root.iterdir():
-                if left != work:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                raise ConfigError(f"store={store.url}: another process is preparing it; wait until it ends") from None
+            for other in root.iterdir():
+                if other != work:
+                    shutil.rmtree(other) if other.is_dir() else other.unlink()
             work.mkdir(exist_ok=True)
             yield work
             shutil.rmtree(root)
@@ -61,16 +70,16 @@ def workspace(store: ObjectStore, made_of: str, place: str | None) -> Iterator[P
             os.close(lock)
 
 
-def kept_folder(store: ObjectStore, name: str, place: str | None) -> Path:
-    """Makes a folder beside the one of what is in the making, unless it is there; nothing removes it."""
-    root = _root(store, place)
-    folder = root.with_name(STREAM if root.name == WORK else root.name + STREAM) / name
+def stream_folder(store: ObjectStore, name: str, work_dir: str | None) -> Path:
+    """Makes the folder that keeps the parts of a stream, beside the work folder; nothing removes it."""
+    root = _root(store, work_dir)
+    folder = root.with_name(STREAM_DIR if root.name == WORK_DIR else root.name + STREAM_DIR) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _root(store: ObjectStore, place: str | None) -> Path:
-    if place is None and store.folder is not None:
-        return store.folder / WORK
+def _root(store: ObjectStore, work_dir: str | None) -> Path:
+    if work_dir is None and store.folder is not None:
+        return store.folder / WORK_DIR
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxinfra" / "prepare"
-    return (cache if place is None else Path(place).expanduser().absolute()) / digest_of(store.url)
+    return (cache if work_dir is None else Path(work_dir).expanduser().absolute()) / digest_of(store.url)

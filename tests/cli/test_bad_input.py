@@ -109,8 +109,8 @@ def test_corpus(tiny: Tiny, tmp_path: Path) -> None:
         return launch("data", "prepare", str(tiny.recipe), f"store={tmp_path / 'new'}", *overrides)
 
     (tmp_path / "empty").mkdir()
-    refused(prepare("work="), "work='' work=none")
-    refused(prepare("work=s3://bucket/x"), "work= work=PATH")
+    refused(prepare("work_dir="), "work_dir='' work_dir=none")
+    refused(prepare("work_dir=s3://bucket/x"), "work_dir= work_dir=PATH")
     refused(prepare(f"source.root={tmp_path / 'empty'}"), f"pattern=*.txt: {tmp_path}/empty")
     for place in (tmp_path / "nowhere", tiny.config):
         refused(prepare(f"source.root={place}"), f"root={place}")

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from jaxinfra.cli.data.peek import rows_of
-from jaxinfra.cli.data.prepare import bar
+from jaxinfra.cli.data.prepare import progress_bar
 from jaxinfra.data import stopwatch
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.parallel.mesh import make_mesh
-from jaxinfra.prepare.prepare import Progress
+from jaxinfra.prepare.prepare import PrepareProgress
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import read_metrics
@@ -149,16 +149,16 @@ def test_a_file_is_no_store(tiny: Tiny) -> None:
 
 
 def test_the_bars_of_preparing_are_full_when_a_stage_is_over(capsys: pytest.CaptureFixture[str]) -> None:
-    with bar() as tell:
-        tell(Progress(stage="begin", done=0, total=2000))
+    with progress_bar() as on_progress:
+        on_progress(PrepareProgress(stage="begin", done=0, total=2000))
         for done in (0, 1000, 2000):
-            tell(Progress(stage="tokens", done=done, total=2000, tokens=done // 2))
-        tell(Progress(stage="store", done=2000, total=2000, tokens=1000))
+            on_progress(PrepareProgress(stage="tokens", done=done, total=2000, tokens=done // 2))
+        on_progress(PrepareProgress(stage="store", done=2000, total=2000, tokens=1000))
     begin, tokens, store = capsys.readouterr().out.splitlines()
     assert begin.startswith("begin") and re.match(r"tokens .* 2\.0 kB of 2\.0 kB, [\d,]+ tokens/s", tokens)
     assert store.startswith("store") and len({line.count("━") for line in (begin, tokens, store)}) == 1
-    with bar(endless=True) as tell:
-        tell(Progress(stage="tokens", done=1000, total=1000, tokens=500))
+    with progress_bar(endless=True) as on_progress:
+        on_progress(PrepareProgress(stage="tokens", done=1000, total=1000, tokens=500))
         assert " of " not in capsys.readouterr().out
     assert re.match(r"tokens .* 1\.0 kB, [\d,]+ tokens/s", capsys.readouterr().out)
 

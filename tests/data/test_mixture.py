@@ -213,7 +213,7 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in talks
     ]
-    fields = {"form": Chat(), "tokenizer": Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))}
+    fields = {"format": Chat(), "tokenizer": Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))}
     fields |= {"validation": ByKey(fraction=0.2), "packs": (PackSpec(seq_len=256),)}
     source = jsonl(tmp_path / "source", records)
     assert prepare(bytes_recipe(source.root, tmp_path / "store", **fields), workers=1).manifest.masked
@@ -236,7 +236,7 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     answers = [{"prompt": f"{n}? ", "chosen": f"yes {n}", "rejected": "no" * (1 + n)} for n in range(50)]
     source = jsonl(folder / "source", answers)
-    fields = {"form": Preference(template=None), "validation": ByKey(fraction=0.2)}
+    fields = {"format": Preference(template=None), "validation": ByKey(fraction=0.2)}
     recipe = bytes_recipe(source.root, folder / "store", **fields)
     prepare(recipe, workers=1)
     return recipe
@@ -299,5 +299,5 @@ def test_pairs_are_no_text_and_text_is_no_pairs(recipe, store_path):
         TokenData(store=recipe.store).open()
     with raises(ConfigError, f"{store_path} text pairs"):
         PairData(store=str(store_path)).open()
-    problem(replace(recipe, baselines=True), "baselines=true, form= use baselines=false")
+    problem(replace(recipe, baselines=True), "baselines=true, format= use baselines=false")
     problem(replace(recipe, packs=(PackSpec(seq_len=8),)), "packs= pairs")

@@ -11,7 +11,7 @@ from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.builders.assemble import SplitWriter
-from jaxinfra.prepare.recipes.validation import draw
+from jaxinfra.prepare.recipes.validation import hash_to_unit
 from tests.refusals import raises
 
 SHARD = "train/tokens/c/0"
@@ -36,7 +36,7 @@ def test_the_store_holds_every_document_and_its_end(store_path, corpus):
     tokenizer, eot_id = store.tokenizer, store.manifest.tokenizer_info.eot_id
     names = sorted(path.relative_to(corpus.source.root).as_posix() for path in Path(corpus.source.root).rglob("*.py"))
     for split in ("train", "validation"):
-        own = [name for name in names if (draw(name) < corpus.validation.fraction) == (split == "validation")]
+        own = [name for name in names if (hash_to_unit(name) < corpus.validation.fraction) == (split == "validation")]
         texts = [(Path(corpus.source.root) / name).read_text(encoding="utf-8") for name in own]
         info, offsets = store.manifest.splits[split], store.offsets(split)
         tokens = store.read(split, [0], info.tokens)[0]

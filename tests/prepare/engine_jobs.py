@@ -89,9 +89,9 @@ def sleep(job: Job) -> int:
 
 def drive_sleepers(folder: str) -> None:
     """A driver, as a process of its own."""
-    from jaxinfra.prepare.engines import run
+    from jaxinfra.prepare.engines import run_jobs
 
-    run("local", sleep, [Job(number=number, folder=folder) for number in range(4)], workers=2, done=print)
+    run_jobs("local", sleep, [Job(number=number, folder=folder) for number in range(4)], workers=2, on_result=print)
 
 
 def start_driver(folder: Path, pids: int) -> tuple["subprocess.Popen[str]", list[int]]:

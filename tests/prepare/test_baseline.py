@@ -10,8 +10,7 @@ from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare.builders import baseline
 from jaxinfra.prepare.builders.baseline import NGram, ngram_bits_per_byte, xz_bits_per_byte
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.recipes.validation import draw as drawn
+from jaxinfra.prepare.recipes.validation import ByKey, hash_to_unit
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import TrainBpe
 from tests.stores import bytes_recipe, documents
@@ -75,7 +74,7 @@ def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatc
     for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
         monkeypatch.setattr(baseline, "VALIDATION_LIMIT_TOKENS", int(limit))
         texts = documents(store, "validation")[:count]
-        found = baseline.measured(store)["bits_per_byte"]
+        found = baseline.measure_baselines(store)["bits_per_byte"]
         assert found["xz -6"] == xz_bits_per_byte(texts)
         assert found["token 5-gram"] == ngram_bits_per_byte(
             store.sample_tokens("train", 10**9),
@@ -88,7 +87,7 @@ def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatc
 
 def test_validation_text_without_a_byte_has_no_baselines(tmp_path):
     for letter in "abcdefgh":
-        (tmp_path / f"{letter}.py").write_text("" if drawn(f"{letter}.py") < 0.5 else "x = 1\n")
+        (tmp_path / f"{letter}.py").write_text("" if hash_to_unit(f"{letter}.py") < 0.5 else "x = 1\n")
     fields = {"tokenizer": TrainBpe(vocab_size=300), "validation": ByKey(fraction=0.5), "baselines": True}
     recipe = bytes_recipe("none", tmp_path / "store", **fields)
     manifest = prepare(replace(recipe, source=TextFiles(root=str(tmp_path), min_bytes=0)), workers=1).manifest

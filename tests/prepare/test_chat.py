@@ -10,7 +10,7 @@ from jaxinfra.config import decode, encode
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.document import RecordError, Text
-from jaxinfra.prepare.documents.forms import AnyForm
+from jaxinfra.prepare.documents.formats import AnyFormat
 from jaxinfra.prepare.documents.preference import Completion, Preference
 from tests.refusals import raises
 
@@ -95,8 +95,8 @@ def record(talk=TALK):
     return {"messages": [{"role": role, "content": content} for role, content in talk]}
 
 
-def document(form, talk=TALK):
-    (spans,) = form.documents(record(talk))
+def document(format, talk=TALK):
+    (spans,) = format.to_documents(record(talk))
     return list(spans)
 
 
@@ -106,11 +106,11 @@ def text(spans):
 
 def learned(spans):
     """The runs of text that are learned."""
-    return [text(run) for is_learned, run in itertools.groupby(spans, lambda span: span.learned) if is_learned]
+    return [text(run) for is_learned, run in itertools.groupby(spans, lambda span: span.in_loss) if is_learned]
 
 
 def of_messages(spans):
-    return [span.text for span in spans if not span.control]
+    return [span.text for span in spans if not span.from_template]
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_presets_write_what_their_models_were_trained_on(name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_jinja_template_of_a_family_gives_the_spans_of_its_preset(name, file_of):
     for talk in (TALK, TALK[1:], TALK[1:2], TALK[1:3]):
-        form, preset = Chat(template=file_of(name), learn="all"), Chat(template=name, learn="all")
-        assert text(document(form, talk)) == text(document(preset, talk))
+        format, preset = Chat(template=file_of(name), train_on="all"), Chat(template=name, train_on="all")
+        assert text(document(format, talk)) == text(document(preset, talk))
     by_file, by_name = (document(Chat(template=template)) for template in (file_of(name), name))
     assert learned(by_file) == learned(by_name)
     assert of_messages(by_file) == of_messages(by_name)
@@ -148,15 +148,15 @@ def test_what_a_message_spells_is_never_of_the_template(name, file_of):
     for template in (name, file_of(name)):
         spans = document(Chat(template=template), [("user", marks), ("assistant", marks)])
         assert of_messages(spans) == [marks, marks]
-        assert not any(marks in span.text for span in spans if span.control)
+        assert not any(marks in span.text for span in spans if span.from_template)
 
 
 def test_what_is_learned_is_chosen():
     answers = LEARNED["chatml"]
-    assert learned(document(Chat(learn="last"))) == answers[1:]
-    assert text(span for span in document(Chat(learn="all")) if span.learned) == EXPECTED["chatml"]
+    assert learned(document(Chat(train_on="last"))) == answers[1:]
+    assert text(span for span in document(Chat(train_on="all")) if span.in_loss) == EXPECTED["chatml"]
     assert learned(document(Chat(), [*TALK, ("user", "Still here?")])) == answers
-    assert learned(document(Chat(learn="last"), [*TALK, ("user", "Still here?")])) == answers[1:]
+    assert learned(document(Chat(train_on="last"), [*TALK, ("user", "Still here?")])) == answers[1:]
 
 
 def test_other_templates_are_cut_where_turns_end(file_of):
@@ -181,17 +181,17 @@ def test_a_template_comes_from_the_config_of_a_tokenizer(tmp_path):
 
 def test_conversations_are_spelt_as_in_sharegpt_too():
     talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
-    (spans,) = Chat(field="conversations").documents({"conversations": talk})
+    (spans,) = Chat(field="conversations").to_documents({"conversations": talk})
     assert text(spans) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
 
 
 def test_a_system_message_is_given_to_those_without():
     opened = "<|im_start|>system\nBe terse.<|im_end|>\n"
-    form = Chat(system="Be terse.")
-    assert text(document(form, TALK[1:])).startswith(opened)
-    assert text(document(form)) == EXPECTED["chatml"]
-    assert text(document(form, [("system", " "), *TALK[1:]])).startswith(opened)
-    assert learned(document(form, TALK[1:])) == LEARNED["chatml"]
+    format = Chat(system="Be terse.")
+    assert text(document(format, TALK[1:])).startswith(opened)
+    assert text(document(format)) == EXPECTED["chatml"]
+    assert text(document(format, [("system", " "), *TALK[1:]])).startswith(opened)
+    assert learned(document(format, TALK[1:])) == LEARNED["chatml"]
 
 
 BAD_RECORDS = {
@@ -215,9 +215,9 @@ BAD_RECORDS = {
 def test_records_that_are_no_conversation_are_refused_with_the_cause(case):
     bad, named = BAD_RECORDS[case]
     with raises(RecordError, named):
-        Chat().documents(bad)
+        Chat().to_documents(bad)
     with raises(RecordError, "text surrogate character 2"):
-        Text().documents({"text": "ab\udc00"})
+        Text().to_documents({"text": "ab\udc00"})
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_records_that_are_no_conversation_are_refused_with_the_cause(case):
 )
 def test_templates_that_refuse_or_rewrite_messages_are_refused(tmp_path, source, talk, named):
     with raises(RecordError, named):
-        document(Chat(template=template_file(tmp_path, source, bos_token="<bos>"), learn="all"), talk)
+        document(Chat(template=template_file(tmp_path, source, bos_token="<bos>"), train_on="all"), talk)
 
 
 ANSWERING = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endfor %}"
@@ -274,18 +274,18 @@ def test_a_template_begins_and_ends_turns_in_its_own_way(tmp_path, source, expec
 def test_where_beginnings_do_not_hold_blocks_are_asked_for(tmp_path, source, talk):
     with raises(RecordError, "{% generation %}"):
         document(Chat(template=template_file(tmp_path, source)), talk)
-    assert document(Chat(template=template_file(tmp_path, source), learn="all"), talk)
+    assert document(Chat(template=template_file(tmp_path, source), train_on="all"), talk)
 
 
 def test_generation_blocks_say_what_is_learned(tmp_path):
-    form = Chat(template=template_file(tmp_path, BLOCKS))
-    assert learned(document(form)) == ["Hello. \n<end>", "<think>So long.<end>"]
-    assert learned(document(replace(form, learn="last"))) == ["<think>So long.<end>"]
-    assert of_messages(document(form)) == [content.strip() for _, content in TALK]
+    format = Chat(template=template_file(tmp_path, BLOCKS))
+    assert learned(document(format)) == ["Hello. \n<end>", "<think>So long.<end>"]
+    assert learned(document(replace(format, train_on="last"))) == ["<think>So long.<end>"]
+    assert of_messages(document(format)) == [content.strip() for _, content in TALK]
     beside = BLOCKS.replace(
         "m.content }}<end>{% endgen", "m.content }}{% endgeneration %}{% generation %}<end>{% endgen"
     )
-    assert learned(document(Chat(template=template_file(tmp_path / "beside", beside)))) == learned(document(form))
+    assert learned(document(Chat(template=template_file(tmp_path / "beside", beside)))) == learned(document(format))
     without = template_file(tmp_path / "without", BLOCKS.replace("m.role == 'assistant'", "loop.first"))
     with raises(RecordError, "message 3 {% generation %}"):
         document(Chat(template=without))
@@ -317,7 +317,7 @@ SPELT = [
 
 def shown(documents):
     return [
-        ("".join(span.text for span in document), [span.text for span in document if span.learned])
+        ("".join(span.text for span in document), [span.text for span in document if span.in_loss])
         for document in documents
     ]
 
@@ -332,35 +332,36 @@ def shown(documents):
     ],
 )
 def test_a_prompt_with_two_answers_gives_two_documents(record):
-    form = Preference()
-    assert len(form.documents(record)) == form.group
-    assert shown(form.documents(record)) == SPELT
+    format = Preference()
+    assert len(format.to_documents(record)) == format.documents_per_record
+    assert shown(format.to_documents(record)) == SPELT
 
 
 def test_conversations_without_a_prompt_share_their_beginning():
     talk = [*ASKED, *GOOD, {"role": "user", "content": "And 3+3?"}]
     record = {"chosen": [*talk, {"role": "assistant", "content": "6"}], "rejected": [*talk, *GOOD]}
-    (chosen, rejected) = shown(Preference(prompt=None).documents(record))
+    (chosen, rejected) = shown(Preference(prompt=None).to_documents(record))
     assert (chosen[1], rejected[1]) == (["6", "<|im_end|>"], ["4", "<|im_end|>"])
     assert chosen[0].startswith(SPELT[0][0]) and rejected[0].startswith(SPELT[0][0])
 
 
 def test_texts_are_joined_where_there_is_no_template():
     record = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
-    assert shown(Preference(template=None).documents(record)) == [("2+2=4", ["4"]), ("2+2=5", ["5"])]
-    assert not any(span.control for document in Preference(template=None).documents(record) for span in document)
+    assert shown(Preference(template=None).to_documents(record)) == [("2+2=4", ["4"]), ("2+2=5", ["5"])]
+    spans = [span for document in Preference(template=None).to_documents(record) for span in document]
+    assert not any(span.from_template for span in spans)
 
 
 def test_a_completion_is_learned_and_its_prompt_is_not():
-    assert shown(Completion().documents({"prompt": "2+2=", "completion": "4"})) == [("2+2=4", ["4"])]
-    assert shown(Completion().documents({"prompt": "", "completion": "4"})) == [("4", ["4"])]
-    form = Completion(completion="answer", template="chatml")
+    assert shown(Completion().to_documents({"prompt": "2+2=", "completion": "4"})) == [("2+2=4", ["4"])]
+    assert shown(Completion().to_documents({"prompt": "", "completion": "4"})) == [("4", ["4"])]
+    format = Completion(completion="answer", template="chatml")
     for answer in ("4", GOOD):
-        assert shown(form.documents({"prompt": "2+2?", "answer": answer})) == SPELT[:1]
+        assert shown(format.to_documents({"prompt": "2+2?", "answer": answer})) == SPELT[:1]
 
 
 @pytest.mark.parametrize(
-    ("form", "record", "named"),
+    ("format", "record", "named"),
     [
         (Preference(), {"prompt": "a", "chosen": "b"}, "rejected prompt, chosen"),
         (Preference(), {"prompt": "a", "chosen": "b", "rejected": 1}, "rejected int"),
@@ -373,14 +374,14 @@ def test_a_completion_is_learned_and_its_prompt_is_not():
         (Completion(), {"prompt": "a", "completion": None}, "completion NoneType"),
     ],
 )
-def test_records_without_answers_are_refused_with_the_cause(form, record, named):
+def test_records_without_answers_are_refused_with_the_cause(format, record, named):
     with raises(RecordError, named):
-        form.documents(record)
+        format.to_documents(record)
 
 
 def test_every_form_says_what_its_documents_are():
     documents = {Chat: (True, 1), Completion: (True, 1), Preference: (True, 2)}
-    for form in (Chat(learn="last"), Completion(), Preference(template=None)):
-        assert (form.masked, form.group) == documents[type(form)]
-        assert decode(type(form), encode(form)) == form
-    assert set(documents) < set(AnyForm.__args__)
+    for format in (Chat(train_on="last"), Completion(), Preference(template=None)):
+        assert (format.masked, format.documents_per_record) == documents[type(format)]
+        assert decode(type(format), encode(format)) == format
+    assert set(documents) < set(AnyFormat.__args__)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.prepare.engines import run
+from jaxinfra.prepare.engines import run_jobs
 from tests.prepare import engine_jobs
 from tests.prepare.engine_jobs import Job, start_driver
 from tests.refusals import raises
@@ -18,7 +18,7 @@ JOBS = [Job(number=number) for number in range(7)]
 
 def results(engine, function, jobs, workers):
     found = []
-    run(engine, function, jobs, workers=workers, done=found.append)
+    run_jobs(engine, function, jobs, workers=workers, on_result=found.append)
     return sorted(found)
 
 
@@ -52,7 +52,7 @@ def test_one_worker_is_this_process_and_more_are_others_of_one_thread_each():
 def test_an_error_of_a_job_comes_as_it_is_and_ends_the_others(workers, tmp_path):
     found = []
     with raises(DataError, "shard 3: damaged") as error:
-        run("local", engine_jobs.fail, JOBS, workers=workers, done=found.append)
+        run_jobs("local", engine_jobs.fail, JOBS, workers=workers, on_result=found.append)
     assert set(found) <= {0, 1, 2}  # those after the third would take long
     if workers > 1:
         assert "engine_jobs.py" in str(error.value.__cause__)  # the traceback in the worker
@@ -69,7 +69,7 @@ def test_an_error_of_the_driver_ends_the_workers(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run("local", engine_jobs.square, JOBS, workers=2, done=stop)
+        run_jobs("local", engine_jobs.square, JOBS, workers=2, on_result=stop)
 
 
 def test_a_job_whose_worker_died_is_run_once_more(tmp_path):
@@ -119,7 +119,7 @@ CLUSTER = """
 import os
 import signal
 import sys
-from jaxinfra.prepare.engines import run
+from jaxinfra.prepare.engines import run_jobs
 from jaxinfra.errors import ConfigError, DataError
 from tests.prepare import engine_jobs
 from tests.prepare.engine_jobs import Job, outside_of_loopback
@@ -135,7 +135,7 @@ if __name__ == "__main__":  # Dask imports this module in its workers
             assert not outside_of_loopback(), outside_of_loopback()
 
     try:
-        run(sys.argv[1], engine_jobs.die_once_and_fail_last, jobs, workers=2, done=done)
+        run_jobs(sys.argv[1], engine_jobs.die_once_and_fail_last, jobs, workers=2, on_result=done)
     except DataError as error:
         assert str(error) == "shard 6: is damaged"
         assert len(found) == len(set(found)), found
@@ -145,7 +145,7 @@ if __name__ == "__main__":  # Dask imports this module in its workers
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
         if sys.argv[1] == "dask":
-            run(sys.argv[1], engine_jobs.die, jobs, workers=2, done=lambda result: None)
+            run_jobs(sys.argv[1], engine_jobs.die, jobs, workers=2, on_result=lambda result: None)
     except ConfigError as error:
         print(error)
 """

@@ -13,15 +13,15 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.dedup import Dedup, Signer, duplicates
+from jaxinfra.prepare.documents.dedup import Dedup, Signer, find_duplicates
 from jaxinfra.prepare.documents.filters import Filters
-from jaxinfra.prepare.documents.shingles import run_codes, word_codes
+from jaxinfra.prepare.documents.shingles import ngram_hashes, word_hashes
 from tests.refusals import raises
 
 PROSE = (
     "The ship that the captain had waited for came in with the tide, and nobody who stood on the old quay that "
     "evening would have guessed what it carried below its narrow deck.\n"
-    "A boy counted the lanterns of the harbour, one after another, until his mother called him to supper; he was "
+    "A boy counted the lanterns of the harbor, one after another, until his mother called him to supper; he was "
     "thinking of islands.\n\n"
     "Later, when it rained, two men rowed out without a word between them and were not seen again by any of us.\n"
 )
@@ -31,21 +31,21 @@ CASES = {
     "max_chars": (6, "too long", "enough"),
     "min_words": (3, "two words", "three short words"),
     "max_words": (2, "three short words", "two words"),
-    "min_mean_word_chars": (3.0, "a bc", "abc def"),
-    "max_mean_word_chars": (3.0, "abcd efg", "abc\n\ndef"),
-    "max_digit_share": (0.25, "ab12", "abcde 12"),
-    "max_symbol_share": (0.25, "a+-_", "abc\u00e9\u6f22 1!?"),
-    "max_marks_per_word": (0.5, "# a ... b\u2026", "# a b... c"),
-    "min_alphabetic_word_share": (0.5, "1 2 a", "1 x2 -- \u6f22"),
+    "min_mean_word_length": (3.0, "a bc", "abc def"),
+    "max_mean_word_length": (3.0, "abcd efg", "abc\n\ndef"),
+    "max_digit_fraction": (0.25, "ab12", "abcde 12"),
+    "max_punctuation_fraction": (0.25, "a+-_", "abc\u00e9\u6f22 1!?"),
+    "max_symbol_to_word_ratio": (0.5, "# a ... b\u2026", "# a b... c"),
+    "min_alphabetic_word_fraction": (0.5, "1 2 a", "1 x2 -- \u6f22"),
     "min_stop_words": (2, "The cat, the dog of1", "THE cat of mine"),
-    "max_bullet_line_share": (0.5, "- a\n * b\n\nc", "- a\nb\n  c\n\u2022 d"),
-    "max_ellipsis_line_share": (0.5, "a...\nb\u2026\nc", "a...\nb\n\n\n"),
-    "max_duplicate_line_share": (0.25, "a\n a\nb", "a\nb\n\n\na \nc\n"),
-    "max_duplicate_line_char_share": (0.25, "abcdef\nabcdef\ngh", "ab\nab\ncdefgh"),
-    "max_duplicate_paragraph_share": (0.25, "a\nb\n\na\nb\n \nc", "a\n\na\n\nb\n\nc"),
-    "max_duplicate_paragraph_char_share": (0.25, "abcdef\n\nabcdef\n\ngh", "ab\n\nab\n\ncdefgh"),
-    "max_top_run_shares": ((0.5,), "a b a b c", "a b c d e"),
-    "max_duplicate_run_shares": ((0.4,), "a b c d e a b c d e f", "a b c d e x b c d e f"),
+    "max_bullet_line_fraction": (0.5, "- a\n * b\n\nc", "- a\nb\n  c\n\u2022 d"),
+    "max_ellipsis_line_fraction": (0.5, "a...\nb\u2026\nc", "a...\nb\n\n\n"),
+    "max_duplicate_line_fraction": (0.25, "a\n a\nb", "a\nb\n\n\na \nc\n"),
+    "max_duplicate_line_char_fraction": (0.25, "abcdef\nabcdef\ngh", "ab\nab\ncdefgh"),
+    "max_duplicate_paragraph_fraction": (0.25, "a\nb\n\na\nb\n \nc", "a\n\na\n\nb\n\nc"),
+    "max_duplicate_paragraph_char_fraction": (0.25, "abcdef\n\nabcdef\n\ngh", "ab\n\nab\n\ncdefgh"),
+    "max_top_ngram_fractions": ((0.5,), "a b a b c", "a b c d e"),
+    "max_duplicate_ngram_fractions": ((0.4,), "a b c d e a b c d e f", "a b c d e x b c d e f"),
 }
 
 
@@ -67,19 +67,19 @@ def test_prose_passes_the_rules_of_gopher_and_what_is_not_prose_does_not():
     assert gopher.reason(PROSE) is None
     words = PROSE.split()
     assert gopher.reason(" ".join(words[:49])) == "min_words"
-    assert gopher.reason(PROSE * 3) == "max_duplicate_line_share"
-    assert gopher.reason(" ".join(words * 3)) == "max_duplicate_run_shares"
-    assert gopher.reason(PROSE + " very much" * 20) == "max_top_run_shares"
+    assert gopher.reason(PROSE * 3) == "max_duplicate_line_fraction"
+    assert gopher.reason(" ".join(words * 3)) == "max_duplicate_ngram_fractions"
+    assert gopher.reason(PROSE + " very much" * 20) == "max_top_ngram_fractions"
     assert gopher.reason("\n".join(f"- {word} line{number}" for number, word in enumerate(words))) == (
-        "max_bullet_line_share"
+        "max_bullet_line_fraction"
     )
     numbers = " ".join(str(number) for number in range(1000, 1040))
-    assert gopher.reason(PROSE + numbers) == "min_alphabetic_word_share"
+    assert gopher.reason(PROSE + numbers) == "min_alphabetic_word_fraction"
 
 
 def test_nothing_breaks_no_rule_but_those_of_length():
-    everything = replace(Filters.gopher(), min_words=None, min_mean_word_chars=None, min_stop_words=None)
-    everything = replace(everything, min_alphabetic_word_share=None)
+    everything = replace(Filters.gopher(), min_words=None, min_mean_word_length=None, min_stop_words=None)
+    everything = replace(everything, min_alphabetic_word_fraction=None)
     assert everything.reason("") is None and everything.reason(" \n\n\t") is None
     assert Filters.gopher().reason("") == "min_words"
     assert everything.reason("word") is None
@@ -103,8 +103,8 @@ def test_shares_of_runs_are_those_of_a_count_by_hand(n):
     assert 0.1 < share < 0.6
     below = (*[1.0] * (n - 5), share - 1e-9)
     at = (*[1.0] * (n - 5), share)
-    assert Filters(max_duplicate_run_shares=below).reason(" ".join(words)) == "max_duplicate_run_shares"
-    assert Filters(max_duplicate_run_shares=at).reason(" ".join(words)) is None
+    assert Filters(max_duplicate_ngram_fractions=below).reason(" ".join(words)) == "max_duplicate_ngram_fractions"
+    assert Filters(max_duplicate_ngram_fractions=at).reason(" ".join(words)) is None
 
 
 def test_the_share_of_the_top_run_is_that_of_a_count_by_hand():
@@ -113,8 +113,8 @@ def test_the_share_of_the_top_run_is_that_of_a_count_by_hand():
     (top, times), *_ = count.most_common(1)
     share = times * sum(map(len, top)) / sum(map(len, words))
     assert top == ("the", "old", "quay") and times == 5
-    assert Filters(max_top_run_shares=(1.0, share - 1e-9)).reason(" ".join(words)) == "max_top_run_shares"
-    assert Filters(max_top_run_shares=(1.0, share)).reason(" ".join(words)) is None
+    assert Filters(max_top_ngram_fractions=(1.0, share - 1e-9)).reason(" ".join(words)) == "max_top_ngram_fractions"
+    assert Filters(max_top_ngram_fractions=(1.0, share)).reason(" ".join(words)) is None
 
 
 NEAR = Dedup(near=True)
@@ -138,15 +138,15 @@ def signed(dedup, texts):
 
 
 def found(dedup, texts):
-    return np.flatnonzero(duplicates(dedup, *signed(dedup, texts))).tolist()
+    return np.flatnonzero(find_duplicates(dedup, *signed(dedup, texts))).tolist()
 
 
 def test_the_first_of_equal_texts_stays():
     assert found(Dedup(), ["a", "b", "a", "", "b", "a ", "", "A"]) == [2, 4, 6]
     assert found(Dedup(), ["a"]) == [] and found(NEAR, ["a"]) == []
-    nothing = duplicates(Dedup(), np.empty((0, 2), np.uint64), None)
+    nothing = find_duplicates(Dedup(), np.empty((0, 2), np.uint64), None)
     assert nothing.shape == (0,)
-    assert duplicates(NEAR, np.empty((0, 2), np.uint64), np.empty((0, 128), np.uint32)).shape == (0,)
+    assert find_duplicates(NEAR, np.empty((0, 2), np.uint64), np.empty((0, 128), np.uint32)).shape == (0,)
 
 
 def test_an_exact_signature_is_the_hash_of_the_text():
@@ -188,7 +188,7 @@ def test_what_is_found_is_what_the_library_finds():
     texts = [random_words(rng, rng.randrange(1, 200)) for _ in range(30)]
     texts += [changed(rng, rng.choice(texts), rng.random() * 0.3) for _ in range(120)]
     exact, near = signed(dedup, [" ".join(text) for text in texts])
-    lsh = MinHashLSH(dedup.threshold, dedup.permutations, weights=(0.05, 0.95))
+    lsh = MinHashLSH(dedup.threshold, dedup.num_permutations, weights=(0.05, 0.95))
     expected = []
     for number, values in enumerate(near):
         sketch = MinHash(hashvalues=values, scheme="affine32")
@@ -196,7 +196,7 @@ def test_what_is_found_is_what_the_library_finds():
         expected.append(any(np.mean(near[other] == values) >= dedup.threshold for other in candidates))
         lsh.insert(number, sketch)
     assert 20 < sum(expected) < 120
-    assert duplicates(dedup, exact, near).tolist() == expected
+    assert find_duplicates(dedup, exact, near).tolist() == expected
 
 
 def test_signatures_do_not_depend_on_threads():
@@ -213,14 +213,14 @@ def test_signatures_do_not_depend_on_threads():
 
 def test_runs_of_words_are_equal_where_the_words_are():
     words = list("abcabdabc")
-    codes = word_codes(words)
+    codes = word_hashes(words)
     for n in range(1, 6):
-        runs = run_codes(codes, n)
+        runs = ngram_hashes(codes, n)
         assert len(runs) == 10 - n
         spelt = [words[start : start + n] for start in range(10 - n)]
         for i, j in itertools.combinations(range(10 - n), 2):
             assert (runs[i] == runs[j]) == (spelt[i] == spelt[j])
-    assert len(run_codes(codes, 10)) == len(run_codes(codes, 12)) == 0
+    assert len(ngram_hashes(codes, 10)) == len(ngram_hashes(codes, 12)) == 0
 
 
 def test_a_missing_datasketch_is_named_with_its_extra(monkeypatch):

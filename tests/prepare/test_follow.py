@@ -62,7 +62,7 @@ def test_a_part_that_is_damaged_or_gone_is_an_error(recipe, tmp_path):
     content = bytearray(first.read_bytes())
     content[len(content) // 2] ^= 1
     first.write_bytes(content)
-    assert f"error: {first}: damaged" in run(path, "--follow", stdin=LINES + b'{"text": "more"}', code=78)
+    assert f"error: {first}: is damaged" in run(path, "--follow", stdin=LINES + b'{"text": "more"}', code=78)
     first.unlink()
     names(run(path, "--follow", code=78).strip(), f"error: {first}: missing delete {first.parent}")
     assert second.exists()
@@ -123,7 +123,7 @@ def signalled(number, store, path, content):
         child.send_signal(number)
         out = child.stdout.read().decode()
         child.stdin.close()
-    assert child.returncode == 75 and f"error: {number.name}: all that has come is kept" in out
+    assert child.returncode == 75 and f"error: {number.name}: all that has arrived is kept" in out
     return out
 
 

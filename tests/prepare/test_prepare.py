@@ -19,10 +19,10 @@ from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import text as text_builder
 from jaxinfra.prepare.documents.dedup import Dedup
-from jaxinfra.prepare.documents.forms import Completion, Preference, Text
-from jaxinfra.prepare.prepare import plan, prepare
+from jaxinfra.prepare.documents.formats import Completion, Preference, Text
+from jaxinfra.prepare.prepare import group_shards, prepare
 from jaxinfra.prepare.recipes.validation import ByKey
-from jaxinfra.prepare.sources.record import Piece
+from jaxinfra.prepare.sources.record import SourceShard
 from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
 from jaxinfra.storage.objects import ObjectStore
@@ -47,7 +47,7 @@ def lines(folder, documents, *, bad=()):
 
 def test_the_same_tokenizer_is_trained_whatever_the_shards(tmp_path, monkeypatch):
     """It sees a part of a long piece alone, so pieces must be those of no shard."""
-    monkeypatch.setattr(text_builder, "_PIECE_CHARS", 500)
+    monkeypatch.setattr(text_builder, "_SAMPLE_SHARD_CHARS", 500)
     recipe = replace(
         bytes_recipe(lines(tmp_path / "source", 400), tmp_path / "one"), tokenizer=TrainBpe(vocab_size=280)
     )
@@ -91,7 +91,7 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
     older, newer = prepare(first, workers=1), prepare(second, workers=1)
     for recipe, made, moved in ((first, older, True), (second, newer, True), (second, newer, False)):
         again = prepare(recipe, workers=1)
-        assert (again.path, again.new, again.moved) == (made.path, False, moved)
+        assert (again.path, again.new, again.promoted) == (made.path, False, moved)
         assert TokenStore.open(tmp_path / "store").manifest == made.manifest
     assert len(list_versions(ObjectStore(tmp_path / "store"))) == 2
 
@@ -138,7 +138,7 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
 def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage, nth):
     recipe = replace(corpus, store=str(tmp_path / "store"), shard_bytes=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, workers=1, tell=stopped_after(stage, nth))
+        prepare(recipe, workers=1, on_progress=stopped_after(stage, nth))
     assert os.listdir(tmp_path / "store") == [".work"]
     with raises(ConfigError, f"{tmp_path}/store"):
         TokenStore.open(tmp_path / "store")
@@ -150,7 +150,7 @@ def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus,
         if progress.stage == "store":
             seen.append({path: path.stat().st_mtime_ns for path in times})
 
-    made = prepare(recipe, workers=1, tell=watch)
+    made = prepare(recipe, workers=1, on_progress=watch)
     assert seen == [times]  # no part was made twice
     assert contents(Path(made.path))[0] == contents(store_path)[0]
     assert sorted(os.listdir(tmp_path / "store")) == sorted([made.manifest.fingerprint, "versions.json"])
@@ -173,7 +173,7 @@ class Killer:
 
 
 if __name__ == "__main__":
-    prepare(bytes_recipe(sys.argv[1], sys.argv[2], shard_bytes=4096), workers=2, tell=Killer(sys.argv[3]))
+    prepare(bytes_recipe(sys.argv[1], sys.argv[2], shard_bytes=4096), workers=2, on_progress=Killer(sys.argv[3]))
 """
 
 
@@ -212,7 +212,7 @@ def test_parts_of_other_shards_are_not_taken_for_its_own(text_root, tmp_path):
     """Whole files are the same pieces with any `shard_bytes`, and are grouped into other jobs."""
     recipe = replace(bytes_recipe("none", tmp_path / "store"), source=TextFiles(root=str(text_root)))
     with pytest.raises(KeyboardInterrupt):
-        prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, tell=stopped_after("tokens", 3))
+        prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, on_progress=stopped_after("tokens", 3))
     made = prepare(replace(recipe, shard_bytes=1024), workers=1)
     assert made.manifest.counts.records == 40
     assert made.manifest.splits == prepare(replace(recipe, store=str(tmp_path / "whole")), workers=1).manifest.splits
@@ -244,7 +244,9 @@ def test_it_is_made_in_another_folder_if_asked(tmp_path, monkeypatch, other_disk
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", same_disk_alone)
-    made = prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "a" / "store", work=str(work)), workers=1)
+    made = prepare(
+        bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "a" / "store", work_dir=str(work)), workers=1
+    )
     assert all(damage is None for *_, damage in TokenStore.open(tmp_path / "a" / "store").verify())
     assert (os.listdir(work), made.manifest.counts.records) == (["mine"], 100)
 
@@ -272,7 +274,7 @@ def test_a_source_that_changes_while_it_is_read_makes_no_version(tmp_path):
             (source / "lines.jsonl").write_text(json.dumps({"text": "other"}))
 
     with raises(DataError, "lines.jsonl: changed"):
-        prepare(recipe, workers=1, tell=change)
+        prepare(recipe, workers=1, on_progress=change)
     assert os.listdir(tmp_path / "store") == [".work"]
 
 
@@ -300,13 +302,13 @@ def test_a_second_process_does_not_disturb_the_first(tmp_path):
 def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
-    with raises(StorageError, f"{tmp_path}/store/ 1.0 kB work=FOLDER"):
+    with raises(StorageError, f"{tmp_path}/store/ 1.0 kB work_dir=FOLDER"):
         prepare(bytes_recipe(lines(tmp_path / "source", 1000), tmp_path / "store"))
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300), TrainBpe(vocab_size=600)])
-@pytest.mark.parametrize("form", [Text(), Completion(), Preference(template=None)])
-def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, form):
+@pytest.mark.parametrize("format", [Text(), Completion(), Preference(template=None)])
+def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, format):
     asked = []
     monkeypatch.setattr("jaxinfra.prepare.prepare.check_space", lambda folder, needed, **_: asked.append(needed))
     rng, letters = random.Random(0), "etaoinshrdlu"
@@ -316,8 +318,8 @@ def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer,
             text, prompt = (" ".join(rng.choices(words, k=60)) for _ in range(2))
             record = {"text": text, "prompt": prompt, "completion": text, "chosen": "yes", "rejected": "no"}
             used = {Text: ("text",), Completion: ("prompt", "completion"), Preference: ("prompt", "chosen", "rejected")}
-            file.write(json.dumps({name: record[name] for name in used[type(form)]}) + "\n")
-    recipe = replace(bytes_recipe(tmp_path, tmp_path / "store"), tokenizer=tokenizer, form=form)
+            file.write(json.dumps({name: record[name] for name in used[type(format)]}) + "\n")
+    recipe = replace(bytes_recipe(tmp_path, tmp_path / "store"), tokenizer=tokenizer, format=format)
     manifest = prepare(recipe, workers=1).manifest
     arrays_bytes = sum(info.tokens for info in manifest.splits.values()) * (2 + manifest.masked)
     assert [2 * arrays_bytes <= needed_bytes for needed_bytes in asked] == [True]
@@ -334,7 +336,7 @@ def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
     with raises(DataError, "lines.jsonl:251: on_bad=skip"):
         prepare(recipe, workers=1)
     assert os.listdir(tmp_path / "store") == [".work"]
-    assert len(parts.numbers(next((tmp_path / "store" / ".work").glob("*/parts")))) > 10
+    assert len(parts.part_numbers(next((tmp_path / "store" / ".work").glob("*/parts")))) > 10
 
 
 def test_the_fields_of_a_bad_record_are_named_in_one_line(tmp_path):
@@ -381,7 +383,7 @@ def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, sto
 def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, workers=1, tell=stopped_after("store"))
+        prepare(recipe, workers=1, on_progress=stopped_after("store"))
     path = sorted((tmp_path / "store" / ".work").glob("*/parts/*.npz"))[3]
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
@@ -395,11 +397,11 @@ def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
 
 def test_pieces_are_grouped_by_size_alone():
     sizes = [10, 1, 1, 30, 2, 2, 500, 1] * 40
-    pieces = [Piece(name=str(i), size_bytes=2**20 * size, stamp="") for i, size in enumerate(sizes)]
-    groups = plan(pieces, 2**26)
+    pieces = [SourceShard(name=str(i), size_bytes=2**20 * size, stamp="") for i, size in enumerate(sizes)]
+    groups = group_shards(pieces, 2**26)
     assert [piece for group in groups for piece in group] == pieces
     assert all(sum(piece.size_bytes for piece in group[:-1]) < 2**26 for group in groups)
-    assert 20 <= len(plan(pieces, 2**60)) <= 40
+    assert 20 <= len(group_shards(pieces, 2**60)) <= 40
 
 
 def test_preparing_needs_no_jax():

@@ -72,11 +72,11 @@ def test_a_tokenizer_that_the_source_shows_to_be_another_is_refused_before_anyth
     assert not list((tmp_path / "store").rglob("*.json"))
 
 
-@pytest.mark.parametrize("form", [Chat(), Preference(), Chat(template="gemma")])
+@pytest.mark.parametrize("format", [Chat(), Preference(), Chat(template="gemma")])
 @pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
-def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(tmp_path, form, tokenizer):
-    with raises(ConfigError, f"form: {form.markers()[0]} tokenizer.special_tokens"):
-        prepare(recipe(tmp_path, talks(5, random.Random(0)), form=form, tokenizer=tokenizer), workers=1)
+def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(tmp_path, format, tokenizer):
+    with raises(ConfigError, f"format: {format.required_special_tokens()[0]} tokenizer.special_tokens"):
+        prepare(recipe(tmp_path, talks(5, random.Random(0)), format=format, tokenizer=tokenizer), workers=1)
     assert not (tmp_path / "store").exists()
 
 
@@ -87,9 +87,10 @@ def test_rules_are_counted_and_duplicates_are_left_out(tmp_path):
     short = [words(rng, 3) for _ in range(7)]
     loud = ["! " * 100 + words(rng, 60) for _ in range(4)]
     texts = [*originals, *near, *originals[10:15], *short, *loud]
-    fields = {"filters": Filters(min_words=10, max_symbol_share=0.1), "dedup": Dedup(near=True), "shard_bytes": 4096}
+    filters = Filters(min_words=10, max_punctuation_fraction=0.1)
+    fields = {"filters": filters, "dedup": Dedup(near=True), "shard_bytes": 4096}
     made = prepare(recipe(tmp_path, [{"text": text} for text in texts], **fields), workers=1)
-    assert made.manifest.counts.filtered == {"max_symbol_share": 4, "min_words": 7}
+    assert made.manifest.counts.filtered == {"max_punctuation_fraction": 4, "min_words": 7}
     assert made.manifest.counts.duplicates == 15
     found = documents(made.path)
     kept = set(found)
@@ -102,8 +103,8 @@ def test_a_prompt_that_two_answers_share_is_no_duplicate_of_itself(tmp_path):
     rng = random.Random(2)
     records = [{"prompt": words(rng, 60), "chosen": words(rng, 5), "rejected": words(rng, 5)} for _ in range(40)]
     fields = {
-        "form": Preference(template=None),
-        "filters": Filters(max_duplicate_run_shares=(0.2,)),
+        "format": Preference(template=None),
+        "filters": Filters(max_duplicate_ngram_fractions=(0.2,)),
         "dedup": Dedup(near=True),
     }
     made = prepare(recipe(tmp_path, records, **fields), workers=1)
@@ -114,16 +115,16 @@ def test_a_prompt_that_two_answers_share_is_no_duplicate_of_itself(tmp_path):
 def test_another_template_in_the_same_file_makes_another_version(tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
-    chats = recipe(tmp_path, talks(20, random.Random(3)), form=Chat(template=str(template)))
+    chats = recipe(tmp_path, talks(20, random.Random(3)), format=Chat(template=str(template)))
     first = prepare(chats, workers=1)
     assert not prepare(chats, workers=1).new
     template.write_text(template.read_text().replace("': '", "'> '"))
     second = prepare(chats, workers=1)
     assert second.new and second.manifest.fingerprint != first.manifest.fingerprint
     assert all(text.startswith("user> ") for text in documents(second.path))
-    assert Chat().identity() is None
+    assert Chat().content_digest() is None
     with raises(ConfigError, "none.jinja"):
-        prepare(replace(chats, form=Chat(template=str(tmp_path / "none.jinja"))), workers=1)
+        prepare(replace(chats, format=Chat(template=str(tmp_path / "none.jinja"))), workers=1)
     assert not list(Path(chats.store).glob(".work/*"))
 
 

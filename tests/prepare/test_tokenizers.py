@@ -15,7 +15,14 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.document import Span
 from jaxinfra.prepare.documents.encoding import encode_documents
-from jaxinfra.prepare.tokenizers import SentencePieceModel, Tiktoken, TokenizerFile, convert, load, train_bpe
+from jaxinfra.prepare.tokenizers import (
+    SentencePieceModel,
+    Tiktoken,
+    TokenizerFile,
+    build_tokenizer,
+    convert_tokenizer,
+    train_bpe,
+)
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import PATTERNS, SPECIAL_TOKENS
 from tests.refusals import raises
 from tests.vocabularies import BYTE_PIECES, EOT, MARKERS, TEXTS, control, rank_file, spm_file
@@ -34,7 +41,7 @@ def test_training_is_deterministic_and_survives_the_file(trained, tmp_path):
     assert trained.eot_id == 0 and trained.vocab_size == 290
     path = tmp_path / "tokenizer.json"
     path.write_bytes(trained.content)
-    loaded = load(TokenizerFile(path=str(path)))
+    loaded = build_tokenizer(TokenizerFile(path=str(path)))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == loaded.sha256 == trained.sha256
     assert loaded.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
 
@@ -51,7 +58,7 @@ def test_padding_and_truncation_of_a_file_do_not_apply(trained, tmp_path):
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
     backend.save(str(tmp_path / "t.json"))
-    loaded = load(TokenizerFile(path=str(tmp_path / "t.json")))
+    loaded = build_tokenizer(TokenizerFile(path=str(tmp_path / "t.json")))
     assert loaded.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
     assert loaded.sha256 == trained.sha256
 
@@ -59,7 +66,7 @@ def test_padding_and_truncation_of_a_file_do_not_apply(trained, tmp_path):
 def test_an_ordinary_token_that_ends_documents_becomes_special(tmp_path):
     backend = Backend(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     backend.save(str(tmp_path / "t.json"))
-    tokenizer = load(TokenizerFile(path=str(tmp_path / "t.json"), end_of_document="ab"))
+    tokenizer = build_tokenizer(TokenizerFile(path=str(tmp_path / "t.json"), end_of_document="ab"))
     assert tokenizer.eot_id == 2
     assert tokenizer.encode("aabb") == [0, 0, 1, 1]
     assert control(tokenizer, "aabb") == [0, 2, 1]
@@ -68,18 +75,18 @@ def test_an_ordinary_token_that_ends_documents_becomes_special(tmp_path):
 def test_special_tokens_are_added_to_a_file_that_lacks_them(trained, tmp_path):
     (tmp_path / "t.json").write_bytes(trained.content)
     first, second = MARKERS
-    tokenizer = load(TokenizerFile(path=str(tmp_path / "t.json"), special_tokens=MARKERS))
+    tokenizer = build_tokenizer(TokenizerFile(path=str(tmp_path / "t.json"), special_tokens=MARKERS))
     assert control(tokenizer, f"{second}{first}") == [291, 290] and tokenizer.vocab_size == 292
     assert tokenizer.encode_batch([*TEXTS, first]) == trained.encode_batch([*TEXTS, first])
     (tmp_path / "more.json").write_bytes(tokenizer.content)
-    again = load(TokenizerFile(path=str(tmp_path / "more.json"), special_tokens=(second,)))
+    again = build_tokenizer(TokenizerFile(path=str(tmp_path / "more.json"), special_tokens=(second,)))
     assert again.sha256 == tokenizer.sha256
 
 
 def test_files_are_read_from_any_place(trained):
     with fsspec.open("memory://vocabularies/t.json", "wb") as file:
         file.write(trained.content)
-    assert load(TokenizerFile(path="memory://vocabularies/t.json")).sha256 == trained.sha256
+    assert build_tokenizer(TokenizerFile(path="memory://vocabularies/t.json")).sha256 == trained.sha256
 
 
 def test_public_encodings_are_those_of_the_library(monkeypatch):
@@ -96,12 +103,12 @@ def test_public_encodings_are_those_of_the_library(monkeypatch):
 def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # it would keep the file for other tests
     path = rank_file(tmp_path / "ranks.tiktoken")
-    tokenizer = load(Tiktoken(path=str(path), encoding=encoding))
+    tokenizer = build_tokenizer(Tiktoken(path=str(path), encoding=encoding))
     pattern, special = PATTERNS[encoding], SPECIAL_TOKENS[encoding]
     ranks = tiktoken.load.load_tiktoken_bpe(str(path))
     expected = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: expected)
-    found = load(Tiktoken(encoding=encoding))
+    found = build_tokenizer(Tiktoken(encoding=encoding))
     assert (found.sha256, found.special_tokens) == (tokenizer.sha256, tokenizer.special_tokens)
     for text in (REAL, *TEXTS, EOT):
         assert tokenizer.encode(text) == expected.encode_ordinary(text)
@@ -111,7 +118,7 @@ def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path, monkeypatc
 
 
 def test_long_gaps_are_encoded(tmp_path):
-    tokenizer = load(Tiktoken(path=str(rank_file(tmp_path / "ranks")), encoding="gpt2"))
+    tokenizer = build_tokenizer(Tiktoken(path=str(rank_file(tmp_path / "ranks")), encoding="gpt2"))
     for text in (" " * 1_200_000 + "a", "a" + " \n" * 400_000 + "b" + "\t" * 9 + "c" * 1_200_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -122,7 +129,7 @@ def test_an_own_pattern_is_read_as_tiktoken_reads_it(tmp_path):
         str(rank_file(tmp_path / "ranks")),
         r"(?:cl){1,2}as|[a-z]{1,2}+s|\p{N}{1,3}+|[^a-z\p{N}]{1,3}+|[a-z]",
     )
-    tokenizer = load(Tiktoken(path=path, pattern=pattern, special_tokens=(EOT,)))
+    tokenizer = build_tokenizer(Tiktoken(path=path, pattern=pattern, special_tokens=(EOT,)))
     ranks = tiktoken.load.load_tiktoken_bpe(path)
     library = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     for text in ("class classes clclass 1234567     x", *TEXTS):
@@ -133,8 +140,8 @@ def test_a_file_that_does_not_round_trip_is_refused(tmp_path):
     """Here `^` is the beginning of a text, and of every line for the library that runs the converted tokenizer."""
     path = str(rank_file(tmp_path / "ranks"))
     with raises(ConfigError, "round-trip tokenizer=tokenizer_file"):
-        load(Tiktoken(path=path, pattern=r"^..|[\s\S]", special_tokens=(EOT,)))
-    _, check = convert(Tiktoken(path=path, pattern=r"^zz..|[\s\S]", special_tokens=(EOT,)))
+        build_tokenizer(Tiktoken(path=path, pattern=r"^..|[\s\S]", special_tokens=(EOT,)))
+    _, check = convert_tokenizer(Tiktoken(path=path, pattern=r"^zz..|[\s\S]", special_tokens=(EOT,)))
     check(TEXTS)
     with raises(ConfigError, r"ranks: round-trip 'x\nzz  y'"):
         check(["x\nzz  y"])
@@ -144,9 +151,9 @@ def test_an_encoding_without_a_file_comes_from_the_cache_of_tiktoken(tmp_path, m
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with raises(ConfigError, "encoding=o200k_base: tiktoken's cache"):
-        load(Tiktoken(encoding="o200k_base"))
+        build_tokenizer(Tiktoken(encoding="o200k_base"))
     with raises(ConfigError, "encoding=none: use gpt2"):
-        load(Tiktoken(encoding="none"))
+        build_tokenizer(Tiktoken(encoding="none"))
 
 
 SPM = {
@@ -164,7 +171,7 @@ def test_models_of_sentencepiece_of_every_kind_give_the_ids_of_the_library(tmp_p
     texts = [line for text in (REAL, *TEXTS) for line in text.split("\n")] * 10
     fields = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | SPM[case]
     path = spm_file(tmp_path / "spm.model", texts, **fields)
-    tokenizer = load(SentencePieceModel(path=str(path)))
+    tokenizer = build_tokenizer(SentencePieceModel(path=str(path)))
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     odd = ("</s>", "</s><s><unk>", "<0x41>", "foo", " foo<0x41>foo\n\nfoo", "\u00c9\u0302 \uff76\uff9e")
     for text in (REAL, *TEXTS, *odd):
@@ -176,7 +183,7 @@ def test_models_of_sentencepiece_of_every_kind_give_the_ids_of_the_library(tmp_p
 def test_user_defined_pieces_may_be_left_to_texts(tmp_path):
     path = str(spm_file(tmp_path / "spm.model"))
     first, second = MARKERS
-    tokenizer = load(SentencePieceModel(path=path, end_of_document=EOT, special_tokens=(first,)))
+    tokenizer = build_tokenizer(SentencePieceModel(path=path, end_of_document=EOT, special_tokens=(first,)))
     (first_id,), (second_id,) = (control(tokenizer, marker) for marker in MARKERS)
     ids = tokenizer.encode(f"{first}\n\n{second}")
     assert first_id not in ids and second_id in ids
@@ -229,7 +236,7 @@ def unusable(tmp_path_factory):
 def test_unusable_files_are_refused_in_one_line(case, unusable):
     config, named = UNUSABLE[case]
     with raises(ConfigError, named):
-        load(config(unusable))
+        build_tokenizer(config(unusable))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +245,7 @@ def test_unusable_files_are_refused_in_one_line(case, unusable):
 def test_a_missing_library_is_named_with_its_extra(library, config, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with raises(ConfigError, f"pip install 'jaxinfra[{library}]'"):
-        load(config)
+        build_tokenizer(config)
 
 
 TALK = [
@@ -252,22 +259,22 @@ PLAIN = "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.c
 
 def encoded(tokenizer, *spans):
     (tokens,) = encode_documents(tokenizer, [spans])
-    assert len(tokens.ids_N) == len(tokens.learned_N)
-    parts = [part for span in spans for part in (tokenizer.split(span.text) if span.control else [span.text])]
-    assert tokens.n_bytes == sum(len(part.encode()) for part in parts if isinstance(part, str))
-    return tokens.ids_N.tolist(), tokens.learned_N.tolist()
+    assert len(tokens.ids_N) == len(tokens.in_loss_N)
+    parts = [part for span in spans for part in (tokenizer.split(span.text) if span.from_template else [span.text])]
+    assert tokens.num_bytes == sum(len(part.encode()) for part in parts if isinstance(part, str))
+    return tokens.ids_N.tolist(), tokens.in_loss_N.tolist()
 
 
 def test_a_text_gets_its_tokens_all_of_them_learned(tokenizer):
     documents = [[Span(text=text)] for text in (*TEXTS, EOT, "")]
     for (span,), tokens in zip(documents, encode_documents(tokenizer, documents), strict=True):
         assert tokens.ids_N.tolist() == tokenizer.encode(span.text)
-        assert tokens.learned_N.all()
+        assert tokens.in_loss_N.all()
     assert encoded(tokenizer) == ([], [])
 
 
 def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
-    (document,) = Chat().documents({"messages": TALK[2:]})
+    (document,) = Chat().to_documents({"messages": TALK[2:]})
     ids, learned = encoded(tokenizer, *document)
     assert ids == control(tokenizer, "".join(span.text for span in document))
     answer = [*tokenizer.encode("class", continuation=True), *control(tokenizer, "<|im_end|>")]
@@ -278,32 +285,32 @@ def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
 
 
 def test_a_message_spells_no_special_token(tokenizer):
-    (document,) = Chat().documents({"messages": TALK})
+    (document,) = Chat().to_documents({"messages": TALK})
     ids, learned = encoded(tokenizer, *document)
     special = [i for i in ids if i in tokenizer.special_tokens.values()]
     assert special == [i for marker in MARKERS * 4 for i in control(tokenizer, marker)]
-    assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, control=True))[0][-1] == tokenizer.eot_id
+    assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, from_template=True))[0][-1] == tokenizer.eot_id
     assert sum(learned) == len(learned) - learned.count(False) > 0
 
 
 def test_a_token_across_a_boundary_is_learned(vocabularies):
     bpe = vocabularies["tiktoken"]  # which has tokens for two spaces and for "class"
     for unlearned, answer in (("a ", " b"), ("a  cl", "ass"), ("é\n", "\nb")):
-        ids, learned = encoded(bpe, Span(text=unlearned, learned=False), Span(text=answer))
+        ids, learned = encoded(bpe, Span(text=unlearned, in_loss=False), Span(text=answer))
         assert ids == bpe.encode(unlearned + answer)
         before = len(bpe.encode(unlearned.rstrip(" \ncl")))
         assert learned == [False] * (len(learned) - sum(learned)) + [True] * sum(learned)
         assert before <= learned.index(True) < len(ids) and bpe.decode(ids[learned.index(True) :]).endswith(answer)
-        ids, learned = encoded(bpe, Span(text=answer), Span(text=unlearned, learned=False))
+        ids, learned = encoded(bpe, Span(text=answer), Span(text=unlearned, in_loss=False))
         assert learned[0] and not learned[-1]
 
 
 def test_no_token_is_learned_that_is_not_of_an_answer(tokenizer, tmp_path):
     (tmp_path / "plain.jinja").write_text(PLAIN)
-    (document,) = Chat(template=str(tmp_path / "plain.jinja")).documents({"messages": TALK})
+    (document,) = Chat(template=str(tmp_path / "plain.jinja")).to_documents({"messages": TALK})
     ids, learned = encoded(tokenizer, *document)
     assert ids == tokenizer.encode("".join(span.text for span in document))
-    answers = "".join(span.text for span in document if span.learned)
+    answers = "".join(span.text for span in document if span.in_loss)
     text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
     assert text.replace(" ", "") == answers.replace(" ", "") or tokenizer.kind == "tokenizer_json"
     assert sum(map(len, text.split())) <= sum(map(len, answers.split())) + 4
@@ -325,16 +332,16 @@ def rewriting(tmp_path_factory):
     backend.add_special_tokens(["</s>"])
     backend.save(str(folder / "t.json"))
     return [
-        load(SentencePieceModel(path=str(folder / "spm.model"))),
-        load(TokenizerFile(path=str(folder / "t.json"), end_of_document="</s>")),
+        build_tokenizer(SentencePieceModel(path=str(folder / "spm.model"))),
+        build_tokenizer(TokenizerFile(path=str(folder / "t.json"), end_of_document="</s>")),
     ]
 
 
 def test_a_space_is_put_before_a_document_and_nowhere_else_and_what_is_learned_is_found(rewriting):
-    end = Span(text="</s>", control=True)
-    spans = (Span(text="a\uff41\u3000he", learned=False), Span(text=" hello"), Span(text=" wide", learned=False))
+    end = Span(text="</s>", from_template=True)
+    spans = (Span(text="a\uff41\u3000he", in_loss=False), Span(text=" hello"), Span(text=" wide", in_loss=False))
     for tokenizer in rewriting:
-        ids, _ = encoded(tokenizer, Span(text="hello", control=True), end, Span(text="hello"), end)
+        ids, _ = encoded(tokenizer, Span(text="hello", from_template=True), end, Span(text="hello"), end)
         eot_id = tokenizer.eot_id
         assert ids == [*tokenizer.encode("hello"), eot_id, *tokenizer.encode("hello", continuation=True), eot_id]
         assert tokenizer.encode("hello") != tokenizer.encode("hello", continuation=True)

@@ -107,11 +107,11 @@ def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):
 def test_conversations_and_pairs_are_whole_in_the_tail(recipe, tmp_path):
     records, special = talks()
     fields = {"tokenizer": special, "validation": Tail(fraction=0.3)}
-    made = prepare(replace(recipe, source=jsonl(tmp_path / "talks", records), form=Chat(), **fields), workers=1)
+    made = prepare(replace(recipe, source=jsonl(tmp_path / "talks", records), format=Chat(), **fields), workers=1)
     train, tail = splits(made)
     assert len(train) + len(tail) == 40 and all(text.endswith("yes\n") for text in [*train, *tail])
     pairs = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in texts(40)]
-    made = prepare(replace(recipe, source=jsonl(tmp_path / "pairs", pairs), form=Preference(), **fields), workers=1)
+    made = prepare(replace(recipe, source=jsonl(tmp_path / "pairs", pairs), format=Preference(), **fields), workers=1)
     found = made.manifest.splits
     assert found["train"].documents + found["validation"].documents == 80
     assert found["train"].documents % 2 == 0 and found["validation"].documents > 0
@@ -134,7 +134,7 @@ def test_a_split_of_another_store(recipe, tmp_path):
 def test_a_masked_store_keeps_its_mask(recipe, tmp_path):
     records, special = talks()
     source = jsonl(tmp_path / "talks", records)
-    other = replace(recipe, source=source, form=Chat(), tokenizer=special, store=str(tmp_path / "other"))
+    other = replace(recipe, source=source, format=Chat(), tokenizer=special, store=str(tmp_path / "other"))
     made = prepare(other, workers=1)
     again = prepare(replace(other, store=recipe.store, validation=OtherStore(store=other.store)), workers=1)
     assert again.manifest.splits["validation"] == made.manifest.splits["validation"]
@@ -222,7 +222,7 @@ def test_the_same_bytes_whatever_the_workers_and_shards(recipe, tmp_path, kind, 
     stopped = replace(recipe, store=str(tmp_path / "stopped"))
     for stage, nth in (("tokens", 9), ("publish", 1)):
         with pytest.raises(KeyboardInterrupt):
-            prepare(stopped, workers=1, tell=stopped_after(stage, nth))
+            prepare(stopped, workers=1, on_progress=stopped_after(stage, nth))
     assert contents(Path(prepare(stopped, workers=workers).path))[0] == files
 
 

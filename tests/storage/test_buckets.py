@@ -30,7 +30,7 @@ def source(tmp_path_factory) -> Path:
 def written(tmp_path, source):
     """The file of a recipe of it."""
     return lambda store: recipe_file(
-        tmp_path, store, f"Jsonl(root={str(source)!r})", f"work={str(tmp_path / 'work')!r}"
+        tmp_path, store, f"Jsonl(root={str(source)!r})", f"work_dir={str(tmp_path / 'work')!r}"
     )
 
 
@@ -42,7 +42,7 @@ def local(source, tmp_path_factory):
 
 @pytest.fixture
 def recipe(server, source, tmp_path):
-    return bytes_recipe(source, server.new_url(), work=str(tmp_path / "work"))
+    return bytes_recipe(source, server.new_url(), work_dir=str(tmp_path / "work"))
 
 
 @pytest.fixture
@@ -90,11 +90,11 @@ def test_a_server_that_goes_down_leaves_no_version_and_the_next_call_goes_on(ser
         server.faults.down = progress.stage == "publish"
 
     with raises(StorageError, f"{recipe.store}/"):
-        prepare(recipe, workers=1, tell=stop)
+        prepare(recipe, workers=1, on_progress=stop)
     server.faults.clear()
     assert list_versions(ObjectStore(recipe.store)) == [] == ObjectStore(recipe.store).list_names()
     stages = []
-    made = prepare(recipe, workers=1, tell=lambda progress: stages.append((progress.stage, progress.tokens)))
+    made = prepare(recipe, workers=1, on_progress=lambda progress: stages.append((progress.stage, progress.tokens)))
     assert all(tokens == 0 for _, tokens in stages)  # none was made again
     assert_same(made, local)
 

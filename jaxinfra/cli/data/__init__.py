@@ -1,1 +1,1 @@
-"""`python -m launch data ...`: make a store, look at it, check it, and see what a run is fed."""
+"""`python -m launch data ...`: prepares a store, shows it, verifies it, and shows what a run reads."""

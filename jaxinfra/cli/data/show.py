@@ -1,4 +1,4 @@
-"""`python -m launch data show STORE`: what a store holds."""
+"""`python -m launch data show STORE`: shows what a store holds."""
 
 import argparse
 from collections.abc import Sequence

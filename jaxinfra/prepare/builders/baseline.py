@@ -1,9 +1,8 @@
-"""What a simple model knows of the validation text: the numbers that a trained model has to beat.
+"""Baselines on the validation text, which a trained model has to beat.
 
-`xz_bits_per_byte` compresses the validation text by itself. `ngram_bits_per_byte` is a token n-gram with
-Witten-Bell interpolation, trained on the training tokens and evaluated on the validation ones. Both are exact;
-nothing is hashed or pruned. The n-gram is a proper distribution over the vocabulary after every history. All tokens are
-held in memory; the limits below say how many.
+`xz_bits_per_byte` compresses the validation text alone. `ngram_bits_per_byte` is a token n-gram model with Witten-Bell
+interpolation. It is exact, without hashing or pruning, and a proper distribution over the vocabulary after every
+history. All tokens are held in memory, so their number is limited.
 """
 
 import lzma
@@ -16,54 +15,54 @@ from jaxinfra.data.store.store import TokenStore
 
 ORDER = 5
 TRAIN_LIMIT_TOKENS = 12 * 1024 * 1024
-"""An n-gram gets at most so many training tokens, evenly spaced pieces of a longer text: 1.5 GB of memory."""
+"""The n-gram model is trained on at most this many tokens, evenly spaced ranges of a longer text: 1.5 GB of memory."""
 VALIDATION_LIMIT_TOKENS = 4 * 1024 * 1024
-"""Both baselines are measured on the first whole documents that have at most so many tokens together."""
+"""Both baselines are measured on the first whole documents with at most this many tokens."""
 
 
 class NGram:
-    """An interpolated n-gram model of token ids.
+    """Interpolated n-gram model of token ids.
 
-    With c the counts, h a history and h' the same history without its oldest token, Witten and Bell (1991,
-    method C) in the interpolated form of Chen and Goodman (1998, section 2.6):
+    With counts c, a history h, and h' the history without its oldest token, Witten and Bell (1991, method C) in the
+    interpolated form of Chen and Goodman (1998, section 2.6):
 
         P(w | h) = (c(h w) + T(h) P(w | h')) / (c(h) + T(h)),    T(h) = number of different w seen after h
 
-    and P(w | h) = P(w | h') for a history that was never seen. Below the unigram lies 1 / vocabulary.
+    and P(w | h) = P(w | h') for a history that was never seen. The unigram is interpolated with 1 / vocab_size.
     """
 
     def __init__(self, tokens: np.ndarray, *, vocab_size: int, order: int = ORDER):
-        """Counts the n-grams of every length up to `order` in tokens[N].
+        """Counts the n-grams of tokens[N], of each length up to `order`.
 
-        The code of an n-gram is its history's number times the vocabulary plus its last token, and its own number is
-        its rank among those codes. So numbers of one level are the histories of the next, and no two share one.
+        An n-gram has the code `number of its history * vocab_size + last token`, and its number is the rank of its
+        code. The numbers of one length are the histories of the next, so different n-grams have different codes.
         """
         self.vocab_size = vocab_size
-        # Of each length: the sorted codes, int64[grams]; int32 c(h w) of each; c(h) and T(h) of each history, then 0.
+        # Per length: sorted codes, int64[ngrams]; int32 c(h w) of each; c(h) and T(h) of each history, then 0.
         self._levels: list[tuple[np.ndarray, ...]] = []
         last = tokens.astype(np.int64)
         history = np.zeros(len(last), np.int64)
-        histories = 1  # before any token there is one history, the empty one
+        num_histories = 1  # the empty one
         for _ in range(min(order, len(last))):
             codes, number, counts = np.unique(history * vocab_size + last, return_inverse=True, return_counts=True)
             owner = codes // vocab_size
-            followed = np.bincount(owner, weights=counts, minlength=histories + 1)
-            types = np.bincount(owner, minlength=histories + 1)
-            self._levels.append((codes, *(each.astype(np.int32) for each in (counts, followed, types))))
-            last, history, histories = last[1:], number[:-1], len(codes)
+            totals = np.bincount(owner, weights=counts, minlength=num_histories + 1)
+            types = np.bincount(owner, minlength=num_histories + 1)
+            self._levels.append((codes, *(each.astype(np.int32) for each in (counts, totals, types))))
+            last, history, num_histories = last[1:], number[:-1], len(codes)
 
     def probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """P(token | the up to order - 1 tokens before it) for each of tokens[N]: float64[N]."""
+        """Returns P(token | up to order - 1 tokens before it) for each of tokens[N]: float64[N]."""
         last = tokens.astype(np.int64)
         probability = np.full(len(last), 1 / self.vocab_size)
         history = np.zeros(len(last), np.int64)  # number of the history in the level above, -1 if never seen
         for start, (codes, counts, totals, types) in enumerate(self._levels):
-            code = history * self.vocab_size + last[start:]  # negative, as no other is, after what was never seen
+            code = history * self.vocab_size + last[start:]  # negative, so not found, after an unseen history
             rank = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
             seen = codes[rank] == code
-            total, kinds, below = totals[history], types[history], probability[start:]
-            mixed = (np.where(seen, counts[rank], 0) + kinds * below) / np.maximum(total + kinds, 1)
-            probability[start:] = np.where(total > 0, mixed, below)
+            total, kinds, lower_order = totals[history], types[history], probability[start:]
+            mixed = (np.where(seen, counts[rank], 0) + kinds * lower_order) / np.maximum(total + kinds, 1)
+            probability[start:] = np.where(total > 0, mixed, lower_order)
             history = np.where(seen, rank, -1)[:-1]
         return probability
 
@@ -71,24 +70,24 @@ class NGram:
 def ngram_bits_per_byte(
     train: np.ndarray, validation: np.ndarray, *, validation_bytes: int, vocab_size: int, eot_id: int
 ) -> float:
-    """Bits of all validation tokens, ends of documents included, per byte of validation text.
+    """Returns the bits of all validation tokens, document ends included, per byte of validation text.
 
-    Histories run on over the ends of documents; both streams begin after one, as every document does.
+    Histories continue across document ends; both texts are preceded by one.
     """
     eot = np.full(1, eot_id, train.dtype)
     model = NGram(np.concatenate([eot, train]), vocab_size=vocab_size)
-    first_is_given = model.probabilities(np.concatenate([eot, validation]))[1:]
-    return float(-np.log2(first_is_given).sum()) / validation_bytes
+    without_first = model.probabilities(np.concatenate([eot, validation]))[1:]
+    return float(-np.log2(without_first).sum()) / validation_bytes
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits per byte of one .xz stream (LZMA2, preset 6, CRC-64) of all texts, UTF-8, one after the other."""
+    """Returns the bits per byte of all texts, UTF-8, in one .xz stream (LZMA2, preset 6, CRC-64)."""
     content = "".join(texts).encode()
     return 8 * len(lzma.compress(content, preset=6)) / len(content)
 
 
-def measured(store: TokenStore) -> dict[str, dict[str, float]]:
-    """Returns bits per byte of both on the first validation documents within the limit; {} where all are empty.
+def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
+    """Returns bits per byte on the first validation documents within the limit, at least one; {} if all are empty.
 
     The text is what the tokens decode to.
     """

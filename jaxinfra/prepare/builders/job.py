@@ -1,57 +1,101 @@
-"""What a worker is given, for stores of every kind, and how it goes through records that may be bad."""
+"""The interface of a store builder, and its jobs, which skip or refuse bad records."""
 
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from jaxinfra.data.store.manifest import Split
+from jaxinfra.data.store.manifest import Manifest, Split
 from jaxinfra.errors import DataError
 from jaxinfra.prepare.documents.document import RecordError
+from jaxinfra.prepare.parts import PartMetadata
 from jaxinfra.prepare.recipes import Recipe
-from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, draw, explicit
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record
+from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, hash_to_unit, validation_source
+from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, SourceShard
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job[R: Recipe]:
-    """What one worker does at a time: the pieces that it reads, and the number and folder of the part that it makes.
+class PrepareJob[R: Recipe]:
+    """Makes one part from some shards.
 
-    `validation` says whether the pieces are of the recipe's own validation source.
+    Attributes:
+        number: of the job and its part.
+        folder: of the parts.
+        validation: whether the shards are of the recipe's validation source.
     """
 
     number: int
-    pieces: tuple[Piece, ...]
+    shards: tuple[SourceShard, ...]
     recipe: R
     folder: str
     validation: bool = False
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the source, about."""
-        return sum(piece.size_bytes for piece in self.pieces)
+        """Bytes of the source, estimated."""
+        return sum(shard.size_bytes for shard in self.shards)
 
-    def made[T](
-        self, make: Callable[[Record], T], bad: list[tuple[str, str]], records: Iterable[Found | Bad] | None = None
+    def process_records[T](
+        self,
+        process: Callable[[Fields], T],
+        bad: list[tuple[str, str]],
+        records: Iterable[Record | BadRecord] | None = None,
     ) -> Iterator[tuple[Split, str, T]]:
-        """Yields the split of each record that can be used, where it is, and what is made of it.
+        """Yields the split and the location of each good record, and what `process` returns for it.
 
-        Records are those of all pieces, or others that are given. Where each bad one was and what is wrong with it is
-        added to `bad`; a DataError if none may be skipped. Raises as `Source.read`.
+        Raises as `Source.read`, and DataError for a bad record if the recipe does not skip them.
+
+        Args:
+            process: raises RecordError for a bad record.
+            bad: gets the location and the cause of each bad record.
+            records: in place of those of the shards.
         """
-        recipe, by = self.recipe, self.recipe.validation
+        recipe, validation = self.recipe, self.recipe.validation
         if records is None:
-            source = explicit(by) if self.validation else recipe.source
+            source = validation_source(validation) if self.validation else recipe.source
             assert source is not None and not isinstance(source, OtherStore)
-            records = (record for piece in self.pieces for record in source.read(piece))
-        for each in records:
+            records = (record for shard in self.shards for record in source.read(shard))
+        for record in records:
             try:
-                if isinstance(each, Bad):
-                    raise RecordError(each.cause)
-                made = make(each.record)
+                if isinstance(record, BadRecord):
+                    raise RecordError(record.cause)
+                processed = process(record.fields)
             except RecordError as error:
                 if recipe.on_bad == "fail":
-                    fix = "mend the record, or leave such ones out by on_bad=skip"
-                    raise DataError(f"{each.where}: {error}; {fix}") from None
-                bad.append((each.where, str(error)))
+                    fix = "correct the record, or skip bad records with on_bad=skip"
+                    raise DataError(f"{record.location}: {error}; {fix}") from None
+                bad.append((record.location, str(error)))
             else:
-                validation = self.validation or (isinstance(by, ByKey) and draw(each.key) < by.fraction)
-                yield "validation" if validation else "train", each.where, made
+                is_drawn = isinstance(validation, ByKey) and hash_to_unit(record.key) < validation.fraction
+                yield "validation" if self.validation or is_drawn else "train", record.location, processed
+
+
+class StoreBuilder[R: Recipe](ABC):
+    """Builds a version of a store.
+
+    Attributes:
+        stage: name of the stage that runs the jobs, for progress.
+        make_part: makes and commits the part of a job; importable by workers.
+        input_digest: of the files that the recipe names; None if it names none.
+    """
+
+    stage: str
+    make_part: Callable[[PrepareJob[R]], PartMetadata]
+    input_digest: str | None
+
+    @abstractmethod
+    def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
+        """Writes what the jobs need beside their parts; `shards` are those of the training source."""
+
+    @abstractmethod
+    def estimate_bytes(self, source_bytes: int) -> int:
+        """Estimates the disk space of parts and arrays, which exist at the same time."""
+
+    @abstractmethod
+    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
+        """Writes all files of the version but the manifest, from all parts in order.
+
+        Raises:
+            ConfigError: a split is empty.
+            DataError: a part is damaged; or a document is in both splits, and the recipe does not allow that.
+        """

@@ -1,7 +1,7 @@
-"""Making a store of text: the tokenizer first, then tokens in parallel, then arrays, packings and baselines.
+"""Builds a store of text: first the tokenizer, then tokens in parallel, then arrays, packings and baselines.
 
-A job reads some pieces, makes documents, tokenises them and commits a part. It is the same function on every engine: a
-part depends on its job alone, so it does not matter who makes it, when, or how often.
+A job reads some shards, makes documents, tokenizes them and commits a part. The part depends only on the job, so it
+does not matter which worker makes it, when, or how often.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import override
 
 import numpy as np
 
@@ -22,71 +23,73 @@ from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import Splits, SplitWriter, with_tail
-from jaxinfra.prepare.builders.baseline import measured
-from jaxinfra.prepare.builders.job import Job
+from jaxinfra.prepare.builders.assemble import PartSplits, SplitWriter, split_tail
+from jaxinfra.prepare.builders.baseline import measure_baselines
+from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder
 from jaxinfra.prepare.documents.dedup import Signer
 from jaxinfra.prepare.documents.document import Document
-from jaxinfra.prepare.documents.encoding import Tokens, encode_documents
-from jaxinfra.prepare.documents.shingles import digest_of_bytes
-from jaxinfra.prepare.parts import Note, Part
+from jaxinfra.prepare.documents.encoding import EncodedDocument, encode_documents
+from jaxinfra.prepare.documents.shingles import hash128
+from jaxinfra.prepare.parts import Part, PartMetadata
 from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.validation import OtherStore, Tail, draw
-from jaxinfra.prepare.sources.record import Bad, Found, Piece
-from jaxinfra.prepare.sources.stream import Block
-from jaxinfra.prepare.tokenizers import TrainBpe, convert, train_bpe
+from jaxinfra.prepare.recipes.validation import OtherStore, Tail, hash_to_unit
+from jaxinfra.prepare.sources.record import BadRecord, Record, SourceShard
+from jaxinfra.prepare.sources.stream import StreamBatch
+from jaxinfra.prepare.tokenizers import TrainBpe, convert_tokenizer, train_bpe
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.objects import ObjectStore
 
-TOKENIZER_BYTES = 12_000_000
-"""Text that a tokenizer is trained on: more changes an 8k vocabulary little and costs time and memory."""
-_INFO = "tokenizer-info.json"  # beside the parts: which tokenizer is there
-_BATCH_CHARS = _PIECE_CHARS = 1_000_000
-_BYTES_PER_TOKEN = 2  # low for a trained vocabulary, which has 3 to 4; so the estimate of the space is high
-_CHECKED_CHARS = 200_000  # of the source that a converted tokenizer is tried on: seconds
-_FEW_WORDS = 512  # a byte-level BPE of fewer has less than 2.1 bytes a token, on its own text; that of bytes has 1
+TOKENIZER_TRAINING_CHARS = 12_000_000
+"""Text that a tokenizer is trained on; more changes an 8k vocabulary little and costs time and memory."""
+_INFO_FILE = "tokenizer-info.json"  # beside the parts
+_BATCH_CHARS = _SAMPLE_SHARD_CHARS = 1_000_000
+_BYTES_PER_TOKEN = 2  # a trained vocabulary has 3 to 4; a low value makes the estimate of disk space safe
+_CHECKED_CHARS = 200_000  # of the source, that a converted tokenizer is compared on; takes seconds
+_SMALL_VOCAB = 512  # a smaller byte-level BPE has less than 2.1 bytes a token on its own text; bytes have 1
 
 
-def tokenise(job: Job[Corpus]) -> Note:
-    """Makes and commits the part of a job, or nothing where that raises.
+def tokenize_job(job: PrepareJob[Corpus]) -> PartMetadata:
+    """Makes and commits the part of a job.
 
     Raises:
-        DataError: a record cannot be used and the recipe does not skip it.
+        DataError: a bad record, and the recipe does not skip them.
         StorageError: the source cannot be read; OSError: the part cannot be written.
     """
     folder = Path(job.folder)
-    part = _part(job, _load_tokenizer(folder, _read_info(folder)), None, read_bytes=job.read_bytes)
-    return parts.write(folder, job.number, part)
+    part = _build_part(job, _load_tokenizer(folder, _read_info(folder)), None, read_bytes=job.read_bytes)
+    return parts.write_part(folder, job.number, part)
 
 
 def _read_info(folder: Path) -> TokenizerInfo:
-    """Reads which tokenizer is beside the parts."""
-    return TokenizerInfo(**json.loads((folder / _INFO).read_bytes()))
+    return TokenizerInfo(**json.loads((folder / _INFO_FILE).read_bytes()))
 
 
 @lru_cache(maxsize=2)
 def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
-    """Reads the tokenizer beside the parts; a worker does it once."""
+    """Loads the tokenizer beside the parts; cached, so that a worker does it once."""
     path = folder / info.file
     return load_tokenizer(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
-def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad] | None, *, read_bytes: int) -> Part:
-    """Makes a part of records, in their order; None is those of the job. Raises as `tokenise`."""
+def _build_part(
+    job: PrepareJob[Corpus], tokenizer: Tokenizer, records: Iterable[Record | BadRecord] | None, *, read_bytes: int
+) -> Part:
+    """Makes a part of `records`, or of those of the job if None. Raises as `tokenize_job`."""
     corpus, filtered, count = job.recipe, Counter[str](), 0
     skipped: list[tuple[str, str]] = []
-    rows: dict[Split, _Rows] = {split: _Rows(corpus, tokenizer) for split in SPLITS}
+    builders: dict[Split, _SplitBuilder] = {split: _SplitBuilder(corpus, tokenizer) for split in SPLITS}
     if job.validation and isinstance(corpus.validation, OtherStore):
-        for piece in job.pieces:
-            count += _copy_documents(corpus.validation, piece, corpus.form.group, tokenizer, rows["validation"])
+        per_record = corpus.format.documents_per_record
+        for shard in job.shards:
+            count += _copy_documents(corpus.validation, shard, per_record, tokenizer, builders["validation"])
     else:
-        for split, where, group in _groups(job, skipped, filtered, records):
-            rows[split].add(where, group)
+        for split, location, documents in _kept_documents(job, skipped, filtered, records):
+            builders[split].add(location, documents)
             count += 1
-    splits: dict[Split, dict[str, np.ndarray]] = {split: each.finish() for split, each in rows.items()}
+    splits: dict[Split, dict[str, np.ndarray]] = {split: builder.finish() for split, builder in builders.items()}
     return Part(
         splits=splits,
-        tokens=sum(len(found["tokens_N"]) for found in splits.values()),
+        tokens=sum(len(split["tokens_N"]) for split in splits.values()),
         records=count + len(skipped) + filtered.total(),
         read_bytes=read_bytes,
         skipped=tuple(skipped),
@@ -94,230 +97,230 @@ def _part(job: Job[Corpus], tokenizer: Tokenizer, records: Iterable[Found | Bad]
     )
 
 
-def _copy_documents(other: OtherStore, piece: Piece, group: int, tokenizer: Tokenizer, rows: "_Rows") -> int:
-    """Takes documents of another store, whose tokens stay as they are, and returns of how many records they are."""
-    store = other.open(piece.name)
-    first, documents = piece.start * group, store.manifest.splits[other.split].documents
-    count = (documents if piece.end is None else piece.end * group) - first
-    some = np.array([first]), np.array([count])
-    lengths_D = store.read_ranges(other.split, LENGTHS, *some)
-    start = store.read_ranges(other.split, OFFSETS, *some)[:1]
+def _copy_documents(
+    other: OtherStore, shard: SourceShard, per_record: int, tokenizer: Tokenizer, builder: "_SplitBuilder"
+) -> int:
+    """Copies the tokens of documents of another store; returns the number of their records."""
+    store = other.open(shard.name)
+    first, documents = shard.start * per_record, store.manifest.splits[other.split].documents
+    count = (documents if shard.end is None else shard.end * per_record) - first
+    span = np.array([first]), np.array([count])
+    lengths_D = store.read_ranges(other.split, LENGTHS, *span)
+    start = store.read_ranges(other.split, OFFSETS, *span)[:1]
     tokens_N, mask_N = store.read_segments(other.split, start, lengths_D.sum(keepdims=True))
-    learned_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
+    in_loss_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
     ends = np.cumsum(lengths_D).tolist()
     for number, (end, length) in enumerate(zip(ends, lengths_D.tolist(), strict=True), first):
-        ids_N = tokens_N[end - length : end - 1].astype(np.int64)
+        without_end = slice(end - length, end - 1)
+        ids_N = tokens_N[without_end].astype(np.int64)
         text = tokenizer.decode(ids_N.tolist())
-        found = Tokens(ids_N=ids_N, learned_N=learned_N[end - length : end - 1], n_bytes=len(text.encode()))
-        rows.note(f"{other.store} document {number}", text, 1)
-        rows.append(found)
-    return count // group
+        builder.add_signatures(f"{other.store} document {number}", text, 1)
+        builder.add_encoded(
+            EncodedDocument(ids_N=ids_N, in_loss_N=in_loss_N[without_end], num_bytes=len(text.encode()))
+        )
+    return count // per_record
 
 
-def _groups(
-    job: Job[Corpus],
+def _kept_documents(
+    job: PrepareJob[Corpus],
     skipped: list[tuple[str, str]],
     filtered: Counter[str],
-    records: Iterable[Found | Bad] | None = None,
+    records: Iterable[Record | BadRecord] | None = None,
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
-    """Yields the split of each record that is kept, where it is, and its documents; counts the others by reason."""
+    """Yields split, location and documents of each record that passes the filters; counts the others by rule."""
     corpus = job.recipe
-    for split, where, group in job.made(corpus.form.documents, skipped, records):
-        reasons = (corpus.filters.reason(_text_of([document])) for document in group)
+    for split, location, documents in job.process_records(corpus.format.to_documents, skipped, records):
+        reasons = (corpus.filters.reason(_record_text([document])) for document in documents)
         if reason := next(filter(None, reasons), None):
             filtered[reason] += 1
         else:
-            yield split, where, group
+            yield split, location, documents
 
 
-class _Rows:
-    """Documents of one split, tokenised in batches."""
+class _SplitBuilder:
+    """Tokenizes documents of one split in batches."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
         self._corpus, self._tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
-        self._sign = None if corpus.dedup is None else Signer(corpus.dedup)
+        self._signer = None if corpus.dedup is None else Signer(corpus.dedup)
         self._waiting: list[Document] = []
         self._waiting_chars = 0
-        self._done: list[Tokens] = []
-        self._where: list[str] = []
+        self._encoded: list[EncodedDocument] = []
+        self._locations: list[str] = []
         self._signatures: list[tuple[np.ndarray, np.ndarray | None]] = []
 
-    def add(self, where: str, group: Sequence[Document]) -> None:
-        """Takes the documents of a record."""
-        self.note(where, _text_of(group), len(group))
-        self._waiting += group
-        self._waiting_chars += sum(len(span.text) for document in group for span in document)
+    def add(self, location: str, documents: Sequence[Document]) -> None:
+        """Adds the documents of a record."""
+        self.add_signatures(location, _record_text(documents), len(documents))
+        self._waiting += documents
+        self._waiting_chars += sum(len(span.text) for document in documents for span in document)
         if self._waiting_chars >= _BATCH_CHARS:
-            self._encode()
+            self._encode_waiting()
 
     def finish(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of a part, D documents with N tokens.
+        """Returns the arrays of a part for D documents with N tokens.
 
-        `tokens_N`: ids, each document with its end; `lengths_D`, `bytes_D`: tokens and bytes of text of each;
-        `digest_D2`: the hash of the tokens of each; where some are not learned `mask_N`, 1 for those that are; where
-        duplicates are looked for `exact_D2` and `near_DP`, the hash and the MinHash of each text; where an overlap ends
-        the work `where_D`, the place of each.
+        Always `tokens_N`, each document with its end token; `lengths_D`, tokens of each; `bytes_D`, bytes of its text;
+        `digest_D2`, the hash of its tokens. If the format is masked, `mask_N`, 1 for tokens in the loss. With dedup,
+        `exact_D2` and `near_DP`, the signatures of each text. If an overlap is an error, `where_D`, the locations.
         """
-        self._encode()
-        done, dedup = self._done, self._corpus.dedup
-        found = {
-            "tokens_N": np.concatenate([np.empty(0, self._dtype), *(each.ids_N for each in done)]),
-            "lengths_D": np.array([len(each.ids_N) for each in done], np.int64),
-            "bytes_D": np.array([each.n_bytes for each in done], np.int64),
-            "digest_D2": np.array([digest_of_bytes(each.ids_N.data) for each in done], np.uint64).reshape(-1, 2),
+        self._encode_waiting()
+        encoded, dedup = self._encoded, self._corpus.dedup
+        part = {
+            "tokens_N": np.concatenate([np.empty(0, self._dtype), *(each.ids_N for each in encoded)]),
+            "lengths_D": np.array([len(each.ids_N) for each in encoded], np.int64),
+            "bytes_D": np.array([each.num_bytes for each in encoded], np.int64),
+            "digest_D2": np.array([hash128(each.ids_N.data) for each in encoded], np.uint64).reshape(-1, 2),
         }
-        if self._corpus.form.masked:
-            found["mask_N"] = np.concatenate([np.empty(0, bool), *(each.learned_N for each in done)]).astype(np.uint8)
+        if self._corpus.format.masked:
+            masks = [each.in_loss_N for each in encoded]
+            part["mask_N"] = np.concatenate([np.empty(0, bool), *masks]).astype(np.uint8)
         if dedup is not None:
-            found["exact_D2"] = np.array([exact for exact, _ in self._signatures], np.uint64).reshape(-1, 2)
+            part["exact_D2"] = np.array([exact for exact, _ in self._signatures], np.uint64).reshape(-1, 2)
         if dedup is not None and dedup.near:
             near = [near for _, near in self._signatures]
-            found["near_DP"] = np.array(near, np.uint32).reshape(-1, dedup.permutations)
+            part["near_DP"] = np.array(near, np.uint32).reshape(-1, dedup.num_permutations)
         if self._corpus.on_overlap == "fail":
-            found["where_D"] = np.array(self._where, np.str_)
-        return found
+            part["where_D"] = np.array(self._locations, np.str_)
+        return part
 
-    def note(self, where: str, text: str, count: int) -> None:
-        """Keeps what is known of a record for each of its documents."""
-        self._where += [where] * count
-        self._signatures += [] if self._sign is None else [self._sign(text)] * count
+    def add_signatures(self, location: str, text: str, count: int) -> None:
+        """Adds the location and the signatures of a record for each of its `count` documents."""
+        self._locations += [location] * count
+        self._signatures += [] if self._signer is None else [self._signer(text)] * count
 
-    def _encode(self) -> None:
-        """Tokenises what waits, all at once."""
-        words = self._tokenizer.vocab_size
-        for found in encode_documents(self._tokenizer, self._waiting):
-            wrong = found.ids_N[(found.ids_N < 0) | (found.ids_N >= words)]
-            if wrong.size:  # it would fill a store with garbage
-                cause = f"is outside the vocabulary of {words} of the tokenizer that gave it"
-                raise DataError(f"token id {wrong[0]}: {cause}; mend its file")
-            self.append(found)
+    def add_encoded(self, document: EncodedDocument) -> None:
+        """Adds the tokens of a document, and its end token."""
+        ids_N = np.append(document.ids_N, self._tokenizer.eot_id).astype(self._dtype)
+        mask_N = np.append(document.in_loss_N, False) if self._corpus.format.masked else np.empty(0, bool)
+        self._encoded.append(replace(document, ids_N=ids_N, in_loss_N=mask_N))
+
+    def _encode_waiting(self) -> None:
+        vocab_size = self._tokenizer.vocab_size
+        for document in encode_documents(self._tokenizer, self._waiting):
+            wrong = document.ids_N[(document.ids_N < 0) | (document.ids_N >= vocab_size)]
+            if wrong.size:  # the token dtype could not hold it
+                cause = f"the tokenizer gave it, but its vocabulary has only {vocab_size} tokens"
+                raise DataError(f"token id {wrong[0]}: {cause}; use another tokenizer file")
+            self.add_encoded(document)
         self._waiting, self._waiting_chars = [], 0
 
-    def append(self, found: Tokens) -> None:
-        """Keeps the tokens of a document, with its end."""
-        ids_N = np.append(found.ids_N, self._tokenizer.eot_id).astype(self._dtype)
-        mask_N = np.append(found.learned_N, False) if self._corpus.form.masked else np.empty(0, bool)
-        self._done.append(Tokens(ids_N=ids_N, learned_N=mask_N, n_bytes=found.n_bytes))
+
+def _record_text(documents: Sequence[Document]) -> str:
+    """Returns the text of the record, without what the template adds."""
+    return "".join(span.text for document in documents for span in document if not span.from_template)
 
 
-def _text_of(group: Sequence[Document]) -> str:
-    """Returns the text of the record that documents were made of, without what the template adds."""
-    return "".join(span.text for document in group for span in document if not span.control)
+def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: int) -> Iterator[str]:
+    """Yields about `limit_chars` of training records, none of a validation tail. Raises as `tokenize_job`.
 
-
-def _sample_texts(corpus: Corpus, pieces: Sequence[Piece], limit_chars: int) -> Iterator[str]:
-    """Yields about `limit_chars` of training records, none of the tail, for a tokenizer. Raises as `tokenise`.
-
-    Pieces come in the order that their keys draw: a fair sample, the same whatever else is there; a long one gives
-    about `_PIECE_CHARS`.
+    Shards come in the order of their hashed names, which makes a fair sample that does not change much when files are
+    added; a long shard gives about `_SAMPLE_SHARD_CHARS`.
     """
     if isinstance(corpus.validation, Tail):
-        sizes, share = np.cumsum([piece.size_bytes for piece in pieces]), 1 - corpus.validation.fraction
-        before = int(np.searchsorted(sizes, sizes[-1] * share, side="right"))
-        if not before:  # the first piece reaches into the tail, such as the only file of a corpus
-            texts = list(_training_texts(corpus, pieces[0]))
+        sizes, share = np.cumsum([shard.size_bytes for shard in shards]), 1 - corpus.validation.fraction
+        before_tail = int(np.searchsorted(sizes, sizes[-1] * share, side="right"))
+        if not before_tail:  # the tail begins in the first shard, for example the only file of a corpus
+            texts = list(_training_texts(corpus, shards[0]))
             left = min(limit_chars, int(sum(map(len, texts)) * share))
             for text in texts:
                 yield text[:left]
                 left = max(0, left - len(text))
             return
-        pieces = pieces[:before]
-    for piece in sorted(pieces, key=lambda each: draw(f"{each.name}@{each.start}" if each.start else each.name)):
+        shards = shards[:before_tail]
+
+    def order(shard: SourceShard) -> float:
+        return hash_to_unit(f"{shard.name}@{shard.start}" if shard.start else shard.name)
+
+    for shard in sorted(shards, key=order):
         taken = 0
-        for text in _training_texts(corpus, piece):
+        for text in _training_texts(corpus, shard):
             yield text
             taken += len(text)
-            if taken >= min(_PIECE_CHARS, limit_chars):
+            if taken >= min(_SAMPLE_SHARD_CHARS, limit_chars):
                 break
         limit_chars -= taken
         if limit_chars <= 0:
             return
 
 
-def _training_texts(corpus: Corpus, piece: Piece) -> Iterator[str]:
-    groups = _groups(Job(number=0, pieces=(piece,), recipe=corpus, folder=""), [], Counter())
-    return (_text_of(group) for split, _, group in groups if split == "train")
+def _training_texts(corpus: Corpus, shard: SourceShard) -> Iterator[str]:
+    kept = _kept_documents(PrepareJob(number=0, shards=(shard,), recipe=corpus, folder=""), [], Counter())
+    return (_record_text(documents) for split, _, documents in kept if split == "train")
 
 
-class TextMaker:
-    """What preparing a corpus has of its own."""
+class TextStoreBuilder(StoreBuilder[Corpus]):
+    """Builds a store of text or of pairs."""
 
     stage = "tokens"
-    job = staticmethod(tokenise)
 
     def __init__(self, corpus: Corpus):
-        """Reads an existing tokenizer; a ConfigError if it cannot be used, or the template of the form, or not both."""
+        """Reads an existing tokenizer; ConfigError if it or the template cannot be used, or they do not fit."""
         self._corpus, config = corpus, corpus.tokenizer
+        self.make_part = tokenize_job
         if isinstance(config, TrainBpe):
             self._existing, digest, special = None, None, {config.end_of_document, *config.special_tokens}
         else:
-            self._existing = given, _ = convert(config)
-            digest, special = given.sha256, given.special_tokens
-        # Of the files that the recipe names; a tokenizer that is trained follows from all else.
-        found = [digest, corpus.form.identity()]
-        self.identity = digest_of(found) if any(found) else None
-        self._kind: Kind = "text" if corpus.form.group == 1 else "pairs"
-        for marker in corpus.form.markers():
-            if marker not in special:
+            self._existing = tokenizer, _ = convert_tokenizer(config)
+            digest, special = tokenizer.sha256, tokenizer.special_tokens
+        # A trained tokenizer needs no digest, because the recipe and the source determine it.
+        digests = [digest, corpus.format.content_digest()]
+        self.input_digest = digest_of(digests) if any(digests) else None
+        self._kind: Kind = "text" if corpus.format.documents_per_record == 1 else "pairs"
+        for token in corpus.format.required_special_tokens():
+            if token not in special:
                 raise ConfigError(
-                    f"form: its template writes {marker}, which is no special token of the tokenizer, so that any text "
-                    "could spell it; name it in tokenizer.special_tokens, or use another template"
+                    f"format: its template writes {token}, which is not a special token of the tokenizer, so any text "
+                    "could spell it; add it to tokenizer.special_tokens, or use another template"
                 )
 
-    def begin(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        """Puts the tokenizer beside the parts; one that is trained is trained once, one that was converted is checked.
+    @override
+    def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
+        """Writes the tokenizer beside the parts, unless it is there: trains it, or checks one that was converted.
 
-        `pieces` are of the training source, the same ones whatever the recipe says of shards. Raises as `tokenise`, and
-        a ConfigError if the source shows that a converted tokenizer gives other tokens, or if the store that the
-        validation split is of has another tokenizer or form.
+        Raises as `tokenize_job`, and ConfigError if the source shows that a converted tokenizer gives other tokens, or
+        if the store of the validation split has another tokenizer or format.
         """
-        corpus, known = self._corpus, folder / _INFO
-        if not known.exists():
+        corpus, info_path = self._corpus, folder / _INFO_FILE
+        if not info_path.exists():
             if self._existing is None:
-                given = train_bpe(_sample_texts(corpus, pieces, TOKENIZER_BYTES), **vars(corpus.tokenizer))
+                tokenizer = train_bpe(_sample_texts(corpus, shards, TOKENIZER_TRAINING_CHARS), **vars(corpus.tokenizer))
             else:
-                given, check = self._existing
-                check(_sample_texts(corpus, pieces, _CHECKED_CHARS))
-            info = info_of(given)
-            write_bytes_atomic(folder / info.file, given.content)
-            write_bytes_atomic(known, json.dumps(asdict(info)).encode())
+                tokenizer, check = self._existing
+                check(_sample_texts(corpus, shards, _CHECKED_CHARS))
+            info = info_of(tokenizer)
+            write_bytes_atomic(folder / info.file, tokenizer.content)
+            write_bytes_atomic(info_path, json.dumps(asdict(info)).encode())
         self._info = _read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
         if isinstance(corpus.validation, OtherStore):
-            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.form.masked)
+            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.format.masked)
 
-    def part(self, folder: Path, block: Block) -> Part:
-        """Makes the part of a block of a stream; after `begin`."""
-        job = Job(number=0, pieces=(), recipe=self._corpus, folder=str(folder))
-        part = _part(job, _load_tokenizer(folder, self._info), block.records, read_bytes=block.read_bytes)
-        return replace(part, position=block.position)
+    def part_of_batch(self, folder: Path, batch: StreamBatch) -> Part:
+        """Makes the part of a batch of a stream, after `setup`."""
+        job = PrepareJob(number=0, shards=(), recipe=self._corpus, folder=str(folder))
+        part = _build_part(job, _load_tokenizer(folder, self._info), batch.records, read_bytes=batch.read_bytes)
+        return replace(part, position=batch.position)
 
-    def needed_bytes(self, source_bytes: int) -> int:
-        """Parts and arrays exist at once, and a byte of the mask beside each token.
+    @override
+    def estimate_bytes(self, source_bytes: int) -> int:
+        # Too low for compressed sources, documents of a few bytes, and text unlike that of the tokenizer.
+        bytes_per_token = 1 if self._info.vocab_size < _SMALL_VOCAB else _BYTES_PER_TOKEN
+        form = self._corpus.format
+        return 2 * source_bytes * form.documents_per_record * (self._dtype.itemsize + form.masked) // bytes_per_token
 
-        Low for compressed sources, for documents of a few bytes, and for a text that the tokenizer is not trained for.
-        """
-        bytes_per_token = 1 if self._info.vocab_size < _FEW_WORDS else _BYTES_PER_TOKEN
-        form = self._corpus.form
-        return 2 * source_bytes * form.group * (self._dtype.itemsize + form.masked) // bytes_per_token
-
+    @override
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        """Makes all files of the version but the manifest, of all parts in their order.
-
-        Raises:
-            ConfigError: a split has nothing in it.
-            DataError: a part is damaged; or a document is in both splits, and the recipe allows none.
-        """
-        corpus = self._corpus
-        source = Splits(folder=folder, numbers=numbers)
+        corpus, masked = self._corpus, self._corpus.format.masked
+        source = PartSplits(folder=folder, numbers=numbers)
         if isinstance(corpus.validation, Tail):
-            source = with_tail(source, corpus, corpus.validation, _load_tokenizer(folder, self._info))
-        keep, counts = assemble.kept(corpus, source, build)
+            source = split_tail(source, corpus, corpus.validation, _load_tokenizer(folder, self._info))
+        keep, counts = assemble.select_documents(corpus, source, build)
         splits, packs = {}, {}
+        names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if masked else ()))
         for split in SPLITS:
-            writer = SplitWriter(build / split, self._dtype, masked=corpus.form.masked)
-            names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if corpus.form.masked else ()))
-            for tokens_N, lengths_D, bytes_D, *masks in source.kept(split, keep, *names):
+            writer = SplitWriter(build / split, self._dtype, masked=masked)
+            for tokens_N, lengths_D, bytes_D, *masks in source.read_kept(split, keep, *names):
                 writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
             splits[split] = writer.close()
             for pack in corpus.packs:
@@ -329,15 +332,15 @@ class TextMaker:
             source_digest=source_digest,
             counts=counts,
             dtype=self._dtype.name,
-            masked=corpus.form.masked,
+            masked=masked,
             block=arrays.CHUNK,
             tokenizer=self._info,
             splits=splits,
             packs=packs,
             files=hash_files(build, unhashed=(TOKENS, MASK)),
             baselines={},
-            **assemble.made_now(),
+            **assemble.provenance(),
         )
         if corpus.baselines:
-            manifest = replace(manifest, baselines=measured(TokenStore(ObjectStore(build), manifest)))
+            manifest = replace(manifest, baselines=measure_baselines(TokenStore(ObjectStore(build), manifest)))
         return manifest

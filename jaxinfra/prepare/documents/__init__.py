@@ -1,1 +1,1 @@
-"""What becomes of records: documents in spans of text, judged, compared and tokenized."""
+"""From records to token ids: formats and chat templates, filters, deduplication, encoding."""

@@ -1,13 +1,12 @@
-"""How a conversation is laid out as text: what its template writes, where the messages go, and what is learned.
+"""Renders conversations with Jinja chat templates, and finds which of the text counts in the loss.
 
-Templates are those of Jinja, as models are published with them. They run in the sandbox, with the names and filters
-that the field gives them (Transformers, `apply_chat_template`). The day is not among them: the same record gives the
-same document tomorrow.
+Templates run in Jinja's sandbox with the names and filters of `apply_chat_template` of Transformers, except for the
+date, because a record must always give the same document.
 
-A template is rendered with marks in place of messages, once for each sequence of roles. So its words stay apart from
-those of the messages, which is what makes special tokens safe. What is learned of an answer is what is inside of the
-template's `{% generation %}` blocks; a template that has none is rendered for each answer up to the message before it
-and up to the answer itself, and the difference is learned (TRL, `SFTTrainer` with `assistant_only_loss`).
+A template is rendered with placeholders instead of the messages, once per sequence of roles. This separates the text
+of the template, which may spell special tokens, from that of the messages. Of an answer, the text inside of
+`{% generation %}` blocks counts in the loss. A template without such blocks is rendered up to the message before the
+answer and up to the answer, and the difference counts (TRL, `SFTTrainer` with `assistant_only_loss`).
 """
 
 import functools
@@ -26,164 +25,182 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.document import Form, RecordError, Span
+from jaxinfra.prepare.documents.document import RecordError, RecordFormat, Span
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import file_exists, read_file
 
 Message = dict[str, str]
-"""One turn of a conversation: its `role`, which is system, user or assistant, and its `content`."""
+"""One turn of a conversation: `role`, which is system, user or assistant, and `content`."""
 _Range = tuple[int, int]
-_CONFIG = "tokenizer_config.json"
-_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_MARKER = re.compile(r"<[^<>\s]+>")  # as presets spell special tokens
-_MARK = "4f1c0e9d-{}-4f1c0e9d"  # a word that no template writes
-_BEGIN, _END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has, around generation blocks
-_BLOCK = re.compile(f"{_BEGIN}[^{_BEGIN}]*?{_END}")
-_WITHOUT_BLOCKS = str.maketrans("", "", _BEGIN + _END)
+_CONFIG_FILE = "tokenizer_config.json"
+_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # as the presets spell them
+_PLACEHOLDER = "4f1c0e9d-{}-4f1c0e9d"  # text that no template writes
+_BLOCK_START, _BLOCK_END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has, mark generation blocks
+_BLOCK = re.compile(f"{_BLOCK_START}[^{_BLOCK_START}]*?{_BLOCK_END}")
+_REMOVE_MARKS = str.maketrans("", "", _BLOCK_START + _BLOCK_END)
 _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the template writes of an answer"
 
 
 class ChatTemplate:
-    """A template, compiled: a preset, or that of a .jinja or of a tokenizer_config.json.
+    """A compiled chat template.
 
     Attributes:
-        digest: hash of its text and of the special tokens that it may use.
-        markers: special tokens that it writes: of a file those that it uses by their names.
+        digest: hash of the template and of the special tokens that it may use by name.
+        special_tokens: special tokens that it writes; of a file, those that it uses by name.
     """
 
     def __init__(self, name: str):
-        """Reads and compiles it; a ConfigError says what is wrong with it."""
+        """Reads and compiles a preset, a .jinja file or a tokenizer_config.json; ConfigError if it cannot be used."""
         self._name, self._from_file = name, _is_file(name)
         source, tokens = _read(name) if self._from_file else (PRESETS[name], {})
-        environment = _environment()
+        environment = _jinja_environment()
         try:
             parsed = environment.parse(source)
             used = find_undeclared_variables(parsed)
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise ConfigError(f"template={name}: is not a template ({cause_of(error)})") from None
-        if missing := sorted(used & set(_TOKENS) - tokens.keys()):
-            raise ConfigError(f"template={name}: uses {missing[0]}; give the {_CONFIG} that defines it beside the file")
+            cause = f"is not a Jinja template ({cause_of(error)})"
+            raise ConfigError(f"template={name}: {cause}; use template=chatml") from None
+        if missing := sorted(used & set(_TOKEN_NAMES) - tokens.keys()):
+            raise ConfigError(f"template={name}: uses {missing[0]}; put the {_CONFIG_FILE} that defines it beside it")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
         by_name = [tokens[name] for name in sorted(used & tokens.keys())]
-        self.markers = tuple(by_name if self._from_file else dict.fromkeys(_MARKER.findall(source)))
+        self.special_tokens = tuple(by_name if self._from_file else dict.fromkeys(_SPECIAL_TOKEN.findall(source)))
         self._has_blocks = any(isinstance(call.node, nodes.ExtensionAttribute) for call in parsed.find_all(nodes.Call))
-        self._names = tokens | {"tools": None, "documents": None}
-        self._layout = functools.lru_cache(maxsize=4096)(self._laid_out)
+        self._variables = tokens | {"tools": None, "documents": None}
+        self._segments = functools.lru_cache(maxsize=4096)(self._find_segments)
 
-    def spans(self, messages: Sequence[Message], learned: Sequence[int] | None) -> list[Span]:
-        """Lays a conversation of at least one message out, or raises a RecordError: the template does not allow it.
+    def to_spans(self, messages: Sequence[Message], in_loss: Sequence[int] | None) -> list[Span]:
+        """Renders a conversation of at least one message; RecordError if the template refuses or rewrites it.
 
-        `learned` are the messages of the assistant that are learned, in order, each with what ends its turn; None is
-        all of the text, that of the template too.
+        Args:
+            messages: the conversation.
+            in_loss: assistant messages that count in the loss, in order, each with what ends its turn; None counts all
+                text, also that of the template.
         """
         roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
         texts = [content.strip() for content in contents]
-        around = tuple(tuple(content.split(text, 1)) for content, text in zip(contents, texts, strict=True))
-        found = [
-            Span(text=part if (control := isinstance(part, str)) else texts[part], learned=is_learned, control=control)
-            for part, is_learned in self._layout(roles, around, None if learned is None else tuple(learned))
-        ]
-        if self._from_file and self._render(messages) != "".join(span.text for span in found):
-            raise RecordError(f"the template {self._name} rewrites its messages; use one that writes them as they are")
-        return found
+        spaces = tuple(tuple(content.split(text, 1)) for content, text in zip(contents, texts, strict=True))
+        spans = []
+        for segment, is_in_loss in self._segments(roles, spaces, None if in_loss is None else tuple(in_loss)):
+            from_template = isinstance(segment, str)
+            text = segment if from_template else texts[segment]
+            spans.append(Span(text=text, in_loss=is_in_loss, from_template=from_template))
+        if self._from_file and self._render(messages) != "".join(span.text for span in spans):
+            raise RecordError(f"the template {self._name} rewrites messages; use one that writes them unchanged")
+        return spans
 
-    def _render(self, messages: Sequence[Message], *, answering: bool = False, blocks: bool = False) -> str:
-        """Writes messages as text; an answer is to follow if `answering`, generation blocks stay marked if `blocks`."""
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False, keep_marks: bool = False) -> str:
+        """Renders messages as text.
+
+        Args:
+            messages: the conversation.
+            prompt: whether to end with the beginning of an answer (`add_generation_prompt`).
+            keep_marks: whether to keep the marks around generation blocks.
+        """
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=answering, **self._names)
+            text = self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)
         except TemplateError as error:
             raise RecordError(f"the template {self._name} refuses the conversation: {cause_of(error)}") from None
-        return text if blocks else text.translate(_WITHOUT_BLOCKS)
+        return text if keep_marks else text.translate(_REMOVE_MARKS)
 
-    def _laid_out(
-        self, roles: tuple[str, ...], around: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
+    def _find_segments(
+        self, roles: tuple[str, ...], spaces: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
     ) -> Sequence[tuple[str | int, bool]]:
-        """Lays out messages of these roles, with this white space around them; None as `answers` learns all.
+        """Returns text of the template and message numbers in order, each with whether it counts in the loss.
 
-        Words of the template, white space around messages among them, come in order with the numbers of the messages
-        in their place; each with whether it is learned.
+        Args:
+            roles: of the messages.
+            spaces: white space around each message, which templates may strip.
+            answers: messages that count in the loss; None counts everything.
         """
-        talk = [
-            {"role": role, "content": space[0] + _MARK.format(number) + space[-1]}
-            for number, (role, space) in enumerate(zip(roles, around, strict=True))
+        messages = [
+            {"role": role, "content": space[0] + _PLACEHOLDER.format(number) + space[-1]}
+            for number, (role, space) in enumerate(zip(roles, spaces, strict=True))
         ]
-        written = self._render(talk, blocks=True)
-        numbers: dict[_Range, int] = {}  # of messages, by where they are
+        rendered = self._render(messages, keep_marks=True)
+        number_at: dict[_Range, int] = {}
         for number, role in enumerate(roles):
-            mark = _MARK.format(number)
-            if (times := written.count(mark)) != 1:
-                cause = "does not write once and as it is" if times else "leaves out"
-                raise RecordError(f"the template {self._name} {cause} message {number + 1}, which is of the {role}")
-            numbers[written.index(mark), written.index(mark) + len(mark)] = number
-        places = list(numbers)
+            placeholder = _PLACEHOLDER.format(number)
+            if (times := rendered.count(placeholder)) != 1:
+                cause = "does not write exactly once and unchanged" if times else "leaves out"
+                raise RecordError(f"the template {self._name} {cause} message {number + 1}, of role {role}")
+            start = rendered.index(placeholder)
+            number_at[start, start + len(placeholder)] = number
+        places = list(number_at)
         if answers is None:
-            learned = [(0, len(written))]
+            in_loss = [(0, len(rendered))]
         elif self._has_blocks:
-            learned = self._blocks_of(answers, written, places)
+            in_loss = self._generation_blocks(answers, rendered, places)
         else:
-            learned = [self._added(talk, written, places[number], number) for number in answers]
-        parts = []
-        for start, stop in itertools.pairwise(sorted({0, len(written), *itertools.chain(*places, *learned)})):
-            part = numbers.get((start, stop), written[start:stop].translate(_WITHOUT_BLOCKS))
-            if part != "":
-                parts.append((part, any(first <= start and stop <= last for first, last in learned)))
-        return parts
+            in_loss = [self._answer_range(messages, rendered, places[number], number) for number in answers]
+        segments = []
+        for start, stop in itertools.pairwise(sorted({0, len(rendered), *itertools.chain(*places, *in_loss)})):
+            segment = number_at.get((start, stop), rendered[start:stop].translate(_REMOVE_MARKS))
+            if segment != "":
+                segments.append((segment, any(first <= start and stop <= last for first, last in in_loss)))
+        return segments
 
-    def _blocks_of(self, answers: Sequence[int], written: str, places: Sequence[_Range]) -> list[_Range]:
-        """Returns the blocks that the answers are in, or that follow them."""
+    def _generation_blocks(self, answers: Sequence[int], rendered: str, places: Sequence[_Range]) -> list[_Range]:
+        """Returns the generation blocks that hold the answers, or follow them."""
         blocks: dict[int, list[_Range]] = {}
-        for block in _BLOCK.finditer(written):
+        for block in _BLOCK.finditer(rendered):
             inside = [number for number, (start, _) in enumerate(places) if block.start() < start < block.end()]
             before = [number for number, (start, _) in enumerate(places) if start < block.start()]
             for number in inside or before[-1:]:
                 blocks.setdefault(number, []).append(block.span())
         for number in answers:
             if not any(start < places[number][0] < stop for start, stop in blocks.get(number, ())):
-                cause = f"has message {number + 1} in no {{% generation %}}"
+                cause = f"writes message {number + 1} outside of {{% generation %}} blocks"
                 raise RecordError(f"the template {self._name} {cause}; {_ADD_BLOCKS}")
         return [block for number in answers for block in blocks[number]]
 
-    def _added(self, talk: list[Message], written: str, place: _Range, number: int) -> _Range:
-        """Returns what an answer adds to the conversation, from where a model begins to the end of its turn."""
-        before, prompt = (self._render(talk[:number], answering=asked) if number else "" for asked in (False, True))
-        after, next_turn = self._render(talk[: number + 1]), {"role": "user", "content": "4f1c0e9d"}
-        goes_on = written if prompt != before else self._render([*talk[: number + 1], next_turn])
-        if not (after.startswith(before) and written.startswith(after) and goes_on.startswith(after)):
+    def _answer_range(self, messages: list[Message], rendered: str, place: _Range, number: int) -> _Range:
+        """Returns what an answer adds to the text, from the generation prompt to the end of its turn."""
+        before, with_prompt = "", ""
+        if number:
+            before = self._render(messages[:number])
+            with_prompt = self._render(messages[:number], prompt=True)
+        has_prompt = with_prompt != before
+        after = self._render(messages[: number + 1])
+        next_turn = {"role": "user", "content": "4f1c0e9d"}
+        continued = rendered if has_prompt else self._render([*messages[: number + 1], next_turn])
+        if not (after.startswith(before) and rendered.startswith(after) and continued.startswith(after)):
             raise RecordError(
-                f"the template {self._name} does not write message {number + 1} and what comes before it in the same "
-                f"way where the conversation ends and where it goes on; {_ADD_BLOCKS}"
+                f"the template {self._name} writes message {number + 1} or what comes before it differently if the "
+                f"conversation goes on; {_ADD_BLOCKS}"
             )
+        start = len(with_prompt) if has_prompt and after.startswith(with_prompt) else place[0]
         end = after[place[1] :]
-        start = len(prompt) if prompt != before and after.startswith(prompt) else place[0]
-        return start, place[1] + len(end.rstrip() or end)  # white space behind what ends a turn ends nothing
+        return start, place[1] + len(end.rstrip() or end)  # without white space after the token that ends the turn
 
 
-compiled = functools.lru_cache(maxsize=16)(ChatTemplate)
-"""The template of a preset or of a file."""
+load_template = functools.lru_cache(maxsize=16)(ChatTemplate)
+"""Loads the template of a preset or of a file."""
 
 
-class Templated[Name: (str, str | None)](Form):
-    """A form that lays conversations out by a template, or by none."""
+class TemplateFormat[Name: (str, str | None)](RecordFormat):
+    """A format that renders conversations with a template, or with none."""
 
     template: Name
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the form itself; files are not looked at."""
+        """Yields what is wrong with the fields; does not read the file."""
         if self.template is not None and self.template not in PRESETS and not _is_file(self.template):
-            message = f"is none of {', '.join(PRESETS)} and no .jinja or .json file"
+            message = f"must be {', '.join(PRESETS)}, or the path of a .jinja or .json file"
             yield Problem(fields=("template",), message=message, fix="use template=chatml")
 
     @override
-    def identity(self) -> str | None:
+    def content_digest(self) -> str | None:
         if self.template is None or not _is_file(self.template):
             return None
-        compiled.cache_clear()
-        return compiled(self.template).digest
+        load_template.cache_clear()
+        return load_template(self.template).digest
 
     @override
-    def markers(self) -> Sequence[str]:
-        return () if self.template is None else compiled(self.template).markers
+    def required_special_tokens(self) -> Sequence[str]:
+        return () if self.template is None else load_template(self.template).special_tokens
 
 
 def _is_file(template: str) -> bool:
@@ -191,45 +208,49 @@ def _is_file(template: str) -> bool:
 
 
 def _read(name: str) -> tuple[str, dict[str, str]]:
-    """Reads the template of a file, of several the one called default, and the special tokens of the config with it."""
+    """Reads a template file, and the special tokens of the tokenizer_config.json in the same folder."""
     is_config = name.endswith(".json")
-    path = name if is_config else "".join((*name.rpartition("/")[:2], _CONFIG))
+    path = name if is_config else "".join((*name.rpartition("/")[:2], _CONFIG_FILE))
     config = {}
     if is_config or file_exists(path):
         try:
             config = json.loads(read_file(path, "a template"))
         except ValueError as error:
-            raise ConfigError(f"template={path}: is not JSON ({cause_of(error)}); give a {_CONFIG}") from None
+            raise ConfigError(f"template={path}: is not JSON ({cause_of(error)}); use a {_CONFIG_FILE}") from None
         if not isinstance(config, dict):
-            raise ConfigError(f"template={path}: is not a {_CONFIG}, which holds named values")
-    found = config.get("chat_template") if is_config else read_file(name, "a template").decode(errors="replace")
-    if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
-    if not isinstance(found, str):
-        raise ConfigError(f"template={path}: has no chat_template; give the .jinja file that came with it")
-    tokens = {token: config.get(token) for token in _TOKENS}
-    texts = {token: text.get("content") if isinstance(text, dict) else text for token, text in tokens.items()}
-    return found, {token: text for token, text in texts.items() if isinstance(text, str)}
+            raise ConfigError(f"template={path}: is not a JSON object; use a {_CONFIG_FILE}")
+    source = config.get("chat_template") if is_config else read_file(name, "a template").decode(errors="replace")
+    if isinstance(source, list):  # several named templates
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    if not isinstance(source, str):
+        raise ConfigError(f"template={path}: has no chat_template; use the .jinja file that came with it")
+    tokens = {}
+    for token_name in _TOKEN_NAMES:
+        token = config.get(token_name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            tokens[token_name] = text
+    return source, tokens
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant writes, as in Transformers."""
+    """Marks `{% generation %}` blocks, as in Transformers."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
-    def _between(self, caller: Callable[[], str]) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{_BLOCK_START}{caller()}{_BLOCK_END}"
 
 
-def _environment() -> Environment:
+def _jinja_environment() -> Environment:
     """Makes the sandbox of Transformers (`utils/chat_template_utils.py`), without the date."""
 
-    def refuse(message: str) -> None:
+    def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     def to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
@@ -238,7 +259,7 @@ def _environment() -> Environment:
     extensions = [_Generation, loopcontrols]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = raise_exception
     return environment
 
 
@@ -265,4 +286,4 @@ PRESETS = {
 {%- endfor -%}
 {{ '<start_of_turn>model\n' if add_generation_prompt }}""",
 }
-"""ChatML (OpenAI 2023), and the layouts of the templates that are published with Llama 3 and with Gemma 3."""
+"""ChatML (OpenAI 2023), and the templates that are published with Llama 3 and Gemma 3."""

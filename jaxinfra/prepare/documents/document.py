@@ -1,7 +1,7 @@
-"""What becomes of a record: a document, in spans of text that are tokenized one by one.
+"""Documents, and the formats that turn records into them.
 
-A form says how. Whether a span is learned, and whether it may spell special tokens, is decided here and nowhere else:
-text that came from a record never spells one.
+A document is a list of text spans. The format alone decides which spans count in the loss, and which may spell special
+tokens: text of a record never may.
 """
 
 from abc import ABC, abstractmethod
@@ -11,81 +11,83 @@ from itertools import islice
 from typing import Any, ClassVar, override
 
 from jaxinfra.config.limits import NonEmpty
-from jaxinfra.prepare.sources.record import Record
+from jaxinfra.prepare.sources.record import Fields
 
-_NAMED = 20  # fields that a message lists
+_MAX_NAMES = 20  # field names in a message
 
 
 class RecordError(Exception):
-    """A record does not have what its form asks for; the text says what."""
+    """A record does not have what its format needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A piece of the text of a document.
+    """Text of a document.
 
-    It is `learned` if its tokens are targets of the loss, and may spell special tokens if it is `control`: of a
-    template, not of a record.
+    Attributes:
+        in_loss: whether its tokens are targets of the loss.
+        from_template: whether a template wrote it, so that it may spell special tokens.
     """
 
     text: str
-    learned: bool = True
-    control: bool = False
+    in_loss: bool = True
+    from_template: bool = False
 
 
 Document = Sequence[Span]
 
 
-class Form(ABC):
-    """How records become documents. Every method raises a ConfigError if a file that the form names cannot be used.
+class RecordFormat(ABC):
+    """Turns records into documents. Every method raises ConfigError if a file that the format names cannot be used.
 
     Attributes:
-        masked: whether its documents have parts that are not learned.
-        group: documents that every record gives: 1, or 2 for a chosen and a rejected answer.
+        masked: whether its documents have spans that do not count in the loss.
+        documents_per_record: 2 for a chosen and a rejected answer.
     """
 
     masked: ClassVar[bool] = True
-    group: ClassVar[int] = 1
+    documents_per_record: ClassVar[int] = 1
 
-    def identity(self) -> str | None:
-        """Returns what changes when a file that the form names does, which is read anew; None where it names none."""
+    def content_digest(self) -> str | None:
+        """Reads the file that the format names and returns its digest; None if it names none."""
         return None
 
-    def markers(self) -> Sequence[str]:
-        """Returns the special tokens that its template writes: of a file those that it uses by name, as bos_token."""
+    def required_special_tokens(self) -> Sequence[str]:
+        """Returns the special tokens that the template writes; of a file, those that it uses by name (bos_token)."""
         return ()
 
     @abstractmethod
-    def documents(self, record: Record) -> Sequence[Document]:
-        """Makes the `group` documents of a record; a RecordError says what it lacks, or why a template refuses it."""
+    def to_documents(self, record: Fields) -> Sequence[Document]:
+        """Makes `documents_per_record` documents; RecordError if a field is missing or the template refuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(Form):
-    """The `field` of this name is the document, all of it learned."""
+class Text(RecordFormat):
+    """Takes one field of the record as the document; all of it counts in the loss."""
 
     masked = False
     field: NonEmpty = "text"
 
     @override
-    def documents(self, record: Record) -> Sequence[Document]:
-        return [[Span(text=as_text(value_of(record, self.field), self.field))]]
+    def to_documents(self, record: Fields) -> Sequence[Document]:
+        return [[Span(text=require_str(get_field(record, self.field), self.field))]]
 
 
-def value_of(record: Record, field: str) -> Any:
-    """Returns the value of a field, or raises a RecordError that says which fields there are."""
+def get_field(record: Fields, field: str) -> Any:
+    """Returns the value of a field; RecordError, with the names of the fields, if there is none."""
     if field not in record:
-        there = [" ".join(str(name).split()) for name in islice(record, _NAMED)]
-        raise RecordError(f"no field {field}; it has {', '.join(there) or 'none'}{' ...' * (len(record) > _NAMED)}")
+        names = [" ".join(str(name).split()) for name in islice(record, _MAX_NAMES)]
+        more = " ..." if len(record) > _MAX_NAMES else ""
+        raise RecordError(f"no field {field}; it has {', '.join(names) or 'none'}{more}")
     return record[field]
 
 
-def as_text(value: Any, what: str) -> str:
-    """Returns the value, or raises a RecordError: it is no text, or JSON spells one in it that UTF-8 cannot."""
+def require_str(value: object, name: str) -> str:
+    """Returns a string that UTF-8 can encode; RecordError if `value` is none."""
     if not isinstance(value, str):
-        raise RecordError(f"{what} is {type(value).__name__}, expected a text")
+        raise RecordError(f"{name} is {type(value).__name__}, expected a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(f"{what} has half a surrogate pair at character {error.start}: no valid Unicode") from None
+        raise RecordError(f"{name} has an unpaired surrogate at character {error.start}") from None
     return value

@@ -1,8 +1,7 @@
-"""From documents to token ids, and which of them are learned.
+"""Encodes documents to token ids, and marks the tokens that count in the loss.
 
-What stands between two special tokens is tokenized as one text, whoever wrote it: so a conversation gets the tokens
-that its template would give it when the model is used, except that no message spells a special token. A token is
-learned if any of its text is.
+Text between two special tokens is encoded at once, so a conversation gets the same tokens as when the model is used. A
+token counts in the loss if any of its text does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,17 +14,21 @@ from jaxinfra.prepare.documents.document import Document, Span
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """The tokens of a document, without an end: int64[N], whether each is learned: bool[N], and bytes of their text."""
+class EncodedDocument:
+    """Tokens of a document without its end: ids int64[N], whether each is in the loss bool[N], bytes of the text."""
 
     ids_N: np.ndarray
-    learned_N: np.ndarray
-    n_bytes: int
+    in_loss_N: np.ndarray
+    num_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """Text without special tokens, in spans, and whether something comes before it in its document."""
+class _TextRun:
+    """Spans without special tokens between them.
+
+    Attributes:
+        continuation: whether something comes before the run in its document.
+    """
 
     spans: Sequence[Span]
     continuation: bool
@@ -36,58 +39,58 @@ class _Run:
 
     @property
     def mixed(self) -> bool:
-        return len({span.learned for span in self.spans}) > 1
+        return len({span.in_loss for span in self.spans}) > 1
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Tokens]:
-    """Tokenizes documents together, on as many threads as the tokenizer takes."""
-    cut = [list(_cut(tokenizer, document)) for document in documents]
-    runs = [part for parts in cut for part in parts if isinstance(part, _Run)]
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[EncodedDocument]:
+    """Encodes documents together, on as many threads as the tokenizer uses."""
+    split = [list(_split_at_special_tokens(tokenizer, document)) for document in documents]
+    runs = [part for parts in split for part in parts if isinstance(part, _TextRun)]
     encoded = {run: _encode_mixed(tokenizer, run) for run in runs if run.mixed}
-    for continuation in (False, True):  # what is learned throughout, or not at all, is done together
-        whole = [run for run in runs if run.continuation == continuation and not run.mixed]
+    for continuation in (False, True):
+        batch = [run for run in runs if run.continuation == continuation and not run.mixed]
         for run, ids in zip(
-            whole, tokenizer.encode_batch([run.text for run in whole], continuation=continuation), strict=True
+            batch, tokenizer.encode_batch([run.text for run in batch], continuation=continuation), strict=True
         ):
-            encoded[run] = _tokens(ids, np.full(len(ids), run.spans[0].learned), len(run.text.encode()))
-    return [_joined([encoded[part] if isinstance(part, _Run) else part for part in parts]) for parts in cut]
+            encoded[run] = _encoded(ids, np.full(len(ids), run.spans[0].in_loss), len(run.text.encode()))
+    return [_concatenate([encoded[part] if isinstance(part, _TextRun) else part for part in parts]) for parts in split]
 
 
-def _tokens(ids: Sequence[int], learned: Sequence[bool] | np.ndarray, n_bytes: int) -> Tokens:
-    return Tokens(ids_N=np.array(ids, np.int64), learned_N=np.array(learned, bool), n_bytes=n_bytes)
+def _encoded(ids: Sequence[int], in_loss: Sequence[bool] | np.ndarray, num_bytes: int) -> EncodedDocument:
+    return EncodedDocument(ids_N=np.array(ids, np.int64), in_loss_N=np.array(in_loss, bool), num_bytes=num_bytes)
 
 
-def _cut(tokenizer: Tokenizer, document: Document) -> Iterator[_Run | Tokens]:
-    """Yields the special tokens of a document, and the runs of text between them."""
-    run: list[Span] = []
+def _split_at_special_tokens(tokenizer: Tokenizer, document: Document) -> Iterator[_TextRun | EncodedDocument]:
+    """Yields the special tokens of a document, encoded, and the runs of text between them."""
+    spans: list[Span] = []
     continuation = False
     for span in document:
-        for part in tokenizer.split(span.text) if span.control else [span.text]:
+        for part in tokenizer.split(span.text) if span.from_template else [span.text]:
             if isinstance(part, str):
-                run.append(Span(text=part, learned=span.learned))
+                spans.append(Span(text=part, in_loss=span.in_loss))
                 continue
-            if run:
-                yield _Run(run, continuation)
-            yield _tokens([part], [span.learned], 0)
-            run, continuation = [], True
-    if run:
-        yield _Run(run, continuation)
+            if spans:
+                yield _TextRun(spans, continuation)
+            yield _encoded([part], [span.in_loss], 0)
+            spans, continuation = [], True
+    if spans:
+        yield _TextRun(spans, continuation)
 
 
-def _encode_mixed(tokenizer: Tokenizer, run: _Run) -> Tokens:
-    """Tokenizes a run of which a part is learned."""
+def _encode_mixed(tokenizer: Tokenizer, run: _TextRun) -> EncodedDocument:
+    """Encodes a run of which only a part is in the loss."""
     ids, bytes_N2 = tokenizer.encode_with_byte_spans(run.text, continuation=run.continuation)
     sizes = [len(span.text.encode()) for span in run.spans]
-    learned_bytes = np.repeat([span.learned for span in run.spans], sizes)
-    before = np.concatenate([[0], np.cumsum(learned_bytes)])
+    byte_in_loss = np.repeat([span.in_loss for span in run.spans], sizes)
+    count_before = np.concatenate([[0], np.cumsum(byte_in_loss)])
     first_N, end_N = bytes_N2.T
-    end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(learned_bytes))  # some libraries give spaces no width
-    return _tokens(ids, before[end_N] > before[first_N], len(learned_bytes))
+    end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(byte_in_loss))  # some libraries give spaces no width
+    return _encoded(ids, count_before[end_N] > count_before[first_N], len(byte_in_loss))
 
 
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    return Tokens(
+def _concatenate(parts: Sequence[EncodedDocument]) -> EncodedDocument:
+    return EncodedDocument(
         ids_N=np.concatenate([np.empty(0, np.int64), *(part.ids_N for part in parts)]),
-        learned_N=np.concatenate([np.empty(0, bool), *(part.learned_N for part in parts)]),
-        n_bytes=sum(part.n_bytes for part in parts),
+        in_loss_N=np.concatenate([np.empty(0, bool), *(part.in_loss_N for part in parts)]),
+        num_bytes=sum(part.num_bytes for part in parts),
     )

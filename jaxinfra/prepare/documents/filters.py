@@ -1,8 +1,7 @@
-"""Rules that a text must pass to be trained on: how long it is, what it is made of, how much it repeats itself.
+"""Quality filters of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1).
 
-The rules are those of MassiveText (Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from
-Training Gopher", appendix A.1). A rule without a value is off. Words are what stands between white space; shares of
-characters are of those in words.
+A rule whose value is None or () is off. Words are separated by white space; fractions of characters count the
+characters of words only.
 """
 
 import itertools
@@ -17,54 +16,60 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Natural, NonNegative, Share
-from jaxinfra.prepare.documents.shingles import run_codes, word_codes
+from jaxinfra.prepare.documents.shingles import ngram_hashes, word_hashes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-_MARKS = re.compile(r"#|\.\.\.|\u2026")
+_SYMBOLS = re.compile(r"#|\.\.\.|\u2026")
 _has_bullet = operator.methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
-_is_open = operator.methodcaller("endswith", ("...", "\u2026"))
-_TOP_RUN, _DUPLICATE_RUN = 2, 5  # words of the shortest runs that are counted (Rae et al. 2021, table A1)
+_has_ellipsis = operator.methodcaller("endswith", ("...", "\u2026"))
+_MIN_TOP_NGRAM, _MIN_DUPLICATE_NGRAM = 2, 5  # words (Rae et al. 2021, table A1)
 
 
-def _rule(measure: Callable[["_Measured"], Any], gopher: Any = None, *, off: tuple[()] | None = None) -> Any:
-    """Returns the field of a rule: what its value is compared with, and the value of the paper."""
+def _rule(measure: Callable[["_TextStats"], object], gopher: object = None, *, off: tuple[()] | None = None) -> Any:
+    """Returns a dataclass field with the statistic that its value is compared with, and the value of the paper."""
     return field(default=off, metadata={"measure": measure, "gopher": off if gopher is None else gopher})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What a text must be like; `Filters.gopher()` has the values of the paper. Rules are tried in this order.
+    """Rules that a text must pass, tried in this order; `Filters.gopher()` has the values of the paper.
 
-    `min_` is the least that passes, `max_` the most. Marks are `#` and ellipses; symbols are no letter, digit or white
-    space. Lines and paragraphs are those that are not empty; a duplicate repeats an earlier one. Characters of
-    duplicates are among those of all lines or paragraphs, digits and symbols among all of the text. Stop words are in
-    lower case, and each counts once. Top runs are the most frequent ones of 2, 3, ... words, if they occur twice;
-    duplicate runs, of 5, 6, ... words, repeat an earlier one: both are shares of characters.
+    `min_` is the least value that passes, `max_` the greatest. Symbols are `#` and ellipses; punctuation is everything
+    but letters, digits and white space. Empty lines and paragraphs are ignored; a duplicate repeats an earlier one, and
+    its characters are a fraction of those of all lines or paragraphs. Digits and punctuation are fractions of all text.
+    Stop words are lower case, and each counts once.
+
+    Both n-gram rules are fractions of characters. Top n-grams are the most frequent ones of 2, 3, ... words, if they
+    occur twice. Duplicate n-grams, of 5, 6, ... words, repeat an earlier one.
     """
 
-    min_chars: Natural | None = _rule(lambda of: len(of.text))
-    max_chars: Natural | None = _rule(lambda of: len(of.text))
-    min_words: Natural | None = _rule(lambda of: len(of.words), 50)
-    max_words: Natural | None = _rule(lambda of: len(of.words), 100_000)
-    min_mean_word_chars: NonNegative | None = _rule(lambda of: _share(_chars(of.words), len(of.words)), 3)
-    max_mean_word_chars: NonNegative | None = _rule(lambda of: _share(_chars(of.words), len(of.words)), 10)
-    max_marks_per_word: NonNegative | None = _rule(lambda of: _share(len(_MARKS.findall(of.text)), len(of.words)), 0.1)
-    max_bullet_line_share: Share | None = _rule(lambda of: _share_of(of.lines, _has_bullet), 0.9)
-    max_ellipsis_line_share: Share | None = _rule(lambda of: _share_of(of.lines, _is_open), 0.3)
-    max_duplicate_line_share: Share | None = _rule(lambda of: _repeated(of.lines, len), 0.3)
-    max_duplicate_line_char_share: Share | None = _rule(lambda of: _repeated(of.lines, _chars), 0.2)
-    max_duplicate_paragraph_share: Share | None = _rule(lambda of: _repeated(of.paragraphs, len), 0.3)
-    max_duplicate_paragraph_char_share: Share | None = _rule(lambda of: _repeated(of.paragraphs, _chars), 0.2)
-    min_stop_words: Natural | None = _rule(lambda of: len(of.stop_words.intersection(of.text.lower().split())), 2)
-    stop_words: tuple[str, ...] = STOP_WORDS
-    max_digit_share: Share | None = _rule(lambda of: _share(_chars(re.findall(r"\d+", of.text)), len(of.text)))
-    max_symbol_share: Share | None = _rule(lambda of: _share(_chars(re.findall(r"[^\w\s]+|_+", of.text)), len(of.text)))
-    min_alphabetic_word_share: Share | None = _rule(
-        lambda of: _share_of(of.words, lambda word: any(map(str.isalpha, word))), 0.8
+    min_chars: Natural | None = _rule(lambda text: len(text.text))
+    max_chars: Natural | None = _rule(lambda text: len(text.text))
+    min_words: Natural | None = _rule(lambda text: len(text.words), 50)
+    max_words: Natural | None = _rule(lambda text: len(text.words), 100_000)
+    min_mean_word_length: NonNegative | None = _rule(lambda text: _fraction(_chars(text.words), len(text.words)), 3)
+    max_mean_word_length: NonNegative | None = _rule(lambda text: _fraction(_chars(text.words), len(text.words)), 10)
+    max_symbol_to_word_ratio: NonNegative | None = _rule(
+        lambda text: _fraction(len(_SYMBOLS.findall(text.text)), len(text.words)), 0.1
     )
-    max_top_run_shares: tuple[Share, ...] = _rule(lambda of: of.top_run_shares(), (0.20, 0.18, 0.16), off=())
-    max_duplicate_run_shares: tuple[Share, ...] = _rule(
-        lambda of: of.duplicate_run_shares(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
+    max_bullet_line_fraction: Share | None = _rule(lambda text: _fraction_of(text.lines, _has_bullet), 0.9)
+    max_ellipsis_line_fraction: Share | None = _rule(lambda text: _fraction_of(text.lines, _has_ellipsis), 0.3)
+    max_duplicate_line_fraction: Share | None = _rule(lambda text: _repeated(text.lines, len), 0.3)
+    max_duplicate_line_char_fraction: Share | None = _rule(lambda text: _repeated(text.lines, _chars), 0.2)
+    max_duplicate_paragraph_fraction: Share | None = _rule(lambda text: _repeated(text.paragraphs, len), 0.3)
+    max_duplicate_paragraph_char_fraction: Share | None = _rule(lambda text: _repeated(text.paragraphs, _chars), 0.2)
+    min_stop_words: Natural | None = _rule(lambda text: len(text.stop_words.intersection(text.text.lower().split())), 2)
+    stop_words: tuple[str, ...] = STOP_WORDS
+    max_digit_fraction: Share | None = _rule(lambda text: text.char_fraction(r"\d+"))
+    max_punctuation_fraction: Share | None = _rule(lambda text: text.char_fraction(r"[^\w\s]+|_+"))
+    min_alphabetic_word_fraction: Share | None = _rule(
+        lambda text: _fraction_of(text.words, lambda word: any(map(str.isalpha, word))), 0.8
+    )
+    max_top_ngram_fractions: tuple[Share, ...] = _rule(
+        lambda text: text.top_ngram_fractions(), (0.20, 0.18, 0.16), off=()
+    )
+    max_duplicate_ngram_fractions: tuple[Share, ...] = _rule(
+        lambda text: text.duplicate_ngram_fractions(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
     )
 
     @classmethod
@@ -74,37 +79,38 @@ class Filters:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the rules."""
-        for what in ("chars", "words", "mean_word_chars"):
+        for what in ("chars", "words", "mean_word_length"):
             low, high = f"min_{what}", f"max_{what}"
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 yield Problem(fields=(low, high), message="no text passes both", fix=f"use a smaller {low}")
         known = len(set(self.stop_words))
         if self.min_stop_words is not None and self.min_stop_words > known:
-            message = f"there are {known} stop words"
+            message = f"there are only {known} stop words"
             yield Problem(fields=("min_stop_words", "stop_words"), message=message, fix="use min_stop_words=2")
 
     def reason(self, text: str) -> str | None:
-        """Returns the name of the first rule that a text breaks, cheap rules first; None if it passes all."""
-        measured = _Measured(text, self.stop_words)
+        """Returns the name of the first rule that a text breaks; None if it passes all."""
+        stats = _TextStats(text, self.stop_words)
         for name, rule in _RULES.items():
             limit = getattr(self, name)
-            if limit is not None and limit != ():
-                value = rule["measure"](measured)
-                if isinstance(limit, tuple):
-                    broken = any(map(operator.lt, limit, value))
-                else:
-                    broken = value < limit if name.startswith("min_") else value > limit
-                if broken:
-                    return name
+            if limit is None or limit == ():
+                continue
+            value = rule["measure"](stats)
+            if isinstance(limit, tuple):
+                is_broken = any(map(operator.lt, limit, value))
+            else:
+                is_broken = value < limit if name.startswith("min_") else value > limit
+            if is_broken:
+                return name
         return None
 
 
 _RULES = {rule.name: rule.metadata for rule in fields(Filters) if rule.metadata}
 
 
-class _Measured:
-    """A text in words, lines and paragraphs, which are found when they are asked for."""
+class _TextStats:
+    """Statistics of a text, computed when a rule needs them."""
 
     def __init__(self, text: str, stop_words: Sequence[str]):
         self.text, self.stop_words = text, frozenset(stop_words)
@@ -122,53 +128,56 @@ class _Measured:
         return [part.strip() for part in re.split(r"\n\s*\n", self.text) if part and not part.isspace()]
 
     @cached_property
-    def codes_N(self) -> np.ndarray:
-        return word_codes(self.words)
+    def hashes_N(self) -> np.ndarray:
+        return word_hashes(self.words)
 
     @cached_property
-    def ends_N(self) -> np.ndarray:
-        """Characters of all words before each one, and of all: int64[words + 1]."""
+    def char_offsets(self) -> np.ndarray:
+        """Characters of all words before each word, and of all words: int64[words + 1]."""
         return np.concatenate([[0], np.cumsum([len(word) for word in self.words], dtype=np.int64)])
 
-    def top_run_shares(self) -> Iterable[float]:
-        """Yields the shares of the most frequent runs of 2, 3, ... words, while they are shorter than the text."""
-        for n in itertools.count(_TOP_RUN):
-            runs = run_codes(self.codes_N, n)
-            if len(runs) < 2:
+    def char_fraction(self, pattern: str) -> float:
+        """Returns the fraction of characters that match a pattern."""
+        return _fraction(_chars(re.findall(pattern, self.text)), len(self.text))
+
+    def top_ngram_fractions(self) -> Iterable[float]:
+        """Yields the fraction of the most frequent n-gram of 2, 3, ... words, as long as the text has two."""
+        for n in itertools.count(_MIN_TOP_NGRAM):
+            ngrams = ngram_hashes(self.hashes_N, n)
+            if len(ngrams) < 2:
                 return
-            _, first, times = np.unique(runs, return_index=True, return_counts=True)
-            most = int(times.max())
-            starts = first[times == most]
-            chars = int((self.ends_N[starts + n] - self.ends_N[starts]).max())
-            yield _share(most * chars if most > 1 else 0, int(self.ends_N[-1]))
+            _, first, counts = np.unique(ngrams, return_index=True, return_counts=True)
+            most = int(counts.max())
+            starts = first[counts == most]
+            chars = int((self.char_offsets[starts + n] - self.char_offsets[starts]).max())
+            yield _fraction(most * chars if most > 1 else 0, int(self.char_offsets[-1]))
 
-    def duplicate_run_shares(self) -> Iterable[float]:
-        """Yields the shares for runs of 5, 6, ... words, until there are none that repeat."""
-        for n in itertools.count(_DUPLICATE_RUN):
-            runs = run_codes(self.codes_N, n)
-            _, first = np.unique(runs, return_index=True)
-            if len(first) == len(runs):
-                return  # so longer ones do not repeat either
-            repeats = np.ones(len(runs), bool)
+    def duplicate_ngram_fractions(self) -> Iterable[float]:
+        """Yields the fractions of n-grams of 5, 6, ... words that repeat, until none does."""
+        for n in itertools.count(_MIN_DUPLICATE_NGRAM):
+            ngrams = ngram_hashes(self.hashes_N, n)
+            _, first = np.unique(ngrams, return_index=True)
+            if len(first) == len(ngrams):
+                return  # longer ones cannot repeat either
+            repeats = np.ones(len(ngrams), bool)
             repeats[first] = False
-            covered = np.zeros(len(self.words) + 1, np.int64)  # +1 where a run begins, -1 behind its end
-            covered[:-n][repeats] += 1
-            covered[n:][repeats] -= 1
-            inside = np.cumsum(covered)[:-1] > 0
-            yield _share(int(np.diff(self.ends_N)[inside].sum()), int(self.ends_N[-1]))
+            changes = np.zeros(len(self.words) + 1, np.int64)  # +1 where an n-gram begins, -1 after its end
+            changes[:-n][repeats] += 1
+            changes[n:][repeats] -= 1
+            is_covered = np.cumsum(changes)[:-1] > 0
+            yield _fraction(int(np.diff(self.char_offsets)[is_covered].sum()), int(self.char_offsets[-1]))
 
 
-def _share(part: float, whole: int) -> float:
-    """Part of the whole; an empty whole has none."""
+def _fraction(part: float, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _share_of(parts: Sequence[str], is_one: Callable[[str], bool]) -> float:
-    return _share(sum(map(is_one, parts)), len(parts))
+def _fraction_of(parts: Sequence[str], predicate: Callable[[str], bool]) -> float:
+    return _fraction(sum(map(predicate, parts)), len(parts))
 
 
 def _repeated(parts: Sequence[str], size: Callable[[Collection[str]], int]) -> float:
-    return _share(size(parts) - size(set(parts)), size(parts))
+    return _fraction(size(parts) - size(set(parts)), size(parts))
 
 
 def _chars(parts: Iterable[str]) -> int:

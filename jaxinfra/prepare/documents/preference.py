@@ -1,6 +1,6 @@
-"""A prompt with one answer as a document, or with two as two: the chosen one, then the rejected one.
+"""A prompt with one answer as one document, or with a chosen and a rejected answer as two.
 
-Only the answers are learned.
+Only the answers count in the loss.
 """
 
 import itertools
@@ -10,60 +10,63 @@ from typing import Any, ClassVar, override
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
-from jaxinfra.prepare.documents.chat import messages_of
-from jaxinfra.prepare.documents.chat_template import Templated, compiled
-from jaxinfra.prepare.documents.document import Document, RecordError, Span, as_text, value_of
-from jaxinfra.prepare.sources.record import Record
+from jaxinfra.prepare.documents.chat import parse_messages
+from jaxinfra.prepare.documents.chat_template import TemplateFormat, load_template
+from jaxinfra.prepare.documents.document import Document, RecordError, Span, get_field, require_str
+from jaxinfra.prepare.sources.record import Fields
 
 
-class _Answered(Templated[str | None]):
-    """A prompt and its answers: texts, or lists of messages. `answers` are the fields of those."""
+class _PromptFormat(TemplateFormat[str | None]):
+    """Formats a prompt and its answers: strings, or lists of messages.
+
+    Attributes:
+        answers: names of the config fields that name the record's answers.
+    """
 
     prompt: Any
     answers: ClassVar[tuple[str, ...]]
 
     @override
-    def documents(self, record: Record) -> Sequence[Document]:
-        prompt = None if self.prompt is None else value_of(record, self.prompt)
+    def to_documents(self, record: Fields) -> Sequence[Document]:
+        prompt = None if self.prompt is None else get_field(record, self.prompt)
         fields = [getattr(self, name) for name in self.answers]
-        answers = [(value_of(record, field), field) for field in fields]
+        answers = [(get_field(record, field), field) for field in fields]
         if self.template is None:
-            shown, texts = as_text(prompt, str(self.prompt)), [as_text(*answer) for answer in answers]
+            question, texts = require_str(prompt, str(self.prompt)), [require_str(*answer) for answer in answers]
             if not all(texts):
                 raise RecordError("the answer is empty")
-            before = [Span(text=shown, learned=False)] if shown else []
+            before = [Span(text=question, in_loss=False)] if question else []
             return [[*before, Span(text=text)] for text in texts]
-        turns = [messages_of(*answer, role="assistant") for answer in answers]
-        if self.prompt is None:  # it is what whole conversations begin with
-            pairs = zip(*turns, strict=False)
+        conversations = [parse_messages(*answer, role="assistant") for answer in answers]
+        if self.prompt is None:  # the prompt is what both conversations begin with
+            pairs = zip(*conversations, strict=False)
             shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
             if not shared:
                 raise RecordError("the chosen and the rejected conversation begin with different messages")
         else:
-            shared = messages_of(prompt, self.prompt, role="user")
+            shared = parse_messages(prompt, self.prompt, role="user")
         documents, start = [], len(shared)
-        for answer, field in zip(turns, fields, strict=True):
+        for answer, field in zip(conversations, fields, strict=True):
             messages = answer if answer[:start] == shared else [*shared, *answer]
-            learned = [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
-            if not learned:
-                raise RecordError(f"{field} has no message of the assistant after the prompt")
-            documents.append(compiled(self.template).spans(messages, learned))
+            in_loss = [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
+            if not in_loss:
+                raise RecordError(f"{field} has no assistant message after the prompt")
+            documents.append(load_template(self.template).to_spans(messages, in_loss))
         return documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference(_Answered):
-    """Fields of the record hold a prompt and two answers: texts, or lists of messages.
+class Preference(_PromptFormat):
+    """Formats a prompt, a chosen and a rejected answer: strings, or lists of messages.
 
-    Answers may be whole conversations: then they begin with the prompt, or there is no prompt and what they share is
-    one.
+    The answers may be whole conversations, which then begin with the prompt.
 
     Attributes:
-        prompt: its field; None where the answers are whole conversations.
-        template: as in `Chat`, where a prompt that is a text is said by the user; None joins texts as they are.
+        prompt: its field; None if the answers are whole conversations, whose common beginning is the prompt.
+        template: as in `Chat`; a string prompt becomes a user message. None joins the strings.
     """
 
-    group = 2
+    documents_per_record = 2
     answers = ("chosen", "rejected")
     prompt: NonEmpty | None = "prompt"
     chosen: NonEmpty = "chosen"
@@ -80,8 +83,8 @@ class Preference(_Answered):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(_Answered):
-    """Fields of the record hold a prompt and its answer, which alone is learned; `template` is as in `Preference`."""
+class Completion(_PromptFormat):
+    """Formats a prompt and its completion, which alone counts in the loss; `template` is as in `Preference`."""
 
     answers = ("completion",)
     prompt: NonEmpty = "prompt"

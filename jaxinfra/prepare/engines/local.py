@@ -1,7 +1,7 @@
-"""The local engine: processes of this machine, started afresh and not forked, for the driver has threads.
+"""Local engine: worker processes of this machine, spawned and not forked, because the driver has threads.
 
-None of them is left when the engine is closed, and none outlives the driver. `multiprocessing` is not used for them: it
-would import the driver's own main module in each, and not say how one died.
+No worker outlives the engine or the driver. `multiprocessing` pools are not used: they import the driver's main
+module in each worker, and do not say how a worker died.
 """
 
 import os
@@ -11,35 +11,37 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, Outcome, python_path
+from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, driver_python_path
 
 _TRIES = 2
 
 
 @contextmanager
-def started(workers: int | None) -> Iterator[Engine]:
-    """Starts workers as they are needed; all end with the context."""
+def start_local(workers: int | None) -> Iterator[Engine]:
+    """Starts workers when they are needed, and ends them with the context."""
     assert workers is not None
     pool = _Pool(workers)
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="worker") as threads:
+
+            def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
+                return threads.submit(pool.run, function, job)
+
             try:
-                yield Engine(submit=partial(threads.submit, pool.call), workers=workers)
+                yield Engine(submit=submit, workers=workers)
             finally:
                 pool.kill()
     finally:
-        pool.disconnect()
+        pool.close()
 
 
 class _Pool:
-    """Workers, one for each thread that calls."""
+    """Worker processes, one for each thread that runs jobs."""
 
     def __init__(self, size: int):
         self._size = size
@@ -47,33 +49,35 @@ class _Pool:
         self._workers: dict[int, _Worker] = {}
         self._closed = False
 
-    def call(self, function: Callable[[Any], Any], job: Any) -> Outcome:
-        """Has a job done by the worker of this thread, and once more by a new one if it dies."""
-        how = ""
+    def run[J](self, function: Callable[[J], object], job: J) -> JobResult:
+        """Runs a job on the worker of this thread, and once more on a new one if it dies."""
+        end = ""
         for _ in range(_TRIES):
-            worker = self._own()
+            worker = self._worker_of_thread()
             try:
-                return worker.call(function, job)
+                return worker.run(function, job)
             except (EOFError, OSError):
-                how = self._ended(worker)
+                with self._lock:
+                    del self._workers[threading.get_ident()]
+                end = worker.close()
         raise ConfigError(
-            f"workers={self._size}: a worker {how} while it ran a job, twice; "
-            "if memory ran out use fewer workers or smaller pieces"
+            f"workers={self._size}: a worker {end} while it ran a job, twice; "
+            "if memory ran out, use fewer workers or a smaller shard_bytes"
         )
 
     def kill(self) -> None:
-        """Ends all workers, whatever they are doing; the threads that wait for them go on."""
+        """Kills all workers; threads that wait for one see it gone."""
         with self._lock:
             self._closed = True
             for worker in self._workers.values():
                 worker.kill()
 
-    def disconnect(self) -> None:
-        """Closes what is left when the threads have ended."""
+    def close(self) -> None:
+        """Waits for the workers that are left, when all threads have ended."""
         for worker in self._workers.values():
-            worker.ended()
+            worker.close()
 
-    def _own(self) -> "_Worker":
+    def _worker_of_thread(self) -> "_Worker":
         with self._lock:
             if self._closed:
                 raise ConfigError("the engine is closed")
@@ -82,14 +86,9 @@ class _Pool:
                 self._workers[thread] = _Worker()
             return self._workers[thread]
 
-    def _ended(self, worker: "_Worker") -> str:
-        with self._lock:
-            del self._workers[threading.get_ident()]
-        return worker.ended()
-
 
 class _Worker:
-    """A process, and the connection to it."""
+    """A worker process and the connection to it."""
 
     def __init__(self):
         ours, theirs = socket.socketpair()
@@ -98,21 +97,21 @@ class _Worker:
                 [sys.executable, "-P", "-m", "jaxinfra.prepare.engines.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | ONE_THREAD | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
+                env=os.environ | ONE_THREAD | {"PYTHONPATH": driver_python_path(), "PYTHONUNBUFFERED": "1"},
             )
         self._connection = Connection(ours.detach())
 
-    def call(self, function: Callable[[Any], Any], job: Any) -> Outcome:
-        """Raises EOFError or OSError when the process is gone."""
+    def run[J](self, function: Callable[[J], object], job: J) -> JobResult:
+        """Runs a job; EOFError or OSError if the process is gone."""
         self._connection.send((function, job))
         return self._connection.recv()
 
     def kill(self) -> None:
-        """Ends the process; a thread in `call` sees it gone."""
+        """Kills the process."""
         self._process.kill()
 
-    def ended(self) -> str:
-        """Waits for the end of the process, whose connection is closed, and says how it came."""
+    def close(self) -> str:
+        """Waits for the end of the process and says how it ended."""
         self._connection.close()
         code = self._process.wait()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -1,33 +1,37 @@
-"""The Dask engine: tasks on the cluster of `DASK_SCHEDULER_ADDRESS`, or on one of this machine for these jobs alone."""
+"""Dask engine: tasks on the cluster of `DASK_SCHEDULER_ADDRESS`, or on a local one that ends with the jobs."""
 
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from types import ModuleType
 
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, call, python_path
+from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, driver_python_path, run_job
 
 
 @contextmanager
-def started(workers: int | None) -> Iterator[Engine]:
-    """Connects to a scheduler, or starts one, and leaves or ends it with the context."""
+def start_dask(workers: int | None) -> Iterator[Engine]:
+    """Connects to a scheduler or starts one, and disconnects or ends it with the context."""
     distributed = import_optional("distributed", needed_by="engine=dask", install="jaxinfra[dask]")
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    with nullcontext(address) if address else _scheduler(distributed, workers) as scheduler:
+    with nullcontext(address) if address else _start_cluster(distributed, workers) as scheduler:
         client = distributed.Client(scheduler)
+        executor = client.get_executor(pure=False)
+
+        def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
+            return executor.submit(run_job, function, job)
+
         try:
-            submit = partial(client.get_executor(pure=False).submit, call)
             yield Engine(submit=submit, workers=workers or max(1, sum(client.nthreads().values())))
         finally:
             client.close()
 
 
 @contextmanager
-def _scheduler(distributed: Any, workers: int | None) -> Iterator[Any]:
+def _start_cluster(distributed: ModuleType, workers: int | None) -> Iterator[object]:
     dask = import_optional("dask", needed_by="engine=dask", install="jaxinfra[dask]")
     settings = {"distributed.scheduler.allowed-failures": 1, "distributed.comm.retry.count": 3}
     with (
@@ -37,13 +41,13 @@ def _scheduler(distributed: Any, workers: int | None) -> Iterator[Any]:
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # of the scheduler's HTTP server, which there always is
+            dashboard_address="127.0.0.1:0",  # the scheduler always starts an HTTP server
             scheduler_kwargs={"dashboard": False},
             worker_dashboard_address=None,
             silence_logs=logging.CRITICAL,
-            memory_limit=0,  # none: the kernel's is enough
+            memory_limit=0,  # no limit but the kernel's
             local_directory=folder,
-            env=ONE_THREAD | {"PYTHONPATH": python_path()},
+            env=ONE_THREAD | {"PYTHONPATH": driver_python_path()},
         ) as cluster,
     ):
         yield cluster

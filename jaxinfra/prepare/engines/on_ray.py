@@ -1,4 +1,4 @@
-"""The Ray engine: tasks on the cluster of `RAY_ADDRESS`, or on a Ray of this machine that lives as long as the jobs."""
+"""Ray engine: tasks on the cluster of `RAY_ADDRESS`, or on a local Ray that ends with the jobs."""
 
 import logging
 import os
@@ -6,31 +6,31 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.engines.call import Engine, Outcome, call, python_path
+from jaxinfra.prepare.engines.engine import Engine, JobResult, driver_python_path, run_job
 
-_STORE_BYTES = 128 << 20  # results of jobs are small: what they make is written to files
-# Ray listens on the loopback interface if told that this machine cannot be in a cluster. It reads that on import.
-_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_OBJECT_STORE_BYTES = 128 << 20  # results are small, because jobs write their data to files
+# Ray reads these on import. The first makes it listen on the loopback interface only.
+_LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @contextmanager
-def started(workers: int | None) -> Iterator[Engine]:
-    """Connects to Ray, or starts one, and leaves or ends it with the context."""
-    own = {} if os.environ.get("RAY_ADDRESS") else _ALONE | {"PYTHONPATH": python_path()}
-    with _environment(own):
+def start_ray(workers: int | None) -> Iterator[Engine]:
+    """Connects to Ray or starts it, and disconnects or ends it with the context."""
+    variables = {} if os.environ.get("RAY_ADDRESS") else _LOCAL | {"PYTHONPATH": driver_python_path()}
+    with _environment(variables):
         ray = import_optional("ray", needed_by="engine=ray", install="jaxinfra[ray]")
-        with _connected(ray, workers):
-            task = ray.remote(num_cpus=1, max_retries=1)(call)
-            running: dict[Future[Outcome], Any] = {}
+        with _connect(ray, workers):
+            task = ray.remote(num_cpus=1, max_retries=1)(run_job)
+            running: dict[Future[JobResult], object] = {}
 
-            def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
+            def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
                 reference = task.remote(function, job)
                 future = reference.future()
                 running[future] = reference
-                future.add_done_callback(lambda ended: running.pop(ended, None))
+                future.add_done_callback(lambda done: running.pop(done, None))
                 return future
 
             try:
@@ -41,14 +41,16 @@ def started(workers: int | None) -> Iterator[Engine]:
 
 
 @contextmanager
-def _connected(ray: Any, workers: int | None) -> Iterator[None]:
+def _connect(ray: ModuleType, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        own = dict(num_cpus=workers, include_dashboard=False, object_store_memory=_STORE_BYTES, _temp_dir=folder)
-        own = {} if os.environ.get("RAY_ADDRESS") else own
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)
+        options = {}
+        if not os.environ.get("RAY_ADDRESS"):
+            options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
+            options["object_store_memory"] = _OBJECT_STORE_BYTES
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         try:
             yield
         finally:
@@ -56,13 +58,13 @@ def _connected(ray: Any, workers: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables for the processes that are started meanwhile."""
-    before = {name: os.environ[name] for name in values if name in os.environ}
-    os.environ.update(values)
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables inside the context."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in values:
+        for name in variables:
             del os.environ[name]
         os.environ.update(before)

@@ -1,7 +1,7 @@
-"""The Spark engine: every job is a Spark job of one task, so that each result comes when it is there.
+"""Spark engine: each job is a Spark job of one task, so that its result arrives when it is done.
 
-Jobs go to the context of this process, to the server of `SPARK_REMOTE`, to the master of `MASTER`, or to a local
-master that listens on the loopback interface and ends with the jobs.
+Jobs run on the active context of this process, on the server of `SPARK_REMOTE`, on the master of `MASTER`, or on a
+local master that listens on the loopback interface and ends with the jobs.
 """
 
 import os
@@ -16,12 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.engines.call import ONE_THREAD, Engine, Outcome, call, cores, python_path
+from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, available_cores, driver_python_path, run_job
 
 _TRIES = 2
 _LOOPBACK = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
@@ -30,59 +31,59 @@ _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", 
 
 @dataclass(frozen=True, kw_only=True)
 class _Spark:
-    """Spark as it was found or started.
+    """A Spark that was found or started.
 
     Attributes:
-        prepare: of a function and a job, what runs it as a Spark job in a thread of its own.
-        cancel: gives up all that run.
-        parallelism: tasks that it runs at once.
+        prepare: returns what runs a function on a job as a Spark job, and blocks until it is done.
+        cancel: cancels all running jobs.
+        parallelism: tasks that run at once.
     """
 
-    prepare: Callable[[Callable[[Any], Outcome], Any], Callable[[], Outcome]]
+    prepare: Callable[[Callable[[Any], JobResult], Any], Callable[[], JobResult]]
     cancel: Callable[[], object]
     parallelism: int
 
 
 @contextmanager
-def started(workers: int | None) -> Iterator[Engine]:
-    """Takes or starts Spark, and ends what it started with the context."""
+def start_spark(workers: int | None) -> Iterator[Engine]:
+    """Finds or starts Spark, and ends what it started with the context."""
     pyspark = import_optional("pyspark", needed_by="engine=spark", install="jaxinfra[spark]")
     if os.environ.get("SPARK_REMOTE"):
-        opened = _remote()
+        found = _connect_remote()
     elif pyspark.SparkContext._active_spark_context:
-        opened = nullcontext(_of(pyspark.SparkContext._active_spark_context))
+        found = nullcontext(_use_context(pyspark.SparkContext._active_spark_context))
     else:
-        opened = _own(pyspark, workers)
-    with opened as spark:
-        most = workers or max(1, spark.parallelism)
-        with ThreadPoolExecutor(most, thread_name_prefix="spark") as threads:
+        found = _start_context(pyspark, workers)
+    with found as spark:
+        limit = workers or max(1, spark.parallelism)
+        with ThreadPoolExecutor(limit, thread_name_prefix="spark") as threads:
 
-            def submit(function: Callable[[Any], Any], job: Any) -> Future[Outcome]:
-                with _no_word_of_pandas():
-                    return threads.submit(spark.prepare(partial(call, function), job))
+            def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
+                with _ignore_pandas_warning():
+                    return threads.submit(spark.prepare(partial(run_job, function), job))
 
             try:
-                yield Engine(submit=submit, workers=most)
+                yield Engine(submit=submit, workers=limit)
             finally:
                 spark.cancel()  # or the threads would wait for their jobs
 
 
 @contextmanager
-def _no_word_of_pandas() -> Iterator[None]:
-    """Spark warns of a pandas that it does not support yet, also where none is used."""
+def _ignore_pandas_warning() -> Iterator[None]:
+    """Hides Spark's warning about pandas versions that it does not support, which it gives even if none is used."""
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         yield
 
 
-def _of(context: Any) -> _Spark:
-    """Jobs of a context of this process."""
+def _use_context(context: Any) -> _Spark:
+    """Runs jobs on a SparkContext of this process."""
     tag = f"jaxinfra-{uuid4()}"
 
-    def collect(rows: Any) -> Outcome:
-        context.addJobTag(tag)  # of this thread
+    def collect(rows: Any) -> JobResult:
+        context.addJobTag(tag)  # tags are set per thread
         return rows.collect()[0]
 
-    def prepare(function: Callable[[Any], Outcome], job: Any) -> Callable[[], Outcome]:
+    def prepare(function: Callable[[Any], JobResult], job: Any) -> Callable[[], JobResult]:
         return partial(collect, context.parallelize([job], 1).map(function))
 
     return _Spark(
@@ -91,34 +92,34 @@ def _of(context: Any) -> _Spark:
 
 
 @contextmanager
-def _own(pyspark: Any, workers: int | None) -> Iterator[_Spark]:
+def _start_context(pyspark: ModuleType, workers: int | None) -> Iterator[_Spark]:
     master = os.environ.get("MASTER") or f"local[{workers or '*'},{_TRIES}]"
     settings = _QUIET | {"spark.master": master, "spark.app.name": "jaxinfra", "spark.task.maxFailures": str(_TRIES)}
     settings |= _LOOPBACK if master.startswith("local") else {}
-    environment = ONE_THREAD | {"PYTHONPATH": python_path()}
+    environment = ONE_THREAD | {"PYTHONPATH": driver_python_path()}
     settings |= {f"spark.executorEnv.{name}": value for name, value in environment.items()}
     conf = pyspark.SparkConf().setAll(list(settings.items()))
-    gateway = _gateway(conf)
+    gateway = _start_jvm(conf)
     try:
-        with _no_word_of_pandas():
+        with _ignore_pandas_warning():
             context = pyspark.SparkContext(gateway=gateway, conf=conf)
         context.pythonExec = os.environ.get("PYSPARK_PYTHON", sys.executable)
         try:
-            yield _of(context)
+            yield _use_context(context)
         finally:
             context.stop()
     finally:
         gateway.shutdown()
-        gateway.proc.stdin.close()  # the JVM ends when nobody can speak to it
+        gateway.proc.stdin.close()  # the JVM exits when its standard input closes
         gateway.proc.wait()
         pyspark.SparkContext._gateway = pyspark.SparkContext._jvm = None
 
 
-def _gateway(conf: Any) -> Any:
-    """Starts the JVM, which would write to the terminal."""
+def _start_jvm(conf: object) -> Any:
+    """Starts the JVM with its output hidden."""
     home = os.environ.get("JAVA_HOME")
     if not shutil.which(os.path.join(home, "bin", "java") if home else "java"):
-        raise ConfigError("engine=spark: there is no Java; install Java 17 or later, or set JAVA_HOME")
+        raise ConfigError("engine=spark: Java is not installed; install Java 17 or later, or set JAVA_HOME")
     java_gateway = import_optional("pyspark.java_gateway", needed_by="engine=spark", install="jaxinfra[spark]")
     with tempfile.TemporaryFile() as errors:
         try:
@@ -127,25 +128,25 @@ def _gateway(conf: Any) -> Any:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
             cause = lines[-1] if lines else str(error)
-            raise ConfigError(f"engine=spark: does not start ({cause}); look at JAVA_HOME and SPARK_HOME") from error
+            raise ConfigError(f"engine=spark: does not start ({cause}); check JAVA_HOME and SPARK_HOME") from error
 
 
 @contextmanager
-def _remote() -> Iterator[_Spark]:
-    """Jobs of a Spark Connect server, which has no contexts: they come as functions of tables of one row."""
+def _connect_remote() -> Iterator[_Spark]:
+    """Runs jobs on a Spark Connect server. It has no contexts, so a job is a function of a table of one row."""
     sql = import_optional("pyspark.sql", needed_by="engine=spark with SPARK_REMOTE", install="pyspark[connect]")
-    with _no_word_of_pandas():
+    with _ignore_pandas_warning():
         session = sql.SparkSession.builder.getOrCreate()
 
-    def prepare(function: Callable[[Any], Outcome], job: Any) -> Callable[[], Outcome]:
-        table = session.range(0, 1, 1, 1).mapInArrow(partial(_rows, function, job), "outcome binary")
+    def prepare(function: Callable[[Any], JobResult], job: Any) -> Callable[[], JobResult]:
+        table = session.range(0, 1, 1, 1).mapInArrow(partial(_run_in_arrow, function, job), "result binary")
         return lambda: pickle.loads(table.collect()[0][0])
 
-    yield _Spark(prepare=prepare, cancel=session.interruptAll, parallelism=cores())
+    yield _Spark(prepare=prepare, cancel=session.interruptAll, parallelism=available_cores())
 
 
-def _rows(function: Callable[[Any], Outcome], job: Any, batches: Iterator[Any]) -> Iterator[Any]:
+def _run_in_arrow(function: Callable[[Any], JobResult], job: Any, batches: Iterator[Any]) -> Iterator[Any]:
     import pyarrow
 
     for _ in batches:
-        yield pyarrow.RecordBatch.from_pydict({"outcome": [pickle.dumps(function(job))]})
+        yield pyarrow.RecordBatch.from_pydict({"result": [pickle.dumps(function(job))]})

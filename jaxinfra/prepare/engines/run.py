@@ -1,86 +1,93 @@
-"""Runs jobs on an engine, some at once, and hands over each result as it comes."""
+"""Runs jobs on an engine, several at once, and hands over each result when it arrives."""
 
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any, Literal
+from types import FrameType
+from typing import Literal
 
 from jaxinfra.errors import ConfigError, JaxinfraError
-from jaxinfra.prepare.engines import local, on_dask, on_ray, on_spark
-from jaxinfra.prepare.engines.call import Engine, InWorker, cores
+from jaxinfra.prepare.engines.engine import Engine, WorkerTraceback, available_cores
+from jaxinfra.prepare.engines.local import start_local
+from jaxinfra.prepare.engines.on_dask import start_dask
+from jaxinfra.prepare.engines.on_ray import start_ray
+from jaxinfra.prepare.engines.on_spark import start_spark
 
 EngineName = Literal["local", "ray", "dask", "spark"]
 
-_STARTED = {"local": local.started, "ray": on_ray.started, "dask": on_dask.started, "spark": on_spark.started}
+_START = {"local": start_local, "ray": start_ray, "dask": start_dask, "spark": start_spark}
+type _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 
-def run[J, R](
+def run_jobs[J, R](
     engine: EngineName,
     function: Callable[[J], R],
     jobs: Sequence[J],
     *,
     workers: int | None,
-    done: Callable[[R], object],
+    on_result: Callable[[R], object],
 ) -> None:
-    """Applies a function to every job and calls `done` with each result, in this thread, in the order they come.
+    """Applies a function to every job and calls `on_result` in this thread, in the order in which results arrive.
 
-    With one worker of this machine, or one job, everything is done in this process: there is nothing to do beside
-    it, and so errors have their whole traceback and a debugger works. A job whose worker dies is run once more.
+    One local worker, or a single local job, runs in this process, so that errors keep their traceback and a debugger
+    works. A job whose worker dies runs once more.
 
     Args:
-        engine: `local` starts processes. `ray`, `dask` and `spark` use what `RAY_ADDRESS`, `DASK_SCHEDULER_ADDRESS`,
-            `SPARK_REMOTE` or `MASTER` name or what is connected to in this process, and else start workers on this
-            machine, which listen on the loopback interface only.
-        function: of a module that workers can import.
-        jobs: can be pickled, as the results.
-        workers: how many jobs are run at once; None is one for each core of this machine or of the cluster.
-        done: told each result.
+        engine: `local` starts processes. `ray`, `dask` and `spark` use the cluster that `RAY_ADDRESS`,
+            `DASK_SCHEDULER_ADDRESS`, `SPARK_REMOTE` or `MASTER` names or this process is connected to; otherwise they
+            start workers on this machine, which listen on the loopback interface only.
+        function: importable by the workers.
+        jobs: must be picklable, as must the results.
+        workers: jobs that run at once; None is one per core of the machine or the cluster.
+        on_result: called with each result.
 
     Raises:
-        Exception: the first that the function or `done` raised, as it is; the other jobs are given up.
+        Exception: the first error of `function` or `on_result`, unchanged; the other jobs are abandoned.
         ConfigError: the engine cannot be started, or a job killed its workers.
     """
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers}: must be 1 or more; use workers=none for one a core")
+        raise ConfigError(f"workers={workers}: must be at least 1; use workers=none for one per core")
     if engine == "local":
-        workers = min(workers or cores(), len(jobs))
+        workers = min(workers or available_cores(), len(jobs))
         if workers <= 1:
             for job in jobs:
-                done(function(job))
+                on_result(function(job))
             return
     if jobs:
-        most = None if workers is None else min(workers, len(jobs))
-        with _ended_by_signals() as taken, ExitStack() as stack:
-            started = stack.enter_context(_STARTED[engine](most))
-            taken()
-            _drive(engine, started, function, jobs, done)
+        limit = None if workers is None else min(workers, len(jobs))
+        with _sigterm_as_exception() as restore_handlers, ExitStack() as stack:
+            started = stack.enter_context(_START[engine](limit))
+            restore_handlers()  # Ray and Spark install their own when they start
+            _run_all(engine, started, function, jobs, on_result)
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[Callable[[], None]]:
-    """SIGTERM, where nobody answers it, ends the block as an exception does, so that workers are ended.
+def _sigterm_as_exception() -> Iterator[Callable[[], None]]:
+    """Turns SIGTERM into SystemExit, unless it is handled already, so that workers are ended.
 
-    Ray and Spark answer signals themselves once they are started. What this gives takes them back.
+    Gives a function that installs the handlers again.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[signal.Signals, _Handler] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     during = dict(before)
     if before[signal.SIGTERM] is signal.SIG_DFL:
         during[signal.SIGTERM] = _exit
     try:
-        _answer(during)
-        yield lambda: _answer(during)
+        _install(during)
+        yield lambda: _install(during)
     finally:
-        _answer(before)
+        _install(before)
 
 
-def _answer(handlers: dict[signal.Signals, Any]) -> None:
+def _install(handlers: Mapping[signal.Signals, _Handler]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            if handler is not None:  # it was not set by Python, and cannot be
+            if handler is not None:  # Python did not set it, and cannot set it again
                 signal.signal(number, handler)
 
 
@@ -88,27 +95,27 @@ def _exit(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _drive(
-    name: str, engine: Engine, function: Callable[[Any], Any], jobs: Sequence[Any], done: Callable[[Any], object]
+def _run_all[J, R](
+    name: str, engine: Engine, function: Callable[[J], R], jobs: Sequence[J], on_result: Callable[[R], object]
 ) -> None:
     waiting = iter(jobs)
     running = {engine.submit(function, job) for job in islice(waiting, engine.workers)}
     while running:
-        ended, running = wait(running, return_when=FIRST_COMPLETED)
-        outcomes = []
-        for future in ended:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        results = []
+        for future in done:
             try:
-                outcomes.append(future.result())
+                results.append(future.result())
             except JaxinfraError:
                 raise
             except Exception as error:
                 cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise ConfigError(f"engine={name}: a job was not run ({cause}); look at its workers") from error
-        failed = next((outcome for outcome in outcomes if outcome.error is not None), None)
-        if not failed:
-            running |= {engine.submit(function, job) for job in islice(waiting, len(ended))}
-        for outcome in outcomes:
-            if outcome.error is None:
-                done(outcome.value)
-        if failed and failed.error is not None:
-            raise failed.error from InWorker(failed.traceback)
+                raise ConfigError(f"engine={name}: a job was not run ({cause}); check its workers") from error
+        failed = next((result for result in results if result.error is not None), None)
+        if failed is None:
+            running |= {engine.submit(function, job) for job in islice(waiting, len(done))}
+        for result in results:
+            if result.error is None:
+                on_result(result.value)
+        if failed is not None and failed.error is not None:
+            raise failed.error from WorkerTraceback(failed.traceback)

@@ -1,6 +1,6 @@
-"""A process of the local engine: `python -m jaxinfra.prepare.engines.worker FD` does the jobs that it is sent.
+"""Worker process of the local engine: `python -m jaxinfra.prepare.engines.worker FD` runs the jobs that it receives.
 
-It ends with the driver, however that ends: a thread sees the end of the connection while a job is running.
+It exits with its driver even while a job runs, because a thread watches the connection.
 """
 
 import os
@@ -11,7 +11,7 @@ import threading
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from jaxinfra.prepare.engines.call import Outcome, call
+from jaxinfra.prepare.engines.engine import JobResult, run_job
 
 
 def _receive(connection: Connection, jobs: SimpleQueue[bytes]) -> None:
@@ -23,8 +23,8 @@ def _receive(connection: Connection, jobs: SimpleQueue[bytes]) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Answers every (function, job) with its `Outcome`, both pickled, on the socket of a descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer
+    """Receives pickled (function, job) pairs on a socket and answers each with its `JobResult`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     connection = Connection(descriptor)
     jobs: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
@@ -33,13 +33,13 @@ def main(descriptor: int) -> None:
         try:
             function, job = pickle.loads(message)
         except Exception as error:  # the function cannot be imported here
-            outcome = Outcome(error=RuntimeError(f"a worker cannot load the job ({type(error).__name__}: {error})"))
+            result = JobResult(error=RuntimeError(f"a worker cannot load the job ({type(error).__name__}: {error})"))
         else:
-            outcome = call(function, job)
+            result = run_job(function, job)
         try:
-            connection.send(outcome)
+            connection.send(result)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            connection.send(Outcome(error=RuntimeError(f"the result of a job cannot be pickled ({error})")))
+            connection.send(JobResult(error=RuntimeError(f"the result of a job cannot be pickled ({error})")))
 
 
 if __name__ == "__main__":

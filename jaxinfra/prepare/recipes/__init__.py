@@ -1,4 +1,4 @@
-"""Recipes: what a config file of `data prepare` returns."""
+"""Recipes: configs of `data prepare`."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.image_set import ImageSet

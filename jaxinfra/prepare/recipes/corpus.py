@@ -1,8 +1,8 @@
-"""The recipe of a token store, as a config file describes it: where its text is from and what is done to it."""
+"""Recipe of a token store: where the text comes from, and what is done to it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, override
 
 from annotated_types import Ge
 
@@ -12,10 +12,10 @@ from jaxinfra.data.packing import PackSpec
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.filters import Filters
-from jaxinfra.prepare.documents.forms import AnyForm
+from jaxinfra.prepare.documents.formats import AnyFormat
 from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, OtherStore
 from jaxinfra.prepare.sources.any_source import AnySource
-from jaxinfra.prepare.sources.stream import Stream
+from jaxinfra.prepare.sources.stream import StreamSource
 from jaxinfra.prepare.tokenizers import AnyTokenizer, TrainBpe
 
 SHARD_BYTES = 16 * 1024 * 1024
@@ -23,20 +23,20 @@ SHARD_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRecipe:
-    """Describes how a store of any kind is made.
+    """Fields of all recipes.
 
     Attributes:
-        store: folder or URL (`s3://`, `gs://`) of the store; its versions stand in it beside one another.
+        store: folder or URL (`s3://`, `gs://`) of the store, which holds its versions.
         source: where the records are.
-        on_overlap: what documents do that are in the validation and in the training split: be counted and kept, be left
-            out of training, or end the work. They are kept by default, because short documents (empty files, thanks,
-            licenses) repeat in almost every corpus, and the count tells whether there is more to it.
-        on_bad: what a record does that cannot be used: end the work, or be left out, counted and listed.
-        baselines: whether to measure simple models on the validation split: bits per byte of text, accuracy of the
-            nearest neighbor of images (for small sets).
-        shard_bytes: of the source, read by a worker at a time.
-        work: folder for what is in the making, which all workers must see; None is a hidden one in the store, or in
-            the user's cache where the store is remote.
+        on_overlap: what to do with documents that are in both splits: keep them, drop them from training, or fail. They
+            are always counted. The default keeps them, because short documents (empty files, licenses) repeat in
+            almost every corpus.
+        on_bad: what to do with a bad record: fail, or skip it, count it and list it.
+        baselines: whether to measure simple models on the validation split: compression and n-grams for text, the
+            nearest training image for images (small sets only).
+        shard_bytes: bytes of the source that a worker reads at a time.
+        work_dir: folder for unfinished work, which all workers must see; None is a hidden folder in the store, or the
+            user's cache if the store is remote.
     """
 
     store: NonEmpty
@@ -45,51 +45,52 @@ class StoreRecipe:
     on_bad: Literal["fail", "skip"] = "fail"
     baselines: bool = False
     shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES
-    work: NonEmpty | None = None
+    work_dir: NonEmpty | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the recipe itself; nothing is looked up."""
-        if "://" in (self.work or ""):
-            yield Problem(fields=("work",), message="names no folder of this machine", fix="use work=PATH")
+        """Yields what is wrong with the fields; reads no files."""
+        if "://" in (self.work_dir or ""):
+            yield Problem(fields=("work_dir",), message="must be a local folder", fix="use work_dir=PATH")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(StoreRecipe):
-    """How a store of text, or of pairs of texts, is made.
+    """Makes a store of text, or of pairs of texts.
 
     Attributes:
-        dedup: which documents are left out because they repeat another; None keeps all.
-        packs: rows that whole documents are packed into, for runs that ask for it.
+        dedup: which repeated documents to leave out; None keeps all.
+        packs: ways to pack whole documents into sequences, for runs that ask for it.
     """
 
     validation: AnyValidation = ByKey()
-    form: AnyForm = Text()
+    format: AnyFormat = Text()
     filters: Filters = Filters()
     dedup: Dedup | None = None
     tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
     packs: tuple[PackSpec, ...] = ()
 
+    @override
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the recipe itself; nothing is looked up."""
         yield from super().problems()
-        streams, trains = isinstance(self.source, Stream), isinstance(self.tokenizer, TrainBpe)
-        if streams and trains:
+        is_stream, trains = isinstance(self.source, StreamSource), isinstance(self.tokenizer, TrainBpe)
+        other_store, pairs = isinstance(self.validation, OtherStore), self.format.documents_per_record > 1
+        if is_stream and trains:
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, or tokenizer=bytes"
-            yield Problem(fields=("source", "tokenizer"), message="no tokenizer is trained on a stream", fix=fix)
-        if streams and not isinstance(self.validation, ByKey):
-            message = "a stream is split by the keys of its records alone"
+            yield Problem(fields=("source", "tokenizer"), message="a stream cannot train a tokenizer", fix=fix)
+        if is_stream and not isinstance(self.validation, ByKey):
+            message = "a stream can only be split by key"
             yield Problem(fields=("source", "validation"), message=message, fix="use validation=by_key")
-        if isinstance(self.validation, OtherStore) and trains:
-            message = "a tokenizer that is trained for this store is not that of another one"
+        if other_store and trains:
+            message = "the other store has its own tokenizer, so this one cannot be trained"
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, the tokenizer.json of that store"
             yield Problem(fields=("validation", "tokenizer"), message=message, fix=fix)
-        if isinstance(self.validation, OtherStore) and self.dedup and (self.form.masked or self.form.group > 1):
-            message = "duplicates of another store are found among plain texts alone"
+        if other_store and self.dedup and (self.format.masked or pairs):
+            message = "duplicates of another store are found for format=text only"
             yield Problem(fields=("validation", "dedup"), message=message, fix="use dedup=none")
-        if self.packs and self.form.group > 1:
-            yield Problem(fields=("packs", "form"), message="pairs are not packed", fix="use packs=()")
-        if self.baselines and self.form.group > 1:
-            yield Problem(fields=("baselines", "form"), message="pairs have none", fix="use baselines=false")
+        if self.packs and pairs:
+            yield Problem(fields=("packs", "format"), message="pairs cannot be packed", fix="use packs=()")
+        if self.baselines and pairs:
+            yield Problem(fields=("baselines", "format"), message="pairs have no baselines", fix="use baselines=false")
         names = [pack.name for pack in self.packs]
         if len(set(names)) < len(names):
-            yield Problem(fields=("packs",), message="two are alike", fix="name each once")
+            yield Problem(fields=("packs",), message="two are equal", fix="name each once")

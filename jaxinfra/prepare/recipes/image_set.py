@@ -1,4 +1,4 @@
-"""The recipe of a store of images with labels, as a config file describes it."""
+"""Recipe of a store of labeled images."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from jaxinfra.prepare.recipes.validation import ByKey, ImageValidation
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet(StoreRecipe):
-    """How a store of images is made; all have one shape.
+    """Makes a store of images, which must all have the same shape.
 
     Attributes:
-        image: field of the image: uint8 (height, width, channels) or (height, width), or nested lists of such.
-        label: field of its class, a number from 0.
-        classes: names of the classes, in the order of their numbers; () where they have none.
+        image: field of the image: uint8[height, width, channels] or [height, width], or nested lists.
+        label: field of the class, a number from 0.
+        classes: names of the classes by number; () if they have none.
     """
 
     validation: ImageValidation = ByKey()

@@ -1,1 +1,1 @@
-"""Where documents come from: records of files of every kind, read as a stream from local folders or object stores."""
+"""Sources: records of files, tables, functions and streams, from local folders or object stores."""

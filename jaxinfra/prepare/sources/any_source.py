@@ -1,4 +1,4 @@
-"""Every kind of source that a recipe may name."""
+"""All sources that a recipe may name."""
 
 from jaxinfra.prepare.sources.generated import PythonSource, Synthetic
 from jaxinfra.prepare.sources.image_folders import ImageFolders
@@ -7,8 +7,8 @@ from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines
 
-FileSource = (
+BoundedSource = (
     TextFiles | TextLines | Jsonl | Parquet | ArrayRecords | HuggingFace | PythonSource | Synthetic | ImageFolders
 )
-"""Sources whose records can be listed, read in parallel and read again."""
-AnySource = FileSource | Stdin | Kafka
+"""Sources with an end, whose records can be listed, read in parallel and read again."""
+AnySource = BoundedSource | Stdin | Kafka

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships (Alpaydin and Kaynak 1998), as records: no network needed."""
+"""The handwritten digits that come with scikit-learn (Alpaydin and Kaynak 1998), as records; needs no network."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from jaxinfra.packages import import_optional
 
 
 def records() -> Iterator[dict[str, Any]]:
-    """Yields 1,797 grey images of 8 x 8 pixels from 0 to 16, `{"image": uint8[8, 8, 1], "label": int}`."""
+    """Yields 1,797 gray images with values from 0 to 16, as `{"image": uint8[8, 8, 1], "label": int}`."""
     datasets = import_optional("sklearn.datasets", needed_by="the handwritten digits", install="jaxinfra[digits]")
     pixels, digits = datasets.load_digits(return_X_y=True)
     for image, digit in zip(np.asarray(pixels).reshape(-1, 8, 8, 1), digits, strict=True):

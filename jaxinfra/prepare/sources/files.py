@@ -1,6 +1,6 @@
-"""What sources of files have in common: their fields and what may be wrong with them, and pieces of files.
+"""Base class of sources that read files, and the splitting of files into shards.
 
-The files themselves are listed and read by `jaxinfra.storage.files`.
+`jaxinfra.storage.files` lists and opens the files.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +12,13 @@ from typing import override
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import DataError
-from jaxinfra.prepare.sources.record import Piece, Source
+from jaxinfra.prepare.sources.record import Source, SourceShard
 from jaxinfra.storage.files import FileInfo, list_files
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files(Source):
-    """Files below a root, as the sources of each kind of file read them.
+class FileSource(Source):
+    """Files below a root.
 
     Attributes:
         root: folder or URL that holds the files.
@@ -29,40 +29,41 @@ class Files(Source):
     pattern: str = "**/*"
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
+        """Yields what is wrong with the fields."""
         parts = self.pattern.split("/")
         if not self.pattern or PurePosixPath(self.pattern).is_absolute() or ".." in parts:
             message = "must be a pattern relative to the root"
         elif any("**" in part and part != "**" for part in parts):
-            message = "** stands for folders and must be alone between slashes"
+            message = "** matches whole folder names only, so it must stand alone between slashes"
         else:
             return
         yield Problem(fields=("pattern",), message=message, fix=f"use pattern={type(self).pattern}")
 
     @override
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        return cut(list_files(self.root, self.pattern), self._count, split_bytes)
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
+        return split_files(list_files(self.root, self.pattern), self._length, shard_bytes)
 
-    def _count(self, file: FileInfo) -> int:
-        """Returns of how many bytes, rows or records a file is, between which it is cut; 1 if it is not cut."""
+    def _length(self, file: FileInfo) -> int:
+        """Returns the length of a file in bytes, rows or records, between which it may be split; 1: not split."""
         return 1
 
 
-def cut(files: Iterable[FileInfo], count: Callable[[FileInfo], int], split_bytes: int) -> list[Piece]:
-    """Cuts files into equal pieces of about `split_bytes`; `count` tells the bytes, rows or records of large ones."""
-    pieces = []
+def split_files(files: Iterable[FileInfo], length: Callable[[FileInfo], int], shard_bytes: int) -> list[SourceShard]:
+    """Splits files into equal shards of about `shard_bytes`; `length` is called for large files only."""
+    shards = []
     for file in files:
-        parts = max(1, round(file.size_bytes / max(1, split_bytes)))
-        total = count(file) if parts > 1 else 1
-        parts = max(1, min(parts, total))
-        bounds = [*(total * part // parts for part in range(parts)), None]
-        pieces += [
-            Piece(name=file.name, start=start or 0, end=end, size_bytes=file.size_bytes // parts, stamp=file.stamp)
+        count = max(1, round(file.size_bytes / max(1, shard_bytes)))
+        total = length(file) if count > 1 else 1
+        count = max(1, min(count, total))
+        bounds = [*(total * index // count for index in range(count)), None]
+        size_bytes = file.size_bytes // count
+        shards += [
+            SourceShard(name=file.name, start=start or 0, end=end, size_bytes=size_bytes, stamp=file.stamp)
             for start, end in pairwise(bounds)
         ]
-    return pieces
+    return shards
 
 
-def damaged(where: str, cause: str) -> DataError:
-    """Returns the error for a file that is not what it should be."""
-    return DataError(f"{where}: is damaged ({cause}); restore the file or make it again")
+def damaged_file(path: str, cause: str) -> DataError:
+    """Returns the error for a file that does not hold what its format says."""
+    return DataError(f"{path}: is damaged ({cause}); restore the file or make it again")

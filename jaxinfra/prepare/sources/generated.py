@@ -1,143 +1,141 @@
-"""Records that no file holds: what a function of the user's own yields, and documents of made-up words."""
+"""Records without files: those that a Python function yields, and synthetic documents."""
 
 import itertools
 import pkgutil
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, override
+from typing import Annotated, override
 
 from annotated_types import Ge
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count, Natural
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
-from jaxinfra.prepare.sources.files import cut
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, Source, read_as
+from jaxinfra.prepare.sources.files import split_files
+from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, Source, SourceShard, parse_record
 from jaxinfra.storage.files import FileInfo
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _SYLLABLES = len(_CONSONANTS) * len(_VOWELS)
-_WORDS_A_SENTENCE = 12
-_FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # which of a word's followers comes next; 0 is any word at all
+_SENTENCE_WORDS = 12
+_FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # number of the follower that comes next; 0 draws any word
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonSource(Source):
-    """Reads what `function()` yields, or `function(shard, shards)` for each of several shards.
+    """Reads what `function()` yields, or `function(shard, num_shards)` for each shard.
 
-    It yields mappings, or texts for records `{"text": str}`; the same ones in the same order whenever it is called.
-    The key of a record is its shard and its number in it, so other `shards` validate on other records.
+    The function yields mappings, or strings for records `{"text": str}`, always the same ones in the same order. The
+    key of a record is its shard and its index in the shard, so another `num_shards` changes the validation split.
 
     Attributes:
-        factory: `package.module:function`, importable wherever the source is read. An attribute `version` of the
-            function (a text or number) says that what it yields has changed, and nothing else does.
-        shards: parts that are read in parallel, each called with its number, from 0, and their count; with 1 the
-            function takes no arguments.
+        factory: `package.module:function`, importable by every worker. Change the function's attribute `version`, a
+            string or number, when it yields other records; nothing else shows that it does.
+        num_shards: shards that are read in parallel; if it is 1, the function takes no arguments.
     """
 
     factory: str = ""
-    shards: Count = 1
+    num_shards: Count = 1
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
+        """Yields what is wrong with the fields."""
         if not _FACTORY.fullmatch(self.factory):
             yield Problem(fields=("factory",), message="names no function", fix="use factory=package.module:function")
 
     @override
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Lists one piece a shard, taken to be of `split_bytes`: how much it yields is not known."""
-        stamp = f"{self.shards}:{getattr(self._function(), 'version', '')}"
-        return [
-            Piece(name=self.factory, start=shard, end=shard + 1, size_bytes=split_bytes, stamp=stamp)
-            for shard in range(self.shards)
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
+        stamp = f"{self.num_shards}:{getattr(self._function(), 'version', '')}"
+        return [  # how much a shard yields is unknown, so its size is taken to be `shard_bytes`
+            SourceShard(name=self.factory, start=shard, end=shard + 1, size_bytes=shard_bytes, stamp=stamp)
+            for shard in range(self.num_shards)
         ]
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields what the function does for a shard; what it raises is the cause of a DataError."""
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
         function = self._function()
-        name, index = f"{self.factory}/{piece.start}", 0
+        name, index = f"{self.factory}/{shard.start}", 0
         try:
-            for value in function(piece.start, self.shards) if self.shards > 1 else function():
-                yield read_as(_record, value, key=f"{name}#{index}", where=f"{name} record {index}")
+            for value in function(shard.start, self.num_shards) if self.num_shards > 1 else function():
+                yield parse_record(_to_fields, value, key=f"{name}#{index}", location=f"{name} record {index}")
                 index += 1
         except JaxinfraError:
             raise
         except Exception as error:
-            raise DataError(f"{name}: raised after {index} records ({_cause(error)}); mend the function") from error
+            cause = f"the function raised after {index} records ({_first_line(error)})"
+            raise DataError(f"{name}: {cause}; correct the function") from error
 
-    def _function(self) -> Any:
+    def _function(self) -> Callable[..., Iterable[object]]:
         try:
             return pkgutil.resolve_name(self.factory)
-        except Exception as error:  # the module may do anything when it is imported
-            cause = f"cannot be imported ({_cause(error)})"
-            raise ConfigError(f"factory={self.factory}: {cause}; run where it can, or mend it") from error
+        except Exception as error:  # an imported module can raise anything
+            cause = f"cannot be imported ({_first_line(error)})"
+            raise ConfigError(f"factory={self.factory}: {cause}; install it or set PYTHONPATH") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Source):
-    """Records `{"text": str}` of words, seven in eight of which are one of three that may follow the word before.
+    """Synthetic documents `{"text": str}` that a model can learn in part, for tests, benchmarks and first runs.
 
-    A model can learn to predict them in part: for tests, benchmarks and first runs. Every document is a function of the
-    seed and its number alone, so any range of them is made without the others.
+    Seven of eight words are one of three that may follow the word before. A document is a function of the seed and its
+    number, so any range of documents can be generated alone.
 
     Attributes:
-        documents: how many.
-        words: of a document in the mean; its length is between half and one and a half of it.
-        vocabulary: different words.
-        seed: other seeds give other documents of the same language.
+        mean_words: mean length of a document; lengths are uniform from half to one and a half of it.
+        vocab_size: number of distinct words.
+        seed: another seed gives other documents of the same language.
     """
 
-    documents: Count = 1000
-    words: Count = 200
-    vocabulary: Annotated[int, Ge(2)] = 1000
+    num_documents: Count = 1000
+    mean_words: Count = 200
+    vocab_size: Annotated[int, Ge(2)] = 1000
     seed: Natural = 0
 
     @override
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        size_bytes = self.documents * self.words * (2 * self._syllables() + 1)
-        stamp = f"1:{self.words}:{self.vocabulary}:{self.seed}"  # 1: what is made of these numbers
-        made = FileInfo(name="synthetic", size_bytes=size_bytes, stamp=stamp)
-        return cut([made], lambda file: self.documents, split_bytes)
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
+        size_bytes = self.num_documents * self.mean_words * (2 * self._syllables() + 1)
+        stamp = f"1:{self.mean_words}:{self.vocab_size}:{self.seed}"  # 1 is the version of the algorithm
+        file = FileInfo(name="synthetic", size_bytes=size_bytes, stamp=stamp)
+        return split_files([file], lambda _: self.num_documents, shard_bytes)
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found]:
-        for number in range(piece.start, self.documents if piece.end is None else piece.end):
-            key = f"{piece.name}#{number}"
-            yield Found(key=key, where=f"{piece.name} document {number}", record={"text": self._document(number)})
+    def read(self, shard: SourceShard) -> Iterator[Record]:
+        for number in range(shard.start, self.num_documents if shard.end is None else shard.end):
+            key, location = f"{shard.name}#{number}", f"{shard.name} document {number}"
+            yield Record(key=key, location=location, fields={"text": self._document(number)})
 
     def _document(self, number: int) -> str:
         rng = random.Random(f"{self.seed}:{number}")
-        words, syllables, size = [], self._syllables(), self.vocabulary
-        word = rng.randrange(size)
-        for _ in range(rng.randint((self.words + 1) // 2, self.words + self.words // 2)):
-            words.append(_spelled(word, syllables))
+        words, syllables = [], self._syllables()
+        word = rng.randrange(self.vocab_size)
+        for _ in range(rng.randint((self.mean_words + 1) // 2, self.mean_words + self.mean_words // 2)):
+            words.append(_spell(word, syllables))
             follower = _FOLLOWERS[int(rng.random() * len(_FOLLOWERS))]
-            word = (7 * word + 31 * follower**2) % size if follower else rng.randrange(size)
-        return "".join(" ".join(sentence) + ".\n" for sentence in itertools.batched(words, _WORDS_A_SENTENCE))
+            word = (7 * word + 31 * follower**2) % self.vocab_size if follower else rng.randrange(self.vocab_size)
+        return "".join(" ".join(sentence) + ".\n" for sentence in itertools.batched(words, _SENTENCE_WORDS))
 
     def _syllables(self) -> int:
-        """Returns how many syllables a word must have for the vocabulary to be spelled."""
-        return next(count for count in itertools.count(1) if _SYLLABLES**count >= self.vocabulary)
+        """Returns the syllables per word that are needed to spell the vocabulary."""
+        return next(count for count in itertools.count(1) if _SYLLABLES**count >= self.vocab_size)
 
 
-def _record(value: Any) -> Record:
-    record = {"text": value} if isinstance(value, str) else value
-    if not isinstance(record, Mapping):
-        raise ValueError(f"is {type(value).__name__}, expected a mapping or a text")
-    return record
+def _to_fields(value: object) -> Fields:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"is {type(value).__name__}, expected a mapping or a string")
+    return value
 
 
-def _cause(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 @lru_cache(maxsize=1 << 16)
-def _spelled(word: int, syllables: int) -> str:
+def _spell(word: int, syllables: int) -> str:
     spelled = ""
     for _ in range(syllables):
         word, syllable = divmod(word, _SYLLABLES)

@@ -1,7 +1,7 @@
-"""What every source of records offers: it is cut into pieces, and each piece is read as a stream.
+"""Records, and the interface of a source that they are read from.
 
-A source lists its files without reading them, and cuts large ones, so that pieces can be read in parallel. The
-list of pieces, their order and the records of each are a function of the files alone: never of who reads them.
+A source lists its files without reading them and splits them into shards, which workers read in parallel. The list
+of shards, their order and their records depend on the files alone, never on the number of workers.
 """
 
 from abc import ABC, abstractmethod
@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Record = Mapping[str, Any]
-"""The fields of a record by their names."""
+Fields = Mapping[str, Any]
+"""The fields of a record by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A part of a source that is read by one worker: a file, or a range of one.
+class SourceShard:
+    """A file of a source, or a range of one, that one worker reads.
 
     Attributes:
-        name: of the file, relative to the root of the source, with slashes.
-        start: where in the file it begins: a byte, a row or a record, as the source counts.
-        end: where it ends; None is the end of the file.
-        size_bytes: of the piece, about.
-        stamp: changes when the file is replaced: of its size, time and version, not of its contents.
+        name: file name relative to the root of the source, with slashes.
+        start: first byte, row or record; the source chooses the unit.
+        end: end of the range, exclusive; None is the end of the file.
+        size_bytes: estimate.
+        stamp: changes when the file is replaced; made from size, time and version, not from the contents.
     """
 
     name: str
@@ -33,46 +33,46 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Record:
     """A record that was read.
 
     Attributes:
-        key: the same for the record wherever its source is read: it decides between training and validation.
-        where: for messages: the file, and the line or number in it.
+        key: stable identifier, which decides whether the record is in the training or the validation split.
+        location: file and line or number, for messages.
     """
 
     key: str
-    where: str
-    record: Record
+    location: str
+    fields: Fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bad:
-    """A record that cannot be read, and why; `where` as in `Found`."""
+class BadRecord:
+    """A record that cannot be read, and why."""
 
-    where: str
+    location: str
     cause: str
 
 
-def read_as[T](parse: Callable[[T], Record], content: T, *, key: str, where: str) -> Found | Bad:
-    """Makes a record of its content; a ValueError of `parse` says what is wrong with it."""
+def parse_record[T](parse: Callable[[T], Fields], content: T, *, key: str, location: str) -> Record | BadRecord:
+    """Parses a record; a ValueError of `parse` becomes the cause of a bad record."""
     try:
-        return Found(key=key, where=where, record=parse(content))
+        return Record(key=key, location=location, fields=parse(content))
     except ValueError as error:
-        return Bad(where=where, cause=str(error))
+        return BadRecord(location=location, cause=str(error))
 
 
 class Source(ABC):
-    """Records, as a config describes where they are.
+    """Config of a place that records are read from.
 
-    Either method raises ConfigError for what is not there or not installed, DataError for a file that is damaged as a
-    whole, and StorageError for one that may not or cannot be read.
+    Both methods raise ConfigError for a missing file or package, DataError for a file that is damaged as a whole, and
+    StorageError for one that cannot be read.
     """
 
     @abstractmethod
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        """Lists all that there is to read, sorted by name and start; files much larger than `split_bytes` are cut."""
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
+        """Lists all shards, sorted by name and start; files much larger than `shard_bytes` are split."""
 
     @abstractmethod
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        """Yields the records of a piece in their order; holds no more of them in memory than the format needs."""
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+        """Yields the records of a shard in order, and holds only as many in memory as the format needs."""

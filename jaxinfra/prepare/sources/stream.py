@@ -1,7 +1,7 @@
-"""What every stream of records offers: blocks of them as they come, each with where the stream stands after it.
+"""Sources without an end: records arrive in batches, each with the position of the stream after it.
 
-A stream has no pieces and may have no end. Invariant: whoever keeps a block together with its position, and opens the
-stream at the last position kept, gets every record once, however often it is killed in between.
+Invariant: a caller that stores each batch together with its position, and reopens the stream at the last stored
+position, gets every record exactly once, however often it is killed.
 """
 
 import time
@@ -12,99 +12,109 @@ from dataclasses import dataclass
 from typing import Any, override
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source
+from jaxinfra.prepare.sources.record import BadRecord, Record, Source, SourceShard
 
 Position = Mapping[str, Any]
-"""Where a stream stands, in JSON; {} is its beginning."""
-TICK_S = 0.5
-"""A reader that nothing comes to says so this often."""
-WAIT_S = 5.0
-"""A record waits at most so long for others to share a block with."""
+"""Place in a stream, as JSON; {} is the beginning."""
+POLL_S = 0.5
+"""Longest time that a reader waits before it yields None."""
+LINGER_S = 5.0
+"""Longest time that a record waits for others to fill its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """Records that came together, how many bytes they had, and where the stream stands after them."""
+class StreamBatch:
+    """Records that arrived together, and the position of the stream after them."""
 
-    records: tuple[Found | Bad, ...]
+    records: tuple[Record | BadRecord, ...]
     read_bytes: int
     position: Position
 
 
-class Reader(ABC):
-    """A stream that is open."""
+class StreamReader(ABC):
+    """An open stream."""
 
     read_bytes: int = 0
-    """Of the records so far."""
+    """Bytes of all records so far."""
 
     @property
     @abstractmethod
     def position(self) -> Position:
-        """Where the stream stands after the record that came last."""
+        """Position after the last record that was yielded."""
 
     @abstractmethod
-    def arrivals(self) -> Iterator[Found | Bad | None]:
-        """Yields records as they come, and None when there was none for a moment; ends where the stream ends.
+    def poll(self) -> Iterator[Record | BadRecord | None]:
+        """Yields records as they arrive, and None if none arrived for a moment; ends with the stream.
 
-        Raises DataError for another stream than stood at the position that it was opened at, and StorageError.
+        Raises:
+            DataError: this is not the stream that the position was taken from.
+            StorageError: the stream cannot be read.
         """
 
-    def committed(self, position: Position) -> None:
-        """Hears that all up to a position is kept, for whoever looks on; nothing depends on it."""
+    def on_commit(self, position: Position) -> None:
+        """Tells the server what has been stored, for monitoring; nothing depends on it."""
         return
 
-    def at_end(self) -> bool:
-        """Tells whether nothing comes because all has come; raises a StorageError if the stream is out of reach."""
-        return True  # what is in a pipe comes at once
+    def caught_up(self) -> bool:
+        """Returns whether everything that was sent has been read; StorageError if the stream is out of reach."""
+        return True  # a pipe delivers at once
 
 
-class Stream(Source):
-    """A stream, as a config describes it. It is no source whose pieces can be listed, and says so where it is one."""
+class StreamSource(Source):
+    """Config of a stream. It cannot be listed or read in shards, only followed."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What is read, whichever way there: streams of the same name are the same stream."""
+        """Identifies the stream, whichever way it is reached."""
 
     @abstractmethod
-    def open(self, position: Position) -> AbstractContextManager[Reader]:
-        """Opens it where it stood; ConfigError for wrong settings, StorageError if it cannot be reached."""
+    def open(self, position: Position) -> AbstractContextManager[StreamReader]:
+        """Opens the stream at a position; ConfigError for wrong settings, StorageError if it cannot be reached."""
 
     @override
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
+        raise self._endless()
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        raise ConfigError(f"source={self.name}: is a stream, which has no end to prepare up to; add --follow")
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+        raise self._endless()
+
+    def _endless(self) -> ConfigError:
+        return ConfigError(f"source={self.name}: a stream has no end to prepare up to; add --follow")
 
 
-def blocks(
-    reader: Reader, block_bytes: int, *, stopping: Callable[[], bool], wait_s: float = WAIT_S
-) -> Iterator[Block | None]:
-    """Gathers records to blocks of about `block_bytes`; yields None when nothing came for a moment.
+def read_batches(
+    reader: StreamReader, batch_bytes: int, *, should_stop: Callable[[], bool], linger_s: float = LINGER_S
+) -> Iterator[StreamBatch | None]:
+    """Collects records into batches of about `batch_bytes`; yields None if nothing arrived for a moment.
 
-    The first record of a block waits `wait_s` for more. `stopping` is asked, at least once each `TICK_S`, whether to
-    end with what has come. Raises as `Reader.arrivals`.
+    Raises as `StreamReader.poll`.
+
+    Args:
+        reader: the open stream.
+        batch_bytes: a batch is yielded when it has this many bytes.
+        should_stop: whether to end with what has arrived; called at least every `POLL_S`.
+        linger_s: longest time that the first record of a batch waits for more.
     """
-    records: list[Found | Bad] = []
+    records: list[Record | BadRecord] = []
     start_bytes, first_s = reader.read_bytes, 0.0
 
-    def block() -> Block:
+    def batch() -> StreamBatch:
         read_bytes = reader.read_bytes - start_bytes
-        return Block(records=tuple(records), read_bytes=read_bytes, position=reader.position)
+        return StreamBatch(records=tuple(records), read_bytes=read_bytes, position=reader.position)
 
-    for arrival in reader.arrivals():
-        if arrival is not None:
+    for record in reader.poll():
+        if record is not None:
             first_s = first_s if records else time.monotonic()
-            records.append(arrival)
+            records.append(record)
         elif not records:
             yield None
-        full = reader.read_bytes - start_bytes >= block_bytes
-        if records and (full or time.monotonic() - first_s >= wait_s):
-            yield block()
+        is_full = reader.read_bytes - start_bytes >= batch_bytes
+        if records and (is_full or time.monotonic() - first_s >= linger_s):
+            yield batch()
             records, start_bytes = [], reader.read_bytes
-        if stopping():
+        if should_stop():
             break
     if records:
-        yield block()
+        yield batch()

@@ -1,7 +1,7 @@
-"""Every row of a table is a record: of Parquet or ArrayRecord files, or of what `datasets.save_to_disk` wrote.
+"""Rows of tables as records: Parquet files, ArrayRecord files, and what `datasets.save_to_disk` wrote.
 
-The last are read by pyarrow, as streams: `datasets` would first copy the files of a store to the local disk. What it
-decodes (images, audio) is given as it is stored.
+pyarrow reads the Hugging Face files as streams, because `datasets` would first copy remote files to the local disk.
+Features that `datasets` would decode (images, audio) keep their stored form.
 """
 
 import json
@@ -15,27 +15,27 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.sources.files import Files, cut, damaged
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Source, read_as
-from jaxinfra.prepare.sources.text import json_object, text_record
+from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
+from jaxinfra.prepare.sources.record import BadRecord, Record, Source, SourceShard, parse_record
+from jaxinfra.prepare.sources.text import parse_json_object, parse_text
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import FileInfo, display_url, is_local, list_files, local_path, open_file
 
 _BATCH_ROWS = 128
-# Parquet is read ahead by a buffer, not by whole column chunks: a row group may be larger than memory.
-_PARQUET = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+# Reads through a small buffer instead of whole column chunks, because a row group may be larger than memory.
+_PARQUET_OPTIONS = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
 # The default reads 16 MiB ahead in every thread of a pool.
-_ARRAY_RECORD = "readahead_buffer_size:1M,max_parallelism:0"
-_DICT, _STATE = "dataset_dict.json", "state.json"
-_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; without it pyarrow reads a cut file as a shorter one
+_ARRAY_RECORD_OPTIONS = "readahead_buffer_size:1M,max_parallelism:0"
+_DICT_FILE, _STATE_FILE = "dataset_dict.json", "state.json"
+_ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # pyarrow reads a stream without it as a shorter one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parquet(Files):
-    """Rows of Parquet files, cut between row groups; checksums of pages are checked where a file has them.
+class Parquet(FileSource):
+    """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them.
 
     Attributes:
-        columns: the columns to read; none are all.
+        columns: columns to read; () reads all.
     """
 
     pattern: str = "**/*.parquet"
@@ -45,115 +45,116 @@ class Parquet(Files):
     def problems(self) -> Iterable[Problem]:
         yield from super().problems()
         if len(set(self.columns)) < len(self.columns):
-            yield Problem(fields=("columns",), message="has a name twice", fix="use columns=() to read all columns")
+            yield Problem(fields=("columns",), message="names a column twice", fix="use columns=() to read all columns")
 
     @override
-    def _count(self, file: FileInfo) -> int:
-        with self._opened(file.name) as table:
+    def _length(self, file: FileInfo) -> int:
+        with self._open(file.name) as table:
             return table.num_row_groups
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        with self._opened(piece.name) as table:
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+        with self._open(shard.name) as table:
             names = table.schema_arrow.names
             if missing := [column for column in self.columns if column not in names]:
                 raise ConfigError(
-                    f"columns={self.columns}: {display_url(self.root)}/{piece.name} has no {', '.join(missing)}; "
-                    f"it has {', '.join(names) or 'none'}"
+                    f"columns={self.columns}: {display_url(self.root)}/{shard.name} has no {', '.join(missing)}; "
+                    f"use some of its columns: {', '.join(names) or 'it has none'}"
                 )
-            row = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
-            groups = range(table.num_row_groups)[piece.start : piece.end]
+            row = sum(table.metadata.row_group(group).num_rows for group in range(shard.start))
+            groups = range(table.num_row_groups)[shard.start : shard.end]
             columns = list(self.columns) or None
             for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
-                yield from _records(batch, piece.name, row)
+                yield from _read_rows(batch, shard.name, row)
                 row += batch.num_rows
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        with _arrow_file(self.root, name, "parquet") as (_, file):
+    def _open(self, name: str) -> Iterator[Any]:
+        with _open_for_arrow(self.root, name, "parquet") as (_, file):
             from pyarrow.parquet import ParquetFile
 
-            with ParquetFile(file, **_PARQUET) as table:
+            with ParquetFile(file, **_PARQUET_OPTIONS) as table:
                 yield table
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
-    """Rows of a `Dataset`, or of one split of a `DatasetDict`. Files of a store are not cut.
+    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split.
 
     Attributes:
         path: folder or URL that `save_to_disk` wrote to.
-        split: name of the split; None where there are no splits, or one.
+        split: name of the split; None if there is only one.
     """
 
     path: NonEmpty = ""
     split: NonEmpty | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description itself."""
+        """Yields what is wrong with the fields."""
         if set("/*?[") & set(self.split or ""):
-            yield Problem(fields=("split",), message="is no name of a split", fix="use split=train")
+            yield Problem(fields=("split",), message="is not the name of a split", fix="use split=train")
 
     @override
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
-        return cut(self._files(), self._rows, split_bytes)
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
+        return split_files(self._files(), self._num_rows, shard_bytes)
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
         first = 0
-        with self._batches(piece.name) as batches:
+        with self._open_batches(shard.name) as batches:
             for batch in batches:
                 count = batch.num_rows
-                start = max(0, piece.start - first)
-                end = count if piece.end is None else min(count, piece.end - first)
+                start = max(0, shard.start - first)
+                end = count if shard.end is None else min(count, shard.end - first)
                 if start < end:
-                    yield from _records(batch.slice(start, end - start), piece.name, first + start)
+                    yield from _read_rows(batch.slice(start, end - start), shard.name, first + start)
                 first += count
-                if piece.end is not None and first >= piece.end:
+                if shard.end is not None and first >= shard.end:
                     return
 
     def _files(self) -> list[FileInfo]:
-        here, folder = display_url(self.path), ""
+        """Lists the Arrow files of the split."""
+        place, folder = display_url(self.path), ""
         names = {file.name for file in list_files(self.path, "*.json")}
-        if _DICT in names:
-            splits = self._json(_DICT)["splits"]
+        if _DICT_FILE in names:
+            splits = self._read_json(_DICT_FILE)["splits"]
             split = splits[0] if self.split is None and len(splits) == 1 else self.split
             if split not in splits:
                 fix = f"use split={splits[0] if splits else 'none'}"
-                raise ConfigError(f"split={split or 'none'}: {here} has {', '.join(splits)}; {fix}")
+                raise ConfigError(f"split={split or 'none'}: {place} has the splits {', '.join(splits)}; {fix}")
             folder = f"{split}/"
         elif self.split is not None:
-            raise ConfigError(f"split={self.split}: {here} has no splits; use split=none")
-        elif _STATE not in names:
-            raise ConfigError(f"path={here}: has no {_STATE}; give a folder that datasets.save_to_disk wrote")
-        state = self._json(folder + _STATE)
+            raise ConfigError(f"split={self.split}: {place} has no splits; use split=none")
+        elif _STATE_FILE not in names:
+            raise ConfigError(f"path={place}: has no {_STATE_FILE}; use a folder that datasets.save_to_disk wrote")
+        state = self._read_json(folder + _STATE_FILE)
         if state.get("_indices_data_files"):
-            raise ConfigError(f"path={here}: its rows are chosen by an index; save dataset.flatten_indices() instead")
+            raise ConfigError(f"path={place}: selects its rows by an index; save dataset.flatten_indices() instead")
         files = {file.name: file for file in list_files(self.path, f"{folder}*")}
         wanted = sorted(folder + item["filename"] for item in state["_data_files"])
         if missing := [name for name in wanted if name not in files]:
-            raise DataError(f"{here}/{missing[0]}: is missing, {folder}{_STATE} names it; restore the file")
+            raise DataError(f"{place}/{missing[0]}: is missing, but {folder}{_STATE_FILE} lists it; restore the file")
         return [files[name] for name in wanted]
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
         with open_file(self.path, name) as file:
             try:
                 return json.load(file)
             except ValueError as error:
-                raise DataError(f"{display_url(self.path)}/{name}: is damaged ({error}); restore the file") from None
+                raise damaged_file(f"{display_url(self.path)}/{name}", str(error)) from None
 
-    def _rows(self, file: FileInfo) -> int:
+    def _num_rows(self, file: FileInfo) -> int:
         if not is_local(self.path):
             return 1
-        with self._batches(file.name) as batches:
+        with self._open_batches(file.name) as batches:
             return sum(batch.num_rows for batch in batches)
 
     @contextmanager
-    def _batches(self, name: str) -> Iterator[Iterable[Any]]:
-        """Opens the record batches of a file; a local one is mapped, so passing over them reads little."""
-        with _arrow_file(self.path, name, "huggingface") as (pa, file):
-            file.seek(-min(len(_END), file.seek(0, 2)), 2)
-            if file.read() != _END:
+    def _open_batches(self, name: str) -> Iterator[Iterable[Any]]:
+        """Opens the record batches of a file; a local file is memory-mapped, so skipping batches reads little."""
+        with _open_for_arrow(self.path, name, "huggingface") as (pa, file):
+            file.seek(-min(len(_ARROW_END), file.seek(0, 2)), 2)
+            if file.read() != _ARROW_END:
                 fix = "restore the file or save the dataset again"
                 raise DataError(f"{display_url(self.path)}/{name}: is cut short; {fix}")
             file.seek(0)
@@ -163,12 +164,11 @@ class HuggingFace(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayRecords(Files):
-    """Records of ArrayRecord files (of Grain and TFDS), which its library reads from local disks only.
+class ArrayRecords(FileSource):
+    """Records of ArrayRecord files (Grain, TFDS), which must be on a local disk.
 
     Attributes:
-        decode: what a record is: `json` an object of that kind; `text` is UTF-8, for a record `{"text": str}`;
-            `bytes` gives `{"bytes": bytes}`.
+        decode: `json` parses an object; `text` decodes UTF-8 to `{"text": str}`; `bytes` gives `{"bytes": bytes}`.
     """
 
     pattern: str = "**/*.array_record*"
@@ -178,66 +178,72 @@ class ArrayRecords(Files):
     def problems(self) -> Iterable[Problem]:
         yield from super().problems()
         if "://" in self.root and not self.root.startswith("file://"):
-            message = "ArrayRecord files are read from a local disk only"
-            fix = "copy them there and use root=PATH, or keep them as Parquet"
-            yield Problem(fields=("root",), message=message, fix=fix)
+            message = "ArrayRecord files must be on a local disk"
+            yield Problem(fields=("root",), message=message, fix="use root=PATH, or convert them to Parquet")
 
     @override
-    def _count(self, file: FileInfo) -> int:
-        with self._opened(file.name) as reader:
+    def _length(self, file: FileInfo) -> int:
+        with self._open(file.name) as reader:
             return reader.num_records()
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        parse = {"json": json_object, "text": text_record, "bytes": lambda content: {"bytes": content}}[self.decode]
-        with self._opened(piece.name) as reader:
-            if indices := range(reader.num_records())[piece.start : piece.end]:
-                reader.seek(piece.start)
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+        parsers = {"json": parse_json_object, "text": parse_text, "bytes": lambda content: {"bytes": content}}
+        parse = parsers[self.decode]
+        with self._open(shard.name) as reader:
+            if indices := range(reader.num_records())[shard.start : shard.end]:
+                reader.seek(shard.start)
             for index in indices:
-                key, where = f"{piece.name}#{index}", f"{piece.name} record {index}"
-                yield read_as(parse, reader.read(), key=key, where=where)
+                key, location = f"{shard.name}#{index}", f"{shard.name} record {index}"
+                yield parse_record(parse, reader.read(), key=key, location=location)
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
+    def _open(self, name: str) -> Iterator[Any]:
         module = import_optional(
             "array_record.python.array_record_module", needed_by=self.root, install="jaxinfra[arrayrecord]"
         )
         path = local_path(self.root, name)
         try:
-            # Opened first: the library reads a missing file, one that it may not read, as an empty one.
-            with open_file(self.root, name), closing(module.ArrayRecordReader(path, _ARRAY_RECORD)) as reader:
+            # Opens the file first, because the library reads a missing or unreadable file as an empty one.
+            with open_file(self.root, name), closing(module.ArrayRecordReader(path, _ARRAY_RECORD_OPTIONS)) as reader:
                 if not reader.ok():
                     raise RuntimeError(f"or cut short: it has {os.path.getsize(path)} bytes")
                 yield reader
         except (RuntimeError, IndexError) as error:
-            raise damaged(path, str(error).partition("; ")[0]) from error
+            raise damaged_file(path, str(error).partition("; ")[0]) from error
 
 
 @contextmanager
-def _arrow_file(root: str, name: str, extra: str) -> Iterator[tuple[Any, BinaryIO]]:
-    """Gives pyarrow, which is installed by an extra of jaxinfra, and an open file; what it cannot read is DataError."""
-    where = f"{display_url(root)}/{name}"
-    pa = import_optional("pyarrow", needed_by=where, install=f"jaxinfra[{extra}]")
+def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[Any, BinaryIO]]:
+    """Gives pyarrow and an open file; DataError if pyarrow cannot read it.
+
+    Args:
+        root: folder or URL.
+        name: of the file below the root.
+        extra: extra of jaxinfra that installs pyarrow.
+    """
+    path = f"{display_url(root)}/{name}"
+    pa = import_optional("pyarrow", needed_by=path, install=f"jaxinfra[{extra}]")
     with open_file(root, name) as file:
         try:
             yield pa, file
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise damaged(where, cause_of(error)) from error
+            raise damaged_file(path, cause_of(error)) from error
 
 
-def _records(batch: Any, name: str, first: int) -> Iterator[Found | Bad]:
-    """Yields the rows of a record batch, of which the first one has the number `first` in the file."""
+def _read_rows(batch: Any, name: str, first: int) -> Iterator[Record | BadRecord]:
+    """Yields the rows of a record batch; `first` is the number of its first row in the file."""
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, times that Python has not: find the rows
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a time that Python cannot represent
         if batch.num_rows == 1:
-            cause = f"has no value that Python can hold: {str(error).partition('\n')[0]}"
-            yield Bad(where=f"{name} row {first}", cause=cause)
-        else:
+            cause = f"has a value that Python cannot represent: {str(error).partition('\n')[0]}"
+            yield BadRecord(location=f"{name} row {first}", cause=cause)
+        else:  # reads row by row to find the bad ones
             for index in range(batch.num_rows):
-                yield from _records(batch.slice(index, 1), name, first + index)
+                yield from _read_rows(batch.slice(index, 1), name, first + index)
         return
     for index, row in enumerate(rows, first):
-        yield Found(key=f"{name}#{index}", where=f"{name} row {index}", record=row)
+        yield Record(key=f"{name}#{index}", location=f"{name} row {index}", fields=row)

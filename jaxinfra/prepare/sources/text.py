@@ -1,8 +1,8 @@
-"""Text files, plain or compressed: every file is a record, or every line is, as text or as a JSON object.
+"""Text files, plain or compressed, as records: whole files, lines of text, or JSON lines.
 
-Files of lines are cut into ranges of bytes. A range has the lines that begin in it, so ranges that follow one another
-have every line once. Offsets are those of the text, as it is when it is not compressed; compressed files are read from
-the beginning and are not cut. What is cut short or damaged is an error, never an end.
+Files of lines are split into byte ranges. A shard has the lines that begin in its range, so every line is in one
+shard. Offsets count decompressed bytes; compressed files are not split. A damaged or truncated file is an error, never
+read as a shorter one.
 """
 
 import gzip
@@ -19,8 +19,8 @@ from typing import BinaryIO, override
 
 from jaxinfra.config.limits import Natural, NonEmpty
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.sources.files import Files, cut, damaged
-from jaxinfra.prepare.sources.record import Bad, Found, Piece, Record, read_as
+from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
+from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, SourceShard, parse_record
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import STDLIB, FileInfo, display_url, list_files, open_file
 
@@ -30,20 +30,20 @@ else:
     from backports import zstd
 
 MAX_RECORD_BYTES = 256 << 20
-"""Of one line or document: a longer one is no record, and reading it would take several times its size of memory."""
+"""Longest line or document; parsing takes several times its size of memory."""
 _CHUNK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = (".gz", ".zst")
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a character beyond U+FFFF
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextFiles(Files):
-    """Text files, as records `{"text": str}`, line ends as they are; the key of each is its name below the root.
+class TextFiles(FileSource):
+    """Text files as records `{"text": str}`, with line ends unchanged; the key is the file name.
 
     Attributes:
-        root: folder or URL that holds the files; the word `stdlib` is the running Python's standard library.
+        root: folder or URL that holds the files; `stdlib` is the standard library of the running Python.
         pattern: which files below the root, as in `pathlib.Path.glob`; .gz and .zst are decompressed.
         min_bytes: files with less text than this are left out.
     """
@@ -53,95 +53,96 @@ class TextFiles(Files):
     min_bytes: Natural = 1
 
     @override
-    def pieces(self, split_bytes: int) -> Sequence[Piece]:
+    def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
         files = list_files(self.root, self.pattern)
-        found = [file for file in files if file.name.endswith(_COMPRESSED) or file.size_bytes >= self.min_bytes]
-        if not found:
-            here = f"all {len(files)} files that match in {display_url(self.root)}"
-            raise ConfigError(f"min_bytes={self.min_bytes}: {here} are shorter; use less")
-        return cut(found, self._count, split_bytes)
+        kept = [file for file in files if file.name.endswith(_COMPRESSED) or file.size_bytes >= self.min_bytes]
+        if not kept:
+            which = f"all {len(files)} files that match in {display_url(self.root)}"
+            raise ConfigError(f"min_bytes={self.min_bytes}: {which} are shorter; use min_bytes=1")
+        return split_files(kept, self._length, shard_bytes)
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        with _decompressed(self.root, piece.name) as file:
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+        with _open_decompressed(self.root, shard.name) as file:
             content = file.read(MAX_RECORD_BYTES + 1)
         if len(content) > MAX_RECORD_BYTES:
-            yield Bad(where=piece.name, cause=f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+            yield BadRecord(location=shard.name, cause=f"longer than {MAX_RECORD_BYTES >> 20} MiB")
         elif len(content) >= self.min_bytes:
-            yield read_as(text_record, content, key=piece.name, where=piece.name)
+            yield parse_record(parse_text, content, key=shard.name, location=shard.name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Lines(Files):
+class _LineSource(FileSource):
     """Lines of text files; .gz and .zst are decompressed."""
 
     @override
-    def read(self, piece: Piece) -> Iterator[Found | Bad]:
-        before = None if piece.start else 0  # lines; they are counted when a number is asked for: lines are rarely bad
-        for index, (offset, line) in enumerate(_lines(self.root, piece)):
+    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+        # Lines before the shard are counted only if a message needs a line number, because bad lines are rare.
+        lines_before = None if shard.start else 0
+        for index, (offset, line) in enumerate(_read_lines(self.root, shard)):
             try:
                 if line is None:
                     raise ValueError(f"longer than {MAX_RECORD_BYTES >> 20} MiB")
-                record = self._record(line)
+                fields = self._parse(line)
             except ValueError as error:
-                if before is None:
-                    before = _ends_before(self.root, piece.name, offset) - index
-                yield Bad(where=f"{piece.name}:{before + index + 1}", cause=str(error))
+                if lines_before is None:
+                    lines_before = _count_newlines(self.root, shard.name, offset) - index
+                yield BadRecord(location=f"{shard.name}:{lines_before + index + 1}", cause=str(error))
             else:
-                if record is not None:
-                    where = f"{piece.name} at byte {offset}" if piece.start else f"{piece.name}:{index + 1}"
-                    yield Found(key=f"{piece.name}@{offset}", where=where, record=record)
+                if fields is not None:
+                    location = f"{shard.name} at byte {offset}" if shard.start else f"{shard.name}:{index + 1}"
+                    yield Record(key=f"{shard.name}@{offset}", location=location, fields=fields)
 
     @abstractmethod
-    def _record(self, line: bytes) -> Record | None:
-        """Returns what a line spells, None for nothing; raises ValueError, which says what is wrong with it."""
+    def _parse(self, line: bytes) -> Fields | None:
+        """Parses a line, None for an empty one; ValueError says what is wrong with it."""
 
     @override
-    def _count(self, file: FileInfo) -> int:
+    def _length(self, file: FileInfo) -> int:
         return 1 if file.name.endswith(_COMPRESSED) else file.size_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextLines(_Lines):
-    """Lines of text files, as records `{"text": str}` without the end of the line; empty lines are none."""
+class TextLines(_LineSource):
+    """Lines of text files, as records `{"text": str}` without the line end; empty lines are ignored."""
 
     pattern: str = "**/*.txt*"
 
     @override
-    def _record(self, line: bytes) -> Record | None:
-        return text_record(line) if line else None
+    def _parse(self, line: bytes) -> Fields | None:
+        return parse_text(line) if line else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl(_Lines):
-    """JSON objects, one a line; blank lines are none. `NaN` and `Infinity` of Python are read as numbers."""
+class Jsonl(_LineSource):
+    """JSON objects, one a line; blank lines are ignored. `NaN` and `Infinity` are read as numbers, as Python does."""
 
     pattern: str = "**/*.jsonl*"
 
     @override
-    def _record(self, line: bytes) -> Record | None:
-        return json_object(line) if line.strip() else None
+    def _parse(self, line: bytes) -> Fields | None:
+        return parse_json_object(line) if line.strip() else None
 
 
-def text_record(content: bytes) -> dict[str, str]:
-    """Makes the record `{"text": str}` of UTF-8; a ValueError says where it is none."""
+def parse_text(content: bytes) -> dict[str, str]:
+    """Decodes UTF-8 to `{"text": str}`; ValueError if it is not UTF-8."""
     try:
         return {"text": content.decode()}
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-def json_object(content: bytes) -> Record:
-    """Reads a JSON object in UTF-8; a ValueError says that it is none, or one that no text can be made of."""
-    text = text_record(content)["text"]
+def parse_json_object(content: bytes) -> Fields:
+    """Parses a JSON object in UTF-8; ValueError if it is none, or has strings that UTF-8 cannot encode."""
+    text = parse_text(content)["text"]
     try:
         value = json.loads(text)
-        if _HALF.search(text):
+        if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeEncodeError:
-        raise ValueError("spells half a character (an unpaired \\ud800 to \\udfff)") from None
+        raise ValueError("has an unpaired surrogate (\\ud800 to \\udfff)") from None
     except ValueError:
         raise ValueError("has a number of more than 4300 digits") from None
     except RecursionError:
@@ -151,46 +152,44 @@ def json_object(content: bytes) -> Record:
     return value
 
 
-def _lines(root: str, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
-    """Yields the lines that begin in a piece, empty ones too, each with the offset of its first byte.
+def _read_lines(root: str, shard: SourceShard) -> Iterator[tuple[int, bytes | None]]:
+    """Yields each line that begins in a shard, with the offset of its first byte.
 
-    They are without their end and without a byte order mark; None stands for one that is too long.
+    Line ends and a byte order mark are removed; None stands for a line that is too long.
     """
-    with _decompressed(root, piece.name) as file:
-        if offset := max(0, piece.start - 1):
+    with _open_decompressed(root, shard.name) as file:
+        # Starts one byte early, to see whether a line begins at the start of the shard.
+        if offset := max(0, shard.start - 1):
             file.seek(offset)
-        begins = offset == piece.start  # whether a line begins here, or goes on that is not of this piece or too long
-        while piece.end is None or offset < piece.end:
-            line = file.readline(MAX_RECORD_BYTES + 1 if begins else _CHUNK_BYTES)
+        at_line_start = offset == shard.start
+        while shard.end is None or offset < shard.end:
+            line = file.readline(MAX_RECORD_BYTES + 1 if at_line_start else _CHUNK_BYTES)
             if not line:
                 return
-            if not begins:
-                begins = line.endswith(b"\n")
+            if not at_line_start:  # the rest of a line of the shard before, or of one that is too long
+                at_line_start = line.endswith(b"\n")
             elif len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 yield offset, None
-                begins = False
+                at_line_start = False
             else:
                 text = line.removesuffix(b"\n").removesuffix(b"\r")
                 yield offset, text if offset else text.removeprefix(_BOM)
             offset += len(line)
 
 
-def _ends_before(root: str, name: str, offset: int) -> int:
-    """Counts the ends of lines in the first bytes of a file."""
-    found = 0
+def _count_newlines(root: str, name: str, end: int) -> int:
+    """Counts the newlines in the first `end` bytes of a file."""
+    count = 0
     with open_file(root, name) as file:
-        while chunk := file.read(min(offset, _CHUNK_BYTES)):
-            found += chunk.count(b"\n")
-            offset -= len(chunk)
-    return found
+        while chunk := file.read(min(end, _CHUNK_BYTES)):
+            count += chunk.count(b"\n")
+            end -= len(chunk)
+    return count
 
 
 @contextmanager
-def _decompressed(root: str, name: str) -> Iterator[BinaryIO]:
-    """Opens a file below the root; a compressed one is read as what it holds and cannot be sought in.
-
-    One that is damaged or cut short is a DataError, also while it is read.
-    """
+def _open_decompressed(root: str, name: str) -> Iterator[BinaryIO]:
+    """Opens a file; a compressed one cannot seek. DataError, also while reading, if it is damaged or truncated."""
     with open_file(root, name) as file:
         if not name.endswith(_COMPRESSED):
             yield file
@@ -200,4 +199,4 @@ def _decompressed(root: str, name: str) -> Iterator[BinaryIO]:
             with io.BufferedReader(plain, _CHUNK_BYTES) as reader:
                 yield reader
         except (gzip.BadGzipFile, zlib.error, zstd.ZstdError, EOFError) as error:
-            raise damaged(f"{display_url(root)}/{name}", cause_of(error)) from error
+            raise damaged_file(f"{display_url(root)}/{name}", cause_of(error)) from error

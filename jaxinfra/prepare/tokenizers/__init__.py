@@ -1,13 +1,21 @@
-"""The tokenizers that a recipe may name, each of which becomes one that a store keeps.
+"""Tokenizers of a recipe: read from a file, converted, or trained. The store keeps the result.
 
-load(TokenizerFile(path="llama3.json"))      any tokenizer.json
-load(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken, converted
-load(SentencePieceModel(path="spm.model"))   SentencePiece, converted
-load(Bytes())                                the 256 bytes
-train_bpe(texts, vocab_size=8192, ...)       a new byte-level BPE
+build_tokenizer(TokenizerFile(path="llama3.json"))      any tokenizer.json
+build_tokenizer(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken, converted
+build_tokenizer(SentencePieceModel(path="spm.model"))   SentencePiece, converted
+build_tokenizer(Bytes())                                the 256 bytes
+train_bpe(texts, vocab_size=8192, ...)                 a new byte-level BPE
 """
 
-from jaxinfra.prepare.tokenizers.load import AnyTokenizer, Bytes, TokenizerFile, TrainBpe, convert, load, train_bpe
+from jaxinfra.prepare.tokenizers.load import (
+    AnyTokenizer,
+    Bytes,
+    TokenizerFile,
+    TrainBpe,
+    build_tokenizer,
+    convert_tokenizer,
+    train_bpe,
+)
 from jaxinfra.prepare.tokenizers.sentence_piece import SentencePieceModel
 from jaxinfra.prepare.tokenizers.tiktoken_ranks import Tiktoken
 
@@ -18,7 +26,7 @@ __all__ = [
     "Tiktoken",
     "TokenizerFile",
     "TrainBpe",
-    "convert",
-    "load",
+    "convert_tokenizer",
+    "build_tokenizer",
     "train_bpe",
 ]

@@ -1,4 +1,4 @@
-"""What tokenizers of recipes share: problems of their descriptions, and the proof that a converted one is the same."""
+"""Common parts of tokenizer configs, and the comparison of a converted tokenizer with its original library."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jaxinfra.config.limits import NonEmpty
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
 
-TRICKY = (
+HARD_TEXTS = (
     "We've 12345 things'll\n\n  to DO, naïve 漢字 e\u0301 — iPhone's   \r\n\t!!/\n//x ",
     " a  b   c    d\t\te\n\n\nf \r\n g\u00a0h\u2028i\u3000j",
     "  \n ",
@@ -22,30 +22,33 @@ TRICKY = (
     "supercalifragilistic" * 9 + "a" * 500,
     "",
 )
-"""Texts on which libraries disagree first: white space, scripts, normalization, spelled bytes and special tokens."""
+"""Texts on which libraries are likely to differ: white space, scripts, normalization, spelled bytes, special tokens."""
 
 _PRECISION = 1e-6  # of sums in float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """A tokenizer, as a config describes it; `end_of_document` is the special token that closes every document."""
+class TokenizerConfig:
+    """Config of a tokenizer; `end_of_document` is the special token that ends every document."""
 
-    names_end: ClassVar[bool] = False
-    """Whether its special tokens may name the end of a document too."""
+    end_in_special_tokens: ClassVar[bool] = False
+    """Whether `special_tokens` may contain `end_of_document`."""
     end_of_document: NonEmpty = "<|endoftext|>"
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the description; its file is not looked at."""
+        """Yields what is wrong with the fields; does not read the file."""
         named = getattr(self, "special_tokens", None) or ()
-        special = [text for text in named if not self.names_end or text != self.end_of_document]
+        special = [text for text in named if not self.end_in_special_tokens or text != self.end_of_document]
         if "" in special or len({self.end_of_document, *special}) <= len(special):
-            message = "must be other texts than one another and than the end of a document, and not empty"
+            message = "must not be empty, repeat each other, or repeat end_of_document"
             yield Problem(fields=("special_tokens",), message=message, fix="name each once")
 
 
-def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
-    """Returns all pairs of tokens that make a token, by its rank: libraries that merge the least union take any."""
+def derive_merges[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
+    """Returns all pairs of tokens that form a token, sorted by its rank.
+
+    The original libraries store no merges: they merge any pair whose union has the lowest rank.
+    """
     return [
         (token[:cut], token[cut:])
         for token in sorted(ranks, key=ranks.__getitem__)
@@ -55,13 +58,15 @@ def merges_of[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Tok
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
-    """A tokenizer that was made of a file, and how the library that the file is of encodes and decodes.
+class ConvertedTokenizer:
+    """A tokenizer that was converted from another library's file.
 
     Attributes:
-        unknown: the id of what the vocabulary has no token for; the libraries spell it differently.
-        scores: of the pieces of a unigram model, which may cut a text in several ways that are equally likely; which
-            of them is taken hangs on rounding.
+        encode: of the original library.
+        decode: of the original library.
+        unknown: id of text without a token, which the libraries decode differently.
+        scores: of the pieces of a unigram model. A text can have several equally likely segmentations; rounding
+            decides between them.
     """
 
     tokenizer: Tokenizer
@@ -72,28 +77,28 @@ class Converted:
     name: str
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compares ids and decoded text with those of the original library; a ConfigError says where they differ."""
+        """Compares ids and decoded text with the original library; ConfigError says where they differ."""
         for text in texts:
             for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special_tokens if token in text)):
                 if cause := self._difference(each):
                     raise ConfigError(
-                        f"{self.name}: does not round-trip as a tokenizer.json: {cause}; give the tokenizer.json of "
+                        f"{self.name}: does not round-trip as a tokenizer.json: {cause}; use the tokenizer.json of "
                         "this vocabulary with tokenizer=tokenizer_file"
                     )
 
     def _difference(self, text: str) -> str | None:
-        expected, found = self.encode(text), self.tokenizer.encode(text)
-        if expected != found and not self._equally_likely(expected, found):
-            at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
-            where = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
-            ours, theirs = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (found, expected))
-            return f"near {where!r} it gives the ids {ours}, expected {theirs}"
-        if self.unknown not in expected and self.decode(expected) != (back := self.tokenizer.decode(found)):
-            return f"the text {text[:40]!r} comes back as {back[:40]!r}"
+        expected, ours = self.encode(text), self.tokenizer.encode(text)
+        if expected != ours and not self._equally_likely(expected, ours):
+            at = next((i for i, (a, b) in enumerate(zip(expected, ours, strict=False)) if a != b), len(ours))
+            place = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
+            found, wanted = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (ours, expected))
+            return f"near {place!r} it gives the ids {found}, expected {wanted}"
+        if self.unknown not in expected and self.decode(expected) != (decoded := self.tokenizer.decode(ours)):
+            return f"the text {text[:40]!r} is decoded as {decoded[:40]!r}"
         return None
 
-    def _equally_likely(self, expected: list[int], found: list[int]) -> bool:
-        """Tells whether two ways to cut a text are equally likely, to the precision of sums in float32."""
-        if self.scores is None or expected.count(self.unknown or 0) != found.count(self.unknown or 0):
+    def _equally_likely(self, expected: list[int], ours: list[int]) -> bool:
+        """Returns whether two segmentations are equally likely, within the precision of sums in float32."""
+        if self.scores is None or expected.count(self.unknown or 0) != ours.count(self.unknown or 0):
             return False
-        return bool(np.isclose(self.scores[expected].sum(), self.scores[found].sum(), rtol=_PRECISION))
+        return bool(np.isclose(self.scores[expected].sum(), self.scores[ours].sum(), rtol=_PRECISION))

@@ -1,7 +1,7 @@
-"""Vocabularies of SentencePiece (Kudo and Richardson 2018): a `.model` file.
+"""Converts `.model` files of SentencePiece (Kudo and Richardson 2018) to tokenizer.json.
 
-Pieces of type *control* are never found in a text. Those that a model calls *user defined* are, be they markers of
-turns or HTML tags: which of them only a template may spell is decided when the file is converted.
+SentencePiece never finds *control* pieces in a text, but does find *user-defined* ones, which may be turn markers or
+HTML tags. The conversion decides which of them only a template may spell.
 """
 
 import re
@@ -18,33 +18,33 @@ from jaxinfra.data.tokenizer.base import missing_end_of_document
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
+from jaxinfra.prepare.tokenizers.common import ConvertedTokenizer, TokenizerConfig, derive_merges
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_file
 
 _SPACE = "\u2581"
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_PRIVATE = 0xF0000  # characters that are assigned to nothing
-_APART = "\U0010fffc"
-_NEVER = -1e5  # a score so low that unigrams never choose the piece
+_PRIVATE_USE = 0xF0000  # first of the characters that stand for user-defined pieces
+_SEPARATOR = "\U0010fffc"
+_NEVER = -1e5  # a score so low that a unigram model never chooses the piece
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentencePieceModel(Vocabulary):
-    """A model of SentencePiece, of the path or URL of a `.model`, which becomes a tokenizer.json.
+class SentencePieceModel(TokenizerConfig):
+    """A `.model` file of SentencePiece, at a path or URL.
 
-    `special_tokens` are user-defined pieces that only a template may spell; None is all that look like `<...>` or
-    `[...]`. Control pieces and the end of a document always are.
+    `special_tokens` are the user-defined pieces that only a template may spell; None is all that look like `<...>` or
+    `[...]`. Control pieces and the end of a document always are special.
     """
 
-    names_end = True
+    end_in_special_tokens = True
     path: NonEmpty = ""
     special_tokens: tuple[str, ...] | None = None
     end_of_document: NonEmpty = "</s>"
 
 
-def convert_sentence_piece(config: SentencePieceModel) -> Converted:
-    """Converts a model of SentencePiece. Raises as `convert`."""
+def convert_sentence_piece(config: SentencePieceModel) -> ConvertedTokenizer:
+    """Converts a model of SentencePiece; raises as `convert_tokenizer`."""
     by, install = "tokenizer=sentence_piece_model", "jaxinfra[sentencepiece]"
     library = import_optional("sentencepiece", "sentencepiece_model_pb2", needed_by=by, install=install)
     from google.protobuf.message import DecodeError
@@ -55,94 +55,100 @@ def convert_sentence_piece(config: SentencePieceModel) -> Converted:
             raise DecodeError("it has no pieces")
     except DecodeError as error:
         cause = f"is not a model of SentencePiece ({cause_of(error)})"
-        raise ConfigError(f"{config.path}: {cause}; give its .model") from None
-    _make_control(model, config)
-    if model.trainer_spec.model_type == model.trainer_spec.WORD:
-        raise ConfigError(f"{config.path}: is a model of whole words; give one of unigrams, BPE or characters")
+        raise ConfigError(f"{config.path}: {cause}; use a .model file") from None
+    _mark_control_pieces(model, config)
+    spec = model.trainer_spec
+    if spec.model_type == spec.WORD:
+        raise ConfigError(f"{config.path}: is a model of whole words; use one of unigrams, BPE or characters")
     processor = library.SentencePieceProcessor(model_proto=model.SerializeToString())
-    unigrams = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-    return Converted(
-        tokenizer=JsonTokenizer.from_backend(_backend(model), config.end_of_document, config.path),
+    is_unigram = spec.model_type == spec.UNIGRAM
+    return ConvertedTokenizer(
+        tokenizer=JsonTokenizer.from_backend(_to_backend(model), config.end_of_document, config.path),
         encode=processor.encode,
         decode=processor.decode,
         unknown=processor.unk_id(),
-        scores=np.array([piece.score for piece in model.pieces]) if unigrams else None,
+        scores=np.array([piece.score for piece in model.pieces]) if is_unigram else None,
         name=config.path,
     )
 
 
-def _make_control(model: Any, config: SentencePieceModel) -> None:
-    """Makes control pieces of the user-defined ones that no text may spell."""
+def _mark_control_pieces(model: Any, config: SentencePieceModel) -> None:
+    """Turns the user-defined pieces that no text may spell into control pieces."""
     types = model.SentencePiece
-    may_be = {piece.piece: piece for piece in model.pieces if piece.type in (types.CONTROL, types.USER_DEFINED)}
-    found = [text for text, piece in may_be.items() if piece.type == types.CONTROL or _MARKER.fullmatch(text)]
+    by_text = {piece.piece: piece for piece in model.pieces if piece.type in (types.CONTROL, types.USER_DEFINED)}
+    special_like = [text for text, piece in by_text.items() if piece.type == types.CONTROL or _MARKER.fullmatch(text)]
     special = config.special_tokens
     if special is None:
-        special = [text for text in found if may_be[text].type == types.USER_DEFINED]
+        special = [text for text in special_like if by_text[text].type == types.USER_DEFINED]
     for text in (*special, config.end_of_document):
-        if text in may_be:
-            may_be[text].type = types.CONTROL
+        if text in by_text:
+            by_text[text].type = types.CONTROL
         elif text == config.end_of_document:
-            raise missing_end_of_document(config.path, text, found)
+            raise missing_end_of_document(config.path, text, special_like)
         else:
-            raise ConfigError(f"special_tokens: {config.path} has no special piece {text}; it has {', '.join(found)}")
+            fix = f"use some of {', '.join(special_like)}"
+            raise ConfigError(f"special_tokens: {config.path} has no special piece {text}; {fix}")
 
 
-def _backend(model: Any) -> Backend:
-    """Makes a tokenizer of the library `tokenizers` that does what a model says, with its own normalization."""
-    types, spec = model.SentencePiece, model.normalizer_spec
+def _to_backend(model: Any) -> Backend:
+    """Makes a tokenizer of the library `tokenizers` from the model, including its normalization."""
+    types, spec, trainer = model.SentencePiece, model.normalizer_spec, model.trainer_spec
     special = [piece.piece for piece in model.pieces if piece.type in (types.CONTROL, types.UNKNOWN)]
-    defined = [piece.piece for piece in model.pieces if piece.type == types.USER_DEFINED]
-    steps = _characters(spec.precompiled_charsmap, defined) if spec.precompiled_charsmap else []
+    user_defined = [piece.piece for piece in model.pieces if piece.type == types.USER_DEFINED]
+    steps = _normalize_characters(spec.precompiled_charsmap, user_defined) if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(_SPACE)] if spec.add_dummy_prefix else []
     steps += [normalizers.Replace(" ", _SPACE)] if spec.escape_whitespaces else []
-    cuts: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if spec.add_dummy_prefix else []
-    if defined:
-        spelled = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
-        cuts.append(pre_tokenizers.Split(Regex(spelled), behavior="isolated"))
-    letters = {piece.piece for piece in model.pieces if piece.type == types.NORMAL}
-    unigrams = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-    if model.trainer_spec.byte_fallback and (not letters.issuperset("<0x123456789ABCDEF>") if unigrams else defined):
-        byte = "<(?=0x[0-9A-F]{2}>)" if unigrams else r"\A<(?=0x[0-9A-F]{2}>\z)"  # else a text spells tokens of bytes
-        cuts.append(pre_tokenizers.Split(Regex(byte), behavior="merged_with_previous"))
-    ends = [decoders.ByteFallback(), decoders.Replace(_SPACE, " "), decoders.Fuse()]
-    ends += [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
-    backend = Backend(_model(model))
+    splits: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if spec.add_dummy_prefix else []
+    if user_defined:
+        pattern = "|".join(map(re.escape, sorted(user_defined, key=len, reverse=True)))
+        splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    if trainer.byte_fallback:
+        # Splits "<0x41>" if the text could otherwise be merged to the token of that byte.
+        normal = {piece.piece for piece in model.pieces if piece.type == types.NORMAL}
+        is_unigram = trainer.model_type == trainer.UNIGRAM
+        if not normal.issuperset("<0x123456789ABCDEF>") if is_unigram else user_defined:
+            byte = "<(?=0x[0-9A-F]{2}>)" if is_unigram else r"\A<(?=0x[0-9A-F]{2}>\z)"
+            splits.append(pre_tokenizers.Split(Regex(byte), behavior="merged_with_previous"))
+    decoding = [decoders.ByteFallback(), decoders.Replace(_SPACE, " "), decoders.Fuse()]
+    decoding += [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    backend = Backend(_to_model(model))
     backend.normalizer = normalizers.Sequence(steps)
-    if cuts:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    backend.decoder = decoders.Sequence(ends)
+    if splits:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    backend.decoder = decoders.Sequence(decoding)
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     return backend
 
 
-def _characters(charsmap: bytes, defined: Sequence[str]) -> list[Any]:
-    """Normalizes characters, but not those of user-defined pieces: they are other characters meanwhile.
+def _normalize_characters(charsmap: bytes, user_defined: Sequence[str]) -> list[Any]:
+    """Returns steps that normalize characters, except those of user-defined pieces.
 
-    `Precompiled` drops the marks of a letter that it changes, so they are held apart from it once they are composed.
+    User-defined pieces are replaced by private-use characters meanwhile. `Precompiled` drops the combining marks of a
+    letter that it changes, so a separator is put before each mark that NFC did not compose.
     """
     change = normalizers.Precompiled(charsmap)
-    kept = [text for text in sorted(defined, key=len, reverse=True) if change.normalize_str(text) != text]
-    away = [normalizers.Replace(text, chr(_PRIVATE + number)) for number, text in enumerate(kept)]
-    back = [normalizers.Replace(chr(_PRIVATE + number), text) for number, text in enumerate(kept)]
-    apart, together = normalizers.Replace(Regex(r"(?=\p{M})"), _APART), normalizers.Replace(_APART, "")
-    return [*away, normalizers.NFC(), apart, change, together, normalizers.NFC(), *back]
+    kept = [text for text in sorted(user_defined, key=len, reverse=True) if change.normalize_str(text) != text]
+    hide = [normalizers.Replace(text, chr(_PRIVATE_USE + number)) for number, text in enumerate(kept)]
+    restore = [normalizers.Replace(chr(_PRIVATE_USE + number), text) for number, text in enumerate(kept)]
+    separate = normalizers.Replace(Regex(r"(?=\p{M})"), _SEPARATOR)
+    join = normalizers.Replace(_SEPARATOR, "")
+    return [*hide, normalizers.NFC(), separate, change, join, normalizers.NFC(), *restore]
 
 
-def _model(model: Any) -> models.Model:
+def _to_model(model: Any) -> models.Model:
     types, trainer = model.SentencePiece, model.trainer_spec
     texts = [f"\U0010ffff{i}" if piece.type == types.UNUSED else piece.piece for i, piece in enumerate(model.pieces)]
     unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == types.UNKNOWN)
     if trainer.model_type == trainer.UNIGRAM:
-        found = (types.NORMAL, types.USER_DEFINED)
-        scores = [piece.score if piece.type in found else _NEVER for piece in model.pieces]
+        usable = (types.NORMAL, types.USER_DEFINED)
+        scores = [piece.score if piece.type in usable else _NEVER for piece in model.pieces]
         return models.Unigram(list(zip(texts, scores, strict=True)), unknown, trainer.byte_fallback)
     ranks = {piece.piece: (-piece.score, i) for i, piece in enumerate(model.pieces) if piece.type == types.NORMAL}
     return models.BPE(
         vocab={text: i for i, text in enumerate(texts)},
-        merges=[] if trainer.model_type == trainer.CHAR else merges_of(ranks),
+        merges=[] if trainer.model_type == trainer.CHAR else derive_merges(ranks),
         unk_token=texts[unknown],
         fuse_unk=True,
         byte_fallback=trainer.byte_fallback,

@@ -1,8 +1,7 @@
-"""Vocabularies of tiktoken: a file of ranks, a pattern that cuts text into words, and special tokens.
+"""Converts vocabularies of tiktoken to tokenizer.json: ranks, a pattern that splits text into words, special tokens.
 
-A rank file has a line a token: its bytes in base64, a space, its rank, which is its id. The file alone does not say
-the pattern and the special tokens: those of the public encodings are known here by name. The library is asked whether
-the converted tokenizer gives the same ids.
+A rank file has a token a line: its bytes in base64, a space, and its rank, which is its id. The pattern and the
+special tokens are not in the file; those of the public encodings are known here by name.
 """
 
 import base64
@@ -10,7 +9,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, override
+from types import ModuleType
+from typing import override
 
 from tokenizers import Regex, decoders, pre_tokenizers
 
@@ -20,7 +20,7 @@ from jaxinfra.data.tokenizer.base import missing_end_of_document
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.tokenizers.common import Converted, Vocabulary, merges_of
+from jaxinfra.prepare.tokenizers.common import ConvertedTokenizer, TokenizerConfig, derive_merges
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_file
 
@@ -44,28 +44,29 @@ SPECIAL_TOKENS: dict[str, dict[str, int]] = {
     "cl100k_base": {"<|endoftext|>": 100257} | _FILL_IN,
     "o200k_base": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
 }
-"""Special tokens of the encodings whose rank file may be named by a path."""
+"""Special tokens of the encodings that can be used with a path."""
 
-_AS_IT_IS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-# Bytes that a byte-level vocabulary does not spell as they are, and how it does.
-_LETTERS = {byte: chr(256 + i) for i, byte in enumerate((*range(33), *range(127, 161), 173))}
+_EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+# Characters that stand for unprintable bytes in a byte-level vocabulary.
+_BYTE_CHARS = {byte: chr(256 + i) for i, byte in enumerate((*range(33), *range(127, 161), 173))}
 _ATOM = r"(\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|*+?])"
 _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiktoken(Vocabulary):
-    """A vocabulary of tiktoken, which becomes a tokenizer.json.
+class Tiktoken(TokenizerConfig):
+    """A vocabulary of tiktoken.
 
     Attributes:
-        path: of the rank file, or its URL; None lets the library look for the encoding itself, in its cache
-            (`TIKTOKEN_CACHE_DIR`) or at its place on the network.
-        encoding: the pattern and the special tokens: gpt2, cl100k_base or o200k_base, without a path any of `PATTERNS`.
-        pattern: regular expression that cuts text into words, in place of that of the encoding.
-        special_tokens: in place of those of the encoding; their ids follow the last rank, in this order.
+        path: path or URL of the rank file; None lets tiktoken find the encoding, in its cache (`TIKTOKEN_CACHE_DIR`) or
+            on the network.
+        encoding: gives the pattern and the special tokens: gpt2, cl100k_base or o200k_base; without a path any of
+            `PATTERNS`.
+        pattern: regular expression that splits text into words, in place of that of the encoding.
+        special_tokens: in place of those of the encoding; their ids follow the last rank.
     """
 
-    names_end = True
+    end_in_special_tokens = True
     path: NonEmpty | None = None
     encoding: str = "cl100k_base"
     pattern: str | None = None
@@ -77,20 +78,20 @@ class Tiktoken(Vocabulary):
         complete = self.pattern is not None and self.special_tokens
         if self.path is not None and self.encoding not in SPECIAL_TOKENS and not complete:
             fix = "use encoding=cl100k_base, or give pattern and special_tokens"
-            yield Problem(fields=("encoding",), message=f"is none of {', '.join(SPECIAL_TOKENS)}", fix=fix)
+            yield Problem(fields=("encoding",), message=f"must be {', '.join(SPECIAL_TOKENS)}", fix=fix)
         if self.path is None and (self.pattern is not None or self.special_tokens):
-            message = "an own pattern and own special tokens need a file of ranks"
-            yield Problem(fields=("path",), message=message, fix="give the path of one")
+            message = "pattern and special_tokens need a rank file"
+            yield Problem(fields=("path",), message=message, fix="use path=PATH")
 
 
-def convert_tiktoken(config: Tiktoken) -> Converted:
-    """Converts a vocabulary of tiktoken. Raises as `convert`."""
+def convert_tiktoken(config: Tiktoken) -> ConvertedTokenizer:
+    """Converts a vocabulary of tiktoken; raises as `convert_tokenizer`."""
     library = import_optional("tiktoken", needed_by="tokenizer=tiktoken", install="jaxinfra[tiktoken]")
     name = config.path or config.encoding
     if config.path is None:
-        pattern, ranks, special = _of_library(library, config.encoding)
+        pattern, ranks, special = _load_encoding(library, config.encoding)
     else:
-        ranks = _parse(read_file(config.path, "a tokenizer"), config.path)
+        ranks = _parse_ranks(read_file(config.path, "a tokenizer"), config.path)
         pattern, special = config.pattern or PATTERNS[config.encoding], SPECIAL_TOKENS.get(config.encoding, {})
         if config.special_tokens:
             special = {text: max(ranks.values()) + 1 + i for i, text in enumerate(config.special_tokens)}
@@ -98,14 +99,14 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
         raise missing_end_of_document(name, config.end_of_document, special)
     if taken := set(special.values()) & set(ranks.values()):
         raise ConfigError(
-            f"{name}: id {min(taken)} is both a token of its file and a special one; the encoding fits another file"
+            f"{name}: id {min(taken)} is both in the rank file and a special token; use the encoding of this file"
         )
     try:
         original = library.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        content = _content(pattern, ranks, special)
-    except Exception as error:  # both libraries raise bare classes
+        content = _to_json(pattern, ranks, special)
+    except Exception as error:  # neither library has an error class of its own
         raise ConfigError(f"{name}: tiktoken refuses it ({cause_of(error)}); check pattern and ranks") from None
-    return Converted(
+    return ConvertedTokenizer(
         tokenizer=JsonTokenizer.from_bytes(content, config.end_of_document, name),
         encode=original.encode_ordinary,
         decode=original.decode,
@@ -113,17 +114,17 @@ def convert_tiktoken(config: Tiktoken) -> Converted:
     )
 
 
-def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
-    """Makes the tokenizer.json of ranks."""
-    spelled = {token: token.decode("latin-1").translate(_LETTERS) for token in sorted(ranks, key=ranks.__getitem__)}
-    merges = [[spelled[left], spelled[right]] for left, right in merges_of(ranks)]
+def _to_json(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
+    """Returns the tokenizer.json."""
+    spelled = {token: token.decode("latin-1").translate(_BYTE_CHARS) for token in sorted(ranks, key=ranks.__getitem__)}
+    merges = [[spelled[left], spelled[right]] for left, right in derive_merges(ranks)]
     by_id = sorted(special.items(), key=lambda item: item[1])
     vocab = {text: ranks[token] for token, text in spelled.items()} | dict(by_id)
-    cut = pre_tokenizers.Split(Regex(_POSSESSIVE.sub(r"(?>\1\2)", pattern)), behavior="isolated")
-    words = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(_POSSESSIVE.sub(r"(?>\1\2)", pattern)), behavior="isolated")
+    words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tree = {
         "version": "1.0",
-        "added_tokens": [{"id": index, "content": text, "special": True} | _AS_IT_IS for text, index in by_id],
+        "added_tokens": [{"id": index, "content": text, "special": True} | _EXACT_MATCH for text, index in by_id],
         "pre_tokenizer": json.loads(words.__getstate__()),
         "decoder": json.loads(decoders.ByteLevel().__getstate__()),
         "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
@@ -131,8 +132,8 @@ def _content(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int
     return json.dumps(tree, ensure_ascii=False).encode()
 
 
-def _parse(content: bytes, name: str) -> dict[bytes, int]:
-    """Reads the ranks of a file, which must have a token for every byte."""
+def _parse_ranks(content: bytes, name: str) -> dict[bytes, int]:
+    """Parses a rank file, which must have a token for every byte."""
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -142,25 +143,25 @@ def _parse(content: bytes, name: str) -> dict[bytes, int]:
         except ValueError:
             start = line[:40].decode(errors="replace")
             raise ConfigError(
-                f"{name}: line {number} is {start!r}, expected a token in base64 and its rank; give a file of ranks"
+                f"{name}: line {number} is {start!r}, expected a token in base64 and its rank; use a file of ranks"
             ) from None
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing or len(set(ranks.values())) < len(ranks):
-        cause = f"no token for byte {missing[0]}" if missing else "two tokens of one rank"
-        raise ConfigError(f"{name}: is not a whole file of ranks ({cause}); copy it anew")
+        cause = f"no token for byte {missing[0]}" if missing else "two tokens have one rank"
+        raise ConfigError(f"{name}: is not a complete file of ranks ({cause}); copy it again")
     return ranks
 
 
-def _of_library(library: Any, encoding: str) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """Returns pattern, ranks and special tokens of an encoding that the library has."""
+def _load_encoding(library: ModuleType, encoding: str) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """Returns pattern, ranks and special tokens of a public encoding."""
     if encoding not in PATTERNS:
-        raise ConfigError(f"encoding={encoding}: its pattern is not known; use one of {', '.join(PATTERNS)}")
+        raise ConfigError(f"encoding={encoding}: is not a known encoding; use one of {', '.join(PATTERNS)}")
     try:
         found = library.get_encoding(encoding)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"encoding={encoding}: its file is not in tiktoken's cache and cannot be fetched "
-            f"({cause_of(error)}); give the path of the rank file"
+            f"encoding={encoding}: its file is not in tiktoken's cache and cannot be downloaded "
+            f"({cause_of(error)}); use path=PATH of the rank file"
         ) from error
     ranks = {token: found.encode_single_token(token) for token in found.token_byte_values()}
     return PATTERNS[encoding], ranks, {text: found.encode_single_token(text) for text in found.special_tokens_set}

@@ -1,4 +1,4 @@
-"""Files of folders and stores, and the records of their lines."""
+"""FileSource of folders and stores, and the records of their lines."""
 
 import gzip
 import json
@@ -179,7 +179,7 @@ def test_text_files_are_documents_with_their_names_for_keys(tmp_path):
     assert [piece.name for piece in pieces_of(source)] == ["a.txt", "b.txt"]
     assert bad(source) == ["b.txt: not UTF-8 at byte 3"]
     (each,) = assert_cuts_do_not_matter(TextFiles(root=str(tmp_path), pattern="a*"), [1, 5])
-    assert (each.key, each.where, each.record) == ("a.txt", "a.txt", {"text": "one\r\ntwo é\n"})
+    assert (each.key, each.location, each.fields) == ("a.txt", "a.txt", {"text": "one\r\ntwo é\n"})
     with raises(ConfigError, "min_bytes=100: 4"):
         pieces_of(TextFiles(root=str(tmp_path), pattern="*", min_bytes=100))
 
@@ -192,8 +192,8 @@ def test_the_standard_library_is_the_one_that_runs():
     assert names == sorted(path.as_posix() for path in found if not own & set(path.parts))
 
 
-def texts(source, split_bytes=1 << 60):
-    return [each.record["text"] for each in found(source, split_bytes)]
+def texts(source, shard_bytes=1 << 60):
+    return [each.fields["text"] for each in found(source, shard_bytes)]
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def ragged(tmp_path):
 def test_every_line_is_read_once_as_python_reads_it_wherever_files_are_cut(ragged):
     records = assert_cuts_do_not_matter(TextLines(root=str(ragged)), [1, 2, 3, 10, 100, 1000], most=1000)
     rows = [row for name in ("a.txt", "b/c.txt") for row in (ragged / name).read_bytes().decode().split("\n")]
-    assert [each.record["text"] for each in records] == [row.removesuffix("\r") for row in rows if row.strip("\r")]
+    assert [each.fields["text"] for each in records] == [row.removesuffix("\r") for row in rows if row.strip("\r")]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -257,9 +257,9 @@ def test_a_line_too_long_is_bad_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     rows = [b"a", b"b" * (1 << 20), b"c" * ((5 << 20) + 3), b"d"]
     (tmp_path / "a.txt").write_bytes(b"\n".join(rows))
-    for split_bytes in (10_000, 1 << 20, 1 << 30):
-        assert bad(TextLines(root=str(tmp_path)), split_bytes) == ["a.txt:3: longer than 1 MiB"]
-        read = [len(each.record["text"]) for each in read_all(TextLines(root=str(tmp_path))) if hasattr(each, "key")]
+    for shard_bytes in (10_000, 1 << 20, 1 << 30):
+        assert bad(TextLines(root=str(tmp_path)), shard_bytes) == ["a.txt:3: longer than 1 MiB"]
+        read = [len(each.fields["text"]) for each in read_all(TextLines(root=str(tmp_path))) if hasattr(each, "key")]
         assert read == [1, 1 << 20, 1]
 
 
@@ -273,7 +273,7 @@ BAD_LINES = {
     b'{"a": "caf\xe9"}': "not UTF-8 at byte 10",
     b'{"a": ' + b"1" * 5000 + b"}": "has a number of more than 4300 digits",
     b"[" * 200_000: "is nested too deeply",
-    rb'{"a": ["\ud83d"]}': "spells half a character (an unpaired \\ud800 to \\udfff)",
+    rb'{"a": ["\ud83d"]}': "has an unpaired surrogate (\\ud800 to \\udfff)",
 }
 
 
@@ -283,9 +283,9 @@ def test_bad_lines_are_named_by_number_and_cause_wherever_files_are_cut(tmp_path
         rows += [b'{"text": "fine"}', b"", line]
     (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(rows))
     expected = [f"a.jsonl:{3 * index + 3}: {cause}" for index, cause in enumerate(BAD_LINES.values())]
-    for split_bytes in (1000, 1 << 30):
-        assert bad(Jsonl(root=str(tmp_path)), split_bytes) == expected
-        assert len(read_all(Jsonl(root=str(tmp_path)), split_bytes)) == 2 * len(BAD_LINES)
+    for shard_bytes in (1000, 1 << 30):
+        assert bad(Jsonl(root=str(tmp_path)), shard_bytes) == expected
+        assert len(read_all(Jsonl(root=str(tmp_path)), shard_bytes)) == 2 * len(BAD_LINES)
 
 
 def test_what_json_can_spell_is_read(tmp_path):
@@ -295,7 +295,7 @@ def test_what_json_can_spell_is_read(tmp_path):
         '  {"text": "漢"}  ',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    records = [each.record for each in assert_cuts_do_not_matter(Jsonl(root=str(tmp_path)), [1, 50])]
+    records = [each.fields for each in assert_cuts_do_not_matter(Jsonl(root=str(tmp_path)), [1, 50])]
     assert records[0] == json.loads(lines[0])
     assert records[0]["text"] == "😀 é"
     assert str(records[1]) == "{'nan': nan, 'inf': -inf}"
@@ -304,8 +304,8 @@ def test_what_json_can_spell_is_read(tmp_path):
 
 def test_where_a_record_is_found(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
-    assert [each.where for each in found(Jsonl(root=str(tmp_path)))] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
-    assert [each.where for each in found(Jsonl(root=str(tmp_path)), 10)][-1] == "a.jsonl at byte 19"
+    assert [each.location for each in found(Jsonl(root=str(tmp_path)))] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
+    assert [each.location for each in found(Jsonl(root=str(tmp_path)), 10)][-1] == "a.jsonl at byte 19"
     assert [each.key for each in found(Jsonl(root=str(tmp_path)), 10)] == ["a.jsonl@0", "a.jsonl@10", "a.jsonl@19"]
 
 
@@ -320,7 +320,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         from jaxinfra.prepare.sources.any_source import Jsonl
         source = Jsonl(root=sys.argv[1])
         before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        count = sum(1 for piece in source.pieces(1 << 20) for found in source.read(piece))
+        count = sum(1 for piece in source.list_shards(1 << 20) for found in source.read(piece))
         grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
         heavy = {"jax", "pyarrow", "datasets", "PIL", "array_record", "s3fs"} & set(sys.modules)
         print(count, grown_kb, *heavy)

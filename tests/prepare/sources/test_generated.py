@@ -43,15 +43,15 @@ def module(tmp_path, monkeypatch):
 
 def test_a_function_yields_records(module):
     one, two = assert_cuts_do_not_matter(PythonSource(factory=f"{module}:plain"), [1, 100])
-    assert one.record == {"text": "one"}
-    assert two.record == {"text": "two", "n": 2}
+    assert one.fields == {"text": "one"}
+    assert two.fields == {"text": "two", "n": 2}
     assert two.key == "own_records:plain/0#1"
 
 
 def test_a_function_yields_its_shards(module):
-    source = PythonSource(factory=f"{module}:sharded", shards=3)
+    source = PythonSource(factory=f"{module}:sharded", num_shards=3)
     records = assert_cuts_do_not_matter(source, [1], most=3)
-    assert [each.record["text"] for each in records] == [*"0369", *"147", *"258"]
+    assert [each.fields["text"] for each in records] == [*"0369", *"147", *"258"]
     assert {piece.stamp for piece in pieces_of(source)} == {"3:7"}
 
 
@@ -77,18 +77,18 @@ def test_a_function_that_is_not_there_is_named(module, factory, cause):
 
 
 def test_synthetic_documents_depend_on_seed_and_number_alone():
-    source = Synthetic(documents=50, words=20, vocabulary=100)
+    source = Synthetic(num_documents=50, mean_words=20, vocab_size=100)
     records = assert_cuts_do_not_matter(source, [100, 1000], most=50)
-    assert len({each.record["text"] for each in records}) == 50
-    more = found(Synthetic(documents=60, words=20, vocabulary=100))
+    assert len({each.fields["text"] for each in records}) == 50
+    more = found(Synthetic(num_documents=60, mean_words=20, vocab_size=100))
     assert more[:50] == records
-    assert found(Synthetic(documents=50, words=20, vocabulary=100, seed=1)) != records
+    assert found(Synthetic(num_documents=50, mean_words=20, vocab_size=100, seed=1)) != records
 
 
 @pytest.mark.parametrize("vocabulary", [2, 70, 71, 5000])
 def test_synthetic_words_are_as_many_as_asked_and_can_be_learned(vocabulary):
-    records = found(Synthetic(documents=400, words=100, vocabulary=vocabulary))
-    words = [each.record["text"].replace(".", "").split() for each in records]
+    records = found(Synthetic(num_documents=400, mean_words=100, vocab_size=vocabulary))
+    words = [each.fields["text"].replace(".", "").split() for each in records]
     lengths = [len(document) for document in words]
     assert (min(lengths) >= 50, max(lengths) <= 150) == (True, True)
     assert np.mean(lengths) == pytest.approx(100, rel=0.05)
@@ -120,7 +120,7 @@ def test_images_are_labelled_by_their_folders(images):
     root, pixels = images
     source = ImageFolders(root=str(root))
     records = found(source, 1)
-    assert [(each.key, each.record["label"], each.record["class"]) for each in records] == [
+    assert [(each.key, each.fields["label"], each.fields["class"]) for each in records] == [
         ("cat/1.png", 0, "cat"),
         ("cat/b/2.PNG", 0, "cat"),
         ("cat-like/1.png", 1, "cat-like"),
@@ -130,10 +130,10 @@ def test_images_are_labelled_by_their_folders(images):
     assert len(pieces_of(source)) == 3
     for pattern in ("*/**/*", "**/*"):
         for each, again in zip(records, found(ImageFolders(root=str(root), pattern=pattern)), strict=True):
-            assert np.array_equal(each.record["image"], pixels[each.key])
-            assert np.array_equal(each.record["image"], again.record["image"])
+            assert np.array_equal(each.fields["image"], pixels[each.key])
+            assert np.array_equal(each.fields["image"], again.fields["image"])
     grey = found(ImageFolders(root=str(root), pattern="dog/*", mode="L"))
-    assert [(each.record["image"].shape, each.record["label"]) for each in grey] == [((5, 7, 1), 2)]
+    assert [(each.fields["image"].shape, each.fields["label"]) for each in grey] == [((5, 7, 1), 2)]
 
 
 def test_images_turned_damaged_and_deep(tmp_path):
@@ -147,7 +147,7 @@ def test_images_turned_damaged_and_deep(tmp_path):
     (tmp_path / "a" / "3.png").write_bytes(b"nothing")
     Image.fromarray(np.full((2, 2), 3000, np.uint16)).save(tmp_path / "a" / "4.png")
     source = ImageFolders(root=str(tmp_path))
-    assert read_all(source)[0].record["image"].shape == (3, 2, 3)
+    assert read_all(source)[0].fields["image"].shape == (3, 2, 3)
     names = ["a/2.png", "a/3.png", "a/4.png"]
     assert [line.partition(":")[0] for line in bad(source)] == names
     assert "more than 8 bits" in bad(source)[-1]

@@ -43,8 +43,8 @@ def root(server, tmp_path, fresh_clients):
 def test_records_of_a_store_are_those_of_a_folder(server, root, tmp_path):
     for kind in (Jsonl, Parquet):
         stored = assert_cuts_do_not_matter(kind(root=root), [1000], most=3)
-        assert [(each.key, each.record) for each in stored] == [
-            (each.key, each.record) for each in found(kind(root=str(tmp_path)))
+        assert [(each.key, each.fields) for each in stored] == [
+            (each.key, each.fields) for each in found(kind(root=str(tmp_path)))
         ]
     assert [file.name for file in list_files(root, "*")] == [file.name for file in list_files(str(tmp_path), "*")]
     assert [file.name for file in list_files(root, "*/*/*")] == ["deep/er/b.jsonl.zst"]
@@ -61,7 +61,7 @@ def test_a_replaced_object_has_another_stamp(server, root):
 
 def test_a_store_that_answers_badly_is_asked_again(server, root):
     server.faults.unavailable = 0.2
-    assert [each.record for each in found(Jsonl(root=root, pattern="a.jsonl"), 5000)] == ROWS
+    assert [each.fields for each in found(Jsonl(root=root, pattern="a.jsonl"), 5000)] == ROWS
     assert server.faults.fired > 0
 
 
@@ -71,7 +71,7 @@ def test_what_a_store_refuses_is_told_apart(server, root):
             list_files(missing, "*")
     with raises(StorageError, "gone.jsonl: No such file"):
         source = Jsonl(root=root, pattern="a.jsonl")
-        (piece,) = source.pieces(1 << 30)
+        (piece,) = source.list_shards(1 << 30)
         list(source.read(type(piece)(name="gone.jsonl", size_bytes=1, stamp="")))
 
 

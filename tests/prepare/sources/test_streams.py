@@ -14,9 +14,9 @@ import pytest
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.sources import stdin as module
 from jaxinfra.prepare.sources.kafka import Kafka
-from jaxinfra.prepare.sources.record import Bad, Found
+from jaxinfra.prepare.sources.record import BadRecord, Record
 from jaxinfra.prepare.sources.stdin import Stdin
-from jaxinfra.prepare.sources.stream import Block, Stream, blocks
+from jaxinfra.prepare.sources.stream import StreamBatch, StreamSource, read_batches
 from tests.refusals import raises
 from tests.servers.kafka import brokers, send
 
@@ -48,11 +48,11 @@ def pipe(monkeypatch):
         file.close()
 
 
-def read(stream: Stream, position, block_bytes=10**6, at_most=10**9) -> list[Block]:
+def read(stream: StreamSource, position, batch_bytes=10**6, at_most=10**9) -> list[StreamBatch]:
     """The blocks of a stream up to its end, or until nothing comes for a second."""
     found, quiet = [], 0
     with stream.open(position) as reader:
-        for block in blocks(reader, block_bytes, stopping=lambda: len(found) >= at_most, wait_s=0.1):
+        for block in read_batches(reader, batch_bytes, should_stop=lambda: len(found) >= at_most, linger_s=0.1):
             if block is not None:
                 found.append(block)
             quiet = quiet + 1 if block is None else 0
@@ -61,8 +61,8 @@ def read(stream: Stream, position, block_bytes=10**6, at_most=10**9) -> list[Blo
     return found[:at_most]
 
 
-def texts(found: list[Block]):
-    return [each.record for block in found for each in block.records if isinstance(each, Found)]
+def texts(found: list[StreamBatch]):
+    return [each.fields for block in found for each in block.records if isinstance(each, Record)]
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 3], [len(LINES) - 1], list(range(0, len(LINES), 7))])
@@ -76,7 +76,7 @@ def test_standard_input_goes_on_where_it_was_left(pipe):
     position, seen = {}, []
     while len(seen) < len(DOCUMENTS):
         pipe(LINES)
-        new = read(Stdin(), position, block_bytes=rng.randrange(1, 3000), at_most=rng.randrange(1, 5))
+        new = read(Stdin(), position, batch_bytes=rng.randrange(1, 3000), at_most=rng.randrange(1, 5))
         seen += texts(new)
         position = json.loads(json.dumps(new[-1].position))
     assert seen == DOCUMENTS
@@ -102,16 +102,16 @@ def test_bad_lines_are_named_by_their_numbers_in_the_stream(pipe, monkeypatch):
     long = b'{"text": "' + b"x" * 1000 + b'"}\n'
     pipe(b'{"text": "a"}\n\n{broken\n' + long + b'[1]\n{"text": "b"}\n' + long[:-1])
     found = [each for block in read(Stdin(), {}) for each in block.records]
-    assert [each.where for each in found] == [f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7)]
-    assert [isinstance(each, Bad) for each in found] == [False, True, True, True, False, True]
+    assert [each.location for each in found] == [f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7)]
+    assert [isinstance(each, BadRecord) for each in found] == [False, True, True, True, False, True]
 
 
 def test_a_block_is_given_when_its_first_record_has_waited():
-    arrivals = [Found(key="a", where="a", record={}), None, None]
+    poll = [Record(key="a", location="a", fields={}), None, None]
     reader = SimpleNamespace(
-        read_bytes=0, position={}, arrivals=lambda: iter(arrivals), committed=lambda _: None, at_end=lambda: True
+        read_bytes=0, position={}, poll=lambda: iter(poll), on_commit=lambda _: None, caught_up=lambda: True
     )
-    found = list(blocks(reader, 10**6, stopping=lambda: False, wait_s=0.0))
+    found = list(read_batches(reader, 10**6, should_stop=lambda: False, linger_s=0.0))
     assert [block and len(block.records) for block in found] == [1, None, None]
 
 
@@ -126,10 +126,10 @@ def test_a_topic_goes_on_where_it_was_left(source, kafka_servers, topic):
     send(kafka_servers, topic, DOCUMENTS)
     assert not list(source.problems())
     position, seen = {}, []
-    while new := read(source, position, block_bytes=1500, at_most=4):
+    while new := read(source, position, batch_bytes=1500, at_most=4):
         seen += [each for block in new for each in block.records]
         position = json.loads(json.dumps(new[-1].position))
-    assert sorted(each.record["text"] for each in seen) == sorted(each["text"] for each in DOCUMENTS)
+    assert sorted(each.fields["text"] for each in seen) == sorted(each["text"] for each in DOCUMENTS)
     assert len({each.key for each in seen}) == len(DOCUMENTS)
     assert position == {str(number): 75 for number in range(4)}
     send(kafka_servers, topic, [{"text": "later"}])
@@ -139,17 +139,17 @@ def test_a_topic_goes_on_where_it_was_left(source, kafka_servers, topic):
 def test_the_end_is_seen_when_all_has_come(source, kafka_servers, topic):
     send(kafka_servers, topic, DOCUMENTS[:8])
     with source.open({}) as reader:
-        assert not reader.at_end()
-        arrivals = reader.arrivals()
-        assert sum(next(arrivals) is not None for _ in range(8)) <= 8
+        assert not reader.caught_up()
+        poll = reader.poll()
+        assert sum(next(poll) is not None for _ in range(8)) <= 8
         for _ in range(20):
-            if next(arrivals) is None and reader.at_end():
+            if next(poll) is None and reader.caught_up():
                 break
-        assert reader.at_end() and sum(reader.position.values()) == 8
+        assert reader.caught_up() and sum(reader.position.values()) == 8
         send(kafka_servers, topic, DOCUMENTS[:1])
-        while next(arrivals) is None:
+        while next(poll) is None:
             pass
-        assert sum(reader.position.values()) == 9 and not reader.at_end()
+        assert sum(reader.position.values()) == 9 and not reader.caught_up()
 
 
 def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topic):
@@ -157,7 +157,7 @@ def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topi
 
     send(kafka_servers, topic, DOCUMENTS[:8])
     with source.open({}) as reader:
-        reader.committed({"0": 2, "3": 1})
+        reader.on_commit({"0": 2, "3": 1})
     consumer = Consumer({"bootstrap.servers": kafka_servers, "group.id": topic})
     told = consumer.committed([TopicPartition(topic, number) for number in range(4)], timeout=30)
     assert [each.offset for each in told] == [2, -1001, -1001, 1]
@@ -173,13 +173,13 @@ def test_offsets_that_are_gone_are_an_error(source, kafka_servers, topic):
 
 
 def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
-    monkeypatch.setattr("jaxinfra.prepare.sources.kafka.REACHED_S", 1.0)
+    monkeypatch.setattr("jaxinfra.prepare.sources.kafka.BROKER_TIMEOUT_S", 1.0)
     with ExitStack() as cluster:
         servers = cluster.enter_context(brokers(tmp_path))
         send(servers, "t", DOCUMENTS[:8])
         source, seen = Kafka(bootstrap_servers=servers, topic="t"), 0
         with raises(StorageError, "kafka://127 metadata"), source.open({}) as reader:
-            for found in reader.arrivals():
+            for found in reader.poll():
                 seen += found is not None
                 if seen == 8:
                     cluster.close()
@@ -195,7 +195,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 
 
 def test_brokers_or_topics_that_are_not_there_are_one_line(kafka_servers, monkeypatch, tmp_path):
-    monkeypatch.setattr("jaxinfra.prepare.sources.kafka.REACHED_S", 1.0)
+    monkeypatch.setattr("jaxinfra.prepare.sources.kafka.BROKER_TIMEOUT_S", 1.0)
     with raises(StorageError, "kafka://127.0.0.1:1/t: metadata"):
         read(Kafka(bootstrap_servers="127.0.0.1:1", topic="t"), {})
     with raises(StorageError, "Unknown topic"):

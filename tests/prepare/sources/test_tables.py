@@ -91,7 +91,7 @@ LAST = {
 
 def test_rows_are_read_once_wherever_files_are_cut_and_become_documents(source, tmp_path):
     records = assert_cuts_do_not_matter(source, [1, 1000, 20_000], most=6)
-    assert [each.record for each in records] == ROWS
+    assert [each.fields for each in records] == ROWS
     assert records[-1].key == LAST[type(source)]
     recipe = Corpus(store=str(tmp_path / "store"), source=source, tokenizer=Bytes(), validation=ByKey(fraction=0.2))
     prepare(recipe, workers=1)
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_named_and_never_read_as_a_shorter_one(source, tmp_pat
 
 def test_columns_of_parquet_are_chosen(parquet_root):
     records = found(Parquet(root=str(parquet_root), columns=("n", "text")))
-    assert [each.record for each in records] == [{"n": row["n"], "text": row["text"]} for row in ROWS]
+    assert [each.fields for each in records] == [{"n": row["n"], "text": row["text"]} for row in ROWS]
     with raises(ConfigError, "columns= a.parquet title; text, n, words, deep"):
         read_all(Parquet(root=str(parquet_root), columns=("n", "title")))
 
@@ -123,14 +123,14 @@ def test_rows_that_python_cannot_hold_are_bad_and_the_others_are_read(tmp_path):
     pq.write_table(pa.table({"when": when, "text": text}), tmp_path / "a.parquet")
     source = Parquet(root=str(tmp_path))
     assert [line.partition(":")[0] for line in bad(source)] == ["a.parquet row 1", "a.parquet row 2"]
-    assert read_all(source)[0].record == {"when": datetime.datetime(1970, 1, 1), "text": "fine"}
+    assert read_all(source)[0].fields == {"when": datetime.datetime(1970, 1, 1), "text": "fine"}
 
 
 def test_a_split_of_a_dataset_is_chosen(dataset_path):
     path = str(dataset_path / "dict")
-    assert [each.record for each in found(HuggingFace(path=path, split="train"))] == ROWS
+    assert [each.fields for each in found(HuggingFace(path=path, split="train"))] == ROWS
     expected = datasets.load_from_disk(path)["test"].to_list()
-    assert [each.record for each in found(HuggingFace(path=path, split="test"))] == expected
+    assert [each.fields for each in found(HuggingFace(path=path, split="test"))] == expected
     for source, named in (
         (HuggingFace(path=path), "split=none: /dict train, test; use split=train"),
         (HuggingFace(path=path, split="trian"), "split=trian: /dict train, test; use split=train"),
@@ -144,15 +144,15 @@ def test_a_split_of_a_dataset_is_chosen(dataset_path):
 def test_a_dataset_of_a_store_is_what_it_is_in_a_folder(dataset_path):
     datasets.load_from_disk(str(dataset_path / "one")).save_to_disk("memory://one")
     records = assert_cuts_do_not_matter(HuggingFace(path="memory://one"), [1000])
-    assert [each.record for each in records] == ROWS
+    assert [each.fields for each in records] == ROWS
     fsspec.filesystem("memory").rm("/one", recursive=True)
 
 
 def test_array_records_are_decoded_as_told(array_root, tmp_path):
-    texts = [each.record["text"] for each in found(ArrayRecords(root=str(array_root), decode="text"))]
+    texts = [each.fields["text"] for each in found(ArrayRecords(root=str(array_root), decode="text"))]
     assert [json.loads(text) for text in texts] == ROWS
     (first, *_) = found(ArrayRecords(root=str(array_root), decode="bytes"))
-    assert first.record == {"bytes": texts[0].encode()}
+    assert first.fields == {"bytes": texts[0].encode()}
     write_array_record(tmp_path / "a.array_record", [b"{}", b"[]", b"\xff"])
     assert bad(ArrayRecords(root=str(tmp_path))) == [
         "a.array_record record 1: is an array, expected an object",
