@@ -1,7 +1,6 @@
 """The baseline of `bench step`: the train step of a small Llama, written by hand in JAX and optax.
 
-It uses nothing of jaxinfra: a dict of arrays, one loss function, `jit`. It knows the same tricks for XLA's CPU backend,
-however: matmuls of two matrices, and a transposed copy for weight gradients (see `matmul`).
+It uses nothing of jaxinfra, but the same tricks for XLA's CPU backend (see `matmul` and `tensordot_as_matmul`).
 
 `python -m jaxinfra.bench.baseline CONFIG`, with a `BaselineConfig` in JSON, runs one step in a new process.
 
@@ -23,21 +22,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 type Params = dict[str, jax.Array]
 type TrainStep = Callable[[Params, optax.OptState, jax.Array], tuple[Params, optax.OptState, jax.Array]]
 
-UNSTACKED = ("embedding", "head", "norm")
-"""Parameters that are not stacked over layers."""
-
+UNSTACKED = ("embedding", "head", "norm")  # all other parameters are stacked over layers
+# Sharded dimension of each parameter; norms are replicated.
 FSDP_DIMS = {"query": 1, "key": 1, "value": 1, "out": 3, "gate": 1, "up": 1, "down": 2, "embedding": 1, "head": 0}
-"""Sharded dimension of each parameter; norms are replicated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
-    """The model, its batch and its optimizer.
-
-    Attributes:
-        compute_dtype: of activations and matmuls; parameters are float32.
-        naive_matmul: contracts arrays in their own shape and layout.
-    """
+    """The model, its batch and its optimizer; parameters are float32."""
 
     vocab_size: int
     num_layers: int
@@ -51,19 +43,16 @@ class BaselineConfig:
     peak_lr: float
     weight_decay: float
     compute_dtype: str
-    naive_matmul: bool = False
+    naive_matmul: bool = False  # without the tricks for CPUs
 
 
 def init_params(key: jax.Array, config: BaselineConfig) -> Params:
     """Initializes the parameters in float32."""
     L, D, H, F = config.num_layers, config.hidden_size, config.num_heads, config.mlp_dim
     shapes = {
-        "query": (L, D, H, D // H),
-        "key": (L, D, H, D // H),
-        "value": (L, D, H, D // H),
+        **dict.fromkeys(("query", "key", "value"), (L, D, H, D // H)),
         "out": (L, H, D // H, D),
-        "gate": (L, D, F),
-        "up": (L, D, F),
+        **dict.fromkeys(("gate", "up"), (L, D, F)),
         "down": (L, F, D),
         "embedding": (config.vocab_size, D),
         "head": (D, config.vocab_size),
@@ -146,9 +135,7 @@ def make_train_step(config: BaselineConfig, num_devices: int) -> tuple[TrainStep
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("fsdp",), axis_types=(AxisType.Auto,))
     optimizer = optax.adamw(config.peak_lr, b1=0.9, b2=0.95, weight_decay=config.weight_decay)
 
-    def step(
-        params: Params, opt_state: optax.OptState, tokens_BW: jax.Array
-    ) -> tuple[Params, optax.OptState, jax.Array]:
+    def step(params: Params, opt_state: optax.OptState, tokens_BW: jax.Array):
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens_BW, config, mesh if num_devices > 1 else None)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return jax.tree.map(jnp.add, params, updates), opt_state, loss

@@ -20,13 +20,10 @@ from jaxinfra.run import Run
 
 TOPOLOGY = parse_topology("v5p:4x4x4")
 CONFIG = "configs/llama3_8b.py"
-BATCH_SIZES = (1, 2, 4)
-"""Sequences per chip and step."""
-DOTS_BATCH_SIZES = (2,)
-"""Batch sizes for which `OTHERS` has figures with remat policy "dots"."""
-
-POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(dots,full)", "full")
-"""Remat policies, from the least recomputation to the most."""
+BATCH_SIZES = (1, 2, 4)  # sequences per chip and step
+DOTS_BATCH_SIZES = (2,)  # for which `OTHERS` has figures with remat policy "dots"
+# From the least recomputation to the most.
+REMAT_POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(dots,full)", "full")
 
 COLUMNS: Columns = {
     "name": ("step", ""),
@@ -87,7 +84,7 @@ def dots(overrides: Sequence[str]) -> Iterator[TableRow]:
 def best(overrides: Sequence[str]) -> Iterator[TableRow]:
     """Chooses for each batch size the policy with the least recomputation that fits the chip."""
     for batch_size in BATCH_SIZES:
-        for policy in POLICIES:
+        for policy in REMAT_POLICIES:
             try:
                 compiled = _compile(batch_size, policy, overrides)
             except ConfigError as error:

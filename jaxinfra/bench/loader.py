@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,37 +29,16 @@ MEMORY_WARMUP_BATCHES = 500
 """BatchLoader that are loaded before memory is measured for the first time."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TokenFiles:
-    """A folder with the same tokens as a flat file, as a store and as ArrayRecord."""
+    """The same tokens as a flat file, as a jaxinfra store and as ArrayRecord, in one folder."""
 
-    folder: Path
-    num_tokens: int
-
-    @property
-    def flat(self) -> Path:
-        """File of raw tokens."""
-        return self.folder / "tokens.bin"
-
-    @property
-    def store(self) -> Path:
-        """Folder of a jaxinfra store."""
-        return self.folder / "store"
-
-    @property
-    def train_array(self) -> str:
-        """Zarr array with the store's training tokens."""
-        return str(self.store / "train" / TOKENS)
-
-    @property
-    def records(self) -> Path:
-        """ArrayRecord file with one window per record."""
-        return self.folder / "windows.array_record"
-
-    @property
-    def num_windows(self) -> int:
-        """Number of windows; each shares one token with the next."""
-        return num_sequences(self.num_tokens, SEQ_LEN)
+    def __init__(self, folder: Path, num_tokens: int):
+        self.folder, self.num_tokens = folder, num_tokens
+        self.flat = folder / "tokens.bin"
+        self.store = folder / "store"
+        self.train_array = str(self.store / "train" / TOKENS)
+        self.records = folder / "windows.array_record"  # one window per record
+        self.num_windows = num_sequences(num_tokens, SEQ_LEN)  # each shares one token with the next
 
     def windows_at_every_token(self) -> np.ndarray:
         """Maps the flat file into memory, as views `[num_tokens - SEQ_LEN, SEQ_LEN + 1]`."""
@@ -83,19 +61,17 @@ def jaxinfra_batches(
 
 def measure_in_subprocess(kind: Literal["first", "growth"], files: TokenFiles, num_batches: int = 0) -> float:
     """Runs `measure` in a new process."""
-    start_time_s, folder = time.time(), str(files.folder)
-    request = {"kind": kind, "folder": folder, "num_tokens": files.num_tokens, "num_batches": num_batches}
-    return float(run_module("loader", 1, **request, start_time_s=start_time_s))
+    request = {"kind": kind, "folder": str(files.folder), "num_tokens": files.num_tokens, "num_batches": num_batches}
+    return float(run_module("loader", 1, **request, start_time_s=time.time()))
 
 
 def measure(*, kind: str, folder: str, num_tokens: int, num_batches: int, start_time_s: float) -> float:
-    """Measures the startup or the memory of a loader that masks documents.
+    """Measures a loader that masks documents.
 
-    Returns:
-        For kind "first" the seconds from `start_time_s` to the first batch, imports included; for "growth" the bytes by
-        which resident memory grows over `num_batches`, after warm-up.
+    For kind "first" it returns the seconds from `start_time_s` to the first batch, imports included; for "growth" the
+    bytes by which resident memory grows over `num_batches`.
     """
-    with closing(jaxinfra_batches(TokenFiles(folder=Path(folder), num_tokens=num_tokens))) as batches:
+    with closing(jaxinfra_batches(TokenFiles(Path(folder), num_tokens))) as batches:
         next(batches)
         if kind == "first":
             return time.time() - start_time_s

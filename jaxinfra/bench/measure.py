@@ -28,18 +28,15 @@ from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.tracker import TrackConfig
 from jaxinfra.train.trainer import Trainer
 
-WARMUP_STEPS = 3
-"""Untimed steps of each side: compilation, first use of memory."""
+WARMUP_STEPS = 3  # for compilation and first use of memory
 
 
 def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
     """Returns the baseline with the same model, batch and optimizer; raises ConfigError if it cannot have them."""
     (model, data), adamw = require_text(run), run.optim.optimizer
     if model.rope is None or model.groups != model.heads or model.latent is not None or not isinstance(adamw, AdamW):
-        raise ConfigError(
-            f"{run.name}: the baseline needs rotary embeddings, multi-head attention without shared keys, and AdamW; "
-            f"use --config {DEFAULT_CONFIG}"
-        )
+        needs = "rotary embeddings, as many key heads as query heads, and AdamW"
+        raise ConfigError(f"{run.name}: the baseline needs {needs}; use --config {DEFAULT_CONFIG}")
     return BaselineConfig(
         vocab_size=model.vocab_size,
         num_layers=model.layers,
@@ -111,38 +108,6 @@ def time_alternately(steps: dict[str, TimedStep], num_rounds: int, *, dispatch_o
     return times_s
 
 
-def time_steps(run: Run, num_rounds: int) -> Times:
-    """Times whole steps of jaxinfra and of the baseline."""
-    return time_alternately({"jaxinfra": jaxinfra_step(make_program(run)), "baseline": baseline_step(run)}, num_rounds)
-
-
-def time_meshes(run: Run, fsdp_run: Run, num_rounds: int) -> Times:
-    """Times whole steps of jaxinfra on two meshes."""
-    steps = {"mesh": jaxinfra_step(make_program(run)), "fsdp": jaxinfra_step(make_program(fsdp_run))}
-    return time_alternately(steps, num_rounds)
-
-
-def time_separately(run: Run, num_rounds: int) -> Times:
-    """Times whole steps of jaxinfra, and then those of the baseline."""
-    times_s = time_alternately({"jaxinfra": jaxinfra_step(make_program(run))}, num_rounds)
-    return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
-
-
-def time_layouts(run: Run, num_rounds: int) -> Times:
-    """Times whole steps of the baseline with naive matmuls and with the layouts that XLA's fast kernels need."""
-    return time_alternately(
-        {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}, num_rounds
-    )
-
-
-def time_dispatch(run: Run, num_rounds: int) -> Times:
-    """Times the host's work: the dispatch of a step on both sides, and an iteration of the training loop."""
-    program = make_program(run)
-    step = jaxinfra_step(program)
-    times_s = time_alternately({"jaxinfra": step, "baseline": baseline_step(run)}, 20 * num_rounds, dispatch_only=True)
-    return times_s | {"loop": [loop_host_s(run, step) for _ in range(num_rounds)]}
-
-
 class _IdleTrainer(Trainer):
     """A trainer that never saves, and adds up how long its loop waits for the devices."""
 
@@ -161,10 +126,7 @@ class _IdleTrainer(Trainer):
 
 
 def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
-    """Returns the seconds per iteration of the training loop without its waits for the devices.
-
-    No iteration logs, evaluates or saves.
-    """
+    """Returns the seconds per iteration of the training loop, without waits for devices, logging and saving."""
     assert run.train.steps > num_steps, "the last step is evaluated"
     trainer = _IdleTrainer(replace(run, track=TrackConfig(log_every=num_steps + 2, console="off")))
     (state,), batch = step.state, step.batch
@@ -181,23 +143,29 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     return (elapsed_s - trainer.waited_s) / num_steps
 
 
-KINDS: dict[str, Callable[[Run, int], Times | dict[str, object]]] = {
-    "step": time_steps,
-    "alone": time_separately,
-    "layouts": time_layouts,
-    "dispatch": time_dispatch,
-    "baseline_config": lambda run, num_rounds: dataclasses.asdict(baseline_config(run)),
-}
-
-
 def measure(
-    *, kind: str, config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str] | None = None
+    *, kind: str, config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str] = ()
 ) -> Times | dict[str, object]:
-    """Measures a kind of `KINDS`, or "meshes", which compares `overrides` with `fsdp_overrides`."""
+    """Times what `kind` says; "meshes" compares the config with `overrides` and with `fsdp_overrides`."""
     run = _load(config, overrides)
-    if fsdp_overrides is not None:
-        return time_meshes(run, _load(config, fsdp_overrides), num_rounds)
-    return KINDS[kind](run, num_rounds)
+    if kind == "baseline_config":
+        return dataclasses.asdict(baseline_config(run))
+    if kind == "layouts":
+        steps = {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}
+        return time_alternately(steps, num_rounds)
+    jaxinfra = jaxinfra_step(make_program(run))
+    if kind == "meshes":
+        fsdp = jaxinfra_step(make_program(_load(config, fsdp_overrides)))
+        return time_alternately({"mesh": jaxinfra, "fsdp": fsdp}, num_rounds)
+    if kind == "alone":
+        times_s = time_alternately({"jaxinfra": jaxinfra}, num_rounds)
+        return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
+    steps = {"jaxinfra": jaxinfra, "baseline": baseline_step(run)}
+    if kind == "step":
+        return time_alternately(steps, num_rounds)
+    assert kind == "dispatch", kind
+    times_s = time_alternately(steps, 20 * num_rounds, dispatch_only=True)
+    return times_s | {"loop": [loop_host_s(run, jaxinfra) for _ in range(num_rounds)]}
 
 
 def _load(config: str, overrides: Sequence[str]) -> Run:

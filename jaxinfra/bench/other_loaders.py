@@ -16,22 +16,18 @@ from grain.sources import ArrayRecordDataSource
 from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TOKEN_DTYPE, TokenFiles
 
 
-def _decode(record: bytes) -> np.ndarray:
-    return np.frombuffer(record, TOKEN_DTYPE)
+class _Decode(grain.transforms.Map):
+    @override
+    def map(self, element: bytes) -> Any:
+        return np.frombuffer(element, TOKEN_DTYPE)
 
 
 def grain_map_dataset(files: TokenFiles) -> Generator[np.ndarray, None, None]:
     """Loads ArrayRecord with Grain's `MapDataset` and its default number of threads."""
     records: Any = ArrayRecordDataSource(str(files.records))
-    dataset = grain.MapDataset.source(records).seed(0).shuffle().repeat().map(_decode).batch(BATCH_SIZE)
+    dataset = grain.MapDataset.source(records).seed(0).shuffle().repeat().map(_Decode()).batch(BATCH_SIZE)
     with closing(iter(dataset.to_iter_dataset())) as batches:
         yield from batches
-
-
-class _Decode(grain.transforms.Map):
-    @override
-    def map(self, element: bytes) -> Any:
-        return _decode(element)
 
 
 def grain_data_loader(files: TokenFiles) -> Generator[np.ndarray, None, None]:

@@ -48,9 +48,13 @@ def _row(
 ) -> TableRow:
     """Times a mesh and FSDP in one process; both have the overrides `shared`."""
     overrides = (*(() if config else DENSE_MODEL), *options.overrides)
-    request = {"kind": "meshes", "config": config or options.config, "num_rounds": options.pairs}
-    request["overrides"] = merge_overrides((*overrides, *mesh, *shared))
-    request["fsdp_overrides"] = merge_overrides((*overrides, *FSDP, *shared))
+    request = {
+        "kind": "meshes",
+        "config": config or options.config,
+        "overrides": merge_overrides((*overrides, *mesh, *shared)),
+        "fsdp_overrides": merge_overrides((*overrides, *FSDP, *shared)),
+        "num_rounds": options.pairs,
+    }
     times_s = json.loads(run_module("measure", NUM_DEVICES, **request))
     return {
         "case": case,

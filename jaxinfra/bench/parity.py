@@ -43,23 +43,14 @@ class ParityWorkerError(JaxinfraError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshDifference:
-    """Relative differences of one mesh from one device.
-
-    Attributes:
-        config: name of the config.
-        mesh: sizes of the axes above 1.
-        loss: difference of the loss.
-        gradient: largest difference of a gradient.
-        parameter: the parameter with that gradient.
-        permuted: largest difference with the devices in another order.
-    """
+    """Relative differences of one mesh from one device."""
 
     config: str
     mesh: str
     loss: float
-    gradient: float
-    parameter: str
-    permuted: float
+    gradient: float  # the largest of all gradients
+    parameter: str  # that has this gradient
+    permuted: float  # the largest with the devices in another order
 
     @property
     def worst(self) -> float:
@@ -78,13 +69,6 @@ def load_text_run(config: str, overrides: Sequence[str]) -> Run:
     """Loads a config of a language model, with all precision set to float32."""
     run = dataclasses.replace(load(config, overrides, root=Run).run, precision=Precision(compute="float32"))
     require_text(run)
-    return run
-
-
-def with_mesh(run: Run, mesh: MeshConfig, microbatches: int) -> Run:
-    """Returns the run with another mesh; raises ConfigError if it does not fit."""
-    run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
-    validate(run)
     return run
 
 
@@ -120,9 +104,9 @@ def put_like(values: PyTree, like: PyTree) -> PyTree:
 def loss_and_gradients(
     program: Program, batch: Mapping[str, np.ndarray], params: PyTree | None = None, step: int = 0
 ) -> Arrays:
-    """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`.
+    """Computes every sum of the loss, as `sum.NAME`, and every gradient, as `grad.PATH`; `step` selects dropout masks.
 
-    `params` are host arrays; None initializes them from the run's seed. `step` selects the dropout masks.
+    `params` are host arrays; None initializes them from the run's seed.
     """
     with program.on_mesh, jax.default_matmul_precision("highest"):
         if params is None:
@@ -158,9 +142,9 @@ def compare_meshes(
     num_devices = len(jax.devices())
     permutation = np.random.default_rng(1).permutation(num_devices).tolist()
     meshes = all_meshes(num_devices)[worker::num_workers]
-    runs_of = {config: [_run_on(config, overrides, mesh) for mesh in meshes] for config in configs if meshes}
-    for config, runs in runs_of.items():
-        expected = _loss_and_gradients(with_mesh(runs[0], MeshConfig(fsdp=1), 1))
+    runs_by_config = {config: [_load_on(mesh, config, overrides) for mesh in meshes] for config in configs if meshes}
+    for config, runs in runs_by_config.items():
+        expected = _loss_and_gradients(_load_on(MeshConfig(fsdp=1), config, overrides, microbatches=1))
         for run in runs:
             differences = relative_differences(_loss_and_gradients(run), expected)
             permuted = relative_differences(_loss_and_gradients(run, permutation), expected)
@@ -181,11 +165,14 @@ def _loss_and_gradients(run: Run, order: Sequence[int] | None = None) -> Arrays:
     return {name: array for name, array in arrays.items() if name == "sum.loss" or name.startswith("grad.")}
 
 
-def _run_on(config: str, overrides: Sequence[str], mesh: MeshConfig) -> Run:
+def _load_on(mesh: MeshConfig, config: str, overrides: Sequence[str], microbatches: int = MICROBATCHES) -> Run:
+    run = load_text_run(config, overrides)
+    run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
     try:
-        return with_mesh(load_text_run(config, overrides), mesh, MICROBATCHES)
+        validate(run)
     except ConfigError as error:
         raise ConfigError(f"{config} on {_mesh_name(mesh)}, one of the meshes that parity compares: {error}") from error
+    return run
 
 
 def _nan_is_largest(difference: float) -> tuple[bool, float]:
@@ -216,11 +203,7 @@ def _worker(out: Connection, configs: Sequence[str], overrides: Sequence[str], w
 def compare_in_processes(
     configs: Sequence[str], overrides: Sequence[str], num_workers: int
 ) -> Iterator[MeshDifference]:
-    """Compares all meshes in worker processes, and yields the differences as they are computed.
-
-    Raises:
-        ParityWorkerError: a worker died.
-    """
+    """Compares all meshes in worker processes, and yields the differences as they are computed."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for worker in range(num_workers):

@@ -15,11 +15,7 @@ from jaxinfra.bench.subprocesses import BenchmarkProcessError, Times, emulated_e
 
 
 def first_step_s(command: Sequence[str], env: Mapping[str, str], log: Path) -> float:
-    """Returns the seconds until a command prints a line that begins with "step", and kills it.
-
-    Raises:
-        BenchmarkProcessError: the command ended without such a line.
-    """
+    """Returns the seconds until a command prints a line that begins with "step", and kills it."""
     start_s = time.perf_counter()
     with (
         log.open("w") as stderr,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
+from typing import Literal
 
 from jaxinfra.bench import merge_overrides
 from jaxinfra.bench.startup import time_startup
@@ -38,8 +39,8 @@ COLUMNS: Columns = {
 }
 
 
-def _ms(times_s: Sequence[float], digits: int = 1) -> str:
-    return f"{1e3 * median(times_s):.{digits}f} ms"
+def _format_median(times_s: Sequence[float], unit: Literal["s", "ms"] = "ms", digits: int = 1) -> str:
+    return f"{median(times_s) * {'s': 1, 'ms': 1e3}[unit]:.{digits}f} {unit}"
 
 
 def _row(
@@ -49,7 +50,7 @@ def _row(
     goal: str,
     *,
     notes: tuple[str, str] = ("", ""),
-    format_times: Callable[[Sequence[float]], str] = _ms,
+    format_times: Callable[[Sequence[float]], str] = _format_median,
 ) -> TableRow:
     return {
         "case": case,
@@ -63,10 +64,13 @@ def _row(
 def measure(
     options: argparse.Namespace, kind: str, *overrides: str, num_devices: int = 1, max_rounds: int | None = None
 ) -> Times:
-    """Measures one of `measure.KINDS` in a new process; `overrides` come after those of the command line."""
-    overrides_ = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", *overrides])
-    num_rounds = options.pairs if max_rounds is None else min(options.pairs, max_rounds)
-    request = {"kind": kind, "config": options.config, "overrides": overrides_, "num_rounds": num_rounds}
+    """Runs `measure.measure` in a new process; `overrides` come after those of the command line."""
+    request = {
+        "kind": kind,
+        "config": options.config,
+        "overrides": merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", *overrides]),
+        "num_rounds": options.pairs if max_rounds is None else min(options.pairs, max_rounds),
+    }
     return json.loads(run_module("measure", num_devices, **request))
 
 
@@ -103,7 +107,7 @@ def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case
 def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times the host's work on a small step: the dispatch alone, and one iteration of the training loop."""
     times_s = measure(options, "dispatch", *DISPATCH_MODEL)
-    ms = partial(_ms, digits=3)
+    ms = partial(_format_median, digits=3)
     case = "dispatch of a step, devices idle"
     yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", format_times=ms)
     yield {"case": "iteration of the training loop, without waiting for devices", "jaxinfra": ms(times_s["loop"])}
@@ -114,10 +118,8 @@ def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     num_rounds = min(options.pairs, MAX_STARTUP_ROUNDS)
     times_s = time_startup(options.config, (*options.overrides, "mesh.fsdp=1"), num_rounds)
     case = "process start to end of first step, warm compilation cache"
-    seconds = "{:.2f} s".format
-    yield _row(
-        case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", format_times=lambda each: seconds(median(each))
-    )
+    seconds = partial(_format_median, unit="s", digits=2)
+    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", format_times=seconds)
 
 
 CASES: Cases = {

@@ -30,12 +30,7 @@ def emulated_env(num_devices: int) -> dict[str, str]:
 
 
 def run_command(command: Sequence[str], env: Mapping[str, str]) -> str:
-    """Runs a command and returns its stdout.
-
-    Raises:
-        ConfigError: the command ended with one.
-        BenchmarkProcessError: the command failed otherwise, or printed nothing.
-    """
+    """Runs a command and returns its stdout; raises the command's ConfigError, or BenchmarkProcessError."""
     process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if process.returncode == ConfigError.exit_code:
         raise ConfigError(process.stderr.strip().splitlines()[-1].removeprefix("error: "))

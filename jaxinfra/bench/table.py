@@ -32,14 +32,7 @@ def describe_machine() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """The result of a benchmark.
-
-    Attributes:
-        text: the table, and sentences below it.
-        note: how it was measured.
-        figures: the same figures as JSON values.
-        environment: hardware and versions.
-    """
+    """The result of a benchmark; `figures` are those of the text as JSON values, `note` says how it was measured."""
 
     text: str
     note: str

@@ -19,7 +19,7 @@ MEAN_DOCUMENT_TOKENS = 500
 
 def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenFiles:
     """Writes documents of random tokens; as ArrayRecord only if `records` is true."""
-    files = TokenFiles(folder=folder, num_tokens=num_tokens)
+    files = TokenFiles(folder, num_tokens)
     write_store(files, build_tokenizer(Bytes()), np.random.default_rng(0))
     with files.flat.open("wb") as file:
         array = arrays.open_array(files.train_array, arrays.cache_context())

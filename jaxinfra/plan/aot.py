@@ -35,24 +35,17 @@ _XLA_TARGET = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
 class Memory:
     """Bytes on one device.
 
-    Attributes:
-        arguments: train state and batch.
-        output: the new train state and the metrics.
-        aliased: the part of the output that reuses the arguments' memory.
-        temporaries: everything else that is allocated while the step runs.
-        temp_size: JAX's `temp_size_in_bytes`, to compare with others. On TPUs it is not `temporaries`, and not what the
-            compiler compares with the chip's memory.
-        code: the program.
-        host: bytes in host memory, not in the total.
+    `temp_size` is JAX's `temp_size_in_bytes`, to compare with figures of others. On TPUs it differs from `temporaries`,
+    and the compiler does not compare it with the chip's memory.
     """
 
-    arguments: int
-    output: int
-    aliased: int
-    temporaries: int
+    arguments: int  # train state and batch
+    output: int  # new train state and metrics
+    aliased: int  # part of the output that reuses the arguments' memory
+    temporaries: int  # everything else that is allocated while the step runs
     temp_size: int
     code: int
-    host: int
+    host: int  # in host memory, not in the total
 
     @property
     def total(self) -> int:
@@ -70,51 +63,32 @@ class CompiledProgram:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """All custom calls of one name and target at the same loop depth; the compiler does not estimate their cycles.
-
-    Attributes:
-        name: of the instruction, without its number.
-        loops: number of while loops around it.
-        runs: number of calls in one step.
-    """
+    """All custom calls of one name and target at the same loop depth; the compiler does not estimate their cycles."""
 
     name: str
     target: str
-    loops: int
-    runs: int
+    loops: int  # while loops around it
+    runs: int  # in one step
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What the compiler tells about a train step, on one device.
+    """Memory, cycles and collectives of a compiled train step, on one device."""
 
-    Attributes:
-        name: of the run.
-        topology: as in `--on`.
-        mesh: size of every mesh axis above 1.
-        cycles: the compiler's estimate without kernels and collectives; None for GPUs.
-        unestimated: number of instructions without an estimate.
-        unknown_loops: loops with unknown trip count; their bodies count once.
-    """
-
-    name: str
+    name: str  # of the run
     topology: str
-    mesh: dict[str, int]
+    mesh: dict[str, int]  # axes above 1
     per_device_batch_size: float
     memory: Memory
-    cycles: int | None
-    unestimated: int
-    unknown_loops: list[str]
+    cycles: int | None  # estimated, without kernels and collectives; None for GPUs
+    unestimated: int  # instructions without an estimate
+    unknown_loops: list[str]  # with unknown trip count; their bodies count once
     kernels: list[Kernel]
     traffic: list[Traffic]
 
 
 def program_on(run: Run, topology: Topology) -> Program:
-    """Builds the program of a run on a topology; a mesh axis of -1 takes the remaining devices.
-
-    Raises:
-        ConfigError: the run does not fit the topology, or the compiler is not installed.
-    """
+    """Builds the program of a run on a topology; raises ConfigError if it does not fit, or without the compiler."""
     fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), run.mesh.sizes.count(-1)
     if fixed < 1 or free > 1:
         validate(run)  # names the wrong axis
@@ -138,10 +112,8 @@ def compile_step(
 ) -> CompiledStep:
     """Compiles the train step of a run and reads its memory, cycles and collectives.
 
-    `dump` receives the compiled text, `on_progress` a line before each slow part.
-
-    Raises:
-        ConfigError: the run does not fit the topology or its memory, or the compiler is missing or fails.
+    `dump` receives the compiled text, `on_progress` a line before each slow part. A run that does not fit the topology
+    or its memory, and a compiler that is missing or fails, is a ConfigError.
     """
     start_s = time.monotonic()
     program = program_on(run, topology)

@@ -20,27 +20,17 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One JAX device of a TPU or GPU.
+    """One JAX device of a TPU or GPU."""
 
-    Attributes:
-        name: its name in `--on`.
-        platform: the compiler that is used.
-        device_kind: JAX's `device_kind`, or a prefix of it.
-        num_dims: number of sizes in `--on`; 2 (hosts, GPUs per host) for GPUs.
-        max_slice: shape of the largest slice; None for GPUs.
-        peak_flops: dense bfloat16 FLOP/s.
-        clock_hz: clock of the matrix units; None for GPUs, whose compiler estimates no cycles.
-    """
-
-    name: str
+    name: str  # in `--on`
     platform: Literal["tpu", "cuda"]
-    device_kind: str
-    num_dims: int
-    max_slice: tuple[int, ...] | None = None
+    device_kind: str  # JAX's `device_kind`, or a prefix of it
+    num_dims: int  # sizes in `--on`; for GPUs 2 (hosts, GPUs per host)
+    max_slice: tuple[int, ...] | None = None  # None for GPUs
     devices_per_chip: int = 1
     hbm_bytes: int
-    peak_flops: float
-    clock_hz: float | None = None
+    peak_flops: float  # dense bfloat16 FLOP/s
+    clock_hz: float | None = None  # of the matrix units; None for GPUs, whose compiler estimates no cycles
 
 
 def _tpu(

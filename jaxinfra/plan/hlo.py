@@ -28,28 +28,17 @@ _FORWARDING = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instruction:
-    """One HLO instruction.
-
-    Attributes:
-        name: unique in its computation.
-        shape: the text of its result's shape, such as `f32[2,8]{1,0}`.
-        operands: names of instructions; none for a constant or a parameter.
-        literal: the text in the parentheses of a short constant or a parameter.
-        attributes: the text after the operands, up to metadata and backend config.
-        callees: attribute to the names of the computations that it calls.
-        cycles: the compiler's estimate.
-        trip_count: of a loop, if the compiler wrote it down.
-    """
+    """One HLO instruction."""
 
     name: str
     opcode: str
-    shape: str
-    operands: tuple[str, ...]
-    literal: str
-    attributes: str
-    callees: dict[str, tuple[str, ...]]
-    cycles: int | None
-    trip_count: int | None
+    shape: str  # of its result, such as `f32[2,8]{1,0}`
+    operands: tuple[str, ...]  # names of instructions; none for a constant or a parameter
+    literal: str  # the text in the parentheses of a short constant or a parameter
+    attributes: str  # the text after the operands, up to metadata and backend config
+    callees: dict[str, tuple[str, ...]]  # attribute to the names of the computations that it calls
+    cycles: int | None  # the compiler's estimate
+    trip_count: int | None  # of a loop, if the compiler wrote it down
 
     @property
     def array_bytes(self) -> tuple[int, ...]:
@@ -105,18 +94,12 @@ class Computation:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A computation that is called along one path from the entry.
-
-    Attributes:
-        loops: number of while loops around it.
-        runs: how often it runs in one run of the program; the body of a loop with unknown trip count runs once.
-        fused: True inside a fusion.
-    """
+    """A computation that is called along one path from the entry."""
 
     computation: Computation
-    loops: int
-    runs: int
-    fused: bool
+    loops: int  # while loops around it
+    runs: int  # in one run of the program; the body of a loop with unknown trip count runs once
+    fused: bool  # inside a fusion
 
 
 type CallCost = Callable[[Call], float]
@@ -124,20 +107,14 @@ type CallCost = Callable[[Call], float]
 
 
 class HloModule:
-    """A parsed program.
-
-    Attributes:
-        computations: by name.
-        entry: name of the computation that the program starts with.
-        num_partitions: number of devices; with several TPU slices those of one slice.
-    """
+    """A parsed program: its computations by name, and the name of the one that it starts with."""
 
     def __init__(self, text: str):
         """Parses `compiled.as_text()`; raises ValueError if no computation is marked ENTRY."""
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         match = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
-        self.num_partitions = int(match[1]) if match else 1
+        self.num_partitions = int(match[1]) if match else 1  # number of devices; with several TPU slices of one slice
         current: Computation | None = None
         for line in _logical_lines(text):
             if header := _COMPUTATION.match(line):

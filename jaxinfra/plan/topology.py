@@ -40,15 +40,10 @@ _COMPILERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """TPU slices or GPU hosts.
-
-    Attributes:
-        shape: chips of one slice in each dimension; for GPUs (hosts, GPUs per host).
-        slices: number of TPU slices; 1 for GPUs.
-    """
+    """TPU slices or GPU hosts."""
 
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips of one slice in each dimension; for GPUs (hosts, GPUs per host)
     slices: int = 1
 
     def __str__(self) -> str:
@@ -107,11 +102,7 @@ def _example(chip: Chip) -> str:
 
 
 def set_up_compiler(topology: Topology) -> None:
-    """Sets what libtpu or the CUDA plugin reads when it is loaded; call it before JAX lists any device.
-
-    Raises:
-        ConfigError: the compiler is not installed.
-    """
+    """Sets what libtpu or the CUDA plugin reads when it is loaded; call it before JAX lists any device."""
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")
     package, modules = _COMPILERS[topology.chip.platform]
@@ -122,11 +113,7 @@ def set_up_compiler(topology: Topology) -> None:
 
 
 def topology_devices(topology: Topology) -> Sequence[Device]:
-    """Returns devices that programs can be compiled for but not run on; call `set_up_compiler` first.
-
-    Raises:
-        ConfigError: the compiler does not know the topology.
-    """
+    """Returns devices that programs can be compiled for but not run on; call `set_up_compiler` first."""
     from jax.experimental import topologies
 
     sizes = _join(topology.shape)
