@@ -1,16 +1,15 @@
-"""Problems that a config class finds in itself, and the walk that turns the first one into an error.
+"""Validation of a config: types, limits, and the problems that config classes find in themselves.
 
-A class checks what it can see: its own fields and everything below them. Parts are checked before the whole,
-so a check across fields may rely on the local checks of its parts.
+A class checks its own fields and everything below them. Its parts are checked first, so a check across fields may rely
+on the checks of the parts.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
-from jaxinfra.config.schema import MISSING, ConfigField, conform, describe, fields_of, is_config, is_within, least, walk
+from jaxinfra.config import schema
+from jaxinfra.config.schema import MISSING, ConfigField, describe, fields_of, is_config, is_within
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import has_credentials
@@ -20,58 +19,64 @@ _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something wrong with a config."""
+    """A problem that a config object reports.
 
-    fields: tuple[str, ...]  # dotted paths of the fields at fault, relative to the config object that reports them
-    message: str  # what is wrong with their values
-    fix: str  # what to do; a `path=value` in it is relative too and is shown with its full path
-
-
-def validate(root: Any) -> None:
-    """Checks a whole config: the type of every value, then the limits and `problems()` of every part, depth first.
-
-    A part's `problems()` may rely on the limits of its fields. No part may have a URL with credentials in it: records
-    keep every value. The first problem is a ConfigError, `path=value, path=value: message; fix`.
+    Attributes:
+        fields: dotted paths of the fields, relative to the object.
+        message: says what is wrong with their values.
+        fix: says what to do; a `path=value` in it is relative too, and is shown with its full path.
     """
-    root = conform(type(root), root)
-    for path, _, node in walk(type(root), root, parts_first=True):
+
+    fields: tuple[str, ...]
+    message: str
+    fix: str
+
+
+def validate(root: object) -> None:
+    """Checks the types of all values, then the limits, credentials in URLs and `problems()` of every part.
+
+    Raises ConfigError for the first problem: `path=value, path=value: message; fix`.
+    """
+    root = schema.conform(type(root), root)
+    for path, _, node in schema.walk(type(root), root, parts_first=True):
         if not is_config(type(node)):
             continue
         for field in fields_of(type(node)):
             value = getattr(node, field.name)
             if any(map(has_credentials, _texts(value))):
                 raise ConfigError(
-                    f"{join(path, field.name)}={show(value)}: has credentials in it, which records would keep; "
-                    "give them by the environment or a profile"
+                    f"{join(path, field.name)}={show(value)}: has credentials in it, which run.json would store; "
+                    "set them in the environment or a profile"
                 )
             if not is_within(field.annotation, value):
-                raise ConfigError(_outside(field, value, join(path, field.name)))
+                raise ConfigError(_limit_message(field, value, join(path, field.name)))
         for problem in getattr(node, "problems", tuple)():
-            raise ConfigError(_message(node, path, problem))
+            raise ConfigError(_problem_message(node, path, problem))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, tuple):
-        yield from chain.from_iterable(map(_texts, value))
+        for item in value:
+            yield from _texts(item)
 
 
-def _outside(field: ConfigField, value: Any, path: str) -> str:
-    works = field.make_default()
-    works = works if is_within(field.annotation, works) else least(field.annotation)
-    fix = "" if works is MISSING else f"; use {path}={format_value(works)}"
+def _limit_message(field: ConfigField, value: object, path: str) -> str:
+    default = field.make_default()
+    allowed = default if is_within(field.annotation, default) else schema.smallest(field.annotation)
+    fix = "" if allowed is MISSING else f"; use {path}={format_value(allowed)}"
     return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
 
 
-def _message(node: Any, path: str, problem: Problem) -> str:
-    named = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
+def _problem_message(node: object, path: str, problem: Problem) -> str:
+    values = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
     own = {field.name for field in fields_of(type(node))}
     fix = _ASSIGNED.sub(lambda found: join(path, found[1]) if found[1] in own else found[1], problem.fix)
-    return f"{named}: {problem.message}; {fix}"
+    return f"{values}: {problem.message}; {fix}"
 
 
-def _value_at(node: Any, field: str) -> Any:
+def _value_at(node: object, field: str) -> object:
     for name in field.split("."):
         node = node[int(name)] if isinstance(node, tuple) else getattr(node, name)
     return node

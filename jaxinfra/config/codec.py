@@ -1,13 +1,14 @@
-"""Config to JSON-able tree and back, each the exact inverse of the other.
+"""Conversion of a config to JSON values and back.
 
-Config objects are objects, tuples are lists, enum members are names, floats that JSON has no number for are
-the strings "nan", "inf" and "-inf". The object in a choice has the name of its class under "kind". A key that
-a stored tree lacks takes the default of its field, so that a field can be added without breaking old records.
+A config object becomes a dict, a tuple a list, an enum member its name, and a float that JSON lacks "nan", "inf" or
+"-inf". The object in a choice has the name of its class under "kind". A missing key takes the default of its field, so
+that new fields do not break old records.
 """
 
 import enum
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_origin
 
 from jaxinfra.config.classes import ClassFinder, find_choice
@@ -34,30 +35,28 @@ from jaxinfra.errors import ConfigError
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def encode(root: Any) -> dict[str, Any]:
-    """Returns a config object as a tree of dicts, lists and JSON scalars.
+def encode(root: object) -> dict[str, Any]:
+    """Returns a config as dicts, lists and JSON scalars.
 
-    ConfigError where a value does not fit its annotation, or its stored form would be ambiguous.
+    Raises ConfigError if a value does not fit its annotation, or would be decoded as another value.
     """
     return _encode(type(root), conform(type(root), root), "")
 
 
-def decode[C](cls: type[C], tree: Any, finder: ClassFinder | None = None) -> C:
-    """Builds a `cls` from the tree that `encode` made of one.
+def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) -> C:
+    """Returns the config of class `cls` that `encode` turned into `coded`.
 
-    ConfigError, with the path, for an unknown key, a missing one, or a value of the wrong type. Classes that open
-    choices name are found by `finder`; without one they must be of jaxinfra.
+    Open choices may name the classes that `finder` finds; without it, those of jaxinfra. Raises ConfigError with the
+    path of a key that is unknown or missing, or of a value that does not fit.
     """
-    return _decode(cls, tree, "", finder or ClassFinder())
+    return _decode(cls, coded, "", finder or ClassFinder())
 
 
-def _encode(annotation: Any, value: Any, path: str) -> Any:
+def _encode(annotation: object, value: object, path: str) -> Any:
     if is_config(type(value)):
-        tag = {KIND: choice_name(annotation, type(value))} if is_choice(annotation) else {}
-        return tag | {
-            name: _encode(part_annotation, part, join(path, name))
-            for name, part_annotation, part in children(annotation, value)
-        }
+        kind = {KIND: choice_name(annotation, type(value))} if is_choice(annotation) else {}
+        parts = children(annotation, value)
+        return kind | {name: _encode(part_annotation, part, join(path, name)) for name, part_annotation, part in parts}
     if isinstance(value, tuple):
         fitting = (each for each in _tuples(annotation) if is_node(each, value) or match(each, value) is not MISMATCH)
         items = items_of(next(fitting), len(value)) or ()
@@ -68,19 +67,20 @@ def _encode(annotation: Any, value: Any, path: str) -> Any:
     elif isinstance(value, float) and not math.isfinite(value):
         coded = repr(value)
     if isinstance(coded, str) and not same(_decode_leaf(annotation, coded), value):
-        raise ConfigError(f"{path}={show(value)}: would be stored like a value of another type; use another")
+        raise ConfigError(f"{path}={show(value)}: would be stored like a value of another type; use another value")
     return coded
 
 
-def _tuples(annotation: Any) -> list[Any]:
+def _tuples(annotation: object) -> list[object]:
     return [member for member in members(annotation) if get_origin(member) is tuple]
 
 
-def _decode(annotation: Any, coded: Any, path: str, finder: ClassFinder) -> Any:
+def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -> Any:
     if isinstance(coded, dict):
         if is_choice(annotation):
+            fields = {name: part for name, part in coded.items() if name != KIND}
             cls = _decode_kind(annotation, coded.get(KIND, MISSING), join(path, KIND), finder)
-            return _decode_fields(cls, {name: part for name, part in coded.items() if name != KIND}, path, finder)
+            return _decode_fields(cls, fields, path, finder)
         if is_config(cls := members(annotation)[0]):
             return _decode_fields(cls, coded, path, finder)
     if isinstance(coded, list) and _tuples(annotation):
@@ -91,10 +91,9 @@ def _decode(annotation: Any, coded: Any, path: str, finder: ClassFinder) -> Any:
     return value
 
 
-def _decode_kind(annotation: Any, kind: Any, path: str, finder: ClassFinder) -> type:
-    cls = choices(annotation).get(kind) if isinstance(kind, str) else None
+def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinder) -> type:
     try:
-        if cls or (cls := find_choice(annotation, kind, finder) if isinstance(kind, str) else None):
+        if isinstance(kind, str) and (cls := choices(annotation).get(kind) or find_choice(annotation, kind, finder)):
             return cls
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -102,7 +101,7 @@ def _decode_kind(annotation: Any, kind: Any, path: str, finder: ClassFinder) -> 
     raise ConfigError(f"{path}{found} expected {describe(annotation)}")
 
 
-def _decode_fields(cls: type, coded: dict[str, Any], path: str, finder: ClassFinder) -> Any:
+def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:
     fields = {field.name: field for field in fields_of(cls)}
     for name in coded:
         if name not in fields:
@@ -114,14 +113,14 @@ def _decode_fields(cls: type, coded: dict[str, Any], path: str, finder: ClassFin
             raise ConfigError(f"{join(path, field.name)}: missing; expected {describe(field.annotation)}")
     values = {name: _decode(fields[name].annotation, part, join(path, name), finder) for name, part in coded.items()}
     try:
-        built = cls(**values)
+        config = cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path or 'config'}: {cls.__name__} refused its fields: {shorten(str(error))}") from error
-    return conform(cls, built, path)
+    return conform(cls, config, path)
 
 
-def _decode_tuple(annotation: Any, coded: list[Any], path: str, finder: ClassFinder) -> tuple[Any, ...]:
-    """Reads a list as the first tuple of the annotation that takes it; the last one reports what is wrong."""
+def _decode_tuple(annotation: object, coded: list[object], path: str, finder: ClassFinder) -> tuple[object, ...]:
+    """Decodes a list as the first tuple type of the annotation that it fits; raises the error of the last one."""
     problem = ConfigError(f"{path}={_show_json(coded)}: expected {describe(annotation)}")
     for member in _tuples(annotation):
         items = items_of(member, len(coded))
@@ -134,8 +133,8 @@ def _decode_tuple(annotation: Any, coded: list[Any], path: str, finder: ClassFin
     raise problem
 
 
-def _decode_leaf(annotation: Any, coded: Any) -> Any:
-    """Returns the leaf that a JSON scalar stands for, or `MISMATCH`; of a string the narrowest reading."""
+def _decode_leaf(annotation: object, coded: object) -> object:
+    """Returns the value of a JSON scalar, or `MISMATCH`; a string is a Literal, enum member, float or str."""
     if isinstance(coded, str):
         options = members(annotation)
         if any(get_origin(option) is Literal and match(option, coded) is coded for option in options):
@@ -148,5 +147,5 @@ def _decode_leaf(annotation: Any, coded: Any) -> Any:
     return match(annotation, coded)
 
 
-def _show_json(coded: Any) -> str:
+def _show_json(coded: object) -> str:
     return shorten(json.dumps(coded, default=repr))

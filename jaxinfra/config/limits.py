@@ -1,4 +1,4 @@
-"""Types of config fields that have limits, where several classes have the same ones."""
+"""Types with limits that the fields of several config classes share."""
 
 import math
 from typing import Annotated
@@ -12,5 +12,5 @@ type NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
 type Share = Annotated[float, Ge(0), Le(1)]
 type PositiveShare = Annotated[float, Gt(0), Le(1)]
 type Decay = Annotated[float, Ge(0), Lt(1)]
-"""Of a moving mean; also a part that must leave something, such as that of dropout."""
+"""The decay of a moving average, or a fraction that must leave something, such as the dropout rate."""
 type NonEmpty = Annotated[str, MinLen(1)]

@@ -1,8 +1,8 @@
-"""From the text of an override to a leaf value, guided by the annotation of its field.
+"""Parsing of the text of an override, by the annotation of its field.
 
-The forms: `1_000` and `4e3` for int, anything that `float` reads for float, `true` and `false`, `none` or
-`null`, bare or quoted strings, an enum member by name or by value, tuples as `(1, 2)`, `[1, 2]` or `1,2`. Of
-several alternatives the narrowest one that fits wins, and `str` comes last.
+An int is `1_000` or `4e3`, a float whatever `float` reads, a bool `true` or `false`, None `none` or `null`, a string
+bare or quoted, an enum member its name or value, a tuple `(1, 2)`, `[1, 2]` or `1,2`. If a text fits several
+alternatives, the narrowest one wins; `str` comes last.
 """
 
 import ast
@@ -10,7 +10,7 @@ import enum
 import re
 import types
 from decimal import Decimal
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from jaxinfra.config.schema import MISMATCH, is_config, is_open, items_of, members
 
@@ -18,26 +18,27 @@ _INT = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}", re.ASCII)
 _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.""", re.DOTALL)
 _CLOSING = {"(": ")", "[": "]"}
+_NARROWEST_FIRST = (types.NoneType, Literal, enum.EnumType, bool, int, float, tuple, str)
 
 
-def parse(annotation: Any, text: str) -> Any:
-    """Returns the leaf value that `text` stands for, or `MISMATCH`."""
-    options = members(annotation)
-    only_tuple = all(get_origin(option) is tuple or option is types.NoneType for option in options)
+def parse(annotation: object, text: str) -> object:
+    """Returns the leaf that `text` stands for, or `MISMATCH`."""
+    options = [option for option in members(annotation) if not is_config(option) and not is_open(option)]
+    only_tuple = all(get_origin(option) is tuple or option is types.NoneType for option in members(annotation))
     for member in sorted(options, key=_breadth):
         if get_origin(member) is tuple:
             value = _parse_tuple(member, text, bare=only_tuple)
         elif member is int and float in options:
             value = int(text) if _INT.fullmatch(text) else MISMATCH
         else:
-            value = MISMATCH if is_config(member) or is_open(member) else _parse_scalar(member, text)
+            value = _parse_scalar(member, text)
         if value is not MISMATCH:
             return value
     return MISMATCH
 
 
-def unquote(text: str) -> Any:
-    """Returns the string that `text` stands for, bare or quoted; `MISMATCH` when a quote is not closed."""
+def unquote(text: str) -> object:
+    """Returns the string that `text` stands for, bare or quoted; `MISMATCH` if a quote is not closed."""
     if text[:1] not in ("'", '"'):
         return text
     try:
@@ -47,16 +48,12 @@ def unquote(text: str) -> Any:
     return value if isinstance(value, str) else MISMATCH
 
 
-def _breadth(member: Any) -> int:
-    """Orders alternatives from the narrowest to the widest."""
-    if get_origin(member) is Literal:
-        return 1
-    if isinstance(member, enum.EnumType):
-        return 2
-    return {types.NoneType: 0, bool: 3, int: 4, float: 5, str: 7}.get(member, 6)
+def _breadth(member: object) -> int:
+    kind = enum.EnumType if isinstance(member, enum.EnumType) else get_origin(member) or member
+    return _NARROWEST_FIRST.index(kind)
 
 
-def _parse_scalar(member: Any, text: str) -> Any:
+def _parse_scalar(member: object, text: str) -> object:
     if get_origin(member) is Literal:
         return next((arg for arg in get_args(member) if _spells(text, arg)), MISMATCH)
     if member is types.NoneType:
@@ -70,27 +67,28 @@ def _parse_scalar(member: Any, text: str) -> Any:
             return float(text)
         except ValueError:
             return MISMATCH
-    if member is str:
-        return unquote(text)
-    name = unquote(text)  # of an enum's member, or its value
-    return member.__members__.get(name, next((each for each in member if str(each.value) == name), MISMATCH))
+    string = unquote(text)
+    if isinstance(member, type) and issubclass(member, enum.Enum):
+        by_value = (each for each in member if str(each.value) == string)
+        return member.__members__.get(str(string), next(by_value, MISMATCH))
+    return string
 
 
-def _spells(text: str, value: Any) -> bool:
-    """Tells whether `text` stands for `value`, read as the type of `value`."""
+def _spells(text: str, value: object) -> bool:
+    """Tells whether `text`, read as the type of `value`, stands for `value`."""
     read = _parse_scalar(type(value), text)
     return type(read) is type(value) and read == value
 
 
-def _parse_int(text: str) -> Any:
+def _parse_int(text: str) -> object:
     if not (_INT.fullmatch(text) or _SCIENTIFIC.fullmatch(text)):
         return MISMATCH
-    value = Decimal(text)  # exact, and reads underscores, too
+    value = Decimal(text)  # exact, and reads underscores
     return int(value) if value == int(value) else MISMATCH
 
 
-def _parse_tuple(member: Any, text: str, *, bare: bool) -> Any:
-    """Reads a tuple; without brackets only if `bare`, as a wider union could mean a string by `a,b`."""
+def _parse_tuple(member: object, text: str, *, bare: bool) -> object:
+    """Parses a tuple; one without brackets only if `bare`, as `a,b` may be a string in a wider union."""
     parts = _split(text[1:-1]) if text and text[-1] == _CLOSING.get(text[0]) else None
     if parts is None and bare and text:
         parts = _split(text)
@@ -101,18 +99,18 @@ def _parse_tuple(member: Any, text: str, *, bare: bool) -> Any:
 
 
 def _split(text: str) -> list[str] | None:
-    """Splits at the commas outside quotes and brackets; None if brackets do not pair or an item is empty."""
-    parts, waiting = [""], []
+    """Splits at the commas outside quotes and brackets; None if brackets do not match or an item is empty."""
+    parts, open_brackets = [""], []
     for token in _TOKEN.findall(text):
         if token in _CLOSING:
-            waiting.append(_CLOSING[token])
-        elif token in _CLOSING.values() and (not waiting or waiting.pop() != token):
+            open_brackets.append(token)
+        elif token in _CLOSING.values() and (not open_brackets or _CLOSING[open_brackets.pop()] != token):
             return None
-        if token == "," and not waiting:
+        if token == "," and not open_brackets:
             parts.append("")
         else:
             parts[-1] += token
     parts = [part.strip() for part in parts]
     if not parts[-1]:
         parts.pop()
-    return None if waiting or not all(parts) else parts
+    return None if open_brackets or not all(parts) else parts

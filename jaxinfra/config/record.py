@@ -1,12 +1,12 @@
-"""The record of a run, `run.json`: what was run, from where, with what, so that it can be replayed.
+"""The record of a run, `run.json`: its whole config, where the values came from, and the environment.
 
-A record holds the whole config, not the path to one, and names the root class; reading it needs neither the
-config file nor the command line. It is written once, at once: a reader sees the old file or the new one.
+A replay needs nothing else, unless the config has users' classes: their files must be there, unchanged. Their source is
+not copied into the record: a record is never executed, and source may hold secrets.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,27 +21,33 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 
-FORMAT = 1  # the record format that this version writes; it reads this one and older ones
+FORMAT = 1  # the version of the record format that is written; this and older ones are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded[C]:
-    """A config with its overrides applied."""
+    """A config with its overrides applied.
 
-    run: C  # the root object
-    source: str  # the file that it came from, as it was named
-    origins: dict[str, str]  # for each leaf that differs from the default of its class, `file:<path>` or `command line`
+    Attributes:
+        run: the config.
+        source: the file that it came from, as the user named it.
+        origins: for each leaf that differs from its default, `file:SOURCE` or `command line`.
+    """
+
+    run: C
+    source: str
+    origins: dict[str, str]
 
 
 def record(
     loaded: Loaded[Any],
     *,
     command: Sequence[str],
-    versions: dict[str, Any],
-    git: dict[str, Any],
-    devices: list[Any] | dict[str, Any],
+    versions: Mapping[str, Any],
+    git: Mapping[str, Any],
+    devices: Sequence[Any] | Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the JSON-able record of a run: `versions` by package, `git` the source tree's state."""
+    """Returns the record of a run: `versions` are those of packages, `git` is the state of the source tree."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -49,7 +55,7 @@ def record(
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
         "config": encode(loaded.run),
-        "classes": {class_name(each): source_of(each) for each in users_classes(loaded.run)},
+        "classes": {class_name(cls): source_of(cls) for cls in users_classes(loaded.run)},
         "origins": dict(loaded.origins),
         "versions": versions,
         "git": git,
@@ -57,18 +63,15 @@ def record(
     }
 
 
-def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Replaces the file at `path` by a record; StorageError where it cannot be written: an older one is untouched."""
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Replaces the file at `path` atomically; raises StorageError if it cannot be written."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     with storage_errors(path):
         write_bytes_atomic(Path(path), text.encode())
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a record; StorageError where the file cannot be read.
-
-    ConfigError where there is no such file, or it is not a record, or a newer version wrote it.
-    """
+    """Reads a record; raises StorageError if it cannot be read, ConfigError if it is no record or of a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     try:
         with storage_errors(path, action="read", missing=missing):
@@ -84,7 +87,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a run record, it has no format; name a run.json that a run wrote")
     if version > FORMAT:
         raise ConfigError(
-            f"{path}: format={version} is newer than the {FORMAT} that this version reads; upgrade jaxinfra"
+            f"{path}: format={version} is newer than {FORMAT}, which this version reads; upgrade jaxinfra"
         )
     for key in ("root", "config"):
         if key not in found:
@@ -93,15 +96,23 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def decode_record[C](
-    path: str | os.PathLike[str], record: dict[str, Any], root: type[C] | None = None, finder: ClassFinder | None = None
+    path: str | os.PathLike[str],
+    record: Mapping[str, Any],
+    root: type[C] | None = None,
+    finder: ClassFinder | None = None,
 ) -> C:
-    """Rebuilds the config object of a record that `read_record` has read from `path`.
+    """Returns the config of the record that was read from `path`.
 
-    ConfigError where a class is not found, or the stored config does not fit it. `root` is the class that is
-    expected, if the caller knows it; it need not be importable then. Without a `finder`, users' classes are refused.
+    Args:
+        path: for messages.
+        record: from `read_record`.
+        root: the class of the config, if the caller knows it; it need not be importable then.
+        finder: finds users' classes; without it, only classes of jaxinfra are found.
+
+    Raises:
+        ConfigError: if a class is not found, or the stored config does not fit it.
     """
-    finder = finder or ClassFinder()
-    named = str(record["root"])
+    finder, named = finder or ClassFinder(), str(record["root"])
     try:
         cls = root if root is not None and named == class_name(root) else finder.find(named)
     except ConfigError as error:
@@ -115,9 +126,9 @@ def decode_record[C](
 
 
 def require_classes(
-    path: str | os.PathLike[str], record: dict[str, Any], finder: ClassFinder, *, same_sources: bool
+    path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder, *, same_sources: bool
 ) -> None:
-    """Finds the users' classes of a record; ConfigError where one is missing, or its file differs."""
+    """Raises ConfigError if a users' class of a record is missing or, with `same_sources`, its file has changed."""
     classes = record.get("classes", {})
     if not isinstance(classes, dict) or not all(map(_is_source, classes.values())):
         raise ConfigError(f"{path}: the classes in it are damaged; restore the file")

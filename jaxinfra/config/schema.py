@@ -1,12 +1,12 @@
-"""What a config class may hold, read from its annotations.
+"""The types of config fields, read from their annotations.
 
-A *config class* is a dataclass. A *leaf* is an int, float, bool, str, None, enum member, one of a `Literal`,
-or a tuple of these. A *node* is a config object or a non-empty tuple of config objects. A field whose
-annotation is a union with a config class in it is a *choice*: members are chosen by snake_case class name.
-`Annotated` says more of a field: limits of annotated-types, such as `Annotated[int, Ge(1)]`, and `NOT_FINGERPRINTED`.
+A *config class* is a dataclass. A *leaf* is an int, float, bool, str, None, enum member, one of a `Literal`, or a tuple
+of these. A *node* is a config object, or a non-empty tuple of config objects. A *choice* is a field that accepts
+several config classes: those of a union by snake_case name, those that inherit from an open base (see `Extensible`)
+by import path. `Annotated` adds limits of annotated-types, such as `Annotated[int, Ge(1)]`, or `NOT_FINGERPRINTED`.
 
-Nothing here reads or writes text. `conform` holds the invariant that the rest of the package relies on: every
-value in the tree has exactly the type that its annotation says, so an int in a float field becomes a float.
+`conform` ensures that every value in a config has exactly the type that its annotation says: an int in a float field
+becomes a float. The other modules rely on it.
 """
 
 import dataclasses
@@ -43,30 +43,30 @@ class _Mark(enum.Enum):
 
 
 NOT_FINGERPRINTED = _Mark.NOT_FINGERPRINTED
-"""In `Annotated`: two configs that differ in this field, or below it, alone have one fingerprint."""
+"""In `Annotated`: leaves the field, and all fields below it, out of the fingerprint."""
 
 MISMATCH = _Mark.MISMATCH
-"""What a match or a parse returns when the value does not fit; None cannot say so, as it is a leaf value."""
+"""The result of a match or a parse if the value does not fit; None is a value itself."""
 
 MISSING = dataclasses.MISSING  # the default of a field that has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigField:
-    """One field of a config class, its annotation resolved."""
+    """A field of a config class with its resolved annotation."""
 
     name: str
-    annotation: Any
-    default: Any
-    factory: Any
+    annotation: object
+    default: object
+    factory: Any  # a function, or `MISSING`
 
     @property
     def required(self) -> bool:
         """Whether the field must be given."""
         return self.default is MISSING and self.factory is MISSING
 
-    def make_default(self) -> Any:
-        """Returns the default value, of the exact type of the field, or `MISSING`."""
+    def make_default(self) -> object:
+        """Returns the default value, or `MISSING`."""
         if self.required:
             return MISSING
         value = self.default if self.factory is MISSING else self.factory()
@@ -75,16 +75,16 @@ class ConfigField:
 
 @functools.cache
 def fields_of(cls: type) -> tuple[ConfigField, ...]:
-    """Returns the fields that `cls` is built from, in order; derived ones (`init=False`) are left out.
+    """Returns the fields that the constructor of `cls` takes.
 
-    ConfigError where an annotation cannot be resolved or says something that a config cannot hold.
+    Raises ConfigError if an annotation cannot be resolved, or names a type that a config cannot hold.
     """
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise ConfigError(
-            f"{cls.__qualname__}: an annotation names {error.name}, which {cls.__module__} does not define; "
-            f"import it there at run time"
+            f"{cls.__qualname__}: {cls.__module__} does not define {error.name}, which an annotation names; "
+            f"import it there, not under TYPE_CHECKING"
         ) from error
     given = [field for field in dataclasses.fields(cls) if field.init]
     for field in given:
@@ -96,10 +96,9 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
 
 
 def reachable(cls: type, found: dict[type, None] | None = None) -> dict[type, None]:
-    """Reads the annotations of `cls` and of all config classes that they name; returns these classes.
+    """Returns `cls` and all config classes that its annotations name, and resolves the annotations of all.
 
-    String annotations are looked up in the module of their class. The module of a config file is gone after
-    loading, so this must happen before.
+    String annotations are looked up in the module of their class, so this must be done while a config file is loaded.
     """
     found = {} if found is None else found
     if cls not in found:
@@ -110,13 +109,13 @@ def reachable(cls: type, found: dict[type, None] | None = None) -> dict[type, No
     return found
 
 
-def members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the alternatives of an annotation, nested unions and `type` aliases flattened, without metadata."""
+def members(annotation: object) -> tuple[Any, ...]:
+    """Returns the alternatives of a union, without metadata; nested unions and `type` aliases are flattened."""
     return tuple(dict.fromkeys(member for member, _ in _alternatives(annotation)))
 
 
-def _alternatives(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Yields each alternative of an annotation with its metadata."""
+def _alternatives(annotation: Any, metadata: tuple[object, ...] = ()) -> Iterator[tuple[Any, tuple[object, ...]]]:
+    """Yields each alternative of a union with its metadata."""
     if isinstance(annotation, typing.TypeAliasType):
         yield from _alternatives(annotation.__value__, metadata)
     elif get_origin(annotation) is Annotated:
@@ -128,28 +127,29 @@ def _alternatives(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[t
         yield types.NoneType if annotation is None else annotation, metadata
 
 
-def is_within(annotation: Any, value: Any) -> bool:
-    """Tells whether a value that conforms lies within the limits of its annotation."""
-    return any(_member_has(member, metadata, value) for member, metadata in _alternatives(annotation))
+def is_within(annotation: object, value: object) -> bool:
+    """Tells whether a value of the right type lies within the limits of its annotation."""
+    return any(_is_within(member, metadata, value) for member, metadata in _alternatives(annotation))
 
 
-def _member_has(member: Any, metadata: tuple[Any, ...], value: Any) -> bool:
+def _is_within(member: object, metadata: tuple[object, ...], value: object) -> bool:
     if get_origin(member) is tuple:
-        items = items_of(member, len(value)) if isinstance(value, tuple) else None
-        return items is not None and all(is_within(*pair) for pair in zip(items, value, strict=True))
+        if not isinstance(value, tuple) or (items := items_of(member, len(value))) is None:
+            return False
+        return all(is_within(*pair) for pair in zip(items, value, strict=True))
     fits = accepts(member, type(value)) or match(member, value) is not MISMATCH
     return fits and all(holds(value, bound) for bound, holds, _ in _limits(metadata))
 
 
 def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any], bool], str]]:
-    """Yields each limit's bound, what must hold of a value and it, and the words for that."""
+    """Yields the bound of each limit, the relation of a value to it, and the words for the relation."""
     for each in metadata:
         if type(each) in _LIMITS:
             yield *dataclasses.astuple(each), *_LIMITS[type(each)]
 
 
-def least(annotation: Any) -> Any:
-    """Returns the lower limit of an annotation, a text that is long enough, or `MISSING`."""
+def smallest(annotation: object) -> object:
+    """Returns the smallest value that an annotation allows, a text of the least length, or `MISSING`."""
     for limit in (each for _, metadata in _alternatives(annotation) for each in metadata):
         if isinstance(limit, Ge):
             return limit.ge
@@ -158,24 +158,24 @@ def least(annotation: Any) -> Any:
     return MISSING
 
 
-def is_config(cls: Any) -> bool:
+def is_config(cls: object) -> bool:
     """Tells whether `cls` is a config class."""
     return isinstance(cls, type) and dataclasses.is_dataclass(cls)
 
 
-def is_open(cls: Any) -> bool:
+def is_open(cls: object) -> bool:
     """Tells whether `cls` is an open base: every config class that inherits from it is a valid value."""
     return isinstance(cls, type) and issubclass(cls, Extensible) and not is_config(cls)
 
 
-def accepts(annotation: Any, cls: type) -> bool:
+def accepts(annotation: object, cls: type) -> bool:
     """Tells whether objects of the config class `cls` are values of an annotation."""
     options = members(annotation)
     return is_config(cls) and (cls in options or any(is_open(option) and issubclass(cls, option) for option in options))
 
 
-def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config classes that a choice names, by snake_case name; empty when the annotation is no choice."""
+def choices(annotation: object) -> dict[str, type]:
+    """Returns the config classes of a union by their snake_case names; empty if the annotation is not a union."""
     options = members(annotation)
     named = [*filter(is_config, options), *(cls for option in options if is_open(option) for cls in _builtins(option))]
     return {snake_case(cls): cls for cls in named} if len(options) > 1 or any(map(is_open, options)) else {}
@@ -186,33 +186,33 @@ def _builtins(base: type[Extensible]) -> tuple[type, ...]:
     return tuple(map(pkgutil.resolve_name, base.builtins))
 
 
-def is_choice(annotation: Any) -> bool:
-    """Tells whether the class of a value must be named, as the annotation accepts several."""
+def is_choice(annotation: object) -> bool:
+    """Tells whether an annotation accepts several config classes, or None beside one."""
     return bool(choices(annotation)) or any(map(is_open, members(annotation)))
 
 
-def choice_name(annotation: Any, cls: type) -> str:
-    """Returns the name by which a class is chosen: snake_case, or the import path if only an open base accepts it."""
+def choice_name(annotation: object, cls: type) -> str:
+    """Returns the snake_case name of a class of the union, the import path of any other class."""
     return snake_case(cls) if cls in choices(annotation).values() else class_name(cls)
 
 
-def not_accepted(annotation: Any, cls: type) -> str:
-    """Says that `cls` is no value of an annotation, and how to make it one if there is an open base."""
+def not_accepted(annotation: object, cls: type) -> str:
+    """Says what an annotation expects instead of an object of `cls`."""
     bases = [class_name(option) for option in members(annotation) if is_open(option)]
     fix = f"; let {cls.__name__} inherit from {bases[0]}" if bases else ""
     return f"expected {describe(annotation)}, found {cls.__name__}{fix}"
 
 
-def items_of(annotation: Any, count: int) -> tuple[Any, ...] | None:
-    """Returns the annotations of `count` items of a tuple annotation, or None when it has another length."""
+def items_of(annotation: object, count: int) -> tuple[Any, ...] | None:
+    """Returns the annotations of the items of a tuple, or None if it cannot have `count` items."""
     args = get_args(annotation)
     if len(args) == 2 and args[1] is Ellipsis:
         return args[:1] * count
     return args if len(args) == count else None
 
 
-def children(annotation: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, annotation, value) of each part of a node, in order; nothing for a leaf."""
+def children(annotation: object, value: object) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the name, annotation and value of each part of a node; nothing for a leaf."""
     if is_config(type(value)):
         for field in fields_of(type(value)):
             yield field.name, field.annotation, getattr(value, field.name)
@@ -222,65 +222,65 @@ def children(annotation: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def walk(
-    annotation: Any, value: Any, path: str = "", *, parts_first: bool = False, fingerprinted_only: bool = False
+    annotation: object, value: object, path: str = "", *, parts_first: bool = False, fingerprinted_only: bool = False
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, annotation, value) of a value, whose path is given, and of everything below it, in field order.
+    """Yields the path, annotation and value of a node and of everything below it, in the order of the fields.
 
-    With `parts_first` the parts of a node come before it; `fingerprinted_only` leaves out what is marked
-    `NOT_FINGERPRINTED`, with all that lies below it.
+    Args:
+        annotation: of the value.
+        value: the node, or a leaf.
+        path: of the value.
+        parts_first: yields the parts of a node before the node.
+        fingerprinted_only: skips fields that are `NOT_FINGERPRINTED`, with everything below them.
     """
     if fingerprinted_only and any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation)):
         return
     if not parts_first:
         yield path, annotation, value
+    options = {"parts_first": parts_first, "fingerprinted_only": fingerprinted_only}
     for name, part_annotation, part in children(annotation, value):
-        yield from walk(
-            part_annotation, part, join(path, name), parts_first=parts_first, fingerprinted_only=fingerprinted_only
-        )
+        yield from walk(part_annotation, part, join(path, name), **options)
     if parts_first:
         yield path, annotation, value
 
 
-def is_node(annotation: Any, value: Any) -> bool:
+def is_node(annotation: object, value: object) -> bool:
     """Tells whether `value` has parts with paths of their own."""
     return is_config(type(value)) or (isinstance(value, tuple) and bool(_node_items(annotation, len(value))))
 
 
-def describe(annotation: Any) -> str:
-    """Says what an annotation accepts, in the words of the command line: `int at least 1 or none`, `cosine or wsd`."""
+def describe(annotation: object) -> str:
+    """Says what an annotation accepts: `int at least 1 or none`, `cosine or wsd`."""
     return one_of(words_of(annotation))
 
 
-def words_of(annotation: Any) -> list[str]:
-    """Returns the parts of `describe`: type names, or the words that a closed set consists of."""
+def words_of(annotation: object) -> list[str]:
+    """Returns the alternatives of an annotation as `describe` names them."""
     alternatives = dict.fromkeys(_alternatives(annotation))
     return [word for member, metadata in alternatives for word in _words(member, metadata)]
 
 
-def conform(annotation: Any, value: Any, path: str = "") -> Any:
-    """Returns `value` with every leaf of the exact type of its annotation.
-
-    ConfigError where one does not fit; the message has its path, the value and what was expected.
-    """
+def conform(annotation: object, value: Any, path: str = "") -> Any:
+    """Returns `value` with every leaf of the exact type of its annotation; raises ConfigError if one does not fit."""
     if accepts(annotation, type(value)):
-        parts = (
-            (name, part, conform(each, part, join(path, name))) for name, each, part in children(annotation, value)
-        )
-        changed = {name: new for name, part, new in parts if new is not part}
+        changed = {}
+        for name, part_annotation, part in children(annotation, value):
+            if (new := conform(part_annotation, part, join(path, name))) is not part:
+                changed[name] = new
         return dataclasses.replace(value, **changed) if changed else value
     if is_node(annotation, value) and isinstance(value, tuple):
         parts = children(annotation, value)
         return _same_or(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
     found = match(annotation, value)
     if found is MISMATCH:
-        plain = value is None or isinstance(value, bool | int | float | str)  # whose text shows the type
-        expected = f"expected {describe(annotation)}" if plain else not_accepted(annotation, type(value))
+        type_is_obvious = type(value) in _SCALARS
+        expected = f"expected {describe(annotation)}" if type_is_obvious else not_accepted(annotation, type(value))
         raise ConfigError(f"{path or 'config'}={show(value)}: {expected}")
     return found
 
 
-def match(annotation: Any, value: Any) -> Any:
-    """Returns a leaf value, of the exact type of the annotation, or `MISMATCH`."""
+def match(annotation: object, value: object) -> Any:
+    """Returns a leaf value in the exact type of the annotation, or `MISMATCH`."""
     options = members(annotation)
     for member in options:
         if (found := _match_member(member, value)) is not MISMATCH:
@@ -288,10 +288,9 @@ def match(annotation: Any, value: Any) -> Any:
     return float(value) if float in options and type(value) is int else MISMATCH
 
 
-def _match_member(member: Any, value: Any) -> Any:
+def _match_member(member: object, value: object) -> object:
     if get_origin(member) is tuple:
-        items = items_of(member, len(value)) if isinstance(value, tuple) else None
-        if items is None:
+        if not isinstance(value, tuple) or (items := items_of(member, len(value))) is None:
             return MISMATCH
         parts = tuple(match(item, part) for item, part in zip(items, value, strict=True))
         return MISMATCH if MISMATCH in parts else _same_or(value, parts)
@@ -302,28 +301,28 @@ def _match_member(member: Any, value: Any) -> Any:
     return value if fits else MISMATCH
 
 
-def _same_or(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns `old` itself unless an item differs, so that a tree that conforms comes back as it is."""
+def _same_or(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[object, ...]:
+    """Returns `old` itself if no item differs, so that a config that conforms is returned unchanged."""
     return old if all(one is other for one, other in zip(old, new, strict=True)) else new
 
 
-def _node_items(annotation: Any, count: int) -> tuple[Any, ...]:
-    """Returns the annotations of the items of a tuple of config objects; () when a tuple would be a leaf."""
+def _node_items(annotation: object, count: int) -> tuple[object, ...]:
+    """Returns the annotations of the items of a tuple of config objects; () if a tuple is a leaf."""
     for member in members(annotation):
         if get_origin(member) is tuple and any(_classes(arg) for arg in get_args(member)):
             return items_of(member, count) or ()
     return ()
 
 
-def _classes(annotation: Any) -> list[type]:
-    """Returns the config classes and open bases of an annotation, those of tuples included."""
+def _classes(annotation: object) -> list[type]:
+    """Returns the config classes and open bases in an annotation, also inside tuples."""
     options = members(annotation)
     inside = (arg for option in options if get_origin(option) is tuple for arg in get_args(option))
     own = [option for option in options if is_config(option) or is_open(option)]
     return [*own, *(cls for arg in inside for cls in _classes(arg))]
 
 
-def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
+def _words(member: Any, metadata: tuple[object, ...]) -> list[str]:
     if member is bool:
         return ["true", "false"]
     if get_origin(member) is Literal:
@@ -344,20 +343,20 @@ def _words(member: Any, metadata: tuple[Any, ...]) -> list[str]:
     return [f"{member.__name__} {' and '.join(limits)}".rstrip()]
 
 
-def _require_supported(annotation: Any, where: str) -> None:
+def _require_supported(annotation: object, where: str) -> None:
     for member, metadata in _alternatives(annotation):
         for each in metadata:
             limited = (str,) if isinstance(each, MinLen) else (int, float)
             if each is not NOT_FINGERPRINTED and (type(each) not in _LIMITS or member not in limited):
-                words = "Ge, Gt, Le and Lt, of int and float, and MinLen of str"
-                raise ConfigError(f"{where}: a config reads {words}; found {each}")
+                allowed = "Ge, Gt, Le and Lt of int and float, and MinLen of str"
+                raise ConfigError(f"{where}: {each} is not a limit that a config checks; use {allowed}")
         if get_origin(member) is tuple:
             for arg in get_args(member):
                 if arg is not Ellipsis:
                     _require_supported(arg, where)
         elif get_origin(member) is Literal:
             if not all(type(arg) in (str, int, bool, types.NoneType) for arg in get_args(member)):
-                raise ConfigError(f"{where}: a Literal may hold str, int, bool and None; found {member}")
+                raise ConfigError(f"{where}: {member} must consist of str, int, bool and None")
         elif not (member in _SCALARS or is_config(member) or is_open(member) or isinstance(member, enum.EnumType)):
             name = member.__name__ if isinstance(member, type) else member
             raise ConfigError(

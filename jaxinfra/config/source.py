@@ -1,12 +1,11 @@
-"""From a config file, or the record of an earlier run, to a resolved config.
+"""Loading of a config from a config file or the record of a run, with overrides.
 
-A config file is Python with `def config()`, run by path. It may import modules of its own folder; neither stays in
-`sys.modules` afterwards.
+A config file is Python with `def config()`. It may import modules from its folder.
 """
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,19 +28,22 @@ def load[C](
     overrides: Sequence[str] = (),
     root: type[C] | None = None,
     imports: Sequence[str | os.PathLike[str]] = (),
+    *,
     same_sources: bool = True,
 ) -> Loaded[C]:
-    """Returns the config that a file describes, with overrides applied; it is not validated.
-
-    ConfigError where the file is missing, is no config, or fails, or an override does not fit; StorageError where the
-    file cannot be read.
+    """Returns the config of a file, with overrides applied; it is not validated.
 
     Args:
-        source: a Python file with `def config()`, or the `run.json` of an earlier run.
-        overrides: `path=value` texts, applied from left to right.
+        source: a config file, or the `run.json` of a run.
+        overrides: `path=value` texts.
         root: the class that the config must be an instance of.
-        imports: modules, and files or folders for all modules of the folder, that a record may import classes from.
+        imports: modules that a record may import classes from; a file or a `folder/` stands for all modules of its
+            folder.
         same_sources: refuse a record if the file of one of its classes has changed since.
+
+    Raises:
+        ConfigError: if the file is missing, is no config or fails, or if an override does not fit.
+        StorageError: if the file cannot be read.
     """
     path = Path(source)
     _require_config_file(path)
@@ -57,10 +59,10 @@ def load[C](
         run = _run_config_file(folder, path)
     if root is not None and not isinstance(run, root):
         raise ConfigError(f"{path}: expected a config of class {root.__name__}, found {type(run).__name__}")
-    before, named = leaves(run), os.fspath(source)
+    before = leaves(run)
     run = apply(run, overrides, finder)
-    given = {override.path for override in read_overrides(overrides)}
-    return Loaded(run=run, source=named, origins=_origins(run, before, given, named))
+    overridden = {override.path for override in read_overrides(overrides)}
+    return Loaded(run=run, source=os.fspath(source), origins=_origins(run, before, overridden, os.fspath(source)))
 
 
 def _require_config_file(path: Path) -> None:
@@ -79,7 +81,7 @@ def _require_config_file(path: Path) -> None:
 
 
 def _run_config_file(folder: ModuleFolder, path: Path) -> object:
-    """Calls `config()` of a file."""
+    """Returns the result of `config()` of the file at `path`, which lies in `folder`."""
     with folder.importable():
         run = folder.run(path, _config_function(path, folder.load(path.name)))
         if not is_config(type(run)):
@@ -104,29 +106,30 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
     return function
 
 
-def _origins(run: Any, before: dict[str, Any], given: Collection[str], file: str) -> dict[str, str]:
-    """Returns where each leaf of a config came from that differs from its default, of a file or of overrides.
+def _origins(run: object, before: Mapping[str, object], overridden: set[str], file: str) -> dict[str, str]:
+    """Returns the origin of each leaf that differs from its default; `before` are the leaves without the overrides.
 
-    `before` are the leaves before these, `given` are their paths. Switching a choice can change leaves that none names.
+    A leaf may come from the command line although no override names it, if one has switched the class above it.
     """
     after = leaves(run)
-    kept = {path for path in before.keys() & after.keys() - set(given) if same(before[path], after[path])}
-    return {path: f"file:{file}" if path in kept else COMMAND_LINE for path in _changed(type(run), run, MISSING, "")}
+    kept = {path for path in before.keys() & after.keys() - overridden if same(before[path], after[path])}
+    changed = _not_default(type(run), run, MISSING, "")
+    return {path: f"file:{file}" if path in kept else COMMAND_LINE for path in changed}
 
 
-def _changed(annotation: Any, value: Any, default: Any, path: str) -> Iterator[str]:
-    """Yields the leaves that differ from `default`, or from their own where that is of another class."""
-    alike = type(default) is type(value)
-    if is_config(type(value)):
-        if is_choice(annotation) and not alike:
+def _not_default(annotation: object, value: object, default: object, path: str) -> Iterator[str]:
+    """Yields the paths of leaves that differ from `default`, or from the defaults of their class if it is another."""
+    if not is_node(annotation, value):
+        if not same(value, default):
             yield path
-        own = {field.name: field for field in fields_of(type(value))}
-        for name, part_annotation, part in children(annotation, value):
-            part_default = getattr(default, name) if alike else own[name].make_default()
-            yield from _changed(part_annotation, part, part_default, join(path, name))
-    elif is_node(annotation, value):
-        for index, (name, part_annotation, part) in enumerate(children(annotation, value)):
-            part_default = default[index] if alike and index < len(default) else MISSING
-            yield from _changed(part_annotation, part, part_default, join(path, name))
-    elif not same(value, default):
-        yield path
+        return
+    if type(default) is type(value):
+        defaults = {name: part for name, _, part in children(annotation, default)}
+    elif isinstance(value, tuple):
+        defaults = {}
+    else:
+        defaults = {field.name: field.make_default() for field in fields_of(type(value))}
+        if is_choice(annotation):
+            yield path
+    for name, part_annotation, part in children(annotation, value):
+        yield from _not_default(part_annotation, part, defaults.get(name, MISSING), join(path, name))

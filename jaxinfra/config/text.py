@@ -1,7 +1,6 @@
-"""How config values and names are written for a person: on a command line, in a dump, in an error.
+"""Formatting of config values and names, for dumps, overrides and errors.
 
-It knows nothing of annotations; `parse` reads these texts back. The invariant is that a value written by
-`format_value` and given as an override to the field that it came from yields the same value.
+An override with a text of `format_value` sets the same value again: `parse` reads the text by the annotation.
 """
 
 import dataclasses
@@ -9,7 +8,6 @@ import difflib
 import enum
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from jaxinfra.config.extensible import Extensible, class_name, is_users
 from jaxinfra.storage.credentials import mask_credentials
@@ -21,22 +19,22 @@ _SHOWN_CHARACTERS = 60
 
 
 def snake_case(cls: type) -> str:
-    """Returns the name by which a config class is chosen: `CosineDecay` is `cosine_decay`, `WSD` is `wsd`."""
+    """Returns the name of a class in overrides: `cosine_decay` for `CosineDecay`, `wsd` for `WSD`."""
     return _WORD_START.sub("_", cls.__name__).lower()
 
 
 def join(path: str, name: str | int) -> str:
-    """Returns the dotted path of the part `name` of the node at `path` ("" is the root)."""
+    """Returns the dotted path of the part `name` of the node at `path`; the path of the root is ""."""
     return f"{path}.{name}" if path else str(name)
 
 
 def is_below(path: str, prefix: str) -> bool:
-    """Tells whether `path` is `prefix` or lies inside it."""
+    """Tells whether `path` is `prefix` or below it."""
     return path == prefix or path.startswith(f"{prefix}.")
 
 
-def format_value(value: Any) -> str:
-    """Writes a config value the way an override spells it; a config object becomes its snake_case name."""
+def format_value(value: object) -> str:
+    """Returns the text of a value in an override; of a config object, the name of its class."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -49,40 +47,40 @@ def format_value(value: Any) -> str:
         inner = ", ".join(map(format_value, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = isinstance(value, Extensible) and is_users(type(value))
-        return class_name(type(value)) if own else snake_case(type(value))
+        by_path = isinstance(value, Extensible) and is_users(type(value))
+        return class_name(type(value)) if by_path else snake_case(type(value))
     return repr(value)
 
 
-def show(value: Any) -> str:
-    """Writes any value for an error message: on one line, and short."""
+def show(value: object) -> str:
+    """Returns the text of any value for an error message: one short line."""
     return shorten(format_value(value))
 
 
 def shorten(text: str) -> str:
-    """Puts a text on one line and cuts it to what a message can carry; credentials are left out."""
+    """Returns one short line of a text, without credentials."""
     text = mask_credentials(" ".join(text.split()))
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
-def same(left: Any, right: Any) -> bool:
-    """Tells whether two leaf values are written alike; unlike `==`, NaN is NaN, and 1 is not 1.0 or true."""
+def same(left: object, right: object) -> bool:
+    """Tells whether two leaf values are the same; unlike with `==`, NaN equals NaN, and 1 differs from 1.0 and true."""
     return type(left) is type(right) and format_value(left) == format_value(right)
 
 
 def one_of(words: Iterable[str]) -> str:
-    """Joins alternatives: `a`, `a or b`, `a, b or c`."""
+    """Joins words: `a`, `a or b`, `a, b or c`."""
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the candidate most like `name`, or None when none is near (ratio of `difflib` >= cutoff)."""
+    """Returns the candidate most similar to `name`; None if the similarity (see `difflib`) of all is below `cutoff`."""
     return next(iter(difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)), None)
 
 
 def _is_plain(text: str) -> bool:
-    """Tells whether a string can be written bare without being taken for another type."""
+    """Tells whether a string needs no quotes to be read as a string."""
     if not _PLAIN.fullmatch(text) or text.lower() in _RESERVED:
         return False
     try:

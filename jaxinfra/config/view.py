@@ -1,35 +1,34 @@
-"""A config seen as a flat list of leaves: for reading, comparing and fingerprints.
+"""Flat views of a config: leaves by path, dump, diff and fingerprint.
 
-A choice yields its own path too, with the snake_case name of the chosen class. Applying all leaves of one
-tree as overrides to another of the same class therefore makes the two equal (except where tuples of config
-objects differ in length).
+A choice is a leaf too, at its own path: the name of the chosen class. The leaves of one config, given as overrides to
+another of the same class, make the two equal, unless tuples of config objects differ in length.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxinfra.config.schema import choice_name, conform, is_choice, is_config, is_node, walk
 from jaxinfra.config.text import format_value, same
 
-ABSENT = "absent"  # what a difference shows for a path that one side does not have
+ABSENT = "absent"  # in a difference, the value of the config that does not have the path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A path whose leaf values differ between two trees; a side without the path holds `ABSENT`."""
+    """A path whose leaf differs between two configs; it is `ABSENT` from one that does not have the path."""
 
     path: str
-    left: Any
-    right: Any
+    left: object
+    right: object
 
 
-def leaves(root: Any, *, fingerprinted_only: bool = False) -> dict[str, Any]:
-    """Returns the leaf values by dotted path, in field order; ConfigError where one does not fit its annotation.
+def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, object]:
+    """Returns the leaves by dotted path, in the order of the fields.
 
-    `fingerprinted_only` leaves out what is marked `NOT_FINGERPRINTED`, each field with all that lies below it.
+    `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`, with everything below them. Raises ConfigError if a
+    value does not fit its annotation.
     """
     found = {}
     for path, annotation, value in walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only):
@@ -40,16 +39,13 @@ def leaves(root: Any, *, fingerprinted_only: bool = False) -> dict[str, Any]:
     return found
 
 
-def dump(root: Any) -> str:
-    """Returns one `path = value` line a leaf; a line without the spaces can be given as an override."""
+def dump(root: object) -> str:
+    """Returns a line `path = value` for each leaf; without the spaces it is an override."""
     return "".join(f"{path} = {format_value(value)}\n" for path, value in leaves(root).items())
 
 
-def diff(left: Any, right: Any, *, fingerprinted_only: bool = False) -> list[Difference]:
-    """Returns the leaves that differ, in field order; what only `right` has follows its neighbor there.
-
-    `fingerprinted_only` is as of `leaves`.
-    """
+def diff(left: object, right: object, *, fingerprinted_only: bool = False) -> list[Difference]:
+    """Returns the leaves that differ, in the order of the fields; see `leaves`."""
     lefts, rights = (leaves(each, fingerprinted_only=fingerprinted_only) for each in (left, right))
     order, position = list(lefts), 0
     for path in rights:
@@ -65,16 +61,16 @@ def diff(left: Any, right: Any, *, fingerprinted_only: bool = False) -> list[Dif
 
 
 def format_diff(differences: Sequence[Difference]) -> str:
-    """Returns one line a difference, `path  left -> right`, in aligned columns; "" when there is none."""
+    """Returns a line `path  left -> right` for each difference, in aligned columns."""
     rows = [(each.path, format_value(each.left), format_value(each.right)) for each in differences]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"{path:<{widths[0]}}  {left:<{widths[1]}} -> {right}" for path, left, right in rows)
 
 
-def fingerprint(root: Any) -> str:
-    """Returns 16 hex digits that name the values of a config, those of fields marked `NOT_FINGERPRINTED` left out.
+def fingerprint(root: object) -> str:
+    """Returns 16 hex digits that identify a config, without the fields that are `NOT_FINGERPRINTED`.
 
-    They are the start of the SHA-256 of the canonical JSON of path and written value, sorted by path.
+    They are the start of the SHA-256 of the JSON of all leaves as text, sorted by path.
     """
     kept = {path: format_value(value) for path, value in leaves(root, fingerprinted_only=True).items()}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
