@@ -19,17 +19,11 @@ _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A problem that a config object reports.
+    """A problem that a config object reports; paths are relative to the object, and are shown as full paths."""
 
-    Attributes:
-        fields: dotted paths of the fields, relative to the object.
-        message: says what is wrong with their values.
-        fix: says what to do; a `path=value` in it is relative too, and is shown with its full path.
-    """
-
-    fields: tuple[str, ...]
-    message: str
-    fix: str
+    fields: tuple[str, ...]  # paths of the fields
+    message: str  # says what is wrong with their values
+    fix: str  # says what to do, such as "use steps=100"
 
 
 def validate(root: object) -> None:

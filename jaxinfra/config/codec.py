@@ -29,7 +29,7 @@ from jaxinfra.config.schema import (
     match,
     members,
 )
-from jaxinfra.config.text import join, nearest, same, shorten, show
+from jaxinfra.config.text import error_prefix, join, nearest, same, shorten, show
 from jaxinfra.errors import ConfigError
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -92,11 +92,9 @@ def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -
 
 
 def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinder) -> type:
-    try:
+    with error_prefix(f"{path}: "):
         if isinstance(kind, str) and (cls := choices(annotation).get(kind) or find_choice(annotation, kind, finder)):
             return cls
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
     found = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
     raise ConfigError(f"{path}{found} expected {describe(annotation)}")
 

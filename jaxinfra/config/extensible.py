@@ -11,7 +11,7 @@ KIND = "kind"  # the key that names the chosen class in an encoded config
 
 
 class Extensible:
-    """Marks an open base: a subclass that is no dataclass, and stands for all its config classes in an annotation.
+    """Marks an open base, which in an annotation stands for all dataclasses that inherit from it.
 
         class Optimizer(Extensible, ABC):
             @abstractmethod
@@ -19,34 +19,35 @@ class Extensible:
 
         type OptimizerChoice = AdamW | Lion | Optimizer
 
-    AdamW and Lion are chosen as `adam_w` and `lion`, any other frozen dataclass that inherits from Optimizer by its
-    import path, `package.module:Class`, or by `FILE.py:Class` if it is defined in the config file FILE.py.
+    An open base is not a dataclass; its subclasses are frozen ones, and define its abstract methods. AdamW and Lion are
+    chosen by the names `adam_w` and `lion`, any other subclass of Optimizer by its import path, `package.module:Class`,
+    or as `FILE.py:Class` if it is defined in the config file FILE.py.
 
     Attributes:
-        builtins: import paths of classes that have a snake_case name too, without being in the annotation. They are
-            imported when they are used first.
+        builtins: import paths of subclasses that have snake_case names without being in the annotation; they are
+            imported on first use.
     """
 
     builtins: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: object, **fields: object) -> Self:
-        """Refuses a class that cannot be a config value; ConfigError says what to add to it."""
+        """Raises ConfigError for a class that cannot be used in a config."""
         require_complete(cls)
         return super().__new__(cls)
 
 
 def class_name(cls: type) -> str:
-    """Returns `module:Class`; the module of a config file has the name of the file."""
+    """Returns the import path of a class, `module:Class`; the module of a config file has the name of the file."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def is_users(cls: type) -> bool:
+def is_user_class(cls: type) -> bool:
     """Tells whether a class is defined outside jaxinfra."""
     return cls.__module__.partition(".")[0] != PACKAGE
 
 
 def require_complete(cls: type) -> None:
-    """Refuses a subclass of an open base that cannot be a config value; ConfigError says what to add to it."""
+    """Raises ConfigError for a subclass of an open base that cannot be used in a config; it says what to add."""
     if problem := _incomplete(cls):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         raise ConfigError(f"{class_name(cls)}{f' in {file}' if file else ''}: {problem}")

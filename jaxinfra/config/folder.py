@@ -1,4 +1,4 @@
-"""Config files and the modules beside them, kept apart from the modules of all other folders."""
+"""Import of config files, and of the modules in their folder."""
 
 import importlib
 import importlib.util
@@ -22,17 +22,17 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 class _UncachedLoader(SourceFileLoader):
-    """Compiles a module at every load, so that an edit within the same second is seen; writes no bytecode."""
+    """Loads a module without a bytecode cache, which would miss an edit within the same second."""
 
     def path_stats(self, path: str) -> NoReturn:
         raise OSError
 
 
 class ModuleFolder:
-    """The modules of one folder: config files, named `FILE.py`, and what they import from the folder.
+    """The modules of a folder; a config file is a module too, and has the name of the file.
 
-    They are in `sys.modules` only within `importable()`, so that folders with modules of the same name do not mix.
-    A module of the folder hides one of the same name elsewhere, but never one of Python or of an installed package.
+    They are in `sys.modules` only within `importable()`, so that folders with modules of the same name do not mix. They
+    hide modules of the same name elsewhere, but not those of Python and of installed packages.
     """
 
     def __init__(self, path: Path):
@@ -46,7 +46,7 @@ class ModuleFolder:
         spec = None if name in _NEVER_HIDDEN else self._finder.find_spec(name)
         if spec is None or spec.origin is None:
             return False
-        with suppress(ValueError):  # where a module of that name has no spec
+        with suppress(ValueError):  # raised for a module without a spec
             other = importlib.util.find_spec(name)
             if other is not None and other.origin is not None:
                 same_file = os.path.realpath(other.origin) == os.path.realpath(spec.origin)
@@ -54,19 +54,19 @@ class ModuleFolder:
         return True
 
     def has(self, module: str) -> bool:
-        """Tells whether the folder has a module, or a config file, of this name."""
+        """Tells whether the folder has a module or a config file of this name."""
         return (self.path / module).is_file() if module.endswith(".py") else self._is_own(module)
 
     def _is_own(self, module: str) -> bool:
         return module.endswith(".py") or module.partition(".")[0] in self._names
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Finds a module for `sys.meta_path`; what is inside a package of the folder is found by Python."""
+        """Finds a module, as an entry of `sys.meta_path`; Python itself finds the submodules of packages."""
         return self._finder.find_spec(name) if name in self._names else None
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Puts the modules of the folder into `sys.modules`, and lets Python find more of them; not reentrant."""
+        """Adds the modules of the folder to `sys.modules` and to what can be imported; must not be nested."""
         hidden = self._exchange(self._loaded)
         sys.meta_path.insert(0, self)
         try:
@@ -81,7 +81,7 @@ class ModuleFolder:
         return taken
 
     def load(self, module: str) -> ModuleType:
-        """Returns a module or a config file, within `importable()`; ConfigError where it fails."""
+        """Imports a module or a config file, within `importable()`; raises ConfigError if it fails."""
         if not module.endswith(".py"):
             return import_module(module)
         if module not in sys.modules:
@@ -99,7 +99,7 @@ class ModuleFolder:
         return sys.modules[module]
 
     def run[**P, T](self, path: Path, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Calls a function of the config file at `path`; an exception becomes a ConfigError with the line."""
+        """Calls a function of the config file at `path`; turns an exception into a ConfigError with the line."""
         try:
             return call(*args, **kwargs)
         except Exception as error:
@@ -107,7 +107,7 @@ class ModuleFolder:
 
 
 def import_module(module: str) -> ModuleType:
-    """Imports a module; ConfigError where there is none, or it fails."""
+    """Imports a module; raises ConfigError if there is none, or if it fails."""
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -124,11 +124,11 @@ def _compiled(path: Path) -> CodeType:
         return compile(content, str(path), "exec", dont_inherit=True)
     except SyntaxError as error:
         where = f"{path}:{error.lineno}" if error.lineno else str(path)
-        raise ConfigError(f"{where}: {type(error).__name__}: {shorten(error.msg)}; mend the file") from error
+        raise ConfigError(f"{where}: {type(error).__name__}: {shorten(error.msg)}; fix the file") from error
 
 
 def _failure(what: str, error: Exception, is_own: Callable[[str], bool]) -> str:
-    """Says in which line of the user's modules an exception came up, and what it was."""
+    """Returns the line of the user's modules in which an exception was raised, and its message."""
     frames = reversed([*traceback.walk_tb(error.__traceback__)])
     own = ((frame, line) for frame, line in frames if is_own(frame.f_globals.get("__name__", "")))
     where = next((f"{frame.f_code.co_filename}:{line}" for frame, line in own), None)

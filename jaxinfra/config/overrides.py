@@ -26,7 +26,7 @@ from jaxinfra.config.schema import (
     walk,
     words_of,
 )
-from jaxinfra.config.text import is_below, join, nearest, shorten
+from jaxinfra.config.text import error_prefix, is_below, join, nearest, shorten
 from jaxinfra.errors import ConfigError
 
 
@@ -118,10 +118,8 @@ class _Assignment:
             return cls
         if is_choice(annotation) and text == class_name(type(old)):
             return type(old)  # its module may have been a config file, which is not imported again
-        try:
+        with error_prefix(f"{self.override.path}="):
             return find_choice(annotation, text, self.finder, anywhere=True)
-        except ConfigError as error:
-            raise ConfigError(f"{self.override.path}={error}") from error
 
     def _switch(self, old: object, cls: type) -> object:
         if type(old) is cls:

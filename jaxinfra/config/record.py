@@ -1,6 +1,6 @@
 """The record of a run, `run.json`: its whole config, where the values came from, and the environment.
 
-A replay needs nothing else, unless the config has users' classes: their files must be there, unchanged. Their source is
+A replay needs nothing else, unless the config has user classes: their files must be there, unchanged. Their source is
 not copied into the record: a record is never executed, and source may hold secrets.
 """
 
@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jaxinfra.config.classes import RESTORE, ClassFinder, source_of, users_classes
+from jaxinfra.config.classes import RESTORE, ClassFinder, source_of, user_classes
 from jaxinfra.config.codec import decode, encode
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_config
-from jaxinfra.config.text import show
+from jaxinfra.config.text import error_prefix, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
@@ -55,7 +55,7 @@ def record(
         "source": loaded.source,
         "root": class_name(type(loaded.run)),
         "config": encode(loaded.run),
-        "classes": {class_name(cls): source_of(cls) for cls in users_classes(loaded.run)},
+        "classes": {class_name(cls): source_of(cls) for cls in user_classes(loaded.run)},
         "origins": dict(loaded.origins),
         "versions": versions,
         "git": git,
@@ -89,9 +89,8 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: format={version} is newer than {FORMAT}, which this version reads; upgrade jaxinfra"
         )
-    for key in ("root", "config"):
-        if key not in found:
-            raise ConfigError(f"{path}: not a run record, it has no {key}; restore the file")
+    if missing := {"root", "config"} - found.keys():
+        raise ConfigError(f"{path}: not a run record, it has no {min(missing)}; restore the file")
     return found
 
 
@@ -101,42 +100,29 @@ def decode_record[C](
     root: type[C] | None = None,
     finder: ClassFinder | None = None,
 ) -> C:
-    """Returns the config of the record that was read from `path`.
+    """Returns the config of the record that was read from `path`; raises ConfigError if a class is not found.
 
-    Args:
-        path: for messages.
-        record: from `read_record`.
-        root: the class of the config, if the caller knows it; it need not be importable then.
-        finder: finds users' classes; without it, only classes of jaxinfra are found.
-
-    Raises:
-        ConfigError: if a class is not found, or the stored config does not fit it.
+    `root` is the class of the config, if the caller knows it. Without `finder`, only classes of jaxinfra are found.
     """
     finder, named = finder or ClassFinder(), str(record["root"])
-    try:
+    with error_prefix(f"{path}: root="):
         cls = root if root is not None and named == class_name(root) else finder.find(named)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: root={error}") from error
     if not is_config(cls):
         raise ConfigError(f"{path}: root={show(named)} is not a config class; restore the file")
-    try:
+    with error_prefix(f"{path}: "):
         return decode(cls, record["config"], finder)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def require_classes(
     path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder, *, same_sources: bool
 ) -> None:
-    """Raises ConfigError if a users' class of a record is missing or, with `same_sources`, its file has changed."""
+    """Raises ConfigError if a user class of a record is missing or, with `same_sources`, its file has changed."""
     classes = record.get("classes", {})
     if not isinstance(classes, dict) or not all(map(_is_source, classes.values())):
         raise ConfigError(f"{path}: the classes in it are damaged; restore the file")
     for name, source in classes.items():
-        try:
+        with error_prefix(f"{path}: "):
             now = source_of(finder.find(name, file=source["file"]))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
         if same_sources and now["sha256"] != source["sha256"]:
             hashes = f"SHA-256 {source['sha256']} then, {now['sha256']} now"
             raise ConfigError(f"{path}: {now['file']} has changed since the run used its {name} ({hashes}); {RESTORE}")

@@ -226,12 +226,8 @@ def walk(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yields the path, annotation and value of a node and of everything below it, in the order of the fields.
 
-    Args:
-        annotation: of the value.
-        value: the node, or a leaf.
-        path: of the value.
-        parts_first: yields the parts of a node before the node.
-        fingerprinted_only: skips fields that are `NOT_FINGERPRINTED`, with everything below them.
+    `parts_first` yields the parts of a node before it. `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`,
+    with everything below them.
     """
     if fingerprinted_only and any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation)):
         return

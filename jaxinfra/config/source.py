@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxinfra.config.classes import ClassFinder, keep_usable, users_classes
+from jaxinfra.config.classes import ClassFinder, keep_usable, user_classes
 from jaxinfra.config.folder import ModuleFolder
 from jaxinfra.config.overrides import apply, read_overrides
 from jaxinfra.config.record import Loaded, decode_record, read_record, require_classes
@@ -86,7 +86,7 @@ def _run_config_file(folder: ModuleFolder, path: Path) -> object:
         run = folder.run(path, _config_function(path, folder.load(path.name)))
         if not is_config(type(run)):
             raise ConfigError(f"{path}: config() must return a config dataclass, found {type(run).__name__}")
-        for cls in [type(run), *users_classes(run)]:
+        for cls in [type(run), *user_classes(run)]:
             keep_usable(cls)
     return run
 

@@ -7,9 +7,11 @@ import dataclasses
 import difflib
 import enum
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from jaxinfra.config.extensible import Extensible, class_name, is_users
+from jaxinfra.config.extensible import Extensible, class_name, is_user_class
+from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import mask_credentials
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -47,7 +49,7 @@ def format_value(value: object) -> str:
         inner = ", ".join(map(format_value, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        by_path = isinstance(value, Extensible) and is_users(type(value))
+        by_path = isinstance(value, Extensible) and is_user_class(type(value))
         return class_name(type(value)) if by_path else snake_case(type(value))
     return repr(value)
 
@@ -61,6 +63,15 @@ def shorten(text: str) -> str:
     """Returns one short line of a text, without credentials."""
     text = mask_credentials(" ".join(text.split()))
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+@contextmanager
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Puts a prefix before the message of a ConfigError that is raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def same(left: object, right: object) -> bool:

@@ -1,4 +1,4 @@
-"""Open choices: a config field that accepts users' own classes, named by their import path."""
+"""Open choices: a config field that accepts user classes, named by their import path."""
 
 import json
 from dataclasses import dataclass, replace
