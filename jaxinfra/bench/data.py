@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import tensorstore as ts
 
-from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, jaxinfra_batches, measure_in_subprocess
+from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, jaxinfra_batches, measure_loader_in_subprocess
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.config import load
@@ -161,14 +161,16 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
                 figures["rows"] = rows
                 lines.append(format_table(COLUMNS, rows))
             elif part == "first":
-                times_s = [measure_in_subprocess("first", files) for _ in range(num_rounds + 1)]
+                times_s = [measure_loader_in_subprocess("first", files) for _ in range(num_rounds + 1)]
                 figures["first_batch_s"] = first_s = median(times_s[1:])
                 lines.append(
                     f"First batch {first_s:.2f} s after the start of a process, imports included, "
                     "without importing JAX (goal < 1 s)."
                 )
             else:
-                figures["growth_bytes"] = growth_bytes = int(measure_in_subprocess("growth", files, GROWTH_BATCHES))
+                figures["growth_bytes"] = growth_bytes = int(
+                    measure_loader_in_subprocess("growth", files, GROWTH_BATCHES)
+                )
                 lines.append(f"Memory grows {growth_bytes / 1e6:.1f} MB over {GROWTH_BATCHES:,} batches (goal < 50).")
     sizes = f"{num_tokens:,} tokens, windows of {SEQ_LEN:,}, batches of {BATCH_SIZE}"
     return BenchmarkResult(text="\n".join(lines), note=f"{sizes}; medians of {num_rounds} rounds", figures=figures)

@@ -1,7 +1,7 @@
 """jaxinfra's data loader over the files of `bench data`; startup and memory, which need a process of their own.
 
-`python -m jaxinfra.bench.loader REQUEST`, with the arguments of `measure` in JSON, prints a number. Like any process
-that only loads data it does not import JAX.
+`python -m jaxinfra.bench.loader REQUEST`, with the arguments of `measure_loader` in JSON, prints a number. Like any
+process that only loads data it does not import JAX.
 """
 
 import json
@@ -59,13 +59,13 @@ def jaxinfra_batches(
             yield batch
 
 
-def measure_in_subprocess(kind: Literal["first", "growth"], files: TokenFiles, num_batches: int = 0) -> float:
-    """Runs `measure` in a new process."""
+def measure_loader_in_subprocess(kind: Literal["first", "growth"], files: TokenFiles, num_batches: int = 0) -> float:
+    """Runs `measure_loader` in a new process."""
     request = {"kind": kind, "folder": str(files.folder), "num_tokens": files.num_tokens, "num_batches": num_batches}
     return float(run_module("loader", 1, **request, start_time_s=time.time()))
 
 
-def measure(*, kind: str, folder: str, num_tokens: int, num_batches: int, start_time_s: float) -> float:
+def measure_loader(*, kind: str, folder: str, num_tokens: int, num_batches: int, start_time_s: float) -> float:
     """Measures a loader that masks documents.
 
     For kind "first" it returns the seconds from `start_time_s` to the first batch, imports included; for "growth" the
@@ -84,4 +84,4 @@ def measure(*, kind: str, folder: str, num_tokens: int, num_batches: int, start_
 
 
 if __name__ == "__main__":
-    print(measure(**json.loads(sys.argv[1])))
+    print(measure_loader(**json.loads(sys.argv[1])))

@@ -61,7 +61,7 @@ def _row(
     }
 
 
-def measure(
+def measure_in_subprocess(
     options: argparse.Namespace, kind: str, *overrides: str, num_devices: int = 1, max_rounds: int | None = None
 ) -> Times:
     """Runs `measure.measure` in a new process; `overrides` come after those of the command line."""
@@ -78,12 +78,14 @@ def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iter
     """Times whole steps; in bfloat16 also the baseline with naive matmuls, to show what fast layouts gain."""
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
     precision = f"precision.compute={dtype}"
-    times_s = measure(options, "step", precision, num_devices=num_devices)
+    times_s = measure_in_subprocess(options, "step", precision, num_devices=num_devices)
     yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
     if options.against is not None:
         yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":
-        times_s = measure(options, "layouts", precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS)
+        times_s = measure_in_subprocess(
+            options, "layouts", precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS
+        )
         case = f"baseline {case}: naive matmuls against fast layouts"
         yield _row(case, times_s["naive"], times_s["baseline"], "> 1", notes=(" (naive)", ""))
 
@@ -94,7 +96,7 @@ def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case
     words = ["--devices", str(num_devices), "--fsdp", str(num_devices), "--dtype", short_dtype]
     rounds: list[dict[str, float]] = []
     for _ in range(min(options.pairs, MAX_AGAINST_ROUNDS)):
-        times_s = measure(options, "alone", f"precision.compute={dtype}", num_devices=num_devices)
+        times_s = measure_in_subprocess(options, "alone", f"precision.compute={dtype}", num_devices=num_devices)
         answer = json.loads(last_line([sys.executable, str(script), *words], num_devices))
         rounds.append({side: median(each) for side, each in times_s.items()})
         rounds[-1]["script"] = answer["median_step_ms"] / 1e3
@@ -106,7 +108,7 @@ def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case
 
 def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times the host's work on a small step: the dispatch alone, and one iteration of the training loop."""
-    times_s = measure(options, "dispatch", *DISPATCH_MODEL)
+    times_s = measure_in_subprocess(options, "dispatch", *DISPATCH_MODEL)
     ms = partial(_format_median, digits=3)
     case = "dispatch of a step, devices idle"
     yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", format_times=ms)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.bench import data
-from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, measure_in_subprocess
+from jaxinfra.bench.loader import BATCH_SIZE, SEQ_LEN, TokenFiles, measure_loader_in_subprocess
 from jaxinfra.bench.token_files import write_token_files
 from jaxinfra.data.tokens import TokenData
 from tests.tiny_run import launch
@@ -51,8 +51,8 @@ def test_required_speed_follows_from_flops() -> None:
 
 
 def test_first_batch_and_memory_growth_without_jax(files: TokenFiles) -> None:
-    assert isinstance(measure_in_subprocess("first", files), float)
-    assert abs(measure_in_subprocess("growth", files, num_batches=5)) < 2**30
+    assert isinstance(measure_loader_in_subprocess("first", files), float)
+    assert abs(measure_loader_in_subprocess("growth", files, num_batches=5)) < 2**30
     code = "import sys, jaxinfra.bench.loader; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
