@@ -172,6 +172,12 @@ class Run:
         yield from fit.problems()
         if (positions := fit.loss_positions()) is not None:
             yield from objective.problems_of_shard(positions)
+        if objective.uses_reference and self.init is None:
+            yield Problem(
+                fields=("init", "objective"),
+                message="the objective's reference is the run that this one starts from",
+                fix="use init=runs/NAME, a run with the same model",
+            )
         if objective.uses_reference and self.mesh.stage > 1:
             yield Problem(
                 fields=("objective", "mesh.stage"),

@@ -54,6 +54,7 @@ class Objective(Extensible, ABC):
     builtins: ClassVar[tuple[str, ...]] = (
         "jaxinfra.objectives.causal_lm:CausalLM",
         "jaxinfra.objectives.classification:Classification",
+        "jaxinfra.objectives.dpo:DPO",
     )
     batch_fields: ClassVar[tuple[str, ...]] = ()
     by_position: ClassVar[bool] = False
@@ -68,6 +69,10 @@ class Objective(Extensible, ABC):
         are logged. `sums["loss"]` is the loss to report, if it is not the one to minimize. A batch may have `weights`,
         which are 0 for samples that fill up the last batch of an evaluation.
         """
+
+    def flops(self, per_sequence: float) -> float:
+        """Returns the FLOPs of training on one sample, from the model's for training on one sequence or image."""
+        return per_sequence
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
         """Yields what does not fit between the objective and the data config, with paths from the run."""

@@ -37,8 +37,8 @@ def step_flops(program: Program) -> float:
     data = program.run.data
     flops = program.module.flops(data)
     if flops is None:
-        flops = 6.0 * program.num_params * data.units_per_sample
-    return program.run.train.global_batch * flops
+        return 6.0 * program.num_params * data.units_per_sample * program.run.train.global_batch
+    return program.objective.flops(flops) * program.run.train.global_batch
 
 
 def run_statistics(program: Program, train_units: int | None = None) -> RunStatistics:

@@ -1,0 +1,82 @@
+"""Direct preference optimization (Rafailov et al. 2023, "Direct preference optimization", equation 7).
+
+Shape suffixes: B pairs, R rows (two a pair), T positions.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, override
+
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge, Lt
+
+from jaxinfra.config.limits import Positive
+from jaxinfra.objectives import losses
+from jaxinfra.objectives.objective import Apply, Batch, Objective, Params, WithReference
+
+SIDES = ("chosen", "rejected")
+MODEL_FIELDS = ("inputs", "segments", "positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Objective):
+    """Makes the chosen answer of each pair likelier than the rejected one, measured against a frozen reference.
+
+    The reference is the run's first parameters, so a run starts from another one with `init`. Dropout is off, as the
+    log-probabilities of both models are compared. The loss is logged with the rewards `beta * log(policy / reference)`
+    of both answers, their difference, and how often it is positive.
+
+    Attributes:
+        beta: strength of the pull towards the reference.
+        label_smoothing: share of pairs whose labels are taken to be wrong (Mitchell 2023, "A note on DPO with noisy
+            preferences").
+    """
+
+    batch_fields: ClassVar[tuple[str, ...]] = tuple(f"{side}_{name}" for side in SIDES for name in MODEL_FIELDS)
+    by_position: ClassVar[bool] = True
+    uses_reference: ClassVar[bool] = True
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+
+    @override
+    def loss(self, apply: Apply, params: WithReference, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        policy_B2 = answer_log_probs(apply, params.trained, batch, train=True)
+        reference_B2 = jax.lax.stop_gradient(answer_log_probs(apply, params.reference, batch, train=False))
+        rewards_B2 = self.beta * (policy_B2 - reference_B2)
+        margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
+        wrong = self.label_smoothing
+        loss_B = -(1 - wrong) * jax.nn.log_sigmoid(margin_B) - wrong * jax.nn.log_sigmoid(-margin_B)
+        values = {
+            "loss": loss_B,
+            "reward_chosen": rewards_B2[:, 0],
+            "reward_rejected": rewards_B2[:, 1],
+            "reward_margin": margin_B,
+            "reward_accuracy": (margin_B > 0).astype(jnp.float32),
+            "weight": jnp.ones_like(loss_B),
+        }
+        weights_B = batch.get("weights", jnp.ones_like(loss_B))
+        sums = {name: jnp.sum(value_B * weights_B) for name, value_B in values.items()}
+        return sums["loss"], sums
+
+    @override
+    def flops(self, per_sequence: float) -> float:
+        """Two sequences a pair, each trained on (three forward passes) and passed by the reference (one)."""
+        return 2 * per_sequence * 4 / 3
+
+
+def answer_log_probs(apply: Apply, params: Params, batch: Batch, *, train: bool) -> jax.Array:
+    """Returns the log-probability of both answers of each pair, summed over their tokens: float32 `[B, 2]`."""
+    rows = {name: _rows(batch, name) for name in (*MODEL_FIELDS, "targets", "weights")}
+    logits = apply(params, {name: rows[name] for name in MODEL_FIELDS}, train=train)
+    log_probs_RT = losses.token_log_probs(logits, rows["targets"])
+    sums_R = jnp.sum(log_probs_RT * rows["weights"], axis=1)
+    spec = jax.typeof(sums_R).sharding.spec
+    return sums_R.reshape(-1, len(SIDES), out_sharding=spec.update(partitions=(*spec.partitions, None)))
+
+
+def _rows(batch: Batch, name: str) -> jax.Array:
+    """Returns an array of both answers, `[R, T]`: the rows of a pair side by side, so that none leaves its device."""
+    sides = [batch[f"{side}_{name}"] for side in SIDES]
+    pairs, length = sides[0].shape
+    sharding = jax.typeof(sides[0]).sharding.spec
+    return jnp.stack(sides, axis=1).reshape(len(SIDES) * pairs, length, out_sharding=sharding)
