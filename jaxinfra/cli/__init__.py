@@ -1,1 +1,1 @@
-"""`python -m launch`: the command line, one small file a command."""
+"""The command line, `python -m launch` or `jaxinfra`: one module per command."""

@@ -1,4 +1,4 @@
-"""`python -m launch bench NAME`: the framework against hand-written code, timed in turns or compiled."""
+"""`python -m launch bench NAME`: compares the framework with hand-written code."""
 
 import argparse
 import importlib
@@ -12,32 +12,28 @@ from jaxinfra.storage import outputs
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs the benchmark and prints its table; see `check`."""
+    """Runs the benchmark and prints its table."""
     check_options(options)
     options.config, options.pairs = options.config or DEFAULT_CONFIG, options.pairs or DEFAULT_PAIRS
     result = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
     print(result)
     if options.json is not None:
-        outputs.write_text(
-            options.json, json.dumps({**result.figures, "environment": result.environment}, indent=2) + "\n"
-        )
+        table = {**result.figures, "environment": result.environment}
+        outputs.write_text(options.json, json.dumps(table, indent=2) + "\n")
     return 0
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses, before anything is measured, what would not be measured or could not be written.
-
-    ConfigError where the benchmark has no such part or no use for an option, StorageError where the table has no place.
-    """
+    """Raises ConfigError for parts and options that the benchmark does not have, StorageError for a bad --json."""
     name, bench = options.name, BENCHES[options.name]
     for part in options.only or ():
         if part not in bench.parts:
-            raise ConfigError(f"--only {part}: no part of bench {name}; use one of {', '.join(bench.parts)}")
+            raise ConfigError(f"--only {part}: bench {name} has no such part; use one of {', '.join(bench.parts)}")
     for option in ("config", "pairs", "against", "devices", "tokens", "text"):
         value = getattr(options, option)
         if value is not None and option not in bench.options:
-            raise ConfigError(f"--{option} {value}: bench {name} has no use for it; leave it out")
+            raise ConfigError(f"--{option} {value}: bench {name} does not take it; leave it out")
     if options.against is not None and not options.against.is_file():
-        raise ConfigError(f"--against {options.against}: no such script")
+        raise ConfigError(f"--against {options.against}: no such file; name a script")
     if options.json is not None:
         outputs.check_writable(options.json)

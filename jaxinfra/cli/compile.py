@@ -1,4 +1,4 @@
-"""`python -m launch compile CONFIG --on TOPOLOGY`: the train step, compiled for hardware that is not here."""
+"""`python -m launch compile CONFIG --on TOPOLOGY`: compiles the train step for hardware that is not here."""
 
 import argparse
 import functools
@@ -17,34 +17,34 @@ from jaxinfra.track.formatting import format_bytes, format_percent
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Compiles, prints memory, cycles, kernels and collectives."""
+    """Compiles, and prints memory, cycles, kernels and collectives; ConfigError if the step does not fit a device."""
     if options.devices is not None:
-        raise ConfigError(f"--devices {options.devices}: compile uses none; say what to compile for with --on")
+        raise ConfigError(f"--devices {options.devices}: compile uses no devices; name the hardware with --on")
     topology = parse_topology(options.on)
     for path in (options.dump, options.json):
         if path is not None:
             outputs.check_writable(path)
     if options.json is not None and options.json == options.dump:
-        raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two")
+        raise ConfigError(f"--json and --dump {options.dump}: are the same file; name two files")
     loaded = config_argument.load_config(options)
     dump = None if options.dump is None else functools.partial(outputs.write_text, options.dump)
     compiled = compile_step(loaded.run, topology, dump=dump, on_progress=functools.partial(print, flush=True))
     print("\n".join(format_report(compiled, topology.chip)))
     if options.json is not None:
         outputs.write_text(options.json, json.dumps(asdict(compiled), indent=1) + "\n")
-    needed, there = compiled.memory.total, topology.chip.hbm_bytes
-    if needed > there:  # the TPU compiler says so itself
-        fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed / there)
-        raise ConfigError(f"{compiled.name} on {compiled.topology}: {out_of_memory(needed, there, fix)}")
+    needed_bytes, hbm_bytes = compiled.memory.total, topology.chip.hbm_bytes
+    if needed_bytes > hbm_bytes:  # the TPU compiler raises this itself, the GPU compiler does not
+        fix = suggest_fix(loaded.run, compiled.per_device_batch_size, needed_bytes / hbm_bytes)
+        raise ConfigError(f"{compiled.name} on {compiled.topology}: {out_of_memory(needed_bytes, hbm_bytes, fix)}")
     return 0
 
 
 def format_report(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
-    """The figures as lines."""
+    """Yields the lines of the report."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in compiled.mesh.items()) or "one device"
     yield f"{compiled.name} on {compiled.topology}: {mesh}, per-device batch size {compiled.per_device_batch_size:g}"
-    yield from _memory(compiled, chip)
-    yield from _cycles(compiled, chip)
+    yield from _memory_lines(compiled, chip)
+    yield from _compute_lines(compiled, chip)
     if compiled.traffic:
         yield f"\nCollectives of one step, on one device{'' if compiled.cycles is None else ' (not in the cycles)'}"
         yield f"  {'loops':5}  {'kind':18}  {'over':22}  {'links':7}  {'arrays':>6}  {'moved':>7}  {'bytes':>11}"
@@ -56,32 +56,32 @@ def format_report(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
         )
 
 
-def _memory(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
+def _memory_lines(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     memory = compiled.memory
     yield "\nMemory of one device"
     rows = {
         "arguments": (memory.arguments, "train state and batch"),
-        "temporaries": (memory.temporaries, "at once"),
-        "output": (memory.output, f"{format_bytes(memory.aliased)} of it in the place of arguments"),
+        "temporaries": (memory.temporaries, "largest at any time"),
+        "output": (memory.output, f"{format_bytes(memory.aliased)} of it reuses the arguments"),
         "code": (memory.code, ""),
         "total": (memory.total, f"{format_percent(memory.total / chip.hbm_bytes)} of {format_bytes(chip.hbm_bytes)}"),
     }
     if memory.host:
-        rows["in host memory"] = (memory.host, "besides")
+        rows["in host memory"] = (memory.host, "not in the total")
     for name, (n_bytes, note) in rows.items():
         yield f"  {name:14}  {format_bytes(n_bytes):>11}  {note}".rstrip()
 
 
-def _cycles(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
+def _compute_lines(compiled: CompiledStep, chip: Chip) -> Iterator[str]:
     if compiled.cycles is not None and chip.clock_hz is not None:
         seconds, clock_ghz = compiled.cycles / chip.clock_hz, chip.clock_hz / 1e9
-        yield "\nCompute of one step, as the compiler estimates it"
+        yield "\nCompute of one step, estimated by the compiler"
         yield f"  cycles             {compiled.cycles:15,}  {seconds:.4f} s at {clock_ghz:.2f} GHz"
         yield f"  cycles per sample  {compiled.cycles / compiled.per_device_batch_size:15,.0f}"
         if compiled.unestimated:
             yield f"  instructions without an estimate: {compiled.unestimated}"
     if compiled.unknown_loops:
-        yield f"\nCounted once, for their length is not known: loops {', '.join(compiled.unknown_loops)}"
+        yield f"\nCounted once, because their trip count is unknown: loops {', '.join(compiled.unknown_loops)}"
     if compiled.kernels:
         yield f"\nKernels{'' if compiled.cycles is None else ' without an estimate (not in the cycles)'}"
         yield f"  {'loops':5}  {'name':44}  {'target':28}  {'runs':>6}"

@@ -1,4 +1,4 @@
-"""The config that a command line names: a file and overrides."""
+"""Loads the config that a command line names by a file and overrides."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from jaxinfra.run import Run, with_fingerprint_name
 
 
 def load_config(options: argparse.Namespace) -> Loaded[Run]:
-    """The config with its overrides, and a name of its own where they change its numbers; see `config.load`."""
+    """Loads the config and applies the overrides; a run whose numbers they change gets a name of its own."""
     file = load(options.config, (), Run, options.imports)
     if not options.overrides:
         return file
@@ -16,9 +16,10 @@ def load_config(options: argparse.Namespace) -> Loaded[Run]:
 
 
 def prepare_command(options: argparse.Namespace, run: Run) -> str:
-    """The command that makes the data of a run."""
-    changed = [each for each in options.overrides if each.startswith("data.")]
+    """Returns the command that prepares the data of a run."""
+    overrides = [override for override in options.overrides if override.startswith("data.")]
     recipes = run.data.recipes
+    # A run.json needs the classes of its recipes' files.
     imports = dict.fromkeys(recipes.values()) if options.config.endswith(".json") else ()
     words = [options.config, *(f"--import {path}" for path in imports)] if recipes else ["RECIPE"]
-    return " ".join([f"{COMMAND} data prepare", *words, *changed])
+    return " ".join([f"{COMMAND} data prepare", *words, *overrides])

@@ -1,7 +1,6 @@
-"""The command line of jaxinfra.
+"""Parses the command line, runs the command, and prints one line for an error.
 
-Parses, picks the command, prints one line for an error that is meant for the user. Everything heavy is imported
-by the command that needs it, after the devices are chosen: `--help` answers at once.
+Only the command's own module imports heavy packages, after the devices are chosen, so `--help` is fast.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jaxinfra.cli.arguments import ARGUMENTS, COMMANDS
+from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.runtime import emulation, platforms
@@ -29,84 +28,84 @@ examples:
   {COMMAND} sample runs/quickstart "def main("
   {COMMAND} runs/quickstart/run.json
 
-exit codes: 0 done, 75 stopped and saved (start again), 78 data damaged, 79 no good checkpoint,
-80 no longer a number, 81 config or layout wrong, 82 storage unavailable.
+exit codes: 0 done, 75 stopped and saved (run the same command again), 78 data damaged, 79 no usable checkpoint,
+80 loss or gradient NaN or infinite, 81 invalid config or mesh, 82 storage unavailable.
 """
 
 
 def help_parser() -> argparse.ArgumentParser:
-    """Builds the help that `--help` prints when no command is named."""
+    """Builds the parser of `--help` without a command."""
     about, raw = "Train JAX models on any mesh from one typed config.", argparse.RawDescriptionHelpFormatter
     usage = f"{COMMAND} [COMMAND] ..."
-    top = argparse.ArgumentParser(prog=COMMAND, usage=usage, description=about, epilog=EPILOG, formatter_class=raw)
-    listed = top.add_argument_group("commands (each has its own --help)")
+    parser = argparse.ArgumentParser(prog=COMMAND, usage=usage, description=about, epilog=EPILOG, formatter_class=raw)
+    group = parser.add_argument_group("commands (each has its own --help)")
     for name, summary in COMMANDS.items():
-        listed.add_argument(name, help=summary, nargs="?")
-    return top
+        group.add_argument(name, help=summary, nargs="?")
+    return parser
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
-    """The arguments of one command, with those that all share."""
+    """Builds the parser of one command, with the options that all commands share."""
     parser = argparse.ArgumentParser(prog=f"{COMMAND} {command}", description=COMMANDS[command])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    known = "cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
-    parser.add_argument("--devices", metavar="PLATFORM[:N]", help=known)
-    ARGUMENTS[command](parser)
+    devices_help = "cpu, gpu or tpu; cpu:8 emulates eight devices on this machine"
+    parser.add_argument("--devices", metavar="PLATFORM[:N]", help=devices_help)
+    ADD_ARGUMENTS[command](parser)
     return parser
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads a command line; options may stand anywhere after the command.
+    """Parses a command line; options may stand anywhere after the command.
 
-    ConfigError where the first word is neither a command nor a config; SystemExit for help, or a command used wrongly.
+    Raises ConfigError if the first word is neither a command nor a config, SystemExit for help and usage errors.
     """
     if not argv or argv[0] in ("-h", "--help"):
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    length = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
-    if not length:
-        _require_whole(argv)
-    command = " ".join(argv[:length]) or "train"
-    options = command_parser(command).parse_intermixed_args(argv[length:])
-    if not length:
-        _require_config_like(options.config)
+    num_words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
+    if not num_words:
+        _check_subcommand(argv)
+    command = " ".join(argv[:num_words]) or "train"
+    options = command_parser(command).parse_intermixed_args(argv[num_words:])
+    if not num_words:
+        _check_config_word(options.config)
     return argparse.Namespace(command=command, **vars(options))
 
 
-def _require_whole(argv: Sequence[str]) -> None:
-    """Refuses the first word of commands of two words without the second."""
-    seconds = [command.split()[1] for command in COMMANDS if command.startswith(f"{argv[0]} ")]
-    if not seconds or os.path.exists(argv[0]):
+def _check_subcommand(argv: Sequence[str]) -> None:
+    """Raises ConfigError for the first word of two-word commands with a wrong or missing second word."""
+    subcommands = [command.split()[1] for command in COMMANDS if command.startswith(f"{argv[0]} ")]
+    if not subcommands or os.path.exists(argv[0]):
         return
     if argv[1:2] in (["-h"], ["--help"]):
         help_parser().print_help()
         raise SystemExit(0)
-    given = f"{argv[0]} {argv[1]}: no such command" if argv[1:] else f"{argv[0]}: is not all of a command"
-    raise ConfigError(f"{given}; use {argv[0]} {', '.join(seconds[:-1])} or {seconds[-1]}")
+    wrong = f"{argv[0]} {argv[1]}: no such command" if argv[1:] else f"{argv[0]}: needs a subcommand"
+    raise ConfigError(f"{wrong}; use {argv[0]} {', '.join(subcommands[:-1])} or {subcommands[-1]}")
 
 
-def _require_config_like(word: str) -> None:
-    """Refuses a word that may be meant as a command: no path, no suffix and no file of that name."""
+def _check_config_word(word: str) -> None:
+    """Raises ConfigError for a word that may be a misspelled command: no path, no suffix, and no such file."""
     if os.path.exists(word) or os.path.basename(word) != word or os.path.splitext(word)[1]:
         return
-    near = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "a config is a file, such as configs/quickstart.py"
-    raise ConfigError(f"{word}: no such command and no such config; the commands are {', '.join(COMMANDS)}; {hint}")
+    similar = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else "a config is a file, such as configs/quickstart.py"
+    raise ConfigError(f"{word}: no such command or config; the commands are {', '.join(COMMANDS)}; {hint}")
 
 
 def choose_devices(devices: str | None) -> None:
-    """Tells JAX which platform to use, and how many CPU devices to emulate; before JAX is imported.
+    """Sets the platform, and the number of CPU devices to emulate, before JAX is imported.
 
-    Without `devices` and JAX_PLATFORMS, JAX tries the platforms that have hardware here. ConfigError where it is not
-    `cpu`, `cpu:N`, `gpu` or `tpu`.
+    `devices` is `cpu`, `cpu:N`, `gpu` or `tpu`. Without it and without JAX_PLATFORMS, JAX tries the platforms whose
+    hardware is present.
     """
     if devices is None:
-        if "JAX_PLATFORMS" not in os.environ and (found := platforms.available_platforms()):
-            os.environ["JAX_PLATFORMS"] = found
+        if "JAX_PLATFORMS" not in os.environ and (available := platforms.available_platforms()):
+            os.environ["JAX_PLATFORMS"] = available
         return
     platform, _, count = devices.partition(":")
-    known = platform in ("cpu", "gpu", "tpu") and (not count or platform == "cpu")
-    if not known or (count and (not count.isdecimal() or int(count) < 1)):
+    valid_count = not count or (platform == "cpu" and count.isdecimal() and int(count) >= 1)
+    if platform not in ("cpu", "gpu", "tpu") or not valid_count:
         raise ConfigError(f"--devices {devices}: expected cpu, cpu:N, gpu or tpu; use --devices cpu:8")
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
     if count:
@@ -114,7 +113,7 @@ def choose_devices(devices: str | None) -> None:
 
 
 def set_compilation_cache() -> None:
-    """Names a folder for compiled programs, unless the environment does: the next start finds them there."""
+    """Sets the folder in which JAX keeps compiled programs, unless the environment names one."""
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxinfra", "compiled")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -123,7 +122,6 @@ def set_compilation_cache() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in argv
     try:
         options = parse_command_line(argv)
         choose_devices(options.devices)
@@ -131,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
         return module.run(options, argv)
     except JaxinfraError as error:
-        if debug:
+        if "--debug" in argv:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,4 +1,4 @@
-"""`python -m launch sample RUN_DIR PROMPT`: text from the newest checkpoint, streamed as it is decoded."""
+"""`python -m launch sample RUN_DIR PROMPT`: continues a text with the newest checkpoint of a run."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from jaxinfra.sample import Sampler, SamplingParams
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation, while it is decoded."""
     sampling = SamplingParams(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )

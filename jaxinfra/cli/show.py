@@ -1,4 +1,4 @@
-"""`python -m launch show CONFIG`: the resolved config and every number that follows from it."""
+"""`python -m launch show CONFIG`: prints the resolved config and its statistics; uses no devices."""
 
 import argparse
 import math
@@ -21,41 +21,40 @@ from jaxinfra.train.statistics import run_statistics
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the tree, the derived numbers, the pipeline, the parameters with their shardings, and the rate."""
+    """Prints the config, its statistics, the pipeline schedule, the parameters and the learning rate."""
     loaded = config_argument.load_config(options)
     validate(loaded.run)
-    count = options.devices.partition(":")[2] if options.devices else ""
-    fixed = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
-    run = with_mesh_size(loaded.run, int(count or fixed))
+    num_devices = options.devices.partition(":")[2] if options.devices else ""
+    known_sizes = math.prod(size for size in loaded.run.mesh.sizes if size != -1)
+    run = with_mesh_size(loaded.run, int(num_devices or known_sizes))
     validate(run)
     program = Program(run, abstract_mesh(run.mesh))
     console = stdout_console()
-    origins = loaded.origins
     for line in dump(run).splitlines():
         path = line.partition(" = ")[0]
-        origin = f"  [dim]# {escape(origins[path])}[/dim]" if path in origins else ""
+        origin = f"  [dim]# {escape(loaded.origins[path])}[/dim]" if path in loaded.origins else ""
         console.print(escape(line) + origin)
     console.print(statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
-        console.print("Pipeline: a column a tick, forward and backward of which microbatch", style="bold")
+        console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")
         for row in format_schedule(run.pipeline.make_schedule(run.mesh.stage, run.train.accumulate)):
             console.print(row, markup=False, soft_wrap=True)
-    console.print(_parameters(program))
-    course = {"peak_lr": run.optim.peak_lr, "steps": run.train.steps}
-    console.print(f"Learning rate over {run.train.steps:,} steps", style="bold")
-    for step, rate in lr_table(run.optim.schedule, **course):
+    console.print(_parameter_table(program))
+    optim, steps = run.optim, run.train.steps
+    console.print(f"Learning rate over {steps:,} steps", style="bold")
+    for step, rate in lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps):
         console.print(f"{step:>12,}  {rate:.2e}")
-    console.print(plot_curve(lr_table(run.optim.schedule, **course, rows=200)), markup=False)
+    console.print(plot_curve(lr_table(optim.schedule, peak_lr=optim.peak_lr, steps=steps, rows=200)), markup=False)
     return 0
 
 
-def _parameters(program: Program) -> Table:
-    """Makes a table of the name, shape, sharding and role of every parameter."""
-    rows = titled_table("Parameters", "name", "shape", "sharded over", "role")
-    rows.add_column("elements", justify="right")
+def _parameter_table(program: Program) -> Table:
+    """Lists the name, shape, sharding, role and size of every parameter."""
+    table = titled_table("Parameters", "name", "shape", "sharded over", "role")
+    table.add_column("elements", justify="right")
     arrays = jax.tree.leaves(program.params)
     for (path, spec), array in zip(jax.tree.leaves_with_path(program.specs), arrays, strict=True):
         name = ".".join(str(key.key) for key in path)
-        axes = ", ".join(f"{dim}:{part}" for dim, part in enumerate(array.sharding.spec) if part) or "-"
-        rows.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
-    return rows
+        axes = ", ".join(f"{dim}:{axis}" for dim, axis in enumerate(array.sharding.spec) if axis) or "-"
+        table.add_row(name, " x ".join(map(str, spec.shape)), axes.replace("'", ""), spec.role, f"{spec.size:,}")
+    return table

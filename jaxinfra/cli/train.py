@@ -1,4 +1,4 @@
-"""`python -m launch CONFIG [KEY=VALUE ...]`: train, on the devices of this machine."""
+"""`python -m launch CONFIG [KEY=VALUE ...]`: trains on the devices of this machine."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxinfra.train.trainer import Trainer
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Trains to the end, or says that there is nothing left to do."""
+    """Trains or resumes, and plots the loss."""
     command = ["python", "-m", "launch", *argv]
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)

@@ -88,7 +88,9 @@ def test_prepare_twice(tiny: Tiny, tmp_path: Path) -> None:
     second = tiny.launch(store, command="data prepare")
     assert first.code == second.code == 0
     assert contents(tmp_path / "store") == before
-    said = [line for line in second.out.splitlines() if line.startswith(("fingerprint", "tokenizer", "train", "held"))]
+    said = [
+        line for line in second.out.splitlines() if line.startswith(("fingerprint", "tokenizer", "train", "validation"))
+    ]
     assert len(said) == 4 and all(line in first.out for line in said)
     assert "made: " in first.out and "was there: " in second.out
 
