@@ -11,7 +11,9 @@ from jaxinfra.track.tracker import TrackConfig
 def config() -> Run:
     return Run(
         name="bench-small",
-        model=TransformerConfig(vocab_size=8192, layers=4, width=256, heads=8, mlp_dim=1024, norm_eps=1e-6),
+        model=TransformerConfig(
+            vocab_size=8192, num_layers=4, hidden_size=256, num_heads=8, mlp_dim=1024, norm_eps=1e-6
+        ),
         data=TokenData(
             store="stores/python-stdlib-8k",
             recipe="configs/data/python_stdlib_8k.py",

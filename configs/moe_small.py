@@ -4,7 +4,7 @@ A token's multiplications are those of the quickstart, from twice the parameters
 """
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.optim.optimizers import Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD
@@ -16,12 +16,19 @@ def config() -> Run:
         name="moe-small",
         model=TransformerConfig(
             vocab_size=4096,
-            layers=4,
-            width=192,
-            heads=6,
+            num_layers=4,
+            hidden_size=192,
+            num_heads=6,
             mlp_dim=176,
             qk_norm=True,
-            experts=Experts(count=8, chosen=2, shared=1, score="sigmoid", bias_rate=1e-2, balance_loss=1e-3),
+            moe=MixtureOfExperts(
+                num_experts=8,
+                top_k=2,
+                num_shared_experts=1,
+                score_function="sigmoid",
+                bias_update_rate=1e-2,
+                balance_loss=1e-3,
+            ),
         ),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),

@@ -12,7 +12,15 @@ def config() -> Run:
     return Run(
         name="parity-dense",
         model=TransformerConfig(
-            vocab_size=128, layers=8, width=64, heads=16, kv_heads=8, head_dim=8, mlp_dim=128, qk_norm=True, tied=True
+            vocab_size=128,
+            num_layers=8,
+            hidden_size=64,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=8,
+            mlp_dim=128,
+            qk_norm=True,
+            tie_embeddings=True,
         ),
         objective=CausalLM(loss_chunks=2, z_loss=1e-2),
         data=TokenData(store="none", seq_len=32, mask_documents=True),

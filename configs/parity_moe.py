@@ -1,7 +1,7 @@
 """The mixture of experts of `python -m launch parity`: every dimension that a mesh can cut divides by eight."""
 
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
@@ -14,21 +14,21 @@ def config() -> Run:
         name="parity-moe",
         model=TransformerConfig(
             vocab_size=128,
-            layers=8,
-            width=64,
-            heads=16,
-            kv_heads=8,
+            num_layers=8,
+            hidden_size=64,
+            num_heads=16,
+            num_kv_heads=8,
             head_dim=8,
             mlp_dim=32,
-            experts=Experts(
-                count=8,
-                chosen=2,
-                shared=1,
-                score="sigmoid",
-                scale=1.5,
-                groups=4,
-                chosen_groups=2,
-                bias_rate=1e-3,
+            moe=MixtureOfExperts(
+                num_experts=8,
+                top_k=2,
+                num_shared_experts=1,
+                score_function="sigmoid",
+                routed_scaling_factor=1.5,
+                num_groups=4,
+                top_k_groups=2,
+                bias_update_rate=1e-3,
                 capacity_factor=1.25,
                 balance_loss=0.1,
                 z_loss=1e-2,

@@ -14,7 +14,9 @@ from jaxinfra.run import Precision, Run, TrainConfig
 def config() -> Run:
     return Run(
         name="quickstart",
-        model=TransformerConfig(vocab_size=4096, layers=4, width=192, heads=6, mlp_dim=512, rope=Rope(), qk_norm=True),
+        model=TransformerConfig(
+            vocab_size=4096, num_layers=4, hidden_size=192, num_heads=6, mlp_dim=512, rope=Rope(), qk_norm=True
+        ),
         data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),

@@ -15,7 +15,15 @@ def config() -> Run:
     return Run(
         name="vit-digits",
         model=VisionTransformerConfig(
-            image_size=8, patch=2, channels=1, classes=10, layers=4, width=64, heads=4, mlp_dim=128, dropout=0.2
+            image_size=8,
+            patch_size=2,
+            channels=1,
+            num_classes=10,
+            num_layers=4,
+            hidden_size=64,
+            num_heads=4,
+            mlp_dim=128,
+            dropout=0.2,
         ),
         objective=Classification(label_smoothing=0.1),
         data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, white=16),

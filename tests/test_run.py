@@ -13,8 +13,8 @@ from jaxinfra.data.order import Curriculum
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.models.latent import Latent
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.latent import MLA
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
@@ -23,12 +23,16 @@ from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon, OptimConfig
 from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
 from jaxinfra.run import Run, with_fingerprint_name
 
-DECODER = TransformerConfig(vocab_size=300, layers=2, width=32, heads=4, mlp_dim=64, experts=Experts(), latent=Latent())
+DECODER = TransformerConfig(
+    vocab_size=300, num_layers=2, hidden_size=32, num_heads=4, mlp_dim=64, moe=MixtureOfExperts(), mla=MLA()
+)
 TEXT = Run(name="text", model=DECODER, data=TokenData(store="s", curriculum=Curriculum()))
 MIXED = replace(TEXT, data=Mixture(sources=(MixSource(store="a"),), stages=(MixStage(weights=(1.0,)),)))
 IMAGES = Run(
     name="images",
-    model=VisionTransformerConfig(image_size=8, patch=4, classes=10, layers=2, width=32, heads=4, mlp_dim=64),
+    model=VisionTransformerConfig(
+        image_size=8, patch_size=4, num_classes=10, num_layers=2, hidden_size=32, num_heads=4, mlp_dim=64
+    ),
     objective=Classification(),
     data=ImageData(store="s", image_size=8),
 )
@@ -41,14 +45,14 @@ RUNS = [
     *(replace(TEXT, optim=OptimConfig(optimizer=each)) for each in (Adafactor(), Lion(), SGD(), Muon())),
     *(replace(TEXT, optim=OptimConfig(schedule=each)) for each in (Constant(), Linear(), WSD(), InverseSqrt())),
     *(
-        replace(TEXT, model=replace(DECODER, local_rope=Rope(scaling=scaling)))
+        replace(TEXT, model=replace(DECODER, sliding_rope=Rope(scaling=scaling)))
         for scaling in (LinearScaling(), Llama3Scaling(), YarnScaling())
     ),
 ]
 NOT_THE_NUMBERS = {
     *("name", "root", "mesh", "rules", "pipeline", "checkpoint", "track", "optim.offload", "objective.loss_chunks"),
     *("train.accumulate", "train.compiler", "train.eval_every"),
-    *("model.attention", "model.context_attention", "model.remat"),
+    *("model.attention_kernel", "model.context_attention", "model.remat"),
     *("data.store", "data.version", "data.recipe", "data.prefetch_bytes", "data.threads"),
     *("data.sources.0.store", "data.sources.0.version", "data.sources.0.recipe"),
     "init",

@@ -34,14 +34,19 @@ WARMUP_STEPS = 3  # for compilation and first use of memory
 def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
     """Returns the baseline with the same model, batch and optimizer; raises ConfigError if it cannot have them."""
     (model, data), adamw = require_text(run), run.optim.optimizer
-    if model.rope is None or model.groups != model.heads or model.latent is not None or not isinstance(adamw, AdamW):
+    if (
+        model.rope is None
+        or model.kv_head_count != model.num_heads
+        or model.mla is not None
+        or not isinstance(adamw, AdamW)
+    ):
         needs = "rotary embeddings, as many key heads as query heads, and AdamW"
         raise ConfigError(f"{run.name}: the baseline needs {needs}; use --config {DEFAULT_CONFIG}")
     return BaselineConfig(
         vocab_size=model.vocab_size,
-        num_layers=model.layers,
-        hidden_size=model.width,
-        num_heads=model.heads,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
         mlp_dim=model.mlp_dim,
         seq_len=data.seq_len,
         batch_size=run.train.global_batch,

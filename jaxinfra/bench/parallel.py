@@ -18,7 +18,7 @@ NUM_DEVICES = 8
 FSDP = ("mesh.fsdp=8",)
 MICROBATCHES = 8
 # Enough samples for eight microbatches on every mesh, enough layers for two chunks on each of four stages.
-DENSE_MODEL = ("data.seq_len=128", "train.global_batch=64", "model.layers=8", "model.remat=full")
+DENSE_MODEL = ("data.seq_len=128", "train.global_batch=64", "model.num_layers=8", "model.remat=full")
 MOE_CONFIG = "configs/parity_moe.py"
 DENSE_MESHES = ("replica=8", "fsdp=4 tensor=2", "tensor=8", "fsdp=4 context=2", "context=8", "fsdp=4 stage=2")
 MOE_MESHES = ("replica=8", "fsdp=4 expert=2", "expert=8", "expert=4 tensor=2")

@@ -18,9 +18,9 @@ from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, medi
 
 # So small that the host's work dominates the step.
 DISPATCH_MODEL = (
-    "model.layers=2",
-    "model.width=64",
-    "model.heads=4",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_heads=4",
     "model.mlp_dim=128",
     "model.vocab_size=256",
     "data.seq_len=32",

@@ -86,7 +86,7 @@ class Classes(Protocol):
     """Says how many classes a model tells apart, to compare with the labels of a store."""
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """Classes that it tells apart."""
         ...
 
@@ -106,8 +106,8 @@ class Images(StoreDataset[Store, ImageSamples]):
     def check(self, model: Classes) -> None:
         """Raises ConfigError for a model with fewer classes than there are labels."""
         classes = max(self.train.classes, self.validation().classes, len(self.store.manifest.labels))
-        if model.classes < classes:
+        if model.num_classes < classes:
             raise ConfigError(
-                f"model.classes={model.classes}: the images of {self.store} are of {classes} classes; "
-                f"use model.classes={classes}"
+                f"model.num_classes={model.num_classes}: the images of {self.store} are of {classes} classes; "
+                f"use model.num_classes={classes}"
             )

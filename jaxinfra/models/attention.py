@@ -1,6 +1,6 @@
 """Multi-head attention with grouped keys, rotary positions, query and key norms, and a cache for decoding.
 
-Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G key/value heads, K head width.
+Shape suffixes: B batch, T queries, S cached keys, D residual width, H heads, G key/value heads, K head dim.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.models.layers import Linear, Norm, Stack
+from jaxinfra.models.layers import SEQUENCE, Linear, Norm, ParamFactory
 from jaxinfra.ops.attention import AttentionSpec, Kernel, dot_product_attention
 from jaxinfra.ops.context_attention import context_parallel_attention
 from jaxinfra.ops.context_cost import ContextMethod
@@ -19,34 +19,34 @@ from jaxinfra.ops.rope import rotate
 from jaxinfra.parallel.sharding import Partitioner
 
 
-class KV(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of earlier tokens: of one layer `[B, S, G, K]`, of all `[L, B, S, G, K]`."""
 
     keys: jax.Array
     values: jax.Array
 
 
-class Place(NamedTuple):
-    """Where the tokens of a call stand.
+class TokenInfo(NamedTuple):
+    """What attention needs to know of the tokens of a call.
 
     Attributes:
-        tables: rotary cosines and sines `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
-        segments: document ids `[B, T]`; None if rows are whole documents.
+        rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
+        segments: document ids `[B, T]`; None if every row is one document.
         start: the cache slot of the first token, an int32 scalar; None without a cache.
     """
 
-    tables: tuple[jax.Array, jax.Array] | None
-    segments: jax.Array | None
-    start: jax.Array | None
+    rope: tuple[jax.Array, jax.Array] | None = None
+    segments: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """The sizes and options of one attention layer (see `TransformerConfig`)."""
+class AttentionConfig:
+    """The sizes and options of one attention layer; see `TransformerConfig`."""
 
-    width: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     qkv_bias: bool
     out_bias: bool
@@ -55,86 +55,94 @@ class AttentionShape:
     norm_offset: float = 0.0
     out_scale: float
     kernel: Kernel | None
-    method: ContextMethod | Literal["auto"] = "auto"
+    context_method: ContextMethod | Literal["auto"] = "auto"
 
 
 class Attention(nnx.Module):
     """Attention over a sequence, or over a cache and the tokens that follow it."""
 
-    def __init__(self, shape: AttentionShape, stack: Stack):
-        self.kernel: Kernel | None = shape.kernel
-        self.method: ContextMethod | Literal["auto"] = shape.method
-        self.partitioner = stack.partitioner
-        width, query, key = (shape.width,), (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim)
-        linear = partial(Linear, stack=stack)
-        project = partial(linear, width, direction="inward", bias=shape.qkv_bias)
-        self.query = project(query, ("embed", "heads", None))
-        self.key = project(key, ("embed", "kv_heads", None))
-        self.value = project(key, ("embed", "kv_heads", None))
+    def __init__(self, config: AttentionConfig, params: ParamFactory):
+        self.config, self.partitioner = config, params.partitioner
+        hidden, head_dim = (config.hidden_size,), config.head_dim
+        linear = partial(Linear, params=params)
+        project = partial(linear, hidden, parallelism="column", bias=config.qkv_bias)
+        self.query = project((config.num_heads, head_dim), ("embed", "heads", None))
+        self.key = project((config.num_kv_heads, head_dim), ("embed", "kv_heads", None))
+        self.value = project((config.num_kv_heads, head_dim), ("embed", "kv_heads", None))
         self.out = linear(
-            query, width, ("heads", None, "embed"), direction="outward", bias=shape.out_bias, scale=shape.out_scale
+            (config.num_heads, head_dim),
+            hidden,
+            ("heads", None, "embed"),
+            parallelism="row",
+            bias=config.out_bias,
+            scale=config.out_scale,
         )
-        norm = partial(Norm, kind="rmsnorm", eps=shape.norm_eps, offset=shape.norm_offset, stack=stack)
-        self.query_norm = norm(shape.head_dim) if shape.qk_norm else None
-        self.key_norm = norm(shape.head_dim) if shape.qk_norm else None
+        norm = partial(Norm, head_dim, norm_type="rmsnorm", eps=config.norm_eps, offset=config.norm_offset)
+        self.query_norm = norm(params=params) if config.qk_norm else None
+        self.key_norm = norm(params=params) if config.qk_norm else None
 
     def __call__(
-        self, x_BTD: jax.Array, spec: AttentionSpec, place: Place, cache: KV | None
-    ) -> tuple[jax.Array, KV | None]:
-        """`[B, T, D]` with block positions to the same, and the cache with these tokens."""
+        self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns the output, and the cache with these tokens added; both streams have the residual's sharding."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
-            q_BTHK = self.query_norm(q_BTHK, ("batch", "sequence", "heads"))
-            k_BTGK = self.key_norm(k_BTGK, ("batch", "sequence", "kv_heads"))
-        if place.tables is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, *place.tables), rotate(k_BTGK, *place.tables)
+            q_BTHK = self.query_norm(q_BTHK, (*SEQUENCE, "heads"))
+            k_BTGK = self.key_norm(k_BTGK, (*SEQUENCE, "kv_heads"))
+        if tokens.rope is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, *tokens.rope), rotate(k_BTGK, *tokens.rope)
         if cache is None:
-            y_BTHK = among_themselves(
-                q_BTHK,
-                k_BTGK,
-                v_BTGK,
-                spec,
-                place.segments,
-                partitioner=self.partitioner,
-                kernel=self.kernel,
-                method=self.method,
-            )
+            y_BTHK = self_attention(q_BTHK, k_BTGK, v_BTGK, spec, tokens.segments, self.config, self.partitioner)
             return self.out(y_BTHK), None
-        assert place.start is not None
-        cache = KV(*(write(a, new, place.start) for a, new in zip(cache, (k_BTGK, v_BTGK), strict=True)))
-        positions = (place.start + jnp.arange(x_BTD.shape[1])[None], jnp.arange(cache.keys.shape[1])[None])
+        assert tokens.start is not None
+        cache = KVCache(
+            update_cache(cache.keys, k_BTGK, tokens.start), update_cache(cache.values, v_BTGK, tokens.start)
+        )
+        positions = cached_positions(tokens.start, q_BTHK, cache.keys)
         y_BTHK = dot_product_attention(q_BTHK, *cache, spec, platform=self.partitioner.platform, positions=positions)
         return self.out(y_BTHK), cache
 
-    def empty_cache(self, layers: int, batch: int, length: int) -> KV:
-        """A cache for `length` tokens of `batch` rows, of all layers."""
-        shape, partitioner = self.key.weight[...].shape[-2:], self.partitioner
-        spec = partitioner.spec(None, "batch", None, "kv_heads", None)
-        zeros = jnp.zeros((layers, batch, length, *shape), partitioner.compute_dtype, out_sharding=spec)
-        return KV(zeros, jnp.zeros_like(zeros))
+    def empty_cache(self, num_layers: int, batch: int, length: int) -> KVCache:
+        """Returns a cache of all layers for `length` tokens of `batch` rows."""
+        shape = (num_layers, batch, length, self.config.num_kv_heads, self.config.head_dim)
+        spec = self.partitioner.spec(None, "batch", None, "kv_heads", None)
+        zeros = jnp.zeros(shape, self.partitioner.compute_dtype, out_sharding=spec)
+        return KVCache(zeros, jnp.zeros_like(zeros))
 
 
-def among_themselves(
+def self_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGV: jax.Array,
     spec: AttentionSpec,
-    segments_BT: jax.Array | None,
-    *,
+    ids_BT: jax.Array | None,
+    config: AttentionConfig,
     partitioner: Partitioner,
-    kernel: Kernel | None,
-    method: ContextMethod | Literal["auto"],
 ) -> jax.Array:
-    """Computes self-attention over whole sequences, `[B, T, H, V]`, whether or not they are sharded."""
-    sharding, platform = partitioner.sequence_sharding, partitioner.platform
+    """Computes self-attention over whole sequences, `[B, T, H, V]`, whether or not positions are sharded."""
+    sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, config.kernel
     if sharding.num_shards > 1:
-        across = partial(context_parallel_attention, sharding=sharding, platform=platform, kernel=kernel, method=method)
-        return across(q_BTHK, k_BTGK, v_BTGV, spec, ids_BT=segments_BT)
-    segments = None if segments_BT is None else (segments_BT, segments_BT)
+        return context_parallel_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGV,
+            spec,
+            sharding=sharding,
+            platform=platform,
+            ids_BT=ids_BT,
+            kernel=kernel,
+            method=config.context_method,
+        )
+    segments = None if ids_BT is None else (ids_BT, ids_BT)
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)
 
 
-def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """The cache `[B, S, ...]` with these tokens `[B, T, ...]` from slot `start` on."""
+def update_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Returns the cache `[B, S, ...]` with new tokens `[B, T, ...]` from slot `start` on."""
     return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+
+
+def cached_positions(start: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the positions of queries `[B, T, ...]` that begin at slot `start`, and of the cache `[B, S, ...]`."""
+    return start + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]

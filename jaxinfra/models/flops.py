@@ -1,9 +1,9 @@
 """Floating-point operations of a transformer, for MFU and plans.
 
-A product of `[m, k]` and `[k, n]` counts `2 m k n`; a training step costs three times its forward pass (Kaplan et
-al. 2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts the pairs of positions that the
-mask lets through, so half of the square when causal. Recomputation earns no credit, and norms, rotary positions,
-softmax and the embedding lookup count nothing. Of experts those count that a token chooses, dropped or not.
+A matmul of `[m, k]` and `[k, n]` counts `2 m k n`, and a training step three times its forward pass (Kaplan et al.
+2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts the pairs of positions that the mask lets
+through, half the square if causal. Recomputation, norms, rotary positions, softmax and the embedding lookup are not
+counted. Of experts only those count that a token chooses, dropped or not.
 """
 
 from dataclasses import replace
@@ -14,46 +14,45 @@ if TYPE_CHECKING:
 
 
 def matmul_params(config: "TransformerConfig") -> int:
-    """Weights that a token is multiplied with: projections, MLP or the experts that it chooses, head, tied or not."""
-    inner = config.layers * _inner_params(config) + config.dense_layers * _inner_params(replace(config, experts=None))
-    return config.depth * _attention_params(config) + inner + config.width * config.vocab_size
+    """Counts the weights that a token is multiplied with: projections, MLP or chosen experts, and head."""
+    mlp = config.num_layers * _mlp_params(config) + config.num_dense_layers * _mlp_params(replace(config, moe=None))
+    return config.total_layers * _attention_params(config) + mlp + config.hidden_size * config.vocab_size
 
 
 def _attention_params(config: "TransformerConfig") -> int:
-    """Weights of the projections of one attention layer; training makes latents into keys and values of every token."""
-    width, heads, latent = config.width, config.heads, config.latent
-    if latent is None:
-        return width * config.head_width * (2 * heads + 2 * config.groups)
-    queries = heads * latent.head_dim
-    rank = latent.q_rank
-    of_queries = width * queries if rank is None else rank * (width + queries)
-    of_latent = latent.kv_rank * (width + heads * (latent.nope_dim + latent.value_dim))
-    return of_queries + of_latent + width * latent.rope_dim + heads * latent.value_dim * width
+    hidden, heads, mla = config.hidden_size, config.num_heads, config.mla
+    if mla is None:
+        return hidden * config.qk_head_dim * (2 * heads + 2 * config.kv_head_count)
+    queries, q_rank, kv_rank = heads * mla.qk_head_dim, mla.q_lora_rank, mla.kv_lora_rank
+    query = hidden * queries if q_rank is None else q_rank * (hidden + queries)
+    key_value = kv_rank * (hidden + heads * (mla.qk_nope_head_dim + mla.v_head_dim)) + hidden * mla.qk_rope_head_dim
+    return query + key_value + heads * mla.v_head_dim * hidden
 
 
-def _inner_params(config: "TransformerConfig") -> int:
-    """Of one layer's MLP, or of its router, the shared expert and as many others as a token chooses."""
-    matrices = 2 if config.mlp == "gelu" else 3
-    experts = config.experts
-    if experts is None:
-        return config.width * config.mlp_dim * matrices
-    dim = config.mlp_dim if experts.dim is None else experts.dim
-    return config.width * (experts.count + matrices * dim * (experts.chosen + experts.shared))
+def _mlp_params(config: "TransformerConfig") -> int:
+    """Counts the weights of one MLP, or of a router and the experts that a token passes."""
+    matrices = 2 if config.mlp_type == "gelu" else 3
+    moe = config.moe
+    if moe is None:
+        return config.hidden_size * config.mlp_dim * matrices
+    expert_dim = config.mlp_dim if moe.expert_dim is None else moe.expert_dim
+    return config.hidden_size * (moe.num_experts + matrices * expert_dim * (moe.top_k + moe.num_shared_experts))
 
 
 def visible_keys(length: int, window: int | None) -> float:
-    """Keys that a query sees, on average over a causal sequence of `length`, within `window` if there is one."""
+    """Returns the mean number of keys that a query attends to, in a causal sequence with an optional window."""
     if window is None or window >= length:
         return (length + 1) / 2
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
 def flops_per_token(config: "TransformerConfig", length: int) -> float:
-    """FLOPs of forward and backward pass a token, in training on sequences of `length`.
+    """Returns the training FLOPs of one token, in sequences of `length`.
 
-    `6 * matmul_params + 6 * sum over layers of heads * (head_dim + value_dim) * visible keys`: scores and weighted sum
-    of values are 2 FLOPs each a feature of a head and visible key, three times for the backward pass.
+    `6 * matmul_params + 6 * sum over layers of heads * (qk_head_dim + v_head_dim) * visible keys`: scores and weighted
+    sum cost 2 FLOPs for each feature of a head and visible key, and three times that with the backward pass.
     """
-    windows = (config.window if config.sight(layer) == "local" else None for layer in range(config.depth))
+    types = (config.layer_type(layer) for layer in range(config.total_layers))
+    windows = (config.sliding_window if layer_type == "sliding" else None for layer_type in types)
     keys = sum(visible_keys(length, window) for window in windows)
-    return 6 * matmul_params(config) + 6 * config.heads * (config.head_width + config.value_width) * keys
+    return 6 * matmul_params(config) + 6 * config.num_heads * (config.qk_head_dim + config.v_head_dim) * keys

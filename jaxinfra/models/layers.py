@@ -1,7 +1,7 @@
-"""The layers that a transformer is made of, as Flax NNX modules.
+"""The layers that models are made of, as Flax NNX modules.
 
-A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once into a graph
-definition and a tree of specs, and merges arrays in where a step is traced; modules are never mutated.
+A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once into a graph definition and
+a tree of specs, and merges arrays in when it traces a step. Modules are never mutated.
 
 Shape suffixes: B batch, T length, D residual width, F MLP width.
 """
@@ -15,76 +15,90 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.models.remat import product
+from jaxinfra.models.remat import save_dot
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import Initializer, ParamSpec, Role, constant, normal
 
-BLOCK: LogicalAxes = ("batch", "positions")
-"""The spread dimensions of activations between blocks."""
+type NormType = Literal["rmsnorm", "layernorm"]
+type MlpType = Literal["swiglu", "geglu", "gelu"]
+
+RESIDUAL: LogicalAxes = ("batch", "positions")
+"""The sharded dimensions of the residual stream between blocks."""
+
+SEQUENCE: LogicalAxes = ("batch", "sequence")
+"""The sharded dimensions of the stream inside attention and MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
-    """Declares parameters in a partitioner, each stacked over so many layers; 0 for those that stand alone."""
+class ParamFactory:
+    """Declares parameters of one layer, or of `num_layers` layers stacked in a leading dimension (0: not stacked)."""
 
     partitioner: Partitioner
-    layers: int = 0
+    num_layers: int = 0
 
-    def declare(
+    def param(
         self,
         shape: tuple[int, ...],
         axes: LogicalAxes,
         init: Initializer,
         role: Role,
         *,
-        contract: int | None = None,
-        apart: int = 0,
+        batch_dims: int = 0,
+        in_dims: int = 0,
         trainable: bool = True,
     ) -> nnx.Param:
-        """A parameter, stacked.
+        """Declares a parameter.
 
-        Of a matrix, or of several whose number the first `apart` dimensions are, the next `contract` dimensions are
-        contracted and the rest yielded.
+        The dimensions of a matrix are [batch dims, input dims, output dims]; the matmul contracts the input dims.
+        `in_dims` is 0 for parameters that are no matrix.
         """
-        if self.layers:
-            shape, axes, apart = (self.layers, *shape), ("layers", *axes), apart + 1
-        in_dims = out_dims = ()
-        if contract is not None:
-            in_dims, out_dims = tuple(range(apart, apart + contract)), tuple(range(apart + contract, len(shape)))
-        spec = ParamSpec(
-            shape=shape, axes=axes, init=init, role=role, in_dims=in_dims, out_dims=out_dims, trainable=trainable
+        if self.num_layers:
+            shape, axes, batch_dims = (self.num_layers, *shape), ("layers", *axes), batch_dims + 1
+        inputs = outputs = ()
+        if in_dims:
+            inputs = tuple(range(batch_dims, batch_dims + in_dims))
+            outputs = tuple(range(batch_dims + in_dims, len(shape)))
+        return nnx.Param(
+            ParamSpec(
+                shape=shape, axes=axes, init=init, role=role, in_dims=inputs, out_dims=outputs, trainable=trainable
+            )
         )
-        return nnx.Param(spec)
 
 
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dimension."""
 
-    def __init__(
-        self, width: int, *, kind: Literal["rmsnorm", "layernorm"], eps: float, offset: float = 0.0, stack: Stack
-    ):
-        self.eps, self.offset, self.partitioner = eps, offset, stack.partitioner
-        self.scale = stack.declare((width,), (None,), constant(1.0 - offset), "norm")
-        self.bias = stack.declare((width,), (None,), constant(0.0), "bias") if kind == "layernorm" else None
+    def __init__(self, features: int, *, norm_type: NormType, eps: float, offset: float = 0.0, params: ParamFactory):
+        self.eps, self.offset, self.partitioner = eps, offset, params.partitioner
+        self.scale = params.param((features,), (None,), constant(1.0 - offset), "norm")
+        self.bias = params.param((features,), (None,), constant(0.0), "bias") if norm_type == "layernorm" else None
 
-    def __call__(self, x: jax.Array, meets: LogicalAxes = BLOCK) -> jax.Array:
-        """Normalises `x` `[..., width]`; `meets` names its spread dimensions."""
-        scale = self.partitioner.gather_weight(self.scale[...], (None,), meets)
+    def __call__(self, x: jax.Array, axes: LogicalAxes = RESIDUAL) -> jax.Array:
+        """Normalizes `x` `[..., features]`, whose sharded dimensions are `axes`."""
+        scale = self.partitioner.gather_weight(self.scale[...], (None,), axes)
         if self.bias is None:
             return self.partitioner.map_local(partial(rms_norm, eps=self.eps, offset=self.offset), x, scale)
-        bias = self.partitioner.gather_weight(self.bias[...], (None,), meets)
+        bias = self.partitioner.gather_weight(self.bias[...], (None,), axes)
         return self.partitioner.map_local(partial(layer_norm, eps=self.eps), x, scale, bias)
 
 
 class Linear(nnx.Module):
-    """A matrix product with optional bias.
+    """A matmul with optional bias.
 
-    `inward` weights read the residual stream and yield sharded features; `outward` ones contract sharded features
-    back into the stream, and their partial sums are scattered over its positions; `along` ones read the stream where it
-    is spread between blocks, and yield whole features there.
+    Args:
+        in_shape: contracted dimensions.
+        out_shape: output dimensions.
+        axes: logical axes of the weight.
+        parallelism: "column" takes whole positions and yields sharded features. "row" contracts sharded features and
+            scatters the partial sums over the positions of the residual stream. "sequence" works on the sharded
+            positions of the residual stream and yields whole features there.
+        bias: adds a bias.
+        params: where parameters are declared.
+        scale: factor on the initial weights.
+        save_output: whether remat policies may keep the output.
     """
 
     def __init__(
@@ -93,41 +107,40 @@ class Linear(nnx.Module):
         out_shape: tuple[int, ...],
         axes: LogicalAxes,
         *,
-        direction: Literal["inward", "outward", "along"],
+        parallelism: Literal["column", "row", "sequence"],
         bias: bool,
-        stack: Stack,
+        params: ParamFactory,
         scale: float = 1.0,
-        kept: bool = True,
+        save_output: bool = True,
     ):
-        """Declares it; `kept` results are those that rematerialisation may keep."""
-        self.contract, self.direction, self.partitioner, self.axes = len(in_shape), direction, stack.partitioner, axes
-        self.kept = kept
+        self.in_dims, self.parallelism, self.axes = len(in_shape), parallelism, axes
+        self.partitioner, self.save_output = params.partitioner, save_output
         init = normal(scale * math.prod(in_shape) ** -0.5)
-        self.weight = stack.declare((*in_shape, *out_shape), axes, init, "matrix", contract=len(in_shape))
-        out_axes = axes[len(in_shape) :]
-        self.bias_axes = (None,) * len(out_axes) if direction == "outward" else out_axes
-        self.bias = stack.declare(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
+        self.weight = params.param((*in_shape, *out_shape), axes, init, "matrix", in_dims=self.in_dims)
+        out_axes = axes[self.in_dims :]
+        self.bias_axes = (None,) * len(out_axes) if parallelism == "row" else out_axes
+        self.bias = params.param(out_shape, self.bias_axes, constant(0.0), "bias") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, *in_shape]` to `[B, T, *out_shape]`; outward results have the sharding between blocks."""
-        meets = BLOCK if self.direction == "along" else ("batch", "sequence")
-        w, partitioner = self.partitioner.gather_weight(self.weight[...], self.axes, meets), self.partitioner
+        """Maps `[B, T, *in_shape]` to `[B, T, *out_shape]`."""
+        partitioner = self.partitioner
+        x_axes = RESIDUAL if self.parallelism == "sequence" else SEQUENCE
+        w = partitioner.gather_weight(self.weight[...], self.axes, x_axes)
         multiply = partial(
-            dot, contract=self.contract, flat=partitioner.platform != "tpu", quantize=partitioner.quantize
+            dot, contract=self.in_dims, flat=partitioner.platform != "tpu", quantize=partitioner.quantize
         )
-        if self.direction != "outward":
+        if self.parallelism != "row":
             y = multiply(x, w)
-            return self._add_bias(product(y) if self.kept else y, meets)
-        partial_over = frozenset(a for name in self.axes[: self.contract] for a in self.partitioner.mesh_axes(name))
-        y = multiply(x, w, partial=partial_over)
-        return self._add_bias(product(self.partitioner.shard(y, *BLOCK, None)), BLOCK)
+            return self._add_bias(save_dot(y) if self.save_output else y, x_axes)
+        unreduced = frozenset(a for name in self.axes[: self.in_dims] for a in partitioner.mesh_axes(name))
+        y = multiply(x, w, partial=unreduced)
+        return self._add_bias(save_dot(partitioner.shard(y, *RESIDUAL, None)), RESIDUAL)
 
-    def _add_bias(self, y: jax.Array, meets: LogicalAxes) -> jax.Array:
+    def _add_bias(self, y: jax.Array, y_axes: LogicalAxes) -> jax.Array:
         if self.bias is None:
             return y
-        return self.partitioner.map_local(
-            jnp.add, y, self.partitioner.gather_weight(self.bias[...], self.bias_axes, meets)
-        )
+        bias = self.partitioner.gather_weight(self.bias[...], self.bias_axes, y_axes)
+        return self.partitioner.map_local(jnp.add, y, bias)
 
 
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True), "gelu": jax.nn.gelu}
@@ -138,24 +151,24 @@ class MLP(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        hidden: int,
+        hidden_size: int,
+        mlp_dim: int,
         *,
-        kind: Literal["swiglu", "geglu", "gelu"],
+        mlp_type: MlpType,
         bias: bool,
         out_scale: float,
-        stack: Stack,
+        params: ParamFactory,
     ):
-        linear = partial(Linear, bias=bias, stack=stack)
-        inward = partial(linear, (width,), (hidden,), ("embed", "mlp"), direction="inward")
-        self.kind = kind
-        self.gate = None if kind == "gelu" else inward()
-        self.up = inward()
-        self.down = linear((hidden,), (width,), ("mlp", "embed"), direction="outward", scale=out_scale)
+        linear = partial(Linear, bias=bias, params=params)
+        column = partial(linear, (hidden_size,), (mlp_dim,), ("embed", "mlp"), parallelism="column")
+        self.mlp_type = mlp_type
+        self.gate = None if mlp_type == "gelu" else column()
+        self.up = column()
+        self.down = linear((mlp_dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """`[B, T, D]`, whole positions in, block positions out."""
-        act = ACTIVATIONS[self.kind]
+        """Takes whole positions, returns those of the residual stream."""
+        act = ACTIVATIONS[self.mlp_type]
         up_BTF = self.up(x_BTD)
         hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF
         return self.down(hidden_BTF)

@@ -1,8 +1,9 @@
 """A mixture of experts in place of an MLP: many MLPs, of which every token passes a few.
 
-Shazeer et al. 2017, "Outrageously large neural networks", and what became of it: top-k routing with weights of a
-softmax (Mixtral, Qwen3) or of sigmoids with groups, a shared expert and biases that balance the load (DeepSeek-V3).
-What a token chooses is in `ops.routing`, how it gets there in `parallel.expert`, the product in `ops.grouped`.
+Shazeer et al. 2017, "Outrageously large neural networks", and its successors: top-k routing with softmax weights
+(Mixtral, Qwen3), or with sigmoid scores, groups, a shared expert and load-balancing biases (DeepSeek-V3).
+
+`ops.routing` chooses experts, `parallel.expert` sends tokens to them, `ops.grouped` multiplies with their weights.
 
 Shape suffixes: B sequences, T positions, N = B * T tokens of a device, D residual width, F width of an expert,
 E experts, K choices of a token, M rows of a device's own experts, L layers.
@@ -11,7 +12,6 @@ E experts, K choices of a token, M rows of a device's own experts, L layers.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -21,273 +21,269 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count, Natural, NonNegative, Positive
-from jaxinfra.models.layers import ACTIVATIONS, BLOCK, MLP, Stack
+from jaxinfra.models.layers import ACTIVATIONS, MLP, RESIDUAL, MlpType, ParamFactory
 from jaxinfra.models.module import LayerStats
-from jaxinfra.models.remat import product
+from jaxinfra.models.remat import save_dot
 from jaxinfra.ops import routing
 from jaxinfra.ops.grouped import grouped_dot
-from jaxinfra.ops.routing import Choices, Routing
+from jaxinfra.ops.routing import ExpertChoice, RoutingRule
 from jaxinfra.parallel.expert import ExpertPlacement, plan_dispatch
 from jaxinfra.parallel.sharding import as_varying, axis_names, has_stage_dim, local_weight
 from jaxinfra.parallel.spec import constant, normal
 
-LOAD, KEPT, BALANCE, Z = "expert_load", "expert_kept", "balance_loss", "router_z_loss"
-"""What a layer counts: choices of each expert `[E]`, choices that experts took, and losses, summed over tokens."""
+LOAD, SERVED, BALANCE_LOSS, Z_LOSS = "expert_load", "expert_served", "balance_loss", "router_z_loss"
+"""Stats of a layer, summed over tokens: choices of each expert `[E]`, choices within capacity, and two losses."""
 
 FLOAT32 = jnp.dtype("float32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts:
-    """A mixture of experts.
+class MixtureOfExperts:
+    """The sizes and the routing of a mixture of experts.
 
     Attributes:
-        count: experts.
-        chosen: that each token passes.
-        dim: hidden width of one; None is `mlp_dim` of the model.
-        shared: experts that every token passes besides, as one MLP of so many times the width.
-        score: what weights are made of: a "softmax" over all experts, or the "sigmoid" of each.
-        normalise: the weights of a token's choices sum to one.
-        scale: factor on the weights.
-        groups: of consecutive experts; a token chooses in `chosen_groups` of them alone.
-        chosen_groups: see `groups`.
-        bias_rate: after every step a bias on the scores of each expert, which only choices see, goes up by so much if
-            it got fewer choices than the mean of its layer, and down if more; 0 has no biases.
-        capacity_factor: an expert takes so many times its even share of the choices of each sequence, the earlier
-            positions first; choices beyond are dropped. None drops nothing. Decoding never drops.
-        balance_loss: weight of the sequence-wise balance loss (see `ops.routing.balance`), summed over layers and, like
-            the loss, over tokens, all of them: where few tokens are targets it is as much larger beside their loss.
-        z_loss: weight of the squared log-normaliser of the router's logits, summed likewise.
+        num_experts: experts, without shared ones.
+        top_k: experts of each token.
+        expert_dim: hidden width of an expert; None is the model's `mlp_dim`.
+        num_shared_experts: experts that every token passes besides, as one MLP of this many times the width.
+        score_function: scores are a "softmax" over all experts, or the "sigmoid" of each logit.
+        normalize_weights: scales the weights of a token's experts to sum to one.
+        routed_scaling_factor: factor on the weights.
+        num_groups: groups of consecutive experts. A token chooses in the `top_k_groups` best ones only, by the sum of
+            their two best scores (DeepSeek-V3, section 2.1.2).
+        top_k_groups: see `num_groups`.
+        bias_update_rate: step size of a bias on each expert's score, which affects choices but not weights. After every
+            step it rises if the expert got fewer choices than its layer's mean, and falls if more. 0 has no biases.
+        capacity_factor: an expert serves at most this many times its even share of a sequence's choices, earlier
+            positions first; further choices are dropped. None drops nothing. Decoding never drops.
+        balance_loss: weight of `ops.routing.load_balance_loss`, summed over layers and all tokens. Where few tokens
+            are targets it is larger relative to their loss.
+        z_loss: weight of the squared log-sum-exp of the router logits, summed in the same way.
     """
 
-    count: Count = 8
-    chosen: Count = 2
-    dim: Count | None = None
-    shared: Natural = 0
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    normalise: bool = True
-    scale: float = 1.0
-    groups: Count = 1
-    chosen_groups: Count = 1
-    bias_rate: NonNegative = 0.0
+    num_experts: Count = 8
+    top_k: Count = 2
+    expert_dim: Count | None = None
+    num_shared_experts: Natural = 0
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_weights: bool = True
+    routed_scaling_factor: float = 1.0
+    num_groups: Count = 1
+    top_k_groups: Count = 1
+    bias_update_rate: NonNegative = 0.0
     capacity_factor: Positive | None = None
     balance_loss: NonNegative = 0.0
     z_loss: NonNegative = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """There are as many experts and groups as are chosen, and groups are of one size."""
-        size = self.count // self.groups
-        if self.chosen > self.count:
-            fix = f"use chosen={self.count}"
-            yield Problem(fields=("chosen", "count"), message="there are not so many experts", fix=fix)
-        elif self.chosen_groups > self.groups:
-            fix = f"use chosen_groups={self.groups}"
-            yield Problem(fields=("chosen_groups", "groups"), message="there are not so many groups", fix=fix)
-        elif self.groups > 1 and (self.count % self.groups or size < 2):
-            fitting = max(n for n in range(1, self.groups + 1) if self.count % n == 0 and self.count // n > 1 or n == 1)
-            message = "groups of equal size have two experts at least"
-            yield Problem(fields=("groups", "count"), message=message, fix=f"use groups={fitting}")
-        elif self.chosen > self.chosen_groups * size:
-            message = f"{self.chosen_groups} groups have {self.chosen_groups * size} experts"
-            fix = f"use chosen_groups={-(-self.chosen // size)}"
-            yield Problem(fields=("chosen", "chosen_groups"), message=message, fix=fix)
+        """Yields choices of more experts or groups than there are, and groups of unequal size."""
+        experts, groups, group_size = self.num_experts, self.num_groups, self.num_experts // self.num_groups
+        if self.top_k > experts:
+            message, fix = f"there are {experts} experts", f"use top_k={experts}"
+            yield Problem(fields=("top_k", "num_experts"), message=message, fix=fix)
+        elif self.top_k_groups > groups:
+            message, fix = f"there are {groups} groups", f"use top_k_groups={groups}"
+            yield Problem(fields=("top_k_groups", "num_groups"), message=message, fix=fix)
+        elif groups > 1 and (experts % groups or group_size < 2):
+            fitting = max(n for n in range(1, groups + 1) if n == 1 or (experts % n == 0 and experts // n > 1))
+            message = "groups must have the same size, at least two experts"
+            yield Problem(fields=("num_groups", "num_experts"), message=message, fix=f"use num_groups={fitting}")
+        elif self.top_k > self.top_k_groups * group_size:
+            message = f"{self.top_k_groups} groups have {self.top_k_groups * group_size} experts"
+            fix = f"use top_k_groups={-(-self.top_k // group_size)}"
+            yield Problem(fields=("top_k", "top_k_groups"), message=message, fix=fix)
 
     def capacity(self, length: int) -> int | None:
-        """Choices of a sequence of this length that an expert takes at most; None for all."""
+        """Returns the most choices of a sequence that an expert serves; None for all."""
         if self.capacity_factor is None:
             return None
-        return min(length, math.ceil(self.capacity_factor * length * self.chosen / self.count))
+        return min(length, math.ceil(self.capacity_factor * length * self.top_k / self.num_experts))
 
-    def routing(self, length: int, *, drops: bool) -> Routing:
-        """The rule of choice in sequences of this length."""
-        return Routing(
-            chosen=self.chosen,
-            score=self.score,
-            normalise=self.normalise,
-            scale=self.scale,
-            groups=self.groups,
-            chosen_groups=self.chosen_groups,
-            capacity=self.capacity(length) if drops else None,
+    def routing_rule(self, length: int, *, drop_tokens: bool) -> RoutingRule:
+        """Returns the rule for sequences of this length."""
+        return RoutingRule(
+            top_k=self.top_k,
+            score_function=self.score_function,
+            normalize_weights=self.normalize_weights,
+            routed_scaling_factor=self.routed_scaling_factor,
+            num_groups=self.num_groups,
+            top_k_groups=self.top_k_groups,
+            capacity=self.capacity(length) if drop_tokens else None,
         )
 
 
 class MoE(nnx.Module):
-    """A router and its experts, and the shared one."""
+    """A router, its experts, and the shared expert."""
 
     def __init__(
         self,
-        width: int,
-        hidden: int,
-        experts: Experts,
+        hidden_size: int,
+        mlp_dim: int,
+        config: MixtureOfExperts,
         *,
-        kind: Literal["swiglu", "geglu", "gelu"],
+        mlp_type: MlpType,
         out_scale: float,
-        stack: Stack,
+        params: ParamFactory,
     ):
-        """Declares the parameters; `hidden` is the width of an expert that does not say its own."""
-        self.experts, self.kind, self.partitioner = experts, kind, stack.partitioner
-        count, dim = experts.count, hidden if experts.dim is None else experts.dim
-        self.router = stack.declare((width, count), ("embed", None), normal(width**-0.5), "matrix", contract=1)
-        bias = partial(stack.declare, (count,), (None,), constant(0.0), "bias", trainable=False)
-        self.bias = bias() if experts.bias_rate else None
+        self.config, self.mlp_type, self.partitioner = config, mlp_type, params.partitioner
+        experts, dim = config.num_experts, mlp_dim if config.expert_dim is None else config.expert_dim
+        router_init = normal(hidden_size**-0.5)
+        self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
+        self.bias = (
+            params.param((experts,), (None,), constant(0.0), "bias", trainable=False)
+            if config.bias_update_rate
+            else None
+        )
 
-        def matrices(rows: int, columns: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
-            shape, init = (count, rows, columns), normal(scale * rows**-0.5)
-            return stack.declare(shape, ("experts", *axes), init, "matrix", contract=1, apart=1)
+        def matrices(inputs: int, outputs: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
+            shape, init = (experts, inputs, outputs), normal(scale * inputs**-0.5)
+            return params.param(shape, ("experts", *axes), init, "matrix", batch_dims=1, in_dims=1)
 
-        self.gate = None if kind == "gelu" else matrices(width, dim, ("embed", "mlp"))
-        self.up = matrices(width, dim, ("embed", "mlp"))
-        self.down = matrices(dim, width, ("mlp", "embed"), out_scale)
-        shared = partial(MLP, width, experts.shared * dim, kind=kind, bias=False, out_scale=out_scale, stack=stack)
-        self.shared = shared() if experts.shared else None
+        self.gate = None if mlp_type == "gelu" else matrices(hidden_size, dim, ("embed", "mlp"))
+        self.up = matrices(hidden_size, dim, ("embed", "mlp"))
+        self.down = matrices(dim, hidden_size, ("mlp", "embed"), out_scale)
+        shared_dim, shared = config.num_shared_experts * dim, {"mlp_type": mlp_type, "bias": False}
+        self.shared = MLP(hidden_size, shared_dim, out_scale=out_scale, params=params, **shared) if shared_dim else None
 
-    def __call__(self, x_BTD: jax.Array, *, drops: bool = True) -> tuple[jax.Array, LayerStats]:
-        """Applies the experts to the stream: whole positions in, block positions and the counts of the layer out.
-
-        With `drops` experts take no more than their capacity.
-        """
-        partitioner, weights = self.partitioner, self._ready()
-        # The mesh axes over which devices have tokens of their own, or parts of experts.
-        over = tuple(axis for name in ("batch", "sequence", "mlp") for axis in partitioner.mesh_axes(name))
+    def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
+        """Applies the experts; takes whole positions, returns those of the residual stream, and the layer's stats."""
+        partitioner, weights = self.partitioner, self._gather_weights()
         x_spec = jax.typeof(x_BTD).sharding.spec
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)
         stage = ("stage",) if has_stage_dim(specs["up"]) else ()
-        tokens = frozenset(over) - {*partitioner.mesh_axes("mlp"), *stage}
-        rule = self.experts.routing(x_BTD.shape[1], drops=drops)
+        mlp_axes = partitioner.mesh_axes("mlp")
+        # Over these mesh axes devices have different tokens, or different parts of the experts.
+        varying_axes = (*partitioner.mesh_axes("batch"), *partitioner.mesh_axes("sequence"), *mlp_axes)
+        token_axes = frozenset(varying_axes) - {*mlp_axes, *stage}
+        rule = self.config.routing_rule(x_BTD.shape[1], drop_tokens=drop_tokens)
 
         def on_device(x: jax.Array, weights: Mapping[str, jax.Array]) -> tuple[jax.Array, LayerStats]:
-            own = {name: local_weight(w, specs[name]) for name, w in weights.items()}
-            y, stats = self._own(as_varying(x, x_spec, over), own, rule)
-            y = jax.lax.pcast(y, partitioner.mesh_axes("mlp"), to="unreduced")
-            stats = {name: jax.lax.pcast(a, tuple(tokens), to="unreduced") for name, a in stats.items()}
+            local = {name: local_weight(w, specs[name]) for name, w in weights.items()}
+            y, stats = self._apply_local(as_varying(x, x_spec, varying_axes), local, rule)
+            y = jax.lax.pcast(y, mlp_axes, to="unreduced")
+            stats = {name: jax.lax.pcast(a, tuple(token_axes), to="unreduced") for name, a in stats.items()}
             return y, {name: a[None] for name, a in stats.items()} if stage else stats
 
-        losses = {BALANCE: self.experts.balance_loss, Z: self.experts.z_loss}
-        names = [LOAD, KEPT, *(name for name, weight in losses.items() if weight)]
-        stat_specs = {name: P(*stage, unreduced=tokens) for name in names}
-        out_specs = (P(*x_spec.partitions, unreduced=frozenset(partitioner.mesh_axes("mlp"))), stat_specs)
+        losses = {BALANCE_LOSS: self.config.balance_loss, Z_LOSS: self.config.z_loss}
+        names = [LOAD, SERVED, *(name for name, weight in losses.items() if weight)]
+        stat_specs = {name: P(*stage, unreduced=token_axes) for name in names}
+        out_specs = (P(*x_spec.partitions, unreduced=frozenset(mlp_axes)), stat_specs)
         y_BTD, stats = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
-        y_BTD = product(partitioner.shard(y_BTD, *BLOCK, None))
+        y_BTD = save_dot(partitioner.shard(y_BTD, *RESIDUAL, None))
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), stats
 
-    def _ready(self) -> dict[str, jax.Array]:
-        """The weights, ready for use: those of the router whole and in float32."""
-        partitioner, everywhere = self.partitioner, ("batch", "sequence", "mlp")
-        ready = {
-            "router": partitioner.gather_weight(self.router[...], ("embed", None), everywhere, FLOAT32),
-            "up": partitioner.gather_weight(self.up[...], ("experts", "embed", "mlp")),
-            "down": partitioner.gather_weight(self.down[...], ("experts", "mlp", "embed")),
+    def _gather_weights(self) -> dict[str, jax.Array]:
+        gather, everywhere = self.partitioner.gather_weight, ("batch", "sequence", "mlp")
+        weights = {
+            "router": gather(self.router[...], ("embed", None), everywhere, FLOAT32),
+            "up": gather(self.up[...], ("experts", "embed", "mlp")),
+            "down": gather(self.down[...], ("experts", "mlp", "embed")),
         }
         if self.gate is not None:
-            ready["gate"] = partitioner.gather_weight(self.gate[...], ("experts", "embed", "mlp"))
+            weights["gate"] = gather(self.gate[...], ("experts", "embed", "mlp"))
         if self.bias is not None:
-            ready["bias"] = partitioner.gather_weight(
-                jax.lax.stop_gradient(self.bias[...]), (None,), everywhere, FLOAT32
-            )
-        return ready
+            weights["bias"] = gather(jax.lax.stop_gradient(self.bias[...]), (None,), everywhere, FLOAT32)
+        return weights
 
-    # On each device
+    # In a `shard_map`
 
-    def _own(self, x_BTD: jax.Array, weights: Mapping[str, jax.Array], rule: Routing) -> tuple[jax.Array, LayerStats]:
-        """The device's tokens, and its part of the statistics: of the experts' width it has a part as well."""
+    def _apply_local(
+        self, x_BTD: jax.Array, weights: Mapping[str, jax.Array], rule: RoutingRule
+    ) -> tuple[jax.Array, LayerStats]:
+        """Returns output and stats of the device's tokens; the output is a partial sum if expert width is sharded."""
         B, T, D = x_BTD.shape
         logits_BTE = jnp.einsum(
             "btd,de->bte", x_BTD.astype(FLOAT32), weights["router"], precision=jax.lax.Precision.HIGHEST
         )
-        choices = routing.choose(logits_BTE, rule, weights.get("bias"))
-        chosen_BTE, taken_BTK = routing.chosen_by(choices.experts, self.experts.count), choices.experts
+        choice = routing.choose_experts(logits_BTE, rule, weights.get("bias"))
+        mask_BTE, served_BTK = routing.expert_mask(choice.experts, self.config.num_experts), choice.experts
         if rule.capacity is not None:
-            kept = routing.within_capacity(
-                choices.experts, chosen_BTE, rule.capacity, self.partitioner.sequence_sharding
-            )
-            taken_BTK = jnp.where(kept, choices.experts, self.experts.count)
-        plan = plan_dispatch(self._placement(B, T, rule), taken_BTK.reshape(B * T, -1))
-        y_MD = self._made(plan.dispatch(x_BTD.reshape(B * T, D)), weights, plan.group_sizes)
-        home_NKD = product(plan.combine(y_MD)).astype(FLOAT32)
-        y_ND = jnp.sum(home_NKD * choices.weights.reshape(B * T, -1, 1), axis=1)
-        stats = self._layer_stats(logits_BTE, choices, chosen_BTE, taken_BTK)
+            sharding = self.partitioner.sequence_sharding
+            served = routing.within_capacity(choice.experts, mask_BTE, rule.capacity, sharding)
+            served_BTK = jnp.where(served, choice.experts, self.config.num_experts)
+        plan = plan_dispatch(self._placement(B, T, rule), served_BTK.reshape(B * T, -1))
+        y_MD = self._apply_experts(plan.dispatch(x_BTD.reshape(B * T, D)), weights, plan.group_sizes)
+        y_NKD = save_dot(plan.combine(y_MD)).astype(FLOAT32)
+        y_ND = jnp.sum(y_NKD * choice.weights.reshape(B * T, -1, 1), axis=1)
+        stats = self._layer_stats(logits_BTE, choice, mask_BTE, served_BTK)
         return y_ND.astype(x_BTD.dtype).reshape(B, T, D), stats
 
-    def _placement(self, rows: int, length: int, rule: Routing) -> ExpertPlacement:
-        """Where the experts are, for a device with so many positions of so many sequences."""
-        axes, shards, count = (
-            self.partitioner.mesh_axes("experts"),
-            self.partitioner.num_shards("experts"),
-            self.experts.count,
-        )
-        own = count // shards
-        most = rows * length * min(rule.chosen, own)
+    def _placement(self, batch: int, length: int, rule: RoutingRule) -> ExpertPlacement:
+        num_experts, num_shards = self.config.num_experts, self.partitioner.num_shards("experts")
+        own_experts = num_experts // num_shards
+        max_rows = batch * length * min(rule.top_k, own_experts)
         if rule.capacity is not None:
-            most = min(most, rows * own * min(rule.capacity, length))
+            max_rows = min(max_rows, batch * own_experts * min(rule.capacity, length))
         return ExpertPlacement(
-            num_experts=count, axes=axes, num_shards=shards, max_rows=most, ragged=self.partitioner.platform == "tpu"
+            num_experts=num_experts,
+            axes=self.partitioner.mesh_axes("experts"),
+            num_shards=num_shards,
+            max_rows=max_rows,
+            ragged=self.partitioner.platform == "tpu",
         )
 
-    def _made(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
-        """What each expert makes of its rows; a partial sum where its width is spread."""
-
-        def times(x: jax.Array, name: str) -> jax.Array:
+    def _apply_experts(self, x_MD: jax.Array, weights: Mapping[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
+        def multiply(x: jax.Array, name: str) -> jax.Array:
             return grouped_dot(x, weights[name], sizes_E, platform=self.partitioner.platform)
 
-        act, up_MF = ACTIVATIONS[self.kind], product(times(x_MD, "up"))
-        hidden_MF = act(up_MF) if self.gate is None else act(product(times(x_MD, "gate"))) * up_MF
-        return times(hidden_MF, "down")
+        act, up_MF = ACTIVATIONS[self.mlp_type], save_dot(multiply(x_MD, "up"))
+        hidden_MF = act(up_MF) if self.gate is None else act(save_dot(multiply(x_MD, "gate"))) * up_MF
+        return multiply(hidden_MF, "down")
 
     def _layer_stats(
-        self, logits_BTE: jax.Array, choices: Choices, chosen_BTE: jax.Array, taken_BTK: jax.Array
+        self, logits_BTE: jax.Array, choice: ExpertChoice, mask_BTE: jax.Array, served_BTK: jax.Array
     ) -> LayerStats:
-        """Sums over the device's tokens; devices that share tokens, by the experts' width, count them once."""
-        sharding, config = self.partitioner.sequence_sharding, self.experts
+        """Sums stats over the device's tokens."""
+        sharding, config = self.partitioner.sequence_sharding, self.config
         stats = {
-            LOAD: jnp.sum(chosen_BTE, axis=(0, 1), dtype=FLOAT32),
-            KEPT: jnp.sum(taken_BTK < config.count, dtype=FLOAT32),
+            LOAD: jnp.sum(mask_BTE, axis=(0, 1), dtype=FLOAT32),
+            SERVED: jnp.sum(served_BTK < config.num_experts, dtype=FLOAT32),
         }
         if config.balance_loss:
-            stats[BALANCE] = config.balance_loss * routing.balance(chosen_BTE, choices.scores, config.chosen, sharding)
+            loss = routing.load_balance_loss(mask_BTE, choice.scores, config.top_k, sharding)
+            stats[BALANCE_LOSS] = config.balance_loss * loss
         if config.z_loss:
-            stats[Z] = config.z_loss * routing.z_loss(logits_BTE)
-        shared = self.partitioner.mesh_axes("mlp")
-        if not shared:
+            stats[Z_LOSS] = config.z_loss * routing.router_z_loss(logits_BTE)
+        same_tokens = self.partitioner.mesh_axes("mlp")
+        if not same_tokens:
             return stats
-        first = jax.lax.axis_index(shared) == 0
-        return jax.lax.psum({name: jnp.where(first, a, 0) for name, a in stats.items()}, shared)
+        # Devices that share expert width have the same tokens: only the first counts them.
+        first = jax.lax.axis_index(same_tokens) == 0
+        return jax.lax.psum({name: jnp.where(first, a, 0) for name, a in stats.items()}, same_tokens)
 
 
-# What becomes of the counts of all layers
-
-
-def aux_loss(stats: LayerStats, axes: tuple[str, ...]) -> jax.Array | None:
-    """What layers add to the loss, a scalar that is a partial sum over `axes`, those that tokens are spread over."""
-    losses = [stats[name] for name in (BALANCE, Z) if name in stats]
+def aux_loss(stats: LayerStats, token_axes: tuple[str, ...]) -> jax.Array | None:
+    """Sums the losses of all layers: a scalar that is a partial sum over `token_axes`; None if there is none."""
+    losses = [stats[name] for name in (BALANCE_LOSS, Z_LOSS) if name in stats]
     if not losses:
         return None
     spec = jax.typeof(losses[0]).sharding.spec
     stage = tuple(axis for part in spec.partitions for axis in axis_names(part))
 
-    def own(*losses: jax.Array) -> jax.Array:
-        total = sum((jnp.sum(one) for one in losses[1:]), start=jnp.sum(losses[0]))
+    def sum_local(*losses: jax.Array) -> jax.Array:
+        total = sum((jnp.sum(loss) for loss in losses[1:]), start=jnp.sum(losses[0]))
         return jax.lax.pcast(total, stage, to="unreduced") if stage else total
 
     in_specs = (spec,) * len(losses)
-    return jax.shard_map(own, in_specs=in_specs, out_specs=P(unreduced=frozenset(axes)))(*losses)
+    return jax.shard_map(sum_local, in_specs=in_specs, out_specs=P(unreduced=frozenset(token_axes)))(*losses)
 
 
 def metrics(stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
-    """What is logged of a step: from the statistics of all layers, `[L, ...]`, and the weight of its tokens.
+    """Returns scalars to log, from the stats of all layers, `[L, ...]`, and the weight of the batch's targets.
 
-    Losses are sums over all tokens and layers by the weight of the targets, as they are in what is trained. Loads are
-    those of experts as parts of the mean of their layer: the largest of all, and of each expert the mean over layers.
+    Losses are per unit of target weight, as in the training loss. Loads are relative to their layer's mean: the largest
+    of all, and the mean over layers for each expert.
     """
     if LOAD not in stats:
         return {}
     load_LE = stats[LOAD] / jnp.maximum(jnp.mean(stats[LOAD], axis=1, keepdims=True), 1)
-    found = {name: jnp.sum(stats[name]) / weight for name in (BALANCE, Z) if name in stats}
-    found["expert_load_max"] = jnp.max(load_LE)
-    found["expert_dropped"] = 1 - jnp.sum(stats[KEPT]) / jnp.maximum(jnp.sum(stats[LOAD]), 1)
-    return found | {f"expert_load/{e}": load for e, load in enumerate(jnp.mean(load_LE, axis=0))}
+    scalars = {name: jnp.sum(stats[name]) / weight for name in (BALANCE_LOSS, Z_LOSS) if name in stats}
+    scalars["expert_load_max"] = jnp.max(load_LE)
+    scalars["expert_dropped"] = 1 - jnp.sum(stats[SERVED]) / jnp.maximum(jnp.sum(stats[LOAD]), 1)
+    return scalars | {f"expert_load/{expert}": load for expert, load in enumerate(jnp.mean(load_LE, axis=0))}
 
 
 def updated_bias(bias_LE: jax.Array, stats: LayerStats, rate: float) -> jax.Array:
-    """The biases after a step: experts with less than the mean load of their layer are lifted (Wang et al. 2024)."""
+    """Raises the bias of experts with less than their layer's mean load, and lowers the others (Wang et al. 2024)."""
     load_LE = stats[LOAD]
     return bias_LE + rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE)

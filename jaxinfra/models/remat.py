@@ -1,61 +1,60 @@
-"""Rematerialisation by name: what a layer keeps for the backward pass and what is computed again."""
+"""Rematerialization policies: what a layer keeps for the backward pass, and what is computed again."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 from jaxinfra.ops.attention import ATTENTION_RESIDUALS
 from jaxinfra.parallel.sharding import GATHERED_WEIGHT
 
 type Remat = Literal["none", "weights", "dots_and_attention", "dots", "full", "offload"]
 
-PRODUCT = "product"
+DOT = "dot"
 
 
-def product(y: jax.Array) -> jax.Array:
-    """Marks the result of a product with a weight, for the policies that keep it.
+def save_dot(y: jax.Array) -> jax.Array:
+    """Names the output of a matmul with a weight, for the policies that keep it.
 
-    Marked by name, not found by primitive: what a sharded contraction yields is a partial sum until it is
-    scattered, and a partial sum can be neither stacked over layers nor moved to the host.
+    By name, not by primitive: the output of a sharded contraction is a partial sum until it is scattered, and a partial
+    sum can be neither stacked over layers nor moved to the host.
     """
-    return checkpoint_name(y, PRODUCT)
+    return checkpoint_name(y, DOT)
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
-    """A policy: keeps everything but gathered weights, in every form: as moved, by their name, and reshaped.
-
-    Activations that are moved have a name of their own, by which they are kept; to reshape one again costs nothing.
-    """
+def _all_but_gathered_weights(primitive: Primitive, *_: Any, **params: Any) -> bool:
+    # Resharded activations are kept by a name of their own; to reshape one again costs nothing.
     return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED_WEIGHT
 
 
 def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -> Callable[P, R]:
-    """`layer`, which is scanned over, with the given policy; `alone` if it is all that a step of the scan does.
+    """Applies a policy to a layer that is scanned over.
 
-    - `none`: everything is kept; under fsdp gathered weights too, in the end the whole model on every device.
-    - `weights`: everything is kept but gathered weights, which are gathered again.
-    - `dots`: results of matrix products with weights are kept; the rest is computed again.
-    - `dots_and_attention`: as `dots`, and on TPUs what attention yields: its kernel runs forward once, not twice.
-    - `full`: only the input of the layer is kept.
-    - `offload`: as `dots`, but what is kept waits in host memory.
+    Args:
+        layer: the layer as a function.
+        policy: what is kept. "none": everything; under fsdp the gathered weights too, in the end the whole model on
+            every device. "weights": everything but gathered weights, which are gathered again. "dots": outputs of
+            matmuls with weights. "dots_and_attention": on TPUs also the output of attention, whose kernel then runs
+            forward once. "full": only the input of the layer. "offload": as "dots", kept in host memory.
+        alone: whether the layer is all that a step of the scan does.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
         return layer
     chosen = {
-        "weights": _all_but_gathered,
+        "weights": _all_but_gathered_weights,
         "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names(PRODUCT),
-        "dots_and_attention": policies.save_only_these_names(PRODUCT, ATTENTION_RESIDUALS),
+        "dots": policies.save_only_these_names(DOT),
+        "dots_and_attention": policies.save_only_these_names(DOT, ATTENTION_RESIDUALS),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[PRODUCT],
+            names_which_can_be_offloaded=[DOT],
             offload_src="device",
             offload_dst="pinned_host",
         ),
     }[policy]
-    # A scan keeps forward and backward apart by itself: nothing there could be merged that should not be. But among
-    # several layers in a step the compiler is to compute one again only when the gradient has come down to it.
+    # A scan by itself keeps the compiler from merging forward and backward pass (CSE). With several layers in a step
+    # it must be told to compute each again only when its gradient is due.
     return jax.checkpoint(layer, policy=chosen, prevent_cse=not alone)

@@ -1,7 +1,7 @@
-"""A scan over stacked layers that are not all treated alike: a short pattern, repeated.
+"""A scan over stacked layers with a repeated pattern of step functions, such as alternating remat policies.
 
-A group of layers, one of each of the pattern, is one step of the scan: compile time grows with the pattern and not
-with the layers. Layers that are left over at the end come after the scan, one by one.
+One step of the scan applies the whole pattern, so compile time grows with the pattern and not with the layers. Layers
+that are left over follow the scan one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,49 +15,50 @@ type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
 def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Array, Tree]:
-    """`jax.lax.scan(step, x, xs)` with `steps[i % len(steps)]` as step i: `x` after the last layer, and stacked `y`.
+    """Computes `jax.lax.scan` with `steps[i % len(steps)]` as step i: returns the last `x`, and all `y` stacked.
 
-    Steps are `(x, layer) -> (x, y)` and yield alike; stacked layers are `[L, ...]`, L whole on every device.
+    Steps are `(x, layer) -> (x, y)`. The arrays in `xs` are `[L, ...]`; L is not sharded.
     """
     if len(steps) == 1:
         return jax.lax.scan(steps[0], x, xs)
-    count = len(jax.tree.leaves(xs)[0])
-    groups, left = divmod(count, len(steps))
+    num_layers = len(jax.tree.leaves(xs)[0])
+    groups, left = divmod(num_layers, len(steps))
 
-    def one_by_one(x: jax.Array, xs: Tree, steps: Sequence[Step] = steps) -> tuple[jax.Array, Tree]:
+    def apply_group(x: jax.Array, xs: Tree, steps: Sequence[Step] = steps) -> tuple[jax.Array, Tree]:
         ys = []
-        for step, layer in zip(steps, _apart(xs, len(steps)), strict=True):
+        for step, layer in zip(steps, _unstack(xs, len(steps)), strict=True):
             x, y = step(x, layer)
             ys.append(y)
-        return x, jax.tree.map(_joined, *ys)
+        return x, jax.tree.map(_stack, *ys)
 
-    found = []
+    results = []
     if groups:
-        whole = xs if not left else jax.tree.map(lambda a: a[: count - left], xs)
-        x, ys = jax.lax.scan(one_by_one, x, jax.tree.map(lambda a: _shaped(a, groups, len(steps)), whole))
-        found.append(jax.tree.map(lambda a: _shaped(a, count - left), ys))
+        whole = jax.tree.map(lambda a: a[: num_layers - left], xs) if left else xs
+        grouped = jax.tree.map(lambda a: _reshape_layers(a, groups, len(steps)), whole)
+        x, ys = jax.lax.scan(apply_group, x, grouped)
+        results.append(jax.tree.map(lambda a: _reshape_layers(a, num_layers - left), ys))
     if left:
-        x, ys = one_by_one(x, jax.tree.map(lambda a: a[count - left :], xs), steps[:left])
-        found.append(ys)
-    return x, found[0] if len(found) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *found)
+        x, ys = apply_group(x, jax.tree.map(lambda a: a[num_layers - left :], xs), steps[:left])
+        results.append(ys)
+    return x, results[0] if len(results) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *results)
 
 
-def _apart(xs: Tree, count: int) -> list[Tree]:
-    """`[count, ...]` as a list. Split, not indexed: gradients of parts are then joined, not padded and added."""
+def _unstack(xs: Tree, count: int) -> list[Tree]:
+    """Splits arrays `[count, ...]`. Not by index: gradients are then concatenated, not padded and added."""
     leaves, tree = jax.tree.flatten(xs)
     parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
     return [tree.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
 
 
-def _joined(*ys: jax.Array) -> jax.Array:
-    """`[count, ...]` of a list. Not `jnp.stack`, nor `expand_dims`: they have no gradient for partial sums."""
+def _stack(*ys: jax.Array) -> jax.Array:
+    """Stacks arrays. Not by `jnp.stack` or `expand_dims`, which have no gradient for partial sums."""
     spec = jax.typeof(ys[0]).sharding.spec
     out = spec.update(partitions=(None, *spec.partitions))
     return jnp.concatenate([y.reshape(1, *y.shape, out_sharding=out) for y in ys])
 
 
-def _shaped(a: jax.Array, *lead: int) -> jax.Array:
-    """`[L, ...]` to `[groups, layers of a group, ...]`, or back; these dimensions are whole on every device."""
+def _reshape_layers(a: jax.Array, *lead: int) -> jax.Array:
+    """Reshapes `[L, ...]` to `[groups, layers of a group, ...]`, or back; these dimensions are not sharded."""
     old, spec = 3 - len(lead), jax.typeof(a).sharding.spec
     out = spec.update(partitions=((None,) * len(lead) + spec.partitions[old:]))
     return a.reshape(*lead, *a.shape[old:], out_sharding=out)

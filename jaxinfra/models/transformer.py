@@ -1,6 +1,7 @@
-"""The shape of a decoder-only transformer: one config that covers the published dense and mixed families.
+"""The config of a decoder-only transformer; `models.decoder` has the module.
 
-What is built of it is in `models.decoder`.
+It covers the published dense and mixture-of-experts families. Where there is one, a field has the name that it has in
+Hugging Face configs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,19 +10,19 @@ from typing import Annotated, ClassVar, Literal, Protocol, override
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import Count, Decay, Natural, Positive
-from jaxinfra.models.latent import Latent
+from jaxinfra.models.latent import MLA
 from jaxinfra.models.model import ModelConfig
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.remat import Remat
 from jaxinfra.ops.attention import AttentionSpec, Kernel
 from jaxinfra.ops.context_cost import ContextMethod
 from jaxinfra.ops.rope import Rope
 
-type Sight = Literal["global", "local"]
+type LayerType = Literal["full", "sliding"]
 
 
-class Sequences(Protocol):
-    """What the model needs to know of the data."""
+class HasSeqLen(Protocol):
+    """The part of a data config that a decoder reads."""
 
     @property
     def seq_len(self) -> int:
@@ -34,60 +35,60 @@ class TransformerConfig(ModelConfig):
     """The shape of a decoder.
 
     Attributes:
-        vocab_size: words.
-        layers: blocks.
-        width: residual width.
-        heads: query heads.
-        kv_heads: key/value heads; None is as many as `heads`.
-        head_dim: width of a head; None is `width / heads`.
-        latent: keys and values come from a small latent (DeepSeek); kv_heads and head_dim are then none.
+        vocab_size: size of the vocabulary.
+        num_layers: decoder layers, not counting `num_dense_layers`.
+        hidden_size: width of the residual stream.
+        num_heads: query heads.
         mlp_dim: hidden width of the MLP.
-        mlp: its kind.
-        experts: a mixture of experts in place of every MLP, of its kind; None for none.
-        dense_layers: blocks with an MLP that come before those with experts, which `layers` counts (DeepSeek). In a
-            pipeline every stage computes them for its own rows, though the first alone needs them.
-        norm: kind of the norms.
+        num_kv_heads: key/value heads; None is `num_heads`.
+        head_dim: width of a head; None is `hidden_size / num_heads`.
+        mla: multi-head latent attention (DeepSeek); `num_kv_heads` and `head_dim` must then be None.
+        mlp_type: activation and gating of the MLP.
+        moe: a mixture of experts in place of every MLP.
+        num_dense_layers: layers with an MLP before the `num_layers` with experts (DeepSeek). In a pipeline every stage
+            computes them for its own rows, though only the first needs them.
+        norm_type: RMSNorm or LayerNorm.
         norm_eps: added to the variance.
-        norm_offset: 1.0 where norm weights are stored as a difference from one (Gemma).
-        post_norms: norms after attention and MLP as well as before (Gemma 2).
+        norm_offset: 1.0 if norm weights are stored as their difference from one (Gemma).
+        post_norms: adds norms after attention and MLP (Gemma 2).
         qkv_bias: biases on queries, keys and values.
         out_bias: a bias on the output of attention.
         mlp_bias: biases in the MLP.
         qk_norm: RMSNorm on every query and key head (Qwen3, Gemma 3).
-        sights: what the layers see, repeated over them: "global", or "local" within `window`.
-        window: positions that a local layer sees, itself included.
-        softcap: cap on attention scores.
+        layer_types: "full" or "sliding" attention of each layer; repeated if shorter than the layers.
+        sliding_window: positions that a query of a sliding layer attends to, its own included.
+        attn_softcap: soft cap on attention scores.
         query_scale: factor on queries; None is `head_dim ** -0.5`.
-        rope: rotary positions; None for none.
-        local_rope: those of local layers; None is `rope`.
-        learned_positions: rows of a learned position embedding; None for none (GPT-2).
-        tied: the head is the embedding, transposed.
-        scale_embeddings: embeddings times `sqrt(width)` (Gemma).
-        logit_softcap: cap on the logits.
-        attention: forces an attention kernel; None chooses by platform and shape.
-        context_attention: how attention reaches the other shards of a sequence, where mesh.context is above 1: keys and
-            values go round a "ring", or every shard will "gather" them; "auto" takes the cheaper.
-        dropout: part of the features that are zero, while training, of the embedded words and of what attention and
-            MLP add to the stream (Vaswani et al. 2017, section 5.4).
-        remat: what is kept of each layer for the backward pass; a tuple is repeated over the layers, in a pipeline
-            over those of each chunk.
+        rope: rotary position embedding.
+        sliding_rope: that of sliding layers; None is `rope`.
+        learned_positions: rows of a learned position embedding (GPT-2); None has none.
+        tie_embeddings: the head is the transposed embedding.
+        scale_embeddings: multiplies embeddings by `sqrt(hidden_size)` (Gemma).
+        logit_softcap: soft cap on the logits.
+        attention_kernel: forces a kernel; None takes the fastest one that can run.
+        context_attention: how attention works over sharded sequences (`mesh.context` above 1); "auto" takes the
+            cheaper method.
+        dropout: rate in training, on embeddings and on the outputs of attention and MLP (Vaswani et al. 2017, section
+            5.4).
+        remat: what each layer keeps for the backward pass. A tuple is repeated over the layers, in a pipeline over
+            those of each chunk.
     """
 
     modality: ClassVar[str | None] = "token"
     implementation: ClassVar[str | None] = "jaxinfra.models.decoder:Transformer"
     supports_context: ClassVar[bool] = True
     vocab_size: Count
-    layers: Count
-    width: Count
-    heads: Count
+    num_layers: Count
+    hidden_size: Count
+    num_heads: Count
     mlp_dim: Count
-    kv_heads: Count | None = None
+    num_kv_heads: Count | None = None
     head_dim: Count | None = None
-    latent: Latent | None = None
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
-    experts: Experts | None = None
-    dense_layers: Natural = 0
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    mla: MLA | None = None
+    mlp_type: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    moe: MixtureOfExperts | None = None
+    num_dense_layers: Natural = 0
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: Positive = 1e-5
     norm_offset: float = 0.0
     post_norms: bool = False
@@ -95,90 +96,96 @@ class TransformerConfig(ModelConfig):
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sights: tuple[Sight, ...] = ("global",)
-    window: Count | None = None
-    softcap: Positive | None = None
+    layer_types: tuple[LayerType, ...] = ("full",)
+    sliding_window: Count | None = None
+    attn_softcap: Positive | None = None
     query_scale: float | None = None
     rope: Rope | None = Rope()
-    local_rope: Rope | None = None
+    sliding_rope: Rope | None = None
     learned_positions: Count | None = None
-    tied: bool = False
+    tie_embeddings: bool = False
     scale_embeddings: bool = False
     logit_softcap: Positive | None = None
-    attention: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
+    attention_kernel: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
     context_attention: Annotated[ContextMethod | Literal["auto"], NOT_FINGERPRINTED] = "auto"
     dropout: Decay = 0.0
     remat: Annotated[Remat | tuple[Remat, ...], NOT_FINGERPRINTED] = "none"
 
     @property
-    def groups(self) -> int:
-        """Key/value heads."""
-        return self.heads if self.kv_heads is None else self.kv_heads
+    def kv_head_count(self) -> int:
+        """Key/value heads, also where `num_kv_heads` is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def head_width(self) -> int:
-        """Width of one query or key head."""
-        if self.latent is not None:
-            return self.latent.head_dim
-        return self.width // self.heads if self.head_dim is None else self.head_dim
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head."""
+        if self.mla is not None:
+            return self.mla.qk_head_dim
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
-    def value_width(self) -> int:
-        """Width of one value head."""
-        return self.head_width if self.latent is None else self.latent.value_dim
+    def v_head_dim(self) -> int:
+        """Width of a value head."""
+        return self.qk_head_dim if self.mla is None else self.mla.v_head_dim
 
     @property
-    def rotary_width(self) -> int:
+    def rope_head_dim(self) -> int:
         """Width of the part of a head that rotary positions may rotate."""
-        return self.head_width if self.latent is None else self.latent.rope_dim
+        return self.qk_head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     def problems(self) -> Iterable[Problem]:
-        """Sizes divide; every option has what it needs."""
-        if self.latent is not None:
-            yield from self._problems_of_latent()
-        elif self.head_dim is None and self.width % self.heads:
-            fitting = -(-self.width // (2 * self.heads)) * 2 * self.heads  # rotary positions pair features
-            fix = f"use width={fitting} or set head_dim"
-            yield Problem(fields=("width", "heads"), message="heads must divide the width", fix=fix)
-        if self.heads % self.groups:
-            fix = f"use kv_heads={max(g for g in range(1, self.groups + 1) if self.heads % g == 0)}"
-            yield Problem(fields=("heads", "kv_heads"), message="kv_heads must divide heads", fix=fix)
-        if self.dense_layers and self.experts is None:
-            fix = f"use dense_layers=0 layers={self.layers + self.dense_layers}"
-            yield Problem(fields=("dense_layers", "experts"), message="without experts all layers are dense", fix=fix)
-        if self.experts is not None and self.mlp_bias:
-            yield Problem(fields=("mlp_bias", "experts"), message="experts have no biases", fix="use mlp_bias=false")
-        if not self.sights:
-            yield Problem(fields=("sights",), message="names no layer", fix='use sights=("global",)')
-        if "local" in self.sights and self.window is None:
-            yield Problem(fields=("sights", "window"), message="local layers need a window", fix="use window=4096")
-        if not 0 < len(self.remats) <= self.layers:
-            message = f"{len(self.remats)} policies for {self.layers} layers"
-            yield Problem(fields=("remat", "layers"), message=message, fix="use remat=full")
-        for name in ("rope", "local_rope"):
-            rope = getattr(self, name)
-            if rope is not None and int(self.rotary_width * rope.fraction) % 2:
-                width, odd = "head_dim" if self.latent is None else "latent.rope_dim", self.rotary_width % 2
-                yield Problem(
-                    fields=(f"{name}.fraction", width),
-                    message="the rotated part of a head must be even",
-                    fix=f"use {width}={self.rotary_width + 1}" if odd else f"use {name}.fraction=1.0",
-                )
+        """Yields sizes that do not divide, and options without what they need."""
+        if self.mla is not None:
+            yield from self._mla_problems()
+        elif self.head_dim is None and self.hidden_size % self.num_heads:
+            even_heads = 2 * self.num_heads  # rotary positions pair features
+            fix = f"use hidden_size={-(-self.hidden_size // even_heads) * even_heads} or set head_dim"
+            yield Problem(fields=("hidden_size", "num_heads"), message="num_heads must divide hidden_size", fix=fix)
+        if self.num_heads % self.kv_head_count:
+            fix = f"use num_kv_heads={max(n for n in range(1, self.kv_head_count + 1) if self.num_heads % n == 0)}"
+            yield Problem(fields=("num_heads", "num_kv_heads"), message="num_kv_heads must divide num_heads", fix=fix)
+        if self.num_dense_layers and self.moe is None:
+            fix = f"use num_dense_layers=0 num_layers={self.num_layers + self.num_dense_layers}"
+            yield Problem(fields=("num_dense_layers", "moe"), message="without moe all layers are dense", fix=fix)
+        if self.moe is not None and self.mlp_bias:
+            yield Problem(fields=("mlp_bias", "moe"), message="experts have no biases", fix="use mlp_bias=false")
+        if not self.layer_types:
+            yield Problem(fields=("layer_types",), message="is empty", fix='use layer_types=("full",)')
+        if "sliding" in self.layer_types and self.sliding_window is None:
+            message, fix = "sliding layers need a window", "use sliding_window=4096"
+            yield Problem(fields=("layer_types", "sliding_window"), message=message, fix=fix)
+        if not 0 < len(self.remat_policies) <= self.num_layers:
+            message = f"{len(self.remat_policies)} policies for {self.num_layers} layers"
+            yield Problem(fields=("remat", "num_layers"), message=message, fix="use remat=full")
+        yield from self._rope_problems()
 
-    def _problems_of_latent(self) -> Iterable[Problem]:
-        """What latent attention has instead is not given as well."""
-        for name in ("kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm"):
+    def _mla_problems(self) -> Iterable[Problem]:
+        for name in ("num_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm"):
             value = getattr(self, name)
             if value is not None and value is not False:
-                without = "none" if value is not True else "false"
-                yield Problem(fields=(name, "latent"), message="latent attention has none", fix=f"use {name}={without}")
+                fix = f"use {name}={'false' if value is True else 'none'}"
+                yield Problem(fields=(name, "mla"), message=f"latent attention has no {name}", fix=fix)
         if self.rope is None:
-            yield Problem(fields=("rope", "latent"), message="latent attention rotates keys", fix="use rope=rope")
+            yield Problem(
+                fields=("rope", "mla"), message="latent attention needs rotary positions", fix="use rope=rope"
+            )
+
+    def _rope_problems(self) -> Iterable[Problem]:
+        for name in ("rope", "sliding_rope"):
+            rope = getattr(self, name)
+            if rope is not None and int(self.rope_head_dim * rope.fraction) % 2:
+                field = "head_dim" if self.mla is None else "mla.qk_rope_head_dim"
+                odd = self.rope_head_dim % 2
+                yield Problem(
+                    fields=(f"{name}.fraction", field),
+                    message="the rotated part of a head must be even",
+                    fix=f"use {field}={self.rope_head_dim + 1}" if odd else f"use {name}.fraction=1.0",
+                )
 
     @property
     @override
     def pipeline_layers(self) -> int:
-        return self.layers
+        return self.num_layers
 
     @property
     @override
@@ -188,23 +195,23 @@ class TransformerConfig(ModelConfig):
     @property
     @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        latent, experts = self.latent, self.experts
-        dim = None if experts is None else experts.dim
-        sizes = {
-            "latent.kv_rank": (latent and latent.kv_rank, "embed"),
-            "latent.q_rank": (latent and latent.q_rank, "embed"),
-            "heads": (self.heads, "heads"),
-            "kv_heads": (self.groups, "kv_heads"),
+        mla, moe = self.mla, self.moe
+        expert_dim = None if moe is None else moe.expert_dim
+        dims = {
+            "mla.kv_lora_rank": (mla and mla.kv_lora_rank, "embed"),
+            "mla.q_lora_rank": (mla and mla.q_lora_rank, "embed"),
+            "num_heads": (self.num_heads, "heads"),
+            "num_kv_heads": (self.kv_head_count, "kv_heads"),
             "vocab_size": (self.vocab_size, "vocab"),
-            "width": (self.width, "embed"),
-            "mlp_dim": (self.mlp_dim if dim is None or self.dense_layers else None, "mlp"),
-            "experts.count": (experts and experts.count, "experts"),
-            "experts.dim": (dim, "mlp"),
+            "hidden_size": (self.hidden_size, "embed"),
+            "mlp_dim": (self.mlp_dim if expert_dim is None or self.num_dense_layers else None, "mlp"),
+            "moe.num_experts": (moe and moe.num_experts, "experts"),
+            "moe.expert_dim": (expert_dim, "mlp"),
         }
-        return {name: (size, axis) for name, (size, axis) in sizes.items() if size is not None}
+        return {name: (size, axis) for name, (size, axis) in dims.items() if size is not None}
 
-    def problems_with(self, data: Sequences) -> Iterable[Problem]:
-        """Learned positions are as many as a sequence has."""
+    @override
+    def problems_with(self, data: HasSeqLen) -> Iterable[Problem]:
         if self.learned_positions is not None and self.learned_positions < data.seq_len:
             yield Problem(
                 fields=("data.seq_len", "model.learned_positions"),
@@ -213,37 +220,38 @@ class TransformerConfig(ModelConfig):
             )
 
     @override
-    def positions(self, data: Sequences) -> int:
+    def positions(self, data: HasSeqLen) -> int:
         return data.seq_len
 
-    def attention_spec(self, sight: Sight) -> AttentionSpec:
-        """What a layer of this sight sees."""
-        window, scale, rope = self.window if sight == "local" else None, self.query_scale, self.rope_of(sight)
-        stretch = 1.0 if rope is None else rope.score_scale
-        if self.latent is not None or stretch != 1:
-            # Where latents are decoded, queries are wider than heads, and no width says what their scale is.
-            scale = stretch * (self.head_width**-0.5 if scale is None else scale)
-        return AttentionSpec(causal=True, window=window, softcap=self.softcap, scale=scale)
+    def attention_spec(self, layer_type: LayerType) -> AttentionSpec:
+        """Returns mask, soft cap and scale of a layer."""
+        window = self.sliding_window if layer_type == "sliding" else None
+        scale, rope = self.query_scale, self.rope_of(layer_type)
+        rope_scale = 1.0 if rope is None else rope.score_scale
+        if self.mla is not None or rope_scale != 1:
+            # Explicit, because with MLA decoding uses queries that are wider than heads.
+            scale = rope_scale * (self.qk_head_dim**-0.5 if scale is None else scale)
+        return AttentionSpec(causal=True, window=window, softcap=self.attn_softcap, scale=scale)
 
-    def rope_of(self, sight: Sight) -> Rope | None:
-        """The rotary positions of a layer of this sight."""
-        return self.local_rope if sight == "local" and self.local_rope is not None else self.rope
-
-    @property
-    def depth(self) -> int:
-        """Blocks of both kinds."""
-        return self.dense_layers + self.layers
-
-    def sight(self, number: int) -> Sight:
-        """What the layer of this number, of all from the first dense one on, sees."""
-        return self.sights[number % len(self.sights)]
+    def rope_of(self, layer_type: LayerType) -> Rope | None:
+        """Returns the rotary positions of a layer."""
+        return self.sliding_rope if layer_type == "sliding" and self.sliding_rope is not None else self.rope
 
     @property
-    def remats(self) -> tuple[Remat, ...]:
-        """The remat policies of the layers, repeated over them."""
+    def total_layers(self) -> int:
+        """All layers: `num_dense_layers + num_layers`."""
+        return self.num_dense_layers + self.num_layers
+
+    def layer_type(self, layer: int) -> LayerType:
+        """Returns the type of a layer; numbers start at the first dense one."""
+        return self.layer_types[layer % len(self.layer_types)]
+
+    @property
+    def remat_policies(self) -> tuple[Remat, ...]:
+        """The policies that are repeated over the layers."""
         return self.remat if isinstance(self.remat, tuple) else (self.remat,)
 
     @property
-    def kinds(self) -> tuple[Sight, ...]:
-        """The different sights of the layers, in order."""
-        return tuple(dict.fromkeys(self.sight(number) for number in range(self.depth)))
+    def distinct_layer_types(self) -> tuple[LayerType, ...]:
+        """The layer types in use, in order of their first layer."""
+        return tuple(dict.fromkeys(self.layer_type(layer) for layer in range(self.total_layers)))

@@ -228,7 +228,9 @@ def choose_kernel(spec: AttentionSpec, inputs: KernelInputs, platform: str, kern
         return next(name for name in candidates if KERNELS[name][1](spec, inputs) is None)
     limit = KERNELS[kernel][1](spec, inputs) if kernel in candidates else f"it does not run on {platform}"
     if limit is not None:
-        raise ConfigError(f"model.attention={kernel}: {limit}; use model.attention=none for the fastest that can run")
+        raise ConfigError(
+            f"model.attention_kernel={kernel}: {limit}; use model.attention_kernel=none for the fastest that can run"
+        )
     return kernel
 
 

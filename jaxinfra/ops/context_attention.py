@@ -263,8 +263,8 @@ def context_parallel_attention(
     if blocks is None:
         if kernel == "cudnn":
             raise ConfigError(
-                "model.attention=cudnn: it does not support sequences that are sharded over devices (mesh.context "
-                "above 1); use model.attention=none for the fastest that can run"
+                "model.attention_kernel=cudnn: it does not support sequences that are sharded over devices "
+                "(mesh.context above 1); use model.attention_kernel=none for the fastest that can run"
             )
         block_len = seq_len // (sharding.num_shards * sharding.blocks_per_shard)
         inputs = KernelInputs(

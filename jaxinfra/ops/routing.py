@@ -1,11 +1,11 @@
-"""Which experts a token chooses, with what weight, and what the choices of all tokens cost.
+"""Top-k routing of tokens to experts: choices, weights, capacity and load-balancing losses.
 
-Everything is float32, of one token or of one sequence: nothing depends on which tokens share a device, a microbatch or
-a step. Among equal scores the expert of the lower number is chosen.
+Everything is float32 and depends on one token or one sequence: which tokens share a device, a microbatch or a step
+changes nothing. Of experts with equal scores the one with the lower number wins.
 
-Happens inside a `shard_map`. Not for the way to the experts (see `parallel.expert`).
+The functions run inside a `shard_map`. `parallel.expert` sends tokens to their experts.
 
-Shape suffixes: B sequences, T positions, N = B * T tokens, all of a device; E experts, K choices, G groups.
+Shape suffixes: B sequences and T positions of a device, E experts, K choices of a token, G groups.
 """
 
 from dataclasses import dataclass
@@ -18,36 +18,29 @@ from jaxinfra.parallel.context import SequenceSharding
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing:
-    """The rule by which tokens choose.
+class RoutingRule:
+    """How tokens choose experts; `models.moe.MixtureOfExperts` explains the fields.
 
     Attributes:
-        chosen: experts of a token.
-        score: what becomes of logits: "softmax" over the experts, or "sigmoid" of each.
-        normalise: the weights of a token's choices sum to one.
-        scale: factor on the weights.
-        groups: of consecutive experts; a token chooses in `chosen_groups` of them alone (DeepSeek-V3, section 2.1.2):
-            those where the two best scores have the largest sum.
-        chosen_groups: see `groups`.
-        capacity: choices of a sequence that an expert takes at most, the earlier positions first; None is all.
+        capacity: most tokens of a sequence that an expert takes; None is all.
     """
 
-    chosen: int
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    normalise: bool = True
-    scale: float = 1.0
-    groups: int = 1
-    chosen_groups: int = 1
+    top_k: int
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_weights: bool = True
+    routed_scaling_factor: float = 1.0
+    num_groups: int = 1
+    top_k_groups: int = 1
     capacity: int | None = None
 
 
-class Choices(NamedTuple):
-    """What tokens choose.
+class ExpertChoice(NamedTuple):
+    """The experts of tokens.
 
     Attributes:
-        experts: `[..., K]`, int32; the best first.
-        weights: of their experts' outputs, float32 `[..., K]`.
-        scores: of all experts, as shares of their sum, `[..., E]`: what balance is judged by.
+        experts: int32 `[..., K]`, the best first.
+        weights: weights of their outputs, float32 `[..., K]`.
+        scores: scores of all experts, which sum to one, `[..., E]`; the balance loss uses them.
     """
 
     experts: jax.Array
@@ -55,75 +48,74 @@ class Choices(NamedTuple):
     scores: jax.Array
 
 
-def choose(logits: jax.Array, routing: Routing, bias_E: jax.Array | None = None) -> Choices:
-    """The experts of every token, from float32 logits `[..., E]`.
+def choose_experts(logits: jax.Array, rule: RoutingRule, bias_E: jax.Array | None = None) -> ExpertChoice:
+    """Chooses the experts of every token from float32 router logits `[..., E]`.
 
-    The bias is added to scores where experts are compared, and nowhere else (Wang et al. 2024, "Auxiliary-loss-free
-    load balancing").
+    The bias affects the choice only, not the weights (Wang et al. 2024, "Auxiliary-loss-free load balancing").
     """
-    softmax = routing.score == "softmax"
+    softmax = rule.score_function == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
-    compared = jax.lax.stop_gradient(scores if bias_E is None else scores + bias_E)
-    if routing.chosen_groups < routing.groups:
-        compared = _in_best_groups(compared, routing)
-    _, experts = jax.lax.top_k(compared, routing.chosen)
+    biased = jax.lax.stop_gradient(scores if bias_E is None else scores + bias_E)
+    if rule.top_k_groups < rule.num_groups:
+        biased = _mask_groups(biased, rule)
+    _, experts = jax.lax.top_k(biased, rule.top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if routing.normalise:
+    if rule.normalize_weights:
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
-    shares = scores if softmax else scores / jnp.sum(scores, axis=-1, keepdims=True)
-    return Choices(experts, routing.scale * weights, shares)
+    normalized = scores if softmax else scores / jnp.sum(scores, axis=-1, keepdims=True)
+    return ExpertChoice(experts, rule.routed_scaling_factor * weights, normalized)
 
 
-def _in_best_groups(compared: jax.Array, routing: Routing) -> jax.Array:
-    """Scores of experts outside of the best groups as minus infinity."""
-    by_group = compared.reshape(*compared.shape[:-1], routing.groups, -1)
-    of_group = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
-    _, best = jax.lax.top_k(of_group, routing.chosen_groups)
-    kept = jnp.any(best[..., None] == jnp.arange(routing.groups), axis=-2)
-    return jnp.where(kept[..., None], by_group, -jnp.inf).reshape(compared.shape)
+def _mask_groups(biased: jax.Array, rule: RoutingRule) -> jax.Array:
+    """Sets scores outside the best groups to minus infinity; a group counts the sum of its two best scores."""
+    by_group = biased.reshape(*biased.shape[:-1], rule.num_groups, -1)
+    group_scores = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
+    _, best = jax.lax.top_k(group_scores, rule.top_k_groups)
+    keep = jnp.any(best[..., None] == jnp.arange(rule.num_groups), axis=-2)
+    return jnp.where(keep[..., None], by_group, -jnp.inf).reshape(biased.shape)
 
 
-def chosen_by(experts_BTK: jax.Array, count: int) -> jax.Array:
-    """Whether a token chooses an expert, bool `[B, T, E]`."""
-    return jnp.any(experts_BTK[..., None] == jnp.arange(count), axis=2)
+def expert_mask(experts_BTK: jax.Array, num_experts: int) -> jax.Array:
+    """Returns whether a token chooses an expert, bool `[B, T, E]`."""
+    return jnp.any(experts_BTK[..., None] == jnp.arange(num_experts), axis=2)
 
 
 def within_capacity(
-    experts_BTK: jax.Array, chosen_BTE: jax.Array, capacity: int, sharding: SequenceSharding
+    experts_BTK: jax.Array, mask_BTE: jax.Array, capacity: int, sharding: SequenceSharding
 ) -> jax.Array:
-    """Which choices an expert takes: of each sequence those of the first `capacity` positions that choose it.
+    """Returns which choices are served, bool `[B, T, K]`: each expert takes the first `capacity` of a sequence.
 
-    What becomes of a token never depends on later ones. The device has the positions of its shard (see `sharding`).
+    So a token's result never depends on later tokens. T are the positions of the device's shard of `sharding`.
     """
-    pieces = jnp.stack(jnp.split(chosen_BTE.astype(jnp.int32), sharding.blocks_per_shard, axis=1), axis=1)
-    before = jnp.cumsum(pieces, axis=2) - pieces  # in the piece
+    blocks = range(sharding.blocks_per_shard)
+    chosen = jnp.stack(jnp.split(mask_BTE.astype(jnp.int32), len(blocks), axis=1), axis=1)  # [B, blocks, T / blocks, E]
+    earlier = jnp.cumsum(chosen, axis=2) - chosen  # in the same block
     if sharding.num_shards > 1:
-        me = jax.lax.axis_index(sharding.axes)
-        by_shard = jax.lax.all_gather(jnp.sum(pieces, axis=2), sharding.axes, axis=1)  # [B, shards, pieces, E]
-        shards = jnp.arange(sharding.num_shards)
-        blocks = jnp.stack([sharding.block_index(shards, piece) for piece in range(sharding.blocks_per_shard)], axis=1)
-        own = jnp.stack([sharding.block_index(me, piece) for piece in range(sharding.blocks_per_shard)])
-        earlier = blocks[None] < own[:, None, None]  # [own pieces, shards, pieces]
-        before += jnp.einsum("bspe,qsp->bqe", by_shard, earlier.astype(jnp.int32))[:, :, None]
-    before_BTE = before.reshape(chosen_BTE.shape)
-    return jnp.take_along_axis(before_BTE, experts_BTK, axis=2) < capacity
+        me, shards = jax.lax.axis_index(sharding.axes), jnp.arange(sharding.num_shards)
+        counts = jax.lax.all_gather(jnp.sum(chosen, axis=2), sharding.axes, axis=1)  # [B, shards, blocks, E]
+        block_of = jnp.stack([sharding.block_index(shards, block) for block in blocks], axis=1)  # [shards, blocks]
+        own_block = jnp.stack([sharding.block_index(me, block) for block in blocks])
+        precedes = block_of[None] < own_block[:, None, None]  # [own blocks, shards, blocks]
+        earlier += jnp.einsum("bspe,qsp->bqe", counts, precedes.astype(jnp.int32))[:, :, None]
+    earlier_BTE = earlier.reshape(mask_BTE.shape)
+    return jnp.take_along_axis(earlier_BTE, experts_BTK, axis=2) < capacity
 
 
-def balance(chosen_BTE: jax.Array, scores_BTE: jax.Array, chosen: int, sharding: SequenceSharding) -> jax.Array:
-    """The sequence-wise balance loss of DeepSeek-V3 (section 2.1.2, equations 17 to 20), times the sequence's length.
+def load_balance_loss(mask_BTE: jax.Array, scores_BTE: jax.Array, top_k: int, sharding: SequenceSharding) -> jax.Array:
+    """Computes the sequence-wise balance loss of DeepSeek-V3 (section 2.1.2, equations 17 to 20), times the length.
 
-    For each sequence `sum over experts of f * P`: f is the share of choices that an expert got, P the mean of its
-    scores, both times the number of experts or tokens, so that even choices make a loss of one a token. Here f counts
-    what tokens really choose, biases included. The scalar is the device's part: other shards' positions are not in it.
+    For each sequence it is `sum over experts of f * P`: f is the expert's share of the choices and P the mean of its
+    scores, scaled so that an even load costs one a token. Here f counts the choices that tokens make, with biases. The
+    scalar is the device's part: positions of other shards are not in it.
     """
-    count = jnp.sum(chosen_BTE, axis=1, dtype=jnp.float32)
+    count_BE = jnp.sum(mask_BTE, axis=1, dtype=jnp.float32)
     if sharding.num_shards > 1:
-        count = jax.lax.psum(count, sharding.axes)
-    length, experts = chosen_BTE.shape[1] * sharding.num_shards, chosen_BTE.shape[2]
-    share_BE = jax.lax.stop_gradient(count) * (experts / (chosen * length))
+        count_BE = jax.lax.psum(count_BE, sharding.axes)
+    length, num_experts = mask_BTE.shape[1] * sharding.num_shards, mask_BTE.shape[2]
+    share_BE = jax.lax.stop_gradient(count_BE) * (num_experts / (top_k * length))
     return jnp.sum(share_BE * jnp.sum(scores_BTE, axis=1))
 
 
-def z_loss(logits: jax.Array) -> jax.Array:
-    """The sum over tokens of the squared log-normaliser of their logits (Zoph et al. 2022, ST-MoE, equation 5)."""
+def router_z_loss(logits: jax.Array) -> jax.Array:
+    """Sums the squared log-sum-exp of the logits over tokens (Zoph et al. 2022, ST-MoE, equation 5)."""
     return jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)))

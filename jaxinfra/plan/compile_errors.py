@@ -22,11 +22,11 @@ def explain(message: str, run: Run, per_device_batch_size: float) -> str:
     """Returns one line with the cause of a compiler error and a fix."""
     first = " ".join(message.strip().split("\n")[0].split())
     if "cuDNN not found" in message:
-        return "its attention needs cuDNN; use model.attention=xla, or pip install nvidia-cudnn-cu13"
+        return "its attention needs cuDNN; use model.attention_kernel=xla, or pip install nvidia-cudnn-cu13"
     if "libdevice" in message or "ptxas" in message or "PTX compilation provider" in message:
         return f"the GPU compiler needs ptxas and libdevice of CUDA: {first}; use {INSTALL}"
     if "VmemOom" in message or "memory space vmem" in message:
-        return f"a kernel exceeds the chip's vector memory: {first}; use smaller blocks, or model.attention=xla"
+        return f"a kernel exceeds the chip's vector memory: {first}; use smaller blocks, or model.attention_kernel=xla"
     if "RESOURCE_EXHAUSTED" not in message:
         return f"the compiler failed: {first}; --debug prints its whole message"
     found = next((match for pattern in _OUT_OF_MEMORY if (match := pattern.search(message))), None)

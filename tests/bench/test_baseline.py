@@ -10,9 +10,9 @@ from jaxinfra.program import Program
 from jaxinfra.run import Run
 
 TINY = [
-    "model.layers=2",
-    "model.width=32",
-    "model.heads=4",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=4",
     "model.mlp_dim=64",
     "model.vocab_size=128",
     "data.seq_len=16",

@@ -7,11 +7,11 @@ from jaxinfra.bench import llama
 from tests.tiny_run import launch
 
 SMALL_MODEL = (
-    "model.layers=2",
-    "model.width=512",
+    "model.num_layers=2",
+    "model.hidden_size=512",
     "model.mlp_dim=1024",
-    "model.heads=4",
-    "model.kv_heads=2",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
     "model.vocab_size=1024",
     "data.seq_len=1024",
     "train.compiler=default",

@@ -77,7 +77,7 @@ def test_published_table_is_complete_and_within_tolerance(repo_root: Path) -> No
         (("--write", "{tmp}/bare.md"), "{tmp}/bare.md put", 81),
         (("configs/none.py",), "configs/none.py", 81),
         (("configs/vit_digits.py",), "vit-digits: images,", 81),
-        ((DENSE, "model.layer=3"), "model.layer model.layers", 81),
+        ((DENSE, "model.layer=3"), "model.layer model.num_layers", 81),
     ],
     ids=str,
 )
@@ -91,7 +91,7 @@ def test_wrong_arguments_are_rejected(
 
 
 def test_model_that_does_not_fit_is_rejected_before_computing() -> None:
-    done = ended(start("parity", DENSE, "model.heads=6", "--devices", "cpu:4", "--jobs", "1"))
+    done = ended(start("parity", DENSE, "model.num_heads=6", "--devices", "cpu:4", "--jobs", "1"))
     refused(done, f"{DENSE} heads =4")
     assert done.out == ""
 
@@ -117,7 +117,7 @@ def test_workers_exit_with_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow(60)
 def test_two_devices_agree_with_one_device(repo_root: Path) -> None:
-    changes = ("model.qkv_bias=true", "model.layers=2")
+    changes = ("model.qkv_bias=true", "model.num_layers=2")
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = ended(start("parity", DENSE, *changes, "--devices", "cpu:2", "--jobs", "1", env=quick), timeout_s=1500)
     assert done.code == 0, done.err

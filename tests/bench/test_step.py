@@ -16,9 +16,9 @@ from tests.refusals import names, refused
 from tests.tiny_run import launch
 
 TINY = [
-    "model.layers=1",
-    "model.width=32",
-    "model.heads=2",
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.num_heads=2",
     "model.mlp_dim=64",
     "model.vocab_size=512",
     "data.seq_len=16",

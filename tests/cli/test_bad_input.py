@@ -208,5 +208,5 @@ def test_diverged_run_keeps_its_last_good_checkpoint(tiny: Tiny) -> None:
 
 def test_run_that_never_made_a_step_blocks_nothing(tiny: Tiny) -> None:
     """A config that was refused while it was compiled can be mended under the same name."""
-    refused(tiny.launch("model.attention=cudnn"), "model.attention=cudnn: cpu")
+    refused(tiny.launch("model.attention_kernel=cudnn"), "model.attention_kernel=cudnn: cpu")
     assert tiny.launch("optim.clip_norm=2.0", "name=tiny").code == 0

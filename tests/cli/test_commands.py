@@ -53,7 +53,7 @@ def test_show_touches_no_device(tmp_path: Path, repo_root: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert any(line.startswith("mesh.fsdp = 16") and line.endswith("# command line") for line in lines)
-    assert any(line.startswith("model.width = 4096") and line.endswith(f"# file:{config}") for line in lines)
+    assert any(line.startswith("model.hidden_size = 4096") and line.endswith(f"# file:{config}") for line in lines)
     numbers = " ".join(shown.stdout.split())
     assert "devices 64 fsdp 16 x tensor 4" in numbers
     assert "parameters 8,030,261,248" in numbers

@@ -11,12 +11,12 @@ from jaxinfra.track.jsonl import read_metrics
 from tests.tiny_run import Tiny
 
 MIXTURE = (
-    "model.experts=experts",
-    "model.experts.count=4",
-    "model.experts.dim=32",
-    "model.experts.bias_rate=0.01",
-    "model.experts.balance_loss=0.01",
-    "model.dense_layers=1",
+    "model.moe=mixture_of_experts",
+    "model.moe.num_experts=4",
+    "model.moe.expert_dim=32",
+    "model.moe.bias_update_rate=0.01",
+    "model.moe.balance_loss=0.01",
+    "model.num_dense_layers=1",
     "name=mixture",
     "train.eval_every=none",
     "train.eval_samples=8",
@@ -44,5 +44,5 @@ def check_greedy(sampler: Sampler) -> None:
     ids = np.array([[*prompt, *found]], np.int32)
     with program.on_mesh:
         model = program.model(sampler._params)
-        logits = np.asarray(jax.jit(lambda ids: model.hidden({"inputs": ids}) @ model.head())(ids))
+        logits = np.asarray(jax.jit(lambda ids: model.hidden_states({"inputs": ids}) @ model.head())(ids))
     assert found and logits[0].argmax(-1)[len(prompt) - 1 : -1].tolist() == found

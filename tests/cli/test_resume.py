@@ -126,7 +126,7 @@ STAGES = {
 @pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
 def test_checkpoints_know_nothing_of_stages(tiny: Tiny, stages: tuple[str, ...]) -> None:
     """Trained and evaluated in stages, gone on with without them: the losses are those of a run without."""
-    model = ("model.layers=5", "train.accumulate=2", "train.global_batch=16")
+    model = ("model.num_layers=5", "train.accumulate=2", "train.global_batch=16")
     whole, parts = (*model, "name=whole"), (*model, "name=parts")
     assert tiny.launch(*whole).code == 0
     staged = tiny.launch(*parts, *stages)

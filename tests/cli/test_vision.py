@@ -121,19 +121,19 @@ def test_show_and_prepare(seen: Tiny) -> None:
 
 
 WRONG = (
-    ("model.patch=3", "model.image_size=8 model.patch=3"),
-    ("model.heads=5", "model.width=32 model.heads=5"),
+    ("model.patch_size=3", "model.image_size=8 model.patch_size=3"),
+    ("model.num_heads=5", "model.hidden_size=32 model.num_heads=5"),
     ("model.image_size=16", "model.image_size=16"),
     ("model.channels=3", "model.channels=3"),
-    ("model.layers=0", "model.layers=0"),
+    ("model.num_layers=0", "model.num_layers=0"),
     ("model.dropout=1", "model.dropout=1.0"),
     ("data.image_size=12 model.image_size=12", "data.image_size=12"),
     ("data.channels=3 model.channels=3", "data.channels=3"),
     ("objective.label_smoothing=1", "objective.label_smoothing=1.0"),
-    ("mesh.tensor=8", "model.heads=4 mesh.tensor=8"),
+    ("mesh.tensor=8", "model.num_heads=4 mesh.tensor=8"),
     ("mesh.stage=2 train.global_batch=4", "train.global_batch=4 mesh.stage=2"),
     ("mesh.context=2", "rules.sequence=(context,) mesh.context=2"),
-    ("model.classes=9", "model.classes=9"),
+    ("model.num_classes=9", "model.num_classes=9"),
 )
 
 

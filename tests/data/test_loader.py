@@ -156,7 +156,7 @@ def test_a_small_vocabulary_of_the_model_is_refused(data, store):
     size = store.manifest.tokenizer_info.vocab_size
 
     def check(size):
-        data.open().check(TransformerConfig(vocab_size=size, layers=1, width=8, heads=1, mlp_dim=8))
+        data.open().check(TransformerConfig(vocab_size=size, num_layers=1, hidden_size=8, num_heads=1, mlp_dim=8))
 
     check(size)
     with raises(ConfigError, f"model.vocab_size={size - 1} {size}"):

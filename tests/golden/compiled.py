@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxinfra.cli.compile import format_report
 from jaxinfra.config import load
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, compile_step
@@ -35,14 +35,23 @@ BEGIN, END = "<!-- compile: begin -->", "<!-- compile: end -->"
 DENSE = Run(
     name="dense",
     model=TransformerConfig(
-        vocab_size=1024, layers=4, width=256, heads=4, kv_heads=4, head_dim=64, mlp_dim=512, remat="full"
+        vocab_size=1024,
+        num_layers=4,
+        hidden_size=256,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=64,
+        mlp_dim=512,
+        remat="full",
     ),
     data=TokenData(store="none", seq_len=256),
     train=TrainConfig(global_batch=64, accumulate=2),
 )
 
 
-MOE = replace(DENSE, name="moe", model=replace(DENSE.model, experts=Experts(count=8, chosen=2, dim=256)))
+MOE = replace(
+    DENSE, name="moe", model=replace(DENSE.model, moe=MixtureOfExperts(num_experts=8, top_k=2, expert_dim=256))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +86,7 @@ CASES = {
 
 ON = {
     "gemma2_2b": ("v6e:4x4",),
-    "gpt2_124m": ("h100:1x8", "model.attention=xla"),  # cuDNN is not installed for tests
+    "gpt2_124m": ("h100:1x8", "model.attention_kernel=xla"),  # cuDNN is not installed for tests
     "llama3_70b": ("2xv5p:4x4x8",),
     "llama3_8b": ("v5p:4x4x4", "train.compiler=default"),  # large_blocks compiles three times as long: `bench llama`
     "llama3_8b_128k": ("v5p:4x4x4",),

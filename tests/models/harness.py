@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxinfra.models.decoder import Cache, Transformer
-from jaxinfra.models.latent import Latent
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.latent import MLA
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.rope import LinearScaling, Rope, YarnScaling
@@ -23,56 +23,58 @@ from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpec
 
-BASE = TransformerConfig(vocab_size=32, layers=3, width=16, heads=4, kv_heads=2, head_dim=8, mlp_dim=24)
+BASE = TransformerConfig(
+    vocab_size=32, num_layers=3, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24
+)
 ONE = MeshConfig(fsdp=1)
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt-2": {
-        "mlp": "gelu",
-        "norm": "layernorm",
+        "mlp_type": "gelu",
+        "norm_type": "layernorm",
         "qkv_bias": True,
         "out_bias": True,
         "mlp_bias": True,
         "rope": None,
         "learned_positions": 12,
-        "tied": True,
-        "kv_heads": None,
+        "tie_embeddings": True,
+        "num_kv_heads": None,
     },
     "gemma": {
-        "mlp": "geglu",
+        "mlp_type": "geglu",
         "norm_offset": 1.0,
         "post_norms": True,
         "qk_norm": True,
-        "sights": ("local", "local", "global"),
-        "window": 3,
-        "softcap": 5.0,
+        "layer_types": ("sliding", "sliding", "full"),
+        "sliding_window": 3,
+        "attn_softcap": 5.0,
         "query_scale": 0.2,
-        "layers": 4,
+        "num_layers": 4,
         "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
-        "local_rope": Rope(theta=50.0),
-        "tied": True,
+        "sliding_rope": Rope(theta=50.0),
+        "tie_embeddings": True,
         "scale_embeddings": True,
         "logit_softcap": 2.0,
     },
     "deepseek": {
-        "kv_heads": None,
+        "num_kv_heads": None,
         "head_dim": None,
-        "latent": Latent(kv_rank=8, q_rank=12, nope_dim=6, rope_dim=4, value_dim=10),
+        "mla": MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10),
         # Of two pairs of features one is kept, the other divided by 4 or half way to it.
         "rope": Rope(
             theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)
         ),
-        "dense_layers": 2,
-        "experts": Experts(
-            count=8,
-            chosen=3,
-            dim=12,
-            shared=1,
-            score="sigmoid",
-            scale=1.5,
-            groups=4,
-            chosen_groups=2,
-            bias_rate=0.1,
+        "num_dense_layers": 2,
+        "moe": MixtureOfExperts(
+            num_experts=8,
+            top_k=3,
+            expert_dim=12,
+            num_shared_experts=1,
+            score_function="sigmoid",
+            routed_scaling_factor=1.5,
+            num_groups=4,
+            top_k_groups=2,
+            bias_update_rate=0.1,
             balance_loss=0.3,
             z_loss=0.01,
         ),
@@ -135,7 +137,7 @@ class Built:
             model = self.model(params)
             if cache is None:
                 batch = {"inputs": tokens, "positions": positions, "segments": segments}
-                hidden = model.hidden({name: array for name, array in batch.items() if array is not None})
+                hidden = model.hidden_states({name: array for name, array in batch.items() if array is not None})
             else:
                 hidden, cache = model.decode(tokens, cache)
             return dot(hidden, model.head()).astype(jnp.float32), cache

@@ -37,40 +37,42 @@ def best(values: np.ndarray, count: int) -> list[int]:
 
 def choices(scores: np.ndarray, bias: np.ndarray | None, config: Any) -> list[int]:
     compared = scores if bias is None else scores + bias
-    size = config.count // config.groups
-    groups = compared.reshape(config.groups, size)
-    open_groups = range(config.groups)
-    if config.chosen_groups < config.groups:
-        open_groups = best(np.array([np.sort(group)[-2:].sum() for group in groups]), config.chosen_groups)
-    allowed = [e for e in range(config.count) if e // size in open_groups]
-    return [allowed[i] for i in best(compared[allowed], config.chosen)]
+    size = config.num_experts // config.num_groups
+    groups = compared.reshape(config.num_groups, size)
+    open_groups = range(config.num_groups)
+    if config.top_k_groups < config.num_groups:
+        open_groups = best(np.array([np.sort(group)[-2:].sum() for group in groups]), config.top_k_groups)
+    allowed = [e for e in range(config.num_experts) if e // size in open_groups]
+    return [allowed[i] for i in best(compared[allowed], config.top_k)]
 
 
 def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, counted: Counted) -> np.ndarray:
     """One sequence through one layer; `mlp(x_D, weights)` is one expert."""
     T = len(x_TD)
     capacity = (
-        T if config.capacity_factor is None else math.ceil(config.capacity_factor * T * config.chosen / config.count)
+        T
+        if config.capacity_factor is None
+        else math.ceil(config.capacity_factor * T * config.top_k / config.num_experts)
     )
-    y_TD, load, taken = np.zeros_like(x_TD), np.zeros(config.count), np.zeros(config.count)
-    shares = np.zeros(config.count)
+    y_TD, load, taken = np.zeros_like(x_TD), np.zeros(config.num_experts), np.zeros(config.num_experts)
+    shares = np.zeros(config.num_experts)
     for t, x_D in enumerate(x_TD):
         logits = x_D @ params["router"]
-        scores = scores_of(logits, config.score)
+        scores = scores_of(logits, config.score_function)
         chosen = choices(scores, params.get("bias"), config)
-        total = scores[chosen].sum() if config.normalise else 1.0
+        total = scores[chosen].sum() if config.normalize_weights else 1.0
         for e in chosen:
             load[e] += 1
             if taken[e] == capacity:
                 continue
             taken[e] += 1
             weights = {name: {"weight": params[name][e]} for name in ("gate", "up", "down") if name in params}
-            y_TD[t] += config.scale * scores[e] / total * mlp(x_D, weights)
-        if config.shared:
+            y_TD[t] += config.routed_scaling_factor * scores[e] / total * mlp(x_D, weights)
+        if config.num_shared_experts:
             y_TD[t] += mlp(x_D, params["shared"])
         shares += scores / scores.sum()
         counted.z_loss += config.z_loss * np.log(np.exp(logits).sum()) ** 2
-    f, p = load * config.count / (config.chosen * T), shares / T
+    f, p = load * config.num_experts / (config.top_k * T), shares / T
     counted.balance_loss += config.balance_loss * T * (f * p).sum()
     counted.load.append(load)
     counted.kept += taken.sum()

@@ -82,10 +82,10 @@ def affine(x: np.ndarray, params: Params, contract: int) -> np.ndarray:
     return np.tensordot(x, params["weight"], axes=contract) + params.get("bias", 0.0)
 
 
-def attend(q_THK, k_TGK, v_TGV, config, sight: str, segments: np.ndarray | None) -> np.ndarray:
+def attend(q_THK, k_TGK, v_TGV, config, layer_type: str, segments: np.ndarray | None) -> np.ndarray:
     T, H, K = q_THK.shape
     group_of = H // k_TGK.shape[1]
-    window, rope = config.window if sight == "local" else None, rope_of(config, sight)
+    window, rope = config.sliding_window if layer_type == "sliding" else None, rope_of(config, layer_type)
     scale = 1 / math.sqrt(K) if config.query_scale is None else config.query_scale
     scale *= 1.0 if rope is None else mscale(rope, "mscale_all_dim") ** 2
     out = np.zeros((T, H, v_TGV.shape[-1]))
@@ -94,21 +94,21 @@ def attend(q_THK, k_TGK, v_TGV, config, sight: str, segments: np.ndarray | None)
         seen = [j for j in seen if segments is None or segments[i] == segments[j]]
         for h in range(H):
             scores = np.array([scale * (q_THK[i, h] @ k_TGK[j, h // group_of]) for j in seen])
-            if config.softcap is not None:
-                scores = config.softcap * np.tanh(scores / config.softcap)
+            if config.attn_softcap is not None:
+                scores = config.attn_softcap * np.tanh(scores / config.attn_softcap)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
             out[i, h] = sum(w * v_TGV[j, h // group_of] for w, j in zip(weights, seen, strict=True))
     return out
 
 
-def rope_of(config, sight: str) -> Any:
-    return config.local_rope if sight == "local" and config.local_rope is not None else config.rope
+def rope_of(config, layer_type: str) -> Any:
+    return config.sliding_rope if layer_type == "sliding" and config.sliding_rope is not None else config.rope
 
 
-def latent_attention(x_TD, params: Params, config, sight: str, positions, segments) -> np.ndarray:
+def latent_attention(x_TD, params: Params, config, layer_type: str, positions, segments) -> np.ndarray:
     """Equations 37 to 47 of the DeepSeek-V2 paper, one head at a time, in their order; rotated features first."""
-    rope, P = rope_of(config, sight), config.latent.rope_dim
+    rope, P = rope_of(config, layer_type), config.mla.qk_rope_head_dim
     q_in_TR = x_TD
     if "query_down" in params:
         q_in_TR = [
@@ -123,28 +123,28 @@ def latent_attention(x_TD, params: Params, config, sight: str, positions, segmen
     )
     shared_TP = [rotate(k, t, rope) for k, t in zip(affine(x_TD, params["rotated_key"], 1), positions, strict=True)]
     heads = [[], [], []]
-    for h in range(config.heads):
+    for h in range(config.num_heads):
         q_TK = np.stack(q_in_TR) @ params["query"]["weight"][:, h]
         q_TK[:, :P] = [rotate(q, t, rope) for q, t in zip(q_TK[:, :P], positions, strict=True)]
         k_TN, v_TV = (latent_TR @ params[name]["weight"][:, h] for name in ("key", "value"))
         for found, one in zip(heads, (q_TK, np.concatenate([shared_TP, k_TN], 1), v_TV), strict=True):
             found.append(one)
     q_THK, k_THK, v_THV = (np.stack(found, axis=1) for found in heads)
-    return affine(attend(q_THK, k_THK, v_THV, config, sight, segments), params["out"], 2)
+    return affine(attend(q_THK, k_THK, v_THV, config, layer_type, segments), params["out"], 2)
 
 
-def attention(x_TD, params: Params, config, sight: str, positions, segments) -> np.ndarray:
-    if config.latent is not None:
-        return latent_attention(x_TD, params, config, sight, positions, segments)
+def attention(x_TD, params: Params, config, layer_type: str, positions, segments) -> np.ndarray:
+    if config.mla is not None:
+        return latent_attention(x_TD, params, config, layer_type, positions, segments)
     q_THK, k_TGK, v_TGK = (affine(x_TD, params[name], 1) for name in ("query", "key", "value"))
-    rope = rope_of(config, sight)
+    rope = rope_of(config, layer_type)
     for name, x_THK in (("query_norm", q_THK), ("key_norm", k_TGK)):
         for t, h in np.ndindex(x_THK.shape[:2]):
             if config.qk_norm:
                 x_THK[t, h] = normalise(x_THK[t, h], params[name], "rmsnorm", config.norm_eps, config.norm_offset)
             if rope is not None:
                 x_THK[t, h] = rotate(x_THK[t, h], positions[t], rope)
-    return affine(attend(q_THK, k_TGK, v_TGK, config, sight, segments), params["out"], 2)
+    return affine(attend(q_THK, k_TGK, v_TGK, config, layer_type, segments), params["out"], 2)
 
 
 def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
@@ -157,27 +157,27 @@ def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
 
 def inner(x_TD: np.ndarray, params: Params, config, counted: Counted) -> np.ndarray:
     if "router" not in params:
-        return mlp(x_TD, params, config.mlp)
-    return mixture(x_TD, params, config.experts, lambda x, weights: mlp(x, weights, config.mlp), counted)
+        return mlp(x_TD, params, config.mlp_type)
+    return mixture(x_TD, params, config.moe, lambda x, weights: mlp(x, weights, config.mlp_type), counted)
 
 
 def decode_row(params: Params, config, tokens, positions, segments, counted: Counted) -> np.ndarray:
     """Hidden states `[T, D]` of one row after the last norm; what experts count is added to `counted`."""
 
     def norm(x_TD, weights):
-        return np.stack([normalise(x, weights, config.norm, config.norm_eps, config.norm_offset) for x in x_TD])
+        return np.stack([normalise(x, weights, config.norm_type, config.norm_eps, config.norm_offset) for x in x_TD])
 
     x_TD = np.stack([params["embedding"][t] for t in tokens])
     if config.learned_positions:
         x_TD = x_TD + np.stack([params["positions"][p] for p in positions])
     if config.scale_embeddings:
-        x_TD = x_TD * math.sqrt(config.width)
-    for number in range(config.dense_layers + config.layers):
-        behind = number - config.dense_layers
+        x_TD = x_TD * math.sqrt(config.hidden_size)
+    for number in range(config.num_dense_layers + config.num_layers):
+        behind = number - config.num_dense_layers
         layer = at_layer(params["prefix"], number) if behind < 0 else at_layer(params["blocks"], behind)
-        sight = config.sights[number % len(config.sights)]
+        layer_type = config.layer_types[number % len(config.layer_types)]
         normed = norm(x_TD, layer["attention_norm"])
-        y_TD = attention(normed, layer["attention"], config, sight, positions, segments)
+        y_TD = attention(normed, layer["attention"], config, layer_type, positions, segments)
         x_TD = x_TD + (norm(y_TD, layer["attention_post_norm"]) if config.post_norms else y_TD)
         y_TD = inner(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config, counted)
         x_TD = x_TD + (norm(y_TD, layer["mlp_post_norm"]) if config.post_norms else y_TD)
@@ -200,7 +200,7 @@ def as_float64(params: Params) -> Params:
 def logits(params: Params, config, tokens, positions=None, segments=None, counted=None) -> np.ndarray:
     """Logits `[B, T, V]` before the soft cap; what experts count is added to `counted`."""
     params, counted = as_float64(params), counted or Counted()
-    head = params["embedding"].T if config.tied else params["unembedding"]
+    head = params["embedding"].T if config.tie_embeddings else params["unembedding"]
     rows = []
     for b, row in enumerate(np.asarray(tokens)):
         places = np.arange(len(row)) if positions is None else positions[b]

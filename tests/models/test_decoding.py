@@ -21,9 +21,9 @@ MESHES = {
     "deepseek": MeshConfig(fsdp=2, tensor=2),
 }
 LOCAL = {
-    "sights": ("local",),
-    "window": 3,
-    "kv_heads": 1,
+    "layer_types": ("sliding",),
+    "sliding_window": 3,
+    "num_kv_heads": 1,
     "rope": Rope(fraction=0.5, scaling=LinearScaling(factor=2.0)),
 }
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.models.latent import Latent
+from jaxinfra.models.latent import MLA
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh_config import MeshConfig
@@ -18,12 +18,12 @@ TOLERANCE = 2e-5
 # Wavelengths from 6 to 6,000 positions: with these numbers some are kept, some ramped, some divided.
 STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
 
-LATENT = Latent(kv_rank=8, q_rank=12, nope_dim=6, rope_dim=4, value_dim=10)
+LATENT = MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "every head has its own keys": {"kv_heads": None},
-    "one key head": {"kv_heads": 1},
+    "every head has its own keys": {"num_kv_heads": None},
+    "one key head": {"num_kv_heads": 1},
     "width by heads": {"head_dim": None},
     "rope theta": {"rope": Rope(theta=100.0)},
     "partial rotary": {"rope": Rope(fraction=0.5)},
@@ -31,43 +31,51 @@ FEATURES: dict[str, dict[str, Any]] = {
     "llama-3 scaling": {"rope": Rope(scaling=STRETCHED)},
     "yarn": {"rope": Rope(scaling=YarnScaling(factor=8.0, original_length=256))},
     "yarn on whole scores": {"rope": Rope(scaling=YarnScaling(mscale_all_dim=1.0))},
-    "latent": {"latent": LATENT, "kv_heads": None, "head_dim": None},
-    "latent without one of queries": {"latent": replace(LATENT, q_rank=None), "kv_heads": None, "head_dim": None},
-    "latent in a window": {
-        "latent": LATENT,
-        "kv_heads": None,
+    "latent": {"mla": LATENT, "num_kv_heads": None, "head_dim": None},
+    "latent without one of queries": {
+        "mla": replace(LATENT, q_lora_rank=None),
+        "num_kv_heads": None,
         "head_dim": None,
-        "sights": ("local", "global"),
-        "window": 3,
-        "local_rope": Rope(theta=50.0, fraction=0.5),
+    },
+    "latent in a window": {
+        "mla": LATENT,
+        "num_kv_heads": None,
+        "head_dim": None,
+        "layer_types": ("sliding", "full"),
+        "sliding_window": 3,
+        "sliding_rope": Rope(theta=50.0, fraction=0.5),
         "norm_offset": 1.0,
         "query_scale": 0.9,
-        "softcap": 1.5,
+        "attn_softcap": 1.5,
     },
     "no positions": {"rope": None},
-    "layernorm": {"norm": "layernorm"},
+    "layernorm": {"norm_type": "layernorm"},
     "norm eps": {"norm_eps": 0.1},
     "norm offset": {"norm_offset": 1.0},
     "post norms": {"post_norms": True},
-    "geglu": {"mlp": "geglu"},
-    "gelu": {"mlp": "gelu"},
+    "geglu": {"mlp_type": "geglu"},
+    "gelu": {"mlp_type": "gelu"},
     "qkv bias": {"qkv_bias": True},
     "out bias": {"out_bias": True},
     "mlp bias": {"mlp_bias": True},
     "qk norm": {"qk_norm": True, "norm_offset": 1.0},
-    "softcap": {"softcap": 1.5},
+    "softcap": {"attn_softcap": 1.5},
     "query scale": {"query_scale": 0.9},
-    "window": {"sights": ("local",), "window": 4},
-    "window of one": {"sights": ("local",), "window": 1},
-    "alternating sights": {"sights": ("local", "global"), "window": 3, "layers": 4},
-    "sights do not divide layers": {"sights": ("local", "local", "global"), "window": 3, "layers": 5},
-    "local rope": {
-        "sights": ("local", "global"),
-        "window": 5,
-        "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
-        "local_rope": Rope(theta=50.0),
+    "window": {"layer_types": ("sliding",), "sliding_window": 4},
+    "window of one": {"layer_types": ("sliding",), "sliding_window": 1},
+    "alternating sights": {"layer_types": ("sliding", "full"), "sliding_window": 3, "num_layers": 4},
+    "sights do not divide layers": {
+        "layer_types": ("sliding", "sliding", "full"),
+        "sliding_window": 3,
+        "num_layers": 5,
     },
-    "tied": {"tied": True},
+    "local rope": {
+        "layer_types": ("sliding", "full"),
+        "sliding_window": 5,
+        "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
+        "sliding_rope": Rope(theta=50.0),
+    },
+    "tied": {"tie_embeddings": True},
     "scaled embeddings": {"scale_embeddings": True},
     "learned positions": {"rope": None, "learned_positions": 16},
     **MODELS,

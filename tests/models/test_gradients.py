@@ -28,7 +28,7 @@ type Policy = Remat | tuple[Remat, ...]
 def run_of(changes: dict[str, Any], mesh: MeshConfig, accumulate: int = 1) -> Run:
     return Run(
         name="test",
-        model=replace(BASE, **{"layers": 2} | changes),
+        model=replace(BASE, **{"num_layers": 2} | changes),
         objective=CausalLM(loss_chunks=2),
         data=TokenData(store="none", seq_len=LENGTH),
         precision=Precision(compute="float32"),

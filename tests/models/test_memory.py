@@ -21,7 +21,7 @@ from jaxinfra.run import Run, TrainConfig
 VOCAB, ROWS, LENGTH = 8192, 8, 64
 RUN = Run(
     name="test",
-    model=TransformerConfig(vocab_size=VOCAB, layers=1, width=8, heads=2, mlp_dim=8),
+    model=TransformerConfig(vocab_size=VOCAB, num_layers=1, hidden_size=8, num_heads=2, mlp_dim=8),
     objective=CausalLM(loss_chunks=8),
     data=TokenData(store="none", seq_len=LENGTH),
     train=TrainConfig(global_batch=ROWS),
@@ -35,7 +35,7 @@ def temporaries_bytes(run: Run) -> int:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_step_never_holds_all_logits(tied: bool) -> None:
-    run = replace(RUN, mesh=MeshConfig(fsdp=1), model=replace(RUN.model, tied=tied))
+    run = replace(RUN, mesh=MeshConfig(fsdp=1), model=replace(RUN.model, tie_embeddings=tied))
     logits_bytes = 4 * ROWS * LENGTH * VOCAB
     assert temporaries_bytes(run) < logits_bytes / 2
 
@@ -52,7 +52,7 @@ def test_a_device_of_a_mesh_never_holds_its_part() -> None:
 
 def temporaries_of_policies() -> list[int]:
     """Of eight layers that keep nothing, the results of their products, these in every fourth, and in every second."""
-    model = TransformerConfig(vocab_size=64, layers=8, width=64, heads=4, mlp_dim=256)
+    model = TransformerConfig(vocab_size=64, num_layers=8, hidden_size=64, num_heads=4, mlp_dim=256)
     data, train = TokenData(store="none", seq_len=256), TrainConfig(global_batch=16)
     run = replace(RUN, mesh=MeshConfig(fsdp=2), model=model, data=data, train=train)
     policies = ("full", "dots", ("full", "full", "full", "dots"), ("full", "dots"))

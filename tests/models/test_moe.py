@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.models.flops import matmul_params
-from jaxinfra.models.moe import BALANCE, KEPT, LOAD, Experts, Z, metrics, updated_bias
+from jaxinfra.models.moe import BALANCE_LOSS, LOAD, SERVED, Z_LOSS, MixtureOfExperts, metrics, updated_bias
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
@@ -21,30 +21,30 @@ from tests.models.harness import Built, build, relative, tokens
 from tests.models.numpy_experts import Counted
 from tests.refusals import problem
 
-PLAIN = Experts(count=8, chosen=2, dim=12)
+PLAIN = MixtureOfExperts(num_experts=8, top_k=2, expert_dim=12)
 LOSSES = {"balance_loss": 0.3, "z_loss": 0.02}
-VARIANTS: dict[str, Experts] = {
+VARIANTS: dict[str, MixtureOfExperts] = {
     "mixtral": PLAIN,
-    "one choice": replace(PLAIN, chosen=1),
-    "every expert": replace(PLAIN, chosen=8),
-    "not normalised": replace(PLAIN, normalise=False),
-    "sigmoid": replace(PLAIN, score="sigmoid", scale=2.5),
-    "sigmoid, not normalised": replace(PLAIN, score="sigmoid", normalise=False),
-    "biases": replace(PLAIN, bias_rate=0.1),
-    "groups": replace(PLAIN, chosen=3, groups=4, chosen_groups=2),
-    "shared": replace(PLAIN, shared=2),
-    "width of the model": replace(PLAIN, dim=None),
+    "one choice": replace(PLAIN, top_k=1),
+    "every expert": replace(PLAIN, top_k=8),
+    "not normalised": replace(PLAIN, normalize_weights=False),
+    "sigmoid": replace(PLAIN, score_function="sigmoid", routed_scaling_factor=2.5),
+    "sigmoid, not normalised": replace(PLAIN, score_function="sigmoid", normalize_weights=False),
+    "biases": replace(PLAIN, bias_update_rate=0.1),
+    "groups": replace(PLAIN, top_k=3, num_groups=4, top_k_groups=2),
+    "shared": replace(PLAIN, num_shared_experts=2),
+    "width of the model": replace(PLAIN, expert_dim=None),
     "capacity": replace(PLAIN, capacity_factor=0.7),
-    "deepseek": Experts(
-        count=8,
-        chosen=3,
-        dim=12,
-        score="sigmoid",
-        scale=2.5,
-        shared=1,
-        groups=4,
-        chosen_groups=2,
-        bias_rate=0.1,
+    "deepseek": MixtureOfExperts(
+        num_experts=8,
+        top_k=3,
+        expert_dim=12,
+        score_function="sigmoid",
+        routed_scaling_factor=2.5,
+        num_shared_experts=1,
+        num_groups=4,
+        top_k_groups=2,
+        bias_update_rate=0.1,
         capacity_factor=1.1,
     ),
 }
@@ -64,22 +64,22 @@ def passed(built: Built, values: dict[str, Any], words: np.ndarray) -> tuple[np.
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_counts_are_those_of_the_definition(variant: str) -> None:
-    built = build(experts=replace(VARIANTS[variant], **LOSSES), layers=2)
+    built = build(moe=replace(VARIANTS[variant], **LOSSES), num_layers=2)
     values, words, counted = built.values(), tokens(), Counted()
     wanted = numpy_reference.logits(values, built.config, words, counted=counted)
     logits, found = passed(built, values, words)
     assert relative(logits, wanted) < 2e-5
     load_BLE = np.array(counted.load).reshape(len(words), 2, -1)
     assert np.array_equal(found[LOAD], load_BLE.sum(axis=0))
-    assert found[KEPT].sum() == counted.kept
-    assert relative(found[BALANCE].sum(), counted.balance_loss) < 1e-5
-    assert relative(found[Z].sum(), counted.z_loss) < 1e-5
+    assert found[SERVED].sum() == counted.kept
+    assert relative(found[BALANCE_LOSS].sum(), counted.balance_loss) < 1e-5
+    assert relative(found[Z_LOSS].sum(), counted.z_loss) < 1e-5
 
 
 def test_even_choices_make_a_balance_loss_of_one_a_token() -> None:
     experts_BTK = jnp.arange(16).reshape(1, 8, 2) % 4
     scores_BTE = jnp.full((1, 8, 4), 1 / 4)
-    found = routing.balance(routing.chosen_by(experts_BTK, 4), scores_BTE, 2, SequenceSharding())
+    found = routing.load_balance_loss(routing.expert_mask(experts_BTK, 4), scores_BTE, 2, SequenceSharding())
     assert float(found) == pytest.approx(8)
 
 
@@ -87,7 +87,7 @@ def test_the_first_positions_are_taken_and_no_later_one_changes_that() -> None:
     experts_BTK = jnp.array([[[0, 1], [0, 2], [1, 0], [0, 1]]])
 
     def kept(experts: jax.Array) -> list[list[bool]]:
-        return routing.within_capacity(experts, routing.chosen_by(experts, 3), 2, SequenceSharding())[0].tolist()
+        return routing.within_capacity(experts, routing.expert_mask(experts, 3), 2, SequenceSharding())[0].tolist()
 
     assert kept(experts_BTK) == [[True, True], [True, True], [True, False], [False, False]]
     assert kept(experts_BTK.at[0, 3].set(jnp.array([2, 0])))[:3] == kept(experts_BTK)[:3]
@@ -100,15 +100,15 @@ def test_capacity_is_the_even_share_of_a_sequence() -> None:
 
 
 def test_of_equal_scores_the_first_expert_is_chosen() -> None:
-    found = routing.choose(jnp.zeros((1, 8)), PLAIN.routing(4, drops=True))
+    found = routing.choose_experts(jnp.zeros((1, 8)), PLAIN.routing_rule(4, drop_tokens=True))
     assert found.experts.tolist() == [[0, 1]]
     assert found.weights.tolist() == [[0.5, 0.5]]
 
 
 def test_biases_choose_and_weigh_nothing() -> None:
-    rule = replace(PLAIN, score="sigmoid", normalise=False).routing(4, drops=True)
+    rule = replace(PLAIN, score_function="sigmoid", normalize_weights=False).routing_rule(4, drop_tokens=True)
     logits = jnp.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
-    found = routing.choose(logits, rule, jnp.array([9.0, 8.0, 0, 0, 0, 0, 0, 0]))
+    found = routing.choose_experts(logits, rule, jnp.array([9.0, 8.0, 0, 0, 0, 0, 0, 0]))
     assert found.experts.tolist() == [[0, 1]]
     np.testing.assert_allclose(found.weights, jax.nn.sigmoid(logits[:, :2]))
 
@@ -120,8 +120,8 @@ def test_biases_go_up_where_load_is_below_the_mean() -> None:
 
 
 def test_what_is_logged() -> None:
-    sums = {LOAD: jnp.array([[4.0, 2.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0]]), KEPT: jnp.array([6.0, 8.0])}
-    found = metrics({**sums, BALANCE: jnp.array([1.0, 3.0]), Z: jnp.array([0.0, 0.5])}, jnp.array(8.0))
+    sums = {LOAD: jnp.array([[4.0, 2.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0]]), SERVED: jnp.array([6.0, 8.0])}
+    found = metrics({**sums, BALANCE_LOSS: jnp.array([1.0, 3.0]), Z_LOSS: jnp.array([0.0, 0.5])}, jnp.array(8.0))
     assert {name: float(value) for name, value in found.items()} == {
         "balance_loss": 0.5,
         "router_z_loss": 0.0625,
@@ -137,8 +137,8 @@ def test_what_is_logged() -> None:
 
 def test_flops_count_what_a_token_passes() -> None:
     """Width 8, two heads of 4, experts of 6 of which two are chosen and one is shared, ten words, three layers."""
-    experts = Experts(count=5, chosen=2, dim=6, shared=1)
-    config = TransformerConfig(vocab_size=10, layers=3, width=8, heads=2, mlp_dim=99, experts=experts)
+    experts = MixtureOfExperts(num_experts=5, top_k=2, expert_dim=6, num_shared_experts=1)
+    config = TransformerConfig(vocab_size=10, num_layers=3, hidden_size=8, num_heads=2, mlp_dim=99, moe=experts)
     attention, router, expert = 4 * 8 * 8, 8 * 5, 3 * 8 * 6
     assert matmul_params(config) == 3 * (attention + router + 3 * expert) + 8 * 10
     # What their names say: 12.9B less the embedding, and 3.3B less that.
@@ -149,14 +149,14 @@ def test_flops_count_what_a_token_passes() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"count": 0}, "count=0: use count=8"),
-        ({"chosen": 9}, "chosen=9, count=8: use chosen=8"),
-        ({"groups": 2, "chosen_groups": 3}, "chosen_groups=3, groups=2: use chosen_groups=2"),
-        ({"groups": 3}, "groups=3, count=8: use groups=2"),
-        ({"groups": 8}, "groups=8, count=8: use groups=4"),
-        ({"chosen": 3, "groups": 4}, "chosen=3, chosen_groups=1: use chosen_groups=2"),
+        ({"num_experts": 0}, "num_experts=0: use num_experts=8"),
+        ({"top_k": 9}, "top_k=9, num_experts=8: use top_k=8"),
+        ({"num_groups": 2, "top_k_groups": 3}, "top_k_groups=3, num_groups=2: use top_k_groups=2"),
+        ({"num_groups": 3}, "num_groups=3, num_experts=8: use num_groups=2"),
+        ({"num_groups": 8}, "num_groups=8, num_experts=8: use num_groups=4"),
+        ({"top_k": 3, "num_groups": 4}, "top_k=3, top_k_groups=1: use top_k_groups=2"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0: use capacity_factor=none"),
-        ({"bias_rate": -0.1}, "bias_rate=-0.1: use bias_rate=0"),
+        ({"bias_update_rate": -0.1}, "bias_update_rate=-0.1: use bias_update_rate=0"),
     ],
 )
 def test_what_no_mixture_can_be_is_said_in_one_line(changes: dict[str, Any], named: str) -> None:

@@ -37,7 +37,7 @@ def attend(x_TD: np.ndarray, w: Params, heads: int) -> np.ndarray:
 
 def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformerConfig) -> np.ndarray:
     """The definition, pixel by pixel, in float64."""
-    size, rows = config.patch, []
+    size, rows = config.patch_size, []
     for top in range(0, config.image_size, size):
         for left in range(0, config.image_size, size):
             pixels = [image[top + i, left + j] for i in range(size) for j in range(size)]
@@ -45,10 +45,10 @@ def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformer
     if config.pool == "class":
         rows.insert(0, params["token"])
     x_TD = np.stack(rows) + params["positions"]
-    for number in range(config.layers):
+    for number in range(config.num_layers):
         w = jax.tree.map(lambda a, number=number: a[number], params["blocks"])
         y_TD = layer_norm(x_TD, w["attention_norm"], config.norm_eps)
-        x_TD = x_TD + attend(y_TD, w["attention"], config.heads)
+        x_TD = x_TD + attend(y_TD, w["attention"], config.num_heads)
         y_TD = layer_norm(x_TD, w["mlp_norm"], config.norm_eps)
         hidden = tanh_gelu(y_TD @ w["mlp"]["up"]["weight"] + w["mlp"]["up"]["bias"])
         x_TD = x_TD + hidden @ w["mlp"]["down"]["weight"] + w["mlp"]["down"]["bias"]
@@ -77,7 +77,7 @@ def test_sums_are_those_of_the_definition(run) -> None:
 
 def test_smoothing_mixes_the_target_with_all_classes() -> None:
     """The gradient of the smoothed loss is that of the plain one, and that of the mean over all labels."""
-    epsilon, classes = 0.25, TOKEN.model.classes
+    epsilon, classes = 0.25, TOKEN.model.num_classes
 
     def gradients(smoothing: float, labels: np.ndarray) -> list[np.ndarray]:
         objective = replace(TOKEN.objective, label_smoothing=smoothing)
@@ -110,7 +110,9 @@ def test_published_shapes_have_their_parameters(name: str) -> None:
 
 def test_flops_by_hand() -> None:
     """Two patches of 3 numbers and a class token, width 4, MLP of 5, 6 classes, one layer."""
-    shape = VisionTransformerConfig(image_size=2, patch=1, channels=3, classes=6, layers=1, width=4, heads=2, mlp_dim=5)
+    shape = VisionTransformerConfig(
+        image_size=2, patch_size=1, channels=3, num_classes=6, num_layers=1, hidden_size=4, num_heads=2, mlp_dim=5
+    )
     patches, tokens = 4, 5
     products = patches * 3 * 4 + tokens * (4 * 4 * 4 + 2 * 4 * 5) + 4 * 6
     attention = 2 * tokens * tokens * 4  # scores, and the weighted sum of values

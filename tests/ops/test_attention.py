@@ -192,7 +192,7 @@ PLATFORM = {"reference": "cpu", "xla": "cpu", "cudnn": "gpu", "splash": "tpu"}
 def test_a_kernel_is_not_used_beyond_its_limits(kernel: Kernel) -> None:
     for spec, changes, words in LIMITS[kernel]:
         inputs = replace(INPUTS, **changes)
-        with raises(ConfigError, f"model.attention={kernel}: {words} use model.attention=none"):
+        with raises(ConfigError, f"model.attention_kernel={kernel}: {words} use model.attention_kernel=none"):
             choose_kernel(spec, inputs, PLATFORM[kernel], kernel)
         assert choose_kernel(spec, inputs, PLATFORM[kernel]) != kernel
     assert choose_kernel(AttentionSpec(window=8), INPUTS, PLATFORM[kernel], kernel) == kernel
@@ -223,7 +223,7 @@ def test_the_fastest_kernel_that_can_run_is_chosen(
 
 
 def test_a_kernel_of_another_platform_is_refused() -> None:
-    with raises(ConfigError, "model.attention=splash: gpu use"):
+    with raises(ConfigError, "model.attention_kernel=splash: gpu use"):
         choose_kernel(CAUSAL, INPUTS, "gpu", "splash")
 
 
@@ -236,5 +236,5 @@ def test_dot_product_attention_passes_its_arguments_on() -> None:
                 q, k, v, segments=segments
             )
             assert_close(y, attention(q, k, v, spec, segments), 2e-6)
-        with raises(ConfigError, "model.attention=xla: cap"):
+        with raises(ConfigError, "model.attention_kernel=xla: cap"):
             jax.jit(partial(dot_product_attention, spec=CAPPED, platform="cpu", kernel="xla"))(q, k, v)

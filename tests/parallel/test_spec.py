@@ -13,7 +13,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.spec import ParamSpec, constant, normal, param_key
 from tests.parity.cases import DOCUMENTS, Case, on_host
 
-MODEL = TransformerConfig(vocab_size=16, layers=2, width=8, heads=2, mlp_dim=16)
+MODEL = TransformerConfig(vocab_size=16, num_layers=2, hidden_size=8, num_heads=2, mlp_dim=16)
 
 
 def first(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:

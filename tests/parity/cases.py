@@ -15,8 +15,8 @@ from jaxinfra.bench.parity import Arrays, loss_and_gradients, make_program, put_
 from jaxinfra.config import validate
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.latent import Latent
-from jaxinfra.models.moe import Experts
+from jaxinfra.models.latent import MLA
+from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
@@ -39,7 +39,15 @@ SHUFFLED = (5, 2, 7, 0, 3, 6, 1, 4)
 DOCUMENTS = Run(
     name="documents",
     model=TransformerConfig(
-        vocab_size=VOCAB, layers=2, width=32, heads=16, kv_heads=8, head_dim=4, mlp_dim=64, qk_norm=True, tied=True
+        vocab_size=VOCAB,
+        num_layers=2,
+        hidden_size=32,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=4,
+        mlp_dim=64,
+        qk_norm=True,
+        tie_embeddings=True,
     ),
     objective=CausalLM(loss_chunks=2, z_loss=1e-2),
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=True),
@@ -62,19 +70,19 @@ BIASES = replace(
     name="biases",
     model=TransformerConfig(
         vocab_size=VOCAB,
-        layers=3,
-        width=32,
-        heads=8,
+        num_layers=3,
+        hidden_size=32,
+        num_heads=8,
         mlp_dim=64,
-        mlp="gelu",
-        norm="layernorm",
+        mlp_type="gelu",
+        norm_type="layernorm",
         post_norms=True,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        sights=("local", "global"),
-        window=5,
-        softcap=5.0,
+        layer_types=("sliding", "full"),
+        sliding_window=5,
+        attn_softcap=5.0,
         logit_softcap=3.0,
         learned_positions=LENGTH,
     ),
@@ -85,7 +93,7 @@ BIASES = replace(
 
 # Of the 4 features of a head of DOCUMENTS all are near zero somewhere in four layers: their norm then makes 2e-5 out
 # of any other order of sums, on one device too. Of 8 features they are not.
-DEEP = replace(DOCUMENTS, name="deep", model=replace(DOCUMENTS.model, layers=4, head_dim=8))
+DEEP = replace(DOCUMENTS, name="deep", model=replace(DOCUMENTS.model, num_layers=4, head_dim=8))
 
 DROPPING = replace(BIASES, name="dropping", model=replace(BIASES.model, dropout=0.2), objective=CausalLM(loss_chunks=2))
 
@@ -94,11 +102,11 @@ LATENT = replace(
     name="latent",
     model=replace(
         DOCUMENTS.model,
-        heads=8,
-        kv_heads=None,
+        num_heads=8,
+        num_kv_heads=None,
         head_dim=None,
         qk_norm=False,
-        latent=Latent(kv_rank=16, q_rank=24, nope_dim=6, rope_dim=4, value_dim=10),
+        mla=MLA(kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10),
         rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=1.0)),
     ),
 )
@@ -109,18 +117,18 @@ TIGHT = replace(
     name="tight",
     model=replace(
         DOCUMENTS.model,
-        layers=2,
+        num_layers=2,
         dropout=0.1,
-        experts=Experts(
-            count=8,
-            chosen=3,
-            dim=16,
-            shared=1,
-            score="sigmoid",
-            scale=1.5,
-            groups=4,
-            chosen_groups=2,
-            bias_rate=0.05,
+        moe=MixtureOfExperts(
+            num_experts=8,
+            top_k=3,
+            expert_dim=16,
+            num_shared_experts=1,
+            score_function="sigmoid",
+            routed_scaling_factor=1.5,
+            num_groups=4,
+            top_k_groups=2,
+            bias_update_rate=0.05,
             capacity_factor=1.1,
             balance_loss=0.5,
             z_loss=0.01,
@@ -132,12 +140,16 @@ TIGHT = replace(
 LOOSE = replace(
     DOCUMENTS,
     name="loose",
-    model=replace(DOCUMENTS.model, layers=2, mlp="gelu", experts=Experts(count=8, chosen=2, balance_loss=0.1)),
+    model=replace(
+        DOCUMENTS.model, num_layers=2, mlp_type="gelu", moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.1)
+    ),
 )
 """Mixtral's experts: a softmax, and nothing is dropped."""
 
 SIGHTS = replace(
-    TIGHT, name="sights", model=replace(TIGHT.model, dense_layers=1, layers=3, sights=("local", "global"), window=5)
+    TIGHT,
+    name="sights",
+    model=replace(TIGHT.model, num_dense_layers=1, num_layers=3, layer_types=("sliding", "full"), sliding_window=5),
 )
 """Layers of two sights, uneven over two stages: some compute what nobody counts. One comes before, without experts."""
 
@@ -146,18 +158,20 @@ DEEPSEEK = replace(
     name="deepseek",
     model=replace(
         TIGHT.model,
-        dense_layers=1,
-        heads=8,
-        kv_heads=None,
+        num_dense_layers=1,
+        num_heads=8,
+        num_kv_heads=None,
         head_dim=None,
         qk_norm=False,
-        latent=LATENT.model.latent,
+        mla=LATENT.model.mla,
         rope=LATENT.model.rope,
     ),
 )
 """What DeepSeek-V3 is made of: latent attention, a dense layer first, biased sigmoids in groups, a shared expert."""
 
-SHAPE = VisionTransformerConfig(image_size=8, patch=2, channels=1, classes=5, layers=3, width=32, heads=8, mlp_dim=64)
+SHAPE = VisionTransformerConfig(
+    image_size=8, patch_size=2, channels=1, num_classes=5, num_layers=3, hidden_size=32, num_heads=8, mlp_dim=64
+)
 TOKEN = replace(
     DOCUMENTS,
     name="token",
@@ -170,7 +184,7 @@ TOKEN = replace(
 MEAN = replace(
     TOKEN,
     name="mean",
-    model=replace(SHAPE, pool="mean", layers=4, dropout=0.2),
+    model=replace(SHAPE, pool="mean", num_layers=4, dropout=0.2),
     objective=Classification(label_smoothing=0.2),
 )
 """Images of sixteen positions, spread over tensor between the layers; dropout and smoothing."""
@@ -206,7 +220,7 @@ def batch_on_host(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed)
     return {
         "images": draw.normal(size=(ROWS, 8, 8, 1)).astype(np.float32),
-        "labels": draw.integers(0, SHAPE.classes, ROWS, dtype=np.int32),
+        "labels": draw.integers(0, SHAPE.num_classes, ROWS, dtype=np.int32),
         "weights": (draw.random(ROWS) > 1 / 3).astype(np.float32),
     }
 

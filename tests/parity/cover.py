@@ -48,14 +48,14 @@ def kind(run: Run) -> str:
     """What its layers are."""
     if isinstance(run.data, ImageData):
         return "images"
-    if run.model.experts is not None:
+    if run.model.moe is not None:
         return "experts"
-    return "several" if len(run.model.kinds) > 1 else "one"
+    return "several" if len(run.model.distinct_layer_types) > 1 else "one"
 
 
 def allowed(case: Case) -> bool:
     """Whether the product allows it, by the divisions that these runs do not all meet."""
-    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.layers
+    mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.num_layers
     if mesh.context > 1 and isinstance(case.run.data, ImageData):
         return False
     if pipeline.schedule == "interleaved":
@@ -108,7 +108,7 @@ def candidates() -> list[Case]:
 def cost(case: Case) -> float:
     """About the seconds that a core compiles, as measured: these features multiply one another."""
     model, staged = case.run.model, case.mesh.stage > 1
-    unlike = kind(case.run) == "several" or (kind(case.run) == "experts" and len(model.kinds) > 1)
+    unlike = kind(case.run) == "several" or (kind(case.run) == "experts" and len(model.distinct_layer_types) > 1)
     zero_bubble = staged and case.run.pipeline.schedule == "zero_bubble"
     features = unlike, staged, zero_bubble, case.mesh.context > 1, kind(case.run) == "experts", model.remat in MIXED
     return 8 + 4 ** sum(features) / 3

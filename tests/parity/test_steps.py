@@ -79,7 +79,7 @@ def test_each_step_of_training_has_masks_of_its_own() -> None:
 def test_experts_are_full() -> None:
     """Else that nobody drops anything on any mesh would prove nothing."""
     sums = on_one_device(TIGHT)
-    load, kept = sums["sum.expert_load"], sums["sum.expert_kept"]
+    load, kept = sums["sum.expert_load"], sums["sum.expert_served"]
     assert load.shape == (2, 8) and load.sum() == 2 * 3 * 32 * 16
     assert 0.05 < 1 - kept.sum() / load.sum() < 0.5
 

@@ -59,13 +59,13 @@ def test_small_program_equals_its_golden_file(name: str) -> None:
 def assert_weights_are_gathered_twice(found: CompiledStep) -> None:
     """Weights are gathered in bfloat16 for the forward and the backward pass; gradients are scattered once."""
     model = DENSE.model
-    per_layer = 4 * model.width**2 + 3 * model.width * model.mlp_dim
+    per_layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.mlp_dim
     moved = {
         kind: sum(row.bytes for row in found.traffic if row.loops and row.kind == kind)
         for kind in (*KINDS, ALL_REDUCE_SLICE)
     }
-    assert moved["all-gather"] == 2 * 2 * model.layers * per_layer
-    assert moved["reduce-scatter"] + moved[ALL_REDUCE_SLICE] == 2 * model.layers * per_layer
+    assert moved["all-gather"] == 2 * 2 * model.num_layers * per_layer
+    assert moved["reduce-scatter"] + moved[ALL_REDUCE_SLICE] == 2 * model.num_layers * per_layer
 
 
 def assert_gradients_cross_slices_once(found: CompiledStep) -> None:
@@ -147,7 +147,7 @@ def test_figure_may_change_within_tolerance() -> None:
 TPU = "v6e:2x2"
 SMALL = replace(
     DENSE,
-    model=replace(DENSE.model, layers=2, attention="xla"),
+    model=replace(DENSE.model, num_layers=2, attention_kernel="xla"),
     mesh=replace(DENSE.mesh, fsdp=4),
     train=replace(DENSE.train, global_batch=4, accumulate=1),
 )

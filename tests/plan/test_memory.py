@@ -65,7 +65,14 @@ def test_total_is_what_the_compiler_compares_with_its_limit() -> None:
 
 LAYERS, VOCAB, BATCH_SIZE = 2, 32768, 8
 MODEL = TransformerConfig(
-    vocab_size=VOCAB, layers=LAYERS, width=256, heads=2, kv_heads=1, head_dim=128, mlp_dim=512, remat="full"
+    vocab_size=VOCAB,
+    num_layers=LAYERS,
+    hidden_size=256,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=128,
+    mlp_dim=512,
+    remat="full",
 )
 
 
@@ -108,17 +115,19 @@ RUN = replace(
     model=replace(
         DENSE.model,
         vocab_size=8192,
-        width=1024,
-        heads=8,
-        kv_heads=8,
+        hidden_size=1024,
+        num_heads=8,
+        num_kv_heads=8,
         head_dim=128,
         mlp_dim=4096,
-        layers=8,
+        num_layers=8,
         remat="full",
     ),
     mesh=MeshConfig(fsdp=4),
 )
-SMALL = replace(RUN, model=replace(RUN.model, vocab_size=1024, width=256, heads=2, kv_heads=2, mlp_dim=1024))
+SMALL = replace(
+    RUN, model=replace(RUN.model, vocab_size=1024, hidden_size=256, num_heads=2, num_kv_heads=2, mlp_dim=1024)
+)
 IN_HOST_MEMORY = "S(5)"
 """Layout of an array in host memory, in HLO."""
 
@@ -154,7 +163,7 @@ def test_offloaded_activations_leave_the_device() -> None:
     full, _ = memory_of(RUN, global_batch=128)
     assert marked_offloaded and not marked and dots.host == 0
     model, tokens = RUN.model, 128 * RUN.data.seq_len // V5E.num_devices
-    saved = 2 * tokens * model.layers * (4 * model.width + 2 * model.mlp_dim)
+    saved = 2 * tokens * model.num_layers * (4 * model.hidden_size + 2 * model.mlp_dim)
     assert offloaded.host == saved
     assert dots.temporaries - full.temporaries > 0.9 * saved
     assert offloaded.temporaries - full.temporaries < 0.05 * saved

@@ -118,7 +118,7 @@ def test_slice_ids(text: str, sizes: list[int]) -> None:
 
 RUN = Run(
     name="test",
-    model=TransformerConfig(vocab_size=64, layers=2, width=32, heads=4, mlp_dim=64),
+    model=TransformerConfig(vocab_size=64, num_layers=2, hidden_size=32, num_heads=4, mlp_dim=64),
     data=TokenData(store="none", seq_len=16),
     train=TrainConfig(global_batch=96),
 )
@@ -144,9 +144,9 @@ OOM = "RESOURCE_EXHAUSTED: "
         ),
         (
             OOM + "E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem",
-            "vector CompileTimeScopedVmemOom: use model.attention=xla",
+            "vector CompileTimeScopedVmemOom: use model.attention_kernel=xla",
         ),
-        ("cuDNN not found.", "cuDNN; use model.attention=xla, nvidia-cudnn-cu13"),
+        ("cuDNN not found.", "cuDNN; use model.attention_kernel=xla, nvidia-cudnn-cu13"),
         ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice use '.[compile]'"),
         ("INTERNAL: Mosaic failed\n  more", "Mosaic failed; --debug"),
     ],

@@ -51,7 +51,7 @@ of all gradients."""
 def program(mesh: MeshConfig, accumulate: int) -> Program:
     run = Run(
         name="test",
-        model=TransformerConfig(vocab_size=64, layers=3, width=32, heads=8, kv_heads=4, mlp_dim=64),
+        model=TransformerConfig(vocab_size=64, num_layers=3, hidden_size=32, num_heads=8, num_kv_heads=4, mlp_dim=64),
         objective=CausalLM(loss_chunks=2),
         data=TokenData(store="none", seq_len=16),
         precision=Precision(compute="float32"),

@@ -25,7 +25,7 @@ def program_of(microbatches: int, pipeline: PipelineConfig, mesh: MeshConfig) ->
     """A program of microbatches of `ROWS` rows each."""
     run = Run(
         name="test",
-        model=TransformerConfig(vocab_size=64, layers=4, width=WIDTH, heads=2, mlp_dim=128, remat="full"),
+        model=TransformerConfig(vocab_size=64, num_layers=4, hidden_size=WIDTH, num_heads=2, mlp_dim=128, remat="full"),
         data=TokenData(store="none", seq_len=LENGTH, mask_documents=False),
         precision=Precision(compute="float32"),
         mesh=mesh,

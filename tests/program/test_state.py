@@ -56,7 +56,7 @@ def test_no_device_has_more_than_its_shard() -> None:
 
 def first_values(mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Rows of every shard hold eight numbers or more; XLA rounds shorter ones otherwise on CPUs, in the last bits."""
-    run = replace(BIASES, model=replace(BIASES.model, width=64, heads=8))
+    run = replace(BIASES, model=replace(BIASES.model, hidden_size=64, num_heads=8))
     program = Case(run=run, mesh=mesh).program()
     with program.on_mesh:
         return on_host(program.init(jax.random.key(7)))

@@ -38,7 +38,7 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
     @jax.jit
     def logits(params: Any, batch: Any) -> jax.Array:
         model = program.model(params)
-        hidden = model.hidden(batch)
+        hidden = model.hidden_states(batch)
         return hidden @ model.head()
 
     eot_id, lengths = store.manifest.tokenizer_info.eot_id, store.tokenizer.byte_lengths()

@@ -37,7 +37,7 @@ def test_copies() -> None:
     """The loss falls below 0.05 nats; where there is nothing to copy it is no better than a guess."""
     run = Run(
         name="copy",
-        model=TransformerConfig(vocab_size=WORDS, layers=2, width=64, heads=4, mlp_dim=128),
+        model=TransformerConfig(vocab_size=WORDS, num_layers=2, hidden_size=64, num_heads=4, mlp_dim=128),
         data=TokenData(store="none", seq_len=LENGTH),
         precision=Precision(compute="float32"),
         mesh=MeshConfig(fsdp=1),
