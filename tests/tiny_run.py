@@ -34,7 +34,7 @@ def config() -> Run:
     return Run(
         name="tiny",
         root={runs!r},
-        model=TransformerConfig(vocab_size=304, layers=2, width=32, heads=8, mlp_dim=64),
+        model=TransformerConfig(vocab_size=304, num_layers=2, hidden_size=32, num_heads=8, mlp_dim=64),
         data=TokenData(
             store={store!r},
             recipe={recipe!r},

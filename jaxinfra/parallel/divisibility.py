@@ -130,9 +130,9 @@ class MeshFit:
         chunks = self.mesh.stage * self.pipeline.chunks
         if self.pipeline_layers < chunks:
             yield Problem(
-                fields=("model.layers", "mesh.stage", "pipeline.chunks"),
+                fields=("model.num_layers", "mesh.stage", "pipeline.chunks"),
                 message=f"there are fewer layers than the {chunks} chunks of all stages",
-                fix=f"use model.layers={chunks} or fewer stages",
+                fix=f"use model.num_layers={chunks} or fewer stages",
             )
         if self.pipeline.schedule == "interleaved" and self.accumulate % self.mesh.stage:
             yield Problem(
@@ -153,7 +153,7 @@ class MeshFit:
         fix = f"{path}={_rounded_up(size, shards)}"
         if len(sharded) == 1:
             fix = self._smaller(sharded[0].removeprefix("mesh."), math.gcd(size, shards))
-        message = f"{shards} shards do not divide {size} {path.removesuffix('.count').split('.')[-1]}"
+        message = f"{shards} shards do not divide {size} {path.split('.')[-1].removeprefix('num_')}"
         return Problem(fields=(path, *sharded), message=message, fix=f"use {fix}")
 
     def _smaller(self, axis: str, size: int) -> str:

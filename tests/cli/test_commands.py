@@ -21,7 +21,9 @@ from jaxinfra.run import Run
 def config() -> Run:
     return Run(
         name="llama",
-        model=TransformerConfig(vocab_size=128256, layers=32, width=4096, heads=32, kv_heads=8, mlp_dim=14336),
+        model=TransformerConfig(
+            vocab_size=128256, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, mlp_dim=14336
+        ),
         data=TokenData(store="nowhere", seq_len=8192),
     )
 """

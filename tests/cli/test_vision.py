@@ -32,7 +32,8 @@ def config() -> Run:
         name="seen",
         root={runs!r},
         model=VisionTransformerConfig(
-            image_size=8, patch=4, channels=1, classes=10, layers=2, width=32, heads=4, mlp_dim=64, dropout=0.1
+            image_size=8, patch_size=4, channels=1, num_classes=10, num_layers=2,
+            hidden_size=32, num_heads=4, mlp_dim=64, dropout=0.1,
         ),
         objective=Classification(),
         data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, white=16),

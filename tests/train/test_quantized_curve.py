@@ -27,7 +27,7 @@ def config() -> Run:
     return Run(
         name="curve",
         root={root!r},
-        model=TransformerConfig(vocab_size=1024, layers=3, width=128, heads=4, mlp_dim=384, qk_norm=True),
+        model=TransformerConfig(vocab_size=1024, num_layers=3, hidden_size=128, num_heads=4, mlp_dim=384, qk_norm=True),
         data=TokenData(store={store!r}, recipe={recipe!r}, seq_len=128),
         precision=Precision(compute="bfloat16"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=20), peak_lr=4e-3),
