@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.config import load
+from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
@@ -62,7 +63,7 @@ class Sampler:
         self._masked = data.mask_documents
 
     @classmethod
-    def from_run(cls, run_dir: str | Path, imports: Sequence[str] = ()) -> Self:
+    def from_run(cls, run_dir: str | Path, imports: Sequence[str] | ClassFinder = ()) -> Self:
         """Samples from a run of a language model: its newest checkpoint, or that of a step with `runs/NAME@STEP`.
 
         Takes the averaged parameters where the run keeps them.

@@ -5,7 +5,6 @@ A record is data: it may import jaxinfra, and what the user names with `--import
 
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Self
 
 from jaxinfra.config.extensible import PACKAGE, class_name, is_user_class, require_complete
-from jaxinfra.config.folder import ModuleFolder, import_module
+from jaxinfra.config.folder import ModuleFolder, import_module, module_spec
 from jaxinfra.config.schema import accepts, is_config, is_open, members, not_accepted, reachable, walk
 from jaxinfra.config.text import error_prefix, shorten
 from jaxinfra.errors import ConfigError
@@ -109,6 +108,8 @@ class ClassFinder:
         if parts is None:
             raise ConfigError("not the path of a class at the top of its module; write package.module:Class")
         module, qualname = parts.groups()
+        if module == "__main__":
+            raise ConfigError("the class was defined in a notebook or at a prompt; define it in a module")
         folder = next((each for each in self.folders if each.has(module)), None)
         if not (folder or anywhere or any(f"{module}.".startswith(f"{each}.") for each in self.modules)):
             raise ConfigError(self._refusal(module, file))
@@ -131,7 +132,7 @@ class ClassFinder:
         word = module
         if file and module.endswith(".py"):
             word = file
-        elif file and importlib.util.find_spec(module.partition(".")[0]) is None:
+        elif file and not module_spec(module.partition(".")[0]):
             depth = module.count(".") + (Path(file).name == "__init__.py")
             word = f"{Path(file).parents[depth]}{os.sep}"  # the folder from which the module was imported
         return f"a record imports only what you name; add --import {word}"

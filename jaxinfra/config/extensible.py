@@ -1,6 +1,7 @@
 """The base of classes that users extend with config classes of their own."""
 
 import dataclasses
+import os
 import sys
 from typing import ClassVar, Self
 
@@ -37,8 +38,9 @@ class Extensible:
 
 
 def class_name(cls: type) -> str:
-    """Returns the import path of a class, `module:Class`; the module of a config file has the name of the file."""
-    return f"{cls.__module__}:{cls.__qualname__}"
+    """Returns `package.module:Class`, or `FILE.py:Class` for a class of a config file or of the script that runs."""
+    script = getattr(sys.modules["__main__"], "__file__", None) if cls.__module__ == "__main__" else None
+    return f"{os.path.basename(script) if script else cls.__module__}:{cls.__qualname__}"
 
 
 def is_user_class(cls: type) -> bool:

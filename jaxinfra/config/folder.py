@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -46,12 +46,11 @@ class ModuleFolder:
         spec = None if name in _NEVER_HIDDEN else self._finder.find_spec(name)
         if spec is None or spec.origin is None:
             return False
-        with suppress(ValueError):  # raised for a module without a spec
-            other = importlib.util.find_spec(name)
-            if other is not None and other.origin is not None:
-                same_file = os.path.realpath(other.origin) == os.path.realpath(spec.origin)
-                return not same_file and _INSTALLED.isdisjoint(Path(other.origin).parts)
-        return True
+        other = module_spec(name)
+        if other is None or other.origin is None:
+            return True
+        same_file = os.path.realpath(other.origin) == os.path.realpath(spec.origin)
+        return not same_file and _INSTALLED.isdisjoint(Path(other.origin).parts)
 
     def has(self, module: str) -> bool:
         """Tells whether the folder has a module or a config file of this name."""
@@ -104,6 +103,14 @@ class ModuleFolder:
             return call(*args, **kwargs)
         except Exception as error:
             raise ConfigError(_failure(str(path), error, self._is_own)) from error
+
+
+def module_spec(name: str) -> ModuleSpec | None:
+    """Finds a module at the top level without importing it."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module that is imported has no spec
+        return None
 
 
 def import_module(module: str) -> ModuleType:

@@ -27,7 +27,7 @@ def load[C](
     source: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     root: type[C] | None = None,
-    imports: Sequence[str | os.PathLike[str]] = (),
+    imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
     *,
     same_sources: bool = True,
 ) -> Loaded[C]:
@@ -37,8 +37,8 @@ def load[C](
         source: a config file, or the `run.json` of a run.
         overrides: `path=value` texts.
         root: the class that the config must be an instance of.
-        imports: modules that a record may import classes from; a file or a `folder/` stands for all modules of its
-            folder.
+        imports: modules that a record may import classes from, or a finder of these; a file or a `folder/` stands for
+            all modules of its folder.
         same_sources: refuse a record if the file of one of its classes has changed since.
 
     Raises:
@@ -48,7 +48,7 @@ def load[C](
     path = Path(source)
     _require_config_file(path)
     run: Any
-    finder = ClassFinder.named(imports)
+    finder = imports if isinstance(imports, ClassFinder) else ClassFinder.named(imports)
     if path.suffix == ".json":
         content = read_record(path)
         require_classes(path, content, finder, same_sources=same_sources)

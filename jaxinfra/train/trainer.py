@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Loaded, diff, record, validate, write_record
+from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
@@ -218,7 +219,7 @@ class Trainer:
     def sampler(self) -> Sampler:
         """Returns a sampler of the trained language model; the averaged parameters where the run keeps them."""
         if self.state is None:
-            return Sampler.from_run(self.run_dir.path)
+            return Sampler.from_run(self.run_dir.path, ClassFinder.of(self.run))
         params = self.state.params if self.state.ema is None else self.state.ema
         return Sampler.from_params(self.run, params)
 

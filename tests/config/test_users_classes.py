@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -322,6 +323,27 @@ def config():
         load("run.json", imports=[HERE, "mine.py"])
 
 
+def test_a_class_of_a_script_is_found_again_and_one_of_a_notebook_is_not(write: Write) -> None:
+    write(
+        "script.py",
+        MINE
+        + """
+if __name__ == "__main__":
+    from jaxinfra.config.record import Loaded, record, write_record
+    loaded = Loaded(run=config(), source="python", origins={})
+    write_record("run.json", record(loaded, command=[], versions={}, git={}, devices=[]))
+""",
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "script.py"], check=True, env=environment)
+    with raises(ConfigError, f"run.json: script.py:Mine {os.path.abspath('script.py')}: --import"):
+        load("run.json", imports=[HERE])
+    assert load("run.json", imports=[HERE, "script.py"]).run.optimizer.step(2) == 6
+    subprocess.run([sys.executable, "-c", Path("script.py").read_text()], check=True, env=environment)
+    with raises(ConfigError, "run.json: __main__:Mine: notebook module"):
+        load("run.json", imports=[HERE, "script.py"])
+
+
 def test_the_record_of_a_run_that_goes_on_may_use_the_classes_of_its_config(write: Write) -> None:
     path = write("configs/mine.py", MINE)
     content = save(path)
@@ -355,6 +377,7 @@ ATTACKS = [
     "os:system",
     "subprocess:Popen",
     "builtins:eval",
+    "__main__:Mine",
     "evil:Mine",
     "package:Mine",
     "package.sub:Mine",
@@ -482,3 +505,41 @@ def test_a_record_runs_no_recipe_that_the_user_does_not_name(write: Write, tiny:
     assert not Path("marker").exists()
     refused(launch("data", "prepare", "run.json", "--import", "recipe.py"), "recipe.py: config() NoneType")
     assert Path("marker").exists()
+
+
+OBJECTIVE = """
+from dataclasses import dataclass
+from jaxinfra.objectives.causal_lm import CausalLM
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled(CausalLM):
+    factor: float = 1.0
+
+    def loss(self, apply, params, batch):
+        total, sums = super().loss(apply, params, batch)
+        return self.factor * total, sums
+
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_a_class_of_its_config_file(tiny: Tiny) -> None:
+    """It trains, goes on, is shown, sampled from and replayed."""
+    tiny.config.write_text(
+        OBJECTIVE + tiny.config.read_text().replace('name="tiny",', 'name="tiny", objective=Scaled(),')
+    )
+    record, full, words = tiny.directory() / "run.json", os.path.abspath(tiny.config), ["train.steps=4", "name=tiny"]
+    name = f"{tiny.config.name}:Scaled"
+    assert tiny.launch(*words).code == 0
+    assert name in read_record(record)["classes"]
+    assert tiny.launch(*words).out.startswith("nothing to do")
+    assert f"objective = {name}  # file:" in tiny.launch(command="show").out
+    for command in (["show", str(record)], ["sample", str(record.parent), "w1", "--max-tokens", "2"]):
+        refused(launch(*command), f"run.json: {name} {full}: --import {full}")
+        assert launch(*command, "--import", full).code == 0
+    refused(launch(str(record), "name=again"), f"run.json: {name} {full}: --import {full}")
+    assert launch(str(record), "name=again", "--import", full).code == 0
+    assert tiny.losses("again") == tiny.losses()
+    tiny.config.write_text(tiny.config.read_text() + "\n")
+    refused(launch(str(record), "name=third", "--import", full), f"run.json: {full} changed {name}")
+    assert tiny.launch(*words).out.startswith("nothing to do")
