@@ -156,7 +156,7 @@ def test_the_base_is_untouched_and_no_override_is_no_change():
 
 
 def test_string_annotations_are_resolved():
-    run = apply(Deferred(), ["model=large", "model.moe=1,2", "kernel=flash"])
+    run = apply(Deferred(), ["model=large", "model.experts=1,2", "kernel=flash"])
     assert run == Deferred(model=Large(layers=2, experts=(1, 2)), kernel="flash")
 
 
