@@ -1,7 +1,6 @@
-"""What compilers made for hardware that is not here, kept in `.cache/compiled`.
+"""A cache in `.cache/compiled` for programs that are compiled ahead of time.
 
-JAX's own cache does not do: it writes programs for described devices but cannot read them. Only their text and memory
-are kept, by all that they depend on. `make clean` forgets them; a fresh clone has none.
+JAX's own cache can write programs for unattached devices but not read them. This one keeps only HLO and memory.
 """
 
 import gzip
@@ -32,14 +31,14 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 @pytest.fixture
 def compile_cache(all_optimizations: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that were compiled before are read from disk in this test."""
+    """Reads programs from the cache, if they were compiled before."""
     from jaxinfra.plan import aot
 
-    monkeypatch.setattr(aot, "compile_lowered", kept(aot.compile_lowered, FOLDER))
+    monkeypatch.setattr(aot, "compile_lowered", cached(aot.compile_lowered, FOLDER))
 
 
-def kept(compile_lowered: Callable[..., Any], folder: Path) -> Callable[..., Any]:
-    """The same function with its results in a folder."""
+def cached(compile_lowered: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """Wraps `compile_lowered`, so that its results are cached in a folder."""
     from jaxinfra.plan.aot import CompiledProgram, Memory
 
     def found(lowered: Any, program: Any, topology: Any) -> CompiledProgram:
@@ -62,7 +61,7 @@ def key(lowered: Any, program: Any, topology: Any) -> str:
     from jaxinfra.compiler import SETS
 
     devices = np.asarray(program.mesh.devices).flat
-    said = [
+    parts = [
         lowered.as_text(),
         str(topology),
         [(device.id, device.process_index) for device in devices],
@@ -70,7 +69,7 @@ def key(lowered: Any, program: Any, topology: Any) -> str:
         {name: os.environ.get(name) for name in FLAGS},
         {name: _version(name) for name in COMPILERS},
     ]
-    return hashlib.sha256(repr(said).encode()).hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,8 @@
-"""What is compiled for hardware that is not here and held: small programs by their text, configs by their budgets.
+"""Golden figures of programs compiled ahead of time: small programs exactly, configs as budgets.
 
-Of a small program everything is exact: its golden in `compile/` has the bytes of its arguments and temporaries, and
-of every kind of collective over the same mesh axes in equally many loops. Of a config, `compile/budgets.json` has
-memory, cycles and bytes sent, which may move by `TOLERANCE`. `python tests/golden/write.py compile` writes both.
+The golden file of a small program in `compile/` has its memory and its collectives. `compile/budgets.json` has memory,
+cycles and bytes sent of every config, which may change by `TOLERANCE`. `python tests/golden/write.py compile` writes
+both.
 """
 
 import json
@@ -28,7 +28,7 @@ TOLERANCE = 0.01
 
 EXAMPLE = "llama3_70b"
 PAGE = CONFIGS.parent / "docs" / "compile.md"
-"""A config whose figures the page shows, as the command prints them."""
+"""The page shows the command's output for this config."""
 
 BEGIN, END = "<!-- compile: begin -->", "<!-- compile: end -->"
 
@@ -56,15 +56,9 @@ MOE = replace(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A small program.
+    """A small program."""
 
-    Attributes:
-        on: the topology.
-        mesh: that it is laid over.
-        run: all else of it.
-    """
-
-    on: str
+    topology: str
     mesh: MeshConfig
     run: Run = DENSE
 
@@ -74,47 +68,49 @@ def _batch(global_batch: int, accumulate: int, run: Run = DENSE) -> Run:
 
 
 CASES = {
-    "v5e-4x4_fsdp-tensor": Case(on="v5e:4x4", mesh=MeshConfig(fsdp=4, tensor=4)),
-    "v5p-4x4x4_fsdp": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=64), run=_batch(64, 1)),
-    "v5p-4x4x4_context": Case(on="v5p:4x4x4", mesh=MeshConfig(fsdp=16, context=4), run=_batch(16, 1)),
-    "2xv5e-2x4_replica-stage": Case(on="2xv5e:2x4", mesh=MeshConfig(replica=2, stage=2, fsdp=4), run=_batch(64, 4)),
+    "v5e-4x4_fsdp-tensor": Case(topology="v5e:4x4", mesh=MeshConfig(fsdp=4, tensor=4)),
+    "v5p-4x4x4_fsdp": Case(topology="v5p:4x4x4", mesh=MeshConfig(fsdp=64), run=_batch(64, 1)),
+    "v5p-4x4x4_context": Case(topology="v5p:4x4x4", mesh=MeshConfig(fsdp=16, context=4), run=_batch(16, 1)),
+    "2xv5e-2x4_replica-stage": Case(
+        topology="2xv5e:2x4", mesh=MeshConfig(replica=2, stage=2, fsdp=4), run=_batch(64, 4)
+    ),
     "2xv5e-2x4_replica-expert": Case(
-        on="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=4, expert=2), run=_batch(64, 2, MOE)
+        topology="2xv5e:2x4", mesh=MeshConfig(replica=2, fsdp=4, expert=2), run=_batch(64, 2, MOE)
     ),
 }
-"""Named TOPOLOGY_AXES: as few as have every axis of the mesh, every collective, and links inside and between slices."""
+"""Named TOPOLOGY_AXES; together they have every mesh axis, every collective, and links inside and between slices."""
 
-ON = {
+TOPOLOGIES = {
     "gemma2_2b": ("v6e:4x4",),
-    "gpt2_124m": ("h100:1x8", "model.attention_kernel=xla"),  # cuDNN is not installed for tests
+    "gpt2_124m": ("h100:1x8", "model.attention_kernel=xla"),  # tests have no cuDNN
     "llama3_70b": ("2xv5p:4x4x8",),
-    "llama3_8b": ("v5p:4x4x4", "train.compiler=default"),  # large_blocks compiles three times as long: `bench llama`
+    "llama3_8b": ("v5p:4x4x4", "train.compiler=default"),  # large_blocks takes three times as long to compile
     "llama3_8b_128k": ("v5p:4x4x4",),
     "moe_small": ("v5e:2x4",),
     "qwen3_0_6b": ("v6e:2x4",),
 }
-"""What each file of configs/ is compiled for, and overrides."""
+"""Topology of each config in configs/, and overrides."""
 
-TOYS = {"bench_small", "parity_dense", "parity_moe", "quickstart", "vit_digits"}
-"""Configs made for CPUs: what they take of a chip is of no use to anyone."""
+CPU_CONFIGS = {"bench_small", "parity_dense", "parity_moe", "quickstart", "vit_digits"}
+"""Configs made for CPUs, which have no budget."""
 
 
 def compiled(name: str, dump: Callable[[str], object] | None = None) -> CompiledStep:
-    """A case, or a config, compiled for its topology; its text goes to `dump`."""
+    """Compiles a case or a config for its topology; `dump` receives the HLO."""
     if name in CASES:
-        on, run = CASES[name].on, replace(CASES[name].run, name=name, mesh=CASES[name].mesh)
+        on, run = CASES[name].topology, replace(CASES[name].run, name=name, mesh=CASES[name].mesh)
     else:
-        on, *overrides = ON[name]
+        on, *overrides = TOPOLOGIES[name]
         run = load(CONFIGS / f"{name}.py", overrides, root=Run).run
     return compile_step(run, parse_topology(on), dump=dump, on_progress=_silent)
 
 
 def _silent(line: str) -> None:
-    """Tests report nothing."""
+    pass
 
 
-def golden(found: CompiledStep) -> str:
-    """All that is held of a small program, as text."""
+def golden_text(found: CompiledStep) -> str:
+    """Formats the golden file of a small program."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     compiler = "jax-cuda13-plugin" if found.cycles is None else "libtpu"
     lines = [
@@ -135,7 +131,7 @@ def golden(found: CompiledStep) -> str:
 
 
 def budget(found: CompiledStep) -> dict[str, int]:
-    """What is held of a config, for one device and one step."""
+    """Returns the budgeted figures of a config, for one device and one step."""
     sent = {link: sum(row.bytes for row in found.traffic if row.link == link) for link in ("local", "network")}
     return {
         "memory_bytes": found.memory.total,
@@ -145,22 +141,22 @@ def budget(found: CompiledStep) -> dict[str, int]:
     }
 
 
-def with_example(page: str, found: CompiledStep) -> str:
-    """The page with the figures of a config between its marks, indented as a listing."""
+def insert_example(page: str, found: CompiledStep) -> str:
+    """Replaces the listing between the marks of a page."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin and end, f"{PAGE}: the marks are gone"
+    assert begin and end, f"{PAGE}: the marks are missing"
     lines = "\n".join(format_report(found, parse_topology(found.topology).chip))
     return f"{before}{BEGIN}\n\n```\n{lines}\n```\n\n{END}{after}"
 
 
 def budgets() -> dict[str, dict[str, int]]:
-    """The recorded budgets by the name of the config."""
+    """Reads the recorded budgets by config."""
     return json.loads(BUDGETS.read_text(encoding="utf-8")) if BUDGETS.exists() else {}
 
 
-def overstepped(name: str, found: dict[str, int], recorded: dict[str, int]) -> list[str]:
-    """A line for every figure that has moved by more than `TOLERANCE`."""
+def over_budget(name: str, found: dict[str, int], recorded: dict[str, int]) -> list[str]:
+    """Returns a line for every figure that changed by more than `TOLERANCE`."""
     lines = []
     for what in sorted(found.keys() | recorded.keys()):
         now, before = found.get(what, 0), recorded.get(what, 0)
@@ -171,21 +167,21 @@ def overstepped(name: str, found: dict[str, int], recorded: dict[str, int]) -> l
 
 
 def write(names: list[str]) -> None:
-    """Compiles what is named, or everything, and records it; of all that is gone the records go, too."""
+    """Compiles and records the named programs, or all; deletes records of programs that no longer exist."""
     for name in names:
-        if name not in CASES and name not in ON:
-            raise SystemExit(f"{name}: no such program; there are {', '.join([*CASES, *ON])}")
-    recorded = {name: figures for name, figures in budgets().items() if name in ON}
+        if name not in CASES and name not in TOPOLOGIES:
+            raise SystemExit(f"{name}: no such program; must be one of {', '.join([*CASES, *TOPOLOGIES])}")
+    recorded = {name: figures for name, figures in budgets().items() if name in TOPOLOGIES}
     for path in FOLDER.glob("*.txt"):
         if path.stem not in CASES:
             path.unlink()
-    for name in names or [*CASES, *ON]:
+    for name in names or [*CASES, *TOPOLOGIES]:
         found = compiled(name)
         if name in CASES:
-            (FOLDER / f"{name}.txt").write_text(golden(found), encoding="utf-8")
+            (FOLDER / f"{name}.txt").write_text(golden_text(found), encoding="utf-8")
         else:
             recorded[name] = budget(found)
             BUDGETS.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if name == EXAMPLE:
-            PAGE.write_text(with_example(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+            PAGE.write_text(insert_example(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
         print(name, flush=True)

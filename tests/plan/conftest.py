@@ -1,5 +1,3 @@
-"""What a compiler reads of the environment is not left to the next test; what it made is kept on disk."""
-
 import os
 from collections.abc import Iterator
 
@@ -7,7 +5,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def environment_is_left() -> Iterator[None]:
+def restore_environment() -> Iterator[None]:
+    """Undoes what `set_up_compiler` sets."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -15,5 +14,5 @@ def environment_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def compilations_are_kept(compile_cache: None) -> None:
-    """All tests here share what was compiled, with the developer's last run too."""
+def use_compile_cache(compile_cache: None) -> None:
+    """Shares compiled programs between tests and test runs."""

@@ -21,18 +21,18 @@ from jaxinfra.run import Run
 from tests.golden.compiled import (
     CASES,
     CONFIGS,
+    CPU_CONFIGS,
     DENSE,
     EXAMPLE,
     FOLDER,
-    ON,
     PAGE,
-    TOYS,
+    TOPOLOGIES,
     budget,
     budgets,
     compiled,
-    golden,
-    overstepped,
-    with_example,
+    golden_text,
+    insert_example,
+    over_budget,
 )
 from tests.refusals import raises
 
@@ -45,7 +45,7 @@ LONG_CONTEXT = "llama3_8b_128k"
 def test_small_program_equals_its_golden_file(name: str) -> None:
     found = compiled(name)
     path = FOLDER / f"{name}.txt"
-    expected, actual = path.read_text(encoding="utf-8") if path.exists() else "", golden(found)
+    expected, actual = path.read_text(encoding="utf-8") if path.exists() else "", golden_text(found)
     if actual != expected:
         changes = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "golden", "now", "", "", 3, "")
         pytest.fail(f"{name}: {HINT.format(name)}:\n" + "\n".join(changes), pytrace=False)
@@ -78,19 +78,19 @@ def assert_gradients_cross_slices_once(found: CompiledStep) -> None:
 
 
 @pytest.mark.slow(70)
-@pytest.mark.parametrize("name", ON)
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_config_stays_within_its_budget(name: str) -> None:
     texts: list[str] = []
     found = compiled(name, dump=texts.append if name == LONG_CONTEXT else None)
     chip = parse_topology(found.topology).chip
     assert found.memory.total <= chip.hbm_bytes
     assert not found.unknown_loops
-    over = overstepped(name, budget(found), budgets().get(name, {}))
+    over = over_budget(name, budget(found), budgets().get(name, {}))
     if over:
         pytest.fail(f"configs/{name}.py on {found.topology}: {HINT.format(name)}:\n" + "\n".join(over), pytrace=False)
     if name == EXAMPLE:
         page = PAGE.read_text(encoding="utf-8")
-        assert page == with_example(page, found), HINT.format(name)
+        assert page == insert_example(page, found), HINT.format(name)
     if name == LONG_CONTEXT:
         assert_no_attention_matrix(texts[0], found)
 
@@ -122,8 +122,10 @@ def test_two_axes_are_gathered_by_one_all_gather(mesh: MeshConfig) -> None:
 
 def test_every_config_has_a_topology() -> None:
     configs = {path.stem for path in CONFIGS.glob("*.py")}
-    assert set(ON) | TOYS == configs, "give every file of configs/ a topology in tests/golden/compiled.py"
-    assert set(budgets()) == set(ON), HINT.format("")
+    assert set(TOPOLOGIES) | CPU_CONFIGS == configs, (
+        "give every file of configs/ a topology in tests/golden/compiled.py"
+    )
+    assert set(budgets()) == set(TOPOLOGIES), HINT.format("")
     assert {path.stem for path in FOLDER.glob("*.txt")} == set(CASES), HINT.format("")
 
 
@@ -132,13 +134,13 @@ def test_every_axis_is_in_a_golden_case() -> None:
     used = {name for name, of_cases in zip(AXES, zip(*sizes, strict=True), strict=True) if max(of_cases) > 1}
     assert used == set(AXES)
     for case in CASES.values():
-        assert math.prod(case.mesh.sizes) == parse_topology(case.on).num_devices
+        assert math.prod(case.mesh.sizes) == parse_topology(case.topology).num_devices
 
 
 def test_figure_may_change_within_tolerance() -> None:
     recorded = {"cycles": 1000, "network_bytes": 0}
-    assert overstepped("a", {"cycles": 1010, "network_bytes": 0}, recorded) == []
-    assert overstepped("a", {"cycles": 985, "network_bytes": 4}, recorded) == [
+    assert over_budget("a", {"cycles": 1010, "network_bytes": 0}, recorded) == []
+    assert over_budget("a", {"cycles": 985, "network_bytes": 4}, recorded) == [
         "a: cycles 985, recorded 1,000, -1.5%",
         "a: network_bytes 4, recorded 0",
     ]
