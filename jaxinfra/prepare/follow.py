@@ -39,23 +39,17 @@ def follow(
 ) -> Iterator[PreparedVersion]:
     """Reads a stream from the position of the last call, and seals versions of everything since its beginning.
 
-    Memory: a batch, about `shard_bytes` of text, and its tokens; for sealing see `builders.assemble`.
+    Yields each sealed version, and at the end the newest one. Memory: a batch, about `shard_bytes` of text, and its
+    tokens; for sealing see `builders.assemble`. Raises as `prepare`, ConfigError if a split of what arrived is empty,
+    and DataError if this is another stream than before.
 
     Args:
-        recipe: what to make; its source is a stream, its tokenizer is not trained.
+        recipe: its source is a stream, its tokenizer is not trained.
         should_stop: whether to seal and end; called at least twice a second while waiting.
         idle_timeout_s: seals and ends when everything has been read and nothing arrived for this time; None waits for
             the end of the stream.
         seal_every_tokens: also seals whenever this many tokens have arrived; sealing copies all tokens.
         on_progress: called after each batch.
-
-    Yields:
-        Each sealed version, and at the end the newest one, which is `new` if it was sealed now.
-
-    Raises:
-        ConfigError: as `prepare`, or a split of what arrived is empty.
-        DataError: as `prepare`, or this is another stream than before.
-        StorageError: as `prepare`.
     """
     source = recipe.source
     if not isinstance(recipe, Corpus) or not isinstance(source, StreamSource):

@@ -25,23 +25,14 @@ _SUFFIX = ".npz"
 
 @dataclass(frozen=True, kw_only=True)
 class PartMetadata:
-    """Counts of a part.
+    """Counts of a part."""
 
-    Attributes:
-        tokens: of all splits; 0 for images.
-        records: records that were read.
-        read_bytes: bytes of the source, estimated.
-        skipped: location and cause of each bad record.
-        filtered: documents that each filter rule left out.
-        position: of a stream, after the last record of the part.
-    """
-
-    tokens: int = 0
-    records: int
-    read_bytes: int
-    skipped: tuple[tuple[str, str], ...] = ()
-    filtered: Mapping[str, int] = field(default_factory=dict)
-    position: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0  # of all splits; 0 for images
+    records: int  # that were read
+    read_bytes: int  # of the source, estimated
+    skipped: tuple[tuple[str, str], ...] = ()  # location and cause of each bad record
+    filtered: Mapping[str, int] = field(default_factory=dict)  # documents that each filter rule left out
+    position: Mapping[str, Any] = field(default_factory=dict)  # of a stream, after the last record of the part
 
 
 @dataclass(frozen=True, kw_only=True)

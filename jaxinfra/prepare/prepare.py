@@ -50,17 +50,12 @@ class PrepareProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedVersion:
-    """A version that exists.
-
-    Attributes:
-        new: whether this call made it.
-        promoted: whether it existed, but was not the newest one until this call.
-    """
+    """A version that exists."""
 
     path: str
     manifest: Manifest
-    new: bool
-    promoted: bool = False
+    new: bool  # whether this call made it
+    promoted: bool = False  # whether it existed, but was not the newest one until this call
 
 
 def prepare(
@@ -72,13 +67,8 @@ def prepare(
 ) -> PreparedVersion:
     """Makes a version of the store, unless the recipe has made one of the same files; it becomes the newest version.
 
-    Memory: a worker holds the largest record and the output of one shard; for assembling see `builders.assemble`.
-
-    Args:
-        recipe: what to make.
-        engine: where the jobs run.
-        workers: jobs that run at once; None is one per core.
-        on_progress: called after each step.
+    `workers` jobs run at once, None is one per core. A worker holds the largest record and the output of one shard in
+    memory; for assembling see `builders.assemble`.
 
     Raises:
         ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.
@@ -95,7 +85,7 @@ def prepare(
     made_of = digest_of([output_fields(recipe), source_digest, builder.input_digest])
     if (found := find_existing(store, known, made_of)) is not None:
         return found
-    planned = [
+    planned: list[PrepareJob[Any]] = [
         PrepareJob(number=0, shards=group, recipe=recipe, folder="", validation=validation)
         for shards, validation in zip(sources, (False, True), strict=True)
         for group in group_shards(shards, recipe.shard_bytes)
@@ -105,9 +95,7 @@ def prepare(
     with open_workspace(store, work_name, recipe.work_dir) as work:
         folder, build = work / "parts", work / "build"
         folder.mkdir(exist_ok=True)
-        jobs: list[PrepareJob[Any]] = [
-            replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)
-        ]
+        jobs = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
         total, done, tokens = sum(job.read_bytes for job in jobs), 0, 0
 
         def report(stage: str, part: PartMetadata | None = None) -> None:
@@ -117,7 +105,7 @@ def prepare(
             on_progress(PrepareProgress(stage=stage, done=done, total=total, tokens=tokens))
 
         report("begin")
-        has_default_shards = recipe.shard_bytes == SHARD_BYTES
+        has_default_shards = recipe.shard_bytes == SHARD_BYTES  # the tokenizer must not depend on shard_bytes
         builder.setup(folder, sources[0] if has_default_shards else _list_shards(recipe.source, SHARD_BYTES))
         needed_bytes = builder.estimate_bytes(total)
         check_space(folder, needed_bytes, purpose="preparing", fix="use work_dir=FOLDER on another disk")

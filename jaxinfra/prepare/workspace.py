@@ -37,16 +37,9 @@ def require_store(store: ObjectStore) -> None:
 def open_workspace(store: ObjectStore, name: str, work_dir: str | None) -> Iterator[Path]:
     """Locks and gives the work folder of a version; removes it at the end, but keeps it after an error.
 
-    Only one version of a store is built at a time, so work folders of other recipes of the store are removed.
-
-    Args:
-        store: where the version will be.
-        name: digest of everything that the version is made of.
-        work_dir: parent folder; None is the store, or the user's cache if the store is remote.
-
-    Raises:
-        ConfigError: another process is preparing the store.
-        StorageError: the folder cannot be written.
+    Only one version of a store is built at a time, so work folders with another name are removed. `name` is a digest
+    of everything that the version is made of. `work_dir` None is the store, or the user's cache if it is remote.
+    ConfigError if another process is preparing the store, StorageError if the folder cannot be written.
     """
     root = _root(store, work_dir)
     work = root / name

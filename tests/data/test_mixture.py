@@ -18,9 +18,8 @@ from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.pairs import PairData
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
-from jaxinfra.prepare.documents.preference import Preference
+from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.tokenizers import Bytes

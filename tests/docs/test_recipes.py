@@ -11,7 +11,7 @@ import pytest
 from jaxinfra.config import load, validate
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.prepare import tokenizers
-from jaxinfra.prepare.documents import chat, dedup, document, filters, preference
+from jaxinfra.prepare.documents import dedup, filters, formats
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes import corpus
 from jaxinfra.prepare.sources import any_source
@@ -63,7 +63,7 @@ def test_recipes_make_the_splits_that_they_name(name, tmp_path, monkeypatch):
 
 
 TEXT_PAGE = (Path(__file__).parents[2] / "docs" / "text.md").read_text()
-MODULES = (any_source, chat, corpus, dedup, document, filters, preference, tokenizers)
+MODULES = (any_source, corpus, dedup, filters, formats, tokenizers)
 NAMES = {"replace": replace} | {name: value for module in MODULES for name, value in vars(module).items()}
 
 

@@ -8,10 +8,8 @@ import pytest
 
 from jaxinfra.config import decode, encode
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.document import RecordError, Text
-from jaxinfra.prepare.documents.formats import AnyFormat
-from jaxinfra.prepare.documents.preference import Completion, Preference
+from jaxinfra.prepare.documents.formats import AnyFormat, Chat, Completion, Preference
 from tests.refusals import raises
 
 TALK = [

@@ -3,10 +3,9 @@
 import pytest
 
 from jaxinfra.config import apply, validate
-from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
-from jaxinfra.prepare.documents.preference import Completion, Preference
+from jaxinfra.prepare.documents.formats import Chat, Completion, Preference
 from jaxinfra.prepare.sources.generated import PythonSource, Synthetic
 from jaxinfra.prepare.sources.image_folders import ImageFolders
 from jaxinfra.prepare.sources.kafka import Kafka

@@ -10,10 +10,9 @@ import pytest
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.store.store import IMAGES, LABELS, Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
-from jaxinfra.prepare.documents.preference import Preference
+from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.document import Span
 from jaxinfra.prepare.documents.encoding import encode_documents
+from jaxinfra.prepare.documents.formats import Chat
 from jaxinfra.prepare.tokenizers import (
     SentencePieceModel,
     Tiktoken,

@@ -11,9 +11,8 @@ from jaxinfra.config import apply, validate
 from jaxinfra.data.inspect import describe_manifest
 from jaxinfra.data.store.store import LABELS, Store, TokenStore
 from jaxinfra.errors import ConfigError, DataError
-from jaxinfra.prepare.documents.chat import Chat
 from jaxinfra.prepare.documents.dedup import Dedup
-from jaxinfra.prepare.documents.preference import Preference
+from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.image_set import ImageSet

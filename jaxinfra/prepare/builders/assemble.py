@@ -43,15 +43,11 @@ KeepMasks = Mapping[Split, Sequence[np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class PartSplits:
-    """Reads the splits of all parts in order.
-
-    Attributes:
-        numbers: of the parts.
-        tail: if the parts hold training data only, the parts or arrays of each split after its tail was split off.
-    """
+    """Reads the splits of all parts in order."""
 
     folder: Path
     numbers: Sequence[int]
+    # Parts or arrays of each split, if the parts hold training data only and the tail was split off.
     tail: Mapping[Split, Sequence[int | _Arrays]] | None = None
 
     def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
@@ -89,9 +85,7 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     splits is counted before duplicates are removed, and includes near duplicates if those are removed. The documents of
     a record are kept or dropped together.
 
-    Raises:
-        ConfigError: a split is empty.
-        DataError: documents are in both splits, and the recipe does not allow that; or a part is damaged.
+    Raises as `StoreBuilder.assemble`.
     """
     per_record, dedup = 1, None
     if isinstance(recipe, Corpus):

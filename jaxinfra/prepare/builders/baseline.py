@@ -91,7 +91,7 @@ def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
 
     The text is what the tokens decode to.
     """
-    offsets, words = store.offsets("validation"), store.manifest.tokenizer_info
+    offsets, info = store.offsets("validation"), store.manifest.tokenizer_info
     documents = max(1, int(np.searchsorted(offsets, VALIDATION_LIMIT_TOKENS, side="right")) - 1)
     validation = store.read("validation", [0], int(offsets[documents]))[0]
     ends = offsets[: documents + 1]
@@ -99,9 +99,9 @@ def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
     validation_bytes = sum(len(text.encode()) for text in texts)
     if not validation_bytes:
         return {}
-    train, sizes = (
+    train, ids = (
         store.sample_tokens("train", TRAIN_LIMIT_TOKENS),
-        {"vocab_size": words.vocab_size, "eot_id": words.eot_id},
+        {"vocab_size": info.vocab_size, "eot_id": info.eot_id},
     )
-    ngram = ngram_bits_per_byte(train, validation, validation_bytes=validation_bytes, **sizes)
+    ngram = ngram_bits_per_byte(train, validation, validation_bytes=validation_bytes, **ids)
     return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}

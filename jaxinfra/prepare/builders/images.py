@@ -21,10 +21,11 @@ from jaxinfra.prepare.documents.document import RecordError, get_field
 from jaxinfra.prepare.documents.shingles import hash128
 from jaxinfra.prepare.parts import Part, PartMetadata
 from jaxinfra.prepare.recipes.image_set import ImageSet
-from jaxinfra.prepare.sources.record import Fields, SourceShard
+from jaxinfra.prepare.sources.record import Fields
 
 BLOCK_BYTES, SHARD_BLOCKS = 64 * 1024, 256
 _MAX_BASELINE_IMAGES = 20_000  # of training; the baseline computes the distances of all pairs
+type _Batches = Sequence[tuple[np.ndarray, ...]]
 
 
 def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
@@ -86,10 +87,6 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
         self.make_part = collect_images
 
     @override
-    def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
-        return
-
-    @override
     def estimate_bytes(self, source_bytes: int) -> int:
         return 2 * source_bytes
 
@@ -111,13 +108,8 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
                 label_parts.append(labels)
             labels = np.concatenate(label_parts)
             digests = writer.close() + write_array(build / split / LABELS, labels)
-            splits[split] = SplitInfo(
-                documents=len(labels),
-                tokens=0,
-                bytes=len(labels) * image_bytes,
-                longest=0,
-                digest=xxhash.xxh3_128_hexdigest(digests.encode()),
-            )
+            digest, num_bytes = xxhash.xxh3_128_hexdigest(digests.encode()), len(labels) * image_bytes
+            splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=num_bytes, longest=0, digest=digest)
         baselines = {}
         if self._recipe.baselines and splits["train"].documents <= _MAX_BASELINE_IMAGES:
             baselines = nearest_neighbor_accuracy(*(list(source.read_kept(split, keep, *names)) for split in SPLITS))
@@ -136,9 +128,6 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             baselines=baselines,
             **assemble.provenance(),
         )
-
-
-type _Batches = Sequence[tuple[np.ndarray, ...]]
 
 
 def nearest_neighbor_accuracy(train: _Batches, validation: _Batches) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The interface of a store builder, and its jobs, which skip or refuse bad records."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,24 +11,18 @@ from jaxinfra.prepare.documents.document import RecordError
 from jaxinfra.prepare.parts import PartMetadata
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, hash_to_unit, validation_source
-from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, SourceShard
+from jaxinfra.prepare.sources.record import BadRecord, Fields, Records, SourceShard
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob[R: Recipe]:
-    """Makes one part from some shards.
+    """Makes one part from some shards."""
 
-    Attributes:
-        number: of the job and its part.
-        folder: of the parts.
-        validation: whether the shards are of the recipe's validation source.
-    """
-
-    number: int
+    number: int  # of the job and its part
     shards: tuple[SourceShard, ...]
     recipe: R
-    folder: str
-    validation: bool = False
+    folder: str  # of the parts
+    validation: bool = False  # whether the shards are of the recipe's validation source
 
     @property
     def read_bytes(self) -> int:
@@ -36,19 +30,12 @@ class PrepareJob[R: Recipe]:
         return sum(shard.size_bytes for shard in self.shards)
 
     def process_records[T](
-        self,
-        process: Callable[[Fields], T],
-        bad: list[tuple[str, str]],
-        records: Iterable[Record | BadRecord] | None = None,
+        self, process: Callable[[Fields], T], bad: list[tuple[str, str]], records: Records | None = None
     ) -> Iterator[tuple[Split, str, T]]:
         """Yields the split and the location of each good record, and what `process` returns for it.
 
-        Raises as `Source.read`, and DataError for a bad record if the recipe does not skip them.
-
-        Args:
-            process: raises RecordError for a bad record.
-            bad: gets the location and the cause of each bad record.
-            records: in place of those of the shards.
+        A RecordError of `process` makes a record a bad one. `bad` gets the location and the cause of each; DataError if
+        the recipe does not skip them. `records` replace those of the shards. Raises as `Source.read`.
         """
         recipe, validation = self.recipe, self.recipe.validation
         if records is None:
@@ -71,21 +58,15 @@ class PrepareJob[R: Recipe]:
 
 
 class StoreBuilder[R: Recipe](ABC):
-    """Builds a version of a store.
+    """Builds a version of a store."""
 
-    Attributes:
-        stage: name of the stage that runs the jobs, for progress.
-        make_part: makes and commits the part of a job; importable by workers.
-        input_digest: of the files that the recipe names; None if it names none.
-    """
+    stage: str  # name of the stage that runs the jobs, for progress
+    make_part: Callable[[PrepareJob[R]], PartMetadata]  # makes and commits the part of a job; importable by workers
+    input_digest: str | None  # of the files that the recipe names; None if it names none
 
-    stage: str
-    make_part: Callable[[PrepareJob[R]], PartMetadata]
-    input_digest: str | None
-
-    @abstractmethod
     def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
         """Writes what the jobs need beside their parts; `shards` are those of the training source."""
+        return
 
     @abstractmethod
     def estimate_bytes(self, source_bytes: int) -> int:

@@ -7,7 +7,7 @@ does not matter which worker makes it, when, or how often.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +33,7 @@ from jaxinfra.prepare.documents.shingles import hash128
 from jaxinfra.prepare.parts import Part, PartMetadata
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, Tail, hash_to_unit
-from jaxinfra.prepare.sources.record import BadRecord, Record, SourceShard
+from jaxinfra.prepare.sources.record import Records, SourceShard
 from jaxinfra.prepare.sources.stream import StreamBatch
 from jaxinfra.prepare.tokenizers import TrainBpe, convert_tokenizer, train_bpe
 from jaxinfra.storage.atomic import write_bytes_atomic
@@ -71,9 +71,7 @@ def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
     return load_tokenizer(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
-def _build_part(
-    job: PrepareJob[Corpus], tokenizer: Tokenizer, records: Iterable[Record | BadRecord] | None, *, read_bytes: int
-) -> Part:
+def _build_part(job: PrepareJob[Corpus], tokenizer: Tokenizer, records: Records | None, *, read_bytes: int) -> Part:
     """Makes a part of `records`, or of those of the job if None. Raises as `tokenize_job`."""
     corpus, filtered, count = job.recipe, Counter[str](), 0
     skipped: list[tuple[str, str]] = []
@@ -81,7 +79,7 @@ def _build_part(
     if job.validation and isinstance(corpus.validation, OtherStore):
         per_record = corpus.format.documents_per_record
         for shard in job.shards:
-            count += _copy_documents(corpus.validation, shard, per_record, tokenizer, builders["validation"])
+            count += _copy_documents(corpus.validation, shard, per_record, builders["validation"])
     else:
         for split, location, documents in _kept_documents(job, skipped, filtered, records):
             builders[split].add(location, documents)
@@ -97,9 +95,7 @@ def _build_part(
     )
 
 
-def _copy_documents(
-    other: OtherStore, shard: SourceShard, per_record: int, tokenizer: Tokenizer, builder: "_SplitBuilder"
-) -> int:
+def _copy_documents(other: OtherStore, shard: SourceShard, per_record: int, builder: "_SplitBuilder") -> int:
     """Copies the tokens of documents of another store; returns the number of their records."""
     store = other.open(shard.name)
     first, documents = shard.start * per_record, store.manifest.splits[other.split].documents
@@ -113,11 +109,10 @@ def _copy_documents(
     for number, (end, length) in enumerate(zip(ends, lengths_D.tolist(), strict=True), first):
         without_end = slice(end - length, end - 1)
         ids_N = tokens_N[without_end].astype(np.int64)
-        text = tokenizer.decode(ids_N.tolist())
+        text = builder.tokenizer.decode(ids_N.tolist())
+        document = EncodedDocument(ids_N=ids_N, in_loss_N=in_loss_N[without_end], num_bytes=len(text.encode()))
         builder.add_signatures(f"{other.store} document {number}", text, 1)
-        builder.add_encoded(
-            EncodedDocument(ids_N=ids_N, in_loss_N=in_loss_N[without_end], num_bytes=len(text.encode()))
-        )
+        builder.add_encoded(document)
     return count // per_record
 
 
@@ -125,7 +120,7 @@ def _kept_documents(
     job: PrepareJob[Corpus],
     skipped: list[tuple[str, str]],
     filtered: Counter[str],
-    records: Iterable[Record | BadRecord] | None = None,
+    records: Records | None = None,
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
     """Yields split, location and documents of each record that passes the filters; counts the others by rule."""
     corpus = job.recipe
@@ -141,7 +136,7 @@ class _SplitBuilder:
     """Tokenizes documents of one split in batches."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
-        self._corpus, self._tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
+        self._corpus, self.tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
         self._signer = None if corpus.dedup is None else Signer(corpus.dedup)
         self._waiting: list[Document] = []
         self._waiting_chars = 0
@@ -191,13 +186,13 @@ class _SplitBuilder:
 
     def add_encoded(self, document: EncodedDocument) -> None:
         """Adds the tokens of a document, and its end token."""
-        ids_N = np.append(document.ids_N, self._tokenizer.eot_id).astype(self._dtype)
+        ids_N = np.append(document.ids_N, self.tokenizer.eot_id).astype(self._dtype)
         mask_N = np.append(document.in_loss_N, False) if self._corpus.format.masked else np.empty(0, bool)
         self._encoded.append(replace(document, ids_N=ids_N, in_loss_N=mask_N))
 
     def _encode_waiting(self) -> None:
-        vocab_size = self._tokenizer.vocab_size
-        for document in encode_documents(self._tokenizer, self._waiting):
+        vocab_size = self.tokenizer.vocab_size
+        for document in encode_documents(self.tokenizer, self._waiting):
             wrong = document.ids_N[(document.ids_N < 0) | (document.ids_N >= vocab_size)]
             if wrong.size:  # the token dtype could not hold it
                 cause = f"the tokenizer gave it, but its vocabulary has only {vocab_size} tokens"
@@ -228,11 +223,8 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
                 left = max(0, left - len(text))
             return
         shards = shards[:before_tail]
-
-    def order(shard: SourceShard) -> float:
-        return hash_to_unit(f"{shard.name}@{shard.start}" if shard.start else shard.name)
-
-    for shard in sorted(shards, key=order):
+    names = {shard: f"{shard.name}@{shard.start}" if shard.start else shard.name for shard in shards}
+    for shard in sorted(shards, key=lambda shard: hash_to_unit(names[shard])):
         taken = 0
         for text in _training_texts(corpus, shard):
             yield text
@@ -299,7 +291,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
     def part_of_batch(self, folder: Path, batch: StreamBatch) -> Part:
         """Makes the part of a batch of a stream, after `setup`."""
         job = PrepareJob(number=0, shards=(), recipe=self._corpus, folder=str(folder))
-        part = _build_part(job, _load_tokenizer(folder, self._info), batch.records, read_bytes=batch.read_bytes)
+        part = _build_part(job, _load_tokenizer(folder, self._info), iter(batch.records), read_bytes=batch.read_bytes)
         return replace(part, position=batch.position)
 
     @override

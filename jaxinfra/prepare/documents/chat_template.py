@@ -43,12 +43,7 @@ _ADD_BLOCKS = "put {% generation %} and {% endgeneration %} around what the temp
 
 
 class ChatTemplate:
-    """A compiled chat template.
-
-    Attributes:
-        digest: hash of the template and of the special tokens that it may use by name.
-        special_tokens: special tokens that it writes; of a file, those that it uses by name.
-    """
+    """A compiled chat template, with its `digest` and the `special_tokens` that it writes."""
 
     def __init__(self, name: str):
         """Reads and compiles a preset, a .jinja file or a tokenizer_config.json; ConfigError if it cannot be used."""
@@ -74,10 +69,8 @@ class ChatTemplate:
     def to_spans(self, messages: Sequence[Message], in_loss: Sequence[int] | None) -> list[Span]:
         """Renders a conversation of at least one message; RecordError if the template refuses or rewrites it.
 
-        Args:
-            messages: the conversation.
-            in_loss: assistant messages that count in the loss, in order, each with what ends its turn; None counts all
-                text, also that of the template.
+        `in_loss` numbers the assistant messages that count in the loss, each with what ends its turn; None counts all
+        text, also that of the template.
         """
         roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
         texts = [content.strip() for content in contents]
@@ -92,13 +85,7 @@ class ChatTemplate:
         return spans
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = False, keep_marks: bool = False) -> str:
-        """Renders messages as text.
-
-        Args:
-            messages: the conversation.
-            prompt: whether to end with the beginning of an answer (`add_generation_prompt`).
-            keep_marks: whether to keep the marks around generation blocks.
-        """
+        """Renders messages; with `prompt` the beginning of an answer follows, `keep_marks` marks generation blocks."""
         try:
             text = self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)
         except TemplateError as error:
@@ -110,10 +97,7 @@ class ChatTemplate:
     ) -> Sequence[tuple[str | int, bool]]:
         """Returns text of the template and message numbers in order, each with whether it counts in the loss.
 
-        Args:
-            roles: of the messages.
-            spaces: white space around each message, which templates may strip.
-            answers: messages that count in the loss; None counts everything.
+        `spaces` is the white space around each message, which templates may strip.
         """
         messages = [
             {"role": role, "content": space[0] + _PLACEHOLDER.format(number) + space[-1]}

@@ -22,31 +22,21 @@ class RecordError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Text of a document.
-
-    Attributes:
-        in_loss: whether its tokens are targets of the loss.
-        from_template: whether a template wrote it, so that it may spell special tokens.
-    """
+    """Text of a document."""
 
     text: str
-    in_loss: bool = True
-    from_template: bool = False
+    in_loss: bool = True  # whether its tokens are targets of the loss
+    from_template: bool = False  # whether a template wrote it, so that it may spell special tokens
 
 
 Document = Sequence[Span]
 
 
 class RecordFormat(ABC):
-    """Turns records into documents. Every method raises ConfigError if a file that the format names cannot be used.
+    """Turns records into documents. Every method raises ConfigError if a file that the format names cannot be used."""
 
-    Attributes:
-        masked: whether its documents have spans that do not count in the loss.
-        documents_per_record: 2 for a chosen and a rejected answer.
-    """
-
-    masked: ClassVar[bool] = True
-    documents_per_record: ClassVar[int] = 1
+    masked: ClassVar[bool] = True  # whether its documents have spans that do not count in the loss
+    documents_per_record: ClassVar[int] = 1  # 2 for a chosen and a rejected answer
 
     def content_digest(self) -> str | None:
         """Reads the file that the format names and returns its digest; None if it names none."""

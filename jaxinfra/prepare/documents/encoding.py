@@ -15,23 +15,19 @@ from jaxinfra.prepare.documents.document import Document, Span
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDocument:
-    """Tokens of a document without its end: ids int64[N], whether each is in the loss bool[N], bytes of the text."""
+    """Tokens of a document without its end."""
 
-    ids_N: np.ndarray
-    in_loss_N: np.ndarray
-    num_bytes: int
+    ids_N: np.ndarray  # int64
+    in_loss_N: np.ndarray  # bool
+    num_bytes: int  # of the text
 
 
 @dataclass(frozen=True, eq=False)
 class _TextRun:
-    """Spans without special tokens between them.
-
-    Attributes:
-        continuation: whether something comes before the run in its document.
-    """
+    """Spans without special tokens between them."""
 
     spans: Sequence[Span]
-    continuation: bool
+    continuation: bool  # whether something comes before the run in its document
 
     @property
     def text(self) -> str:
@@ -49,9 +45,8 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> lis
     encoded = {run: _encode_mixed(tokenizer, run) for run in runs if run.mixed}
     for continuation in (False, True):
         batch = [run for run in runs if run.continuation == continuation and not run.mixed]
-        for run, ids in zip(
-            batch, tokenizer.encode_batch([run.text for run in batch], continuation=continuation), strict=True
-        ):
+        ids_of_runs = tokenizer.encode_batch([run.text for run in batch], continuation=continuation)
+        for run, ids in zip(batch, ids_of_runs, strict=True):
             encoded[run] = _encoded(ids, np.full(len(ids), run.spans[0].in_loss), len(run.text.encode()))
     return [_concatenate([encoded[part] if isinstance(part, _TextRun) else part for part in parts]) for parts in split]
 

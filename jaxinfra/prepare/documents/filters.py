@@ -49,9 +49,7 @@ class Filters:
     max_words: Natural | None = _rule(lambda text: len(text.words), 100_000)
     min_mean_word_length: NonNegative | None = _rule(lambda text: _fraction(_chars(text.words), len(text.words)), 3)
     max_mean_word_length: NonNegative | None = _rule(lambda text: _fraction(_chars(text.words), len(text.words)), 10)
-    max_symbol_to_word_ratio: NonNegative | None = _rule(
-        lambda text: _fraction(len(_SYMBOLS.findall(text.text)), len(text.words)), 0.1
-    )
+    max_symbol_to_word_ratio: NonNegative | None = _rule(lambda text: text.symbol_to_word_ratio(), 0.1)
     max_bullet_line_fraction: Share | None = _rule(lambda text: _fraction_of(text.lines, _has_bullet), 0.9)
     max_ellipsis_line_fraction: Share | None = _rule(lambda text: _fraction_of(text.lines, _has_ellipsis), 0.3)
     max_duplicate_line_fraction: Share | None = _rule(lambda text: _repeated(text.lines, len), 0.3)
@@ -65,11 +63,9 @@ class Filters:
     min_alphabetic_word_fraction: Share | None = _rule(
         lambda text: _fraction_of(text.words, lambda word: any(map(str.isalpha, word))), 0.8
     )
-    max_top_ngram_fractions: tuple[Share, ...] = _rule(
-        lambda text: text.top_ngram_fractions(), (0.20, 0.18, 0.16), off=()
-    )
+    max_top_ngram_fractions: tuple[Share, ...] = _rule(lambda text: text.top_ngrams(), (0.20, 0.18, 0.16), off=())
     max_duplicate_ngram_fractions: tuple[Share, ...] = _rule(
-        lambda text: text.duplicate_ngram_fractions(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
+        lambda text: text.duplicate_ngrams(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
     )
 
     @classmethod
@@ -136,11 +132,14 @@ class _TextStats:
         """Characters of all words before each word, and of all words: int64[words + 1]."""
         return np.concatenate([[0], np.cumsum([len(word) for word in self.words], dtype=np.int64)])
 
+    def symbol_to_word_ratio(self) -> float:
+        return _fraction(len(_SYMBOLS.findall(self.text)), len(self.words))
+
     def char_fraction(self, pattern: str) -> float:
         """Returns the fraction of characters that match a pattern."""
         return _fraction(_chars(re.findall(pattern, self.text)), len(self.text))
 
-    def top_ngram_fractions(self) -> Iterable[float]:
+    def top_ngrams(self) -> Iterable[float]:
         """Yields the fraction of the most frequent n-gram of 2, 3, ... words, as long as the text has two."""
         for n in itertools.count(_MIN_TOP_NGRAM):
             ngrams = ngram_hashes(self.hashes_N, n)
@@ -152,7 +151,7 @@ class _TextStats:
             chars = int((self.char_offsets[starts + n] - self.char_offsets[starts]).max())
             yield _fraction(most * chars if most > 1 else 0, int(self.char_offsets[-1]))
 
-    def duplicate_ngram_fractions(self) -> Iterable[float]:
+    def duplicate_ngrams(self) -> Iterable[float]:
         """Yields the fractions of n-grams of 5, 6, ... words that repeat, until none does."""
         for n in itertools.count(_MIN_DUPLICATE_NGRAM):
             ngrams = ngram_hashes(self.hashes_N, n)

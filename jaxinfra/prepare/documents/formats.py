@@ -1,7 +1,157 @@
-"""All record formats that a recipe may name."""
+"""Record formats that a recipe may name: text, conversations, a prompt with one answer or with a pair of answers.
 
-from jaxinfra.prepare.documents.chat import Chat
-from jaxinfra.prepare.documents.document import Text
-from jaxinfra.prepare.documents.preference import Completion, Preference
+Of conversations and answers, only what the assistant writes counts in the loss.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, override
+
+from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
+from jaxinfra.prepare.documents.chat_template import Message, TemplateFormat, load_template
+from jaxinfra.prepare.documents.document import Document, RecordError, Span, Text, get_field, require_str
+from jaxinfra.prepare.sources.record import Fields
+
+_ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(TemplateFormat[str]):
+    """Formats a conversation: messages of `role` and `content`, or of `from` and `value` (ShareGPT).
+
+    Attributes:
+        template: chatml, llama3 or gemma, or the path of a .jinja file or of a tokenizer_config.json.
+        train_on: what counts in the loss: all answers with the token that ends each, the last answer, or all text.
+        system: system message for conversations that have none, or an empty one.
+    """
+
+    field: NonEmpty = "messages"
+    template: str = "chatml"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    system: str | None = None
+
+    @override
+    def problems(self) -> Iterable[Problem]:
+        yield from super().problems()
+        if self.system is not None and not self.system.strip():
+            yield Problem(fields=("system",), message="is blank", fix="use system=none")
+
+    @override
+    def to_documents(self, record: Fields) -> Sequence[Document]:
+        messages = _parse_messages(get_field(record, self.field), self.field)
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        answers = _answers(messages)
+        if not answers and self.train_on != "all":
+            raise RecordError(f"{self.field} has no assistant message to train on")
+        in_loss = {"assistant": answers, "last": answers[-1:], "all": None}[self.train_on]
+        return [load_template(self.template).to_spans(messages, in_loss)]
+
+
+class _PromptFormat(TemplateFormat[str | None]):
+    """Formats a prompt and its answers; `answers` are the config fields that name the record's answers."""
+
+    prompt: Any
+    answers: ClassVar[tuple[str, ...]]
+
+    @override
+    def to_documents(self, record: Fields) -> Sequence[Document]:
+        prompt = None if self.prompt is None else get_field(record, self.prompt)
+        fields = [getattr(self, name) for name in self.answers]
+        answers = [(get_field(record, field), field) for field in fields]
+        if self.template is None:
+            question, texts = require_str(prompt, str(self.prompt)), [require_str(*answer) for answer in answers]
+            if not all(texts):
+                raise RecordError("the answer is empty")
+            before = [Span(text=question, in_loss=False)] if question else []
+            return [[*before, Span(text=text)] for text in texts]
+        conversations = [_parse_messages(*answer, role="assistant") for answer in answers]
+        if self.prompt is None:  # the prompt is what both conversations begin with
+            pairs = zip(*conversations, strict=False)
+            shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            if not shared:
+                raise RecordError("the chosen and the rejected conversation begin with different messages")
+        else:
+            shared = _parse_messages(prompt, self.prompt, role="user")
+        documents, start = [], len(shared)
+        for answer, field in zip(conversations, fields, strict=True):
+            messages = answer if answer[:start] == shared else [*shared, *answer]
+            in_loss = _answers(messages, start)
+            if not in_loss:
+                raise RecordError(f"{field} has no assistant message after the prompt")
+            documents.append(load_template(self.template).to_spans(messages, in_loss))
+        return documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference(_PromptFormat):
+    """Formats a prompt, a chosen and a rejected answer: strings, or lists of messages that may begin with the prompt.
+
+    Attributes:
+        prompt: its field; None if the answers are whole conversations, whose common beginning is the prompt.
+        template: as in `Chat`; a string prompt becomes a user message. None joins the strings.
+    """
+
+    documents_per_record = 2
+    answers = ("chosen", "rejected")
+    prompt: NonEmpty | None = "prompt"
+    chosen: NonEmpty = "chosen"
+    rejected: NonEmpty = "rejected"
+    template: str | None = "chatml"
+
+    @override
+    def problems(self) -> Iterable[Problem]:
+        yield from super().problems()
+        if self.template is None and self.prompt is None:
+            message = "answers that are whole conversations need a template"
+            fix = "use template=chatml or prompt=prompt"
+            yield Problem(fields=("prompt", "template"), message=message, fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(_PromptFormat):
+    """Formats a prompt and its completion; `template` is as in `Preference`."""
+
+    answers = ("completion",)
+    prompt: NonEmpty = "prompt"
+    completion: NonEmpty = "completion"
+    template: str | None = None
+
 
 AnyFormat = Text | Chat | Completion | Preference
+
+
+def _answers(messages: Sequence[Message], start: int = 0) -> list[int]:
+    return [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
+
+
+def _parse_messages(value: object, field: str, role: str | None = None) -> list[Message]:
+    """Returns at least one message; with `role`, a string is one message. RecordError says what is wrong."""
+    if role is not None and isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise RecordError(f"{field} is {type(value).__name__}, expected a list of messages")
+    messages = [_parse_message(item, f"message {number} of {field}") for number, item in enumerate(value, 1)]
+    messages = [message for message in messages if message["content"] or message["role"] != "system"]
+    if not messages:
+        raise RecordError(f"{field} has no messages")
+    return messages
+
+
+def _parse_message(item: object, name: str) -> Message:
+    if not isinstance(item, dict):
+        raise RecordError(f"{name} is {type(item).__name__}, expected role and content")
+    keys = ("from", "value") if "from" in item else ("role", "content")
+    for key in keys:
+        if key not in item:
+            raise RecordError(f"{name} has no {key}; it has {', '.join(map(str, item)) or 'nothing'}")
+    given, content = (item[key] for key in keys)
+    role = _ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise RecordError(f"{name} has the role {given}, expected one of {', '.join(_ROLES)}")
+    content = require_str(content, f"the content of {name}")
+    if not content.strip() and role != "system":
+        raise RecordError(f"{name} is empty")
+    return {"role": role, "content": content if content.strip() else ""}

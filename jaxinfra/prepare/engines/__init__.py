@@ -5,11 +5,121 @@
 All engines give the same results, because a job depends only on its own fields and may run twice if its worker dies.
 Workers of a cluster need the same file system and the same packages as the driver.
 
-joblib is not used, because its backends break these promises (joblib 1.6, Ray 2.60, Dask 2026.8, joblibspark 0.6):
-Ray and Spark give no result before the last one, Spark fails on Spark 4, Dask waits forever if a job kills its worker,
-and loky's workers outlive a killed driver.
+joblib's backends break these promises (joblib 1.6, Ray 2.60, Dask 2026.8, joblibspark 0.6): Ray and Spark give no
+result before the last one, Spark fails on Spark 4, Dask waits forever if a job kills its worker, and loky's workers
+outlive a killed driver.
 """
 
-from jaxinfra.prepare.engines.run import EngineName, run_jobs
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from types import FrameType
+from typing import Literal
 
-__all__ = ["EngineName", "run_jobs"]
+from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.prepare.engines.engine import Engine, WorkerTraceback, available_cores
+from jaxinfra.prepare.engines.local import start_local
+from jaxinfra.prepare.engines.on_dask import start_dask
+from jaxinfra.prepare.engines.on_ray import start_ray
+from jaxinfra.prepare.engines.on_spark import start_spark
+
+EngineName = Literal["local", "ray", "dask", "spark"]
+
+_START = {"local": start_local, "ray": start_ray, "dask": start_dask, "spark": start_spark}
+type _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+
+
+def run_jobs[J, R](
+    engine: EngineName,
+    function: Callable[[J], R],
+    jobs: Sequence[J],
+    *,
+    workers: int | None,
+    on_result: Callable[[R], object],
+) -> None:
+    """Applies a function to every job and calls `on_result` in this thread, in the order in which results arrive.
+
+    One local worker, or a single local job, runs in this process, so that errors keep their traceback and a debugger
+    works. A job whose worker dies runs once more. Workers must be able to import the function; jobs and results are
+    pickled. `workers` jobs run at once, None is one per core of the machine or the cluster.
+
+    `ray`, `dask` and `spark` use the cluster that `RAY_ADDRESS`, `DASK_SCHEDULER_ADDRESS`, `SPARK_REMOTE` or `MASTER`
+    names or this process is connected to; otherwise they start workers on the loopback interface of this machine.
+
+    Raises:
+        Exception: the first error of `function` or `on_result`, unchanged; the other jobs are abandoned.
+        ConfigError: the engine cannot be started, or a job killed its workers.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers}: must be at least 1; use workers=none for one per core")
+    if engine == "local":
+        workers = min(workers or available_cores(), len(jobs))
+        if workers <= 1:
+            for job in jobs:
+                on_result(function(job))
+            return
+    if jobs:
+        limit = None if workers is None else min(workers, len(jobs))
+        with _sigterm_as_exception() as restore_handlers, ExitStack() as stack:
+            started = stack.enter_context(_START[engine](limit))
+            restore_handlers()  # Ray and Spark install their own when they start
+            _run_all(engine, started, function, jobs, on_result)
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[Callable[[], None]]:
+    """Turns SIGTERM into SystemExit, unless it is handled already, so that workers are ended.
+
+    Gives a function that installs the handlers again.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before: dict[signal.Signals, _Handler] = {number: signal.getsignal(number) for number in numbers}
+    during = dict(before)
+    if before[signal.SIGTERM] is signal.SIG_DFL:
+        during[signal.SIGTERM] = _exit
+    try:
+        _install(during)
+        yield lambda: _install(during)
+    finally:
+        _install(before)
+
+
+def _install(handlers: Mapping[signal.Signals, _Handler]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:  # Python did not set it, and cannot set it again
+                signal.signal(number, handler)
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _run_all[J, R](
+    name: str, engine: Engine, function: Callable[[J], R], jobs: Sequence[J], on_result: Callable[[R], object]
+) -> None:
+    waiting = iter(jobs)
+    running = {engine.submit(function, job) for job in islice(waiting, engine.workers)}
+    while running:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        results = []
+        for future in done:
+            try:
+                results.append(future.result())
+            except JaxinfraError:
+                raise
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise ConfigError(f"engine={name}: a job was not run ({cause}); check its workers") from error
+        failed = next((result for result in results if result.error is not None), None)
+        if failed is None:
+            running |= {engine.submit(function, job) for job in islice(waiting, len(done))}
+        for result in results:
+            if result.error is None:
+                on_result(result.value)
+        if failed is not None and failed.error is not None:
+            raise failed.error from WorkerTraceback(failed.traceback)

@@ -28,15 +28,11 @@ class WorkerTraceback(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Workers that were started.
+    """Workers that were started."""
 
-    Attributes:
-        submit: starts `run_job(function, job)` on a worker; its future raises only errors of the engine itself.
-        workers: jobs that it is given at once.
-    """
-
+    # Starts `run_job(function, job)` on a worker; its future raises only errors of the engine itself.
     submit: Callable[[Callable[[Any], object], Any], Future[JobResult]]
-    workers: int
+    workers: int  # jobs that it is given at once
 
 
 def run_job[J](function: Callable[[J], object], job: J) -> JobResult:

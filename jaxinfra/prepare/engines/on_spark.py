@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -31,17 +31,12 @@ _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", 
 
 @dataclass(frozen=True, kw_only=True)
 class _Spark:
-    """A Spark that was found or started.
+    """A Spark that was found or started."""
 
-    Attributes:
-        prepare: returns what runs a function on a job as a Spark job, and blocks until it is done.
-        cancel: cancels all running jobs.
-        parallelism: tasks that run at once.
-    """
-
+    # Returns what runs a function on a job as a Spark job, and blocks until it is done.
     prepare: Callable[[Callable[[Any], JobResult], Any], Callable[[], JobResult]]
-    cancel: Callable[[], object]
-    parallelism: int
+    cancel: Callable[[], object]  # cancels all running jobs
+    parallelism: int  # tasks that run at once
 
 
 @contextmanager
@@ -68,11 +63,9 @@ def start_spark(workers: int | None) -> Iterator[Engine]:
                 spark.cancel()  # or the threads would wait for their jobs
 
 
-@contextmanager
-def _ignore_pandas_warning() -> Iterator[None]:
-    """Hides Spark's warning about pandas versions that it does not support, which it gives even if none is used."""
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        yield
+def _ignore_pandas_warning() -> AbstractContextManager[object]:
+    """Hides Spark's warning about pandas versions that it does not support, given even if pandas is not used."""
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 def _use_context(context: Any) -> _Spark:
@@ -86,9 +79,8 @@ def _use_context(context: Any) -> _Spark:
     def prepare(function: Callable[[Any], JobResult], job: Any) -> Callable[[], JobResult]:
         return partial(collect, context.parallelize([job], 1).map(function))
 
-    return _Spark(
-        prepare=prepare, cancel=partial(context.cancelJobsWithTag, tag), parallelism=context.defaultParallelism
-    )
+    cancel = partial(context.cancelJobsWithTag, tag)
+    return _Spark(prepare=prepare, cancel=cancel, parallelism=context.defaultParallelism)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count, Natural
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.prepare.sources.files import split_files
-from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, Source, SourceShard, parse_record
+from jaxinfra.prepare.sources.record import Fields, Record, Records, Source, SourceShard, parse_record
 from jaxinfra.storage.files import FileInfo
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -55,7 +55,7 @@ class PythonSource(Source):
         ]
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         function = self._function()
         name, index = f"{self.factory}/{shard.start}", 0
         try:

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, override
 
@@ -13,7 +13,7 @@ from jaxinfra.config import Problem
 from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.files import FileSource, split_files
-from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, SourceShard, parse_record
+from jaxinfra.prepare.sources.record import Fields, Records, SourceShard, parse_record
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import FileInfo, display_url, list_files, list_folders, open_file
 
@@ -53,7 +53,7 @@ class ImageFolders(FileSource):
         return split_files(files, lambda file: len(classes[file.name]), shard_bytes)
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         label = list_folders(self.root).index(shard.name)
         first, _, rest = self.pattern.partition("/")
         pattern = f"{glob.escape(shard.name)}/{'**/' if first == '**' else ''}{rest}"

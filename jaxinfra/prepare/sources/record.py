@@ -15,34 +15,21 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShard:
-    """A file of a source, or a range of one, that one worker reads.
+    """A file of a source, or a range of one, that one worker reads."""
 
-    Attributes:
-        name: file name relative to the root of the source, with slashes.
-        start: first byte, row or record; the source chooses the unit.
-        end: end of the range, exclusive; None is the end of the file.
-        size_bytes: estimate.
-        stamp: changes when the file is replaced; made from size, time and version, not from the contents.
-    """
-
-    name: str
-    start: int = 0
-    end: int | None = None
-    size_bytes: int
-    stamp: str
+    name: str  # of the file, relative to the root of the source, with slashes
+    start: int = 0  # first byte, row or record; the source chooses the unit
+    end: int | None = None  # exclusive; None is the end of the file
+    size_bytes: int  # estimated
+    stamp: str  # changes when the file is replaced; made from size, time and version, not from the contents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A record that was read.
+    """A record that was read."""
 
-    Attributes:
-        key: stable identifier, which decides whether the record is in the training or the validation split.
-        location: file and line or number, for messages.
-    """
-
-    key: str
-    location: str
+    key: str  # stable identifier, which decides whether the record is in the training or the validation split
+    location: str  # file and line or number, for messages
     fields: Fields
 
 
@@ -52,6 +39,9 @@ class BadRecord:
 
     location: str
     cause: str
+
+
+type Records = Iterator[Record | BadRecord]
 
 
 def parse_record[T](parse: Callable[[T], Fields], content: T, *, key: str, location: str) -> Record | BadRecord:
@@ -74,5 +64,5 @@ class Source(ABC):
         """Lists all shards, sorted by name and start; files much larger than `shard_bytes` are split."""
 
     @abstractmethod
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         """Yields the records of a shard in order, and holds only as many in memory as the format needs."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, override
 
 from jaxinfra.errors import ConfigError
-from jaxinfra.prepare.sources.record import BadRecord, Record, Source, SourceShard
+from jaxinfra.prepare.sources.record import BadRecord, Record, Records, Source, SourceShard
 
 Position = Mapping[str, Any]
 """Place in a stream, as JSON; {} is the beginning."""
@@ -46,9 +46,7 @@ class StreamReader(ABC):
     def poll(self) -> Iterator[Record | BadRecord | None]:
         """Yields records as they arrive, and None if none arrived for a moment; ends with the stream.
 
-        Raises:
-            DataError: this is not the stream that the position was taken from.
-            StorageError: the stream cannot be read.
+        DataError if the position was taken from another stream, StorageError if it cannot be read.
         """
 
     def on_commit(self, position: Position) -> None:
@@ -77,7 +75,7 @@ class StreamSource(Source):
         raise self._endless()
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         raise self._endless()
 
     def _endless(self) -> ConfigError:
@@ -89,13 +87,8 @@ def read_batches(
 ) -> Iterator[StreamBatch | None]:
     """Collects records into batches of about `batch_bytes`; yields None if nothing arrived for a moment.
 
-    Raises as `StreamReader.poll`.
-
-    Args:
-        reader: the open stream.
-        batch_bytes: a batch is yielded when it has this many bytes.
-        should_stop: whether to end with what has arrived; called at least every `POLL_S`.
-        linger_s: longest time that the first record of a batch waits for more.
+    The first record of a batch waits at most `linger_s` for more. `should_stop` is called at least every `POLL_S`;
+    if it returns true, the batch so far is the last one. Raises as `StreamReader.poll`.
     """
     records: list[Record | BadRecord] = []
     start_bytes, first_s = reader.read_bytes, 0.0

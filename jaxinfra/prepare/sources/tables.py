@@ -16,7 +16,7 @@ from jaxinfra.config.limits import NonEmpty
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
-from jaxinfra.prepare.sources.record import BadRecord, Record, Source, SourceShard, parse_record
+from jaxinfra.prepare.sources.record import BadRecord, Record, Records, Source, SourceShard, parse_record
 from jaxinfra.prepare.sources.text import parse_json_object, parse_text
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import FileInfo, display_url, is_local, list_files, local_path, open_file
@@ -53,7 +53,7 @@ class Parquet(FileSource):
             return table.num_row_groups
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         with self._open(shard.name) as table:
             names = table.schema_arrow.names
             if missing := [column for column in self.columns if column not in names]:
@@ -99,7 +99,7 @@ class HuggingFace(Source):
         return split_files(self._files(), self._num_rows, shard_bytes)
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         first = 0
         with self._open_batches(shard.name) as batches:
             for batch in batches:
@@ -187,7 +187,7 @@ class ArrayRecords(FileSource):
             return reader.num_records()
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         parsers = {"json": parse_json_object, "text": parse_text, "bytes": lambda content: {"bytes": content}}
         parse = parsers[self.decode]
         with self._open(shard.name) as reader:
@@ -199,9 +199,8 @@ class ArrayRecords(FileSource):
 
     @contextmanager
     def _open(self, name: str) -> Iterator[Any]:
-        module = import_optional(
-            "array_record.python.array_record_module", needed_by=self.root, install="jaxinfra[arrayrecord]"
-        )
+        name_of_module = "array_record.python.array_record_module"
+        module = import_optional(name_of_module, needed_by=self.root, install="jaxinfra[arrayrecord]")
         path = local_path(self.root, name)
         try:
             # Opens the file first, because the library reads a missing or unreadable file as an empty one.
@@ -215,13 +214,7 @@ class ArrayRecords(FileSource):
 
 @contextmanager
 def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[Any, BinaryIO]]:
-    """Gives pyarrow and an open file; DataError if pyarrow cannot read it.
-
-    Args:
-        root: folder or URL.
-        name: of the file below the root.
-        extra: extra of jaxinfra that installs pyarrow.
-    """
+    """Gives pyarrow, which an extra of jaxinfra installs, and an open file; DataError if pyarrow cannot read it."""
     path = f"{display_url(root)}/{name}"
     pa = import_optional("pyarrow", needed_by=path, install=f"jaxinfra[{extra}]")
     with open_file(root, name) as file:
@@ -233,7 +226,7 @@ def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[Any, Bin
             raise damaged_file(path, cause_of(error)) from error
 
 
-def _read_rows(batch: Any, name: str, first: int) -> Iterator[Record | BadRecord]:
+def _read_rows(batch: Any, name: str, first: int) -> Records:
     """Yields the rows of a record batch; `first` is the number of its first row in the file."""
     try:
         rows = batch.to_pylist()

@@ -20,7 +20,7 @@ from typing import BinaryIO, override
 from jaxinfra.config.limits import Natural, NonEmpty
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
-from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, SourceShard, parse_record
+from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, Records, SourceShard, parse_record
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import STDLIB, FileInfo, display_url, list_files, open_file
 
@@ -62,7 +62,7 @@ class TextFiles(FileSource):
         return split_files(kept, self._length, shard_bytes)
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         with _open_decompressed(self.root, shard.name) as file:
             content = file.read(MAX_RECORD_BYTES + 1)
         if len(content) > MAX_RECORD_BYTES:
@@ -76,7 +76,7 @@ class _LineSource(FileSource):
     """Lines of text files; .gz and .zst are decompressed."""
 
     @override
-    def read(self, shard: SourceShard) -> Iterator[Record | BadRecord]:
+    def read(self, shard: SourceShard) -> Records:
         # Lines before the shard are counted only if a message needs a line number, because bad lines are rare.
         lines_before = None if shard.start else 0
         for index, (offset, line) in enumerate(_read_lines(self.root, shard)):

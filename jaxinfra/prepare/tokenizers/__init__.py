@@ -4,29 +4,112 @@ build_tokenizer(TokenizerFile(path="llama3.json"))      any tokenizer.json
 build_tokenizer(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken, converted
 build_tokenizer(SentencePieceModel(path="spm.model"))   SentencePiece, converted
 build_tokenizer(Bytes())                                the 256 bytes
-train_bpe(texts, vocab_size=8192, ...)                 a new byte-level BPE
+train_bpe(texts, vocab_size=8192, ...)                  a new byte-level BPE
 """
 
-from jaxinfra.prepare.tokenizers.load import (
-    AnyTokenizer,
-    Bytes,
-    TokenizerFile,
-    TrainBpe,
-    build_tokenizer,
-    convert_tokenizer,
-    train_bpe,
-)
-from jaxinfra.prepare.tokenizers.sentence_piece import SentencePieceModel
-from jaxinfra.prepare.tokenizers.tiktoken_ranks import Tiktoken
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import override
 
-__all__ = [
-    "AnyTokenizer",
-    "Bytes",
-    "SentencePieceModel",
-    "Tiktoken",
-    "TokenizerFile",
-    "TrainBpe",
-    "convert_tokenizer",
-    "build_tokenizer",
-    "train_bpe",
-]
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxinfra.config import Problem
+from jaxinfra.config.limits import NonEmpty
+from jaxinfra.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from jaxinfra.data.tokenizer.tokenizer_json import read_backend
+from jaxinfra.prepare.tokenizers.common import HARD_TEXTS, TokenizerConfig
+from jaxinfra.prepare.tokenizers.sentence_piece import SentencePieceModel, convert_sentence_piece
+from jaxinfra.prepare.tokenizers.tiktoken_ranks import Tiktoken, convert_tiktoken
+from jaxinfra.storage.files import read_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile(TokenizerConfig):
+    """A tokenizer.json, at a path or URL.
+
+    `special_tokens` become special, and are added after the last id if the file lacks them.
+    """
+
+    path: NonEmpty = ""
+    special_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes(TokenizerConfig):
+    """The bytes of UTF-8 as tokens; the end of a document is 256, and `special_tokens` follow."""
+
+    special_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBpe(TokenizerConfig):
+    """A byte-level BPE that is trained on the text of the recipe; a short text gives fewer tokens.
+
+    The id of the end of a document is 0, and `special_tokens` follow.
+    """
+
+    vocab_size: int = 8192
+    special_tokens: tuple[str, ...] = ()
+
+    @override
+    def problems(self) -> Iterable[Problem]:
+        yield from super().problems()
+        least = 257 + len(self.special_tokens)
+        if self.vocab_size < least:
+            message = "a byte-level vocabulary has 256 bytes, the end of a document and the special tokens"
+            yield Problem(fields=("vocab_size",), message=message, fix=f"use vocab_size={least} or more")
+
+
+PretrainedTokenizer = TokenizerFile | Tiktoken | SentencePieceModel | Bytes
+AnyTokenizer = TrainBpe | PretrainedTokenizer
+
+
+def build_tokenizer(config: PretrainedTokenizer) -> Tokenizer:
+    """Reads a tokenizer that needs no training; raises as `convert_tokenizer`."""
+    return convert_tokenizer(config)[0]
+
+
+def convert_tokenizer(config: PretrainedTokenizer) -> tuple[Tokenizer, Callable[[Iterable[str]], None]]:
+    """Reads a tokenizer; converts one of another library, and compares the two on hard texts.
+
+    Returns:
+        The tokenizer, and a function that compares it with the original library on more texts; ConfigError says where
+        they differ.
+
+    Raises:
+        ConfigError: the file cannot be used, or its tokens differ after conversion, or the library is missing.
+    """
+    match config:
+        case TokenizerFile():
+            backend = read_backend(read_file(config.path, "a tokenizer"), config.path)
+            tokenizer = JsonTokenizer.from_backend(backend, config.end_of_document, config.path, config.special_tokens)
+            return tokenizer, lambda texts: None
+        case Bytes():
+            return ByteTokenizer(config.end_of_document, config.special_tokens), lambda texts: None
+        case Tiktoken():
+            converted = convert_tiktoken(config)
+        case SentencePieceModel():
+            converted = convert_sentence_piece(config)
+    converted.check(HARD_TEXTS)
+    return converted.tokenizer, converted.check
+
+
+def train_bpe(
+    texts: Iterable[str], *, vocab_size: int, end_of_document: str, special_tokens: Sequence[str] = ()
+) -> JsonTokenizer:
+    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); deterministic in the texts and their order.
+
+    Id 0 ends documents.
+    """
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_document, *special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return JsonTokenizer.from_backend(backend, end_of_document, "the trained tokenizer")

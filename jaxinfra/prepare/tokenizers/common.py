@@ -59,21 +59,13 @@ def derive_merges[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedTokenizer:
-    """A tokenizer that was converted from another library's file.
-
-    Attributes:
-        encode: of the original library.
-        decode: of the original library.
-        unknown: id of text without a token, which the libraries decode differently.
-        scores: of the pieces of a unigram model. A text can have several equally likely segmentations; rounding
-            decides between them.
-    """
+    """A tokenizer that was converted from another library's file; `encode` and `decode` are those of that library."""
 
     tokenizer: Tokenizer
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-    unknown: int | None = None
-    scores: np.ndarray | None = None
+    unknown: int | None = None  # id of text without a token, which the libraries decode differently
+    scores: np.ndarray | None = None  # of the pieces of a unigram model
     name: str
 
     def check(self, texts: Iterable[str]) -> None:
@@ -98,7 +90,7 @@ class ConvertedTokenizer:
         return None
 
     def _equally_likely(self, expected: list[int], ours: list[int]) -> bool:
-        """Returns whether two segmentations are equally likely, within the precision of sums in float32."""
+        """Returns whether a unigram model gives both segmentations the same score, so that rounding decides."""
         if self.scores is None or expected.count(self.unknown or 0) != ours.count(self.unknown or 0):
             return False
         return bool(np.isclose(self.scores[expected].sum(), self.scores[ours].sum(), rtol=_PRECISION))
