@@ -33,17 +33,13 @@ class Dedup:
     (Broder 1997) estimates it with an error of about sqrt(s (1 - s) / num_permutations), 0.035 by default. Locality-
     sensitive hashing proposes the pairs to compare: nine of ten at the threshold, nearly all above it.
 
-    Attributes:
-        near: whether to look for near duplicates too.
-        threshold: Jaccard similarity from which on documents are near duplicates.
-        num_permutations: size of a MinHash signature; more are more exact and take more time and memory.
-        ngram_size: words of an n-gram; case and punctuation are ignored, and a Chinese or Japanese character is a word.
+    Case and punctuation are ignored, and a Chinese or Japanese character is a word.
     """
 
-    near: bool = False
-    threshold: PositiveShare = 0.8
-    num_permutations: Annotated[int, Ge(2), Le(4096)] = 128
-    ngram_size: Count = 5
+    near: bool = False  # whether to look for near duplicates too
+    threshold: PositiveShare = 0.8  # Jaccard similarity from which on documents are near duplicates
+    num_permutations: Annotated[int, Ge(2), Le(4096)] = 128  # more are more exact and take more time and memory
+    ngram_size: Count = 5  # words of an n-gram
 
 
 class Signer:

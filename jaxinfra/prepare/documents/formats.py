@@ -21,16 +21,13 @@ _ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "u
 class Chat(TemplateFormat[str]):
     """Formats a conversation: messages of `role` and `content`, or of `from` and `value` (ShareGPT).
 
-    Attributes:
-        template: chatml, llama3 or gemma, or the path of a .jinja file or of a tokenizer_config.json.
-        train_on: what counts in the loss: all answers with the token that ends each, the last answer, or all text.
-        system: system message for conversations that have none, or an empty one.
+    `train_on` says what counts in the loss: all answers with the token that ends each, the last answer, or all text.
     """
 
     field: NonEmpty = "messages"
-    template: str = "chatml"
+    template: str = "chatml"  # chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    system: str | None = None
+    system: str | None = None  # system message for conversations that have none, or an empty one
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -87,19 +84,14 @@ class _PromptFormat(TemplateFormat[str | None]):
 
 @dataclass(frozen=True, kw_only=True)
 class Preference(_PromptFormat):
-    """Formats a prompt, a chosen and a rejected answer: strings, or lists of messages that may begin with the prompt.
-
-    Attributes:
-        prompt: its field; None if the answers are whole conversations, whose common beginning is the prompt.
-        template: as in `Chat`; a string prompt becomes a user message. None joins the strings.
-    """
+    """Formats a prompt, a chosen and a rejected answer: strings, or lists of messages, also with the prompt."""
 
     documents_per_record = 2
     answers = ("chosen", "rejected")
-    prompt: NonEmpty | None = "prompt"
+    prompt: NonEmpty | None = "prompt"  # None: the answers are conversations, whose common beginning is the prompt
     chosen: NonEmpty = "chosen"
     rejected: NonEmpty = "rejected"
-    template: str | None = "chatml"
+    template: str | None = "chatml"  # as in `Chat`; a string prompt becomes a user message. None joins the strings
 
     @override
     def problems(self) -> Iterable[Problem]:

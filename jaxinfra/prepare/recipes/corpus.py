@@ -25,26 +25,18 @@ SHARD_BYTES = 16 * 1024 * 1024
 class StoreRecipe:
     """Fields of all recipes.
 
-    Attributes:
-        store: folder or URL (`s3://`, `gs://`) of the store, which holds its versions.
-        source: where the records are.
-        on_overlap: what to do with documents that are in both splits: keep them, drop them from training, or fail. They
-            are always counted. The default keeps them, because short documents (empty files, licenses) repeat in
-            almost every corpus.
-        on_bad: what to do with a bad record: fail, or skip it, count it and list it.
-        baselines: whether to measure simple models on the validation split: compression and n-grams for text, the
-            nearest training image for images (small sets only).
-        shard_bytes: bytes of the source that a worker reads at a time.
-        work_dir: folder for unfinished work, which all workers must see; None is a hidden folder in the store, or the
-            user's cache if the store is remote.
+    Documents that are in both splits (`on_overlap`) are counted, and kept, dropped from training, or an error. They are
+    kept by default, because short documents (empty files, licenses) repeat in almost every corpus. `baselines` measures
+    simple models on the validation split: compression and n-grams, or the nearest training image (small sets only).
     """
 
-    store: NonEmpty
+    store: NonEmpty  # folder or URL (`s3://`, `gs://`), which holds the versions
     source: AnySource
     on_overlap: Literal["fail", "drop", "keep"] = "keep"
-    on_bad: Literal["fail", "skip"] = "fail"
+    on_bad: Literal["fail", "skip"] = "fail"  # skipped records are counted and listed
     baselines: bool = False
-    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES
+    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES  # of the source, that a worker reads at a time
+    # For unfinished work; all workers must see it. None is in the store, or in the user's cache if that is remote.
     work_dir: NonEmpty | None = None
 
     def problems(self) -> Iterable[Problem]:
@@ -55,19 +47,14 @@ class StoreRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(StoreRecipe):
-    """Makes a store of text, or of pairs of texts.
-
-    Attributes:
-        dedup: which repeated documents to leave out; None keeps all.
-        packs: ways to pack whole documents into sequences, for runs that ask for it.
-    """
+    """Makes a store of text, or of pairs of texts."""
 
     validation: AnyValidation = ByKey()
     format: AnyFormat = Text()
     filters: Filters = Filters()
-    dedup: Dedup | None = None
+    dedup: Dedup | None = None  # which repeated documents to leave out
     tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
-    packs: tuple[PackSpec, ...] = ()
+    packs: tuple[PackSpec, ...] = ()  # ways to pack whole documents into sequences, for runs that ask for it
 
     @override
     def problems(self) -> Iterable[Problem]:

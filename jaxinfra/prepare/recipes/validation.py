@@ -20,34 +20,27 @@ type Fraction = Annotated[float, Gt(0), Lt(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ByKey:
-    """Draws each record by a hash of its key, so other records may be added or removed.
+    """Draws each record by a hash of its key, so other records may be added or removed."""
 
-    `fraction` is the expected fraction of the records.
-    """
-
-    fraction: Fraction = 0.05
+    fraction: Fraction = 0.05  # expected, of the records
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
     """Takes the end of the text, in source order.
 
-    `fraction` is the fraction of the bytes of text. Plain text is split between two tokens, so one long document is
-    enough; conversations and pairs stay whole.
+    Plain text is split between two tokens, so one long document is enough; conversations and pairs stay whole.
     """
 
-    fraction: Fraction = 0.05
+    fraction: Fraction = 0.05  # of the bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherStore:
-    """Copies a split of another store, which must have the same tokenizer and format.
+    """Copies a split of another store, which must have the same tokenizer and format."""
 
-    `store` is its folder or URL; `version` is a fingerprint or its beginning, None is the newest.
-    """
-
-    store: NonEmpty = ""
-    version: str | None = None
+    store: NonEmpty = ""  # folder or URL
+    version: str | None = None  # a fingerprint or its beginning; None is the newest
     split: Split = "validation"
 
     def open(self, fingerprint: str | None = None) -> TokenStore:

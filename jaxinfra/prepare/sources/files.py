@@ -18,15 +18,10 @@ from jaxinfra.storage.files import FileInfo, list_files
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(Source):
-    """Files below a root.
+    """Files below a root."""
 
-    Attributes:
-        root: folder or URL that holds the files.
-        pattern: which files below the root, as in `pathlib.Path.glob`.
-    """
-
-    root: NonEmpty = ""
-    pattern: str = "**/*"
+    root: NonEmpty = ""  # folder or URL
+    pattern: str = "**/*"  # which files below the root, as in `pathlib.Path.glob`
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""

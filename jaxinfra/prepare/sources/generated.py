@@ -29,17 +29,13 @@ _FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # number of the follower that comes next;
 class PythonSource(Source):
     """Reads what `function()` yields, or `function(shard, num_shards)` for each shard.
 
-    The function yields mappings, or strings for records `{"text": str}`, always the same ones in the same order. The
-    key of a record is its shard and its index in the shard, so another `num_shards` changes the validation split.
-
-    Attributes:
-        factory: `package.module:function`, importable by every worker. Change the function's attribute `version`, a
-            string or number, when it yields other records; nothing else shows that it does.
-        num_shards: shards that are read in parallel; if it is 1, the function takes no arguments.
+    The function yields mappings, or strings for records `{"text": str}`, always the same ones in the same order. Change
+    its attribute `version`, a string or number, when it yields other records; nothing else shows that it does. The key
+    of a record is its shard and its index there, so another `num_shards` changes the validation split.
     """
 
-    factory: str = ""
-    num_shards: Count = 1
+    factory: str = ""  # `package.module:function`, importable by every worker
+    num_shards: Count = 1  # read in parallel; if it is 1, the function takes no arguments
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""
@@ -81,17 +77,12 @@ class Synthetic(Source):
     """Synthetic documents `{"text": str}` that a model can learn in part, for tests, benchmarks and first runs.
 
     Seven of eight words are one of three that may follow the word before. A document is a function of the seed and its
-    number, so any range of documents can be generated alone.
-
-    Attributes:
-        mean_words: mean length of a document; lengths are uniform from half to one and a half of it.
-        vocab_size: number of distinct words.
-        seed: another seed gives other documents of the same language.
+    number, so any range of documents can be generated alone. Another seed gives other documents of the same language.
     """
 
     num_documents: Count = 1000
-    mean_words: Count = 200
-    vocab_size: Annotated[int, Ge(2)] = 1000
+    mean_words: Count = 200  # of a document; lengths are uniform from half to one and a half of it
+    vocab_size: Annotated[int, Ge(2)] = 1000  # distinct words
     seed: Natural = 0
 
     @override

@@ -25,10 +25,8 @@ class ImageFolders(FileSource):
     """Images `class/name.png`, as records `{"image": uint8[height, width, channels], "label": int, "class": str}`.
 
     A label is the index of the class in the sorted folder names. The key is the file name relative to the root.
-    Images are rotated as their EXIF data says. Files that do not end in a known image suffix are ignored.
-
-    Attributes:
-        mode: converts every image: RGB gives 3 channels, L (gray) gives 1.
+    Images are rotated as their EXIF data says. Files that do not end in a known image suffix are ignored. `mode` RGB
+    converts to 3 channels, L (gray) to 1.
     """
 
     pattern: str = "*/**/*"

@@ -28,18 +28,12 @@ _BATCH_MESSAGES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Kafka(StreamSource):
-    """The messages of a topic, in the order of each partition; an empty message is a bad record.
+    """The messages of a topic, in the order of each partition; an empty message is a bad record."""
 
-    Attributes:
-        bootstrap_servers: brokers to connect to first, as HOST:PORT separated by commas.
-        group: consumer group whose offsets are written.
-        settings: path of a file with further settings of librdkafka, one `name=value` a line. Credentials belong
-            there, not in a config.
-    """
-
-    bootstrap_servers: str = ""
+    bootstrap_servers: str = ""  # brokers to connect to first, as HOST:PORT separated by commas
     topic: NonEmpty = ""
-    group: NonEmpty = "jaxinfra"
+    group: NonEmpty = "jaxinfra"  # consumer group whose offsets are written
+    # Path of a file with more settings of librdkafka, one `name=value` a line. Credentials belong there.
     settings: str | None = None
 
     @property

@@ -32,14 +32,10 @@ _ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # pyarrow reads a stream witho
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(FileSource):
-    """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them.
-
-    Attributes:
-        columns: columns to read; () reads all.
-    """
+    """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them."""
 
     pattern: str = "**/*.parquet"
-    columns: tuple[NonEmpty, ...] = ()
+    columns: tuple[NonEmpty, ...] = ()  # to read; () reads all
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -79,15 +75,10 @@ class Parquet(FileSource):
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
-    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split.
+    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split."""
 
-    Attributes:
-        path: folder or URL that `save_to_disk` wrote to.
-        split: name of the split; None if there is only one.
-    """
-
-    path: NonEmpty = ""
-    split: NonEmpty | None = None
+    path: NonEmpty = ""  # folder or URL that `save_to_disk` wrote to
+    split: NonEmpty | None = None  # None if there is only one
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""
@@ -167,8 +158,7 @@ class HuggingFace(Source):
 class ArrayRecords(FileSource):
     """Records of ArrayRecord files (Grain, TFDS), which must be on a local disk.
 
-    Attributes:
-        decode: `json` parses an object; `text` decodes UTF-8 to `{"text": str}`; `bytes` gives `{"bytes": bytes}`.
+    `decode` json parses an object, text decodes UTF-8 to `{"text": str}`, bytes gives `{"bytes": bytes}`.
     """
 
     pattern: str = "**/*.array_record*"

@@ -42,15 +42,12 @@ _JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(No
 class TextFiles(FileSource):
     """Text files as records `{"text": str}`, with line ends unchanged; the key is the file name.
 
-    Attributes:
-        root: folder or URL that holds the files; `stdlib` is the standard library of the running Python.
-        pattern: which files below the root, as in `pathlib.Path.glob`; .gz and .zst are decompressed.
-        min_bytes: files with less text than this are left out.
+    Files that end in .gz and .zst are decompressed.
     """
 
-    root: NonEmpty = STDLIB
+    root: NonEmpty = STDLIB  # folder or URL; `stdlib` is the standard library of the running Python
     pattern: str = "**/*.py"
-    min_bytes: Natural = 1
+    min_bytes: Natural = 1  # files with less text are left out
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:

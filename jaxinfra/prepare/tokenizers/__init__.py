@@ -26,13 +26,10 @@ from jaxinfra.storage.files import read_file
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFile(TokenizerConfig):
-    """A tokenizer.json, at a path or URL.
+    """A tokenizer.json."""
 
-    `special_tokens` become special, and are added after the last id if the file lacks them.
-    """
-
-    path: NonEmpty = ""
-    special_tokens: tuple[str, ...] = ()
+    path: NonEmpty = ""  # or URL
+    special_tokens: tuple[str, ...] = ()  # added after the last id if the file lacks them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +70,8 @@ def build_tokenizer(config: PretrainedTokenizer) -> Tokenizer:
 def convert_tokenizer(config: PretrainedTokenizer) -> tuple[Tokenizer, Callable[[Iterable[str]], None]]:
     """Reads a tokenizer; converts one of another library, and compares the two on hard texts.
 
-    Returns:
-        The tokenizer, and a function that compares it with the original library on more texts; ConfigError says where
-        they differ.
-
-    Raises:
-        ConfigError: the file cannot be used, or its tokens differ after conversion, or the library is missing.
+    Also returns a function that compares them on more texts. ConfigError if the file cannot be used, if its tokens
+    differ after conversion, or if the library is missing.
     """
     match config:
         case TokenizerFile():
@@ -98,9 +91,9 @@ def convert_tokenizer(config: PretrainedTokenizer) -> tuple[Tokenizer, Callable[
 def train_bpe(
     texts: Iterable[str], *, vocab_size: int, end_of_document: str, special_tokens: Sequence[str] = ()
 ) -> JsonTokenizer:
-    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); deterministic in the texts and their order.
+    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2), whose id 0 ends documents.
 
-    Id 0 ends documents.
+    Deterministic in the texts and their order.
     """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

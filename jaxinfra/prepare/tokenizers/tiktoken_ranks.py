@@ -57,20 +57,15 @@ _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 class Tiktoken(TokenizerConfig):
     """A vocabulary of tiktoken.
 
-    Attributes:
-        path: path or URL of the rank file; None lets tiktoken find the encoding, in its cache (`TIKTOKEN_CACHE_DIR`) or
-            on the network.
-        encoding: gives the pattern and the special tokens: gpt2, cl100k_base or o200k_base; without a path any of
-            `PATTERNS`.
-        pattern: regular expression that splits text into words, in place of that of the encoding.
-        special_tokens: in place of those of the encoding; their ids follow the last rank.
+    The encoding gives the pattern that splits text into words and the special tokens, unless those are set. Without a
+    path, tiktoken finds the encoding in its cache (`TIKTOKEN_CACHE_DIR`) or on the network.
     """
 
     end_in_special_tokens = True
-    path: NonEmpty | None = None
-    encoding: str = "cl100k_base"
-    pattern: str | None = None
-    special_tokens: tuple[str, ...] = ()
+    path: NonEmpty | None = None  # path or URL of the rank file
+    encoding: str = "cl100k_base"  # gpt2, cl100k_base or o200k_base; without a path any of `PATTERNS`
+    pattern: str | None = None  # regular expression
+    special_tokens: tuple[str, ...] = ()  # their ids follow the last rank
 
     @override
     def problems(self) -> Iterable[Problem]:
