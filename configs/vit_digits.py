@@ -26,7 +26,7 @@ def config() -> Run:
             dropout=0.2,
         ),
         objective=Classification(label_smoothing=0.1),
-        data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
+        data=ImageData(store="stores/digits", recipe="configs/data/digits.py", image_size=8, channels=1, max_pixel=16),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(weight_decay=0.1), schedule=Cosine(warmup_steps=50), peak_lr=4e-3),
         train=TrainConfig(steps=1000, global_batch=96, eval_every=250),

@@ -26,7 +26,7 @@ from jaxinfra.track.memory import rss_bytes
 SEQ_LEN, BATCH_SIZE = 1024, 64
 TOKEN_DTYPE = np.uint16
 MEMORY_WARMUP_BATCHES = 500
-"""BatchLoader that are loaded before memory is measured for the first time."""
+"""Batches that are loaded before memory is measured for the first time."""
 
 
 class TokenFiles:
@@ -51,8 +51,9 @@ def jaxinfra_batches(
     """Yields the batches that a training run gets."""
     data = TokenData(store=str(files.store), seq_len=SEQ_LEN, mask_documents=mask_documents, packing=packing)
     opened = data.open()
+    every, ids = slice(None), opened.sample_ids
     batches = BatchLoader(
-        data, opened.train, global_batch=BATCH_SIZE, rows=slice(None), start_step=0, steps=2**40, ids=opened.sample_ids
+        data, opened.train, global_batch=BATCH_SIZE, rows=every, start_step=0, steps=2**40, sample_ids=ids
     )
     with closing(iter(batches)) as steps:
         for _, batch in steps:

@@ -8,8 +8,8 @@ import numpy as np
 from jaxinfra.bench.loader import SEQ_LEN, TOKEN_DTYPE, TokenFiles
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.store import arrays
-from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split
-from jaxinfra.data.store.store import TOKENS, hash_files, info_of
+from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
+from jaxinfra.data.store.store import TOKENS, hash_files
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.prepare.builders.assemble import SplitWriter, provenance, write_pack
 from jaxinfra.prepare.tokenizers import Bytes, build_tokenizer
@@ -48,7 +48,7 @@ def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generato
             writer.add(tokens_N, lengths_D, None, len(tokens_N))
         splits[split] = writer.close()
         packs[f"{split}/{SEQ_LEN}"] = write_pack(root, split, PackSpec(seq_len=SEQ_LEN), writer.lengths)
-    info = info_of(tokenizer)
+    info = TokenizerInfo.from_tokenizer(tokenizer)
     (root / info.file).write_bytes(tokenizer.content)
     manifest = Manifest(
         kind="text",
@@ -60,7 +60,7 @@ def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generato
         tokenizer=info,
         splits=splits,
         packs=packs,
-        files=hash_files(root, unhashed=(TOKENS,)),
+        files=hash_files(root, block_hashed=(TOKENS,)),
         baselines={},
         **provenance(),
     )

@@ -1,16 +1,16 @@
-"""What a run reads: samples of stores, in an order that is a pure function of the seed and the step.
+"""Reads training data: the batch of a step is a pure function of the stores, the seed and the step.
 
-    store --samples--> ids(seed, step) --batches--> host arrays --prefetch--> device arrays       every step
+    store --samples--> sample_ids(seed, step) --batches--> host arrays --prefetch--> device arrays
 
-| read in this order | |
+| module | what is in it |
 | --- | --- |
-| `interfaces` | what a run needs of its data |
-| `store/`, `tokenizer/` | arrays, manifest, versions; token ids and text |
-| `store_data`, `tokens`, `mixture`, `pairs`, `image_data` | what a run's config names, and samples of it |
-| `order`, `mixing`, `packing`, `sequences` | pure functions |
+| `interfaces` | what a run needs: `DataConfig`, `Dataset`, `Samples` |
+| `store/`, `tokenizer/` | arrays, manifest and versions on disk; text to token ids and back |
+| `tokens`, `pairs`, `image_data`, `mixture` | data configs, on the base classes of `store_data` |
+| `order`, `mixing`, `packing`, `sequences` | pure functions: shuffling, mixing, packing, segments and positions |
 | `batches`, `buffers`, `prefetch`, `stopwatch` | from samples to the devices |
-| `inspect` | what a store holds and a batch says, in lines for people |
+| `inspect` | stores and batches as text |
 
-There is no iterator state: a run starts at any step, on any number of processes, by asking for that step. Only
-`prefetch` and iterating `batches` (by Grain) import JAX. What makes a store is `jaxinfra.prepare`.
+There is no iterator state to checkpoint: any number of processes can start at any step. Only `prefetch`, and iterating
+a `BatchLoader` (by Grain), import JAX. `jaxinfra.prepare` writes stores.
 """

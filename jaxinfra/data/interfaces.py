@@ -1,4 +1,4 @@
-"""What a run needs of its data, of whatever kind: a config that opens it, and samples that are read by number."""
+"""Protocols that a run needs of its data: a config that opens a dataset, and samples that are read by id."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 
 from jaxinfra.config import Extensible
 
-Batch = dict[str, np.ndarray]
+type Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """One array of a batch, without its dimension of samples.
+    """One array of a batch, without the batch dimension.
 
     Attributes:
         shape: of the array for one sample.
@@ -28,63 +28,63 @@ class ArraySpec:
 
 
 class Samples(Protocol):
-    """One split of the data, in samples that are read by number."""
+    """One split as a random-access source of samples."""
 
     def __len__(self) -> int:
-        """How many, at least one."""
+        """Returns the number of samples, at least one."""
         ...
 
     @property
-    def reading_s(self) -> float:
-        """Seconds that threads have spent in reading what is stored, as a part of `read`."""
+    def read_time_s(self) -> float:
+        """Seconds that threads have spent reading storage inside `read`."""
         ...
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """These samples as rows of arrays; `weighted` ones always have `weights`."""
+        """Returns these samples as arrays `[len(ids), ...]`, always with `weights` if `weighted`."""
         ...
 
 
 class Dataset(Protocol):
-    """Data that was found and looked at."""
+    """An opened data config: the samples of its splits, and the order to read them in."""
 
-    name: str  # what messages call it
-    fingerprint: str  # of its contents
-    versions: Sequence[str]  # fingerprints of the stores that it is read from, in the order of the config
-    train_units: int  # units (tokens, images) that the samples to train on have
-    baselines: Mapping[str, Mapping[str, float]]  # by score, what simple models reach on validation samples, by name
+    name: str  # for messages
+    fingerprint: str  # hash of the contents
+    versions: Sequence[str]  # fingerprints of its stores, in the order of the config
+    train_units: int  # tokens or images of the training split
+    baselines: Mapping[str, Mapping[str, float]]  # score -> simple model -> its score on the validation split
 
     @property
     def train(self) -> Samples:
-        """The samples to train on."""
+        """The training split."""
+        ...
+
+    def validation(self, limit: int | None = None) -> Samples:
+        """Returns the validation split, or its first `limit` samples; ConfigError if it has none."""
         ...
 
     def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, int64[global_batch]: a function of nothing but the config."""
+        """Returns the training samples of the global batch of a step, int64[global_batch]."""
         ...
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """What is read, and how often it was when a step begins, in lines for people."""
+        """Yields a line for each store: the epochs that were read of it when a step begins."""
         ...
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
-        """Training samples in lines for people, `chars` of each; `first_row` is the first's in the global batch."""
-        ...
-
-    def validation(self, at_most: int | None = None) -> Samples:
-        """The validation samples, or the first of them; ConfigError where there are none."""
+        """Yields training samples as text, cut to `chars` each; `first_row` is the row number of the first."""
         ...
 
     def check(self, model: Any) -> None:
-        """Raises ConfigError for a model that cannot read what is there."""
+        """Raises ConfigError if the model cannot read this data, for example because its vocabulary is too small."""
         ...
 
 
 class DataConfig(Extensible, ABC):
-    """Data as a config describes it: a frozen dataclass that inherits from this class.
+    """Configures what a run reads: a frozen dataclass that inherits from this class.
 
     Attributes:
-        modality: what samples are made of, and what speed is counted in: "token" or "image".
-        prefetch_bytes: bytes of host batches that are made ahead.
+        modality: what samples consist of, and what speed is counted in: "token" or "image".
+        prefetch_bytes: bytes of host batches to make ahead.
         threads: threads that make host batches.
     """
 
@@ -104,27 +104,29 @@ class DataConfig(Extensible, ABC):
 
     @abstractmethod
     def open(self, *, hint: str) -> Dataset:
-        """Opens the data and checks it; `hint` is the command that makes it, for the error when there is none.
+        """Opens the data and checks it; `hint` is the command that prepares it, for the message if there is none.
 
-        Raises ConfigError where there is none or it does not suit, DataError where it is damaged, StorageError where
-        it may not be read.
+        Raises:
+            ConfigError: the data is missing, or does not fit the config.
+            DataError: it is damaged.
+            StorageError: it cannot be read.
         """
 
     @property
     def units_per_sample(self) -> int:
-        """Tokens of a sample, or 1 for what is counted whole."""
+        """Tokens of a sample, or 1 if samples are counted."""
         return 1
 
     @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Config fields that are the size of a sharded dimension, as in `ModelConfig`."""
+        """Config fields that are the size of a sharded dimension, with the size and the logical axis."""
         return {}
 
     def with_versions(self, versions: Sequence[str]) -> Self:
-        """Returns the config that reads these `Dataset.versions`, unless it names others; () changes nothing."""
+        """Returns the config that reads these `Dataset.versions`, except where it names others; () changes nothing."""
         return self
 
     @property
     def recipes(self) -> Mapping[str, str]:
-        """Returns the config files that make the data, by the stores that they make."""
+        """Config files that prepare the data, by store."""
         return {}

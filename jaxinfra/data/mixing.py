@@ -1,17 +1,17 @@
-"""Which sample of which source makes a row of a batch: a pure function of (seed, step), in O(sources + batch).
+"""Mixes sources: which sample of which source is each row of a batch, a pure function of (seed, step).
 
-Nothing is drawn: a source gets its share exactly. Sources are the leaves of a binary tree; of every n samples that
-come to a node, its left child gets `round(n * left weight / weight)` and its right child the others. So counts are
-known for any n without history, in whole numbers of any size, never fall, and add up to n. The tree is Huffman's
-(1952): a child with children of its own has at most 2/3 of its parent's weight, so an error of at most 1/2 made at
-each node adds up to less than 2 at a leaf, however many sources there are.
+Nothing is drawn at random: a source gets its share exactly. Sources are the leaves of a binary tree. Of every n
+samples that reach a node, its left child gets `round(n * left weight / weight)` and its right child the rest. So the
+counts are known for any n without history, never fall, and add up to n. The tree is Huffman's (1952): an inner child
+has at most 2/3 of its parent's weight, so the rounding errors of at most 1/2 at each node add up to less than 2 at a
+leaf, however many sources there are.
 
-Blocks of 64 samples are shuffled, so that no process reads one source alone. Then, with w the share of a source,
+Blocks of 64 samples are shuffled, so that no process reads one source alone. With w the share of a source,
 
-    |its samples among the first n - n * w| < 2 + 64 / 4, and < 2 where a block ends,
+    |its samples among the first n - n * w| < 2 + 64 / 4, and < 2 where a block ends.
 
-for the first stage of a run; each change of the weights adds less than 2 at its end, as counts go on from what was
-read. A source is read in its own sequence of epochs, each in its own order (see `order`), whatever the weights.
+Each change of the weights adds less than 2 to that, as counts continue from what was read. A step costs
+O(sources + batch). Every source is read in its own epochs, each in its own order (see `order`).
 """
 
 import heapq
@@ -26,55 +26,54 @@ import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Natural
-from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, shuffled_ids, steps_together, stream_seed
+from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, shuffled_ids, steps_per_chunk, stream_seed
 
-BLOCK = 64  # samples that are shuffled among themselves; no more, so that a batch has about its share of every source
+BLOCK = 64  # samples that are shuffled together; few, so that every batch has about its share of every source
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixStage:
-    """What is read from a step on.
+    """Weights of the sources from a step on.
 
     Attributes:
         start_step: first step.
-        weights: of each source, at least 0; only their ratios count. Decimal numbers are taken at their word: 0.1 is
-            one tenth.
+        weights: one for each source, at least 0; only their ratios matter. Decimals are exact: 0.1 is one tenth.
     """
 
     start_step: Natural = 0
     weights: tuple[float, ...]
 
     def problems(self) -> Iterable[Problem]:
-        """Weights are numbers from 0 up, one at least above."""
+        """Yields a problem for weights that define no shares."""
         if not all(isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
             yield Problem(
                 fields=("weights",),
-                message="must be finite, none below 0 and one at least above it",
+                message="must be finite and at least 0, and one must be above 0",
                 fix="use 1.0 for every source",
             )
 
 
-def stage_problems(stages: Sequence[MixStage], *, sources: int) -> Iterator[Problem]:
-    """Yields what is wrong with `stages` that are each right by themselves."""
+def stage_problems(stages: Sequence[MixStage], *, num_sources: int) -> Iterator[Problem]:
+    """Yields what is wrong between stages, and with their number of weights."""
     last = -1
     for i, stage in enumerate(stages):
-        if len(stage.weights) != sources:
+        if len(stage.weights) != num_sources:
             yield Problem(
                 fields=(f"stages.{i}.weights",),
-                message=f"there are {sources} sources and {len(stage.weights)} weights",
-                fix="give each source one, 0 for none of it",
+                message=f"there are {num_sources} sources and {len(stage.weights)} weights",
+                fix="give each source a weight, 0 to leave it out",
             )
         if (i == 0 and stage.start_step) or stage.start_step <= last:
             yield Problem(
                 fields=(f"stages.{i}.start_step",),
-                message="the first stage starts at step 0, each later one after the one before it",
+                message="the first stage must start at step 0, each other one after the one before it",
                 fix=f"use start_step={0 if i == 0 else last + 1}{' or more' if i else ''}",
             )
         last = max(last, stage.start_step)
 
 
 class MixtureSampler:
-    """The samples of every step of a run that reads several sources, or one."""
+    """Maps each step to the samples of its batch, from several sources or one."""
 
     def __init__(
         self,
@@ -85,70 +84,69 @@ class MixtureSampler:
         seed: int,
         curriculum: Curriculum | None = None,
     ):
-        """Plans them; nothing grows with the steps. ValueError where an argument is out of range.
+        """Counts the samples before each stage; ValueError if an argument is out of range.
 
         Args:
-            lengths: samples of each source. A source is known by its place: more of them at the end change how often
-                the others are read, not in which order.
-            stages: without any, each source has the weight of its length.
+            lengths: samples of each source. More sources at the end change how often the others are read, not in which
+                order.
+            stages: () weighs each source by its length.
             global_batch: rows of a batch over all processes.
             seed: any integer.
-            curriculum: how the first epochs of each source go.
+            curriculum: orders the first epochs of each source.
         """
         stages = stages or (MixStage(weights=tuple(lengths)),)
         if not lengths or not all(1 <= length <= MAX_SIZE for length in lengths) or global_batch < 1:
             raise ValueError(
-                f"lengths={list(lengths)}, global_batch={global_batch}: expected one source at least, "
-                "1 to 2**48 samples in each, and global_batch >= 1"
+                f"lengths={list(lengths)}, global_batch={global_batch}: expected at least one source, 1 to 2**48 "
+                "samples in each, and global_batch >= 1"
             )
-        wrong = [*stage_problems(stages, sources=len(lengths)), *(one for stage in stages for one in stage.problems())]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong[0].fields)}: {wrong[0].message}; {wrong[0].fix}")
+        problems = [problem for stage in stages for problem in stage.problems()]
+        for problem in [*stage_problems(stages, num_sources=len(lengths)), *problems]:
+            raise ValueError(f"{', '.join(problem.fields)}: {problem.message}; {problem.fix}")
         self._length_S = np.array(lengths, np.uint64)
         self._seed_S = np.array([stream_seed(seed, source) for source in range(len(lengths))], np.uint64)
         self._block_seed = stream_seed(seed, -1)
         self._global_batch, self._curriculum = global_batch, curriculum
-        self._together = lru_cache(maxsize=16)(self._worked_out)
+        self._cached_chunk = lru_cache(maxsize=16)(self._chunk)
         self._starts = [stage.start_step for stage in stages]
-        self._shares = [_Shares(stage.weights) for stage in stages]
-        self._before = [[0] * len(lengths)]  # samples of each source before each stage
+        self._shares = [_ExactShares(stage.weights) for stage in stages]
+        self._counts_before = [[0] * len(lengths)]  # samples of each source before each stage
         for shares, start, end in zip(self._shares, self._starts, self._starts[1:], strict=False):
-            self._before.append(_sums(self._before[-1], shares.counts((end - start) * global_batch)))
+            self._counts_before.append(_add(self._counts_before[-1], shares.counts((end - start) * global_batch)))
 
     def sample_ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each of these rows of a step's batch, and its sample there: int64[R] both, not to be written.
+        """Returns source and sample of these rows of a step's batch: int64[R] both, read-only.
 
-        Steps that follow one another are worked out together, as in `sample_ids`. ValueError where the step is negative
-        or has samples beyond 2**63.
+        A chunk of steps is computed at once, as in `order.sample_ids`. ValueError if the step is negative or its
+        samples cannot be numbered in 63 bits.
         """
         i = self._stage(step)
-        steps = steps_together(self._global_batch)
-        first = step - (step - self._starts[i]) % steps
-        source_TB, sample_TB = self._together(first, min([first + steps, *self._starts[i + 1 : i + 2]]) - first)
+        chunk = steps_per_chunk(self._global_batch)
+        first = step - (step - self._starts[i]) % chunk
+        end = min([first + chunk, *self._starts[i + 1 : i + 2]])  # a chunk ends with its stage
+        source_TB, sample_TB = self._cached_chunk(first, end - first)
         return source_TB[step - first, rows], sample_TB[step - first, rows]
 
-    def _worked_out(self, first: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and samples of some steps of one stage: int64[steps, global_batch] both."""
-        before, source_M, skip = self._blocks(first, steps)
+    def _chunk(self, first: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns sources and samples of consecutive steps of one stage: int64[steps, global_batch] both."""
+        counts_before, source_M, skip = self._blocks(first, steps)
+        # The samples of a source are numbered in the order in which they occur, on from its count before the blocks.
         by_source = np.argsort(source_M, kind="stable")
-        count_S = np.bincount(source_M, minlength=len(before))
+        count_S = np.bincount(source_M, minlength=len(counts_before))
         number_M = np.empty(len(source_M), np.int64)
         number_M[by_source] = np.arange(len(source_M)) - np.repeat(np.cumsum(count_S) - count_S, count_S)
-        number_M += np.array(before)[source_M]
-        shape = steps, self._global_batch
+        number_M += np.array(counts_before)[source_M]
         batches = slice(skip, skip + steps * self._global_batch)
         source_N, number_N = source_M[batches], number_M[batches]
         size_N, seed_N = self._length_S[source_N], self._seed_S[source_N]
         sample_N = shuffled_ids(number_N, size=size_N, seed=seed_N, curriculum=self._curriculum)
-        found = source_N.reshape(shape), sample_N.reshape(shape)
-        for array in found:
-            array.flags.writeable = False
-        return found
+        source_N.flags.writeable = sample_N.flags.writeable = False
+        return source_N.reshape(steps, -1), sample_N.reshape(steps, -1)
 
     def counts(self, step: int) -> list[int]:
-        """Returns how many samples of each source are read before a step; raises as `ids`."""
-        before, source_M, skip = self._blocks(step, 1)
-        return _sums(before, np.bincount(source_M[:skip], minlength=len(before)).tolist())
+        """Returns the samples of each source that are read before a step; raises as `sample_ids`."""
+        counts_before, source_M, skip = self._blocks(step, 1)
+        return _add(counts_before, np.bincount(source_M[:skip], minlength=len(counts_before)).tolist())
 
     def _stage(self, step: int) -> int:
         if step < 0:
@@ -156,10 +154,11 @@ class MixtureSampler:
         return bisect_right(self._starts, step) - 1
 
     def _blocks(self, step: int, steps: int) -> tuple[list[int], np.ndarray, int]:
-        """The blocks that hold the batches of some steps of one stage.
+        """Returns the shuffled blocks that hold the batches of consecutive steps of one stage.
 
-        These are how many samples of each source come before them, the source of each of their samples, and how many of
-        those come before the batches.
+        Returns:
+            The samples of each source before the blocks, the source of each sample in them, and the number of their
+            samples that come before the first batch.
         """
         samples = steps * self._global_batch
         if step * self._global_batch + samples >= 2**63 - BLOCK:
@@ -174,40 +173,40 @@ class MixtureSampler:
         count_ES = [self._shares[i].counts(edge) for edge in edges]
         quota_ES = np.diff(np.array(count_ES), axis=0)
         source_M = np.repeat(np.tile(np.arange(quota_ES.shape[1]), len(quota_ES)), quota_ES.ravel())
-        place_M = np.arange(len(source_M), dtype=np.uint64)
-        hash_M = epoch_keys(self._block_seed, place_M + np.uint64(start + edges[0]))
-        shuffled_M = np.lexsort((hash_M, place_M // np.uint64(BLOCK)))
-        return _sums(self._before[i], count_ES[0]), source_M[shuffled_M], skip
+        index_M = np.arange(len(source_M), dtype=np.uint64)
+        hash_M = epoch_keys(self._block_seed, index_M + np.uint64(start + edges[0]))
+        shuffled_M = np.lexsort((hash_M, index_M // np.uint64(BLOCK)))  # by block, then by hash
+        return _add(self._counts_before[i], count_ES[0]), source_M[shuffled_M], skip
 
 
-def _sums(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    """Sums of whole numbers of any size."""
+def _add(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    """Adds element by element, in integers of any size."""
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
-class _Shares:
-    """Exact shares of a sequence of samples, by weight."""
+class _ExactShares:
+    """Splits any number of samples by weight, in whole numbers."""
 
     def __init__(self, weights: Sequence[float]):
         exact = [Fraction(str(weight)) for weight in weights]
         scale = lcm(*(weight.denominator for weight in exact))
         heap = [(int(weight * scale), source) for source, weight in enumerate(exact) if weight]
         heapq.heapify(heap)
-        self._sources = node = len(weights)
-        self._splits: list[tuple[int, int, int, int, int]] = []
+        self._num_sources = node = len(weights)
+        self._splits: list[tuple[int, int, int, int, int]] = []  # node, children, left weight, weight of the node
         while len(heap) > 1:
             (left_weight, left), (right_weight, right) = heapq.heappop(heap), heapq.heappop(heap)
             self._splits.append((node, left, right, left_weight, left_weight + right_weight))
             heapq.heappush(heap, (left_weight + right_weight, node))
             node += 1
         self._splits.reverse()  # from the root down
-        self._root, self._nodes = heap[0][1], node
+        self._root, self._num_nodes = heap[0][1], node
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first samples are of each source."""
-        count = [0] * self._nodes
+        """Returns the number of samples of each source among the first `samples`."""
+        count = [0] * self._num_nodes
         count[self._root] = samples
-        for node, left, right, weight, total in self._splits:
-            count[left] = (2 * count[node] * weight + total) // (2 * total)
+        for node, left, right, left_weight, weight in self._splits:
+            count[left] = (2 * count[node] * left_weight + weight) // (2 * weight)  # rounds half up
             count[right] = count[node] - count[left]
-        return count[: self._sources]
+        return count[: self._num_sources]

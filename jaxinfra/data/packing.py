@@ -1,14 +1,15 @@
-"""Packing of whole documents into rows, when a store is prepared: best fit, longest first, in NumPy.
+"""Packs whole documents into rows when a store is prepared: best fit decreasing, in NumPy.
 
-Text that is laid end to end and cut into rows cuts most documents; packed, a document is cut only if it is longer
-than a row, and rows are nearly as full (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3).
-A row has room for `seq_len` targets, each beside the token before it. A document of n tokens has n - 1 of them, as
-the first follows nothing; one that is longer than a row becomes pieces that share one token, so that every token but
-the first of a document is a target exactly once.
+Consecutive tokens cut into rows would cut most documents. Packing cuts only those longer than a row, and rows are
+nearly as full (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3). A row has room for
+`seq_len` targets, each with the token before it as input. A document of n tokens has n - 1 targets, as nothing comes
+before its first token. A document that is longer than a row becomes several segments, each of which starts with the
+last token of the one before, so that every token but the first is a target exactly once.
 
-Rows with equally much room are alike, so pieces of one length go into all of them at once, and a row takes as many of
-them as fit: the rows are those of the plain algorithm, in one operation for each pair of a length and a room that meet
-instead of one for each piece.
+Rows with the same free room are interchangeable, and segments of one length are placed together. So the result is that
+of the plain algorithm, with one operation for each pair of a length and a room, not one for each segment.
+
+Shape suffixes: N documents, P segments, R rows.
 """
 
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from jaxinfra.config.limits import Count
 
 @dataclass(frozen=True, kw_only=True)
 class PackSpec:
-    """Rows that a recipe has whole documents packed into.
+    """Asks a recipe for a packing of the documents of its store.
 
     Attributes:
         seq_len: targets of a row.
-        by_length: whether a row holds documents of like length alone, for runs that begin with the short ones.
+        by_length: whether a row holds only documents of similar length, for runs with a `Curriculum`.
     """
 
     seq_len: Count
@@ -33,149 +34,154 @@ class PackSpec:
 
     @property
     def name(self) -> str:
-        """What it is called in a store."""
+        """Name of the packing in a store."""
         return f"{self.seq_len}-by-length" if self.by_length else str(self.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
-    """Lists the pieces of each row; rows are numbered by rising length of their longest piece, for a `Curriculum`."""
+    """The segments of each row; rows are sorted by their longest segment, for a `Curriculum`."""
 
     seq_len: int  # room of a row, in targets
-    segment_document: np.ndarray  # document of each piece, int64[P]
-    segment_start: np.ndarray  # its tokens before the piece, int64[P]
-    segment_length: np.ndarray  # targets of the piece, 1 to `seq_len`, int32[P]; it reads one token more
-    row_offsets: np.ndarray  # row r has pieces `row_offsets[r]` to `row_offsets[r + 1]`, longest first; int64[rows + 1]
+    segment_document: np.ndarray  # document of each segment, int64[P]
+    segment_start: np.ndarray  # tokens of the document before the segment, int64[P]
+    segment_length: np.ndarray  # targets of the segment, 1 to `seq_len`, int32[P]; it has one token more
+    row_offsets: np.ndarray  # int64[R + 1]: row r has segments `row_offsets[r]` to `row_offsets[r + 1]`, longest first
 
     @property
-    def rows(self) -> int:
-        """How many."""
+    def num_rows(self) -> int:
+        """Number of rows."""
         return len(self.row_offsets) - 1
 
     @property
     def efficiency(self) -> float:
-        """Share of the room that targets take; 1 where there is none."""
-        return int(self.segment_length.sum()) / (self.rows * self.seq_len) if self.rows else 1.0
+        """Share of the room that targets fill; 1 if there are no rows."""
+        return int(self.segment_length.sum()) / (self.num_rows * self.seq_len) if self.num_rows else 1.0
 
     @property
     def cut_documents(self) -> int:
-        """Documents in more than one piece."""
+        """Documents in more than one segment."""
         return int(np.count_nonzero(self.segment_start == self.seq_len))
 
 
 def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = False) -> PackedRows:
-    """Packs documents into as few rows as best fit, longest first, finds.
+    """Packs documents into as few rows as best fit decreasing finds.
 
     Args:
-        lengths_N: tokens of each document with its end, any integer type, none negative (else ValueError); a document
-            of one token gives nothing.
+        lengths_N: tokens of each document with its end, of any integer type; ValueError if one is negative. A document
+            of one token has no target and is left out.
         seq_len: targets of a row, 1 to 2**31 - 1, else ValueError.
-        by_length: keep pieces of up to 1, 2, 4, 8, ... targets apart, so that rows of short documents have no long
-            ones (after the dataset decomposition of Pouransari et al. 2024); documents a little longer than half a
-            row then leave the rest of it empty.
+        by_length: packs segments of up to 1, 2, 4, 8, ... targets separately, so that rows of short documents have no
+            long ones (after the dataset decomposition of Pouransari et al. 2024). Rows of documents a little longer
+            than half a row then stay half empty.
     """
     if not 1 <= seq_len < 2**31 or (lengths_N < 0).any():
         raise ValueError(f"seq_len={seq_len}: expected 1 to 2**31 - 1, and no document of negative length")
-    document_P, skip_P, length_P = _pieces(lengths_N, seq_len)
-    falling = seq_len - length_P
-    longest_first = np.argsort(falling.astype(np.uint16) if seq_len < 2**16 else falling, kind="stable")
-    length_P = length_P[longest_first]
+    document_P, start_P, length_P = _cut_documents(lengths_N, seq_len)
+    room_left_P = seq_len - length_P  # rises as lengths fall; NumPy sorts 16 bits much faster
+    longest_first_P = np.argsort(room_left_P.astype(np.uint16) if seq_len < 2**16 else room_left_P, kind="stable")
+    length_P = length_P[longest_first_P]
     row_P = np.empty(len(length_P), np.int64)
-    rows = 0
-    for start, end in _classes(length_P) if by_length else [(0, len(length_P))]:
-        row_P[start:end], more = _best_fit(length_P[start:end], seq_len)
-        row_P[start:end] += rows
-        rows += more
-    longest_R = np.zeros(rows, np.int32)
-    longest_R[row_P[::-1]] = length_P[::-1]  # of several assignments the last counts: that of the first piece
-    number_R = np.empty(rows, np.int64)
-    number_R[np.argsort(longest_R, kind="stable")] = np.arange(rows)
+    num_rows = 0
+    for start, end in _length_classes(length_P) if by_length else [(0, len(length_P))]:
+        row_P[start:end], count = _best_fit(length_P[start:end], seq_len)
+        row_P[start:end] += num_rows
+        num_rows += count
+    longest_R = np.zeros(num_rows, np.int32)
+    longest_R[row_P[::-1]] = length_P[::-1]  # the last assignment counts: that of a row's first, longest segment
+    number_R = np.empty(num_rows, np.int64)
+    number_R[np.argsort(longest_R, kind="stable")] = np.arange(num_rows)
     row_P = number_R[row_P]
-    by_row = np.argsort(row_P, kind="stable")
-    chosen = longest_first[by_row]
+    by_row_P = np.argsort(row_P, kind="stable")
+    order_P = longest_first_P[by_row_P]
     return PackedRows(
         seq_len=seq_len,
-        segment_document=document_P[chosen],
-        segment_start=skip_P[chosen],
-        segment_length=length_P[by_row],
-        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_P, minlength=rows))]),
+        segment_document=document_P[order_P],
+        segment_start=start_P[order_P],
+        segment_length=length_P[by_row_P],
+        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_P, minlength=num_rows))]),
     )
 
 
-def _pieces(lengths_N: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Document, skipped tokens and targets of each piece, in the order of the text."""
+def _cut_documents(lengths_N: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns document, start and targets of each segment, in the order of the text."""
     targets_N = np.maximum(lengths_N.astype(np.int64) - 1, 0)
-    pieces_N = -(-targets_N // seq_len)
-    document_P = np.repeat(np.arange(len(targets_N)), pieces_N)
-    first_N = np.cumsum(pieces_N) - pieces_N
-    skip_P = (np.arange(len(document_P)) - np.repeat(first_N, pieces_N)) * seq_len
-    return document_P, skip_P, np.minimum(targets_N[document_P] - skip_P, seq_len).astype(np.int32)
+    segments_N = -(-targets_N // seq_len)
+    document_P = np.repeat(np.arange(len(targets_N)), segments_N)
+    first_N = np.cumsum(segments_N) - segments_N
+    start_P = (np.arange(len(document_P)) - np.repeat(first_N, segments_N)) * seq_len
+    return document_P, start_P, np.minimum(targets_N[document_P] - start_P, seq_len).astype(np.int32)
 
 
-def _classes(falling_P: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of lengths with the same power of two at or above them start and end."""
+def _length_classes(falling_P: np.ndarray) -> list[tuple[int, int]]:
+    """Returns start and end of each run of lengths that round up to the same power of two."""
     power_P = np.frexp(falling_P - 1)[1]
     return list(pairwise([0, *(np.flatnonzero(np.diff(power_P)) + 1).tolist(), len(falling_P)]))
 
 
 def _best_fit(falling_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """The row of each of these pieces, longest first, and how many rows there are."""
+    """Returns the row of each segment, whose lengths fall, and the number of rows."""
     row_P = np.empty(len(falling_P), np.int64)
-    rooms, rows = _Rooms(seq_len), 0
+    open_rows, num_rows = _OpenRows(seq_len), 0
+    # Segments `at` to `end` have one length.
     for at, end in pairwise([*np.flatnonzero(np.diff(falling_P, prepend=0)).tolist(), len(falling_P)]):
         length = int(falling_P[at])
-        for room in rooms.from_length(length):
+        for room in open_rows.rooms_from(length):
             if at == end:
                 break
-            each = room // length
-            at += rooms.fill(row_P[at:end], rooms.take(room, -(-(end - at) // each)), room, length)
-        fresh = -(-(end - at) // (seq_len // length))
-        rooms.fill(row_P[at:end], np.arange(rows, rows + fresh), seq_len, length)
-        rows += fresh
-    return row_P, rows
+            rows_needed = -(-(end - at) // (room // length))
+            at += open_rows.fill(row_P[at:end], open_rows.take(room, rows_needed), room, length)
+        new_rows = -(-(end - at) // (seq_len // length))
+        open_rows.fill(row_P[at:end], np.arange(num_rows, num_rows + new_rows), seq_len, length)
+        num_rows += new_rows
+    return row_P, num_rows
 
 
-class _Rooms:
-    """Rows by the room that they have left."""
+class _OpenRows:
+    """Rows that are not full, by the room that is left in them."""
 
     def __init__(self, seq_len: int):
         self._rows: dict[int, list[np.ndarray]] = {}
-        self._some = np.zeros(seq_len + 1, bool)
+        self._has_rows = np.zeros(seq_len + 1, bool)
 
-    def from_length(self, length: int) -> list[int]:
-        """The rooms that rows have in which a piece fits, rising."""
-        return (np.flatnonzero(self._some[length:]) + length).tolist()
+    def rooms_from(self, length: int) -> list[int]:
+        """Returns the rooms of open rows that a segment of this length fits in, smallest first."""
+        return (np.flatnonzero(self._has_rows[length:]) + length).tolist()
 
-    def take(self, room: int, at_most: int) -> np.ndarray:
-        """Takes rows with this room out, those that came last first."""
+    def take(self, room: int, limit: int) -> np.ndarray:
+        """Removes rows with this room, those that were added last first."""
         stack, taken, count = self._rows[room], [], 0
-        while stack and count < at_most:
+        while stack and count < limit:
             taken.append(stack.pop())
             count += len(taken[-1])
-        if count > at_most:
-            split = len(taken[-1]) - (count - at_most)
+        if count > limit:
+            split = len(taken[-1]) - (count - limit)
             stack.append(taken[-1][split:])
             taken[-1] = taken[-1][:split]
-        self._some[room] = bool(stack)
+        self._has_rows[room] = bool(stack)
         return np.concatenate(taken)
 
     def fill(self, out_P: np.ndarray, rows: np.ndarray, room: int, length: int) -> int:
-        """Puts as many pieces of one length as there are, or as fit, into rows with this room; says how many.
+        """Places segments of one length into rows with this room; returns how many it placed.
 
-        `out_P` takes the row of each piece; `rows` are no more than are needed.
+        Args:
+            out_P: takes the row of each segment.
+            rows: no more than the segments need.
+            room: of each of the rows.
+            length: of each of the segments.
         """
-        each = room // length
-        full = min(len(rows), len(out_P) // each)
-        out_P[: full * each] = np.repeat(rows[:full], each)
-        self._put(room - each * length, rows[:full])
+        per_row = room // length
+        full = min(len(rows), len(out_P) // per_row)
+        out_P[: full * per_row] = np.repeat(rows[:full], per_row)
+        self._add(room - per_row * length, rows[:full])
         if full == len(rows):
-            return full * each
-        rest = len(out_P) - full * each  # for the last row, which takes fewer
-        out_P[full * each :] = rows[full]
-        self._put(room - rest * length, rows[full:])
+            return full * per_row
+        rest = len(out_P) - full * per_row  # fewer than `per_row`, for the last row
+        out_P[full * per_row :] = rows[full]
+        self._add(room - rest * length, rows[full:])
         return len(out_P)
 
-    def _put(self, room: int, rows: np.ndarray) -> None:
+    def _add(self, room: int, rows: np.ndarray) -> None:
         if room and len(rows):
             self._rows.setdefault(room, []).append(rows)
-            self._some[room] = True
+            self._has_rows[room] = True

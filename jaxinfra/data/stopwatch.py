@@ -1,15 +1,15 @@
-"""Time that many threads spend on one thing, and what is said of it when a run has waited for its data."""
+"""Measures how long threads spend in a stage, and warns if a run waits for its data."""
 
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-MAX_WAIT_FRACTION = 0.05  # share of its time that a run may wait for data before it is said
+MAX_WAIT_FRACTION = 0.05  # of its time that a run may wait for data without a warning
 
 
 class Stopwatch:
-    """Sums the seconds that threads spend inside of it; several at once count severally."""
+    """Sums the seconds that threads spend inside `running`; threads that run at once all count."""
 
     def __init__(self) -> None:
         self.total_s = 0.0
@@ -17,29 +17,32 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts the time until it is left."""
+        """Adds the time until the `with` block ends."""
         start_s = time.perf_counter()
         try:
             yield
         finally:
-            took_s = time.perf_counter() - start_s
+            elapsed_s = time.perf_counter() - start_s
             with self._lock:
-                self.total_s += took_s
+                self.total_s += elapsed_s
 
 
 def input_bound_warning(
-    waited_s: float, wall_s: float, stages_s: Mapping[str, float], remedies: Mapping[str, str]
+    wait_s: float, wall_s: float, stage_times_s: Mapping[str, float], remedies: Mapping[str, str]
 ) -> str | None:
-    """Returns a warning for a run that waited `waited_s` of its `wall_s` for batches; None where it hardly waited.
+    """Returns a warning that names the slowest stage of the input pipeline; None if the run hardly waited for data.
 
-    `stages_s` are what each stage of making batches took, divided by the threads that work on it at once; `remedies`
-    say what helps where it is slow.
+    Args:
+        wait_s: seconds that the run waited for batches.
+        wall_s: seconds that the run took.
+        stage_times_s: by stage, its seconds divided by the threads that work on it.
+        remedies: by stage, what makes it faster.
     """
-    if waited_s <= MAX_WAIT_FRACTION * wall_s:
+    if wait_s <= MAX_WAIT_FRACTION * wall_s:
         return None
-    slowest = max(stages_s, key=stages_s.__getitem__)
-    shown = ", ".join(f"{stage} {took_s:.1f} s" for stage, took_s in stages_s.items())
+    slowest = max(stage_times_s, key=stage_times_s.__getitem__)
+    times = ", ".join(f"{stage} {time_s:.1f} s" for stage, time_s in stage_times_s.items())
     return (
-        f"data was late: waited {waited_s:.1f} s of {wall_s:.1f} s ({waited_s / wall_s:.0%}) for batches; {slowest} is "
-        f"the slow stage ({shown}); {remedies[slowest]}"
+        f"input-bound: waited {wait_s:.1f} s of {wall_s:.1f} s ({wait_s / wall_s:.0%}) for batches; {slowest} is "
+        f"the slowest stage ({times}); {remedies[slowest]}"
     )

@@ -1,17 +1,18 @@
-"""What data of a single store has, of whatever kind: fields of its config, samples of a split, what is open of it.
+"""Base classes for data of one store: the config, the samples of a split, and the dataset.
 
-What a sample is, `tokens`, `pairs` and `image_data` know; data of several stores is in `mixture`.
+`tokens`, `pairs` and `image_data` derive from them; `mixture` reads several stores.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Self
+from typing import Annotated, Self, override
 
 import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import Count, NonEmpty
-from jaxinfra.data.interfaces import DataConfig
+from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
@@ -20,14 +21,14 @@ from jaxinfra.data.store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class StoreData(DataConfig):
-    """Where samples are read from, and how; of `DataConfig` what all kinds share.
+    """Config of data from one store.
 
     Attributes:
         store: folder or URL of the store.
-        version: fingerprint of the version to read, or its beginning; None is the newest.
-        recipe: config file that makes the store, for `data prepare` of a run and for messages.
+        version: fingerprint of the version to read, or the start of it; None is the newest.
+        recipe: config file that prepares the store, for `data prepare` of a run and for messages.
         seed: of the order of samples.
-        prefetch_bytes: of host batches that are made ahead; at least one is, and at most 16 are.
+        prefetch_bytes: bytes of host batches to make ahead; at least one batch is, and at most 16 are.
         threads: threads that make host batches.
     """
 
@@ -38,57 +39,52 @@ class StoreData(DataConfig):
     prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
     threads: Annotated[Count, NOT_FINGERPRINTED] = 6
 
+    @override
     def with_versions(self, versions: Sequence[str]) -> Self:
-        """See `DataConfig`."""
         return replace(self, version=resolve_version(self.version, next(iter(versions), None)))
 
     @property
+    @override
     def recipes(self) -> Mapping[str, str]:
-        """See `DataConfig`."""
         return {} if self.recipe is None else {self.store: self.recipe}
 
-    @property
-    def units_per_sample(self) -> int:
-        """A sample is one, unless it is a row of tokens."""
-        return 1
 
-    @property
-    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Samples are whole, unless they are sequences; see `DataConfig`."""
-        return {}
+def resolve_version(requested: str | None, known: str | None) -> str | None:
+    """Returns the known version, unless another one is requested."""
+    return known if known is not None and known.startswith(requested or "") else requested
 
 
-def resolve_version(asked: str | None, known: str | None) -> str | None:
-    """The version to read where one may be known already: that one, unless another is asked for."""
-    return known if known is not None and known.startswith(asked or "") else asked
+class StoreSamples[D: StoreData, T: Store](Samples):
+    """Samples of one split of a store."""
 
-
-class StoreSamples[D: StoreData, T: Store]:
-    """Of `Samples` what all kinds share."""
-
-    def __init__(self, data: D, store: T, split: Split, found: int, at_most: int | None):
-        """Takes how many samples a split has, of which no more than `at_most` count."""
+    def __init__(self, data: D, store: T, split: Split, num_samples: int, limit: int | None):
+        """Takes the samples that the split has, and how many to use at most."""
         self._data, self._store = data, store
         self._split: Split = split
-        self._count = found if at_most is None else min(at_most, found)
-        self._reading = Stopwatch()
+        self._num_samples = num_samples if limit is None else min(limit, num_samples)
+        self._read_time = Stopwatch()
 
+    @override
     def __len__(self) -> int:
-        return self._count
+        return self._num_samples
 
     @property
-    def reading_s(self) -> float:
-        """See `Samples`."""
-        return self._reading.total_s
+    @override
+    def read_time_s(self) -> float:
+        return self._read_time.total_s
+
+    @abstractmethod
+    @override
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch: ...
 
 
 class StoreDataset[T: Store, S: StoreSamples]:
-    """Of `Dataset` what all kinds share."""
+    """A `Dataset` of one store; subclasses add `format_rows` and `check`."""
 
     def __init__(
         self, store: T, seed: int, samples: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
     ):
-        """Takes what gives the samples of a split, or the first of them."""
+        """Opens the training split; `samples(split, limit)` gives the samples of a split."""
         self.store, self._seed, self._samples, self._curriculum = store, seed, samples, curriculum
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
         self.versions: Sequence[str] = (self.fingerprint,)
@@ -96,15 +92,15 @@ class StoreDataset[T: Store, S: StoreSamples]:
         self.train = samples("train", None)
         self.train_units = len(self.train)
 
-    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
-        """The samples of the global batch of a step, in the order of its rows; see `Dataset`."""
-        windows, seed, curriculum = len(self.train), self._seed, self._curriculum
-        return sample_ids(step, global_batch=global_batch, windows=windows, seed=seed, curriculum=curriculum)
+    def validation(self, limit: int | None = None) -> S:
+        """Returns the validation split, or its first `limit` samples; ConfigError if it is too short for one."""
+        return self._samples("validation", limit)
 
-    def validation(self, at_most: int | None = None) -> S:
-        """The validation samples, or the first of them; ConfigError where text is too short for one."""
-        return self._samples("validation", at_most)
+    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
+        """Returns the training samples of the global batch of a step, int64[global_batch]."""
+        num_samples, seed, curriculum = len(self.train), self._seed, self._curriculum
+        return sample_ids(step, global_batch=global_batch, num_samples=num_samples, seed=seed, curriculum=curriculum)
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """See `Dataset`."""
+        """Yields a line: the epochs that were read when a step begins."""
         yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"

@@ -1,17 +1,17 @@
-"""Training on text: samples of a token store (see `batches`), in contiguous windows or in rows of whole documents."""
+"""Text for language models, from a token store: sequences of consecutive tokens, or rows of packed documents."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, override
 
 import numpy as np
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count
 from jaxinfra.data.batches import validation_batches
-from jaxinfra.data.inspect import rows
+from jaxinfra.data.inspect import format_token_rows
 from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import PackSpec
@@ -27,12 +27,12 @@ PackingMode = Literal["concat", "best_fit", "best_fit_by_length"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenData(StoreData):
-    """Training on a token store.
+    """Config of training on a token store.
 
     Attributes:
-        seq_len: tokens that a row predicts.
-        packing: what a row is: a window of consecutive tokens, or whole documents as the store has packed them.
-        curriculum: the order of the first epochs, short rows first; None shuffles all alike.
+        seq_len: tokens to predict in a row of a batch.
+        packing: what a row is: consecutive tokens (`concat`), or whole documents that the store has packed.
+        curriculum: orders the first epochs, short rows first; None shuffles all epochs.
         mask_documents: whether attention, positions and loss keep the documents of a row apart.
     """
 
@@ -43,78 +43,77 @@ class TokenData(StoreData):
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what is wrong with the numbers; the store is looked at by `open`."""
+        """Yields fields that contradict each other; `open` compares them with the store."""
         if self.packing != "concat" and not self.mask_documents:
             yield Problem(
                 fields=("packing", "mask_documents"),
-                message="rows of whole documents keep them apart",
+                message="packed documents need document masks",
                 fix="use mask_documents=true",
             )
         if self.curriculum is not None and self.packing == "concat":
             yield Problem(
                 fields=("curriculum", "packing"),
-                message="windows are all of one length",
+                message="sequences of consecutive tokens all have one length",
                 fix="use packing=best_fit_by_length",
             )
 
     @property
+    @override
     def units_per_sample(self) -> int:
-        """Tokens of a sequence."""
         return self.seq_len
 
     @property
+    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """See `DataConfig`."""
         return {"seq_len": (self.seq_len, "positions")}
 
+    @override
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
-        """Returns inputs and targets `[T]`; with document masks also segments, positions and weights."""
-        return token_batch_spec(self.seq_len, documents=self.mask_documents, validation=validation)
+        return token_batch_spec(self.seq_len, mask_documents=self.mask_documents, validation=validation)
 
     @property
     def pack_spec(self) -> PackSpec:
-        """The packing of the store that rows of whole documents are of."""
+        """The packing of the store that `packing` asks for."""
         return PackSpec(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
 
-    def open(self, *, at: str = "data", hint: str = PREPARE) -> "Text":
-        """Opens the store and checks that it suits.
-
-        It fails as `DataConfig` says; `at` is the part of the config that names the store, for messages.
-        """
-        store = TokenStore.open(self.store, self.version, at=at, hint=hint)
+    @override
+    def open(self, *, section: str = "data", hint: str = PREPARE) -> "TokenDataset":
+        """Opens the store like `DataConfig.open`; `section` is the config section of this config, for messages."""
+        store = TokenStore.open(self.store, self.version, section=section, hint=hint)
         if store.manifest.kind != "text":
-            raise ConfigError(f"{at}.store={self.store}: holds {store.manifest.kind}, not text; name another store")
+            raise ConfigError(
+                f"{section}.store={self.store}: holds {store.manifest.kind}, expected text; name a store of text"
+            )
         if store.manifest.masked and not self.mask_documents:
             raise ConfigError(
-                f"data.mask_documents=false: {store} says which tokens are learned; use data.mask_documents=true"
+                f"data.mask_documents=false: {store} masks the tokens that are not learned; "
+                "use data.mask_documents=true"
             )
-        windows = self.packing == "concat"
-        samples = partial(ConcatSamples, self, store) if windows else partial(PackedSamples, self, store, at=at)
-        opened = Text(store, self.seed, samples, self.curriculum)
-        opened.train_units = store.manifest.splits["train"].tokens
-        return opened
+        if self.packing == "concat":
+            samples = partial(ConcatSamples, self, store)
+        else:
+            samples = partial(PackedSamples, self, store, section=section)
+        dataset = TokenDataset(store, self.seed, samples, self.curriculum)
+        dataset.train_units = store.manifest.splits["train"].tokens
+        return dataset
 
 
-def token_batch_spec(seq_len: int, *, documents: bool, validation: bool) -> dict[str, ArraySpec]:
-    """Returns the arrays of a batch of rows of tokens; `documents` keeps those of a row apart."""
-    names = ("inputs", "targets", "segments", "positions") if documents else ("inputs", "targets")
+def token_batch_spec(seq_len: int, *, mask_documents: bool, validation: bool) -> dict[str, ArraySpec]:
+    """Returns the arrays of a batch of tokens, whose documents are kept apart with `mask_documents`."""
+    names = ("inputs", "targets", "segments", "positions") if mask_documents else ("inputs", "targets")
     row = ArraySpec(shape=(seq_len,), dtype="int32", axes=("sequence",))
-    weights = {"weights": replace(row, dtype="float32")} if documents or validation else {}
+    weights = {"weights": replace(row, dtype="float32")} if mask_documents or validation else {}
     return dict.fromkeys(names, row) | weights
 
 
 class TokenSamples(StoreSamples[TokenData, TokenStore], ABC):
-    """Samples of a split: what windows and packed rows have in common."""
-
-    @abstractmethod
-    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Samples of these numbers; see `Samples`."""
+    """Samples of a token store: consecutive tokens, or packed rows."""
 
     @cached_property
     def n_bytes(self) -> int:
-        """Bytes of text that the targets with a weight of 1 stand for.
+        """Bytes of text of all targets with weight 1.
 
-        With the summed loss of those targets in nats, bits per byte are `loss / log(2) / n_bytes`.
+        With their summed loss in nats, bits per byte are `loss / log(2) / n_bytes`.
         """
         length_V = self._store.tokenizer.byte_lengths()
         batches = validation_batches(self._data, self, global_batch=min(64, len(self)), rows=slice(None))
@@ -122,97 +121,99 @@ class TokenSamples(StoreSamples[TokenData, TokenStore], ABC):
 
 
 class ConcatSamples(TokenSamples):
-    """The windows of a split, in the order of the text: `Samples`, each the mapping of `split_inputs_targets`."""
+    """Sequences of consecutive tokens, in the order of the text, as `split_inputs_targets` arranges them."""
 
-    def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None):
-        """Counts them, the first `at_most` of them; reads none yet. ConfigError where there is not even one."""
-        tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
-        windows = num_sequences(tokens, seq_len)
-        if not windows:
-            fix = f"data.seq_len={tokens - 1} or less" if tokens > 1 else "a recipe with more validation data"
+    def __init__(self, data: TokenData, store: TokenStore, split: Split, limit: int | None = None):
+        """Counts the sequences; ConfigError if the split is shorter than one."""
+        num_tokens, seq_len = store.manifest.splits[split].tokens, data.seq_len
+        count = num_sequences(num_tokens, seq_len)
+        if not count:
+            fix = f"data.seq_len={num_tokens - 1} or less" if num_tokens > 1 else "a recipe with more validation data"
             raise ConfigError(
-                f"data.seq_len={seq_len}: a window needs {seq_len + 1} tokens, "
-                f"the {split} split of {store} has {tokens}; use {fix}, or a larger corpus"
+                f"data.seq_len={seq_len}: a sequence needs {seq_len + 1} tokens, the {split} split of {store} has "
+                f"{num_tokens}; use {fix}, or a larger corpus"
             )
-        super().__init__(data, store, split, windows, at_most)
+        super().__init__(data, store, split, count, limit)
 
+    @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Inputs and targets, and what keeps documents apart."""
         data, store = self._data, self._store
         starts, length = ids * data.seq_len, data.seq_len + 1
-        with self._reading.running():
-            window_BW = store.read(self._split, starts, length)
+        with self._read_time.running():
+            tokens_BW = store.read(self._split, starts, length)
             mask_BW = store.read_mask(self._split, starts, length)
         eot_id = store.manifest.tokenizer_info.eot_id
-        batch = split_inputs_targets(window_BW, eot_id=eot_id, mask_documents=data.mask_documents, mask_BW=mask_BW)
+        batch = split_inputs_targets(tokens_BW, eot_id=eot_id, mask_documents=data.mask_documents, mask_BW=mask_BW)
         if weighted and "weights" not in batch:
             batch["weights"] = np.ones(batch["targets"].shape, np.float32)
         return batch
 
 
 class PackedSamples(TokenSamples):
-    """The rows of whole documents that the store has packed: `Samples`, each the mapping of `packed_batch`."""
+    """Rows of whole documents that the store has packed, as `packed_batch` arranges them; always with weights."""
 
-    def __init__(self, data: TokenData, store: TokenStore, split: Split, at_most: int | None = None, *, at: str):
-        """Counts the rows; ConfigError if the store has no such packing. `at` is as in `TokenData.open`."""
-        name = data.pack_spec.name
-        info = store.manifest.packs.get(f"{split}/{name}")
+    def __init__(self, data: TokenData, store: TokenStore, split: Split, limit: int | None = None, *, section: str):
+        """Finds the rows; ConfigError if the store has no such packing, or no row."""
+        spec = data.pack_spec
+        info = store.manifest.packs.get(f"{split}/{spec.name}")
         if info is None:
             known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]
-            wanted = f"PackSpec(seq_len={data.seq_len}{', by_length=True' if data.pack_spec.by_length else ''})"
+            missing = f"PackSpec(seq_len={spec.seq_len}{', by_length=True' if spec.by_length else ''})"
             raise ConfigError(
-                f"{at}.packing={data.packing}: {store} has no rows of {data.seq_len} ({name}), it has "
-                f"{', '.join(known)}; add {wanted} to the packs of its recipe and prepare it"
+                f"{section}.packing={data.packing}: {store} has no packing {spec.name}, it has "
+                f"{', '.join(known)}; add {missing} to the packs of its recipe and prepare it"
             )
         if not info.rows:
             raise ConfigError(
-                f"{at}.packing={data.packing}: the {split} split of {store} has no row; use a larger corpus"
+                f"{section}.packing={data.packing}: the {split} split of {store} has no row; use a larger corpus"
             )
-        self._name = f"packs/{name}"
-        super().__init__(data, store, split, info.rows, at_most)
+        self._folder = f"packs/{spec.name}"
+        super().__init__(data, store, split, info.rows, limit)
 
+    @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Inputs, targets, and what keeps documents apart; always with weights."""
         store, split = self._store, self._split
-        with self._reading.running():
-            borders = store.read_ranges(split, f"{self._name}/rows", ids, np.full(len(ids), 2))
-            first_B, end_B = borders.reshape(-1, 2).T
-            start_P, length_P = store.read_ranges(split, f"{self._name}/segments", first_B, end_B - first_B).T
+        with self._read_time.running():
+            # Row i has the segments from `rows[i]` up to `rows[i + 1]`.
+            bounds_B2 = store.read_ranges(split, f"{self._folder}/rows", ids, np.full(len(ids), 2)).reshape(-1, 2)
+            segments_B = bounds_B2[:, 1] - bounds_B2[:, 0]
+            segments_P2 = store.read_ranges(split, f"{self._folder}/segments", bounds_B2[:, 0], segments_B)
+            start_P, length_P = segments_P2.T
             tokens_N, mask_N = store.read_segments(split, start_P, length_P + 1)
-        return packed_batch(tokens_N, length_P, end_B - first_B, seq_len=self._data.seq_len, mask_N=mask_N)
+        return packed_batch(tokens_N, length_P, segments_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
-class Vocabulary(Protocol):
-    """Says how large the vocabulary of a model is, to compare with that of a store."""
+class HasVocabulary(Protocol):
+    """A model config with a vocabulary."""
 
     @property
     def vocab_size(self) -> int:
-        """Words that it has an embedding for."""
+        """Tokens that the model has an embedding for."""
         ...
 
 
-def check_vocabulary(store: TokenStore, model: Vocabulary) -> None:
-    """Raises ConfigError for a model whose vocabulary is smaller: ids beyond its embedding would be read as garbage."""
-    words = store.manifest.tokenizer_info.vocab_size
-    if words > model.vocab_size:
+def check_vocabulary(store: TokenStore, model: HasVocabulary) -> None:
+    """Raises ConfigError if the model's vocabulary is smaller: larger ids would read garbage from its embedding."""
+    vocab_size = store.manifest.tokenizer_info.vocab_size
+    if vocab_size > model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: the store {store} has {words} words; "
-            f"use model.vocab_size={words} or more"
+            f"model.vocab_size={model.vocab_size}: {store} has {vocab_size} token ids; "
+            f"use model.vocab_size={vocab_size} or more"
         )
 
 
-class Text(StoreDataset[TokenStore, TokenSamples]):
-    """An open token store: `Dataset`."""
+class TokenDataset(StoreDataset[TokenStore, TokenSamples]):
+    """An opened token store."""
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Training samples in lines for people; see `Dataset`."""
-        return rows(self.train.read(ids, weighted=False), self.store.tokenizer, ids, first_row, chars)
+        """Yields training samples as text, cut to `chars` each."""
+        return format_token_rows(self.train.read(ids, weighted=False), self.tokenizer, ids, first_row, chars)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What made the tokens."""
+        """The tokenizer of the store."""
         return self.store.tokenizer
 
-    def check(self, model: Vocabulary) -> None:
-        """Refuses a model with a smaller vocabulary than the store; see `check_vocabulary`."""
+    def check(self, model: HasVocabulary) -> None:
+        """Raises ConfigError if the model's vocabulary is smaller than the store's."""
         check_vocabulary(self.store, model)

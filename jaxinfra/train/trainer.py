@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 DATA_REMEDIES = {
     "reading": "use a store nearer to this machine, or more data.threads",
     "decoding": "use more data.threads, if there are cores for them",
-    "placing": "use a smaller train.global_batch a process, or faster links to the devices",
+    "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
 }
 """What helps where a stage of making batches is slow."""
 
@@ -281,13 +281,13 @@ class Trainer:
             rows=self._rows,
             start_step=start,
             steps=config.steps - start,
-            ids=self.dataset.sample_ids,
+            sample_ids=self.dataset.sample_ids,
         )
         with Prefetcher(batches, self._place) as self._loader:
             start_s = time.monotonic()
             reason = self.fit(self._loader, stop_reason)
-            stages_s = {**batches.stages_s, "placing": self._loader.placing.total_s}
-            late = input_bound_warning(self._loader.late_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
+            stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
+            late = input_bound_warning(self._loader.steady_wait_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
         if late is not None:
             _log.warning("%s", late)
         return reason

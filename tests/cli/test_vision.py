@@ -36,7 +36,7 @@ def config() -> Run:
             hidden_size=32, num_heads=4, mlp_dim=64, dropout=0.1,
         ),
         objective=Classification(),
-        data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, white=16),
+        data=ImageData(store={store!r}, recipe="configs/data/digits.py", image_size=8, channels=1, max_pixel=16),
         precision=Precision(compute="float32"),
         train=TrainConfig(steps=12, global_batch=16, eval_every=6),
         checkpoint=CheckpointConfig(save_every=6),

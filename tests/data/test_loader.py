@@ -40,7 +40,7 @@ def store(data):
 
 
 def batches(data, store, **options):
-    defaults = {"rows": slice(None), "start_step": 0, "steps": 6, "ids": data.open().sample_ids}
+    defaults = {"rows": slice(None), "start_step": 0, "steps": 6, "sample_ids": data.open().sample_ids}
     return BatchLoader(data, ConcatSamples(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
 
 
@@ -56,7 +56,7 @@ def assert_same(left, right):
 
 
 def loader_threads():
-    return {t for t in threading.enumerate() if t.name.startswith(("grain-prefetch", "place-batches"))}
+    return {t for t in threading.enumerate() if t.name.startswith(("grain-prefetch", "prefetch"))}
 
 
 def assert_threads_end(before):
@@ -70,7 +70,7 @@ def test_rows_are_the_windows_of_the_order(data, store):
     every = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
     windows = (len(every) - 1) // T
     for step, batch in batches(data, store):
-        ids = sample_ids(step, global_batch=GLOBAL_BATCH, windows=windows, seed=3)
+        ids = sample_ids(step, global_batch=GLOBAL_BATCH, num_samples=windows, seed=3)
         np.testing.assert_array_equal(batch["inputs"], [every[i * T : i * T + T] for i in ids])
         np.testing.assert_array_equal(batch["targets"], [every[i * T + 1 : i * T + T + 1] for i in ids])
 
@@ -199,7 +199,7 @@ def counted(data, samples, steps=100):
     def ids(step, global_batch):
         return np.arange(step * global_batch, (step + 1) * global_batch)
 
-    return BatchLoader(data, samples, global_batch=2, rows=slice(None), start_step=0, steps=steps, ids=ids)
+    return BatchLoader(data, samples, global_batch=2, rows=slice(None), start_step=0, steps=steps, sample_ids=ids)
 
 
 @pytest.mark.parametrize(("row_bytes", "ahead"), [(10_000, 5), (10**6, 1), (0, 16)])

@@ -59,7 +59,7 @@ def batches(data, *, start_step=0, steps=30):
         "rows": slice(None),
         "start_step": start_step,
         "steps": steps,
-        "ids": opened.sample_ids,
+        "sample_ids": opened.sample_ids,
     }
     return list(BatchLoader(data, opened.train, **options))
 
@@ -88,12 +88,12 @@ def test_a_run_that_goes_on_reads_the_same_tail(data):
 def test_validation_samples_are_of_every_store(data):
     opened = data.open()
     every = opened.validation()
-    assert len(every) == sum(len(part.open().validation()) for part in data.parts)
+    assert len(every) == sum(len(part.open().validation()) for part in data.source_configs)
     few = opened.validation(4)
     assert [len(part) for part in few._parts] == [2, 1, 1]
     batch = few.read(np.arange(4), weighted=True)
     assert letters(batch) == ["a", "a", "b", "c"]
-    assert every.n_bytes == sum(part.open().validation().n_bytes for part in data.parts)
+    assert every.n_bytes == sum(part.open().validation().n_bytes for part in data.source_configs)
 
 
 def test_how_often_each_source_was_read_is_told(data):

@@ -44,7 +44,7 @@ def test_every_position_of_a_small_range_is_reached_about_equally_often():
 
 def test_seeds_and_epochs_have_their_own_order():
     def epoch(seed, number):
-        return tuple(sample_ids(number, global_batch=100, windows=100, seed=seed).tolist())
+        return tuple(sample_ids(number, global_batch=100, num_samples=100, seed=seed).tolist())
 
     orders = {epoch(seed, number) for seed in (-1, 0, 1, 2**64 + 5) for number in range(3)}
     assert len(orders) == 12
@@ -52,8 +52,8 @@ def test_seeds_and_epochs_have_their_own_order():
 
 def test_the_order_never_changes():
     """Runs go on from their step alone, so a changed order would repeat and skip data silently."""
-    assert sample_ids(0, global_batch=8, windows=1000, seed=0).tolist() == [657, 965, 591, 644, 787, 123, 251, 374]
-    assert sample_ids(10**9, global_batch=4, windows=2**40, seed=42).tolist() == [
+    assert sample_ids(0, global_batch=8, num_samples=1000, seed=0).tolist() == [657, 965, 591, 644, 787, 123, 251, 374]
+    assert sample_ids(10**9, global_batch=4, num_samples=2**40, seed=42).tolist() == [
         558393253839,
         575456855571,
         244483891281,
@@ -101,11 +101,11 @@ def test_a_wrong_curriculum_is_one_line(wrong):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"step": -1, "global_batch": 1, "windows": 1},
-        {"step": 0, "global_batch": 0, "windows": 1},
-        {"step": 0, "global_batch": 1, "windows": 0},
-        {"step": 0, "global_batch": 1, "windows": 2**48 + 1},
-        {"step": 2**62, "global_batch": 4, "windows": 1},
+        {"step": -1, "global_batch": 1, "num_samples": 1},
+        {"step": 0, "global_batch": 0, "num_samples": 1},
+        {"step": 0, "global_batch": 1, "num_samples": 0},
+        {"step": 0, "global_batch": 1, "num_samples": 2**48 + 1},
+        {"step": 2**62, "global_batch": 4, "num_samples": 1},
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments):
@@ -212,7 +212,7 @@ def test_the_order_of_a_mixture_does_not_depend_on_the_batch_size():
 def test_one_source_is_read_as_by_itself():
     mixing = MixtureSampler([97], global_batch=10, seed=5)
     for step in (0, 9, 10**9):
-        assert np.array_equal(mixing.sample_ids(step)[1], sample_ids(step, global_batch=10, windows=97, seed=5))
+        assert np.array_equal(mixing.sample_ids(step)[1], sample_ids(step, global_batch=10, num_samples=97, seed=5))
 
 
 def test_another_source_does_not_reshuffle_the_others():
@@ -259,7 +259,7 @@ class Owner:
     stages: tuple[MixStage, ...] = field(default=())
 
     def problems(self):
-        yield from stage_problems(self.stages, sources=self.sources)
+        yield from stage_problems(self.stages, num_sources=self.sources)
 
 
 @pytest.mark.parametrize(

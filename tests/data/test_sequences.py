@@ -67,7 +67,7 @@ def test_any_packed_batch_equals_the_loop_over_pieces(seed):
     documents = [rng.integers(0, 2**17, n).astype(np.uint32) for n in rng.integers(1, 40, 50)]
     masks = [rng.integers(0, 2, len(document)) for document in documents]
     packs = pack_documents(np.array([len(document) for document in documents]), seq_len)
-    chosen = rng.integers(0, packs.rows, 6)
+    chosen = rng.integers(0, packs.num_rows, 6)
     pieces = [np.arange(packs.row_offsets[row], packs.row_offsets[row + 1]) for row in chosen]
     parts = [
         (packs.segment_document[p], packs.segment_start[p], packs.segment_length[p]) for p in np.concatenate(pieces)
@@ -142,7 +142,7 @@ def random_lengths(seed: int) -> tuple[np.ndarray, int]:
 
 
 def rows_of(packs: PackedRows, array: np.ndarray) -> list[np.ndarray]:
-    return np.split(array, packs.row_offsets[1:-1]) if packs.rows else []
+    return np.split(array, packs.row_offsets[1:-1]) if packs.num_rows else []
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -181,7 +181,7 @@ def test_rows_are_never_too_full_and_rise(seed, by_length):
 def test_no_more_rows_than_best_fit_decreasing(seed):
     lengths, seq_len = random_lengths(seed)
     packs = pack_documents(lengths, seq_len)
-    assert packs.rows == best_fit_decreasing(packs.segment_length.tolist(), seq_len)
+    assert packs.num_rows == best_fit_decreasing(packs.segment_length.tolist(), seq_len)
 
 
 def test_packing_is_deterministic_and_does_not_depend_on_the_integer_type():
@@ -205,5 +205,5 @@ def test_documents_like_those_of_text_fill_the_rows():
 
 def test_rows_far_longer_than_any_table_of_16_bits():
     packs = pack_documents(np.array([70_000, 131_073, 61_074]), 2**17)
-    assert packs.rows == 2
+    assert packs.num_rows == 2
     assert packs.efficiency == 1.0

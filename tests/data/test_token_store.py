@@ -114,7 +114,7 @@ def test_a_shard_that_vanishes_later_is_an_error_not_zeros(copy):
 
 
 def damages(path):
-    return [damage.place for _, _, damage in TokenStore.open(path).verify() if damage is not None]
+    return [damage.location for _, _, damage in TokenStore.open(path).verify() if damage is not None]
 
 
 @pytest.mark.parametrize("place", range(20))

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
                 print(damage)
     if damages:
         raise DataError(
-            f"{store}: {len(damages)} of {count} files and blocks are damaged, first {damages[0].place}; "
+            f"{store}: {len(damages)} of {count} files and blocks are damaged, first {damages[0].location}; "
             f"{DAMAGED_VERSION_FIX}"
         )
     print(f"{store}: {count} files and blocks, {num_bytes:,} bytes, every hash fits")

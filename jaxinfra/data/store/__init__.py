@@ -1,1 +1,1 @@
-"""Stores on disk or in buckets: arrays, manifests, versions. Written once, checked whenever they are read."""
+"""Stores on disk or in buckets: arrays, manifests and versions; written once, checked on every read."""

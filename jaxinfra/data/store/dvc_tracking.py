@@ -1,4 +1,4 @@
-"""Stores that DVC tracks: a `.dvc` file stands for the folder beside it, brought from the cache or remote of DVC."""
+"""Stores that DVC tracks: a `.dvc` file stands for the folder beside it, which DVC's cache or remote has."""
 
 from pathlib import Path
 
@@ -9,12 +9,15 @@ SUFFIX = ".dvc"
 
 
 def resolve_path(path: str) -> str:
-    """Where a store is: the path itself, or the folder of the `.dvc` file that it names or has beside it.
+    """Returns the folder of a store, given its path or the `.dvc` file beside it.
 
-    A folder that is there and is tracked is used as it is unless the `.dvc` file itself is named: then it is made what
-    that file says, from DVC's cache, or from its remote. Raises ConfigError where DVC is not installed or the file is
-    of no repository of it, DataError where the folder was changed since it was added, and StorageError where what the
-    file names is neither in the cache nor in the remote.
+    DVC checks out a folder that is missing, or whose `.dvc` file is named, from its cache or remote. A folder that is
+    there is otherwise used unchanged.
+
+    Raises:
+        ConfigError: DVC is not installed, or the file is in no DVC repository.
+        DataError: the folder was changed after it was added.
+        StorageError: the data is neither in the cache nor in the remote.
     """
     if "://" in path:
         return path

@@ -1,8 +1,7 @@
-"""The versions of a store: which there are, which is meant, and how one is published.
+"""Lists, finds and publishes the versions of a store.
 
-`versions.json` lists them, the one that was prepared last at its end: that is the newest. It is written after the
-version that it names, at once; a version that it does not name can still be opened by its own path. Published versions
-are never changed or removed here.
+`versions.json` lists the versions, the one that was prepared last at the end: the newest. It is written in one step,
+after the version. A version that is not listed can still be opened by its path. Published versions never change.
 """
 
 import json
@@ -20,71 +19,74 @@ INDEX = "versions.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """An entry of the list."""
+    """An entry of `versions.json`."""
 
-    fingerprint: str  # of its contents, and its folder
-    made_of: str  # digest of the recipe and of what it read: the same work is not done twice
-    created: str  # when it was made, in UTC
+    fingerprint: str  # of the contents; names the folder
+    made_of: str  # digest of the recipe and its source files, so that the same recipe is not prepared twice
+    created: str  # time in UTC
 
 
 def list_versions(store: ObjectStore) -> list[Version]:
-    """The versions of a store, the newest last; none where there is no store. DataError where the list is damaged."""
-    return _parsed(store.read(INDEX), store.url_of(INDEX)) if store.exists(INDEX) else []
+    """Returns the versions of a store, the newest last; [] if there is no store, DataError if the list is damaged."""
+    return _parse_index(store.read(INDEX), store.url_of(INDEX)) if store.exists(INDEX) else []
 
 
-def _parsed(content: bytes, where: str) -> list[Version]:
+def _parse_index(content: bytes, where: str) -> list[Version]:
     try:
         return [Version(**each) for each in json.loads(content)["versions"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{where}: damaged list of versions ({error}); name a version by its path") from None
+        raise DataError(f"{where}: damaged list of versions ({error}); open a version by its path") from None
 
 
-def find_version(store: ObjectStore, version: str | None, *, at: str, hint: str) -> ObjectStore:
-    """The folder of a version, of arguments as in `Store.open`; `store` may be a version itself.
+def find_version(store: ObjectStore, version: str | None, *, section: str, hint: str) -> ObjectStore:
+    """Returns the folder of a version; `store` may be a version itself, other arguments are as in `Store.open`.
 
-    Raises ConfigError where there is none or more than one begins so, DataError where the list is damaged.
+    Raises:
+        ConfigError: no version starts with `version`, or several do.
+        DataError: the list is damaged.
     """
     known = list_versions(store)
     if not known:
         if store.exists(manifests.FILE_NAME):
             return store
-        raise ConfigError(f"{at}.store={store.url}: no store there; make it with: {hint}")
-    fitting = [each for each in known if version is None or each.fingerprint.startswith(version)]
-    if version is not None and len({each.fingerprint for each in fitting}) != 1:
-        there = ", ".join(each.fingerprint for each in (fitting or known)[-3:])
+        raise ConfigError(f"{section}.store={store.url}: no store there; make it with: {hint}")
+    matching = [each for each in known if version is None or each.fingerprint.startswith(version)]
+    if version is not None and len({each.fingerprint for each in matching}) != 1:
+        cause = "matches several of" if matching else "is not among"
+        choices = ", ".join(each.fingerprint for each in (matching or known)[-3:])
         raise ConfigError(
-            f"{at}.version={version}: {'fits several of' if fitting else 'is not among'} the {len(known)} versions of "
-            f"{store.url}; use {at}.version=none or one of {there}, and name=ANOTHER where a run was begun on it"
+            f"{section}.version={version}: {cause} the {len(known)} versions of {store.url}; "
+            f"use {section}.version=none or one of {choices}, and another name=... if a run has started on it"
         )
-    return store.child(fitting[-1].fingerprint)
+    return store.child(matching[-1].fingerprint)
 
 
 def publish_version(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -> None:
-    """Puts a finished version beside the others: whole, or not at all; StorageError where it cannot be written.
+    """Adds a finished version to the store, completely or not at all; StorageError if it cannot be written.
 
-    `build` is a local folder with its files and no manifest; it is gone afterwards where it could be renamed.
+    `build` is a local folder with its files but no manifest. It is renamed if possible, else copied.
     """
     fingerprint = manifest.fingerprint
     version = store.child(fingerprint)
     if not version.exists(manifests.FILE_NAME):
         (build / manifests.FILE_NAME).write_bytes(manifest.to_bytes())
         if version.folder is None or not move_folder(build, version.folder):
-            # In a bucket what is there is of the same contents, for they name it; a folder may be anybody's.
+            # What a bucket already has at this URL has the same contents; a local folder could be anything.
             version.upload(build, last=[manifests.FILE_NAME], resume=version.folder is None)
-    _list_last(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
+    _append_to_index(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
 
 
 def make_newest(store: ObjectStore, version: Version) -> bool:
-    """Lists a version that is there as the newest, which runs take; tells whether it was another one."""
+    """Moves a version to the end of the list, for runs to take it; returns whether another one was there."""
     if list_versions(store)[-1].fingerprint == version.fingerprint:
         return False
-    _list_last(store, version)
+    _append_to_index(store, version)
     return True
 
 
-def _list_last(store: ObjectStore, version: Version) -> None:
+def _append_to_index(store: ObjectStore, version: Version) -> None:
     def change(content: bytes | None) -> bytes:
-        known = [] if content is None else _parsed(content, store.url_of(INDEX))
+        known = [] if content is None else _parse_index(content, store.url_of(INDEX))
         kept = [asdict(each) for each in known if each.made_of != version.made_of]
         return (json.dumps({"versions": [*kept, asdict(version)]}, indent=2) + "\n").encode()
 

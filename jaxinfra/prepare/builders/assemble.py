@@ -257,7 +257,7 @@ def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarra
         write_array(build / split / "packs" / config.name / name, values)
         digest.update(hash_block(values).to_bytes(8, "little"))
     return PackInfo(
-        rows=packs.rows,
+        rows=packs.num_rows,
         segments=len(packs.segment_length),
         truncated=packs.cut_documents,
         efficiency=packs.efficiency,

@@ -124,7 +124,7 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             tokenizer=None,
             labels=self._recipe.classes,
             splits=splits,
-            files=hash_files(build, unhashed=(IMAGES,)),
+            files=hash_files(build, block_hashed=(IMAGES,)),
             baselines=baselines,
             **assemble.provenance(),
         )

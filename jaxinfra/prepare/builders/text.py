@@ -18,7 +18,7 @@ import numpy as np
 from jaxinfra.config import encode
 from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import SPLITS, Kind, Manifest, Split, TokenizerInfo, digest_of
-from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore, hash_files, info_of, token_dtype
+from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore, hash_files, token_dtype
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
@@ -280,7 +280,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             else:
                 tokenizer, check = self._existing
                 check(_sample_texts(corpus, shards, _CHECKED_CHARS))
-            info = info_of(tokenizer)
+            info = TokenizerInfo.from_tokenizer(tokenizer)
             write_bytes_atomic(folder / info.file, tokenizer.content)
             write_bytes_atomic(info_path, json.dumps(asdict(info)).encode())
         self._info = _read_info(folder)
@@ -329,7 +329,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             tokenizer=self._info,
             splits=splits,
             packs=packs,
-            files=hash_files(build, unhashed=(TOKENS, MASK)),
+            files=hash_files(build, block_hashed=(TOKENS, MASK)),
             baselines={},
             **assemble.provenance(),
         )

@@ -45,7 +45,7 @@ class OtherStore:
 
     def open(self, fingerprint: str | None = None) -> TokenStore:
         """Opens the store; ConfigError if it is missing or holds images, DataError if it is damaged."""
-        return TokenStore.open(self.store, fingerprint or self.version, at="validation")
+        return TokenStore.open(self.store, fingerprint or self.version, section="validation")
 
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
         """Lists ranges of records; the shard's name is the fingerprint of the version. Raises as `open`."""
