@@ -121,7 +121,7 @@ class Store:
                 yield MASK, info.tokens
 
     def verify(self) -> Iterator[tuple[str, int, Damage | None]]:
-        """Compares all files with their hashes; yields name, bytes read and damage. StorageError if one is unreadable."""
+        """Compares all files with their hashes: yields name, bytes read and damage; StorageError if it cannot read."""
         for name, info in self.manifest.files.items():
             if info.digest is not None:
                 content = self.storage.read(name)
