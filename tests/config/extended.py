@@ -1,4 +1,4 @@
-"""A config with open choices, and classes of users for them in an importable module."""
+"""A config with open choices, and user classes for them in an importable module."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Open choices: a config field that accepts user classes, named by their import path."""
+"""Open choices: fields that accept user classes by their import paths."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ HERE = extended.__name__
 BASE = Run(optimizer=Mine(), maybe=Mine(inner=Inner(size=3)), several=(AdamW(), Steeper()))
 
 
-def test_dump_names_users_classes_by_their_import_path() -> None:
+def test_dump_shows_the_import_paths_of_user_classes() -> None:
     assert dump(BASE) == (
         f"optimizer = {HERE}:Mine\n"
         "optimizer.beta = 0.5\n"
@@ -41,7 +41,7 @@ def test_dump_names_users_classes_by_their_import_path() -> None:
     )
 
 
-def test_what_is_stored_is_read_back() -> None:
+def test_decode_reverses_encode() -> None:
     tree = json.loads(json.dumps(encode(BASE)))
     assert tree["optimizer"] == {"kind": f"{HERE}:Mine", "beta": 0.5, "scale": 2.0, "inner": {"size": 1}}
     assert [each["kind"] for each in tree["several"]] == ["adam_w", f"{HERE}:Steeper"]
@@ -63,7 +63,7 @@ def test_leaves_given_as_overrides_make_runs_equal() -> None:
     assert apply(BASE, lines) == BASE
 
 
-def test_overrides_reach_into_users_classes() -> None:
+def test_overrides_set_fields_of_user_classes() -> None:
     run = apply(BASE, ["optimizer.beta=0.25", "optimizer.inner.size=7", "several.1.power=3", "maybe=none"])
     assert run.optimizer == Mine(beta=0.25, inner=Inner(size=7))
     assert run.several == (AdamW(), Steeper(power=3)) and run.maybe is None
@@ -105,14 +105,14 @@ def test_errors_of_overrides(override: str, named: str) -> None:
         apply(BASE, [override])
 
 
-def test_what_a_class_lacks_is_said_where_it_is_created() -> None:
+def test_creating_an_incomplete_class_is_an_error() -> None:
     with raises(ConfigError, f"{HERE}:Idle {extended.__file__} step Optimizer; def step("):
         extended.Idle()
     with raises(ConfigError, f"{HERE}:Undecorated {extended.__file__} @dataclass"):
         extended.Undecorated()
 
 
-def test_validation_works_in_users_classes() -> None:
+def test_validation_checks_user_classes() -> None:
     validate(BASE)
     problem(replace(BASE, optimizer=Mine(beta=2.0)), "optimizer.beta=2.0: use optimizer.beta=0.5")
     problem(replace(BASE, several=(Mine(scale=-1.0),)), "several.0.scale=-1.0: above 0 use several.0.scale=2.0")
@@ -120,7 +120,7 @@ def test_validation_works_in_users_classes() -> None:
     assert type(leaves(Run(optimizer=Mine(beta=1)))["optimizer.beta"]) is float
 
 
-def test_a_dataclass_that_does_not_inherit_from_the_base_is_told_to() -> None:
+def test_a_dataclass_that_does_not_inherit_from_the_base_is_refused() -> None:
     for check in (validate, leaves, encode, lambda run: apply(run, [])):
         with raises(ConfigError, f"optimizer=other: adam_w, lion Other; inherit from {HERE}:Optimizer"):
             check(Run(optimizer=Other()))

@@ -1,4 +1,4 @@
-"""Limits of fields stand in their annotations: what lies outside is refused in one form, with a value that works."""
+"""Limits in annotations: a value outside is refused, with a valid one in the message."""
 
 import math
 from dataclasses import dataclass
@@ -51,7 +51,9 @@ GOOD = Limited(required=3)
         ("names", (("",), ("b", "")), ("a",)),
     ],
 )
-def test_what_lies_outside_is_refused_and_the_suggestion_works(field: str, values: tuple, works: Any) -> None:
+def test_a_value_outside_the_limits_is_refused_and_the_suggested_value_is_valid(
+    field: str, values: tuple, works: Any
+) -> None:
     for value in values:
         wrong = Limited(**{"required": 3, field: value})
         with pytest.raises(ConfigError) as caught:
@@ -59,9 +61,9 @@ def test_what_lies_outside_is_refused_and_the_suggestion_works(field: str, value
         assert caught.value.exit_code == 81
         fix = str(caught.value).rpartition("; use ")[2]
         assert str(caught.value).startswith(f"{field}=") and fix.startswith(f"{field}=")
-        mended = apply(wrong, [fix])
-        validate(mended)
-        assert leaves(mended)[field] == works
+        corrected = apply(wrong, [fix])
+        validate(corrected)
+        assert leaves(corrected)[field] == works
 
 
 @pytest.mark.parametrize(
@@ -71,14 +73,14 @@ def test_what_lies_outside_is_refused_and_the_suggestion_works(field: str, value
         ["axis=-1", "steps=none", "clip=none", "dropout=0", "shares=()", "part=auto", "buckets=8"],
     ],
 )
-def test_bounds_themselves_pass_and_are_read_and_stored_as_without_limits(overrides: list[str]) -> None:
+def test_the_limits_themselves_are_valid(overrides: list[str]) -> None:
     run = apply(GOOD, overrides)
     validate(run)
     assert decode(Limited, encode(run)) == run
     assert apply(GOOD, [line.replace(" = ", "=") for line in dump(run).splitlines()]) == run
 
 
-def test_a_default_that_must_be_set_is_refused_and_the_suggestion_works() -> None:
+def test_an_invalid_default_is_refused_and_the_suggested_value_is_valid() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Unset:
         root: NonEmpty = ""
@@ -88,21 +90,21 @@ def test_a_default_that_must_be_set_is_refused_and_the_suggestion_works() -> Non
     validate(apply(Unset(), ["root=NAME"]))
 
 
-def test_a_description_has_the_limits() -> None:
+def test_describe_shows_the_limits() -> None:
     assert describe(Annotated[Count | None, NOT_FINGERPRINTED]) == "int at least 1 or none"
     assert describe(Positive) == "float above 0 and finite"
     assert describe(tuple[Decay, ...]) == "a tuple of float at least 0 and below 1"
     assert describe(AxisSize) == "-1 or int at least 1"
 
 
-def test_a_marked_field_is_in_no_fingerprint_and_all_others_are() -> None:
+def test_the_fingerprint_skips_fields_that_are_not_fingerprinted() -> None:
     assert fingerprint(apply(GOOD, ["steps=7"])) == fingerprint(GOOD)
     assert fingerprint(apply(GOOD, ["buckets=7"])) != fingerprint(GOOD)
     assert leaves(GOOD).keys() - leaves(GOOD, fingerprinted_only=True).keys() == {"steps"}
 
 
 @pytest.mark.parametrize("annotation", [Annotated[int, Interval(ge=1)], Annotated[str, Lt("b")]])
-def test_a_limit_that_no_config_reads_is_refused(annotation: Any) -> None:
+def test_an_unsupported_limit_is_refused(annotation: Any) -> None:
     cls = dataclass(frozen=True, kw_only=True)(
         type("Odd", (), {"__annotations__": {"x": annotation}, "__module__": __name__})
     )

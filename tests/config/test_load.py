@@ -1,4 +1,4 @@
-"""`load` and the run record: files, errors with their line, provenance, replay."""
+"""`load` and the record of a run: files, errors with their lines, origins, replay."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def replayable(source="good.py", overrides=()):
     )
 
 
-def test_a_file_with_overrides(write):
+def test_load_applies_overrides(write):
     loaded = load(write(GOOD), ["train.global_batch=16", "optim.schedule=wsd", "optim.schedule.decay_steps=3"])
     assert loaded.run.train == Train(steps=7, global_batch=16)
     assert loaded.run.optim.schedule == WSD(warmup_steps=10, decay_steps=3)
@@ -72,7 +72,7 @@ def test_origins_of_a_value_set_back_or_set_again(write):
     assert origins["optim.peak_lr"] == "command line"
 
 
-def test_loading_leaves_the_interpreter_as_it_was(write, tmp_path):
+def test_loading_does_not_change_the_interpreter(write, tmp_path):
     write("raise RuntimeError('broken')", "sibling.py")
     path, modules, finders = list(sys.path), set(sys.modules), list(sys.meta_path)
     load(write(GOOD))
@@ -83,7 +83,7 @@ def test_loading_leaves_the_interpreter_as_it_was(write, tmp_path):
     assert not (tmp_path / "__pycache__").exists()
 
 
-def test_classes_of_the_file_itself_with_string_annotations(write):
+def test_string_annotations_of_classes_in_the_file_are_resolved(write):
     loaded = load(
         write("""
         from __future__ import annotations
@@ -165,14 +165,14 @@ def test_a_record_replays_without_the_config_file(write, tmp_path):
 
 
 def decode_free_run(content):
-    """Builds what the record describes without the decoder under test."""
+    """Builds the config of the record without the decoder under test."""
     assert content["config"]["optim"]["schedule"]["kind"] == "wsd"
     return Run(
         name="good", train=Train(steps=7), optim=type(Run(name="x").optim)(peak_lr=1.0, schedule=WSD(warmup_steps=10))
     )
 
 
-def test_what_a_record_holds(write):
+def test_the_contents_of_a_record(write):
     content = replayable(write(GOOD), ["train.steps=9"])
     assert content["format"] == 1
     assert content["root"] == f"{TREES}:Run"
@@ -223,7 +223,7 @@ def test_a_missing_record():
         read_record("nowhere.json")
 
 
-def test_importing_is_light(pytestconfig):
+def test_importing_config_does_not_import_jax(pytestconfig):
     code = "import sys, jaxinfra.config; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True

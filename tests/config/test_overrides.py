@@ -1,4 +1,4 @@
-"""`apply`: what each text means, what switching a choice keeps, and what each error says."""
+"""`apply`: the values of texts, the switch of a choice, and errors."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError
 from tests.refusals import raises
 
 from .deferred import Deferred, Large, Unresolved
-from .trees import WSD, Colour, Constant, CosineDecay, Run
+from .trees import WSD, Color, Constant, CosineDecay, Run
 
 BASE = Run(name="base")
 
@@ -45,9 +45,9 @@ def value_at(root, path):
         ("leaves.maybe", "NULL", None),
         ("leaves.maybe", "3", 3),
         ("leaves.maybe_name", "'none'", "none"),
-        ("leaves.colour", "BLUE", Colour.BLUE),
-        ("leaves.colour", "red-ish", Colour.RED),
-        ("leaves.colour", "2", Colour.BLUE),
+        ("leaves.color", "BLUE", Color.BLUE),
+        ("leaves.color", "red-ish", Color.RED),
+        ("leaves.color", "2", Color.BLUE),
         ("leaves.mode", "flash", "flash"),
         ("leaves.mode", "none", "none"),
         ("leaves.either", "3", 3),
@@ -93,7 +93,7 @@ def test_text_is_read_by_the_annotation(path, text, expected):
         ("leaves.flag=treu", "true?"),
         ("leaves.maybe=x", "int none"),
         ("leaves.name='open", "str"),
-        ("leaves.colour=red", "RED BLUE"),
+        ("leaves.color=red", "RED BLUE"),
         ("leaves.mode=flas", "dot, none flash?"),
         ("leaves.pairs=(1,)", "(int, str)"),
         ("leaves.names=(a", ""),
@@ -125,7 +125,7 @@ def test_text_is_read_by_the_annotation(path, text, expected):
     ],
 )
 def test_errors(overrides, named):
-    """The line names the path, and what would do."""
+    """The message names the path, and an alternative."""
     words = overrides.split()
     with raises(ConfigError, named, words[-1].partition("=")[0]):
         apply(BASE, words)
@@ -149,7 +149,7 @@ def test_a_kept_field_may_be_set_before_the_switch():
     assert run.optim.schedule == Constant(warmup_steps=5)
 
 
-def test_the_base_is_untouched_and_no_override_is_no_change():
+def test_apply_does_not_change_its_argument():
     assert apply(BASE, []) is BASE
     apply(BASE, ["train.steps=1"])
     assert BASE.train.steps == 100
@@ -165,7 +165,7 @@ def test_an_annotation_that_cannot_be_resolved_is_named():
         config.leaves(Unresolved())
 
 
-def test_what_a_class_refuses_is_the_fault_of_the_override():
+def test_an_error_in_post_init_names_the_override():
     @dataclass(frozen=True, kw_only=True)
     class Picky:
         size: int = 1

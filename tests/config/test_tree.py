@@ -1,4 +1,4 @@
-"""Validation, views, encoding: what a config holds, shows and survives."""
+"""Validation, views and encoding of a config."""
 
 import dataclasses
 import json
@@ -55,12 +55,12 @@ def test_nan_survives_and_equals_itself_in_a_diff():
     assert diff(run, again) == []
 
 
-def test_encode_tags_choices_alone():
+def test_encode_adds_a_kind_to_choices_only():
     tree = encode(apply(BASE, ["ema=cosine_decay"]))
     assert tree["optim"]["schedule"] == {"kind": "cosine_decay", "warmup_steps": 10, "end": 0.1}
     assert tree["ema"]["kind"] == "cosine_decay"
     assert "kind" not in tree["optim"]
-    assert tree["leaves"]["colour"] == "RED"
+    assert tree["leaves"]["color"] == "RED"
     assert tree["sources"] == [{"store": "web", "weight": 1.0}]
 
 
@@ -76,7 +76,7 @@ def test_encode_tags_choices_alone():
         ({"name": "x", "train": {"steps": 1.0}}, "train.steps=1.0: int"),
         ({"name": "x", "train": {"steps": True}}, "train.steps=true: int"),
         ({"name": "x", "train": 3}, "train=3: train"),
-        ({"name": "x", "leaves": {"colour": "GREEN"}}, 'leaves.colour="GREEN": RED BLUE'),
+        ({"name": "x", "leaves": {"color": "GREEN"}}, 'leaves.color="GREEN": RED BLUE'),
         ({"name": "x", "leaves": {"pairs": [[1, 2]]}}, "leaves.pairs.0.1=2: str"),
         ({"name": "x", "optim": {"betas": [1]}}, "optim.betas=[1]: (float, float)"),
         ({"name": "x", "sources": [{}]}, "sources.0.store: str"),
@@ -89,7 +89,7 @@ def test_decode_errors(tree, named):
         decode(Run, tree)
 
 
-def test_decode_gives_absent_fields_their_defaults():
+def test_decode_uses_the_defaults_of_missing_fields():
     assert decode(Run, {"name": "x", "train": {"steps": 3}}) == Run(name="x", train=Train(steps=3))
 
 
@@ -103,7 +103,7 @@ def test_an_ambiguous_stored_form_is_refused():
         encode(Ambiguous(value="inf"))
 
 
-def test_leaves_are_in_field_order_and_name_choices():
+def test_leaves_are_in_the_order_of_the_fields_and_include_choices():
     found = leaves(apply(BASE, ["optim.schedule=wsd"]))
     paths = list(found)
     assert paths[:3] == ["name", "train.steps", "train.global_batch"]
@@ -161,16 +161,16 @@ def test_diff_shows_absent_paths_beside_their_neighbors():
     assert format_diff([]) == ""
 
 
-def test_fingerprint_follows_values():
+def test_the_fingerprint_depends_on_values_only():
     other = apply(BASE, ["name=other", "train.steps=7"])
     assert len(fingerprint(BASE)) == 16
     assert fingerprint(BASE) == fingerprint(Run(name="base"))
     assert fingerprint(BASE) != fingerprint(other)
-    # Two classes with the same fields and values are still two choices.
+    # Two classes with the same fields and values are different choices.
     assert fingerprint(apply(BASE, ["heavy=constant"])) == fingerprint(BASE)
 
 
-def test_validate_reports_the_first_problem_parts_before_the_whole():
+def test_validate_checks_parts_before_the_whole():
     bad_mesh = Mesh(tensor=3)
     for run in (Run(name="x", optim=Optim(peak_lr=-1.0)), Run(name="x", mesh=bad_mesh, optim=Optim(peak_lr=-1.0))):
         problem(run, "optim.peak_lr=-1.0: use optim.peak_lr=3e-4")
@@ -196,7 +196,7 @@ def test_credentials_are_refused_and_not_shown(url, shown):
     assert "sEcReT" not in line and shown in line
 
 
-def test_what_only_looks_like_credentials_passes():
+def test_text_that_looks_like_credentials_is_valid():
     validate(BASE)
     for text in ("a:b@c", "s3://bucket/a@b:c", "https://host/x?design=1", "me@example.com", "git@host:x/y.git"):
         validate(Run(name=text))
@@ -211,19 +211,19 @@ def test_what_only_looks_like_credentials_passes():
         ({"train": Mesh()}, "train=mesh: train, Mesh"),
         ({"leaves": Leaves(names=["a"])}, "leaves.names=['a']: str, list"),
         ({"leaves": Leaves(mode="fast")}, "leaves.mode=fast: dot, flash none"),
-        ({"leaves": Leaves(colour="RED")}, "leaves.colour=RED: RED BLUE"),
+        ({"leaves": Leaves(color="RED")}, "leaves.color=RED: RED BLUE"),
         ({"sources": (Source(store=1),)}, "sources.0.store=1: str"),
         ({"optim": Optim(schedule=None)}, "optim.schedule=none: constant, wsd"),
     ],
 )
-def test_values_of_another_type_than_the_annotation_are_found(change, named):
+def test_a_value_that_does_not_fit_its_annotation_is_refused(change, named):
     run = dataclasses.replace(BASE, **change)
     for check in (validate, leaves, encode, lambda run: apply(run, [])):
         with raises(ConfigError, named):
             check(run)
 
 
-def test_a_subclass_is_not_the_class_that_would_be_read_back():
+def test_a_subclass_of_a_class_in_a_union_is_refused():
     @dataclass(frozen=True, kw_only=True)
     class Steeper(CosineDecay):
         power: float = 2.0

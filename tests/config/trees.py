@@ -1,4 +1,4 @@
-"""Config classes that hold every kind of field, and a maker of random instances of them."""
+"""Config classes with every kind of field, and random instances of them."""
 
 import enum
 import math
@@ -11,7 +11,7 @@ from typing import Literal, Optional, Union
 from jaxinfra.config import Problem
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = "red-ish"
     BLUE = 2
 
@@ -41,7 +41,7 @@ class Needy:
 
 type Schedule = Constant | CosineDecay | WSD
 
-# Optional[Union[Constant, WSD]] must read like `Constant | WSD | None`; spelt so that no linter mends it.
+# Optional[Union[Constant, WSD]] must read like `Constant | WSD | None`; written so that no linter changes it.
 OlderSpelling = getitem(Optional, getitem(Union, (Constant, WSD)))
 
 
@@ -71,7 +71,7 @@ class Leaves:
     name: str = "plain"
     maybe: int | None = None
     maybe_name: str | None = None
-    colour: Colour = Colour.RED
+    color: Color = Color.RED
     mode: Literal["dot", "flash", "none"] = "dot"
     either: int | float = 1
     wide: Literal["auto"] | float | None = "auto"
@@ -117,7 +117,7 @@ _WORDS = ("", "none", "None", "a,b", "(a)", "it's", 'a "b"', "1", "nan", "x=y", 
 
 
 def random_run(rng: random.Random) -> Run:
-    """Returns a run with every field drawn."""
+    """Returns a run with random values in every field."""
 
     def real() -> float:
         return rng.choice([rng.gauss(0, 1), 10.0 ** rng.randint(-300, 300), math.inf, -math.inf, -0.0, 3.0])
@@ -138,7 +138,7 @@ def random_run(rng: random.Random) -> Run:
         name=word(),
         maybe=rng.choice([None, 7]),
         maybe_name=rng.choice([None, word()]),
-        colour=rng.choice(list(Colour)),
+        color=rng.choice(list(Color)),
         mode=rng.choice(["dot", "flash", "none"]),
         either=rng.choice([3, 3.0, 1e22]),
         wide=rng.choice(["auto", None, real()]),

@@ -1,4 +1,4 @@
-"""Classes of users: in a config file, in modules beside it, in packages; in records, and found again for a replay."""
+"""User classes in a config file, in modules beside it and in packages; their records, and replays of these."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def digest(path: str | Path) -> str:
 # In the config file itself.
 
 
-def test_a_class_of_the_config_file_is_named_by_the_file(write: Write) -> None:
+def test_a_class_of_the_config_file_is_named_after_the_file(write: Write) -> None:
     loaded = load(write("configs/mine.py", MINE), ["optimizer.limit=limit", "optimizer.limit.above=3"], Run)
     assert dump(loaded.run).splitlines()[:4] == [
         "optimizer = mine.py:Mine",
@@ -178,7 +178,7 @@ def test_an_override_names_a_class_of_a_sibling(write: Write) -> None:
         assert run.optimizer.beta == 0.25 and run.optimizer.limit.above == 1
 
 
-def test_folders_with_modules_of_the_same_name_do_not_mix(write: Write) -> None:
+def test_modules_of_the_same_name_in_two_folders_do_not_mix(write: Write) -> None:
     for folder, factor in (("one", 1), ("two", 2)):
         write(f"{folder}/opt.py", SIBLING.replace("FACTOR = 3", f"from more import FACTOR\nassert FACTOR == {factor}"))
         write(f"{folder}/more.py", f"FACTOR = {factor}")
@@ -205,7 +205,7 @@ def test_a_sibling_never_hides_python_or_an_installed_package(write: Write, name
     load(write("configs/mine.py", MINE.replace("def config():\n", f"def config():\n{check}")))
 
 
-def test_a_module_that_is_importable_anyway_stays(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sibling_on_sys_path_stays_imported(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write("configs/anyway.py", SIBLING)
     monkeypatch.syspath_prepend(os.path.abspath("configs"))
     run = load(write("configs/mine.py", USES_SIBLING.replace("import opt", "import anyway as opt"))).run
@@ -228,7 +228,7 @@ def test_errors_in_a_sibling_name_its_line(write: Write) -> None:
 # In a record.
 
 
-def test_a_record_has_the_source_of_every_users_class(write: Write) -> None:
+def test_a_record_has_the_source_of_every_user_class(write: Write) -> None:
     content = save(write("configs/mine.py", MINE), ("optimizer=mine.py:Second", f"maybe={HERE}:Steeper"))
     mine = {"file": os.path.abspath("configs/mine.py"), "sha256": digest("configs/mine.py")}
     here = {"file": extended.__file__, "sha256": digest(extended.__file__)}
@@ -283,7 +283,7 @@ def test_replay_of_a_class_of_a_package(write: Write, monkeypatch: pytest.Monkey
             del sys.modules[name]
 
 
-def test_replay_is_refused_where_the_file_is_gone_or_has_changed(write: Write) -> None:
+def test_replay_is_refused_if_the_file_is_missing_or_changed(write: Write) -> None:
     path = write("configs/mine.py", MINE)
     full = os.path.abspath(path)
     save(path)
@@ -344,7 +344,7 @@ if __name__ == "__main__":
         load("run.json", imports=[HERE, "script.py"])
 
 
-def test_the_record_of_a_run_that_goes_on_may_use_the_classes_of_its_config(write: Write) -> None:
+def test_a_resumed_run_decodes_its_record_with_the_classes_of_its_config(write: Write) -> None:
     path = write("configs/mine.py", MINE)
     content = save(path)
     write("configs/mine.py", MINE.replace("beta=0.25", "beta=0.75"))
@@ -361,7 +361,7 @@ def test_the_record_of_a_run_that_goes_on_may_use_the_classes_of_its_config(writ
 
 @pytest.fixture
 def marker(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that a module writes, on `sys.path` and in a folder, if it is imported."""
+    """A file that malicious modules, on `sys.path` and in folders, write if they are imported."""
     marker = Path(os.path.abspath("marker"))
     evil = MINE.replace(
         "import Optimizer", f"import Optimizer\nopen({str(marker)!r}, 'w').close()\nfrom {HERE} import Run"
@@ -409,7 +409,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("key", ["root", "kind", "classes"])
-def test_a_record_imports_nothing_that_the_user_has_not_named(write: Write, marker: Path, name: Any, key: str) -> None:
+def test_a_record_imports_only_what_the_user_names(write: Write, marker: Path, name: Any, key: str) -> None:
     config = f"from {HERE} import Run\nconfig = lambda: Run()"
     content = save(write("named/mine.py", config), to="runs/x/run.json")
     if key == "root":
@@ -428,7 +428,7 @@ def test_a_record_imports_nothing_that_the_user_has_not_named(write: Write, mark
     assert not marker.exists()
 
 
-def test_what_lies_in_a_folder_that_the_user_names_may_be_imported(write: Write, marker: Path) -> None:
+def test_a_record_may_import_from_a_folder_that_the_user_names(write: Write, marker: Path) -> None:
     save("runs/x/evil.py", to="run.json")
     marker.unlink()
     with raises(ConfigError, f"evil.py:Mine {os.path.abspath('runs/x/evil.py')}: --import"):
@@ -450,7 +450,7 @@ def test_damaged_sources_in_a_record_are_refused(write: Write, classes: Any) -> 
     ("named", "expected"),
     [("nowhere.py", "nowhere.py"), ("nowhere/", "nowhere/"), ("no.such", "no.such"), ("..x", "..x"), ("", "module")],
 )
-def test_errors_of_what_may_be_imported(write: Write, named: str, expected: str) -> None:
+def test_errors_of_imports(write: Write, named: str, expected: str) -> None:
     save(write("mine.py", MINE))
     with raises(ConfigError, "--import", expected):
         load("run.json", imports=[named])
@@ -459,7 +459,7 @@ def test_errors_of_what_may_be_imported(write: Write, named: str, expected: str)
 # On the command line.
 
 
-def test_diff_imports_what_lies_beside_a_config_file_that_it_compares(write: Write) -> None:
+def test_diff_imports_from_the_folders_of_its_config_files(write: Write) -> None:
     path = write("configs/mine.py", MINE)
     save(path, ("optimizer=mine.py:Second",))
     full = os.path.abspath(path)
@@ -479,7 +479,7 @@ def test_diff_imports_what_lies_beside_a_config_file_that_it_compares(write: Wri
 
 
 @pytest.mark.parametrize("command", ["train", "show", "data peek", "data prepare"])
-def test_commands_that_read_a_record_import_nothing_by_themselves(
+def test_commands_refuse_a_record_with_classes_that_the_user_does_not_name(
     write: Write, marker: Path, tiny: Tiny, command: str
 ) -> None:
     content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
@@ -490,7 +490,9 @@ def test_commands_that_read_a_record_import_nothing_by_themselves(
     assert "--import MODULE|FILE" in launch(*command.split(), "--help").out
 
 
-def test_sample_imports_nothing_by_itself(write: Write, marker: Path, tiny: Tiny) -> None:
+def test_sample_refuses_a_record_with_classes_that_the_user_does_not_name(
+    write: Write, marker: Path, tiny: Tiny
+) -> None:
     content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
     write_record("run.json", content | {"classes": {"evil:Mine": {"file": None, "sha256": None}}})
     refused(launch("sample", ".", "w1"), "run.json: evil:Mine: --import evil")
@@ -524,7 +526,7 @@ class Scaled(CausalLM):
 
 @pytest.mark.slow
 def test_a_run_with_a_class_of_its_config_file(tiny: Tiny) -> None:
-    """It trains, goes on, is shown, sampled from and replayed."""
+    """It can be trained, resumed, shown, sampled from and replayed."""
     tiny.config.write_text(
         OBJECTIVE + tiny.config.read_text().replace('name="tiny",', 'name="tiny", objective=Scaled(),')
     )
