@@ -71,7 +71,7 @@ def test_damaged_content_is_refused(tokenizer):
     whole, kind = tokenizer.content, tokenizer.kind
     cases = [(kind, content, EOT, "store/t") for content in (b"", b"{}", whole[: len(whole) // 2])]
     cases += [(other, whole, EOT, "store/t prepare") for other in ("tiktoken", "sentencepiece")]
-    cases += [("runes", whole, EOT, "newer"), *[(kind, whole, "<end>", "end_of_document=<end>")][: kind != "bytes"]]
+    cases += [("runes", whole, EOT, "runes update"), *[(kind, whole, "<end>", "end_of_document=<end>")][: kind != "bytes"]]
     for kind, content, end, named in cases:
         with raises(ConfigError, named):
             load_tokenizer(kind, content, end, "store/t")

@@ -1,7 +1,7 @@
-"""Token ids and text: the tokenizer that a store keeps, and decoding of ids that come one at a time.
+"""Tokenizers of stores, and incremental decoding.
 
-There are two kinds: a `tokenizer.json`, and the bytes of UTF-8. `jaxinfra.prepare.tokenizers` makes them, of what a
-recipe names. Ordinary text never spells a special token, whatever the kind.
+There are two kinds: a `tokenizer.json`, and the bytes of UTF-8. `jaxinfra.prepare.tokenizers` trains and converts them.
+With either, ordinary text never becomes a special token, even if it spells one.
 """
 
 from jaxinfra.data.tokenizer.base import Tokenizer
@@ -13,13 +13,11 @@ from jaxinfra.errors import ConfigError
 __all__ = ["ByteTokenizer", "JsonTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
 _KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (JsonTokenizer, ByteTokenizer)}
-_CONVERTED = ("tiktoken", "sentencepiece")  # kinds that stores had once
 
 
 def load_tokenizer(kind: str, content: bytes, end_of_document: str, name: str) -> Tokenizer:
-    """Makes the tokenizer that had this kind, content and end; an unknown kind or damage is a ConfigError on `name`."""
-    if kind in _CONVERTED:
-        raise ConfigError(f"{name}: {kind} vocabularies are kept as tokenizer.json now; prepare the store again")
+    """Loads a tokenizer from its content; ConfigError with `name` if the kind is unknown or the content is damaged."""
     if kind not in _KINDS:
-        raise ConfigError(f"{name}: is a tokenizer of kind {kind}, known are {', '.join(_KINDS)}; use a newer jaxinfra")
+        kinds = " or ".join(_KINDS)
+        raise ConfigError(f"{name}: kind {kind}, expected {kinds}; update jaxinfra or prepare the store again")
     return _KINDS[kind].from_bytes(content, end_of_document, name)

@@ -1,4 +1,4 @@
-"""The vocabulary of the 256 bytes and one token more, which ends documents: nothing is learned, nothing is unknown."""
+"""The byte tokenizer: 256 bytes and special tokens. It needs no training and has no unknown text."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError
 
 
 class ByteTokenizer(Tokenizer):
-    """Bytes as tokens; id 256 ends documents."""
+    """Bytes of UTF-8 as tokens; id 256 ends documents."""
 
     kind = "bytes"
     file_name = "bytes.json"
@@ -27,12 +27,12 @@ class ByteTokenizer(Tokenizer):
     @override
     def from_bytes(cls, content: bytes, end_of_document: str, name: str) -> Self:
         try:
-            made = cls(end_of_document, json.loads(content)["special_tokens"])
+            tokenizer = cls(end_of_document, json.loads(content)["special_tokens"])
         except (ValueError, KeyError, TypeError):
-            made = None
-        if made is None or made.content != content:
-            raise ConfigError(f"{name}: is not the description of the vocabulary of bytes; copy it anew")
-        return made
+            tokenizer = None
+        if tokenizer is None or tokenizer.content != content:
+            raise ConfigError(f"{name}: damaged description of a byte tokenizer; prepare or copy the store again")
+        return tokenizer
 
     @override
     def encode_batch(self, texts: Sequence[str], *, continuation: bool = False) -> list[list[int]]:

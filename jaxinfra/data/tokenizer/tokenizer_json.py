@@ -1,7 +1,7 @@
-"""Vocabularies in a tokenizer.json: any that the library `tokenizers` reads.
+"""Tokenizers in a tokenizer.json: any that the library `tokenizers` reads.
 
-It adds what that library leaves open: one token that ends a document, text that can never spell a special token, and
-the bytes that each token stands for.
+Adds what the library does not have: a token that ends documents, text that never becomes a special token, and the bytes
+of each token.
 """
 
 import json
@@ -12,23 +12,25 @@ from typing import Any, Self, override
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import Decoder
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from jaxinfra.data.tokenizer.base import Tokenizer, byte_offsets, missing_end_of_document
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import cause_of
 
-_SPACE = "\u2581"  # how SentencePiece, and what follows it, spells a space
+_SPACE = "\u2581"  # SentencePiece's character for a space
 _UNSPELLABLE = "\U0010ffff"  # a noncharacter, which no text has
 
 
 class JsonTokenizer(Tokenizer):
-    """A vocabulary of the library `tokenizers`."""
+    """A tokenizer of the library `tokenizers`."""
 
     kind = "tokenizer_json"
     file_name = "tokenizer.json"
 
     def __init__(self, content: bytes, backend: Backend, end_of_document: str, name: str):
-        """Takes what `content` was read as: its end of document is special, and it neither pads nor truncates."""
+        """Takes the backend of `content`, which must not pad or truncate, and has a special end of document."""
         self.content = content
         self.end_of_document = end_of_document
         self._backend = backend
@@ -45,16 +47,16 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def from_backend(cls, backend: Backend, end_of_document: str, name: str, special: Iterable[str] = ()) -> Self:
-        """Makes a tokenizer of a backend, which it changes: to neither cut nor pad, with a special end of documents.
+        """Adapts a backend in place, so that it does not pad or truncate and `end_of_document` is special.
 
-        `special` are more tokens that must be special; what the backend lacks of them is added to it. ConfigError, with
-        `name`, where it lacks the end of a document.
+        `special` are further special tokens, added if they are missing. ConfigError, with `name`, if the backend lacks
+        `end_of_document`.
         """
         _end_id(backend, end_of_document, name)
         backend.no_padding()
         backend.no_truncation()
-        already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        backend.add_special_tokens([text for text in (end_of_document, *special) if text not in already])
+        existing = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens([text for text in (end_of_document, *special) if text not in existing])
         return cls(backend.to_str().encode(), backend, end_of_document, name)
 
     @override
@@ -71,42 +73,43 @@ class JsonTokenizer(Tokenizer):
     def byte_lengths(self) -> np.ndarray:
         steps = _steps(self._backend.decoder, "decoders")
         byte_level, byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
-        replaced = steps.get("Replace", {})
-        to_space = replaced.get("pattern", {}).get("String") == _SPACE and replaced["content"] == " "
-        spaces = "Metaspace" in steps or to_space
+        replace = steps.get("Replace", {})
+        decodes_space = "Metaspace" in steps or (
+            replace.get("pattern", {}).get("String") == _SPACE and replace["content"] == " "
+        )
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index in self._added and (byte_level or self._added[index].special):
                 lengths[index] = 0 if self._added[index].special else len(token.encode())
             elif byte_level:
-                lengths[index] = len(token)  # spelt with one character a byte
+                lengths[index] = len(token)  # one character for each byte
             elif byte_fallback and re.fullmatch("<0x..>", token, re.DOTALL):
                 lengths[index] = 1
-            elif spaces:
+            elif decodes_space:
                 lengths[index] = len(token.replace(_SPACE, " ").encode())
             else:
                 lengths[index] = len(self.decode([index]).encode())
         return lengths
 
     @override
-    def _located(self, text: str, *, continuation: bool) -> np.ndarray:
+    def _byte_spans(self, text: str, *, continuation: bool) -> np.ndarray:
         encoding = self._encoder(continuation).encode(text, add_special_tokens=False)
         return byte_offsets(text)[np.array(encoding.offsets)]
 
     def _encoder(self, continuation: bool) -> Backend:
-        return self._inner if continuation else self._first
+        return self._continuation_encoder if continuation else self._start_encoder
 
     @cached_property
-    def _first(self) -> Backend:
-        """The backend for texts that begin a document: its model finds no special token in them.
+    def _start_encoder(self) -> Backend:
+        """The backend for texts that start a document, whose model produces no special token.
 
-        A model of unigrams, or one of whole words, would. The ids stay the same, their texts become unspellable.
+        A unigram or word-level model could produce one: such tokens keep their ids, but get texts that nothing spells.
         """
-        spelt = [text for text, index in self.special_tokens.items() if _finds(self._backend, text, index)]
-        if not spelt:
+        produced = [text for text, index in self.special_tokens.items() if _produces(self._backend, text, index)]
+        if not produced:
             return self._backend
         tree = json.loads(self.content)
-        model, hidden = tree["model"], {text: _UNSPELLABLE + text for text in spelt}
+        model, hidden = tree["model"], {text: _UNSPELLABLE + text for text in produced}
         if isinstance(model["vocab"], dict):
             model["vocab"] = {hidden.get(text, text): index for text, index in model["vocab"].items()}
         else:
@@ -117,41 +120,41 @@ class JsonTokenizer(Tokenizer):
             model["unk_token"] = hidden[model["unk_token"]]
         for token in tree["added_tokens"]:
             token["content"] = hidden.get(token["content"], token["content"])
-        return _reread(tree)
+        return _load_tree(tree)
 
     @cached_property
-    def _inner(self) -> Backend:
-        """The backend for texts that do not begin a document."""
-        steps = _steps(self._first.pre_tokenizer, "pretokenizers")
+    def _continuation_encoder(self) -> Backend:
+        """The backend for texts that continue a document: it puts no space before them."""
+        steps = _steps(self._start_encoder.pre_tokenizer, "pretokenizers")
         if steps.get("Metaspace", {}).get("prepend_scheme") != "first":
-            return self._first
-        tree = json.loads(self._first.to_str())
+            return self._start_encoder
+        tree = json.loads(self._start_encoder.to_str())
         for step in tree["pre_tokenizer"].get("pretokenizers", [tree["pre_tokenizer"]]):
             if step["type"] == "Metaspace":
                 step["prepend_scheme"] = "never"
         normalizer = tree["normalizer"] or {}
         if "normalizers" in normalizer:
             normalizer["normalizers"] = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
-        return _reread(tree)
+        return _load_tree(tree)
 
     @cached_property
     @override
-    def _spelt(self) -> re.Pattern[str]:
+    def _special_token_pattern(self) -> re.Pattern[str]:
         space, special = r"\s*", (token for token in self._added.values() if token.special)
         longest_first = sorted(special, key=lambda token: -len(token.content))
-        spelt = (space * each.lstrip + re.escape(each.content) + space * each.rstrip for each in longest_first)
-        return re.compile("|".join(spelt))
+        patterns = (space * each.lstrip + re.escape(each.content) + space * each.rstrip for each in longest_first)
+        return re.compile("|".join(patterns))
 
 
 def read_backend(content: bytes, name: str) -> Backend:
-    """Reads the content of a tokenizer.json; ConfigError, with `name`, where it is none."""
+    """Parses the content of a tokenizer.json; ConfigError with `name` if it is none."""
     try:
         return Backend.from_buffer(content)
     except Exception as error:  # the library raises the bare class
-        raise ConfigError(f"{name}: is not a tokenizer.json ({cause_of(error)})") from None
+        raise ConfigError(f"{name}: not a tokenizer.json ({cause_of(error)})") from None
 
 
-def _reread(tree: dict[str, Any]) -> Backend:
+def _load_tree(tree: dict[str, Any]) -> Backend:
     backend = Backend.from_str(json.dumps(tree))
     backend.encode_special_tokens = True
     return backend
@@ -165,16 +168,16 @@ def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
     return index
 
 
-def _finds(backend: Backend, text: str, index: int) -> bool:
-    """Whether the model of a backend gives a text this id, at the beginning of a document or later."""
+def _produces(backend: Backend, text: str, index: int) -> bool:
+    """Returns whether the model gives this text this id, at the start of a document or later."""
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
     words += [word.removeprefix(_SPACE) for word in words]
     return any(token.id == index for word in words for token in backend.model.tokenize(word))
 
 
-def _steps(part: Any, parts: str) -> dict[str, dict[str, Any]]:
-    """The steps of a decoder or of a pre-tokenizer by their type; a sequence of them has them as `parts`."""
-    if part is None:
+def _steps(component: Decoder | PreTokenizer | None, list_name: str) -> dict[str, dict[str, Any]]:
+    """Returns the steps of a decoder or pre-tokenizer by type; a sequence of them has a list `list_name`."""
+    if component is None:
         return {}
-    tree = json.loads(part.__getstate__())
-    return {step["type"]: step for step in tree.get(parts, [tree])}
+    tree = json.loads(component.__getstate__())
+    return {step["type"]: step for step in tree.get(list_name, [tree])}
