@@ -71,7 +71,9 @@ def test_damaged_content_is_refused(tokenizer):
     whole, kind = tokenizer.content, tokenizer.kind
     cases = [(kind, content, EOT, "store/t") for content in (b"", b"{}", whole[: len(whole) // 2])]
     cases += [(other, whole, EOT, "store/t prepare") for other in ("tiktoken", "sentencepiece")]
-    cases += [("runes", whole, EOT, "runes update"), *[(kind, whole, "<end>", "end_of_document=<end>")][: kind != "bytes"]]
+    cases.append(("runes", whole, EOT, "runes update"))
+    if kind != "bytes":
+        cases.append((kind, whole, "<end>", "end_of_document=<end>"))
     for kind, content, end, named in cases:
         with raises(ConfigError, named):
             load_tokenizer(kind, content, end, "store/t")
