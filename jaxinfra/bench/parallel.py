@@ -34,7 +34,7 @@ COLUMNS: Columns = {
     "step_ms": ("step", "{:.1f} ms"),
     "fsdp_ms": ("fsdp=8", "{:.1f} ms"),
     "ratio": ("ratio", "{:.3f}"),
-    "expected": ("expected of the schedule", "{:.3f}"),
+    "expected": ("expected ratio", "{:.3f}"),
 }
 
 
