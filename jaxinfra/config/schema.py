@@ -175,10 +175,10 @@ def accepts(annotation: object, cls: type) -> bool:
 
 
 def choices(annotation: object) -> dict[str, type]:
-    """Returns the config classes of a union by their snake_case names; empty if the annotation is not a union."""
+    """Returns the config classes of a choice that have snake_case names; imports the `builtins` of open bases."""
     options = members(annotation)
     named = [*filter(is_config, options), *(cls for option in options if is_open(option) for cls in _builtins(option))]
-    return {snake_case(cls): cls for cls in named} if len(options) > 1 or any(map(is_open, options)) else {}
+    return {snake_case(cls): cls for cls in named} if is_choice(annotation) else {}
 
 
 @functools.cache
@@ -187,13 +187,16 @@ def _builtins(base: type[Extensible]) -> tuple[type, ...]:
 
 
 def is_choice(annotation: object) -> bool:
-    """Tells whether an annotation accepts several config classes, or None beside one."""
-    return bool(choices(annotation)) or any(map(is_open, members(annotation)))
+    """Tells whether the class of a value must be named: there is an open base, or a config class in a union."""
+    options = members(annotation)
+    return any(map(is_open, options)) or (len(options) > 1 and any(map(is_config, options)))
 
 
 def choice_name(annotation: object, cls: type) -> str:
-    """Returns the snake_case name of a class of the union, the import path of any other class."""
-    return snake_case(cls) if cls in choices(annotation).values() else class_name(cls)
+    """Returns the name of a class in a choice: snake_case for those of the union and builtins, else the import path."""
+    options = members(annotation)
+    is_builtin = any(class_name(cls) in option.builtins for option in options if is_open(option))
+    return snake_case(cls) if is_builtin or cls in options else class_name(cls)
 
 
 def not_accepted(annotation: object, cls: type) -> str:
@@ -330,7 +333,7 @@ def _words(member: Any, metadata: tuple[object, ...]) -> list[str]:
     if is_config(member):
         return [snake_case(member)]
     if is_open(member):
-        return [f"MODULE:CLASS (a subclass of {member.__name__})"]
+        return [*map(snake_case, _builtins(member)), f"MODULE:CLASS (a subclass of {member.__name__})"]
     if issubclass(member, enum.Enum):
         return [item.name for item in member]
     if member is types.NoneType:
@@ -359,9 +362,11 @@ def _require_supported(annotation: object, where: str) -> None:
                 f"{where}: a config cannot hold {name}; use int, float, bool, str, None, an enum, a Literal, "
                 f"a tuple of these, a dataclass, a base that inherits from Extensible, or a union of such classes"
             )
-    classes = [member for member in members(annotation) if is_config(member)]
-    if len(choices(annotation)) < len(classes) > 1:
+    classes = [member for member in members(annotation) if is_config(member)] if is_choice(annotation) else []
+    if len({*map(snake_case, classes)}) < len(classes):
         raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
-    for cls in choices(annotation).values():
+    for cls in classes:
         if KIND in (field.name for field in dataclasses.fields(cls)):
-            raise ConfigError(f"{where}: no field of {cls.__qualname__}, a union member, may be named {KIND}")
+            raise ConfigError(
+                f"{where}: {cls.__qualname__}, a class of the union, has a field {KIND}; rename the field"
+            )

@@ -106,3 +106,27 @@ class Run:
     only: Annotated[Optimizer, NOT_FINGERPRINTED] = field(default_factory=AdamW)
     maybe: Optimizer | None = None
     several: tuple[AdamW | Optimizer, ...] = ()
+
+
+class Schedule(Extensible):
+    builtins = (f"{__name__}:Linear", f"{__name__}:WarmupCosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Schedule):
+    end: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine(Schedule):
+    end: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Schedule):
+    end: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    schedule: Schedule = field(default_factory=Linear)

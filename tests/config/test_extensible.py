@@ -12,7 +12,7 @@ from jaxinfra.errors import ConfigError
 from tests.refusals import problem, raises
 
 from . import extended
-from .extended import AdamW, Inner, Lion, Mine, Optimizer, OptimizerChoice, Other, Run, Steeper
+from .extended import AdamW, Inner, Lion, Mine, Optimizer, OptimizerChoice, Other, Run, Scheduled, Steeper, Steps
 
 HERE = extended.__name__
 BASE = Run(optimizer=Mine(), maybe=Mine(inner=Inner(size=3)), several=(AdamW(), Steeper()))
@@ -142,3 +142,13 @@ def test_the_fingerprint_has_the_name_of_the_class() -> None:
     assert fingerprint(Run(optimizer=made("One"))) == fingerprint(Run(optimizer=made("One")))
     assert fingerprint(Run(optimizer=made("One"))) != fingerprint(Run(optimizer=made("Two")))
     assert fingerprint(Run(only=made("One"))) == fingerprint(Run())
+
+
+def test_builtins_of_an_open_base_have_snake_case_names() -> None:
+    run = apply(Scheduled(), ["schedule=warmup_cosine"])
+    assert dump(run) == "schedule = warmup_cosine\nschedule.end = 0.0\n"
+    assert decode(Scheduled, encode(run)) == run
+    assert dump(Scheduled(schedule=Steps())).startswith(f"schedule = {HERE}:Steps\n")
+    assert apply(run, [f"schedule={HERE}:WarmupCosine"]) == run
+    with raises(ConfigError, "schedule=warmup: linear, warmup_cosine MODULE:CLASS Schedule) warmup_cosine?"):
+        apply(run, ["schedule=warmup"])
