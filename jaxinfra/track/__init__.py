@@ -1,5 +1,5 @@
-"""Where the metrics of a run go: the console, a JSON Lines file, TensorBoard, and a report page.
+"""Trackers of metrics: the console, a JSON Lines file, TensorBoard, and a report page.
 
-The training loop knows one object, `tracker.Trackers`, and hands it plain Python floats. Nothing here imports
-jax, waits for a device or takes part in the numbers: a run computes the same with every tracker switched off.
+The training loop hands plain Python floats to one `tracker.MultiTracker`. Nothing here imports JAX or waits for a
+device, and a run computes the same numbers with every tracker switched off.
 """

@@ -1,4 +1,4 @@
-"""What a tracker is, and what those that append to a file share."""
+"""The interface of trackers, and a base class for those that append to a file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,36 +7,33 @@ from typing import Any, override
 from jaxinfra.storage.appender import Appender
 
 type RunStatistics = Mapping[str, tuple[int | float | str, str]]
-"""Derived numbers by name: the value, and its unit or how it was computed."""
+"""Statistics of a run by name: the value, and its unit or formula."""
 
 
 class Tracker:
-    """One place where metrics go; by itself it does nothing.
+    """Receives the metrics of a run; this base class ignores them. Steps count from 0."""
 
-    A step is counted from 0. A run that resumes at step s logs step s next.
-    """
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
+        """Receives the run record and statistics; a resumed run drops what was logged from `start_step` on.
 
-    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
-        """Takes the run record and the derived numbers; forgets what was logged from `start_step` on.
-
-        StorageError where it cannot write where it should.
+        Raises StorageError if the output cannot be written.
         """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes metrics of one step; a step may be logged in parts (training, then "eval/...").
+        """Receives metrics of one step; one step may log several times (training, then "eval/...").
 
-        OSError where they could not be written now; they wait, and the next call tries again.
+        Raises OSError if they cannot be written now; they stay in memory, and the next call tries again.
         """
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
-        """Takes the final values of the run; called at most once, before `close`."""
+        """Receives the final values of the run; called at most once, before `close`."""
 
     def close(self) -> None:
-        """Writes out and lets go of everything, once; StorageError says how many records were lost, if any."""
+        """Writes what is pending and frees resources; raises StorageError if records were lost."""
 
 
 class FileTracker(Tracker):
-    """A tracker that appends records to a file in the run directory; `start` opens it."""
+    """A tracker that appends records to a file in the run directory, which `start` opens."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir

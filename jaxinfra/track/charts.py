@@ -1,8 +1,7 @@
-"""Line charts as HTML figures with inline SVG, drawn here and complete without any script.
+"""Draws line charts as HTML figures with inline SVG, complete without a script.
 
-Not for reading files or choosing metrics: `report` does that. Invariant: every string that comes from outside
-is escaped, and every spike of the data is visible, however many points there are. All charts of a page share
-the steps of their horizontal axis, so that the script of the page can point at one step in all of them.
+Every string from outside is escaped, and every spike of the data stays visible. All charts of a page share their
+horizontal axis, so that the page's script can show the values at one step in all of them.
 """
 
 import json
@@ -17,23 +16,23 @@ from jaxinfra.track.formatting import format_number
 
 type Point = tuple[int, float]
 
-WIDTH, HEIGHT = 560, 200  # of the drawing, in its own units
+WIDTH, HEIGHT = 560, 200  # of the drawing, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 58, 552, 12, 174  # edges of the plot in the drawing
 
-_BUCKETS = 600  # about one for each horizontal unit of the plot
-_LOG_RATIO = 1000  # from this ratio of largest to smallest on, a linear axis hides the small values
+_BUCKETS = 600  # about one per horizontal unit of the plot
+_LOG_RATIO = 1000  # largest over smallest value; beyond it a linear axis hides the small values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Describes one chart."""
+    """One line chart."""
 
     title: str  # what is measured
-    unit: str = ""  # of the values as they are drawn, "" for a bare number
-    lines: Mapping[str, Sequence[Point]]  # one to four by label, by rising step; values need not be finite
-    scale: Literal["linear", "auto"] = "linear"  # of heights; "auto" is logarithmic where values span three decades
-    zero: bool = False  # whether the axis must reach down to zero
-    divisor: float = 1.0  # what values are divided by to be in `unit`
+    unit: str = ""  # of the drawn values; "" for a plain number
+    lines: Mapping[str, Sequence[Point]]  # one to four, by label, with rising steps; values may be NaN or infinite
+    scale: Literal["linear", "auto"] = "linear"  # vertical; "auto" is logarithmic if values span three decades
+    zero: bool = False  # whether the vertical axis includes zero
+    divisor: float = 1.0  # converts values to `unit`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,9 @@ class _Axis:
 
 
 def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
-    """Thins `points` to at most four for each of `buckets` equal parts, in order.
+    """Keeps at most four points of each of `buckets` equal parts: the first, smallest, largest, and one not finite.
 
-    Each part keeps its first point, its smallest, its largest, and one that is not finite, so that neither
-    spikes nor gaps are lost. The last point of all stays too.
+    So neither spikes nor gaps are lost. The last point of all is kept, too.
     """
     if len(points) <= 2 * buckets:
         return list(points)
@@ -68,14 +66,14 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
 
 
 def render_chart(chart: Chart, steps: tuple[int, int]) -> str:
-    """Draws `chart` over the steps from the first to the last of `steps`, as one HTML `figure`."""
+    """Draws a chart as one HTML `figure`; `steps` are the first and the last of its horizontal axis."""
     lines = [
         (label, [(step, value / chart.divisor) for step, value in downsample(points)])
         for label, points in chart.lines.items()
         if points
     ]
     unit = f'<span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
-    legend = "".join(  # each label with its last value; the script puts the values under the pointer there
+    legend = "".join(  # labels with the last values, which the script replaces by those at the pointer
         f'<span class="key s{i}">{escape(label)} <b>{escape(format_number(points[-1][1]))}</b></span>'
         for i, (label, points) in enumerate(lines)
     )
@@ -94,7 +92,7 @@ def render_chart(chart: Chart, steps: tuple[int, int]) -> str:
 
 
 def _data(lines: Iterable[tuple[str, Sequence[Point]]], steps: tuple[int, int]) -> dict[str, object]:
-    """Returns what the script needs to find and write the values at a step."""
+    """Returns what the script needs to show the values at a step."""
     series = [
         [[step, float(f"{value:.6g}") if math.isfinite(value) else str(value)] for step, value in points]
         for _, points in lines
@@ -108,16 +106,16 @@ def _x(step: int, steps: tuple[int, int]) -> float:
 
 
 def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) -> str:
-    """Draws one series: a path for each unbroken stretch, a dot for a lone point, a mark where it breaks."""
+    """Draws one series: a path per run of finite points, a dot for a single one, a mark for a point not finite."""
     parts: list[str] = []
-    for finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
+    for finite, group in groupby(points, key=lambda point: math.isfinite(point[1])):
         if finite:
-            places = [(f"{_x(step, steps):.1f}", f"{axis.y(value):.1f}") for step, value in stretch]
-            (cx, cy), path = places[0], "L".join(map(" ".join, places))
+            coordinates = [(f"{_x(step, steps):.1f}", f"{axis.y(value):.1f}") for step, value in group]
+            (cx, cy), path = coordinates[0], "L".join(map(" ".join, coordinates))
             dot = f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>'
-            parts.append(dot if len(places) == 1 else f'<path class="s{i}" d="M{path}"/>')
+            parts.append(dot if len(coordinates) == 1 else f'<path class="s{i}" d="M{path}"/>')
             continue
-        for step, value in stretch:
+        for step, value in group:
             mark = f"M{_x(step, steps):.1f} {TOP}l-3.5 -7h7z"
             parts.append(f'<path class="broken" d="{mark}"><title>step {step}: {value}</title></path>')
     return "".join(parts)
@@ -128,16 +126,16 @@ def _grid(axis: _Axis, steps: tuple[int, int]) -> str:
     for tick in axis.ticks:
         y = f"{axis.y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{_tick(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{_tick_label(tick)}</text>')
     first, last = steps
-    for tick in _nice(first, last, 5) if last > first else (float(first),):
+    for tick in _ticks(first, last, 5) if last > first else (float(first),):
         if tick.is_integer():
             x = f"{_x(int(tick), steps):.1f}"
             parts.append(f'<text x="{x}" y="{BOTTOM + 20}" text-anchor="middle">{int(tick):,}</text>')
     return "".join(parts)
 
 
-def _tick(value: float) -> str:
+def _tick_label(value: float) -> str:
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
         mantissa, exponent = f"{value:.2e}".split("e")
@@ -159,11 +157,11 @@ def _axis(values: Sequence[float], chart: Chart) -> _Axis:
     pad = 0.04 * (high - low)
     low = low if chart.zero and low == 0 else low - pad
     high += pad
-    return _Axis(low=low, high=high, log=False, ticks=_nice(low, high, 5))
+    return _Axis(low=low, high=high, log=False, ticks=_ticks(low, high, 5))
 
 
-def _nice(low: float, high: float, about: int) -> tuple[float, ...]:
-    """Returns about so many values from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
+def _ticks(low: float, high: float, about: int) -> tuple[float, ...]:
+    """Returns about `about` values from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)

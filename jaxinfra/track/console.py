@@ -1,8 +1,6 @@
-"""What a person at the terminal sees: derived numbers, progress, and the summary at the end.
+"""Prints run statistics, progress and the summary: as a progress bar on a terminal, as lines in a log file.
 
-Two trackers, for two kinds of output: `Bar` redraws one line on a terminal, `Plain` prints lines that read
-well in a log file. Not the record of a run: that is metrics.jsonl. Invariant: `log` only takes note; the bar
-is drawn by a thread four times a second, whatever the speed of the steps.
+`log` of the progress bar only stores the metrics; a thread draws them four times a second, whatever the step time.
 """
 
 import math
@@ -29,10 +27,10 @@ from jaxinfra.track.formatting import (
 )
 
 _REFRESH_PER_S = 4
-_LOG_WIDTH = 110  # characters of a table in a log file, which has no width of its own
-_MIN_BAR = 12  # characters
+_LOG_WIDTH = 110  # characters of a table in a log file
+_MIN_BAR_WIDTH = 12  # characters
 
-# End of a metric's name: how it is written, and its width in a column.
+# Format and column width of each metric; "_per_s" is the suffix of several.
 _COLUMNS = {
     "loss": ("{:.4f}".format, 7),
     "lr": ("{:.1e}".format, 7),
@@ -43,25 +41,25 @@ _COLUMNS = {
 
 
 def stdout_console() -> Console:
-    """Returns a console on standard output; it is interactive on a terminal that can move its cursor."""
+    """Returns a console on standard output; it is interactive on a terminal that supports cursor movement."""
     on_terminal = sys.stdout.isatty()
     console = Console(width=None if on_terminal else _LOG_WIDTH, highlight=False)
     console.is_interactive = on_terminal and not console.is_dumb_terminal
     return console
 
 
-def statistics_table(derived: RunStatistics) -> RenderableType:
-    """Lays out the derived numbers of a run, to be printed before its first step."""
-    table = titled_table("Derived numbers", "number")
+def statistics_table(statistics: RunStatistics) -> RenderableType:
+    """Makes the table that is printed before the first step."""
+    table = titled_table("Run statistics", "statistic")
     table.add_column("value", justify="right")
-    table.add_column("unit or how", style="dim")
-    for name, (value, how) in derived.items():
-        table.add_row(Text(name), Text(format_number(value)), Text(how))
+    table.add_column("unit or formula", style="dim")
+    for name, (value, unit) in statistics.items():
+        table.add_row(Text(name), Text(format_number(value)), Text(unit))
     return table
 
 
 def summary_table(values: Mapping[str, Any]) -> RenderableType:
-    """Lays out the summary of a run, to be printed after its last step."""
+    """Makes the table that is printed after the last step."""
     table = titled_table("Summary", "")
     table.show_header = False
     table.add_column(overflow="fold")
@@ -71,56 +69,56 @@ def summary_table(values: Mapping[str, Any]) -> RenderableType:
 
 
 def titled_table(title: str, *columns: str) -> Table:
-    """Makes an empty table in the style of all that are printed."""
+    """Makes an empty table in the style of all tables."""
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
 
 
 class RunProgress:
-    """The newest value of each metric, the steps done, and the time that the rest will take."""
+    """The newest value of each metric, the completed steps, and the remaining time."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
         self.total_steps = total_steps
-        self.done = start_step
+        self.completed_steps = start_step
         self.metrics: dict[str, float] = {}
-        self._first: tuple[int, float] | None = None  # steps done and time at the first log
+        self._first: tuple[int, float] | None = None  # completed steps and time at the first log
         self._now_s = 0.0
 
-    def take(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes note of metrics of `step`."""
-        self.done = max(self.done, step + 1)
-        self.metrics = {**self.metrics, **metrics}  # a new dict: the drawing thread may read the old one
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Stores the metrics of one step."""
+        self.completed_steps = max(self.completed_steps, step + 1)
+        self.metrics = {**self.metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
         self._now_s = time.monotonic()
         if self._first is None:
-            self._first = (self.done, self._now_s)  # compilation is over by now, so it does not count
+            self._first = (self.completed_steps, self._now_s)  # after compilation, which is not part of the speed
 
     def eta_s(self) -> float:
-        """Returns the seconds left at the mean speed since the first log; NaN before there is a speed."""
-        if self._first is None or self.done == self._first[0]:
+        """Returns the remaining seconds at the mean speed since the first log; NaN until the second log."""
+        if self._first is None or self.completed_steps == self._first[0]:
             return math.nan
-        s_per_step = (self._now_s - self._first[1]) / (self.done - self._first[0])
-        return s_per_step * (self.total_steps - self.done)
+        s_per_step = (self._now_s - self._first[1]) / (self.completed_steps - self._first[0])
+        return s_per_step * (self.total_steps - self.completed_steps)
 
     def steps(self) -> str:
-        """Returns "120/400", as wide at every step."""
+        """Returns "120/400", padded to a constant width."""
         total = str(self.total_steps)
-        return f"{self.done:>{len(total)}}/{total}"
+        return f"{self.completed_steps:>{len(total)}}/{total}"
 
 
 class ConsoleTracker(Tracker):
-    """Prints the derived numbers at the start and the summary at the end."""
+    """Prints run statistics at the start and the summary at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = RunProgress(0, 0)
 
     @override
-    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         self._progress = RunProgress(start_step, total_steps)
-        self._console.print(statistics_table(derived))
+        self._console.print(statistics_table(statistics))
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._progress.take(step, metrics)
+        self._progress.update(step, metrics)
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -129,34 +127,34 @@ class ConsoleTracker(Tracker):
 
 
 class PlainTextTracker(ConsoleTracker):
-    """Prints a line with fixed columns at the first step, then every `log_every` steps, and at the last."""
+    """Prints a line with fixed columns at the first step, every `log_every` steps, and the last step."""
 
     def __init__(self, console: Console, log_every: int) -> None:
         super().__init__(console)
         self._log_every = log_every
-        self._printed = 0  # steps done when the last line was printed
+        self._printed = 0  # completed steps at the last line
         self._first = True
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log(step, metrics)
-        if any(name.startswith("eval/") for name in metrics):  # has its own line, and is always due
+        if any(name.startswith("eval/") for name in metrics):  # an evaluation has its own line
             self._line(f"{name} {value:.4f}" for name, value in metrics.items())
         elif self._due(step + 1):
             self._first, self._printed = False, step + 1
             self._line(self._columns())
 
-    def _due(self, done: int) -> bool:
-        on_grid = done % self._log_every == 0 or done - self._printed >= self._log_every
-        return self._first or on_grid or done == self._progress.total_steps
+    def _due(self, completed: int) -> bool:
+        regular = completed % self._log_every == 0 or completed - self._printed >= self._log_every
+        return self._first or regular or completed == self._progress.total_steps
 
     def _columns(self) -> list[str]:
         metrics = self._progress.metrics
         cells = [
-            f"{metric_label(name)} {written(value):>{width}}"
-            for end, (written, width) in _COLUMNS.items()
+            f"{metric_label(name)} {formatter(value):>{width}}"
+            for key, (formatter, width) in _COLUMNS.items()
             for name, value in metrics.items()
-            if name == end or (end == "_per_s" and name.endswith(end))
+            if name == key or (key == "_per_s" and name.endswith(key))
         ]
         return [*cells, f"eta {format_duration(self._progress.eta_s()):>7}"]
 
@@ -165,13 +163,13 @@ class PlainTextTracker(ConsoleTracker):
 
 
 class ProgressBarTracker(ConsoleTracker):
-    """Draws one line at the bottom of a terminal; everything else that is printed scrolls above it."""
+    """Draws one line at the bottom of a terminal; other output scrolls above it."""
 
     _live: Live | None = None
 
     @override
-    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
-        super().start(record, derived, start_step=start_step, total_steps=total_steps)
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
+        super().start(record, statistics, start_step=start_step, total_steps=total_steps)
         self._live = Live(
             console=self._console, get_renderable=self._draw, refresh_per_second=_REFRESH_PER_S, transient=True
         )
@@ -181,23 +179,23 @@ class ProgressBarTracker(ConsoleTracker):
     def close(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            live.stop()  # gives the cursor back
+            live.stop()  # restores the cursor
 
     def _draw(self) -> RenderableType:
         cells = [self._progress.steps(), *self._cells()]
-        room = self._console.width - _MIN_BAR
-        while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > room:
+        available = self._console.width - _MIN_BAR_WIDTH
+        while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > available:
             del cells[-1]
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
         grid.add_column(ratio=1)
         for _ in cells:
             grid.add_column(no_wrap=True)
-        bar = ProgressBar(total=max(self._progress.total_steps, 1), completed=self._progress.done)
+        bar = ProgressBar(total=max(self._progress.total_steps, 1), completed=self._progress.completed_steps)
         grid.add_row(bar, *(Text(cell) for cell in cells))
         return grid
 
     def _cells(self) -> list[str]:
-        """Returns the cells behind the bar; the last ones give way first on a narrow terminal."""
+        """Returns the cells after the bar; a narrow terminal drops the last ones."""
         metrics = self._progress.metrics
         cells = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else ["compiling"]
         cells.append(f"eta {format_duration(self._progress.eta_s())}")

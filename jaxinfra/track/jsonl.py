@@ -1,12 +1,8 @@
-"""metrics.jsonl and summary.json: the record of a run that other programs read.
+"""metrics.jsonl and summary.json: the metrics of a run, for other programs to read.
 
-Each line of metrics.jsonl is one JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` counts
-the seconds that the run has been going, the pauses between a stop and a resume left out. A value that is not
-finite is the string "nan", "inf" or "-inf", since JSON has no such numbers; `read` turns it back.
-
-Invariant: the file holds whole lines, in the order logged, and after a resume at step s none of a step that
-is about to be run again. A full disk loses nothing while the run lives: lines wait in memory (bounded) until
-the next one can be written.
+Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
+time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
+"inf" and "-inf", which `read_metrics` turns back into floats. A run resumed at step s first drops the lines from s on.
 """
 
 import json
@@ -35,17 +31,17 @@ class JsonlTracker(FileTracker):
     """Writes metrics.jsonl line by line, and summary.json at the end, into `run_dir`."""
 
     @override
-    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         path = self._run_dir / METRICS
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             elapsed_s = truncate_metrics(path, start_step)
             self._file = Appender(path)
-        self._zero_s = time.monotonic() - elapsed_s
+        self._start_s = time.monotonic() - elapsed_s
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        line = {"step": step, "time_s": round(time.monotonic() - self._zero_s, 4), **_encode(metrics)}
+        line = {"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **_encode(metrics)}
         self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     @override
@@ -55,35 +51,32 @@ class JsonlTracker(FileTracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Reads metrics.jsonl; a last line torn by a kill is left out, an earlier one without a step is a StorageError."""
-    rows = [_parse(line) for line in path.read_bytes().splitlines()]
+    """Reads metrics.jsonl without a last line torn by a kill; raises StorageError for other lines without a step."""
+    rows = [_parse_line(line) for line in path.read_bytes().splitlines()]
     if None in rows[:-1]:
         raise StorageError(f"{path}:{rows.index(None) + 1}: not a JSON object with a step; delete this line")
     return [row for row in rows if row is not None]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object such as summary.json, "nan" and "inf" turned back into floats; else StorageError."""
-    with storage_errors(path, action="read", fix="give the directory of a run that has started"):
+    """Reads a JSON object such as summary.json; raises StorageError if the file is missing or damaged."""
+    with storage_errors(path, action="read", fix="use the directory of a run that has started"):
         content = path.read_bytes()
     try:
         value = json.loads(content)
     except ValueError as error:
         raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
     if not isinstance(value, dict):
-        raise StorageError(f"{path}: found a {type(value).__name__}, expected a JSON object; restore or delete it")
+        raise StorageError(f"{path}: is a {type(value).__name__}, expected a JSON object; restore or delete it")
     return _decode(value)
 
 
 def truncate_metrics(path: Path, start_step: int) -> float:
-    """Drops the lines of steps >= `start_step`, and lines that cannot be read, by one atomic replacement.
-
-    It returns `time_s` of the last line kept, 0 if there is none.
-    """
+    """Drops unreadable lines and those of steps >= `start_step`; returns `time_s` of the last line kept, or 0."""
     if not path.exists():
         return 0.0
     old = path.read_bytes()
-    rows = [(line, _parse(line)) for line in old.splitlines()]
+    rows = [(line, _parse_line(line)) for line in old.splitlines()]
     if unreadable := sum(row is None for _, row in rows):
         _log.warning("%s: %d unreadable lines dropped; a killed run leaves at most one", path, unreadable)
     kept = [(line, row) for line, row in rows if row is not None and row["step"] < start_step]
@@ -93,15 +86,15 @@ def truncate_metrics(path: Path, start_step: int) -> float:
     return next((row["time_s"] for _, row in reversed(kept) if "time_s" in row), 0.0)
 
 
-def _parse(line: bytes) -> dict[str, float] | None:
+def _parse_line(line: bytes) -> dict[str, float] | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    words = (value for value in row.values() if isinstance(value, str))
-    return _decode(row) if all(word in _NOT_FINITE for word in words) else None
+    strings = (value for value in row.values() if isinstance(value, str))
+    return _decode(row) if all(string in _NOT_FINITE for string in strings) else None
 
 
 def _encode(value: Any) -> Any:

@@ -1,7 +1,4 @@
-"""How much host memory this process holds, cheap enough to ask at every logged step (about 10 us).
-
-Not for device memory, which only the runtime of the device knows.
-"""
+"""Host memory of this process, cheap enough to read at every logged step (about 10 us)."""
 
 import os
 import resource
@@ -12,13 +9,10 @@ _STATM = Path("/proc/self/statm")
 
 
 def rss_bytes() -> int:
-    """Returns the resident set size of this process in bytes.
-
-    Where there is no /proc (macOS), returns the largest size so far, the only one that `getrusage` tells.
-    """
+    """Returns the resident set size in bytes, or without /proc (macOS) its maximum so far."""
     try:
         resident_pages = int(_STATM.read_bytes().split()[1])
     except FileNotFoundError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # kibibytes, except on macOS
+        return peak if sys.platform == "darwin" else peak * 1024  # in KiB, except on macOS
     return resident_pages * os.sysconf("SC_PAGE_SIZE")

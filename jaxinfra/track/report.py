@@ -1,15 +1,11 @@
-"""report.html: one page that tells a run, from the files in its directory alone.
+"""Writes report.html, one page about a run, from the files in its directory.
 
-The page needs no network, no server and no script: charts are drawn into it, and the one small script, which
-only shows values under the pointer, is named to the browser by its hash so that no other may run. It can be
-written while a run goes on, after a kill, or on another machine.
-
-What is read, everything but run.json optional:
-    run.json: `command`, a list of words; `config`, nested by field, in which `name` names the run; `origins`,
-        which maps the path of each changed leaf to where its value came from; `derived`, which maps names to
-        [value, unit or how]. All else is the environment and is listed as it is.
-    metrics.jsonl: see `jsonl`; a value that begins with "device_" and ends with "_bytes" is device memory.
-    summary.json: see `text.summary_rows`.
+The page needs no network and no server. Its only script shows values at the pointer; a hash in the content security
+policy blocks all others. It can be written during a run, after a kill, or on another machine. It reads:
+    run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
+        statistics as [value, unit or formula]; all else is listed as the environment.
+    metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
+    summary.json, optional: see `formatting.summary_rows`.
 """
 
 import base64
@@ -33,17 +29,17 @@ from jaxinfra.track.formatting import bytes_unit, flatten, format_number, metric
 _OWN_SECTIONS = ("command", "config", "origins", "derived")
 _NOT_CHARTED = ("step", "time_s")
 _KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
-_DEVICE_LINES = 3  # beside the one of the host: a chart has four colours
-_OTHER_CHARTS = 24  # further metrics than these are named below the charts, not drawn
+_MAX_DEVICE_LINES = 3  # a chart has four colors, and one is the host's
+_MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
 
 type _Points = Mapping[str, Sequence[Point]]  # by name of the metric
-type _Labels = Mapping[str, str]  # likewise
+type _Labels = Mapping[str, str]  # by name of the metric
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes report.html into `run_dir` in one atomic replacement, and returns its path.
+    """Writes report.html into `run_dir` atomically and returns its path.
 
-    StorageError where run.json is missing, a file is damaged, or the page cannot be written.
+    Raises StorageError if run.json is missing, a file is damaged, or the page cannot be written.
     """
     record = jsonl.read_json(run_dir / "run.json")
     summary_file, metrics_file = run_dir / jsonl.SUMMARY, run_dir / jsonl.METRICS
@@ -56,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render_report(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> str:
-    """Returns the whole page; see the module for what `record`, `rows` and `summary` hold."""
+    """Renders the page from the contents of run.json, metrics.jsonl and summary.json."""
     loader = PackageLoader("jaxinfra.track", "assets")
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
@@ -64,7 +60,7 @@ def render_report(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]]
     style, script = (loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     config = flatten(record.get("config", {}))
-    facts = flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
+    other = flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
     figures, not_drawn = _charts(rows)
     return environment.get_template("report.html.jinja").render(
         style=style,
@@ -78,13 +74,13 @@ def render_report(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]]
         figures=figures,
         not_drawn=not_drawn,
         derived=[(name, format_number(value), str(how)) for name, (value, how) in record.get("derived", {}).items()],
-        config=[(path, _leaf(value)) for path, value in config.items()],
-        changed=[(path, _leaf(config.get(path)), str(set_by)) for path, set_by in record.get("origins", {}).items()],
-        environment=[(key, value if isinstance(value, str) else _leaf(value)) for key, value in facts.items()],
+        config=[(path, _to_json(value)) for path, value in config.items()],
+        changed=[(path, _to_json(config.get(path)), str(set_by)) for path, set_by in record.get("origins", {}).items()],
+        environment=[(key, value if isinstance(value, str) else _to_json(value)) for key, value in other.items()],
     )
 
 
-def _leaf(value: object) -> str:
+def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -99,46 +95,46 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
 
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
-    """Draws the metrics as HTML figures, and returns the names of those that are too many to draw, too."""
+    """Returns the metrics as HTML figures, and the names of those that are not drawn because they are too many."""
     points: defaultdict[str, list[Point]] = defaultdict(list)
     for row in rows:
         for key, value in row.items():
             points[key].append((int(row["step"]), value))
-    scored = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
+    scores = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
     speeds = {key: metric_label(key) for key in points if key.endswith("_per_s")}
-    devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))[:_DEVICE_LINES]
+    devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))[:_MAX_DEVICE_LINES]
     memory = {"rss_bytes": "host"} | {key: key.removesuffix("_bytes").replace("_", " ") for key in devices}
-    used = {*_NOT_CHARTED, *_KNOWN, *memory, *speeds, *scored, *scored.values()}
+    used = {*_NOT_CHARTED, *_KNOWN, *memory, *speeds, *scores, *scores.values()}
     others = sorted(key for key in points if key not in used)
-    charts = _known_charts(points, scored, speeds, memory)
-    charts += [Chart(title=key, lines={key: points[key]}) for key in others[:_OTHER_CHARTS]]
+    charts = _known_charts(points, scores, speeds, memory)
+    charts += [Chart(title=key, lines={key: points[key]}) for key in others[:_MAX_OTHER_CHARTS]]
     steps = [int(row["step"]) for row in rows] or [0]
-    return "".join(render_chart(chart, (min(steps), max(steps))) for chart in charts), others[_OTHER_CHARTS:]
+    return "".join(render_chart(chart, (min(steps), max(steps))) for chart in charts), others[_MAX_OTHER_CHARTS:]
 
 
-def _known_charts(points: _Points, scored: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
-    """Returns the charts that every run has, whether or not it logged their values.
+def _known_charts(points: _Points, scores: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
+    """Returns the charts that every run has, even if it logged no values for them.
 
-    `scored` maps the scores of evaluations to their names in training; `speeds` and `memory`, in bytes, have labels.
+    `scores` maps the metrics of evaluations to those of training; `speeds` and `memory` map metrics to labels.
     """
     sizes = _lines(memory, points)
     largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)
     divisor, unit = bytes_unit(largest)
-    scores = [
+    score_charts = [
         Chart(title=metric_label(trained).capitalize(), lines=_lines({trained: "training", name: "validation"}, points))
-        for name, trained in scored.items()
+        for name, trained in scores.items()
         if trained != "loss"
     ]
     loss = _lines({"loss": "training", "eval/loss": "validation"}, points)
     times = _lines({"step_time_s": "step", "data_wait_s": "waiting for data"}, points)
     return [
         Chart(title="Loss", unit="nats", lines=loss, scale="auto"),
-        *scores,
+        *score_charts,
         Chart(title="Learning rate", lines=_lines({"lr": "lr"}, points), zero=True),
         Chart(title="Gradient norm", lines=_lines({"grad_norm": "norm"}, points), scale="auto", zero=True),
         Chart(title="Throughput", unit=", ".join(speeds.values()), lines=_lines(speeds, points), zero=True),
         Chart(title="MFU", unit="%", lines=_lines({"mfu": "MFU"}, points), zero=True, divisor=0.01),
-        Chart(title="Time of a step", unit="s", lines=times, scale="auto", zero=True),
+        Chart(title="Step time", unit="s", lines=times, scale="auto", zero=True),
         Chart(title="Memory", unit=unit, lines=sizes, zero=True, divisor=divisor),
     ]
 

@@ -1,4 +1,4 @@
-"""A curve drawn in characters, for a terminal or a log, by plotext; the report has the exact one."""
+"""Plots a curve in characters, for terminals and logs."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from jaxinfra.track.charts import downsample
 
 
 def plot_curve(points: Sequence[tuple[int, float]], width: int = 72, height: int = 12) -> str:
-    """Draws values over rising steps in braille characters, with ticks on both axes and no color codes.
+    """Plots values over rising steps in braille characters, without color codes.
 
-    A single spike among many values stays visible. Values that are not finite are left out; without a finite value the
-    result is the line "no values to draw". Width and height, in characters and lines, include axes and tick labels.
+    A single spike stays visible. Values that are not finite are left out; if none is finite, the result is the line "no
+    values to draw". `width` and `height`, in characters and lines, include axes and tick labels.
     """
     import plotext
 

@@ -1,9 +1,7 @@
-"""Which trackers a run has, and the fan-out that the training loop talks to.
+"""Selects the trackers of a run, and passes metrics to all of them.
 
-Not for choosing or computing metrics: the loop does that, and hands over Python floats, so that no tracker
-ever waits for a device. Invariant: a tracker never ends a run that has begun. Storage that fails after
-`start` costs log lines, is reported once, and is counted; storage that fails in `start` is an error before
-the first step.
+A storage failure in `start` ends the run before its first step. A later one loses log lines but does not end the run:
+it is reported once per tracker, and counted.
 """
 
 import logging
@@ -22,16 +20,16 @@ _log = logging.getLogger(__name__)
 
 
 class MultiTracker(Tracker):
-    """Hands everything to each tracker in order; a context manager that closes."""
+    """Passes everything to each tracker in order; a context manager that closes them."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = tuple(trackers)
         self._failures = [0] * len(self._trackers)
 
     @override
-    def start(self, record: Mapping[str, Any], derived: RunStatistics, *, start_step: int, total_steps: int) -> None:
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         for tracker in self._trackers:
-            tracker.start(record, derived, start_step=start_step, total_steps=total_steps)
+            tracker.start(record, statistics, start_step=start_step, total_steps=total_steps)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -43,7 +41,7 @@ class MultiTracker(Tracker):
 
     @override
     def close(self) -> None:
-        """Closes all trackers, whatever any of them raises, then raises the first error."""
+        """Closes all trackers, even if some raise, then raises the first error."""
         errors: list[Exception] = []
         for i, tracker in enumerate(self._trackers):
             try:
@@ -70,7 +68,7 @@ class MultiTracker(Tracker):
             _log.exception("a tracker failed to close after the error that ended the run")
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        """Calls each tracker; one whose storage fails is reported once, and counted."""
+        """Calls each tracker; counts storage failures, and reports the first of each tracker."""
         for i, tracker in enumerate(self._trackers):
             try:
                 call(tracker)
@@ -85,11 +83,11 @@ class TrackConfig:
     """How often metrics are logged, and where they go.
 
     Attributes:
-        log_every: steps between two logged ones; the metrics of the steps between stay on the device.
-        jsonl: write metrics.jsonl and summary.json, from which the report is made.
-        tensorboard: write TensorBoard event files.
-        console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is the bar on
-            a terminal and plain lines elsewhere, "off" prints nothing.
+        log_every: steps between two logs; other steps' metrics stay on the device.
+        jsonl: writes metrics.jsonl and summary.json, from which the report is made.
+        tensorboard: writes TensorBoard event files.
+        console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
+            terminal and "plain" elsewhere, "off" prints nothing.
     """
 
     log_every: Count = 10
@@ -98,15 +96,12 @@ class TrackConfig:
     console: Literal["auto", "bar", "plain", "off"] = "auto"
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Says whether step `step`, counted from 0, is one to log: each `log_every`-th, and the last."""
+        """Returns whether to log this step, counted from 0: every `log_every`-th and the last."""
         return (step + 1) % self.log_every == 0 or step + 1 == total_steps
 
 
 def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
-    """Makes the trackers of `config`; nothing is opened, drawn or printed before `start`.
-
-    In a run of several processes only one has trackers: the others use `Trackers()`.
-    """
+    """Makes the trackers of a run; `start` opens their files."""
     trackers: list[Tracker] = []
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir))

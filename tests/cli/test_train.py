@@ -16,7 +16,7 @@ def test_whole_run(tiny: Tiny) -> None:
     """It writes all that it promises; a second start says so and changes nothing."""
     ended = tiny.launch()
     assert (ended.code, ended.err) == (0, "")
-    assert "Derived numbers" in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
+    assert "Run statistics" in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
     directory = tiny.directory()
     assert {path.name for path in directory.iterdir()} == {
         "run.json",

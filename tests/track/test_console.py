@@ -108,9 +108,9 @@ def test_plain_prints_once_every_log_every_steps_however_often_it_is_told():
 def test_eta_counts_from_the_first_log_after_a_resume():
     progress = RunProgress(100, 200)
     assert math.isnan(progress.eta_s())
-    progress.take(100, {})
+    progress.update(100, {})
     assert math.isnan(progress.eta_s())
     time.sleep(0.02)
-    progress.take(101, {})
+    progress.update(101, {})
     assert 0.02 * 98 <= progress.eta_s() < 20 * 98
     assert progress.steps() == "102/200"

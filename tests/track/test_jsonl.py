@@ -112,7 +112,7 @@ def test_a_disk_full_to_the_end_is_an_error_that_counts_the_lost_lines(tmp_path)
     assert (
         "StorageError" in result.stderr
         and "metrics.jsonl: " in result.stderr
-        and "records lost to a full disk" in result.stderr
+        and "records lost because the disk is full" in result.stderr
     )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) >= 20

@@ -84,9 +84,9 @@ def test_golden_structure(tmp_path):
     html, page = make(tmp_path, 100)
     assert page.texts["h1"] == ["tiny"]
     assert page.texts["h2"] == [
-        "Validation bits per byte, beside others",
+        "Validation bits per byte, with baselines",
         "Over steps",
-        "Derived numbers",
+        "Run statistics",
         "Config, changed from the defaults",
         "Environment",
     ]
@@ -97,7 +97,7 @@ def test_golden_structure(tmp_path):
         "Gradient norm",
         "Throughput",
         "MFU",
-        "Time of a step",
+        "Step time",
         "Memory",
     ]
     assert "python -m launch train configs/tiny.py train.steps=100" in page.texts["code"]

@@ -18,7 +18,7 @@ class Noting:
         if error := self.errors.get(call):
             raise error
 
-    def start(self, record, derived, *, start_step, total_steps):
+    def start(self, record, statistics, *, start_step, total_steps):
         self.note("start")
 
     def log(self, step, metrics):

@@ -1,4 +1,4 @@
-// Points at one step in all charts at once, and writes the values there into the legends.
+// Shows the values at the pointer's step in the legends of all charts.
 
 const charts = [...document.querySelectorAll("figure[data-chart]")].map((figure) => ({
   ...JSON.parse(figure.dataset.chart),
@@ -8,7 +8,7 @@ const charts = [...document.querySelectorAll("figure[data-chart]")].map((figure)
 }));
 const at = document.getElementById("at");
 
-function written(value) {
+function formatValue(value) {
   if (typeof value !== "number") return value;
   const size = Math.abs(value);
   if (size >= 1e4 && size < 1e15) return Math.round(value).toLocaleString("en");
@@ -16,7 +16,7 @@ function written(value) {
   return String(Number(value.toPrecision(5)));
 }
 
-function nearest(points, step) {
+function nearestPoint(points, step) {
   let low = 0, high = points.length - 1;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
@@ -25,7 +25,7 @@ function nearest(points, step) {
   return step - points[low][0] <= points[high][0] - step ? points[low] : points[high];
 }
 
-function point(step) {
+function showStep(step) {
   for (const chart of charts) {
     const [first, last] = chart.steps, [left, right] = chart.edges;
     const part = last > first ? (step - first) / (last - first) : 0.5;
@@ -33,15 +33,15 @@ function point(step) {
     chart.rule.setAttribute("x1", x);
     chart.rule.setAttribute("x2", x);
     chart.rule.classList.add("on");
-    chart.keys.forEach((key, i) => { key.textContent = written(nearest(chart.series[i], step)[1]); });
+    chart.keys.forEach((key, i) => { key.textContent = formatValue(nearestPoint(chart.series[i], step)[1]); });
   }
   at.textContent = `step ${step.toLocaleString("en")}`;
 }
 
-function leave() {
+function showLast() {
   for (const chart of charts) {
     chart.rule.classList.remove("on");
-    chart.keys.forEach((key, i) => { key.textContent = written(chart.series[i].at(-1)[1]); });
+    chart.keys.forEach((key, i) => { key.textContent = formatValue(chart.series[i].at(-1)[1]); });
   }
   at.textContent = "";
 }
@@ -52,7 +52,7 @@ for (const chart of charts) {
     const [first, last] = chart.steps, [left, right] = chart.edges;
     const part = ((event.clientX - box.left) / box.width - left) / (right - left);
     const step = Math.round(first + (last - first) * Math.min(1, Math.max(0, part)));
-    point(nearest(chart.series[0], step)[0]);
+    showStep(nearestPoint(chart.series[0], step)[0]);
   });
-  chart.svg.addEventListener("pointerleave", leave);
+  chart.svg.addEventListener("pointerleave", showLast);
 }
