@@ -2,7 +2,8 @@
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.run import Precision, Run, TrainConfig
 from jaxinfra.track.tracker import TrackConfig

@@ -6,7 +6,8 @@ A token's multiplications are those of the quickstart, from twice the parameters
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import Muon, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.run import Precision, Run, TrainConfig
 

@@ -3,7 +3,8 @@
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.run import Precision, Run, TrainConfig
 

@@ -6,7 +6,8 @@ The corpus is the standard library of the running Python: always there, no netwo
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.rope import Rope
-from jaxinfra.optim.optimizers import Muon, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import Muon
 from jaxinfra.optim.schedules import WSD
 from jaxinfra.run import Precision, Run, TrainConfig
 

@@ -8,7 +8,8 @@ gathers its weights over `fsdp` layer by layer and scatters their gradients back
 is a partial sum over `replica`; after the last microbatch that buffer crosses `replica`, once; then the update.
 """
 
-from collections.abc import Callable, Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfra.compiler import options
+from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import WithReference
@@ -32,7 +34,7 @@ from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes
 from jaxinfra.parallel.sharding import Partitioner, unreduced_zeros
-from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, merge_trees, param_key, select_trainable
+from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, PyTree, merge_trees, param_key, select_trainable
 from jaxinfra.run import Run
 from jaxinfra.stages import Stages
 from jaxinfra.user_code import user_code
@@ -139,9 +141,10 @@ class Program:
         with user_code(type(run.model), "model"):
             self.module = run.model.build(self.partitioner)
         self.graphdef, specs = nnx.split(self.module)
-        self.specs: ParamSpecs = nnx.to_pure_dict(specs)
+        declared: ParamSpecs = nnx.to_pure_dict(specs)
         dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
-        self._paths = jax.tree.map_with_path(lambda path, _: dotted(path), self.specs)
+        self._paths = jax.tree.map_with_path(lambda path, _: dotted(path), declared)
+        self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
         staged = self.partitioner.mesh.stage > 1
         self._stages = Stages(run, self.partitioner, self.specs, self._stored) if staged else None
@@ -189,7 +192,7 @@ class Program:
         return jax.tree.map(lambda p: p.update(dtype=jnp.dtype("float32")), self.params)
 
     def _dtype(self, spec: ParamSpec) -> jnp.dtype:
-        return jnp.dtype(self.run.precision.params if spec.trainable else "float32")
+        return jnp.dtype("float32" if spec.state == "buffer" else self.run.precision.params)
 
     @cached_property
     def state(self) -> TrainState:
@@ -366,6 +369,30 @@ class Program:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
         _, (sums, _) = self._loss(params, batch, reference, train=False)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+
+
+def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:
+    """Marks the parameters whose path matches a pattern, or lies below one that does, as frozen."""
+    known = jax.tree.leaves(paths)
+    for pattern in patterns:
+        if not any(_matches(path, pattern) for path in known):
+            parts = sorted({path.partition(".")[0] for path in known})
+            raise ConfigError(
+                f"optim.frozen={pattern}: no parameter of the model has this path; its parts are {', '.join(parts)}"
+            )
+
+    def one(spec: ParamSpec, path: str) -> ParamSpec:
+        frozen = spec.state == "trained" and any(_matches(path, pattern) for pattern in patterns)
+        return replace(spec, state="frozen") if frozen else spec
+
+    frozen = jax.tree.map(one, specs, paths)
+    if all(spec.state != "trained" for spec in jax.tree.leaves(frozen)):
+        raise ConfigError(f"optim.frozen={','.join(patterns)}: leaves no parameter to train; name fewer")
+    return frozen
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

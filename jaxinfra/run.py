@@ -13,8 +13,7 @@ from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
-from jaxinfra.optim.optimizers import OptimConfig
-from jaxinfra.optim.schedules import schedule_problems
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.parallel.divisibility import MeshFit
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
@@ -73,12 +72,6 @@ class Precision:
             )
 
 
-def _causal_lm() -> Objective:
-    from jaxinfra.objectives.causal_lm import CausalLM  # imports JAX
-
-    return CausalLM()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything that a training run is.
@@ -110,7 +103,7 @@ class Run:
     root: Annotated[str, NOT_FINGERPRINTED] = "runs"
     seed: int = 0
     model: ModelConfig
-    objective: Objective = field(default_factory=_causal_lm)
+    objective: Objective = field(default_factory=Objective.default)
     data: DataConfig
     init: Annotated[str | None, NOT_FINGERPRINTED] = None
     precision: Precision = Precision()
@@ -147,7 +140,7 @@ class Run:
             yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
         if "://" in self.root:
             yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
-        yield from schedule_problems(self.optim.schedule, self.train.steps, path="optim.schedule.")
+        yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")
         model, objective, data = self.model, self.objective, self.data
         if model.modality not in (None, data.modality):
             yield Problem(

@@ -18,8 +18,10 @@ from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.classification import Classification
+from jaxinfra.objectives.dpo import DPO
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
-from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import SGD, Adafactor, Lion, Muon
 from jaxinfra.optim.schedules import WSD, Constant, InverseSqrt, Linear
 from jaxinfra.run import Run, with_fingerprint_name
 
@@ -36,7 +38,7 @@ IMAGES = Run(
     objective=Classification(),
     data=ImageData(store="s", image_size=8),
 )
-PAIRS = replace(TEXT, data=PairData(store="s"))
+PAIRS = replace(TEXT, data=PairData(store="s"), objective=DPO(), init="runs/base")
 RUNS = [
     PAIRS,
     TEXT,

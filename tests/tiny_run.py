@@ -23,7 +23,8 @@ CONFIG = """\
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
+from jaxinfra.optim.optimizers import AdamW
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
 from jaxinfra.track.tracker import TrackConfig

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pkgutil
 import sys
 from typing import ClassVar, Self
 
@@ -30,6 +31,11 @@ class Extensible:
     """
 
     builtins: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def default(cls) -> Self:
+        """Makes an object of the first of the builtins, with the defaults of its fields."""
+        return pkgutil.resolve_name(cls.builtins[0])()
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Raises ConfigError for a class that cannot be used in a config."""

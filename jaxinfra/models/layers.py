@@ -18,9 +18,9 @@ from flax import nnx
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops.dot import dot
 from jaxinfra.ops.norm import layer_norm, rms_norm
-from jaxinfra.parallel.rules import LogicalAxes
+from jaxinfra.parallel.rules import LogicalAxes, Role
 from jaxinfra.parallel.sharding import Partitioner
-from jaxinfra.parallel.spec import Initializer, ParamSpec, Role, constant, normal
+from jaxinfra.parallel.spec import Initializer, ParamSpec, ParamState, constant, normal
 
 type NormType = Literal["rmsnorm", "layernorm"]
 type MlpType = Literal["swiglu", "geglu", "gelu"]
@@ -48,7 +48,7 @@ class ParamFactory:
         *,
         batch_dims: int = 0,
         in_dims: int = 0,
-        trainable: bool = True,
+        state: ParamState = "trained",
     ) -> nnx.Param:
         """Declares a parameter.
 
@@ -63,7 +63,7 @@ class ParamFactory:
             outputs = tuple(range(batch_dims + in_dims, len(shape)))
         return nnx.Param(
             ParamSpec(
-                shape=shape, axes=axes, init=init, role=role, in_dims=inputs, out_dims=outputs, trainable=trainable
+                shape=shape, axes=axes, init=init, role=role, in_dims=inputs, out_dims=outputs, state=state
             )
         )
 

@@ -130,7 +130,7 @@ class MoE(nnx.Module):
         router_init = normal(hidden_size**-0.5)
         self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
         self.bias = (
-            params.param((experts,), (None,), constant(0.0), "bias", trainable=False)
+            params.param((experts,), (None,), constant(0.0), "bias", state="buffer")
             if config.bias_update_rate
             else None
         )

@@ -1,4 +1,4 @@
-"""The optimizer's config, and the optax chain that it describes.
+"""The optimizers, and the optax chain of a run.
 
 The train step itself clips gradients and averages weights (`optim.transforms`).
 
@@ -8,26 +8,27 @@ parameters whose role is in `OptimConfig.decay_roles`. Update t (from 0) uses th
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal, override
 
 import jax
 import jax.numpy as jnp
 import optax
 from annotated_types import Ge, Gt
 
-from jaxinfra.config import NOT_FINGERPRINTED, Problem
+from jaxinfra.config import Problem
 from jaxinfra.config.limits import Count, Decay, NonNegative, Positive, PositiveShare
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
+from jaxinfra.optim.config import OptimConfig, Optimizer
 from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_spec, matrix_dims
 from jaxinfra.optim.muon import orthogonalize
 from jaxinfra.optim.offload import store_state_on_host
-from jaxinfra.optim.schedules import Cosine, LRSchedule, optax_schedule
+from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import store_state_as
-from jaxinfra.parallel.spec import ParamSpec, PyTree, Role
+from jaxinfra.parallel.spec import ParamSpec, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2).
 
     Attributes:
@@ -42,9 +43,13 @@ class AdamW:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
 
+    @override
+    def transform(self, specs: PyTree) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Adafactor:
+class Adafactor(Optimizer):
     """Adafactor: a factored second moment and no first moment (Shazeer & Stern 2018, Algorithm 4).
 
     Attributes:
@@ -64,9 +69,29 @@ class Adafactor:
     min_param_rms: Positive = 1e-3
     weight_decay: NonNegative = 0.0
 
+    @override
+    def transform(self, specs: PyTree) -> optax.GradientTransformation:
+        scaled = scale_by_factored_rms(
+            specs,
+            decay_power=self.decay_power,
+            min_factored_dim=self.min_factored_dim,
+            clip_rms=self.clip_rms,
+        )
+        if not self.scale_by_param:
+            return scaled
+        return optax.chain(scaled, scale_by_param_rms(specs, min_rms=self.min_param_rms))
+
+    @override
+    def problems_in_bfloat16(self) -> Iterable[Problem]:
+        yield Problem(
+            fields=("state_dtype", "optimizer.decay_power"),
+            message="bfloat16 rounds away late changes of Adafactor's second moment, and saves little memory",
+            fix="use state_dtype=float32",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class Lion:
+class Lion(Optimizer):
     """Lion: the sign of an interpolated momentum (Chen et al. 2023, Algorithm 2).
 
     Every element changes by the full learning rate, so use a peak 3 to 10 times lower than AdamW's and a weight decay
@@ -82,9 +107,13 @@ class Lion:
     b2: Decay = 0.99
     weight_decay: NonNegative = 1.0
 
+    @override
+    def transform(self, specs: PyTree) -> optax.GradientTransformation:
+        return optax.scale_by_lion(self.b1, self.b2)
+
 
 @dataclass(frozen=True, kw_only=True)
-class SGD:
+class SGD(Optimizer):
     """Stochastic gradient descent with heavy-ball or Nesterov momentum (Sutskever et al. 2013, section 2).
 
     Attributes:
@@ -106,9 +135,13 @@ class SGD:
                 fix="use momentum=0.9 or nesterov=False",
             )
 
+    @override
+    def transform(self, specs: PyTree) -> optax.GradientTransformation:
+        return optax.identity() if self.momentum == 0 else optax.trace(self.momentum, self.nesterov)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Muon:
+class Muon(Optimizer):
     """Orthogonalized momentum for hidden matrices, AdamW for all other parameters (Jordan et al. 2024).
 
     Attributes:
@@ -134,51 +167,20 @@ class Muon:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
 
+    @override
+    def transform(self, specs: PyTree) -> optax.GradientTransformation:
+        def dims(spec: ParamSpec) -> MatrixDims | optax.MaskedNode:
+            return matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode()
 
-type Optimizer = AdamW | Adafactor | Lion | SGD | Muon
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer, its learning-rate schedule, and what is done around an update.
-
-    Attributes:
-        optimizer: the update rule.
-        schedule: the learning rate as a fraction of the peak.
-        peak_lr: the highest learning rate.
-        clip_norm: limit on the global norm of the gradient; None for no limit.
-        ema_decay: decay of averaged weights; None keeps none.
-        state_dtype: dtype of the stored optimizer state; computation is in float32.
-        offload: keep the optimizer state in host memory between steps.
-        decay_roles: roles of the parameters that weight decay applies to.
-    """
-
-    optimizer: Optimizer = AdamW()
-    schedule: LRSchedule = Cosine()
-    peak_lr: Positive = 3e-4
-    clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    ema_decay: Decay | None = None
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
-    offload: Annotated[bool, NOT_FINGERPRINTED] = False
-    decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields moments that bfloat16 cannot store: it rounds away changes of less than 2**-8 of a value."""
-        if self.state_dtype != "bfloat16":
-            return
-        if isinstance(self.optimizer, Adafactor):
-            yield Problem(
-                fields=("state_dtype", "optimizer.decay_power"),
-                message="bfloat16 rounds away late changes of Adafactor's second moment, and saves little memory",
-                fix="use state_dtype=float32",
-            )
-        for name in ("b1", "b2", "momentum"):
-            if (decay := getattr(self.optimizer, name, 0.0)) > 1 - 2**-8:
-                yield Problem(
-                    fields=("state_dtype", f"optimizer.{name}"),
-                    message=f"bfloat16 rounds away the changes of a moment with {name}={decay}",
-                    fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
-                )
+        dims_tree = jax.tree.map(dims, specs, is_leaf=is_param_spec)
+        # `trace` sums gradients where the paper averages them. Newton-Schulz does not depend on the scale.
+        matrices = optax.chain(
+            optax.trace(self.momentum, self.nesterov),
+            orthogonalize(dims_tree, iterations=self.iterations, scale=self.scale, dtype=jnp.dtype(self.matmul_dtype)),
+        )
+        others = optax.scale_by_adam(self.b1, self.b2, self.eps)
+        labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs, is_leaf=is_param_spec)
+        return optax.partition({"muon": matrices, "adamw": others}, labels)
 
 
 def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformation:
@@ -196,51 +198,10 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
 
     def chain(specs: PyTree) -> optax.GradientTransformation:
         decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
-        links = [_update_rule(optim.optimizer, specs)]
+        links = [optim.optimizer.transform(specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))
         return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
 
     return store_state_on_host(chain, specs) if optim.offload else chain(specs)
-
-
-def _update_rule(optimizer: Optimizer, specs: PyTree) -> optax.GradientTransformation:
-    """Returns the update before weight decay and learning rate."""
-    match optimizer:
-        case AdamW():
-            return optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
-        case Adafactor():
-            scaled = scale_by_factored_rms(
-                specs,
-                decay_power=optimizer.decay_power,
-                min_factored_dim=optimizer.min_factored_dim,
-                clip_rms=optimizer.clip_rms,
-            )
-            if not optimizer.scale_by_param:
-                return scaled
-            return optax.chain(scaled, scale_by_param_rms(specs, min_rms=optimizer.min_param_rms))
-        case Lion():
-            return optax.scale_by_lion(optimizer.b1, optimizer.b2)
-        case SGD():
-            if optimizer.momentum == 0:
-                return optax.identity()
-            return optax.trace(optimizer.momentum, optimizer.nesterov)
-        case Muon():
-            return _muon(optimizer, specs)
-    assert_never(optimizer)
-
-
-def _muon(muon: Muon, specs: PyTree) -> optax.GradientTransformation:
-    def dims(spec: ParamSpec) -> MatrixDims | optax.MaskedNode:
-        return matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode()
-
-    dims_tree = jax.tree.map(dims, specs, is_leaf=is_param_spec)
-    # `trace` sums gradients where the paper averages them. Newton-Schulz does not depend on the scale.
-    matrices = optax.chain(
-        optax.trace(muon.momentum, muon.nesterov),
-        orthogonalize(dims_tree, iterations=muon.iterations, scale=muon.scale, dtype=jnp.dtype(muon.matmul_dtype)),
-    )
-    others = optax.scale_by_adam(muon.b1, muon.b2, muon.eps)
-    labels = jax.tree.map(lambda spec: "muon" if is_hidden_matrix(spec) else "adamw", specs, is_leaf=is_param_spec)
-    return optax.partition({"muon": matrices, "adamw": others}, labels)

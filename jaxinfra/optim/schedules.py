@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Literal
+from typing import Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,13 @@ import optax
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Natural, PositiveShare, Share
+from jaxinfra.optim.config import LRSchedule
+
+type Array = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warmup:
+class Warmup(LRSchedule):
     """The common field of all schedules.
 
     Attributes:
@@ -38,6 +41,10 @@ class Warmup:
 class Constant(Warmup):
     """The peak, after warmup."""
 
+    @override
+    def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
+        return xp.ones_like(step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Warmup):
@@ -49,6 +56,11 @@ class Linear(Warmup):
 
     final_fraction: Share = 0.0
 
+    @override
+    def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
+        left = 1 - _progress(step, self.warmup_steps, steps, xp)
+        return self.final_fraction + (1 - self.final_fraction) * left
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Warmup):
@@ -59,6 +71,11 @@ class Cosine(Warmup):
     """
 
     final_fraction: Share = 0.1
+
+    @override
+    def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
+        left = (1 + xp.cos(np.pi * _progress(step, self.warmup_steps, steps, xp))) / 2
+        return self.final_fraction + (1 - self.final_fraction) * left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +96,31 @@ class WSD(Warmup):
         """Returns the number of steps that decay."""
         return round(self.decay_fraction * steps)
 
+    @override
+    def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
+        progress = _progress(step, steps - self.decay_steps(steps), steps, xp)
+        left = 1 - (xp.sqrt(progress) if self.shape == "sqrt" else progress)
+        return self.final_fraction + (1 - self.final_fraction) * left
+
+    @override
+    def problems_in_run(self, steps: int, path: str) -> Iterable[Problem]:
+        yield from super().problems_in_run(steps, path)
+        if self.warmup_steps < steps < self.warmup_steps + self.decay_steps(steps):
+            yield Problem(
+                fields=(f"{path}warmup_steps", f"{path}decay_fraction"),
+                message=f"warmup and {self.decay_steps(steps)} steps of decay do not fit into {steps} steps",
+                fix=f"use {path}warmup_steps={steps - self.decay_steps(steps)} or less",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrt(Warmup):
     """`peak_lr * sqrt(w / t)` with `w = max(warmup_steps, 1)` (Vaswani et al. 2017, section 5.3)."""
 
-
-type LRSchedule = Constant | Linear | Cosine | WSD | InverseSqrt
+    @override
+    def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
+        first = max(self.warmup_steps, 1)
+        return xp.sqrt(first / xp.maximum(step, first))
 
 
 def optax_schedule(config: LRSchedule, *, peak_lr: float, steps: int) -> optax.Schedule:
@@ -104,7 +139,7 @@ def learning_rate(
     xp = jnp if isinstance(step, jax.Array) else np
     t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
     warmup = xp.minimum(t / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    return peak_lr * warmup * _decay(config, t, steps, xp)
+    return peak_lr * warmup * config.multiplier(t, steps, xp)
 
 
 def lr_table(config: LRSchedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
@@ -114,40 +149,6 @@ def lr_table(config: LRSchedule, *, peak_lr: float, steps: int, rows: int = 11) 
     return [(at, float(learning_rate(config, at, peak_lr=peak_lr, steps=steps))) for at in chosen]
 
 
-def schedule_problems(config: LRSchedule, steps: int, *, path: str = "") -> Iterable[Problem]:
-    """Yields problems with a run of `steps` steps; `path` is the prefix of fields, such as "optim.schedule."."""
-    if config.warmup_steps and config.warmup_steps >= steps:
-        yield Problem(
-            fields=(f"{path}warmup_steps",),
-            message=f"the last step is {steps - 1}, before the end of warmup",
-            fix=f"use {path}warmup_steps={steps // 10}, or more steps",
-        )
-    elif isinstance(config, WSD) and config.warmup_steps + config.decay_steps(steps) > steps:
-        yield Problem(
-            fields=(f"{path}warmup_steps", f"{path}decay_fraction"),
-            message=f"warmup and {config.decay_steps(steps)} steps of decay do not fit into {steps} steps",
-            fix=f"use {path}warmup_steps={steps - config.decay_steps(steps)} or less",
-        )
-
-
-def _decay(config: LRSchedule, t: jax.Array | np.ndarray, steps: int, xp: ModuleType) -> jax.Array | np.ndarray:
-    """Returns the rate after warmup as a fraction of the peak; 1 during warmup."""
-    match config:
-        case Constant():
-            return xp.ones_like(t)
-        case InverseSqrt():
-            first = max(config.warmup_steps, 1)
-            return xp.sqrt(first / xp.maximum(t, first))
-        case WSD():
-            start = steps - config.decay_steps(steps)
-        case Linear() | Cosine():
-            start = config.warmup_steps
-    progress = xp.clip((t - start) / max(steps - start, 1), 0.0, 1.0)
-    match config:
-        case Cosine():
-            left = (1 + xp.cos(np.pi * progress)) / 2
-        case WSD(shape="sqrt"):
-            left = 1 - xp.sqrt(progress)
-        case _:
-            left = 1 - progress
-    return config.final_fraction + (1 - config.final_fraction) * left
+def _progress(step: Array, start: int, stop: int, xp: ModuleType) -> Array:
+    """Returns how far a step is from `start` to `stop`, from 0 to 1."""
+    return xp.clip((step - start) / max(stop - start, 1), 0.0, 1.0)

@@ -8,6 +8,9 @@ from typing import Literal
 from jaxinfra.config import Problem
 from jaxinfra.parallel.mesh_config import MeshAxis
 
+type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
+"""What a parameter is for: optimizers choose by it."""
+
 type LogicalAxes = tuple[str | None, ...]
 type Quantize = Literal["none", "int8", "fp8"]
 """The number format of matrix products with the layers' weights (see `ops.quantized`)."""

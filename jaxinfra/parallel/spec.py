@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxinfra.parallel.rules import Role
+
 type PyTree = Any
 """A nested structure that `jax.tree` maps over: of arrays, specs or shardings."""
 
 type Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype, PartitionSpec | None], jax.Array]
 """`(key, shape, dtype, out_sharding) -> array`; the values do not depend on the sharding."""
 
-type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
+
+type ParamState = Literal["trained", "frozen", "buffer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class ParamSpec:
         role: selects the optimizer's treatment (weight decay, Muon).
         in_dims: dimensions of `shape` that the parameter's matmul contracts (empty if there is none).
         out_dims: dimensions of `shape` that the matmul outputs.
-        trainable: whether the optimizer updates it; others are float32 buffers that the model updates.
+        state: "trained" by the optimizer, "frozen" at its first value, or a float32 "buffer" that the model updates.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +46,7 @@ class ParamSpec:
     role: Role
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
-    trainable: bool = True
+    state: ParamState = "trained"
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -62,13 +65,13 @@ type Params = dict[str, jax.Array | Params]
 
 
 def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
-    """Removes parameters that are not trainable from a nested dict; `specs` are its `ParamSpec`s."""
+    """Removes parameters that are not trained from a nested dict; `specs` are its `ParamSpec`s."""
     if isinstance(specs, ParamSpec):
         return tree
     return {
         name: select_trainable(tree[name], spec)
         for name, spec in specs.items()
-        if not isinstance(spec, ParamSpec) or spec.trainable
+        if not isinstance(spec, ParamSpec) or spec.state == "trained"
     }
 
 

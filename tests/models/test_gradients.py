@@ -11,7 +11,7 @@ import pytest
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
 from jaxinfra.objectives.causal_lm import CausalLM
-from jaxinfra.optim.optimizers import OptimConfig
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.parallel.mesh import abstract_mesh, make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program

@@ -13,7 +13,7 @@ from jaxinfra.data.pairs import PairData
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.objectives.dpo import DPO, SIDES
-from jaxinfra.optim.optimizers import OptimConfig
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig

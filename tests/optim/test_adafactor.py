@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.optim.adafactor import Factored, scale_by_factored_rms
-from jaxinfra.optim.optimizers import Adafactor, OptimConfig, make_optimizer
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import Adafactor, make_optimizer
 from jaxinfra.optim.schedules import Constant
 
 LR = 0.1

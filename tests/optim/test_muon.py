@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.muon import assign_shards, newton_schulz
-from jaxinfra.optim.optimizers import Muon, OptimConfig, make_optimizer
+from jaxinfra.optim.optimizers import Muon, make_optimizer
 from jaxinfra.optim.schedules import Constant
 
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig, Optimizer, make_optimizer
+from jaxinfra.optim.config import OptimConfig, Optimizer
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, make_optimizer
 from jaxinfra.optim.schedules import Cosine
 from tests.optim.test_optim_sharding import sharded
 

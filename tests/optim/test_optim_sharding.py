@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig, make_optimizer
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, make_optimizer
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.spec import ParamSpec, normal

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import validate
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.matrix_dims import is_param_spec
-from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimConfig, make_optimizer
+from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, make_optimizer
 from jaxinfra.optim.schedules import Constant, Linear
 from tests.refusals import problem
 

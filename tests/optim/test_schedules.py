@@ -15,7 +15,6 @@ from jaxinfra.optim.schedules import (
     learning_rate,
     lr_table,
     optax_schedule,
-    schedule_problems,
 )
 from tests.refusals import problem
 
@@ -94,14 +93,14 @@ def test_table_has_both_ends_and_the_end_of_warmup():
     ],
 )
 def test_schedules_that_do_not_fit_the_run(config, steps, field):
-    (problem,) = schedule_problems(config, steps, path="optim.schedule.")
+    (problem,) = config.problems_in_run(steps, "optim.schedule.")
     assert f"optim.schedule.{field}" in problem.fields
     assert "optim.schedule.warmup_steps=" in problem.fix
 
 
 @pytest.mark.parametrize("config", [Cosine(warmup_steps=99), WSD(warmup_steps=50, decay_fraction=0.5), Constant()])
 def test_schedules_that_fit_the_run(config):
-    assert not list(schedule_problems(config, 100))
+    assert not list(config.problems_in_run(100, ""))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.objectives.classification import Classification
 from jaxinfra.ops.rope import Rope, YarnScaling
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 from jaxinfra.parallel.spec import ParamSpec

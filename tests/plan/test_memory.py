@@ -11,7 +11,7 @@ from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.remat import Remat
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.ops.attention import splash_block
-from jaxinfra.optim.optimizers import OptimConfig
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.plan.aot import CompiledStep, Memory, compile_step, memory_usage, no_compilation_cache, program_on

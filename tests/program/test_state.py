@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.optim.optimizers import AdamW, Lion, Muon, Optimizer
+from jaxinfra.optim.config import Optimizer
+from jaxinfra.optim.optimizers import AdamW, Lion, Muon
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program, TrainState

@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Linear
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig

@@ -16,7 +16,8 @@ STEPS, WINDOW = 80, 20
 CONFIG = """\
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
+from jaxinfra.optim.optimizers import AdamW
+from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
 from jaxinfra.track.tracker import TrackConfig

@@ -1,0 +1,112 @@
+"""The optimizer's config, and the base classes of optimizers and learning-rate schedules. Imports no JAX."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Gt
+
+from jaxinfra.config import NOT_FINGERPRINTED, Extensible, Problem
+from jaxinfra.config.limits import Decay, Positive
+from jaxinfra.parallel.rules import Role
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+    import optax
+
+
+class Optimizer(Extensible, ABC):
+    """An update rule: a frozen dataclass that inherits from this class and defines `transform`.
+
+    Attributes:
+        weight_decay: fraction of a parameter subtracted per unit of learning rate, after `transform`.
+    """
+
+    builtins: ClassVar[tuple[str, ...]] = tuple(
+        f"jaxinfra.optim.optimizers:{name}" for name in ("AdamW", "Adafactor", "Lion", "SGD", "Muon")
+    )
+    weight_decay: float = 0.0
+
+    @abstractmethod
+    def transform(self, specs: Any) -> "optax.GradientTransformation":
+        """Returns the optax transformation of gradients into updates, before weight decay and learning rate.
+
+        It must not scale by a learning rate or by -1: `optax.scale_by_adam`, not `optax.adam`. Its state should be
+        sharded like the parameters, as what `jnp.zeros_like` of them is. `specs` are their `ParamSpec`s.
+        """
+
+    def problems_in_bfloat16(self) -> Iterable[Problem]:
+        """Yields why the state cannot be stored in bfloat16, with paths from `OptimConfig`."""
+        return ()
+
+
+class LRSchedule(Extensible, ABC):
+    """A learning-rate schedule: a frozen dataclass that inherits from this class and defines `multiplier`.
+
+    Attributes:
+        warmup_steps: steps of linear warmup from 0, before which `multiplier` is 1.
+    """
+
+    builtins: ClassVar[tuple[str, ...]] = tuple(
+        f"jaxinfra.optim.schedules:{name}" for name in ("Cosine", "Constant", "Linear", "WSD", "InverseSqrt")
+    )
+    warmup_steps: int = 0
+
+    @abstractmethod
+    def multiplier(self, step: "jax.Array | np.ndarray", steps: int, xp: ModuleType) -> "jax.Array | np.ndarray":
+        """Returns the learning rate after warmup as a fraction of the peak.
+
+        `step` is an array of floats, traced or not, in a run of `steps` steps; `xp` is `jax.numpy` or `numpy`.
+        """
+
+    def problems_in_run(self, steps: int, path: str) -> Iterable[Problem]:
+        """Yields problems with a run of `steps` steps; `path` is the prefix of fields, such as "optim.schedule."."""
+        if self.warmup_steps and self.warmup_steps >= steps:
+            yield Problem(
+                fields=(f"{path}warmup_steps",),
+                message=f"the last step is {steps - 1}, before the end of warmup",
+                fix=f"use {path}warmup_steps={steps // 10}, or more steps",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its learning-rate schedule, and what is done around an update.
+
+    Attributes:
+        optimizer: the update rule.
+        schedule: the learning rate as a fraction of the peak.
+        peak_lr: the highest learning rate.
+        clip_norm: limit on the global norm of the gradient; None for no limit.
+        ema_decay: decay of averaged weights; None keeps none.
+        state_dtype: dtype of the stored optimizer state; computation is in float32.
+        offload: keep the optimizer state in host memory between steps.
+        decay_roles: roles of the parameters that weight decay applies to.
+        frozen: parameters that keep their first values, as patterns of their paths such as "embedding" or "blocks.*".
+    """
+
+    optimizer: Optimizer = field(default_factory=Optimizer.default)
+    schedule: LRSchedule = field(default_factory=LRSchedule.default)
+    peak_lr: Positive = 3e-4
+    clip_norm: Annotated[float, Gt(0)] | None = 1.0
+    ema_decay: Decay | None = None
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: Annotated[bool, NOT_FINGERPRINTED] = False
+    decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")
+    frozen: tuple[str, ...] = ()
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields moments that bfloat16 cannot store: it rounds away changes of less than 2**-8 of a value."""
+        if self.state_dtype != "bfloat16":
+            return
+        yield from self.optimizer.problems_in_bfloat16()
+        for name in ("b1", "b2", "momentum"):
+            if (decay := getattr(self.optimizer, name, 0.0)) > 1 - 2**-8:
+                yield Problem(
+                    fields=("state_dtype", f"optimizer.{name}"),
+                    message=f"bfloat16 rounds away the changes of a moment with {name}={decay}",
+                    fix=f"use state_dtype=float32 or optimizer.{name}=0.99",
+                )
