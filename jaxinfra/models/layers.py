@@ -62,9 +62,7 @@ class ParamFactory:
             inputs = tuple(range(batch_dims, batch_dims + in_dims))
             outputs = tuple(range(batch_dims + in_dims, len(shape)))
         return nnx.Param(
-            ParamSpec(
-                shape=shape, axes=axes, init=init, role=role, in_dims=inputs, out_dims=outputs, state=state
-            )
+            ParamSpec(shape=shape, axes=axes, init=init, role=role, in_dims=inputs, out_dims=outputs, state=state)
         )
 
 
