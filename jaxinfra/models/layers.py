@@ -125,13 +125,13 @@ class Linear(nnx.Module):
         x_axes = RESIDUAL if self.parallelism == "sequence" else SEQUENCE
         w = partitioner.gather_weight(self.weight[...], self.axes, x_axes)
         multiply = partial(
-            dot, contract=self.in_dims, flat=partitioner.platform != "tpu", quantize=partitioner.quantize
+            dot, in_dims=self.in_dims, flatten=partitioner.platform != "tpu", quantize=partitioner.quantize
         )
         if self.parallelism != "row":
             y = multiply(x, w)
             return self._add_bias(save_dot(y) if self.save_output else y, x_axes)
         unreduced = frozenset(a for name in self.axes[: self.in_dims] for a in partitioner.mesh_axes(name))
-        y = multiply(x, w, partial=unreduced)
+        y = multiply(x, w, unreduced=unreduced)
         return self._add_bias(save_dot(partitioner.shard(y, *RESIDUAL, None)), RESIDUAL)
 
     def _add_bias(self, y: jax.Array, y_axes: LogicalAxes) -> jax.Array:

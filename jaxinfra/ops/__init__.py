@@ -1,1 +1,1 @@
-"""Kernels, one entry each, every one with a plain reference that runs on any platform."""
+"""Kernels, each with a reference implementation that runs on any platform."""

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float = 0.0) -> jax.Array:
-    """`x / rms(x) * (offset + scale)` over the last dimension.
+    """Returns `x / rms(x) * (offset + scale)` over the last dimension.
 
     Args:
         x: `[..., D]`.
         scale: `[D]`.
         eps: added to the mean square.
-        offset: 1 where the weights are stored as a difference from one (Gemma).
+        offset: 1 if weights are stored as their difference from one (Gemma).
     """
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -19,8 +19,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float = 0.0)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -> jax.Array:
-    """`(x - mean(x)) / std(x) * scale + bias` over the last dimension; `x` is `[..., D]`, the weights `[D]`."""
+    """Returns `(x - mean(x)) / std(x) * scale + bias` over the last dimension, for `x` `[..., D]`."""
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    return (centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + eps)
+    return (centered * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

@@ -1,12 +1,12 @@
-"""Products of activations with weights whose factors are int8 or float8, for training.
+"""Matmuls of activations with weights in int8 or float8, for training.
 
-Factors are rounded on the spot, by qwix: every row of the activations and every column of the weight has a scale of
-its own, `max|.| / largest number of the format`, over the whole contracted dimension. A scale is a maximum over all
-shards of that dimension, so the numbers do not depend on the mesh. Nothing is remembered from step to step.
+qwix quantizes both operands dynamically. Every row of the activations and every column of the weight has a scale,
+`max|.| / largest number of the format`, over the whole contracted dimension. The maximum is over all its shards, so
+the numbers do not depend on the mesh. No state is kept between steps.
 
-Of the three products of a training step two are quantized: the forward one and the gradient of the activations. The
-gradient of the weight contracts rows, whose scales would have to be agreed on across the whole batch, `replica`
-included: it stays in the dtype of its factors, from activations that were not rounded.
+Of the three matmuls of a training step two are quantized: the forward one and the gradient of the activations. The
+gradient of the weight contracts rows, whose scales would depend on the whole batch, over `replica` too. It stays in
+the dtype of its operands, with activations that are not rounded.
 """
 
 from dataclasses import replace
@@ -25,40 +25,31 @@ FORMATS: dict[Quantize, tuple[jnp.dtype, str]] = {
     "int8": (jnp.dtype(jnp.int8), f"absmax,{127.5 / 127}"),
     "fp8": (jnp.dtype(jnp.float8_e4m3fn), "absmax"),
 }
-"""The number format of both factors, and what qwix makes scales of.
+"""The dtype of both operands, and qwix' calibration method.
 
-With a scale a row float8 needs range less than digits, in gradients too: E4M3 everywhere (DeepSeek-V3, section 3.3).
-By itself qwix has the largest number at 127.5 steps of int8, where the last bit of a scale decides between two
-integers; here it is at 127.
+With a scale a row, float8 needs digits more than range, for gradients too: E4M3 everywhere (DeepSeek-V3, section 3.3).
+By default qwix maps the maximum to 127.5 in int8, where the last bit of a scale decides between two integers; here it
+is 127.
 """
 
 
-def product(
-    x: jax.Array, w: jax.Array, partial: frozenset[str], contract: int, stages: int, quantize: Quantize
+def dot(
+    x: jax.Array, w: jax.Array, unreduced: frozenset[str], in_dims: int, stage_dims: int, quantize: Quantize
 ) -> jax.Array:
-    """The contraction of `x` and `w` with quantized factors, summed in int32 or float32.
+    """Contracts quantized `x` `[*S, ..., *K]` and `w` `[*S, *K, *N]`, summed in int32 or float32.
 
-    Args:
-        x: `[*S, ..., *K]`.
-        w: `[*S, *K, *N]`, ready for use.
-        partial: the mesh axes that `K` is sharded over, if the result is to stay a partial sum over them.
-        contract: number of dimensions in `K`.
-        stages: number of dimensions in `S`.
-        quantize: the format.
-
-    Returns:
-        `[*S, ..., *N]` in the dtype of `x`, sharded like the rows and the columns.
+    The last four arguments are those of `ops.dot.DotSpec`. Returns `[*S, ..., *N]` in the dtype of `x`.
     """
     import qwix
 
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    in_x, in_w = (tuple(range(at, at + contract)) for at in (x.ndim - contract, stages))
-    columns = w_spec.partitions[stages + contract :]
-    out = PartitionSpec(*x_spec.partitions[: x.ndim - contract], *columns, unreduced=partial)
+    x_in, w_in = (tuple(range(first, first + in_dims)) for first in (x.ndim - in_dims, stage_dims))
+    out_dims = w_spec.partitions[stage_dims + in_dims :]
+    out = PartitionSpec(*x_spec.partitions[: x.ndim - in_dims], *out_dims, unreduced=unreduced)
     y = qwix.dot_general(
-        _marked(_scaled(x, in_x, quantize), partial),
-        _marked(_scaled(w, in_w, quantize), partial),
-        ((in_x, in_w), (range(stages), range(stages))),
+        _with_reduced_scales(_quantize(x, x_in, quantize), unreduced),
+        _with_reduced_scales(_quantize(w, w_in, quantize), unreduced),
+        ((x_in, w_in), (range(stage_dims), range(stage_dims))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
@@ -66,49 +57,49 @@ def product(
 
 
 def input_gradient(
-    x: jax.Array, w: jax.Array, g: jax.Array, contract: int, stages: int, quantize: Quantize
+    x: jax.Array, w: jax.Array, g: jax.Array, in_dims: int, stage_dims: int, quantize: Quantize
 ) -> jax.Array:
-    """The gradient of `x` in `product`, of quantized factors, from that of the result.
+    """Computes the gradient of `x` in `dot` with quantized operands; `g` is that of the result.
 
-    The scales of the weight's columns, which are contracted here, go into `g` before it is rounded
-    (as in AQT and qwix): so the weight is the one of the forward product, to the bit.
+    Here the columns of the weight are contracted. Their scales go into `g` before it is rounded (as in AQT and qwix),
+    so the quantized weight is exactly that of the forward pass.
     """
     import qwix
 
     spec = jax.typeof(x).sharding.spec
     out = spec.update(reduced=spec.unreduced, unreduced=spec.reduced)
-    weight = _scaled(w, tuple(range(stages, stages + contract)), quantize)
-    in_w = tuple(range(stages + contract, w.ndim))
-    in_g = tuple(range(g.ndim - len(in_w), g.ndim))
-    rows = tuple(range(stages, in_g[0]))
-    column_scales = jnp.expand_dims(weight.scale.squeeze(tuple(range(stages, stages + contract))), rows)
-    factor = _scaled(_unmarked(g).astype(jnp.float32) * column_scales, in_g, quantize)
+    in_w = tuple(range(stage_dims, stage_dims + in_dims))
+    out_w = tuple(range(stage_dims + in_dims, w.ndim))
+    out_g = tuple(range(g.ndim - len(out_w), g.ndim))
+    weight = _quantize(w, in_w, quantize)
+    column_scales = jnp.expand_dims(weight.scale.squeeze(in_w), tuple(range(stage_dims, out_g[0])))
+    scaled_g = _quantize(_without_reduced(g).astype(jnp.float32) * column_scales, out_g, quantize)
     dx = qwix.dot_general(
-        _marked(factor, out.unreduced),
+        _with_reduced_scales(scaled_g, out.unreduced),
         weight.qvalue,
-        ((in_g, in_w), (range(stages), range(stages))),
+        ((out_g, out_w), (range(stage_dims), range(stage_dims))),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
     return dx.astype(x.dtype)
 
 
-def _scaled(a: jax.Array, contracted: tuple[int, ...], quantize: Quantize) -> "QArray":
-    """Quantized, with one scale for all numbers along these dimensions."""
+def _quantize(a: jax.Array, contracted: tuple[int, ...], quantize: Quantize) -> "QArray":
+    """Quantizes an array; numbers along the contracted dimensions share a scale."""
     import qwix
 
-    dtype, scale = FORMATS[quantize]
-    scales = [dim for dim in range(a.ndim) if dim not in contracted]
-    wide = _unmarked(a).astype(jnp.float32)
-    return qwix.quantize(wide, dtype, channelwise_axes=scales, calibration_method=scale)
+    dtype, calibration = FORMATS[quantize]
+    channels = [dim for dim in range(a.ndim) if dim not in contracted]
+    a = _without_reduced(a).astype(jnp.float32)
+    return qwix.quantize(a, dtype, channelwise_axes=channels, calibration_method=calibration)
 
 
-def _unmarked(a: jax.Array) -> jax.Array:
-    """The same array without marks of reduced axes, for elementwise work; moves nothing."""
+def _without_reduced(a: jax.Array) -> jax.Array:
+    """Removes the marks of reduced axes from the type, for elementwise operations; moves no data."""
     return jax.reshard(a, jax.typeof(a).sharding.spec.update(reduced=frozenset()))
 
 
-def _marked(a: "QArray", partial: frozenset[str]) -> "QArray":
-    """Scales marked as reduced, so that they may multiply sums that are partial over these axes."""
+def _with_reduced_scales(a: "QArray", unreduced: frozenset[str]) -> "QArray":
+    """Marks scales as reduced, so that they may multiply partial sums over these axes."""
     spec = jax.typeof(a.scale).sharding.spec
-    return replace(a, scale=jax.reshard(a.scale, spec.update(reduced=partial)))
+    return replace(a, scale=jax.reshard(a.scale, spec.update(reduced=unreduced)))

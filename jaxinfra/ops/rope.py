@@ -1,6 +1,6 @@
-"""Rotary position embedding (Su et al. 2021), with partial rotation and stretched frequencies.
+"""Rotary position embedding (Su et al. 2021), with partial rotation and frequency scaling for longer contexts.
 
-The two halves of the rotated part form the pairs (the convention of published Llama-like weights).
+Feature i of the first half of the rotated part is paired with feature i of the second, as in published Llama weights.
 """
 
 import math
@@ -19,20 +19,20 @@ from jaxinfra.config.limits import Count, Positive, PositiveShare
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """All frequencies divided by `factor` (position interpolation, Chen et al. 2023)."""
+    """Divides all frequencies by `factor` (position interpolation, Chen et al. 2023)."""
 
     factor: float = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Slow frequencies divided by `factor`, fast ones kept, a ramp between (Llama 3.1's published config).
+    """Divides low frequencies by `factor` and keeps high ones, with a ramp between (Llama 3.1's published config).
 
     Attributes:
         factor: divisor of frequencies whose wavelength is above `original_length / low_freq_factor`.
         low_freq_factor: see `factor`.
-        high_freq_factor: frequencies of wavelength below `original_length / high_freq_factor` are kept.
-        original_length: the context length, in tokens, before stretching.
+        high_freq_factor: frequencies with a wavelength below `original_length / high_freq_factor` are kept.
+        original_length: context length before scaling, in tokens.
     """
 
     factor: float = 8.0
@@ -45,17 +45,18 @@ class Llama3Scaling:
 class YarnScaling:
     """YaRN (Peng et al. 2023), as DeepSeek-V2 and V3 publish it.
 
-    Of pairs of features, those that turn often within the original length keep their frequency, those that hardly turn
-    have it divided by `factor`, with a ramp over the pairs between. Scores grow with the length: `m(w) = 1 + 0.1 w
-    ln(factor)` is put on them, squared.
+    Pairs of features that turn at least `beta_fast` times within the original length keep their frequency. Those that
+    turn at most `beta_slow` times have it divided by `factor`, with a ramp between. Attention scores are multiplied by
+    `m(mscale_all_dim) ** 2`, and cosines and sines by `m(mscale) / m(mscale_all_dim)`, with
+    `m(w) = 1 + 0.1 w ln(factor)`.
 
     Attributes:
-        factor: by how much contexts are longer.
-        original_length: the context length, in tokens, before stretching.
-        beta_fast: turns within the original length from which on a frequency is kept.
+        factor: new context length over the original one.
+        original_length: context length before scaling, in tokens.
+        beta_fast: turns from which on a frequency is kept.
         beta_slow: turns up to which it is divided.
-        mscale: the w of rotated features, as far as it is not that of all.
-        mscale_all_dim: the w of whole scores, of features that are not rotated too.
+        mscale: w for rotated features.
+        mscale_all_dim: w for whole scores, with the features that are not rotated.
     """
 
     factor: Annotated[float, Ge(1)] = 40.0
@@ -66,25 +67,24 @@ class YarnScaling:
     mscale_all_dim: float = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """The ramp has two ends."""
+        """Yields an empty ramp."""
         if self.beta_slow >= self.beta_fast:
             fix = "use beta_slow=1.0 beta_fast=32.0"
-            yield Problem(fields=("beta_slow", "beta_fast"), message="the fast one must be larger", fix=fix)
+            yield Problem(fields=("beta_slow", "beta_fast"), message="beta_fast must be larger", fix=fix)
 
-    def growth(self, weight: float) -> float:
-        """`m(weight)`."""
+    def m(self, weight: float) -> float:
+        """Returns the factor `m(weight)`."""
         return 1 + 0.1 * weight * math.log(self.factor)
 
-    def stretched(self, freqs: np.ndarray, theta: float) -> np.ndarray:
-        """The frequencies `[pairs]` of this base, stretched."""
+    def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the scaled frequencies `[pairs]`; `theta` is their base."""
         pairs = len(freqs)
 
-        def pair(turns: float) -> float:
-            """The pair that turns so often within the original length, as a real number."""
+        def pair_with(turns: float) -> float:
             return pairs * math.log(self.original_length / (2 * math.pi * turns)) / math.log(theta)
 
-        first = max(math.floor(pair(self.beta_fast)), 0)
-        last = min(math.ceil(pair(self.beta_slow)), 2 * pairs - 1)
+        first = max(math.floor(pair_with(self.beta_fast)), 0)
+        last = min(math.ceil(pair_with(self.beta_slow)), 2 * pairs - 1)
         slow = np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
         return freqs * (1 - slow + slow / self.factor)
 
@@ -94,9 +94,9 @@ class Rope:
     """Rotary positions.
 
     Attributes:
-        theta: base of the geometric frequencies.
-        fraction: the part of each head that is rotated.
-        scaling: how frequencies are stretched for contexts longer than those first trained on.
+        theta: base of the frequencies.
+        fraction: rotated fraction of each head.
+        scaling: frequency scaling, for contexts longer than in pretraining.
     """
 
     theta: Positive = 10000.0
@@ -104,12 +104,12 @@ class Rope:
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """A base of 1 turns all features alike, which leaves nothing to stretch."""
+        """Yields a base that gives all features the same frequency, so that YaRN has no ramp."""
         if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
             yield Problem(fields=("theta", "scaling"), message="theta must be above 1", fix="use theta=10000.0")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians a position, float64 `[rotated / 2]`, where `rotated = fraction * head_dim`."""
+        """Returns radians per position, float64 `[rotated / 2]`, with `rotated = fraction * head_dim`."""
         rotated = int(head_dim * self.fraction)
         freqs = self.theta ** -(np.arange(0, rotated, 2) / rotated)
         match self.scaling:
@@ -121,22 +121,22 @@ class Rope:
                 keep = np.clip((s.original_length * freqs / (2 * math.pi) - low) / (high - low), 0, 1)
                 return freqs * (keep + (1 - keep) / s.factor)
             case YarnScaling() as s:
-                return s.stretched(freqs, self.theta)
+                return s.scale(freqs, self.theta)
 
     @property
     def score_scale(self) -> float:
-        """Factor on attention scores, besides that of the tables."""
-        return self.scaling.growth(self.scaling.mscale_all_dim) ** 2 if isinstance(self.scaling, YarnScaling) else 1.0
+        """Factor on attention scores, besides the factor on cosines and sines."""
+        return self.scaling.m(self.scaling.mscale_all_dim) ** 2 if isinstance(self.scaling, YarnScaling) else 1.0
 
     @property
     def table_scale(self) -> float:
         """Factor on cosines and sines."""
         s = self.scaling
-        return s.growth(s.mscale) / s.growth(s.mscale_all_dim) if isinstance(s, YarnScaling) else 1.0
+        return s.m(s.mscale) / s.m(s.mscale_all_dim) if isinstance(s, YarnScaling) else 1.0
 
 
 def rope_tables(rope: Rope, positions_BT: jax.Array, head_dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle, each `[B, T, 1, rotated / 2]` (`B` is 1 where rows share positions)."""
+    """Returns cosines and sines of all angles, each `[B, T, 1, rotated / 2]`; B is 1 if rows share positions."""
     freqs = jnp.asarray(rope.frequencies(head_dim), jnp.float32)
     angles = positions_BT.astype(jnp.float32)[..., None, None] * freqs
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -146,7 +146,7 @@ def rope_tables(rope: Rope, positions_BT: jax.Array, head_dim: int, dtype: jnp.d
 
 
 def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the leading `2 * cos.shape[-1]` features of every head; the rest pass through."""
+    """Rotates the first `2 * cos.shape[-1]` features of every head and keeps the others."""
     half = cos.shape[-1]
     first, second = x_BTHK[..., :half], x_BTHK[..., half : 2 * half]
     parts = [first * cos - second * sin, second * cos + first * sin]

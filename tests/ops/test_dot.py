@@ -17,7 +17,7 @@ def values(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "w_shape", "contract"),
+    ("x_shape", "w_shape", "in_dims"),
     [
         ((2, 3, 4), (4, 5), 1),
         ((2, 3, 4), (4, 5, 6), 1),
@@ -26,18 +26,18 @@ def values(*shape: int) -> np.ndarray:
         ((2, 3, 7, 4, 5), (4, 5, 6, 8), 2),
     ],
 )
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "apart"])
-def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], contract: int, flat: bool) -> None:
+@pytest.mark.parametrize("flatten", [True, False], ids=["flatten", "apart"])
+def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], in_dims: int, flatten: bool) -> None:
     """Values and both gradients, to 2e-6 of the largest."""
     x, w = values(*x_shape), values(*w_shape)
-    noise = values(*x_shape[: len(x_shape) - contract], *w_shape[contract:])
+    noise = values(*x_shape[: len(x_shape) - in_dims], *w_shape[in_dims:])
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        y, pull = jax.vjp(lambda x, w: dot(x, w, contract=contract, flat=flat), x, w)
+        y, pull = jax.vjp(lambda x, w: dot(x, w, in_dims=in_dims, flatten=flatten), x, w)
         dx, dw = pull(noise)
-    lead = len(x_shape) - contract
+    lead = len(x_shape) - in_dims
     wanted = (
-        np.tensordot(x, w, contract),
-        np.tensordot(noise, w, (range(lead, noise.ndim), range(contract, w.ndim))),
+        np.tensordot(x, w, in_dims),
+        np.tensordot(noise, w, (range(lead, noise.ndim), range(in_dims, w.ndim))),
         np.tensordot(x, noise, (range(lead), range(lead))),
     )
     for found, value in zip((y, dx, dw), wanted, strict=True):
@@ -45,25 +45,25 @@ def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], contra
 
 
 @pytest.mark.parametrize("spread_length", [False, True], ids=["rank 2", "rank 3"])
-@pytest.mark.parametrize("contract", [1, 2])
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "apart"])
-def test_partial_sums_are_scattered(flat: bool, contract: int, spread_length: bool) -> None:
+@pytest.mark.parametrize("in_dims", [1, 2])
+@pytest.mark.parametrize("flatten", [True, False], ids=["flatten", "apart"])
+def test_partial_sums_are_scattered(flatten: bool, in_dims: int, spread_length: bool) -> None:
     """Contracted over `tensor`, and scattered over positions, which may be on an axis of their own as well."""
     mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2), jax.devices())
     length = "context" if spread_length else None
-    k = (4,) if contract == 1 else (4, 3)
+    k = (4,) if in_dims == 1 else (4, 3)
     x, w = values(2, 8, *k), values(*k, 5)
-    x_spec = PartitionSpec("fsdp", length, "tensor", *(None,) * (contract - 1))
-    w_spec = PartitionSpec("tensor", *(None,) * contract)
+    x_spec = PartitionSpec("fsdp", length, "tensor", *(None,) * (in_dims - 1))
+    w_spec = PartitionSpec("tensor", *(None,) * in_dims)
     out = PartitionSpec("fsdp", (length, "tensor") if length else "tensor", None)
 
     def run(x, w):
         y = dot(
             x,
             jax.reshard(w, w_spec.update(reduced={"fsdp", "context"})),
-            contract=contract,
-            partial=frozenset({"tensor"}),
-            flat=flat,
+            in_dims=in_dims,
+            unreduced=frozenset({"tensor"}),
+            flatten=flatten,
         )
         assert jax.typeof(y).sharding.spec.unreduced == {"tensor"}
         return jax.reshard(y, out)
@@ -71,6 +71,6 @@ def test_partial_sums_are_scattered(flat: bool, contract: int, spread_length: bo
     with jax.set_mesh(mesh):
         placed = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, x_spec), (w, w_spec)))
         y = jax.jit(run)(*placed)
-    wanted = np.tensordot(x, w, contract)
+    wanted = np.tensordot(x, w, in_dims)
     np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
     assert y.sharding.spec == out

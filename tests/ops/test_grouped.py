@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.ops.grouped import BLOCK, grouped_dot
+from jaxinfra.ops.grouped import BLOCK_ROWS, grouped_dot
 
 K, N = 5, 7
 SIZES = {
     "mixed": (3, 0, 8, 1),
     "one has all": (0, 12, 0, 0),
     "nothing": (0, 0, 0, 0),
-    "over many blocks": (2 * BLOCK + 1, BLOCK, 1, BLOCK - 1),
+    "over many blocks": (2 * BLOCK_ROWS + 1, BLOCK_ROWS, 1, BLOCK_ROWS - 1),
 }
 
 

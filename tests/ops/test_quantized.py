@@ -81,12 +81,12 @@ def on_mesh(
     partitioner = Partitioner(mesh=mesh, quantize=quantize)
     features = ("mlp", "embed") if outward else ("embed", "mlp")
     stored = partitioner.spec(*features)
-    partial = frozenset(partitioner.mesh_axes("mlp") if outward else ())
+    unreduced = frozenset(partitioner.mesh_axes("mlp") if outward else ())
 
     def run(x, w):
         if not outward:
             x = partitioner.shard(x, "batch", "sequence", None, out_axis="mlp")
-        y = dot(x, partitioner.gather_weight(w, features), partial=partial, quantize=quantize)
+        y = dot(x, partitioner.gather_weight(w, features), unreduced=unreduced, quantize=quantize)
         return partitioner.shard(y, "batch", "sequence", None if outward else "mlp")
 
     made = make_mesh(mesh, jax.devices())
@@ -117,11 +117,11 @@ def test_the_mesh_changes_the_order_of_sums_alone(quantize: Quantize, mesh: Mesh
 @pytest.mark.parametrize("quantize", ERRORS)
 def test_dimensions_left_apart_share_their_scales(quantize: Quantize) -> None:
     """Heads contracted, and heads yielded, as on TPU: the same as one dimension, gradients included."""
-    for x_shape, w_shape, contract in (((2, 4, 3, 16), (3, 16, 32), 2), ((2, 4, 32), (32, 3, 16), 1)):
+    for x_shape, w_shape, in_dims in (((2, 4, 3, 16), (3, 16, 32), 2), ((2, 4, 32), (32, 3, 16), 1)):
         x, w = jnp.asarray(normal(*x_shape)), jnp.asarray(normal(*w_shape))
         found = []
-        for flat in (True, False):
-            y, pull = jax.vjp(functools.partial(dot, contract=contract, flat=flat, quantize=quantize), x, w)
+        for flatten in (True, False):
+            y, pull = jax.vjp(functools.partial(dot, in_dims=in_dims, flatten=flatten, quantize=quantize), x, w)
             found.append((y, *pull(jnp.asarray(normal(*y.shape, seed=1)))))
         for one, other in zip(*found, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
