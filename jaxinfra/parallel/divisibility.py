@@ -1,4 +1,4 @@
-"""Whether a run fits its mesh: every sharded dimension divides, and every mesh axis has a use. Imports no JAX."""
+"""Checks that a run fits its mesh: sharded dimensions are divisible, and no mesh axis is unused. Imports no JAX."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,24 +10,24 @@ from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
 
 type ShardedDims = Mapping[str, tuple[int, str]]
-"""Path of a config field to its size and the logical axis of the dimension."""
+"""Maps the path of a config field to its size and the logical axis of the dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshFit:
-    """A run as its mesh sees it.
+    """What the mesh needs to know of a run.
 
     Attributes:
-        mesh: the sizes of the mesh axes, none of them -1.
-        rules: logical axis to mesh axes.
-        pipeline: how microbatches pass the stages.
+        mesh: sizes of the mesh axes, none of them -1.
+        rules: maps logical axes to mesh axes.
+        pipeline: the pipeline schedule.
         global_batch: samples of a step.
         accumulate: microbatches of a step.
-        sharded_dims: those of the model and of the data.
-        positions: of the activations of one sample.
-        by_position: whether the objective adds up single positions.
-        pipeline_layers: layers that stages can share.
-        modality: what a sample is made of.
+        sharded_dims: sharded dimensions of the model and the data.
+        positions: positions of the activations of one sample.
+        by_position: whether the objective is a sum over positions.
+        pipeline_layers: layers that can be distributed over stages.
+        modality: what a sample is: "token" or "image".
     """
 
     mesh: MeshConfig
@@ -42,7 +42,7 @@ class MeshFit:
     modality: str
 
     def problems(self) -> Iterable[Problem]:
-        """Yields each dimension that does not divide, and each axis without a use, with paths from the run."""
+        """Yields dimensions that are not divisible by their shards, and unused mesh axes; paths start at the run."""
         yield from self._unused_axes()
         yield from self._batch()
         for path, (size, axis) in self.sharded_dims.items():
@@ -55,14 +55,14 @@ class MeshFit:
             yield from self._stages()
 
     def loss_dim(self) -> int | None:
-        """The dimension of the activations by which pipeline stages share the loss: 0 rows, 1 positions, or None."""
+        """Returns the dimension that stages shard for the loss: 0 for rows, 1 for positions, None if neither works."""
         if self.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
             return 0
         shards = self._shards(self.rules.sequence) * self.mesh.stage
         return 1 if self.by_position and self.positions % shards == 0 else None
 
     def loss_positions(self) -> int | None:
-        """Positions of a sequence on one device in the loss, where a sequence is sharded and divides; else None."""
+        """Returns the positions of a sequence on one device in the loss; None if sequences are not sharded evenly."""
         in_stages = self.mesh.stage > 1 and self.loss_dim() == 1
         shards = self._shards(self.rules.sequence) * (self.mesh.stage if in_stages else 1)
         return self.positions // shards if shards > 1 and self.positions % shards == 0 else None
@@ -71,7 +71,7 @@ class MeshFit:
         return math.prod(getattr(self.mesh, axis) for axis in axes)
 
     def _sharded(self, axes: Sequence[str]) -> tuple[str, ...]:
-        """The config fields of those axes that have more than one device."""
+        """Returns the config fields of the axes that have more than one device."""
         return tuple(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
 
     def _batch_parts(self) -> int:
@@ -81,20 +81,20 @@ class MeshFit:
         if self.mesh.replica > 1 and "replica" not in (*self.rules.batch, *self.rules.sequence):
             yield Problem(
                 fields=("mesh.replica", "rules.batch"),
-                message="every replica would do the same work",
+                message="all replicas would do the same work",
                 fix=f"use rules.batch=(replica,{','.join(self.rules.batch)})",
             )
         if any(axis == "positions" for _, axis in self.sharded_dims.values()):
             if self.mesh.context > 1 and "context" not in self.rules.sequence:
                 yield Problem(
                     fields=("mesh.context", "rules.sequence"),
-                    message="the context axis shards sequences and nothing else",
+                    message="mesh axis context may shard only sequences",
                     fix="use rules.sequence=(context,)",
                 )
         elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:
             yield Problem(
                 fields=("rules.sequence", *self._sharded(self.rules.sequence)),
-                message=f"{self.modality}s are no sequences that this model can shard",
+                message=f"this model cannot shard the positions of {self.modality}s",
                 fix="use rules.sequence=(context,) mesh.context=1",
             )
 
@@ -104,18 +104,18 @@ class MeshFit:
             accumulated = ("train.accumulate",) if self.accumulate > 1 else ()
             yield Problem(
                 fields=("train.global_batch", *accumulated, *self._sharded(self.rules.batch)),
-                message=f"the batch does not divide into {parts} equal parts",
+                message=f"not divisible by {parts} (batch shards x microbatches)",
                 fix=f"use train.global_batch={_rounded_up(self.global_batch, parts)}",
             )
 
     def _blocks(self, path: str, length: int) -> Iterable[Problem]:
-        """Every shard of a sequence has an early and a late block (see `parallel.context`)."""
+        """Yields a length that cannot be cut into an early and a late block for each shard (`parallel.context`)."""
         shards = self._shards(self.rules.sequence)
         if shards > 1 and self.by_position and length % (2 * shards):
             fitting = math.lcm(2 * shards, self._shards(self.rules.mesh_axes("positions")))
             yield Problem(
                 fields=(path, *self._sharded(self.rules.sequence)),
-                message=f"{shards} shards have two blocks each, and {2 * shards} do not divide {length} positions",
+                message=f"{length} positions are not divisible by {2 * shards}, two blocks for each of {shards} shards",
                 fix=f"use {path}={_rounded_up(length, fitting)}",
             )
 
@@ -123,7 +123,7 @@ class MeshFit:
         if not self.pipeline_layers:
             yield Problem(
                 fields=("mesh.stage", "model"),
-                message="the model has no stacked layers for pipeline stages to share",
+                message="the model has no stacked layers for pipeline stages",
                 fix="use mesh.stage=1",
             )
             return
@@ -131,20 +131,20 @@ class MeshFit:
         if self.pipeline_layers < chunks:
             yield Problem(
                 fields=("model.num_layers", "mesh.stage", "pipeline.chunks"),
-                message=f"there are fewer layers than the {chunks} chunks of all stages",
+                message=f"fewer layers than chunks ({chunks}, of all stages)",
                 fix=f"use model.num_layers={chunks} or fewer stages",
             )
         if self.pipeline.schedule == "interleaved" and self.accumulate % self.mesh.stage:
             yield Problem(
                 fields=("train.accumulate", "mesh.stage", "pipeline.schedule"),
-                message="the interleaved schedule takes as many microbatches at a time as there are stages",
+                message="the interleaved schedule needs a multiple of mesh.stage microbatches",
                 fix=f"use train.accumulate={_rounded_up(self.accumulate, self.mesh.stage)}",
             )
         if self.loss_dim() is None:
             rows = self._batch_parts() * self.mesh.stage
             yield Problem(
                 fields=("train.global_batch", "train.accumulate", "mesh.stage"),
-                message="stages can share neither the rows of a microbatch nor its positions for the loss",
+                message="stages cannot shard the rows or the positions of a microbatch evenly for the loss",
                 fix=f"use train.global_batch={_rounded_up(self.global_batch, rows)}",
             )
 
@@ -153,11 +153,12 @@ class MeshFit:
         fix = f"{path}={_rounded_up(size, shards)}"
         if len(sharded) == 1:
             fix = self._smaller(sharded[0].removeprefix("mesh."), math.gcd(size, shards))
-        message = f"{shards} shards do not divide {size} {path.split('.')[-1].removeprefix('num_')}"
+        name = path.split(".")[-1].removeprefix("num_")
+        message = f"{size} {name} not divisible by {shards} shards"
         return Problem(fields=(path, *sharded), message=message, fix=f"use {fix}")
 
     def _smaller(self, axis: str, size: int) -> str:
-        """Overrides that shrink a mesh axis and give its devices to data parallelism, the batch rounded up to fit."""
+        """Returns overrides that shrink a mesh axis in favor of data parallelism, with a batch that fits."""
         freed = getattr(self.mesh, axis) // size
         embed = [size for size, name in self.sharded_dims.values() if name == "embed"]
         to_fsdp = axis != "fsdp" and all(size % (self.mesh.fsdp * freed) == 0 for size in embed)

@@ -51,7 +51,7 @@ SPECS = {
 
 @pytest.fixture
 def specs() -> dict[str, Any]:
-    """The declarations."""
+    """The `ParamSpec`s."""
     return SPECS
 
 
@@ -68,7 +68,7 @@ def draw() -> Callable[[int], Any]:
 
 @pytest.fixture
 def train(draw: Callable[[int], Any]) -> Callable[[optax.GradientTransformation, int], tuple[Any, Any]]:
-    """`train(tx, updates)`: parameters and state after so many updates with draw(1), draw(2), ..."""
+    """`train(tx, updates)`: parameters and state after updates with draw(1), draw(2), ..."""
 
     def run(tx: optax.GradientTransformation, updates: int) -> tuple[Any, Any]:
         params = jax.tree.map(jax.numpy.asarray, draw(0))

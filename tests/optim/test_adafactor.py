@@ -35,7 +35,7 @@ def matrices(tree):
     }
 
 
-def test_every_matrix_of_a_stack_is_factored_alone(specs, draw, train):
+def test_stacked_matrices_are_factored_separately(specs, draw, train):
     optim = OptimConfig(optimizer=RULE, schedule=Constant(), peak_lr=LR)
     params, _ = train(make_optimizer(optim, steps=3, specs=specs), 3)
     start, *grads = (matrices(draw(seed)) for seed in range(4))
@@ -44,12 +44,12 @@ def test_every_matrix_of_a_stack_is_factored_alone(specs, draw, train):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_small_and_one_dimensional_parameters_keep_the_whole_moment(specs, draw):
+def test_small_and_one_dimensional_parameters_are_not_factored(specs, draw):
     params = draw(0)
     tx = scale_by_factored_rms(specs, decay_power=0.8, min_factored_dim=9, clip_rms=None)
     _, state = tx.update(params, tx.init(params))
     assert not any(isinstance(leaf, Factored) for leaf in jax.tree.leaves(state.second, is_leaf=is_factored))
-    # The first update has decay 0: the moment is the squared gradient, so every element moves by one.
+    # The first update has decay 0: the moment is the squared gradient, so every element changes by 1.
     updates, _ = tx.update(params, tx.init(params))
     np.testing.assert_allclose(updates["blocks"]["scale"], np.sign(params["blocks"]["scale"]), rtol=1e-5)
 
@@ -58,7 +58,7 @@ def is_factored(leaf):
     return isinstance(leaf, Factored)
 
 
-def test_a_gradient_of_zero_moves_nothing(specs, draw):
+def test_zero_gradients_change_nothing(specs, draw):
     params = draw(0)
     tx = make_optimizer(OptimConfig(optimizer=RULE, schedule=Constant(), peak_lr=LR), steps=1, specs=specs)
     updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)

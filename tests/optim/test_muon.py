@@ -20,7 +20,7 @@ def reference(x_MN, iterations=5):
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (3, 8, 40), (2, 2, 40, 8), (16, 16)])
-def test_newton_schulz_pulls_singular_values_to_one(shape):
+def test_newton_schulz_moves_singular_values_to_one(shape):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     y = np.asarray(newton_schulz(jnp.asarray(x), iterations=5))
     for at in itertools.product(*map(range, shape[:-2])):
@@ -39,7 +39,7 @@ def test_newton_schulz_ignores_the_scale_and_keeps_zero():
 
 @pytest.mark.parametrize(("nesterov", "scale"), [(True, "rms"), (False, "width")])
 def test_update_of_stacked_projections(specs, draw, train, nesterov, scale):
-    """Momentum, then every layer's heads as one matrix, then the scale of its shape, then decoupled decay."""
+    """Momentum, orthogonalization of each layer with its heads as columns, scaling, decoupled weight decay."""
     lr, beta, decay = 0.1, 0.95, 0.2
     rule = Muon(momentum=beta, nesterov=nesterov, scale=scale, weight_decay=decay)
     optim = OptimConfig(optimizer=rule, schedule=Constant(), peak_lr=lr)
@@ -85,5 +85,5 @@ SIZES = {"fsdp": 64, "tensor": 8}
         ((8, 128), ("fsdp", "tensor"), (1, ("fsdp", "tensor"))),
     ],
 )
-def test_spread_leaves_the_fewest_matrices_on_a_device(stack, axes, expected):
+def test_assign_shards_leaves_the_fewest_matrices_on_a_device(stack, axes, expected):
     assert assign_shards(stack, axes, SIZES) == expected

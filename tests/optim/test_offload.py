@@ -1,4 +1,4 @@
-"""State that waits in host memory makes the same steps, on every mesh."""
+"""Offloaded state gives the same updates."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ OPTIMIZERS = [AdamW(), Adafactor(min_factored_dim=8), Lion(), SGD(nesterov=True)
 
 
 def after_two_steps(optim: OptimConfig, specs: Any, draw: Any) -> tuple[Any, Any]:
-    """Updates of the second step, and the state."""
+    """Returns the updates of the second step, and the state."""
     tx = make_optimizer(optim, steps=4, specs=specs)
     params = sharded(draw(0))
     state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
@@ -29,7 +29,7 @@ def after_two_steps(optim: OptimConfig, specs: Any, draw: Any) -> tuple[Any, Any
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_the_same_steps_from_host_memory(specs: Any, draw: Any, optimizer: Optimizer, state_dtype: Any) -> None:
+def test_offloading_changes_no_update(specs: Any, draw: Any, optimizer: Optimizer, state_dtype: Any) -> None:
     optim = replace(OPTIM, optimizer=optimizer, state_dtype=state_dtype)
     with jax.set_mesh(jax.make_mesh((2, 2, 2), ("replica", "fsdp", "tensor"))):
         wanted = after_two_steps(optim, specs, draw)

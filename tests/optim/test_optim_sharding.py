@@ -1,4 +1,4 @@
-"""The same numbers and the same shardings as the parameters', on one device and on eight."""
+"""Optimizers give equal results on one device and on eight, with state sharded like the parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def transform(optimizer, specs):
 
 
 def step(tx):
-    """What a train step does with its gradients."""
+    """Returns the jitted part of a train step after the gradients."""
 
     def run(params, state, ema, grads, at):
         grads, norm = clip_by_global_norm(grads, 1.0)
@@ -81,24 +81,24 @@ def shardings(tree):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=NAMES)
-def test_abstract_and_real_state_have_one_type(specs, draw, optimizer):
-    """A state that is only described has the shapes, dtypes and shardings of a real one, before and after."""
+def test_abstract_and_real_state_have_equal_types(specs, draw, optimizer):
+    """Shapes, dtypes and shardings of an abstract state are those of a real one, before and after an update."""
     tx = transform(optimizer, specs)
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"))):
         params = sharded(draw(0))
-        described = jax.eval_shape(
+        abstract = jax.eval_shape(
             tx.init,
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding), params),
         )
         state = jax.jit(tx.init)(params)
         updates, after = jax.jit(tx.update)(params, state, params)
         # As text: `eval_shape` leaves the mesh out of the type of an unsharded array.
-        assert jax.tree.map(type_text, described) == jax.tree.map(type_text, state)
+        assert jax.tree.map(type_text, abstract) == jax.tree.map(type_text, state)
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
         assert shardings(updates) == shardings(params)
 
 
-def test_factored_state_keeps_what_sharding_is_left(specs, draw):
+def test_factored_state_keeps_the_sharding_of_its_dimensions(specs, draw):
     tx = transform(Adafactor(min_factored_dim=8), specs)
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"))):
         state = jax.jit(tx.init)(sharded(draw(0)))
@@ -107,7 +107,7 @@ def test_factored_state_keeps_what_sharding_is_left(specs, draw):
 
 
 def projection(layers):
-    """A declared projection to 4 heads of 4, `layers` times or once without a stacked dimension."""
+    """Returns the spec of a projection to 4 heads of 4, with `layers` stacked layers; unstacked for 0."""
     stacked = ("layers",) if layers else ()
     return ParamSpec(
         shape=(*((layers,) if layers else ()), 8, 4, 4),
@@ -132,7 +132,7 @@ def projection(layers):
     ],
     ids=str,
 )
-def test_muon_under_every_kind_of_sharding(layers, sharding):
+def test_muon_with_every_kind_of_sharding(layers, sharding):
     spec = projection(layers)
     tx = transform(Muon(), {"w": spec})
     value = np.random.default_rng(0).normal(size=spec.shape).astype(np.float32)
@@ -148,13 +148,13 @@ def test_muon_under_every_kind_of_sharding(layers, sharding):
     np.testing.assert_allclose(got["w"], want["w"], atol=1e-5)
 
 
-def test_muon_moves_matrices_by_all_to_all_alone():
-    """Eight layers on eight devices: each gets one whole matrix, and nothing is copied to every device."""
+def test_muon_moves_matrices_only_by_all_to_all():
+    """Eight layers on eight devices: each device gets one whole matrix."""
     tx = transform(Muon(), {"w": projection(8)})
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tensor"))):
         params = {"w": jax.device_put(jnp.ones((8, 8, 4, 4)), P(None, "fsdp", "tensor", None))}
         state = jax.jit(tx.init)(params)
         text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
-    assert text.count(" all-to-all(") == 4  # two mesh axes, there and back
+    assert text.count(" all-to-all(") == 4  # two mesh axes, in both directions
     assert " all-gather(" not in text and " all-reduce(" not in text
     assert "f32[8,8]{1,0} dot(" in text

@@ -1,4 +1,4 @@
-"""Every elementwise optimiser against a few lines of NumPy, in float64, over several updates."""
+"""Elementwise optimizers against a few lines of NumPy in float64, over several updates."""
 
 import math
 
@@ -48,7 +48,7 @@ def sgd(param, grads, decay, *, momentum, nesterov):
 
 
 def expected(rule, specs, draw, decay, **settings):
-    """`rule` run on every parameter in float64, decayed by role."""
+    """Runs `rule` on every parameter in float64, with weight decay by role."""
 
     def one(spec, param, *grads):
         own_decay = decay if spec.role in ("matrix", "embedding", "head") else 0.0
@@ -80,7 +80,7 @@ def test_sgd(specs, draw, train, momentum, nesterov):
     assert_close(params, expected(sgd, specs, draw, 0.2, momentum=momentum, nesterov=nesterov))
 
 
-def test_muon_uses_adamw_for_all_but_matrices(specs, draw, train):
+def test_muon_uses_adamw_for_other_parameters(specs, draw, train):
     optim = constant(Muon(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3))
     params, state = train(make_optimizer(optim, steps=UPDATES, specs=specs), UPDATES)
     want = expected(adamw, specs, draw, 0.3, b1=0.8, b2=0.9, eps=1e-3)
@@ -92,7 +92,7 @@ def test_muon_uses_adamw_for_all_but_matrices(specs, draw, train):
     assert sum(leaf.size for leaf in arrays) == matrices + 2 * others
 
 
-def test_decay_goes_to_the_given_roles_alone(specs, draw):
+def test_weight_decay_applies_to_the_given_roles(specs, draw):
     tx = make_optimizer(constant(AdamW(weight_decay=0.5), decay_roles=("norm",)), steps=1, specs=specs)
     params = jax.tree.map(jnp.asarray, draw(0))
     still = jax.tree.map(jnp.zeros_like, params)
@@ -102,7 +102,7 @@ def test_decay_goes_to_the_given_roles_alone(specs, draw):
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
-def test_update_t_has_the_rate_of_step_t(specs, draw):
+def test_update_t_uses_the_learning_rate_of_step_t(specs, draw):
     optim = OptimConfig(optimizer=SGD(momentum=0.0), schedule=Linear(warmup_steps=2), peak_lr=1.0)
     tx = make_optimizer(optim, steps=4, specs=specs)
     grads = jax.tree.map(jnp.ones_like, draw(0))
@@ -115,7 +115,7 @@ def test_update_t_has_the_rate_of_step_t(specs, draw):
 
 
 def test_bfloat16_state_computes_in_float32(specs, draw):
-    """One update of bfloat16 state is the float32 update of the same values, and only then is rounded."""
+    """An update of bfloat16 state equals the float32 update of the same values, rounded afterwards."""
     tx32, tx16 = (
         make_optimizer(constant(AdamW(), state_dtype=dtype), steps=9, specs=specs) for dtype in ("float32", "bfloat16")
     )
@@ -156,7 +156,7 @@ def test_bfloat16_params_keep_float32_state(specs, draw):
     ],
     ids=repr,
 )
-def test_values_that_cannot_work_are_refused(optim, named):
+def test_invalid_values_are_refused(optim, named):
     problem(optim, named)
 
 

@@ -22,7 +22,7 @@ PEAK = 0.02
 STEPS = 100
 WARM = 10
 
-# What each schedule gives at the last step, at `steps` and long after, as a fraction of the peak.
+# The rate of each schedule at the last step, at `steps` and long after, as a fraction of the peak.
 ENDS = {
     Constant(warmup_steps=WARM): (1.0, 1.0, 1.0),
     Linear(warmup_steps=WARM, final_fraction=0.1): (0.1 + 0.9 / 90, 0.1, 0.1),
@@ -57,13 +57,13 @@ def test_traced_steps_give_the_same_rates(config):
     np.testing.assert_allclose(traced, lr(np.arange(STEPS + 5)), rtol=2e-5, atol=1e-7 * PEAK)
 
 
-def test_stable_part_of_wsd_ends_where_the_decay_starts():
+def test_wsd_is_stable_until_the_decay():
     lr = optax_schedule(WSD(warmup_steps=WARM, decay_fraction=0.25, shape="linear"), peak_lr=PEAK, steps=STEPS)
     assert float(lr(75)) == PEAK
     assert float(lr(76)) == pytest.approx(PEAK * 24 / 25)
 
 
-def test_cosine_is_the_usual_one():
+def test_cosine_equals_that_of_optax():
     ours = optax_schedule(Cosine(warmup_steps=WARM, final_fraction=0.1), peak_lr=PEAK, steps=STEPS)
     theirs = optax.warmup_cosine_decay_schedule(0.0, PEAK, WARM, STEPS, end_value=0.1 * PEAK)
     for step in range(0, STEPS + 5, 7):
@@ -75,7 +75,7 @@ def test_run_of_one_step(config):
     assert math.isfinite(float(learning_rate(config, 0, peak_lr=PEAK, steps=1)))
 
 
-def test_table_has_both_ends_and_the_end_of_warmup():
+def test_lr_table_has_both_ends_and_the_end_of_warmup():
     rows = lr_table(Cosine(warmup_steps=7), peak_lr=PEAK, steps=STEPS)
     assert rows[0] == (0, 0.0)
     assert (7, PEAK) in rows

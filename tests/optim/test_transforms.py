@@ -15,7 +15,7 @@ def test_clip_returns_the_norm_before_and_scales_to_the_limit(draw):
 
 
 @pytest.mark.parametrize("max_norm", [None, 1e6])
-def test_clip_leaves_small_gradients_bit_for_bit(draw, max_norm):
+def test_clip_returns_small_gradients_bit_for_bit(draw, max_norm):
     grads = draw(1)
     clipped, _ = clip_by_global_norm(grads, max_norm)
     jax.tree.map(np.testing.assert_array_equal, clipped, grads)
@@ -33,12 +33,12 @@ def test_clip_sums_bfloat16_in_float32():
     assert clipped["w"].dtype == jnp.bfloat16 and float(clipped["w"][0]) == 1 / 64
 
 
-def test_clip_lets_a_bad_norm_be_seen():
+def test_clip_of_nan_is_nan():
     clipped, norm = clip_by_global_norm({"w": jnp.array([1.0, jnp.nan])}, 1.0)
     assert jnp.isnan(norm) and jnp.isnan(clipped["w"]).all()
 
 
-def test_ema_against_its_definition():
+def test_ema_equals_its_definition():
     ema, rng = np.zeros(5), np.random.default_rng(0)
     got = {"w": jnp.zeros(5)}
     for step in range(40):

@@ -1,4 +1,4 @@
-"""Where positions lie on the shards of a sequence, and that each shard has as much to see as any other."""
+"""The order of positions on the shards of a sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +38,14 @@ def test_natural_order_undoes_shard_order(dim: int) -> None:
     assert np.array_equal(sharding(4).to_natural_order(arranged, dim), x)
 
 
-@pytest.mark.parametrize("by", [1, 3, -2, 4])
-def test_rotate_sends_round_the_ring(by: int) -> None:
+@pytest.mark.parametrize("offset", [1, 3, -2, 4])
+def test_rotate_sends_around_the_ring(offset: int) -> None:
     spec = PartitionSpec("context")
     with jax.set_mesh(mesh := make_mesh(MeshConfig(fsdp=1, context=4), jax.devices()[:4])):
         x = jax.device_put(jnp.arange(8), NamedSharding(mesh, spec))
 
         def rotate(x: jax.Array) -> jax.Array:
-            return sharding(4).rotate(x, by)
+            return sharding(4).rotate(x, offset)
 
         found = jax.jit(jax.shard_map(rotate, in_specs=spec, out_specs=spec))(x)
-    assert np.array_equal(found, np.roll(np.arange(8), 2 * by))
+    assert np.array_equal(found, np.roll(np.arange(8), 2 * offset))

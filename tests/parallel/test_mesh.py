@@ -1,4 +1,4 @@
-"""Meshes: sizes that fit the devices, fast links innermost, slices outermost."""
+"""Mesh sizes match the devices; fast links are innermost, slices outermost."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from tests.refusals import problem, raises
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What mesh making asks of a device; eight of them are two slices of 2 x 2, or a box of 2 x 2 x 2."""
+    """The attributes of a device that `make_mesh` uses."""
 
     id: int
     slice_index: int
@@ -28,17 +28,18 @@ class Chip:
     core_on_chip: int = 0
 
 
+# Two slices of 2 x 2 chips, and one of 2 x 2 x 2.
 SLICES = [Chip(id=i, slice_index=i // 4, coords=(i % 2, i // 2 % 2, 0)) for i in range(8)]
 BOX = [Chip(id=i, slice_index=0, coords=(i % 2, i // 2 % 2, i // 4), device_kind="TPU v5p") for i in range(8)]
 
 
 def grid(config: MeshConfig, devices: list[Any]) -> np.ndarray:
-    """The devices of the mesh as `[replica, fsdp, tensor]`."""
+    """Returns the devices of the mesh, `[replica, fsdp, tensor]`."""
     return make_mesh(config, devices).devices.squeeze((1, 3, 4))
 
 
 def distance(one: Chip, other: Chip) -> int:
-    """Links between two chips of a slice, without those round a torus."""
+    """Returns the links between two chips of a slice, without wraparound."""
     return sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True))
 
 
@@ -52,7 +53,7 @@ def distance(one: Chip, other: Chip) -> int:
         (MeshConfig(fsdp=1), 1, 1),
     ],
 )
-def test_the_free_axis_takes_what_is_left(config: MeshConfig, devices: int, fsdp: int) -> None:
+def test_the_free_axis_takes_the_remaining_devices(config: MeshConfig, devices: int, fsdp: int) -> None:
     resolved = config.resolve(devices)
     assert resolved.fsdp == fsdp
     assert math.prod(resolved.sizes) == devices
@@ -76,12 +77,12 @@ def test_any_axis_may_be_the_free_one() -> None:
         (MeshConfig(tensor=3), 8, "mesh.fsdp=-1, mesh.tensor=3: 8"),
     ],
 )
-def test_a_mesh_that_does_not_fit_says_what_would(config: MeshConfig, devices: int, named: str) -> None:
+def test_sizes_that_do_not_match_the_devices_are_refused(config: MeshConfig, devices: int, named: str) -> None:
     with raises(ConfigError, named):
         config.resolve(devices)
 
 
-def test_sizes_that_no_devices_could_fit_are_problems() -> None:
+def test_invalid_sizes_are_problems() -> None:
     problem(MeshConfig(replica=-1), "replica=-1, fsdp=-1:")
     problem(MeshConfig(tensor=0), "tensor=0: tensor=1")
     problem(MeshConfig(fsdp=-2), "fsdp=-2: fsdp=-1")
@@ -112,8 +113,8 @@ def test_the_innermost_axis_joins_neighbors(config: MeshConfig) -> None:
         MeshConfig(replica=-1, fsdp=1),
     ],
 )
-def test_slices_meet_on_replica_alone(config: MeshConfig) -> None:
-    """The first half of the replicas is one slice, whatever the order in which devices come."""
+def test_only_replica_spans_slices(config: MeshConfig) -> None:
+    """The first half of the replicas is one slice, in any order of the devices."""
     shuffled = [SLICES[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
     for devices in (SLICES, shuffled):
         halves = np.split(grid(config, devices), 2)
@@ -122,7 +123,7 @@ def test_slices_meet_on_replica_alone(config: MeshConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [MeshConfig(fsdp=8), MeshConfig(), MeshConfig(fsdp=4, tensor=2)])
-def test_no_other_axis_may_join_slices(config: MeshConfig) -> None:
+def test_other_axes_may_not_span_slices(config: MeshConfig) -> None:
     with raises(ConfigError, "mesh.replica=1: use mesh.replica=2"):
         make_mesh(config, SLICES)
 
@@ -135,7 +136,7 @@ def test_any_axis_may_span_hosts_without_slices(platform: str, kind: str) -> Non
     assert [device.id for device in devices.flat] == list(range(8))
 
 
-def test_permuted_keeps_all_but_the_order() -> None:
+def test_permute_devices_changes_only_the_order() -> None:
     mesh = make_mesh(MeshConfig(replica=2, fsdp=2, tensor=2), jax.devices())
     order = (5, 2, 7, 0, 3, 6, 1, 4)
     other = permute_devices(mesh, order)
@@ -143,8 +144,8 @@ def test_permuted_keeps_all_but_the_order() -> None:
     assert (other.shape, other.axis_types) == (mesh.shape, mesh.axis_types)
 
 
-def test_an_axis_may_take_part_of_a_dimension_of_the_chips() -> None:
-    """4 of 16 chips in a row: no axis of 4 is there to take whole, and each group of the innermost stays in a row."""
+def test_an_axis_may_use_part_of_a_network_dimension() -> None:
+    """An axis of 4 on rows of 16 chips: each group is consecutive chips of a row."""
     square = [Chip(id=i, slice_index=0, coords=(i % 16, i // 16, 0), device_kind="TPU v6 lite") for i in range(256)]
     found = grid(MeshConfig(fsdp=64, tensor=4), square).reshape(64, 4)
     assert {chip.id for chip in found.flat} == set(range(256))
@@ -153,8 +154,8 @@ def test_an_axis_may_take_part_of_a_dimension_of_the_chips() -> None:
 
 
 @pytest.mark.parametrize("kind", ["TPU v5", "TPU v4"])
-def test_axes_that_share_a_dimension_lie_in_it_row_by_row(kind: str) -> None:
-    """8 x 8 on 4 x 4 x 4 chips: over both axes together the order is that of the network."""
+def test_axes_that_share_a_network_dimension_are_row_major(kind: str) -> None:
+    """8 x 8 on 4 x 4 x 4 chips: both axes together are in the order of the network."""
     cube = [Chip(id=i, slice_index=0, coords=(i % 4, i // 4 % 4, i // 16), device_kind=kind) for i in range(64)]
     found = make_mesh(MeshConfig(fsdp=8, context=8), cube).devices.reshape(-1)
     assert [chip.coords for chip in found] == sorted(chip.coords for chip in cube)

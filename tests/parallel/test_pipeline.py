@@ -1,7 +1,6 @@
-"""The engine computes what GPipe written as one differentiable program computes, whatever the schedule.
+"""Every schedule gives the gradients of GPipe written as one differentiable program.
 
-The oracle is that program: a scan of forward ticks on one device, every place of the model side by side, with its
-gradients taken by JAX through the schedule.
+That reference is a scan of forward ticks on one device, with all layers side by side, differentiated by JAX.
 """
 
 import functools
@@ -21,7 +20,7 @@ from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.stages import layer_numbers
 
 MICROBATCHES, ROWS, POSITIONS, WIDTH = 4, 8, 4, 8
-PENALTY = 0.05
+AUX_WEIGHT = 0.05
 MESH = MeshConfig(stage=4, fsdp=2)
 OVER_ROWS = P(("stage", "fsdp"), None, None)
 
@@ -34,10 +33,10 @@ SCHEDULES = {
 
 
 class Toy:
-    """A product in, layers `x + tanh(x w)` that count squares by device, a product out; squared error, an aux loss."""
+    """Layers `x + tanh(x w)` between two matmuls, with a squared error and an auxiliary loss of sums of squares."""
 
     def embed(self, shared: Any, rows: Any) -> jax.Array:
-        return dot(rows["x"], shared["into"])
+        return dot(rows["x"], shared["in"])
 
     def apply_layers(self, weights: Any, x: jax.Array, rows: Any, numbers: jax.Array) -> tuple[jax.Array, Any]:
         def layer(x: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
@@ -66,7 +65,7 @@ class Toy:
         axes = ("stage", "fsdp")
 
         def own(squares: jax.Array) -> jax.Array:
-            return jax.lax.pcast(PENALTY * squares.sum(), axes, to="unreduced")
+            return jax.lax.pcast(AUX_WEIGHT * squares.sum(), axes, to="unreduced")
 
         over_devices = {"in_specs": P(None, *axes), "out_specs": P(unreduced=set(axes))}
         return jax.shard_map(own, **over_devices)(stats["squares"])
@@ -80,25 +79,25 @@ def values(layers: int) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np
         return draw.normal(size=shape).astype(np.float32)
 
     weights = normal(layers, WIDTH, WIDTH) / WIDTH**0.5
-    shared = {name: normal(WIDTH, WIDTH) / WIDTH**0.5 for name in ("into", "out")}
+    shared = {name: normal(WIDTH, WIDTH) / WIDTH**0.5 for name in ("in", "out")}
     return weights, shared, {name: normal(MICROBATCHES, ROWS, POSITIONS, WIDTH) for name in ("x", "y")}
 
 
 @functools.cache
-def oracle(layers: int) -> tuple[Any, Any]:
-    """Loss and gradients by GPipe as one differentiable scan: a layer a stage, all stages side by side."""
+def reference(layers: int) -> tuple[Any, Any]:
+    """Returns loss and gradients of GPipe as one differentiable scan, with a layer a stage."""
     weights, shared, batch = jax.tree.map(jnp.asarray, values(layers))
     ticks = MICROBATCHES + layers - 1
 
     def total(weights: jax.Array, shared: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
             stream_SBTD, loss, aux_loss = carry
-            first = batch["x"][jnp.minimum(t, MICROBATCHES - 1)] @ shared["into"]
+            first = batch["x"][jnp.minimum(t, MICROBATCHES - 1)] @ shared["in"]
             x = jnp.roll(stream_SBTD, 1, axis=0).at[0].set(first)
             y = x + jnp.tanh(jnp.einsum("sbtd,sde->sbte", x, weights))
             at = t - jnp.arange(layers)
             real = (at >= 0) & (at < MICROBATCHES)
-            aux_loss += PENALTY * jnp.sum(jnp.where(real[:, None, None, None], y, 0) ** 2)
+            aux_loss += AUX_WEIGHT * jnp.sum(jnp.where(real[:, None, None, None], y, 0) ** 2)
             left = t - (layers - 1)
             error = y[-1] @ shared["out"] - batch["y"][jnp.maximum(left, 0)]
             return (y, loss + jnp.where(left >= 0, jnp.sum(error**2), 0), aux_loss), None
@@ -112,8 +111,8 @@ def oracle(layers: int) -> tuple[Any, Any]:
     return np.asarray(loss), jax.tree.map(np.asarray, grads)
 
 
-def laid_out(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """`[layers, ...]` to `[V, L, S, ...]`; zeros for no layer."""
+def by_chunk(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Maps `[layers, ...]` to `[V, L, S, ...]`, with zeros for no layer."""
     return np.where((numbers >= 0)[..., None, None], weights[np.maximum(numbers, 0)], 0)
 
 
@@ -128,7 +127,7 @@ def laid_out(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         ("two chunks", 10, 0),
     ],
 )
-def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: int) -> None:
+def test_gradients_equal_those_of_differentiable_gpipe(kind: str, layers: int, dim: int) -> None:
     weights, shared, batch = values(layers)
     config = SCHEDULES[kind]
     numbers = layer_numbers(layers, MESH.stage, config.chunks)
@@ -137,7 +136,7 @@ def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: i
     pipeline = Pipeline(Toy(), config.make_schedule(MESH.stage, MICROBATCHES), loss_sharding, numbers)
     with jax.set_mesh(make_mesh(MESH, jax.devices()[:8])):
         put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
-        placed = put(laid_out(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))
+        placed = put(by_chunk(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))
         shared_spec = P(None, None, reduced={"stage", "fsdp"})
         (found, found_shared), sums, stats = jax.jit(pipeline.gradients)(
             placed,
@@ -148,9 +147,9 @@ def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: i
         found_shared = jax.tree.map(lambda a: np.asarray(jax.reshard(a, P())), found_shared)
         loss = float(jax.reshard(sums["loss"], P()))
         squares = np.asarray(jax.reshard(stats["squares"], P()))
-    wanted_loss, (wanted, wanted_shared) = oracle(layers)
+    wanted_loss, (wanted, wanted_shared) = reference(layers)
     assert loss == pytest.approx(float(wanted_loss), rel=1e-5)
-    np.testing.assert_allclose(found, laid_out(wanted, numbers), rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(found, by_chunk(wanted, numbers), rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
     for name, one in wanted_shared.items():
         np.testing.assert_allclose(found_shared[name], one, rtol=2e-5, atol=2e-5 * np.abs(one).max())
     assert ((squares > 0).all(-1) == (numbers >= 0)).all()
@@ -164,5 +163,5 @@ def test_gradients_are_those_of_gpipe_by_autodiff(kind: str, layers: int, dim: i
         (5, 2, 2, [[[0, 2], [1, -1]], [[3, 4], [-1, -1]]]),
     ],
 )
-def test_chunks_stand_in_the_order_of_the_model(layers: int, stages: int, chunks: int, wanted: list) -> None:
+def test_layer_numbers_are_in_the_order_of_the_model(layers: int, stages: int, chunks: int, wanted: list) -> None:
     assert layer_numbers(layers, stages, chunks).tolist() == wanted

@@ -1,4 +1,4 @@
-"""Sharding rules and partitioners: which dimension is cut by what, and one line for what cannot be."""
+"""Shardings that follow from rules and mesh, and the errors for those that cannot work."""
 
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -31,12 +31,12 @@ def spec(shape: tuple[int, ...], *axes: str | None) -> ParamSpec:
         (ShardingRules(experts=("tensor", "expert")), "experts=(tensor, expert), batch= use rules.experts=(expert,)"),
     ],
 )
-def test_rules_that_contradict_one_another_are_problems(rules: ShardingRules, named: str) -> None:
+def test_contradictory_rules_are_problems(rules: ShardingRules, named: str) -> None:
     problem(rules, named)
     validate(ShardingRules())
 
 
-def test_axes_of_one_device_never_show() -> None:
+def test_axes_of_size_one_never_appear() -> None:
     def specs(mesh: MeshConfig) -> tuple[P, P]:
         partitioner = Partitioner(mesh=mesh)
         return partitioner.spec("batch", "positions", None), partitioner.spec("layers", "embed", "mlp")
@@ -47,12 +47,12 @@ def test_axes_of_one_device_never_show() -> None:
     assert specs(MeshConfig(fsdp=1)) == (P(None, None, None), P(None, None, None))
 
 
-def test_shards_multiply() -> None:
+def test_num_shards_is_a_product() -> None:
     partitioner = Partitioner(mesh=CUBE)
     assert [partitioner.num_shards(name) for name in ("batch", "embed", "heads", "layers", None)] == [4, 2, 2, 1, 1]
 
 
-def test_a_stored_parameter_is_cut_by_its_names() -> None:
+def test_stored_spec_follows_logical_axes() -> None:
     partitioner = Partitioner(mesh=CUBE)
     assert partitioner.stored_spec("w", spec((3, 8, 4, 6), "layers", "embed", "heads", None)) == P(
         None, "fsdp", "tensor", None
@@ -60,25 +60,25 @@ def test_a_stored_parameter_is_cut_by_its_names() -> None:
     assert partitioner.stored_spec("norm", spec((7,), None)) == P(None)
 
 
-def test_its_mark_keeps_gradients_partial_over_replica() -> None:
+def test_with_reduced_marks_replica() -> None:
     stored = P("fsdp", "tensor")
     assert Partitioner(mesh=CUBE).with_reduced(stored) == stored.update(reduced=frozenset({"replica"}))
     assert Partitioner(mesh=MeshConfig(fsdp=8)).with_reduced(P("fsdp", None)) == P("fsdp", None)
 
 
-def test_two_dimensions_on_one_mesh_axis_name_the_parameter() -> None:
+def test_two_dimensions_on_one_mesh_axis_are_refused() -> None:
     partitioner = Partitioner(rules=ShardingRules(embed=("tensor",)), mesh=CUBE)
     with raises(ConfigError, "rules.mlp, rules.embed: axis tensor blocks.mlp.up.weight (2, 8, 16); remove tensor"):
         partitioner.stored_spec("blocks.mlp.up.weight", spec((2, 8, 16), "layers", "embed", "mlp"))
 
 
-def test_a_dimension_that_does_not_divide_names_the_parameter() -> None:
+def test_an_indivisible_dimension_is_refused() -> None:
     partitioner = Partitioner(mesh=MeshConfig(fsdp=1, tensor=4))
     with raises(ConfigError, "rules.kv_heads= blocks.attention.key.weight (2, 8, 6, 4) rules.kv_heads=()"):
         partitioner.stored_spec("blocks.attention.key.weight", spec((2, 8, 6, 4), "layers", "embed", "kv_heads", None))
 
 
-def test_the_width_of_experts_leaves_their_axis_to_them() -> None:
+def test_embed_of_experts_leaves_out_the_expert_axis() -> None:
     partitioner = Partitioner(mesh=MeshConfig(replica=2, fsdp=2, expert=2, tensor=2))
     names = ("experts", "embed", "mlp")
     assert partitioner.stored_spec("w", spec((3, 8, 4, 6), "layers", *names)) == P(None, "expert", "fsdp", "tensor")

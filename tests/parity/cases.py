@@ -1,6 +1,6 @@
-"""Small runs that together use every feature which a mesh can get wrong, and what they compute on a mesh.
+"""Small runs that together use every feature that a mesh could break, and their results on a mesh.
 
-Heads, widths, lengths and rows divide by eight, so that each axis may have all devices.
+Heads, hidden sizes, lengths and rows are divisible by eight, so that each axis can have all devices.
 """
 
 import functools
@@ -32,7 +32,7 @@ from jaxinfra.run import Precision, Run, TrainConfig
 
 VOCAB, ROWS, LENGTH, STEP = 64, 32, 16, 3
 TOLERANCE = 1e-5
-"""Largest difference of an array, as a part of its largest value. Float32 sums in another order give 1e-6 here."""
+"""Largest difference of an array relative to its largest value. Another order of float32 sums gives 1e-6 here."""
 
 SHUFFLED = (5, 2, 7, 0, 3, 6, 1, 4)
 """An order of eight devices in which no mesh axis follows the order of their ids."""
@@ -54,8 +54,8 @@ DOCUMENTS = Run(
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=True),
     precision=Precision(compute="float32"),
     optim=OptimConfig(
-        # The first updates of Adam are g / (|g| + eps). Where g is nothing but rounding, a small eps makes of it
-        # a whole step in a random direction. With an eps as large as the gradients the update is smooth in g.
+        # Adam's first update is g / (|g| + eps). If g is only rounding error, a small eps makes it a full step in a
+        # random direction. With an eps as large as the gradients, the update is smooth in g.
         optimizer=AdamW(eps=0.1),
         schedule=Constant(),
         peak_lr=0.1,
@@ -64,7 +64,7 @@ DOCUMENTS = Run(
     ),
     train=TrainConfig(steps=3, global_batch=ROWS),
 )
-"""Grouped heads, norms on queries and keys, a tied head, document masks, weights of zero, z-loss, two chunks."""
+"""Grouped-query attention, query and key norms, a tied head, document masks, zero weights, z-loss, two loss chunks."""
 
 BIASES = replace(
     DOCUMENTS,
@@ -90,10 +90,10 @@ BIASES = replace(
     objective=CausalLM(loss_chunks=4),
     data=TokenData(store="none", seq_len=LENGTH, mask_documents=False),
 )
-"""Biases everywhere, layers of two sights, learned positions, soft caps, a head of its own, four chunks."""
+"""Biases, two layer types, learned positions, soft caps, an untied head, four loss chunks."""
 
-# Of the 4 features of a head of DOCUMENTS all are near zero somewhere in four layers: their norm then makes 2e-5 out
-# of any other order of sums, on one device too. Of 8 features they are not.
+# In four layers of DOCUMENTS, all 4 features of some head are near zero: their norm amplifies another order of sums to
+# 2e-5, on one device too. With 8 features it does not.
 DEEP = replace(DOCUMENTS, name="deep", model=replace(DOCUMENTS.model, num_layers=4, head_dim=8))
 
 DROPPING = replace(BIASES, name="dropping", model=replace(BIASES.model, dropout=0.2), objective=CausalLM(loss_chunks=2))
@@ -111,7 +111,7 @@ LATENT = replace(
         rope=Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=1.0)),
     ),
 )
-"""Latent attention; positions pass a shard in two blocks."""
+"""Latent attention."""
 
 TIGHT = replace(
     DOCUMENTS,
@@ -136,7 +136,7 @@ TIGHT = replace(
         ),
     ),
 )
-"""All options of experts, and experts that are full for a part of every sequence."""
+"""All options of experts; some experts reach their capacity in every sequence."""
 
 LOOSE = replace(
     DOCUMENTS,
@@ -145,14 +145,14 @@ LOOSE = replace(
         DOCUMENTS.model, num_layers=2, mlp_type="gelu", moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.1)
     ),
 )
-"""Mixtral's experts: a softmax, and nothing is dropped."""
+"""Mixtral's experts: softmax scores, no capacity."""
 
 SIGHTS = replace(
     TIGHT,
     name="sights",
     model=replace(TIGHT.model, num_dense_layers=1, num_layers=3, layer_types=("sliding", "full"), sliding_window=5),
 )
-"""Layers of two sights, uneven over two stages: some compute what nobody counts. One comes before, without experts."""
+"""Two layer types, uneven over two stages, after a dense layer."""
 
 DEEPSEEK = replace(
     TIGHT,
@@ -168,7 +168,7 @@ DEEPSEEK = replace(
         rope=LATENT.model.rope,
     ),
 )
-"""What DeepSeek-V3 is made of: latent attention, a dense layer first, biased sigmoids in groups, a shared expert."""
+"""DeepSeek-V3: latent attention, a dense first layer, grouped sigmoid scores with biases, a shared expert."""
 
 SHAPE = VisionTransformerConfig(
     image_size=8, patch_size=2, channels=1, num_classes=5, num_layers=3, hidden_size=32, num_heads=8, mlp_dim=64
@@ -180,7 +180,7 @@ TOKEN = replace(
     objective=Classification(),
     data=ImageData(store="none", image_size=8, channels=1),
 )
-"""Images; a class token makes 17 positions, which no mesh divides; three layers are uneven over two stages."""
+"""Images with a class token: 17 positions, which no mesh divides; three layers are uneven over two stages."""
 
 MEAN = replace(
     TOKEN,
@@ -188,16 +188,16 @@ MEAN = replace(
     model=replace(SHAPE, pool="mean", num_layers=4, dropout=0.2),
     objective=Classification(label_smoothing=0.2),
 )
-"""Images of sixteen positions, spread over tensor between the layers; dropout and smoothing."""
+"""Images of 16 positions, sharded over tensor between layers; dropout and label smoothing."""
 
 RUNS = {run.name: run for run in (DEEP, DROPPING, LATENT, TIGHT, LOOSE, SIGHTS, DEEPSEEK, TOKEN, MEAN)}
-IDLE = "grad.blocks.attention.key.bias"
-"""Of images: a bias on keys adds the same to all scores of a query, so it has no effect and no gradient."""
+NO_GRADIENT = "grad.blocks.attention.key.bias"
+"""For images: a bias on keys adds the same to all scores of a query, so it has no effect and no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run on one mesh."""
+    """One run on one mesh, in a number of microbatches."""
 
     run: Run
     mesh: MeshConfig = MeshConfig(fsdp=1)
@@ -215,7 +215,7 @@ class Case:
 
 
 def batch_on_host(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random samples of a run, some weights of zero where it has weights; images always have."""
+    """Random samples of a run; some weights are zero."""
     if not isinstance(run.data, ImageData):
         return random_batch(run, seed)
     draw = np.random.default_rng(seed)
@@ -227,37 +227,37 @@ def batch_on_host(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def values_on_host(specs: Any) -> Any:
-    """Values for all parameters, norms and biases included, at which every gradient is well away from zero."""
+    """Values for all parameters, also norms and biases, for which no gradient is near zero."""
     draw = np.random.default_rng(1)
 
-    def one(spec: ParamSpec) -> np.ndarray:
+    def value(spec: ParamSpec) -> np.ndarray:
         fan_in = math.prod(spec.shape[d] for d in spec.in_dims)
-        spread = fan_in**-0.5 if spec.in_dims else 0.3
-        return ((spec.role == "norm") + spread * draw.normal(size=spec.shape)).astype(np.float32)
+        stddev = fan_in**-0.5 if spec.in_dims else 0.3
+        return ((spec.role == "norm") + stddev * draw.normal(size=spec.shape)).astype(np.float32)
 
-    return jax.tree.map(one, specs)
+    return jax.tree.map(value, specs)
 
 
 def on_host(tree: Any) -> dict[str, np.ndarray]:
-    """The leaves by path."""
+    """Returns the leaves by path."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def gradients(case: Case, step: int = STEP) -> Arrays:
-    """Every gradient and every sum of the loss, with the dropout masks of a step."""
+    """Computes every gradient and every sum of the loss, with the dropout masks of a step."""
     program = case.program()
     return loss_and_gradients(program, batch_on_host(case.run), values_on_host(program.specs), step)
 
 
 @functools.cache
 def on_one_device(run: Run) -> Arrays:
-    """The gradients of a run on one device, its batch whole: computed once for each run of a test process."""
+    """Computes the gradients of a run on one device in one batch; cached."""
     return gradients(Case(run=run))
 
 
 def evaluated(case: Case) -> Arrays:
-    """Every sum of an evaluation."""
+    """Computes every sum of an evaluation."""
     program, batch = case.program(), batch_on_host(case.run)
     expected = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
     with program.on_mesh:
@@ -266,10 +266,10 @@ def evaluated(case: Case) -> Arrays:
 
 
 def too_different(found: Arrays, wanted: Arrays) -> dict[str, float]:
-    """The arrays that differ by more than `TOLERANCE`; NaN counts."""
+    """Returns the arrays that differ by `TOLERANCE` or more, or are NaN."""
     return {path: size for path, size in relative_differences(found, wanted).items() if not size < TOLERANCE}
 
 
 def near_zero(found: Arrays) -> set[str]:
-    """The arrays for which a relative difference says nothing."""
-    return {path for path, one in found.items() if np.abs(one).max() < 1e-3 and path not in ("sum.z_loss", IDLE)}
+    """Returns the arrays that are too small for a relative difference."""
+    return {path for path, one in found.items() if np.abs(one).max() < 1e-3 and path not in ("sum.z_loss", NO_GRADIENT)}

@@ -1,15 +1,15 @@
-"""A small set of cases in which every pair of choices meets, in place of all combinations.
+"""A small set of cases in which every pair of choices occurs, instead of all combinations.
 
-A case chooses a run, a mesh of eight devices, a number of microbatches, the order of the devices, how keys and values
-cross a sequence, a pipeline schedule and what layers keep for the backward pass. These meet in at least one case:
+A case chooses a run, a mesh of eight devices, a number of microbatches, the order of the devices, a context-parallel
+method, a pipeline schedule and a remat policy. At least one case has:
 
-- any two axes; an axis of 2, of 4 and of all eight devices (`python -m launch parity` has every mesh);
-- a run and an axis that is above 1, a number of microbatches, an order, a way across a sequence;
-- any two of: microbatches, order, way, schedule, remat; and each of them with each axis above 1;
-- a schedule or remat and a kind of layers: of one kind, of several, with experts, of images.
+- any two axes; an axis of 2, of 4 and of all eight devices (`python -m launch parity` covers every mesh);
+- any run with any axis above 1, number of microbatches, device order and context-parallel method;
+- any two of microbatches, device order, context method, schedule and remat; and each of them with any axis above 1;
+- any schedule or remat policy with any kind of layers: of one type, of several types, with experts, of images.
 
-The cover is greedy: of a fixed sample of all combinations that the product allows, the case that brings most pairs
-which no case before it has, for what it costs. The first cases therefore say most; `FAST` of them run with every test.
+The cover is greedy: from a fixed sample of all valid combinations it takes the case with the most new pairs for its
+cost. So the first cases test the most, and `FAST` of them run with every test.
 """
 
 import functools
@@ -27,10 +27,10 @@ from jaxinfra.run import Run
 from tests.parity.cases import DEEP, RUNS, Case
 
 FAST = 10
-"""Of the cover; the rest is slow."""
+"""Cases of the cover that are not marked slow."""
 
 DRAWS = 60
-"""Of all combinations of one mesh."""
+"""Sampled combinations of each mesh."""
 
 ACCUMULATE = (1, 2, 4)
 METHODS: tuple[ContextMethod, ...] = ("ring", "gather")
@@ -45,7 +45,7 @@ REMATS: tuple[Remat | tuple[Remat, ...], ...] = ("none", "full", "dots", "weight
 
 
 def kind(run: Run) -> str:
-    """What its layers are."""
+    """Returns the kind of the run's layers."""
     if isinstance(run.data, ImageData):
         return "images"
     if run.model.moe is not None:
@@ -54,7 +54,7 @@ def kind(run: Run) -> str:
 
 
 def allowed(case: Case) -> bool:
-    """Whether the product allows it, by the divisions that these runs do not all meet."""
+    """Returns whether the run fits the mesh, in the dimensions in which these runs differ."""
     mesh, pipeline, layers = case.mesh, case.run.pipeline, case.run.model.num_layers
     if mesh.context > 1 and isinstance(case.run.data, ImageData):
         return False
@@ -64,7 +64,7 @@ def allowed(case: Case) -> bool:
 
 
 def pairs(case: Case) -> set[tuple[str, str]]:
-    """The pairs of choices that meet in a case."""
+    """Returns the pairs of choices of a case."""
     model, mesh = case.run.model, case.mesh
     sizes = [(axis, size) for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1]
     exact, above = [f"{axis}={size}" for axis, size in sizes], [axis for axis, _ in sizes]
@@ -81,8 +81,8 @@ def pairs(case: Case) -> set[tuple[str, str]]:
     }
 
 
-def _drawn(mesh: MeshConfig, draw: random.Random) -> Case:
-    """Any combination on a mesh; what has no use there is left as it is."""
+def _sample(mesh: MeshConfig, draw: random.Random) -> Case:
+    """Samples a combination on a mesh; choices without effect there keep their defaults."""
     run = draw.choice(list(RUNS.values()) if mesh.stage <= 2 else [DEEP])
     if isinstance(run.data, ImageData):
         model = replace(run.model, remat=draw.choice([remat for remat in REMATS if isinstance(remat, str)]))
@@ -99,14 +99,14 @@ def _drawn(mesh: MeshConfig, draw: random.Random) -> Case:
 
 @functools.cache
 def candidates() -> list[Case]:
-    """A sample of all combinations that the product allows, always the same."""
+    """Returns a fixed sample of all valid combinations."""
     draw = random.Random(0)
-    drawn = (_drawn(mesh, draw) for mesh in all_meshes(8) for _ in range(DRAWS))
+    drawn = (_sample(mesh, draw) for mesh in all_meshes(8) for _ in range(DRAWS))
     return [case for case in drawn if allowed(case)]
 
 
 def cost(case: Case) -> float:
-    """About the seconds that a core compiles, as measured: these features multiply one another."""
+    """Estimates the compile time in seconds, fitted to measurements: the effects of these features multiply."""
     model, staged = case.run.model, case.mesh.stage > 1
     unlike = kind(case.run) == "several" or (kind(case.run) == "experts" and len(model.distinct_layer_types) > 1)
     zero_bubble = staged and case.run.pipeline.schedule == "zero_bubble"
@@ -116,7 +116,7 @@ def cost(case: Case) -> float:
 
 @functools.cache
 def cover() -> list[Case]:
-    """The cases, those that bring most for their cost first; each has a pair that no other one has."""
+    """Returns the cases, most new pairs for their cost first; each has a pair that no other case has."""
     left = [(case, pairs(case)) for case in candidates()]
     every = set[tuple[str, str]]().union(*(found for _, found in left))
     missing, chosen = set(every), dict[Case, set[tuple[str, str]]]()

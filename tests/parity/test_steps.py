@@ -1,4 +1,4 @@
-"""Evaluation, training, dropout and experts do on every mesh what they do on one device."""
+"""Evaluation, training steps, dropout and experts give the results of one device on every mesh."""
 
 import functools
 from dataclasses import replace
@@ -33,16 +33,16 @@ STAGED = MeshConfig(stage=2, fsdp=2, tensor=2)
     [
         Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=2, context=4)),
         pytest.param(Case(run=BIASES, mesh=STAGED, accumulate=4), marks=pytest.mark.slow),
-        # What experts count, too: stages that have nothing to do count nothing.
+        # Also the statistics of experts, to which idle stages must add nothing.
         pytest.param(Case(run=TIGHT, mesh=STAGED, accumulate=4), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_evaluation_is_that_of_one_device(case: Case) -> None:
+def test_evaluation_equals_one_device(case: Case) -> None:
     assert not too_different(evaluated(case), evaluated(Case(run=case.run)))
 
 
-def test_what_is_evaluated_is_what_is_trained() -> None:
+def test_evaluation_and_training_have_one_loss() -> None:
     run = replace(MEAN, model=replace(MEAN.model, dropout=0.0))
     staged = Case(run=run, mesh=MeshConfig(stage=2, fsdp=2), accumulate=2)
     sums, *others = [evaluated(Case(run=run)), evaluated(staged), gradients(Case(run=run)), gradients(staged)]
@@ -51,20 +51,20 @@ def test_what_is_evaluated_is_what_is_trained() -> None:
         assert not too_different(found, sums)
 
 
-def test_masks_change_with_the_step_and_the_loss_with_them() -> None:
-    """Else the agreement of meshes would say nothing."""
+def test_dropout_masks_depend_on_the_step() -> None:
+    """Otherwise equal results on all meshes would be meaningless."""
     now, later = on_one_device(DROPPING), gradients(Case(run=DROPPING), step=STEP + 1)
     for other in (later, on_one_device(BIASES)):
         assert len(too_different(now, other)) > len(now) * 0.9
 
 
-def test_evaluation_drops_nothing() -> None:
+def test_evaluation_has_no_dropout() -> None:
     dropping, plain = (evaluated(Case(run=run)) for run in (replace(BIASES, model=DROPPING.model), BIASES))
     assert dropping == plain
 
 
-def test_each_step_of_training_has_masks_of_its_own() -> None:
-    """The same batch and parameters, another step: another loss."""
+def test_each_training_step_has_its_own_dropout_masks() -> None:
+    """Another step changes the loss of the same batch and parameters."""
     program = Case(run=DROPPING).program()
     losses = []
     with program.on_mesh:
@@ -76,15 +76,15 @@ def test_each_step_of_training_has_masks_of_its_own() -> None:
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_experts_are_full() -> None:
-    """Else that nobody drops anything on any mesh would prove nothing."""
+def test_experts_reach_their_capacity() -> None:
+    """Otherwise the other tests would not cover dropped choices."""
     sums = on_one_device(TIGHT)
     load, kept = sums["sum.expert_load"], sums["sum.expert_served"]
     assert load.shape == (2, 8) and load.sum() == 2 * 3 * 32 * 16
     assert 0.05 < 1 - kept.sum() / load.sum() < 0.5
 
 
-def test_a_dense_model_takes_the_expert_axis_for_data() -> None:
+def test_a_dense_model_uses_the_expert_axis_as_data_parallel() -> None:
     dense = Case(run=DOCUMENTS, mesh=MeshConfig(fsdp=2, expert=2, tensor=2), accumulate=2)
     assert not too_different(gradients(dense), on_one_device(DOCUMENTS))
 
@@ -95,8 +95,8 @@ def test_a_dense_model_takes_the_expert_axis_for_data() -> None:
     [(MeshConfig(fsdp=2, expert=4), 1), (MeshConfig(replica=2, stage=2, fsdp=1, expert=2), 4)],
     ids=["fsdp-expert", "replica-stage-expert"],
 )
-def test_biases_move_alike_on_every_mesh(mesh: MeshConfig, accumulate: int) -> None:
-    """By the choices of the whole step: of all microbatches, stages and replicas."""
+def test_expert_biases_do_not_depend_on_the_mesh(mesh: MeshConfig, accumulate: int) -> None:
+    """They depend on the choices of the whole step: all microbatches, stages and replicas."""
 
     def biases(case: Case) -> tuple[np.ndarray, dict[str, float]]:
         program = case.program()
@@ -112,8 +112,8 @@ def test_biases_move_alike_on_every_mesh(mesh: MeshConfig, accumulate: int) -> N
     assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
 
 
-def trained(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[dict[str, float]]]:
-    """The state before the first step and after the last, and the metrics of each step."""
+def train(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[dict[str, float]]]:
+    """Returns the state before the first step and after the last, and the metrics of each step."""
     program, metrics = case.program(), []
     with program.on_mesh:
         state = program.init(jax.random.key(0))
@@ -125,17 +125,17 @@ def trained(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], l
 
 
 def _roots(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The roots of second moments in their place: a square has twice the relative error of the gradient."""
+    """Replaces second moments by their roots: a square has twice the relative error of the gradient."""
     return {path: np.sqrt(value) if ".nu" in path else value for path, value in state.items()}
 
 
 @functools.cache
 def trained_on_one_device() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[dict[str, float]]]:
-    return trained(Case(run=DOCUMENTS))
+    return train(Case(run=DOCUMENTS))
 
 
-def test_the_steps_move_every_parameter_and_clip() -> None:
-    """Else their agreement would say nothing."""
+def test_training_changes_every_parameter_and_clips() -> None:
+    """Otherwise equal states would be meaningless."""
     start, end, metrics = trained_on_one_device()
     still = {
         path
@@ -155,9 +155,9 @@ def test_the_steps_move_every_parameter_and_clip() -> None:
     ],
     ids=str,
 )
-def test_the_state_after_three_steps_is_that_of_one_device(case: Case) -> None:
+def test_three_steps_equal_one_device(case: Case) -> None:
     _, wanted, wanted_metrics = trained_on_one_device()
-    _, found, metrics = trained(case)
+    _, found, metrics = train(case)
     assert not too_different(found, wanted)
     for row, wanted_row in zip(metrics, wanted_metrics, strict=True):
         assert row == pytest.approx(wanted_row, rel=1e-5)
