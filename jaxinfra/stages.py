@@ -20,7 +20,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayeredModule, StageLayers
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective
-from jaxinfra.parallel.pipeline import LossSharding, Pipeline, without_stage
+from jaxinfra.parallel.pipeline import LossSharding, Pipeline, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code
@@ -141,13 +141,13 @@ class Stages:
 
     def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
         """Gradients of the summed loss, as parameters are stored, sums and statistics; `batch` is in microbatches."""
-        (weights, shared), sums, stats = self.pipeline.gradients(*self._laid_out(params), batch)
+        weights, shared, sums, stats = self.pipeline.gradients(StepInputs(*self._laid_out(params), batch))
         shared = jax.tree.map(self._scattered, shared, self._of_shared(self.stored))
         return {**shared, STACKED: self._laid_back(weights)}, *self._whole(sums, stats)
 
     def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
         """All sums; `batch` is in microbatches."""
-        return self._whole(*self.pipeline.evaluate(*self._laid_out(params), batch))[0]
+        return self._whole(*self.pipeline.evaluate(StepInputs(*self._laid_out(params), batch)))[0]
 
     def _whole(
         self, sums: dict[str, jax.Array], stats: dict[str, jax.Array]

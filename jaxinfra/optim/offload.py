@@ -7,7 +7,6 @@ The state has the same tree as without offloading and, up to rounding, the same 
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,30 +64,21 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
     return optax.GradientTransformation(init, update)
 
 
-class _SplitState(NamedTuple):
-    """A flattened state, its arrays and counters by their index."""
+def _split(state: optax.OptState) -> tuple[optax.OptState, optax.OptState]:
+    """Splits a state into arrays and counters, each with None in place of the other."""
+    return jax.tree.map(lambda x: x if x.ndim else None, state), jax.tree.map(lambda x: None if x.ndim else x, state)
 
-    treedef: Any
-    arrays: dict[int, jax.Array]
-    counters: dict[int, jax.Array]
 
-    @classmethod
-    def split(cls, state: optax.OptState) -> "_SplitState":
-        leaves, treedef = jax.tree.flatten(state)
-        arrays = {at: leaf for at, leaf in enumerate(leaves) if leaf.ndim}
-        return cls(treedef, arrays, {at: leaf for at, leaf in enumerate(leaves) if not leaf.ndim})
-
-    def with_arrays(self, arrays: dict[int, jax.Array]) -> optax.OptState:
-        leaves = self.counters | arrays
-        return self.treedef.unflatten([leaves[at] for at in range(len(leaves))])
+def _combine(arrays: optax.OptState, counters: optax.OptState) -> optax.OptState:
+    return jax.tree.map(lambda a, c: c if a is None else a, arrays, counters, is_leaf=lambda x: x is None)
 
 
 def _update_at_once(
     tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
-    split = _SplitState.split(state)
-    arrays = jax.device_put(split.arrays, jax.memory.Space.Device)
-    updates, state = tx.update(updates, split.with_arrays(arrays), params)
+    arrays, counters = _split(state)
+    state = _combine(jax.device_put(arrays, jax.memory.Space.Device), counters)
+    updates, state = tx.update(updates, state, params)
     return updates, _to_host(state)
 
 
@@ -96,7 +86,7 @@ def _update_by_layer(
     tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
     """Updates stacked layers with `tx`, the optimizer of one layer; counters are returned unchanged."""
-    split = _SplitState.split(state)
+    all_arrays, counters = _split(state)
     (num_layers,) = {len(leaf) for leaf in jax.tree.leaves(updates)}
 
     def select(stacked: PyTree, layer: jax.Array) -> PyTree:
@@ -109,13 +99,12 @@ def _update_by_layer(
     # are overwritten in place: updates reuse the memory of the gradients.
     def step(carry: tuple[PyTree, PyTree], layer: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
         updates, arrays = carry
-        state = split.with_arrays(jax.device_put(select(arrays, layer), jax.memory.Space.Device))
+        state = _combine(jax.device_put(select(arrays, layer), jax.memory.Space.Device), counters)
         update, state = tx.update(select(updates, layer), state, select(params, layer))
-        new_arrays = _SplitState.split(_to_host(state)).arrays
-        return (write(updates, update, layer), write(arrays, new_arrays, layer)), None
+        return (write(updates, update, layer), write(arrays, _split(_to_host(state))[0], layer)), None
 
-    (updates, arrays), _ = jax.lax.scan(step, (updates, split.arrays), jnp.arange(num_layers))
-    return updates, split.with_arrays(arrays)
+    (updates, arrays), _ = jax.lax.scan(step, (updates, all_arrays), jnp.arange(num_layers))
+    return updates, _combine(arrays, counters)
 
 
 def _to_host(state: optax.OptState) -> optax.OptState:

@@ -82,6 +82,21 @@ class Tick(NamedTuple):
     slot: jax.Array
 
 
+class StepInputs(NamedTuple):
+    """What all ticks of a step read.
+
+    Attributes:
+        weights: the layers' weights, `[V, L, S, ...]`, marked as reduced over the axes that gradients stay unreduced
+            over.
+        shared: all other parameters, marked in the same way, also over `stage`.
+        batch: fields `[M, B, ...]`.
+    """
+
+    weights: PyTree
+    shared: PyTree
+    batch: Batch
+
+
 class Carry(NamedTuple):
     """The state between ticks.
 
@@ -106,7 +121,7 @@ class Carry(NamedTuple):
     stats: Sums
 
 
-type PassFunction = Callable[[Carry, Tick, PyTree, PyTree, Batch], Carry]
+type PassFunction = Callable[[StepInputs, Carry, Tick], Carry]
 
 
 # Operations on each device's own part
@@ -130,12 +145,9 @@ def without_stage(entry: SpecEntry) -> tuple[str, ...]:
     return tuple(axis for axis in axis_names(entry) if axis != "stage")
 
 
-def _is_first_stage() -> jax.Array:
-    return jax.lax.axis_index("stage") == 0
-
-
-def _is_last_stage() -> jax.Array:
-    return jax.lax.axis_index("stage") == jax.lax.axis_size("stage") - 1
+def _is_stage(stage: int, chunk: jax.Array, of_chunk: int) -> jax.Array:
+    """Returns whether this device's stage is `stage` (-1 is the last) and works on chunk `of_chunk`."""
+    return (jax.lax.axis_index("stage") == stage % jax.lax.axis_size("stage")) & (chunk[0] == of_chunk)
 
 
 def _select(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -143,34 +155,34 @@ def _select(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, jnp.maximum(index[0], 0), keepdims=False)
 
 
-def select_microbatch(field_MB: jax.Array, microbatch_S: jax.Array) -> jax.Array:
+def select_microbatch(batch: Batch, microbatch_S: jax.Array) -> Batch:
     """Selects the rows of each stage's microbatch, `[S * B, ...]`; the first microbatch if a stage is idle."""
-    entries = list(_spec(field_MB).partitions)
 
     def select(field: jax.Array, microbatch: jax.Array) -> jax.Array:
         return _select(jax.lax.pcast(field, ("stage",), to="varying"), microbatch)
 
-    return _per_device(select, PartitionSpec(with_stage(entries[1]), *entries[2:]), field_MB, microbatch_S)
+    def select_field(field_MB: jax.Array) -> jax.Array:
+        entries = list(_spec(field_MB).partitions)
+        return _per_device(select, PartitionSpec(with_stage(entries[1]), *entries[2:]), field_MB, microbatch_S)
+
+    return {name: select_field(field) for name, field in batch.items()}
+
+
+def _receive(own: jax.Array, received: jax.Array, tick: Tick, stage: int, of_chunk: int) -> jax.Array:
+    def select(own: jax.Array, received: jax.Array, microbatch: jax.Array, chunk: jax.Array) -> jax.Array:
+        return jnp.where(microbatch[0] == IDLE, 0, jnp.where(_is_stage(stage, chunk, of_chunk), own, received))
+
+    return _per_device(select, _spec(received), own, received, tick.microbatch, tick.chunk)
 
 
 def recv_activation(embedded: jax.Array, received: jax.Array, tick: Tick) -> jax.Array:
     """Returns the input of each stage's chunk: the embedding for the first chunk, zeros if the stage is idle."""
-
-    def select(embedded: jax.Array, received: jax.Array, microbatch: jax.Array, chunk: jax.Array) -> jax.Array:
-        is_first = _is_first_stage() & (chunk[0] == 0)
-        return jnp.where(microbatch[0] == IDLE, 0, jnp.where(is_first, embedded, received))
-
-    return _per_device(select, _spec(received), embedded, received, tick.microbatch, tick.chunk)
+    return _receive(embedded, received, tick, stage=0, of_chunk=0)
 
 
 def recv_grad(of_loss: jax.Array, received: jax.Array, tick: Tick, chunks: int) -> jax.Array:
     """Returns the gradient of each stage's output: that of the loss for the last chunk, zeros if the stage is idle."""
-
-    def select(of_loss: jax.Array, received: jax.Array, microbatch: jax.Array, chunk: jax.Array) -> jax.Array:
-        is_last = _is_last_stage() & (chunk[0] == chunks - 1)
-        return jnp.where(microbatch[0] == IDLE, 0, jnp.where(is_last, of_loss, received))
-
-    return _per_device(select, _spec(received), of_loss, received, tick.microbatch, tick.chunk)
+    return _receive(of_loss, received, tick, stage=-1, of_chunk=chunks - 1)
 
 
 def send_to_stage(x: jax.Array, offset: int) -> jax.Array:
@@ -190,7 +202,8 @@ def scatter_last_output(x: jax.Array, is_done: jax.Array, loss_sharding: LossSha
     x = jax.reshard(x, PartitionSpec(with_stage(rows), *(axes or None for axes in dims)))
 
     def scatter(x: jax.Array, is_done: jax.Array) -> jax.Array:
-        x = jnp.where(_is_last_stage() & is_done, x, 0)
+        is_last = jax.lax.axis_index("stage") == jax.lax.axis_size("stage") - 1
+        x = jnp.where(is_last & is_done, x, 0)
         return jax.lax.psum_scatter(x, "stage", scatter_dimension=loss_sharding.dim, tiled=True)
 
     return _per_device(scatter, loss_sharding.spec, x, is_done)
@@ -211,29 +224,41 @@ def write_slot(slots: jax.Array, x: jax.Array, slot_S: jax.Array) -> jax.Array:
     return _per_device(write, _spec(slots), slots, x, slot_S)
 
 
-def select_chunk(stacked: jax.Array, chunk_S: jax.Array) -> jax.Array:
+def select_chunk(tree: PyTree, chunk_S: jax.Array) -> PyTree:
     """Selects the chunk of each stage: `[V, L, S, ...]` to `[L, S, ...]`."""
-    spec = _spec(stacked)
-    out = spec.update(partitions=spec.partitions[1:])
-    if stacked.shape[0] == 1:
-        return stacked.reshape(stacked.shape[1:], out_sharding=out)
-    return _per_device(_select, out, stacked, chunk_S)
+
+    def select(x: jax.Array) -> jax.Array:
+        spec = _spec(x)
+        out = spec.update(partitions=spec.partitions[1:])
+        if x.shape[0] == 1:
+            return x.reshape(x.shape[1:], out_sharding=out)
+        return _per_device(_select, out, x, chunk_S)
+
+    return jax.tree.map(select, tree)
 
 
-def add_to_chunk(total: jax.Array, value: jax.Array, chunk_S: jax.Array) -> jax.Array:
-    """Adds `value` `[L, S, ...]` to the chunk of each stage of `total` `[V, L, S, ...]`."""
-    if total.shape[0] == 1:
-        return total + value.reshape(total.shape, out_sharding=_spec(total))
+def add_to_chunk(total: PyTree, value: PyTree, chunk_S: jax.Array) -> PyTree:
+    """Adds `value` `[L, S, ...]` to the chunk of each stage of `total` `[V, L, S, ...]`, in the dtype of `total`."""
 
-    def add(total: jax.Array, value: jax.Array, chunk: jax.Array) -> jax.Array:
+    def add_own(total: jax.Array, value: jax.Array, chunk: jax.Array) -> jax.Array:
         return total.at[jnp.maximum(chunk[0], 0)].add(value)
 
-    return _per_device(add, _spec(total), total, value, chunk_S)
+    def add(total: jax.Array, value: jax.Array) -> jax.Array:
+        value = value.astype(total.dtype)
+        if total.shape[0] == 1:
+            return total + value.reshape(total.shape, out_sharding=_spec(total))
+        return _per_device(add_own, _spec(total), total, value, chunk_S)
+
+    return jax.tree.map(add, total, value)
 
 
-def mask_idle(x: jax.Array, microbatch_S: jax.Array) -> jax.Array:
-    """Sets the parts of idle stages to zero; `x` is sharded over the stages."""
-    return _per_device(lambda x, microbatch: jnp.where(microbatch[0] == IDLE, 0, x), _spec(x), x, microbatch_S)
+def mask_idle[T](tree: T, microbatch_S: jax.Array) -> T:
+    """Sets the parts of idle stages to zero, in arrays that are sharded over the stages."""
+
+    def mask(x: jax.Array, microbatch: jax.Array) -> jax.Array:
+        return jnp.where(microbatch[0] == IDLE, 0, x)
+
+    return jax.tree.map(lambda x: _per_device(mask, _spec(x), x, microbatch_S), tree)
 
 
 class Pipeline:
@@ -245,79 +270,59 @@ class Pipeline:
         """Binds what a step needs; `layers` are the layers' indices by chunk, `[V, L, S]`, -1 for none."""
         self.model, self.schedule, self.loss_sharding, self.layers = model, schedule, loss_sharding, layers
 
-    def gradients(self, weights: PyTree, shared: PyTree, batch: Batch) -> tuple[tuple[PyTree, PyTree], Sums, Sums]:
+    def gradients(self, inputs: StepInputs) -> tuple[PyTree, PyTree, Sums, Sums]:
         """Computes the gradients of the summed loss of all microbatches.
 
-        Args:
-            weights: the layers' weights, `[V, L, S, ...]`, marked as reduced over the axes that gradients stay
-                unreduced over.
-            shared: all other parameters, marked in the same way, also over `stage`.
-            batch: fields `[M, B, ...]`.
-
         Returns:
-            Float32 gradients of `weights` and `shared`, the sums of the loss, and the layers' statistics
+            Float32 gradients of `weights` and of `shared`, the sums of the loss, and the layers' statistics
             `[V, L, S, ...]`.
         """
-        passes: list[tuple[PassTable, PassFunction]] = [
-            (self.schedule.forward, self._forward),
-            (self.schedule.backward, self._backward),
-        ]
+        passes = [(self.schedule.forward, self._forward), (self.schedule.backward, self._backward)]
         if self.schedule.weight_grad is not None:
             passes.append((self.schedule.weight_grad, self._weight_grad))
-        carry = self._run(passes, self._empty_carry(weights, shared, batch, train=True), weights, shared, batch)
-        return (carry.weight_grads, carry.shared_grads), carry.sums, carry.stats
+        carry = self._run(inputs, passes, self._empty_carry(inputs, train=True))
+        return carry.weight_grads, carry.shared_grads, carry.sums, carry.stats
 
-    def evaluate(self, weights: PyTree, shared: PyTree, batch: Batch) -> tuple[Sums, Sums]:
-        """Computes the sums of the loss of all microbatches and the layers' statistics; see `gradients`."""
-        carry = self._empty_carry(weights, shared, batch, train=False)
-        carry = self._run([(self.schedule.forward, self._evaluate)], carry, weights, shared, batch)
+    def evaluate(self, inputs: StepInputs) -> tuple[Sums, Sums]:
+        """Computes the sums of the loss of all microbatches and the layers' statistics."""
+        carry = self._run(inputs, [(self.schedule.forward, self._evaluate)], self._empty_carry(inputs, train=False))
         return carry.sums, carry.stats
 
-    def _run(
-        self,
-        passes: Sequence[tuple[PassTable, PassFunction]],
-        carry: Carry,
-        weights: PyTree,
-        shared: PyTree,
-        batch: Batch,
-    ) -> Carry:
+    def _run(self, inputs: StepInputs, passes: Sequence[tuple[PassTable, PassFunction]], carry: Carry) -> Carry:
         """Runs all ticks, with one scan for each run of ticks that have the same passes."""
         active = np.stack([table.any_active for table, _ in passes], axis=1)
         for which, group in itertools.groupby(range(len(active)), key=lambda tick: tuple(active[tick])):
             ticks = list(group)
             running = [found for found, is_active in zip(passes, which, strict=True) if is_active]
-            if not running:
-                continue
 
             def run_tick(carry: Carry, ticks: list[Tick], running=running) -> tuple[Carry, None]:
                 for (_, function), tick in zip(running, ticks, strict=True):
-                    carry = function(carry, tick, weights, shared, batch)
+                    carry = function(inputs, carry, tick)
                 return carry, None
 
-            carry, _ = jax.lax.scan(run_tick, carry, [_ticks(table, ticks) for table, _ in running])
+            if running:
+                carry, _ = jax.lax.scan(run_tick, carry, [_ticks(table, ticks) for table, _ in running])
         return carry
 
     # The passes of a tick
 
-    def _forward(self, carry: Carry, tick: Tick, weights: PyTree, shared: PyTree, batch: Batch) -> Carry:
-        x, y, _ = self._apply(carry, tick, weights, shared, batch)
+    def _forward(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
+        x, y, _ = self._apply(inputs, carry, tick)
         saved_inputs = write_slot(carry.saved_inputs, x, tick.slot)
         return carry._replace(activations=send_to_stage(y, 1), saved_inputs=saved_inputs)
 
-    def _evaluate(self, carry: Carry, tick: Tick, weights: PyTree, shared: PyTree, batch: Batch) -> Carry:
-        _, y, stats = self._apply(carry, tick, weights, shared, batch)
-        _, sums = self._loss(shared, y, tick, batch)
-        carry = self._add_sums(carry, tick, sums, self._mask_idle(stats, tick))
+    def _evaluate(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
+        _, y, stats = self._apply(inputs, carry, tick)
+        _, sums = self._loss(inputs.shared, y, inputs.batch, tick)
+        carry = self._add_sums(carry, tick, sums, mask_idle(stats, tick.microbatch))
         return carry._replace(activations=send_to_stage(y, 1))
 
-    def _apply(
-        self, carry: Carry, tick: Tick, weights: PyTree, shared: PyTree, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, Sums]:
+    def _apply(self, inputs: StepInputs, carry: Carry, tick: Tick) -> tuple[jax.Array, jax.Array, Sums]:
         """Applies one chunk on every stage; returns its input, its output and the layers' statistics."""
-        batch = self._select_microbatches(batch, tick)
-        x = recv_activation(self.model.embed(shared, batch), carry.activations, tick)
-        y, stats = self.model.apply_layers(self._select_chunks(weights, tick), x, batch, self._select_layers(tick))
-        return x, y, stats
+        batch = select_microbatch(inputs.batch, tick.microbatch)
+        x = recv_activation(self.model.embed(inputs.shared, batch), carry.activations, tick)
+        weights = select_chunk(inputs.weights, tick.chunk)
+        return x, *self.model.apply_layers(weights, x, batch, self._select_layers(tick))
 
     def _differentiable_chunk(
         self, weights: PyTree, shared: PyTree, x: jax.Array, batch: Batch, tick: Tick
@@ -325,18 +330,19 @@ class Pipeline:
         """Applies one chunk on every stage; returns `((output, aux_loss), stats)`."""
         x = recv_activation(self.model.embed(shared, batch), x, tick)
         y, stats = self.model.apply_layers(weights, x, batch, self._select_layers(tick))
-        stats = self._mask_idle(stats, tick)
+        stats = mask_idle(stats, tick.microbatch)
         return (y, self.model.aux_loss(stats)), stats
 
-    def _backward(self, carry: Carry, tick: Tick, weights: PyTree, shared: PyTree, batch: Batch) -> Carry:
-        stage_batch = self._select_microbatches(batch, tick)
-        x, own_weights = read_slot(carry.saved_inputs, tick.slot), self._select_chunks(weights, tick)
-        chunk = partial(self._differentiable_chunk, batch=stage_batch, tick=tick)
+    def _backward(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
+        x, weights = read_slot(carry.saved_inputs, tick.slot), select_chunk(inputs.weights, tick.chunk)
+        batch = select_microbatch(inputs.batch, tick.microbatch)
+        chunk = partial(self._differentiable_chunk, batch=batch, tick=tick)
         if self.schedule.weight_grad is None:
-            (y, aux_loss), pull, stats = jax.vjp(chunk, own_weights, shared, x, has_aux=True)
+            (y, aux_loss), pull, stats = jax.vjp(chunk, weights, inputs.shared, x, has_aux=True)
         else:
-            (y, aux_loss), pull, stats = jax.vjp(partial(chunk, own_weights), shared, x, has_aux=True)
-        total, pull_loss, sums = jax.vjp(lambda s, y: self._loss(s, y, tick, batch), shared, y, has_aux=True)
+            (y, aux_loss), pull, stats = jax.vjp(partial(chunk, weights), inputs.shared, x, has_aux=True)
+        loss = partial(self._loss, batch=inputs.batch, tick=tick)
+        total, pull_loss, sums = jax.vjp(loss, inputs.shared, y, has_aux=True)
         of_head, dy = pull_loss(_one_like(total))
         dy = recv_grad(dy, carry.grads, tick, self.schedule.chunks)
         *of_weights, of_embedding, dx = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
@@ -344,22 +350,22 @@ class Pipeline:
         shared_grads = _add(_add(carry.shared_grads, of_head), of_embedding)
         carry = carry._replace(grads=send_to_stage(dx, -1), shared_grads=shared_grads)
         if self.schedule.weight_grad is None:
-            return carry._replace(weight_grads=self._add_to_chunks(carry.weight_grads, of_weights[0], tick))
+            return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, of_weights[0], tick.chunk))
         assert carry.saved_grads is not None
         return carry._replace(saved_grads=write_slot(carry.saved_grads, dy, tick.slot))
 
-    def _weight_grad(self, carry: Carry, tick: Tick, weights: PyTree, shared: PyTree, batch: Batch) -> Carry:
+    def _weight_grad(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
         """Computes the weight gradients of one chunk on every stage, from the saved gradient of its output."""
         assert carry.saved_grads is not None
         x = read_slot(carry.saved_inputs, tick.slot)
         dy = mask_idle(read_slot(carry.saved_grads, tick.slot), tick.microbatch)
-        batch = self._select_microbatches(batch, tick)
-        chunk = partial(self._differentiable_chunk, shared=shared, x=x, batch=batch, tick=tick)
-        (_, aux_loss), pull, _ = jax.vjp(chunk, self._select_chunks(weights, tick), has_aux=True)
+        batch = select_microbatch(inputs.batch, tick.microbatch)
+        chunk = partial(self._differentiable_chunk, shared=inputs.shared, x=x, batch=batch, tick=tick)
+        (_, aux_loss), pull, _ = jax.vjp(chunk, select_chunk(inputs.weights, tick.chunk), has_aux=True)
         (grads,) = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
-        return carry._replace(weight_grads=self._add_to_chunks(carry.weight_grads, grads, tick))
+        return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, grads, tick.chunk))
 
-    def _loss(self, shared: PyTree, y: jax.Array, tick: Tick, batch: Batch) -> tuple[jax.Array, Sums]:
+    def _loss(self, shared: PyTree, y: jax.Array, batch: Batch, tick: Tick) -> tuple[jax.Array, Sums]:
         """Returns the loss and sums of the microbatch that the last stage is done with; zeros if there is none."""
         microbatch, chunk = (jax.reshard(a, PartitionSpec())[-1] for a in (tick.microbatch, tick.chunk))
         is_done = (microbatch != IDLE) & (chunk == self.schedule.chunks - 1)
@@ -368,53 +374,34 @@ class Pipeline:
         total, sums = self.model.loss(shared, scatter_last_output(y, is_done, self.loss_sharding), batch)
         return _zero_unless(is_done, total), {name: _zero_unless(is_done, value) for name, value in sums.items()}
 
-    # Helpers over whole trees
-
     def _select_layers(self, tick: Tick) -> jax.Array:
         layers = jax.reshard(jnp.asarray(self.layers, jnp.int32), PartitionSpec(None, None, "stage"))
         return select_chunk(layers, tick.chunk)
 
-    @staticmethod
-    def _select_microbatches(batch: Batch, tick: Tick) -> Batch:
-        return {name: select_microbatch(field, tick.microbatch) for name, field in batch.items()}
-
-    @staticmethod
-    def _select_chunks(weights: PyTree, tick: Tick) -> PyTree:
-        return jax.tree.map(lambda w: select_chunk(w, tick.chunk), weights)
-
-    @staticmethod
-    def _mask_idle(stats: Sums, tick: Tick) -> Sums:
-        return {name: mask_idle(value, tick.microbatch) for name, value in stats.items()}
-
-    @staticmethod
-    def _add_to_chunks[T: PyTree](total: T, value: T, tick: Tick) -> T:
-        return jax.tree.map(lambda t, v: add_to_chunk(t, v.astype(t.dtype), tick.chunk), total, value)
-
     def _add_sums(self, carry: Carry, tick: Tick, sums: Sums, stats: Sums) -> Carry:
-        return carry._replace(sums=_add(carry.sums, sums), stats=self._add_to_chunks(carry.stats, stats, tick))
+        return carry._replace(sums=_add(carry.sums, sums), stats=add_to_chunk(carry.stats, stats, tick.chunk))
 
-    def _empty_carry(self, weights: PyTree, shared: PyTree, batch: Batch, *, train: bool) -> Carry:
+    def _empty_carry(self, inputs: StepInputs, *, train: bool) -> Carry:
         """Returns zeros for everything between ticks."""
         idle = _by_stage(np.full((1, self.schedule.stages), IDLE))[0]
         tick = Tick(idle, idle, idle)
 
-        def shapes(weights: PyTree, shared: PyTree, batch: Batch) -> tuple[jax.Array, Sums, Sums]:
-            stage_batch = self._select_microbatches(batch, tick)
-            x = self.model.embed(shared, stage_batch)
-            own_weights = self._select_chunks(weights, tick)
-            y, stats = self.model.apply_layers(own_weights, x, stage_batch, self._select_layers(tick))
-            _, sums = self._loss(shared, y, tick, batch)
-            return x, sums, stats
+        def shapes(inputs: StepInputs) -> tuple[jax.Array, Sums, Sums]:
+            batch = select_microbatch(inputs.batch, tick.microbatch)
+            x = self.model.embed(inputs.shared, batch)
+            weights = select_chunk(inputs.weights, tick.chunk)
+            y, stats = self.model.apply_layers(weights, x, batch, self._select_layers(tick))
+            return x, self._loss(inputs.shared, y, inputs.batch, tick)[1], stats
 
-        x, sums, stats = jax.eval_shape(shapes, weights, shared, batch)
+        x, sums, stats = jax.eval_shape(shapes, inputs)
         slots = partial(_zeros_like, x, self.schedule.num_slots)
         return Carry(
             activations=_zeros_like(x),
             grads=_zeros_like(x),
             saved_inputs=slots(),
             saved_grads=slots() if train and self.schedule.weight_grad is not None else None,
-            weight_grads=jax.tree.map(_zero_gradient, weights) if train else None,
-            shared_grads=jax.tree.map(_zero_gradient, shared) if train else None,
+            weight_grads=jax.tree.map(_zero_gradient, inputs.weights) if train else None,
+            shared_grads=jax.tree.map(_zero_gradient, inputs.shared) if train else None,
             sums={name: _zeros_like(value) for name, value in sums.items()},
             stats={name: _zeros_like(value, self.schedule.chunks) for name, value in stats.items()},
         )
@@ -454,5 +441,5 @@ def _zero_unless(condition: jax.Array, total: jax.Array) -> jax.Array:
     return total * factor
 
 
-def _add[T: PyTree](total: T, value: T) -> T:
+def _add[T](total: T, value: T) -> T:
     return jax.tree.map(lambda t, v: t + v.astype(t.dtype), total, value)

@@ -9,43 +9,23 @@ import optax
 import pytest
 
 from jaxinfra.optim.matrix_dims import is_param_spec
-from jaxinfra.parallel.spec import ParamSpec, normal
+from jaxinfra.parallel.spec import ParamSpec, Role, normal
+
+
+def spec(role: Role, shape: tuple[int, ...], *axes: str, **dims: tuple[int, ...]) -> ParamSpec:
+    return ParamSpec(shape=shape, axes=axes, init=normal(1.0), role=role, **dims)
+
 
 SPECS = {
-    "embedding": ParamSpec(shape=(16, 8), axes=("vocab", "embed"), init=normal(1.0), role="embedding"),
+    "embedding": spec("embedding", (16, 8), "vocab", "embed"),
     "blocks": {
-        "q": ParamSpec(
-            shape=(3, 8, 4, 4),
-            axes=("layers", "embed", "heads", "head_dim"),
-            init=normal(1.0),
-            role="matrix",
-            in_dims=(1,),
-            out_dims=(2, 3),
-        ),
-        "o": ParamSpec(
-            shape=(3, 4, 4, 8),
-            axes=("layers", "heads", "head_dim", "embed"),
-            init=normal(1.0),
-            role="matrix",
-            in_dims=(1, 2),
-            out_dims=(3,),
-        ),
-        "scale": ParamSpec(shape=(3, 8), axes=("layers", "embed"), init=normal(1.0), role="norm"),
-        "bias": ParamSpec(shape=(3, 16), axes=("layers", "mlp"), init=normal(1.0), role="bias"),
+        "q": spec("matrix", (3, 8, 4, 4), "layers", "embed", "heads", "head_dim", in_dims=(1,), out_dims=(2, 3)),
+        "o": spec("matrix", (3, 4, 4, 8), "layers", "heads", "head_dim", "embed", in_dims=(1, 2), out_dims=(3,)),
+        "scale": spec("norm", (3, 8), "layers", "embed"),
+        "bias": spec("bias", (3, 16), "layers", "mlp"),
     },
-    "prefix": {
-        "up": ParamSpec(
-            shape=(2, 8, 16),
-            axes=("layers", "embed", "mlp"),
-            init=normal(1.0),
-            role="matrix",
-            in_dims=(1,),
-            out_dims=(2,),
-        )
-    },
-    "head": ParamSpec(
-        shape=(8, 16), axes=("embed", "vocab"), init=normal(1.0), role="head", in_dims=(0,), out_dims=(1,)
-    ),
+    "prefix": {"up": spec("matrix", (2, 8, 16), "layers", "embed", "mlp", in_dims=(1,), out_dims=(2,))},
+    "head": spec("head", (8, 16), "embed", "vocab", in_dims=(0,), out_dims=(1,)),
 }
 
 

@@ -11,7 +11,7 @@ from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, make_optimizer
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
-from jaxinfra.parallel.spec import ParamSpec, normal
+from tests.optim.conftest import spec
 
 OPTIMIZERS = [AdamW(), Adafactor(min_factored_dim=8), Lion(), SGD(nesterov=True), Muon()]
 NAMES = [type(optimizer).__name__ for optimizer in OPTIMIZERS]
@@ -108,15 +108,9 @@ def test_factored_state_keeps_the_sharding_of_its_dimensions(specs, draw):
 
 def projection(layers):
     """Returns the spec of a projection to 4 heads of 4, with `layers` stacked layers; unstacked for 0."""
-    stacked = ("layers",) if layers else ()
-    return ParamSpec(
-        shape=(*((layers,) if layers else ()), 8, 4, 4),
-        axes=(*stacked, "embed", "heads", "head_dim"),
-        init=normal(1.0),
-        role="matrix",
-        in_dims=(len(stacked),),
-        out_dims=(len(stacked) + 1, len(stacked) + 2),
-    )
+    if not layers:
+        return spec("matrix", (8, 4, 4), "embed", "heads", "head_dim", in_dims=(0,), out_dims=(1, 2))
+    return spec("matrix", (layers, 8, 4, 4), "layers", "embed", "heads", "head_dim", in_dims=(1,), out_dims=(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +127,8 @@ def projection(layers):
     ids=str,
 )
 def test_muon_with_every_kind_of_sharding(layers, sharding):
-    spec = projection(layers)
-    tx = transform(Muon(), {"w": spec})
-    value = np.random.default_rng(0).normal(size=spec.shape).astype(np.float32)
+    tx = transform(Muon(), {"w": projection(layers)})
+    value = np.random.default_rng(0).normal(size=projection(layers).shape).astype(np.float32)
     state = tx.init({"w": value})
     for _ in range(2):
         want, state = tx.update({"w": value}, state, {"w": value})

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.pipeline import LossSharding, Pipeline
+from jaxinfra.parallel.pipeline import LossSharding, Pipeline, StepInputs
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.stages import layer_numbers
 
@@ -138,11 +138,12 @@ def test_gradients_equal_those_of_differentiable_gpipe(kind: str, layers: int, d
         put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
         placed = put(by_chunk(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))
         shared_spec = P(None, None, reduced={"stage", "fsdp"})
-        (found, found_shared), sums, stats = jax.jit(pipeline.gradients)(
+        inputs = StepInputs(
             placed,
             put(shared, dict.fromkeys(shared, shared_spec)),
             put(batch, dict.fromkeys(batch, P(None, "fsdp", None, None))),
         )
+        found, found_shared, sums, stats = jax.jit(pipeline.gradients)(inputs)
         found = np.asarray(jax.reshard(found, P()))
         found_shared = jax.tree.map(lambda a: np.asarray(jax.reshard(a, P())), found_shared)
         loss = float(jax.reshard(sums["loss"], P()))

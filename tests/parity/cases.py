@@ -118,7 +118,6 @@ TIGHT = replace(
     name="tight",
     model=replace(
         DOCUMENTS.model,
-        num_layers=2,
         dropout=0.1,
         moe=MixtureOfExperts(
             num_experts=8,
@@ -141,9 +140,7 @@ TIGHT = replace(
 LOOSE = replace(
     DOCUMENTS,
     name="loose",
-    model=replace(
-        DOCUMENTS.model, num_layers=2, mlp_type="gelu", moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.1)
-    ),
+    model=replace(DOCUMENTS.model, mlp_type="gelu", moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.1)),
 )
 """Mixtral's experts: softmax scores, no capacity."""
 
@@ -157,16 +154,7 @@ SIGHTS = replace(
 DEEPSEEK = replace(
     TIGHT,
     name="deepseek",
-    model=replace(
-        TIGHT.model,
-        num_dense_layers=1,
-        num_heads=8,
-        num_kv_heads=None,
-        head_dim=None,
-        qk_norm=False,
-        mla=LATENT.model.mla,
-        rope=LATENT.model.rope,
-    ),
+    model=replace(LATENT.model, num_dense_layers=1, dropout=0.1, moe=TIGHT.model.moe),
 )
 """DeepSeek-V3: latent attention, a dense first layer, grouped sigmoid scores with biases, a shared expert."""
 
