@@ -19,9 +19,9 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
     yield f"fingerprint  {manifest.fingerprint}"
     yield f"created      {manifest.created} by {', '.join(f'{n} {v}' for n, v in manifest.versions.items())}"
     if manifest.tokenizer is not None:
-        tokenizer = manifest.tokenizer
+        tokenizer, train = manifest.tokenizer, manifest.splits["train"]
         yield (
-            f"tokenizer    {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {manifest.bytes_per_token('train'):.2f} "
+            f"tokenizer    {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {train.bytes / max(1, train.tokens):.2f} "
             f"bytes a token, {tokenizer.end_of_document} ends documents"
         )
     counts = manifest.counts
@@ -83,12 +83,8 @@ def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[
 def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
     """Yields the rows of a batch as text, document by document; targets that are not learned are in brackets.
 
-    Args:
-        batch: `inputs`, `targets`, and `segments` and `weights` if there are any, [rows, T].
-        tokenizer: of the batch.
-        ids: samples of the rows.
-        first_row: number of the first row in the global batch.
-        chars: of text for each row.
+    The batch has `inputs`, `targets`, and maybe `segments` and `weights`, [rows, T]. `ids` are the samples of its rows,
+    `first_row` is the number of the first one in the global batch, and `chars` limits the text of each.
     """
     ones = np.ones_like(batch["targets"])
     rows = zip(batch["inputs"], batch["targets"], batch.get("segments", ones), batch.get("weights", ones), strict=True)

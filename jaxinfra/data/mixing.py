@@ -46,11 +46,8 @@ class MixStage:
     def problems(self) -> Iterable[Problem]:
         """Yields a problem for weights that define no shares."""
         if not all(isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
-            yield Problem(
-                fields=("weights",),
-                message="must be finite and at least 0, and one must be above 0",
-                fix="use 1.0 for every source",
-            )
+            message, fix = "must be finite and at least 0, and one must be above 0", "use 1.0 for every source"
+            yield Problem(fields=("weights",), message=message, fix=fix)
 
 
 def stage_problems(stages: Sequence[MixStage], *, num_sources: int) -> Iterator[Problem]:
@@ -58,17 +55,13 @@ def stage_problems(stages: Sequence[MixStage], *, num_sources: int) -> Iterator[
     last = -1
     for i, stage in enumerate(stages):
         if len(stage.weights) != num_sources:
-            yield Problem(
-                fields=(f"stages.{i}.weights",),
-                message=f"there are {num_sources} sources and {len(stage.weights)} weights",
-                fix="give each source a weight, 0 to leave it out",
-            )
+            message = f"there are {num_sources} sources and {len(stage.weights)} weights"
+            fix = "give each source a weight, 0 to leave it out"
+            yield Problem(fields=(f"stages.{i}.weights",), message=message, fix=fix)
         if (i == 0 and stage.start_step) or stage.start_step <= last:
-            yield Problem(
-                fields=(f"stages.{i}.start_step",),
-                message="the first stage must start at step 0, each other one after the one before it",
-                fix=f"use start_step={0 if i == 0 else last + 1}{' or more' if i else ''}",
-            )
+            message = "the first stage must start at step 0, each other one after the one before it"
+            fix = f"use start_step={0 if i == 0 else last + 1}{' or more' if i else ''}"
+            yield Problem(fields=(f"stages.{i}.start_step",), message=message, fix=fix)
         last = max(last, stage.start_step)
 
 

@@ -68,18 +68,8 @@ class Mixture(DataConfig):
     @property
     def source_configs(self) -> Sequence[TokenData]:
         """Each source as the config of a run on it alone."""
-        return [
-            TokenData(
-                **vars(source),
-                seq_len=self.seq_len,
-                curriculum=self.curriculum,
-                seed=self.seed,
-                prefetch_bytes=self.prefetch_bytes,
-                threads=self.threads,
-                mask_documents=self.mask_documents,
-            )
-            for source in self.sources
-        ]
+        shared = {name: value for name, value in vars(self).items() if name not in ("sources", "stages")}
+        return [TokenData(**vars(source), **shared) for source in self.sources]
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:

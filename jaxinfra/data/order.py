@@ -49,15 +49,9 @@ def sample_ids(
 ) -> np.ndarray:
     """Returns the samples of the global batch of a step: int64[global_batch], read-only.
 
-    A batch may cross the end of an epoch, and hold several epochs of a small data set. Consecutive steps are computed
-    in chunks, because NumPy's overhead for a single step would exceed its arithmetic.
-
-    Args:
-        step: from 0.
-        global_batch: rows over all processes, from 1.
-        num_samples: 1 to 2**48; ValueError for other numbers, as for those above.
-        seed: any integer.
-        curriculum: orders the first epochs.
+    A batch may cross the end of an epoch, and hold several epochs of a small data set. There may be 1 to 2**48 samples,
+    else ValueError. Consecutive steps are computed in chunks, because NumPy's overhead for a single step would exceed
+    its arithmetic.
     """
     if step < 0 or global_batch < 1 or not 1 <= num_samples <= MAX_SIZE:
         raise ValueError(

@@ -164,11 +164,7 @@ class _OpenRows:
     def fill(self, out_P: np.ndarray, rows: np.ndarray, room: int, length: int) -> int:
         """Places segments of one length into rows with this room; returns how many it placed.
 
-        Args:
-            out_P: takes the row of each segment.
-            rows: no more than the segments need.
-            room: of each of the rows.
-            length: of each of the segments.
+        `out_P` takes the row of each segment. `rows` are no more than the segments need.
         """
         per_row = room // length
         full = min(len(rows), len(out_P) // per_row)

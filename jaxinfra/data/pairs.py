@@ -14,9 +14,8 @@ from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
-from jaxinfra.data.store_data import StoreData, StoreDataset, StoreSamples
-from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import HasVocabulary, check_vocabulary, token_batch_spec
+from jaxinfra.data.store_data import StoreData, StoreSamples
+from jaxinfra.data.tokens import TokenStoreDataset, token_batch_spec
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class PairSamples(StoreSamples[PairData, TokenStore]):
         return pairs | {"weights": np.ones(len(ids), np.float32)} if weighted else pairs
 
 
-class PairDataset(StoreDataset[TokenStore, PairSamples]):
+class PairDataset(TokenStoreDataset[PairSamples]):
     """An opened store of pairs."""
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
@@ -108,12 +107,3 @@ class PairDataset(StoreDataset[TokenStore, PairSamples]):
             yield side
             own = {name.removeprefix(f"{side}_"): array for name, array in batch.items() if name.startswith(side)}
             yield from format_token_rows(own, self.tokenizer, ids, first_row, chars)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the store."""
-        return self.store.tokenizer
-
-    def check(self, model: HasVocabulary) -> None:
-        """Raises ConfigError if the model's vocabulary is smaller than the store's."""
-        check_vocabulary(self.store, model)

@@ -47,13 +47,7 @@ class Prefetcher[T]:
     """
 
     def __init__(self, batches: Iterable[tuple[int, Batch]], transfer: Callable[[Batch], T], *, depth: int = 2):
-        """Starts the thread, which keeps up to `depth` batches on the devices and has one more in work.
-
-        Args:
-            batches: host batches with their steps.
-            transfer: moves a batch to the devices.
-            depth: batches that may wait for the consumer.
-        """
+        """Starts the thread: `transfer` moves a batch to the devices, where up to `depth` wait for the consumer."""
         self.data_wait_s, self.steady_wait_s, self.transfer_time = 0.0, 0.0, Stopwatch()
         self._is_first = True
         self._queue: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)

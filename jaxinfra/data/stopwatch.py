@@ -30,13 +30,9 @@ class Stopwatch:
 def input_bound_warning(
     wait_s: float, wall_s: float, stage_times_s: Mapping[str, float], remedies: Mapping[str, str]
 ) -> str | None:
-    """Returns a warning that names the slowest stage of the input pipeline; None if the run hardly waited for data.
+    """Returns a warning if a run of `wall_s` seconds waited for batches, else None.
 
-    Args:
-        wait_s: seconds that the run waited for batches.
-        wall_s: seconds that the run took.
-        stage_times_s: by stage, its seconds divided by the threads that work on it.
-        remedies: by stage, what makes it faster.
+    It names the slowest stage and its remedy. `stage_times_s` are divided by the number of threads of the stage.
     """
     if wait_s <= MAX_WAIT_FRACTION * wall_s:
         return None

@@ -45,17 +45,11 @@ class TokenData(StoreData):
     def problems(self) -> Iterable[Problem]:
         """Yields fields that contradict each other; `open` compares them with the store."""
         if self.packing != "concat" and not self.mask_documents:
-            yield Problem(
-                fields=("packing", "mask_documents"),
-                message="packed documents need document masks",
-                fix="use mask_documents=true",
-            )
+            message, fix = "packed documents need document masks", "use mask_documents=true"
+            yield Problem(fields=("packing", "mask_documents"), message=message, fix=fix)
         if self.curriculum is not None and self.packing == "concat":
-            yield Problem(
-                fields=("curriculum", "packing"),
-                message="sequences of consecutive tokens all have one length",
-                fix="use packing=best_fit_by_length",
-            )
+            message, fix = "consecutive tokens make rows of one length", "use packing=best_fit_by_length"
+            yield Problem(fields=("curriculum", "packing"), message=message, fix=fix)
 
     @property
     @override
@@ -192,22 +186,8 @@ class HasVocabulary(Protocol):
         ...
 
 
-def check_vocabulary(store: TokenStore, model: HasVocabulary) -> None:
-    """Raises ConfigError if the model's vocabulary is smaller: larger ids would read garbage from its embedding."""
-    vocab_size = store.manifest.tokenizer_info.vocab_size
-    if vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: {store} has {vocab_size} token ids; "
-            f"use model.vocab_size={vocab_size} or more"
-        )
-
-
-class TokenDataset(StoreDataset[TokenStore, TokenSamples]):
-    """An opened token store."""
-
-    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Yields training samples as text, cut to `chars` each."""
-        return format_token_rows(self.train.read(ids, weighted=False), self.tokenizer, ids, first_row, chars)
+class TokenStoreDataset[S: StoreSamples](StoreDataset[TokenStore, S]):
+    """An opened store of text or pairs."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -216,4 +196,17 @@ class TokenDataset(StoreDataset[TokenStore, TokenSamples]):
 
     def check(self, model: HasVocabulary) -> None:
         """Raises ConfigError if the model's vocabulary is smaller than the store's."""
-        check_vocabulary(self.store, model)
+        vocab_size = self.store.manifest.tokenizer_info.vocab_size
+        if vocab_size > model.vocab_size:  # larger ids would read garbage from the embedding
+            raise ConfigError(
+                f"model.vocab_size={model.vocab_size}: {self.store} has {vocab_size} token ids; "
+                f"use model.vocab_size={vocab_size} or more"
+            )
+
+
+class TokenDataset(TokenStoreDataset[TokenSamples]):
+    """An opened store of text."""
+
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Yields training samples as text, cut to `chars` each."""
+        return format_token_rows(self.train.read(ids, weighted=False), self.tokenizer, ids, first_row, chars)

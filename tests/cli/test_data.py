@@ -213,13 +213,13 @@ def test_a_run_on_packed_rows(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_run_that_waits_for_its_data_says_which_stage_is_slow(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read = arrays.read_windows
+    read = arrays.read_ranges
 
     def slow(*arguments: object) -> np.ndarray:
         time.sleep(0.3)
         return read(*arguments)
 
-    monkeypatch.setattr(arrays, "read_windows", slow)
+    monkeypatch.setattr(arrays, "read_ranges", slow)
     monkeypatch.setattr(stopwatch, "MAX_WAIT_FRACTION", 0.0)  # of its time, however long it compiles
     short = ("train.steps=8", "train.eval_every=none", "train.eval_samples=1")
     ended = tiny.launch("name=slow", "data.threads=1", "data.prefetch_bytes=1", *short)

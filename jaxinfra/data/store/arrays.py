@@ -82,11 +82,6 @@ def open_array(path: str, context: ts.Context) -> ts.TensorStore:
     return call_storage(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 
 
-def read_windows(array: ts.TensorStore, path: str, starts: Sequence[int], length: int) -> np.ndarray:
-    """Reads `array[start : start + length]` for every start at once: [len(starts), length]; raises as `read_ranges`."""
-    return read_ranges(array, path, starts, [length] * len(starts)).reshape(len(starts), length)
-
-
 def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
     """Reads `array[start : start + n]` for every start and length n at once, concatenated.
 

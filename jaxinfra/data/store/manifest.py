@@ -126,10 +126,6 @@ class Manifest:
             raise DataError(f"{self.fingerprint}: holds {self.kind}, expected text; name a store of text")
         return self.tokenizer
 
-    def bytes_per_token(self, split: Split) -> float:
-        """Returns the mean bytes of text of a token of the split; ends of documents are tokens too."""
-        return self.splits[split].bytes / max(1, self.splits[split].tokens)
-
     def to_bytes(self) -> bytes:
         """Returns the content of `manifest.json`."""
         tree = asdict(self) | {"format": FORMAT, "fingerprint": self.fingerprint}

@@ -1,22 +1,7 @@
-"""A store on disk or in a bucket: versions that stand beside each other and never change.
+"""Reads a version of a store, on disk or in a bucket; docs/data.md describes the files.
 
-    versions.json            the versions, the newest last (see `versions`)
-    FINGERPRINT/
-      manifest.json          describes the version; written last
-      tokenizer.*            the tokenizer
-      {train,validation}/
-        tokens               uint16 or uint32: all documents, each with the end-of-document token
-        mask                 uint8, if not all is learned: 1 for tokens that are
-        offsets, lengths     int64[documents + 1], int64[documents]: first token and number of tokens of each document
-        tokens.blocks, mask.blocks   uint64: XXH3 of each block of tokens
-        packs/NAME/segments  int64[segments, 2]: first token and targets of each segment (see `packing`)
-        packs/NAME/rows      int64[rows + 1]: first segment of each row
-      or, of images,
-        images, labels       uint8[images, height, width, channels], int32[images]
-        images.blocks        uint64: XXH3 of each block of images
-
-All arrays are zarr 3 (see `arrays`); docs/data.md describes the format for other readers. A folder without a manifest
-is no version. Anything damaged, short or missing is an error that names it, never zeros.
+A version has `manifest.json`, the tokenizer, and zarr 3 arrays for each split (see `arrays`). A folder without a
+manifest is no version. Anything damaged, short or missing is an error that names it, never zeros.
 """
 
 import hashlib
@@ -236,7 +221,7 @@ class TokenStore(Store):
         if outside.any():
             first = int(starts[outside][0])
             raise DataError(f"{self}/{split}/{name}: cannot read tokens {first} to {first + length}, it has {tokens}")
-        return arrays.read_windows(self.array(split, name), f"{self}/{split}/{name}", starts.tolist(), length)
+        return self.read_ranges(split, name, starts, np.full(len(starts), length)).reshape(-1, length)
 
     def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
         vocab_size = self.manifest.tokenizer_info.vocab_size
