@@ -192,7 +192,7 @@ class Program:
         return jax.tree.map(lambda p: p.update(dtype=jnp.dtype("float32")), self.params)
 
     def _dtype(self, spec: ParamSpec) -> jnp.dtype:
-        return jnp.dtype("float32" if spec.state == "buffer" else self.run.precision.params)
+        return jnp.dtype(spec.dtype if spec.state == "buffer" else self.run.precision.params)
 
     @cached_property
     def state(self) -> TrainState:
@@ -258,6 +258,10 @@ class Program:
             return traced.lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array) -> Params:
+        drawn = self.module.init_params(key, self._stored)
+        if drawn is not None:
+            return jax.tree.map(lambda p, s: p.astype(self._dtype(s)), drawn, self.specs)
+
         def one(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
             return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
 
@@ -301,7 +305,8 @@ class Program:
         total, pull, (sums, stats) = jax.vjp(loss, params, has_aux=True)
         over = jax.typeof(total).sharding.spec.unreduced
         (grads,) = pull(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=over)))
-        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        # A buffer of integers has no gradient.
+        return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
 
     def _arranged(self, batch: Batch) -> Batch:
         """The batch with sequence positions in shard order, as the model expects them."""
@@ -330,8 +335,9 @@ class Program:
             grads, sums, stats = self._stages.gradients(params, _split(batch, count))
             scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
             return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums, stats
-        marked = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
-        step = partial(self._loss_and_grads, marked, reference=reference)
+        if self.module.partial_gradients:
+            params = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
+        step = partial(self._loss_and_grads, params, reference=reference)
         if count == 1:
             sums, stats, grads = step(batch)
         else:
@@ -344,7 +350,7 @@ class Program:
             )
         sums, stats = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (sums, stats))
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        grads, stored = (select_trainable(tree, self.specs) for tree in (grads, self._stored))
+        stored = select_trainable(self._stored, self.specs)
         return jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, stored), sums, stats
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -5,11 +5,13 @@ a step is traced; a module is never changed.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, override
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, override
 
 import jax
 import numpy as np
 from flax import nnx
+
+from jaxinfra.parallel.spec import Params
 
 if TYPE_CHECKING:
     from jaxinfra.ops.context_cost import ContextChoice
@@ -20,7 +22,14 @@ type LayerStats = dict[str, jax.Array]
 
 
 class Module(nnx.Module):
-    """A model of one call. Only `__call__` must be defined."""
+    """A model of one call. Only `__call__` must be defined.
+
+    Attributes:
+        partial_gradients: whether parameters may be marked as reduced over mesh axes, so that their gradients are
+            partial sums until the end of a step.
+    """
+
+    partial_gradients: ClassVar[bool] = True
 
     def __call__(self, batch: Inputs, /) -> Any:
         """Returns what objectives work on: logits `[B, ...]`, or `ops.logits.FactoredLogits`."""
@@ -41,6 +50,10 @@ class Module(nnx.Module):
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         """Returns the parameters that the model updates itself, as they are after a step: a part of the nested dict."""
         return {}
+
+    def init_params(self, key: jax.Array, shardings: Any) -> Params | None:
+        """Returns the first values of all parameters in these shardings; None to draw each as its `ParamSpec` says."""
+        return None
 
     def flops(self, data: Any) -> float | None:
         """Returns the FLOPs of training on one sample; None for `6 * parameters * units_per_sample`."""

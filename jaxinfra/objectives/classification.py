@@ -32,7 +32,9 @@ class Classification(Objective):
 
     @override
     def loss(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        labels_B, logits_BC = batch["labels"], apply(params, batch).astype(jnp.float32)
+        labels_B, logits_BC = batch["labels"], apply(params, batch)
+        losses.require_logits(logits_BC, labels_B)
+        logits_BC = logits_BC.astype(jnp.float32)
         weights_B = batch["weights"] if "weights" in batch else jnp.ones_like(labels_B, jnp.float32)
         log_probs_BC = jax.nn.log_softmax(logits_BC)
         hit_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])

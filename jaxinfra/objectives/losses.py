@@ -51,6 +51,7 @@ def cross_entropy(
             "bt,bt->", weights_BT, jnp.ones_like(weights_BT), out_sharding=PartitionSpec(unreduced=axes)
         )
         return total, {"loss": entropy, "z_loss": z, "weight": weight}
+    require_logits(logits, targets_BT)
     config = fused.CrossEntropy(z_loss=z_loss)
     entropy_BT, z_BT = fused.token_losses(logits.astype(jnp.float32), targets_BT, config)
     entropy, z = jnp.sum(entropy_BT * weights_BT), jnp.sum(z_BT * weights_BT)
@@ -60,6 +61,7 @@ def cross_entropy(
 def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Returns the log-probability of each target, float32 `[B, T]`, differentiable, in chunks like `cross_entropy`."""
     if not isinstance(logits, FactoredLogits):
+        require_logits(logits, targets_BT)
         return -fused.token_losses(logits.astype(jnp.float32), targets_BT, fused.CrossEntropy())[0]
     return -fused.chunked_token_losses(
         logits.hidden,
@@ -67,6 +69,15 @@ def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -
         targets_BT,
         fused.CrossEntropy(chunks=_chunks(logits.hidden), softcap=logits.softcap),
     )
+
+
+def require_logits(found: Any, targets: jax.Array) -> None:
+    """Raises ConfigError where a model returned anything but logits `[*targets.shape, N]`."""
+    shape = getattr(found, "shape", ())
+    if not shape or shape[:-1] != targets.shape:
+        what = f"an array of shape {shape}" if shape else type(found).__name__
+        expected = ", ".join(map(str, targets.shape))
+        raise ConfigError(f"the model returned {what} for {targets.shape} targets; return logits [{expected}, N]")
 
 
 def sums(apply: Apply, total: jax.Array, values: Sums) -> tuple[jax.Array, Sums]:

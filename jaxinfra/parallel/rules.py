@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxinfra.config import Problem
 from jaxinfra.parallel.mesh_config import MeshAxis
@@ -84,5 +84,9 @@ class ShardingRules:
             )
 
     def mesh_axes(self, name: str) -> tuple[MeshAxis, ...]:
-        """Returns the mesh axes of a logical axis; "positions" stands for positions between blocks."""
-        return (*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name)
+        """Returns the mesh axes of a logical axis; "positions" stands for positions between blocks.
+
+        The name of a mesh axis stands for itself.
+        """
+        own = tuple(axis for axis in get_args(MeshAxis.__value__) if axis == name)
+        return own or ((*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name))

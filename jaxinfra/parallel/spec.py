@@ -37,7 +37,8 @@ class ParamSpec:
         role: selects the optimizer's treatment (weight decay, Muon).
         in_dims: dimensions of `shape` that the parameter's matmul contracts (empty if there is none).
         out_dims: dimensions of `shape` that the matmul outputs.
-        state: "trained" by the optimizer, "frozen" at its first value, or a float32 "buffer" that the model updates.
+        state: "trained" by the optimizer, "frozen" at its first value, or a "buffer" that the model updates.
+        dtype: of a buffer; that of other parameters is the run's.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class ParamSpec:
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
     state: ParamState = "trained"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)

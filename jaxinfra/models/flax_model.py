@@ -1,0 +1,287 @@
+"""Any plain Flax module as the model of a run.
+
+The module knows nothing of shardings: it runs in a region of automatic sharding inside the explicitly sharded step.
+There JAX's partitioner chooses the collectives, from the shardings in which parameters and batches enter.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, override
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.model import ModelConfig
+from jaxinfra.models.module import Inputs, LayerStats, Module
+from jaxinfra.models.remat import remat
+from jaxinfra.ops.dropout import DROPOUT_FIELD
+from jaxinfra.parallel.mesh_config import MeshConfig
+from jaxinfra.parallel.rules import LogicalAxes, ShardingRules
+from jaxinfra.parallel.sharding import GATHERED_WEIGHT, Partitioner, axis_names
+from jaxinfra.parallel.spec import Params, ParamSpec, Role, constant, param_key
+
+type Path = tuple[str | int, ...]
+"""Where a variable is in a module: attributes and indices."""
+
+CALLS = "calls"
+"""The statistic that counts how often the module was called in a step."""
+
+ANNOTATIONS = ("out_sharding", "sharding_rules", "mesh", "linen_meta_type")
+"""Metadata of variables that say how they are sharded."""
+
+
+class FlaxModel(ModelConfig, ABC):
+    """A model that is a plain Flax module: a frozen dataclass that inherits from this class and defines `make_module`.
+
+    Every floating-point `nnx.Param` is trained. All other variables, such as the running averages of `nnx.BatchNorm`,
+    are state that the module itself changes in training; with gradient accumulation the new state is the mean of what
+    the microbatches make of it. Streams of random numbers are not state: they start anew in each step.
+    """
+
+    @abstractmethod
+    def make_module(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns a new module.
+
+        Of a Linen module it is `nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)`.
+        """
+
+    def call(self, module: Any, batch: Inputs, *, train: bool) -> Any:
+        """Returns the logits of a batch, `[B, ...]`.
+
+        The module is in the mode that `train` says (`nnx.Module.train` and `eval`). Its parameters, and floating-point
+        arrays of the batch, have the dtype `precision.compute`.
+        """
+        return module(batch["inputs"] if "inputs" in batch else batch["images"])
+
+    @property
+    @override
+    def uses_dropout(self) -> bool:
+        return True  # any module may; without random bits in the batch it is evaluated
+
+    @override
+    def build(self, partitioner: Partitioner) -> "FlaxModule":
+        return FlaxModule(self, partitioner)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleStructure:
+    """What a module is made of, without arrays.
+
+    Attributes:
+        graphdef: its graph.
+        specs: its variables.
+        rngs: the keys and counters of its streams of random numbers.
+    """
+
+    graphdef: nnx.GraphDef
+    specs: Mapping[Path, ParamSpec]
+    rngs: Mapping[Path, jax.ShapeDtypeStruct]
+
+
+class FlaxModule(Module):
+    """The module of a `FlaxModel`; its parameters are at `module.PATH`."""
+
+    partial_gradients: ClassVar[bool] = False  # the partitioner adds gradients up over the whole mesh
+
+    def __init__(self, config: FlaxModel, partitioner: Partitioner):
+        self.config, self.partitioner, name = config, partitioner, type(config).__qualname__
+        if partitioner.quantize != "none":
+            raise ConfigError(
+                f"precision.quantize={partitioner.quantize}: {name} makes a plain Flax module, whose products are not "
+                "quantized; use precision.quantize=none"
+            )
+        self.structure = _structure(config, partitioner)
+        shardings = [partitioner.stored_spec(_dotted(path), spec) for path, spec in self.structure.specs.items()]
+        if partitioner.mesh.tensor > 1 and not any("tensor" in str(sharding) for sharding in shardings):
+            raise ConfigError(
+                f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded by it, so its devices would "
+                'do the same work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
+            )
+        self.module = nnx.data(_nested({path: nnx.Param(spec) for path, spec in self.structure.specs.items()}))
+
+    @override
+    def init_params(self, key: jax.Array, shardings: Any) -> Params:
+        def draw(key: jax.Array) -> Params:
+            values = _flat(nnx.state(_make(self.config, nnx.Rngs(key)), nnx.Not(nnx.RngState)))
+            return {"module": _nested(values)}
+
+        return auto_axes(draw, out_sharding=shardings)(key)
+
+    @override
+    def __call__(self, batch: Inputs, /) -> Any:
+        return self.forward(batch)[0]
+
+    @override
+    def forward(self, batch: Inputs, /) -> tuple[Any, LayerStats]:
+        inputs, bits = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}, batch.get(DROPOUT_FIELD)
+        values = {path: _at(self.module, path)[...] for path in self.structure.specs}
+        shapes, _ = jax.eval_shape(auto_axes(self._run, out_sharding=PartitionSpec()), values, inputs, bits)
+        rows = next(iter(inputs.values())).shape[0]
+        for found in jax.tree.leaves(shapes) or [None]:
+            if found is None or found.shape[:1] != (rows,):
+                shape = "nothing" if found is None else f"an array of shape {found.shape}"
+                raise ConfigError(
+                    f"{type(self.config).__qualname__}.call: returned {shape} for a batch of {rows}; return logits "
+                    f"[{rows}, ...]"
+                )
+        run = auto_axes(self._run, out_sharding=(self.partitioner.spec("batch"), PartitionSpec()))
+        gathered_again = remat(lambda values: run(self._gathered(values), inputs, bits), "weights", alone=False)
+        return gathered_again(values)
+
+    def _gathered(self, values: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
+        """All-gathers parameters over the axes that shard the batch, in the dtype that they are used in.
+
+        The partitioner would rather move activations to the shards of the parameters: several times the bytes.
+        """
+        gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
+        for path, spec in self.structure.specs.items():
+            dtype = self.partitioner.compute_dtype if spec.trainable else jnp.dtype(spec.dtype)
+            stored = self.partitioner.stored_spec(_dotted(path), spec)
+            kept = (tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions)
+            used = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
+            gathered[path] = checkpoint_name(used, GATHERED_WEIGHT)
+        return gathered
+
+    def _run(
+        self, values: Mapping[Path, jax.Array], inputs: Inputs, bits: jax.Array | None
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """Returns the result of the call, and the state after it where random bits say that this is training."""
+        structure, train, compute = self.structure, bits is not None, self.partitioner.compute_dtype
+        key = jax.random.key(0 if bits is None else bits[0, 0])
+        rngs = {path: _restarted(key, path, shape) for path, shape in structure.rngs.items()}
+        module = nnx.merge(structure.graphdef, nnx.State(nnx.traversals.unflatten_mapping({**values, **rngs})))
+        module.train() if train else module.eval()
+        inputs = {name: a.astype(compute) if _is_floating(a) else a for name, a in inputs.items()}
+        output = self.config.call(module, inputs, train=train)
+        if not train:
+            return output, {}
+        after = _flat(nnx.state(module))
+        stats = {_dotted(path): _summable(after[path]) for path, spec in structure.specs.items() if not spec.trainable}
+        return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
+
+    @override
+    def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
+        if not stats:
+            return {}
+
+        def mean(path: Path, spec: ParamSpec) -> jax.Array:
+            total = stats[_dotted(path)]
+            value = total / stats[CALLS] if _is_floating(total) else total // stats[CALLS]
+            return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_dotted(path), spec))
+
+        changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if not spec.trainable}
+        return {"module": _nested(changed)}
+
+
+def _make(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
+    with nnx.use_eager_sharding(False):  # annotations may name logical axes, which the mesh has not
+        module = config.make_module(rngs)
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(
+            f"{type(config).__qualname__}.make_module: returned {type(module).__qualname__}; return a flax.nnx.Module, "
+            "of a Linen module nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
+        )
+    return module
+
+
+def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
+    abstract = nnx.eval_shape(lambda: _make(config, nnx.Rngs(0)))
+    nodes, name = dict(nnx.iter_graph(abstract)), type(config).__qualname__
+    specs = {
+        path: _spec(f"{name}: module.{_dotted(path)}", path[-1], variable, nodes.get(path[:-1]), partitioner)
+        for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Not(nnx.RngState)))
+    }
+    if not any(spec.trainable for spec in specs.values()):
+        raise ConfigError(
+            f"{name}.make_module: the module has no nnx.Param to train; a Linen module gets its parameters by "
+            "nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
+        )
+    for variable in nodes.values():  # Linen would apply its annotations in the call
+        for metadata in ANNOTATIONS if isinstance(variable, nnx.Variable) else ():
+            if variable.has_metadata(metadata):
+                variable.del_metadata(metadata)
+    graphdef, rngs, _ = nnx.split(abstract, nnx.RngState, ...)
+    return ModuleStructure(graphdef=graphdef, specs=specs, rngs=_flat(rngs))
+
+
+def _spec(where: str, name: str | int, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
+    shape, dtype, init = variable.shape, str(variable.dtype), constant(0)
+    axes = _annotated_axes(where, variable)
+    if not (isinstance(variable, nnx.Param) and _is_floating(variable)):
+        axes = axes or (None,) * len(shape)
+        return ParamSpec(shape=shape, axes=axes, init=init, role="bias", trainable=False, dtype=dtype)
+    role: Role = "matrix"
+    if "bias" in str(name) or len(shape) < 2:
+        role = "bias" if "bias" in str(name) else "norm"
+    elif name == "embedding":
+        role = "embedding"
+    axes = axes or _default_axes(shape, role, partitioner.num_shards("embed"))
+    if role != "matrix":
+        return ParamSpec(shape=shape, axes=axes, init=init, role=role)
+    features = getattr(owner, "out_features", None)  # several dimensions in nnx.LinearGeneral
+    first_out = len(shape) - (len(features) if isinstance(features, tuple) else 1)
+    in_dims = tuple(dim for dim in range(first_out) if axes[dim] != "layers")
+    out_dims = tuple(range(first_out, len(shape)))
+    return ParamSpec(shape=shape, axes=axes, init=init, role=role, in_dims=in_dims, out_dims=out_dims)
+
+
+def _annotated_axes(where: str, variable: nnx.Variable) -> LogicalAxes | None:
+    found = variable.get_metadata("out_sharding", None)
+    if found is None:
+        return None
+    names = tuple(found.spec if isinstance(found, NamedSharding) else found)
+    known = [field.name for cls in (ShardingRules, MeshConfig) for field in fields(cls)]
+    for axis in names:
+        if axis is not None and axis not in known:
+            raise ConfigError(
+                f"{where}: is annotated with the axis {axis!r}; use one of {', '.join(known)}, or None for a dimension "
+                "that is not sharded"
+            )
+    return (*names, *(None,) * (len(variable.shape) - len(names)))
+
+
+def _default_axes(shape: tuple[int, ...], role: Role, shards: int) -> LogicalAxes:
+    """Shards the largest dimension that divides; of an embedding the columns, as rows would be gathered to look up."""
+    dims = [] if role in ("bias", "norm") else [len(shape) - 1] if role == "embedding" else range(len(shape))
+    chosen = max((dim for dim in dims if shape[dim] % shards == 0), key=lambda dim: shape[dim], default=None)
+    return tuple("embed" if dim == chosen else None for dim in range(len(shape)))
+
+
+def _restarted(key: jax.Array, path: Path, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """A stream's key, or its counter, at the start of a step."""
+    if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(shape.shape, shape.dtype)
+    own = param_key(key, _dotted(path))
+    return jax.random.split(own, shape.shape) if shape.shape else own
+
+
+def _summable(value: jax.Array) -> jax.Array:
+    return value.astype(jnp.float32 if _is_floating(value) else jnp.int32)
+
+
+def _is_floating(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _flat(state: nnx.State) -> dict[Path, Any]:
+    return nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
+
+
+def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """A nested dict; indices of lists become strings."""
+    return nnx.traversals.unflatten_mapping({tuple(map(str, path)): value for path, value in values.items()})
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for key in path:
+        tree = tree[str(key)]
+    return tree
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
