@@ -110,7 +110,7 @@ class ImageDataset(StoreDataset[Store, ImageSamples]):
     def check(self, model: HasClasses) -> None:
         """Raises ConfigError if the model has fewer classes than the store."""
         classes = max(self.train.num_classes, self.validation().num_classes, len(self.store.manifest.labels))
-        if model.num_classes < classes:
+        if getattr(model, "num_classes", classes) < classes:  # a user's model need not say
             raise ConfigError(
                 f"model.num_classes={model.num_classes}: {self.store} has images of {classes} classes; "
                 f"use model.num_classes={classes}"

@@ -5,13 +5,14 @@ There JAX's partitioner chooses the collectives, from the shardings in which par
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PathParts
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
@@ -24,9 +25,6 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes, ShardingRules
 from jaxinfra.parallel.sharding import GATHERED_WEIGHT, Partitioner, axis_names
 from jaxinfra.parallel.spec import Params, ParamSpec, Role, constant, param_key
-
-type Path = tuple[str | int, ...]
-"""Where a variable is in a module: attributes and indices."""
 
 CALLS = "calls"
 """The statistic that counts how often the module was called in a step."""
@@ -79,8 +77,8 @@ class ModuleStructure:
     """
 
     graphdef: nnx.GraphDef
-    specs: Mapping[Path, ParamSpec]
-    rngs: Mapping[Path, jax.ShapeDtypeStruct]
+    specs: Mapping[PathParts, ParamSpec]
+    rngs: Mapping[PathParts, jax.ShapeDtypeStruct]
 
 
 class FlaxModule(Module):
@@ -110,7 +108,7 @@ class FlaxModule(Module):
             values = _flat(nnx.state(_make(self.config, nnx.Rngs(key)), nnx.Not(nnx.RngState)))
             return {"module": _nested(values)}
 
-        return auto_axes(draw, out_sharding=shardings)(key)
+        return _auto(draw, shardings)(key)
 
     @override
     def __call__(self, batch: Inputs, /) -> Any:
@@ -120,7 +118,7 @@ class FlaxModule(Module):
     def forward(self, batch: Inputs, /) -> tuple[Any, LayerStats]:
         inputs, bits = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}, batch.get(DROPOUT_FIELD)
         values = {path: _at(self.module, path)[...] for path in self.structure.specs}
-        shapes, _ = jax.eval_shape(auto_axes(self._run, out_sharding=PartitionSpec()), values, inputs, bits)
+        shapes, _ = jax.eval_shape(_auto(self._run, PartitionSpec()), values, inputs, bits)
         rows = next(iter(inputs.values())).shape[0]
         for found in jax.tree.leaves(shapes) or [None]:
             if found is None or found.shape[:1] != (rows,):
@@ -129,11 +127,11 @@ class FlaxModule(Module):
                     f"{type(self.config).__qualname__}.call: returned {shape} for a batch of {rows}; return logits "
                     f"[{rows}, ...]"
                 )
-        run = auto_axes(self._run, out_sharding=(self.partitioner.spec("batch"), PartitionSpec()))
+        run = _auto(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
         gathered_again = remat(lambda values: run(self._gathered(values), inputs, bits), "weights", alone=False)
         return gathered_again(values)
 
-    def _gathered(self, values: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
+    def _gathered(self, values: Mapping[PathParts, jax.Array]) -> dict[PathParts, jax.Array]:
         """All-gathers parameters over the axes that shard the batch, in the dtype that they are used in.
 
         The partitioner would rather move activations to the shards of the parameters: several times the bytes.
@@ -148,7 +146,7 @@ class FlaxModule(Module):
         return gathered
 
     def _run(
-        self, values: Mapping[Path, jax.Array], inputs: Inputs, bits: jax.Array | None
+        self, values: Mapping[PathParts, jax.Array], inputs: Inputs, bits: jax.Array | None
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Returns the result of the call, and the state after it where random bits say that this is training."""
         structure, train, compute = self.structure, bits is not None, self.partitioner.compute_dtype
@@ -169,13 +167,19 @@ class FlaxModule(Module):
         if not stats:
             return {}
 
-        def mean(path: Path, spec: ParamSpec) -> jax.Array:
+        def mean(path: PathParts, spec: ParamSpec) -> jax.Array:
             total = stats[_dotted(path)]
             value = total / stats[CALLS] if _is_floating(total) else total // stats[CALLS]
             return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_dotted(path), spec))
 
         changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if not spec.trainable}
         return {"module": _nested(changed)}
+
+
+def _auto[R](fun: Callable[..., R], out: Any) -> Callable[..., R]:
+    """`fun` with automatic sharding inside, whose results have the shardings `out`."""
+    found: Any = auto_axes(fun, out_sharding=out)
+    return found
 
 
 def _make(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
@@ -193,7 +197,7 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
     abstract = nnx.eval_shape(lambda: _make(config, nnx.Rngs(0)))
     nodes, name = dict(nnx.iter_graph(abstract)), type(config).__qualname__
     specs = {
-        path: _spec(f"{name}: module.{_dotted(path)}", path[-1], variable, nodes.get(path[:-1]), partitioner)
+        path: _spec(f"{name}: module.{_dotted(path)}", str(path[-1]), variable, nodes.get(path[:-1]), partitioner)
         for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Not(nnx.RngState)))
     }
     if not any(spec.trainable for spec in specs.values()):
@@ -209,15 +213,15 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
     return ModuleStructure(graphdef=graphdef, specs=specs, rngs=_flat(rngs))
 
 
-def _spec(where: str, name: str | int, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
+def _spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
     shape, dtype, init = variable.shape, str(variable.dtype), constant(0)
     axes = _annotated_axes(where, variable)
     if not (isinstance(variable, nnx.Param) and _is_floating(variable)):
         axes = axes or (None,) * len(shape)
         return ParamSpec(shape=shape, axes=axes, init=init, role="bias", trainable=False, dtype=dtype)
     role: Role = "matrix"
-    if "bias" in str(name) or len(shape) < 2:
-        role = "bias" if "bias" in str(name) else "norm"
+    if "bias" in name or len(shape) < 2:
+        role = "bias" if "bias" in name else "norm"
     elif name == "embedding":
         role = "embedding"
     axes = axes or _default_axes(shape, role, partitioner.num_shards("embed"))
@@ -252,7 +256,7 @@ def _default_axes(shape: tuple[int, ...], role: Role, shards: int) -> LogicalAxe
     return tuple("embed" if dim == chosen else None for dim in range(len(shape)))
 
 
-def _restarted(key: jax.Array, path: Path, shape: jax.ShapeDtypeStruct) -> jax.Array:
+def _restarted(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """A stream's key, or its counter, at the start of a step."""
     if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape.shape, shape.dtype)
@@ -268,20 +272,20 @@ def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def _flat(state: nnx.State) -> dict[Path, Any]:
+def _flat(state: nnx.State) -> dict[PathParts, Any]:
     return nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
 
 
-def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+def _nested(values: Mapping[PathParts, Any]) -> dict[str, Any]:
     """A nested dict; indices of lists become strings."""
     return nnx.traversals.unflatten_mapping({tuple(map(str, path)): value for path, value in values.items()})
 
 
-def _at(tree: Any, path: Path) -> Any:
+def _at(tree: Any, path: PathParts) -> Any:
     for key in path:
         tree = tree[str(key)]
     return tree
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: PathParts) -> str:
     return ".".join(map(str, path))

@@ -91,7 +91,7 @@ TOPOLOGIES = {
 }
 """Topology of each config in configs/, and overrides."""
 
-CPU_CONFIGS = {"bench_small", "parity_dense", "parity_moe", "quickstart", "vit_digits"}
+CPU_CONFIGS = {"bench_small", "flax_module", "parity_dense", "parity_moe", "quickstart", "vit_digits"}
 """Configs made for CPUs, which have no budget."""
 
 
