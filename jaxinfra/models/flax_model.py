@@ -138,7 +138,7 @@ class FlaxModule(Module):
         """
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
-            dtype = self.partitioner.compute_dtype if spec.trainable else jnp.dtype(spec.dtype)
+            dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
             stored = self.partitioner.stored_spec(_dotted(path), spec)
             kept = (tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions)
             used = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
@@ -159,7 +159,9 @@ class FlaxModule(Module):
         if not train:
             return output, {}
         after = _flat(nnx.state(module))
-        stats = {_dotted(path): _summable(after[path]) for path, spec in structure.specs.items() if not spec.trainable}
+        stats = {
+            _dotted(path): _summable(after[path]) for path, spec in structure.specs.items() if spec.state == "buffer"
+        }
         return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
     @override
@@ -172,7 +174,7 @@ class FlaxModule(Module):
             value = total / stats[CALLS] if _is_floating(total) else total // stats[CALLS]
             return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_dotted(path), spec))
 
-        changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if not spec.trainable}
+        changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if spec.state == "buffer"}
         return {"module": _nested(changed)}
 
 
@@ -200,7 +202,7 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
         path: _spec(f"{name}: module.{_dotted(path)}", str(path[-1]), variable, nodes.get(path[:-1]), partitioner)
         for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Not(nnx.RngState)))
     }
-    if not any(spec.trainable for spec in specs.values()):
+    if not any(spec.state == "trained" for spec in specs.values()):
         raise ConfigError(
             f"{name}.make_module: the module has no nnx.Param to train; a Linen module gets its parameters by "
             "nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
@@ -218,7 +220,7 @@ def _spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner
     axes = _annotated_axes(where, variable)
     if not (isinstance(variable, nnx.Param) and _is_floating(variable)):
         axes = axes or (None,) * len(shape)
-        return ParamSpec(shape=shape, axes=axes, init=init, role="bias", trainable=False, dtype=dtype)
+        return ParamSpec(shape=shape, axes=axes, init=init, role="bias", state="buffer", dtype=dtype)
     role: Role = "matrix"
     if "bias" in name or len(shape) < 2:
         role = "bias" if "bias" in name else "norm"
