@@ -38,7 +38,7 @@ class Mixture(DataConfig):
 
     Attributes:
         sources: the stores. One more at the end changes how often the others are read, not in which order.
-        stages: weights of the sources, from which step on; () weighs each source by its size.
+        stages: the weights of the sources, which may change at given steps; () weighs each source by its size.
     """
 
     modality: ClassVar[str] = "token"
@@ -153,7 +153,7 @@ class MixtureDataset:
         self.fingerprint = digest_of(self.versions)
         self.train = MixtureSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)
-        self.baselines: Mapping[str, Mapping[str, float]] = {}  # those of the stores are about each store alone
+        self.baselines: Mapping[str, Mapping[str, float]] = {}  # those of a store do not hold for a mixture
         lengths = [len(part.train) for part in parts]
         sampler = partial(MixtureSampler, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
         self._sampler = lru_cache(maxsize=1)(sampler)

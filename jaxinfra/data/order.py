@@ -123,7 +123,7 @@ def permute(index: np.ndarray, *, size: int | np.ndarray, key: np.ndarray) -> np
         size: length of the range, 1 to 2**48, else ValueError; one number, or [N].
         key: uint64[N] or uint64[1].
     """
-    x_N, size_N, key_N = np.broadcast_arrays(*(np.asarray(each, np.uint64) for each in (index, size, key)))
+    x_N, size_N, key_N = np.broadcast_arrays(*(np.asarray(array, np.uint64) for array in (index, size, key)))
     if not x_N.size:
         return np.zeros(0, np.int64)
     if (bad_N := (size_N < 1) | (size_N > MAX_SIZE)).any():

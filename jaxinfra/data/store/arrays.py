@@ -95,8 +95,8 @@ def read_ranges(array: ts.TensorStore, path: str, starts: Sequence[int], lengths
     def read() -> np.ndarray:
         ranges = [array[start : start + n] for start, n in zip(starts, lengths, strict=True)]
         with ts.Batch() as batch:  # opens each shard once, not once for each range
-            found = ts.concat(ranges, axis=0).read(batch=batch)
-        return found.result()
+            future = ts.concat(ranges, axis=0).read(batch=batch)
+        return future.result()
 
     return call_storage(path, read)
 

@@ -21,11 +21,11 @@ def resolve_path(path: str) -> str:
     """
     if "://" in path:
         return path
-    named = path.endswith(SUFFIX)
-    place = Path(path).expanduser().absolute()
-    file = place if named else Path(f"{place}{SUFFIX}")
+    is_named = path.endswith(SUFFIX)
+    absolute = Path(path).expanduser().absolute()
+    file = absolute if is_named else Path(f"{absolute}{SUFFIX}")
     folder = file.with_suffix("")
-    if not file.is_file() or (not named and folder.exists()):
+    if not file.is_file() or (not is_named and folder.exists()):
         return path
     dvc = import_optional("dvc", "exceptions", "repo", needed_by=str(file), install="jaxinfra[dvc]")
     try:
@@ -35,16 +35,12 @@ def resolve_path(path: str) -> str:
             except dvc.exceptions.CheckoutError:  # not in the cache
                 repo.pull(targets=[str(file)])
     except dvc.exceptions.NotDvcRepoError:
-        raise ConfigError(
-            f"{file}: is in no repository of DVC; clone it with the repository that it belongs to"
-        ) from None
+        raise ConfigError(f"{file}: is in no DVC repository; clone the repository that it belongs to") from None
     except dvc.exceptions.DvcException as error:
         cause = " ".join(str(error).split())
-        if "unsaved files" in cause:  # the words of DVC are all that tells this error from others
-            raise DataError(
-                f"{file}: the folder beside it was changed since it was added; run dvc add, or remove the folder"
-            ) from None
-        raise StorageError(
-            f"{file}: cannot be brought ({cause}); run dvc pull where its remote can be reached"
-        ) from error
+        if "unsaved files" in cause:  # only DVC's text tells this error from others
+            fix = "run dvc add, or remove the folder"
+            raise DataError(f"{file}: the folder beside it was changed after it was added; {fix}") from None
+        fix = "run dvc pull where the remote can be reached"
+        raise StorageError(f"{file}: checkout failed ({cause}); {fix}") from error
     return str(folder)

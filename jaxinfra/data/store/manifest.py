@@ -143,12 +143,12 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
             raise DataError(f"{path}: store format {found}, this version reads format {FORMAT}; {fix}")
         if digest != digest_of(tree):
             raise ValueError("digest does not match the contents")
-        for name, kind in (("splits", SplitInfo), ("packs", PackInfo), ("files", FileInfo)):
-            tree[name] = {each: kind(**info) for each, info in tree[name].items()}
+        for name, cls in (("splits", SplitInfo), ("packs", PackInfo), ("files", FileInfo)):
+            tree[name] = {key: cls(**info) for key, info in tree[name].items()}
         tree["counts"] = Counts(**tree["counts"])
         tree["tokenizer"] = tree["tokenizer"] and TokenizerInfo(**tree["tokenizer"])
         tree["shape"], tree["labels"] = tuple(tree["shape"]), tuple(tree["labels"])
-        manifest = Manifest(**{each.name: tree[each.name] for each in fields(Manifest)})
+        manifest = Manifest(**{field.name: tree[field.name] for field in fields(Manifest)})
         _check(manifest, tree["fingerprint"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -169,7 +169,7 @@ class TokenStore(Store):
         info = manifest.tokenizer_info
         self._tokenizer_content = storage.read(info.file)
         if hashlib.sha256(self._tokenizer_content).hexdigest() != info.sha256:
-            raise DataError(f"{self}/{info.file}: is not the tokenizer that made the store; {DAMAGED_VERSION_FIX}")
+            raise DataError(f"{self}/{info.file}: is not the tokenizer of the manifest; {DAMAGED_VERSION_FIX}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -31,11 +31,11 @@ def list_versions(store: ObjectStore) -> list[Version]:
     return _parse_index(store.read(INDEX), store.url_of(INDEX)) if store.exists(INDEX) else []
 
 
-def _parse_index(content: bytes, where: str) -> list[Version]:
+def _parse_index(content: bytes, url: str) -> list[Version]:
     try:
-        return [Version(**each) for each in json.loads(content)["versions"]]
+        return [Version(**entry) for entry in json.loads(content)["versions"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{where}: damaged list of versions ({error}); open a version by its path") from None
+        raise DataError(f"{url}: damaged list of versions ({error}); open a version by its path") from None
 
 
 def find_version(store: ObjectStore, version: str | None, *, section: str, hint: str) -> ObjectStore:
@@ -50,10 +50,10 @@ def find_version(store: ObjectStore, version: str | None, *, section: str, hint:
         if store.exists(manifests.FILE_NAME):
             return store
         raise ConfigError(f"{section}.store={store.url}: no store there; make it with: {hint}")
-    matching = [each for each in known if version is None or each.fingerprint.startswith(version)]
-    if version is not None and len({each.fingerprint for each in matching}) != 1:
+    matching = [entry for entry in known if version is None or entry.fingerprint.startswith(version)]
+    if version is not None and len({entry.fingerprint for entry in matching}) != 1:
         cause = "matches several of" if matching else "is not among"
-        choices = ", ".join(each.fingerprint for each in (matching or known)[-3:])
+        choices = ", ".join(entry.fingerprint for entry in (matching or known)[-3:])
         raise ConfigError(
             f"{section}.version={version}: {cause} the {len(known)} versions of {store.url}; "
             f"use {section}.version=none or one of {choices}, and another name=... if a run has started on it"
@@ -87,7 +87,7 @@ def make_newest(store: ObjectStore, version: Version) -> bool:
 def _append_to_index(store: ObjectStore, version: Version) -> None:
     def change(content: bytes | None) -> bytes:
         known = [] if content is None else _parse_index(content, store.url_of(INDEX))
-        kept = [asdict(each) for each in known if each.made_of != version.made_of]
+        kept = [asdict(entry) for entry in known if entry.made_of != version.made_of]
         return (json.dumps({"versions": [*kept, asdict(version)]}, indent=2) + "\n").encode()
 
     store.atomic_update(INDEX, change)

@@ -60,11 +60,11 @@ class Tokenizer(ABC):
     def split(self, text: str) -> list[str | int]:
         """Splits the text of a template at the special tokens that it spells, which become their ids."""
         parts, start = [], 0
-        for found in self._special_token_pattern.finditer(text):
-            if found.start() > start:
-                parts.append(text[start : found.start()])
-            parts.append(self.special_tokens[found[0] if found[0] in self.special_tokens else found[0].strip()])
-            start = found.end()
+        for match in self._special_token_pattern.finditer(text):
+            if match.start() > start:
+                parts.append(text[start : match.start()])
+            parts.append(self.special_tokens[match[0] if match[0] in self.special_tokens else match[0].strip()])
+            start = match.end()
         return [*parts, text[start:]] if start < len(text) else parts
 
     @abstractmethod
