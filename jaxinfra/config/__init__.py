@@ -1,7 +1,7 @@
-"""Typed configs: load a file, apply overrides, check, show, compare, store and replay.
+"""Typed configs: loading, overrides, validation, dumps, diffs, records and replays.
 
-A config is a tree of frozen, keyword-only dataclasses, each in the module of what it configures. This
-package is generic over them: it knows no field of any run, imports no JAX and starts nothing.
+A config is a tree of frozen, keyword-only dataclasses, each in the module of what it configures. This package works
+with any such classes, also those of users (see `Extensible`), and does not import JAX.
 
     loaded = load("configs/tiny.py", ["train.steps=100", "optim.schedule=cosine"])
     validate(loaded.run)

@@ -133,8 +133,8 @@ class ClassFinder:
         if file and module.endswith(".py"):
             word = file
         elif file and not module_spec(module.partition(".")[0]):
-            depth = module.count(".") + (Path(file).name == "__init__.py")
-            word = f"{Path(file).parents[depth]}{os.sep}"  # the folder from which the module was imported
+            parts = [*module.split("."), *(["__init__"] if file.endswith("__init__.py") else [])]
+            word = file.removesuffix(f"{os.sep.join(parts)}.py")  # the folder from which the module was imported
         return f"a record imports only what you name; add --import {word}"
 
 

@@ -438,6 +438,16 @@ def test_a_record_may_import_from_a_folder_that_the_user_names(write: Write, mar
     assert marker.exists()
 
 
+@pytest.mark.parametrize("file", ["evil.py", "/", "", "x", "a/b/c/d.py", "./evil.py"])
+def test_a_recorded_file_that_does_not_fit_its_module_is_only_shown(write: Write, marker: Path, file: str) -> None:
+    write_record(
+        "run.json", save(write("mine.py", MINE)) | {"classes": {"a.b.c.d.e:X": {"file": file, "sha256": None}}}
+    )
+    with raises(ConfigError, "run.json: a.b.c.d.e:X"):
+        load("run.json", imports=[HERE])
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("classes", [None, [], 3, {"a:B": None}, {"a:B": {}}, {"a:B": {"file": 3, "sha256": 4}}])
 def test_damaged_sources_in_a_record_are_refused(write: Write, classes: Any) -> None:
     save(write("mine.py", MINE))
