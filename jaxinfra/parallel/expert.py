@@ -1,13 +1,10 @@
-"""Dispatches tokens to experts on other devices and combines the results.
+"""Dispatches tokens to experts on other devices and combines the results, inside a `shard_map`.
 
-Each device sorts its tokens' choices by expert and sends every shard of experts its rows (an all-to-all). The rows
-arrive sorted by expert. `combine` is the reverse exchange: each result returns to the position of its choice, so a
-token sums its choices in the same order on every mesh.
+Each device sorts its tokens' choices by expert and sends every shard of experts its rows (an all-to-all). `combine` is
+the reverse exchange: each result returns to its choice, so a token sums its choices in the same order on every mesh.
 
-TPUs send exact sizes (`jax.lax.ragged_all_to_all`). Other platforms pad each send to `max_rows`. Both deliver the same
-rows. Every gather has a known inverse, so gradients are gathers too, never scatter-adds.
-
-Everything here runs inside a `shard_map`. `ops.routing` chooses the experts, `models.moe` applies them.
+TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad each send to `max_rows`. Every gather has a
+known inverse, so gradients are gathers too, never scatter-adds.
 
 Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, O experts of one
 shard, S rows sent, R rows received, M rows of the device's own experts, D features.

@@ -144,9 +144,9 @@ LOOSE = replace(
 )
 """Mixtral's experts: softmax scores, no capacity."""
 
-SIGHTS = replace(
+LAYER_TYPES = replace(
     TIGHT,
-    name="sights",
+    name="layer_types",
     model=replace(TIGHT.model, num_dense_layers=1, num_layers=3, layer_types=("sliding", "full"), sliding_window=5),
 )
 """Two layer types, uneven over two stages, after a dense layer."""
@@ -178,7 +178,7 @@ MEAN = replace(
 )
 """Images of 16 positions, sharded over tensor between layers; dropout and label smoothing."""
 
-RUNS = {run.name: run for run in (DEEP, DROPPING, LATENT, TIGHT, LOOSE, SIGHTS, DEEPSEEK, TOKEN, MEAN)}
+RUNS = {run.name: run for run in (DEEP, DROPPING, LATENT, TIGHT, LOOSE, LAYER_TYPES, DEEPSEEK, TOKEN, MEAN)}
 NO_GRADIENT = "grad.blocks.attention.key.bias"
 """For images: a bias on keys adds the same to all scores of a query, so it has no effect and no gradient."""
 
