@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Gt
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
     import optax
+
+    from jaxinfra.parallel.spec import PyTree
 
 
 class Optimizer(Extensible, ABC):
@@ -31,15 +33,15 @@ class Optimizer(Extensible, ABC):
     weight_decay: float = 0.0
 
     @abstractmethod
-    def transform(self, specs: Any) -> "optax.GradientTransformation":
+    def transform(self, specs: "PyTree") -> "optax.GradientTransformation":
         """Returns the optax transformation of gradients into updates, before weight decay and learning rate.
 
-        It must not scale by a learning rate or by -1: `optax.scale_by_adam`, not `optax.adam`. Its state should be
-        sharded like the parameters, as what `jnp.zeros_like` of them is. `specs` are their `ParamSpec`s.
+        It must not scale by a learning rate or by -1: use `optax.scale_by_adam`, not `optax.adam`. Create the state
+        with `jnp.zeros_like(param)`, so that it is sharded like the parameters. `specs` are their `ParamSpec`s.
         """
 
     def problems_in_bfloat16(self) -> Iterable[Problem]:
-        """Yields why the state cannot be stored in bfloat16, with paths from `OptimConfig`."""
+        """Yields reasons not to store the state in bfloat16, with paths from `OptimConfig`."""
         return ()
 
 
@@ -47,7 +49,7 @@ class LRSchedule(Extensible, ABC):
     """A learning-rate schedule: a frozen dataclass that inherits from this class and defines `multiplier`.
 
     Attributes:
-        warmup_steps: steps of linear warmup from 0, before which `multiplier` is 1.
+        warmup_steps: steps of linear warmup from 0, in which `multiplier` is 1.
     """
 
     builtins: ClassVar[tuple[str, ...]] = tuple(
@@ -85,7 +87,7 @@ class OptimConfig:
         state_dtype: dtype of the stored optimizer state; computation is in float32.
         offload: keep the optimizer state in host memory between steps.
         decay_roles: roles of the parameters that weight decay applies to.
-        frozen: parameters that keep their first values, as patterns of their paths such as "embedding" or "blocks.*".
+        frozen: patterns of paths ("embedding", "blocks.*") of parameters that keep their initial values.
     """
 
     optimizer: Optimizer = field(default_factory=Optimizer.default)

@@ -72,10 +72,7 @@ class Adafactor(Optimizer):
     @override
     def transform(self, specs: PyTree) -> optax.GradientTransformation:
         scaled = scale_by_factored_rms(
-            specs,
-            decay_power=self.decay_power,
-            min_factored_dim=self.min_factored_dim,
-            clip_rms=self.clip_rms,
+            specs, decay_power=self.decay_power, min_factored_dim=self.min_factored_dim, clip_rms=self.clip_rms
         )
         if not self.scale_by_param:
             return scaled

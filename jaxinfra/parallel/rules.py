@@ -9,7 +9,7 @@ from jaxinfra.config import Problem
 from jaxinfra.parallel.mesh_config import MeshAxis
 
 type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
-"""What a parameter is for: optimizers choose by it."""
+"""The role of a parameter, which selects the optimizer's treatment."""
 
 type LogicalAxes = tuple[str | None, ...]
 type Quantize = Literal["none", "int8", "fp8"]

@@ -37,8 +37,8 @@ class ParamSpec:
         role: selects the optimizer's treatment (weight decay, Muon).
         in_dims: dimensions of `shape` that the parameter's matmul contracts (empty if there is none).
         out_dims: dimensions of `shape` that the matmul outputs.
-        state: "trained" by the optimizer, "frozen" at its first value, or a "buffer" that the model updates.
-        dtype: of a buffer; that of other parameters is the run's.
+        state: "trained" by the optimizer, "frozen" at its initial value, or a "buffer" that the model updates.
+        dtype: dtype of a buffer; other parameters have that of the run.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class ParamSpec:
 
 
 type ParamSpecs = dict[str, ParamSpec | ParamSpecs]
-"""The declarations of a model's parameters, a nested dict."""
+"""The `ParamSpec`s of a model, a nested dict."""
 
 type Params = dict[str, jax.Array | Params]
 """The parameters of a model, a nested dict."""
