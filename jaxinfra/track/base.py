@@ -1,9 +1,11 @@
 """The interface of trackers, and a base class for those that append to a file."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, override
 
+from jaxinfra.config import Extensible
 from jaxinfra.storage.appender import Appender
 
 type RunStatistics = Mapping[str, tuple[int | float | str, str]]
@@ -30,6 +32,14 @@ class Tracker:
 
     def close(self) -> None:
         """Writes what is pending and frees resources; raises StorageError if records were lost."""
+
+
+class TrackerConfig(Extensible, ABC):
+    """A tracker of your own: a frozen dataclass that inherits from this class, for `TrackConfig.trackers`."""
+
+    @abstractmethod
+    def make_tracker(self, run_dir: Path) -> Tracker:
+        """Makes the tracker, which opens nothing before its `start`."""
 
 
 class FileTracker(Tracker):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, override
 
+from jaxinfra.config.extensible import is_user_class
 from jaxinfra.config.limits import Count
-from jaxinfra.track.base import RunStatistics, Tracker
+from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.tensorboard import TensorBoardTracker
@@ -68,11 +69,13 @@ class MultiTracker(Tracker):
             _log.exception("a tracker failed to close after the error that ended the run")
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        """Calls each tracker; counts storage failures, and reports the first of each tracker."""
+        """Calls each tracker; counts failures of storage and of users' trackers, and reports the first of each."""
         for i, tracker in enumerate(self._trackers):
             try:
                 call(tracker)
-            except OSError as error:
+            except Exception as error:
+                if not isinstance(error, OSError) and not is_user_class(type(tracker)):
+                    raise
                 self._failures[i] += 1
                 if self._failures[i] == 1:
                     _log.error(f"{type(tracker).__name__}: {error}; training goes on, further failures are counted")
@@ -88,12 +91,14 @@ class TrackConfig:
         tensorboard: writes TensorBoard event files.
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
             terminal and "plain" elsewhere, "off" prints nothing.
+        trackers: your own trackers, besides these.
     """
 
     log_every: Count = 10
     jsonl: bool = True
     tensorboard: bool = True
     console: Literal["auto", "bar", "plain", "off"] = "auto"
+    trackers: tuple[TrackerConfig, ...] = ()
 
     def due(self, step: int, total_steps: int) -> bool:
         """Returns whether to log this step, counted from 0: every `log_every`-th and the last."""
@@ -112,4 +117,4 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
         trackers.append(ProgressBarTracker(console))
     elif config.console != "off":
         trackers.append(PlainTextTracker(console, config.log_every))
-    return MultiTracker(trackers)
+    return MultiTracker([*trackers, *(each.make_tracker(run_dir) for each in config.trackers)])

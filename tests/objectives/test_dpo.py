@@ -25,7 +25,9 @@ from tests.models.harness import build, relative
 VOCAB, PAIRS, LENGTH = 32, 8, 16
 RUN = Run(
     name="dpo",
-    model=TransformerConfig(vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=24),
+    model=TransformerConfig(
+        vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=24
+    ),
     objective=DPO(beta=0.5, label_smoothing=0.1),
     data=PairData(store="none", seq_len=LENGTH),
     init="runs/base",

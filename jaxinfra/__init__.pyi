@@ -1,0 +1,83 @@
+from .checkpoint.config import CheckpointConfig
+from .config import Problem, load, validate
+from .data.image_data import ImageData
+from .data.interfaces import ArraySpec, DataConfig
+from .data.mixture import MixSource, Mixture
+from .data.pairs import PairData
+from .data.tokens import TokenData
+from .models.model import ModelConfig
+from .models.module import Module
+from .models.transformer import TransformerConfig
+from .models.vit import VisionTransformerConfig
+from .objectives.causal_lm import CausalLM
+from .objectives.classification import Classification
+from .objectives.dpo import DPO
+from .objectives.objective import Apply, Objective, WithReference
+from .ops.logits import FactoredLogits
+from .ops.rope import Rope
+from .optim.config import LRSchedule, OptimConfig, Optimizer
+from .optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon
+from .optim.schedules import WSD, Constant, Cosine, InverseSqrt, Linear
+from .parallel.mesh_config import MeshConfig
+from .parallel.rules import ShardingRules
+from .parallel.schedules import PipelineConfig
+from .program import Program, TrainState
+from .run import Precision, Run, TrainConfig
+from .sample import Sampler, SamplingParams
+from .track.base import Tracker, TrackerConfig
+from .track.tracker import TrackConfig
+from .train.trainer import Trainer
+
+__version__: str
+__all__ = [
+    "Adafactor",
+    "AdamW",
+    "Apply",
+    "ArraySpec",
+    "CausalLM",
+    "CheckpointConfig",
+    "Classification",
+    "Constant",
+    "Cosine",
+    "DPO",
+    "DataConfig",
+    "FactoredLogits",
+    "ImageData",
+    "InverseSqrt",
+    "LRSchedule",
+    "Linear",
+    "Lion",
+    "MeshConfig",
+    "MixSource",
+    "Mixture",
+    "ModelConfig",
+    "Module",
+    "Muon",
+    "Objective",
+    "OptimConfig",
+    "Optimizer",
+    "PairData",
+    "PipelineConfig",
+    "Precision",
+    "Problem",
+    "Program",
+    "Rope",
+    "Run",
+    "SGD",
+    "Sampler",
+    "SamplingParams",
+    "ShardingRules",
+    "TokenData",
+    "TrackConfig",
+    "Tracker",
+    "TrackerConfig",
+    "TrainConfig",
+    "TrainState",
+    "Trainer",
+    "TransformerConfig",
+    "VisionTransformerConfig",
+    "WSD",
+    "WithReference",
+    "load",
+    "validate",
+]
