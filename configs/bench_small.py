@@ -1,4 +1,4 @@
-"""The yardstick of `python -m launch bench step`: 4,096 tokens a step through a small Llama, in float32."""
+"""The model of `python -m launch bench step`: a small Llama, 4,096 tokens a step, in float32."""
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig

@@ -1,4 +1,4 @@
-"""Gemma 2 2B on 16 TPU v6e chips (4x4): alternating local and global layers, soft caps, a vocabulary of 256,000."""
+"""Gemma 2 2B on 16 TPU v6e chips (4x4): sliding-window and full attention in turns, soft caps, 256,000 tokens."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
-"""The quickstart's model with experts in place of MLPs: eight and one that is shared, of which a token passes three.
+"""The quickstart's model with experts in place of MLPs: each token passes two of eight, and a shared one.
 
-A token's multiplications are those of the quickstart, from twice the parameters. Experts are kept even by biases.
+A token costs as many FLOPs as in the quickstart, with twice the parameters. Biases balance the load of the experts.
 """
 
 from jaxinfra.data.tokens import TokenData

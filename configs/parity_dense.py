@@ -1,4 +1,4 @@
-"""The dense model of `python -m launch parity`: every dimension that a mesh can cut divides by eight."""
+"""The dense model of `python -m launch parity`: eight divides every dimension that a mesh can shard."""
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.transformer import TransformerConfig

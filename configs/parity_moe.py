@@ -1,4 +1,4 @@
-"""The mixture of experts of `python -m launch parity`: every dimension that a mesh can cut divides by eight."""
+"""The mixture of experts of `python -m launch parity`: eight divides every dimension that a mesh can shard."""
 
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.moe import MixtureOfExperts

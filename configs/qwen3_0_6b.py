@@ -1,4 +1,4 @@
-"""Qwen3 0.6B on one machine of eight TPU v6e chips (2x4), with averaged parameters."""
+"""Qwen3 0.6B on one machine of eight TPU v6e chips (2x4), with an exponential moving average of the parameters."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A small decoder on a mesh, with random values in every parameter."""
+"""A small decoder on a mesh, with random values in all parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_kv_heads": None,
         "head_dim": None,
         "mla": MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10),
-        # Of two pairs of features one is kept, the other divided by 4 or half way to it.
+        # One of two frequencies is kept, the other divided by 4 or half way to it.
         "rope": Rope(
             theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64, beta_fast=4.0, mscale_all_dim=0.5)
         ),
@@ -80,16 +80,16 @@ MODELS: dict[str, dict[str, Any]] = {
         ),
     },
 }
-"""Together they have nearly every feature; "gemma" has those of Gemma 2 and 3, "deepseek" those of V3."""
+"""Together they use nearly every option; "gemma" has those of Gemma 2 and 3, "deepseek" those of V3."""
 
 
-def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> np.ndarray:
+def random_tokens(rows: int = 2, length: int = 12, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, BASE.vocab_size, (rows, length), dtype=np.int32)
 
 
 @dataclass(frozen=True)
-class Built:
-    """A decoder without values."""
+class BuiltDecoder:
+    """A decoder on a mesh, without parameter values."""
 
     config: TransformerConfig
     partitioner: Partitioner
@@ -98,7 +98,7 @@ class Built:
     specs: dict[str, Any]
 
     def values(self, seed: int = 0) -> dict[str, Any]:
-        """Values on the host: none of them is that of the initialiser, norms and biases included."""
+        """Draws values on the host that differ from the initial ones, for norms and biases too."""
         rng = np.random.default_rng(seed)
         offset = self.config.norm_offset
 
@@ -115,15 +115,15 @@ class Built:
         return jax.tree.map(one, self.specs)
 
     def put(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The values on the mesh as they are stored."""
+        """Puts parameters on the mesh in their stored sharding."""
 
         def one(value: np.ndarray, spec: ParamSpec) -> jax.Array:
             return jax.device_put(value, NamedSharding(self.mesh, self.partitioner.stored_spec("", spec)))
 
         return jax.tree.map(one, values, self.specs)
 
-    def rows(self, array: Any) -> jax.Array:
-        """`[B, T]` on the mesh."""
+    def put_rows(self, array: Any) -> jax.Array:
+        """Puts `[B, T]` on the mesh."""
         return jax.device_put(array, NamedSharding(self.mesh, self.partitioner.spec("batch", "sequence")))
 
     def model(self, params: dict[str, Any]) -> Transformer:
@@ -131,7 +131,7 @@ class Built:
 
     @cached_property
     def forward(self) -> Callable[..., tuple[jax.Array, Cache | None]]:
-        """`forward(params, tokens, positions, segments) -> (logits, None)`, compiled; or with `cache=`."""
+        """Compiles `forward(params, tokens, positions, segments, cache=None) -> (logits, cache)`."""
 
         def run(params, tokens, positions=None, segments=None, *, cache=None):
             model = self.model(params)
@@ -145,9 +145,9 @@ class Built:
         return jax.jit(run)
 
     def logits(self, values: dict[str, Any], *arrays: np.ndarray | None) -> np.ndarray:
-        """Logits for tokens, and positions and segments if given."""
+        """Returns logits for tokens, and optional positions and segments."""
         with jax.set_mesh(self.mesh):
-            placed = (None if a is None else self.rows(a) for a in arrays)
+            placed = (None if a is None else self.put_rows(a) for a in arrays)
             return np.asarray(self.forward(self.put(values), *placed)[0])
 
 
@@ -156,7 +156,7 @@ class Applied:
 
     partial_sums = False
 
-    def __init__(self, built: Built):
+    def __init__(self, built: BuiltDecoder):
         self._built = built
 
     def __call__(self, params: dict[str, Any], batch: Any, *, train: bool = True) -> Any:
@@ -165,16 +165,16 @@ class Applied:
 
 def build(
     mesh: MeshConfig = ONE, *, rules: ShardingRules | None = None, dtype: str = "float32", **changes: Any
-) -> Built:
-    """`BASE` with these fields changed."""
+) -> BuiltDecoder:
+    """Builds `BASE` with changed fields."""
     config = replace(BASE, **changes)
     devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
     partitioner = Partitioner(rules=rules or ShardingRules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
     graphdef, specs = nnx.split(config.build(partitioner))
-    return Built(config, partitioner, devices, graphdef, nnx.to_pure_dict(specs))
+    return BuiltDecoder(config, partitioner, devices, graphdef, nnx.to_pure_dict(specs))
 
 
-def relative(found: Any, wanted: Any) -> float:
-    """The largest difference, as a part of the largest value."""
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+def relative_error(actual: Any, expected: Any) -> float:
+    """Returns the largest difference, relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

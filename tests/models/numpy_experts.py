@@ -1,6 +1,6 @@
 """A mixture of experts in NumPy: float64, one token, one expert at a time, straight from the papers.
 
-It shares nothing with the package but the names of the config's fields and of the parameters.
+It shares only the names of config fields and parameters with the package.
 """
 
 import math
@@ -14,11 +14,11 @@ type Mlp = Callable[[np.ndarray, dict[str, Any]], np.ndarray]
 
 
 @dataclass
-class Counted:
-    """What the layers of some sequences count, summed over tokens: choices of each expert are by layer."""
+class ExpertStats:
+    """Sums over the tokens of some sequences; `load` has the choices of each expert, one entry a layer."""
 
     load: list[np.ndarray] = field(default_factory=list)
-    kept: float = 0.0
+    served: float = 0.0
     balance_loss: float = 0.0
     z_loss: float = 0.0
 
@@ -30,24 +30,24 @@ def scores_of(logits: np.ndarray, kind: str) -> np.ndarray:
     return exp / exp.sum()
 
 
-def best(values: np.ndarray, count: int) -> list[int]:
-    """The places of the largest values; of equal ones the first."""
+def top_k(values: np.ndarray, count: int) -> list[int]:
+    """Returns the indices of the largest values; of equal ones the first."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
 
 
 def choices(scores: np.ndarray, bias: np.ndarray | None, config: Any) -> list[int]:
-    compared = scores if bias is None else scores + bias
+    biased = scores if bias is None else scores + bias
     size = config.num_experts // config.num_groups
-    groups = compared.reshape(config.num_groups, size)
-    open_groups = range(config.num_groups)
+    groups = biased.reshape(config.num_groups, size)
+    allowed_groups = range(config.num_groups)
     if config.top_k_groups < config.num_groups:
-        open_groups = best(np.array([np.sort(group)[-2:].sum() for group in groups]), config.top_k_groups)
-    allowed = [e for e in range(config.num_experts) if e // size in open_groups]
-    return [allowed[i] for i in best(compared[allowed], config.top_k)]
+        allowed_groups = top_k(np.array([np.sort(group)[-2:].sum() for group in groups]), config.top_k_groups)
+    allowed = [e for e in range(config.num_experts) if e // size in allowed_groups]
+    return [allowed[i] for i in top_k(biased[allowed], config.top_k)]
 
 
-def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, counted: Counted) -> np.ndarray:
-    """One sequence through one layer; `mlp(x_D, weights)` is one expert."""
+def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, stats: ExpertStats) -> np.ndarray:
+    """Applies one layer to one sequence; `mlp(x_D, weights)` is one expert."""
     T = len(x_TD)
     capacity = (
         T
@@ -71,9 +71,9 @@ def mixture(x_TD: np.ndarray, params: dict[str, Any], config: Any, mlp: Mlp, cou
         if config.num_shared_experts:
             y_TD[t] += mlp(x_D, params["shared"])
         shares += scores / scores.sum()
-        counted.z_loss += config.z_loss * np.log(np.exp(logits).sum()) ** 2
+        stats.z_loss += config.z_loss * np.log(np.exp(logits).sum()) ** 2
     f, p = load * config.num_experts / (config.top_k * T), shares / T
-    counted.balance_loss += config.balance_loss * T * (f * p).sum()
-    counted.load.append(load)
-    counted.kept += taken.sum()
+    stats.balance_loss += config.balance_loss * T * (f * p).sum()
+    stats.load.append(load)
+    stats.served += taken.sum()
     return y_TD

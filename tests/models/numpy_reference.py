@@ -1,6 +1,6 @@
 """The decoder in NumPy: float64, one token, one head, one layer at a time, straight from the definitions.
 
-It shares nothing with the package but the names of the config's fields and of the parameters.
+It shares only the names of config fields and parameters with the package.
 """
 
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tests.models.numpy_experts import Counted, mixture
+from tests.models.numpy_experts import ExpertStats, mixture
 
 Params = dict[str, Any]
 
 
-def normalise(x: np.ndarray, params: Params, kind: str, eps: float, offset: float) -> np.ndarray:
+def normalize(x: np.ndarray, params: Params, kind: str, eps: float, offset: float) -> np.ndarray:
     if kind == "rmsnorm":
         return x / math.sqrt((x**2).mean() + eps) * (offset + params["scale"])
     return (x - x.mean()) / math.sqrt(x.var() + eps) * params["scale"] + params["bias"]
@@ -78,11 +78,11 @@ def rotate(x: np.ndarray, position: int, rope: Any) -> np.ndarray:
     return turned
 
 
-def affine(x: np.ndarray, params: Params, contract: int) -> np.ndarray:
-    return np.tensordot(x, params["weight"], axes=contract) + params.get("bias", 0.0)
+def linear(x: np.ndarray, params: Params, in_dims: int) -> np.ndarray:
+    return np.tensordot(x, params["weight"], axes=in_dims) + params.get("bias", 0.0)
 
 
-def attend(q_THK, k_TGK, v_TGV, config, layer_type: str, segments: np.ndarray | None) -> np.ndarray:
+def dot_product_attention(q_THK, k_TGK, v_TGV, config, layer_type: str, segments: np.ndarray | None) -> np.ndarray:
     T, H, K = q_THK.shape
     group_of = H // k_TGK.shape[1]
     window, rope = config.sliding_window if layer_type == "sliding" else None, rope_of(config, layer_type)
@@ -90,15 +90,15 @@ def attend(q_THK, k_TGK, v_TGV, config, layer_type: str, segments: np.ndarray | 
     scale *= 1.0 if rope is None else mscale(rope, "mscale_all_dim") ** 2
     out = np.zeros((T, H, v_TGV.shape[-1]))
     for i in range(T):
-        seen = [j for j in range(i + 1) if window is None or i - j < window]
-        seen = [j for j in seen if segments is None or segments[i] == segments[j]]
+        keys = [j for j in range(i + 1) if window is None or i - j < window]
+        keys = [j for j in keys if segments is None or segments[i] == segments[j]]
         for h in range(H):
-            scores = np.array([scale * (q_THK[i, h] @ k_TGK[j, h // group_of]) for j in seen])
+            scores = np.array([scale * (q_THK[i, h] @ k_TGK[j, h // group_of]) for j in keys])
             if config.attn_softcap is not None:
                 scores = config.attn_softcap * np.tanh(scores / config.attn_softcap)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            out[i, h] = sum(w * v_TGV[j, h // group_of] for w, j in zip(weights, seen, strict=True))
+            out[i, h] = sum(w * v_TGV[j, h // group_of] for w, j in zip(weights, keys, strict=True))
     return out
 
 
@@ -112,60 +112,59 @@ def latent_attention(x_TD, params: Params, config, layer_type: str, positions, s
     q_in_TR = x_TD
     if "query_down" in params:
         q_in_TR = [
-            normalise(c, params["query_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
-            for c in affine(x_TD, params["query_down"], 1)
+            normalize(c, params["query_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
+            for c in linear(x_TD, params["query_down"], 1)
         ]
     latent_TR = np.stack(
         [
-            normalise(c, params["kv_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
-            for c in affine(x_TD, params["kv_down"], 1)
+            normalize(c, params["kv_norm"], "rmsnorm", config.norm_eps, config.norm_offset)
+            for c in linear(x_TD, params["kv_down"], 1)
         ]
     )
-    shared_TP = [rotate(k, t, rope) for k, t in zip(affine(x_TD, params["rotated_key"], 1), positions, strict=True)]
-    heads = [[], [], []]
+    shared_TP = [rotate(k, t, rope) for k, t in zip(linear(x_TD, params["rotated_key"], 1), positions, strict=True)]
+    heads = []
     for h in range(config.num_heads):
         q_TK = np.stack(q_in_TR) @ params["query"]["weight"][:, h]
         q_TK[:, :P] = [rotate(q, t, rope) for q, t in zip(q_TK[:, :P], positions, strict=True)]
         k_TN, v_TV = (latent_TR @ params[name]["weight"][:, h] for name in ("key", "value"))
-        for found, one in zip(heads, (q_TK, np.concatenate([shared_TP, k_TN], 1), v_TV), strict=True):
-            found.append(one)
-    q_THK, k_THK, v_THV = (np.stack(found, axis=1) for found in heads)
-    return affine(attend(q_THK, k_THK, v_THV, config, layer_type, segments), params["out"], 2)
+        heads.append((q_TK, np.concatenate([shared_TP, k_TN], 1), v_TV))
+    q_THK, k_THK, v_THV = (np.stack(arrays, axis=1) for arrays in zip(*heads, strict=True))
+    return linear(dot_product_attention(q_THK, k_THK, v_THV, config, layer_type, segments), params["out"], 2)
 
 
 def attention(x_TD, params: Params, config, layer_type: str, positions, segments) -> np.ndarray:
     if config.mla is not None:
         return latent_attention(x_TD, params, config, layer_type, positions, segments)
-    q_THK, k_TGK, v_TGK = (affine(x_TD, params[name], 1) for name in ("query", "key", "value"))
+    q_THK, k_TGK, v_TGK = (linear(x_TD, params[name], 1) for name in ("query", "key", "value"))
     rope = rope_of(config, layer_type)
     for name, x_THK in (("query_norm", q_THK), ("key_norm", k_TGK)):
         for t, h in np.ndindex(x_THK.shape[:2]):
             if config.qk_norm:
-                x_THK[t, h] = normalise(x_THK[t, h], params[name], "rmsnorm", config.norm_eps, config.norm_offset)
+                x_THK[t, h] = normalize(x_THK[t, h], params[name], "rmsnorm", config.norm_eps, config.norm_offset)
             if rope is not None:
                 x_THK[t, h] = rotate(x_THK[t, h], positions[t], rope)
-    return affine(attend(q_THK, k_TGK, v_TGK, config, layer_type, segments), params["out"], 2)
+    return linear(dot_product_attention(q_THK, k_TGK, v_TGK, config, layer_type, segments), params["out"], 2)
 
 
 def mlp(x_TD: np.ndarray, params: Params, kind: str) -> np.ndarray:
-    hidden = affine(x_TD, params["up"], 1)
+    hidden = linear(x_TD, params["up"], 1)
     if kind == "gelu":
-        return affine(tanh_gelu(hidden), params["down"], 1)
+        return linear(tanh_gelu(hidden), params["down"], 1)
     act = {"swiglu": silu, "geglu": tanh_gelu}[kind]
-    return affine(act(affine(x_TD, params["gate"], 1)) * hidden, params["down"], 1)
+    return linear(act(linear(x_TD, params["gate"], 1)) * hidden, params["down"], 1)
 
 
-def inner(x_TD: np.ndarray, params: Params, config, counted: Counted) -> np.ndarray:
+def mlp_or_experts(x_TD: np.ndarray, params: Params, config, stats: ExpertStats) -> np.ndarray:
     if "router" not in params:
         return mlp(x_TD, params, config.mlp_type)
-    return mixture(x_TD, params, config.moe, lambda x, weights: mlp(x, weights, config.mlp_type), counted)
+    return mixture(x_TD, params, config.moe, lambda x, weights: mlp(x, weights, config.mlp_type), stats)
 
 
-def decode_row(params: Params, config, tokens, positions, segments, counted: Counted) -> np.ndarray:
-    """Hidden states `[T, D]` of one row after the last norm; what experts count is added to `counted`."""
+def decode_row(params: Params, config, tokens, positions, segments, stats: ExpertStats) -> np.ndarray:
+    """Returns the hidden states `[T, D]` of one row after the final norm; adds to `stats`."""
 
     def norm(x_TD, weights):
-        return np.stack([normalise(x, weights, config.norm_type, config.norm_eps, config.norm_offset) for x in x_TD])
+        return np.stack([normalize(x, weights, config.norm_type, config.norm_eps, config.norm_offset) for x in x_TD])
 
     x_TD = np.stack([params["embedding"][t] for t in tokens])
     if config.learned_positions:
@@ -173,13 +172,13 @@ def decode_row(params: Params, config, tokens, positions, segments, counted: Cou
     if config.scale_embeddings:
         x_TD = x_TD * math.sqrt(config.hidden_size)
     for number in range(config.num_dense_layers + config.num_layers):
-        behind = number - config.num_dense_layers
-        layer = at_layer(params["prefix"], number) if behind < 0 else at_layer(params["blocks"], behind)
+        in_stack = number - config.num_dense_layers
+        layer = at_layer(params["prefix"], number) if in_stack < 0 else at_layer(params["blocks"], in_stack)
         layer_type = config.layer_types[number % len(config.layer_types)]
         normed = norm(x_TD, layer["attention_norm"])
         y_TD = attention(normed, layer["attention"], config, layer_type, positions, segments)
         x_TD = x_TD + (norm(y_TD, layer["attention_post_norm"]) if config.post_norms else y_TD)
-        y_TD = inner(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config, counted)
+        y_TD = mlp_or_experts(norm(x_TD, layer["mlp_norm"]), layer["mlp"], config, stats)
         x_TD = x_TD + (norm(y_TD, layer["mlp_post_norm"]) if config.post_norms else y_TD)
     return norm(x_TD, params["norm"])
 
@@ -197,15 +196,15 @@ def as_float64(params: Params) -> Params:
     }
 
 
-def logits(params: Params, config, tokens, positions=None, segments=None, counted=None) -> np.ndarray:
-    """Logits `[B, T, V]` before the soft cap; what experts count is added to `counted`."""
-    params, counted = as_float64(params), counted or Counted()
+def logits(params: Params, config, tokens, positions=None, segments=None, stats=None) -> np.ndarray:
+    """Returns logits `[B, T, V]` before the soft cap; adds to `stats`."""
+    params, stats = as_float64(params), stats or ExpertStats()
     head = params["embedding"].T if config.tie_embeddings else params["unembedding"]
     rows = []
     for b, row in enumerate(np.asarray(tokens)):
-        places = np.arange(len(row)) if positions is None else positions[b]
-        own = None if segments is None else segments[b]
-        rows.append(decode_row(params, config, row, places, own, counted) @ head)
+        row_positions = np.arange(len(row)) if positions is None else positions[b]
+        row_segments = None if segments is None else segments[b]
+        rows.append(decode_row(params, config, row, row_positions, row_segments, stats) @ head)
     return np.stack(rows)
 
 

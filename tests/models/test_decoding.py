@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the logits of the whole sequence: to 2e-5 of the largest, in float32."""
+"""Decoding with a cache gives the logits of a forward pass over the whole sequence, to 2e-5 of the largest."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ import pytest
 from jaxinfra.ops.rope import LinearScaling, Rope
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
-from tests.models.harness import MODELS, ONE, Built, build, relative, tokens
+from tests.models.harness import MODELS, ONE, BuiltDecoder, build, random_tokens, relative_error
 
 PROMPT, LENGTH, SLOTS = 5, 12, 16
-# One token has no positions to share out between blocks.
+# A single token has no positions to shard between blocks.
 DECODING = ShardingRules(block_sequence=())
 MESHES = {
     "llama": MeshConfig(fsdp=4),
@@ -20,7 +20,7 @@ MESHES = {
     "gpt-2": MeshConfig(replica=2, fsdp=2, tensor=2),
     "deepseek": MeshConfig(fsdp=2, tensor=2),
 }
-LOCAL = {
+SLIDING = {
     "layer_types": ("sliding",),
     "sliding_window": 3,
     "num_kv_heads": 1,
@@ -28,30 +28,30 @@ LOCAL = {
 }
 
 
-def decode(built: Built, values: dict[str, Any], words: np.ndarray, prompt: int) -> np.ndarray:
-    """Logits `[B, T, V]`: the prompt at once, then token by token."""
+def decode(built: BuiltDecoder, values: dict[str, Any], tokens: np.ndarray, prompt: int) -> np.ndarray:
+    """Returns logits `[B, T, V]`: for the prompt at once, then token by token."""
     with jax.set_mesh(built.mesh):
         forward, params = built.forward, built.put(values)
-        cache = jax.jit(lambda p: built.model(p).empty_cache(len(words), SLOTS))(params)
+        cache = jax.jit(lambda p: built.model(p).empty_cache(len(tokens), SLOTS))(params)
         pieces = []
-        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, words.shape[1]))]:
-            logits, cache = forward(params, built.rows(words[:, start:end]), cache=cache)
+        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.shape[1]))]:
+            logits, cache = forward(params, built.put_rows(tokens[:, start:end]), cache=cache)
             pieces.append(np.asarray(logits))
-        assert cache is not None and int(cache.length) == words.shape[1]
+        assert cache is not None and int(cache.length) == tokens.shape[1]
     return np.concatenate(pieces, axis=1)
 
 
 def check(changes: dict[str, Any], mesh: MeshConfig) -> None:
     built = build(mesh, rules=DECODING, **changes)
-    values, words = built.values(), tokens(4, LENGTH)
-    assert relative(decode(built, values, words, PROMPT), built.logits(values, words)) < 2e-5
+    values, tokens = built.values(), random_tokens(4, LENGTH)
+    assert relative_error(decode(built, values, tokens, PROMPT), built.logits(values, tokens)) < 2e-5
 
 
-@pytest.mark.parametrize("changes", [*MODELS.values(), LOCAL], ids=[*MODELS, "local"])
-def test_decoding_is_the_whole_forward(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", [*MODELS.values(), SLIDING], ids=[*MODELS, "sliding"])
+def test_decoding_agrees_with_the_forward_pass(changes: dict[str, Any]) -> None:
     check(changes, ONE)
 
 
 @pytest.mark.parametrize(("model", "mesh"), MESHES.items(), ids=MESHES)
-def test_decoding_on_a_mesh_is_the_whole_forward(model: str, mesh: MeshConfig) -> None:
+def test_decoding_on_a_mesh_agrees_with_the_forward_pass(model: str, mesh: MeshConfig) -> None:
     check(MODELS[model], mesh)

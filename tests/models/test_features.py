@@ -12,33 +12,33 @@ from jaxinfra.objectives.causal_lm import CausalLM
 from jaxinfra.ops.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jaxinfra.parallel.mesh_config import MeshConfig
 from tests.models import numpy_reference
-from tests.models.harness import MODELS, Applied, build, relative, tokens
+from tests.models.harness import MODELS, Applied, build, random_tokens, relative_error
 
 TOLERANCE = 2e-5
-# Wavelengths from 6 to 6,000 positions: with these numbers some are kept, some ramped, some divided.
-STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
+# Wavelengths are 6 to 6,000 positions: some frequencies are kept, some divided, some between.
+LLAMA3_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=256)
 
-LATENT = MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+MLA_SIZES = MLA(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "every head has its own keys": {"num_kv_heads": None},
-    "one key head": {"num_kv_heads": 1},
-    "width by heads": {"head_dim": None},
+    "multi-head": {"num_kv_heads": None},
+    "multi-query": {"num_kv_heads": 1},
+    "default head_dim": {"head_dim": None},
     "rope theta": {"rope": Rope(theta=100.0)},
     "partial rotary": {"rope": Rope(fraction=0.5)},
     "linear scaling": {"rope": Rope(scaling=LinearScaling(factor=3.0))},
-    "llama-3 scaling": {"rope": Rope(scaling=STRETCHED)},
+    "llama-3 scaling": {"rope": Rope(scaling=LLAMA3_SCALING)},
     "yarn": {"rope": Rope(scaling=YarnScaling(factor=8.0, original_length=256))},
     "yarn on whole scores": {"rope": Rope(scaling=YarnScaling(mscale_all_dim=1.0))},
-    "latent": {"mla": LATENT, "num_kv_heads": None, "head_dim": None},
-    "latent without one of queries": {
-        "mla": replace(LATENT, q_lora_rank=None),
+    "mla": {"mla": MLA_SIZES, "num_kv_heads": None, "head_dim": None},
+    "mla without a query latent": {
+        "mla": replace(MLA_SIZES, q_lora_rank=None),
         "num_kv_heads": None,
         "head_dim": None,
     },
-    "latent in a window": {
-        "mla": LATENT,
+    "mla, sliding window": {
+        "mla": MLA_SIZES,
         "num_kv_heads": None,
         "head_dim": None,
         "layer_types": ("sliding", "full"),
@@ -63,13 +63,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     "query scale": {"query_scale": 0.9},
     "window": {"layer_types": ("sliding",), "sliding_window": 4},
     "window of one": {"layer_types": ("sliding",), "sliding_window": 1},
-    "alternating sights": {"layer_types": ("sliding", "full"), "sliding_window": 3, "num_layers": 4},
-    "sights do not divide layers": {
+    "alternating layer types": {"layer_types": ("sliding", "full"), "sliding_window": 3, "num_layers": 4},
+    "layer types do not divide layers": {
         "layer_types": ("sliding", "sliding", "full"),
         "sliding_window": 3,
         "num_layers": 5,
     },
-    "local rope": {
+    "sliding rope": {
         "layer_types": ("sliding", "full"),
         "sliding_window": 5,
         "rope": Rope(theta=1e6, scaling=LinearScaling(factor=8.0)),
@@ -83,31 +83,30 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_logits_are_those_of_the_definition(feature: str) -> None:
+def test_logits_agree_with_the_definition(feature: str) -> None:
     built = build(**FEATURES[feature])
-    values, words = built.values(), tokens()
-    wanted = numpy_reference.logits(values, built.config, words)
-    assert relative(built.logits(values, words), wanted) < TOLERANCE
+    values, tokens = built.values(), random_tokens()
+    expected = numpy_reference.logits(values, built.config, tokens)
+    assert relative_error(built.logits(values, tokens), expected) < TOLERANCE
 
 
-def test_no_feature_is_without_effect() -> None:
-    """Else its case would prove nothing."""
+def test_every_feature_changes_the_logits() -> None:
     plain = build()
     for feature, changes in FEATURES.items():
         changed = build(**changes)
         if changed.config == plain.config or changed.specs != plain.specs:
             continue
         values = changed.values()
-        wanted, without = (numpy_reference.logits(values, b.config, tokens()) for b in (changed, plain))
-        assert relative(without, wanted) > 100 * TOLERANCE, feature
+        expected, without = (numpy_reference.logits(values, b.config, random_tokens()) for b in (changed, plain))
+        assert relative_error(without, expected) > 100 * TOLERANCE, feature
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_logits_do_not_depend_on_the_mesh(changes: dict[str, Any]) -> None:
     built = build(MeshConfig(replica=2, fsdp=2, tensor=2), **changes)
-    values, words = built.values(), tokens(rows=4)
-    wanted = numpy_reference.logits(values, built.config, words)
-    assert relative(built.logits(values, words), wanted) < TOLERANCE
+    values, tokens = built.values(), random_tokens(rows=4)
+    expected = numpy_reference.logits(values, built.config, tokens)
+    assert relative_error(built.logits(values, tokens), expected) < TOLERANCE
 
 
 DOCUMENTS = np.array([[0] * 5 + [1] * 7, [3] * 1 + [4] * 2 + [9] * 9], np.int32)
@@ -115,30 +114,30 @@ RESTARTED = np.array([[*range(5), *range(7)], [0, 0, 1, *range(9)]], np.int32)
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_documents_of_a_row_do_not_see_one_another(changes: dict[str, Any]) -> None:
+def test_documents_of_a_row_do_not_attend_to_each_other(changes: dict[str, Any]) -> None:
     built = build(**changes)
-    values, words = built.values(), tokens()
-    found = built.logits(values, words, RESTARTED, DOCUMENTS)
-    wanted = numpy_reference.logits(values, built.config, words, RESTARTED, DOCUMENTS)
-    assert relative(found, wanted) < TOLERANCE
+    values, tokens = built.values(), random_tokens()
+    actual = built.logits(values, tokens, RESTARTED, DOCUMENTS)
+    expected = numpy_reference.logits(values, built.config, tokens, RESTARTED, DOCUMENTS)
+    assert relative_error(actual, expected) < TOLERANCE
 
-    other = words.copy()
+    other = tokens.copy()
     other[0, 2] = (other[0, 2] + 1) % built.config.vocab_size
     changed = built.logits(values, other, RESTARTED, DOCUMENTS)
-    assert np.array_equal(changed[0, 5:], found[0, 5:]) and np.array_equal(changed[1], found[1])
-    assert np.array_equal(changed[0, :2], found[0, :2]) and not np.array_equal(changed[0, 2:5], found[0, 2:5])
+    assert np.array_equal(changed[0, 5:], actual[0, 5:]) and np.array_equal(changed[1], actual[1])
+    assert np.array_equal(changed[0, :2], actual[0, :2]) and not np.array_equal(changed[0, 2:5], actual[0, 2:5])
 
 
-def test_loss_is_the_entropy_of_the_capped_logits_of_the_definition() -> None:
+def test_loss_is_the_cross_entropy_of_the_capped_logits() -> None:
     built = build(**MODELS["gemma"])
-    values, words, targets = built.values(), tokens(), tokens(seed=1)
-    weights = np.random.default_rng(2).integers(0, 2, words.shape).astype(np.float32)
-    logits = numpy_reference.logits(values, built.config, words, RESTARTED, DOCUMENTS)
-    wanted = (numpy_reference.entropies(logits, targets, 2.0) * weights).sum()
-    batch = {"inputs": words, "targets": targets, "positions": RESTARTED, "segments": DOCUMENTS, "weights": weights}
+    values, tokens, targets = built.values(), random_tokens(), random_tokens(seed=1)
+    weights = np.random.default_rng(2).integers(0, 2, tokens.shape).astype(np.float32)
+    logits = numpy_reference.logits(values, built.config, tokens, RESTARTED, DOCUMENTS)
+    expected = (numpy_reference.entropies(logits, targets, 2.0) * weights).sum()
+    batch = {"inputs": tokens, "targets": targets, "positions": RESTARTED, "segments": DOCUMENTS, "weights": weights}
     with jax.set_mesh(built.mesh):
         objective = CausalLM(loss_chunks=3)
         placed = jax.tree.map(built.rows, batch)
         total, sums = jax.jit(lambda p, b: objective.loss(Applied(built), p, b))(built.put(values), placed)
-    assert relative(total, wanted) < TOLERANCE and relative(sums["loss"], wanted) < TOLERANCE
+    assert relative_error(total, expected) < TOLERANCE and relative_error(sums["loss"], expected) < TOLERANCE
     assert sums["weight"] == weights.sum()

@@ -17,8 +17,8 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.models import numpy_reference
-from tests.models.harness import BASE, MODELS, ONE, build, relative, tokens
-from tests.models.numpy_experts import Counted
+from tests.models.harness import BASE, MODELS, ONE, build, random_tokens, relative_error
+from tests.models.numpy_experts import ExpertStats
 
 CUBE = MeshConfig(replica=2, fsdp=2, tensor=2)
 ROWS, LENGTH = 4, 8
@@ -42,8 +42,8 @@ def batch_on_host() -> dict[str, np.ndarray]:
     """Two documents a row, and weights of zero and one."""
     first = np.arange(LENGTH) < np.array([[2], [8], [5], [1]])
     return {
-        "inputs": tokens(ROWS, LENGTH),
-        "targets": tokens(ROWS, LENGTH, seed=1),
+        "inputs": random_tokens(ROWS, LENGTH),
+        "targets": random_tokens(ROWS, LENGTH, seed=1),
         "segments": np.where(first, 0, 1).astype(np.int32),
         "positions": np.where(first, np.arange(LENGTH), np.arange(LENGTH) - first.sum(1, keepdims=True)).astype(
             np.int32
@@ -53,7 +53,7 @@ def batch_on_host() -> dict[str, np.ndarray]:
 
 
 def gradients(run: Run, values: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """Gradients of the mean loss, and that loss, of the program on the run's mesh."""
+    """Returns the gradients of the mean loss, and that loss, on the run's mesh."""
     program = Program(run, make_mesh(run.mesh, jax.devices()[: int(np.prod(run.mesh.sizes))]))
     batch = {name: jax.device_put(a, program.batch[name].sharding) for name, a in batch_on_host().items()}
     params = jax.tree.map(lambda v, p: jax.device_put(v, p.sharding), values, program.params)
@@ -63,16 +63,16 @@ def gradients(run: Run, values: dict[str, Any]) -> tuple[dict[str, Any], float]:
 
 
 def loss_by_definition(values: dict[str, Any], config: Any) -> tuple[float, float]:
-    """The mean cross-entropy, and what experts add to it."""
-    batch, counted = batch_on_host(), Counted()
-    logits = numpy_reference.logits(values, config, batch["inputs"], batch["positions"], batch["segments"], counted)
+    """Returns the mean cross-entropy, and the mean auxiliary loss."""
+    batch, stats = batch_on_host(), ExpertStats()
+    logits = numpy_reference.logits(values, config, batch["inputs"], batch["positions"], batch["segments"], stats)
     entropy = numpy_reference.entropies(logits, batch["targets"], config.logit_softcap)
     weight = float(batch["weights"].sum())
-    return float((entropy * batch["weights"]).sum()) / weight, (counted.balance_loss + counted.z_loss) / weight
+    return float((entropy * batch["weights"]).sum()) / weight, (stats.balance_loss + stats.z_loss) / weight
 
 
-def slopes_by_definition(values: dict[str, Any], directions: dict[str, Any], config: Any) -> list[float]:
-    """The derivative of the loss along the direction of each parameter alone, by central differences."""
+def finite_differences(values: dict[str, Any], directions: dict[str, Any], config: Any) -> list[float]:
+    """Returns central differences of the loss along the direction of each parameter alone."""
     exact, slopes = numpy_reference.as_float64(values), []
     for path, direction in jax.tree.leaves_with_path(directions):
         step = 1e-5 / np.abs(direction).max()
@@ -96,16 +96,16 @@ def values_of(run: Run) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_gradients_are_the_slopes_of_the_definition(model: str) -> None:
+def test_gradients_agree_with_finite_differences(model: str) -> None:
     """Along the gradient of every parameter the slope is its squared norm, to 1e-4."""
     run = run_of(MODELS[model], ONE)
     values, config = values_of(run), run.model
     grads, loss = gradients_of(model, ONE)
-    assert relative(loss, loss_by_definition(values, config)[0]) < 1e-6
+    assert relative_error(loss, loss_by_definition(values, config)[0]) < 1e-6
 
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
     norms = [float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(grads)]
-    slopes = slopes_by_definition(values, grads, config)
+    slopes = finite_differences(values, grads, config)
     # A bias on keys adds the same to all scores of a query: without rotation it has no effect, and no slope.
     idle = [path for path, norm in zip(paths, norms, strict=True) if norm < 1e-9]
     assert idle == (["['blocks']['attention']['key']['bias']"] if config.qkv_bias else [])
@@ -128,20 +128,20 @@ def test_gradients_do_not_depend_on_the_mesh(model: str) -> None:
     ["weights", "dots", "dots_and_attention", "full", "offload", ("full", "dots"), ("none", "offload", "weights")],
     ids=str,
 )
-def test_rematerialisation_keeps_loss_and_gradients(policy: Policy) -> None:
+def test_remat_keeps_loss_and_gradients(policy: Policy) -> None:
     """To 1e-6: the same numbers are computed, only fused otherwise."""
     plain, loss = gradients_of("gemma", CUBE)
     again, same = gradients_of("gemma", CUBE, policy)
     assert loss == pytest.approx(same, rel=1e-6)
     for (path, one), other in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(again), strict=True):
-        assert relative(other, one) < 1e-6, jax.tree_util.keystr(path)
+        assert relative_error(other, one) < 1e-6, jax.tree_util.keystr(path)
 
 
 def lowered(policy: Policy, platform: str) -> str:
     return Program(run_of({"remat": policy}, CUBE), abstract_mesh(CUBE), platform).lower().as_text()
 
 
-def test_policies_compute_again_what_they_say() -> None:
+def test_remat_policies_recompute_matmuls() -> None:
     products = {policy: lowered(policy, "cpu").count("dot_general") for policy in ("none", "dots", "full")}
     in_attention, in_layer = 2, 2 + 7
     assert products["none"] < products["dots"] <= products["none"] + in_attention

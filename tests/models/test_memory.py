@@ -1,4 +1,4 @@
-"""What the train step holds, by the compiler's own account."""
+"""The memory of a train step, as the compiler reports it."""
 
 import json
 import os
@@ -40,18 +40,18 @@ def test_a_step_never_holds_all_logits(tied: bool) -> None:
     assert temporaries_bytes(run) < logits_bytes / 2
 
 
-def test_a_step_with_one_chunk_does() -> None:
+def test_a_step_with_one_chunk_holds_them() -> None:
     run = replace(RUN, mesh=MeshConfig(fsdp=1), objective=CausalLM(loss_chunks=1))
     assert temporaries_bytes(run) > 4 * ROWS * LENGTH * VOCAB
 
 
-def test_a_device_of_a_mesh_never_holds_its_part() -> None:
+def test_no_device_of_a_mesh_holds_its_part_of_the_logits() -> None:
     run = replace(RUN, mesh=MeshConfig(fsdp=2, tensor=2))
     assert temporaries_bytes(run) < 4 * ROWS * LENGTH * VOCAB / 4 / 2
 
 
 def temporaries_of_policies() -> list[int]:
-    """Of eight layers that keep nothing, the results of their products, these in every fourth, and in every second."""
+    """Measures eight layers that keep nothing, all matmul outputs, those of every fourth layer, and of every second."""
     model = TransformerConfig(vocab_size=64, num_layers=8, hidden_size=64, num_heads=4, mlp_dim=256)
     data, train = TokenData(store="none", seq_len=256), TrainConfig(global_batch=16)
     run = replace(RUN, mesh=MeshConfig(fsdp=2), model=model, data=data, train=train)
@@ -60,7 +60,7 @@ def temporaries_of_policies() -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_pattern_of_policies_costs_what_lies_between_them() -> None:
+def test_a_pattern_of_policies_costs_a_part_of_their_difference() -> None:
     """In a process of its own: with the schedule that emulated devices need to run, XLA holds more than it must."""
     code = "import json; from tests.models.test_memory import *; print(json.dumps(temporaries_of_policies()))"
     root, default = Path(__file__).parents[2], {**os.environ, "XLA_FLAGS": ""}

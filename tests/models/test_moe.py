@@ -1,4 +1,4 @@
-"""A mixture of experts against the NumPy reference: choices, capacity, losses, biases; and what is refused."""
+"""A mixture of experts against the NumPy reference: choices, capacity, losses, biases; and invalid configs."""
 
 import math
 from dataclasses import replace
@@ -17,8 +17,8 @@ from jaxinfra.ops import routing
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.context import SequenceSharding
 from tests.models import numpy_reference
-from tests.models.harness import Built, build, relative, tokens
-from tests.models.numpy_experts import Counted
+from tests.models.harness import BuiltDecoder, build, random_tokens, relative_error
+from tests.models.numpy_experts import ExpertStats
 from tests.refusals import problem
 
 PLAIN = MixtureOfExperts(num_experts=8, top_k=2, expert_dim=12)
@@ -27,9 +27,9 @@ VARIANTS: dict[str, MixtureOfExperts] = {
     "mixtral": PLAIN,
     "one choice": replace(PLAIN, top_k=1),
     "every expert": replace(PLAIN, top_k=8),
-    "not normalised": replace(PLAIN, normalize_weights=False),
+    "not normalized": replace(PLAIN, normalize_weights=False),
     "sigmoid": replace(PLAIN, score_function="sigmoid", routed_scaling_factor=2.5),
-    "sigmoid, not normalised": replace(PLAIN, score_function="sigmoid", normalize_weights=False),
+    "sigmoid, not normalized": replace(PLAIN, score_function="sigmoid", normalize_weights=False),
     "biases": replace(PLAIN, bias_update_rate=0.1),
     "groups": replace(PLAIN, top_k=3, num_groups=4, top_k_groups=2),
     "shared": replace(PLAIN, num_shared_experts=2),
@@ -50,79 +50,80 @@ VARIANTS: dict[str, MixtureOfExperts] = {
 }
 
 
-def passed(built: Built, values: dict[str, Any], words: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits of whole sequences, and what the layers count of them."""
+def logits_and_stats(
+    built: BuiltDecoder, values: dict[str, Any], tokens: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
-    def run(params: Any, words: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model, batch = built.model(params), {"inputs": words}
-        x_BTD, sums = model.apply_layers(model.embed(batch), batch)
-        return dot(model.final_norm(x_BTD), model.head()), sums
+    def run(params: Any, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model, batch = built.model(params), {"inputs": tokens}
+        x_BTD, stats = model.apply_layers(model.embed(batch), batch)
+        return dot(model.final_norm(x_BTD), model.head()), stats
 
     with jax.set_mesh(built.mesh):
-        return jax.tree.map(np.asarray, jax.jit(run)(built.put(values), built.rows(words)))
+        return jax.tree.map(np.asarray, jax.jit(run)(built.put(values), built.put_rows(tokens)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_counts_are_those_of_the_definition(variant: str) -> None:
+def test_logits_and_stats_agree_with_the_definition(variant: str) -> None:
     built = build(moe=replace(VARIANTS[variant], **LOSSES), num_layers=2)
-    values, words, counted = built.values(), tokens(), Counted()
-    wanted = numpy_reference.logits(values, built.config, words, counted=counted)
-    logits, found = passed(built, values, words)
-    assert relative(logits, wanted) < 2e-5
-    load_BLE = np.array(counted.load).reshape(len(words), 2, -1)
-    assert np.array_equal(found[LOAD], load_BLE.sum(axis=0))
-    assert found[SERVED].sum() == counted.kept
-    assert relative(found[BALANCE_LOSS].sum(), counted.balance_loss) < 1e-5
-    assert relative(found[Z_LOSS].sum(), counted.z_loss) < 1e-5
+    values, tokens, stats = built.values(), random_tokens(), ExpertStats()
+    expected = numpy_reference.logits(values, built.config, tokens, stats=stats)
+    logits, actual = logits_and_stats(built, values, tokens)
+    assert relative_error(logits, expected) < 2e-5
+    load_BLE = np.array(stats.load).reshape(len(tokens), 2, -1)
+    assert np.array_equal(actual[LOAD], load_BLE.sum(axis=0))
+    assert actual[SERVED].sum() == stats.served
+    assert relative_error(actual[BALANCE_LOSS].sum(), stats.balance_loss) < 1e-5
+    assert relative_error(actual[Z_LOSS].sum(), stats.z_loss) < 1e-5
 
 
-def test_even_choices_make_a_balance_loss_of_one_a_token() -> None:
+def test_an_even_load_has_a_balance_loss_of_one_a_token() -> None:
     experts_BTK = jnp.arange(16).reshape(1, 8, 2) % 4
     scores_BTE = jnp.full((1, 8, 4), 1 / 4)
-    found = routing.load_balance_loss(routing.expert_mask(experts_BTK, 4), scores_BTE, 2, SequenceSharding())
-    assert float(found) == pytest.approx(8)
+    actual = routing.load_balance_loss(routing.expert_mask(experts_BTK, 4), scores_BTE, 2, SequenceSharding())
+    assert float(actual) == pytest.approx(8)
 
 
-def test_the_first_positions_are_taken_and_no_later_one_changes_that() -> None:
+def test_experts_serve_the_first_tokens_whatever_comes_later() -> None:
     experts_BTK = jnp.array([[[0, 1], [0, 2], [1, 0], [0, 1]]])
 
-    def kept(experts: jax.Array) -> list[list[bool]]:
+    def served(experts: jax.Array) -> list[list[bool]]:
         return routing.within_capacity(experts, routing.expert_mask(experts, 3), 2, SequenceSharding())[0].tolist()
 
-    assert kept(experts_BTK) == [[True, True], [True, True], [True, False], [False, False]]
-    assert kept(experts_BTK.at[0, 3].set(jnp.array([2, 0])))[:3] == kept(experts_BTK)[:3]
+    assert served(experts_BTK) == [[True, True], [True, True], [True, False], [False, False]]
+    assert served(experts_BTK.at[0, 3].set(jnp.array([2, 0])))[:3] == served(experts_BTK)[:3]
 
 
-def test_capacity_is_the_even_share_of_a_sequence() -> None:
+def test_capacity_is_a_multiple_of_the_even_share() -> None:
     assert replace(PLAIN, capacity_factor=1.25).capacity(100) == math.ceil(1.25 * 100 * 2 / 8)
     assert replace(PLAIN, capacity_factor=9.0).capacity(100) == 100
     assert PLAIN.capacity(100) is None
 
 
-def test_of_equal_scores_the_first_expert_is_chosen() -> None:
-    found = routing.choose_experts(jnp.zeros((1, 8)), PLAIN.routing_rule(4, drop_tokens=True))
-    assert found.experts.tolist() == [[0, 1]]
-    assert found.weights.tolist() == [[0.5, 0.5]]
+def test_equal_scores_choose_the_first_experts() -> None:
+    actual = routing.choose_experts(jnp.zeros((1, 8)), PLAIN.routing_rule(4, drop_tokens=True))
+    assert actual.experts.tolist() == [[0, 1]]
+    assert actual.weights.tolist() == [[0.5, 0.5]]
 
 
-def test_biases_choose_and_weigh_nothing() -> None:
+def test_biases_affect_choices_but_not_weights() -> None:
     rule = replace(PLAIN, score_function="sigmoid", normalize_weights=False).routing_rule(4, drop_tokens=True)
     logits = jnp.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
-    found = routing.choose_experts(logits, rule, jnp.array([9.0, 8.0, 0, 0, 0, 0, 0, 0]))
-    assert found.experts.tolist() == [[0, 1]]
-    np.testing.assert_allclose(found.weights, jax.nn.sigmoid(logits[:, :2]))
+    actual = routing.choose_experts(logits, rule, jnp.array([9.0, 8.0, 0, 0, 0, 0, 0, 0]))
+    assert actual.experts.tolist() == [[0, 1]]
+    np.testing.assert_allclose(actual.weights, jax.nn.sigmoid(logits[:, :2]))
 
 
-def test_biases_go_up_where_load_is_below_the_mean() -> None:
+def test_biases_rise_where_the_load_is_below_the_mean() -> None:
     load = jnp.array([[4.0, 2.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    found = updated_bias(jnp.zeros((2, 4)), {LOAD: load}, 0.5)
-    assert found.tolist() == [[-0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    actual = updated_bias(jnp.zeros((2, 4)), {LOAD: load}, 0.5)
+    assert actual.tolist() == [[-0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
 
 
-def test_what_is_logged() -> None:
-    sums = {LOAD: jnp.array([[4.0, 2.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0]]), SERVED: jnp.array([6.0, 8.0])}
-    found = metrics({**sums, BALANCE_LOSS: jnp.array([1.0, 3.0]), Z_LOSS: jnp.array([0.0, 0.5])}, jnp.array(8.0))
-    assert {name: float(value) for name, value in found.items()} == {
+def test_metrics() -> None:
+    stats = {LOAD: jnp.array([[4.0, 2.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0]]), SERVED: jnp.array([6.0, 8.0])}
+    actual = metrics({**stats, BALANCE_LOSS: jnp.array([1.0, 3.0]), Z_LOSS: jnp.array([0.0, 0.5])}, jnp.array(8.0))
+    assert {name: float(value) for name, value in actual.items()} == {
         "balance_loss": 0.5,
         "router_z_loss": 0.0625,
         "expert_load_max": 2.0,
@@ -135,13 +136,13 @@ def test_what_is_logged() -> None:
     assert metrics({}, jnp.array(8.0)) == {}
 
 
-def test_flops_count_what_a_token_passes() -> None:
-    """Width 8, two heads of 4, experts of 6 of which two are chosen and one is shared, ten words, three layers."""
+def test_flops_count_the_experts_of_a_token() -> None:
+    """Width 8, two heads of 4, experts of 6 of which two are chosen and one is shared, ten tokens, three layers."""
     experts = MixtureOfExperts(num_experts=5, top_k=2, expert_dim=6, num_shared_experts=1)
     config = TransformerConfig(vocab_size=10, num_layers=3, hidden_size=8, num_heads=2, mlp_dim=99, moe=experts)
     attention, router, expert = 4 * 8 * 8, 8 * 5, 3 * 8 * 6
     assert matmul_params(config) == 3 * (attention + router + 3 * expert) + 8 * 10
-    # What their names say: 12.9B less the embedding, and 3.3B less that.
+    # Active parameters without the embedding: 12.9B and 3.3B are published.
     assert matmul_params(shape("mixtral-8x7b")) / 1e9 == pytest.approx(12.9 - 0.13, abs=0.05)
     assert matmul_params(shape("qwen3-30b-a3b")) / 1e9 == pytest.approx(3.35 - 0.31, abs=0.05)
 
@@ -159,5 +160,5 @@ def test_flops_count_what_a_token_passes() -> None:
         ({"bias_update_rate": -0.1}, "bias_update_rate=-0.1: use bias_update_rate=0"),
     ],
 )
-def test_what_no_mixture_can_be_is_said_in_one_line(changes: dict[str, Any], named: str) -> None:
+def test_invalid_configs(changes: dict[str, Any], named: str) -> None:
     problem(replace(PLAIN, **changes), named)

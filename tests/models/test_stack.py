@@ -1,4 +1,4 @@
-"""A pattern that is repeated over layers is compiled once, however many there are."""
+"""`scan_pattern` compiles a pattern once, for any number of layers."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ WIDTH = 8
 
 
 def step(scale: int) -> Step:
-    """A layer that does something else than that of another scale."""
+    """Returns a step function; other scales give other functions."""
 
     def through(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         x = jax.reshard(jnp.tanh(x @ layer["w"]) * scale, P())
@@ -23,7 +23,7 @@ def step(scale: int) -> Step:
     return through
 
 
-def test_a_group_is_compiled_once() -> None:
+def test_a_pattern_is_compiled_once() -> None:
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])):
         x, w = jnp.ones((4, WIDTH)), jnp.ones((60, WIDTH, WIDTH))
         text = jax.jit(lambda x, w: scan_pattern([step(1), step(2)], x, {"w": w})).lower(x, w).as_text()

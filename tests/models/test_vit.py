@@ -13,18 +13,18 @@ from jaxinfra.parallel.mesh import abstract_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.program import Program
-from tests.models.numpy_reference import normalise, tanh_gelu
+from tests.models.numpy_reference import normalize, tanh_gelu
 from tests.parity.cases import MEAN, TOKEN, Case, batch_on_host, put_like, values_on_host
 
 Params = dict[str, Any]
 
 
 def layer_norm(x_TD: np.ndarray, params: Params, eps: float) -> np.ndarray:
-    return np.stack([normalise(x, params, "layernorm", eps, 0.0) for x in x_TD])
+    return np.stack([normalize(x, params, "layernorm", eps, 0.0) for x in x_TD])
 
 
-def attend(x_TD: np.ndarray, w: Params, heads: int) -> np.ndarray:
-    """Head by head, query by query."""
+def attention(x_TD: np.ndarray, w: Params, heads: int) -> np.ndarray:
+    """One head and one query at a time."""
     out = np.broadcast_to(w["out"]["bias"], x_TD.shape).copy()
     for h in range(heads):
         q, k, v = (x_TD @ w[name]["weight"][:, h] + w[name]["bias"][h] for name in ("query", "key", "value"))
@@ -36,7 +36,7 @@ def attend(x_TD: np.ndarray, w: Params, heads: int) -> np.ndarray:
 
 
 def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformerConfig) -> np.ndarray:
-    """The definition, pixel by pixel, in float64."""
+    """Computes the logits by definition, pixel by pixel, in float64."""
     size, rows = config.patch_size, []
     for top in range(0, config.image_size, size):
         for left in range(0, config.image_size, size):
@@ -48,7 +48,7 @@ def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformer
     for number in range(config.num_layers):
         w = jax.tree.map(lambda a, number=number: a[number], params["blocks"])
         y_TD = layer_norm(x_TD, w["attention_norm"], config.norm_eps)
-        x_TD = x_TD + attend(y_TD, w["attention"], config.num_heads)
+        x_TD = x_TD + attention(y_TD, w["attention"], config.num_heads)
         y_TD = layer_norm(x_TD, w["mlp_norm"], config.norm_eps)
         hidden = tanh_gelu(y_TD @ w["mlp"]["up"]["weight"] + w["mlp"]["up"]["bias"])
         x_TD = x_TD + hidden @ w["mlp"]["down"]["weight"] + w["mlp"]["down"]["bias"]
@@ -58,7 +58,7 @@ def logits_of_image(image: np.ndarray, params: Params, config: VisionTransformer
 
 
 @pytest.mark.parametrize("run", [TOKEN, MEAN], ids=lambda run: run.name)
-def test_sums_are_those_of_the_definition(run) -> None:
+def test_loss_sums_agree_with_the_definition(run) -> None:
     """Cross-entropy, right answers and weights of a batch, a third of it with weight zero."""
     program, batch = Case(run=run).program(), batch_on_host(TOKEN)
     values = values_on_host(program.specs)
@@ -75,7 +75,7 @@ def test_sums_are_those_of_the_definition(run) -> None:
     assert float(sums["weight"]) == weights.sum()
 
 
-def test_smoothing_mixes_the_target_with_all_classes() -> None:
+def test_label_smoothing_mixes_the_target_with_all_classes() -> None:
     """The gradient of the smoothed loss is that of the plain one, and that of the mean over all labels."""
     epsilon, classes = 0.25, TOKEN.model.num_classes
 
@@ -91,8 +91,8 @@ def test_smoothing_mixes_the_target_with_all_classes() -> None:
     plain, smooth = gradients(0.0, labels), gradients(epsilon, labels)
     every = [gradients(0.0, np.full_like(labels, label)) for label in range(classes)]
     for own, mixed, *others in zip(plain, smooth, *every, strict=True):
-        wanted = (1 - epsilon) * own + epsilon * np.mean(others, axis=0)
-        assert np.abs(mixed - wanted).max() < 1e-5 * np.abs(own).max() + 1e-7
+        expected = (1 - epsilon) * own + epsilon * np.mean(others, axis=0)
+        assert np.abs(mixed - expected).max() < 1e-5 * np.abs(own).max() + 1e-7
 
 
 # Of the published classifiers of 1,000 classes.
@@ -100,8 +100,8 @@ PARAMETERS = {"vit-s16": 22_050_664, "vit-b16": 86_567_656, "vit-l16": 304_326_6
 
 
 @pytest.mark.parametrize("name", VISION_SHAPES)
-def test_published_shapes_have_their_parameters(name: str) -> None:
-    """Built for 64 devices that nobody has here."""
+def test_published_shapes_have_the_published_parameters(name: str) -> None:
+    """Built for 64 abstract devices."""
     mesh = MeshConfig(fsdp=32, tensor=2)
     run = replace(MEAN, model=vision_shape(name), data=replace(MEAN.data, image_size=224), mesh=mesh)
     program = Program(run, abstract_mesh(mesh), "tpu")

@@ -54,12 +54,12 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_parameters_are_counted_exactly_without_an_array(name: str) -> None:
+def test_published_shapes_have_the_published_parameters(name: str) -> None:
     validate(shape(name))
     _, specs = nnx.split(shape(name).build(Partitioner()))
     assert sum(spec.size for spec in jax.tree.leaves(nnx.to_pure_dict(specs))) == PARAMETERS[name]
 
 
-def test_an_unknown_name_suggests_a_near_one() -> None:
+def test_an_unknown_name_suggests_a_similar_one() -> None:
     with raises(ConfigError, '"Llama3.1-8B" "llama-3.1-8b"'):
         shape("Llama3.1-8B")

@@ -20,7 +20,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.program import Program
 from jaxinfra.run import Precision, Run, TrainConfig
 from tests.models import numpy_reference
-from tests.models.harness import build, relative
+from tests.models.harness import build, relative_error
 
 VOCAB, PAIRS, LENGTH = 32, 8, 16
 RUN = Run(
@@ -118,7 +118,7 @@ def test_gradient_is_the_slope_of_the_definition() -> None:
     assert (ahead - behind) / (2 * step) == pytest.approx(norm, rel=1e-4)
     elsewhere = replace(RUN, mesh=MESHES[1], train=replace(RUN.train, accumulate=2))
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(computed(elsewhere)[0]), strict=True):
-        assert relative(other, one) < 1e-5
+        assert relative_error(other, one) < 1e-5
 
 
 def test_reference_takes_no_optimizer_memory() -> None:
