@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of scikit-learn (the extra `digits`): no network."""
+"""Prepares the 1,797 handwritten digits of scikit-learn (extra `digits`); needs no network."""
 
 from jaxinfra.prepare.recipes.image_set import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey

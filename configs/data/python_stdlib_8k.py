@@ -1,4 +1,4 @@
-"""The standard library of the running Python, with 8,192 words."""
+"""Prepares the standard library of the running Python with a BPE of 8,192 tokens."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.any_source import TextFiles

@@ -1,4 +1,4 @@
-"""JSON objects with a text, one a line, as they come through a pipe."""
+"""Follows JSON objects with a text, one a line, on standard input."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.stdin import Stdin

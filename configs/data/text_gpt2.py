@@ -1,4 +1,4 @@
-"""Text files as GPT-2 reads them."""
+"""Tokenizes text files for GPT-2."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.any_source import TextFiles

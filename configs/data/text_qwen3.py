@@ -1,4 +1,4 @@
-"""Text files as Qwen3 reads them."""
+"""Tokenizes text files for Qwen3."""
 
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.any_source import TextFiles

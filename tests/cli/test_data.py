@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfra.cli.data.peek import rows_of
+from jaxinfra.cli.data.peek import batch_rows
 from jaxinfra.cli.data.prepare import progress_bar
 from jaxinfra.data import stopwatch
 from jaxinfra.data.store import arrays
@@ -78,7 +78,7 @@ def test_peek_shows_the_rows_that_the_loader_reads_for_the_devices_of_a_process(
     for rank in range(of):
         own = jax.devices()[rank * 8 // of : (rank + 1) * 8 // of]
         rows = {row for device in own for row in range(shape[0])[placed[device][0]]}
-        assert rows_of(run, rank, of).tolist() == sorted(rows)
+        assert batch_rows(run, rank, of).tolist() == sorted(rows)
 
 
 def test_peek_starts_no_device(tiny: Tiny) -> None:

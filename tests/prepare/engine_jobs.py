@@ -1,4 +1,4 @@
-"""Functions of jobs, in a module that workers can import."""
+"""Job functions that workers can import."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ class Job:
 
 
 class Odd(Exception):
-    """Cannot be unpickled: its only argument is not what it is made of."""
+    """An error that cannot be unpickled, because its arguments differ from those of `__init__`."""
 
     def __init__(self, left, right):
         super().__init__(f"{left} and {right}")
@@ -88,14 +88,14 @@ def sleep(job: Job) -> int:
 
 
 def drive_sleepers(folder: str) -> None:
-    """A driver, as a process of its own."""
+    """Runs sleeping jobs, in a driver process that tests kill."""
     from jaxinfra.prepare.engines import run_jobs
 
     run_jobs("local", sleep, [Job(number=number, folder=folder) for number in range(4)], workers=2, on_result=print)
 
 
 def start_driver(folder: Path, pids: int) -> tuple["subprocess.Popen[str]", list[int]]:
-    """Starts a driver and waits until its workers are at work."""
+    """Starts a driver and waits until its workers run jobs; returns the driver and the workers' process ids."""
     # What the shell started in the background, and all that it starts, ignores Ctrl-C.
     answer = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{answer}; from tests.prepare.engine_jobs import drive_sleepers; drive_sleepers({str(folder)!r})"
@@ -107,7 +107,7 @@ def start_driver(folder: Path, pids: int) -> tuple["subprocess.Popen[str]", list
 
 
 def outside_of_loopback() -> list[tuple[str, int]]:
-    """Addresses that other machines could reach."""
+    """Returns the listening addresses that other machines could reach."""
     this = psutil.Process()
     found = []
     for process in [this, *this.children(recursive=True)]:

@@ -19,14 +19,14 @@ VOCAB = 6
 
 
 def draw(count: int, seed: int) -> np.ndarray:
-    """Tokens with some structure; the last of the vocabulary never occurs."""
+    """Draws tokens with some structure; the last token of the vocabulary never occurs."""
     rng = np.random.default_rng(seed)
     steps = rng.choice([0, 1, 1, 1, 2], count)
     return (np.cumsum(steps) % (VOCAB - 1)).astype(np.uint16)
 
 
 def naive(train, vocab_size: int, order: int):
-    """The same model with dictionaries, straight from the formula."""
+    """Computes the same model from the formula, with dictionaries."""
     train = [int(token) for token in train]
     grams = Counter(tuple(train[i : i + n]) for n in range(1, order + 1) for i in range(len(train) - n + 1))
 
@@ -43,7 +43,7 @@ def naive(train, vocab_size: int, order: int):
 
 @pytest.mark.parametrize("order", [1, 2, 5])
 @pytest.mark.parametrize("length", [1, 3, 200])
-def test_it_equals_the_formula_written_with_dictionaries(order, length):
+def test_ngram_equals_a_naive_implementation(order, length):
     train, text = draw(length, 0), draw(60, 1)
     text[20] = VOCAB - 1  # never seen in training
     expected = naive(train, VOCAB, order)
@@ -53,7 +53,7 @@ def test_it_equals_the_formula_written_with_dictionaries(order, length):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-def test_bits_per_byte_count_every_validation_token_from_the_first():
+def test_bits_per_byte_include_the_first_validation_token():
     train, validation = draw(500, 0), draw(40, 1)
     model = naive(np.concatenate([[0], train]), VOCAB, 5)
     words = [0, *validation.tolist()]
@@ -62,13 +62,13 @@ def test_bits_per_byte_count_every_validation_token_from_the_first():
     assert found == pytest.approx(bits / 100)
 
 
-def test_xz_is_that_of_the_texts_one_after_the_other():
+def test_xz_compresses_the_concatenated_texts():
     texts = ["def f(x):\n    return x\n" * 50, "naïve\n", "class A: pass\n" * 20]
     content = "".join(texts).encode()
     assert xz_bits_per_byte(texts) == 8 * len(lzma.compress(content, preset=6)) / len(content)
 
 
-def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatch):
+def test_baselines_use_the_first_whole_documents(store_path, monkeypatch):
     store = TokenStore.open(store_path)
     offsets = store.offsets("validation")
     for limit, count in [(offsets[-1], len(offsets) - 1), (offsets[2], 2), (offsets[2] - 1, 1), (1, 1)]:
@@ -85,7 +85,7 @@ def test_baselines_are_those_of_the_first_whole_documents(store_path, monkeypatc
         )
 
 
-def test_validation_text_without_a_byte_has_no_baselines(tmp_path):
+def test_empty_validation_text_has_no_baselines(tmp_path):
     for letter in "abcdefgh":
         (tmp_path / f"{letter}.py").write_text("" if hash_to_unit(f"{letter}.py") < 0.5 else "x = 1\n")
     fields = {"tokenizer": TrainBpe(vocab_size=300), "validation": ByKey(fraction=0.5), "baselines": True}

@@ -1,4 +1,4 @@
-"""Conversations and pairs of answers become texts of which the answers are learned."""
+"""Formats turn conversations and pairs of answers into documents whose answers count in the loss."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ EXPECTED = {
         "<start_of_turn>model\nSo long.<end_of_turn>\n"
     ),
 }
-LEARNED = {
+IN_LOSS = {
     "chatml": ["Hello. \n<|im_end|>", "So long.<|im_end|>"],
     "llama3": ["Hello.<|eot_id|>", "So long.<|eot_id|>"],
     "gemma": ["Hello.<end_of_turn>", "So long.<end_of_turn>"],
@@ -102,12 +102,12 @@ def text(spans):
     return "".join(span.text for span in spans)
 
 
-def learned(spans):
-    """The runs of text that are learned."""
-    return [text(run) for is_learned, run in itertools.groupby(spans, lambda span: span.in_loss) if is_learned]
+def in_loss(spans):
+    """Returns the runs of text that count in the loss."""
+    return [text(run) for is_in_loss, run in itertools.groupby(spans, lambda span: span.in_loss) if is_in_loss]
 
 
-def of_messages(spans):
+def message_texts(spans):
     return [span.text for span in spans if not span.from_template]
 
 
@@ -124,50 +124,50 @@ def file_of(tmp_path):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_presets_write_what_their_models_were_trained_on(name):
+def test_presets_write_the_published_layout(name):
     spans = document(Chat(template=name))
     assert text(spans) == EXPECTED[name]
-    assert learned(spans) == LEARNED[name]
+    assert in_loss(spans) == IN_LOSS[name]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_jinja_template_of_a_family_gives_the_spans_of_its_preset(name, file_of):
+def test_a_published_template_gives_the_spans_of_its_preset(name, file_of):
     for talk in (TALK, TALK[1:], TALK[1:2], TALK[1:3]):
         format, preset = Chat(template=file_of(name), train_on="all"), Chat(template=name, train_on="all")
         assert text(document(format, talk)) == text(document(preset, talk))
     by_file, by_name = (document(Chat(template=template)) for template in (file_of(name), name))
-    assert learned(by_file) == learned(by_name)
-    assert of_messages(by_file) == of_messages(by_name)
+    assert in_loss(by_file) == in_loss(by_name)
+    assert message_texts(by_file) == message_texts(by_name)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_a_message_spells_is_never_of_the_template(name, file_of):
+def test_text_of_a_message_is_never_template_text(name, file_of):
     marks = "".join(("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<bos>", "{{ bos_token }}"))
     for template in (name, file_of(name)):
         spans = document(Chat(template=template), [("user", marks), ("assistant", marks)])
-        assert of_messages(spans) == [marks, marks]
+        assert message_texts(spans) == [marks, marks]
         assert not any(marks in span.text for span in spans if span.from_template)
 
 
-def test_what_is_learned_is_chosen():
-    answers = LEARNED["chatml"]
-    assert learned(document(Chat(train_on="last"))) == answers[1:]
+def test_train_on_chooses_what_counts_in_the_loss():
+    answers = IN_LOSS["chatml"]
+    assert in_loss(document(Chat(train_on="last"))) == answers[1:]
     assert text(span for span in document(Chat(train_on="all")) if span.in_loss) == EXPECTED["chatml"]
-    assert learned(document(Chat(), [*TALK, ("user", "Still here?")])) == answers
-    assert learned(document(Chat(train_on="last"), [*TALK, ("user", "Still here?")])) == answers[1:]
+    assert in_loss(document(Chat(), [*TALK, ("user", "Still here?")])) == answers
+    assert in_loss(document(Chat(train_on="last"), [*TALK, ("user", "Still here?")])) == answers[1:]
 
 
-def test_other_templates_are_cut_where_turns_end(file_of):
+def test_other_templates_are_split_where_turns_end(file_of):
     talk = [("user", "Hi "), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "So long.")]
     spans = document(Chat(template=file_of("llama2")), talk)
     assert text(spans) == "<s>[INST] Hi [/INST] Hello. </s><s>[INST] Bye [/INST] So long. </s>"
-    assert learned(spans) == [" Hello. </s>", " So long. </s>"]
+    assert in_loss(spans) == [" Hello. </s>", " So long. </s>"]
     spans = document(Chat(template=file_of("plain")), talk)
     assert text(spans) == "Q: Hi \nA: Hello.\nQ: Bye\nA: So long.\n"
-    assert learned(spans) == ["Hello.\n", "So long.\n"]
+    assert in_loss(spans) == ["Hello.\n", "So long.\n"]
 
 
-def test_a_template_comes_from_the_config_of_a_tokenizer(tmp_path):
+def test_a_template_is_read_from_tokenizer_config(tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"bos_token": "<|begin_of_text|>", "chat_template": LLAMA3}))
     assert text(document(Chat(template=str(path)))) == EXPECTED["llama3"]
@@ -177,19 +177,19 @@ def test_a_template_comes_from_the_config_of_a_tokenizer(tmp_path):
     assert text(document(Chat(template=str(other)))) == EXPECTED["chatml"]
 
 
-def test_conversations_are_spelt_as_in_sharegpt_too():
+def test_sharegpt_conversations_are_read():
     talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     (spans,) = Chat(field="conversations").to_documents({"conversations": talk})
     assert text(spans) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
 
 
-def test_a_system_message_is_given_to_those_without():
+def test_the_system_message_is_added_where_there_is_none():
     opened = "<|im_start|>system\nBe terse.<|im_end|>\n"
     format = Chat(system="Be terse.")
     assert text(document(format, TALK[1:])).startswith(opened)
     assert text(document(format)) == EXPECTED["chatml"]
     assert text(document(format, [("system", " "), *TALK[1:]])).startswith(opened)
-    assert learned(document(format, TALK[1:])) == LEARNED["chatml"]
+    assert in_loss(document(format, TALK[1:])) == IN_LOSS["chatml"]
 
 
 BAD_RECORDS = {
@@ -210,7 +210,7 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize("case", BAD_RECORDS)
-def test_records_that_are_no_conversation_are_refused_with_the_cause(case):
+def test_records_that_are_not_conversations_are_refused(case):
     bad, named = BAD_RECORDS[case]
     with raises(RecordError, named):
         Chat().to_documents(bad)
@@ -256,9 +256,9 @@ BLOCKS = """{%- for m in messages %}{{- '<' + m.role + '>' }}
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "Hello. \n"),
     ],
 )
-def test_a_template_begins_and_ends_turns_in_its_own_way(tmp_path, source, expected):
+def test_answers_are_found_in_templates_with_other_turn_marks(tmp_path, source, expected):
     spans = document(Chat(template=template_file(tmp_path, source)), TALK[1:3])
-    assert learned(spans) == [expected]
+    assert in_loss(spans) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -269,27 +269,27 @@ def test_a_template_begins_and_ends_turns_in_its_own_way(tmp_path, source, expec
         ("{% for m in messages %}{{ m.content + ('\n' if not loop.last else '<end>') }}{% endfor %}", TALK[1:3]),
     ],
 )
-def test_where_beginnings_do_not_hold_blocks_are_asked_for(tmp_path, source, talk):
+def test_templates_without_stable_prefixes_need_generation_blocks(tmp_path, source, talk):
     with raises(RecordError, "{% generation %}"):
         document(Chat(template=template_file(tmp_path, source)), talk)
     assert document(Chat(template=template_file(tmp_path, source), train_on="all"), talk)
 
 
-def test_generation_blocks_say_what_is_learned(tmp_path):
+def test_generation_blocks_say_what_counts_in_the_loss(tmp_path):
     format = Chat(template=template_file(tmp_path, BLOCKS))
-    assert learned(document(format)) == ["Hello. \n<end>", "<think>So long.<end>"]
-    assert learned(document(replace(format, train_on="last"))) == ["<think>So long.<end>"]
-    assert of_messages(document(format)) == [content.strip() for _, content in TALK]
+    assert in_loss(document(format)) == ["Hello. \n<end>", "<think>So long.<end>"]
+    assert in_loss(document(replace(format, train_on="last"))) == ["<think>So long.<end>"]
+    assert message_texts(document(format)) == [content.strip() for _, content in TALK]
     beside = BLOCKS.replace(
         "m.content }}<end>{% endgen", "m.content }}{% endgeneration %}{% generation %}<end>{% endgen"
     )
-    assert learned(document(Chat(template=template_file(tmp_path / "beside", beside)))) == learned(document(format))
+    assert in_loss(document(Chat(template=template_file(tmp_path / "beside", beside)))) == in_loss(document(format))
     without = template_file(tmp_path / "without", BLOCKS.replace("m.role == 'assistant'", "loop.first"))
     with raises(RecordError, "message 3 {% generation %}"):
         document(Chat(template=without))
 
 
-def test_gemma_wants_turns_to_alternate():
+def test_gemma_refuses_turns_that_do_not_alternate():
     with raises(RecordError, "alternate"):
         document(Chat(template="gemma"), [("user", "Hi"), ("user", "Hi?"), ("assistant", "Hello.")])
 
@@ -307,7 +307,7 @@ def test_unusable_templates_are_refused_in_one_line(tmp_path):
 
 ASKED = [{"role": "user", "content": "2+2?"}]
 GOOD, WORSE = [{"role": "assistant", "content": "4"}], [{"role": "assistant", "content": "5"}]
-SPELT = [
+RENDERED = [
     ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n", ["4", "<|im_end|>"]),
     ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n", ["5", "<|im_end|>"]),
 ]
@@ -332,30 +332,30 @@ def shown(documents):
 def test_a_prompt_with_two_answers_gives_two_documents(record):
     format = Preference()
     assert len(format.to_documents(record)) == format.documents_per_record
-    assert shown(format.to_documents(record)) == SPELT
+    assert shown(format.to_documents(record)) == RENDERED
 
 
-def test_conversations_without_a_prompt_share_their_beginning():
+def test_the_common_beginning_is_the_prompt_if_none_is_given():
     talk = [*ASKED, *GOOD, {"role": "user", "content": "And 3+3?"}]
     record = {"chosen": [*talk, {"role": "assistant", "content": "6"}], "rejected": [*talk, *GOOD]}
     (chosen, rejected) = shown(Preference(prompt=None).to_documents(record))
     assert (chosen[1], rejected[1]) == (["6", "<|im_end|>"], ["4", "<|im_end|>"])
-    assert chosen[0].startswith(SPELT[0][0]) and rejected[0].startswith(SPELT[0][0])
+    assert chosen[0].startswith(RENDERED[0][0]) and rejected[0].startswith(RENDERED[0][0])
 
 
-def test_texts_are_joined_where_there_is_no_template():
+def test_texts_are_joined_without_a_template():
     record = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
     assert shown(Preference(template=None).to_documents(record)) == [("2+2=4", ["4"]), ("2+2=5", ["5"])]
     spans = [span for document in Preference(template=None).to_documents(record) for span in document]
     assert not any(span.from_template for span in spans)
 
 
-def test_a_completion_is_learned_and_its_prompt_is_not():
+def test_only_the_completion_counts_in_the_loss():
     assert shown(Completion().to_documents({"prompt": "2+2=", "completion": "4"})) == [("2+2=4", ["4"])]
     assert shown(Completion().to_documents({"prompt": "", "completion": "4"})) == [("4", ["4"])]
     format = Completion(completion="answer", template="chatml")
     for answer in ("4", GOOD):
-        assert shown(format.to_documents({"prompt": "2+2?", "answer": answer})) == SPELT[:1]
+        assert shown(format.to_documents({"prompt": "2+2?", "answer": answer})) == RENDERED[:1]
 
 
 @pytest.mark.parametrize(
@@ -372,12 +372,12 @@ def test_a_completion_is_learned_and_its_prompt_is_not():
         (Completion(), {"prompt": "a", "completion": None}, "completion NoneType"),
     ],
 )
-def test_records_without_answers_are_refused_with_the_cause(format, record, named):
+def test_records_without_answers_are_refused(format, record, named):
     with raises(RecordError, named):
         format.to_documents(record)
 
 
-def test_every_form_says_what_its_documents_are():
+def test_formats_declare_masks_and_documents_per_record():
     documents = {Chat: (True, 1), Completion: (True, 1), Preference: (True, 2)}
     for format in (Chat(train_on="last"), Completion(), Preference(template=None)):
         assert (format.masked, format.documents_per_record) == documents[type(format)]

@@ -35,12 +35,12 @@ def nothing_is_left():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 20, None])
-def test_every_job_is_done_once_by_any_number_of_workers(workers):
+def test_every_job_runs_once_with_any_number_of_workers(workers):
     assert results("local", engine_jobs.square, JOBS, workers) == [(number, number**2) for number in range(7)]
     assert results("local", engine_jobs.square, [], workers) == []
 
 
-def test_one_worker_is_this_process_and_more_are_others_of_one_thread_each():
+def test_one_worker_is_this_process_and_more_are_single_threaded_processes():
     assert {pid for pid, _ in results("local", engine_jobs.process_of, JOBS[:2], 1)} == {os.getpid()}
     assert {pid for pid, _ in results("local", engine_jobs.process_of, JOBS[:1], 4)} == {os.getpid()}
     found = results("local", engine_jobs.process_of, JOBS[:4], 2)
@@ -49,7 +49,7 @@ def test_one_worker_is_this_process_and_more_are_others_of_one_thread_each():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_a_job_comes_as_it_is_and_ends_the_others(workers, tmp_path):
+def test_an_error_of_a_job_is_raised_unchanged_and_ends_the_others(workers, tmp_path):
     found = []
     with raises(DataError, "shard 3: damaged") as error:
         run_jobs("local", engine_jobs.fail, JOBS, workers=workers, on_result=found.append)
@@ -58,7 +58,7 @@ def test_an_error_of_a_job_comes_as_it_is_and_ends_the_others(workers, tmp_path)
         assert "engine_jobs.py" in str(error.value.__cause__)  # the traceback in the worker
 
 
-def test_an_error_that_cannot_be_sent_is_told():
+def test_an_error_that_cannot_be_pickled_is_described():
     for job, named in ((engine_jobs.fail_oddly, "Odd: one and two"), (engine_jobs.give_a_lambda, "pickled")):
         with raises(RuntimeError, named):
             results("local", job, JOBS, 2)
@@ -72,7 +72,7 @@ def test_an_error_of_the_driver_ends_the_workers(tmp_path):
         run_jobs("local", engine_jobs.square, JOBS, workers=2, on_result=stop)
 
 
-def test_a_job_whose_worker_died_is_run_once_more(tmp_path):
+def test_a_job_whose_worker_died_runs_again(tmp_path):
     jobs = [Job(number=number, folder=str(tmp_path)) for number in range(5)]
     assert results("local", engine_jobs.die_once, jobs, 2) == list(range(5))
     assert (tmp_path / "died").exists()
@@ -107,7 +107,7 @@ def test_workers_end_with_their_driver(name, tmp_path):
         ("spark", 2, None, "engine=spark: Java install"),
     ],
 )
-def test_what_cannot_work_is_one_line(engine, workers, package, named, monkeypatch):
+def test_an_engine_that_cannot_start_is_refused(engine, workers, package, named, monkeypatch):
     monkeypatch.setenv("JAVA_HOME", "/nowhere")
     if package:
         monkeypatch.setitem(sys.modules, package, None)
@@ -153,8 +153,8 @@ if __name__ == "__main__":  # Dask imports this module in its workers
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ray", "dask", "spark", "connect"])
-def test_a_cluster_gives_what_processes_give(name, tmp_path):
-    """In a process of its own: these engines leave threads in it."""
+def test_clusters_behave_like_the_local_engine(name, tmp_path):
+    """Runs in a process of its own, because these engines leave threads behind."""
     (tmp_path / "driver.py").write_text(CLUSTER)
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     engine = name

@@ -1,4 +1,4 @@
-"""Which documents are left out: by rules, and as copies of others."""
+"""Filter rules and deduplication."""
 
 import itertools
 import random
@@ -77,7 +77,7 @@ def test_prose_passes_the_rules_of_gopher_and_what_is_not_prose_does_not():
     assert gopher.reason(PROSE + numbers) == "min_alphabetic_word_fraction"
 
 
-def test_nothing_breaks_no_rule_but_those_of_length():
+def test_empty_text_breaks_only_the_minimum_rules():
     everything = replace(Filters.gopher(), min_words=None, min_mean_word_length=None, min_stop_words=None)
     everything = replace(everything, min_alphabetic_word_fraction=None)
     assert everything.reason("") is None and everything.reason(" \n\n\t") is None
@@ -85,8 +85,8 @@ def test_nothing_breaks_no_rule_but_those_of_length():
     assert everything.reason("word") is None
 
 
-def _spelt_out(words, n):
-    """Characters in runs that repeat an earlier one, among all: as the rule is written, run by run."""
+def _naive_fraction(words, n):
+    """Computes the fraction of characters in n-grams that repeat an earlier one, n-gram by n-gram."""
     seen, inside = set(), set()
     for start in range(len(words) - n + 1):
         run = tuple(words[start : start + n])
@@ -97,9 +97,9 @@ def _spelt_out(words, n):
 
 
 @pytest.mark.parametrize("n", [5, 6, 8])
-def test_shares_of_runs_are_those_of_a_count_by_hand(n):
+def test_duplicate_ngram_fractions_equal_a_naive_count(n):
     words = (PROSE + PROSE[:200] + " and then " + PROSE[50:120]).split()
-    share = _spelt_out(words, n)
+    share = _naive_fraction(words, n)
     assert 0.1 < share < 0.6
     below = (*[1.0] * (n - 5), share - 1e-9)
     at = (*[1.0] * (n - 5), share)
@@ -107,7 +107,7 @@ def test_shares_of_runs_are_those_of_a_count_by_hand(n):
     assert Filters(max_duplicate_ngram_fractions=at).reason(" ".join(words)) is None
 
 
-def test_the_share_of_the_top_run_is_that_of_a_count_by_hand():
+def test_the_top_ngram_fraction_equals_a_naive_count():
     words = (PROSE + " the old quay" * 4).split()
     count = Counter(tuple(words[start : start + 3]) for start in range(len(words) - 2))
     (top, times), *_ = count.most_common(1)
@@ -125,7 +125,7 @@ def random_words(rng, count):
 
 
 def changed(rng, text, share):
-    """The text with about this share of its words replaced, in one place, so that few runs are lost."""
+    """Replaces about this fraction of the words in one place, so that few n-grams change."""
     count = int(len(text) * share)
     start = rng.randrange(len(text) - count + 1)
     return [*text[:start], *random_words(rng, count), *text[start + count :]]
@@ -141,7 +141,7 @@ def found(dedup, texts):
     return np.flatnonzero(find_duplicates(dedup, *signed(dedup, texts))).tolist()
 
 
-def test_the_first_of_equal_texts_stays():
+def test_the_first_of_equal_texts_is_kept():
     assert found(Dedup(), ["a", "b", "a", "", "b", "a ", "", "A"]) == [2, 4, 6]
     assert found(Dedup(), ["a"]) == [] and found(NEAR, ["a"]) == []
     nothing = find_duplicates(Dedup(), np.empty((0, 2), np.uint64), None)
@@ -166,23 +166,23 @@ def test_planted_near_duplicates_are_found_and_others_are_not():
     assert backwards == [len(texts) - 1 - number for number in range(19, -1, -1)]
 
 
-def test_case_spacing_and_punctuation_do_not_count_and_word_order_does():
+def test_near_duplicates_ignore_case_spacing_and_punctuation_but_not_word_order():
     text = " ".join(random_words(random.Random(1), 60))
     others = [text.upper(), text.replace(" ", ",\n "), " ".join(reversed(text.split()))]
     assert found(NEAR, [text, *others]) == [1, 2]
 
 
-def test_texts_without_spaces_are_compared_by_their_letters():
+def test_texts_without_spaces_are_compared_by_character():
     rng = random.Random(2)
     text = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(300))
     assert found(NEAR, [text, text[:295] + "漢字漢字漢", text[::-1]]) == [1]
 
 
-def test_texts_without_words_are_near_to_themselves_alone():
+def test_texts_without_words_are_near_to_equal_texts_only():
     assert found(NEAR, ["!!!", "???", "", "!!!", "a", "a b", "a."]) == [3, 6]
 
 
-def test_what_is_found_is_what_the_library_finds():
+def test_near_duplicates_are_those_that_datasketch_finds():
     rng = random.Random(3)
     dedup = Dedup(near=True, threshold=0.7)
     texts = [random_words(rng, rng.randrange(1, 200)) for _ in range(30)]
@@ -211,7 +211,7 @@ def test_signatures_do_not_depend_on_threads():
     assert (exact.dtype, near.dtype, near.shape) == (np.uint64, np.uint32, (40, 128))
 
 
-def test_runs_of_words_are_equal_where_the_words_are():
+def test_ngram_hashes_are_equal_where_the_words_are():
     words = list("abcabdabc")
     codes = word_hashes(words)
     for n in range(1, 6):

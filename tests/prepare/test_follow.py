@@ -1,4 +1,4 @@
-"""A stream becomes a store: every record once, wherever the process is killed."""
+"""Following a stream stores every record once, whenever the process is killed."""
 
 import json
 import random
@@ -26,7 +26,7 @@ LINES = "".join(json.dumps(document) + "\n" for document in DOCUMENTS).encode()
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Writes the file of a recipe."""
+    """Returns a function that writes a recipe file."""
     return lambda source="Stdin()", more="", store=tmp_path / "store": recipe_file(tmp_path, store, source, more)
 
 
@@ -40,7 +40,7 @@ def assert_each_once(place):
     assert sorted(documents(place)) == sorted(document["text"] for document in DOCUMENTS)
 
 
-def test_standard_input_becomes_a_store_and_goes_on(recipe, tmp_path):
+def test_standard_input_becomes_a_store_and_continues(recipe, tmp_path):
     path = recipe()
     assert f"sealed: {tmp_path}/store/" in run(path, "--follow")
     assert_each_once(tmp_path / "store")
@@ -55,7 +55,7 @@ def test_standard_input_becomes_a_store_and_goes_on(recipe, tmp_path):
     assert sorted(documents(tmp_path / "store")) == sorted([*(each["text"] for each in DOCUMENTS), "one more"])
 
 
-def test_a_part_that_is_damaged_or_gone_is_an_error(recipe, tmp_path):
+def test_a_damaged_or_missing_part_is_an_error(recipe, tmp_path):
     path = recipe()
     run(path, "--follow")
     first, second = sorted((tmp_path / "store").glob(".stream/*/0*.npz"))[:2]
@@ -68,13 +68,13 @@ def test_a_part_that_is_damaged_or_gone_is_an_error(recipe, tmp_path):
     assert second.exists()
 
 
-def test_versions_are_sealed_on_the_way(recipe, tmp_path):
+def test_seal_every_makes_versions_while_following(recipe, tmp_path):
     out = run(recipe(), "--follow", "--seal-every", "4000")
     assert out.count("sealed: ") == len(list_versions(ObjectStore(tmp_path / "store"))) > 2
     assert_each_once(tmp_path / "store")
 
 
-def test_bad_records_end_the_work_or_are_left_out(recipe, tmp_path):
+def test_bad_records_of_a_stream_fail_or_are_skipped(recipe, tmp_path):
     lines = LINES + b"{broken\n"
     assert "stdin:401: not JSON" in run(recipe(), "--follow", stdin=lines, code=78)
     run(recipe(more="on_bad='skip'"), "--follow", stdin=lines)
@@ -82,7 +82,7 @@ def test_bad_records_end_the_work_or_are_left_out(recipe, tmp_path):
     assert TokenStore.open(tmp_path / "store").manifest.counts.skipped == 1
 
 
-def test_wrong_uses_are_one_line(recipe, monkeypatch):
+def test_wrong_uses_of_follow_are_refused(recipe, monkeypatch):
     kafka, files = "source=kafka", ("source=jsonl", "source.root=x")
     for named, *arguments in (
         ("source=stdin: --follow",),
@@ -114,7 +114,7 @@ def parts_in(place: Path) -> int:
 
 
 def signalled(number, store, path, content):
-    """What is printed by a command that gets a signal once it has kept a part of so much input."""
+    """Sends a signal to a command that has committed a part, and returns what it prints."""
     with started(path, stdin=subprocess.PIPE) as child:
         child.stdin.write(content)
         child.stdin.flush()
@@ -128,7 +128,7 @@ def signalled(number, store, path, content):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_seals_what_has_come_and_asks_for_another_start(recipe, tmp_path, number):
+def test_a_signal_seals_a_version_and_asks_to_start_again(recipe, tmp_path, number):
     path = recipe()
     assert "sealed: " in signalled(number, tmp_path / "store", path, LINES)
     found = documents(tmp_path / "store")
@@ -137,21 +137,21 @@ def test_a_signal_seals_what_has_come_and_asks_for_another_start(recipe, tmp_pat
     assert_each_once(tmp_path / "store")
 
 
-def test_a_signal_before_there_is_enough_to_seal_is_no_mistake_of_the_recipe(recipe, tmp_path):
+def test_a_signal_before_there_is_enough_to_seal_does_not_blame_the_recipe(recipe, tmp_path):
     little = json.dumps({"text": "alone " * 200}).encode() + b"\n"
     assert "no version" in signalled(signal.SIGTERM, tmp_path / "store", recipe(), little)
     assert parts_in(tmp_path / "store") == 1
 
 
 @pytest.mark.slow
-def test_every_line_is_there_once_whenever_the_process_is_killed(recipe, tmp_path):
+def test_every_line_is_stored_once_whenever_the_process_is_killed(recipe, tmp_path):
     rng = random.Random(0)
     path, store, kills = recipe(), tmp_path / "store", 0
     while kills < 8:
         with started(path, stdin=subprocess.PIPE) as child:
             begun, wanted = parts_in(store), rng.randrange(5)
-            for piece in range(0, len(LINES), 997):
-                child.stdin.write(LINES[piece : piece + 997])
+            for start in range(0, len(LINES), 997):
+                child.stdin.write(LINES[start : start + 997])
                 child.stdin.flush()
                 time.sleep(0.01)
                 if parts_in(store) > begun + wanted:
@@ -166,7 +166,7 @@ def test_every_line_is_there_once_whenever_the_process_is_killed(recipe, tmp_pat
 
 
 @pytest.mark.slow
-def test_every_message_is_there_once_whenever_the_process_is_killed(recipe, tmp_path, kafka_servers, topic):
+def test_every_message_is_stored_once_whenever_the_process_is_killed(recipe, tmp_path, kafka_servers, topic):
     rng = random.Random(1)
     path, store = recipe(f"Kafka(bootstrap_servers={kafka_servers!r}, topic={topic!r})"), tmp_path / "store"
     quarter = len(DOCUMENTS) // 4
@@ -187,7 +187,7 @@ def test_every_message_is_there_once_whenever_the_process_is_killed(recipe, tmp_
     assert_each_once(store)
 
 
-def test_a_topic_becomes_a_store_until_nothing_comes(recipe, tmp_path, kafka_servers, topic):
+def test_a_topic_is_followed_until_it_is_idle(recipe, tmp_path, kafka_servers, topic):
     send(kafka_servers, topic, [*DOCUMENTS, b"{broken"])
     source = f"Kafka(bootstrap_servers={kafka_servers!r}, topic={topic!r})"
     run(recipe(source, "on_bad='skip'"), "--follow", "--until-idle", "1")

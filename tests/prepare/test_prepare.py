@@ -35,7 +35,7 @@ def snapshot(folder):
 
 
 def lines(folder, documents, *, bad=()):
-    """JSONL of random words."""
+    """Writes JSON lines of random words."""
     rng = random.Random(0)
     folder.mkdir(exist_ok=True)
     with (folder / "lines.jsonl").open("w") as file:
@@ -45,8 +45,8 @@ def lines(folder, documents, *, bad=()):
     return folder
 
 
-def test_the_same_tokenizer_is_trained_whatever_the_shards(tmp_path, monkeypatch):
-    """It sees a part of a long piece alone, so pieces must be those of no shard."""
+def test_the_trained_tokenizer_does_not_depend_on_shard_bytes(tmp_path, monkeypatch):
+    """The tokenizer is trained on a part of each long shard, so it must use shards of the default size."""
     monkeypatch.setattr(text_builder, "_SAMPLE_SHARD_CHARS", 500)
     recipe = replace(
         bytes_recipe(lines(tmp_path / "source", 400), tmp_path / "one"), tokenizer=TrainBpe(vocab_size=280)
@@ -85,7 +85,7 @@ def test_another_recipe_makes_a_version_beside_the_first(tmp_path):
             TokenStore.open(tmp_path / "store", version)
 
 
-def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
+def test_an_existing_version_that_is_prepared_again_becomes_the_newest(tmp_path):
     first = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
     second = replace(first, validation=ByKey(fraction=0.5))
     older, newer = prepare(first, workers=1), prepare(second, workers=1)
@@ -96,7 +96,7 @@ def test_an_older_recipe_that_is_prepared_again_is_the_newest(tmp_path):
     assert len(list_versions(ObjectStore(tmp_path / "store"))) == 2
 
 
-def test_what_is_in_both_splits_stays_in_validation(tmp_path):
+def test_duplicates_across_splits_are_kept_in_validation(tmp_path):
     texts = [f"text {number}" for number in range(60)]
     source = jsonl(tmp_path / "source", texts * 2).root
     recipe = bytes_recipe(source, tmp_path / "all", validation=ByKey(fraction=0.3))
@@ -123,7 +123,7 @@ def test_changed_files_make_a_version_beside_the_first(tmp_path):
     assert len(list((tmp_path / "store").iterdir())) == 3
 
 
-def test_a_folder_with_something_else_is_not_touched(tmp_path):
+def test_a_folder_that_is_not_a_store_is_not_touched(tmp_path):
     source = lines(tmp_path / "source", 100)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("mine")
@@ -135,10 +135,10 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "nth"), [("begin", 1), ("tokens", 20), ("store", 1), ("publish", 1)])
-def test_an_end_at_any_stage_leaves_no_version_and_the_next_call_goes_on(corpus, store_path, tmp_path, stage, nth):
+def test_an_interrupted_preparation_leaves_no_version_and_continues(corpus, store_path, tmp_path, stage, nth):
     recipe = replace(corpus, store=str(tmp_path / "store"), shard_bytes=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, workers=1, on_progress=stopped_after(stage, nth))
+        prepare(recipe, workers=1, on_progress=interrupt_at(stage, nth))
     assert os.listdir(tmp_path / "store") == [".work"]
     with raises(ConfigError, f"{tmp_path}/store"):
         TokenStore.open(tmp_path / "store")
@@ -177,7 +177,7 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_at_any_moment_no_record_is_lost_or_doubled(tmp_path):
+def test_no_record_is_lost_or_repeated_after_a_kill(tmp_path):
     source, store = lines(tmp_path / "source", 2000), tmp_path / "store"
     expected = prepare(bytes_recipe(source, tmp_path / "whole"), workers=1)
     (tmp_path / "killed.py").write_text(KILLED)
@@ -196,8 +196,8 @@ def test_killed_at_any_moment_no_record_is_lost_or_doubled(tmp_path):
     assert contents(Path(made.path))[0] == contents(Path(expected.path))[0]
 
 
-def stopped_after(stage, nth=1):
-    """A `tell` that ends preparing at the n-th report of a stage."""
+def interrupt_at(stage, nth=1):
+    """Returns an `on_progress` that interrupts preparing at the n-th report of a stage."""
     seen = []
 
     def tell(progress):
@@ -208,17 +208,17 @@ def stopped_after(stage, nth=1):
     return tell
 
 
-def test_parts_of_other_shards_are_not_taken_for_its_own(text_root, tmp_path):
-    """Whole files are the same pieces with any `shard_bytes`, and are grouped into other jobs."""
+def test_parts_of_another_shard_size_are_not_reused(text_root, tmp_path):
+    """Small files are the same shards with any `shard_bytes`, but are grouped into other jobs."""
     recipe = replace(bytes_recipe("none", tmp_path / "store"), source=TextFiles(root=str(text_root)))
     with pytest.raises(KeyboardInterrupt):
-        prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, on_progress=stopped_after("tokens", 3))
+        prepare(replace(recipe, shard_bytes=16 * 1024), workers=1, on_progress=interrupt_at("tokens", 3))
     made = prepare(replace(recipe, shard_bytes=1024), workers=1)
     assert made.manifest.counts.records == 40
     assert made.manifest.splits == prepare(replace(recipe, store=str(tmp_path / "whole")), workers=1).manifest.splits
 
 
-def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch):
+def test_a_version_that_was_not_listed_yet_is_listed_by_the_next_call(tmp_path, monkeypatch):
     recipe = bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "store")
 
     def interrupted(*_arguments, **_options):
@@ -234,7 +234,7 @@ def test_an_end_before_the_version_is_listed_is_made_good(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("other_disk", [False, True])
-def test_it_is_made_in_another_folder_if_asked(tmp_path, monkeypatch, other_disk):
+def test_work_dir_may_be_on_another_disk(tmp_path, monkeypatch, other_disk):
     work, rename = tmp_path / "work", Path.rename
     (work / "mine").mkdir(parents=True)
 
@@ -278,7 +278,7 @@ def test_a_source_that_changes_while_it_is_read_makes_no_version(tmp_path):
     assert os.listdir(tmp_path / "store") == [".work"]
 
 
-def test_what_another_recipe_left_is_swept(tmp_path):
+def test_work_of_another_recipe_is_removed(tmp_path):
     left = tmp_path / "store" / ".work" / "other" / "parts"
     left.mkdir(parents=True)
     (left / "junk").write_text("junk")
@@ -299,7 +299,7 @@ def test_a_second_process_does_not_disturb_the_first(tmp_path):
     assert (work / "half").exists()
 
 
-def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused_before_tokenizing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
     with raises(StorageError, f"{tmp_path}/store/ 1.0 kB work_dir=FOLDER"):
@@ -308,7 +308,7 @@ def test_too_little_space_is_said_before_anything_is_tokenised(tmp_path, monkeyp
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300), TrainBpe(vocab_size=600)])
 @pytest.mark.parametrize("format", [Text(), Completion(), Preference(template=None)])
-def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer, format):
+def test_the_estimated_disk_space_is_enough(tmp_path, monkeypatch, tokenizer, format):
     asked = []
     monkeypatch.setattr("jaxinfra.prepare.prepare.check_space", lambda folder, needed, **_: asked.append(needed))
     rng, letters = random.Random(0), "etaoinshrdlu"
@@ -325,13 +325,13 @@ def test_the_space_that_is_asked_for_is_enough(tmp_path, monkeypatch, tokenizer,
     assert [2 * arrays_bytes <= needed_bytes for needed_bytes in asked] == [True]
 
 
-def test_a_place_that_cannot_be_made_is_a_storage_error(tmp_path):
+def test_a_store_that_cannot_be_created_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with raises(StorageError, "store="):
         prepare(bytes_recipe(lines(tmp_path / "source", 100), tmp_path / "file" / "store"))
 
 
-def test_a_bad_record_is_named_and_what_is_done_is_kept(tmp_path):
+def test_a_bad_record_is_named_and_finished_parts_are_kept(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 300, bad=[250]), tmp_path / "store", shard_bytes=1024)
     with raises(DataError, "lines.jsonl:251: on_bad=skip"):
         prepare(recipe, workers=1)
@@ -345,7 +345,7 @@ def test_the_fields_of_a_bad_record_are_named_in_one_line(tmp_path):
         prepare(bytes_recipe(tmp_path, tmp_path / "store"), workers=1)
 
 
-def test_bad_records_are_skipped_counted_and_listed_when_asked(tmp_path):
+def test_skipped_records_are_counted_and_listed(tmp_path):
     source = lines(tmp_path / "source", 300, bad=[7, 250])
     made = prepare(bytes_recipe(source, tmp_path / "store", on_bad="skip"), workers=1)
     assert (made.manifest.counts.records, made.manifest.counts.skipped) == (300, 2)
@@ -380,10 +380,10 @@ def test_a_given_tokenizer_is_used_and_another_makes_another_version(corpus, sto
     assert other.new and other.manifest.fingerprint != made.manifest.fingerprint
 
 
-def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
+def test_a_damaged_part_is_found_and_made_again(tmp_path):
     recipe = bytes_recipe(lines(tmp_path / "source", 300), tmp_path / "store", shard_bytes=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, workers=1, on_progress=stopped_after("store"))
+        prepare(recipe, workers=1, on_progress=interrupt_at("store"))
     path = sorted((tmp_path / "store" / ".work").glob("*/parts/*.npz"))[3]
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
@@ -395,13 +395,13 @@ def test_damage_to_a_part_is_found_and_its_records_are_read_anew(tmp_path):
     assert made.manifest.counts.records == 300
 
 
-def test_pieces_are_grouped_by_size_alone():
+def test_shards_are_grouped_by_size_only():
     sizes = [10, 1, 1, 30, 2, 2, 500, 1] * 40
-    pieces = [SourceShard(name=str(i), size_bytes=2**20 * size, stamp="") for i, size in enumerate(sizes)]
-    groups = group_shards(pieces, 2**26)
-    assert [piece for group in groups for piece in group] == pieces
-    assert all(sum(piece.size_bytes for piece in group[:-1]) < 2**26 for group in groups)
-    assert 20 <= len(group_shards(pieces, 2**60)) <= 40
+    shards = [SourceShard(name=str(i), size_bytes=2**20 * size, stamp="") for i, size in enumerate(sizes)]
+    groups = group_shards(shards, 2**26)
+    assert [shard for group in groups for shard in group] == shards
+    assert all(sum(shard.size_bytes for shard in group[:-1]) < 2**26 for group in groups)
+    assert 20 <= len(group_shards(shards, 2**60)) <= 40
 
 
 def test_preparing_needs_no_jax():

@@ -1,4 +1,4 @@
-"""What is wrong with a field of a recipe is one line that names it, and the suggested override mends it."""
+"""A wrong field of a recipe is refused in one line that names it and suggests an override that works."""
 
 import pytest
 
@@ -60,7 +60,7 @@ from tests.refusals import problem, suggested
     ],
     ids=str,
 )
-def test_a_wrong_field_is_named_with_what_mends_it(config, named, mends):
+def test_a_wrong_field_is_named_with_a_value_that_works(config, named, mends):
     line = problem(config, named)
     if mends:
         validate(apply(config, suggested(line)))

@@ -1,4 +1,4 @@
-"""Recipes from records to a store: tokenizers, forms, filters and duplicates together, and images with labels."""
+"""Recipes from records to a store: tokenizers, formats, filters and dedup together, and labeled images."""
 
 import random
 from dataclasses import replace
@@ -46,7 +46,7 @@ def talks(count, rng):
 
 
 @pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece", "bytes", "bpe"])
-def test_a_store_is_read_with_the_tokenizer_that_made_it(tmp_path, kind):
+def test_a_store_is_decoded_with_its_tokenizer(tmp_path, kind):
     tokenizer = {
         "tiktoken": lambda: Tiktoken(path=str(rank_file(tmp_path / "ranks")), special_tokens=(EOT,)),
         "sentencepiece": lambda: SentencePieceModel(path=str(spm_file(tmp_path / "spm")), end_of_document=EOT),
@@ -60,8 +60,8 @@ def test_a_store_is_read_with_the_tokenizer_that_made_it(tmp_path, kind):
     assert not any(store.tokenizer.eot_id in ids for ids in ids_of(store))
 
 
-def test_a_tokenizer_that_the_source_shows_to_be_another_is_refused_before_anything_is_written(tmp_path):
-    """The pattern is read otherwise at the beginning of a line, which only this source has it for."""
+def test_a_conversion_that_fails_on_the_source_is_refused_before_anything_is_written(tmp_path):
+    """`^` matches at every line after conversion, and only this source has a line that shows it."""
     tokenizer = Tiktoken(
         path=str(rank_file(tmp_path / "ranks")), pattern=r"^zz..|[\s\S]", special_tokens=(EOT,), end_of_document=EOT
     )
@@ -79,7 +79,7 @@ def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(tmp_path
     assert not (tmp_path / "store").exists()
 
 
-def test_rules_are_counted_and_duplicates_are_left_out(tmp_path):
+def test_filtered_documents_and_duplicates_are_counted(tmp_path):
     rng = random.Random(1)
     originals = [words(rng, 120) for _ in range(30)]
     near = [f"{text} and {words(rng, 2)}" for text in originals[:10]]
@@ -98,7 +98,7 @@ def test_rules_are_counted_and_duplicates_are_left_out(tmp_path):
         assert (original in kept) != (other in kept)
 
 
-def test_a_prompt_that_two_answers_share_is_no_duplicate_of_itself(tmp_path):
+def test_the_shared_prompt_of_a_pair_is_not_a_duplicate(tmp_path):
     rng = random.Random(2)
     records = [{"prompt": words(rng, 60), "chosen": words(rng, 5), "rejected": words(rng, 5)} for _ in range(40)]
     fields = {
@@ -192,7 +192,7 @@ def test_labels_without_classes_fit_in_32_bits(write):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_image_is_named_or_left_out(write, case):
+def test_bad_images_are_named_or_skipped(write, case):
     bad, named = BAD[case]
     recipe = write([*RECORDS, bad])
     with raises(DataError, f"all.jsonl {named}"):

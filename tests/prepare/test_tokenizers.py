@@ -1,4 +1,4 @@
-"""Tokenizers of recipes: converted ones give what their libraries give, and what is wrong is said in one line."""
+"""Tokenizers of recipes: conversion keeps ids and text, and unusable files are refused in one line."""
 
 import hashlib
 import sys
@@ -35,7 +35,7 @@ def trained():
     return train_bpe(TEXTS, vocab_size=290, end_of_document=EOT)
 
 
-def test_training_is_deterministic_and_survives_the_file(trained, tmp_path):
+def test_training_is_deterministic_and_survives_saving(trained, tmp_path):
     again = train_bpe(TEXTS, vocab_size=290, end_of_document=EOT)
     assert again.sha256 == trained.sha256
     assert trained.eot_id == 0 and trained.vocab_size == 290
@@ -53,7 +53,7 @@ def test_special_tokens_of_a_template_are_trained_with_the_rest():
     assert not {0, 1, 2} & set(trained.encode("".join(MARKERS) + EOT))
 
 
-def test_padding_and_truncation_of_a_file_do_not_apply(trained, tmp_path):
+def test_padding_and_truncation_of_a_file_are_ignored(trained, tmp_path):
     backend = Backend.from_buffer(trained.content)
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
@@ -89,7 +89,7 @@ def test_files_are_read_from_any_place(trained):
     assert build_tokenizer(TokenizerFile(path="memory://vocabularies/t.json")).sha256 == trained.sha256
 
 
-def test_public_encodings_are_those_of_the_library(monkeypatch):
+def test_public_encodings_equal_those_of_tiktoken(monkeypatch):
     ranks = {bytes([value]): value for value in range(256)}
     monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     monkeypatch.setattr(public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks)
@@ -100,7 +100,7 @@ def test_public_encodings_are_those_of_the_library(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", SPECIAL_TOKENS)
-def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path, monkeypatch):
+def test_a_rank_file_gives_the_ids_of_tiktoken(encoding, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # it would keep the file for other tests
     path = rank_file(tmp_path / "ranks.tiktoken")
     tokenizer = build_tokenizer(Tiktoken(path=str(path), encoding=encoding))
@@ -117,14 +117,14 @@ def test_a_rank_file_gives_the_ids_of_the_library(encoding, tmp_path, monkeypatc
     assert tokenizer.decode([special[EOT] - 1, ord("a")]) == "a"  # an id that the vocabulary leaves out
 
 
-def test_long_gaps_are_encoded(tmp_path):
+def test_long_runs_of_white_space_are_encoded(tmp_path):
     tokenizer = build_tokenizer(Tiktoken(path=str(rank_file(tmp_path / "ranks")), encoding="gpt2"))
     for text in (" " * 1_200_000 + "a", "a" + " \n" * 400_000 + "b" + "\t" * 9 + "c" * 1_200_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_an_own_pattern_is_read_as_tiktoken_reads_it(tmp_path):
-    """Counted repetitions that give nothing back are written in another way for the other library."""
+def test_a_custom_pattern_splits_as_in_tiktoken(tmp_path):
+    """Possessive counted repetitions need another syntax in the library `tokenizers`."""
     path, pattern = (
         str(rank_file(tmp_path / "ranks")),
         r"(?:cl){1,2}as|[a-z]{1,2}+s|\p{N}{1,3}+|[^a-z\p{N}]{1,3}+|[a-z]",
@@ -137,7 +137,7 @@ def test_an_own_pattern_is_read_as_tiktoken_reads_it(tmp_path):
 
 
 def test_a_file_that_does_not_round_trip_is_refused(tmp_path):
-    """Here `^` is the beginning of a text, and of every line for the library that runs the converted tokenizer."""
+    """`^` is the beginning of the text for tiktoken, and of every line after conversion."""
     path = str(rank_file(tmp_path / "ranks"))
     with raises(ConfigError, "round-trip tokenizer=tokenizer_file"):
         build_tokenizer(Tiktoken(path=path, pattern=r"^..|[\s\S]", special_tokens=(EOT,)))
@@ -147,7 +147,7 @@ def test_a_file_that_does_not_round_trip_is_refused(tmp_path):
         check(["x\nzz  y"])
 
 
-def test_an_encoding_without_a_file_comes_from_the_cache_of_tiktoken(tmp_path, monkeypatch):
+def test_an_encoding_without_a_path_is_looked_up_by_tiktoken(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with raises(ConfigError, "encoding=o200k_base: tiktoken's cache"):
@@ -167,7 +167,7 @@ SPM = {
 
 
 @pytest.mark.parametrize("case", SPM)
-def test_models_of_sentencepiece_of_every_kind_give_the_ids_of_the_library(tmp_path, case):
+def test_sentencepiece_models_give_the_ids_of_the_library(tmp_path, case):
     texts = [line for text in (REAL, *TEXTS) for line in text.split("\n")] * 10
     fields = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | SPM[case]
     path = spm_file(tmp_path / "spm.model", texts, **fields)
@@ -180,7 +180,7 @@ def test_models_of_sentencepiece_of_every_kind_give_the_ids_of_the_library(tmp_p
             assert tokenizer.decode(tokenizer.encode(text)) == library.decode(library.encode(text))
 
 
-def test_user_defined_pieces_may_be_left_to_texts(tmp_path):
+def test_user_defined_pieces_may_stay_ordinary(tmp_path):
     path = str(spm_file(tmp_path / "spm.model"))
     first, second = MARKERS
     tokenizer = build_tokenizer(SentencePieceModel(path=path, end_of_document=EOT, special_tokens=(first,)))
@@ -233,7 +233,7 @@ def unusable(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_unusable_files_are_refused_in_one_line(case, unusable):
+def test_unusable_files_are_refused(case, unusable):
     config, named = UNUSABLE[case]
     with raises(ConfigError, named):
         build_tokenizer(config(unusable))
@@ -265,7 +265,7 @@ def encoded(tokenizer, *spans):
     return tokens.ids_N.tolist(), tokens.in_loss_N.tolist()
 
 
-def test_a_text_gets_its_tokens_all_of_them_learned(tokenizer):
+def test_all_tokens_of_a_text_count_in_the_loss(tokenizer):
     documents = [[Span(text=text)] for text in (*TEXTS, EOT, "")]
     for (span,), tokens in zip(documents, encode_documents(tokenizer, documents), strict=True):
         assert tokens.ids_N.tolist() == tokenizer.encode(span.text)
@@ -275,50 +275,50 @@ def test_a_text_gets_its_tokens_all_of_them_learned(tokenizer):
 
 def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
     (document,) = Chat().to_documents({"messages": TALK[2:]})
-    ids, learned = encoded(tokenizer, *document)
+    ids, in_loss = encoded(tokenizer, *document)
     assert ids == control(tokenizer, "".join(span.text for span in document))
     answer = [*tokenizer.encode("class", continuation=True), *control(tokenizer, "<|im_end|>")]
     (end,) = control(tokenizer, "<|im_end|>")
-    assert ids.count(end) == 2 and learned[ids.index(end)] is False
-    text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+    assert ids.count(end) == 2 and in_loss[ids.index(end)] is False
+    text = tokenizer.decode([i for i, is_in_loss in zip(ids, in_loss, strict=True) if is_in_loss])
     assert text == tokenizer.decode(answer)
 
 
-def test_a_message_spells_no_special_token(tokenizer):
+def test_a_message_cannot_spell_a_special_token(tokenizer):
     (document,) = Chat().to_documents({"messages": TALK})
-    ids, learned = encoded(tokenizer, *document)
+    ids, in_loss = encoded(tokenizer, *document)
     special = [i for i in ids if i in tokenizer.special_tokens.values()]
     assert special == [i for marker in MARKERS * 4 for i in control(tokenizer, marker)]
     assert encoded(tokenizer, Span(text=EOT), Span(text=EOT, from_template=True))[0][-1] == tokenizer.eot_id
-    assert sum(learned) == len(learned) - learned.count(False) > 0
+    assert sum(in_loss) == len(in_loss) - in_loss.count(False) > 0
 
 
-def test_a_token_across_a_boundary_is_learned(vocabularies):
+def test_a_token_across_a_boundary_counts_in_the_loss(vocabularies):
     bpe = vocabularies["tiktoken"]  # which has tokens for two spaces and for "class"
-    for unlearned, answer in (("a ", " b"), ("a  cl", "ass"), ("é\n", "\nb")):
-        ids, learned = encoded(bpe, Span(text=unlearned, in_loss=False), Span(text=answer))
-        assert ids == bpe.encode(unlearned + answer)
-        before = len(bpe.encode(unlearned.rstrip(" \ncl")))
-        assert learned == [False] * (len(learned) - sum(learned)) + [True] * sum(learned)
-        assert before <= learned.index(True) < len(ids) and bpe.decode(ids[learned.index(True) :]).endswith(answer)
-        ids, learned = encoded(bpe, Span(text=answer), Span(text=unlearned, in_loss=False))
-        assert learned[0] and not learned[-1]
+    for prompt, answer in (("a ", " b"), ("a  cl", "ass"), ("é\n", "\nb")):
+        ids, in_loss = encoded(bpe, Span(text=prompt, in_loss=False), Span(text=answer))
+        assert ids == bpe.encode(prompt + answer)
+        before = len(bpe.encode(prompt.rstrip(" \ncl")))
+        assert in_loss == [False] * (len(in_loss) - sum(in_loss)) + [True] * sum(in_loss)
+        assert before <= in_loss.index(True) < len(ids) and bpe.decode(ids[in_loss.index(True) :]).endswith(answer)
+        ids, in_loss = encoded(bpe, Span(text=answer), Span(text=prompt, in_loss=False))
+        assert in_loss[0] and not in_loss[-1]
 
 
-def test_no_token_is_learned_that_is_not_of_an_answer(tokenizer, tmp_path):
+def test_only_tokens_of_answers_count_in_the_loss(tokenizer, tmp_path):
     (tmp_path / "plain.jinja").write_text(PLAIN)
     (document,) = Chat(template=str(tmp_path / "plain.jinja")).to_documents({"messages": TALK})
-    ids, learned = encoded(tokenizer, *document)
+    ids, in_loss = encoded(tokenizer, *document)
     assert ids == tokenizer.encode("".join(span.text for span in document))
     answers = "".join(span.text for span in document if span.in_loss)
-    text = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+    text = tokenizer.decode([i for i, is_in_loss in zip(ids, in_loss, strict=True) if is_in_loss])
     assert text.replace(" ", "") == answers.replace(" ", "") or tokenizer.kind == "tokenizer_json"
     assert sum(map(len, text.split())) <= sum(map(len, answers.split())) + 4
 
 
 @pytest.fixture(scope="module")
 def rewriting(tmp_path_factory):
-    """Vocabularies that put a space before a document, and rewrite texts."""
+    """Vocabularies that add a dummy prefix to a document and normalize text."""
     folder = tmp_path_factory.mktemp("rewriting")
     fields = {"vocab_size": 290, "byte_fallback": True, "hard_vocab_limit": False}
     spm_file(folder / "spm.model", ["hello wide world"] * 50, **fields)
@@ -337,7 +337,7 @@ def rewriting(tmp_path_factory):
     ]
 
 
-def test_a_space_is_put_before_a_document_and_nowhere_else_and_what_is_learned_is_found(rewriting):
+def test_a_dummy_prefix_is_added_once_per_document(rewriting):
     end = Span(text="</s>", from_template=True)
     spans = (Span(text="a\uff41\u3000he", in_loss=False), Span(text=" hello"), Span(text=" wide", in_loss=False))
     for tokenizer in rewriting:
@@ -346,7 +346,7 @@ def test_a_space_is_put_before_a_document_and_nowhere_else_and_what_is_learned_i
         assert ids == [*tokenizer.encode("hello"), eot_id, *tokenizer.encode("hello", continuation=True), eot_id]
         assert tokenizer.encode("hello") != tokenizer.encode("hello", continuation=True)
         assert tokenizer.decode(ids) == "hellohello"
-        ids, learned = encoded(tokenizer, *spans)
+        ids, in_loss = encoded(tokenizer, *spans)
         assert ids == tokenizer.encode("".join(span.text for span in spans))
-        answer = tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+        answer = tokenizer.decode([i for i, is_in_loss in zip(ids, in_loss, strict=True) if is_in_loss])
         assert answer.strip() == "hello"

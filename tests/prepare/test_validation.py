@@ -1,4 +1,4 @@
-"""Validation data of every kind: what is in which split, what is in both, and what is refused."""
+"""Validation data of every kind: splits, overlap, and refused combinations."""
 
 import random
 from dataclasses import replace
@@ -20,7 +20,7 @@ from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, Tail
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles
 from jaxinfra.prepare.tokenizers import Bytes, TokenizerFile, TrainBpe
-from tests.prepare.test_prepare import stopped_after
+from tests.prepare.test_prepare import interrupt_at
 from tests.refusals import problem, raises, refused, suggested
 from tests.stores import contents, documents, jsonl, recipe_file
 from tests.tiny_run import ended, start
@@ -35,7 +35,7 @@ def texts(count, seed=0):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Of 200 training texts, which are cut into several jobs."""
+    """A recipe with 200 training texts, which take several jobs."""
     source = jsonl(tmp_path / "train", texts(200))
     return Corpus(store=str(tmp_path / "store"), source=source, tokenizer=Bytes(), shard_bytes=1024)
 
@@ -45,13 +45,13 @@ def splits(made):
 
 
 def talks():
-    """Conversations, and a tokenizer for them."""
+    """Returns conversations and a tokenizer for them."""
     answer = {"role": "assistant", "content": "yes"}
     records = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts(40)]
     return records, Bytes(special_tokens=("<|im_start|>", "<|im_end|>"))
 
 
-def test_a_source_of_its_own_is_the_validation_split(recipe, tmp_path):
+def test_another_source_is_the_validation_split(recipe, tmp_path):
     other = jsonl(tmp_path / "val", texts(50, seed=1))
     made = prepare(replace(recipe, validation=other), workers=1)
     assert splits(made) == (texts(200), texts(50, seed=1))
@@ -79,7 +79,7 @@ def book(folder, text):
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), TrainBpe(vocab_size=300)])
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.99])
-def test_one_long_document_is_cut_in_two(recipe, tmp_path, tokenizer, fraction):
+def test_one_long_document_is_split_in_two(recipe, tmp_path, tokenizer, fraction):
     text = "🙂漢字 naïve words " * 300
     recipe = replace(recipe, source=book(tmp_path, text), tokenizer=tokenizer, baselines=True)
     with raises(ConfigError, "validation=tail"):
@@ -103,7 +103,7 @@ def test_a_tokenizer_is_not_trained_on_the_tail(recipe, tmp_path):
     assert learned[0] == 13 > learned[1]  # bytes alone
 
 
-def test_conversations_and_pairs_are_whole_in_the_tail(recipe, tmp_path):
+def test_conversations_and_pairs_stay_whole_in_the_tail(recipe, tmp_path):
     records, special = talks()
     fields = {"tokenizer": special, "validation": Tail(fraction=0.3)}
     made = prepare(replace(recipe, source=jsonl(tmp_path / "talks", records), format=Chat(), **fields), workers=1)
@@ -155,7 +155,7 @@ def test_a_store_of_another_tokenizer_is_refused(recipe, tmp_path):
         prepare(replace(named, validation=OtherStore(store=str(tmp_path / "nowhere"))), workers=1)
 
 
-def test_what_is_in_both_is_counted_dropped_or_refused(recipe, tmp_path):
+def test_the_overlap_is_counted_dropped_or_refused(recipe, tmp_path):
     mine = texts(200)
     other = jsonl(tmp_path / "val", [*texts(50, seed=1), mine[7], mine[70], mine[7]])
     recipe = replace(recipe, validation=other)
@@ -173,7 +173,7 @@ def test_what_is_in_both_is_counted_dropped_or_refused(recipe, tmp_path):
     assert prepare(replace(recipe, on_overlap="fail"), workers=1).new
 
 
-def test_near_copies_count_where_they_are_looked_for(recipe, tmp_path):
+def test_near_duplicates_count_in_the_overlap(recipe, tmp_path):
     rng = random.Random(3)
     long = [" ".join(f"w{rng.randrange(10**6)}" for _ in range(200)) for _ in range(30)]
     copies = [long[3] + " end", long[9]]
@@ -186,7 +186,7 @@ def test_near_copies_count_where_they_are_looked_for(recipe, tmp_path):
     assert [counts[near].duplicates for near in (None, False, True)] == [0, 1, 2]
 
 
-def test_the_tail_of_a_corpus_with_copies(recipe, tmp_path):
+def test_the_overlap_of_a_tail_with_duplicates(recipe, tmp_path):
     source = jsonl(tmp_path / "copies", texts(60) * 2)
     tail = replace(recipe, source=source, validation=Tail(fraction=0.25))
     counts = prepare(tail, workers=1).manifest.counts
@@ -201,7 +201,7 @@ def test_the_tail_of_a_corpus_with_copies(recipe, tmp_path):
 
 @pytest.mark.parametrize("kind", ["source", "tail", "store", "key"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_bytes_whatever_the_workers_and_shards(recipe, tmp_path, kind, workers):
+def test_bytes_do_not_depend_on_workers_and_shards(recipe, tmp_path, kind, workers):
     other = replace(recipe, store=str(tmp_path / "other"), source=jsonl(tmp_path / "b", texts(300, seed=2)))
     prepare(other, workers=1)
     own = {
@@ -221,11 +221,11 @@ def test_the_same_bytes_whatever_the_workers_and_shards(recipe, tmp_path, kind, 
     stopped = replace(recipe, store=str(tmp_path / "stopped"))
     for stage, nth in (("tokens", 9), ("publish", 1)):
         with pytest.raises(KeyboardInterrupt):
-            prepare(stopped, workers=1, on_progress=stopped_after(stage, nth))
+            prepare(stopped, workers=1, on_progress=interrupt_at(stage, nth))
     assert contents(Path(prepare(stopped, workers=workers).path))[0] == files
 
 
-def test_an_empty_validation_source_is_one_line_and_leaves_no_version(recipe, tmp_path):
+def test_an_empty_validation_source_is_refused_and_leaves_no_version(recipe, tmp_path):
     (tmp_path / "empty").mkdir()
     for root, field in (("empty", "pattern"), ("nowhere", "root")):
         with raises(ConfigError, f"validation.{field}="):
@@ -239,7 +239,7 @@ def test_an_empty_validation_source_is_one_line_and_leaves_no_version(recipe, tm
         prepare(replace(recipe, source=named.validation, validation=recipe.source), workers=1)
 
 
-def test_what_does_not_go_together_is_refused(recipe):
+def test_fields_that_do_not_fit_together_are_refused(recipe):
     stream = replace(recipe, source=Stdin(), validation=Tail())
     validate(apply(stream, suggested(problem(stream, "source= validation=tail"))))
     with raises(ConfigError, "validation=stdin: by_key, tail, "):
@@ -252,7 +252,7 @@ def test_what_does_not_go_together_is_refused(recipe):
     assert apply(recipe, ["validation=text_files", "validation.root=val"]).validation == TextFiles(root="val")
 
 
-def test_images_of_their_own_source(tmp_path):
+def test_validation_images_of_another_source(tmp_path):
     def images(folder, first, count):
         return jsonl(tmp_path / folder, [{"image": [[n, 1]], "label": n % 3} for n in range(first, first + count)])
 
@@ -271,7 +271,7 @@ def test_images_of_their_own_source(tmp_path):
         apply(recipe, ["validation=tail"])
 
 
-def test_the_commands_tell_the_overlap(tmp_path):
+def test_prepare_and_show_print_the_overlap(tmp_path):
     store, source = str(tmp_path / "store"), jsonl(tmp_path / "train", texts(50))
     path = recipe_file(tmp_path, store, repr(source))
     jsonl(tmp_path / "val", texts(50)[:2])
@@ -285,7 +285,7 @@ def test_the_commands_tell_the_overlap(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray", "dask", "spark"])
 def test_every_engine_gives_the_same_bytes(engine, tmp_path):
-    """As a user starts them: engines start processes, which the one that runs the tests is too busy for."""
+    """Runs the command, because the test process is too busy for the processes that engines start."""
     source, other = jsonl(tmp_path / "train", texts(200)), jsonl(tmp_path / "val", texts(60, seed=1))
     path = recipe_file(tmp_path, tmp_path / "one", repr(source))
     validation = ("validation=jsonl", f"validation.root={other.root}")

@@ -1,4 +1,4 @@
-"""`python -m launch data peek CONFIG --step N --rank R --of P`: exactly what a process is fed at a step."""
+"""`python -m launch data peek CONFIG --step N --rank R --of P`: shows exactly what a process reads at a step."""
 
 import argparse
 import math
@@ -18,20 +18,16 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 
-_SAMPLES, _LARGEST_BATCH = 2**62, 2**24
+_MAX_SAMPLES, _MAX_BATCH = 2**62, 2**24
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the rows of the global batch that the process reads.
-
-    The batch is cut into equal parts in the order of the ranks, as the rows of a mesh are whose batch axes come first.
-    ConfigError where there is no such process, or the batch does not divide.
-    """
+    """Prints the rows of the global batch that the process reads; ConfigError if there is no such process."""
     if options.rank >= options.of:
-        raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
-    data, global_batch, rows, hint = _what(options)
-    if options.step >= (last := _SAMPLES // global_batch):
-        raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {last - 1} or less")
+        raise ConfigError(f"--rank {options.rank}: there are only {options.of} processes; use --rank 0 to {options.of - 1}")
+    data, global_batch, rows, hint = _data_and_rows(options)
+    if options.step >= (end := _MAX_SAMPLES // global_batch):
+        raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {end - 1} or less")
     opened = data.open(hint=hint)
     ids = opened.sample_ids(options.step, global_batch)[rows]
     print(f"step {options.step}, process {options.rank} of {options.of}, {len(rows)} of {global_batch} rows")
@@ -41,55 +37,54 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def _what(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str]:
-    """The data, the rows of a step and those of the process, and the command that makes the data."""
+def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str]:
+    """Returns the data, the global batch size, the rows of the process, and the command that prepares the data."""
     config = load(options.config, options.overrides, imports=options.imports).run
     validate(config)
     size = options.global_batch
     if isinstance(config, Run):
         if size is not None:
             raise ConfigError(f"--global-batch {size}: {options.config} is a run; use train.global_batch={size}")
-        rows, hint = rows_of(config, options.rank, options.of), config_argument.prepare_command(options, config)
+        rows, hint = batch_rows(config, options.rank, options.of), config_argument.prepare_command(options, config)
         return config.data, config.train.global_batch, rows, hint
     if not hasattr(config, "modality") or not hasattr(config, "open"):
-        raise ConfigError(f"{options.config}: is neither a run nor data; name a run such as configs/quickstart.py")
-    if size is None or not 1 <= size <= _LARGEST_BATCH or size % options.of:
-        raise ConfigError(
-            f"--global-batch {size}: {options.config} is data alone, with no batch of its own; use --global-batch "
-            f"{8 * options.of}"
-        )
-    part = size // options.of
-    return config, size, np.arange(part * options.rank, part * (options.rank + 1)), PREPARE
+        raise ConfigError(f"{options.config}: is neither a run nor data; use a run such as configs/quickstart.py")
+    if size is None or not 1 <= size <= _MAX_BATCH or size % options.of:
+        fix = f"use --global-batch {8 * options.of}"
+        raise ConfigError(f"--global-batch {size}: {options.config} is data without a batch size; {fix}")
+    num_rows = size // options.of  # equal ranges in the order of the ranks, as on a mesh whose batch axes come first
+    return config, size, np.arange(num_rows * options.rank, num_rows * (options.rank + 1)), PREPARE
 
 
-def rows_of(run: Run, rank: int, of: int) -> np.ndarray:
-    """The rows of the global batch that a process reads, sorted.
+def batch_rows(run: Run, rank: int, of: int) -> np.ndarray:
+    """Returns the rows of the global batch that process `rank` reads, sorted.
 
-    Devices of the mesh belong to the processes in order, each to have as many; ConfigError where they do not divide.
+    The devices of the mesh are assigned to the processes in order; ConfigError if they cannot be divided equally.
     """
     fixed = math.prod(size for size in run.mesh.sizes if size != -1)
     devices = max(fixed, of)
     if devices % of:
-        raise ConfigError(f"--of {of}: the {fixed} devices of the mesh are not shared evenly by {of}; use --of {fixed}")
+        raise ConfigError(f"--of {of}: the {fixed} devices of the mesh cannot be divided by {of}; use --of {fixed}")
     if fixed < of and -1 not in run.mesh.sizes:
-        raise ConfigError(f"--of {of}: the mesh has {fixed} devices, fewer than processes; use mesh.fsdp={of}")
+        raise ConfigError(f"--of {of}: the mesh has only {fixed} devices, fewer than processes; use mesh.fsdp={of}")
     run = with_mesh_size(run, devices)
     validate(run)
-    mesh = make_mesh(run.mesh, [_Device(id=i, process_index=i // (devices // of), here=rank) for i in range(devices)])
-    one = next(iter(Program(run, mesh).batch.values()))
-    return process_rows(one.sharding, one.shape)
+    per_process = devices // of
+    mesh = make_mesh(run.mesh, [_Device(id=i, process_index=i // per_process, asking=rank) for i in range(devices)])
+    array = next(iter(Program(run, mesh).batch.values()))
+    return process_rows(array.sharding, array.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Device:
-    """What a sharding asks of a device: who has it, and which process asks. JAX starts nothing for it."""
+    """A device as a sharding sees it; no JAX backend is started for it."""
 
     id: int
-    process_index: int
-    here: int
+    process_index: int  # of the process that has it
+    asking: int  # index of the current process
     platform: str = "cpu"
     device_kind: str = "cpu"
 
     @property
     def client(self) -> SimpleNamespace:
-        return SimpleNamespace(process_index=lambda: self.here)
+        return SimpleNamespace(process_index=lambda: self.asking)

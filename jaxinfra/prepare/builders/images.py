@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import override
+from typing import Any, override
 
 import numpy as np
 import xxhash
@@ -51,9 +51,9 @@ def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
 
 def _parse_image(recipe: ImageSet, record: Fields) -> tuple[np.ndarray, int]:
     """Returns the image, uint8[height, width, channels], and the label of a record."""
-    pixels, number = get_field(record, recipe.image), get_field(record, recipe.label)
+    number: Any = get_field(record, recipe.label)
     try:
-        image, label = np.asarray(pixels), operator.index(number)
+        image, label = np.asarray(get_field(record, recipe.image)), operator.index(number)
     except (TypeError, ValueError) as error:
         raise RecordError(f"{recipe.image} or {recipe.label} is not a whole number ({error})") from None
     if image.ndim == 2:

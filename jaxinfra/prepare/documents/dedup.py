@@ -8,6 +8,7 @@ one (512 by default), and about 100 bytes in `find_duplicates`.
 import itertools
 import re
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -111,5 +112,5 @@ def _find_near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndar
     return is_near
 
 
-def _datasketch() -> Any:
+def _datasketch() -> ModuleType:
     return import_optional("datasketch", needed_by="dedup.near=true", install="jaxinfra[dedup]")

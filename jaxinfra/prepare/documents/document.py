@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, override
+from typing import ClassVar, override
 
 from jaxinfra.config.limits import NonEmpty
 from jaxinfra.prepare.sources.record import Fields
@@ -63,7 +63,7 @@ class Text(RecordFormat):
         return [[Span(text=require_str(get_field(record, self.field), self.field))]]
 
 
-def get_field(record: Fields, field: str) -> Any:
+def get_field(record: Fields, field: str) -> object:
     """Returns the value of a field; RecordError, with the names of the fields, if there is none."""
     if field not in record:
         names = [" ".join(str(name).split()) for name in islice(record, _MAX_NAMES)]

@@ -17,12 +17,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.packages import import_optional
 from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, available_cores, driver_python_path, run_job
+
+if TYPE_CHECKING:
+    from pyspark import RDD, SparkContext
 
 _TRIES = 2
 _LOOPBACK = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
@@ -68,15 +71,15 @@ def _ignore_pandas_warning() -> AbstractContextManager[object]:
     return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
-def _use_context(context: Any) -> _Spark:
+def _use_context(context: "SparkContext") -> _Spark:
     """Runs jobs on a SparkContext of this process."""
     tag = f"jaxinfra-{uuid4()}"
 
-    def collect(rows: Any) -> JobResult:
+    def collect(rows: "RDD[JobResult]") -> JobResult:
         context.addJobTag(tag)  # tags are set per thread
         return rows.collect()[0]
 
-    def prepare(function: Callable[[Any], JobResult], job: Any) -> Callable[[], JobResult]:
+    def prepare[J](function: Callable[[J], JobResult], job: J) -> Callable[[], JobResult]:
         return partial(collect, context.parallelize([job], 1).map(function))
 
     cancel = partial(context.cancelJobsWithTag, tag)
@@ -130,14 +133,14 @@ def _connect_remote() -> Iterator[_Spark]:
     with _ignore_pandas_warning():
         session = sql.SparkSession.builder.getOrCreate()
 
-    def prepare(function: Callable[[Any], JobResult], job: Any) -> Callable[[], JobResult]:
+    def prepare[J](function: Callable[[J], JobResult], job: J) -> Callable[[], JobResult]:
         table = session.range(0, 1, 1, 1).mapInArrow(partial(_run_in_arrow, function, job), "result binary")
         return lambda: pickle.loads(table.collect()[0][0])
 
     yield _Spark(prepare=prepare, cancel=session.interruptAll, parallelism=available_cores())
 
 
-def _run_in_arrow(function: Callable[[Any], JobResult], job: Any, batches: Iterator[Any]) -> Iterator[Any]:
+def _run_in_arrow[J](function: Callable[[J], JobResult], job: J, batches: Iterator[object]) -> Iterator[object]:
     import pyarrow
 
     for _ in batches:

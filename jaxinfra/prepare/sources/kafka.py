@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, override
+from types import ModuleType
+from typing import TYPE_CHECKING, override
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
@@ -20,6 +21,12 @@ from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.record import BadRecord, Record, parse_record
 from jaxinfra.prepare.sources.stream import POLL_S, Position, StreamReader, StreamSource
 from jaxinfra.prepare.sources.text import parse_json_object
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, Message, TopicPartition
 
 BROKER_TIMEOUT_S = 60.0
 """Silence after which the brokers count as failed."""
@@ -91,7 +98,7 @@ class Kafka(StreamSource):
 class _KafkaReader(StreamReader):
     """Reads all partitions of a topic. A position maps each partition number to the offset of its next message."""
 
-    def __init__(self, config: Kafka, kafka: Any, consumer: Any, position: Position):
+    def __init__(self, config: Kafka, kafka: ModuleType, consumer: "Consumer", position: Position):
         self._config, self._kafka, self._consumer = config, kafka, consumer
         self._offsets: dict[int, int] = {int(partition): offset for partition, offset in position.items()}
         self._at_eof = set[int]()
@@ -128,14 +135,14 @@ class _KafkaReader(StreamReader):
                 self._partitions()
                 heard_s = time.monotonic()
             for message in messages:
-                if message.error():
-                    self._handle_error(message)
+                if (error := message.error()) is not None:
+                    self._handle_error(message, error)
                 else:
                     yield self._to_record(message)
             if not messages:
                 yield None
 
-    def _to_record(self, message: Any) -> Record | BadRecord:
+    def _to_record(self, message: "Message") -> Record | BadRecord:
         """Parses a message and moves the position behind it."""
         partition, offset, value = message.partition() or 0, message.offset() or 0, message.value() or b""
         self._offsets[partition] = offset + 1
@@ -144,9 +151,9 @@ class _KafkaReader(StreamReader):
         name = f"{self._config.topic}/{partition}@{offset}"
         return parse_record(parse_json_object, value, key=name, location=name)
 
-    def _handle_error(self, message: Any) -> None:
+    def _handle_error(self, message: "Message", error: "KafkaError") -> None:
         """Notes the end of a partition, ignores errors that pass by themselves, and raises all others."""
-        error, partition = message.error(), message.partition() or 0
+        partition = message.partition() or 0
         if error.code() == self._kafka.KafkaError._PARTITION_EOF:
             self._at_eof.add(partition)
         elif error.code() == self._kafka.KafkaError._AUTO_OFFSET_RESET:
@@ -163,7 +170,7 @@ class _KafkaReader(StreamReader):
             raise self._kafka.KafkaException(topic.error)
         return sorted(topic.partitions)
 
-    def _topic_partitions(self, offsets: Mapping[int, int] | Position) -> list[Any]:
+    def _topic_partitions(self, offsets: Mapping[int, int] | Position) -> list["TopicPartition"]:
         topic = self._config.topic
         return [self._kafka.TopicPartition(topic, int(partition), offset) for partition, offset in offsets.items()]
 

@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, override
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, override
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import NonEmpty
@@ -20,6 +21,10 @@ from jaxinfra.prepare.sources.record import BadRecord, Record, Records, Source, 
 from jaxinfra.prepare.sources.text import parse_json_object, parse_text
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import FileInfo, display_url, is_local, list_files, local_path, open_file
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyarrow.parquet import ParquetFile
 
 _BATCH_ROWS = 128
 # Reads through a small buffer instead of whole column chunks, because a row group may be larger than memory.
@@ -65,7 +70,7 @@ class Parquet(FileSource):
                 row += batch.num_rows
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
+    def _open(self, name: str) -> Iterator["ParquetFile"]:
         with _open_for_arrow(self.root, name, "parquet") as (_, file):
             from pyarrow.parquet import ParquetFile
 
@@ -141,7 +146,7 @@ class HuggingFace(Source):
             return sum(batch.num_rows for batch in batches)
 
     @contextmanager
-    def _open_batches(self, name: str) -> Iterator[Iterable[Any]]:
+    def _open_batches(self, name: str) -> Iterator[Iterable["RecordBatch"]]:
         """Opens the record batches of a file; a local file is memory-mapped, so skipping batches reads little."""
         with _open_for_arrow(self.path, name, "huggingface") as (pa, file):
             file.seek(-min(len(_ARROW_END), file.seek(0, 2)), 2)
@@ -203,7 +208,7 @@ class ArrayRecords(FileSource):
 
 
 @contextmanager
-def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[Any, BinaryIO]]:
+def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[ModuleType, BinaryIO]]:
     """Gives pyarrow, which an extra of jaxinfra installs, and an open file; DataError if pyarrow cannot read it."""
     path = f"{display_url(root)}/{name}"
     pa = import_optional("pyarrow", needed_by=path, install=f"jaxinfra[{extra}]")
@@ -216,7 +221,7 @@ def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[Any, Bin
             raise damaged_file(path, cause_of(error)) from error
 
 
-def _read_rows(batch: Any, name: str, first: int) -> Records:
+def _read_rows(batch: "RecordBatch", name: str, first: int) -> Records:
     """Yields the rows of a record batch; `first` is the number of its first row in the file."""
     try:
         rows = batch.to_pylist()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -44,7 +44,9 @@ class TokenizerConfig:
             yield Problem(fields=("special_tokens",), message=message, fix="name each once")
 
 
-def derive_merges[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
+def derive_merges[Token: (str, bytes), Rank: (int, tuple[float, int])](
+    ranks: Mapping[Token, Rank],
+) -> list[tuple[Token, Token]]:
     """Returns all pairs of tokens that form a token, sorted by its rank.
 
     The original libraries store no merges: they merge any pair whose union has the lowest rank.

@@ -100,7 +100,8 @@ def _to_backend(model: Any) -> Backend:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(_SPACE)] if spec.add_dummy_prefix else []
     steps += [normalizers.Replace(" ", _SPACE)] if spec.escape_whitespaces else []
-    splits: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if spec.add_dummy_prefix else []
+    splits: list[pre_tokenizers.PreTokenizer] = []
+    splits += [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if spec.add_dummy_prefix else []
     if user_defined:
         pattern = "|".join(map(re.escape, sorted(user_defined, key=len, reverse=True)))
         splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
@@ -122,7 +123,7 @@ def _to_backend(model: Any) -> Backend:
     return backend
 
 
-def _normalize_characters(charsmap: bytes, user_defined: Sequence[str]) -> list[Any]:
+def _normalize_characters(charsmap: bytes, user_defined: Sequence[str]) -> list[normalizers.Normalizer]:
     """Returns steps that normalize characters, except those of user-defined pieces.
 
     User-defined pieces are replaced by private-use characters meanwhile. `Precompiled` drops the combining marks of a

@@ -1,4 +1,4 @@
-"""What every source must do: its pieces, however they are cut, have every record once and in the same order."""
+"""Helpers that read a source, and the check that its shards have every record once and in order."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from jaxinfra.prepare.sources.record import BadRecord, Record, Source, SourceSha
 WHOLE = 1 << 60
 
 
-def pieces_of(source: Source, shard_bytes: int = WHOLE) -> Sequence[SourceShard]:
+def shards_of(source: Source, shard_bytes: int = WHOLE) -> Sequence[SourceShard]:
     validate(source)
     return source.list_shards(shard_bytes)
 
 
 def read_all(source: Source, shard_bytes: int = WHOLE) -> list[Record | BadRecord]:
-    return [found for piece in pieces_of(source, shard_bytes) for found in source.read(piece)]
+    return [found for shard in shards_of(source, shard_bytes) for found in source.read(shard)]
 
 
 def found(source: Source, shard_bytes: int = WHOLE) -> list[Record]:
@@ -28,18 +28,18 @@ def bad(source: Source, shard_bytes: int = WHOLE) -> list[str]:
     return [f"{each.location}: {each.cause}" for each in read_all(source, shard_bytes) if isinstance(each, BadRecord)]
 
 
-def assert_cuts_do_not_matter(source: Source, splits: Sequence[int], most: int = 0) -> list[Record]:
-    """Returns the records; `most` is a number of pieces that the finest cut must reach."""
+def assert_shards_do_not_matter(source: Source, splits: Sequence[int], most: int = 0) -> list[Record]:
+    """Returns the records; the smallest of `splits` must give at least `most` shards."""
     whole = found(source)
     keys = [each.key for each in whole]
     assert len(set(keys)) == len(keys)
     counts = []
     for shard_bytes in splits:
-        pieces = pieces_of(source, shard_bytes)
-        counts.append(len(pieces))
-        order = [(piece.name, piece.start) for piece in pieces]
+        shards = shards_of(source, shard_bytes)
+        counts.append(len(shards))
+        order = [(shard.name, shard.start) for shard in shards]
         assert order == sorted(set(order))
-        records = [each for piece in pieces for each in source.read(piece)]
+        records = [each for shard in shards for each in source.read(shard)]
         assert [(each.key, each.fields) for each in records if isinstance(each, Record)] == [
             (each.key, each.fields) for each in whole
         ]

@@ -1,4 +1,4 @@
-"""FileSource of folders and stores, and the records of their lines."""
+"""Listing and reading of files, and sources of text files and lines."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.sources import text
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines, zstd
 from jaxinfra.storage.files import list_files, list_folders, open_file
-from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
+from tests.prepare.sources.reading import assert_shards_do_not_matter, bad, found, read_all, shards_of
 from tests.refusals import raises
 
 NAMES = ["a.py", "b.txt", "one/a.py", "one/two/a.py", "one/two/b.py", "one-two/.hidden.py", "z [1]/c.py"]
@@ -25,7 +25,7 @@ NAMES = ["a.py", "b.txt", "one/a.py", "one/two/a.py", "one/two/b.py", "one-two/.
 
 @pytest.fixture(params=["local", "file://", "memory://"])
 def root(request, tmp_path):
-    """The same files in a folder and in a store."""
+    """The root of the same files in a folder and in a bucket."""
     if request.param == "memory://":
         root = "memory://bucket/text"
         fs = fsspec.filesystem("memory")
@@ -64,7 +64,7 @@ def test_patterns_mean_the_same_in_folders_and_stores(root, pattern, names):
     assert [file.name for file in list_files(root, pattern)] == sorted(names)
 
 
-def test_files_are_opened_by_their_names_and_sought_in(root):
+def test_files_are_opened_by_name_and_can_seek(root):
     for file in list_files(root, "**/*"):
         with open_file(root, file.name) as stream:
             assert stream.read().decode() == file.name
@@ -74,7 +74,7 @@ def test_files_are_opened_by_their_names_and_sought_in(root):
     assert list_folders(root) == ["one", "one-two", "z [1]"]
 
 
-def test_what_is_missing_is_told_apart(root):
+def test_missing_files_folders_and_matches_have_different_errors(root):
     with raises(ConfigError, "pattern=*.md: "):
         list_files(root, "*.md")
     with raises(ConfigError, "no"):
@@ -85,7 +85,7 @@ def test_what_is_missing_is_told_apart(root):
         contents(root, "gone.py")
 
 
-def test_the_top_of_a_file_system_is_a_root(tmp_path):
+def test_the_top_of_a_file_system_can_be_a_root(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     below = f"{tmp_path}/*.txt".removeprefix("/")
     assert [file.name for file in list_files("/", below)] == [f"{tmp_path}/a.txt".removeprefix("/")]
@@ -96,7 +96,7 @@ def test_the_top_of_a_file_system_is_a_root(tmp_path):
     fs.rm("/top.txt")
 
 
-def test_a_file_for_a_root_is_refused(tmp_path):
+def test_a_root_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with raises(ConfigError, f"root={tmp_path}/a.txt: file"):
         list_files(str(tmp_path / "a.txt"), "**/*")
@@ -117,7 +117,7 @@ def test_a_replaced_file_has_another_stamp(tmp_path):
         assert len({first[index].stamp, second[index].stamp, third[index].stamp}) == 3
 
 
-def test_links_to_folders_and_to_nothing_are_no_files(tmp_path):
+def test_links_to_folders_and_broken_links_are_ignored(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("a")
     (tmp_path / "folder").symlink_to(tmp_path / "real")
@@ -127,7 +127,7 @@ def test_links_to_folders_and_to_nothing_are_no_files(tmp_path):
 
 @pytest.fixture
 def as_nobody():
-    """Root may read everything: become somebody else for a while."""
+    """Drops the rights of root, who may read everything."""
     if os.geteuid() == 0:
         os.seteuid(65534)
         yield
@@ -136,7 +136,7 @@ def as_nobody():
         yield
 
 
-def test_a_folder_that_may_not_be_listed_is_an_error(as_nobody):
+def test_a_folder_that_cannot_be_listed_is_an_error(as_nobody):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "a.txt").write_text("a")
@@ -155,12 +155,12 @@ def test_a_folder_that_may_not_be_listed_is_an_error(as_nobody):
 
 
 @pytest.mark.parametrize("root", ["nothing://bucket", "adl://bucket/x"])
-def test_a_url_that_nothing_reads_is_refused(root):
+def test_an_unknown_url_scheme_is_refused(root):
     with raises(ConfigError, f"root={root}: {root.partition('://')[0]}://"):
         list_files(root, "*")
 
 
-def test_a_missing_package_is_named_by_the_extra_without_the_credentials(monkeypatch):
+def test_a_missing_package_is_named_without_the_credentials(monkeypatch):
     def url_to_fs(url):
         raise ImportError("Install s3fs to access S3")
 
@@ -170,22 +170,22 @@ def test_a_missing_package_is_named_by_the_extra_without_the_credentials(monkeyp
     assert "secret" not in str(error.value)
 
 
-def test_text_files_are_documents_with_their_names_for_keys(tmp_path):
+def test_text_files_are_documents_keyed_by_name(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\ntwo é\n".encode())
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     (tmp_path / "c.txt").write_bytes(b"c")
     (tmp_path / "empty.txt").write_bytes(b"")
     source = TextFiles(root=str(tmp_path), pattern="**/*.txt", min_bytes=2)
-    assert [piece.name for piece in pieces_of(source)] == ["a.txt", "b.txt"]
+    assert [shard.name for shard in shards_of(source)] == ["a.txt", "b.txt"]
     assert bad(source) == ["b.txt: not UTF-8 at byte 3"]
-    (each,) = assert_cuts_do_not_matter(TextFiles(root=str(tmp_path), pattern="a*"), [1, 5])
+    (each,) = assert_shards_do_not_matter(TextFiles(root=str(tmp_path), pattern="a*"), [1, 5])
     assert (each.key, each.location, each.fields) == ("a.txt", "a.txt", {"text": "one\r\ntwo é\n"})
     with raises(ConfigError, "min_bytes=100: 4"):
-        pieces_of(TextFiles(root=str(tmp_path), pattern="*", min_bytes=100))
+        shards_of(TextFiles(root=str(tmp_path), pattern="*", min_bytes=100))
 
 
-def test_the_standard_library_is_the_one_that_runs():
-    names = [piece.name for piece in pieces_of(TextFiles())]
+def test_stdlib_is_the_running_standard_library():
+    names = [shard.name for shard in shards_of(TextFiles())]
     root = Path(sysconfig.get_path("stdlib"))
     own = {"site-packages", "dist-packages", "__pycache__"}
     found = (path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size)
@@ -198,7 +198,7 @@ def texts(source, shard_bytes=1 << 60):
 
 @pytest.fixture
 def ragged(tmp_path):
-    """Lines of every length, some empty, ends of both kinds, the last without an end."""
+    """A folder of lines of every length, some empty, with both line ends, the last one without."""
     rng = random.Random(0)
     rows = ["x" * rng.choice([0, 1, 2, 7, 90]) + "é漢" * rng.randrange(3) for _ in range(40)]
     for name, ends in (("a.txt", ["\n"]), ("b/c.txt", ["\r\n", "\n"])):
@@ -209,21 +209,21 @@ def ragged(tmp_path):
     return tmp_path
 
 
-def test_every_line_is_read_once_as_python_reads_it_wherever_files_are_cut(ragged):
-    records = assert_cuts_do_not_matter(TextLines(root=str(ragged)), [1, 2, 3, 10, 100, 1000], most=1000)
+def test_every_line_is_read_once_wherever_files_are_split(ragged):
+    records = assert_shards_do_not_matter(TextLines(root=str(ragged)), [1, 2, 3, 10, 100, 1000], most=1000)
     rows = [row for name in ("a.txt", "b/c.txt") for row in (ragged / name).read_bytes().decode().split("\n")]
     assert [each.fields["text"] for each in records] == [row.removesuffix("\r") for row in rows if row.strip("\r")]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_compressed_files_have_the_same_records_and_are_not_cut(ragged, tmp_path_factory, suffix):
+def test_compressed_files_have_the_same_records_and_are_not_split(ragged, tmp_path_factory, suffix):
     plain = (ragged / "a.txt").read_bytes()
     root = tmp_path_factory.mktemp("compressed")
     pack = gzip.compress if suffix == ".gz" else zstd.compress
     # Two members, as `cat a.gz b.gz` gives.
     (root / f"a.txt{suffix}").write_bytes(pack(plain[:500]) + pack(plain[500:]))
     source = TextLines(root=str(root))
-    assert len(pieces_of(source, 10)) == 1
+    assert len(shards_of(source, 10)) == 1
     assert texts(source) == texts(TextLines(root=str(ragged), pattern="a.txt"))
     keys = [each.key.partition("@")[2] for each in found(source)]
     assert keys == [each.key.partition("@")[2] for each in found(TextLines(root=str(ragged), pattern="a.txt"))]
@@ -231,7 +231,7 @@ def test_compressed_files_have_the_same_records_and_are_not_cut(ragged, tmp_path
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_damaged_compressed_file_is_named_and_never_read_as_a_shorter_one(tmp_path, suffix, damage):
+def test_a_damaged_compressed_file_is_an_error(tmp_path, suffix, damage):
     body = b"".join(b"%d\n" % number for number in range(100_000))
     if suffix == ".gz":
         packed = bytearray(gzip.compress(body))
@@ -246,7 +246,7 @@ def test_a_damaged_compressed_file_is_named_and_never_read_as_a_shorter_one(tmp_
         read_all(TextLines(root=str(tmp_path)))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\n\ufefftwo\n".encode())
     assert texts(TextLines(root=str(tmp_path))) == ["one", "\ufefftwo"]
     (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "one"}\n'.encode())
@@ -277,7 +277,7 @@ BAD_LINES = {
 }
 
 
-def test_bad_lines_are_named_by_number_and_cause_wherever_files_are_cut(tmp_path):
+def test_bad_lines_are_named_by_number_wherever_files_are_split(tmp_path):
     rows = []
     for line in BAD_LINES:
         rows += [b'{"text": "fine"}', b"", line]
@@ -288,21 +288,21 @@ def test_bad_lines_are_named_by_number_and_cause_wherever_files_are_cut(tmp_path
         assert len(read_all(Jsonl(root=str(tmp_path)), shard_bytes)) == 2 * len(BAD_LINES)
 
 
-def test_what_json_can_spell_is_read(tmp_path):
+def test_all_of_json_is_read(tmp_path):
     lines = [
         r'{"text": "\ud83d\ude00 \u00e9", "n": 123456789012345678901234567890, "deep": {"a": [null, true]}}',
         '{"nan": NaN, "inf": -Infinity}',
         '  {"text": "漢"}  ',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    records = [each.fields for each in assert_cuts_do_not_matter(Jsonl(root=str(tmp_path)), [1, 50])]
+    records = [each.fields for each in assert_shards_do_not_matter(Jsonl(root=str(tmp_path)), [1, 50])]
     assert records[0] == json.loads(lines[0])
     assert records[0]["text"] == "😀 é"
     assert str(records[1]) == "{'nan': nan, 'inf': -inf}"
     assert records[2] == {"text": "漢"}
 
 
-def test_where_a_record_is_found(tmp_path):
+def test_locations_and_keys_of_records(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
     assert [each.location for each in found(Jsonl(root=str(tmp_path)))] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
     assert [each.location for each in found(Jsonl(root=str(tmp_path)), 10)][-1] == "a.jsonl at byte 19"
@@ -310,7 +310,7 @@ def test_where_a_record_is_found(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """200 MB of text in a file of some kilobytes: the worst a decompressor is given."""
+    """A file of some kilobytes with 200 MB of text is the worst case for a decompressor."""
     line = json.dumps({"text": "word " * 2000}).encode() + b"\n"
     with zstd.open(tmp_path / "a.jsonl.zst", "wb") as file:
         for _ in range(20_000):
@@ -320,7 +320,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         from jaxinfra.prepare.sources.any_source import Jsonl
         source = Jsonl(root=sys.argv[1])
         before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        count = sum(1 for piece in source.list_shards(1 << 20) for found in source.read(piece))
+        count = sum(1 for shard in source.list_shards(1 << 20) for found in source.read(shard))
         grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
         heavy = {"jax", "pyarrow", "datasets", "PIL", "array_record", "s3fs"} & set(sys.modules)
         print(count, grown_kb, *heavy)

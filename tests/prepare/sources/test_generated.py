@@ -1,4 +1,4 @@
-"""Records that are made or decoded: functions, synthetic documents, images."""
+"""Sources of functions, synthetic documents and images."""
 
 import sys
 from collections import Counter, defaultdict
@@ -10,7 +10,7 @@ from PIL import Image
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.prepare.sources.generated import PythonSource, Synthetic
 from jaxinfra.prepare.sources.image_folders import ImageFolders
-from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
+from tests.prepare.sources.reading import assert_shards_do_not_matter, bad, found, read_all, shards_of
 from tests.refusals import names, raises
 
 MODULE = """
@@ -42,7 +42,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_function_yields_records(module):
-    one, two = assert_cuts_do_not_matter(PythonSource(factory=f"{module}:plain"), [1, 100])
+    one, two = assert_shards_do_not_matter(PythonSource(factory=f"{module}:plain"), [1, 100])
     assert one.fields == {"text": "one"}
     assert two.fields == {"text": "two", "n": 2}
     assert two.key == "own_records:plain/0#1"
@@ -50,9 +50,9 @@ def test_a_function_yields_records(module):
 
 def test_a_function_yields_its_shards(module):
     source = PythonSource(factory=f"{module}:sharded", num_shards=3)
-    records = assert_cuts_do_not_matter(source, [1], most=3)
+    records = assert_shards_do_not_matter(source, [1], most=3)
     assert [each.fields["text"] for each in records] == [*"0369", *"147", *"258"]
-    assert {piece.stamp for piece in pieces_of(source)} == {"3:7"}
+    assert {shard.stamp for shard in shards_of(source)} == {"3:7"}
 
 
 def test_errors_of_a_function_name_it_and_the_record(module):
@@ -71,14 +71,14 @@ def test_errors_of_a_function_name_it_and_the_record(module):
         ("own_broken:f", "ZeroDivisionError:"),
     ],
 )
-def test_a_function_that_is_not_there_is_named(module, factory, cause):
+def test_a_missing_function_is_named(module, factory, cause):
     with raises(ConfigError, f"factory={factory}: {cause}"):
-        pieces_of(PythonSource(factory=factory))
+        shards_of(PythonSource(factory=factory))
 
 
-def test_synthetic_documents_depend_on_seed_and_number_alone():
+def test_synthetic_documents_depend_on_seed_and_number_only():
     source = Synthetic(num_documents=50, mean_words=20, vocab_size=100)
-    records = assert_cuts_do_not_matter(source, [100, 1000], most=50)
+    records = assert_shards_do_not_matter(source, [100, 1000], most=50)
     assert len({each.fields["text"] for each in records}) == 50
     more = found(Synthetic(num_documents=60, mean_words=20, vocab_size=100))
     assert more[:50] == records
@@ -86,7 +86,7 @@ def test_synthetic_documents_depend_on_seed_and_number_alone():
 
 
 @pytest.mark.parametrize("vocabulary", [2, 70, 71, 5000])
-def test_synthetic_words_are_as_many_as_asked_and_can_be_learned(vocabulary):
+def test_synthetic_documents_have_the_requested_statistics(vocabulary):
     records = found(Synthetic(num_documents=400, mean_words=100, vocab_size=vocabulary))
     words = [each.fields["text"].replace(".", "").split() for each in records]
     lengths = [len(document) for document in words]
@@ -116,7 +116,7 @@ def images(tmp_path):
     return tmp_path, pixels
 
 
-def test_images_are_labelled_by_their_folders(images):
+def test_images_are_labeled_by_folder(images):
     root, pixels = images
     source = ImageFolders(root=str(root))
     records = found(source, 1)
@@ -126,8 +126,8 @@ def test_images_are_labelled_by_their_folders(images):
         ("cat-like/1.png", 1, "cat-like"),
         ("dog/1.png", 2, "dog"),
     ]
-    assert len(pieces_of(source, 1)) == 4
-    assert len(pieces_of(source)) == 3
+    assert len(shards_of(source, 1)) == 4
+    assert len(shards_of(source)) == 3
     for pattern in ("*/**/*", "**/*"):
         for each, again in zip(records, found(ImageFolders(root=str(root), pattern=pattern)), strict=True):
             assert np.array_equal(each.fields["image"], pixels[each.key])
@@ -136,7 +136,7 @@ def test_images_are_labelled_by_their_folders(images):
     assert [(each.fields["image"].shape, each.fields["label"]) for each in grey] == [((5, 7, 1), 2)]
 
 
-def test_images_turned_damaged_and_deep(tmp_path):
+def test_images_that_are_rotated_damaged_or_16_bit(tmp_path):
     (tmp_path / "a").mkdir()
     pixels = np.zeros((2, 3, 3), np.uint8)
     turned = Image.fromarray(pixels)
@@ -153,10 +153,10 @@ def test_images_turned_damaged_and_deep(tmp_path):
     assert "more than 8 bits" in bad(source)[-1]
 
 
-def test_images_that_change_after_they_were_listed_are_not_read(images):
+def test_images_that_change_after_listing_are_refused(images):
     root, _ = images
     source = ImageFolders(root=str(root))
-    pieces = pieces_of(source)
+    shards = shards_of(source)
     (root / "cat" / "1.png").unlink()
     with raises(StorageError, "/cat: changed"):
-        list(source.read(pieces[0]))
+        list(source.read(shards[0]))

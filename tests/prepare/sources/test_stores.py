@@ -1,4 +1,4 @@
-"""The records of S3 and Google Cloud Storage are those of a folder, with their own clients and real requests."""
+"""Sources read the same records from S3 and Google Cloud Storage as from a folder, with real clients."""
 
 import json
 
@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError, StorageError
 from jaxinfra.prepare.sources.tables import Parquet
 from jaxinfra.prepare.sources.text import Jsonl, zstd
 from jaxinfra.storage.files import list_files
-from tests.prepare.sources.reading import assert_cuts_do_not_matter, found, read_all
+from tests.prepare.sources.reading import assert_shards_do_not_matter, found, read_all
 from tests.refusals import raises
 
 ROWS = [{"text": f"row {number} é" * 20, "n": number} for number in range(500)]
@@ -19,7 +19,7 @@ ROWS = [{"text": f"row {number} é" * 20, "n": number} for number in range(500)]
 
 @pytest.fixture
 def fresh_clients():
-    """fsspec keeps its clients: those of another test speak to another server."""
+    """Clears the clients that fsspec caches, which are connected to the server of another test."""
     yield
     for kind in ("s3", "gs"):
         fsspec.get_filesystem_class(kind).clear_instance_cache()
@@ -40,9 +40,9 @@ def root(server, tmp_path, fresh_clients):
     return url
 
 
-def test_records_of_a_store_are_those_of_a_folder(server, root, tmp_path):
+def test_records_of_a_bucket_equal_those_of_a_folder(server, root, tmp_path):
     for kind in (Jsonl, Parquet):
-        stored = assert_cuts_do_not_matter(kind(root=root), [1000], most=3)
+        stored = assert_shards_do_not_matter(kind(root=root), [1000], most=3)
         assert [(each.key, each.fields) for each in stored] == [
             (each.key, each.fields) for each in found(kind(root=str(tmp_path)))
         ]
@@ -59,23 +59,23 @@ def test_a_replaced_object_has_another_stamp(server, root):
     assert len(list_files(root, "new.*")) == 1  # what was listed before is not remembered
 
 
-def test_a_store_that_answers_badly_is_asked_again(server, root):
+def test_failed_requests_are_retried(server, root):
     server.faults.unavailable = 0.2
     assert [each.fields for each in found(Jsonl(root=root, pattern="a.jsonl"), 5000)] == ROWS
     assert server.faults.fired > 0
 
 
-def test_what_a_store_refuses_is_told_apart(server, root):
+def test_missing_buckets_and_objects_have_different_errors(server, root):
     for missing in (f"{root}/nowhere", f"{server.scheme}://no-such-bucket-of-tests/x"):
         with raises(ConfigError, "="):
             list_files(missing, "*")
     with raises(StorageError, "gone.jsonl: No such file"):
         source = Jsonl(root=root, pattern="a.jsonl")
-        (piece,) = source.list_shards(1 << 30)
-        list(source.read(type(piece)(name="gone.jsonl", size_bytes=1, stamp="")))
+        (shard,) = source.list_shards(1 << 30)
+        list(source.read(type(shard)(name="gone.jsonl", size_bytes=1, stamp="")))
 
 
-def test_a_store_that_knows_nobody_is_one_line(s3, fresh_clients, monkeypatch):
+def test_wrong_credentials_are_one_line(s3, fresh_clients, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-" + s3.secret)
     url = s3.new_url()
     with raises(StorageError, f"{url}: Permission denied") as error:
@@ -84,7 +84,7 @@ def test_a_store_that_knows_nobody_is_one_line(s3, fresh_clients, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_store_that_is_down_is_one_line_in_the_end(s3, fresh_clients):
+def test_a_server_that_stays_down_is_one_line(s3, fresh_clients):
     s3.faults.down = True
     url = s3.new_url()
     with raises(StorageError, f"{url}: ") as error:

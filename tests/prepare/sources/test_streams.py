@@ -1,4 +1,4 @@
-"""Streams give every record once, wherever they are left and opened again."""
+"""Streams give every record once, wherever they are closed and opened again."""
 
 import json
 import os
@@ -26,16 +26,16 @@ LINES = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in 
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Sends bytes to standard input, in pieces, and ends it."""
+    """Returns a function that sends chunks of bytes to standard input and closes it."""
     threads, opened = [], []
 
-    def sent(*pieces):
+    def sent(*chunks):
         out, into = os.pipe()
 
         def write():
             with os.fdopen(into, "wb", buffering=0) as file:
-                for piece in pieces:
-                    file.write(piece)
+                for chunk in chunks:
+                    file.write(chunk)
 
         threads.append(threading.Thread(target=write))
         threads[-1].start()
@@ -49,29 +49,29 @@ def pipe(monkeypatch):
 
 
 def read(stream: StreamSource, position, batch_bytes=10**6, at_most=10**9) -> list[StreamBatch]:
-    """The blocks of a stream up to its end, or until nothing comes for a second."""
+    """Reads the batches of a stream up to its end, or until nothing arrives for a second."""
     found, quiet = [], 0
     with stream.open(position) as reader:
-        for block in read_batches(reader, batch_bytes, should_stop=lambda: len(found) >= at_most, linger_s=0.1):
-            if block is not None:
-                found.append(block)
-            quiet = quiet + 1 if block is None else 0
+        for batch in read_batches(reader, batch_bytes, should_stop=lambda: len(found) >= at_most, linger_s=0.1):
+            if batch is not None:
+                found.append(batch)
+            quiet = quiet + 1 if batch is None else 0
             if quiet == 2:
                 break
     return found[:at_most]
 
 
 def texts(found: list[StreamBatch]):
-    return [each.fields for block in found for each in block.records if isinstance(each, Record)]
+    return [each.fields for batch in found for each in batch.records if isinstance(each, Record)]
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 3], [len(LINES) - 1], list(range(0, len(LINES), 7))])
-def test_lines_are_read_however_they_come(pipe, cuts):
+def test_lines_are_read_however_they_are_chunked(pipe, cuts):
     pipe(*(LINES[a:b] for a, b in pairwise([0, *cuts, len(LINES)])))
     assert texts(read(Stdin(), {})) == DOCUMENTS
 
 
-def test_standard_input_goes_on_where_it_was_left(pipe):
+def test_standard_input_continues_at_its_position(pipe):
     rng = random.Random(0)
     position, seen = {}, []
     while len(seen) < len(DOCUMENTS):
@@ -96,23 +96,23 @@ def test_another_stream_is_refused(pipe, other):
         read(Stdin(), position)
 
 
-def test_bad_lines_are_named_by_their_numbers_in_the_stream(pipe, monkeypatch):
+def test_bad_lines_of_a_stream_are_named_by_number(pipe, monkeypatch):
     monkeypatch.setattr(module, "MAX_RECORD_BYTES", 100)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 64)
     long = b'{"text": "' + b"x" * 1000 + b'"}\n'
     pipe(b'{"text": "a"}\n\n{broken\n' + long + b'[1]\n{"text": "b"}\n' + long[:-1])
-    found = [each for block in read(Stdin(), {}) for each in block.records]
+    found = [each for batch in read(Stdin(), {}) for each in batch.records]
     assert [each.location for each in found] == [f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7)]
     assert [isinstance(each, BadRecord) for each in found] == [False, True, True, True, False, True]
 
 
-def test_a_block_is_given_when_its_first_record_has_waited():
+def test_a_batch_is_yielded_after_linger_s():
     poll = [Record(key="a", location="a", fields={}), None, None]
     reader = SimpleNamespace(
         read_bytes=0, position={}, poll=lambda: iter(poll), on_commit=lambda _: None, caught_up=lambda: True
     )
     found = list(read_batches(reader, 10**6, should_stop=lambda: False, linger_s=0.0))
-    assert [block and len(block.records) for block in found] == [1, None, None]
+    assert [batch and len(batch.records) for batch in found] == [1, None, None]
 
 
 @pytest.fixture
@@ -122,12 +122,12 @@ def source(kafka_servers, topic, tmp_path):
     return Kafka(bootstrap_servers=kafka_servers, topic=topic, group=topic, settings=str(settings))
 
 
-def test_a_topic_goes_on_where_it_was_left(source, kafka_servers, topic):
+def test_a_topic_continues_at_its_position(source, kafka_servers, topic):
     send(kafka_servers, topic, DOCUMENTS)
     assert not list(source.problems())
     position, seen = {}, []
     while new := read(source, position, batch_bytes=1500, at_most=4):
-        seen += [each for block in new for each in block.records]
+        seen += [each for batch in new for each in batch.records]
         position = json.loads(json.dumps(new[-1].position))
     assert sorted(each.fields["text"] for each in seen) == sorted(each["text"] for each in DOCUMENTS)
     assert len({each.key for each in seen}) == len(DOCUMENTS)
@@ -136,7 +136,7 @@ def test_a_topic_goes_on_where_it_was_left(source, kafka_servers, topic):
     assert texts(read(source, position)) == [{"text": "later"}]
 
 
-def test_the_end_is_seen_when_all_has_come(source, kafka_servers, topic):
+def test_caught_up_when_everything_has_been_read(source, kafka_servers, topic):
     send(kafka_servers, topic, DOCUMENTS[:8])
     with source.open({}) as reader:
         assert not reader.caught_up()
@@ -152,7 +152,7 @@ def test_the_end_is_seen_when_all_has_come(source, kafka_servers, topic):
         assert sum(reader.position.values()) == 9 and not reader.caught_up()
 
 
-def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topic):
+def test_group_offsets_are_written_and_never_read(source, kafka_servers, topic):
     from confluent_kafka import Consumer, TopicPartition
 
     send(kafka_servers, topic, DOCUMENTS[:8])
@@ -165,14 +165,14 @@ def test_the_brokers_hear_of_it_and_are_not_believed(source, kafka_servers, topi
     assert len(texts(read(source, {}))) == 8
 
 
-def test_offsets_that_are_gone_are_an_error(source, kafka_servers, topic):
+def test_expired_offsets_are_an_error(source, kafka_servers, topic):
     send(kafka_servers, topic, DOCUMENTS[:4])
     for position, named in (({"0": 1000}, "partition 0 1000"), ({"9": 1}, "partition 9")):
         with raises(DataError, named):
             read(source, position)
 
 
-def test_brokers_that_vanish_are_no_silence(monkeypatch, tmp_path):
+def test_brokers_that_vanish_are_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("jaxinfra.prepare.sources.kafka.BROKER_TIMEOUT_S", 1.0)
     with ExitStack() as cluster:
         servers = cluster.enter_context(brokers(tmp_path))
@@ -194,7 +194,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         Kafka(bootstrap_servers="h:1", topic="t").open({}).__enter__()
 
 
-def test_brokers_or_topics_that_are_not_there_are_one_line(kafka_servers, monkeypatch, tmp_path):
+def test_missing_brokers_and_topics_are_one_line(kafka_servers, monkeypatch, tmp_path):
     monkeypatch.setattr("jaxinfra.prepare.sources.kafka.BROKER_TIMEOUT_S", 1.0)
     with raises(StorageError, "kafka://127.0.0.1:1/t: metadata"):
         read(Kafka(bootstrap_servers="127.0.0.1:1", topic="t"), {})

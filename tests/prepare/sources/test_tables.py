@@ -1,4 +1,4 @@
-"""Parquet, Hugging Face datasets and ArrayRecord, each written by its own library."""
+"""Sources of Parquet, Hugging Face datasets and ArrayRecord, written by their own libraries."""
 
 import datetime
 import json
@@ -18,7 +18,7 @@ from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
 from jaxinfra.prepare.tokenizers import Bytes
-from tests.prepare.sources.reading import assert_cuts_do_not_matter, bad, found, pieces_of, read_all
+from tests.prepare.sources.reading import assert_shards_do_not_matter, bad, found, read_all, shards_of
 from tests.refusals import raises
 from tests.stores import documents
 
@@ -74,7 +74,7 @@ def array_root(tmp_path_factory):
 
 @pytest.fixture(params=["parquet", "dataset", "array"])
 def source(request, parquet_root, dataset_path, array_root):
-    """The rows in files of each kind, two of them."""
+    """A source of each kind with the same rows in two files."""
     return {
         "parquet": Parquet(root=str(parquet_root)),
         "dataset": HuggingFace(path=str(dataset_path / "one")),
@@ -89,8 +89,8 @@ LAST = {
 }
 
 
-def test_rows_are_read_once_wherever_files_are_cut_and_become_documents(source, tmp_path):
-    records = assert_cuts_do_not_matter(source, [1, 1000, 20_000], most=6)
+def test_rows_are_read_once_wherever_files_are_split(source, tmp_path):
+    records = assert_shards_do_not_matter(source, [1, 1000, 20_000], most=6)
     assert [each.fields for each in records] == ROWS
     assert records[-1].key == LAST[type(source)]
     recipe = Corpus(store=str(tmp_path / "store"), source=source, tokenizer=Bytes(), validation=ByKey(fraction=0.2))
@@ -99,10 +99,10 @@ def test_rows_are_read_once_wherever_files_are_cut_and_become_documents(source, 
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "flip"])
-def test_a_damaged_file_is_named_and_never_read_as_a_shorter_one(source, tmp_path, how):
+def test_a_damaged_table_is_an_error(source, tmp_path, how):
     place = "path" if isinstance(source, HuggingFace) else "root"
     copy = shutil.copytree(getattr(source, place), tmp_path / "copy")
-    name = pieces_of(source)[0].name
+    name = shards_of(source)[0].name
     (copy / name).write_bytes(damaged((copy / name).read_bytes(), how))
     if how == "flip" and place == "path":  # whose files have no checksums
         (copy / name).unlink()
@@ -110,14 +110,14 @@ def test_a_damaged_file_is_named_and_never_read_as_a_shorter_one(source, tmp_pat
         read_all(replace(source, **{place: str(copy)}))
 
 
-def test_columns_of_parquet_are_chosen(parquet_root):
+def test_parquet_columns_can_be_selected(parquet_root):
     records = found(Parquet(root=str(parquet_root), columns=("n", "text")))
     assert [each.fields for each in records] == [{"n": row["n"], "text": row["text"]} for row in ROWS]
     with raises(ConfigError, "columns= a.parquet title; text, n, words, deep"):
         read_all(Parquet(root=str(parquet_root), columns=("n", "title")))
 
 
-def test_rows_that_python_cannot_hold_are_bad_and_the_others_are_read(tmp_path):
+def test_rows_that_python_cannot_represent_are_bad(tmp_path):
     when = pa.array([0, 2**50, 1], pa.timestamp("s"))
     text = pa.array([b"fine", b"fine", b"caf\xe9"]).view(pa.string())
     pq.write_table(pa.table({"when": when, "text": text}), tmp_path / "a.parquet")
@@ -126,7 +126,7 @@ def test_rows_that_python_cannot_hold_are_bad_and_the_others_are_read(tmp_path):
     assert read_all(source)[0].fields == {"when": datetime.datetime(1970, 1, 1), "text": "fine"}
 
 
-def test_a_split_of_a_dataset_is_chosen(dataset_path):
+def test_a_split_of_a_dataset_can_be_selected(dataset_path):
     path = str(dataset_path / "dict")
     assert [each.fields for each in found(HuggingFace(path=path, split="train"))] == ROWS
     expected = datasets.load_from_disk(path)["test"].to_list()
@@ -138,17 +138,17 @@ def test_a_split_of_a_dataset_is_chosen(dataset_path):
         (HuggingFace(path=str(dataset_path)), str(dataset_path)),
     ):
         with raises(ConfigError, named):
-            pieces_of(source)
+            shards_of(source)
 
 
-def test_a_dataset_of_a_store_is_what_it_is_in_a_folder(dataset_path):
+def test_a_remote_dataset_equals_the_local_one(dataset_path):
     datasets.load_from_disk(str(dataset_path / "one")).save_to_disk("memory://one")
-    records = assert_cuts_do_not_matter(HuggingFace(path="memory://one"), [1000])
+    records = assert_shards_do_not_matter(HuggingFace(path="memory://one"), [1000])
     assert [each.fields for each in records] == ROWS
     fsspec.filesystem("memory").rm("/one", recursive=True)
 
 
-def test_array_records_are_decoded_as_told(array_root, tmp_path):
+def test_array_records_are_decoded_as_configured(array_root, tmp_path):
     texts = [each.fields["text"] for each in found(ArrayRecords(root=str(array_root), decode="text"))]
     assert [json.loads(text) for text in texts] == ROWS
     (first, *_) = found(ArrayRecords(root=str(array_root), decode="bytes"))
