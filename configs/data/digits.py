@@ -1,6 +1,6 @@
 """Prepares the 1,797 handwritten digits of scikit-learn (extra `digits`); needs no network."""
 
-from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.corpus import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.sources.any_source import PythonSource
 

@@ -20,7 +20,7 @@ from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
 from jaxinfra.prepare.builders.text import TextStoreBuilder
 from jaxinfra.prepare.parts import Part, PartMetadata
-from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, find_existing, output_fields
+from jaxinfra.prepare.prepare import OnProgress, PreparedVersion, PrepareProgress, find_existing, output_fields
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.stream import LINGER_S, Position, StreamSource, read_batches
@@ -35,7 +35,7 @@ def follow(
     should_stop: Callable[[], bool],
     idle_timeout_s: float | None = None,
     seal_every_tokens: int | None = None,
-    on_progress: Callable[[PrepareProgress], None] = lambda progress: None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> Iterator[PreparedVersion]:
     """Reads a stream from the position of the last call, and seals versions of everything since its beginning.
 
@@ -61,7 +61,7 @@ def follow(
     with open_workspace(store, stream_digest, recipe.work_dir) as work:
         folder = stream_folder(store, stream_digest, recipe.work_dir)
         builder.setup(folder, ())
-        stream = _StreamParts(store, builder, work / "build", folder, stream_digest, on_progress)
+        stream = _StreamParts(store, builder, work, folder, on_progress)
         stream.report("tokens")
         with source.open(stream.position) as reader:
             heard_s = time.monotonic()
@@ -83,16 +83,10 @@ class _StreamParts:
     """The parts of a stream so far, and how many of their tokens are in no version yet."""
 
     def __init__(
-        self,
-        store: ObjectStore,
-        builder: TextStoreBuilder,
-        build: Path,
-        folder: Path,
-        stream_digest: str,
-        on_progress: Callable[[PrepareProgress], None],
+        self, store: ObjectStore, builder: TextStoreBuilder, work: Path, folder: Path, on_progress: OnProgress
     ):
-        self._store, self._builder, self._build, self._folder = store, builder, build, folder
-        self._stream_digest, self._on_progress = stream_digest, on_progress
+        self._store, self._builder, self._build, self._folder = store, builder, work / "build", folder
+        self._stream_digest, self._on_progress = folder.name, on_progress  # the digest names the folder
         self.position: Position = {}
         self.num_parts = self.unsealed_tokens = self._read_bytes = self._new_tokens = 0
         known = {version.made_of for version in versions.list_versions(store)}

@@ -48,6 +48,9 @@ class PrepareProgress:
     tokens: int = 0
 
 
+type OnProgress = Callable[[PrepareProgress], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedVersion:
     """A version that exists."""
@@ -63,7 +66,7 @@ def prepare(
     *,
     engine: EngineName = "local",
     workers: int | None = None,
-    on_progress: Callable[[PrepareProgress], None] = lambda progress: None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> PreparedVersion:
     """Makes a version of the store, unless the recipe has made one of the same files; it becomes the newest version.
 

@@ -26,9 +26,8 @@ def require_store(store: ObjectStore) -> None:
     with storage_errors(f"store={folder}", action="read"):
         names = {each.name for each in nearest.iterdir()}
     # A process that is killed before it lists its version leaves a fingerprint, and a lock of the index.
-    others = {
-        name for name in names - {WORK_DIR, STREAM_DIR} if not (is_fingerprint(name) or name.startswith(versions.INDEX))
-    }
+    names -= {WORK_DIR, STREAM_DIR}
+    others = {name for name in names if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
     if nearest == folder and versions.INDEX not in names and others:
         raise ConfigError(f"store={folder}: is not a store, it holds {min(others)}; use a new or empty folder")
 

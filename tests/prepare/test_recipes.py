@@ -14,7 +14,7 @@ from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.corpus import ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey
 from jaxinfra.prepare.tokenizers import Bytes, SentencePieceModel, Tiktoken, TrainBpe
 from tests.refusals import raises

@@ -14,8 +14,7 @@ from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.formats import Chat, Preference
 from jaxinfra.prepare.prepare import prepare
-from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.corpus import Corpus, ImageSet
 from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, Tail
 from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles

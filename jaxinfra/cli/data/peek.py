@@ -24,7 +24,7 @@ _MAX_SAMPLES, _MAX_BATCH = 2**62, 2**24
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints the rows of the global batch that the process reads; ConfigError if there is no such process."""
     if options.rank >= options.of:
-        raise ConfigError(f"--rank {options.rank}: there are only {options.of} processes; use --rank 0 to {options.of - 1}")
+        raise ConfigError(f"--rank {options.rank}: of {options.of} processes; use --rank 0 to {options.of - 1}")
     data, global_batch, rows, hint = _data_and_rows(options)
     if options.step >= (end := _MAX_SAMPLES // global_batch):
         raise ConfigError(f"--step {options.step}: samples are numbered in 62 bits; use --step {end - 1} or less")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -311,10 +312,8 @@ class SplitWriter:
     def __init__(self, folder: Path, dtype: np.dtype, *, masked: bool):
         self._folder, self._lengths, self._bytes = folder, [np.empty(0, np.int64)], 0
         dtypes = {TOKENS: dtype, MASK: np.dtype(np.uint8)} if masked else {TOKENS: dtype}
-        self._arrays = [
-            HashedArrayWriter(folder / name, each, block=arrays.CHUNK, shard=arrays.SHARD)
-            for name, each in dtypes.items()
-        ]
+        writer = partial(HashedArrayWriter, block=arrays.CHUNK, shard=arrays.SHARD)
+        self._arrays = [writer(folder / name, each) for name, each in dtypes.items()]
 
     def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, num_bytes: int) -> None:
         """Appends documents with their ends; `mask_N` is 1 for tokens in the loss, `num_bytes` is the text's size."""

@@ -99,9 +99,6 @@ def measure_baselines(store: TokenStore) -> dict[str, dict[str, float]]:
     validation_bytes = sum(len(text.encode()) for text in texts)
     if not validation_bytes:
         return {}
-    train, ids = (
-        store.sample_tokens("train", TRAIN_LIMIT_TOKENS),
-        {"vocab_size": info.vocab_size, "eot_id": info.eot_id},
-    )
-    ngram = ngram_bits_per_byte(train, validation, validation_bytes=validation_bytes, **ids)
+    sizes = {"validation_bytes": validation_bytes, "vocab_size": info.vocab_size, "eot_id": info.eot_id}
+    ngram = ngram_bits_per_byte(store.sample_tokens("train", TRAIN_LIMIT_TOKENS), validation, **sizes)
     return {"bits_per_byte": {"xz -6": xz_bits_per_byte(texts), "token 5-gram": ngram}}

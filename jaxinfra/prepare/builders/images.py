@@ -20,7 +20,7 @@ from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder
 from jaxinfra.prepare.documents.document import RecordError, get_field
 from jaxinfra.prepare.documents.shingles import hash128
 from jaxinfra.prepare.parts import Part, PartMetadata
-from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.corpus import ImageSet
 from jaxinfra.prepare.sources.record import Fields
 
 BLOCK_BYTES, SHARD_BLOCKS = 64 * 1024, 256

@@ -117,10 +117,7 @@ def _copy_documents(other: OtherStore, shard: SourceShard, per_record: int, buil
 
 
 def _kept_documents(
-    job: PrepareJob[Corpus],
-    skipped: list[tuple[str, str]],
-    filtered: Counter[str],
-    records: Records | None = None,
+    job: PrepareJob[Corpus], skipped: list[tuple[str, str]], filtered: Counter[str], records: Records | None = None
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
     """Yields split, location and documents of each record that passes the filters; counts the others by rule."""
     corpus = job.recipe

@@ -60,9 +60,7 @@ class Filters:
     stop_words: tuple[str, ...] = STOP_WORDS
     max_digit_fraction: Share | None = _rule(lambda text: text.char_fraction(r"\d+"))
     max_punctuation_fraction: Share | None = _rule(lambda text: text.char_fraction(r"[^\w\s]+|_+"))
-    min_alphabetic_word_fraction: Share | None = _rule(
-        lambda text: _fraction_of(text.words, lambda word: any(map(str.isalpha, word))), 0.8
-    )
+    min_alphabetic_word_fraction: Share | None = _rule(lambda text: _fraction_of(text.words, _has_letter), 0.8)
     max_top_ngram_fractions: tuple[Share, ...] = _rule(lambda text: text.top_ngrams(), (0.20, 0.18, 0.16), off=())
     max_duplicate_ngram_fractions: tuple[Share, ...] = _rule(
         lambda text: text.duplicate_ngrams(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
@@ -177,6 +175,10 @@ def _fraction_of(parts: Sequence[str], predicate: Callable[[str], bool]) -> floa
 
 def _repeated(parts: Sequence[str], size: Callable[[Collection[str]], int]) -> float:
     return _fraction(size(parts) - size(set(parts)), size(parts))
+
+
+def _has_letter(word: str) -> bool:
+    return any(map(str.isalpha, word))
 
 
 def _chars(parts: Iterable[str]) -> int:

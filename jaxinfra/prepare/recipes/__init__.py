@@ -1,6 +1,5 @@
 """Recipes: configs of `data prepare`."""
 
-from jaxinfra.prepare.recipes.corpus import Corpus
-from jaxinfra.prepare.recipes.image_set import ImageSet
+from jaxinfra.prepare.recipes.corpus import Corpus, ImageSet
 
 Recipe = Corpus | ImageSet

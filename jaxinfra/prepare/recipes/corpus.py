@@ -1,4 +1,4 @@
-"""Recipe of a token store: where the text comes from, and what is done to it."""
+"""Recipes of stores of text and of labeled images: where the records come from, and what is done to them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
 from jaxinfra.prepare.documents.filters import Filters
 from jaxinfra.prepare.documents.formats import AnyFormat
-from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, OtherStore
+from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, ImageValidation, OtherStore
 from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.stream import StreamSource
 from jaxinfra.prepare.tokenizers import AnyTokenizer, TrainBpe
@@ -81,3 +81,13 @@ class Corpus(StoreRecipe):
         names = [pack.name for pack in self.packs]
         if len(set(names)) < len(names):
             yield Problem(fields=("packs",), message="two are equal", fix="name each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(StoreRecipe):
+    """Makes a store of images, which must all have the same shape."""
+
+    validation: ImageValidation = ByKey()
+    image: NonEmpty = "image"  # its field: uint8[height, width, channels] or [height, width], or nested lists
+    label: NonEmpty = "label"  # field of the class, a number from 0
+    classes: tuple[str, ...] = ()  # names by number; () if they have none

@@ -7,8 +7,7 @@ from jaxinfra.prepare.sources.stdin import Stdin
 from jaxinfra.prepare.sources.tables import ArrayRecords, HuggingFace, Parquet
 from jaxinfra.prepare.sources.text import Jsonl, TextFiles, TextLines
 
-BoundedSource = (
-    TextFiles | TextLines | Jsonl | Parquet | ArrayRecords | HuggingFace | PythonSource | Synthetic | ImageFolders
-)
+_Files = TextFiles | TextLines | Jsonl | Parquet | ArrayRecords | HuggingFace | ImageFolders
+BoundedSource = _Files | PythonSource | Synthetic
 """Sources with an end, whose records can be listed, read in parallel and read again."""
 AnySource = BoundedSource | Stdin | Kafka

@@ -42,10 +42,8 @@ class ImageFolders(FileSource):
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
         classes = _group_by_class(list_files(self.root, self.pattern))
         if not classes:
-            raise ConfigError(
-                f"pattern={self.pattern}: matches no image in a class folder in {display_url(self.root)}; "
-                "use pattern=*/**/*"
-            )
+            place = f"a class folder of {display_url(self.root)}"
+            raise ConfigError(f"pattern={self.pattern}: matches no image in {place}; use pattern=*/**/*")
         # A shard is a range of the sorted files of a class, because one shard per image would be too many.
         files = map(_merge_files, classes, classes.values())
         return split_files(files, lambda file: len(classes[file.name]), shard_bytes)

@@ -25,9 +25,6 @@ from jaxinfra.prepare.sources.text import parse_json_object
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-if TYPE_CHECKING:
-    from confluent_kafka import Consumer, Message, TopicPartition
-
 BROKER_TIMEOUT_S = 60.0
 """Silence after which the brokers count as failed."""
 _BATCH_MESSAGES = 1000

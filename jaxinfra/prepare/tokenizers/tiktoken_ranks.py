@@ -93,9 +93,8 @@ def convert_tiktoken(config: Tiktoken) -> ConvertedTokenizer:
     if config.end_of_document not in special:
         raise missing_end_of_document(name, config.end_of_document, special)
     if taken := set(special.values()) & set(ranks.values()):
-        raise ConfigError(
-            f"{name}: id {min(taken)} is both in the rank file and a special token; use the encoding of this file"
-        )
+        cause = f"id {min(taken)} is both in the rank file and a special token"
+        raise ConfigError(f"{name}: {cause}; use the encoding of this file")
     try:
         original = library.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         content = _to_json(pattern, ranks, special)
