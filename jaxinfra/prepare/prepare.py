@@ -70,7 +70,7 @@ def prepare(
 ) -> PreparedVersion:
     """Makes a version of the store, unless the recipe has made one of the same files; it becomes the newest version.
 
-    `workers` jobs run at once, None is one per core. A worker holds the largest record and the output of one shard in
+    `workers` jobs run at once; None is one per core. A worker holds the largest record and the output of one shard in
     memory; for assembling see `builders.assemble`.
 
     Raises:

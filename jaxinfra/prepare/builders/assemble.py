@@ -84,9 +84,7 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
 
     Of equal documents the validation split keeps its own, then the first in source order is kept. The overlap of the
     splits is counted before duplicates are removed, and includes near duplicates if those are removed. The documents of
-    a record are kept or dropped together.
-
-    Raises as `StoreBuilder.assemble`.
+    a record are kept or dropped together. Raises as `StoreBuilder.assemble`.
     """
     per_record, dedup = 1, None
     if isinstance(recipe, Corpus):
@@ -200,28 +198,28 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
     document = int(np.searchsorted(np.cumsum(bytes_D), left, side="right"))
     left -= int(bytes_D[:document].sum())
     with parts.open_part(splits.folder, splits.numbers[index]) as part:
-        arrays = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
+        columns = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
     if not form.masked and per_record == 1 and document < len(bytes_D):
         fraction = left / int(bytes_D[document])
-        if halved := _split_document(arrays, document, fraction, tokenizer, corpus.dedup):
-            arrays, document = halved, document + 1
+        if halved := _split_document(columns, document, fraction, tokenizer, corpus.dedup):
+            columns, document = halved, document + 1
     document = document // per_record * per_record
     if not document and not any(map(len, bytes_of_parts[:index])):
         document = per_record  # the first record is for training
-    token = int(arrays["lengths_D"][:document].sum())
-    cuts = {name: token if name.endswith("_N") else document for name in arrays}
-    train = {name: values[: cuts[name]] for name, values in arrays.items()}
-    tail = {name: values[cuts[name] :] for name, values in arrays.items()}
+    token = int(columns["lengths_D"][:document].sum())
+    cuts = {name: token if name.endswith("_N") else document for name in columns}
+    train = {name: values[: cuts[name]] for name, values in columns.items()}
+    tail = {name: values[cuts[name] :] for name, values in columns.items()}
     before, after = splits.numbers[:index], splits.numbers[index + 1 :]
     return replace(splits, tail={"train": [*before, train], "validation": [tail, *after]})
 
 
 def _split_document(
-    arrays: _Arrays, document: int, fraction: float, tokenizer: Tokenizer, dedup: Dedup | None
+    columns: _Arrays, document: int, fraction: float, tokenizer: Tokenizer, dedup: Dedup | None
 ) -> _Arrays | None:
     """Splits a document into two at the first token after `fraction` that begins a character; None if there is none."""
-    start = int(arrays["lengths_D"][:document].sum())
-    tokens_N = arrays["tokens_N"][start : start + int(arrays["lengths_D"][document])]
+    start = int(columns["lengths_D"][:document].sum())
+    tokens_N = columns["tokens_N"][start : start + int(columns["lengths_D"][document])]
     ids, cut = tokens_N[:-1].tolist(), int((len(tokens_N) - 1) * fraction)
     while 0 < cut < len(ids) and tokenizer.decode(ids[max(0, cut - _DECODE_TOKENS) : cut]).endswith("\ufffd"):
         cut += 1
@@ -232,13 +230,13 @@ def _split_document(
     first_bytes = len(texts[0].encode())
     rows: dict[str, Any] = {
         "lengths_D": [len(half_N) for half_N in halves],
-        "bytes_D": [first_bytes, int(arrays["bytes_D"][document]) - first_bytes],
+        "bytes_D": [first_bytes, int(columns["bytes_D"][document]) - first_bytes],
         "digest_D2": [hash128(half_N.tobytes()) for half_N in halves],
     }
     if dedup is not None:
         rows["exact_D2"], rows["near_DP"] = zip(*map(Signer(dedup), texts), strict=True)
-    split = {"tokens_N": np.insert(arrays["tokens_N"], start + cut, tokens_N[-1])}
-    for name, values in arrays.items():
+    split = {"tokens_N": np.insert(columns["tokens_N"], start + cut, tokens_N[-1])}
+    for name, values in columns.items():
         if name != "tokens_N":
             both = np.array(rows[name], values.dtype) if name in rows else values[[document] * 2]
             split[name] = np.concatenate([values[:document], both, values[document + 1 :]])

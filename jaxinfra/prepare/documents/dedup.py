@@ -32,9 +32,8 @@ class Dedup:
 
     Two documents are near duplicates if the Jaccard similarity of their word n-grams reaches the threshold. MinHash
     (Broder 1997) estimates it with an error of about sqrt(s (1 - s) / num_permutations), 0.035 by default. Locality-
-    sensitive hashing proposes the pairs to compare: nine of ten at the threshold, nearly all above it.
-
-    Case and punctuation are ignored, and a Chinese or Japanese character is a word.
+    sensitive hashing proposes the pairs to compare: nine of ten at the threshold, nearly all above it. Case and
+    punctuation are ignored, and a Chinese or Japanese character is a word.
     """
 
     near: bool = False  # whether to look for near duplicates too

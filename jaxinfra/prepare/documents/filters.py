@@ -1,8 +1,4 @@
-"""Quality filters of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1).
-
-A rule whose value is None or () is off. Words are separated by white space; fractions of characters count the
-characters of words only.
-"""
+"""Quality filters of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1)."""
 
 import itertools
 import operator
@@ -34,13 +30,12 @@ def _rule(measure: Callable[["_TextStats"], object], gopher: object = None, *, o
 class Filters:
     """Rules that a text must pass, tried in this order; `Filters.gopher()` has the values of the paper.
 
-    `min_` is the least value that passes, `max_` the greatest. Symbols are `#` and ellipses; punctuation is everything
-    but letters, digits and white space. Empty lines and paragraphs are ignored; a duplicate repeats an earlier one, and
-    its characters are a fraction of those of all lines or paragraphs. Digits and punctuation are fractions of all text.
-    Stop words are lower case, and each counts once.
+    `min_` is the least value that passes, `max_` the greatest; None and () turn a rule off. Words are separated by
+    white space. Symbols are `#` and ellipses; punctuation is all but letters, digits and white space. Empty lines and
+    paragraphs are ignored; a duplicate repeats an earlier one. Stop words are lower case, and each counts once.
 
-    Both n-gram rules are fractions of characters. Top n-grams are the most frequent ones of 2, 3, ... words, if they
-    occur twice. Duplicate n-grams, of 5, 6, ... words, repeat an earlier one.
+    Both n-gram rules are fractions of the characters of all words. Top n-grams are the most frequent ones of 2, 3, ...
+    words, if they occur twice. Duplicate n-grams, of 5, 6, ... words, repeat an earlier one.
     """
 
     min_chars: Natural | None = _rule(lambda text: len(text.text))
