@@ -1,4 +1,4 @@
-"""Batches are read ahead, in order, by any number of processes, into memory that is used again."""
+"""Batches are prefetched in order, for any number of processes, into memory that is reused."""
 
 import gc
 import subprocess
@@ -44,9 +44,9 @@ def batches(data, store, **options):
     return BatchLoader(data, ConcatSamples(data, store, "train"), **{"global_batch": GLOBAL_BATCH} | defaults | options)
 
 
-def validation(data, store, at_most=None, *, global_batch=GLOBAL_BATCH, rows=slice(None)):
-    windows = ConcatSamples(data, store, "validation", at_most)
-    return validation_batches(data, windows, global_batch=global_batch, rows=rows)
+def validation(data, store, limit=None, *, global_batch=GLOBAL_BATCH, rows=slice(None)):
+    samples = ConcatSamples(data, store, "validation", limit)
+    return validation_batches(data, samples, global_batch=global_batch, rows=rows)
 
 
 def assert_same(left, right):
@@ -66,17 +66,17 @@ def assert_threads_end(before):
         time.sleep(0.01)
 
 
-def test_rows_are_the_windows_of_the_order(data, store):
+def test_rows_are_the_sequences_of_sample_ids(data, store):
     every = store.read("train", [0], store.manifest.splits["train"].tokens)[0]
-    windows = (len(every) - 1) // T
+    count = (len(every) - 1) // T
     for step, batch in batches(data, store):
-        ids = sample_ids(step, global_batch=GLOBAL_BATCH, num_samples=windows, seed=3)
+        ids = sample_ids(step, global_batch=GLOBAL_BATCH, num_samples=count, seed=3)
         np.testing.assert_array_equal(batch["inputs"], [every[i * T : i * T + T] for i in ids])
         np.testing.assert_array_equal(batch["targets"], [every[i * T + 1 : i * T + T + 1] for i in ids])
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 6])
-def test_a_run_that_starts_later_reads_the_same_tail(data, store, start):
+def test_a_run_that_starts_later_reads_the_same_batches(data, store, start):
     whole = list(batches(data, store))
     tail = list(batches(data, store, start_step=start, steps=6 - start))
     assert [step for step, _ in tail] == list(range(start, 6))
@@ -85,7 +85,7 @@ def test_a_run_that_starts_later_reads_the_same_tail(data, store, start):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_rows_of_all_processes_make_up_the_same_batch(data, store, processes):
+def test_the_rows_of_all_processes_are_the_global_batch(data, store, processes):
     rows = np.array_split(np.random.default_rng(0).permutation(GLOBAL_BATCH), processes)
     parts = [list(batches(data, store, rows=np.sort(own))) for own in rows]
     for index, (_, whole) in enumerate(batches(data, store)):
@@ -106,24 +106,24 @@ def test_any_step_is_read_without_the_ones_before(data, store):
         far[10**6]
 
 
-def test_validation_batches_cover_the_windows_once_with_equal_shapes(data, store):
+def test_validation_batches_cover_the_split_once_with_equal_shapes(data, store):
     every = store.read("validation", [0], store.manifest.splits["validation"].tokens)[0]
-    windows = (len(every) - 1) // T
-    size = next(n for n in range(7, 20) if windows % n)
+    count = (len(every) - 1) // T
+    size = next(n for n in range(7, 20) if count % n)
     found = list(validation(data, store, global_batch=size))
-    assert len(found) == -(-windows // size)
+    assert len(found) == -(-count // size)
     assert {array.shape for _, batch in found for array in batch.values()} == {(size, T)}
     inputs = np.concatenate([batch["inputs"] for _, batch in found])
     weights = np.concatenate([batch["weights"] for _, batch in found])
-    np.testing.assert_array_equal(inputs[:windows].ravel(), every[: windows * T])
-    np.testing.assert_array_equal(weights[:windows], inputs[:windows] != store.manifest.tokenizer_info.eot_id)
-    assert not weights[windows:].any()
+    np.testing.assert_array_equal(inputs[:count].ravel(), every[: count * T])
+    np.testing.assert_array_equal(weights[:count], inputs[:count] != store.manifest.tokenizer_info.eot_id)
+    assert not weights[count:].any()
 
 
-def test_validation_batches_stop_at_the_windows_asked_for(data, store):
+def test_validation_batches_stop_at_the_limit(data, store):
     few = validation(data, store, 7, global_batch=4, rows=slice(2, 4))
     weights = np.stack([batch["weights"].any(axis=1) for _, batch in few])
-    assert weights.tolist() == [[True, True], [True, False]]  # rows 2, 3 of windows 0-3 and 4-7
+    assert weights.tolist() == [[True, True], [True, False]]  # rows 2, 3 of sequences 0-3 and 4-7
 
 
 def test_validation_batches_have_weights_even_without_masks(data, store):
@@ -135,10 +135,8 @@ def test_validation_batches_have_weights_even_without_masks(data, store):
 
 def test_validation_bytes_are_those_of_the_weighted_targets(data, store):
     tokens = store.read("validation", [0], 5 * T + 1)[0]
-    targets = [
-        int(b) for a, b in zip(tokens[:-1], tokens[1:], strict=True) if a != store.manifest.tokenizer_info.eot_id
-    ]
-    expected = len(store.tokenizer.decode(targets).encode())
+    targets = tokens[1:][tokens[:-1] != store.manifest.tokenizer_info.eot_id]
+    expected = len(store.tokenizer.decode(targets.tolist()).encode())
     found = ConcatSamples(data, store, "validation", 5).n_bytes
     assert abs(found - expected) <= 2  # the last character may be cut, and then decodes to 3 bytes
 
@@ -168,7 +166,7 @@ def test_a_wrong_field_is_named(wrong):
     problem(TokenData(**{"store": "s"} | wrong), f"{next(iter(wrong))}=")
 
 
-def test_damage_met_while_reading_reaches_the_consumer(data, store, monkeypatch):
+def test_damage_found_while_reading_reaches_the_consumer(data, store, monkeypatch):
     def damaged(self, split, starts, length):
         raise DataError("shard 3: damaged")
 
@@ -180,7 +178,7 @@ def test_damage_met_while_reading_reaches_the_consumer(data, store, monkeypatch)
 
 
 class Counted:
-    """Batches of so many bytes a row; those that were made are noted, and one may fail."""
+    """Samples of `row_bytes` each, which notes what is read and can fail."""
 
     def __init__(self, row_bytes, failing=None):
         self.row_bytes, self.failing, self.made = row_bytes, failing, []
@@ -203,7 +201,7 @@ def counted(data, samples, steps=100):
 
 
 @pytest.mark.parametrize(("row_bytes", "ahead"), [(10_000, 5), (10**6, 1), (0, 16)])
-def test_batches_are_made_ahead_in_so_many_bytes(row_bytes, ahead):
+def test_batches_are_made_ahead_within_prefetch_bytes(row_bytes, ahead):
     samples = Counted(row_bytes)
     data = TokenData(store="none", prefetch_bytes=5 * (2 * 10_000 + 16), threads=3)
     with closing(iter(counted(data, samples))) as made:
@@ -216,7 +214,7 @@ def test_batches_are_made_ahead_in_so_many_bytes(row_bytes, ahead):
             assert taken + ahead <= len(samples.made) <= max(data.threads + 1, taken + ahead)
 
 
-def test_fewer_batches_than_threads_are_made_ahead_without_a_word(data, store, caplog):
+def test_prefetching_fewer_batches_than_threads_does_not_warn(data, store, caplog):
     few = replace(data, threads=64, prefetch_bytes=1)
     assert [step for step, _ in batches(few, store)] == list(range(6))
     assert not caplog.records
@@ -239,7 +237,7 @@ def test_prefetching_keeps_the_order_and_ends(data, store):
     assert_threads_end(before)
 
 
-def test_prefetching_can_be_left_at_any_time(data, store):
+def test_prefetching_can_be_closed_at_any_time(data, store):
     before = loader_threads()
     for taken in (0, 1, 5):
         placed = Prefetcher(batches(data, store, steps=10**6), lambda batch: batch)
@@ -269,15 +267,15 @@ def test_prefetching_works_ahead():
         assert len(made) == 4  # one taken, two waiting, one that waits to be put
 
 
-def test_an_error_while_placing_is_raised_after_the_batches_before_it():
-    def place(batch):
+def test_an_error_in_the_transfer_is_raised_after_the_batches_before_it():
+    def transfer(batch):
         if batch["x"] == 2:
-            raise ValueError("cannot place")
+            raise ValueError("cannot transfer")
         return batch
 
-    placed = Prefetcher(((step, {"x": step}) for step in range(5)), place)
+    placed = Prefetcher(((step, {"x": step}) for step in range(5)), transfer)
     assert [next(placed)[0], next(placed)[0]] == [0, 1]
-    with pytest.raises(ValueError, match="cannot place"):
+    with pytest.raises(ValueError, match="cannot transfer"):
         next(placed)
     with pytest.raises(StopIteration):
         next(placed)
@@ -302,8 +300,8 @@ def test_an_error_while_closing_is_raised_and_ends_the_wait():
 REMEDIES = {"reading": "read less", "decoding": "decode less"}
 
 
-def test_threads_count_severally_and_errors_end_the_count(monkeypatch):
-    """Two that run from 1 to 4 and from 2 to 7, the first by an error, are 8 seconds of work."""
+def test_a_stopwatch_sums_threads_and_stops_at_errors(monkeypatch):
+    """Threads that run from 1 to 4, ended by an error, and from 2 to 7 sum to 8 seconds."""
     times_s = iter([1.0, 2.0, 4.0, 7.0])
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(times_s))
     watch = Stopwatch()
@@ -315,7 +313,7 @@ def test_threads_count_severally_and_errors_end_the_count(monkeypatch):
     assert watch.total_s == 8
 
 
-def test_a_run_that_hardly_waits_says_nothing():
+def test_a_run_that_hardly_waits_does_not_warn():
     assert input_bound_warning(5.0, 100.0, {"reading": 50.0, "decoding": 1.0}, REMEDIES) is None
 
 
@@ -371,7 +369,7 @@ def test_each_device_gets_its_part_of_the_global_batch():
 
 
 SHAPE = (64, 1031)
-"""Of no other test: nobody else takes or leaves memory of this size."""
+"""No other test uses buffers of this size."""
 
 
 def address(array: np.ndarray) -> int:
@@ -389,7 +387,7 @@ def test_arrays_are_like_those_of_numpy():
         assert (array == 3).all()
 
 
-def test_memory_is_used_again_once_nothing_refers_to_it():
+def test_memory_is_reused_once_nothing_refers_to_it():
     array = buffers.empty(SHAPE, np.int32)
     first = address(array)
     del array
@@ -400,7 +398,7 @@ def test_memory_is_used_again_once_nothing_refers_to_it():
 @pytest.mark.parametrize(
     "keep", [lambda a: a, lambda a: a[:, 1:], lambda a: a.reshape(-1)[5:].view(np.uint8), memoryview, jax.device_put]
 )
-def test_memory_that_something_refers_to_is_left_alone(keep):
+def test_memory_in_use_is_not_reused(keep):
     array = buffers.empty(SHAPE, np.int32)
     array[:] = 7
     kept = keep(array)
@@ -424,8 +422,8 @@ def test_many_threads_never_share_memory():
         list(pool.map(work, range(4)))
 
 
-def test_memory_that_a_computation_has_yet_to_read_is_left_alone():
-    """A dropped device array lives until what was dispatched on it is done."""
+def test_memory_of_a_pending_computation_is_not_reused():
+    """A dropped device array lives until the computations dispatched on it end."""
 
     @jax.jit
     def slow(x):

@@ -1,4 +1,4 @@
-"""Mixtures of stores, rows of whole documents and pairs of answers, from the config to the batch."""
+"""Mixtures of stores, packed rows and pairs of answers, from the config to the batch."""
 
 import json
 import random
@@ -31,7 +31,7 @@ T = 16
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """Stores whose text is made of one letter each: a, b, c."""
+    """Stores whose texts each repeat one letter: a, b, c."""
     folder = tmp_path_factory.mktemp("mixture")
     found = []
     for letter, documents in (("a", 60), ("b", 200), ("c", 30)):
@@ -54,22 +54,16 @@ def data(stores):
 
 def batches(data, *, start_step=0, steps=30):
     opened = data.open()
-    options = {
-        "global_batch": 12,
-        "rows": slice(None),
-        "start_step": start_step,
-        "steps": steps,
-        "sample_ids": opened.sample_ids,
-    }
-    return list(BatchLoader(data, opened.train, **options))
+    options = {"global_batch": 12, "rows": slice(None), "start_step": start_step, "steps": steps}
+    return list(BatchLoader(data, opened.train, sample_ids=opened.sample_ids, **options))
 
 
 def letters(batch):
-    """Of which store each row is."""
+    """Returns the letter of each row, which names its store."""
     return ["abc"[int(row[row < 128].max()) - ord("a")] for row in batch["inputs"]]
 
 
-def test_shares_are_those_of_the_stages(data):
+def test_stages_set_the_shares(data):
     found = batches(data, steps=110)
     first = Counter(letter for _, batch in found[:10] for letter in letters(batch))
     later = Counter(letter for _, batch in found[10:] for letter in letters(batch))
@@ -78,7 +72,7 @@ def test_shares_are_those_of_the_stages(data):
     assert later["a"] == 0 and abs(later["b"] - later["c"]) <= 40
 
 
-def test_a_run_that_goes_on_reads_the_same_tail(data):
+def test_a_resumed_run_reads_the_same_batches(data):
     whole, tail = batches(data), batches(data, start_step=13, steps=17)
     for (step, left), (other, right) in zip(whole[13:], tail, strict=True):
         assert step == other
@@ -96,22 +90,24 @@ def test_validation_samples_are_of_every_store(data):
     assert every.n_bytes == sum(part.open().validation().n_bytes for part in data.source_configs)
 
 
-def test_how_often_each_source_was_read_is_told(data):
+def test_epochs_of_each_source_are_counted(data):
     opened = data.open()
     read = np.concatenate([opened.sample_ids(step, 16) for step in range(9)])
     counts = np.histogram(read, opened.train.offsets)[0] / np.diff(opened.train.offsets)
     assert [line.split()[-3] for line in opened.epochs_at(9, 16)] == [f"{epochs:.3f}" for epochs in counts]
 
 
-def test_versions_are_pinned_in_the_order_of_the_sources(data):
+def test_versions_apply_in_the_order_of_the_sources(data):
     opened = data.open()
     pinned = data.with_versions(opened.versions)
     assert [each.version for each in pinned.sources] == list(opened.versions)
     assert pinned.open().fingerprint == opened.fingerprint
-    begun = replace(data.sources[0], version=opened.versions[0][:6])
-    named = replace(data, sources=(begun, replace(data.sources[1], version="ab"), data.sources[2]))
+    prefix = replace(data.sources[0], version=opened.versions[0][:6])
+    named = replace(data, sources=(prefix, replace(data.sources[1], version="ab"), data.sources[2]))
     whole = [each.version for each in named.with_versions(opened.versions).sources]
-    assert whole == [opened.versions[0], "ab", opened.versions[2]], "a beginning becomes the whole, another one stays"
+    assert whole == [opened.versions[0], "ab", opened.versions[2]], (
+        "a prefix becomes the whole fingerprint, another one stays"
+    )
     other = replace(data.sources[1], version="none")
     with raises(ConfigError, "data.sources.1.version=none: /store-b; use data.sources.1.version=none"):
         replace(data, sources=(data.sources[0], other, data.sources[2])).open()
@@ -134,11 +130,11 @@ def test_stores_of_other_tokenizers_are_refused(data, store_path):
         ({"curriculum": Curriculum()}, "curriculum= use sources.0.packing=best_fit_by_length"),
     ],
 )
-def test_what_cannot_be_mixed_is_said(data, change, named):
+def test_a_wrong_mixture_is_refused(data, change, named):
     problem(replace(data, **change), named)
 
 
-def test_a_store_that_is_gone_names_how_to_make_it(data, stores, tmp_path):
+def test_a_missing_store_says_how_to_prepare_it(data, stores, tmp_path):
     shutil.copytree(stores[0], tmp_path / "copy")
     gone = replace(data, sources=(data.sources[0], MixSource(store=str(tmp_path / "none"))), stages=())
     with raises(ConfigError, f"data.sources.1.store={tmp_path}/none: data prepare"):
@@ -156,7 +152,7 @@ PACKED = 64
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Documents of 1 to 200 bytes, each beginning with its number."""
+    """Documents of 1 to 200 bytes that start with their number."""
     folder, rng = tmp_path_factory.mktemp("packed"), random.Random(0)
     source = jsonl(folder / "source", [f"{number} " + "x" * int(200 * rng.random() ** 3) for number in range(300)])
     packs = (PackSpec(seq_len=PACKED), PackSpec(seq_len=PACKED, by_length=True))
@@ -199,7 +195,7 @@ def test_validation_rows_count_their_bytes(store):
     assert sum(batch["weights"].sum() for _, batch in batches) == info.tokens - info.documents
 
 
-def test_a_length_that_was_not_packed_says_which_were(store):
+def test_a_missing_packing_lists_the_others(store):
     with raises(ConfigError, "65 64, 64-by-length; PackSpec(seq_len=65)"):
         TokenData(store=store, seq_len=65, packing="best_fit").open()
     with raises(ConfigError, "PackSpec(seq_len=65, by_length=True)"):
@@ -241,7 +237,7 @@ def recipe(tmp_path_factory):
     return recipe
 
 
-def said(tokenizer, batch, side, row):
+def decode_side(tokenizer, batch, side, row):
     used = batch[f"{side}_segments"][row] > 0
     targets = batch[f"{side}_targets"][row]
     learned = batch[f"{side}_weights"][row] > 0
@@ -249,7 +245,7 @@ def said(tokenizer, batch, side, row):
     return tokenizer.decode(whole), tokenizer.decode(targets[learned].tolist())
 
 
-def test_both_sides_begin_alike_and_only_answers_are_learned(recipe):
+def test_both_sides_have_the_prompt_and_only_answers_are_learned(recipe):
     opened = PairData(store=recipe.store, seq_len=PAIR).open()
     count = len(opened.train)
     assert count + len(opened.validation()) == 50
@@ -257,10 +253,10 @@ def test_both_sides_begin_alike_and_only_answers_are_learned(recipe):
     assert {array.shape for array in batch.values()} == {(count, PAIR)}
     seen = []
     for row in range(count):
-        chosen, learned = said(opened.store.tokenizer, batch, "chosen", row)
+        chosen, learned = decode_side(opened.store.tokenizer, batch, "chosen", row)
         number = chosen.partition("?")[0]
         assert (chosen, learned.rstrip("\0")) == (f"{number}? yes {number}", f"yes {number}")
-        rejected, learned = said(opened.store.tokenizer, batch, "rejected", row)
+        rejected, learned = decode_side(opened.store.tokenizer, batch, "rejected", row)
         assert rejected == f"{number}? {'no' * (1 + int(number))}"[-PAIR:]  # and its end
         # The first is an input alone, the last target the end.
         assert learned == ("no" * (1 + int(number)))[-(PAIR - 1) :]
@@ -268,7 +264,7 @@ def test_both_sides_begin_alike_and_only_answers_are_learned(recipe):
     assert len(set(seen)) == count
 
 
-def test_pairs_that_are_cut_keep_their_answers_and_are_counted(recipe, caplog):
+def test_truncated_pairs_keep_their_answers_and_are_counted(recipe, caplog):
     opened = PairData(store=recipe.store, seq_len=110).open()
     assert not caplog.messages
     longest = int(opened.store.lengths("train").max()) - 1
@@ -284,7 +280,7 @@ def test_pairs_that_are_cut_keep_their_answers_and_are_counted(recipe, caplog):
     assert not caplog.messages
 
 
-def test_a_pair_that_is_repeated_is_left_out_whole(recipe, tmp_path):
+def test_both_documents_of_a_repeated_pair_are_left_out(recipe, tmp_path):
     records = [json.loads(line) for line in (Path(recipe.source.root) / "all.jsonl").read_text().splitlines()]
     source = jsonl(tmp_path / "source", records * 2)
     twice = replace(recipe, store=str(tmp_path / "store"), source=source, dedup=Dedup())
@@ -293,7 +289,7 @@ def test_a_pair_that_is_repeated_is_left_out_whole(recipe, tmp_path):
     assert (manifest.counts.records, manifest.counts.duplicates) == (100, 100)
 
 
-def test_pairs_are_no_text_and_text_is_no_pairs(recipe, store_path):
+def test_stores_of_pairs_and_of_text_are_not_interchangeable(recipe, store_path):
     with raises(ConfigError, f"{recipe.store} pairs"):
         TokenData(store=recipe.store).open()
     with raises(ConfigError, f"{store_path} text pairs"):

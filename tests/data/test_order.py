@@ -30,7 +30,7 @@ def test_permute_stays_in_a_huge_range_and_is_injective_there():
     assert len(np.unique(out)) == len(index)
 
 
-def test_every_position_of_a_small_range_is_reached_about_equally_often():
+def test_small_ranges_are_permuted_uniformly():
     size, keys = 7, 14_000
     index = np.tile(np.arange(size), keys)
     key = np.repeat(epoch_keys(0, np.arange(keys, dtype=np.uint64)), size)
@@ -51,7 +51,7 @@ def test_seeds_and_epochs_have_their_own_order():
 
 
 def test_the_order_never_changes():
-    """Runs go on from their step alone, so a changed order would repeat and skip data silently."""
+    """Runs resume from their step alone, so a changed order would silently repeat and skip data."""
     assert sample_ids(0, global_batch=8, num_samples=1000, seed=0).tolist() == [657, 965, 591, 644, 787, 123, 251, 374]
     assert sample_ids(10**9, global_batch=4, num_samples=2**40, seed=42).tolist() == [
         558393253839,
@@ -61,7 +61,7 @@ def test_the_order_never_changes():
     ]
 
 
-def test_indices_of_ranges_of_any_size_go_through_one_call():
+def test_one_call_permutes_ranges_of_different_sizes():
     sizes = [1, 2, 5, 64, 65, 300, 2**13 + 1, 10]
     index = np.concatenate([np.arange(size) for size in sizes])
     size, key = np.repeat(sizes, sizes), np.repeat(epoch_keys(4, np.arange(len(sizes))), sizes)
@@ -73,7 +73,7 @@ def test_indices_of_ranges_of_any_size_go_through_one_call():
 
 
 @pytest.mark.parametrize(("samples", "buckets"), [(100, 8), (97, 5), (3, 8), (1, 1), (1000, 1)])
-def test_a_curriculum_goes_from_short_to_long_and_reads_each_sample_once(samples, buckets):
+def test_a_curriculum_reads_buckets_in_order_and_each_sample_once(samples, buckets):
     curriculum = Curriculum(buckets=buckets, epochs=2)
     ids = shuffled_ids(np.arange(3 * samples), size=samples, seed=6, curriculum=curriculum).reshape(3, samples)
     assert np.array_equal(np.sort(ids, axis=1), np.tile(np.arange(samples), (3, 1)))
@@ -87,13 +87,13 @@ def test_a_curriculum_goes_from_short_to_long_and_reads_each_sample_once(samples
         assert not np.array_equal(ids[0], np.arange(samples))
 
 
-def test_ranges_of_a_curriculum_are_shuffled_each_in_its_way():
+def test_buckets_of_a_curriculum_are_shuffled_differently():
     ids = shuffled_ids(np.arange(400), size=400, seed=6, curriculum=Curriculum(buckets=4)).reshape(4, 100)
     assert len({tuple(row) for row in (ids - 100 * np.arange(4)[:, None]).tolist()}) == 4
 
 
 @pytest.mark.parametrize("wrong", [{"buckets": 0}, {"buckets": 2**14 + 1}, {"epochs": 0}])
-def test_a_wrong_curriculum_is_one_line(wrong):
+def test_a_wrong_curriculum_is_refused(wrong):
     (field,) = wrong
     problem(Curriculum(**wrong), f"{field}={wrong[field]}: use {field}=")
 
@@ -113,13 +113,13 @@ def test_arguments_out_of_range_are_refused(arguments):
         sample_ids(**arguments, seed=0)
 
 
-def read(mixing: MixtureSampler, steps: int, first: int = 0) -> np.ndarray:
-    """Sources and samples of some steps in the order they are read: [2, N]."""
-    return np.concatenate([np.stack(mixing.sample_ids(step)) for step in range(first, first + steps)], axis=1)
+def read(sampler: MixtureSampler, steps: int, first: int = 0) -> np.ndarray:
+    """Returns sources and samples of consecutive steps, [2, N]."""
+    return np.concatenate([np.stack(sampler.sample_ids(step)) for step in range(first, first + steps)], axis=1)
 
 
-def random_mixing(rng: np.random.Generator, steps: int) -> tuple[list[int], list[MixStage], int]:
-    """Lengths, stages and a global batch of any kind, with tiny and unused sources and late stages."""
+def random_mixture(rng: np.random.Generator, steps: int) -> tuple[list[int], list[MixStage], int]:
+    """Returns lengths, stages and a global batch, with tiny and unused sources and late stages."""
     sources = int(rng.integers(1, 9))
     lengths = [int(n) for n in rng.choice([1, 2, 7, 100, 641, 5000], sources)]
     starts = [0, *sorted(rng.choice(np.arange(1, steps), int(rng.integers(0, 4)), replace=False).tolist())]
@@ -134,10 +134,10 @@ def random_mixing(rng: np.random.Generator, steps: int) -> tuple[list[int], list
 @pytest.mark.parametrize("seed", range(20))
 def test_every_source_is_read_in_whole_epochs(seed):
     rng = np.random.default_rng(seed)
-    lengths, stages, global_batch = random_mixing(rng, steps=60)
+    lengths, stages, global_batch = random_mixture(rng, steps=60)
     curriculum = Curriculum(buckets=int(rng.integers(1, 9))) if seed % 2 else None
-    mixing = MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
-    source_N, sample_N = read(mixing, 60)
+    sampler = MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
+    source_N, sample_N = read(sampler, 60)
     for source, length in enumerate(lengths):
         own = sample_N[source_N == source]
         for start in range(0, len(own), length):
@@ -145,15 +145,15 @@ def test_every_source_is_read_in_whole_epochs(seed):
             assert len(np.unique(epoch)) == len(epoch), "a sample comes twice in an epoch"
             assert epoch.min() >= 0
             assert epoch.max() < length
-    assert np.bincount(source_N, minlength=len(lengths)).tolist() == mixing.counts(60)
+    assert np.bincount(source_N, minlength=len(lengths)).tolist() == sampler.counts(60)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shares_are_exact_to_the_stated_bound(seed):
     steps = 80
-    lengths, stages, global_batch = random_mixing(np.random.default_rng(seed), steps)
-    mixing = MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed)
-    source_N, _ = read(mixing, steps)
+    lengths, stages, global_batch = random_mixture(np.random.default_rng(seed), steps)
+    sampler = MixtureSampler(lengths, stages, global_batch=global_batch, seed=seed)
+    source_N, _ = read(sampler, steps)
     at_step = np.searchsorted([stage.start_step for stage in stages], np.arange(len(source_N)) // global_batch, "right")
     share_stages = np.array([np.array(stage.weights) / sum(stage.weights) for stage in stages])
     due_NS = np.cumsum(share_stages[at_step - 1], axis=0)
@@ -166,53 +166,48 @@ def test_shares_are_exact_to_the_stated_bound(seed):
 
 def test_shares_hold_for_thousands_of_sources_and_for_rare_ones():
     weights = tuple(1 / (i + 1) ** 2 for i in range(3000))
-    mixing = MixtureSampler([10] * 3000, [MixStage(weights=weights)], global_batch=64, seed=0)
+    sampler = MixtureSampler([10] * 3000, [MixStage(weights=weights)], global_batch=64, seed=0)
     for step in (1, 77, 10**5, 10**9):
-        off = np.array(mixing.counts(step), float) - 64.0 * step * np.array(weights) / sum(weights)
+        off = np.array(sampler.counts(step), float) - 64.0 * step * np.array(weights) / sum(weights)
         assert np.abs(off).max() < 2
 
 
-def test_a_source_of_no_weight_is_not_read_and_goes_on_where_it_was():
+def test_a_source_of_weight_0_pauses_and_continues_where_it_was():
     stages = [MixStage(weights=(1, 1)), MixStage(start_step=5, weights=(1, 0)), MixStage(start_step=9, weights=(0, 1))]
-    mixing = MixtureSampler([40, 1000], stages, global_batch=10, seed=1)
-    assert set(read(mixing, 4, first=5)[0]) == {0}
-    assert set(read(mixing, 4, first=9)[0]) == {1}
-    assert mixing.counts(5) == [25, 25]
-    assert mixing.counts(9) == [65, 25]
-    source_N, sample_N = read(mixing, 100)
+    sampler = MixtureSampler([40, 1000], stages, global_batch=10, seed=1)
+    assert set(read(sampler, 4, first=5)[0]) == {0}
+    assert set(read(sampler, 4, first=9)[0]) == {1}
+    assert sampler.counts(5) == [25, 25]
+    assert sampler.counts(9) == [65, 25]
+    source_N, sample_N = read(sampler, 100)
     own = sample_N[source_N == 1]
-    alone = np.concatenate(
-        [
-            MixtureSampler([1, 1000], [MixStage(weights=(0, 1))], global_batch=9, seed=1).sample_ids(s)[1]
-            for s in range(90)
-        ]
-    )
+    single = MixtureSampler([1, 1000], [MixStage(weights=(0, 1))], global_batch=9, seed=1)
+    alone = np.concatenate([single.sample_ids(step)[1] for step in range(90)])
     assert np.array_equal(own[:810], alone)
 
 
 @pytest.mark.parametrize("global_batch", [8, 24, 120])
-def test_any_number_of_processes_reads_the_same_batches(global_batch):
-    mixing = MixtureSampler([50, 7, 1], [MixStage(weights=(0.5, 0.3, 0.2))], global_batch=global_batch, seed=3)
+def test_any_number_of_processes_reads_the_same_mixture(global_batch):
+    sampler = MixtureSampler([50, 7, 1], [MixStage(weights=(0.5, 0.3, 0.2))], global_batch=global_batch, seed=3)
     for step, processes in zip(range(7, 40), [1, 2, 3, 4, 8] * 7, strict=False):  # their number changes in mid-run
         rows = np.array_split(np.random.default_rng(step).permutation(global_batch), processes)
-        whole = np.stack(mixing.sample_ids(step))
+        whole = np.stack(sampler.sample_ids(step))
         for part in rows:
-            assert np.array_equal(np.stack(mixing.sample_ids(step, part)), whole[:, part])
+            assert np.array_equal(np.stack(sampler.sample_ids(step, part)), whole[:, part])
 
 
 def test_the_order_of_a_mixture_does_not_depend_on_the_batch_size():
     def order(global_batch: int) -> np.ndarray:
-        return read(
-            MixtureSampler([50, 7], [MixStage(weights=(2, 1))], global_batch=global_batch, seed=3), 960 // global_batch
-        )
+        sampler = MixtureSampler([50, 7], [MixStage(weights=(2, 1))], global_batch=global_batch, seed=3)
+        return read(sampler, 960 // global_batch)
 
     assert np.array_equal(order(4), order(96))
 
 
-def test_one_source_is_read_as_by_itself():
-    mixing = MixtureSampler([97], global_batch=10, seed=5)
+def test_a_mixture_of_one_source_has_the_order_of_the_source():
+    sampler = MixtureSampler([97], global_batch=10, seed=5)
     for step in (0, 9, 10**9):
-        assert np.array_equal(mixing.sample_ids(step)[1], sample_ids(step, global_batch=10, num_samples=97, seed=5))
+        assert np.array_equal(sampler.sample_ids(step)[1], sample_ids(step, global_batch=10, num_samples=97, seed=5))
 
 
 def test_another_source_does_not_reshuffle_the_others():
@@ -223,31 +218,31 @@ def test_another_source_does_not_reshuffle_the_others():
     assert np.array_equal(order([60, 80]), order([60, 80, 50]))
 
 
-def test_without_stages_sources_run_through_their_epochs_together():
+def test_without_stages_all_sources_finish_their_epochs_together():
     assert MixtureSampler([300, 147, 1], global_batch=448, seed=0).counts(3) == [900, 441, 3]
 
 
-def test_decimal_weights_are_taken_at_their_word():
+def test_decimal_weights_are_exact():
     tenths = MixtureSampler([9, 9], [MixStage(weights=(0.1, 0.9))], global_batch=10, seed=0)
     assert tenths.counts(10**17) == [10**17, 9 * 10**17]
 
 
-def test_neighbors_of_a_batch_are_of_any_source():
+def test_each_row_of_a_batch_reads_every_source():
     """Row i of every batch, which one process reads, has its share of every source."""
-    mixing = MixtureSampler([1000, 1000], [MixStage(weights=(1, 1))], global_batch=64, seed=0)
-    first = np.array([mixing.sample_ids(step)[0] for step in range(200)])
+    sampler = MixtureSampler([1000, 1000], [MixStage(weights=(1, 1))], global_batch=64, seed=0)
+    first = np.array([sampler.sample_ids(step)[0] for step in range(200)])
     assert (np.abs(first.mean(axis=0) - 0.5) < 0.2).all()
 
 
 def test_the_order_of_a_mixture_never_changes():
-    """Runs go on from their step alone, so a changed order would repeat and skip data silently."""
+    """Runs resume from their step alone, so a changed order would silently repeat and skip data."""
     stages = [MixStage(weights=(0.7, 0.2, 0.1)), MixStage(start_step=1000, weights=(0.1, 0.2, 0.7))]
-    mixing = MixtureSampler([1000, 10**6, 3], stages, global_batch=8, seed=42, curriculum=Curriculum(buckets=4))
-    assert [array.tolist() for array in mixing.sample_ids(3)] == [
+    sampler = MixtureSampler([1000, 10**6, 3], stages, global_batch=8, seed=42, curriculum=Curriculum(buckets=4))
+    assert [array.tolist() for array in sampler.sample_ids(3)] == [
         [1, 0, 0, 1, 1, 0, 0, 1],
         [248032, 73, 178, 14891, 5765, 137, 1, 86855],
     ]
-    assert [array.tolist() for array in mixing.sample_ids(10**6)] == [
+    assert [array.tolist() for array in sampler.sample_ids(10**6)] == [
         [2, 2, 2, 2, 2, 2, 1, 2],
         [0, 2, 0, 1, 0, 1, 606215, 2],
     ]
@@ -274,7 +269,7 @@ class Owner:
         (1, [(0, (1.0,)), (5, (2.0,)), (5, (1.0,))], "stages.2.start_step=5:"),
     ],
 )
-def test_wrong_stages_are_one_line(sources, stages, named):
+def test_wrong_stages_are_refused(sources, stages, named):
     made = tuple(MixStage(start_step=start, weights=weights) for start, weights in stages)
     problem(Owner(sources=sources, stages=made), named)
     with pytest.raises(ValueError, match="weights|start_step"):

@@ -1,4 +1,4 @@
-"""Windows of a stream of tokens, and documents packed into rows."""
+"""Sequences of consecutive tokens, and documents packed into rows."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,32 +11,27 @@ from jaxinfra.ops.attention import AttentionSpec, reference, splash_interpreted
 EOT = 0
 
 
-def naive(window, eot_id):
-    """Segments, positions and weights of one window, position by position."""
+def naive(tokens, eot_id):
+    """Computes segments, positions and weights of one sequence, position by position."""
     segment, position, rows = 1, 0, []
-    for t, token in enumerate(window[:-1]):
-        if t and window[t - 1] == eot_id:
+    for t, token in enumerate(tokens[:-1]):
+        if t and tokens[t - 1] == eot_id:
             segment, position = segment + 1, 0
         rows.append((segment, position, 0.0 if token == eot_id else 1.0))
         position += 1
     return np.array(rows).T
 
 
-def test_any_window_equals_the_loop_over_positions():
-    window_BW = np.random.default_rng(0).integers(0, 4, (50, 21)).astype(np.uint32)
-    batch = split_inputs_targets(window_BW, eot_id=EOT, mask_documents=True)
-    assert {name: array.dtype for name, array in batch.items()} == {
-        "inputs": np.int32,
-        "targets": np.int32,
-        "segments": np.int32,
-        "positions": np.int32,
-        "weights": np.float32,
-    }
-    for windows in (window_BW, [[EOT] * 5] * 2, [[1] * 5] * 2, [[1, 1, 1, EOT, 1]], [[1] * 4 + [EOT]]):
-        batch = split_inputs_targets(np.array(windows), eot_id=EOT, mask_documents=True)
-        for row, window in enumerate(np.array(windows)):
+def test_sequences_equal_a_loop_over_positions():
+    tokens_BW = np.random.default_rng(0).integers(0, 4, (50, 21)).astype(np.uint32)
+    batch = split_inputs_targets(tokens_BW, eot_id=EOT, mask_documents=True)
+    integers = dict.fromkeys(("inputs", "targets", "segments", "positions"), np.int32)
+    assert {name: array.dtype for name, array in batch.items()} == {**integers, "weights": np.float32}
+    for tokens in (tokens_BW, [[EOT] * 5] * 2, [[1] * 5] * 2, [[1, 1, 1, EOT, 1]], [[1] * 4 + [EOT]]):
+        batch = split_inputs_targets(np.array(tokens), eot_id=EOT, mask_documents=True)
+        for row, own in enumerate(np.array(tokens)):
             found = [batch[name][row] for name in ("segments", "positions", "weights")]
-            np.testing.assert_array_equal(found, naive(window.tolist(), EOT))
+            np.testing.assert_array_equal(found, naive(own.tolist(), EOT))
 
 
 def test_without_masks_there_are_only_inputs_and_targets():
@@ -44,55 +39,51 @@ def test_without_masks_there_are_only_inputs_and_targets():
     assert set(batch) == {"inputs", "targets"}
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
-def test_windows_share_one_token_and_never_run_over_the_end(tokens, windows):
-    assert num_sequences(tokens, 4) == windows
-    assert windows * 4 + 1 <= max(tokens, 1)
+@pytest.mark.parametrize(("tokens", "sequences"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
+def test_sequences_share_one_token_and_end_inside_the_split(tokens, sequences):
+    assert num_sequences(tokens, 4) == sequences
+    assert sequences * 4 + 1 <= max(tokens, 1)
 
 
-def test_a_target_counts_only_if_it_is_learned():
-    window = np.array([[5, 6, EOT, 7, 8]], np.uint16)
+def test_a_target_has_weight_only_if_it_is_learned():
+    tokens = np.array([[5, 6, EOT, 7, 8]], np.uint16)
     mask = np.array([[1, 0, 1, 1, 1]], np.uint8)
-    batch = split_inputs_targets(window, eot_id=EOT, mask_documents=True, mask_BW=mask)
+    batch = split_inputs_targets(tokens, eot_id=EOT, mask_documents=True, mask_BW=mask)
     assert batch["weights"].tolist() == [[0, 1, 0, 1]]  # the first of a document follows the end of another
-    plain = split_inputs_targets(window, eot_id=EOT, mask_documents=False, mask_BW=mask)
+    plain = split_inputs_targets(tokens, eot_id=EOT, mask_documents=False, mask_BW=mask)
     assert set(plain) == {"inputs", "targets", "weights"}
     assert plain["weights"].tolist() == [[0, 1, 1, 1]]
     assert plain["weights"].dtype == np.float32
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_any_packed_batch_equals_the_loop_over_pieces(seed):
+def test_a_packed_batch_equals_a_loop_over_segments(seed):
     rng, seq_len = np.random.default_rng(seed), int(3 + 7 * seed)
     documents = [rng.integers(0, 2**17, n).astype(np.uint32) for n in rng.integers(1, 40, 50)]
     masks = [rng.integers(0, 2, len(document)) for document in documents]
     packs = pack_documents(np.array([len(document) for document in documents]), seq_len)
     chosen = rng.integers(0, packs.num_rows, 6)
-    pieces = [np.arange(packs.row_offsets[row], packs.row_offsets[row + 1]) for row in chosen]
-    parts = [
-        (packs.segment_document[p], packs.segment_start[p], packs.segment_length[p]) for p in np.concatenate(pieces)
-    ]
+    segments = [np.arange(packs.row_offsets[row], packs.row_offsets[row + 1]) for row in chosen]
+    columns = packs.segment_document, packs.segment_start, packs.segment_length
+    parts = [tuple(column[p] for column in columns) for p in np.concatenate(segments)]
     expected = {name: np.zeros((6, seq_len)) for name in ("inputs", "targets", "segments", "positions", "weights")}
-    for row, own in enumerate(pieces):
+    for row, own in enumerate(segments):
         at = 0
         for number, p in enumerate(own, start=1):
-            document, skip, length = packs.segment_document[p], packs.segment_start[p], int(packs.segment_length[p])
-            place, here = (row, slice(at, at + length)), slice(skip, skip + length)
-            after = slice(skip + 1, skip + length + 1)
-            expected["inputs"][place], expected["targets"][place] = (
-                documents[document][here],
-                documents[document][after],
-            )
+            document, start, length = (int(column[p]) for column in columns)
+            place, targets = (row, slice(at, at + length)), slice(start + 1, start + length + 1)
+            expected["inputs"][place] = documents[document][start : start + length]
+            expected["targets"][place] = documents[document][targets]
             expected["segments"][place], expected["positions"][place] = number, np.arange(length)
-            expected["weights"][place] = masks[document][after]
+            expected["weights"][place] = masks[document][targets]
             at += length
         expected["positions"][row, at:] = np.arange(seq_len - at)
     batch = packed_batch(
-        np.concatenate([documents[d][skip : skip + n + 1] for d, skip, n in parts]),
+        np.concatenate([documents[d][start : start + n + 1] for d, start, n in parts]),
         np.array([n for _, _, n in parts]),
-        np.array([len(own) for own in pieces]),
+        np.array([len(own) for own in segments]),
         seq_len=seq_len,
-        mask_N=np.concatenate([masks[d][skip : skip + n + 1] for d, skip, n in parts]),
+        mask_N=np.concatenate([masks[d][start : start + n + 1] for d, start, n in parts]),
     )
     for name, array in expected.items():
         np.testing.assert_array_equal(batch[name], array)
@@ -100,18 +91,17 @@ def test_any_packed_batch_equals_the_loop_over_pieces(seed):
 
 
 @pytest.mark.parametrize("kernel", [reference, splash_interpreted])
-def test_padding_does_not_reach_the_documents(kernel):
-    """Padding is a document of its own to attention: whatever it holds, the others attend to themselves."""
+def test_documents_do_not_attend_to_padding(kernel):
+    """Attention treats padding as a document of its own."""
     rng = np.random.default_rng(0)
     batch = packed_batch(np.arange(102, dtype=np.uint16), np.array([40, 60]), np.array([2]), seq_len=128)
     ids, real_T = jnp.asarray(batch["segments"]), batch["segments"][0] > 0
     q, k, v, noise = rng.normal(size=(4, 1, 128, 2, 128)).astype(np.float32)
     other = np.where(real_T[None, :, None, None], 0, noise)
 
-    def attended(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            kernel(jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), AttentionSpec(), segments=(ids, ids))
-        )[0]
+    def attended(*keys_and_values: np.ndarray) -> np.ndarray:
+        arrays = map(jnp.asarray, (q, *keys_and_values))
+        return np.asarray(kernel(*arrays, AttentionSpec(), segments=(ids, ids)))[0]
 
     plain, moved = attended(k, v), attended(k + other, v + other)
     assert np.isfinite(plain).all()
@@ -120,17 +110,15 @@ def test_padding_does_not_reach_the_documents(kernel):
 
 
 def best_fit_decreasing(lengths: list[int], room: int) -> int:
-    """Rows that the plain algorithm needs, one piece after the other."""
-    rooms: list[int] = []
-    rows = 0
+    """Counts the rows that the plain algorithm needs, segment by segment."""
+    rooms, rows = [], 0
     for length in sorted(lengths, reverse=True):
-        fitting = [left for left in rooms if left >= length]
-        if fitting:
-            rooms.remove(min(fitting))
+        best = min((left for left in rooms if left >= length), default=None)
+        if best is None:
+            best, rows = room, rows + 1
         else:
-            rows += 1
-        left = (min(fitting) if fitting else room) - length
-        rooms += [left] if left else []
+            rooms.remove(best)
+        rooms.append(best - length)
     return rows
 
 
@@ -151,20 +139,20 @@ def test_every_token_but_the_first_is_a_target_once(seed, by_length):
     lengths, seq_len = random_lengths(seed)
     packs = pack_documents(lengths, seq_len, by_length=by_length)
     learned = [np.zeros(int(n), int) for n in lengths]
-    for document, skip, length in zip(packs.segment_document, packs.segment_start, packs.segment_length, strict=True):
-        assert skip + length < len(learned[document]), "a piece reads one token more than it has targets"
-        learned[document][skip + 1 : skip + 1 + length] += 1
+    for document, start, length in zip(packs.segment_document, packs.segment_start, packs.segment_length, strict=True):
+        assert start + length < len(learned[document]), "a segment has one token more than it has targets"
+        learned[document][start + 1 : start + 1 + length] += 1
     for counts in learned:
         assert not counts[:1].any()
         assert (counts[1:] == 1).all()
-    pieces = np.bincount(packs.segment_document, minlength=len(lengths))
-    assert pieces.tolist() == [-(-max(int(n) - 1, 0) // seq_len) for n in lengths], "no piece more than needed"
-    assert packs.cut_documents == (pieces > 1).sum()
+    segments = np.bincount(packs.segment_document, minlength=len(lengths))
+    assert segments.tolist() == [-(-max(int(n) - 1, 0) // seq_len) for n in lengths], "no more segments than needed"
+    assert packs.cut_documents == (segments > 1).sum()
 
 
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_rows_are_never_too_full_and_rise(seed, by_length):
+def test_rows_fit_and_are_sorted_by_their_longest_segment(seed, by_length):
     lengths, seq_len = random_lengths(seed)
     packs = pack_documents(lengths, seq_len, by_length=by_length)
     rows = rows_of(packs, packs.segment_length)
@@ -178,7 +166,7 @@ def test_rows_are_never_too_full_and_rise(seed, by_length):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_more_rows_than_best_fit_decreasing(seed):
+def test_as_many_rows_as_best_fit_decreasing(seed):
     lengths, seq_len = random_lengths(seed)
     packs = pack_documents(lengths, seq_len)
     assert packs.num_rows == best_fit_decreasing(packs.segment_length.tolist(), seq_len)
@@ -190,20 +178,18 @@ def test_packing_is_deterministic_and_does_not_depend_on_the_integer_type():
         found, expected = pack_documents(again, 256), pack_documents(lengths, 256)
         for name in ("segment_document", "segment_start", "segment_length", "row_offsets"):
             assert np.array_equal(getattr(found, name), getattr(expected, name))
-    dtypes = [
-        array.dtype for array in (found.segment_document, found.segment_start, found.segment_length, found.row_offsets)
-    ]
-    assert dtypes == [np.int64, np.int64, np.int32, np.int64]
+    assert found.segment_document.dtype == found.segment_start.dtype == found.row_offsets.dtype == np.int64
+    assert found.segment_length.dtype == np.int32
 
 
-def test_documents_like_those_of_text_fill_the_rows():
+def test_typical_document_lengths_fill_the_rows():
     lengths = np.exp(np.random.default_rng(0).normal(6.3, 1.3, 20_000)).astype(np.int64) + 1
     packs = pack_documents(lengths, 2048)
     assert packs.efficiency > 0.999
     assert packs.cut_documents == (lengths > 2049).sum()
 
 
-def test_rows_far_longer_than_any_table_of_16_bits():
+def test_rows_longer_than_16_bits():
     packs = pack_documents(np.array([70_000, 131_073, 61_074]), 2**17)
     assert packs.num_rows == 2
     assert packs.efficiency == 1.0
