@@ -137,7 +137,7 @@ def test_loss_is_the_cross_entropy_of_the_capped_logits() -> None:
     batch = {"inputs": tokens, "targets": targets, "positions": RESTARTED, "segments": DOCUMENTS, "weights": weights}
     with jax.set_mesh(built.mesh):
         objective = CausalLM(loss_chunks=3)
-        placed = jax.tree.map(built.rows, batch)
+        placed = jax.tree.map(built.put_rows, batch)
         total, sums = jax.jit(lambda p, b: objective.loss(Applied(built), p, b))(built.put(values), placed)
     assert relative_error(total, expected) < TOLERANCE and relative_error(sums["loss"], expected) < TOLERANCE
     assert sums["weight"] == weights.sum()
