@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.manager import CheckpointManager
-from jaxinfra.config import Loaded, diff, record, validate, write_record
+from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
@@ -101,8 +101,11 @@ class Trainer:
         is saved then, and the same call goes on.
         """
         dataset, steps = self.dataset, self.run.train.steps
-        manager = CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint)
-        with StopRequest() as stop, self.run_dir.locked(), manager as self._checkpoints:
+        with (
+            StopRequest() as stop,
+            self.run_dir.locked(),
+            CheckpointManager(self.run_dir.checkpoints, self.run.checkpoint) as self._checkpoints,
+        ):
             self.completed_steps = self._checkpoints.latest_step() or 0
             if self.completed_steps:
                 self.run_dir.check(self._loaded.run, dataset)
@@ -312,6 +315,7 @@ class Trainer:
         with_versions = replace(loaded, run=run, origins=loaded.origins | newest)
         versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
         made = record(with_versions, command=self._command, versions=versions, git=git, devices=devices)
+        made |= {"fingerprint": fingerprint(loaded.run)}
         made |= {"data": dataset.fingerprint, "data_versions": [*dataset.versions]}
         return {**made, "derived": {name: list(value) for name, value in statistics.items()}}
 

@@ -1,0 +1,86 @@
+"""A run that starts from the parameters of another one: `init=runs/OTHER`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfra.config import load
+from jaxinfra.data.pairs import PairData
+from jaxinfra.objectives.dpo import DPO
+from jaxinfra.prepare.documents.formats import Preference
+from jaxinfra.prepare.prepare import prepare
+from jaxinfra.prepare.recipes.validation import ByKey
+from jaxinfra.run import Run
+from jaxinfra.train.trainer import Trainer
+from tests.refusals import refused
+from tests.stores import bytes_recipe, jsonl
+from tests.tiny_run import Tiny
+
+QUICK = ("train.eval_every=none", "checkpoint.save_every=100", "track.console=off")
+
+
+def quick(tiny: Tiny, *overrides: str, name: str) -> Run:
+    return tiny.loaded(f"name={name}", *QUICK, *overrides)
+
+
+@pytest.fixture
+def base(tiny: Tiny) -> Trainer:
+    trainer = Trainer(quick(tiny, name="base"))
+    trainer.train()
+    return trainer
+
+
+def test_starts_from_the_parameters_of_the_other_run(tiny: Tiny, base: Trainer) -> None:
+    """The first loss is what the other run would have had next, on other data order the same parameters."""
+    tuned = Trainer(quick(tiny, f"init={tiny.directory('base')}", "data.seed=5", "train.steps=6", name="tuned"))
+    summary = tuned.train()
+    assert summary["status"] == "finished" and tuned.completed_steps == 6
+    assert tuned.metrics[0]["loss"] < 0.7 * base.metrics[0]["loss"]
+    record = json.loads((tiny.directory("tuned") / "run.json").read_text())
+    other = json.loads((tiny.directory("base") / "run.json").read_text())
+    assert record["init"] == {"run": str(tiny.directory("base")), "step": 12, "fingerprint": other["fingerprint"]}
+
+
+def test_goes_on_only_with_the_same_init(tiny: Tiny, base: Trainer) -> None:
+    init = f"init={tiny.directory('base')}"
+    steps = ("train.steps=6", "optim.schedule.warmup_steps=0")
+    assert tiny.launch(init, "name=tuned", *steps, *QUICK).code == 0
+    again = tiny.launch(init, "name=tuned", *steps, *QUICK)
+    assert again.code == 0 and "nothing to do" in again.out
+    refused(tiny.launch("name=tuned", *steps, *QUICK), "tuned init= base@12 none name=ANOTHER")
+    refused(tiny.launch(f"{init}@5", "name=tuned", *steps, *QUICK), "tuned base@12 base@5 name=ANOTHER")
+
+
+def test_what_cannot_be_started_from_is_refused(tiny: Tiny, base: Trainer) -> None:
+    init = f"init={tiny.directory('base')}"
+    wider = tiny.launch(init, "model.mlp_dim=128", "name=wider", *QUICK)
+    refused(wider, "params.blocks.mlp.down.weight 64 128")
+    refused(tiny.launch(f"init={tiny.runs}/nothing", "name=lost", *QUICK), "nothing run.json runs/quickstart")
+    gone = tiny.launch(f"{init}@7", "name=gone", *QUICK)
+    assert gone.code == 79 and "of step 7" in gone.err and "12" in gone.err
+
+
+def test_preferences_are_learned_against_the_frozen_start(tiny: Tiny, base: Trainer, tmp_path: Path) -> None:
+    """Numbers that rise are chosen over numbers that fall: after a few steps the margin is positive everywhere."""
+    words = [{"prompt": f"{n} ", "chosen": "up up", "rejected": "down"} for n in range(60)]
+    fields = {"format": Preference(template=None), "validation": ByKey(fraction=0.2)}
+    source = jsonl(tmp_path / "source", words)
+    recipe = bytes_recipe(source.root, tmp_path / "pairs", **fields)
+    prepare(recipe, workers=1)
+    run = quick(tiny, f"init={tiny.directory('base')}", "optim.schedule.warmup_steps=0", name="dpo")
+    run = replace(run, objective=DPO(beta=0.5), data=PairData(store=recipe.store, seq_len=16))
+    trainer = Trainer(run)
+    trainer.train()
+    assert trainer.metrics[0]["loss"] == pytest.approx(np.log(2), rel=1e-3)
+    last = [row for row in trainer.metrics if "eval/reward_margin" in row][-1]
+    assert last["eval/reward_margin"] > 0.1 and last["eval/reward_accuracy"] > 0.9
+    reference = [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.state.reference)]
+    for kept, start in zip(reference, jax.tree.leaves(base.state.params), strict=True):
+        assert np.array_equal(kept, np.asarray(start))
+    again = Trainer(replace(run, train=replace(run.train, steps=run.train.steps)))
+    assert again.train()["status"] == "finished before"
+    assert load(trainer.run_dir.record, root=Run).run.objective == DPO(beta=0.5)
