@@ -30,17 +30,10 @@ class BatchLoader:
         steps: int,
         sample_ids: Callable[[int, int], np.ndarray] | None,
     ):
-        """Sets the range of steps; reads nothing yet.
+        """Sets the range of steps, and the `rows` of the global batch that this process reads; reads nothing yet.
 
-        Args:
-            data: says how many threads to use and how much to prefetch.
-            samples: the split to read.
-            global_batch: rows of a batch over all processes.
-            rows: rows of the global batch that this process reads.
-            start_step: first step.
-            steps: number of steps.
-            sample_ids: `Dataset.sample_ids`. None reads all samples once in their own order, with `weights`: rows past
-                the last sample repeat it with weight 0, so that all batches have one shape.
+        `sample_ids` is `Dataset.sample_ids`. None reads all samples once in their own order, with `weights`: rows past
+        the last sample repeat it with weight 0, so that all batches have one shape.
         """
         self.samples = samples
         self._data, self._sample_ids = data, sample_ids

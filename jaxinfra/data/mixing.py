@@ -79,13 +79,8 @@ class MixtureSampler:
     ):
         """Counts the samples before each stage; ValueError if an argument is out of range.
 
-        Args:
-            lengths: samples of each source. More sources at the end change how often the others are read, not in which
-                order.
-            stages: () weighs each source by its length.
-            global_batch: rows of a batch over all processes.
-            seed: any integer.
-            curriculum: orders the first epochs of each source.
+        `lengths` are the samples of each source. More sources at the end change how often the others are read, not in
+        which order. Without `stages`, each source is weighed by its length.
         """
         stages = stages or (MixStage(weights=tuple(lengths)),)
         if not lengths or not all(1 <= length <= MAX_SIZE for length in lengths) or global_batch < 1:

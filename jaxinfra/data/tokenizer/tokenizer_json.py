@@ -154,7 +154,7 @@ def read_backend(content: bytes, name: str) -> Backend:
         raise ConfigError(f"{name}: not a tokenizer.json ({cause_of(error)})") from None
 
 
-def _load_tree(tree: dict[str, Any]) -> Backend:
+def _load_tree(tree: dict[str, object]) -> Backend:
     backend = Backend.from_str(json.dumps(tree))
     backend.encode_special_tokens = True
     return backend

@@ -95,18 +95,18 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
     sizes_H, validation = _read_columns(splits, "validation", names)
     sizes_T, train = _read_columns(splits, "train", names)
-    num_heldout = sum(sizes_H) // per_record  # records; those of the validation split come first in keep_R
+    num_validation = sum(sizes_H) // per_record  # records; those of the validation split come first in keep_R
     if dedup is None:
         validation_RK, train_RK = (columns[0].reshape(-1, 2 * per_record) for columns in (validation, train))
-        overlap_H, keep_R = _rows_in(validation_RK, train_RK), np.ones(num_heldout + len(train_RK), bool)
+        overlap_H, keep_R = _rows_in(validation_RK, train_RK), np.ones(num_validation + len(train_RK), bool)
         if recipe.on_overlap == "drop":
-            keep_R[num_heldout:] = ~_rows_in(train_RK, validation_RK)
+            keep_R[num_validation:] = ~_rows_in(train_RK, validation_RK)
     else:
         validation, train = ([rows[::per_record] for rows in columns] for columns in (validation, train))
         keep_R = ~_find_duplicates(dedup, validation, train)
-        overlap_H = np.zeros(num_heldout, bool)
-        unique_heldout = [rows[keep_R[:num_heldout]] for rows in validation]
-        overlap_H[keep_R[:num_heldout]] = _find_duplicates(dedup, train, unique_heldout)[len(train[0]) :]
+        overlap_H = np.zeros(num_validation, bool)
+        unique_validation = [rows[keep_R[:num_validation]] for rows in validation]
+        overlap_H[keep_R[:num_validation]] = _find_duplicates(dedup, train, unique_validation)[len(train[0]) :]
     if recipe.on_overlap == "fail" and overlap_H.any():
         raise _overlap_error(overlap_H, _read_columns(splits, "validation", ("where_D",))[1][0][::per_record])
     dropped = {"overlap_dropped" if dedup is None else "duplicates": per_record * int((~keep_R).sum())}
