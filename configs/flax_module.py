@@ -65,7 +65,12 @@ def config() -> Run:
     return Run(
         name="flax-module",
         model=ConvModel(),
-        data=TokenData(store="stores/python-stdlib", recipe="configs/data/python_stdlib.py", seq_len=256),
+        data=TokenData(
+            store="stores/python-stdlib",
+            recipe="configs/data/python_stdlib.py",
+            seq_len=256,
+            mask_documents=False,  # the convolutions see the document before
+        ),
         precision=Precision(compute="float32"),
         optim=OptimConfig(optimizer=AdamW(), schedule=Cosine(warmup_steps=20), peak_lr=3e-3),
         train=TrainConfig(steps=250, global_batch=16, eval_every=125),

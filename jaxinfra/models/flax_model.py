@@ -94,7 +94,7 @@ class FlaxModule(Module):
                 "quantized; use precision.quantize=none"
             )
         self.structure = _structure(config, partitioner)
-        shardings = [partitioner.stored_spec(_dotted(path), spec) for path, spec in self.structure.specs.items()]
+        shardings = [partitioner.stored_spec(_name(path), spec) for path, spec in self.structure.specs.items()]
         if partitioner.mesh.tensor > 1 and not any("tensor" in str(sharding) for sharding in shardings):
             raise ConfigError(
                 f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded by it, so its devices would "
@@ -139,7 +139,7 @@ class FlaxModule(Module):
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
             dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
-            stored = self.partitioner.stored_spec(_dotted(path), spec)
+            stored = self.partitioner.stored_spec(_name(path), spec)
             kept = (tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions)
             used = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
             gathered[path] = checkpoint_name(used, GATHERED_WEIGHT)
@@ -160,7 +160,7 @@ class FlaxModule(Module):
             return output, {}
         after = _flat(nnx.state(module))
         stats = {
-            _dotted(path): _summable(after[path]) for path, spec in structure.specs.items() if spec.state == "buffer"
+            _name(path): _summable(after[path]) for path, spec in structure.specs.items() if spec.state == "buffer"
         }
         return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
@@ -170,9 +170,9 @@ class FlaxModule(Module):
             return {}
 
         def mean(path: PathParts, spec: ParamSpec) -> jax.Array:
-            total = stats[_dotted(path)]
+            total = stats[_name(path)]
             value = total / stats[CALLS] if _is_floating(total) else total // stats[CALLS]
-            return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_dotted(path), spec))
+            return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_name(path), spec))
 
         changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if spec.state == "buffer"}
         return {"module": _nested(changed)}
@@ -199,7 +199,7 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
     abstract = nnx.eval_shape(lambda: _make(config, nnx.Rngs(0)))
     nodes, name = dict(nnx.iter_graph(abstract)), type(config).__qualname__
     specs = {
-        path: _spec(f"{name}: module.{_dotted(path)}", str(path[-1]), variable, nodes.get(path[:-1]), partitioner)
+        path: _spec(f"{name}: {_name(path)}", str(path[-1]), variable, nodes.get(path[:-1]), partitioner)
         for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Not(nnx.RngState)))
     }
     if not any(spec.state == "trained" for spec in specs.values()):
@@ -262,7 +262,7 @@ def _restarted(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> 
     """A stream's key, or its counter, at the start of a step."""
     if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape.shape, shape.dtype)
-    own = param_key(key, _dotted(path))
+    own = param_key(key, _name(path))
     return jax.random.split(own, shape.shape) if shape.shape else own
 
 
@@ -289,5 +289,5 @@ def _at(tree: Any, path: PathParts) -> Any:
     return tree
 
 
-def _dotted(path: PathParts) -> str:
-    return ".".join(map(str, path))
+def _name(path: PathParts) -> str:
+    return ".".join(map(str, ("module", *path)))
