@@ -165,7 +165,7 @@ class Transformer(LayeredModule):
         )
 
     def hidden_states(self, batch: Inputs) -> jax.Array:
-        """Returns the stream after the final norm for whole sequences (see `embed`): `[B, T, D]`, whole positions."""
+        """Returns the hidden states after the final norm, `[B, T, D]`; see `embed` for the batch."""
         return self.final_norm(self.apply_layers(self.embed(batch), batch)[0])
 
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

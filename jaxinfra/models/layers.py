@@ -90,9 +90,9 @@ class Linear(nnx.Module):
         in_shape: contracted dimensions.
         out_shape: output dimensions.
         axes: logical axes of the weight.
-        parallelism: "column" takes whole positions and yields sharded features. "row" contracts sharded features and
+        parallelism: "column" takes gathered positions, returns sharded features. "row" contracts sharded features and
             scatters the partial sums over the positions of the residual stream. "sequence" works on the sharded
-            positions of the residual stream and yields whole features there.
+            positions of the residual stream and returns unsharded features.
         bias: adds a bias.
         params: where parameters are declared.
         scale: factor on the initial weights.
@@ -165,7 +165,7 @@ class MLP(nnx.Module):
         self.down = linear((mlp_dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Takes whole positions, returns those of the residual stream."""
+        """Takes gathered positions, returns those of the residual stream."""
         act = ACTIVATIONS[self.mlp_type]
         up_BTF = self.up(x_BTD)
         hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF

@@ -146,7 +146,7 @@ class MoE(nnx.Module):
         self.shared = MLP(hidden_size, shared_dim, out_scale=out_scale, params=params, **shared) if shared_dim else None
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
-        """Applies the experts; takes whole positions, returns those of the residual stream, and the layer's stats."""
+        """Applies the experts; takes gathered positions, returns those of the residual stream, and the stats."""
         partitioner, weights = self.partitioner, self._gather_weights()
         x_spec = jax.typeof(x_BTD).sharding.spec
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)

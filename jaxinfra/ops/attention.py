@@ -270,7 +270,9 @@ def dot_product_attention(
     name = choose_kernel(spec, inputs, platform, kernel)
     run, _ = KERNELS[name]
 
-    def local(q, k, v, segments, positions):
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, positions: Positions | None
+    ) -> jax.Array:
         return run(q, k, v, spec, segments, *([] if positions is None else [positions]))
 
     arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions)

@@ -162,8 +162,12 @@ def _chunk_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradie
     return dq.reshape(block.q.shape), dk, dv
 
 
-def _chunks(block: QKVBlock) -> tuple[int, tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]]:
-    """Returns the keys of a chunk, and (first key, keys, values, document ids) of all chunks, stacked."""
+type Chunk = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+"""First key, keys, values and document ids."""
+
+
+def _chunks(block: QKVBlock) -> tuple[int, Chunk]:
+    """Returns the number of keys of a chunk, and all chunks, stacked."""
     S = block.k.shape[2]
     chunk = next(n for n in range(min(KEY_CHUNK, S), 0, -1) if S % n == 0)
 
@@ -182,7 +186,7 @@ def _with_chunk(block: QKVBlock, first: jax.Array, k: jax.Array, v: jax.Array, i
 def _jax_forward(block: QKVBlock, spec: AttentionSpec) -> SoftmaxPartial:
     chunk, chunks = _chunks(block)
 
-    def body(total: SoftmaxPartial, xs: Any) -> tuple[SoftmaxPartial, None]:
+    def body(total: SoftmaxPartial, xs: Chunk) -> tuple[SoftmaxPartial, None]:
         part = _with_chunk(block, *xs)
 
         def add(total: SoftmaxPartial) -> SoftmaxPartial:
@@ -197,7 +201,7 @@ def _jax_forward(block: QKVBlock, spec: AttentionSpec) -> SoftmaxPartial:
 def _jax_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient) -> Gradients:
     chunk, chunks = _chunks(block)
 
-    def body(dq: jax.Array, xs: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def body(dq: jax.Array, xs: Chunk) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         part = _with_chunk(block, *xs)
 
         def add(dq: jax.Array) -> Gradients:
@@ -309,15 +313,18 @@ def _splash_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradi
     sizes = {"bq": splash_block(T), "bkv": splash_block(S)}
     options = {**sizes, "q_layout": minor, "k_layout": minor, "v_layout": minor, **_kernel_options(spec, interpret)}
 
-    def one_sequence(q, k, v, ids: Segments | None, lse, di, do) -> Gradients:
+    def one_sequence(
+        q: jax.Array, k: jax.Array, v: jax.Array, ids: Segments | None, gradient: OutputGradient
+    ) -> Gradients:
+        lse, di, do = gradient
         arrays = (q, k, v, None if ids is None else splash.SegmentIds(*ids), None, lse, do, di)
         _, dk, dv = splash._splash_attention_bwd_dkv(
             *arrays, mask_info=dkv_mask, bkv_compute=splash_block(S), use_fused_bwd_kernel=False, **options
         )
         return splash._splash_attention_bwd_dq(*arrays, mask_info=dq_mask, **options), dk, dv
 
-    in_axes = (0, 0, 0, None if block.segments is None else 0, 0, 0, 0)
-    return jax.vmap(one_sequence, in_axes=in_axes)(block.q, block.k, block.v, block.segments, *gradient)
+    in_axes = (0, 0, 0, None if block.segments is None else 0, 0)
+    return jax.vmap(one_sequence, in_axes=in_axes)(block.q, block.k, block.v, block.segments, gradient)
 
 
 SPLASH_BLOCKS = BlockAttention(partial(_splash_forward, interpret=False), partial(_splash_backward, interpret=False))

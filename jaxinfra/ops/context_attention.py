@@ -236,7 +236,7 @@ def context_parallel_attention(
 
     Args:
         q_BTHK: queries; T is sharded over `sharding.axes`, B and H over any others.
-        k_BTGK: keys, sharded alike; `H` is a multiple of `G`.
+        k_BTGK: keys, sharded like the queries; `H` is a multiple of `G`.
         v_BTGV: values.
         spec: mask, soft cap and scale.
         sharding: which positions each shard has.

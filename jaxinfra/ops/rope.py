@@ -56,7 +56,7 @@ class YarnScaling:
         beta_fast: turns from which on a frequency is kept.
         beta_slow: turns up to which it is divided.
         mscale: w for rotated features.
-        mscale_all_dim: w for whole scores, with the features that are not rotated.
+        mscale_all_dim: w for scores, rotated features or not.
     """
 
     factor: Annotated[float, Ge(1)] = 40.0
