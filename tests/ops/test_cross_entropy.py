@@ -1,4 +1,4 @@
-"""The chunked loss and its gradients are those of the formula, on one device and on meshes, in little memory."""
+"""The chunked loss and its gradients agree with the formula, on one device and on meshes."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
 
 
 def by_formula(x, w, targets, weights, config: CrossEntropy) -> dict[str, np.ndarray]:
-    """Sums and gradients in float64, differentiated by hand."""
+    """Computes sums and gradients in float64, differentiated by hand."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     raw = x @ w
     capped = raw if config.softcap is None else config.softcap * np.tanh(raw / config.softcap)
@@ -57,7 +57,7 @@ def by_formula(x, w, targets, weights, config: CrossEntropy) -> dict[str, np.nda
 
 
 def computed(mesh: MeshConfig, config: CrossEntropy, scale: float = 1.0, dtype: Any = "float32") -> dict[str, Any]:
-    """Sums, and gradients of `scale` times their total, as the model calls it."""
+    """Computes sums, and the gradients of `scale` times their total."""
     devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
     partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
 
@@ -78,37 +78,37 @@ def computed(mesh: MeshConfig, config: CrossEntropy, scale: float = 1.0, dtype: 
     return sums | {"x": dx, "w": dw}
 
 
-def check(found: dict[str, Any], wanted: dict[str, np.ndarray], scale: float, tolerance: float) -> None:
-    for name, value in wanted.items():
+def check(actual: dict[str, Any], expected: dict[str, np.ndarray], scale: float, tolerance: float) -> None:
+    for name, value in expected.items():
         value = value * scale if name in "xw" else value
-        worst = np.abs(np.asarray(found[name], np.float64) - value).max()
+        worst = np.abs(np.asarray(actual[name], np.float64) - value).max()
         assert worst <= tolerance * np.abs(value).max(), (name, worst)
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("chunks", [1, 2, 8])
-def test_sums_and_gradients_are_those_of_the_formula(mesh: MeshConfig, chunks: int) -> None:
+def test_sums_and_gradients_agree_with_the_formula(mesh: MeshConfig, chunks: int) -> None:
     """With z-loss, soft cap, weights of zero, and a scale from outside: to 3e-6 of the largest."""
     config = replace(FULL, chunks=chunks)
     check(computed(mesh, config, scale=0.3), by_formula(*inputs(), config), 0.3, 3e-6)
 
 
 @pytest.mark.parametrize("config", [CrossEntropy(chunks=4), CrossEntropy(chunks=4, z_loss=0.1)])
-def test_options_are_options(config: CrossEntropy) -> None:
+def test_z_loss_and_softcap_are_optional(config: CrossEntropy) -> None:
     check(computed(MESHES["one"], config), by_formula(*inputs(), config), 1.0, 3e-6)
 
 
 @pytest.mark.parametrize("mesh", [MESHES["one"], MESHES["cube"]], ids=["one", "cube"])
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_bfloat16_inputs_lose_no_more_than_their_rounding(mesh: MeshConfig, chunks: int) -> None:
+def test_bfloat16_inputs_change_results_by_their_rounding(mesh: MeshConfig, chunks: int) -> None:
     """Logits and gradients are rounded to 2**-9; the sums over tokens stay float32."""
     config = replace(FULL, chunks=chunks)
     x, w, *rest = inputs()
     x, w = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (x, w))
-    wanted = by_formula(x, w, *rest, config)
-    found = computed(mesh, config, dtype="bfloat16")
-    check({k: found[k] for k in ("total", "entropy")}, {k: wanted[k] for k in ("total", "entropy")}, 1.0, 1e-3)
-    check({k: found[k] for k in "xw"}, {k: wanted[k] for k in "xw"}, 1.0, 4 * 2**-9)
+    expected = by_formula(x, w, *rest, config)
+    actual = computed(mesh, config, dtype="bfloat16")
+    check({k: actual[k] for k in ("total", "entropy")}, {k: expected[k] for k in ("total", "entropy")}, 1.0, 1e-3)
+    check({k: actual[k] for k in "xw"}, {k: expected[k] for k in "xw"}, 1.0, 4 * 2**-9)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -1,4 +1,4 @@
-"""`dot` is the contraction it stands for, whatever is sharded."""
+"""`dot` agrees with `np.tensordot`, for any sharding."""
 
 import jax
 import numpy as np
@@ -26,31 +26,31 @@ def values(*shape: int) -> np.ndarray:
         ((2, 3, 7, 4, 5), (4, 5, 6, 8), 2),
     ],
 )
-@pytest.mark.parametrize("flatten", [True, False], ids=["flatten", "apart"])
-def test_whole_arrays(x_shape: tuple[int, ...], w_shape: tuple[int, ...], in_dims: int, flatten: bool) -> None:
+@pytest.mark.parametrize("flatten", [True, False], ids=["flatten", "unflattened"])
+def test_values_and_gradients(x_shape: tuple[int, ...], w_shape: tuple[int, ...], in_dims: int, flatten: bool) -> None:
     """Values and both gradients, to 2e-6 of the largest."""
     x, w = values(*x_shape), values(*w_shape)
     noise = values(*x_shape[: len(x_shape) - in_dims], *w_shape[in_dims:])
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        y, pull = jax.vjp(lambda x, w: dot(x, w, in_dims=in_dims, flatten=flatten), x, w)
-        dx, dw = pull(noise)
+        y, vjp = jax.vjp(lambda x, w: dot(x, w, in_dims=in_dims, flatten=flatten), x, w)
+        dx, dw = vjp(noise)
     lead = len(x_shape) - in_dims
-    wanted = (
+    expected = (
         np.tensordot(x, w, in_dims),
         np.tensordot(noise, w, (range(lead, noise.ndim), range(in_dims, w.ndim))),
         np.tensordot(x, noise, (range(lead), range(lead))),
     )
-    for found, value in zip((y, dx, dw), wanted, strict=True):
-        np.testing.assert_allclose(found, value, rtol=0, atol=2e-6 * np.abs(value).max())
+    for actual, value in zip((y, dx, dw), expected, strict=True):
+        np.testing.assert_allclose(actual, value, rtol=0, atol=2e-6 * np.abs(value).max())
 
 
-@pytest.mark.parametrize("spread_length", [False, True], ids=["rank 2", "rank 3"])
+@pytest.mark.parametrize("shard_length", [False, True], ids=["rank 2", "rank 3"])
 @pytest.mark.parametrize("in_dims", [1, 2])
-@pytest.mark.parametrize("flatten", [True, False], ids=["flatten", "apart"])
-def test_partial_sums_are_scattered(flatten: bool, in_dims: int, spread_length: bool) -> None:
-    """Contracted over `tensor`, and scattered over positions, which may be on an axis of their own as well."""
+@pytest.mark.parametrize("flatten", [True, False], ids=["flatten", "unflattened"])
+def test_partial_sums_are_scattered(flatten: bool, in_dims: int, shard_length: bool) -> None:
+    """Contracts over `tensor` and scatters over positions, which another axis may shard too."""
     mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2), jax.devices())
-    length = "context" if spread_length else None
+    length = "context" if shard_length else None
     k = (4,) if in_dims == 1 else (4, 3)
     x, w = values(2, 8, *k), values(*k, 5)
     x_spec = PartitionSpec("fsdp", length, "tensor", *(None,) * (in_dims - 1))
@@ -71,6 +71,6 @@ def test_partial_sums_are_scattered(flatten: bool, in_dims: int, spread_length: 
     with jax.set_mesh(mesh):
         placed = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, x_spec), (w, w_spec)))
         y = jax.jit(run)(*placed)
-    wanted = np.tensordot(x, w, in_dims)
-    np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+    expected = np.tensordot(x, w, in_dims)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     assert y.sharding.spec == out

@@ -1,4 +1,4 @@
-"""Norms against float64, and in bfloat16."""
+"""Norms against their definitions in float64, and in bfloat16."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from jaxinfra.ops.norm import layer_norm, rms_norm
 
 RNG = np.random.default_rng(0)
-# A mean far from zero: where a variance by the difference of squares would lose its digits.
+# A mean far from zero, where a variance as a difference of squares would lose its digits.
 X = (RNG.normal(size=(3, 5, 64)) + 100.0).astype(np.float32)
 SCALE, BIAS = (RNG.normal(size=64).astype(np.float32) for _ in range(2))
 EPS = 1e-3
@@ -25,20 +25,20 @@ def layer_by_definition() -> np.ndarray:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm(offset: float) -> None:
-    found = rms_norm(jnp.asarray(X), jnp.asarray(SCALE), eps=EPS, offset=offset)
-    np.testing.assert_allclose(found, rms_by_definition(offset), rtol=1e-6, atol=1e-6)
+    actual = rms_norm(jnp.asarray(X), jnp.asarray(SCALE), eps=EPS, offset=offset)
+    np.testing.assert_allclose(actual, rms_by_definition(offset), rtol=1e-6, atol=1e-6)
 
 
 def test_layer_norm() -> None:
-    """To 1e-4: the inputs themselves have 1e-5 of their deviation as rounding."""
-    found = layer_norm(jnp.asarray(X), jnp.asarray(SCALE), jnp.asarray(BIAS), eps=EPS)
-    np.testing.assert_allclose(found, layer_by_definition(), rtol=0, atol=1e-4)
+    """To 1e-4: rounding of the inputs alone is 1e-5 of their deviation."""
+    actual = layer_norm(jnp.asarray(X), jnp.asarray(SCALE), jnp.asarray(BIAS), eps=EPS)
+    np.testing.assert_allclose(actual, layer_by_definition(), rtol=0, atol=1e-4)
 
 
-def test_bfloat16_is_rounded_once_at_the_end() -> None:
+def test_bfloat16_results_are_rounded_once() -> None:
     half = jnp.asarray(X, jnp.bfloat16)
     scale = jnp.asarray(SCALE, jnp.bfloat16)
-    found = rms_norm(half, scale, eps=EPS)
+    actual = rms_norm(half, scale, eps=EPS)
     exact = rms_norm(half.astype(jnp.float32), scale.astype(jnp.float32), eps=EPS)
-    assert found.dtype == jnp.bfloat16
-    assert jnp.array_equal(found, exact.astype(jnp.bfloat16))
+    assert actual.dtype == jnp.bfloat16
+    assert jnp.array_equal(actual, exact.astype(jnp.bfloat16))

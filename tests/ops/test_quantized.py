@@ -26,8 +26,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
 
 
-def off(found: jax.Array, wanted: np.ndarray) -> float:
-    return float(np.sqrt(((found - wanted) ** 2).mean() / (wanted**2).mean()))
+def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
+    return float(np.sqrt(((actual - expected) ** 2).mean() / (expected**2).mean()))
 
 
 @pytest.fixture(autouse=True)
@@ -37,31 +37,31 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("quantize", ERRORS)
-def test_the_error_is_that_of_the_format(quantize: Quantize) -> None:
-    """Of the product and of the gradient of activations; the gradient of the weight is exact."""
+def test_errors_are_those_of_the_format(quantize: Quantize) -> None:
+    """For the output and the gradient of activations; the gradient of the weight is exact."""
     x, w, g = normal(64, 512), normal(512, 512), normal(64, 512, seed=1)
-    y, pull = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
-    dx, dw = pull(g)
-    for found, wanted in ((y, x @ w), (dx, g @ w.T)):
-        assert off(found, wanted) == pytest.approx(ERRORS[quantize], rel=0.06)
+    y, vjp = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
+    dx, dw = vjp(g)
+    for actual, expected in ((y, x @ w), (dx, g @ w.T)):
+        assert relative_error(actual, expected) == pytest.approx(ERRORS[quantize], rel=0.06)
     np.testing.assert_allclose(dw, x.T @ g, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", ERRORS)
-def test_every_row_and_column_has_its_scale(quantize: Quantize) -> None:
-    """So factors of a million on rows, columns and gradients change nothing but the size of the result."""
+def test_every_row_and_column_has_a_scale(quantize: Quantize) -> None:
+    """Scaling rows, columns and gradients by up to a million scales the result only."""
     x, w, g = (jnp.asarray(a) for a in (normal(4, 64), normal(64, 4), normal(4, 4, seed=1)))
     rows, columns = (
         np.float32(2.0) ** np.array(powers, np.float32) for powers in ([[-20], [0], [5], [20]], [20, 0, -3, -20])
     )
-    y, pull = jax.vjp(lambda x: dot(x, w, quantize=quantize), x)
-    scaled, pull_scaled = jax.vjp(lambda x: dot(x, w * columns, quantize=quantize), x * rows)
+    y, vjp = jax.vjp(lambda x: dot(x, w, quantize=quantize), x)
+    scaled, vjp_scaled = jax.vjp(lambda x: dot(x, w * columns, quantize=quantize), x * rows)
     np.testing.assert_allclose(scaled, y * rows * columns, rtol=1e-6)
-    np.testing.assert_allclose(pull_scaled(g / columns * rows)[0], pull(g)[0] * rows, rtol=1e-6)
+    np.testing.assert_allclose(vjp_scaled(g / columns * rows)[0], vjp(g)[0] * rows, rtol=1e-6)
 
 
 @pytest.mark.parametrize("quantize", ERRORS)
-def test_zeros_give_zeros_and_the_largest_number_is_kept(quantize: Quantize) -> None:
+def test_zeros_and_the_largest_number_are_exact(quantize: Quantize) -> None:
     x = jnp.array([[0.0, 0.0, 0.0], [3.0, -1e-9, -3.0]])
     np.testing.assert_allclose(dot(x, jnp.eye(3), quantize=quantize), np.where(np.abs(x) > 1, x, 0), rtol=1e-6)
 
@@ -75,53 +75,53 @@ MESHES = [
 
 
 def on_mesh(
-    mesh: MeshConfig, quantize: Quantize, x: np.ndarray, w: np.ndarray, g: np.ndarray, *, outward: bool
+    mesh: MeshConfig, quantize: Quantize, x: np.ndarray, w: np.ndarray, g: np.ndarray, *, row_parallel: bool
 ) -> tuple[np.ndarray, ...]:
-    """Product and gradients with features over `tensor`: those yielded, or if `outward` those contracted."""
+    """Computes output and gradients; `tensor` shards output features, or contracted ones if `row_parallel`."""
     partitioner = Partitioner(mesh=mesh, quantize=quantize)
-    features = ("mlp", "embed") if outward else ("embed", "mlp")
+    features = ("mlp", "embed") if row_parallel else ("embed", "mlp")
     stored = partitioner.spec(*features)
-    unreduced = frozenset(partitioner.mesh_axes("mlp") if outward else ())
+    unreduced = frozenset(partitioner.mesh_axes("mlp") if row_parallel else ())
 
     def run(x, w):
-        if not outward:
+        if not row_parallel:
             x = partitioner.shard(x, "batch", "sequence", None, out_axis="mlp")
         y = dot(x, partitioner.gather_weight(w, features), unreduced=unreduced, quantize=quantize)
-        return partitioner.shard(y, "batch", "sequence", None if outward else "mlp")
+        return partitioner.shard(y, "batch", "sequence", None if row_parallel else "mlp")
 
     made = make_mesh(mesh, jax.devices())
     with jax.set_mesh(made):
-        at = partitioner.spec("batch", "sequence", "mlp" if outward else None)
+        at = partitioner.spec("batch", "sequence", "mlp" if row_parallel else None)
         put = [jax.device_put(a, NamedSharding(made, s)) for a, s in ((x, at), (w, stored))]
-        y, pull = jax.vjp(jax.jit(run), *put)
-        dx, dw = jax.jit(pull)(jax.device_put(g, y.sharding))
+        y, vjp = jax.vjp(jax.jit(run), *put)
+        dx, dw = jax.jit(vjp)(jax.device_put(g, y.sharding))
     return tuple(np.asarray(a) for a in (y, dx, dw))
 
 
-@pytest.mark.parametrize("outward", [False, True], ids=["inward", "outward"])
+@pytest.mark.parametrize("row_parallel", [False, True], ids=["column", "row_parallel"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(map(str, mesh.sizes)))
 @pytest.mark.parametrize("quantize", ERRORS)
-def test_the_mesh_changes_the_order_of_sums_alone(quantize: Quantize, mesh: MeshConfig, outward: bool) -> None:
+def test_results_do_not_depend_on_the_mesh(quantize: Quantize, mesh: MeshConfig, row_parallel: bool) -> None:
     """To 1e-6 of the largest, far below a step of either format; int8 sums are exact where no shard is added up."""
     x, w, g = normal(8, 4, 64), normal(64, 128), normal(8, 4, 128, seed=1)
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-        y, pull = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
-        wanted = (y, *pull(g))
-    found = on_mesh(mesh, quantize, x, w, g, outward=outward)
-    for one, other in zip(found, wanted, strict=True):
+        y, vjp = jax.vjp(lambda x, w: dot(x, w, quantize=quantize), x, w)
+        expected = (y, *vjp(g))
+    actual = on_mesh(mesh, quantize, x, w, g, row_parallel=row_parallel)
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
-    if quantize == "int8" and not outward:
-        assert np.array_equal(found[0], wanted[0])
+    if quantize == "int8" and not row_parallel:
+        assert np.array_equal(actual[0], expected[0])
 
 
 @pytest.mark.parametrize("quantize", ERRORS)
-def test_dimensions_left_apart_share_their_scales(quantize: Quantize) -> None:
+def test_unflattened_dimensions_share_their_scales(quantize: Quantize) -> None:
     """Heads contracted, and heads yielded, as on TPU: the same as one dimension, gradients included."""
     for x_shape, w_shape, in_dims in (((2, 4, 3, 16), (3, 16, 32), 2), ((2, 4, 32), (32, 3, 16), 1)):
         x, w = jnp.asarray(normal(*x_shape)), jnp.asarray(normal(*w_shape))
-        found = []
+        actual = []
         for flatten in (True, False):
-            y, pull = jax.vjp(functools.partial(dot, in_dims=in_dims, flatten=flatten, quantize=quantize), x, w)
-            found.append((y, *pull(jnp.asarray(normal(*y.shape, seed=1)))))
-        for one, other in zip(*found, strict=True):
+            y, vjp = jax.vjp(functools.partial(dot, in_dims=in_dims, flatten=flatten, quantize=quantize), x, w)
+            actual.append((y, *vjp(jnp.asarray(normal(*y.shape, seed=1)))))
+        for one, other in zip(*actual, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())

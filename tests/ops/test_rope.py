@@ -1,4 +1,4 @@
-"""Rotary tables and rotation."""
+"""Rotary frequencies, tables and rotation."""
 
 import math
 
@@ -16,8 +16,8 @@ def test_frequencies_are_geometric() -> None:
     assert Rope(theta=16.0, scaling=LinearScaling(factor=4.0)).frequencies(4) == pytest.approx([1 / 4, 1 / 16])
 
 
-def test_llama3_scaling_keeps_fast_divides_slow_and_ramps_between() -> None:
-    """The numbers of Llama 3.1 8B: heads of 128, theta of 500,000, 8,192 tokens before stretching."""
+def test_llama3_scaling_keeps_high_and_divides_low_frequencies() -> None:
+    """The numbers of Llama 3.1 8B: heads of 128, theta of 500,000, 8,192 tokens before scaling."""
     plain = Rope(theta=500000.0).frequencies(128)
     scaled = Rope(theta=500000.0, scaling=Llama3Scaling()).frequencies(128)
     wavelength = 2 * math.pi / plain
@@ -29,21 +29,21 @@ def test_llama3_scaling_keeps_fast_divides_slow_and_ramps_between() -> None:
 
 
 @pytest.mark.parametrize("rope", [Rope(), Rope(fraction=0.5), Rope(theta=100.0)])
-def test_rotation_turns_pairs_by_their_angle(rope: Rope) -> None:
+def test_rotate_turns_pairs_by_their_angle(rope: Rope) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 1000], [0, 0, 7, 8, 9]], np.int32)
     cos, sin = rope_tables(rope, jnp.asarray(positions), 8, jnp.dtype("float32"))
-    found = np.asarray(rotate(jnp.asarray(x), cos, sin))
+    actual = np.asarray(rotate(jnp.asarray(x), cos, sin))
     half = int(8 * rope.fraction) // 2
     z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * positions[..., None, None] * rope.frequencies(8))
     # An angle of 1,000 radians in float32 is known to 6e-5.
-    np.testing.assert_allclose(found[..., :half], z.real, atol=2e-4)
-    np.testing.assert_allclose(found[..., half : 2 * half], z.imag, atol=2e-4)
-    assert np.array_equal(found[..., 2 * half :], x[..., 2 * half :])
+    np.testing.assert_allclose(actual[..., :half], z.real, atol=2e-4)
+    np.testing.assert_allclose(actual[..., half : 2 * half], z.imag, atol=2e-4)
+    assert np.array_equal(actual[..., 2 * half :], x[..., 2 * half :])
 
 
-def test_scores_depend_on_distance_alone() -> None:
+def test_scores_depend_on_the_distance_only() -> None:
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 64)), jnp.float32) for _ in range(2))
 
@@ -68,12 +68,12 @@ def test_scores_depend_on_distance_alone() -> None:
         (Rope(scaling=YarnScaling(beta_slow=40.0)), "beta_slow=40.0, scaling.beta_fast"),
     ],
 )
-def test_impossible_numbers_are_refused(rope: Rope, field: str) -> None:
+def test_invalid_configs(rope: Rope, field: str) -> None:
     problem(rope, field)
 
 
-def test_yarn_is_that_of_deepseek_v3() -> None:
-    """64 features stretched 40 times: pairs up to 10 are kept, from 23 on divided, scores grow by 1.369 ** 2."""
+def test_yarn_agrees_with_deepseek_v3() -> None:
+    """64 features and a factor of 40: pairs up to 10 are kept, from 23 on divided; scores grow by 1.369 ** 2."""
     plain = Rope().frequencies(64)
     rope = Rope(scaling=YarnScaling(mscale_all_dim=1.0))
     kept = plain / rope.frequencies(64)
@@ -82,7 +82,7 @@ def test_yarn_is_that_of_deepseek_v3() -> None:
     assert rope.score_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2) and rope.table_scale == 1.0
 
 
-def test_yarn_of_the_paper_grows_rotated_features() -> None:
+def test_yarn_scales_rotated_features() -> None:
     rope = Rope(scaling=YarnScaling(factor=8.0))
     assert rope.score_scale == 1.0 and rope.table_scale == pytest.approx(0.1 * math.log(8) + 1)
     cos, sin = rope_tables(rope, jnp.array([[0, 3]]), 8, jnp.dtype("float32"))
