@@ -13,7 +13,7 @@ ifndef PYTHON
 PYTHON := $(shell $(FIND_PYTHON))
 endif
 
-.PHONY: help quickstart test test-slow test-all test-oldest lint bench clean
+.PHONY: help quickstart test test-slow test-all test-oldest test-trl lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +54,14 @@ test-slow: $(VENV)/.installed-test ## run the slow tests
 
 test-all: lint ## lint, and run all tests, fast and slow
 	$(PYTEST)
+
+# Torch and TRL stay out of the environment that trains.
+.venv-trl/bin/python:
+	"$(PYTHON)" -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch "trl>=1.16"
+
+test-trl: $(VENV)/.installed-test .venv-trl/bin/python ## install TRL beside, and compare the DPO loss with its own
+	$(BIN)/python -m pytest -m trl
 
 # The oldest Python that is supported and here, in a place of pyenv's too, with the oldest JAX.
 OLDEST := .venv-oldest
