@@ -217,9 +217,9 @@ def test_ngram_hashes_are_equal_where_the_words_are():
     for n in range(1, 6):
         runs = ngram_hashes(codes, n)
         assert len(runs) == 10 - n
-        spelt = [words[start : start + n] for start in range(10 - n)]
+        expected = [words[start : start + n] for start in range(10 - n)]
         for i, j in itertools.combinations(range(10 - n), 2):
-            assert (runs[i] == runs[j]) == (spelt[i] == spelt[j])
+            assert (runs[i] == runs[j]) == (expected[i] == expected[j])
     assert len(ngram_hashes(codes, 10)) == len(ngram_hashes(codes, 12)) == 0
 
 

@@ -2,6 +2,7 @@
 
 Reads one part at a time and holds one shard of tokens. Memory per document: 8 bytes each for offset and length, 16 for
 its hash, and with `dedup` 16 more and its MinHash. Starting again after a kill repeats this step, not the tokenizing.
+Dimensions: N tokens and D documents of a part, R records of both splits, V of validation, T documents of training.
 """
 
 import json
@@ -93,26 +94,26 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     if not counts.records:
         raise _empty_split_error(recipe, dict.fromkeys(SPLITS, 0), counts)
     names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
-    sizes_H, validation = _read_columns(splits, "validation", names)
+    sizes_V, validation = _read_columns(splits, "validation", names)
     sizes_T, train = _read_columns(splits, "train", names)
-    num_validation = sum(sizes_H) // per_record  # records; those of the validation split come first in keep_R
+    num_validation = sum(sizes_V) // per_record  # records; those of the validation split come first in keep_R
     if dedup is None:
         validation_RK, train_RK = (columns[0].reshape(-1, 2 * per_record) for columns in (validation, train))
-        overlap_H, keep_R = _rows_in(validation_RK, train_RK), np.ones(num_validation + len(train_RK), bool)
+        overlap_V, keep_R = _rows_in(validation_RK, train_RK), np.ones(num_validation + len(train_RK), bool)
         if recipe.on_overlap == "drop":
             keep_R[num_validation:] = ~_rows_in(train_RK, validation_RK)
     else:
         validation, train = ([rows[::per_record] for rows in columns] for columns in (validation, train))
         keep_R = ~_find_duplicates(dedup, validation, train)
-        overlap_H = np.zeros(num_validation, bool)
+        overlap_V = np.zeros(num_validation, bool)
         unique_validation = [rows[keep_R[:num_validation]] for rows in validation]
-        overlap_H[keep_R[:num_validation]] = _find_duplicates(dedup, train, unique_validation)[len(train[0]) :]
-    if recipe.on_overlap == "fail" and overlap_H.any():
-        raise _overlap_error(overlap_H, _read_columns(splits, "validation", ("where_D",))[1][0][::per_record])
+        overlap_V[keep_R[:num_validation]] = _find_duplicates(dedup, train, unique_validation)[len(train[0]) :]
+    if recipe.on_overlap == "fail" and overlap_V.any():
+        raise _overlap_error(overlap_V, _read_columns(splits, "validation", ("where_D",))[1][0][::per_record])
     dropped = {"overlap_dropped" if dedup is None else "duplicates": per_record * int((~keep_R).sum())}
-    counts = replace(counts, overlap=per_record * int(overlap_H.sum()), **dropped)
-    keep_D = np.split(np.repeat(keep_R, per_record), np.cumsum([*sizes_H, *sizes_T])[:-1])
-    keep: KeepMasks = {"validation": keep_D[: len(sizes_H)], "train": keep_D[len(sizes_H) :]}
+    counts = replace(counts, overlap=per_record * int(overlap_V.sum()), **dropped)
+    keep_D = np.split(np.repeat(keep_R, per_record), np.cumsum([*sizes_V, *sizes_T])[:-1])
+    keep: KeepMasks = {"validation": keep_D[: len(sizes_V)], "train": keep_D[len(sizes_V) :]}
     num_kept: dict[Split, int] = {split: sum(int(mask.sum()) for mask in keep[split]) for split in SPLITS}
     if not all(num_kept.values()):
         raise _empty_split_error(recipe, num_kept, counts)
@@ -131,11 +132,11 @@ def _count_records(splits: PartSplits, build: Path) -> Counts:
     return Counts(records=records, skipped=len(skipped), filtered=dict(sorted(filtered.items())))
 
 
-def _overlap_error(overlap_H: np.ndarray, locations_H: np.ndarray) -> DataError:
-    locations = locations_H[overlap_H].tolist()
+def _overlap_error(overlap_V: np.ndarray, locations_V: np.ndarray) -> DataError:
+    locations = locations_V[overlap_V].tolist()
     some = ", ".join(locations[:_MAX_LOCATIONS]) + (", ..." if len(locations) > _MAX_LOCATIONS else "")
     return DataError(
-        f"on_overlap=fail: {len(locations):,} of {len(overlap_H):,} validation documents are in the training split too "
+        f"on_overlap=fail: {len(locations):,} of {len(overlap_V):,} validation documents are in the training split too "
         f"({some}); correct the sources, or drop them from training with on_overlap=drop"
     )
 
