@@ -148,7 +148,7 @@ def test_wrong_value(seen: Tiny, overrides: str, named: str) -> None:
 
 def test_what_no_value_mends(seen: Tiny) -> None:
     refused(seen.launch("data.store=nowhere"), "data.store= /nowhere data prepare")
-    refused(seen.launch("objective=causal_lm"), "model=vision_transformer_config objective=causal_lm data=image_data")
+    refused(seen.launch("objective=causal_lm"), "objective=causal_lm data=image_data inputs targets images labels")
     assert not seen.runs.exists()
 
 
