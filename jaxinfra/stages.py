@@ -1,14 +1,14 @@
-"""How the model of a run is cut into pipeline stages, and its step made of `parallel.pipeline`.
+"""Splits the model of a run into pipeline stages, and runs a step on them with `parallel.pipeline`.
 
-The train state knows nothing of stages: stacked layers are `[layers, ...]` whatever the schedule, so a checkpoint fits
-any number of them. A step lays the layers out as `[chunks, layers of a chunk, stages, ...]` before its first tick,
-and their gradients back after its last. Where the stages hold consecutive layers of equal number, that moves
-nothing; otherwise each weight crosses `stage` once and its gradient once, whatever the number of microbatches.
+The train state does not depend on stages: stacked layers are `[layers, ...]`, so a checkpoint fits any number of
+stages. A step reshapes them to `[chunks, layers of a chunk, stages, ...]` before its first tick, and their gradients
+back after its last one. This moves no data if every stage has the same number of consecutive layers; otherwise each
+weight and its gradient cross `stage` once a step.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, override
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,24 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayeredModule, StageLayers
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective
-from jaxinfra.parallel.pipeline import LossSharding, Pipeline, StepInputs, without_stage
+from jaxinfra.parallel.pipeline import LossSharding, Pipeline, PipelineModel, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.parallel.spec import ParamSpecs, PyTree
 from jaxinfra.run import Run
 from jaxinfra.user_code import user_code
 
 type Batch = Mapping[str, jax.Array]
+type Sums = dict[str, jax.Array]
+
 STACKED = "blocks"
-"""The parameters that are stacked over layers and spread over stages."""
+"""The parameters that are stacked over layers and sharded over stages; all others are shared by the stages."""
 
 
 def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
-    """Which layers each chunk of each stage has: `[chunks, layers of a chunk, stages]`, -1 for none.
+    """Returns the layers of each chunk of each stage: `[chunks, layers of a chunk, stages]`, -1 for none.
 
-    Chunks stand in the order of the model: chunk c of stage s at place `c * stages + s`. Where places do not divide
-    the layers, the first ones have one more than the others.
+    Chunk c of stage s is number `c * stages + s` in the order of the model. If the layers do not divide evenly, the
+    first chunks have one more than the others.
     """
     parts = np.array_split(np.arange(layers), stages * chunks)
     longest = len(parts[0])
@@ -43,7 +46,7 @@ def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
 
 
 class LastStage:
-    """The model as an objective calls it on the activations that leave the last stage: `objective.Apply`."""
+    """Applies the model's output to the activations of the last stage, for an objective: `objective.Apply`."""
 
     def __init__(self, module: LayeredModule, x: jax.Array, objective: Objective):
         self._module, self._x, self._objective = module, x, type(objective)
@@ -51,7 +54,7 @@ class LastStage:
         self.partial_sums = bool(vars(self._objective).get("partial_sums", False))
         self._called = False
 
-    def __call__(self, params: Any, batch: Batch, *, train: bool = True) -> Any:
+    def __call__(self, params: object, batch: Batch, *, train: bool = True) -> Any:
         """Returns what the model makes of the microbatch."""
         if self._called or params is not self.params:
             raise self._refusal()
@@ -66,161 +69,169 @@ class LastStage:
 
 
 class WholeParams:
-    """Stands for the parameters of all stages, which no stage has: an objective can pass it on, and nothing else."""
+    """Stands for the parameters of all stages, which no stage has: an objective can only pass it on."""
 
     def __init__(self, refusal: Callable[[], ConfigError]):
         self._refusal = refusal
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> NoReturn:
         raise self._refusal()
 
 
-class Stages:
-    """The stages of a run: a `pipeline.PipelineModel`, and the step that it makes."""
+class Stages(PipelineModel):
+    """The pipeline stages of a run, and a train step on them."""
 
-    def __init__(self, run: Run, partitioner: Partitioner, specs: Any, stored: Any):
-        """Builds the model twice: for the rows of all stages, and for its end, spread over them.
+    def __init__(self, run: Run, partitioner: Partitioner, specs: ParamSpecs, stored: PyTree):
+        """Builds the model twice: with rows sharded over stages for its layers, and for its output and the loss.
 
-        The partitioner is that of a run without stages; `specs` and `stored` are those of every parameter.
+        Args:
+            run: the config.
+            partitioner: that of the run without stages.
+            specs: the `ParamSpec` of every parameter.
+            stored: the `PartitionSpec` that every parameter is stored in.
         """
         self.run, self.partitioner, self.specs, self.stored = run, partitioner, specs, stored
-        rules, self.stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
+        rules, self.num_stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
         dim = run.mesh_fit.loss_dim()
         assert dim is not None, "validate the run first"
-        spread = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
-        self.at_end = replace(partitioner, rules=replace(rules, block_sequence=(), **spread))
-        in_rows = replace(partitioner, rules=replace(rules, batch=("stage", *rules.batch)))
-        module = run.model.build(in_rows)
+        loss_axes = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
+        self.loss_partitioner = replace(partitioner, rules=replace(rules, block_sequence=(), **loss_axes))
+        layer_partitioner = replace(partitioner, rules=replace(rules, batch=("stage", *rules.batch)))
+        module = run.model.build(layer_partitioner)
         if not isinstance(module, LayeredModule):
             raise ConfigError(
-                f"mesh.stage={self.stages}: {type(run.model).__name__} builds no LayeredModule, whose layers pipeline "
-                "stages could share; use mesh.stage=1"
+                f"mesh.stage={self.num_stages}: {type(run.model).__name__} builds no LayeredModule, whose layers "
+                "pipeline stages could share; use mesh.stage=1"
             )
-        self._rows, self._end = (nnx.split(one)[0] for one in (module, run.model.build(self.at_end)))
-        numbers = layer_numbers(run.model.pipeline_layers, self.stages, self.chunks)
-        self.places, self.longest = self.stages * self.chunks, numbers.shape[1]
-        # So many places have that many layers, all others one less.
-        self.full = run.model.pipeline_layers - self.places * (self.longest - 1)
+        self._layers_graph, _ = nnx.split(module)
+        self._output_graph, _ = nnx.split(run.model.build(self.loss_partitioner))
+        numbers = layer_numbers(run.model.pipeline_layers, self.num_stages, self.chunks)
+        self.num_chunks, self.chunk_size = self.num_stages * self.chunks, numbers.shape[1]
+        # All other chunks have one layer less.
+        self.full_chunks = run.model.pipeline_layers - self.num_chunks * (self.chunk_size - 1)
         self._uniform = module.uniform(numbers)
-        schedule = run.pipeline.make_schedule(self.stages, run.train.accumulate)
-        where = LossSharding(dim=dim, spec=self.at_end.spec("batch", "sequence", None))
-        self.pipeline = Pipeline(self, schedule, where, numbers)
+        schedule = run.pipeline.make_schedule(self.num_stages, run.train.accumulate)
+        sharding = LossSharding(dim=dim, spec=self.loss_partitioner.spec("batch", "sequence", None))
+        self.pipeline = Pipeline(self, schedule, sharding, numbers)
 
     # The model, as the pipeline calls it
 
-    def _merged(self, graphdef: Any, params: dict[str, Any]) -> Any:
+    def _merge(self, graphdef: nnx.GraphDef[Any], params: dict[str, Any]) -> LayeredModule:
         return nnx.merge(graphdef, nnx.State({**self.specs, **params}))
 
-    def embed(self, shared: Any, rows: Batch) -> jax.Array:
-        """See `pipeline.PipelineModel`."""
-        return self._merged(self._rows, shared).embed(rows)
+    @override
+    def embed(self, shared: PyTree, rows: Batch) -> jax.Array:
+        return self._merge(self._layers_graph, shared).embed(rows)
 
-    def apply_layers(self, weights: Any, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, Any]:
-        """See `pipeline.PipelineModel`."""
-        model = self._merged(self._rows, {STACKED: weights})
+    @override
+    def apply_layers(self, weights: PyTree, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, PyTree]:
+        model = self._merge(self._layers_graph, {STACKED: weights})
         return model.apply_layers(x, rows, StageLayers(numbers, self._uniform))
 
-    def loss(self, shared: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `pipeline.PipelineModel`."""
-        fields = self.run.data.batch_spec(validation=True)
+    @override
+    def loss(self, shared: PyTree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         batch = {
-            name: jax.reshard(batch[name], self.at_end.spec("batch", *spec.axes))
-            for name, spec in fields.items()
+            name: jax.reshard(batch[name], self.loss_partitioner.spec("batch", *spec.axes))
+            for name, spec in self.run.data.batch_spec(validation=True).items()
             if name in batch
         }
         objective = self.run.objective
-        forward = LastStage(self._merged(self._end, shared), x, objective)
+        forward = LastStage(self._merge(self._output_graph, shared), x, objective)
         with user_code(type(objective), "objective"):
             return losses.checked(objective, objective.loss(forward, forward.params, batch))
 
-    def aux_loss(self, stats: Any) -> jax.Array | None:
-        """See `pipeline.PipelineModel`."""
-        return self._merged(self._rows, {}).aux_loss(stats)
+    @override
+    def aux_loss(self, stats: PyTree) -> jax.Array | None:
+        return self._merge(self._layers_graph, {}).aux_loss(stats)
 
     # A step
 
-    def gradients(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
-        """Gradients of the summed loss, as parameters are stored, sums and statistics; `batch` is in microbatches."""
-        weights, shared, sums, stats = self.pipeline.gradients(StepInputs(*self._laid_out(params), batch))
-        shared = jax.tree.map(self._scattered, shared, self._of_shared(self.stored))
-        return {**shared, STACKED: self._laid_back(weights)}, *self._whole(sums, stats)
+    def gradients(self, params: PyTree, batch: Batch) -> tuple[PyTree, Sums, Sums]:
+        """Returns gradients of the summed loss, sharded like parameters, sums, and statistics of the layers.
 
-    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        """All sums; `batch` is in microbatches."""
-        return self._whole(*self.pipeline.evaluate(StepInputs(*self._laid_out(params), batch)))[0]
+        `batch` is split into microbatches.
+        """
+        weights, shared, sums, stats = self.pipeline.gradients(StepInputs(*self._to_stages(params), batch))
+        shared = jax.tree.map(self._reduce_shared, shared, _shared_params(self.stored))
+        return {**shared, STACKED: self._from_stages(weights)}, *self._replicate(sums, stats)
 
-    def _whole(
-        self, sums: dict[str, jax.Array], stats: dict[str, jax.Array]
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        whole = {name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}
-        return whole, {name: self._joined(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
+    def evaluate(self, params: PyTree, batch: Batch) -> Sums:
+        """Returns all sums; `batch` is split into microbatches."""
+        return self._replicate(*self.pipeline.evaluate(StepInputs(*self._to_stages(params), batch)))[0]
 
-    @staticmethod
-    def _of_shared(tree: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in tree.items() if name != STACKED}
+    def _replicate(self, sums: Sums, stats: Sums) -> tuple[Sums, Sums]:
+        sums = {name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}
+        return sums, {name: self._join_layers(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
 
-    def _laid_out(self, params: Any) -> tuple[Any, Any]:
-        """Weights of the layers by stage, and all others whole on every stage; gradients of both stay partial sums."""
+    def _to_stages(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns the layers' weights by stage, and the shared parameters, replicated over stages.
+
+        Both are marked so that their gradients stay partial sums.
+        """
         shared = jax.tree.map(
-            lambda p, s: jax.reshard(p, self.partitioner.with_reduced(_of_any_stage(s), "stage")),
-            self._of_shared(params),
-            self._of_shared(self.stored),
+            lambda p, s: jax.reshard(p, self.partitioner.with_reduced(_without_stage(s), "stage")),
+            _shared_params(params),
+            _shared_params(self.stored),
         )
         weights = jax.tree.map(
-            lambda p, s: jax.reshard(self._split(p), self.partitioner.with_reduced(self._staged(s))),
+            lambda p, s: jax.reshard(self._split_layers(p), self.partitioner.with_reduced(_by_stage(s))),
             params[STACKED],
             self.stored[STACKED],
         )
         return weights, shared
 
-    def _scattered(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
-        """A partial sum over `replica` and `stage` as it is stored: over `stage` first, so that a part crosses."""
+    def _from_stages(self, grads: PyTree) -> PyTree:
+        """Returns the gradients of the layers' weights, sharded like parameters."""
+
+        def one(grad: jax.Array, stored: PartitionSpec) -> jax.Array:
+            # Stacked layers can be joined in the sharding that they are stored in, wherever `stage` is in it.
+            by_layer = self._join_layers(jax.reshard(grad, PartitionSpec(None, None, *stored.partitions)))
+            return jax.reshard(by_layer, stored)
+
+        return jax.tree.map(one, grads, self.stored[STACKED])
+
+    def _reduce_shared(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
+        """Adds up a gradient over `stage`, then over `replica`, so that only a shard crosses `replica`."""
         axes = jax.typeof(grad).sharding.spec.unreduced - {"stage"}
         return jax.reshard(jax.reshard(grad, stored.update(unreduced=axes)), stored)
 
-    def _laid_back(self, grads: Any) -> Any:
-        def back(g: jax.Array, stored: PartitionSpec) -> jax.Array:
-            # Stacked layers can be joined as they are stored, wherever `stage` is there.
-            return jax.reshard(self._joined(jax.reshard(g, PartitionSpec(None, None, *stored.partitions))), stored)
-
-        return jax.tree.map(back, grads, self.stored[STACKED])
-
-    def _staged(self, stored: PartitionSpec) -> PartitionSpec:
-        """The sharding by stage of a stacked parameter that is stored like this."""
-        return PartitionSpec(None, None, "stage", *_of_any_stage(stored).partitions[1:])
-
-    def _split(self, stacked: jax.Array) -> jax.Array:
-        """`[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, zeros for none."""
-        places, longest, full, rest = self.places, self.longest, self.full, stacked.shape[1:]
+    def _split_layers(self, stacked: jax.Array) -> jax.Array:
+        """Reshapes `[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, with zeros for missing layers."""
+        count, size, full, rest = self.num_chunks, self.chunk_size, self.full_chunks, stacked.shape[1:]
         spec = jax.typeof(stacked).sharding.spec.partitions
-        if full < places:
-            head = stacked[: full * longest].reshape(full, longest, *rest, out_sharding=_places(spec))
-            tail = stacked[full * longest :].reshape(places - full, longest - 1, *rest, out_sharding=_places(spec))
+        if full < count:
+            assert spec[0] is None, spec
+            by_chunk = PartitionSpec(None, None, *spec[1:])
+            head = stacked[: full * size].reshape(full, size, *rest, out_sharding=by_chunk)
+            tail = stacked[full * size :].reshape(count - full, size - 1, *rest, out_sharding=by_chunk)
             tail = jnp.pad(tail, [(0, 0), (0, 1), *[(0, 0)] * len(rest)])
             stacked = jnp.concatenate([head, tail])
-        shape = (self.chunks, self.stages, longest, *rest)
-        out = PartitionSpec(None, spec[0], None, *spec[1:])
-        return jnp.moveaxis(stacked.reshape(shape, out_sharding=out), 1, 2)
+        shape = (self.chunks, self.num_stages, size, *rest)
+        by_stage = stacked.reshape(shape, out_sharding=PartitionSpec(None, spec[0], None, *spec[1:]))
+        return jnp.moveaxis(by_stage, 1, 2)
 
-    def _joined(self, laid: jax.Array) -> jax.Array:
-        """The inverse of `_split`."""
-        places, longest, full, rest = self.places, self.longest, self.full, laid.shape[3:]
-        layers, spec = self.run.model.pipeline_layers, jax.typeof(laid).sharding.spec.partitions
-        laid = jnp.moveaxis(laid, 2, 1)
-        if full == places:
-            return laid.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))
-        laid = laid.reshape(places, longest, *rest, out_sharding=PartitionSpec(None, None, *spec[3:]))
-        flat = PartitionSpec(None, *spec[3:])
-        head = laid[:full].reshape(full * longest, *rest, out_sharding=flat)
-        tail = laid[full:, : longest - 1].reshape(layers - full * longest, *rest, out_sharding=flat)
+    def _join_layers(self, by_stage: jax.Array) -> jax.Array:
+        """Inverts `_split_layers`."""
+        count, size, full, rest = self.num_chunks, self.chunk_size, self.full_chunks, by_stage.shape[3:]
+        layers, spec = self.run.model.pipeline_layers, jax.typeof(by_stage).sharding.spec.partitions
+        by_stage = jnp.moveaxis(by_stage, 2, 1)
+        if full == count:
+            return by_stage.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))
+        by_chunk = by_stage.reshape(count, size, *rest, out_sharding=PartitionSpec(None, None, *spec[3:]))
+        by_layer = PartitionSpec(None, *spec[3:])
+        head = by_chunk[:full].reshape(full * size, *rest, out_sharding=by_layer)
+        tail = by_chunk[full:, : size - 1].reshape(layers - full * size, *rest, out_sharding=by_layer)
         return jnp.concatenate([head, tail])
 
 
-def _places(spec: tuple[Any, ...]) -> PartitionSpec:
-    assert spec[0] is None, spec
-    return PartitionSpec(None, None, *spec[1:])
+def _shared_params(tree: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name != STACKED}
 
 
-def _of_any_stage(spec: PartitionSpec) -> PartitionSpec:
-    """The sharding that is left when `stage` is taken from it."""
+def _by_stage(stored: PartitionSpec) -> PartitionSpec:
+    """Returns the sharding of `[chunks, layers of a chunk, stages, ...]` for a stacked parameter."""
+    return PartitionSpec(None, None, "stage", *_without_stage(stored).partitions[1:])
+
+
+def _without_stage(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(without_stage(part) or None for part in spec.partitions))
