@@ -1,11 +1,11 @@
-"""`Program`: all that is compiled of a run, on real devices, an abstract mesh or a described topology.
+"""`Program`: the compiled functions of a run, on real devices, an abstract mesh or a described topology.
 
-A run is described once and built once: the step that trains is the one that is lowered in tests, timed in
-benchmarks and planned for hardware that nobody here has. Building a `Program` touches no device.
+The step that trains is the same one that tests lower, benchmarks time, and `compile` plans for absent hardware. Making
+a `Program` touches no device.
 
-The train step, in the order of its collectives: parameters are marked as reduced over `replica`; each microbatch
-gathers its weights over `fsdp` layer by layer and scatters their gradients back, and adds them to a buffer that
-is a partial sum over `replica`; after the last microbatch that buffer crosses `replica`, once; then the update.
+Collectives of the train step: each microbatch all-gathers its weights over `fsdp` layer by layer, reduce-scatters their
+gradients, and adds them to a buffer that is a partial sum over `replica`. After the last microbatch one all-reduce over
+`replica` completes the buffer. Then the optimizer updates the parameters.
 """
 
 import fnmatch
@@ -49,10 +49,10 @@ type Sums = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that training changes: saved, restored and donated as one.
+    """Everything that a train step updates: saved, restored and donated together.
 
     Attributes:
-        step: finished steps, int32.
+        step: completed steps, int32.
         params: nested dict of arrays.
         opt_state: optax's state, sharded like the parameters.
         ema: moving average of the parameters in float32, or None.
@@ -67,7 +67,7 @@ class TrainState:
 
 
 class TrainStep(Protocol):
-    """The compiled train step; the state that it is given is given up."""
+    """The compiled train step; it donates the state."""
 
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
         """Updates the state by one batch."""
@@ -83,16 +83,16 @@ class TrainStep(Protocol):
 
 
 class Forward:
-    """The model of a program as its objective calls it: `objective.Apply`. It collects the statistics of the layers."""
+    """Applies the model for an objective (`objective.Apply`), and collects the statistics of the layers."""
 
     def __init__(self, program: "Program", *, train: bool):
         self._program, self._train = program, train
-        # A partial sum can only be added to others: so only a loss that is known to keep to that may see one.
+        # JAX only adds partial sums. A loss that multiplies its sum must get the whole one.
         self.partial_sums = bool(vars(type(program.objective)).get("partial_sums", False))
         self.stats: LayerStats = {}
 
     def __call__(self, params: Params, batch: Batch, *, train: bool = True) -> Any:
-        """Returns what the model makes of a batch."""
+        """Returns the output of the model for a batch."""
         train = train and self._train
         if not train:
             batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
@@ -104,30 +104,34 @@ class Forward:
 
 
 class Program:
-    """The compiled side of a run.
+    """The compiled functions of a run, and the shapes and shardings that they work on.
 
     Attributes:
         run: the config.
         objective: what it minimizes.
-        mesh: where it runs; an `AbstractMesh` can be lowered on but not run.
-        partitioner: names to shardings.
+        mesh: where it runs; on an `AbstractMesh` it can only be lowered.
+        partitioner: maps logical axes to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
         batch: name to `ShapeDtypeStruct` of the global batch.
         state: the train state as `ShapeDtypeStruct`s.
     """
 
     def __init__(self, run: Run, mesh: Mesh | AbstractMesh, platform: str | None = None):
-        """Declares everything; compiles nothing.
+        """Declares parameters and functions; compiles nothing.
 
-        The run is validated and the mesh has the axes of `MeshConfig`; a parameter that does not fit it, or a
-        `train.compiler` that does not fit the platform, is a ConfigError.
-        `platform` is "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
+        Raises ConfigError for a parameter that does not fit the mesh, or a `train.compiler` that does not fit the
+        platform.
+
+        Args:
+            run: a validated config.
+            mesh: with the axes of `MeshConfig`.
+            platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
         """
         self.run, self.mesh, self.objective = run, mesh, run.objective
         if platform is None:
             platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
         self._options = options(run.train.compiler, {"cuda": "gpu"}.get(platform, platform))
-        # The chunks of a stage are not consecutive: its layers are then not stored on it.
+        # With several chunks a stage's layers are not consecutive, so they cannot be stored on it.
         rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
         self.partitioner = Partitioner(
             rules=rules,
@@ -152,7 +156,7 @@ class Program:
         self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable)
         self._schedule = optax_schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
 
-    # What it works on
+    # Shapes and shardings
 
     @property
     def on_mesh(self) -> AbstractContextManager[object]:
@@ -171,7 +175,7 @@ class Program:
 
     @cached_property
     def validation_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of one global batch of validation data: those of `batch`, and weights."""
+        """The arrays of one global validation batch: those of `batch`, and weights."""
         return self._batch(validation=True)
 
     def _batch(self, *, validation: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -205,7 +209,7 @@ class Program:
             return self._sharded(leaf.shape, leaf.dtype, spec)
 
         state = jax.tree.map(concrete, shapes)
-        # Shapes that are evaluated forget the memory that an array is in.
+        # `eval_shape` drops the memory kind.
         host = self.run.optim.offload
         return replace(state, opt_state=jax.tree.map(_on_host, state.opt_state)) if host else state
 
@@ -214,10 +218,10 @@ class Program:
         """Number of parameters."""
         return sum(spec.size for spec in jax.tree.leaves(self.specs))
 
-    # What it does
+    # Functions
 
     def model(self, params: Params) -> Module:
-        """The module with these parameters, for use while tracing."""
+        """Returns the module with these parameters, for use while tracing."""
         return nnx.merge(self.graphdef, nnx.State(params))
 
     @cached_property
@@ -237,21 +241,21 @@ class Program:
 
     @cached_property
     def train_step(self) -> TrainStep:
-        """`train_step(state, batch) -> (state, metrics)`, compiled; the old state is given up."""
+        """`train_step(state, batch) -> (state, metrics)`, compiled; it donates the state."""
         return jax.jit(self._train_step, donate_argnums=0, compiler_options=self._options or None)
 
     @cached_property
     def eval_step(self) -> Callable[..., Sums]:
-        """`eval_step(params, batch, reference=None) -> sums`, compiled: those of the objective over the batch."""
+        """`eval_step(params, batch, reference=None) -> sums`, compiled: the sums of the objective over a batch."""
         return jax.jit(self._eval_step, compiler_options=self._options or None)
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
-        """`gradients(params, batch, reference=None) -> (grads, sums, stats)`, compiled: of the mean loss of a batch."""
+        """`gradients(params, batch, reference=None) -> (grads, sums, stats)`, compiled: for the mean loss of a batch."""
         return jax.jit(self._gradients)
 
     def lower(self) -> jax.stages.Lowered:
-        """The train step, lowered for `platform` from shapes alone."""
+        """Lowers the train step for the platform, from shapes alone."""
         with self.on_mesh:
             traced = self.train_step.trace(self.state, self.batch)
             platform = {"gpu": "cuda"}.get(self.partitioner.platform, self.partitioner.platform)
@@ -276,7 +280,7 @@ class Program:
         return TrainState(step=step, params=params, opt_state=opt_state, ema=ema, reference=reference)
 
     def with_dropout_bits(self, batch: Batch, step: jax.Array | int) -> Batch:
-        """The batch of a step with the random bits that dropout needs, a word for each position."""
+        """Adds the random bits that dropout needs to the batch of a step, uint32 for each position."""
         model, data = self.run.model, self.run.data
         if not model.uses_dropout:
             return batch
@@ -290,7 +294,7 @@ class Program:
     def _loss(
         self, params: Params, batch: Batch, reference: Params | None, *, train: bool
     ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
-        """The loss that training minimizes, summed over the batch, the sums of the objective, and of the layers."""
+        """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
         forward = Forward(self, train=train)
         given = WithReference(params, reference) if reference is not None else params
         with user_code(type(self.objective), "objective"):
@@ -300,7 +304,7 @@ class Program:
     def _loss_and_grads(
         self, params: Params, batch: Batch, reference: Params | None
     ) -> tuple[Sums, LayerStats, Params]:
-        """Sums of one microbatch and the float32 gradient of its summed loss, partial over `replica`."""
+        """Returns sums, statistics and float32 gradients of one microbatch, all partial sums over `replica`."""
         loss = partial(self._loss, batch=batch, reference=reference, train=True)
         total, pull, (sums, stats) = jax.vjp(loss, params, has_aux=True)
         over = jax.typeof(total).sharding.spec.unreduced
@@ -328,7 +332,7 @@ class Program:
     def _gradients(
         self, params: Params, batch: Batch, reference: Params | None = None
     ) -> tuple[Params, Sums, LayerStats]:
-        """The gradient of the mean loss by what is trained, and the sums; `replica` is crossed once."""
+        """Returns gradients of the mean loss for trained parameters, sums and statistics; reduces over `replica` once."""
         batch = self._arranged(batch)
         count = self.run.train.accumulate
         if self._stages is not None:
@@ -343,7 +347,7 @@ class Program:
         else:
             microbatches = _split(batch, count)
             shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))
-            # From zeros and not from the first microbatch, so that the model is compiled once, inside the loop.
+            # Starting from zeros, not from the first microbatch, compiles the model once, inside the loop.
             zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
             (sums, stats, grads), _ = jax.lax.scan(
                 lambda total, microbatch: (jax.tree.map(jnp.add, total, step(microbatch)), None), zeros, microbatches
@@ -402,15 +406,15 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Like `optim.offload`: an array, not a counter, in host memory."""
+    """Puts an array, but not a counter, in host memory, as `optim.offload` does."""
     assert isinstance(leaf.sharding, NamedSharding)
     return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
 
 
 def _split(batch: Batch, count: int) -> Batch:
-    """The batch as `count` microbatches, stacked.
+    """Stacks a batch into `count` microbatches: microbatch i has the rows r with `r % count == i`.
 
-    Microbatch i has the rows r with `r % count == i`: no row leaves its device.
+    So no row leaves its device.
     """
 
     def split(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Text from a trained model: a cache of keys and values, one token a step, streamed as it is decoded."""
+"""Samples text from a trained language model with a KV cache, streamed token by token."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from jaxinfra.run import Run
 from jaxinfra.run_dir import load_params, parse_source
 
 PROMPT_BLOCK = 64
-"""Prompts are padded to a multiple of this, so that prompts of like length share one compiled program."""
+"""Prompts are padded to a multiple of this, so that prompts of similar length share one compiled program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,10 @@ class SamplingParams:
 
 
 class Sampler:
-    """A model with its parameters on one device, and its tokenizer."""
+    """A language model with its parameters on one device, and its tokenizer."""
 
     def __init__(self, run: Run, params: Params, tokenizer: Tokenizer):
-        """Takes parameters that are on the mesh of `sampling_program(run)`."""
+        """Takes parameters on the mesh of `sampling_program(run)`."""
         self._program = sampling_program(run)
         self._params, self._tokenizer = params, tokenizer
         self._config, data = require_text(run)
@@ -83,9 +83,9 @@ class Sampler:
         return cls(run, jax.device_put(params, jax.tree.map(lambda p: p.sharding, program.params)), tokenizer)
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
-        """Yields the continuation piece by piece, as soon as a piece is whole characters.
+        """Yields the continuation in pieces of whole characters, as soon as they are decoded.
 
-        Ends after `max_tokens`, or where the model ends the document.
+        Ends after `max_tokens`, or at the end of the document.
         """
         decoder = StreamDecoder(self._tokenizer)
         for token in self.tokens(self._tokenizer.encode(prompt), max_tokens=max_tokens, sampling=sampling):
@@ -95,11 +95,11 @@ class Sampler:
             yield rest
 
     def tokens(self, prompt: list[int], *, max_tokens: int, sampling: SamplingParams) -> Iterator[int]:
-        """Yields the ids of the continuation, without the one that ends the document.
+        """Yields the token ids of the continuation, without the end-of-document token.
 
-        Prompt and continuation may not be longer than the model's learned positions.
+        Raises ConfigError if prompt and continuation are longer than the model's learned positions.
         """
-        # A document begins after the end of another. Where training masks documents it never saw that end.
+        # A document follows the end of another one, unless training masks documents.
         ids = prompt if prompt and self._masked else [self._tokenizer.eot_id, *prompt]
         slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
         longest = self._config.learned_positions
@@ -134,9 +134,9 @@ class Sampler:
     def _prefill(
         self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, sampling: SamplingParams
     ):
-        """The first token after `count` tokens of a padded prompt, and the cache of those tokens.
+        """Returns the first token after `count` tokens of a padded prompt, and the cache of those tokens.
 
-        What the padding wrote into the cache lies behind its end: unseen, and overwritten in time.
+        Padding in the cache is behind its length: masked, and overwritten later.
         """
         model = self._model(params)
         hidden_BTD, cache = model.decode(tokens_BT, cache)
@@ -147,7 +147,7 @@ class Sampler:
     def _decode(
         self, params: Params, cache: Cache, token_B1: jax.Array, key: jax.Array, sampling: SamplingParams
     ) -> tuple[jax.Array, Cache]:
-        """The token after `token_B1`, and the cache with it."""
+        """Returns the token after `token_B1`, and the cache with it."""
         model = self._model(params)
         hidden_B1D, cache = model.decode(token_B1, cache)
         return _sample_token(model, hidden_B1D[:, 0], key, sampling), cache
@@ -159,14 +159,14 @@ def _open_tokenizer(run: Run) -> Tokenizer:
 
 
 def sampling_program(run: Run) -> Program:
-    """The program of a run on the first device alone, wherever and with what options of its compiler it was trained."""
+    """Returns the program of a run on the first device, with default compiler options."""
     alone = MeshConfig(fsdp=1)
     run = replace(run, mesh=alone, train=replace(run.train, compiler="default"))
     return Program(run, make_mesh(alone, jax.devices()[:1]))
 
 
 def _sample_token(model: Transformer, hidden_BD: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """One token a row, int32 `[B, 1]`."""
+    """Samples one token per row, int32 `[B, 1]`."""
     logits_BV = dot(hidden_BD, model.head()).astype(jnp.float32)
     if (cap := model.config.logit_softcap) is not None:
         logits_BV = cap * jnp.tanh(logits_BV / cap)
