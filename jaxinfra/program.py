@@ -251,7 +251,7 @@ class Program:
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
-        """`gradients(params, batch, reference=None) -> (grads, sums, stats)`, compiled: for the mean loss of a batch."""
+        """`gradients(params, batch, reference=None) -> (grads, sums, stats)`, compiled: of the mean loss."""
         return jax.jit(self._gradients)
 
     def lower(self) -> jax.stages.Lowered:
@@ -332,7 +332,7 @@ class Program:
     def _gradients(
         self, params: Params, batch: Batch, reference: Params | None = None
     ) -> tuple[Params, Sums, LayerStats]:
-        """Returns gradients of the mean loss for trained parameters, sums and statistics; reduces over `replica` once."""
+        """Returns gradients of the mean loss, sums and statistics; reduces over `replica` once."""
         batch = self._arranged(batch)
         count = self.run.train.accumulate
         if self._stages is not None:
