@@ -75,7 +75,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt $(VE
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## run a small set with the oldest Python and JAX that are supported
-	$(OLDEST)/bin/python -m pytest -n 2 -m jax_range tests/cli tests/checkpoint tests/ops tests/parity
+	$(OLDEST)/bin/python -m pytest -n 2 -m jax_range tests/cli tests/checkpoint tests/models tests/ops tests/parity
 
 lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
 	$(BIN)/ruff check .

@@ -13,4 +13,5 @@ def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | Pai
     model, data = run.model, run.data
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture | PairData):
         return model, data
-    raise ConfigError(f"{run.name}: its model reads {data.modality}s, this is for language models; name another run")
+    found = f"{type(model).__qualname__} with data of {data.modality}s"
+    raise ConfigError(f"{run.name}: its model is {found}; name a run of a TransformerConfig with data of tokens")

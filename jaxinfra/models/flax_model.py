@@ -158,10 +158,15 @@ class FlaxModule(Module):
         output = self.config.call(module, inputs, train=train)
         if not train:
             return output, {}
-        after = _flat(nnx.state(module))
-        stats = {
-            _name(path): _summable(after[path]) for path, spec in structure.specs.items() if spec.state == "buffer"
-        }
+        after, stats = _flat(nnx.state(module)), {}
+        for path, spec in structure.specs.items():
+            if spec.state == "buffer":
+                if (shape := after[path].shape) != spec.shape:
+                    raise ConfigError(
+                        f"{_name(path)}: a call changes its shape from {spec.shape} to {shape}; keep to one shape in "
+                        f"{type(self.config).__qualname__}"
+                    )
+                stats[_name(path)] = after[path].astype(jnp.float32 if _is_floating(after[path]) else jnp.int32)
         return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
     @override
@@ -264,10 +269,6 @@ def _restarted(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> 
         return jnp.zeros(shape.shape, shape.dtype)
     own = param_key(key, _name(path))
     return jax.random.split(own, shape.shape) if shape.shape else own
-
-
-def _summable(value: jax.Array) -> jax.Array:
-    return value.astype(jnp.float32 if _is_floating(value) else jnp.int32)
 
 
 def _is_floating(array: Any) -> bool:

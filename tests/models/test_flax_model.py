@@ -178,6 +178,7 @@ def test_first_values_are_those_that_flax_gives(mesh: MeshConfig) -> None:
         np.testing.assert_allclose(found[path], one, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.jax_range
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
     [(CUBE, 1), (MeshConfig(fsdp=8), 1), (MeshConfig(replica=2, fsdp=4), 2)],
@@ -415,6 +416,9 @@ class Returns(Plain):
 
     def call(self, module: Any, batch: Mapping[str, jax.Array], *, train: bool) -> Any:
         found = module(batch["inputs"])
+        if self.what == "state":
+            module.calls.set_value(jnp.zeros((2,), jnp.int32))
+            return found
         return {"nothing": None, "rows": found[:3], "dimensions": found[..., 0], "sum": found.sum()}[self.what]
 
 
@@ -440,6 +444,7 @@ HERE, FAILS = __file__, inspect.getsourcelines(Makes)[1] + 9
         (Returns(what="rows"), "Returns.call (3, 16, 64) 16 [16, ...]"),
         (Returns(what="sum"), "Returns.call () 16 [16, ...]"),
         (Returns(what="dimensions"), "(16, 16) logits [16, 16, N]"),
+        (Returns(what="state"), "module.calls () (2,) Returns"),
         (Makes(what="linen"), "Makes.make_module Linen nnx.bridge.ToNNX"),
         (Makes(what="uninitialized"), "Makes.make_module nnx.Param lazy_init"),
         (Makes(what="unknown axis"), "Makes module.kernel 'model' embed tensor"),
