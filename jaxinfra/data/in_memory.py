@@ -1,0 +1,122 @@
+"""Data in memory: the shortest way to train on data of your own."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, override
+
+import numpy as np
+
+from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig, Samples
+from jaxinfra.data.order import sample_ids
+from jaxinfra.data.store.manifest import Split
+from jaxinfra.errors import ConfigError
+
+
+class ArrayData(DataConfig):
+    """Data in memory: a frozen dataclass that inherits from this class and defines `arrays`.
+
+    Attributes:
+        seed: of the order of samples.
+    """
+
+    seed: int = 0
+
+    @abstractmethod
+    def arrays(self, split: Split) -> Batch:
+        """Returns the arrays of all samples of "train" or "validation" by name, each `[samples, ...]`.
+
+        It must return the same arrays on every call. `weights` `[samples]` is optional.
+        """
+
+    @override
+    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
+        arrays = _arrays(self, "train")
+        specs = {
+            name: ArraySpec(shape=array.shape[1:], dtype=str(array.dtype), axes=(None,) * (array.ndim - 1))
+            for name, array in arrays.items()
+        }
+        return {**({"weights": ArraySpec()} if validation else {}), **specs}
+
+    @override
+    def open(self, *, hint: str = "") -> "ArrayDataset":
+        return ArrayDataset(self)
+
+
+class ArraySamples(Samples):
+    """The samples of one split."""
+
+    read_time_s = 0.0
+
+    def __init__(self, arrays: Batch, limit: int | None = None):
+        self._arrays = {name: array[:limit] for name, array in arrays.items()}
+
+    @override
+    def __len__(self) -> int:
+        return len(next(iter(self._arrays.values())))
+
+    @override
+    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
+        weights = {"weights": np.ones(len(ids), np.float32)} if weighted else {}
+        return weights | {name: array[ids] for name, array in self._arrays.items()}
+
+
+class ArrayDataset:
+    """The `Dataset` of arrays in memory."""
+
+    versions: Sequence[str] = ()
+
+    def __init__(self, config: ArrayData):
+        self._config, self.name = config, type(config).__qualname__
+        arrays = {split: _arrays(config, split) for split in ("train", "validation")}
+        self.fingerprint = _digest(arrays)
+        self.baselines: Mapping[str, Mapping[str, float]] = {}
+        self.train = ArraySamples(arrays["train"])
+        self.train_units = len(self.train) * config.units_per_sample
+
+    def validation(self, limit: int | None = None) -> ArraySamples:
+        """Returns the validation split, or its first `limit` samples."""
+        return ArraySamples(_arrays(self._config, "validation"), limit)
+
+    def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
+        """Returns the training samples of the global batch of a step, int64[global_batch]."""
+        return sample_ids(step, global_batch=global_batch, num_samples=len(self.train), seed=self._config.seed)
+
+    def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
+        """Yields a line: the epochs that were read when a step begins."""
+        yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"
+
+    def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
+        """Yields a line for each array of each training sample, cut to `chars`."""
+        batch = self.train.read(ids, weighted=False)
+        for row, sample in enumerate(ids):
+            yield f"row {first_row + row}: sample {sample}"
+            yield from (f"{name} {' '.join(str(array[row]).split())}"[:chars] for name, array in batch.items())
+
+    def check(self, model: Any) -> None:
+        """Accepts every model."""
+
+
+@lru_cache(maxsize=4)
+def _arrays(config: ArrayData, split: Split) -> Batch:
+    """Returns checked arrays; ConfigError if they are no samples."""
+    arrays, where = config.arrays(split), f"{type(config).__qualname__}.arrays({split!r})"
+    if not isinstance(arrays, dict) or not arrays:
+        raise ConfigError(f'{where}: returned {type(arrays).__name__}; return a dict, such as {{"inputs": array}}')
+    sizes = {name: len(array) for name, array in arrays.items() if isinstance(array, np.ndarray) and array.ndim}
+    if wrong := [name for name in arrays if name not in sizes]:
+        raise ConfigError(f"{where}: {wrong[0]} is not a NumPy array [samples, ...]; use numpy.asarray")
+    if len({*sizes.values()}) > 1 or 0 in sizes.values():
+        raise ConfigError(f"{where}: has {sizes} samples; return one or more, and the same number in every array")
+    return arrays
+
+
+def _digest(arrays: Mapping[str, Batch]) -> str:
+    """Returns a hash of all names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for split, batch in arrays.items():
+        for name, array in sorted(batch.items()):
+            digest.update(f"{split} {name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
