@@ -1,10 +1,12 @@
 from .checkpoint.config import CheckpointConfig
 from .config import Problem, load, validate
 from .data.image_data import ImageData
+from .data.in_memory import ArrayData
 from .data.interfaces import ArraySpec, DataConfig
 from .data.mixture import MixSource, Mixture
 from .data.pairs import PairData
 from .data.tokens import TokenData
+from .models.flax_model import FlaxModel
 from .models.model import ModelConfig
 from .models.module import Module
 from .models.transformer import TransformerConfig
@@ -33,6 +35,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Apply",
+    "ArrayData",
     "ArraySpec",
     "CausalLM",
     "CheckpointConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "DPO",
     "DataConfig",
     "FactoredLogits",
+    "FlaxModel",
     "ImageData",
     "InverseSqrt",
     "LRSchedule",

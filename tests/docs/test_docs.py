@@ -43,7 +43,8 @@ def commands(page: Path) -> list[str]:
     return [match[1] for match in COMMAND.finditer(page.read_text())]
 
 
-ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+ALL = list(dict.fromkeys(command for page in PAGES if page.name != "extend.md" for command in commands(page)))
+"""Those of docs/extend.md use its examples: see test_extend.py."""
 
 
 def test_what_is_run_elsewhere_is_shown() -> None:
