@@ -25,7 +25,7 @@ from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.interfaces import Batch, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
 from jaxinfra.data.stopwatch import input_bound_warning
-from jaxinfra.errors import NonFiniteError, Preempted, StorageError
+from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
@@ -62,7 +62,6 @@ class Trainer:
         run: the config, its mesh sized for the devices.
         program: what is compiled of it.
         run_dir: where the run is kept.
-        state: the train state on the devices; None before `train`.
         completed_steps: steps that the state has seen.
     """
 
@@ -81,7 +80,7 @@ class Trainer:
         validate(self.run)
         self.program = Program(self.run, make_mesh(self.run.mesh, devices))
         self.run_dir = RunDirectory(Path(self.run.root) / self.run.name)
-        self.state: TrainState | None = None
+        self._state: TrainState | None = None
         self.completed_steps = 0
         self._command, self._prepare_command = list(command), prepare_command
         self._trackers, self._timer = MultiTracker(), StepTimer()
@@ -185,12 +184,14 @@ class Trainer:
 
         The averaged parameters are evaluated where a run keeps them. Sums meet on the devices: the host waits once.
         """
-        assert self.state is not None
         state, total = self.state, None
+        if state is None:
+            raise ConfigError(f"{self.run_dir.path}: has no parameters to evaluate yet; call train() first")
         params = state.params if state.ema is None else state.ema
-        for _, batch in self._validation:
-            sums = self.program.eval_step(params, self._place(batch), state.reference)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        with self.program.on_mesh:
+            for _, batch in self._validation:
+                sums = self.program.eval_step(params, self._place(batch), state.reference)
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
         scores = self.program.objective.scores(sums, self._validation.samples)
@@ -213,6 +214,21 @@ class Trainer:
                 self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
 
     # What comes out of it
+
+    @property
+    def state(self) -> TrainState | None:
+        """The train state on the devices; before `train` that of the newest checkpoint, None if there is none."""
+        if self._state is None and self.run_dir.checkpoints.exists():
+            with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
+                if step := checkpoints.latest_step():
+                    self.run_dir.check(self._loaded.run, self.dataset)
+                    self._state = checkpoints.restore(step, self.program.state)
+                    self.completed_steps = step
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
 
     @property
     def metrics(self) -> list[dict[str, float]]:
