@@ -13,7 +13,7 @@ ifndef PYTHON
 PYTHON := $(shell $(FIND_PYTHON))
 endif
 
-.PHONY: help quickstart test test-slow test-all test-oldest test-trl lint bench clean
+.PHONY: help quickstart test test-slow test-all test-oldest test-trl lint bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e '.[test]')
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-docs
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,-e '.[docs]')
 	@touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed ## prepare real text, train on it, show the loss curve and a sample: 3 to 5 minutes
@@ -86,5 +90,8 @@ lint: $(VENV)/.installed-test ## ruff, pyright and the import layers
 bench: $(VENV)/.installed ## time the train step against hand-written code
 	$(LAUNCH) bench step
 
+docs: $(VENV)/.installed-docs ## write the documentation with the API into site/, to open in a browser
+	$(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+
 clean: ## remove what was installed and built; runs and stores stay
-	rm -rf $(VENV) $(OLDEST) .cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .cache .pytest_cache .ruff_cache .import_linter_cache build dist site *.egg-info

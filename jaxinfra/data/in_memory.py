@@ -4,7 +4,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, override
+from typing import override
 
 import numpy as np
 
@@ -47,14 +47,17 @@ class ArrayData(DataConfig):
 class ArraySamples(Samples):
     """The samples of one split."""
 
-    read_time_s = 0.0
-
     def __init__(self, arrays: Batch, limit: int | None = None):
         self._arrays = {name: array[:limit] for name, array in arrays.items()}
 
     @override
     def __len__(self) -> int:
         return len(next(iter(self._arrays.values())))
+
+    @property
+    @override
+    def read_time_s(self) -> float:
+        return 0.0
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
@@ -94,7 +97,7 @@ class ArrayDataset:
             yield f"row {first_row + row}: sample {sample}"
             yield from (f"{name} {' '.join(str(array[row]).split())}"[:chars] for name, array in batch.items())
 
-    def check(self, model: Any) -> None:
+    def check(self, model: object) -> None:
         """Accepts every model."""
 
 

@@ -28,6 +28,7 @@ STEP = re.compile(r"step +\d+/\d+ ")
 RUN_ELSEWHERE = {
     "make test": "the command that runs this test",
     "make test-all": "the command that runs this test",
+    "make docs": "tests/docs/test_site.py",
     "python -m launch bench step": "tests/bench",
     "python -m launch bench parallel": "tests/bench",
     "python -m launch bench llama": "tests/bench",

@@ -25,9 +25,15 @@ COMMANDS = {
 }
 RECIPES = [path for path in EXAMPLES if path.startswith("configs/data/")]
 RUNS = [path for path in EXAMPLES if path not in RECIPES]
-FAST = ["train.steps=2", "train.global_batch=8", "train.eval_every=none", "track.log_every=1", "track.tensorboard=false"]
+FAST = [
+    "train.steps=2",
+    "train.global_batch=8",
+    "train.eval_every=none",
+    "track.log_every=1",
+    "track.tensorboard=false",
+]
 TEXT = ["data.store=store", "data.seq_len=16"]
-SMALL = ["optim.schedule.warmup_steps=0", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", "model.mlp_dim=32", "model.vocab_size=304"]
+SMALL = ["num_layers=1", "hidden_size=32", "num_heads=2", "mlp_dim=32", "vocab_size=304"]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,8 @@ def test_examples_train_and_replay(path: str) -> None:
     words = [word for word in words if not word.startswith(("--", "cpu:", "mesh."))]
     mesh = ["mesh.fsdp=8"] if "FlaxModel" in content else ["mesh.fsdp=4", "mesh.tensor=2"]
     own_model = "ModelConfig" in content or "FlaxModel" in content
-    shrunk = [*(TEXT if "quickstart" in content else []), *([] if own_model else SMALL), *FAST, *mesh]
+    small = [] if own_model else ["optim.schedule.warmup_steps=0", *(f"model.{size}" for size in SMALL)]
+    shrunk = [*(TEXT if "quickstart" in content else []), *small, *FAST, *mesh]
     name = Path(path).stem
     ended = launch(path, *shrunk, *words, f"name={name}")
     assert ended.code == 0, ended
