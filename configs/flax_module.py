@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from jaxinfra.config.limits import Count, Decay
+from jaxinfra.config.limits import DecayRate, PositiveInt
 from jaxinfra.data.tokens import TokenData
 from jaxinfra.models.flax_model import FlaxModel
 from jaxinfra.optim.optimizers import AdamW, OptimConfig
@@ -51,10 +51,10 @@ class ConvLM(nnx.Module):
 class ConvModel(FlaxModel):
     """The fields of `ConvLM` that a config or the command line may set."""
 
-    vocab_size: Count = 4096
-    width: Count = 192
-    layers: Count = 5
-    dropout: Decay = 0.1
+    vocab_size: PositiveInt = 4096
+    width: PositiveInt = 192
+    layers: PositiveInt = 5
+    dropout: DecayRate = 0.1
 
     def make_module(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns a module with its first values."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.compiler import OptionSet
 from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.config.source import COMMAND_LINE
 from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.models.model import ModelConfig
@@ -34,11 +34,11 @@ class TrainConfig:
         compiler: a set of options for the compiler of the steps (see `jaxinfra.compiler`).
     """
 
-    steps: Count = 1000
-    global_batch: Count = 32
-    accumulate: Annotated[Count, NOT_FINGERPRINTED] = 1
-    eval_every: Annotated[Count | None, NOT_FINGERPRINTED] = 100
-    eval_samples: Count | None = None
+    steps: PositiveInt = 1000
+    global_batch: PositiveInt = 32
+    accumulate: Annotated[PositiveInt, NOT_FINGERPRINTED] = 1
+    eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
+    eval_samples: PositiveInt | None = None
     compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
 
     def evaluates_after(self, completed_steps: int) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,9 @@ class CheckpointConfig:
         async_save: writes checkpoints in the background while training continues.
     """
 
-    save_every: Count = 100
-    keep_last: Count = 2
-    keep_every: Count | None = None
+    save_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
     async_save: bool = True
 
     def problems(self) -> Iterable[Problem]:

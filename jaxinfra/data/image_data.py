@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Protocol, override
 import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import IMAGES, LABELS, PREPARE, Store
@@ -27,10 +27,10 @@ class ImageData(StoreData):
     """
 
     modality: ClassVar[str] = "image"
-    image_size: Count
-    channels: Count = 3
-    max_pixel: Count = 255
-    threads: Annotated[Count, NOT_FINGERPRINTED] = 1
+    image_size: PositiveInt
+    channels: PositiveInt = 3
+    max_pixel: PositiveInt = 255
+    threads: Annotated[PositiveInt, NOT_FINGERPRINTED] = 1
 
     @override
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:

@@ -25,7 +25,7 @@ from math import isfinite, lcm
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Natural
+from jaxinfra.config.limits import NonNegativeInt
 from jaxinfra.data.order import MAX_SIZE, Curriculum, epoch_keys, shuffled_ids, steps_per_chunk, stream_seed
 
 BLOCK = 64  # samples that are shuffled together; few, so that every batch has about its share of every source
@@ -40,7 +40,7 @@ class MixStage:
         weights: one for each source, at least 0; only their ratios matter. Decimals are exact: 0.1 is one tenth.
     """
 
-    start_step: Natural = 0
+    start_step: NonNegativeInt = 0
     weights: tuple[float, ...]
 
     def problems(self) -> Iterable[Problem]:

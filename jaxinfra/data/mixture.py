@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Self, override
 import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
-from jaxinfra.config.limits import Count, NonEmpty
+from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data import buffers
 from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig, Samples
 from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
@@ -26,7 +26,7 @@ from jaxinfra.errors import ConfigError
 class MixSource:
     """A store of a mixture; its fields are those of `TokenData`."""
 
-    store: Annotated[NonEmpty, NOT_FINGERPRINTED]
+    store: Annotated[NonEmptyStr, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
     recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
     packing: PackingMode = "concat"
@@ -44,11 +44,11 @@ class Mixture(DataConfig):
     modality: ClassVar[str] = "token"
     sources: tuple[MixSource, ...]
     stages: tuple[MixStage, ...] = ()
-    seq_len: Count = 1024
+    seq_len: PositiveInt = 1024
     curriculum: Curriculum | None = None
     seed: int = 0
-    prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
-    threads: Annotated[Count, NOT_FINGERPRINTED] = 6
+    prefetch_bytes: Annotated[PositiveInt, NOT_FINGERPRINTED] = 2**26
+    threads: Annotated[PositiveInt, NOT_FINGERPRINTED] = 6
     mask_documents: bool = True
 
     def problems(self) -> Iterable[Problem]:

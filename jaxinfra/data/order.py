@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge, Le
 
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 
 _ROUNDS = 8  # even: the halves have their own widths again at the end
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
@@ -41,7 +41,7 @@ class Curriculum:
     """
 
     buckets: Annotated[int, Ge(1), Le(_MAX_BUCKETS)] = 8
-    epochs: Count = 1
+    epochs: PositiveInt = 1
 
 
 def sample_ids(

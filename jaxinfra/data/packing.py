@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class PackSpec:
         by_length: whether a row holds only documents of similar length, for runs with a `Curriculum`.
     """
 
-    seq_len: Count
+    seq_len: PositiveInt
     by_length: bool = False
 
     @property

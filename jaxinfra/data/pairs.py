@@ -8,7 +8,7 @@ from typing import ClassVar, override
 
 import numpy as np
 
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.inspect import format_token_rows
 from jaxinfra.data.interfaces import ArraySpec, Batch
 from jaxinfra.data.sequences import packed_batch
@@ -33,7 +33,7 @@ class PairData(StoreData):
     """
 
     modality: ClassVar[str] = "token"
-    seq_len: Count = 1024
+    seq_len: PositiveInt = 1024
 
     @property
     def mask_documents(self) -> bool:

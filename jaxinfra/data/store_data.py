@@ -11,7 +11,7 @@ from typing import Annotated, Self, override
 import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
-from jaxinfra.config.limits import Count, NonEmpty
+from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
@@ -32,12 +32,12 @@ class StoreData(DataConfig):
         threads: threads that make host batches.
     """
 
-    store: Annotated[NonEmpty, NOT_FINGERPRINTED]
+    store: Annotated[NonEmptyStr, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
     recipe: Annotated[str | None, NOT_FINGERPRINTED] = None
     seed: int = 0
-    prefetch_bytes: Annotated[Count, NOT_FINGERPRINTED] = 2**26
-    threads: Annotated[Count, NOT_FINGERPRINTED] = 6
+    prefetch_bytes: Annotated[PositiveInt, NOT_FINGERPRINTED] = 2**26
+    threads: Annotated[PositiveInt, NOT_FINGERPRINTED] = 6
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:

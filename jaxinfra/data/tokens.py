@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol, override
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.batches import validation_batches
 from jaxinfra.data.inspect import format_token_rows
 from jaxinfra.data.interfaces import ArraySpec, Batch
@@ -37,7 +37,7 @@ class TokenData(StoreData):
     """
 
     modality: ClassVar[str] = "token"
-    seq_len: Count = 1024
+    seq_len: PositiveInt = 1024
     packing: PackingMode = "concat"
     curriculum: Curriculum | None = None
     mask_documents: bool = True

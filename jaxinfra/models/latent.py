@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.models.attention import AttentionConfig, TokenInfo, cached_positions, self_attention, update_cache
 from jaxinfra.models.layers import RESIDUAL, Linear, Norm, ParamFactory
 from jaxinfra.ops.attention import AttentionSpec, dot_product_attention
@@ -40,11 +40,11 @@ class MLA:
         v_head_dim: features of a value head.
     """
 
-    kv_lora_rank: Count = 512
-    q_lora_rank: Count | None = None
-    qk_nope_head_dim: Count = 128
-    qk_rope_head_dim: Count = 64
-    v_head_dim: Count = 128
+    kv_lora_rank: PositiveInt = 512
+    q_lora_rank: PositiveInt | None = None
+    qk_nope_head_dim: PositiveInt = 128
+    qk_rope_head_dim: PositiveInt = 64
+    v_head_dim: PositiveInt = 128
 
     @property
     def qk_head_dim(self) -> int:

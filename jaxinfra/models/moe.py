@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count, Natural, NonNegative, Positive
+from jaxinfra.config.limits import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxinfra.models.layers import ACTIVATIONS, MLP, RESIDUAL, MlpType, ParamFactory
 from jaxinfra.models.module import LayerStats
 from jaxinfra.models.remat import save_dot
@@ -61,19 +61,19 @@ class MixtureOfExperts:
         z_loss: weight of the squared log-sum-exp of the router logits, summed in the same way.
     """
 
-    num_experts: Count = 8
-    top_k: Count = 2
-    expert_dim: Count | None = None
-    num_shared_experts: Natural = 0
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+    expert_dim: PositiveInt | None = None
+    num_shared_experts: NonNegativeInt = 0
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_weights: bool = True
     routed_scaling_factor: float = 1.0
-    num_groups: Count = 1
-    top_k_groups: Count = 1
-    bias_update_rate: NonNegative = 0.0
-    capacity_factor: Positive | None = None
-    balance_loss: NonNegative = 0.0
-    z_loss: NonNegative = 0.0
+    num_groups: PositiveInt = 1
+    top_k_groups: PositiveInt = 1
+    bias_update_rate: NonNegativeFloat = 0.0
+    capacity_factor: PositiveFloat | None = None
+    balance_loss: NonNegativeFloat = 0.0
+    z_loss: NonNegativeFloat = 0.0
 
     def problems(self) -> Iterable[Problem]:
         """Yields choices of more experts or groups than there are, and groups of unequal size."""

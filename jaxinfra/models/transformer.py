@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Protocol, override
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
-from jaxinfra.config.limits import Count, Decay, Natural, Positive
+from jaxinfra.config.limits import DecayRate, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxinfra.models.latent import MLA
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.models.moe import MixtureOfExperts
@@ -77,19 +77,19 @@ class TransformerConfig(ModelConfig):
     modality: ClassVar[str | None] = "token"
     implementation: ClassVar[str | None] = "jaxinfra.models.decoder:Transformer"
     supports_context: ClassVar[bool] = True
-    vocab_size: Count
-    num_layers: Count
-    hidden_size: Count
-    num_heads: Count
-    mlp_dim: Count
-    num_kv_heads: Count | None = None
-    head_dim: Count | None = None
+    vocab_size: PositiveInt
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    mlp_dim: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
     mla: MLA | None = None
     mlp_type: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     moe: MixtureOfExperts | None = None
-    num_dense_layers: Natural = 0
+    num_dense_layers: NonNegativeInt = 0
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: Positive = 1e-5
+    norm_eps: PositiveFloat = 1e-5
     norm_offset: float = 0.0
     post_norms: bool = False
     qkv_bias: bool = False
@@ -97,18 +97,18 @@ class TransformerConfig(ModelConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     layer_types: tuple[LayerType, ...] = ("full",)
-    sliding_window: Count | None = None
-    attn_softcap: Positive | None = None
+    sliding_window: PositiveInt | None = None
+    attn_softcap: PositiveFloat | None = None
     query_scale: float | None = None
     rope: Rope | None = Rope()
     sliding_rope: Rope | None = None
-    learned_positions: Count | None = None
+    learned_positions: PositiveInt | None = None
     tie_embeddings: bool = False
     scale_embeddings: bool = False
-    logit_softcap: Positive | None = None
+    logit_softcap: PositiveFloat | None = None
     attention_kernel: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
     context_attention: Annotated[ContextMethod | Literal["auto"], NOT_FINGERPRINTED] = "auto"
-    dropout: Decay = 0.0
+    dropout: DecayRate = 0.0
     remat: Annotated[Remat | tuple[Remat, ...], NOT_FINGERPRINTED] = "none"
 
     @property

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
-from jaxinfra.config.limits import Count, Decay, Positive
+from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
 from jaxinfra.models.attention import Attention, AttentionConfig, TokenInfo
 from jaxinfra.models.layers import MLP, SEQUENCE, Norm, ParamFactory
 from jaxinfra.models.model import ModelConfig
@@ -71,18 +71,18 @@ class VisionTransformerConfig(ModelConfig):
     """
 
     modality: ClassVar[str | None] = "image"
-    image_size: Count
-    patch_size: Count
-    num_classes: Count
-    num_layers: Count
-    hidden_size: Count
-    num_heads: Count
-    mlp_dim: Count
-    channels: Count = 3
+    image_size: PositiveInt
+    patch_size: PositiveInt
+    num_classes: PositiveInt
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    mlp_dim: PositiveInt
+    channels: PositiveInt = 3
     pool: Literal["class", "mean"] = "class"
-    norm_eps: Positive = 1e-6
+    norm_eps: PositiveFloat = 1e-6
     attention_kernel: Annotated[Kernel | None, NOT_FINGERPRINTED] = None
-    dropout: Decay = 0.0
+    dropout: DecayRate = 0.0
     remat: Annotated[Remat, NOT_FINGERPRINTED] = "none"
 
     @property

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
-from jaxinfra.config.limits import Count, NonNegative
+from jaxinfra.config.limits import NonNegativeFloat, PositiveInt
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Apply, Batch, Objective
 
@@ -36,8 +36,8 @@ class CausalLM(Objective):
     batch_fields: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     by_position: ClassVar[bool] = True
     partial_sums: ClassVar[bool] = True
-    loss_chunks: Annotated[Count | None, NOT_FINGERPRINTED] = None
-    z_loss: NonNegative = 0.0
+    loss_chunks: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = None
+    z_loss: NonNegativeFloat = 0.0
 
     @override
     def loss(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

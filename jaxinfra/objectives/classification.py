@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxinfra.config.limits import Decay
+from jaxinfra.config.limits import DecayRate
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Apply, Batch, Objective
 from jaxinfra.parallel.sharding import axis_names
@@ -28,7 +28,7 @@ class Classification(Objective):
 
     batch_fields: ClassVar[tuple[str, ...]] = ("labels",)
     partial_sums: ClassVar[bool] = True
-    label_smoothing: Decay = 0.0
+    label_smoothing: DecayRate = 0.0
 
     @override
     def loss(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

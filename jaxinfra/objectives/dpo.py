@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Lt
 
-from jaxinfra.config.limits import Positive
+from jaxinfra.config.limits import PositiveFloat
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Apply, Batch, Objective, Params, WithReference
 
@@ -35,7 +35,7 @@ class DPO(Objective):
     batch_fields: ClassVar[tuple[str, ...]] = tuple(f"{side}_{name}" for side in SIDES for name in MODEL_FIELDS)
     by_position: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = True
-    beta: Positive = 0.1
+    beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
 
     @override

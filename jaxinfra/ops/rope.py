@@ -14,7 +14,7 @@ import numpy as np
 from annotated_types import Ge
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count, Positive, PositiveShare
+from jaxinfra.config.limits import PositiveFloat, PositiveFraction, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class YarnScaling:
     """
 
     factor: Annotated[float, Ge(1)] = 40.0
-    original_length: Count = 4096
-    beta_fast: Positive = 32.0
-    beta_slow: Positive = 1.0
+    original_length: PositiveInt = 4096
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
@@ -99,8 +99,8 @@ class Rope:
         scaling: frequency scaling, for contexts longer than in pretraining.
     """
 
-    theta: Positive = 10000.0
-    fraction: PositiveShare = 1.0
+    theta: PositiveFloat = 10000.0
+    fraction: PositiveFraction = 1.0
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def problems(self) -> Iterable[Problem]:

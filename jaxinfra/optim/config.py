@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Gt
 
 from jaxinfra.config import NOT_FINGERPRINTED, Extensible, Problem
-from jaxinfra.config.limits import Decay, Positive
+from jaxinfra.config.limits import DecayRate, PositiveFloat
 from jaxinfra.parallel.rules import Role
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ class OptimConfig:
 
     optimizer: Optimizer = field(default_factory=Optimizer.default)
     schedule: LRSchedule = field(default_factory=LRSchedule.default)
-    peak_lr: Positive = 3e-4
+    peak_lr: PositiveFloat = 3e-4
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    ema_decay: Decay | None = None
+    ema_decay: DecayRate | None = None
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     offload: Annotated[bool, NOT_FINGERPRINTED] = False
     decay_roles: tuple[Role, ...] = ("matrix", "embedding", "head")

@@ -16,7 +16,7 @@ import optax
 from annotated_types import Ge, Gt
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count, Decay, NonNegative, Positive, PositiveShare
+from jaxinfra.config.limits import DecayRate, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
 from jaxinfra.optim.config import OptimConfig, Optimizer
 from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_spec, matrix_dims
@@ -38,10 +38,10 @@ class AdamW(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
+    b1: DecayRate = 0.9
+    b2: DecayRate = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
 
     @override
     def transform(self, specs: PyTree) -> optax.GradientTransformation:
@@ -62,12 +62,12 @@ class Adafactor(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
-    decay_power: PositiveShare = 0.8
+    decay_power: PositiveFraction = 0.8
     min_factored_dim: Annotated[int, Ge(2)] = 128
     clip_rms: Annotated[float, Gt(0)] | None = 1.0
     scale_by_param: bool = True
-    min_param_rms: Positive = 1e-3
-    weight_decay: NonNegative = 0.0
+    min_param_rms: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
 
     @override
     def transform(self, specs: PyTree) -> optax.GradientTransformation:
@@ -100,9 +100,9 @@ class Lion(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate.
     """
 
-    b1: Decay = 0.9
-    b2: Decay = 0.99
-    weight_decay: NonNegative = 1.0
+    b1: DecayRate = 0.9
+    b2: DecayRate = 0.99
+    weight_decay: NonNegativeFloat = 1.0
 
     @override
     def transform(self, specs: PyTree) -> optax.GradientTransformation:
@@ -119,9 +119,9 @@ class SGD(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate, without momentum.
     """
 
-    momentum: Decay = 0.9
+    momentum: DecayRate = 0.9
     nesterov: bool = False
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
 
     def problems(self) -> Iterable[Problem]:
         """Yields a problem if `nesterov` is set without momentum."""
@@ -154,15 +154,15 @@ class Muon(Optimizer):
         weight_decay: fraction of a parameter subtracted per unit of learning rate, for all parameters.
     """
 
-    momentum: Decay = 0.95
+    momentum: DecayRate = 0.95
     nesterov: bool = True
-    iterations: Count = 5
+    iterations: PositiveInt = 5
     scale: Literal["rms", "width"] = "rms"
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
-    b1: Decay = 0.9
-    b2: Decay = 0.95
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
+    b1: DecayRate = 0.9
+    b2: DecayRate = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
 
     @override
     def transform(self, specs: PyTree) -> optax.GradientTransformation:

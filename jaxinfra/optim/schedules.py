@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Natural, PositiveShare, Share
+from jaxinfra.config.limits import Fraction, NonNegativeInt, PositiveFraction
 from jaxinfra.optim.config import LRSchedule
 
 type Array = jax.Array | np.ndarray
@@ -34,7 +34,7 @@ class Warmup(LRSchedule):
         warmup_steps: steps of linear warmup from 0.
     """
 
-    warmup_steps: Natural = 0
+    warmup_steps: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Linear(Warmup):
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    final_fraction: Share = 0.0
+    final_fraction: Fraction = 0.0
 
     @override
     def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
@@ -70,7 +70,7 @@ class Cosine(Warmup):
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    final_fraction: Share = 0.1
+    final_fraction: Fraction = 0.1
 
     @override
     def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
@@ -88,9 +88,9 @@ class WSD(Warmup):
         final_fraction: the rate at the end of the run, as a fraction of the peak.
     """
 
-    decay_fraction: PositiveShare = 0.2
+    decay_fraction: PositiveFraction = 0.2
     shape: Literal["linear", "sqrt"] = "sqrt"
-    final_fraction: Share = 0.0
+    final_fraction: Fraction = 0.0
 
     def decay_steps(self, steps: int) -> int:
         """Returns the number of steps that decay."""

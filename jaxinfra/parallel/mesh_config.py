@@ -6,11 +6,11 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.errors import ConfigError
 
 type MeshAxis = Literal["replica", "stage", "fsdp", "expert", "context", "tensor"]
-type AxisSize = Literal[-1] | Count
+type AxisSize = Literal[-1] | PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, override
 
 from jaxinfra.config.extensible import is_user_class
-from jaxinfra.config.limits import Count
+from jaxinfra.config.limits import PositiveInt
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
@@ -94,7 +94,7 @@ class TrackConfig:
         trackers: your own trackers, besides these.
     """
 
-    log_every: Count = 10
+    log_every: PositiveInt = 10
     jsonl: bool = True
     tensorboard: bool = True
     console: Literal["auto", "bar", "plain", "off"] = "auto"

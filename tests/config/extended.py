@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jaxinfra.config import NOT_FINGERPRINTED, Extensible, Problem
-from jaxinfra.config.limits import Positive
+from jaxinfra.config.limits import PositiveFloat
 
 
 class Optimizer(Extensible, ABC):
@@ -36,7 +36,7 @@ class Inner:
 @dataclass(frozen=True, kw_only=True)
 class Mine(Optimizer):
     beta: float = 0.5
-    scale: Positive = 2.0
+    scale: PositiveFloat = 2.0
     inner: Inner = field(default_factory=Inner)
 
     def step(self, x: float) -> float:

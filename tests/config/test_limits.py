@@ -8,25 +8,25 @@ import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from jaxinfra.config import Problem, apply, decode, dump, encode, fingerprint, leaves, validate
-from jaxinfra.config.limits import Count, Decay, NonEmpty, Positive, PositiveShare, Share
+from jaxinfra.config.limits import DecayRate, Fraction, NonEmptyStr, PositiveFloat, PositiveFraction, PositiveInt
 from jaxinfra.config.schema import NOT_FINGERPRINTED, describe
 from jaxinfra.errors import ConfigError
 
-type AxisSize = Literal[-1] | Count
+type AxisSize = Literal[-1] | PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limited:
-    required: Count
+    required: PositiveInt
     axis: AxisSize = -1
-    steps: Annotated[Count | None, NOT_FINGERPRINTED] = None
-    rate: Positive = 3e-4
+    steps: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = None
+    rate: PositiveFloat = 3e-4
     clip: Annotated[float, Gt(0)] | None = 1.0
-    dropout: Decay = 0.0
-    shares: tuple[Share, ...] = (0.5,)
-    part: PositiveShare | Literal["auto"] = "auto"
+    dropout: DecayRate = 0.0
+    shares: tuple[Fraction, ...] = (0.5,)
+    part: PositiveFraction | Literal["auto"] = "auto"
     buckets: Annotated[int, Ge(2), Le(8)] = 4
-    names: tuple[NonEmpty, ...] = ("a",)
+    names: tuple[NonEmptyStr, ...] = ("a",)
 
     def problems(self):
         if 100 // self.required == 7:  # which relies on the limit
@@ -83,7 +83,7 @@ def test_the_limits_themselves_are_valid(overrides: list[str]) -> None:
 def test_an_invalid_default_is_refused_and_the_suggested_value_is_valid() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Unset:
-        root: NonEmpty = ""
+        root: NonEmptyStr = ""
 
     with pytest.raises(ConfigError, match=r"^root=.*; use root=NAME$"):
         validate(Unset())
@@ -91,9 +91,9 @@ def test_an_invalid_default_is_refused_and_the_suggested_value_is_valid() -> Non
 
 
 def test_describe_shows_the_limits() -> None:
-    assert describe(Annotated[Count | None, NOT_FINGERPRINTED]) == "int at least 1 or none"
-    assert describe(Positive) == "float above 0 and finite"
-    assert describe(tuple[Decay, ...]) == "a tuple of float at least 0 and below 1"
+    assert describe(Annotated[PositiveInt | None, NOT_FINGERPRINTED]) == "int at least 1 or none"
+    assert describe(PositiveFloat) == "float above 0 and finite"
+    assert describe(tuple[DecayRate, ...]) == "a tuple of float at least 0 and below 1"
     assert describe(AxisSize) == "-1 or int at least 1"
 
 

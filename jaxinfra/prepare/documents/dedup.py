@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Le
 
-from jaxinfra.config.limits import Count, PositiveShare
+from jaxinfra.config.limits import PositiveFraction, PositiveInt
 from jaxinfra.packages import import_optional
 from jaxinfra.prepare.documents.shingles import HASH_MULTIPLIER, hash128, ngram_hashes, word_hashes
 
@@ -37,9 +37,9 @@ class Dedup:
     """
 
     near: bool = False  # whether to look for near duplicates too
-    threshold: PositiveShare = 0.8  # Jaccard similarity from which on documents are near duplicates
+    threshold: PositiveFraction = 0.8  # Jaccard similarity from which on documents are near duplicates
     num_permutations: Annotated[int, Ge(2), Le(4096)] = 128  # more are more exact and take more time and memory
-    ngram_size: Count = 5  # words of an n-gram
+    ngram_size: PositiveInt = 5  # words of an n-gram
 
 
 class Signer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar, override
 
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.prepare.sources.record import Fields
 
 _MAX_NAMES = 20  # field names in a message
@@ -56,7 +56,7 @@ class Text(RecordFormat):
     """Takes one field of the record as the document; all of it counts in the loss."""
 
     masked = False
-    field: NonEmpty = "text"
+    field: NonEmptyStr = "text"
 
     @override
     def to_documents(self, record: Fields) -> Sequence[Document]:

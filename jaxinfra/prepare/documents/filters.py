@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Natural, NonNegative, Share
+from jaxinfra.config.limits import Fraction, NonNegativeFloat, NonNegativeInt
 from jaxinfra.prepare.documents.shingles import ngram_hashes, word_hashes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -38,26 +38,32 @@ class Filters:
     words, if they occur twice. Duplicate n-grams, of 5, 6, ... words, repeat an earlier one.
     """
 
-    min_chars: Natural | None = _rule(lambda text: len(text.text))
-    max_chars: Natural | None = _rule(lambda text: len(text.text))
-    min_words: Natural | None = _rule(lambda text: len(text.words), 50)
-    max_words: Natural | None = _rule(lambda text: len(text.words), 100_000)
-    min_mean_word_length: NonNegative | None = _rule(lambda text: _fraction(_chars(text.words), len(text.words)), 3)
-    max_mean_word_length: NonNegative | None = _rule(lambda text: _fraction(_chars(text.words), len(text.words)), 10)
-    max_symbol_to_word_ratio: NonNegative | None = _rule(lambda text: text.symbol_to_word_ratio(), 0.1)
-    max_bullet_line_fraction: Share | None = _rule(lambda text: _fraction_of(text.lines, _has_bullet), 0.9)
-    max_ellipsis_line_fraction: Share | None = _rule(lambda text: _fraction_of(text.lines, _has_ellipsis), 0.3)
-    max_duplicate_line_fraction: Share | None = _rule(lambda text: _repeated(text.lines, len), 0.3)
-    max_duplicate_line_char_fraction: Share | None = _rule(lambda text: _repeated(text.lines, _chars), 0.2)
-    max_duplicate_paragraph_fraction: Share | None = _rule(lambda text: _repeated(text.paragraphs, len), 0.3)
-    max_duplicate_paragraph_char_fraction: Share | None = _rule(lambda text: _repeated(text.paragraphs, _chars), 0.2)
-    min_stop_words: Natural | None = _rule(lambda text: len(text.stop_words.intersection(text.text.lower().split())), 2)
+    min_chars: NonNegativeInt | None = _rule(lambda text: len(text.text))
+    max_chars: NonNegativeInt | None = _rule(lambda text: len(text.text))
+    min_words: NonNegativeInt | None = _rule(lambda text: len(text.words), 50)
+    max_words: NonNegativeInt | None = _rule(lambda text: len(text.words), 100_000)
+    min_mean_word_length: NonNegativeFloat | None = _rule(
+        lambda text: _fraction(_chars(text.words), len(text.words)), 3
+    )
+    max_mean_word_length: NonNegativeFloat | None = _rule(
+        lambda text: _fraction(_chars(text.words), len(text.words)), 10
+    )
+    max_symbol_to_word_ratio: NonNegativeFloat | None = _rule(lambda text: text.symbol_to_word_ratio(), 0.1)
+    max_bullet_line_fraction: Fraction | None = _rule(lambda text: _fraction_of(text.lines, _has_bullet), 0.9)
+    max_ellipsis_line_fraction: Fraction | None = _rule(lambda text: _fraction_of(text.lines, _has_ellipsis), 0.3)
+    max_duplicate_line_fraction: Fraction | None = _rule(lambda text: _repeated(text.lines, len), 0.3)
+    max_duplicate_line_char_fraction: Fraction | None = _rule(lambda text: _repeated(text.lines, _chars), 0.2)
+    max_duplicate_paragraph_fraction: Fraction | None = _rule(lambda text: _repeated(text.paragraphs, len), 0.3)
+    max_duplicate_paragraph_char_fraction: Fraction | None = _rule(lambda text: _repeated(text.paragraphs, _chars), 0.2)
+    min_stop_words: NonNegativeInt | None = _rule(
+        lambda text: len(text.stop_words.intersection(text.text.lower().split())), 2
+    )
     stop_words: tuple[str, ...] = STOP_WORDS
-    max_digit_fraction: Share | None = _rule(lambda text: text.char_fraction(r"\d+"))
-    max_punctuation_fraction: Share | None = _rule(lambda text: text.char_fraction(r"[^\w\s]+|_+"))
-    min_alphabetic_word_fraction: Share | None = _rule(lambda text: _fraction_of(text.words, _has_letter), 0.8)
-    max_top_ngram_fractions: tuple[Share, ...] = _rule(lambda text: text.top_ngrams(), (0.20, 0.18, 0.16), off=())
-    max_duplicate_ngram_fractions: tuple[Share, ...] = _rule(
+    max_digit_fraction: Fraction | None = _rule(lambda text: text.char_fraction(r"\d+"))
+    max_punctuation_fraction: Fraction | None = _rule(lambda text: text.char_fraction(r"[^\w\s]+|_+"))
+    min_alphabetic_word_fraction: Fraction | None = _rule(lambda text: _fraction_of(text.words, _has_letter), 0.8)
+    max_top_ngram_fractions: tuple[Fraction, ...] = _rule(lambda text: text.top_ngrams(), (0.20, 0.18, 0.16), off=())
+    max_duplicate_ngram_fractions: tuple[Fraction, ...] = _rule(
         lambda text: text.duplicate_ngrams(), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), off=()
     )
 
@@ -124,6 +130,12 @@ class _TextStats:
     def char_offsets(self) -> np.ndarray:
         """Characters of all words before each word, and of all words: int64[words + 1]."""
         return np.concatenate([[0], np.cumsum([len(word) for word in self.words], dtype=np.int64)])
+
+    def mean_word_length(self) -> float:
+        return _fraction(_chars(self.words), len(self.words))
+
+    def num_stop_words(self) -> int:
+        return len(self.stop_words.intersection(self.text.lower().split()))
 
     def symbol_to_word_ratio(self) -> float:
         return _fraction(len(_SYMBOLS.findall(self.text)), len(self.words))

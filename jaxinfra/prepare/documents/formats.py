@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.prepare.documents.chat_template import Message, TemplateFormat, load_template
 from jaxinfra.prepare.documents.document import Document, RecordError, Span, Text, get_field, require_str
 from jaxinfra.prepare.sources.record import Fields
@@ -24,7 +24,7 @@ class Chat(TemplateFormat[str]):
     `train_on` says what counts in the loss: all answers with the token that ends each, the last answer, or all text.
     """
 
-    field: NonEmpty = "messages"
+    field: NonEmptyStr = "messages"
     template: str = "chatml"  # chatml, llama3, gemma, or the path of a .jinja file or a tokenizer_config.json
     train_on: Literal["assistant", "last", "all"] = "assistant"
     system: str | None = None  # system message for conversations that have none, or an empty one
@@ -88,9 +88,9 @@ class Preference(_PromptFormat):
 
     documents_per_record = 2
     answers = ("chosen", "rejected")
-    prompt: NonEmpty | None = "prompt"  # None: the answers are conversations, whose common beginning is the prompt
-    chosen: NonEmpty = "chosen"
-    rejected: NonEmpty = "rejected"
+    prompt: NonEmptyStr | None = "prompt"  # None: the answers are conversations, whose common beginning is the prompt
+    chosen: NonEmptyStr = "chosen"
+    rejected: NonEmptyStr = "rejected"
     template: str | None = "chatml"  # as in `Chat`; a string prompt becomes a user message. None joins the strings
 
     @override
@@ -107,8 +107,8 @@ class Completion(_PromptFormat):
     """Formats a prompt and its completion; `template` is as in `Preference`."""
 
     answers = ("completion",)
-    prompt: NonEmpty = "prompt"
-    completion: NonEmpty = "completion"
+    prompt: NonEmptyStr = "prompt"
+    completion: NonEmptyStr = "completion"
     template: str | None = None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, override
 from annotated_types import Ge
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
@@ -30,14 +30,14 @@ class StoreRecipe:
     simple models on the validation split: compression and n-grams, or the nearest training image (small sets only).
     """
 
-    store: NonEmpty  # folder or URL (`s3://`, `gs://`), which holds the versions
+    store: NonEmptyStr  # folder or URL (`s3://`, `gs://`), which holds the versions
     source: AnySource
     on_overlap: Literal["fail", "drop", "keep"] = "keep"
     on_bad: Literal["fail", "skip"] = "fail"  # skipped records are counted and listed
     baselines: bool = False
     shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES  # of the source, that a worker reads at a time
     # For unfinished work; all workers must see it. None is in the store, or in the user's cache if that is remote.
-    work_dir: NonEmpty | None = None
+    work_dir: NonEmptyStr | None = None
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields; reads no files."""
@@ -88,6 +88,6 @@ class ImageSet(StoreRecipe):
     """Makes a store of images, which must all have the same shape."""
 
     validation: ImageValidation = ByKey()
-    image: NonEmpty = "image"  # its field: uint8[height, width, channels] or [height, width], or nested lists
-    label: NonEmpty = "label"  # field of the class, a number from 0
+    image: NonEmptyStr = "image"  # its field: uint8[height, width, channels] or [height, width], or nested lists
+    label: NonEmptyStr = "label"  # field of the class, a number from 0
     classes: tuple[str, ...] = ()  # names by number; () if they have none

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Lt
 
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.store.manifest import Split, TokenizerInfo
 from jaxinfra.data.store.store import TokenStore
 from jaxinfra.errors import ConfigError
@@ -39,7 +39,7 @@ class Tail:
 class OtherStore:
     """Copies a split of another store, which must have the same tokenizer and format."""
 
-    store: NonEmpty = ""  # folder or URL
+    store: NonEmptyStr = ""  # folder or URL
     version: str | None = None  # a fingerprint or its beginning; None is the newest
     split: Split = "validation"
 

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import override
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.errors import DataError
 from jaxinfra.prepare.sources.record import Source, SourceShard
 from jaxinfra.storage.files import FileInfo, list_files
@@ -20,7 +20,7 @@ from jaxinfra.storage.files import FileInfo, list_files
 class FileSource(Source):
     """Files below a root."""
 
-    root: NonEmpty = ""  # folder or URL
+    root: NonEmptyStr = ""  # folder or URL
     pattern: str = "**/*"  # which files below the root, as in `pathlib.Path.glob`
 
     def problems(self) -> Iterable[Problem]:

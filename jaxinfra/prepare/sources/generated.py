@@ -12,7 +12,7 @@ from typing import Annotated, override
 from annotated_types import Ge
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import Count, Natural
+from jaxinfra.config.limits import NonNegativeInt, PositiveInt
 from jaxinfra.errors import ConfigError, DataError, JaxinfraError
 from jaxinfra.prepare.sources.files import split_files
 from jaxinfra.prepare.sources.record import Fields, Record, Records, Source, SourceShard, parse_record
@@ -35,7 +35,7 @@ class PythonSource(Source):
     """
 
     factory: str = ""  # `package.module:function`, importable by every worker
-    num_shards: Count = 1  # read in parallel; if it is 1, the function takes no arguments
+    num_shards: PositiveInt = 1  # read in parallel; if it is 1, the function takes no arguments
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""
@@ -80,10 +80,10 @@ class Synthetic(Source):
     number, so any range of documents can be generated alone. Another seed gives other documents of the same language.
     """
 
-    num_documents: Count = 1000
-    mean_words: Count = 200  # of a document; lengths are uniform from half to one and a half of it
+    num_documents: PositiveInt = 1000
+    mean_words: PositiveInt = 200  # of a document; lengths are uniform from half to one and a half of it
     vocab_size: Annotated[int, Ge(2)] = 1000  # distinct words
-    seed: Natural = 0
+    seed: NonNegativeInt = 0
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:

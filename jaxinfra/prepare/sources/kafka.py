@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, override
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.errors import ConfigError, DataError, StorageError
 from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.record import BadRecord, Record, parse_record
@@ -35,8 +35,8 @@ class Kafka(StreamSource):
     """The messages of a topic, in the order of each partition; an empty message is a bad record."""
 
     bootstrap_servers: str = ""  # brokers to connect to first, as HOST:PORT separated by commas
-    topic: NonEmpty = ""
-    group: NonEmpty = "jaxinfra"  # consumer group whose offsets are written
+    topic: NonEmptyStr = ""
+    group: NonEmptyStr = "jaxinfra"  # consumer group whose offsets are written
     # Path of a file with more settings of librdkafka, one `name=value` a line. Credentials belong there.
     settings: str | None = None
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, override
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.packages import import_optional
 from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
@@ -40,7 +40,7 @@ class Parquet(FileSource):
     """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them."""
 
     pattern: str = "**/*.parquet"
-    columns: tuple[NonEmpty, ...] = ()  # to read; () reads all
+    columns: tuple[NonEmptyStr, ...] = ()  # to read; () reads all
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -82,8 +82,8 @@ class Parquet(FileSource):
 class HuggingFace(Source):
     """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split."""
 
-    path: NonEmpty = ""  # folder or URL that `save_to_disk` wrote to
-    split: NonEmpty | None = None  # None if there is only one
+    path: NonEmptyStr = ""  # folder or URL that `save_to_disk` wrote to
+    split: NonEmptyStr | None = None  # None if there is only one
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields."""

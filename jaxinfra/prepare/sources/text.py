@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, override
 
-from jaxinfra.config.limits import Natural, NonEmpty
+from jaxinfra.config.limits import NonEmptyStr, NonNegativeInt
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
 from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, Records, SourceShard, parse_record
@@ -45,9 +45,9 @@ class TextFiles(FileSource):
     Files that end in .gz and .zst are decompressed.
     """
 
-    root: NonEmpty = STDLIB  # folder or URL; `stdlib` is the standard library of the running Python
+    root: NonEmptyStr = STDLIB  # folder or URL; `stdlib` is the standard library of the running Python
     pattern: str = "**/*.py"
-    min_bytes: Natural = 1  # files with less text are left out
+    min_bytes: NonNegativeInt = 1  # files with less text are left out
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:

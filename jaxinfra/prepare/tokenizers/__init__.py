@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from jaxinfra.data.tokenizer.tokenizer_json import read_backend
 from jaxinfra.prepare.tokenizers.common import HARD_TEXTS, TokenizerConfig
@@ -28,7 +28,7 @@ from jaxinfra.storage.files import read_file
 class TokenizerFile(TokenizerConfig):
     """A tokenizer.json."""
 
-    path: NonEmpty = ""  # or URL
+    path: NonEmptyStr = ""  # or URL
     special_tokens: tuple[str, ...] = ()  # added after the last id if the file lacks them
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.errors import ConfigError
 
@@ -33,7 +33,7 @@ class TokenizerConfig:
 
     end_in_special_tokens: ClassVar[bool] = False
     """Whether `special_tokens` may contain `end_of_document`."""
-    end_of_document: NonEmpty = "<|endoftext|>"
+    end_of_document: NonEmptyStr = "<|endoftext|>"
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields; does not read the file."""

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.tokenizer.base import missing_end_of_document
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
@@ -38,9 +38,9 @@ class SentencePieceModel(TokenizerConfig):
     """
 
     end_in_special_tokens = True
-    path: NonEmpty = ""
+    path: NonEmptyStr = ""
     special_tokens: tuple[str, ...] | None = None
-    end_of_document: NonEmpty = "</s>"
+    end_of_document: NonEmptyStr = "</s>"
 
 
 def convert_sentence_piece(config: SentencePieceModel) -> ConvertedTokenizer:

@@ -15,7 +15,7 @@ from typing import override
 from tokenizers import Regex, decoders, pre_tokenizers
 
 from jaxinfra.config import Problem
-from jaxinfra.config.limits import NonEmpty
+from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.tokenizer.base import missing_end_of_document
 from jaxinfra.data.tokenizer.tokenizer_json import JsonTokenizer
 from jaxinfra.errors import ConfigError
@@ -62,7 +62,7 @@ class Tiktoken(TokenizerConfig):
     """
 
     end_in_special_tokens = True
-    path: NonEmpty | None = None  # path or URL of the rank file
+    path: NonEmptyStr | None = None  # path or URL of the rank file
     encoding: str = "cl100k_base"  # gpt2, cl100k_base or o200k_base; without a path any of `PATTERNS`
     pattern: str | None = None  # regular expression
     special_tokens: tuple[str, ...] = ()  # their ids follow the last rank
