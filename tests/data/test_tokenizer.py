@@ -1,10 +1,13 @@
+import json
 import pickle
 import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers
 
-from jaxinfra.data.tokenizer import StreamDecoder, load_tokenizer
+from jaxinfra.data.tokenizer import JsonTokenizer, StreamDecoder, load_tokenizer
 from jaxinfra.errors import ConfigError
 from tests.refusals import raises
 from tests.vocabularies import EOT, KINDS, MARKERS, TEXTS, control, vocabulary
@@ -103,3 +106,25 @@ def test_a_stream_of_any_ids_comes_out_as_decode_gives_it(kind, vocabularies):
 def test_ascii_is_never_held_back(tokenizer):
     decoder = StreamDecoder(tokenizer)
     assert all(decoder.push(token) for token in tokenizer.encode("class A: return x"))
+
+
+def test_merges_that_are_strings_in_an_old_file_make_no_special_token():
+    vocab = {token: index for index, token in enumerate(["<", ">", "s", "<s", "<s>", "a"])}
+    backend = Backend(models.BPE(vocab, [("<", "s"), ("<s", ">")]))
+    backend.add_special_tokens(["<s>"])
+    tree = json.loads(backend.to_str())
+    tree["model"]["merges"] = [" ".join(pair) for pair in tree["model"]["merges"]]
+    tokenizer = JsonTokenizer.from_bytes(json.dumps(tree).encode(), "<s>", "old.json")
+    assert tokenizer.encode("a<s>a") == [5, 3, 1, 5]
+
+
+@pytest.mark.parametrize("prefix", ["first", "always", "never", "Prepend"])
+def test_text_after_a_special_token_has_the_tokens_of_the_library(prefix):
+    backend = Backend(models.BPE({"\u2581": 0, "a": 1, "<s>": 2, "\u2581a": 3}, [("\u2581", "a")]))
+    if prefix == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
+    backend.add_special_tokens(["<s>"])
+    expected = backend.encode("a<s>a").ids
+    assert control(JsonTokenizer.from_backend(backend, "<s>", "t.json"), "a<s>a") == expected

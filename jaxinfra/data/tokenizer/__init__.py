@@ -1,7 +1,7 @@
 """Tokenizers of stores, and incremental decoding.
 
 There are two kinds: a `tokenizer.json`, and the bytes of UTF-8. `jaxinfra.prepare.tokenizers` trains and converts them.
-With either, ordinary text never becomes a special token, even if it spells one.
+With either, ordinary text never becomes a special token, even where it is equal to one.
 """
 
 from jaxinfra.data.tokenizer.base import Tokenizer

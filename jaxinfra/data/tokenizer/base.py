@@ -15,7 +15,7 @@ from jaxinfra.errors import ConfigError
 class Tokenizer(ABC):
     """A tokenizer with a token, `eot_id`, that ends documents.
 
-    `content` determines it: `from_bytes` loads the same tokenizer in another process, and pickling uses that.
+    `content` is its serialized form: `from_bytes` loads an equal tokenizer from it, and unpickling calls `from_bytes`.
     """
 
     kind: ClassVar[str]  # names the class in a manifest
@@ -38,8 +38,8 @@ class Tokenizer(ABC):
 
         Args:
             texts: documents, or parts of documents between special tokens.
-            continuation: whether something comes before the texts in their documents, so that a tokenizer that puts a
-                space before a document puts none before them.
+            continuation: whether the texts follow a special token. A tokenizer that puts a space before the document
+                only, and not after special tokens, then puts none.
         """
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
@@ -47,22 +47,23 @@ class Tokenizer(ABC):
         return self.encode_batch([text], continuation=continuation)[0]
 
     def encode_with_byte_spans(self, text: str, *, continuation: bool = False) -> tuple[list[int], np.ndarray]:
-        """Returns the token ids of a text, and the range of bytes of each, int64[N, 2] as [start, end).
+        """Returns the token ids of a text, and the range of UTF-8 bytes of each, int64[N, 2] as [start, end).
 
         A token for a part of a character may have the range of the whole character.
         """
         ids = self.encode(text, continuation=continuation)
         ends_N = np.cumsum(self._byte_lengths_V[ids], dtype=np.int64)
-        if len(ids) and ends_N[-1] != len(text.encode()):
+        if len(ids) and ends_N[-1] != len(text.encode()):  # the tokenizer normalizes the text or adds a space
             return ids, self._byte_spans(text, continuation=continuation)
         return ids, np.stack([ends_N - np.diff(ends_N, prepend=0), ends_N], axis=1)
 
     def split(self, text: str) -> list[str | int]:
-        """Splits the text of a template at the special tokens that it spells, which become their ids."""
+        """Splits template text at its special tokens: returns the id of each, and the text between them."""
         parts, start = [], 0
         for match in self._special_token_pattern.finditer(text):
             if match.start() > start:
                 parts.append(text[start : match.start()])
+            # The match includes white space where the token strips it.
             parts.append(self.special_tokens[match[0] if match[0] in self.special_tokens else match[0].strip()])
             start = match.end()
         return [*parts, text[start:]] if start < len(text) else parts
@@ -73,15 +74,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
-        """Returns the bytes of text of each id, int32[vocab_size]; 0 for special tokens and unused ids.
+        """Returns the number of UTF-8 bytes of each id, int32[vocab_size]; 0 for special tokens and unused ids.
 
-        They sum to the bytes of a text if the tokenizer is byte-level (byte-level BPE, tiktoken, bytes), or falls back
-        to bytes and does not normalize. A space that a tokenizer puts before every text counts.
+        They add up to the size of a text if the tokenizer is byte-level (byte-level BPE, tiktoken, bytes), or falls
+        back to bytes and does not normalize. The space that some tokenizers put before every text is counted.
         """
 
     def _byte_spans(self, text: str, *, continuation: bool) -> np.ndarray:
         """Returns the byte ranges of `encode_with_byte_spans` for tokenizers that rewrite texts."""
-        raise AssertionError(f"{self.kind} has tokens of other bytes than those of the text")
+        raise AssertionError(f"{self.kind}: the bytes of the tokens are not those of the text")
 
     @cached_property
     def _byte_lengths_V(self) -> np.ndarray:
@@ -89,7 +90,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def _special_token_pattern(self) -> re.Pattern[str]:
-        """Matches special tokens in the text of a template, long ones first."""
+        """Matches special tokens in template text; longest first, because one may begin with another."""
         return re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))))
 
     @cached_property
@@ -112,7 +113,8 @@ def missing_end_of_document(name: str, end_of_document: str, special: Iterable[s
 
 
 def byte_offsets(text: str) -> np.ndarray:
-    """Returns the UTF-8 bytes before each character of a text, and in all: int64[characters + 1]."""
+    """Returns the byte offset of each character in UTF-8, and the size of the text: int64[characters + 1]."""
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    # UTF-8 takes 2 bytes from U+0080, 3 from U+0800 and 4 from U+10000.
     sizes = 1 + (code_points > 0x7F).astype(np.int64) + (code_points > 0x7FF) + (code_points > 0xFFFF)
     return np.concatenate([[0], np.cumsum(sizes)])

@@ -1,4 +1,4 @@
-"""The byte tokenizer: 256 bytes and special tokens. It needs no training and has no unknown text."""
+"""The byte tokenizer: 256 bytes and special tokens. It needs no training and can encode any text."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxinfra.errors import ConfigError
 
 
 class ByteTokenizer(Tokenizer):
-    """Bytes of UTF-8 as tokens; id 256 ends documents."""
+    """UTF-8 bytes as tokens; id 256 ends documents."""
 
     kind = "bytes"
     file_name = "bytes.json"

@@ -8,12 +8,12 @@ _REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
 class StreamDecoder:
     """Decodes ids one at a time; the results of `push` and `flush` concatenate to the text of all ids.
 
-    Text waits only while its last bytes may still become a character. Some decoders treat the first token of a text in
-    a special way, such as removing white space, so the ids of the last text stay as left context, from the last one
-    that shows more than white space.
+    Text is held back only while its last bytes may still become a character. Some decoders treat the first token of a
+    text in a special way, for example by removing its leading space. So the ids of the last text that was more than
+    white space, and all after it, are decoded again as left context.
 
-    The result differs for one kind of decoder: the byte fallback of a tokenizer.json decodes a run of byte tokens as a
-    whole. If a later byte of a run is not UTF-8, its characters that were already returned stay.
+    One kind of decoder gives another result: the byte fallback of a tokenizer.json decodes a run of byte tokens as a
+    whole. If a later byte of the run is not UTF-8, the characters that were already returned stay.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -28,7 +28,7 @@ class StreamDecoder:
         text = self._pending_text()
         complete = text.rstrip(_REPLACEMENT)
         new = complete[self._emitted :]
-        if complete == text:
+        if complete == text:  # no character is unfinished
             self._context = self._pending if text.strip() else self._context + self._pending
             self._pending, self._emitted = [], 0
         else:

@@ -1,7 +1,7 @@
-"""Tokenizers in a tokenizer.json: any that the library `tokenizers` reads.
+"""Tokenizers in a tokenizer.json, as the library `tokenizers` reads them.
 
-Adds what the library does not have: a token that ends documents, text that never becomes a special token, and the bytes
-of each token.
+Adds three things to the library: a token that ends documents, a guarantee that ordinary text never becomes a special
+token, and the number of bytes of each token.
 """
 
 import json
@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Self, override
 
 import numpy as np
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import Decoder
 from tokenizers.pre_tokenizers import PreTokenizer
@@ -20,7 +21,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.storage.errors import cause_of
 
 _SPACE = "\u2581"  # SentencePiece's character for a space
-_UNSPELLABLE = "\U0010ffff"  # a noncharacter, which no text has
+_HIDDEN = "\U0010ffff"  # a noncharacter, which no text has
 
 
 class JsonTokenizer(Tokenizer):
@@ -30,14 +31,14 @@ class JsonTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: bytes, backend: Backend, end_of_document: str, name: str):
-        """Takes the backend of `content`, which must not pad or truncate, and has a special end of document."""
+        """Takes the backend that `content` describes; it must not pad or truncate."""
         self.content = content
         self.end_of_document = end_of_document
         self._backend = backend
-        self._backend.encode_special_tokens = True  # a text that spells a special token gets ordinary tokens
+        self._backend.encode_special_tokens = True  # despite its name, it makes special tokens in texts ordinary text
         self._added = self._backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: index for index, token in self._added.items() if token.special}
-        self.eot_id = _end_id(self._backend, end_of_document, name)
+        self.eot_id = _end_of_document_id(self._backend, end_of_document, name)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -52,7 +53,7 @@ class JsonTokenizer(Tokenizer):
         `special` are further special tokens, added if they are missing. ConfigError, with `name`, if the backend lacks
         `end_of_document`.
         """
-        _end_id(backend, end_of_document, name)
+        _end_of_document_id(backend, end_of_document, name)  # before `add_special_tokens` would add it
         backend.no_padding()
         backend.no_truncation()
         existing = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
@@ -79,8 +80,11 @@ class JsonTokenizer(Tokenizer):
         )
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index in self._added and (byte_level or self._added[index].special):
-                lengths[index] = 0 if self._added[index].special else len(token.encode())
+            added = self._added.get(index)
+            if added is not None and added.special:
+                lengths[index] = 0
+            elif added is not None and byte_level:  # unlike other tokens, its text is stored as it is
+                lengths[index] = len(token.encode())
             elif byte_level:
                 lengths[index] = len(token)  # one character for each byte
             elif byte_fallback and re.fullmatch("<0x..>", token, re.DOTALL):
@@ -101,20 +105,21 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _start_encoder(self) -> Backend:
-        """The backend for texts that start a document, whose model produces no special token.
+        """The backend for texts that start a document.
 
-        A unigram or word-level model could produce one: such tokens keep their ids, but get texts that nothing spells.
+        `encode_special_tokens` is not enough if the special tokens are in the vocabulary of the model (unigram,
+        word-level), which could still return their ids. Here they keep their ids, and get texts that no input has.
         """
-        produced = [text for text, index in self.special_tokens.items() if _produces(self._backend, text, index)]
-        if not produced:
+        returned = [text for text, index in self.special_tokens.items() if _returns_id(self._backend, text, index)]
+        if not returned:
             return self._backend
-        tree = json.loads(self.content)
-        model, hidden = tree["model"], {text: _UNSPELLABLE + text for text in produced}
+        tree = json.loads(self._backend.to_str())  # not `content`, where merges may be strings, "a b"
+        model, hidden = tree["model"], {text: _HIDDEN + text for text in returned}
         if isinstance(model["vocab"], dict):
             model["vocab"] = {hidden.get(text, text): index for text, index in model["vocab"].items()}
-        else:
+        else:  # of a unigram model, by id
             model["vocab"] = [[hidden.get(text, text), score] for text, score in model["vocab"]]
-        if "merges" in model:
+        if "merges" in model:  # those that make or use a hidden token would name an unknown one
             model["merges"] = [pair for pair in model["merges"] if hidden.keys().isdisjoint((*pair, "".join(pair)))]
         if model.get("unk_token") in hidden:
             model["unk_token"] = hidden[model["unk_token"]]
@@ -124,7 +129,11 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _continuation_encoder(self) -> Backend:
-        """The backend for texts that continue a document: it puts no space before them."""
+        """The backend for texts that follow a special token.
+
+        It puts no space before them if `prepend_scheme` is "first". The scheme "always", and a `Prepend` normalizer
+        alone, put one after every special token; that is kept, because models are trained on these tokens.
+        """
         steps = _steps(self._start_encoder.pre_tokenizer, "pretokenizers")
         if steps.get("Metaspace", {}).get("prepend_scheme") != "first":
             return self._start_encoder
@@ -133,24 +142,26 @@ class JsonTokenizer(Tokenizer):
             if step["type"] == "Metaspace":
                 step["prepend_scheme"] = "never"
         normalizer = tree["normalizer"] or {}
-        if "normalizers" in normalizer:
+        if "normalizers" in normalizer:  # `convert_sentence_piece` adds the space there too
             normalizer["normalizers"] = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
         return _load_tree(tree)
 
     @cached_property
     @override
     def _special_token_pattern(self) -> re.Pattern[str]:
-        space, special = r"\s*", (token for token in self._added.values() if token.special)
-        longest_first = sorted(special, key=lambda token: -len(token.content))
-        patterns = (space * each.lstrip + re.escape(each.content) + space * each.rstrip for each in longest_first)
-        return re.compile("|".join(patterns))
+        def pattern(token: AddedToken) -> str:
+            before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
+            return before + re.escape(token.content) + after
+
+        special = [token for token in self._added.values() if token.special]
+        return re.compile("|".join(map(pattern, sorted(special, key=lambda token: -len(token.content)))))
 
 
 def read_backend(content: bytes, name: str) -> Backend:
-    """Parses the content of a tokenizer.json; ConfigError with `name` if it is none."""
+    """Parses the content of a tokenizer.json; ConfigError with `name` if it is not one."""
     try:
         return Backend.from_buffer(content)
-    except Exception as error:  # the library raises the bare class
+    except Exception as error:  # the library has no error class of its own
         raise ConfigError(f"{name}: not a tokenizer.json ({cause_of(error)})") from None
 
 
@@ -160,7 +171,7 @@ def _load_tree(tree: dict[str, object]) -> Backend:
     return backend
 
 
-def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
+def _end_of_document_id(backend: Backend, end_of_document: str, name: str) -> int:
     index = backend.token_to_id(end_of_document)
     if index is None:
         special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
@@ -168,15 +179,15 @@ def _end_id(backend: Backend, end_of_document: str, name: str) -> int:
     return index
 
 
-def _produces(backend: Backend, text: str, index: int) -> bool:
+def _returns_id(backend: Backend, text: str, index: int) -> bool:
     """Returns whether the model gives this text this id, at the start of a document or later."""
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
-    words += [word.removeprefix(_SPACE) for word in words]
+    words += [word.removeprefix(_SPACE) for word in words]  # as they are later in a document
     return any(token.id == index for word in words for token in backend.model.tokenize(word))
 
 
 def _steps(component: Decoder | PreTokenizer | None, list_name: str) -> dict[str, dict[str, Any]]:
-    """Returns the steps of a decoder or pre-tokenizer by type; a sequence of them has a list `list_name`."""
+    """Returns the steps of a decoder or pre-tokenizer by type; `list_name` is the JSON key of a sequence's steps."""
     if component is None:
         return {}
     tree = json.loads(component.__getstate__())
