@@ -380,6 +380,6 @@ def test_records_without_answers_are_refused(format, record, named):
 def test_formats_declare_masks_and_documents_per_record():
     documents = {Chat: (True, 1), Completion: (True, 1), Preference: (True, 2)}
     for format in (Chat(train_on="last"), Completion(), Preference(template=None)):
-        assert (format.masked, format.documents_per_record) == documents[type(format)]
+        assert (format.has_loss_mask, format.documents_per_record) == documents[type(format)]
         assert decode(type(format), encode(format)) == format
     assert set(documents) < set(AnyFormat.__args__)

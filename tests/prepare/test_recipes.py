@@ -121,7 +121,7 @@ def test_another_template_in_the_same_file_makes_another_version(tmp_path):
     second = prepare(chats, workers=1)
     assert second.new and second.manifest.fingerprint != first.manifest.fingerprint
     assert all(text.startswith("user> ") for text in documents(second.path))
-    assert Chat().content_digest() is None
+    assert Chat().template_digest() is None
     with raises(ConfigError, "none.jinja"):
         prepare(replace(chats, format=Chat(template=str(tmp_path / "none.jinja"))), workers=1)
     assert not list(Path(chats.store).glob(".work/*"))

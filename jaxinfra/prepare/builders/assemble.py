@@ -200,7 +200,7 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
     left -= int(bytes_D[:document].sum())
     with parts.open_part(splits.folder, splits.numbers[index]) as part:
         columns = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
-    if not form.masked and per_record == 1 and document < len(bytes_D):
+    if not form.has_loss_mask and per_record == 1 and document < len(bytes_D):
         fraction = left / int(bytes_D[document])
         if halved := _split_document(columns, document, fraction, tokenizer, corpus.dedup):
             columns, document = halved, document + 1

@@ -164,7 +164,7 @@ class _SplitBuilder:
             "bytes_D": np.array([each.num_bytes for each in encoded], np.int64),
             "digest_D2": np.array([hash128(each.ids_N.data) for each in encoded], np.uint64).reshape(-1, 2),
         }
-        if self._corpus.format.masked:
+        if self._corpus.format.has_loss_mask:
             masks = [each.in_loss_N for each in encoded]
             part["mask_N"] = np.concatenate([np.empty(0, bool), *masks]).astype(np.uint8)
         if dedup is not None:
@@ -184,7 +184,7 @@ class _SplitBuilder:
     def add_encoded(self, document: EncodedDocument) -> None:
         """Adds the tokens of a document, and its end token."""
         ids_N = np.append(document.ids_N, self.tokenizer.eot_id).astype(self._dtype)
-        mask_N = np.append(document.in_loss_N, False) if self._corpus.format.masked else np.empty(0, bool)
+        mask_N = np.append(document.in_loss_N, False) if self._corpus.format.has_loss_mask else np.empty(0, bool)
         self._encoded.append(replace(document, ids_N=ids_N, in_loss_N=mask_N))
 
     def _encode_waiting(self) -> None:
@@ -253,7 +253,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             self._existing = tokenizer, _ = convert_tokenizer(config)
             digest, special = tokenizer.sha256, tokenizer.special_tokens
         # A trained tokenizer needs no digest, because the recipe and the source determine it.
-        digests = [digest, corpus.format.content_digest()]
+        digests = [digest, corpus.format.template_digest()]
         self.input_digest = digest_of(digests) if any(digests) else None
         self._kind: Kind = "text" if corpus.format.documents_per_record == 1 else "pairs"
         for token in corpus.format.required_special_tokens():
@@ -283,7 +283,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         self._info = _read_info(folder)
         self._dtype = token_dtype(self._info.vocab_size)
         if isinstance(corpus.validation, OtherStore):
-            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.format.masked)
+            corpus.validation.require_same(self._info, kind=self._kind, masked=corpus.format.has_loss_mask)
 
     def part_of_batch(self, folder: Path, batch: StreamBatch) -> Part:
         """Makes the part of a batch of a stream, after `setup`."""
@@ -296,11 +296,17 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         # Too low for compressed sources, documents of a few bytes, and text unlike that of the tokenizer.
         bytes_per_token = 1 if self._info.vocab_size < _SMALL_VOCAB else _BYTES_PER_TOKEN
         form = self._corpus.format
-        return 2 * source_bytes * form.documents_per_record * (self._dtype.itemsize + form.masked) // bytes_per_token
+        return (
+            2
+            * source_bytes
+            * form.documents_per_record
+            * (self._dtype.itemsize + form.has_loss_mask)
+            // bytes_per_token
+        )
 
     @override
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        corpus, masked = self._corpus, self._corpus.format.masked
+        corpus, masked = self._corpus, self._corpus.format.has_loss_mask
         source = PartSplits(folder=folder, numbers=numbers)
         if isinstance(corpus.validation, Tail):
             source = split_tail(source, corpus, corpus.validation, _load_tokenizer(folder, self._info))

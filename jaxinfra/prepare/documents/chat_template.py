@@ -1,12 +1,12 @@
-"""Renders conversations with Jinja chat templates, and finds which of the text counts in the loss.
+"""Renders conversations with Jinja chat templates, and finds the text that counts in the loss.
 
-Templates run in Jinja's sandbox with the names and filters of `apply_chat_template` of Transformers, except for the
-date, because a record must always give the same document.
+Templates run in Jinja's sandbox with the names and filters that `apply_chat_template` of Transformers gives them. The
+date is left out, because a record must always give the same document.
 
-A template is rendered with placeholders instead of the messages, once per sequence of roles. This separates the text
-of the template, which may spell special tokens, from that of the messages. Of an answer, the text inside of
-`{% generation %}` blocks counts in the loss. A template without such blocks is rendered up to the message before the
-answer and up to the answer, and the difference counts (TRL, `SFTTrainer` with `assistant_only_loss`).
+A template is rendered with placeholders instead of the messages, once per sequence of roles. This separates template
+text, which is tokenized with special tokens, from message text, which is not. What a template writes inside of
+`{% generation %}` blocks counts in the loss. A template without such blocks is rendered twice, up to the message before
+an answer and up to the answer, and the difference counts (TRL, `SFTTrainer` with `assistant_only_loss`).
 """
 
 import functools
@@ -34,7 +34,7 @@ Message = dict[str, str]
 _Range = tuple[int, int]
 _CONFIG_FILE = "tokenizer_config.json"
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # as the presets spell them
+_SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # the form that they have in the presets
 _PLACEHOLDER = "4f1c0e9d-{}-4f1c0e9d"  # text that no template writes
 _BLOCK_START, _BLOCK_END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no text has, mark generation blocks
 _BLOCK = re.compile(f"{_BLOCK_START}[^{_BLOCK_START}]*?{_BLOCK_END}")
@@ -60,8 +60,9 @@ class ChatTemplate:
         if missing := sorted(used & set(_TOKEN_NAMES) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; put the {_CONFIG_FILE} that defines it beside it")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
-        by_name = [tokens[name] for name in sorted(used & tokens.keys())]
+        by_name = [tokens[name] for name in sorted(used & tokens.keys())]  # others in a file cannot be recognized
         self.special_tokens = tuple(by_name if self._from_file else dict.fromkeys(_SPECIAL_TOKEN.findall(source)))
+        # `_Generation` turns each generation block into a call of itself.
         self._has_blocks = any(isinstance(call.node, nodes.ExtensionAttribute) for call in parsed.find_all(nodes.Call))
         self._variables = tokens | {"tools": None, "documents": None}
         self._segments = functools.lru_cache(maxsize=4096)(self._find_segments)
@@ -69,23 +70,25 @@ class ChatTemplate:
     def to_spans(self, messages: Sequence[Message], in_loss: Sequence[int] | None) -> list[Span]:
         """Renders a conversation of at least one message; RecordError if the template refuses or rewrites it.
 
-        `in_loss` numbers the assistant messages that count in the loss, each with what ends its turn; None counts all
-        text, also that of the template.
+        `in_loss` has the indices of the assistant messages that count in the loss, each with the end of its turn. None
+        counts all text, including that of the template.
         """
         roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
         texts = [content.strip() for content in contents]
+        # White space around a message is a part of the cache key, because a template may strip it.
         spaces = tuple(tuple(content.split(text, 1)) for content, text in zip(contents, texts, strict=True))
         spans = []
         for segment, is_in_loss in self._segments(roles, spaces, None if in_loss is None else tuple(in_loss)):
             from_template = isinstance(segment, str)
             text = segment if from_template else texts[segment]
             spans.append(Span(text=text, in_loss=is_in_loss, from_template=from_template))
+        # A template may depend on the content of messages, which the placeholders cannot show; the presets do not.
         if self._from_file and self._render(messages) != "".join(span.text for span in spans):
             raise RecordError(f"the template {self._name} rewrites messages; use one that writes them unchanged")
         return spans
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = False, keep_marks: bool = False) -> str:
-        """Renders messages; with `prompt` the beginning of an answer follows, `keep_marks` marks generation blocks."""
+        """Renders messages; `prompt` adds the beginning of an answer, `keep_marks` keeps marks of generation blocks."""
         try:
             text = self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)
         except TemplateError as error:
@@ -95,9 +98,9 @@ class ChatTemplate:
     def _find_segments(
         self, roles: tuple[str, ...], spaces: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
     ) -> Sequence[tuple[str | int, bool]]:
-        """Returns text of the template and message numbers in order, each with whether it counts in the loss.
+        """Returns template text (str) and message indices (int) in order, each with whether it counts in the loss.
 
-        `spaces` is the white space around each message, which templates may strip.
+        `spaces` is the white space before and after each message.
         """
         messages = [
             {"role": role, "content": space[0] + _PLACEHOLDER.format(number) + space[-1]}
@@ -120,14 +123,15 @@ class ChatTemplate:
         else:
             in_loss = [self._answer_range(messages, rendered, places[number], number) for number in answers]
         segments = []
-        for start, stop in itertools.pairwise(sorted({0, len(rendered), *itertools.chain(*places, *in_loss)})):
+        bounds = sorted({0, len(rendered), *itertools.chain(*places, *in_loss)})
+        for start, stop in itertools.pairwise(bounds):
             segment = number_at.get((start, stop), rendered[start:stop].translate(_REMOVE_MARKS))
             if segment != "":
                 segments.append((segment, any(first <= start and stop <= last for first, last in in_loss)))
         return segments
 
     def _generation_blocks(self, answers: Sequence[int], rendered: str, places: Sequence[_Range]) -> list[_Range]:
-        """Returns the generation blocks that hold the answers, or follow them."""
+        """Returns the generation blocks that hold the answers, and blocks behind them, such as the end of a turn."""
         blocks: dict[int, list[_Range]] = {}
         for block in _BLOCK.finditer(rendered):
             inside = [number for number, (start, _) in enumerate(places) if block.start() < start < block.end()]
@@ -141,7 +145,11 @@ class ChatTemplate:
         return [block for number in answers for block in blocks[number]]
 
     def _answer_range(self, messages: list[Message], rendered: str, place: _Range, number: int) -> _Range:
-        """Returns what an answer adds to the text, from the generation prompt to the end of its turn."""
+        """Returns the range of an answer, from the end of the generation prompt to the end of its turn.
+
+        It is the difference between renderings of a prefix of the conversation, so the template must write that prefix
+        alike however the conversation goes on.
+        """
         before, with_prompt = "", ""
         if number:
             before = self._render(messages[:number])
@@ -157,7 +165,7 @@ class ChatTemplate:
             )
         start = len(with_prompt) if has_prompt and after.startswith(with_prompt) else place[0]
         end = after[place[1] :]
-        return start, place[1] + len(end.rstrip() or end)  # without white space after the token that ends the turn
+        return start, place[1] + len(end.rstrip() or end)  # leaves out white space after the token that ends the turn
 
 
 load_template = functools.lru_cache(maxsize=16)(ChatTemplate)
@@ -165,7 +173,7 @@ load_template = functools.lru_cache(maxsize=16)(ChatTemplate)
 
 
 class TemplateFormat[Name: (str, str | None)](RecordFormat):
-    """A format that renders conversations with a template, or with none."""
+    """A format that renders conversations with a template; None joins the texts instead."""
 
     template: Name
 
@@ -176,10 +184,10 @@ class TemplateFormat[Name: (str, str | None)](RecordFormat):
             yield Problem(fields=("template",), message=message, fix="use template=chatml")
 
     @override
-    def content_digest(self) -> str | None:
+    def template_digest(self) -> str | None:
         if self.template is None or not _is_file(self.template):
             return None
-        load_template.cache_clear()
+        load_template.cache_clear()  # the file may have changed since it was read
         return load_template(self.template).digest
 
     @override

@@ -43,11 +43,11 @@ class Dedup:
 
 
 class Signer:
-    """Computes signatures of texts; ConfigError if near duplicates are wanted and datasketch is not installed."""
+    """Computes signatures of texts; ConfigError if `dedup.near` needs datasketch, which is not installed."""
 
     def __init__(self, dedup: Dedup):
         self.dedup = dedup
-        self._empty: Any = None
+        self._empty: Any = None  # MinHash of no n-grams; copying it is faster than drawing its permutations again
         if dedup.near:  # "affine32" has 32-bit hashes
             self._empty = _datasketch().MinHash(dedup.num_permutations, seed=_SEED, hashfunc=int, scheme="affine32")
 
@@ -75,7 +75,7 @@ def find_duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | No
     A document that is near to a dropped one is dropped too. `near_NP` is None if only exact duplicates are wanted.
     """
     is_duplicate_N = np.ones(len(exact_N2), bool)
-    both_halves = np.ascontiguousarray(exact_N2).view("u8,u8").reshape(-1)
+    both_halves = np.ascontiguousarray(exact_N2).view("u8,u8").reshape(-1)  # one element per document, for np.unique
     is_duplicate_N[np.unique(both_halves, return_index=True)[1]] = False
     if near_NP is not None:
         firsts = np.flatnonzero(~is_duplicate_N)
@@ -94,13 +94,13 @@ def _find_near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndar
     lsh = _datasketch().MinHashLSH(dedup.threshold, dedup.num_permutations, weights=_WEIGHTS)
     is_near = np.zeros(len(firsts), bool)
     for band in range(lsh.b):
-        keys = np.zeros(len(firsts), np.uint64)
+        keys = np.zeros(len(firsts), np.uint64)  # hash of the band
         for column in range(band * lsh.r, (band + 1) * lsh.r):
             keys = keys * HASH_MULTIPLIER + near_NP[firsts, column]
         order = np.argsort(keys, kind="stable")
         group = np.searchsorted(keys[order], keys[order])  # where the group of each begins
         later = np.arange(len(order))
-        for first in itertools.count():
+        for first in itertools.count():  # compares all that are left with the document number `first` of their group
             later = later[(group[later] + first < later) & ~is_near[order[later]]]
             if not len(later):
                 break

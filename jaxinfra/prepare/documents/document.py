@@ -1,7 +1,7 @@
 """Documents, and the formats that turn records into them.
 
-A document is a list of text spans. The format alone decides which spans count in the loss, and which may spell special
-tokens: text of a record never may.
+A document is a list of text spans, and the format decides which of them count in the loss. Only text that a template
+writes is tokenized with special tokens; in the text of a record they stay ordinary text.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ class Span:
 
     text: str
     in_loss: bool = True  # whether its tokens are targets of the loss
-    from_template: bool = False  # whether a template wrote it, so that it may spell special tokens
+    from_template: bool = False  # whether a template wrote it, so that it is tokenized with special tokens
 
 
 Document = Sequence[Span]
@@ -35,15 +35,15 @@ Document = Sequence[Span]
 class RecordFormat(ABC):
     """Turns records into documents. Every method raises ConfigError if a file that the format names cannot be used."""
 
-    masked: ClassVar[bool] = True  # whether its documents have spans that do not count in the loss
+    has_loss_mask: ClassVar[bool] = True  # whether its documents have spans that do not count in the loss
     documents_per_record: ClassVar[int] = 1  # 2 for a chosen and a rejected answer
 
-    def content_digest(self) -> str | None:
-        """Reads the file that the format names and returns its digest; None if it names none."""
+    def template_digest(self) -> str | None:
+        """Reads the template file that the format names and returns its digest; None without such a file."""
         return None
 
     def required_special_tokens(self) -> Sequence[str]:
-        """Returns the special tokens that the template writes; of a file, those that it uses by name (bos_token)."""
+        """Returns the special tokens that the template writes; for a file, only those used by name (bos_token)."""
         return ()
 
     @abstractmethod
@@ -55,7 +55,7 @@ class RecordFormat(ABC):
 class Text(RecordFormat):
     """Takes one field of the record as the document; all of it counts in the loss."""
 
-    masked = False
+    has_loss_mask = False
     field: NonEmptyStr = "text"
 
     @override
@@ -64,16 +64,16 @@ class Text(RecordFormat):
 
 
 def get_field(record: Fields, field: str) -> object:
-    """Returns the value of a field; RecordError, with the names of the fields, if there is none."""
+    """Returns the value of a field; RecordError, with the names of the fields, if the record lacks it."""
     if field not in record:
-        names = [" ".join(str(name).split()) for name in islice(record, _MAX_NAMES)]
+        names = [" ".join(str(name).split()) for name in islice(record, _MAX_NAMES)]  # keeps the message on one line
         more = " ..." if len(record) > _MAX_NAMES else ""
         raise RecordError(f"no field {field}; it has {', '.join(names) or 'none'}{more}")
     return record[field]
 
 
 def require_str(value: object, name: str) -> str:
-    """Returns a string that UTF-8 can encode; RecordError if `value` is none."""
+    """Returns `value`; RecordError if it is not a string, or has unpaired surrogates, which UTF-8 cannot encode."""
     if not isinstance(value, str):
         raise RecordError(f"{name} is {type(value).__name__}, expected a string")
     try:

@@ -1,7 +1,7 @@
 """Encodes documents to token ids, and marks the tokens that count in the loss.
 
-Text between two special tokens is encoded at once, so a conversation gets the same tokens as when the model is used. A
-token counts in the loss if any of its text does.
+The text between two special tokens is encoded as a whole, as when the model is used. So a token may reach across spans;
+it counts in the loss if any of its text does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from jaxinfra.prepare.documents.document import Document, Span
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDocument:
-    """Tokens of a document without its end."""
+    """Tokens of a document without the end-of-document token."""
 
     ids_N: np.ndarray  # int64
     in_loss_N: np.ndarray  # bool
-    num_bytes: int  # of the text
+    num_bytes: int  # of the text in UTF-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +27,19 @@ class _TextRun:
     """Spans without special tokens between them."""
 
     spans: Sequence[Span]
-    continuation: bool  # whether something comes before the run in its document
+    continuation: bool  # whether a special token comes before the run in its document
 
     @property
     def text(self) -> str:
         return "".join(span.text for span in self.spans)
 
     @property
-    def mixed(self) -> bool:
+    def mixed(self) -> bool:  # whether only a part is in the loss
         return len({span.in_loss for span in self.spans}) > 1
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[EncodedDocument]:
-    """Encodes documents together, on as many threads as the tokenizer uses."""
+    """Encodes documents in large batches, which the tokenizer spreads over its threads."""
     split = [list(_split_at_special_tokens(tokenizer, document)) for document in documents]
     runs = [part for parts in split for part in parts if isinstance(part, _TextRun)]
     encoded = {run: _encode_mixed(tokenizer, run) for run in runs if run.mixed}
@@ -77,9 +77,10 @@ def _encode_mixed(tokenizer: Tokenizer, run: _TextRun) -> EncodedDocument:
     ids, bytes_N2 = tokenizer.encode_with_byte_spans(run.text, continuation=run.continuation)
     sizes = [len(span.text.encode()) for span in run.spans]
     byte_in_loss = np.repeat([span.in_loss for span in run.spans], sizes)
-    count_before = np.concatenate([[0], np.cumsum(byte_in_loss)])
+    count_before = np.concatenate([[0], np.cumsum(byte_in_loss)])  # bytes in the loss before each byte
     first_N, end_N = bytes_N2.T
-    end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(byte_in_loss))  # some libraries give spaces no width
+    # A token spans at least one byte here, because some libraries report spaces as empty ranges.
+    end_N = np.clip(np.maximum(end_N, first_N + 1), None, len(byte_in_loss))
     return _encoded(ids, count_before[end_N] > count_before[first_N], len(byte_in_loss))
 
 

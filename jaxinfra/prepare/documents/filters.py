@@ -22,7 +22,7 @@ _MIN_TOP_NGRAM, _MIN_DUPLICATE_NGRAM = 2, 5  # words (Rae et al. 2021, table A1)
 
 
 def _rule(measure: Callable[["_TextStats"], object], gopher: object = None, *, off: tuple[()] | None = None) -> Any:
-    """Returns a dataclass field with the statistic that its value is compared with, and the value of the paper."""
+    """Returns a dataclass field for a limit; `measure` computes what is compared with it, `gopher` is the paper's."""
     return field(default=off, metadata={"measure": measure, "gopher": off if gopher is None else gopher})
 
 
@@ -42,12 +42,8 @@ class Filters:
     max_chars: NonNegativeInt | None = _rule(lambda text: len(text.text))
     min_words: NonNegativeInt | None = _rule(lambda text: len(text.words), 50)
     max_words: NonNegativeInt | None = _rule(lambda text: len(text.words), 100_000)
-    min_mean_word_length: NonNegativeFloat | None = _rule(
-        lambda text: _fraction(_chars(text.words), len(text.words)), 3
-    )
-    max_mean_word_length: NonNegativeFloat | None = _rule(
-        lambda text: _fraction(_chars(text.words), len(text.words)), 10
-    )
+    min_mean_word_length: NonNegativeFloat | None = _rule(lambda text: text.mean_word_length(), 3)
+    max_mean_word_length: NonNegativeFloat | None = _rule(lambda text: text.mean_word_length(), 10)
     max_symbol_to_word_ratio: NonNegativeFloat | None = _rule(lambda text: text.symbol_to_word_ratio(), 0.1)
     max_bullet_line_fraction: Fraction | None = _rule(lambda text: _fraction_of(text.lines, _has_bullet), 0.9)
     max_ellipsis_line_fraction: Fraction | None = _rule(lambda text: _fraction_of(text.lines, _has_ellipsis), 0.3)
@@ -55,9 +51,7 @@ class Filters:
     max_duplicate_line_char_fraction: Fraction | None = _rule(lambda text: _repeated(text.lines, _chars), 0.2)
     max_duplicate_paragraph_fraction: Fraction | None = _rule(lambda text: _repeated(text.paragraphs, len), 0.3)
     max_duplicate_paragraph_char_fraction: Fraction | None = _rule(lambda text: _repeated(text.paragraphs, _chars), 0.2)
-    min_stop_words: NonNegativeInt | None = _rule(
-        lambda text: len(text.stop_words.intersection(text.text.lower().split())), 2
-    )
+    min_stop_words: NonNegativeInt | None = _rule(lambda text: text.num_stop_words(), 2)
     stop_words: tuple[str, ...] = STOP_WORDS
     max_digit_fraction: Fraction | None = _rule(lambda text: text.char_fraction(r"\d+"))
     max_punctuation_fraction: Fraction | None = _rule(lambda text: text.char_fraction(r"[^\w\s]+|_+"))
@@ -92,7 +86,7 @@ class Filters:
             if limit is None or limit == ():
                 continue
             value = rule["measure"](stats)
-            if isinstance(limit, tuple):
+            if isinstance(limit, tuple):  # n-gram rules: one limit for each n, as far as there are limits and values
                 is_broken = any(map(operator.lt, limit, value))
             else:
                 is_broken = value < limit if name.startswith("min_") else value > limit
@@ -105,7 +99,7 @@ _RULES = {rule.name: rule.metadata for rule in fields(Filters) if rule.metadata}
 
 
 class _TextStats:
-    """Statistics of a text, computed when a rule needs them."""
+    """Statistics of a text, each computed when the first rule needs it."""
 
     def __init__(self, text: str, stop_words: Sequence[str]):
         self.text, self.stop_words = text, frozenset(stop_words)

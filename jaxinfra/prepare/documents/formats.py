@@ -67,7 +67,7 @@ class _PromptFormat(TemplateFormat[str | None]):
         conversations = [_parse_messages(*answer, role="assistant") for answer in answers]
         if self.prompt is None:  # the prompt is what both conversations begin with
             pairs = zip(*conversations, strict=False)
-            shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            shared = [chosen for chosen, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
             if not shared:
                 raise RecordError("the chosen and the rejected conversation begin with different messages")
         else:
@@ -120,7 +120,10 @@ def _answers(messages: Sequence[Message], start: int = 0) -> list[int]:
 
 
 def _parse_messages(value: object, field: str, role: str | None = None) -> list[Message]:
-    """Returns at least one message; with `role`, a string is one message. RecordError says what is wrong."""
+    """Returns at least one message, without empty system messages; with `role`, a string is one message of this role.
+
+    RecordError says what is wrong.
+    """
     if role is not None and isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -139,10 +142,10 @@ def _parse_message(item: object, name: str) -> Message:
     for key in keys:
         if key not in item:
             raise RecordError(f"{name} has no {key}; it has {', '.join(map(str, item)) or 'nothing'}")
-    given, content = (item[key] for key in keys)
-    role = _ROLES.get(given) if isinstance(given, str) else None
+    role_name, content = (item[key] for key in keys)
+    role = _ROLES.get(role_name) if isinstance(role_name, str) else None
     if role is None:
-        raise RecordError(f"{name} has the role {given}, expected one of {', '.join(_ROLES)}")
+        raise RecordError(f"{name} has the role {role_name}, expected one of {', '.join(_ROLES)}")
     content = require_str(content, f"the content of {name}")
     if not content.strip() and role != "system":
         raise RecordError(f"{name} is empty")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word is lost from an n-gram; 2**64 / golden ratio
+# 2**64 / golden ratio. It is odd, so multiplication modulo 2**64 is invertible and keeps all bits of earlier words.
+HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash128(content: bytes | memoryview) -> np.ndarray:

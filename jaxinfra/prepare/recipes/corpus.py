@@ -71,7 +71,7 @@ class Corpus(StoreRecipe):
             message = "the other store has its own tokenizer, so this one cannot be trained"
             fix = "use tokenizer=tokenizer_file tokenizer.path=PATH, the tokenizer.json of that store"
             yield Problem(fields=("validation", "tokenizer"), message=message, fix=fix)
-        if other_store and self.dedup and (self.format.masked or pairs):
+        if other_store and self.dedup and (self.format.has_loss_mask or pairs):
             message = "duplicates of another store are found for format=text only"
             yield Problem(fields=("validation", "dedup"), message=message, fix="use dedup=none")
         if self.packs and pairs:
