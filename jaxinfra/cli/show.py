@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for line in dump(run).splitlines():
         path = line.partition(" = ")[0]
         origin = f"  [dim]# {escape(loaded.origins[path])}[/dim]" if path in loaded.origins else ""
-        console.print(escape(line) + origin)
+        console.print(escape(line) + origin, soft_wrap=True)
     console.print(statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")

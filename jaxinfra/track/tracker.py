@@ -78,7 +78,9 @@ class MultiTracker(Tracker):
                     raise
                 self._failures[i] += 1
                 if self._failures[i] == 1:
-                    _log.error(f"{type(tracker).__name__}: {error}; training goes on, further failures are counted")
+                    a_bug = not isinstance(error, OSError)
+                    named = f"{type(tracker).__name__}: {f'{type(error).__name__}: ' if a_bug else ''}{error}"
+                    _log.error(f"{named}; training goes on, further failures are counted", exc_info=a_bug)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxinfra.track.jsonl import read_metrics
+from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import rss_bytes
 from jaxinfra.track.tracker import MultiTracker, TrackConfig, make_trackers
 from tests.refusals import problem
@@ -63,9 +63,18 @@ def test_failing_storage_is_said_once_and_the_next_tracker_still_gets_its_metric
     assert "3 calls failed" in caplog.text
 
 
-def test_a_mistake_in_a_tracker_is_not_taken_for_failing_storage():
-    with pytest.raises(TypeError):
-        MultiTracker([Noting("a", [], log=TypeError("a bug"))]).log(0, {})
+def test_a_mistake_in_a_tracker_is_not_taken_for_failing_storage(tmp_path, monkeypatch, caplog):
+    """In one of the package it ends the run; in a user's it is logged with its traceback, and training goes on."""
+    seen = []
+    trackers = MultiTracker([Noting("a", [], log=TypeError("a bug")), Noting("b", seen)])
+    trackers.log(0, {})
+    trackers.log(1, {})
+    (message,) = caplog.records
+    assert "Noting: TypeError: a bug; training goes on" in message.getMessage() and message.exc_info
+    assert len(seen) == 2
+    monkeypatch.setattr(JsonlTracker, "log", lambda self, step, metrics: {}["a bug"])
+    with pytest.raises(KeyError):
+        MultiTracker([JsonlTracker(tmp_path)]).log(0, {})
 
 
 def test_build_opens_nothing_before_start_and_leaves_out_what_is_off(tmp_path):
