@@ -363,7 +363,8 @@ class Program:
         grads, sums, stats = self._gradients(state.params, batch, state.reference)
         grads, norm = clip_by_global_norm(grads, optim.clip_norm)
         before = select_trainable(state.params, self.specs)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
+        with user_code(type(optim.optimizer), "optim.optimizer"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
         after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
         model = self.model(state.params)
         params = merge_trees(merge_trees(state.params, after), model.update_buffers(stats))

@@ -19,6 +19,7 @@ from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.user_code import user_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,8 @@ class Run:
                 fix=f"name a model of {data.modality}s or data of {model.modality}s",
             )
             return
-        arrays = data.batch_spec(validation=False)
+        with user_code(type(data), "data"):
+            arrays = data.batch_spec(validation=False)
         if missing := [name for name in objective.batch_fields if name not in arrays]:
             yield Problem(
                 fields=("objective", "data"),
@@ -157,8 +159,9 @@ class Run:
                 fix="name an objective and data that go together",
             )
             return
-        yield from model.problems_with(data)
-        yield from objective.problems_with(data)
+        with user_code(type(model), "model"), user_code(type(data), "data"):
+            found = [*model.problems_with(data), *objective.problems_with(data)]
+        yield from found
         if -1 in self.mesh.sizes:
             return
         fit = self.mesh_fit

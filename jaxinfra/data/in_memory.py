@@ -3,6 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import override
 
@@ -12,6 +13,7 @@ from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig, Samples
 from jaxinfra.data.order import sample_ids
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.errors import ConfigError
+from jaxinfra.user_code import user_code
 
 
 class ArrayData(DataConfig):
@@ -27,8 +29,19 @@ class ArrayData(DataConfig):
     def arrays(self, split: Split) -> Batch:
         """Returns the arrays of all samples of "train" or "validation" by name, each `[samples, ...]`.
 
-        It must return the same arrays on every call. `weights` `[samples]` is optional.
+        It must return the same arrays on every call. `weights` are optional: `[samples]`, or like `targets` if there
+        are any.
         """
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the `inputs` of a sample, for models of sequences."""
+        return _arrays(self, "train")["inputs"].shape[1]
+
+    @property
+    @override
+    def units_per_sample(self) -> int:
+        return self.seq_len if self.modality == "token" else 1
 
     @override
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
@@ -37,7 +50,8 @@ class ArrayData(DataConfig):
             name: ArraySpec(shape=array.shape[1:], dtype=str(array.dtype), axes=(None,) * (array.ndim - 1))
             for name, array in arrays.items()
         }
-        return {**({"weights": ArraySpec()} if validation else {}), **specs}
+        weights = replace(specs.get("targets", ArraySpec()), dtype="float32")
+        return {"weights": weights, **specs} if validation else specs
 
     @override
     def open(self, *, hint: str = "") -> "ArrayDataset":
@@ -61,8 +75,9 @@ class ArraySamples(Samples):
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        weights = {"weights": np.ones(len(ids), np.float32)} if weighted else {}
-        return weights | {name: array[ids] for name, array in self._arrays.items()}
+        batch = {name: array[ids] for name, array in self._arrays.items()}
+        shape = batch["targets"].shape if "targets" in batch else (len(ids),)
+        return {"weights": np.ones(shape, np.float32), **batch} if weighted else batch
 
 
 class ArrayDataset:
@@ -104,7 +119,9 @@ class ArrayDataset:
 @lru_cache(maxsize=4)
 def _arrays(config: ArrayData, split: Split) -> Batch:
     """Returns checked arrays; ConfigError if they are no samples."""
-    arrays, where = config.arrays(split), f"{type(config).__qualname__}.arrays({split!r})"
+    where = f"{type(config).__qualname__}.arrays({split!r})"
+    with user_code(type(config), "data"):
+        arrays = config.arrays(split)
     if not isinstance(arrays, dict) or not arrays:
         raise ConfigError(f'{where}: returned {type(arrays).__name__}; return a dict, such as {{"inputs": array}}')
     sizes = {name: len(array) for name, array in arrays.items() if isinstance(array, np.ndarray) and array.ndim}

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import DecayRate, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
+from jaxinfra.errors import ConfigError
 from jaxinfra.optim.adafactor import scale_by_factored_rms, scale_by_param_rms
 from jaxinfra.optim.config import OptimConfig, Optimizer
 from jaxinfra.optim.matrix_dims import MatrixDims, is_hidden_matrix, is_param_spec, matrix_dims
@@ -25,6 +26,7 @@ from jaxinfra.optim.offload import store_state_on_host
 from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import store_state_as
 from jaxinfra.parallel.spec import ParamSpec, PyTree
+from jaxinfra.user_code import user_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +197,20 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
 
     def chain(specs: PyTree) -> optax.GradientTransformation:
         decayed = jax.tree.map(lambda spec: spec.role in optim.decay_roles, specs, is_leaf=is_param_spec)
-        links = [optim.optimizer.transform(specs)]
+        links = [_transform(optim.optimizer, specs)]
         if optim.optimizer.weight_decay:
             links.append(optax.add_decayed_weights(optim.optimizer.weight_decay, mask=decayed))
         links.append(optax.scale_by_learning_rate(rate))
         return store_state_as(optax.chain(*links), jnp.dtype(optim.state_dtype))
 
     return store_state_on_host(chain, specs) if optim.offload else chain(specs)
+
+
+def _transform(optimizer: Optimizer, specs: PyTree) -> optax.GradientTransformation:
+    """Returns the transformation of an optimizer; ConfigError if it is none."""
+    with user_code(type(optimizer), "optim.optimizer"):
+        found = optimizer.transform(specs)
+    if not isinstance(found, optax.GradientTransformation):
+        name = type(optimizer).__qualname__
+        raise ConfigError(f"{name}.transform: returned {type(found).__name__}; return an optax.GradientTransformation")
+    return found

@@ -22,6 +22,7 @@ import optax
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Fraction, NonNegativeInt, PositiveFraction
 from jaxinfra.optim.config import LRSchedule
+from jaxinfra.user_code import user_code
 
 type Array = jax.Array | np.ndarray
 
@@ -139,7 +140,8 @@ def learning_rate(
     xp = jnp if isinstance(step, jax.Array) else np
     t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
     warmup = xp.minimum(t / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    return peak_lr * warmup * config.multiplier(t, steps, xp)
+    with user_code(type(config), "optim.schedule"):
+        return peak_lr * warmup * config.multiplier(t, steps, xp)
 
 
 def lr_table(config: LRSchedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:

@@ -12,10 +12,12 @@ from typing import Any, Literal, Self, override
 
 from jaxinfra.config.extensible import is_user_class
 from jaxinfra.config.limits import PositiveInt
+from jaxinfra.errors import ConfigError
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.tensorboard import TensorBoardTracker
+from jaxinfra.user_code import user_code
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ class MultiTracker(Tracker):
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         for tracker in self._trackers:
-            tracker.start(record, statistics, start_step=start_step, total_steps=total_steps)
+            with user_code(type(tracker), "track.trackers"):
+                tracker.start(record, statistics, start_step=start_step, total_steps=total_steps)
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -119,4 +122,14 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
         trackers.append(ProgressBarTracker(console))
     elif config.console != "off":
         trackers.append(PlainTextTracker(console, config.log_every))
-    return MultiTracker([*trackers, *(each.make_tracker(run_dir) for each in config.trackers)])
+    return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)])
+
+
+def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:
+    """Makes a tracker; ConfigError if it is none."""
+    with user_code(type(config), "track.trackers"):
+        tracker = config.make_tracker(run_dir)
+    if not isinstance(tracker, Tracker):
+        name = type(config).__qualname__
+        raise ConfigError(f"{name}.make_tracker: returned {type(tracker).__name__}; return a jaxinfra.Tracker")
+    return tracker

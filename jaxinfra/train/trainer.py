@@ -42,6 +42,7 @@ from jaxinfra.track.report import write_report
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
+from jaxinfra.user_code import user_code
 
 _log = logging.getLogger(__name__)
 
@@ -250,9 +251,10 @@ class Trainer:
         run = self._loaded.run
         known = self.run.data.recipes
         hint = self._prepare_command or f"data.prepare({', '.join(known.values()) or 'RECIPE'})"
-        dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
-        dataset.check(self.run.model)
-        dataset.validation()  # refuses data without any
+        with user_code(type(run.data), "data"):
+            dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
+            dataset.check(self.run.model)
+            dataset.validation()  # refuses data without any
         return dataset
 
     @cached_property

@@ -1,7 +1,7 @@
 """Data in memory: order, validation samples, and what is refused."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -73,3 +73,19 @@ def test_the_fingerprint_follows_the_values() -> None:
 def test_arrays_that_are_no_samples_are_refused(case: str) -> None:
     with raises(ConfigError, "Wrong.arrays('train'):", CASES[case][1]):
         Wrong(case=case).batch_spec(validation=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(ArrayData):
+    modality: ClassVar[str] = "token"
+
+    def arrays(self, split: str) -> dict[str, np.ndarray]:
+        rows = np.arange(160, dtype=np.int32).reshape(10, 16) % 7
+        return {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
+
+
+def test_tokens_have_a_length_and_a_weight_each() -> None:
+    data = Tokens()
+    assert (data.seq_len, data.units_per_sample, data.open().train_units) == (15, 15, 150)
+    weights = data.open().validation().read(np.arange(2), weighted=True)["weights"]
+    assert weights.shape == (2, *data.batch_spec(validation=True)["weights"].shape) == (2, 15)
