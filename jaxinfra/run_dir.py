@@ -16,7 +16,7 @@ from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.storage.checks import make_writable
-from jaxinfra.track.jsonl import read_json
+from jaxinfra.track.jsonl import read_json_object
 from jaxinfra.track.report import write_report
 
 
@@ -88,7 +88,7 @@ class RunDirectory:
     def finished_summary(self, completed_steps: int) -> dict[str, Any]:
         """Returns the summary of a run that has nothing left to do."""
         summary = self.path / "summary.json"
-        found = read_json(summary) if summary.exists() else {}
+        found = read_json_object(summary) if summary.exists() else {}
         if self.record.exists() and not self.report.exists():
             write_report(self.path)
         return {**found, "steps": completed_steps, "status": "finished before"}

@@ -1,4 +1,4 @@
-"""Appends records to a local file, so that a kill or a full disk leaves no half record before a whole one."""
+"""Appends records to a local file. After a kill or a full disk, at most the last record is incomplete."""
 
 import os
 from collections import deque
@@ -12,8 +12,8 @@ _MAX_PENDING = 10_000  # records, about 3 MB of host memory at 300 bytes each
 class Appender:
     """Appends records to a file without a buffer: what `append` has written survives the process.
 
-    While the disk is full, records wait in memory and are written first, in order, once that works again. When 10,000
-    wait, the oldest is dropped and counted in `dropped`.
+    While the disk is full, records wait in memory; the next write that succeeds writes them first, in order. When
+    10,000 wait, the oldest is dropped and counted in `dropped`.
     """
 
     def __init__(self, path: Path) -> None:

@@ -15,13 +15,13 @@ from jaxinfra.storage.errors import storage_errors
 def check_space(folder: epath.PathLike, needed_bytes: int, *, purpose: str, fix: str) -> None:
     """Raises StorageError if the disk of `folder` has less than `needed_bytes` free.
 
-    The folder need not exist yet. A URL always passes: object stores do not report free space. The message has
-    `purpose`, what needs the space, and `fix`, an alternative to freeing some.
+    The folder need not exist yet. A URL always passes: object stores do not report free space. The message says what
+    needs the space (`purpose`) and what to do instead of freeing some (`fix`).
     """
     if is_remote(folder):
         return
     path = Path(os.path.abspath(folder))
-    existing = next(each for each in (path, *path.parents) if each.exists())
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed_bytes:
         raise StorageError(
             f"{folder}: {decimal(free)} free, {purpose} needs about {decimal(needed_bytes)}; free some space, or {fix}"

@@ -15,8 +15,8 @@ import tensorstore as ts
 
 from jaxinfra.errors import ConfigError
 
-RETRY_S = 60.0  # how long a failing request is retried: a dozen attempts with a minute of waiting between them
-RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that changes it
+RETRY_S = 60.0  # back-off of a failing request in total, over about a dozen attempts
+RETRY_ENV = "JAXINFRA_STORAGE_RETRY_S"  # the environment variable that overrides it
 
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 8.0
@@ -32,19 +32,23 @@ _TIMEOUTS = {
 def normalize_url(url: str) -> str:
     """Returns the URL without a trailing slash, or the absolute path if it is a local folder or `file://`.
 
-    Raises ConfigError if the scheme is unknown, or if the URL contains credentials or a query, which the message hides.
+    Raises ConfigError for an unknown scheme, a `file://` URL with a host, and a URL with credentials or a query, which
+    the message hides.
     """
     if "://" not in url:
         return str(Path(url).expanduser().absolute())
     parts = urlsplit(url)
-    safe_url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-    is_file = parts.scheme == "file"
-    if "@" in parts.netloc or (":" in parts.netloc and not is_file) or parts.query or parts.fragment:
+    host = parts.netloc.rpartition("@")[2]
+    safe_url = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
+    if parts.scheme == "file" and host not in ("", "localhost"):
+        raise ConfigError(f"{safe_url}: a file:// URL cannot name a host; use file:///{host}{parts.path}")
+    # "@" ends a user name; ":" starts a password or a port.
+    if "@" in parts.netloc or ":" in host or parts.query or parts.fragment:
         raise ConfigError(
             f"{safe_url}: the URL of a store must not contain credentials, a query or a fragment; "
             "set credentials in the environment or a profile"
         )
-    if is_file:
+    if parts.scheme == "file":
         return str(Path(parts.path).absolute())
     if parts.scheme not in _DRIVERS or not parts.netloc:
         raise ConfigError(f"{safe_url}: not a URL of a store; use a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
@@ -52,7 +56,7 @@ def normalize_url(url: str) -> str:
 
 
 def tensorstore_context(*, cache_bytes: int = 0) -> ts.Context:
-    """Returns the context, with a cache and retries, that everything opened with this cache size shares.
+    """Returns the context (cache and retries); calls with the same arguments return the same one.
 
     Raises ConfigError if `RETRY_ENV` is not a valid time.
     """
@@ -71,6 +75,7 @@ def tensorstore_context(*, cache_bytes: int = 0) -> ts.Context:
 def _cached_context(retry_s: float, cache_bytes: int) -> ts.Context:
     for name, value in _TIMEOUTS.items():
         os.environ.setdefault(name, value)
+    # TensorStore takes a number of retries, not a time: count the doubling waits that add up to `retry_s`.
     waits_s = [min(_FIRST_WAIT_S, retry_s / 32)]
     while sum(waits_s) < retry_s:
         waits_s.append(min(2 * waits_s[-1], _MAX_WAIT_S))
@@ -90,12 +95,13 @@ def kvstore_spec(url: str) -> dict[str, object]:
 
 
 def _s3_settings() -> dict[str, object]:
-    """Returns the settings that AWS tools read from the environment and TensorStore does not, or not quietly."""
+    """Reads what AWS tools take from the environment and TensorStore does not, or only with warnings."""
     settings: dict[str, object] = {}
-    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-        if "@" in endpoint:
-            raise ConfigError("AWS_ENDPOINT_URL: contains credentials; set AWS_ACCESS_KEY_ID or a profile instead")
-        settings["endpoint"] = endpoint
+    endpoints = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
+    if name := next((name for name, endpoint in endpoints.items() if endpoint), None):
+        if "@" in str(endpoints[name]):
+            raise ConfigError(f"{name}: contains credentials; set AWS_ACCESS_KEY_ID or a profile instead")
+        settings["endpoint"] = endpoints[name]
         if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
             settings["aws_region"] = region
     # Without "environment", TensorStore looks for profiles first and prints a warning if there are none.

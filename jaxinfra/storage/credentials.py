@@ -1,9 +1,11 @@
-"""Masks credentials in messages and records: those in URLs, and the values of secret environment variables."""
+"""Masks credentials in messages and records: in URLs, and the values of secret environment variables."""
 
 import os
 import re
 
+# The part before "@" in a URL: with a password in any URL, without one only where a user name is itself a secret.
 _USER = re.compile(r"(://)[^/@\s:]*:[^/\s]*(?=@)|\b((?:https?|s3a?|gc?s)://)[^/@\s:]+(?=@)")
+# Query parameters of signed URLs.
 _SIGNED = re.compile(
     r"(?<=[?&#;])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
     # A closing quote, bracket or comma belongs to the sentence, not to the URL.

@@ -27,6 +27,7 @@ _NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
 _STORAGE_STATUS = re.compile(
     "ABORTED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
 )
+# Top-level packages of fsspec's clients; not imported here, as they are optional.
 _CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "s3fs"})
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DISK_FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
@@ -53,13 +54,13 @@ def storage_errors(
             raise ConfigError(mask_credentials(missing)) from error
         if not is_storage_error(error):
             raise
-        # Listing a folder lists its subfolders: name the one that this process may not read.
+        # A listing reads subfolders, too: the message names the one that this process may not read.
         unreadable = error.filename if action == "read" and isinstance(error, PermissionError) else None
         raise _storage_error(str(unreadable or where), cause_of(error), action, fix) from error
 
 
 def call_storage[T](where: str, call: Callable[[], T], *, writing: bool = False) -> T:
-    """Runs a call of TensorStore or the file system; raises what `classify_error` makes of its failure."""
+    """Calls TensorStore or the file system; raises the DataError or StorageError that `classify_error` returns."""
     try:
         return call()
     except (ValueError, OSError) as error:
@@ -71,7 +72,8 @@ def classify_error(where: str, error: Exception, *, writing: bool = False) -> Da
     cause = cause_of(error)
     status = " ".join(str(error).split())
     http_code = match[1] if (match := _HTTP_CODE.search(status)) else ""
-    # 404 is a missing object unless the bucket is missing; 416 is an object shorter than the range that was read.
+    # 404: the object is missing, or its bucket is. 416: the object is shorter than the range that was read.
+    # No code: a local file, or an error of TensorStore's own, such as an array that it cannot decode.
     object_damaged = http_code in ("", "416") or (http_code == "404" and not _NO_BUCKET.search(cause))
     if writing or not object_damaged or _STORAGE_STATUS.match(status) or isinstance(error, OSError):
         return _storage_error(where, cause, "written" if writing else "read", None)

@@ -26,8 +26,9 @@ from jaxinfra.storage.errors import storage_errors
 STDLIB = "stdlib"  # as a root: the standard library of the running Python
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _GLOB_CHARS = frozenset("*?[")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # extra of pyproject.toml by protocol
 _OBJECT_STORES = frozenset(_EXTRAS) | {"az", "abfs"}  # one request lists everything below a prefix
+# Keys under which the file systems report something that changes when a file is replaced.
 _VERSION_KEYS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "updated", "modified", "created")
 _BLOCK_BYTES = 4 << 20  # read ahead from remote storage; the default of s3fs is 50 MiB
 _BUFFER_BYTES = 1 << 20
@@ -130,7 +131,7 @@ def open_file(root: str, name: str) -> Iterator[BinaryIO]:
 
 
 def read_file(path: str, what: str) -> bytes:
-    """Reads a small file from a path or URL; `what` it should be, such as "a template", is for the error."""
+    """Reads a small file from a path or URL; `what` names it in the error, such as "a template"."""
     fs, fs_path = _file_system(path, field="")
     missing = f"{display_url(path)}: cannot be read as {what}: no such file; correct the path"
     with storage_errors(display_url(path), action=f"read as {what}", missing=missing):
@@ -168,7 +169,7 @@ def _listing(root: str) -> AbstractContextManager[None]:
 
 
 def _walk(fs: fsspec.AbstractFileSystem, folder: str, max_depth: int | None) -> Iterator[_Entry]:
-    """Yields the files at most `max_depth` levels below a folder; none if a local folder does not exist."""
+    """Yields the files at most `max_depth` levels below a folder (None: all); a missing local folder has no files."""
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     if max_depth is None and protocols & _OBJECT_STORES:
         entries = cast(dict[str, _Entry], fs.find(folder, detail=True)).values()
@@ -188,8 +189,9 @@ def _walk(fs: fsspec.AbstractFileSystem, folder: str, max_depth: int | None) -> 
                 yield entry
         elif entry["type"] == "file":
             yield entry
+        # Some stores list a folder as an entry of itself.
         elif entry["type"] == "directory" and max_depth != 1 and path != folder:
-            yield from _walk(fs, path, max_depth and max_depth - 1)
+            yield from _walk(fs, path, None if max_depth is None else max_depth - 1)
 
 
 def _version(entry: Mapping[str, object]) -> str:

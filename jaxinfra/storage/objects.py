@@ -56,14 +56,14 @@ class ObjectStore:
         """Reads an object; raises DataError if it is missing."""
         result = call_storage(self.url_of(name), self._objects.read(name).result)
         if result.state != "value":
-            self._is_listed(name)  # raises StorageError if the bucket is missing, too
+            self._is_listed(name)  # raises StorageError if the whole bucket is missing
             raise DataError(f"{self.url_of(name)}: missing; {DAMAGED_VERSION_FIX}")
         return result.value
 
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
         if self.folder is not None and any(map(os.path.isfile, (self.folder, *self.folder.parents))):
-            return False  # the store's path, or a part of it, is a file
+            return False  # a file is where the folder or one of its parents should be: reading would fail
         result = call_storage(self.url_of(name), self._objects.read(name, byte_range=slice(0, 0)).result)
         return result.state == "value" or self._is_listed(name)
 
@@ -81,7 +81,7 @@ class ObjectStore:
         call_storage(self.url_of(name), self._objects.write(name, content).result, writing=True)
 
     def atomic_update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
-        """Replaces an object by `change` of its content, None if it is missing.
+        """Replaces the content of an object by `change(content)`; the content is None if the object is missing.
 
         If another process wrote the object in the meantime, `change` is called again with the newer content. If the
         response to a write is lost, `change` is called with its own result.
@@ -90,6 +90,7 @@ class ObjectStore:
             old = call_storage(self.url_of(name), self._objects.read(name).result)
             content = change(old.value if old.state == "value" else None)
             write = self._objects.write(name, content, if_equal=old.stamp.generation)
+            # Without a generation nothing was written: the object no longer had the old one.
             if call_storage(self.url_of(name), write.result, writing=True).generation:
                 return
 
@@ -100,9 +101,9 @@ class ObjectStore:
     def upload(self, folder: Path, *, last: Sequence[str] = (), resume: bool = False) -> None:
         """Copies all files of a local folder in parallel, and checks that each has arrived.
 
-        The files in `last` are written in this order after all others, so that whoever sees them sees all files.
-        `resume` skips objects that exist with the same length and tail; use it only if the URL is derived from the
-        content.
+        The files in `last` are written in this order after all others: a reader that sees them can read all files.
+        `resume` skips objects that exist with the same length and last bytes; use it only if the URL is derived from
+        the content.
         """
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         existing = set(self.list_names()) if resume else set[str]()
@@ -128,7 +129,7 @@ class ObjectStore:
         return bool(call_storage(self.url_of(name), self._objects.list(only_name).result))
 
     def _has_arrived(self, name: str, path: Path) -> bool:
-        """Returns whether an object has the length and the tail of a file."""
+        """Returns whether an object has the length and the last bytes of a file."""
         size_bytes, tail = call_storage(str(path), lambda: _read_tail(path), writing=True)
         try:
             return self._start_read_tail(name, size_bytes, len(tail))() == tail

@@ -2,7 +2,7 @@
 
 Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
 time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
-"inf" and "-inf", which `read_metrics` turns back into floats. A run resumed at step s first drops the lines from s on.
+"inf" and "-inf", which `read_metrics` turns back into floats. A run that resumes at step s first drops the lines from s on.
 """
 
 import json
@@ -19,10 +19,10 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track.base import FileTracker, RunStatistics
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
 
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 _log = logging.getLogger(__name__)
 
@@ -32,47 +32,53 @@ class JsonlTracker(FileTracker):
 
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
-        path = self._run_dir / METRICS
+        path = self._run_dir / METRICS_FILE
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             elapsed_s = truncate_metrics(path, start_step)
-            self._file = Appender(path)
+            self._file = Appender(path)  # FileTracker._append writes to it
         self._start_s = time.monotonic() - elapsed_s
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        line = {"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **_encode(metrics)}
+        line = {"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **_encode_nonfinite(metrics)}
         self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
-        text = json.dumps(_encode(values), indent=2, allow_nan=False)
-        write_bytes_atomic(self._run_dir / SUMMARY, text.encode() + b"\n")
+        text = json.dumps(_encode_nonfinite(values), indent=2, allow_nan=False)
+        write_bytes_atomic(self._run_dir / SUMMARY_FILE, text.encode() + b"\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Reads metrics.jsonl without a last line torn by a kill; raises StorageError for other lines without a step."""
-    rows = [_parse_line(line) for line in path.read_bytes().splitlines()]
+    """Reads metrics.jsonl; a kill may have torn the last line, which is then left out.
+
+    Raises StorageError if the file is missing, or if another line is not a JSON object with a step.
+    """
+    rows = [_parse_line(line) for line in _read_bytes(path).splitlines()]
     if None in rows[:-1]:
         raise StorageError(f"{path}:{rows.index(None) + 1}: not a JSON object with a step; delete this line")
     return [row for row in rows if row is not None]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object such as summary.json; raises StorageError if the file is missing or damaged."""
-    with storage_errors(path, action="read", fix="use the directory of a run that has started"):
-        content = path.read_bytes()
     try:
-        value = json.loads(content)
+        value = json.loads(_read_bytes(path))
     except ValueError as error:
         raise StorageError(f"{path}: not JSON ({error}); restore or delete it") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: is a {type(value).__name__}, expected a JSON object; restore or delete it")
-    return _decode(value)
+    return _decode_nonfinite(value)
+
+
+def _read_bytes(path: Path) -> bytes:
+    with storage_errors(path, action="read", fix="use the directory of a run that has started"):
+        return path.read_bytes()
 
 
 def truncate_metrics(path: Path, start_step: int) -> float:
-    """Drops unreadable lines and those of steps >= `start_step`; returns `time_s` of the last line kept, or 0."""
+    """Drops unreadable lines and lines of steps >= `start_step`; returns `time_s` of the last line kept, or 0."""
     if not path.exists():
         return 0.0
     old = path.read_bytes()
@@ -93,19 +99,20 @@ def _parse_line(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
+    # Values are numbers, or the strings that stand for numbers that JSON lacks.
     strings = (value for value in row.values() if isinstance(value, str))
-    return _decode(row) if all(string in _NOT_FINITE for string in strings) else None
+    return _decode_nonfinite(row) if all(string in _NONFINITE for string in strings) else None
 
 
-def _encode(value: Any) -> Any:
+def _encode_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
+        return {str(key): _encode_nonfinite(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def _decode(value: Any) -> Any:
+def _decode_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+        return {key: _decode_nonfinite(item) for key, item in value.items()}
+    return _NONFINITE.get(value, value) if isinstance(value, str) else value

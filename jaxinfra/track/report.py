@@ -41,9 +41,9 @@ def write_report(run_dir: Path) -> Path:
 
     Raises StorageError if run.json is missing, a file is damaged, or the page cannot be written.
     """
-    record = jsonl.read_json(run_dir / "run.json")
-    summary_file, metrics_file = run_dir / jsonl.SUMMARY, run_dir / jsonl.METRICS
-    summary = jsonl.read_json(summary_file) if summary_file.exists() else {}
+    record = jsonl.read_json_object(run_dir / "run.json")
+    summary_file, metrics_file = run_dir / jsonl.SUMMARY_FILE, run_dir / jsonl.METRICS_FILE
+    summary = jsonl.read_json_object(summary_file) if summary_file.exists() else {}
     rows = jsonl.read_metrics(metrics_file) if metrics_file.exists() else []
     path = run_dir / "report.html"
     with storage_errors(path):

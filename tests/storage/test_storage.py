@@ -303,12 +303,20 @@ def test_urls_are_understood_or_refused(monkeypatch):
     for url in ("http://host/store", "s3:///store", "abc://x/y"):
         with raises(ConfigError, f"{url}: s3://BUCKET/PREFIX"):
             normalize_url(url)
+    assert normalize_url("file://localhost/a/b") == "/a/b"
+    with raises(ConfigError, "file://a/b: file:///a/b"):
+        normalize_url("file://a/b")
+    for url in ("s3://user:sEcReT@bucket/x", "file://user:sEcReT@/x", "s3://bucket:80/x"):
+        with raises(ConfigError) as caught:
+            normalize_url(url)
+        assert "sEcReT" not in str(caught.value)
     with raises(ConfigError, "s3://B/x: "):
         ObjectStore("s3://B/x")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:sEcReT@host")
-    with raises(ConfigError, "AWS_ENDPOINT_URL: ") as caught:
-        ObjectStore("s3://bucket/x")
-    assert "sEcReT" not in str(caught.value)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://user:sEcReT@host")
+        with raises(ConfigError, f"{name}: ") as caught:
+            ObjectStore("s3://bucket/x")
+        assert "sEcReT" not in str(caught.value)
 
 
 _SILENT = """
@@ -320,9 +328,9 @@ with socket.socket() as silent:
     silent.listen(50)
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
     os.environ["JAXINFRA_STORAGE_RETRY_S"] = "0.1"
-    connection._PATIENCE["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
+    connection._TIMEOUTS["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
     try:
-        objects.Storage("s3://bucket/x").read("a")
+        objects.ObjectStore("s3://bucket/x").read("a")
     except StorageError as error:
         print(error)
 """

@@ -72,6 +72,11 @@ def test_damage_before_the_last_line_is_named(tmp_path):
         read_metrics(path)
 
 
+def test_a_missing_file_is_named(tmp_path):
+    with raises(StorageError, str(tmp_path / "metrics.jsonl")):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
 def test_an_unwritable_run_directory_is_found_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     with raises(StorageError, str(tmp_path / "file")):
