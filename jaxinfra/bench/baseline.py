@@ -1,6 +1,6 @@
 """The baseline of `bench step`: the train step of a small Llama, written by hand in JAX and optax.
 
-It uses nothing of jaxinfra, but the same tricks for XLA's CPU backend (see `matmul` and `tensordot_as_matmul`).
+It imports nothing of jaxinfra, but uses the same tricks for XLA's CPU backend (`matmul` and `tensordot_as_matmul`).
 
 `python -m jaxinfra.bench.baseline CONFIG`, with a `BaselineConfig` in JSON, runs one step in a new process.
 

@@ -1,7 +1,7 @@
 """`python -m launch bench data`: loads batches of random windows with jaxinfra and with other loaders.
 
 All loaders read the same tokens from a warm file cache. In every round each loader is started anew and timed for half a
-second after its first batches. CPU time is that of all threads and processes of the loader.
+second after its first batches. CPU time includes all threads and processes of the loader.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ROUND_S = 0.5
 WARMUP_BATCHES = 8
 IN_FLIGHT = 4  # reads that `tensorstore_batches` starts before it waits for the first
 GROWTH_BATCHES = 10_000
-NUM_CHIPS, CHIP, MFU, MODEL = 64, "TPU v5p", 0.4, "configs/llama3_8b.py"  # the training run that is to be fed
+NUM_CHIPS, CHIP, MFU, MODEL = 64, "TPU v5p", 0.4, "configs/llama3_8b.py"  # the training run to load data for
 
 type Loader = Callable[[TokenFiles], Generator[object, None, None]]
 
@@ -55,7 +55,7 @@ COLUMNS: Columns = {
 
 
 def memmap_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
-    """Copies windows out of a memory-mapped file: an upper bound."""
+    """Copies windows out of a memory-mapped file, the fastest that a loader of random windows can be."""
     windows, rng = files.windows_at_every_token(), np.random.default_rng(0)
     while True:
         yield windows[rng.integers(0, files.num_windows, BATCH_SIZE) * SEQ_LEN]
@@ -137,7 +137,7 @@ def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:
             "loader": name,
             "mtok_per_s": median(speed) / 1e6,
             "cpu_ns": cpu_ns,
-            "cores": 1e-9 * cpu_ns * required,  # that are busy loading, for `required` tokens per second
+            "cores": 1e-9 * cpu_ns * required,  # busy cores that load `required` tokens per second
             "vs_tensorstore": median_ratio(speed, speeds[TENSORSTORE]),
             "vs_grain": median_ratio(speed, speeds[GRAIN]) if GRAIN in speeds else None,
         }

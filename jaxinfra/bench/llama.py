@@ -1,4 +1,4 @@
-"""`python -m launch bench llama`: compiles Llama 3.1 8B for 64 TPU v5p chips and compares it with published figures.
+"""`python -m launch bench llama`: compiles Llama 3.1 8B for 64 TPU v5p chips and compares it with other results.
 
 Nothing is timed: temporaries and cycles are estimates of the TPU compiler (see docs/compile.md).
 """
@@ -21,7 +21,7 @@ from jaxinfra.run import Run
 TOPOLOGY = parse_topology("v5p:4x4x4")
 CONFIG = "configs/llama3_8b.py"
 BATCH_SIZES = (1, 2, 4)  # sequences per chip and step
-DOTS_BATCH_SIZES = (2,)  # for which `OTHERS` has figures with remat policy "dots"
+DOTS_BATCH_SIZES = (2,)  # where `OTHERS` has a row with the remat policy "dots"
 # From the least recomputation to the most.
 REMAT_POLICIES = ("weights", "dots_and_attention", "dots", "(dots,dots,dots,full)", "(dots,full)", "full")
 
@@ -45,7 +45,7 @@ OTHERS: tuple[TableRow, ...] = tuple(
         ("plain JAX step", 2, "dots", "52.6 GiB", "2.25"),
     )
 )
-"""Figures from outside this project, for the same model and topology, with splash attention in blocks of 512."""
+"""Numbers from outside this project, for the same model and topology, with splash attention in blocks of 512."""
 
 
 def _compile(batch_size: int, policy: str, overrides: Sequence[str]) -> CompiledStep:
@@ -76,7 +76,7 @@ def full(overrides: Sequence[str]) -> Iterator[TableRow]:
 
 
 def dots(overrides: Sequence[str]) -> Iterator[TableRow]:
-    """Saves the matmuls with weights, for the batch sizes with published figures."""
+    """Saves the matmuls with weights, for the batch sizes that `OTHERS` has, too."""
     for batch_size in DOTS_BATCH_SIZES:
         yield _row("dots", batch_size, "dots", _compile(batch_size, "dots", overrides))
 

@@ -1,7 +1,7 @@
-"""jaxinfra's data loader over the files of `bench data`; startup and memory, which need a process of their own.
+"""Runs jaxinfra's data loader on the files of `bench data`, and measures its startup and memory in a new process.
 
 `python -m jaxinfra.bench.loader REQUEST`, with the arguments of `measure_loader` in JSON, prints a number. Like any
-process that only loads data it does not import JAX.
+process that only loads data, it does not import JAX.
 """
 
 import json
@@ -51,9 +51,15 @@ def jaxinfra_batches(
     """Yields the batches that a training run gets."""
     data = TokenData(store=str(files.store), seq_len=SEQ_LEN, mask_documents=mask_documents, packing=packing)
     opened = data.open()
-    every, ids = slice(None), opened.sample_ids
+    all_rows, endless = slice(None), 2**40
     batches = BatchLoader(
-        data, opened.train, global_batch=BATCH_SIZE, rows=every, start_step=0, steps=2**40, sample_ids=ids
+        data,
+        opened.train,
+        global_batch=BATCH_SIZE,
+        rows=all_rows,
+        start_step=0,
+        steps=endless,
+        sample_ids=opened.sample_ids,
     )
     with closing(iter(batches)) as steps:
         for _, batch in steps:
@@ -69,7 +75,7 @@ def measure_loader_in_subprocess(kind: Literal["first", "growth"], files: TokenF
 def measure_loader(*, kind: str, folder: str, num_tokens: int, num_batches: int, start_time_s: float) -> float:
     """Measures a loader that masks documents.
 
-    For kind "first" it returns the seconds from `start_time_s` to the first batch, imports included; for "growth" the
+    Kind "first" returns the seconds from `start_time_s` to the first batch, imports included. Kind "growth" returns the
     bytes by which resident memory grows over `num_batches`.
     """
     with closing(jaxinfra_batches(TokenFiles(Path(folder), num_tokens))) as batches:

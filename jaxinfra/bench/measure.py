@@ -114,7 +114,7 @@ def time_alternately(steps: dict[str, TimedStep], num_rounds: int, *, dispatch_o
 
 
 class _IdleTrainer(Trainer):
-    """A trainer that never saves, and adds up how long its loop waits for the devices."""
+    """A trainer that never saves, and measures how long its loop waits for the devices."""
 
     waited_s = 0.0
 
@@ -151,7 +151,16 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
 def measure(
     *, kind: str, config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str] = ()
 ) -> Times | dict[str, object]:
-    """Times what `kind` says; "meshes" compares the config with `overrides` and with `fsdp_overrides`."""
+    """Answers a request of `bench step`, `bench parallel` or `time_startup`; most kinds return seconds by side.
+
+    Args:
+        kind: "baseline_config" (no times), "layouts" (naive and fast matmuls of the baseline), "meshes", "alone" (both
+            sides, one after the other), "step" (both sides alternately) or "dispatch" (of a step, and of the loop).
+        config: the config file.
+        overrides: for the config.
+        num_rounds: timed rounds.
+        fsdp_overrides: for "meshes", the overrides of the side that is compared with.
+    """
     run = _load(config, overrides)
     if kind == "baseline_config":
         return dataclasses.asdict(baseline_config(run))

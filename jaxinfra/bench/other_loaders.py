@@ -1,4 +1,4 @@
-"""Data loaders of Grain and PyTorch over the files of `bench data`; a generator ends its threads when it is closed.
+"""Runs the data loaders of Grain and PyTorch on the files of `bench data`; closing a generator ends its threads.
 
 Import this module only if Grain is installed.
 """

@@ -1,7 +1,7 @@
 """`python -m launch bench parallel`: times every mesh axis and pipeline schedule against plain FSDP.
 
-The eight devices are emulated on the cores of this machine. So a ratio shows the additional work of a mesh, such as
-pipeline bubbles, recomputation and the copies of its collectives, but not the speed of links.
+The eight devices are emulated on the cores of this machine. A ratio shows the additional work of a mesh (pipeline
+bubbles, recomputation, copies in collectives), but not the speed of links.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineCon
 NUM_DEVICES = 8
 FSDP = ("mesh.fsdp=8",)
 MICROBATCHES = 8
-# Enough samples for eight microbatches on every mesh, enough layers for two chunks on each of four stages.
+# Enough samples for eight microbatches on every mesh; enough layers for two virtual stages on each of four stages.
 DENSE_MODEL = ("data.seq_len=128", "train.global_batch=64", "model.num_layers=8", "model.remat=full")
 MOE_CONFIG = "configs/parity_moe.py"
 DENSE_MESHES = ("replica=8", "fsdp=4 tensor=2", "tensor=8", "fsdp=4 context=2", "context=8", "fsdp=4 stage=2")
@@ -82,7 +82,10 @@ def experts(options: argparse.Namespace) -> Iterator[TableRow]:
 
 
 def schedules(options: argparse.Namespace) -> Iterator[TableRow]:
-    """Times each pipeline schedule on four stages; the expected ratio is its length over that of its work alone."""
+    """Times each pipeline schedule on four stages.
+
+    The expected ratio is the length of the schedule over its length without bubbles and recomputation.
+    """
     for pipeline in SCHEDULES:
         expected = pipeline.make_schedule(4, MICROBATCHES).total_cost / ((FORWARD_COST + BACKWARD_COST) * MICROBATCHES)
         schedule = (f"pipeline.schedule={pipeline.schedule}", f"pipeline.chunks={pipeline.chunks}")

@@ -1,6 +1,6 @@
-"""Compares loss and gradients of small models on every mesh with those on one device.
+"""Compares loss and gradients of small models on every mesh with one device.
 
-Every split of the devices over the six mesh axes is tried, each with two orders of the devices. A mesh only changes the
+It tries every split of the devices over the six mesh axes, each with two orders of the devices. A mesh only changes the
 order in which float32 sums are computed, so results may differ by rounding, at most by `TOLERANCE`.
 """
 
@@ -29,7 +29,7 @@ from jaxinfra.run import Precision, Run
 TOLERANCE = 2e-5
 """Largest difference of an array, relative to its largest value."""
 ROUNDING = 1e-6
-"""A gradient whose largest value is below this part of the largest of all gradients is zero except for rounding."""
+"""A gradient counts as zero, except for rounding, if it is below this part of the largest of all gradients."""
 MICROBATCHES = 4
 """Microbatches per step on a mesh; one device computes the whole batch at once."""
 
@@ -48,9 +48,9 @@ class MeshDifference:
     config: str
     mesh: str
     loss: float
-    gradient: float  # the largest of all gradients
-    parameter: str  # that has this gradient
-    permuted: float  # the largest with the devices in another order
+    gradient: float  # the largest difference of all gradients
+    parameter: str  # the parameter with this difference
+    permuted: float  # the largest difference with the devices in another order
 
     @property
     def worst(self) -> float:
@@ -122,8 +122,8 @@ def loss_and_gradients(
 def relative_differences(actual: Arrays, expected: Arrays) -> dict[str, float]:
     """Returns the largest difference of each array relative to its largest expected value; NaN if a value is NaN.
 
-    Some gradients are zero except for rounding, such as that of the key bias, on which no attention weight depends.
-    Their difference is scaled so that it is `TOLERANCE` where it is `ROUNDING` of the largest gradient.
+    Some gradients are zero except for rounding: no attention weight depends on the key bias, for example. Their
+    differences are scaled so that `ROUNDING` of the largest gradient becomes `TOLERANCE`.
     """
     assert actual.keys() == expected.keys()
     largest = {name: float(np.abs(array).max()) for name, array in expected.items()}
@@ -137,7 +137,7 @@ def compare_meshes(
 ) -> Iterator[MeshDifference]:
     """Compares every `num_workers`-th mesh, starting with number `worker`.
 
-    Before anything is computed, it checks that every config fits every mesh.
+    It first checks that every config fits every mesh.
     """
     num_devices = len(jax.devices())
     permutation = np.random.default_rng(1).permutation(num_devices).tolist()

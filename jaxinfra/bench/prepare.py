@@ -1,7 +1,7 @@
-"""`python -m launch bench prepare`: tokenizes text with `data prepare` and with `datasets.map`, by one and two workers.
+"""`python -m launch bench prepare`: compares how fast `data prepare` and `datasets.map` tokenize text.
 
-Text, tokenizer and threads per worker (one) are the same. Every measurement is a process of its own. `prepare` is timed
-from the list of files to the published store, `map` from the texts in memory to the tokens on disk.
+Both use the same text, tokenizer and number of workers, with one thread a worker. Every measurement is a process of its
+own. `prepare` is timed from listing the files to the published store, `map` from texts in memory to tokens on disk.
 """
 
 import argparse
@@ -56,21 +56,22 @@ class TokenizeCase:
 
 
 def make_cases(tools: Sequence[str] | None) -> list[TokenizeCase]:
-    """Returns the cases of some tools; None is all that are installed."""
+    """Returns the cases of these tools; None selects every installed tool."""
     tools = tools or [PREPARE, *([MAP] if importlib.util.find_spec("datasets") else [])]
     return [TokenizeCase(tool=tool, num_workers=n) for tool in tools for n in NUM_WORKERS]
 
 
 def read_texts(source: TextFiles) -> list[str]:
     """Reads all files; files that cannot be decoded are left out."""
-    records = (record for shard in source.list_shards(1 << 40) for record in source.read(shard))
+    shards = source.list_shards(1 << 40)  # a shard size in bytes that splits no file
+    records = (record for shard in shards for record in source.read(shard))
     return [record.fields["text"] for record in records if isinstance(record, Record)]
 
 
-def time_prepare(source: TextFiles, tokenizer: Path, num_workers: int, folder: Path) -> float:
+def time_prepare(source: TextFiles, tokenizer_path: Path, num_workers: int, folder: Path) -> float:
     """Returns the seconds of `prepare`."""
     recipe = Corpus(
-        store=str(folder / "store"), source=source, tokenizer=TokenizerFile(path=str(tokenizer)), on_bad="skip"
+        store=str(folder / "store"), source=source, tokenizer=TokenizerFile(path=str(tokenizer_path)), on_bad="skip"
     )
     start_s = time.perf_counter()
     prepare(recipe, workers=num_workers)
@@ -78,17 +79,17 @@ def time_prepare(source: TextFiles, tokenizer: Path, num_workers: int, folder: P
 
 
 def encode_batch(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-    """Tokenizes a batch of `datasets.map`; a module-level function, so that workers can unpickle it."""
+    """Tokenizes a batch for `datasets.map`; at module level, so that workers can unpickle it."""
     return {"ids": [each.ids for each in tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)]}
 
 
-def time_map(source: TextFiles, tokenizer: Path, num_workers: int, folder: Path) -> float:
+def time_map(source: TextFiles, tokenizer_path: Path, num_workers: int, folder: Path) -> float:
     """Returns the seconds of `datasets.map`."""
     import datasets
 
     datasets.disable_progress_bars()
     documents = datasets.Dataset.from_dict({"text": read_texts(source)})
-    encode = partial(encode_batch, Tokenizer.from_file(str(tokenizer)))
+    encode = partial(encode_batch, Tokenizer.from_file(str(tokenizer_path)))
     start_s = time.perf_counter()
     documents.map(
         encode,
@@ -100,12 +101,12 @@ def time_map(source: TextFiles, tokenizer: Path, num_workers: int, folder: Path)
     return time.perf_counter() - start_s
 
 
-def time_in_subprocess(case: TokenizeCase, source: TextFiles, tokenizer: Path) -> float:
+def time_in_subprocess(case: TokenizeCase, source: TextFiles, tokenizer_path: Path) -> float:
     """Returns the seconds of one case, measured in a new process."""
-    arguments = (case.tool, str(case.num_workers), source.root, source.pattern, str(tokenizer))
+    arguments = (case.tool, str(case.num_workers), source.root, source.pattern, str(tokenizer_path))
     command = [sys.executable, "-m", "jaxinfra.bench.prepare", *arguments]
     env = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return float(run_command(command, env).split()[-1])
+    return float(run_command(command, env).split()[-1])  # the seconds come last; libraries may print before
 
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
@@ -136,12 +137,12 @@ def make_rows(times_s: dict[TokenizeCase, list[float]], n_bytes: int, num_tokens
         other = dataclasses.replace(case, **changes)
         return median_ratio(times_s[other], times_s[case]) if other in times_s and other != case else None
 
-    for case, case_s in times_s.items():
+    for case, case_times_s in times_s.items():
         yield {
             "side": case.title,
-            "median_s": median(case_s),
-            "mb_per_s": n_bytes / 1e6 / median(case_s),
-            "mtok_per_s": num_tokens / 1e6 / median(case_s),
+            "median_s": median(case_times_s),
+            "mb_per_s": n_bytes / 1e6 / median(case_times_s),
+            "mtok_per_s": num_tokens / 1e6 / median(case_times_s),
             "vs_one_worker": speedup(case, num_workers=1),
             "vs_map": speedup(case, tool=MAP),
         }
@@ -149,10 +150,10 @@ def make_rows(times_s: dict[TokenizeCase, list[float]], n_bytes: int, num_tokens
 
 def main(arguments: Sequence[str]) -> None:
     """Times one case and prints the seconds; arguments are tool, workers, root, pattern, tokenizer."""
-    tool, num_workers, root, pattern, tokenizer = arguments
+    tool, num_workers, root, pattern, tokenizer_path = arguments
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
         time_tool = time_prepare if tool == PREPARE else time_map
-        print(time_tool(TextFiles(root=root, pattern=pattern), Path(tokenizer), int(num_workers), Path(folder)))
+        print(time_tool(TextFiles(root=root, pattern=pattern), Path(tokenizer_path), int(num_workers), Path(folder)))
 
 
 if __name__ == "__main__":

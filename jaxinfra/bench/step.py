@@ -75,7 +75,7 @@ def measure_in_subprocess(
 
 
 def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iterator[TableRow]:
-    """Times whole steps; in bfloat16 also the baseline with naive matmuls, to show what fast layouts gain."""
+    """Times whole steps; in bfloat16 also the baseline with naive matmuls, which shows the gain of fast layouts."""
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
     precision = f"precision.compute={dtype}"
     times_s = measure_in_subprocess(options, "step", precision, num_devices=num_devices)

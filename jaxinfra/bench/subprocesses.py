@@ -13,7 +13,7 @@ from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.runtime.emulation import emulation_env
 
 type Times = dict[str, list[float]]
-"""Seconds of every timed round, by the name of the side."""
+"""Seconds of each timed round, by side: "jaxinfra", "baseline" or another thing that is compared."""
 
 
 class BenchmarkProcessError(JaxinfraError):

@@ -1,4 +1,4 @@
-"""Formats the result of a benchmark: a table, a line about the machine, and the figures as JSON."""
+"""Formats the result of a benchmark: a table, a line about the machine, and the numbers as JSON."""
 
 import argparse
 import importlib.metadata
@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 
 type TableRow = Mapping[str, str | float | None]
-"""The figures of one row, as JSON values."""
+"""The cells of one row by key, as JSON values."""
 type Columns = Mapping[str, tuple[str, str]]
-"""Maps the key of a figure to its column's title and to the format of numbers, such as "{:.1f} ms"."""
+"""The title of each column, and the format of its numbers, such as "{:.1f} ms", by key."""
 type Cases = Mapping[str, Callable[[argparse.Namespace], Iterable[TableRow]]]
 """The parts of a benchmark, by the names that `--only` takes."""
 
@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """The result of a benchmark; `figures` are those of the text as JSON values, `note` says how it was measured."""
+    """The result of a benchmark: `figures` has the numbers of `text` as JSON values, `note` says how it was measured."""
 
     text: str
     note: str
@@ -51,7 +51,7 @@ def _cpu_model() -> str:
 
 
 def format_table(columns: Columns, rows: Iterable[TableRow]) -> str:
-    """Formats a Markdown table with aligned columns; missing figures are left blank."""
+    """Formats a Markdown table with aligned columns; missing cells are blank."""
     cells = [[title for title, _ in columns.values()]]
     cells += [
         [_format_cell(row.get(key), number_format) for key, (_, number_format) in columns.items()] for row in rows
@@ -62,10 +62,10 @@ def format_table(columns: Columns, rows: Iterable[TableRow]) -> str:
     return "\n".join(lines)
 
 
-def _format_cell(figure: str | float | None, number_format: str) -> str:
-    if figure is None or isinstance(figure, str):
-        return figure or ""
-    return number_format.format(figure)
+def _format_cell(value: str | float | None, number_format: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return number_format.format(value)
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:

@@ -35,13 +35,14 @@ def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenF
 
 
 def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
-    """Writes the store that `data prepare` would write, from random tokens in place of text."""
+    """Writes a store as `data prepare` does, but with random tokens in documents of random length."""
     root, splits, packs = files.store, {}, {}
     sizes: dict[Split, int] = {"train": files.num_tokens, "validation": 2 * SEQ_LEN}
     for split, size in sizes.items():
         writer = SplitWriter(root / split, np.dtype(TOKEN_DTYPE), masked=False)
         for start in range(0, size, arrays.SHARD):
             tokens_N = rng.integers(0, tokenizer.eot_id, min(arrays.SHARD, size - start), TOKEN_DTYPE)
+            # End-of-text tokens at random positions split the tokens into documents.
             tokens_N[rng.random(len(tokens_N)) < 1 / MEAN_DOCUMENT_TOKENS] = tokenizer.eot_id
             tokens_N[-1] = tokenizer.eot_id
             lengths_D = np.diff(np.flatnonzero(tokens_N == tokenizer.eot_id), prepend=-1)

@@ -35,8 +35,8 @@ _XLA_TARGET = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
 class Memory:
     """Bytes on one device.
 
-    `temp_size` is JAX's `temp_size_in_bytes`, to compare with figures of others. On TPUs it differs from `temporaries`,
-    and the compiler does not compare it with the chip's memory.
+    `temp_size` is JAX's `temp_size_in_bytes`, for comparison with numbers that others publish. On TPUs it differs from
+    `temporaries`, and the compiler does not compare it with the chip's memory.
     """
 
     arguments: int  # train state and batch
@@ -89,9 +89,10 @@ class CompiledStep:
 
 def program_on(run: Run, topology: Topology) -> Program:
     """Builds the program of a run on a topology; raises ConfigError if it does not fit, or without the compiler."""
-    fixed, free = math.prod(size for size in run.mesh.sizes if size != -1), run.mesh.sizes.count(-1)
+    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    free = run.mesh.sizes.count(-1)  # axes of size -1 take the remaining devices
     if fixed < 1 or free > 1:
-        validate(run)  # names the wrong axis
+        validate(run)  # raises an error that names the wrong axis
     set_up_compiler(topology)
     devices = topology_devices(topology)
     num_devices = topology.num_devices
@@ -112,8 +113,8 @@ def compile_step(
 ) -> CompiledStep:
     """Compiles the train step of a run and reads its memory, cycles and collectives.
 
-    `dump` receives the compiled text, `on_progress` a line before each slow part. A run that does not fit the topology
-    or its memory, and a compiler that is missing or fails, is a ConfigError.
+    `dump` receives the compiled text, `on_progress` a line before each slow part. Raises ConfigError if the run does
+    not fit the topology or its memory, or if the compiler is missing or fails.
     """
     start_s = time.monotonic()
     program = program_on(run, topology)
@@ -126,7 +127,7 @@ def compile_step(
     module = HloModule(compiled.text)
     mesh = dict(program.mesh.shape)
     slices = slice_ids(topology, list(np.asarray(program.mesh.devices).flat))
-    cycles = [i.cycles for call in module.calls() for i in call.computation.instructions.values()]
+    cycles = [each.cycles for call in module.calls() for each in call.computation.instructions.values()]
     return CompiledStep(
         name=program.run.name,
         topology=str(topology),
@@ -145,13 +146,13 @@ def memory_usage(executable: jax.stages.Compiled) -> Memory:
     """Reads the memory of a compiled program."""
     stats = executable.memory_analysis()
     assert stats is not None
-    outside_step = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    state_and_batch = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     host = stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
     return Memory(
         arguments=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
-        temporaries=stats.total_allocation_bytes - outside_step,
+        temporaries=stats.total_allocation_bytes - state_and_batch,
         temp_size=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         host=host + stats.host_temp_size_in_bytes,
@@ -159,7 +160,7 @@ def memory_usage(executable: jax.stages.Compiled) -> Memory:
 
 
 def compile_lowered(lowered: jax.stages.Lowered, program: Program, topology: Topology) -> CompiledProgram:
-    """Compiles a lowered program; tests replace it by a cached one, whose key needs all three arguments."""
+    """Compiles a lowered program; tests replace this function by one with a cache that reads all three arguments."""
     del program, topology
     with no_compilation_cache():
         executable = lowered.compile()
@@ -173,7 +174,7 @@ def _compile(
 ) -> CompiledProgram:
     """Compiles the train step; raises ConfigError if its state does not fit, or if the compiler fails."""
     where = f"{program.run.name} on {topology}"
-    # Before the compiler pads it, and without what is offloaded to the host.
+    # A lower bound: the compiler pads arrays. State that is offloaded to the host does not count.
     on_device = [leaf for leaf in jax.tree.leaves(program.state) if leaf.sharding.memory_kind != "pinned_host"]
     state_bytes, hbm_bytes = per_device_bytes(on_device), topology.chip.hbm_bytes
     if state_bytes > hbm_bytes:
@@ -201,7 +202,7 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 def _kernels(module: HloModule) -> list[Kernel]:
-    """Lists the kernels; of a conditional those of the branch with most kernel calls."""
+    """Lists the kernels; of a conditional, only the branch with the most kernel calls counts."""
     runs: Counter[tuple[int, str, str]] = Counter()
     for call in module.calls(lambda call: call.runs * len(list(_kernel_calls(call)))):
         for name, target in _kernel_calls(call):
@@ -214,4 +215,4 @@ def _kernel_calls(call: Call) -> Iterator[tuple[str, str]]:
     for instruction in call.computation.instructions.values():
         target = instruction.string("custom_call_target") if instruction.opcode == "custom-call" else None
         if target is not None and not _XLA_TARGET.fullmatch(target) and instruction.cycles is None:
-            yield instruction.name.rstrip("0123456789").rstrip("."), target
+            yield instruction.name.rstrip("0123456789").rstrip("."), target  # `splash_fwd.12` is `splash_fwd`

@@ -1,9 +1,9 @@
 """Lists the collectives of a compiled program: kind, mesh axes, links, enclosing loops, runs per step and bytes.
 
 Two forms in the text need care:
-- A TPU program has hardly any reduce-scatter, but all-reduces whose result is sliced. If the slice is fused with the
-  all-reduce, it moves what a reduce-scatter moves, and is listed as one. If not, each device receives the whole sum.
-- Transfers between TPU slices are sends to a runtime called megascale, which joins slices.
+- The TPU compiler writes most reduce-scatters as an all-reduce and a slice of its result. If the two are fused, they
+  move as many bytes as a reduce-scatter, and are listed as one. If not, each device receives the whole sum.
+- Transfers between TPU slices are sends to megascale, the runtime that joins slices.
 """
 
 import itertools
@@ -95,7 +95,7 @@ def summarize(collectives: Sequence[Collective]) -> list[Traffic]:
 def find_collectives(
     module: HloModule, mesh: Mapping[str, int], slice_ids: Sequence[int] | None = None
 ) -> list[Collective]:
-    """Finds all collectives; of a conditional those of the branch that moves most bytes.
+    """Finds all collectives; of a conditional, only the branch that moves the most bytes counts.
 
     Args:
         module: the program; its partition i runs on the i-th device of the mesh.
@@ -117,14 +117,14 @@ class _CollectiveFinder:
         self.slice_ids = np.zeros(num_devices, int) if slice_ids is None else np.asarray(slice_ids)
         self.outer_axis = next(iter(mesh))
         if module.num_partitions not in (1, num_devices):
-            # The text is the program of one slice: of the outermost axis it has only the part inside the slice.
+            # The text is the program of one slice, which has only a part of the outermost axis.
             num_slices = len(set(self.slice_ids.tolist()))
             assert module.num_partitions * num_slices == num_devices, (module.num_partitions, num_slices, num_devices)
             self.mesh[self.outer_axis] //= num_slices
             self.slice_ids = self.slice_ids[: module.num_partitions]
 
     def find(self, call: Call) -> Iterator[Collective]:
-        """Yields the collectives of one call, without those of the computations that it calls."""
+        """Yields the collectives of one computation; the computations that it calls are other calls."""
         instructions = call.computation.instructions.values()
         has_async_start = any('custom_call_target="AsyncCollectiveStart"' in i.attributes for i in instructions)
         for instruction in instructions:
@@ -134,7 +134,7 @@ class _CollectiveFinder:
                 kind, axes, link = megascale[1].lower().replace("_", "-"), (self.outer_axis,), "network"
                 whole, sliced = instruction.array_bytes[:1], ()
             elif kind in KINDS and (has_async_start or "chain_id=" not in instruction.attributes):
-                # Every part of a chain of asynchronous fusions names its collective; only the start is listed.
+                # In a chain of asynchronous fusions every part names the collective; only its start is listed.
                 axes, link = self._spanned(_device_groups(instruction.attributes, len(self.slice_ids)))
                 whole, sliced = self._array_bytes(kind, instruction, call.computation)
             else:
@@ -149,7 +149,7 @@ class _CollectiveFinder:
     def _array_bytes(
         self, kind: str, instruction: Instruction, computation: Computation
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the bytes of the arrays that are used whole, and of those that are only sliced."""
+        """Returns the bytes of each array that is used whole, then of each array that is only sliced."""
         sizes, result = instruction.array_bytes, instruction
         if instruction.opcode.endswith("-start"):
             num_operands = len(instruction.operands)

@@ -6,7 +6,7 @@ The TPU compiler's messages are documented at https://openxla.org/xla/errors. Un
 import math
 import re
 
-from jaxinfra.plan.topology import INSTALL
+from jaxinfra.plan.topology import INSTALL_COMMAND
 from jaxinfra.run import Run
 
 _OUT_OF_MEMORY = (
@@ -15,24 +15,25 @@ _OUT_OF_MEMORY = (
 )
 _BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 TOO_LARGE = "GiB more than"
-"""Words that only the message of `out_of_memory` has."""
+"""Words that only a message of `out_of_memory` contains; `bench llama` recognizes it by them."""
 
 
 def explain(message: str, run: Run, per_device_batch_size: float) -> str:
     """Returns one line with the cause of a compiler error and a fix."""
-    first = " ".join(message.strip().split("\n")[0].split())
+    first_line = " ".join(message.strip().split("\n")[0].split())
     if "cuDNN not found" in message:
         return "its attention needs cuDNN; use model.attention_kernel=xla, or pip install nvidia-cudnn-cu13"
     if "libdevice" in message or "ptxas" in message or "PTX compilation provider" in message:
-        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first}; use {INSTALL}"
+        return f"the GPU compiler needs ptxas and libdevice of CUDA: {first_line}; use {INSTALL_COMMAND}"
     if "VmemOom" in message or "memory space vmem" in message:
-        return f"a kernel exceeds the chip's vector memory: {first}; use smaller blocks, or model.attention_kernel=xla"
+        fix = "use smaller blocks, or model.attention_kernel=xla"
+        return f"a kernel exceeds the chip's vector memory: {first_line}; {fix}"
     if "RESOURCE_EXHAUSTED" not in message:
-        return f"the compiler failed: {first}; --debug prints its whole message"
+        return f"the compiler failed: {first_line}; --debug prints its whole message"
     found = next((match for pattern in _OUT_OF_MEMORY if (match := pattern.search(message))), None)
     if found is None:
         fix = suggest_fix(run, per_device_batch_size, 2)
-        return f"out of memory: {first.removeprefix('RESOURCE_EXHAUSTED: ')}; {fix}"
+        return f"out of memory: {first_line.removeprefix('RESOURCE_EXHAUSTED: ')}; {fix}"
     needed, limit = _bytes(found["needed"]), _bytes(found["limit"])
     what = f" for {found['what']}" if "what" in found.re.groupindex else ""
     return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, needed / limit), what)
@@ -48,6 +49,7 @@ def suggest_fix(run: Run, per_device_batch_size: float, ratio: float) -> str:
     """Suggests overrides that make temporaries about `ratio` times smaller: more remat, more microbatches."""
     fixes = [] if getattr(run.model, "remat", "full") == "full" else ["model.remat=full"]
     microbatch = int(per_device_batch_size) // run.train.accumulate
+    # The smallest number of parts that is enough and divides the microbatch; else parts of one sample.
     divisors = (n for n in range(max(2, math.ceil(ratio)), microbatch) if microbatch % n == 0)
     if (split := next(divisors, microbatch)) > 1:
         fixes.append(f"train.accumulate={run.train.accumulate * split}")

@@ -22,7 +22,7 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BITS = {"pred": 8, "token": 0}  # the other formats end with their number of bits
-# Opcodes that return their first operand, perhaps in another form.
+# Opcodes that return the values of their first operand.
 _FORWARDING = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
 
 
@@ -85,7 +85,7 @@ class Computation:
         return next(names, None)
 
     def source(self, name: str) -> Instruction:
-        """Returns the instruction that a value comes from, behind copies and changes of its form."""
+        """Returns the instruction that computes a value, behind copies, conversions and reshapes."""
         instruction = self.instructions[name]
         while instruction.opcode in _FORWARDING:
             instruction = self.instructions[instruction.operands[0]]
@@ -103,7 +103,7 @@ class Call:
 
 
 type CallCost = Callable[[Call], float]
-"""Cost of a call, to choose the branch of a conditional that counts."""
+"""Cost of a call; of a conditional, the branch with the highest cost is the one that counts."""
 
 
 class HloModule:
@@ -114,7 +114,8 @@ class HloModule:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         match = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
-        self.num_partitions = int(match[1]) if match else 1  # number of devices; with several TPU slices of one slice
+        # The number of devices in the mesh, or, on several TPU slices, in one slice.
+        self.num_partitions = int(match[1]) if match else 1
         current: Computation | None = None
         for line in _logical_lines(text):
             if header := _COMPUTATION.match(line):
@@ -125,6 +126,7 @@ class HloModule:
                 current.root = match["name"] if match["root"] else current.root
         if not self.entry:
             raise ValueError("not the text of a compiled program: no computation is marked ENTRY")
+        # The loop that a computation is the body or the condition of, and the computation that contains the loop.
         self._loop_of = {
             name: (computation, instruction)
             for computation in self.computations.values()
@@ -232,14 +234,14 @@ class HloModule:
         return constants[0] if len(constants) == 1 else None
 
     def _fused_root(self, instruction: Instruction, scope: Computation) -> tuple[Instruction, Computation]:
-        """Returns the root of a fusion and its computation; any other instruction as it is."""
+        """Returns the root of a fusion and the fused computation; other instructions are returned with `scope`."""
         if instruction.opcode != "fusion":
             return instruction, scope
         fused = self.computations[instruction.callees["calls"][0]]
         return fused.instructions[fused.root], fused
 
     def _constant(self, computation: Computation, name: str) -> int | None:
-        """Returns the integer value of an instruction, also if loops carry it unchanged; None if it is no constant."""
+        """Returns the value of an integer constant, also if loops pass it on unchanged; None for anything else."""
         source = computation.source(name)
         if source.opcode == "constant":
             return int(source.literal) if re.fullmatch(r"-?\d+", source.literal) else None
@@ -272,7 +274,7 @@ def _bits(dtype: str) -> int:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Yields one line per instruction; quoted attributes of kernels may contain line breaks."""
+    """Yields one string per instruction: a line, or several if an attribute in quotes contains line breaks."""
     parts: list[str] = []
     quotes = 0
     for match in re.finditer(r"[^\n]+", text):
@@ -285,7 +287,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 def _parse_instruction(line: str, match: re.Match[str]) -> Instruction:
     start = end = match.end()
-    while True:  # until the parenthesis that closes the operands
+    while True:  # finds the parenthesis that closes the operands, as operands may contain parentheses
         end = line.find(")", end)
         if end < 0 or line.count("(", start, end) == line.count(")", start, end):
             break

@@ -1,4 +1,4 @@
-"""Topologies of devices that are not attached: parses `--on` and asks the compiler for the devices.
+"""Parses the `--on` of `python -m launch compile`, and asks the compiler for devices that are not attached.
 
 `v5p:4x4x4` is a TPU slice, `2xv5e:2x4` two TPU slices joined by the data-center network, `h100:2x8` two hosts of eight
 GPUs. No device is started.
@@ -21,7 +21,7 @@ from jaxinfra.parallel.mesh import Device
 from jaxinfra.plan.chips import CHIPS, Chip
 
 MAX_DEVICES = 65_536  # more than any slice has; devices are still laid out within seconds
-INSTALL = "pip install -e '.[compile]'"
+INSTALL_COMMAND = "pip install -e '.[compile]'"
 _ENVIRONMENT = {
     "tpu": {
         "TPU_SKIP_MDS_QUERY": "1",  # else libtpu queries a metadata server that only Google's machines have
@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     },
     "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},  # no CUDA driver is needed to compile
 }
+_EXAMPLE_SHAPES = {("tpu", 2): "2x4", ("tpu", 3): "4x4x4", ("cuda", 2): "1x8"}  # by platform and number of dimensions
 # Package of each compiler, and the modules that must be importable.
 _COMPILERS = {
     "tpu": ("libtpu", ("libtpu",)),
@@ -58,11 +59,12 @@ class Topology:
 
     @property
     def wrap(self) -> tuple[bool, bool, bool]:
-        """Tells in which dimensions the links of a TPU slice wrap around into a ring.
+        """Whether the chips of a TPU slice form rings, for each dimension x, y, z.
 
-        In three dimensions they do if the slice consists of 4 x 4 x 4 cubes, in two dimensions where it is 16 chips
-        long (Google Cloud's TPU documentation). Without rings the compiler turns every all-gather into an all-reduce.
+        A 3D slice has rings in all dimensions if it consists of whole 4 x 4 x 4 cubes. A 2D slice has rings in the
+        dimensions with 16 chips. Source: Google Cloud's TPU documentation.
         """
+        # The compiler must be told: without rings it turns every all-gather into an all-reduce.
         if self.chip.num_dims == 3:
             torus = all(size % 4 == 0 for size in self.shape)
             return (torus, torus, torus)
@@ -84,6 +86,7 @@ def parse_topology(text: str) -> Topology:
     if chip.platform == "cuda" and slices > 1:
         raise ConfigError(f"--on {text}: GPUs have hosts, not slices; use --on {name}:{slices}x8")
     limit = chip.max_slice
+    # A slice may be turned, so sizes are not compared dimension by dimension; the compiler refuses what this lets pass.
     if limit is not None and (math.prod(shape) > math.prod(limit) or max(shape) > max(limit)):
         raise ConfigError(f"--on {text}: the largest slice of {name} is {_join(limit)}; use --on {name}:{_join(limit)}")
     topology = Topology(chip=chip, shape=shape, slices=slices)
@@ -97,17 +100,20 @@ def _join(shape: tuple[int, ...]) -> str:
 
 
 def _example(chip: Chip) -> str:
-    """Returns a valid topology of a chip."""
-    return f"{chip.name}:{'1x8' if chip.platform == 'cuda' else {2: '2x4', 3: '4x4x4'}[chip.num_dims]}"
+    """Returns a valid `--on` for a chip."""
+    return f"{chip.name}:{_EXAMPLE_SHAPES[chip.platform, chip.num_dims]}"
 
 
 def set_up_compiler(topology: Topology) -> None:
-    """Sets what libtpu or the CUDA plugin reads when it is loaded; call it before JAX lists any device."""
+    """Makes JAX run on the CPU, and sets the environment variables that libtpu or the CUDA plugin reads when loaded.
+
+    Call it before JAX lists any device. Raises ConfigError if the compiler is not installed.
+    """
     if jax.config.jax_platforms != "cpu":
         jax.config.update("jax_platforms", "cpu")
     package, modules = _COMPILERS[topology.chip.platform]
     if not all(importlib.util.find_spec(module) for module in modules):
-        raise ConfigError(f"--on {topology}: its compiler, {package}, is not installed; use {INSTALL}")
+        raise ConfigError(f"--on {topology}: its compiler, {package}, is not installed; use {INSTALL_COMMAND}")
     for name, value in _ENVIRONMENT[topology.chip.platform].items():
         os.environ.setdefault(name, value)
 
@@ -119,11 +125,12 @@ def topology_devices(topology: Topology) -> Sequence[Device]:
     sizes = _join(topology.shape)
     try:
         if topology.chip.platform == "tpu":
-            slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+            multislice_kwargs = {"num_slices": topology.slices} if topology.slices > 1 else {}
             name = f"{topology.chip.name}:{sizes}"
-            description = topologies.get_topology_desc(name, platform="tpu", wrap=topology.wrap, **slices)
+            description = topologies.get_topology_desc(name, platform="tpu", wrap=topology.wrap, **multislice_kwargs)
         else:
             target = _gpu_target_config(topology.chip)
+            # JAX reads the topology of GPUs as slices x hosts x GPUs per host.
             description = topologies.get_topology_desc(platform="cuda", topology=f"1x{sizes}", target_config=target)
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
@@ -135,7 +142,7 @@ def topology_devices(topology: Topology) -> Sequence[Device]:
 
 
 def slice_ids(topology: Topology, devices: Sequence[Device]) -> list[int]:
-    """Returns the TPU slice, or the GPU host, of each device: links inside it are fast."""
+    """Returns the number of the TPU slice or GPU host of each device; links inside one are fast."""
     if topology.chip.platform == "cuda":
         return [device.process_index for device in devices]
     return [device.slice_index if topology.slices > 1 else 0 for device in devices]
@@ -146,8 +153,10 @@ def _gpu_target_config(chip: Chip) -> str:
     plugin = importlib.import_module("jax_plugins.xla_cuda13")
     library = Path(str(plugin.__file__)).with_name("xla_cuda_plugin.so")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = content.find(f'device_description_str: "{chip.device_kind}"'.encode())
-        if at < 0:
-            raise ConfigError(f"--on {chip.name}: {library.name} does not describe {chip.device_kind}; use {INSTALL}")
-        # Descriptions are null-terminated strings.
-        return content[content.rfind(b"\0", 0, at) + 1 : content.find(b"\0", at)].decode()
+        offset = content.find(f'device_description_str: "{chip.device_kind}"'.encode())
+        if offset < 0:
+            raise ConfigError(
+                f"--on {chip.name}: {library.name} does not describe {chip.device_kind}; use {INSTALL_COMMAND}"
+            )
+        # Each description is a null-terminated string that contains its device kind.
+        return content[content.rfind(b"\0", 0, offset) + 1 : content.find(b"\0", offset)].decode()

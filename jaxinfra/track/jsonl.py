@@ -2,7 +2,7 @@
 
 Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
 time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
-"inf" and "-inf", which `read_metrics` turns back into floats. A run that resumes at step s first drops the lines from s on.
+"inf" and "-inf", which `read_metrics` turns back into floats. A run that resumes at step s drops the lines from s on.
 """
 
 import json
