@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """The result of a benchmark: `figures` has the numbers of `text` as JSON values, `note` says how it was measured."""
+    """The result of a benchmark: `figures` has the numbers in `text` as JSON, `note` says how it was measured."""
 
     text: str
     note: str
