@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.checkpoint.manager import CheckpointManager
+from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.batches import BatchLoader, validation_batches
@@ -250,7 +251,7 @@ class Trainer:
         """The data of the run, opened and checked; ConfigError where there is none, or it does not suit the model."""
         run = self._loaded.run
         known = self.run.data.recipes
-        hint = self._prepare_command or f"data.prepare({', '.join(known.values()) or 'RECIPE'})"
+        hint = self._prepare_command or f"{COMMAND} data prepare {next(iter(known.values()), 'RECIPE')}"
         with user_code(type(run.data), "data"):
             dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
             dataset.check(self.run.model)
