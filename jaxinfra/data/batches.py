@@ -1,7 +1,7 @@
-"""Host batches, made ahead by threads.
+"""Makes host batches ahead of time, in threads.
 
 The batch of a step depends on the data, the seed and the step alone, and every process reads its own rows of it. So
-a run continues by starting at its step, and sees every sample exactly once an epoch with any number of processes.
+a resumed run starts at its step, and reads every sample exactly once an epoch with any number of processes.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 
-_MAX_PREFETCH = 16  # batches; more would be read in vain if a run ends early
+_MAX_PREFETCH = 16  # batches; those that are not used when a run ends were read for nothing
 type Rows = slice | np.ndarray
 
 
@@ -32,8 +32,8 @@ class BatchLoader:
     ):
         """Sets the range of steps, and the `rows` of the global batch that this process reads; reads nothing yet.
 
-        `sample_ids` is `Dataset.sample_ids`. None reads all samples once in their own order, with `weights`: rows past
-        the last sample repeat it with weight 0, so that all batches have one shape.
+        `sample_ids` is `Dataset.sample_ids`. None reads all samples once in their own order, with `weights`. Rows past
+        the last sample repeat it with weight 0, so that all batches have the same shape.
         """
         self.samples = samples
         self._data, self._sample_ids = data, sample_ids
@@ -55,20 +55,20 @@ class BatchLoader:
 
     @property
     def stage_times_s(self) -> Mapping[str, float]:
-        """Seconds that reading storage and decoding took so far, divided by the number of threads."""
+        """Seconds of reading storage and of decoding so far, summed over the threads and divided by their number."""
         read_s, threads = self.samples.read_time_s, self._data.threads
         return {"reading": read_s / threads, "decoding": (self._total_time.total_s - read_s) / threads}
 
     def __iter__(self) -> Generator[tuple[int, Batch], None, None]:
         if not self._steps:
             return
-        step, batch = self[0]  # its size says how many batches fit in `prefetch_bytes`
+        step, batch = self[0]  # its size tells how many batches fit in `prefetch_bytes`
         yield step, batch
         # Grain imports JAX, which takes seconds: the first batch, and users of single batches, do not wait for it.
         from grain import MapDataset, ReadOptions
 
-        fitting = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
-        ahead = max(1, min(fitting, _MAX_PREFETCH))
+        num_that_fit = self._data.prefetch_bytes // sum(array.nbytes for array in batch.values())
+        ahead = max(1, min(num_that_fit, _MAX_PREFETCH))
         options = ReadOptions(num_threads=min(self._data.threads, ahead), prefetch_buffer_size=ahead)
         rest = MapDataset.source(self)[1:].to_iter_dataset(options)
         with closing(iter(rest)) as batches:
@@ -77,6 +77,7 @@ class BatchLoader:
     def _sequential_batch(self, step: int) -> Batch:
         ids, count = step * self._global_batch + self._rows, len(self.samples)
         batch = self.samples.read(np.minimum(ids, count - 1), weighted=True)
+        # Has the rank of the weights, which are [rows] or [rows, sequence].
         is_real = (ids < count).astype(np.float32).reshape(-1, *(1,) * (batch["weights"].ndim - 1))
         return batch | {"weights": batch["weights"] * is_real}
 

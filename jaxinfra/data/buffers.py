@@ -1,8 +1,8 @@
 """Reuses the memory of batches.
 
 A run makes and drops thousands of batches. The kernel clears fresh memory page by page, which costs more than filling
-it. So memory returns to a pool here when the last reference to its array goes: every view, and every device array that
-shares it. The pool holds as much as was ever in use at once. Safe to use from many threads.
+it. So memory returns to a pool when nothing refers to its array any more, neither a view nor a device array that shares
+the memory. The pool grows to the most memory that was in use at once. Safe to use from many threads.
 """
 
 import mmap
@@ -23,11 +23,11 @@ def empty(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     if count * dtype.itemsize < _MIN_BYTES:
         return np.empty(shape, dtype)
     pages = -(-count * dtype.itemsize // mmap.PAGESIZE)
-    try:
+    try:  # without a check before, because another thread may take the last one
         memory = _free[pages].pop()
     except IndexError:
         memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # `memory` is no NumPy array, so this array is the base of all views and lives as long as any of them.
     array = np.frombuffer(memory, dtype, count)
-    weakref.finalize(array, _free[pages].append, memory).atexit = False
+    weakref.finalize(array, _free[pages].append, memory).atexit = False  # nothing to return when Python exits
     return array.reshape(shape)

@@ -21,9 +21,9 @@ class ImageData(StoreData):
     """Config of training on a store of images.
 
     Attributes:
-        image_size: height and width in pixels, a multiple of the store's: every stored pixel becomes a square.
-        channels: channels of a pixel.
-        max_pixel: the stored value that becomes 1; 0 becomes -1.
+        image_size: height and width in pixels, a multiple of the store's, to which images are enlarged by repetition.
+        channels: number of channels.
+        max_pixel: largest stored value; pixels are scaled from [0, max_pixel] to [-1, 1].
     """
 
     modality: ClassVar[str] = "image"
@@ -72,7 +72,7 @@ class ImageSamples(StoreSamples[ImageData, Store]):
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Returns `images`, float32[B, H, W, channels] from -1 to 1, and `labels`, int32[B]; weights are 1."""
+        """Returns `images`, float32[B, H, W, channels] from -1 to 1, and `labels`, int32[B]; all `weights` are 1."""
         with self._read_time.running():
             stored = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))
         pixels = stored.astype(np.float32) * (2 / self._data.max_pixel) - 1
@@ -87,11 +87,11 @@ class ImageSamples(StoreSamples[ImageData, Store]):
 
 
 class HasClasses(Protocol):
-    """A model config with classes."""
+    """A config of a classifier."""
 
     @property
     def num_classes(self) -> int:
-        """Classes that the model tells apart."""
+        """Number of classes."""
         ...
 
 
@@ -99,7 +99,7 @@ class ImageDataset(StoreDataset[Store, ImageSamples]):
     """An opened store of images."""
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
-        """Yields two lines for each training sample: shape and label, and statistics cut to `chars`."""
+        """Yields two lines for each training sample: shape and label, then pixel statistics cut to `chars`."""
         batch, names = self.train.read(ids, weighted=False), self.store.manifest.labels
         samples = zip(ids, batch["images"], batch["labels"], strict=True)
         for row, (sample, image, label) in enumerate(samples, first_row):
@@ -110,7 +110,7 @@ class ImageDataset(StoreDataset[Store, ImageSamples]):
     def check(self, model: HasClasses) -> None:
         """Raises ConfigError if the model has fewer classes than the store."""
         classes = max(self.train.num_classes, self.validation().num_classes, len(self.store.manifest.labels))
-        if getattr(model, "num_classes", classes) < classes:  # a user's model need not say
+        if getattr(model, "num_classes", classes) < classes:  # users' own models may lack the field
             raise ConfigError(
                 f"model.num_classes={model.num_classes}: {self.store} has images of {classes} classes; "
                 f"use model.num_classes={classes}"

@@ -1,4 +1,4 @@
-"""Data in memory: the shortest way to train on data of your own."""
+"""Data from NumPy arrays in memory: the shortest way to train on your own data."""
 
 import hashlib
 from abc import abstractmethod
@@ -118,7 +118,7 @@ class ArrayDataset:
 
 @lru_cache(maxsize=4)
 def _arrays(config: ArrayData, split: Split) -> Batch:
-    """Returns checked arrays; ConfigError if they are no samples."""
+    """Returns the arrays of a split; ConfigError if they are not NumPy arrays of equally many samples."""
     where = f"{type(config).__qualname__}.arrays({split!r})"
     with user_code(type(config), "data"):
         arrays = config.arrays(split)

@@ -1,4 +1,4 @@
-"""Protocols that a run needs of its data: a config that opens a dataset, and samples that are read by id."""
+"""What a run needs of its data: a config that opens a dataset, and samples that are read by their ids."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ class ArraySpec:
 
 
 class Samples(Protocol):
-    """One split as a random-access source of samples."""
+    """A split, as a random-access source of samples."""
 
     def __len__(self) -> int:
         """Returns the number of samples, at least one."""
@@ -40,7 +40,7 @@ class Samples(Protocol):
         ...
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Returns these samples as arrays `[len(ids), ...]`, always with `weights` if `weighted`."""
+        """Returns these samples as arrays `[len(ids), ...]`; with `weights` if `weighted`, else only if needed."""
         ...
 
 
@@ -50,8 +50,8 @@ class Dataset(Protocol):
     name: str  # for messages
     fingerprint: str  # hash of the contents
     versions: Sequence[str]  # fingerprints of its stores, in the order of the config
-    train_units: int  # tokens or images of the training split
-    baselines: Mapping[str, Mapping[str, float]]  # score -> simple model -> its score on the validation split
+    train_units: int  # number of tokens or images in the training split
+    baselines: Mapping[str, Mapping[str, float]]  # metric -> simple model -> value on the validation split
 
     @property
     def train(self) -> Samples:
@@ -67,11 +67,11 @@ class Dataset(Protocol):
         ...
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """Yields a line for each store: the epochs that were read of it when a step begins."""
+        """Yields a line for each store, with the number of its epochs that were read before a step."""
         ...
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
-        """Yields training samples as text, cut to `chars` each; `first_row` is the row number of the first."""
+        """Yields training samples as text, cut to `chars` each; `first_row` is the row of the first in the batch."""
         ...
 
     def check(self, model: Any) -> None:
@@ -83,7 +83,7 @@ class DataConfig(Extensible, ABC):
     """Configures what a run reads: a frozen dataclass that inherits from this class.
 
     Attributes:
-        modality: what samples consist of, and what speed is counted in: "token" or "image".
+        modality: the unit of throughput, such as "token" or "image".
         prefetch_bytes: bytes of host batches to make ahead.
         threads: threads that make host batches.
     """
@@ -104,7 +104,7 @@ class DataConfig(Extensible, ABC):
 
     @abstractmethod
     def open(self, *, hint: str) -> Dataset:
-        """Opens the data and checks it; `hint` is the command that prepares it, for the message if there is none.
+        """Opens the data and checks it; `hint` is the command that prepares it, for the message if it is missing.
 
         Raises:
             ConfigError: the data is missing, or does not fit the config.
@@ -119,14 +119,14 @@ class DataConfig(Extensible, ABC):
 
     @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Config fields that are the size of a sharded dimension, with the size and the logical axis."""
+        """Config field -> (size, logical axis), for fields that set the size of a sharded dimension."""
         return {}
 
     def with_versions(self, versions: Sequence[str]) -> Self:
-        """Returns the config that reads these `Dataset.versions`, except where it names others; () changes nothing."""
+        """Returns the config with these `Dataset.versions`, except where it names other ones; () changes nothing."""
         return self
 
     @property
     def recipes(self) -> Mapping[str, str]:
-        """Config files that prepare the data, by store."""
+        """Store -> config file of the recipe that prepares it."""
         return {}

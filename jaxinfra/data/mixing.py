@@ -1,17 +1,19 @@
-"""Mixes sources: which sample of which source is each row of a batch, a pure function of (seed, step).
+"""Mixes sources: chooses source and sample for each row of a batch, as a pure function of (seed, step).
 
-Nothing is drawn at random: a source gets its share exactly. Sources are the leaves of a binary tree. Of every n
-samples that reach a node, its left child gets `round(n * left weight / weight)` and its right child the rest. So the
-counts are known for any n without history, never fall, and add up to n. The tree is Huffman's (1952): an inner child
-has at most 2/3 of its parent's weight, so the rounding errors of at most 1/2 at each node add up to less than 2 at a
-leaf, however many sources there are.
+The number of samples of a source is not random: it is rounded from its share. Sources are the leaves of a binary tree.
+Of the first n samples that reach a node, its left child gets `round(n * left weight / weight)` and its right child the
+rest. So the counts for any n are known without history, never decrease, and add up to n. The tree is Huffman's (1952):
+an inner child has at most 2/3 of its parent's weight, so the rounding errors, at most 1/2 at each node, add up to less
+than 2 at a leaf, however many sources there are.
 
 Blocks of 64 samples are shuffled, so that no process reads one source alone. With w the share of a source,
 
-    |its samples among the first n - n * w| < 2 + 64 / 4, and < 2 where a block ends.
+    |(its samples among the first n) - n * w| < 2 + 64 / 4, and < 2 where a block ends.
 
-Each change of the weights adds less than 2 to that, as counts continue from what was read. A step costs
+Each change of the weights adds less than 2 to that, because counts continue from what was read. A step costs
 O(sources + batch). Every source is read in its own epochs, each in its own order (see `order`).
+
+Shape suffixes: S sources, T steps, B rows of a batch, N samples of batches, M samples of whole blocks, E block edges.
 """
 
 import heapq
@@ -51,7 +53,7 @@ class MixStage:
 
 
 def stage_problems(stages: Sequence[MixStage], *, num_sources: int) -> Iterator[Problem]:
-    """Yields what is wrong between stages, and with their number of weights."""
+    """Yields problems of start steps that do not increase, and of stages without one weight for each source."""
     last = -1
     for i, stage in enumerate(stages):
         if len(stage.weights) != num_sources:
@@ -79,8 +81,8 @@ class MixtureSampler:
     ):
         """Counts the samples before each stage; ValueError if an argument is out of range.
 
-        `lengths` are the samples of each source. More sources at the end change how often the others are read, not in
-        which order. Without `stages`, each source is weighed by its length.
+        `lengths` are the numbers of samples of the sources. A new source at the end changes how often the others are
+        read, but not their order. Without `stages`, the weight of a source is its length.
         """
         stages = stages or (MixStage(weights=tuple(lengths)),)
         if not lengths or not all(1 <= length <= MAX_SIZE for length in lengths) or global_batch < 1:
@@ -103,22 +105,22 @@ class MixtureSampler:
             self._counts_before.append(_add(self._counts_before[-1], shares.counts((end - start) * global_batch)))
 
     def sample_ids(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Returns source and sample of these rows of a step's batch: int64[R] both, read-only.
+        """Returns source and sample id of the given rows of a step's batch: int64[rows] both, read-only.
 
-        A chunk of steps is computed at once, as in `order.sample_ids`. ValueError if the step is negative or its
-        samples cannot be numbered in 63 bits.
+        A chunk of steps is computed at once, as in `order.sample_ids`. ValueError if the step is negative or so large
+        that sample numbers need more than 63 bits.
         """
         i = self._stage(step)
         chunk = steps_per_chunk(self._global_batch)
         first = step - (step - self._starts[i]) % chunk
-        end = min([first + chunk, *self._starts[i + 1 : i + 2]])  # a chunk ends with its stage
+        end = min([first + chunk, *self._starts[i + 1 : i + 2]])  # a chunk ends where the next stage starts, if any
         source_TB, sample_TB = self._cached_chunk(first, end - first)
         return source_TB[step - first, rows], sample_TB[step - first, rows]
 
     def _chunk(self, first: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns sources and samples of consecutive steps of one stage: int64[steps, global_batch] both."""
         counts_before, source_M, skip = self._blocks(first, steps)
-        # The samples of a source are numbered in the order in which they occur, on from its count before the blocks.
+        # Numbers the samples of each source in the order in which they occur, on from its count before the blocks.
         by_source = np.argsort(source_M, kind="stable")
         count_S = np.bincount(source_M, minlength=len(counts_before))
         number_M = np.empty(len(source_M), np.int64)
@@ -132,7 +134,7 @@ class MixtureSampler:
         return source_N.reshape(steps, -1), sample_N.reshape(steps, -1)
 
     def counts(self, step: int) -> list[int]:
-        """Returns the samples of each source that are read before a step; raises as `sample_ids`."""
+        """Returns how many samples of each source are read before a step; raises as `sample_ids`."""
         counts_before, source_M, skip = self._blocks(step, 1)
         return _add(counts_before, np.bincount(source_M[:skip], minlength=len(counts_before)).tolist())
 
@@ -161,27 +163,27 @@ class MixtureSampler:
         count_ES = [self._shares[i].counts(edge) for edge in edges]
         quota_ES = np.diff(np.array(count_ES), axis=0)
         source_M = np.repeat(np.tile(np.arange(quota_ES.shape[1]), len(quota_ES)), quota_ES.ravel())
-        index_M = np.arange(len(source_M), dtype=np.uint64)
+        index_M = np.arange(len(source_M), dtype=np.uint64)  # from the start of the first block
         hash_M = epoch_keys(self._block_seed, index_M + np.uint64(start + edges[0]))
         shuffled_M = np.lexsort((hash_M, index_M // np.uint64(BLOCK)))  # by block, then by hash
         return _add(self._counts_before[i], count_ES[0]), source_M[shuffled_M], skip
 
 
 def _add(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    """Adds element by element, in integers of any size."""
+    """Adds element by element, in Python integers, which cannot overflow."""
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
 class _ExactShares:
-    """Splits any number of samples by weight, in whole numbers."""
+    """Splits any number of samples by weight, in whole numbers (see the module's docstring)."""
 
     def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(str(weight)) for weight in weights]
+        exact = [Fraction(str(weight)) for weight in weights]  # of the decimal text, so that 0.1 is one tenth
         scale = lcm(*(weight.denominator for weight in exact))
         heap = [(int(weight * scale), source) for source, weight in enumerate(exact) if weight]
         heapq.heapify(heap)
         self._num_sources = node = len(weights)
-        self._splits: list[tuple[int, int, int, int, int]] = []  # node, children, left weight, weight of the node
+        self._splits: list[tuple[int, int, int, int, int]] = []  # node, left and right child, left and node weight
         while len(heap) > 1:
             (left_weight, left), (right_weight, right) = heapq.heappop(heap), heapq.heappop(heap)
             self._splits.append((node, left, right, left_weight, left_weight + right_weight))

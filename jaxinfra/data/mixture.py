@@ -24,7 +24,7 @@ from jaxinfra.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class MixSource:
-    """A store of a mixture; its fields are those of `TokenData`."""
+    """A store of a mixture; the fields are as in `TokenData`."""
 
     store: Annotated[NonEmptyStr, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
@@ -34,10 +34,10 @@ class MixSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(DataConfig):
-    """Config of training on a mixture of token stores; fields that are not listed are those of `TokenData`.
+    """Config of training on a mixture of token stores; the other fields are as in `TokenData`.
 
     Attributes:
-        sources: the stores. One more at the end changes how often the others are read, not in which order.
+        sources: the stores. A new one at the end changes how often the others are read, but not their order.
         stages: the weights of the sources, which may change at given steps; () weighs each source by its size.
     """
 
@@ -56,7 +56,7 @@ class Mixture(DataConfig):
         if not self.sources:
             yield Problem(fields=("sources",), message="a mixture needs a source", fix="name at least one store")
         for i, source in enumerate(self.source_configs):
-            # Fields of the source, as its problems name them, have a longer path here.
+            # The problem of a source names its own fields, which have a longer path in the mixture.
             path = {name: f"sources.{i}.{name}" for name in vars(self.sources[i])}
             for problem in source.problems():
                 field, _, value = problem.fix.removeprefix("use ").partition("=")
@@ -111,7 +111,7 @@ class Mixture(DataConfig):
 
 
 class MixtureSamples(Samples):
-    """Samples of several stores: the ids of each store follow those of the store before it."""
+    """Samples of several stores; sample ids count through all stores, one store after the other."""
 
     def __init__(self, parts: Sequence[TokenSamples]):
         self._parts = parts
@@ -138,7 +138,7 @@ class MixtureSamples(Samples):
 
     @cached_property
     def n_bytes(self) -> int:
-        """Bytes of text of all targets with weight 1."""
+        """Number of UTF-8 bytes of all targets with weight 1."""
         return sum(part.n_bytes for part in self._parts)
 
 
@@ -153,7 +153,7 @@ class MixtureDataset:
         self.fingerprint = digest_of(self.versions)
         self.train = MixtureSamples([part.train for part in parts])
         self.train_units = sum(part.train_units for part in parts)
-        self.baselines: Mapping[str, Mapping[str, float]] = {}  # those of a store do not hold for a mixture
+        self.baselines: Mapping[str, Mapping[str, float]] = {}  # a store's baselines do not hold for a mixture
         lengths = [len(part.train) for part in parts]
         sampler = partial(MixtureSampler, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
         self._sampler = lru_cache(maxsize=1)(sampler)
@@ -170,7 +170,7 @@ class MixtureDataset:
         return self.train.offsets[source] + sample
 
     def epochs_at(self, step: int, global_batch: int) -> Iterator[str]:
-        """Yields a line for each store: the epochs that were read of it when a step begins."""
+        """Yields a line for each store, with the number of its epochs that were read before a step."""
         for part, count in zip(self._parts, self._sampler(global_batch=global_batch).counts(step), strict=True):
             yield f"{part.name}: {count / len(part.train):.3f} epochs before"
 

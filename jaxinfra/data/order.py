@@ -1,11 +1,12 @@
 """Shuffles samples: the order is a pure function of (seed, step), without state or tables, in NumPy.
 
-Sample number g of a run is sample `permutation_e(g mod n)` of epoch `e = g div n`; every epoch permutes the n samples
-anew. So each sample is read exactly once an epoch, by any number of processes, from any step on, at the same cost.
+Read number g of a run reads sample `permutation_e(g mod n)` in epoch `e = g div n`; every epoch has its own permutation
+of the n samples. So each sample is read exactly once an epoch, by any number of processes, from any step on, at the
+same cost.
 
 The permutation is an alternating Feistel network over the bits of n - 1 (Luby and Rackoff 1988; NIST SP 800-38G for
 halves of unequal width), repeated until the result is below n (cycle walking: Black and Rogaway 2002, section 3). For
-tiny n it sorts n hashes. It shuffles, and keeps no secrets.
+tiny n it sorts n hashes. It is good for shuffling, not for cryptography.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from annotated_types import Ge, Le
 
 from jaxinfra.config.limits import PositiveInt
 
-_ROUNDS = 8  # even: the halves have their own widths again at the end
+_ROUNDS = 8  # even, so that the halves, which swap in each round, end with the widths that they began with
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
-_TINY = 64  # up to this size cycle walking would take long, and hashes are sorted instead
+_TINY = 64  # up to this size hashes are sorted, because cycle walking would take too many repetitions
 _MAX_BUCKETS = 2**14
 _CHUNK = 1024  # samples to compute at once; arrays of a few thousand stay in the cache of a core
 MAX_SIZE = 2**48  # samples of a source
@@ -31,13 +32,13 @@ _STREAM = 0xD1342543DE82EF95  # an odd multiplier of good spectral quality (Stee
 class Curriculum:
     """Reads short samples first, if samples are sorted by length.
 
-    In its first epochs, the samples are split into ranges of equal size that are read from the first to the last, each
-    shuffled; later epochs are shuffled as a whole. Every sample is still read once an epoch (Bengio et al. 2009; by
-    length, Pouransari et al. 2024, section 3.3).
+    In the first epochs, the samples are split into buckets of equal size. They are read one bucket after the other,
+    shuffled within each; later epochs are shuffled as a whole. Every sample is still read once an epoch (Bengio et al.
+    2009; by length, Pouransari et al. 2024, section 3.3).
 
     Attributes:
-        buckets: number of ranges.
-        epochs: number of epochs that go from short to long, of each source.
+        buckets: number of buckets.
+        epochs: number of epochs of each source that go from short to long.
     """
 
     buckets: Annotated[int, Ge(1), Le(_MAX_BUCKETS)] = 8
@@ -49,9 +50,9 @@ def sample_ids(
 ) -> np.ndarray:
     """Returns the samples of the global batch of a step: int64[global_batch], read-only.
 
-    A batch may cross the end of an epoch, and hold several epochs of a small data set. There may be 1 to 2**48 samples,
-    else ValueError. Consecutive steps are computed in chunks, because NumPy's overhead for a single step would exceed
-    its arithmetic.
+    A batch may cross the end of an epoch, and hold several epochs of a small dataset. ValueError unless there are 1 to
+    2**48 samples. Consecutive steps are computed in chunks, because the overhead of NumPy calls for a single step would
+    exceed its arithmetic.
     """
     if step < 0 or global_batch < 1 or not 1 <= num_samples <= MAX_SIZE:
         raise ValueError(
@@ -83,13 +84,13 @@ def _chunk(
 def shuffled_ids(
     number: np.ndarray, *, size: int | np.ndarray, seed: int | np.ndarray, curriculum: Curriculum | None = None
 ) -> np.ndarray:
-    """Returns the samples to read, int64[N], if sources are read epoch after epoch, each epoch in its own order.
+    """Returns the ids of the samples to read, int64[N], where every epoch of a source has its own order.
 
     Args:
-        number: uint64[N] or int64[N], samples of the source that were read before, since the start of the run.
-        size: samples of the source, 1 to 2**48, else ValueError; one number, or int64[N].
+        number: uint64[N] or int64[N], how many samples of the source were read before this one in the run.
+        size: number of samples of the source, 1 to 2**48, else ValueError; one number, or int64[N].
         seed: of the source; any integer, or uint64[N] of `stream_seed`.
-        curriculum: orders the first epochs.
+        curriculum: sorts the first epochs.
     """
     number, size = np.broadcast_arrays(number.astype(np.uint64), np.asarray(size, np.uint64))
     epoch, index = np.divmod(number, size)
@@ -97,6 +98,7 @@ def shuffled_ids(
     if curriculum is None or not (by_bucket := epoch < curriculum.epochs).any():
         return permute(index, size=size, key=key)
     buckets, one = np.uint64(curriculum.buckets), np.uint64(1)
+    # Bucket b has the indices from b * size // buckets on. An epoch that is shuffled as a whole is one bucket.
     bucket = np.where(by_bucket, ((index + one) * buckets - one) // size, np.uint64(0))
     start = bucket * size // buckets
     end = np.where(by_bucket, (bucket + one) * size // buckets, size)
@@ -105,7 +107,7 @@ def shuffled_ids(
 
 
 def stream_seed(seed: int, stream: int) -> int:
-    """Returns a seed, 0 to 2**64 - 1, for one of many independent orders of a run; stream 0 has the run's own."""
+    """Returns a seed, 0 to 2**64 - 1, for one of many independent orders of a run; stream 0 has the run's own seed."""
     return (seed + stream * _STREAM) % 2**64
 
 
@@ -150,6 +152,7 @@ def _permute_by_rank(x_N: np.ndarray, size_N: np.ndarray, key_N: np.ndarray) -> 
 
 def _permute_by_walk(x_N: np.ndarray, size_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
     """Applies the network until each index is below its size (cycle walking)."""
+    # The exponent of frexp is the number of bits of size - 1.
     bits_N = np.maximum(_MIN_BITS, np.frexp((size_N - np.uint64(1)).astype(np.float64))[1]).astype(np.uint64)
     round_RN = _mix(key_N + _GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None])
     x_N = _feistel(x_N, round_RN, bits_N)

@@ -1,13 +1,13 @@
 """Packs whole documents into rows when a store is prepared: best fit decreasing, in NumPy.
 
-Consecutive tokens cut into rows would cut most documents. Packing cuts only those longer than a row, and rows are
-nearly as full (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3). A row has room for
-`seq_len` targets, each with the token before it as input. A document of n tokens has n - 1 targets, as nothing comes
-before its first token. A document that is longer than a row becomes several segments, each of which starts with the
-last token of the one before, so that every token but the first is a target exactly once.
+Rows of consecutive tokens would cut most documents. Packing cuts only documents longer than a row, and rows are nearly
+as full (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3). A row has room for `seq_len`
+targets, each with the token before it as input. A document of n tokens has n - 1 targets, because its first token has
+no input. A document that is longer than a row becomes several segments. Each starts with the last token of the one
+before, so that every token but the first is a target exactly once.
 
-Rows with the same free room are interchangeable, and segments of one length are placed together. So the result is that
-of the plain algorithm, with one operation for each pair of a length and a room, not one for each segment.
+Rows with the same free room are interchangeable, so all segments of one length are placed together. The result is the
+same as of the plain algorithm, but takes one operation per pair of a length and a room, not one per segment.
 
 Shape suffixes: N documents, P segments, R rows.
 """
@@ -22,7 +22,7 @@ from jaxinfra.config.limits import PositiveInt
 
 @dataclass(frozen=True, kw_only=True)
 class PackSpec:
-    """Asks a recipe for a packing of the documents of its store.
+    """A packing that a recipe makes of the documents of its store.
 
     Attributes:
         seq_len: targets of a row.
@@ -88,8 +88,8 @@ def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = Fal
         row_P[start:end] += num_rows
         num_rows += count
     longest_R = np.zeros(num_rows, np.int32)
-    longest_R[row_P[::-1]] = length_P[::-1]  # the last assignment counts: that of a row's first, longest segment
-    number_R = np.empty(num_rows, np.int64)
+    longest_R[row_P[::-1]] = length_P[::-1]  # reversed, so that the first and longest segment of a row is assigned last
+    number_R = np.empty(num_rows, np.int64)  # new number of each row: its rank by longest segment
     number_R[np.argsort(longest_R, kind="stable")] = np.arange(num_rows)
     row_P = number_R[row_P]
     by_row_P = np.argsort(row_P, kind="stable")
@@ -114,16 +114,16 @@ def _cut_documents(lengths_N: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.
 
 
 def _length_classes(falling_P: np.ndarray) -> list[tuple[int, int]]:
-    """Returns start and end of each run of lengths that round up to the same power of two."""
+    """Returns start and end of each run of lengths that round up to the same power of two; lengths fall."""
     power_P = np.frexp(falling_P - 1)[1]
     return list(pairwise([0, *(np.flatnonzero(np.diff(power_P)) + 1).tolist(), len(falling_P)]))
 
 
 def _best_fit(falling_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """Returns the row of each segment, whose lengths fall, and the number of rows."""
+    """Returns the row of each segment, and the number of rows; the segments are sorted from long to short."""
     row_P = np.empty(len(falling_P), np.int64)
     open_rows, num_rows = _OpenRows(seq_len), 0
-    # Segments `at` to `end` have one length.
+    # Segments `at` to `end` have the same length. They fill the open rows with the least room first, then new rows.
     for at, end in pairwise([*np.flatnonzero(np.diff(falling_P, prepend=0)).tolist(), len(falling_P)]):
         length = int(falling_P[at])
         for room in open_rows.rooms_from(length):
@@ -149,7 +149,7 @@ class _OpenRows:
         return (np.flatnonzero(self._has_rows[length:]) + length).tolist()
 
     def take(self, room: int, limit: int) -> np.ndarray:
-        """Removes rows with this room, those that were added last first."""
+        """Removes and returns up to `limit` rows with this room, the last added ones first."""
         stack, taken, count = self._rows[room], [], 0
         while stack and count < limit:
             taken.append(stack.pop())
@@ -164,7 +164,7 @@ class _OpenRows:
     def fill(self, out_P: np.ndarray, rows: np.ndarray, room: int, length: int) -> int:
         """Places segments of one length into rows with this room; returns how many it placed.
 
-        `out_P` takes the row of each segment. `rows` are no more than the segments need.
+        Writes the row of each placed segment to `out_P`, in place. `rows` are no more than the segments need.
         """
         per_row = room // length
         full = min(len(rows), len(out_P) // per_row)

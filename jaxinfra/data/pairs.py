@@ -1,4 +1,4 @@
-"""Preference data: pairs of a chosen and a rejected answer, from a store of pairs, one document a row."""
+"""Preference data: pairs of a chosen and a rejected answer, one document per row, from a store of pairs."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -25,11 +25,11 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True, kw_only=True)
 class PairData(StoreData):
-    """Config of training on pairs of documents that start with one prompt and end in two answers.
+    """Config of training on pairs of documents with the same prompt and different answers.
 
     Attributes:
-        seq_len: tokens to predict in a row. A longer document keeps its last ones, as with `truncation_mode="keep_end"`
-            of TRL: it loses the start of its prompt, or even of its answer if that is too long by itself.
+        seq_len: number of targets in a row. A longer document keeps its end, as with `truncation_mode="keep_end"` of
+            TRL: it loses the start of its prompt, or even of its answer if that is too long by itself.
     """
 
     modality: ClassVar[str] = "token"
@@ -91,8 +91,8 @@ class PairSamples(StoreSamples[PairData, TokenStore]):
             lengths_P = np.minimum(np.diff(bounds_B3, axis=1).reshape(-1) - 1, self._data.seq_len)
             starts_P = bounds_B3[:, 1:].reshape(-1) - 1 - lengths_P
             tokens_N, mask_N = store.read_segments(split, starts_P, lengths_P + 1)
-        one_P = np.ones(len(lengths_P), np.int64)
-        batch = packed_batch(tokens_N, lengths_P, one_P, seq_len=self._data.seq_len, mask_N=mask_N)
+        segments_B = np.ones(len(lengths_P), np.int64)  # one document in each row
+        batch = packed_batch(tokens_N, lengths_P, segments_B, seq_len=self._data.seq_len, mask_N=mask_N)
         pairs = {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}
         return pairs | {"weights": np.ones(len(ids), np.float32)} if weighted else pairs
 

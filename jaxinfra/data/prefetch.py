@@ -25,7 +25,7 @@ def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.
 def to_global(
     batch: Batch, shardings: Mapping[str, jax.sharding.Sharding], *, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Makes global arrays `[global_batch, ...]` of this process's rows (see `process_rows`).
+    """Makes global arrays `[global_batch, ...]` from the rows of this process (see `process_rows`).
 
     `shardings` may have more names than the batch.
     """
@@ -42,8 +42,8 @@ class Prefetcher[T]:
 
     Attributes:
         data_wait_s: seconds that the consumer waited for batches.
-        steady_wait_s: the same without the first batch, which nothing can prefetch.
-        transfer_time: time that `transfer` took.
+        steady_wait_s: the same without the first batch, which cannot be prefetched.
+        transfer_time: time that `transfer` took in the thread.
     """
 
     def __init__(self, batches: Iterable[tuple[int, Batch]], transfer: Callable[[Batch], T], *, depth: int = 2):
@@ -94,7 +94,7 @@ class Prefetcher[T]:
         last: BaseException = StopIteration()
         try:
             with ExitStack() as at_end:
-                at_end.callback(getattr(batches, "close", lambda: None))  # lets a generator end its own threads
+                at_end.callback(getattr(batches, "close", lambda: None))  # a generator then ends its own threads
                 for step, batch in batches:
                     with self.transfer_time.running():
                         on_devices = transfer(batch)
@@ -103,5 +103,5 @@ class Prefetcher[T]:
                         break
         except BaseException as error:  # raised again in the consumer
             last = error
-        finally:  # without a last item the consumer would wait for ever
+        finally:  # the consumer waits for a last item
             self._queue.put(last)

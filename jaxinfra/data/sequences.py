@@ -1,7 +1,7 @@
-"""Makes batches of a language model from tokens, in NumPy: consecutive tokens, or packed documents.
+"""Makes batches for language models from tokens, in NumPy: consecutive tokens, or packed documents.
 
 Consecutive tokens: sequence i is the `seq_len + 1` tokens from token `i * seq_len` on, so every token but the first is
-a target exactly once. Nothing is padded, and only a last part that is too short is dropped. Packed rows hold whole
+a target exactly once. Nothing is padded, and a last part that is too short is dropped. Packed rows hold whole
 documents, or segments of long ones (see `packing`), and end with padding.
 
 Shape suffixes: B rows, T positions, W = T + 1 tokens of a row, N tokens, P packed segments, S segments and padding.
@@ -26,15 +26,15 @@ def split_inputs_targets(
     Args:
         tokens_BW: token ids.
         eot_id: the last token of each document.
-        mask_documents: whether to keep the documents of a row apart.
-        mask_BW: nonzero for tokens that are learned as targets; None learns all.
+        mask_documents: whether to number the documents of a row, for attention masks.
+        mask_BW: nonzero for tokens that count as targets in the loss; None counts all.
 
     Returns:
         `inputs` and `targets`, int32[B, T]. With `mask_documents` also
         `segments`, int32[B, T]: number of the document in the row, from 1;
         `positions`, int32[B, T]: position in the document, or in the part of it in this row, from 0.
         With either mask also
-        `weights`, float32[B, T]: 0 if input and target are of two documents, or the target is not learned; else 1.
+        `weights`, float32[B, T]: 0 if input and target are of different documents, or `mask_BW` is 0; else 1.
     """
     ids_BW = buffers.empty(tokens_BW.shape, np.int32)
     ids_BW[:] = tokens_BW
@@ -48,15 +48,15 @@ def split_inputs_targets(
     is_start_BT = np.empty(shape, bool)
     is_start_BT[:, 0] = True
     np.equal(tokens_BW[:, :-2], eot_id, out=is_start_BT[:, 1:])
-    start_S = np.flatnonzero(is_start_BT)  # few, so that all that follows from them is cheap
+    start_S = np.flatnonzero(is_start_BT)  # few, so that all further work on them is cheap
     first_segment_B = np.flatnonzero(start_S % T == 0)
     segments_per_row_B = np.diff(first_segment_B, append=len(start_S))
     number_S = np.arange(1, len(start_S) + 1) - np.repeat(first_segment_B, segments_per_row_B)
     batch |= _segment_arrays(shape, np.diff(start_S, append=B * T), number_S)
     weights_BT = batch["weights"]
     weights_BT[:] = 1 if mask_BW is None else mask_BW[:, 1:] != 0
-    # The input before each start ends a document. The starts of rows clear the last position of the row before as well,
-    # so that the last column is set by itself.
+    # The position before each start has an end of document as input. For the start of a row this is the last position
+    # of the row before, which need not be one, so the last column is saved and set again.
     last_B = np.where(tokens_BW[:, -2] == eot_id, 0, weights_BT[:, -1])
     weights_BT.reshape(-1)[start_S[1:] - 1] = 0
     weights_BT[:, -1] = last_B
@@ -71,23 +71,23 @@ def packed_batch(
     seq_len: int,
     mask_N: np.ndarray | None = None,
 ) -> Batch:
-    """Makes a batch of packed rows, with the arrays of `split_inputs_targets` with document masks.
+    """Makes a batch of packed rows, with the same arrays as `split_inputs_targets` with document masks.
 
-    Every packed segment has its own number and positions from 0. So has padding, with number 0 and weight 0.
+    Every packed segment has its own number and positions from 0. Padding has number 0, weight 0 and positions from 0.
 
     Args:
         tokens_N: concatenated token ids of the segments of all rows.
-        length_P: targets of each segment, which has one token more.
-        segments_B: segments of each row, which have at most `seq_len` targets together.
+        length_P: number of targets of each segment, which has one token more.
+        segments_B: number of segments of each row, which have at most `seq_len` targets together.
         seq_len: T.
-        mask_N: nonzero for tokens that are learned as targets; None learns all.
+        mask_N: nonzero for tokens that count as targets in the loss; None counts all.
     """
     shape = B, T = len(segments_B), seq_len
     token_end_P, target_end_P = np.cumsum(length_P + 1), np.cumsum(length_P)
     segment_end_B = np.cumsum(segments_B)
     target_end_B = target_end_P[segment_end_B - 1]
     filled_B = np.diff(target_end_B, prepend=0)
-    assert len(tokens_N) == token_end_P[-1] and filled_B.max() <= T, "the segments are not those of the rows"
+    assert len(tokens_N) == token_end_P[-1] and filled_B.max() <= T, "segments do not fit the tokens or the rows"
 
     def padded_rows(values_N: np.ndarray, omitted_P: np.ndarray, dtype: type) -> np.ndarray:
         out_BT = buffers.empty(shape, dtype)
@@ -106,11 +106,11 @@ def packed_batch(
 
 
 def _segment_arrays(shape: tuple[int, ...], length_S: np.ndarray, number_S: np.ndarray) -> Batch:
-    """Returns segments and positions of rows that consist of these segments, and weights to be filled."""
+    """Returns `segments` and `positions` for segments of these lengths and numbers, and empty `weights` to fill."""
     length_S, number_S = length_S[length_S > 0], number_S[length_S > 0]
     block = buffers.empty((3, *shape), np.int32)
     block[0].reshape(-1)[:] = np.repeat(number_S.astype(np.int32), length_S)
-    # Positions are the running sum of 1 a step, and of a step back to 0 where a segment starts.
+    # Positions are a running sum: each step adds 1, and the start of a segment subtracts the length of the one before.
     steps_N = block[1].reshape(-1)
     steps_N[:] = 1
     steps_N[0] = 0

@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-MAX_WAIT_FRACTION = 0.05  # of its time that a run may wait for data without a warning
+MAX_WAIT_FRACTION = 0.05  # a run that waits for data for a larger fraction of its time gets a warning
 
 
 class Stopwatch:
-    """Sums the seconds that threads spend inside `running`; threads that run at once all count."""
+    """Sums the seconds that all threads spend inside `running`, which may be more than the time that passed."""
 
     def __init__(self) -> None:
         self.total_s = 0.0

@@ -26,9 +26,9 @@ class StoreData(DataConfig):
     Attributes:
         store: folder or URL of the store.
         version: fingerprint of the version to read, or the start of it; None is the newest.
-        recipe: config file that prepares the store, for `data prepare` of a run and for messages.
+        recipe: config file that prepares the store, for `data prepare RUN` and for messages.
         seed: of the order of samples.
-        prefetch_bytes: bytes of host batches to make ahead; at least one batch is, and at most 16 are.
+        prefetch_bytes: bytes of host batches to make ahead, at least 1 batch and at most 16.
         threads: threads that make host batches.
     """
 
@@ -50,7 +50,7 @@ class StoreData(DataConfig):
 
 
 def resolve_version(requested: str | None, known: str | None) -> str | None:
-    """Returns the known version, unless another one is requested."""
+    """Returns the known version, unless another one is requested by its fingerprint or the start of it."""
     return known if known is not None and known.startswith(requested or "") else requested
 
 
@@ -58,7 +58,7 @@ class StoreSamples[D: StoreData, T: Store](Samples):
     """Samples of one split of a store."""
 
     def __init__(self, data: D, store: T, split: Split, num_samples: int, limit: int | None):
-        """Takes the samples that the split has, and how many to use at most."""
+        """Uses the first `limit` of the `num_samples` samples that the split has; None uses all."""
         self._data, self._store = data, store
         self._split: Split = split
         self._num_samples = num_samples if limit is None else min(limit, num_samples)
@@ -84,7 +84,7 @@ class StoreDataset[T: Store, S: StoreSamples]:
     def __init__(
         self, store: T, seed: int, samples: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
     ):
-        """Opens the training split; `samples(split, limit)` gives the samples of a split."""
+        """Opens the training split; `samples(split, limit)` opens a split."""
         self.store, self._seed, self._samples, self._curriculum = store, seed, samples, curriculum
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
         self.versions: Sequence[str] = (self.fingerprint,)
@@ -102,5 +102,5 @@ class StoreDataset[T: Store, S: StoreSamples]:
         return sample_ids(step, global_batch=global_batch, num_samples=num_samples, seed=seed, curriculum=curriculum)
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """Yields a line: the epochs that were read when a step begins."""
+        """Yields a line with the number of epochs that were read before a step."""
         yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"

@@ -30,10 +30,10 @@ class TokenData(StoreData):
     """Config of training on a token store.
 
     Attributes:
-        seq_len: tokens to predict in a row of a batch.
-        packing: what a row is: consecutive tokens (`concat`), or whole documents that the store has packed.
-        curriculum: orders the first epochs, short rows first; None shuffles all epochs.
-        mask_documents: whether attention, positions and loss keep the documents of a row apart.
+        seq_len: number of targets in a row of a batch.
+        packing: what a row holds: consecutive tokens (`concat`), or whole documents that the recipe has packed.
+        curriculum: reads short rows first in the first epochs; None shuffles all epochs.
+        mask_documents: whether attention, positions and loss treat each document of a row on its own.
     """
 
     modality: ClassVar[str] = "token"
@@ -67,12 +67,12 @@ class TokenData(StoreData):
 
     @property
     def pack_spec(self) -> PackSpec:
-        """The packing of the store that `packing` asks for."""
+        """The packing that the store must have, unless `packing` is `concat`."""
         return PackSpec(seq_len=self.seq_len, by_length=self.packing == "best_fit_by_length")
 
     @override
     def open(self, *, section: str = "data", hint: str = PREPARE) -> "TokenDataset":
-        """Opens the store like `DataConfig.open`; `section` is the config section of this config, for messages."""
+        """Opens the store like `DataConfig.open`; `section` is the path of this config in the run, for messages."""
         store = TokenStore.open(self.store, self.version, section=section, hint=hint)
         if store.manifest.kind != "text":
             raise ConfigError(
@@ -93,7 +93,7 @@ class TokenData(StoreData):
 
 
 def token_batch_spec(seq_len: int, *, mask_documents: bool, validation: bool) -> dict[str, ArraySpec]:
-    """Returns the arrays of a batch of tokens, whose documents are kept apart with `mask_documents`."""
+    """Returns the arrays of a batch of tokens; arguments are as in `TokenData` and `DataConfig.batch_spec`."""
     names = ("inputs", "targets", "segments", "positions") if mask_documents else ("inputs", "targets")
     row = ArraySpec(shape=(seq_len,), dtype="int32", axes=("sequence",))
     weights = {"weights": replace(row, dtype="float32")} if mask_documents or validation else {}
@@ -105,9 +105,9 @@ class TokenSamples(StoreSamples[TokenData, TokenStore], ABC):
 
     @cached_property
     def n_bytes(self) -> int:
-        """Bytes of text of all targets with weight 1.
+        """Number of UTF-8 bytes of all targets with weight 1.
 
-        With their summed loss in nats, bits per byte are `loss / log(2) / n_bytes`.
+        Bits per byte are `loss / log(2) / n_bytes`, with the loss in nats summed over these targets.
         """
         length_V = self._store.tokenizer.byte_lengths()
         batches = validation_batches(self._data, self, global_batch=min(64, len(self)), rows=slice(None))
@@ -144,14 +144,14 @@ class ConcatSamples(TokenSamples):
 
 
 class PackedSamples(TokenSamples):
-    """Rows of whole documents that the store has packed, as `packed_batch` arranges them; always with weights."""
+    """Rows of whole documents that the recipe has packed, as `packed_batch` arranges them; always with weights."""
 
     def __init__(self, data: TokenData, store: TokenStore, split: Split, limit: int | None = None, *, section: str):
         """Finds the rows; ConfigError if the store has no such packing, or no row."""
         spec = data.pack_spec
         info = store.manifest.packs.get(f"{split}/{spec.name}")
         if info is None:
-            known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]
+            known = sorted({key.split("/")[1] for key in store.manifest.packs}) or ["none"]  # keys are SPLIT/NAME
             missing = f"PackSpec(seq_len={spec.seq_len}{', by_length=True' if spec.by_length else ''})"
             raise ConfigError(
                 f"{section}.packing={data.packing}: {store} has no packing {spec.name}, it has "
@@ -182,7 +182,7 @@ class HasVocabulary(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model has an embedding for."""
+        """Number of tokens in the embedding table."""
         ...
 
 
@@ -197,7 +197,7 @@ class TokenStoreDataset[S: StoreSamples](StoreDataset[TokenStore, S]):
     def check(self, model: HasVocabulary) -> None:
         """Raises ConfigError if the model's vocabulary is smaller than the store's."""
         vocab_size = self.store.manifest.tokenizer_info.vocab_size
-        # Larger ids would read garbage from the embedding. A model of a user need not say.
+        # JAX raises no error for ids out of bounds of the embedding. Users' own models may lack the field.
         if vocab_size > getattr(model, "vocab_size", vocab_size):
             raise ConfigError(
                 f"model.vocab_size={model.vocab_size}: {self.store} has {vocab_size} token ids; "

@@ -1,11 +1,11 @@
-"""Arrays on disk that grow along their first dimension: zarr 3 through TensorStore, with errors of this package.
+"""Arrays on disk that grow along their first dimension: zarr 3 through TensorStore, with this package's error classes.
 
 Every chunk carries a CRC-32C that each read checks, and a missing chunk is an error, never zeros.
 
-Chunk size was measured with batches of 64 random reads of 1,025 tokens, on two cores and chunks outside the cache. CPU
-time a token is 30 ns with chunks of 2 Ki tokens (and an index four times as large), 22 ns with 4 Ki and 8 Ki, 38 ns
-with 16 Ki and 66 ns with 64 Ki. One read of all ranges takes a third less than one read each. Zstandard saves a third
-of the space and costs a third to two thirds of the speed, so chunks are not compressed.
+Chunk size was measured with batches of 64 random reads of 1,025 tokens, on two cores and with chunks outside the cache.
+CPU time per token is 30 ns with chunks of 2 Ki tokens (and an index four times as large), 22 ns with 4 Ki and 8 Ki,
+38 ns with 16 Ki and 66 ns with 64 Ki. One read of all ranges takes a third less than separate reads. Zstandard saves a
+third of the space and costs a third to two thirds of the speed, so chunks are not compressed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,8 +76,8 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
 
 
 def open_array(path: str, context: ts.Context) -> ts.TensorStore:
-    """Opens an array that no one writes any more; DataError if it is missing or its metadata is damaged."""
-    # The shared cache may still have another array that was at this path: it is checked again once.
+    """Opens an array that is complete; DataError if it is missing or its metadata is damaged."""
+    # The shared cache may still hold another array that was at this path, so it is checked when the array is opened.
     spec = _spec(path) | {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
     return call_storage(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 

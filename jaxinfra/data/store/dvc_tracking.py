@@ -1,4 +1,4 @@
-"""Stores that DVC tracks: a `.dvc` file stands for the folder beside it, which DVC's cache or remote has."""
+"""Stores that DVC tracks: a `.dvc` file stands for the folder beside it, which DVC keeps in its cache or remote."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ SUFFIX = ".dvc"
 def resolve_path(path: str) -> str:
     """Returns the folder of a store, given its path or the `.dvc` file beside it.
 
-    DVC checks out a folder that is missing, or whose `.dvc` file is named, from its cache or remote. A folder that is
-    there is otherwise used unchanged.
+    If `path` is the `.dvc` file, or the folder is missing, DVC checks the folder out from its cache or remote.
+    Otherwise the folder is used as it is.
 
     Raises:
         ConfigError: DVC is not installed, or the file is in no DVC repository.

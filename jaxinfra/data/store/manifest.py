@@ -1,6 +1,6 @@
 """The manifest of a version of a store, `manifest.json`: recipe, counts, hash of every file, baselines.
 
-It is written last, so that a folder without a manifest is no version.
+It is written last, so that a folder without a manifest is recognized as incomplete.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ class SplitInfo:
     """Describes the contents of one split."""
 
     documents: int  # number of documents, or of images
-    tokens: int  # number of token ids, with the ends of documents; 0 for images
-    bytes: int  # bytes of text, or of pixels
+    tokens: int  # number of token ids, including end-of-document tokens; 0 for images
+    bytes: int  # UTF-8 bytes of text, or bytes of pixels
     longest: int  # tokens of the longest document
     digest: str  # hash of the hashes of all blocks, in order
 
@@ -99,21 +99,21 @@ class Manifest:
     counts: Counts
     dtype: str  # of the token ids, or of the pixels
     shape: tuple[int, ...] = ()  # of an image; () for tokens
-    masked: bool = False  # whether it has a mask of the tokens that are learned
+    masked: bool = False  # whether it has a mask of the tokens that count in the loss
     block: int  # tokens or images of a hashed block, which is a chunk of the arrays
     tokenizer: TokenizerInfo | None  # None for images
     labels: tuple[str, ...] = ()  # names of the image classes, in the order of their numbers
     splits: Mapping[Split, SplitInfo]
     packs: Mapping[str, PackInfo] = field(default_factory=dict)  # `split/name` -> packing
     files: Mapping[str, FileInfo]  # every other file, by name relative to the manifest
-    baselines: Mapping[str, Mapping[str, float]]  # score -> simple model -> its score on the validation split
+    baselines: Mapping[str, Mapping[str, float]]  # metric -> simple model -> value on the validation split
     versions: Mapping[str, str]  # of Python and the packages that prepared the store
     created: str  # time in UTC
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that affects batches: equal fingerprints give equal batches."""
-        tokenizer = self.tokenizer and [self.tokenizer.sha256, self.tokenizer.eot_id]
+        """Hash of everything that affects batches: equal fingerprints give equal batches."""
+        tokenizer = None if self.tokenizer is None else [self.tokenizer.sha256, self.tokenizer.eot_id]
         contents = [self.kind, tokenizer, self.dtype, list(self.shape), self.masked, list(self.labels)]
         contents += [[name, info.digest] for name, info in sorted(self.splits.items())]
         contents += [[name, info.digest] for name, info in sorted(self.packs.items())]
@@ -137,10 +137,11 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     """Parses the content of the manifest at `path`; DataError if it is damaged or of another format."""
     try:
         tree: dict[str, Any] = json.loads(content)
-        found, digest = tree["format"], tree.pop("digest")
-        if found != FORMAT:
-            fix = "update jaxinfra" if isinstance(found, int) and found > FORMAT else "prepare the store again"
-            raise DataError(f"{path}: store format {found}, this version reads format {FORMAT}; {fix}")
+        store_format, digest = tree["format"], tree.pop("digest")
+        if store_format != FORMAT:
+            is_newer = isinstance(store_format, int) and store_format > FORMAT
+            fix = "update jaxinfra" if is_newer else "prepare the store again"
+            raise DataError(f"{path}: store format {store_format}, this version reads format {FORMAT}; {fix}")
         if digest != digest_of(tree):
             raise ValueError("digest does not match the contents")
         for name, cls in (("splits", SplitInfo), ("packs", PackInfo), ("files", FileInfo)):
@@ -161,19 +162,19 @@ def digest_of(tree: object) -> str:
 
 
 def is_fingerprint(name: str) -> bool:
-    """Returns whether a folder of this name is a version, or was to become one."""
+    """Returns whether a folder of this name is a version, complete or not."""
     return bool(re.fullmatch("[0-9a-f]{32}", name))
 
 
 def _check(manifest: Manifest, fingerprint: str) -> None:
     """Raises ValueError if the manifest contradicts itself or the fingerprint that it was written with."""
-    infos = manifest.splits.values()
-    counts = [manifest.block - 1, *(n for i in infos for n in (i.documents, i.tokens, i.bytes, i.longest))]
+    counts = [manifest.block - 1]  # a block has at least one element
+    counts += [n for info in manifest.splits.values() for n in (info.documents, info.tokens, info.bytes, info.longest)]
     if set(manifest.splits) != set(SPLITS) or manifest.kind not in KINDS:
         raise ValueError(f"kind {manifest.kind}, splits {', '.join(manifest.splits) or 'none'}")
     if (manifest.tokenizer is None) != (manifest.kind == "images"):
         raise ValueError(f"{manifest.kind} {'without' if manifest.tokenizer is None else 'with'} a tokenizer")
-    if not all(type(count) is int and count >= 0 for count in counts):
+    if not all(type(count) is int and count >= 0 for count in counts):  # isinstance would accept true and false
         raise ValueError("a count is not a whole number from 0")
     if fingerprint != manifest.fingerprint:
         raise ValueError("fingerprint does not match the contents")

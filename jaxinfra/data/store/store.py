@@ -1,7 +1,7 @@
 """Reads a version of a store, on disk or in a bucket; docs/data.md describes the files.
 
 A version has `manifest.json`, the tokenizer, and zarr 3 arrays for each split (see `arrays`). A folder without a
-manifest is no version. Anything damaged, short or missing is an error that names it, never zeros.
+manifest is not a version. Anything damaged, short or missing is an error that names it, and never read as zeros.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _WRONG_HASH = "does not match its hash"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest type for the vocabulary and one more value, which marks what was never written."""
+    """Returns the smallest type for the vocabulary and one more value, the fill value of the arrays."""
     return np.dtype(np.uint16 if vocab_size < 2**16 else np.uint32)
 
 
@@ -69,7 +69,7 @@ class Store:
             path: folder or URL of the store or of one of its versions, or its `.dvc` file.
             version: fingerprint of the version, or the start of it; None is the newest.
             section: section of the config that names the store, for messages.
-            hint: command that prepares the store, for the message if there is none.
+            hint: command that prepares the store, for the message if it is missing.
 
         Raises:
             ConfigError: there is no such store or version.
@@ -82,7 +82,7 @@ class Store:
         manifest = manifests.parse_manifest(storage.read(manifests.FILE_NAME), manifest_path)
         folder = storage.url.rpartition("/")[2]
         if manifests.is_fingerprint(folder) and manifest.fingerprint != folder:
-            cause = f"is of version {manifest.fingerprint}, expected {folder}"
+            cause = f"has the fingerprint {manifest.fingerprint}, expected {folder}"
             raise DataError(f"{manifest_path}: {cause}; {DAMAGED_VERSION_FIX}")
         if version is not None and not manifest.fingerprint.startswith(version):
             raise ConfigError(
@@ -96,7 +96,7 @@ class Store:
         return self.storage.url
 
     def hashed_arrays(self, split: Split) -> Iterator[tuple[str, int]]:
-        """Yields the arrays of a split whose blocks are hashed, with their number of elements."""
+        """Yields name and number of elements of each array of a split whose blocks are hashed."""
         info = self.manifest.splits[split]
         if self.manifest.kind == "images":
             yield IMAGES, info.documents
@@ -106,7 +106,10 @@ class Store:
                 yield MASK, info.tokens
 
     def verify(self) -> Iterator[tuple[str, int, Damage | None]]:
-        """Compares all files with their hashes: yields name, bytes read and damage; StorageError if it cannot read."""
+        """Compares all files with their hashes; yields name, bytes read and damage of each file or block.
+
+        StorageError if a file cannot be read.
+        """
         for name, info in self.manifest.files.items():
             if info.digest is not None:
                 content = self.storage.read(name)
@@ -195,7 +198,7 @@ class TokenStore(Store):
         return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
 
     def read_mask(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
-        """Reads the mask of tokens that are learned, uint8[N, length], like `read`; None if the store has no mask."""
+        """Reads the mask of tokens that count in the loss, uint8[N, length], like `read`; None if there is no mask."""
         return self._read_windows(split, MASK, starts, length) if self.manifest.masked else None
 
     def sample_tokens(self, split: Split, limit: int) -> np.ndarray:
@@ -207,11 +210,11 @@ class TokenStore(Store):
         return self.read(split, np.arange(chunks) * (tokens - arrays.CHUNK) // chunks, arrays.CHUNK).reshape(-1)
 
     def offsets(self, split: Split) -> np.ndarray:
-        """Reads where each document starts, and the end of the last: int64[documents + 1]."""
+        """Reads the first token of each document, and the end of the last document: int64[documents + 1]."""
         return self.read_all(split, OFFSETS)
 
     def lengths(self, split: Split) -> np.ndarray:
-        """Reads the tokens of each document, with its end: int64[documents]."""
+        """Reads the number of tokens of each document, including its end: int64[documents]."""
         return self.read_all(split, LENGTHS)
 
     def _read_windows(self, split: Split, name: str, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
@@ -226,8 +229,8 @@ class TokenStore(Store):
     def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
         vocab_size = self.manifest.tokenizer_info.vocab_size
         if tokens_N.size and int(tokens_N.max()) >= vocab_size:
-            bad = int((tokens_N >= vocab_size).argmax())
-            i = int(np.searchsorted(np.cumsum(lengths_P), bad, side="right"))
+            first_bad = int((tokens_N >= vocab_size).argmax())
+            i = int(np.searchsorted(np.cumsum(lengths_P), first_bad, side="right"))  # the range that it is in
             raise DataError(
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {vocab_size} in tokens {starts_P[i]} to "
                 f"{starts_P[i] + lengths_P[i]}; {DAMAGED_VERSION_FIX}"

@@ -1,7 +1,7 @@
 """Lists, finds and publishes the versions of a store.
 
-`versions.json` lists the versions, the one that was prepared last at the end: the newest. It is written in one step,
-after the version. A version that is not listed can still be opened by its path. Published versions never change.
+`versions.json` lists the versions, the newest (prepared last) at the end. The list is replaced atomically after the
+version is written. A version that is not listed can still be opened by its path. Published versions never change.
 """
 
 import json
@@ -22,7 +22,7 @@ class Version:
     """An entry of `versions.json`."""
 
     fingerprint: str  # of the contents; names the folder
-    made_of: str  # digest of the recipe and its source files, so that the same recipe is not prepared twice
+    made_of: str  # digest of the recipe and its source files; equal inputs are not prepared twice
     created: str  # time in UTC
 
 
@@ -64,20 +64,20 @@ def find_version(store: ObjectStore, version: str | None, *, section: str, hint:
 def publish_version(build: Path, store: ObjectStore, manifest: Manifest, made_of: str) -> None:
     """Adds a finished version to the store, completely or not at all; StorageError if it cannot be written.
 
-    `build` is a local folder with its files but no manifest. It is renamed if possible, else copied.
+    `build` is a local folder with all files of the version but the manifest. It is renamed if possible, else copied.
     """
     fingerprint = manifest.fingerprint
     version = store.child(fingerprint)
     if not version.exists(manifests.FILE_NAME):
         (build / manifests.FILE_NAME).write_bytes(manifest.to_bytes())
         if version.folder is None or not move_folder(build, version.folder):
-            # What a bucket already has at this URL has the same contents; a local folder could be anything.
+            # Files that a bucket already has at this URL are the same ones; a local folder could hold anything.
             version.upload(build, last=[manifests.FILE_NAME], resume=version.folder is None)
     _append_to_index(store, Version(fingerprint=fingerprint, made_of=made_of, created=manifest.created))
 
 
 def make_newest(store: ObjectStore, version: Version) -> bool:
-    """Moves a version to the end of the list, for runs to take it; returns whether another one was there."""
+    """Makes a version the newest one, which runs read by default; returns whether another one was."""
     if list_versions(store)[-1].fingerprint == version.fingerprint:
         return False
     _append_to_index(store, version)
