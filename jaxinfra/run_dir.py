@@ -95,7 +95,8 @@ class RunDirectory:
 
     def _changed(self, run: Run, found: Mapping[str, Any]) -> list[Difference]:
         """Returns how a record differs from a config, in what changes the numbers."""
-        return diff(decode_record(self.record, dict(found), Run, ClassFinder.of(run)), run, fingerprinted_only=True)
+        recorded = decode_record(self.record, dict(found), Run, ClassFinder.from_config(run))
+        return diff(recorded, run, fingerprinted_only=True)
 
 
 class TrainedParams(NamedTuple):

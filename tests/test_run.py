@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxinfra.config import Loaded, apply, fingerprint, leaves
-from jaxinfra.config.schema import children, choices, is_config, is_open, members, words_of
+from jaxinfra.config.schema import allowed_words, children, choices, is_config, is_open, union_members
 from jaxinfra.data.image_data import ImageData
 from jaxinfra.data.mixing import MixStage
 from jaxinfra.data.mixture import MixSource, Mixture
@@ -72,7 +72,7 @@ def nodes(annotation: Any, value: Any, path: str = "") -> Iterator[tuple[type, s
 
 def changed(run: Run, path: str, annotation: Any) -> Run | None:
     """The run with another value in a field; None where the field is a group, or its other classes need arguments."""
-    for text in (*words_of(annotation), "1", "2", "0.25", "0.75", "x", "()", "(1.0, 2.0)", "(fsdp,)", "(full,)"):
+    for text in (*allowed_words(annotation), "1", "2", "0.25", "0.75", "x", "()", "(1.0, 2.0)", "(fsdp,)", "(full,)"):
         try:
             other = apply(run, [f"{path}={text}"])
         except ConfigError:
@@ -90,8 +90,8 @@ def test_a_field_names_another_run_if_it_changes_the_numbers() -> None:
     for run, path, annotation in fields.values():
         other = changed(run, path, annotation)
         if other is None:
-            grouped = (is_config(member) or is_open(member) or "tuple" in str(member) for member in members(annotation))
-            assert any(grouped), path
+            options = union_members(annotation)
+            assert any(is_config(each) or is_open(each) or "tuple" in str(each) for each in options), path
             continue
         same = any(f"{path}.".startswith(f"{prefix}.") for prefix in NOT_THE_NUMBERS)
         assert (fingerprint(other) == fingerprint(run)) == same, path
@@ -103,7 +103,7 @@ def test_a_field_names_another_run_if_it_changes_the_numbers() -> None:
 def test_every_class_that_a_run_may_hold_is_walked() -> None:
     def classes(annotation: Any) -> Iterator[type]:
         yield from choices(annotation).values()
-        for member in members(annotation):
+        for member in union_members(annotation):
             if is_config(member):
                 yield member
             yield from (cls for part in getattr(member, "__args__", ()) if part is not ... for cls in classes(part))

@@ -1,7 +1,6 @@
 """Validation of a config: types, limits, and the problems that config classes find in themselves.
 
-A class checks its own fields and everything below them. Its parts are checked first, so a check across fields may rely
-on the checks of the parts.
+The parts of an object are checked before its own `problems()`, which may therefore rely on valid parts.
 """
 
 import re
@@ -9,21 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxinfra.config import schema
-from jaxinfra.config.schema import MISSING, ConfigField, describe, fields_of, is_config, is_within
+from jaxinfra.config.schema import MISSING, ConfigField, describe, fields_of, is_config, within_limits
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import has_credentials
 
+# The first name of each `path=` in a text.
 _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A problem that a config object reports; paths are relative to the object, and are shown as full paths."""
+    """A problem that a config object reports. Its paths are relative to the object; messages show full paths."""
 
-    fields: tuple[str, ...]  # paths of the fields
-    message: str  # says what is wrong with their values
-    fix: str  # says what to do, such as "use steps=100"
+    fields: tuple[str, ...]  # paths of the fields with wrong values
+    message: str  # what is wrong
+    fix: str  # what to do, such as "use steps=100"
 
 
 def validate(root: object) -> None:
@@ -42,7 +42,7 @@ def validate(root: object) -> None:
                     f"{join(path, field.name)}={show(value)}: has credentials in it, which run.json would store; "
                     "set them in the environment or a profile"
                 )
-            if not is_within(field.annotation, value):
+            if not within_limits(field.annotation, value):
                 raise ConfigError(_limit_message(field, value, join(path, field.name)))
         for problem in getattr(node, "problems", tuple)():
             raise ConfigError(_problem_message(node, path, problem))
@@ -58,15 +58,16 @@ def _texts(value: object) -> Iterator[str]:
 
 def _limit_message(field: ConfigField, value: object, path: str) -> str:
     default = field.make_default()
-    allowed = default if is_within(field.annotation, default) else schema.smallest(field.annotation)
+    allowed = default if within_limits(field.annotation, default) else schema.smallest_allowed(field.annotation)
     fix = "" if allowed is MISSING else f"; use {path}={format_value(allowed)}"
     return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
 
 
 def _problem_message(node: object, path: str, problem: Problem) -> str:
     values = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
+    # The fix may name fields of the object, which need their full path, and options of the command line, which do not.
     own = {field.name for field in fields_of(type(node))}
-    fix = _ASSIGNED.sub(lambda found: join(path, found[1]) if found[1] in own else found[1], problem.fix)
+    fix = _ASSIGNED.sub(lambda match: join(path, match[1]) if match[1] in own else match[1], problem.fix)
     return f"{values}: {problem.message}; {fix}"
 
 

@@ -1,6 +1,6 @@
-"""Lookup of user classes, which are defined outside jaxinfra, by name.
+"""Finds user classes, which are defined outside jaxinfra, by name.
 
-A record is data: it may import jaxinfra, and what the user names with `--import`, but nothing else.
+A run record is data: reading one imports only jaxinfra, and what the user names with `--import`.
 """
 
 import functools
@@ -17,7 +17,15 @@ from typing import Self
 
 from jaxinfra.config.extensible import PACKAGE, class_name, is_user_class, require_complete
 from jaxinfra.config.folder import ModuleFolder, import_module, module_spec
-from jaxinfra.config.schema import accepts, is_config, is_open, members, not_accepted, reachable, walk
+from jaxinfra.config.schema import (
+    accepts,
+    describe_mismatch,
+    is_config,
+    is_open,
+    reachable_classes,
+    union_members,
+    walk,
+)
 from jaxinfra.config.text import error_prefix, shorten
 from jaxinfra.errors import ConfigError
 
@@ -28,7 +36,7 @@ RESTORE = "restore the file, or name a config file instead of the record"
 
 @functools.cache
 def source_of(cls: type) -> dict[str, str | None]:
-    """Returns the file that defines a class, and 16 hex digits of its SHA-256.
+    """Returns the file that defines a class, and the first 16 hex digits of the file's SHA-256.
 
     For a class from the folder of a config file, the first call must be made while the folder is `importable`.
     """
@@ -39,7 +47,7 @@ def source_of(cls: type) -> dict[str, str | None]:
 
 
 def user_classes(root: object) -> list[type]:
-    """Returns the user classes of all objects in a config, and those that they inherit from."""
+    """Returns the classes of all objects in a config and their bases, as far as they are user classes."""
     parts = (type(value) for _, _, value in walk(type(root), root))
     return list(dict.fromkeys(base for cls in parts if is_config(cls) for base in _user_bases(cls)))
 
@@ -48,9 +56,12 @@ def _user_bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if is_user_class(base) and (is_config(base) or is_open(base))]
 
 
-def keep_usable(cls: type) -> None:
-    """Resolves the annotations and reads the source of a class and of those in its annotations, for later use."""
-    for each in reachable(cls) if is_config(cls) else [cls]:
+def cache_class(cls: type) -> None:
+    """Caches the annotations and the source hash of a class, and of the classes in its annotations.
+
+    Both can be read only while the folder of a config file is `importable`, but are needed later.
+    """
+    for each in reachable_classes(cls) if is_config(cls) else [cls]:
         for base in _user_bases(each):
             source_of(base)
 
@@ -60,9 +71,9 @@ class ClassFinder:
     """Finds classes by name, in what may be imported.
 
     Attributes:
-        folders: folders whose config files and modules may be imported; the first that has a module is used.
+        folders: folders whose config files and modules may be imported; the first that contains a module is used.
         modules: other modules that may be imported, with their submodules.
-        known: the user classes of a config, by name; if given, no others are found.
+        known: the user classes of a config, by name; if given, no other user classes are found.
     """
 
     folders: tuple[ModuleFolder, ...] = ()
@@ -70,33 +81,33 @@ class ClassFinder:
     known: Mapping[str, type] | None = None
 
     @classmethod
-    def named(cls, words: Iterable[str | os.PathLike[str]]) -> Self:
-        """Returns the finder for the words after `--import`: modules, files, and folders that end with a slash."""
+    def from_imports(cls, imports: Iterable[str | os.PathLike[str]]) -> Self:
+        """Returns the finder for the values of `--import`: modules, files, and folders that end with a slash."""
         folders, modules = [], [PACKAGE]
-        for word in (os.fspath(each) for each in words):
-            path = Path(word)
-            if word.endswith((".py", os.sep)) and path.exists():
+        for name in map(os.fspath, imports):
+            path = Path(name)
+            if name.endswith((".py", os.sep)) and path.exists():
                 folders.append(ModuleFolder(path if path.is_dir() else path.parent))
-            elif re.fullmatch(_DOTTED, word) and not word.endswith(".py"):
-                with error_prefix(f"--import {word}: "):
-                    import_module(word)
-                modules.append(word)
+            elif re.fullmatch(_DOTTED, name) and not name.endswith(".py"):
+                with error_prefix(f"--import {name}: "):
+                    import_module(name)
+                modules.append(name)
             else:
-                raise ConfigError(f"--import {word}: no such file; name a config file, a folder/ or a module")
+                raise ConfigError(f"--import {name}: no such file; name a config file, a folder/ or a module")
         return cls(folders=tuple(folders), modules=tuple(modules))
 
     @classmethod
-    def of(cls, root: object) -> Self:
+    def from_config(cls, root: object) -> Self:
         """Returns the finder for the user classes of a config."""
         return cls(known={class_name(each): each for each in user_classes(root)})
 
     def find(self, name: str, *, anywhere: bool = False, file: str | None = None) -> type:
-        """Returns a class; raises ConfigError if there is none, or if it may not be imported.
+        """Returns a class; raises ConfigError if it does not exist or may not be imported.
 
         Args:
             name: `package.module:Class` or `FILE.py:Class`.
-            anywhere: allows every module, as the user has named the class.
-            file: the file of the class, as a record has it.
+            anywhere: allows every module, because the user has named the class on the command line.
+            file: the file of the class according to a record, for the message.
         """
         if self.known and name in self.known:
             return self.known[name]
@@ -104,48 +115,51 @@ class ClassFinder:
             return self._find(name, anywhere, file)
 
     def _find(self, name: str, anywhere: bool, file: str | None) -> type:
-        parts = _CLASS.fullmatch(name)
-        if parts is None:
+        match = _CLASS.fullmatch(name)
+        if match is None:
             raise ConfigError("not the path of a class at the top of its module; write package.module:Class")
-        module, qualname = parts.groups()
+        module, qualname = match.groups()
         if module == "__main__":
             raise ConfigError("the class was defined in a notebook or at a prompt; define it in a module")
         folder = next((each for each in self.folders if each.has(module)), None)
-        if not (folder or anywhere or any(f"{module}.".startswith(f"{each}.") for each in self.modules)):
-            raise ConfigError(self._refusal(module, file))
+        in_modules = any(f"{module}.".startswith(f"{each}.") for each in self.modules)
+        if not (folder or anywhere or in_modules):
+            raise ConfigError(self._not_importable(module, file))
         if folder is None and module.endswith(".py"):
             raise ConfigError(f"no {module} in the folder of the config file; write package.module:Class")
         with folder.importable() if folder else nullcontext():
-            found: object = folder.load(module) if folder else import_module(module)
+            cls: object = folder.load(module) if folder else import_module(module)
             for part in qualname.split("."):
-                found = vars(found).get(part) if isinstance(found, ModuleType | type) else None
-            if not isinstance(found, type):
+                # Not getattr: a name in a record must not run a module's `__getattr__`.
+                cls = vars(cls).get(part) if isinstance(cls, ModuleType | type) else None
+            if not isinstance(cls, type):
                 raise ConfigError(f"no class {qualname}; {RESTORE if file else 'name one that the module defines'}")
-            keep_usable(found)
-        return found
+            cache_class(cls)
+        return cls
 
-    def _refusal(self, module: str, file: str | None) -> str:
+    def _not_importable(self, module: str, file: str | None) -> str:
         if self.known is not None:
             return "the config of this run does not use the class; use name=ANOTHER"
         if file is not None and not os.path.exists(file):
             return f"the file is gone; {RESTORE}"
-        word = module
+        to_import = module
         if file and module.endswith(".py"):
-            word = file
+            to_import = file
         elif file and not module_spec(module.partition(".")[0]):
+            # The module is not installed: names the folder that it was imported from.
             parts = [*module.split("."), *(["__init__"] if file.endswith("__init__.py") else [])]
-            word = file.removesuffix(f"{os.sep.join(parts)}.py")  # the folder from which the module was imported
-        return f"a record imports only what you name; add --import {word}"
+            to_import = file.removesuffix(f"{os.sep.join(parts)}.py")
+        return f"a record imports only what you name; add --import {to_import}"
 
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:
-    """Returns the class with an import path, for an open choice; None if `name` is no path, or the choice not open."""
-    bases = [option for option in members(annotation) if is_open(option)]
+    """Returns the class with the import path `name`; None if `name` is no path, or no open base takes user classes."""
+    bases = [option for option in union_members(annotation) if is_open(option)]
     if ":" not in name or not bases:
         return None
     cls = finder.find(name, anywhere=anywhere)
     if issubclass(cls, tuple(bases)):
         require_complete(cls)
     if not accepts(annotation, cls):
-        raise ConfigError(f"{name}: {not_accepted(annotation, cls)}")
+        raise ConfigError(f"{name}: {describe_mismatch(annotation, cls)}")
     return cls

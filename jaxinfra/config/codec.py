@@ -1,8 +1,8 @@
-"""Conversion of a config to JSON values and back.
+"""Converts a config to JSON values and back.
 
 A config object becomes a dict, a tuple a list, an enum member its name, and a float that JSON lacks "nan", "inf" or
-"-inf". The object in a choice has the name of its class under "kind". A missing key takes the default of its field, so
-that new fields do not break old records.
+"-inf". In a choice the dict also has "kind", the name of the class. If a key is missing, decoding takes the default of
+the field, so that new fields do not break old records.
 """
 
 import enum
@@ -25,9 +25,9 @@ from jaxinfra.config.schema import (
     is_choice,
     is_config,
     is_node,
-    items_of,
+    item_annotations,
     match,
-    members,
+    union_members,
 )
 from jaxinfra.config.text import error_prefix, join, nearest, same, shorten, show
 from jaxinfra.errors import ConfigError
@@ -46,8 +46,8 @@ def encode(root: object) -> dict[str, Any]:
 def decode[C](cls: type[C], coded: object, finder: ClassFinder | None = None) -> C:
     """Returns the config of class `cls` that `encode` turned into `coded`.
 
-    Open choices may name the classes that `finder` finds; without it, those of jaxinfra. Raises ConfigError with the
-    path of a key that is unknown or missing, or of a value that does not fit.
+    Without a finder, only classes of jaxinfra are found. Raises ConfigError with the path of a key that is unknown or
+    missing, or of a value that does not fit.
     """
     return _decode(cls, coded, "", finder or ClassFinder())
 
@@ -58,21 +58,23 @@ def _encode(annotation: object, value: object, path: str) -> Any:
         parts = children(annotation, value)
         return kind | {name: _encode(part_annotation, part, join(path, name)) for name, part_annotation, part in parts}
     if isinstance(value, tuple):
+        # The value conforms, so one of the tuple types fits.
         fitting = (each for each in _tuples(annotation) if is_node(each, value) or match(each, value) is not MISMATCH)
-        items = items_of(next(fitting), len(value)) or ()
+        items = item_annotations(next(fitting), len(value)) or ()
         return [_encode(item, part, join(path, i)) for i, (item, part) in enumerate(zip(items, value, strict=True))]
     coded = value
     if isinstance(value, enum.Enum):
         coded = value.name
     elif isinstance(value, float) and not math.isfinite(value):
         coded = repr(value)
+    # A string may read back as another type, such as "nan" in `str | float`.
     if isinstance(coded, str) and not same(_decode_leaf(annotation, coded), value):
         raise ConfigError(f"{path}={show(value)}: would be stored like a value of another type; use another value")
     return coded
 
 
 def _tuples(annotation: object) -> list[object]:
-    return [member for member in members(annotation) if get_origin(member) is tuple]
+    return [member for member in union_members(annotation) if get_origin(member) is tuple]
 
 
 def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -> Any:
@@ -81,7 +83,7 @@ def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -
             fields = {name: part for name, part in coded.items() if name != KIND}
             cls = _decode_kind(annotation, coded.get(KIND, MISSING), join(path, KIND), finder)
             return _decode_fields(cls, fields, path, finder)
-        if is_config(cls := members(annotation)[0]):
+        if is_config(cls := union_members(annotation)[0]):
             return _decode_fields(cls, coded, path, finder)
     if isinstance(coded, list) and _tuples(annotation):
         return _decode_tuple(annotation, coded, path, finder)
@@ -118,10 +120,10 @@ def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: Cl
 
 
 def _decode_tuple(annotation: object, coded: list[object], path: str, finder: ClassFinder) -> tuple[object, ...]:
-    """Decodes a list as the first tuple type of the annotation that it fits; raises the error of the last one."""
+    """Decodes a list as the first tuple type that it fits; if it fits none, raises the error of the last one."""
     problem = ConfigError(f"{path}={_show_json(coded)}: expected {describe(annotation)}")
     for member in _tuples(annotation):
-        items = items_of(member, len(coded))
+        items = item_annotations(member, len(coded))
         if items is not None:
             try:
                 parts = enumerate(zip(items, coded, strict=True))
@@ -134,7 +136,7 @@ def _decode_tuple(annotation: object, coded: list[object], path: str, finder: Cl
 def _decode_leaf(annotation: object, coded: object) -> object:
     """Returns the value of a JSON scalar, or `MISMATCH`; a string is a Literal, enum member, float or str."""
     if isinstance(coded, str):
-        options = members(annotation)
+        options = union_members(annotation)
         if any(get_origin(option) is Literal and match(option, coded) is coded for option in options):
             return coded
         for option in options:

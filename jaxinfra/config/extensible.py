@@ -1,4 +1,4 @@
-"""The base of classes that users extend with config classes of their own."""
+"""The base of all classes that users extend with config classes of their own."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ KIND = "kind"  # the key that names the chosen class in an encoded config
 
 
 class Extensible:
-    """Marks an open base, which in an annotation stands for all dataclasses that inherit from it.
+    """Marks an open base: in an annotation it stands for all dataclasses that inherit from it.
 
         class Optimizer(Extensible, ABC):
             @abstractmethod
@@ -21,9 +21,9 @@ class Extensible:
 
         type OptimizerChoice = AdamW | Lion | Optimizer
 
-    An open base is not a dataclass; its subclasses are frozen ones, and define its abstract methods. AdamW and Lion are
-    chosen by the names `adam_w` and `lion`, any other subclass of Optimizer by its import path, `package.module:Class`,
-    or as `FILE.py:Class` if it is defined in the config file FILE.py.
+    An open base is not a dataclass. Its subclasses are frozen dataclasses that define its abstract methods. AdamW and
+    Lion are chosen by the names `adam_w` and `lion`, any other subclass of Optimizer by its import path:
+    `package.module:Class`, or `FILE.py:Class` if it is defined in the config file FILE.py.
 
     Attributes:
         builtins: import paths of subclasses that have snake_case names without being in the annotation; they are
@@ -56,17 +56,17 @@ def is_user_class(cls: type) -> bool:
 
 def require_complete(cls: type) -> None:
     """Raises ConfigError for a subclass of an open base that cannot be used in a config; it says what to add."""
-    if problem := _incomplete(cls):
+    if problem := _find_problem(cls):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         raise ConfigError(f"{class_name(cls)}{f' in {file}' if file else ''}: {problem}")
 
 
-def _incomplete(cls: type) -> str | None:
+def _find_problem(cls: type) -> str | None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         bases = [base for base in cls.__mro__ if missing[0] in vars(base)]
         return f"does not define {', '.join(missing)} of {bases[0].__name__}; add def {missing[0]}(...) to the class"
-    # An undecorated subclass of a dataclass would silently lack the fields that it adds.
+    # Not getattr, which inherits: an undecorated subclass of a dataclass would silently lack the fields that it adds.
     params = vars(cls).get("__dataclass_params__")
     if params is None or not params.frozen:
         what = "a dataclass" if params is None else "frozen"

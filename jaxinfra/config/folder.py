@@ -1,4 +1,4 @@
-"""Import of config files, and of the modules in their folder."""
+"""Imports config files, and the modules in their folder."""
 
 import importlib
 import importlib.util
@@ -25,14 +25,14 @@ class _UncachedLoader(SourceFileLoader):
     """Loads a module without a bytecode cache, which would miss an edit within the same second."""
 
     def path_stats(self, path: str) -> NoReturn:
-        raise OSError
+        raise OSError  # makes Python's loader compile the source
 
 
 class ModuleFolder:
-    """The modules of a folder; a config file is a module too, and has the name of the file.
+    """The modules of a folder. A config file is a module, too; its module name is the file name, with ".py".
 
     They are in `sys.modules` only within `importable()`, so that folders with modules of the same name do not mix. They
-    hide modules of the same name elsewhere, but not those of Python and of installed packages.
+    hide modules of the same name elsewhere, except in the standard library and in installed packages.
     """
 
     def __init__(self, path: Path):
@@ -43,6 +43,7 @@ class ModuleFolder:
         self._names = frozenset(filter(self._hides, filter(str.isidentifier, stems)))
 
     def _hides(self, name: str) -> bool:
+        """Returns whether a module of the folder is imported in place of others of this name."""
         spec = None if name in _NEVER_HIDDEN else self._finder.find_spec(name)
         if spec is None or spec.origin is None:
             return False
@@ -75,6 +76,7 @@ class ModuleFolder:
             self._loaded = self._exchange(hidden)
 
     def _exchange(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+        """Puts modules into `sys.modules`; returns those with names of this folder that were there."""
         taken = {name: sys.modules.pop(name) for name in [*sys.modules] if self._is_own(name)}
         sys.modules.update(modules)
         return taken
@@ -86,12 +88,12 @@ class ModuleFolder:
         if module not in sys.modules:
             path = self.path / module
             code = _compiled(path)
-            made = ModuleType(module)
-            made.__file__, made.__package__ = str(path), ""
+            new = ModuleType(module)
+            new.__file__, new.__package__ = str(path), ""
             # A dataclass in the file needs its module in sys.modules, to resolve string annotations.
-            sys.modules[module] = made
+            sys.modules[module] = new
             try:
-                self.run(path, exec, code, made.__dict__)
+                self.run(path, exec, code, new.__dict__)
             except ConfigError:
                 del sys.modules[module]
                 raise
@@ -114,10 +116,11 @@ def module_spec(name: str) -> ModuleSpec | None:
 
 
 def import_module(module: str) -> ModuleType:
-    """Imports a module; raises ConfigError if there is none, or if it fails."""
+    """Imports a module; raises ConfigError if it does not exist or fails."""
     try:
         return importlib.import_module(module)
     except Exception as error:
+        # Else the module exists, but imports one that does not.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"no module {module}; install it, or put its folder on PYTHONPATH") from error
         top = module.partition(".")[0]
@@ -134,13 +137,14 @@ def _compiled(path: Path) -> CodeType:
         raise ConfigError(f"{where}: {type(error).__name__}: {shorten(error.msg)}; fix the file") from error
 
 
-def _failure(what: str, error: Exception, is_own: Callable[[str], bool]) -> str:
-    """Returns the line of the user's modules in which an exception was raised, and its message."""
-    frames = reversed([*traceback.walk_tb(error.__traceback__)])
-    own = ((frame, line) for frame, line in frames if is_own(frame.f_globals.get("__name__", "")))
-    where = next((f"{frame.f_code.co_filename}:{line}" for frame, line in own), None)
+def _failure(default_location: str, error: Exception, is_own: Callable[[str], bool]) -> str:
+    """Returns the message of an exception, with the innermost line in the user's modules that it was raised from."""
+    location = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if is_own(frame.f_globals.get("__name__", "")):
+            location = f"{frame.f_code.co_filename}:{line}"
     text = " ".join(str(error).split())
-    if where is None and isinstance(error, ConfigError):
-        return text
+    if location is None and isinstance(error, ConfigError):
+        return text  # it names its own location
     kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__}: "
-    return f"{where or what}: {kind}{text}".rstrip(": ")
+    return f"{location or default_location}: {kind}{text}".rstrip(": ")

@@ -1,7 +1,8 @@
-"""Application of overrides, `path=value`, to a config, from left to right.
+"""Applies overrides, `path=value`, to a config, from left to right.
 
-A text is read by the annotation of its field. The name of a class switches a choice: the new object keeps the values of
-fields that have the same name and type in both classes. An override that a later switch would discard is an error.
+The annotation of a field says how its text is parsed. The name of a class switches a choice to this class: the new
+object keeps the values of fields with the same name and type in both classes. A switch must not discard an earlier
+override.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jaxinfra.config.extensible import class_name
 from jaxinfra.config.parse import parse, unquote
 from jaxinfra.config.schema import (
     MISMATCH,
+    allowed_words,
     children,
     choices,
     conform,
@@ -22,9 +24,8 @@ from jaxinfra.config.schema import (
     is_choice,
     is_config,
     is_node,
-    members,
+    union_members,
     walk,
-    words_of,
 )
 from jaxinfra.config.text import error_prefix, is_below, join, nearest, shorten
 from jaxinfra.errors import ConfigError
@@ -42,17 +43,17 @@ class Override:
 
 
 def read_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Splits overrides into path and text; raises ConfigError for one without them, or for a path that is set twice."""
-    found: dict[str, Override] = {}
+    """Splits overrides into path and text; raises ConfigError if either is missing, or if a path is set twice."""
+    by_path: dict[str, Override] = {}
     for each in overrides:
         path, equals, text = each.partition("=")
         override = Override(path=path.strip(), text=text.strip())
         if not equals or not override.path:
             raise ConfigError(f"{each}: not an override; write path=value, such as train.steps=100")
-        if override.path in found:
-            raise ConfigError(f"{found[override.path]} and {override}: set twice; keep one of them")
-        found[override.path] = override
-    return list(found.values())
+        if override.path in by_path:
+            raise ConfigError(f"{by_path[override.path]} and {override}: set twice; keep one of them")
+        by_path[override.path] = override
+    return list(by_path.values())
 
 
 def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = None) -> C:
@@ -60,14 +61,12 @@ def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = Non
 
     Raises ConfigError for an unknown path, a value that does not fit, or overrides that contradict each other.
     """
-    changed: Any = conform(type(root), root)
-    pending = read_overrides(overrides)
-    for index, override in enumerate(pending):
-        assignment = _Assignment(
-            override=override, earlier=pending[:index], root=changed, finder=finder or ClassFinder()
-        )
-        changed = assignment.apply(type(root), changed, override.path.split("."), "")
-    return changed
+    new: Any = conform(type(root), root)
+    finder, pending = finder or ClassFinder(), read_overrides(overrides)
+    for i, override in enumerate(pending):
+        assignment = _Assignment(override=override, earlier=pending[:i], root=new, finder=finder)
+        new = assignment.apply(type(root), new, override.path.split("."), "")
+    return new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +97,14 @@ class _Assignment:
             return self._switch(old, cls)
         parsed = parse(annotation, override.text)
         if parsed is not MISMATCH:
-            self._require_kept(set())
+            self._require_kept(set())  # a value without fields, such as none, keeps nothing
             return parsed
         if not is_choice(annotation) and is_node(annotation, old):
             parts = [join(override.path, name) for name, _, _ in children(annotation, old)]
             fix = f"set one of {', '.join(parts)}" if parts else "it has none to set"
             raise ConfigError(f"{override}: {override.path} is not one value but a group of fields; {fix}")
-        usable = [w for w in words_of(annotation) if w in choices(annotation) or parse(annotation, w) is not MISMATCH]
+        words = allowed_words(annotation)  # some only describe a value, such as "int at least 1"
+        usable = [word for word in words if word in choices(annotation) or parse(annotation, word) is not MISMATCH]
         near = nearest(override.text, usable)
         hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"{override}: expected {describe(annotation)}{hint}")
@@ -124,11 +124,12 @@ class _Assignment:
     def _switch(self, old: object, cls: type) -> object:
         if type(old) is cls:
             return old
-        before = {field.name: field for field in fields_of(type(old))} if is_config(type(old)) else {}
+        old_fields = fields_of(type(old)) if is_config(type(old)) else ()
+        old_types = {field.name: union_members(field.annotation) for field in old_fields}
         kept = {
             field.name: getattr(old, field.name)
             for field in fields_of(cls)
-            if field.name in before and members(before[field.name].annotation) == members(field.annotation)
+            if old_types.get(field.name) == union_members(field.annotation)
         }
         self._require_kept(set(kept))
         missing = [field.name for field in fields_of(cls) if field.required and field.name not in kept]
@@ -137,16 +138,16 @@ class _Assignment:
         return conform(cls, self._build(cls, **kept), self.override.path)
 
     def _require_kept(self, kept: set[str]) -> None:
-        """Refuses to discard what an earlier override has set below the path, outside the fields `kept`."""
+        """Raises ConfigError if an earlier override has set a field below the path that is not one of `kept`."""
         path = self.override.path
         for earlier in self.earlier:
             if is_below(earlier.path, path) and earlier.path.removeprefix(path + ".").split(".")[0] not in kept:
                 raise ConfigError(f"{self.override}: would discard {earlier} before it; put {self.override} first")
 
-    def _build[T](self, constructor: Callable[..., T], *given: Any, **fields: Any) -> T:
-        """Calls a constructor; an error in a `__post_init__` is one of the override."""
+    def _build[T](self, constructor: Callable[..., T], *args: Any, **fields: Any) -> T:
+        """Calls a constructor; if a `__post_init__` raises, the ConfigError names the override."""
         try:
-            return constructor(*given, **fields)
+            return constructor(*args, **fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.override}: {shorten(str(error))}; use another value") from error
 
@@ -163,7 +164,7 @@ class _Assignment:
         return f"{full}: no such field; {path or 'the config'} has {', '.join(siblings) or 'none'}"
 
     def _nearest_path(self, path: str, names: Sequence[str], siblings: Sequence[str]) -> str | None:
-        """Returns the likeliest existing path: one with a sibling's name, of a field of this name, or a similar one."""
+        """Guesses the path that was meant: a misspelled name, a field of this name elsewhere, or a similar path."""
         known = [each for each, _, _ in walk(type(self.root), self.root) if each]
         full = self.override.path
         sibling = nearest(names[0], siblings)

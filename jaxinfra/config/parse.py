@@ -1,8 +1,8 @@
-"""Parsing of the text of an override, by the annotation of its field.
+"""Parses the text of an override, as the annotation of its field says.
 
-An int is `1_000` or `4e3`, a float whatever `float` reads, a bool `true` or `false`, None `none` or `null`, a string
-bare or quoted, an enum member its name or value, a tuple `(1, 2)`, `[1, 2]` or `1,2`. If a text fits several
-alternatives, the narrowest one wins; `str` comes last.
+An int is `1_000` or `4e3`, a float what Python's `float` reads, a bool `true` or `false`, None `none` or `null`, a
+string bare or quoted, an enum member its name or value, a tuple `(1, 2)`, `[1, 2]` or `1,2`. If a text fits several
+types of a union, the narrowest one wins; `str` comes last.
 """
 
 import ast
@@ -12,7 +12,7 @@ import types
 from decimal import Decimal
 from typing import Literal, get_args, get_origin
 
-from jaxinfra.config.schema import MISMATCH, is_config, is_open, items_of, members
+from jaxinfra.config.schema import MISMATCH, is_config, is_open, item_annotations, union_members
 
 _INT = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}", re.ASCII)
@@ -23,12 +23,12 @@ _NARROWEST_FIRST = (types.NoneType, Literal, enum.EnumType, bool, int, float, tu
 
 def parse(annotation: object, text: str) -> object:
     """Returns the leaf that `text` stands for, or `MISMATCH`."""
-    options = [option for option in members(annotation) if not is_config(option) and not is_open(option)]
-    only_tuple = all(get_origin(option) is tuple or option is types.NoneType for option in members(annotation))
-    for member in sorted(options, key=_breadth):
+    options = [option for option in union_members(annotation) if not is_config(option) and not is_open(option)]
+    only_tuple = all(get_origin(option) is tuple or option is types.NoneType for option in union_members(annotation))
+    for member in sorted(options, key=_narrowness_rank):
         if get_origin(member) is tuple:
             value = _parse_tuple(member, text, bare=only_tuple)
-        elif member is int and float in options:
+        elif member is int and float in options:  # `4e3` is then a float
             value = int(text) if _INT.fullmatch(text) else MISMATCH
         else:
             value = _parse_scalar(member, text)
@@ -48,14 +48,14 @@ def unquote(text: str) -> object:
     return value if isinstance(value, str) else MISMATCH
 
 
-def _breadth(member: object) -> int:
+def _narrowness_rank(member: object) -> int:
     kind = enum.EnumType if isinstance(member, enum.EnumType) else get_origin(member) or member
     return _NARROWEST_FIRST.index(kind)
 
 
 def _parse_scalar(member: object, text: str) -> object:
     if get_origin(member) is Literal:
-        return next((arg for arg in get_args(member) if _spells(text, arg)), MISMATCH)
+        return next((arg for arg in get_args(member) if _stands_for(text, arg)), MISMATCH)
     if member is types.NoneType:
         return None if text.lower() in ("none", "null") else MISMATCH
     if member is bool:
@@ -74,10 +74,10 @@ def _parse_scalar(member: object, text: str) -> object:
     return string
 
 
-def _spells(text: str, value: object) -> bool:
-    """Tells whether `text`, read as the type of `value`, stands for `value`."""
-    read = _parse_scalar(type(value), text)
-    return type(read) is type(value) and read == value
+def _stands_for(text: str, value: object) -> bool:
+    """Tells whether `text`, parsed as the type of `value`, is `value`."""
+    parsed = _parse_scalar(type(value), text)
+    return type(parsed) is type(value) and parsed == value  # True == 1
 
 
 def _parse_int(text: str) -> object:
@@ -88,11 +88,11 @@ def _parse_int(text: str) -> object:
 
 
 def _parse_tuple(member: object, text: str, *, bare: bool) -> object:
-    """Parses a tuple; one without brackets only if `bare`, as `a,b` may be a string in a wider union."""
+    """Parses a tuple; `bare` allows one without brackets. In a union with str, `a,b` is a string."""
     parts = _split(text[1:-1]) if text and text[-1] == _CLOSING.get(text[0]) else None
     if parts is None and bare and text:
         parts = _split(text)
-    if parts is None or (items := items_of(member, len(parts))) is None:
+    if parts is None or (items := item_annotations(member, len(parts))) is None:
         return MISMATCH
     values = tuple(parse(item, part) for item, part in zip(items, parts, strict=True))
     return MISMATCH if MISMATCH in values else values

@@ -1,7 +1,7 @@
-"""The record of a run, `run.json`: its whole config, where the values came from, and the environment.
+"""The run record, `run.json`: the whole config, the origins of its values, and the environment.
 
-A replay needs nothing else, unless the config has user classes: their files must be there, unchanged. Their source is
-not copied into the record: a record is never executed, and source may hold secrets.
+A replay needs nothing else, except the unchanged files of user classes. Their source is not copied into the record: a
+record is never executed, and source may contain secrets.
 """
 
 import json
@@ -47,7 +47,7 @@ def record(
     git: Mapping[str, Any],
     devices: Sequence[Any] | Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the record of a run: `versions` are those of packages, `git` is the state of the source tree."""
+    """Returns the run record; `versions` maps packages to versions, `git` is the state of the source tree."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,7 +71,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a record; raises StorageError if it cannot be read, ConfigError if it is no record or of a newer format."""
+    """Reads a record; raises StorageError, or ConfigError if the file is not a record or has a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
     try:
         with storage_errors(path, action="read", missing=missing):
@@ -79,19 +79,19 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a run record, it is not UTF-8 text; restore the file") from error
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: broken JSON, {error.msg}; restore the file") from error
-    version = found.get("format") if isinstance(found, dict) else None
+    version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int:
         raise ConfigError(f"{path}: not a run record, it has no format; name a run.json that a run wrote")
     if version > FORMAT:
         raise ConfigError(
             f"{path}: format={version} is newer than {FORMAT}, which this version reads; upgrade jaxinfra"
         )
-    if missing := {"root", "config"} - found.keys():
+    if missing := {"root", "config"} - content.keys():
         raise ConfigError(f"{path}: not a run record, it has no {min(missing)}; restore the file")
-    return found
+    return content
 
 
 def decode_record[C](
@@ -100,20 +100,21 @@ def decode_record[C](
     root: type[C] | None = None,
     finder: ClassFinder | None = None,
 ) -> C:
-    """Returns the config of the record that was read from `path`; raises ConfigError if a class is not found.
+    """Returns the config of a record; raises ConfigError if a class is not found.
 
-    `root` is the class of the config, if the caller knows it. Without `finder`, only classes of jaxinfra are found.
+    `path` is for messages; `root` is the class of the config, if known. Without a finder, only classes of jaxinfra are
+    found.
     """
-    finder, named = finder or ClassFinder(), str(record["root"])
+    finder, root_name = finder or ClassFinder(), str(record["root"])
     with error_prefix(f"{path}: root="):
-        cls = root if root is not None and named == class_name(root) else finder.find(named)
+        cls = root if root is not None and root_name == class_name(root) else finder.find(root_name)
     if not is_config(cls):
-        raise ConfigError(f"{path}: root={show(named)} is not a config class; restore the file")
+        raise ConfigError(f"{path}: root={show(root_name)} is not a config class; restore the file")
     with error_prefix(f"{path}: "):
         return decode(cls, record["config"], finder)
 
 
-def require_classes(
+def check_classes(
     path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder, *, same_sources: bool
 ) -> None:
     """Raises ConfigError if a user class of a record is missing or, with `same_sources`, its file has changed."""

@@ -1,12 +1,12 @@
-"""The types of config fields, read from their annotations.
+"""Reads the annotations of config fields.
 
-A *config class* is a dataclass. A *leaf* is an int, float, bool, str, None, enum member, one of a `Literal`, or a tuple
-of these. A *node* is a config object, or a non-empty tuple of config objects. A *choice* is a field that accepts
-several config classes: those of a union by snake_case name, those that inherit from an open base (see `Extensible`)
-by import path. `Annotated` adds limits of annotated-types, such as `Annotated[int, Ge(1)]`, or `NOT_FINGERPRINTED`.
+A *config class* is a dataclass. A *leaf* is an int, float, bool, str, None, enum member, value of a `Literal`, or a
+tuple of these. A *node* is a config object, or a non-empty tuple of config objects. A *choice* is a field that accepts
+several config classes: the members of a union by snake_case name, the subclasses of an open base (see `Extensible`) by
+import path. `Annotated` adds limits of annotated-types, such as `Annotated[int, Ge(1)]`, or `NOT_FINGERPRINTED`.
 
-`conform` ensures that every value in a config has exactly the type that its annotation says: an int in a float field
-becomes a float. The other modules rely on it.
+`conform` gives every value in a config exactly the type of its annotation: an int in a float field becomes a float. The
+other modules of this package rely on it.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from jaxinfra.config.extensible import KIND, Extensible, class_name
 from jaxinfra.config.text import format_value, join, one_of, show, snake_case
 from jaxinfra.errors import ConfigError
 
+# The test of each kind of limit, and its words in messages.
 _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least"),
     Gt: (operator.gt, "above"),
@@ -37,7 +38,7 @@ _LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
 _SCALARS = (bool, int, float, str, types.NoneType)
 
 
-class _Mark(enum.Enum):
+class _Mark(enum.Enum):  # type checkers understand `is` with an enum member
     MISMATCH = enum.auto()
     NOT_FINGERPRINTED = enum.auto()
 
@@ -46,7 +47,7 @@ NOT_FINGERPRINTED = _Mark.NOT_FINGERPRINTED
 """In `Annotated`: leaves the field, and all fields below it, out of the fingerprint."""
 
 MISMATCH = _Mark.MISMATCH
-"""The result of a match or a parse if the value does not fit; None is a value itself."""
+"""The result of `match` or `parse` if the value does not fit; None may be a valid value."""
 
 MISSING = dataclasses.MISSING  # the default of a field that has none
 
@@ -86,16 +87,16 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
             f"{cls.__qualname__}: {cls.__module__} does not define {error.name}, which an annotation names; "
             f"import it there, not under TYPE_CHECKING"
         ) from error
-    given = [field for field in dataclasses.fields(cls) if field.init]
-    for field in given:
-        _require_supported(hints[field.name], f"{cls.__qualname__}.{field.name}")
-    return tuple(
-        ConfigField(name=each.name, annotation=hints[each.name], default=each.default, factory=each.default_factory)
-        for each in given
-    )
+    fields = []
+    for field in dataclasses.fields(cls):
+        if field.init:
+            name, hint = field.name, hints[field.name]
+            _require_supported(hint, f"{cls.__qualname__}.{name}")
+            fields.append(ConfigField(name=name, annotation=hint, default=field.default, factory=field.default_factory))
+    return tuple(fields)
 
 
-def reachable(cls: type, found: dict[type, None] | None = None) -> dict[type, None]:
+def reachable_classes(cls: type, found: dict[type, None] | None = None) -> dict[type, None]:
     """Returns `cls` and all config classes that its annotations name, and resolves the annotations of all.
 
     String annotations are looked up in the module of their class, so this must be done while a config file is loaded.
@@ -103,19 +104,18 @@ def reachable(cls: type, found: dict[type, None] | None = None) -> dict[type, No
     found = {} if found is None else found
     if cls not in found:
         found[cls] = None
-        for field in fields_of(cls):
-            for part in filter(is_config, _classes(field.annotation)):
-                reachable(part, found)
+        for part in (each for field in fields_of(cls) for each in _classes(field.annotation) if is_config(each)):
+            reachable_classes(part, found)
     return found
 
 
-def members(annotation: object) -> tuple[Any, ...]:
-    """Returns the alternatives of a union, without metadata; nested unions and `type` aliases are flattened."""
+def union_members(annotation: object) -> tuple[Any, ...]:
+    """Returns the types of a union without metadata, or the type itself; flattens nested unions and `type` aliases."""
     return tuple(dict.fromkeys(member for member, _ in _alternatives(annotation)))
 
 
 def _alternatives(annotation: Any, metadata: tuple[object, ...] = ()) -> Iterator[tuple[Any, tuple[object, ...]]]:
-    """Yields each alternative of a union with its metadata."""
+    """Yields each type of a union with its metadata."""
     if isinstance(annotation, typing.TypeAliasType):
         yield from _alternatives(annotation.__value__, metadata)
     elif get_origin(annotation) is Annotated:
@@ -127,16 +127,16 @@ def _alternatives(annotation: Any, metadata: tuple[object, ...] = ()) -> Iterato
         yield types.NoneType if annotation is None else annotation, metadata
 
 
-def is_within(annotation: object, value: object) -> bool:
+def within_limits(annotation: object, value: object) -> bool:
     """Tells whether a value of the right type lies within the limits of its annotation."""
-    return any(_is_within(member, metadata, value) for member, metadata in _alternatives(annotation))
+    return any(_within_limits(member, metadata, value) for member, metadata in _alternatives(annotation))
 
 
-def _is_within(member: object, metadata: tuple[object, ...], value: object) -> bool:
+def _within_limits(member: object, metadata: tuple[object, ...], value: object) -> bool:
     if get_origin(member) is tuple:
-        if not isinstance(value, tuple) or (items := items_of(member, len(value))) is None:
+        if not isinstance(value, tuple) or (items := item_annotations(member, len(value))) is None:
             return False
-        return all(is_within(*pair) for pair in zip(items, value, strict=True))
+        return all(within_limits(*pair) for pair in zip(items, value, strict=True))
     fits = accepts(member, type(value)) or match(member, value) is not MISMATCH
     return fits and all(holds(value, bound) for bound, holds, _ in _limits(metadata))
 
@@ -148,8 +148,8 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any],
             yield *dataclasses.astuple(each), *_LIMITS[type(each)]
 
 
-def smallest(annotation: object) -> object:
-    """Returns the smallest value that an annotation allows, a text of the least length, or `MISSING`."""
+def smallest_allowed(annotation: object) -> object:
+    """Returns the smallest number or the shortest text that an annotation allows, for a message, or `MISSING`."""
     for limit in (each for _, metadata in _alternatives(annotation) for each in metadata):
         if isinstance(limit, Ge):
             return limit.ge
@@ -170,13 +170,13 @@ def is_open(cls: object) -> bool:
 
 def accepts(annotation: object, cls: type) -> bool:
     """Tells whether objects of the config class `cls` are values of an annotation."""
-    options = members(annotation)
+    options = union_members(annotation)
     return is_config(cls) and (cls in options or any(is_open(option) and issubclass(cls, option) for option in options))
 
 
 def choices(annotation: object) -> dict[str, type]:
     """Returns the config classes of a choice that have snake_case names; imports the `builtins` of open bases."""
-    options = members(annotation)
+    options = union_members(annotation)
     named = [*filter(is_config, options), *(cls for option in options if is_open(option) for cls in _builtins(option))]
     return {snake_case(cls): cls for cls in named} if is_choice(annotation) else {}
 
@@ -187,26 +187,26 @@ def _builtins(base: type[Extensible]) -> tuple[type, ...]:
 
 
 def is_choice(annotation: object) -> bool:
-    """Tells whether the class of a value must be named: there is an open base, or a config class in a union."""
-    options = members(annotation)
+    """Tells whether the class of a value must be named: the annotation has an open base, or a union with a class."""
+    options = union_members(annotation)
     return any(map(is_open, options)) or (len(options) > 1 and any(map(is_config, options)))
 
 
 def choice_name(annotation: object, cls: type) -> str:
-    """Returns the name of a class in a choice: snake_case for those of the union and builtins, else the import path."""
-    options = members(annotation)
+    """Returns the name of a class in a choice: snake_case for a union member or builtin, else the import path."""
+    options = union_members(annotation)
     is_builtin = any(class_name(cls) in option.builtins for option in options if is_open(option))
     return snake_case(cls) if is_builtin or cls in options else class_name(cls)
 
 
-def not_accepted(annotation: object, cls: type) -> str:
-    """Says what an annotation expects instead of an object of `cls`."""
-    bases = [class_name(option) for option in members(annotation) if is_open(option)]
+def describe_mismatch(annotation: object, cls: type) -> str:
+    """Says what an annotation accepts in place of an object of `cls`."""
+    bases = [class_name(option) for option in union_members(annotation) if is_open(option)]
     fix = f"; let {cls.__name__} inherit from {bases[0]}" if bases else ""
     return f"expected {describe(annotation)}, found {cls.__name__}{fix}"
 
 
-def items_of(annotation: object, count: int) -> tuple[Any, ...] | None:
+def item_annotations(annotation: object, count: int) -> tuple[Any, ...] | None:
     """Returns the annotations of the items of a tuple, or None if it cannot have `count` items."""
     args = get_args(annotation)
     if len(args) == 2 and args[1] is Ellipsis:
@@ -249,18 +249,18 @@ def is_node(annotation: object, value: object) -> bool:
 
 
 def describe(annotation: object) -> str:
-    """Says what an annotation accepts: `int at least 1 or none`, `cosine or wsd`."""
-    return one_of(words_of(annotation))
+    """Says what an annotation accepts, such as `int at least 1 or none` or `cosine or wsd`."""
+    return one_of(allowed_words(annotation))
 
 
-def words_of(annotation: object) -> list[str]:
+def allowed_words(annotation: object) -> list[str]:
     """Returns the alternatives of an annotation as `describe` names them."""
     alternatives = dict.fromkeys(_alternatives(annotation))
     return [word for member, metadata in alternatives for word in _words(member, metadata)]
 
 
 def conform(annotation: object, value: Any, path: str = "") -> Any:
-    """Returns `value` with every leaf of the exact type of its annotation; raises ConfigError if one does not fit."""
+    """Returns `value` with every leaf in the exact type of its annotation; raises ConfigError if one does not fit."""
     if accepts(annotation, type(value)):
         changed = {}
         for name, part_annotation, part in children(annotation, value):
@@ -270,26 +270,26 @@ def conform(annotation: object, value: Any, path: str = "") -> Any:
     if is_node(annotation, value) and isinstance(value, tuple):
         parts = children(annotation, value)
         return _same_or(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
-    found = match(annotation, value)
-    if found is MISMATCH:
+    matched = match(annotation, value)
+    if matched is MISMATCH:
         type_is_obvious = type(value) in _SCALARS
-        expected = f"expected {describe(annotation)}" if type_is_obvious else not_accepted(annotation, type(value))
+        expected = f"expected {describe(annotation)}" if type_is_obvious else describe_mismatch(annotation, type(value))
         raise ConfigError(f"{path or 'config'}={show(value)}: {expected}")
-    return found
+    return matched
 
 
 def match(annotation: object, value: object) -> Any:
     """Returns a leaf value in the exact type of the annotation, or `MISMATCH`."""
-    options = members(annotation)
+    options = union_members(annotation)
     for member in options:
-        if (found := _match_member(member, value)) is not MISMATCH:
-            return found
+        if (matched := _match_member(member, value)) is not MISMATCH:
+            return matched
     return float(value) if float in options and type(value) is int else MISMATCH
 
 
 def _match_member(member: object, value: object) -> object:
     if get_origin(member) is tuple:
-        if not isinstance(value, tuple) or (items := items_of(member, len(value))) is None:
+        if not isinstance(value, tuple) or (items := item_annotations(member, len(value))) is None:
             return MISMATCH
         parts = tuple(match(item, part) for item, part in zip(items, value, strict=True))
         return MISMATCH if MISMATCH in parts else _same_or(value, parts)
@@ -307,15 +307,15 @@ def _same_or(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[object, 
 
 def _node_items(annotation: object, count: int) -> tuple[object, ...]:
     """Returns the annotations of the items of a tuple of config objects; () if a tuple is a leaf."""
-    for member in members(annotation):
+    for member in union_members(annotation):
         if get_origin(member) is tuple and any(_classes(arg) for arg in get_args(member)):
-            return items_of(member, count) or ()
+            return item_annotations(member, count) or ()
     return ()
 
 
 def _classes(annotation: object) -> list[type]:
     """Returns the config classes and open bases in an annotation, also inside tuples."""
-    options = members(annotation)
+    options = union_members(annotation)
     inside = (arg for option in options if get_origin(option) is tuple for arg in get_args(option))
     own = [option for option in options if is_config(option) or is_open(option)]
     return [*own, *(cls for arg in inside for cls in _classes(arg))]
@@ -362,7 +362,7 @@ def _require_supported(annotation: object, where: str) -> None:
                 f"{where}: a config cannot hold {name}; use int, float, bool, str, None, an enum, a Literal, "
                 f"a tuple of these, a dataclass, a base that inherits from Extensible, or a union of such classes"
             )
-    classes = [member for member in members(annotation) if is_config(member)] if is_choice(annotation) else []
+    classes = [member for member in union_members(annotation) if is_config(member)] if is_choice(annotation) else []
     if len({*map(snake_case, classes)}) < len(classes):
         raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
     for cls in classes:

@@ -1,4 +1,4 @@
-"""Loading of a config from a config file or the record of a run, with overrides.
+"""Loads a config from a config file or a run record, with overrides.
 
 A config file is Python with `def config()`. It may import modules from its folder.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxinfra.config.classes import ClassFinder, keep_usable, user_classes
+from jaxinfra.config.classes import ClassFinder, cache_class, user_classes
 from jaxinfra.config.folder import ModuleFolder
 from jaxinfra.config.overrides import apply, read_overrides
-from jaxinfra.config.record import Loaded, decode_record, read_record, require_classes
+from jaxinfra.config.record import Loaded, check_classes, decode_record, read_record
 from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
 from jaxinfra.config.text import join, nearest, same
 from jaxinfra.config.view import leaves
@@ -37,21 +37,21 @@ def load[C](
         source: a config file, or the `run.json` of a run.
         overrides: `path=value` texts.
         root: the class that the config must be an instance of.
-        imports: modules that a record may import classes from, or a finder of these; a file or a `folder/` stands for
-            all modules of its folder.
-        same_sources: refuse a record if the file of one of its classes has changed since.
+        imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
+            allows all modules of its folder.
+        same_sources: refuses a record if the file of one of its classes has changed since.
 
     Raises:
-        ConfigError: if the file is missing, is no config or fails, or if an override does not fit.
+        ConfigError: if the file is missing, raises or is not a config, or if an override does not fit.
         StorageError: if the file cannot be read.
     """
     path = Path(source)
     _require_config_file(path)
     run: Any
-    finder = imports if isinstance(imports, ClassFinder) else ClassFinder.named(imports)
+    finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
     if path.suffix == ".json":
         content = read_record(path)
-        require_classes(path, content, finder, same_sources=same_sources)
+        check_classes(path, content, finder, same_sources=same_sources)
         run = decode_record(path, content, root, finder)
     else:
         folder = ModuleFolder(path.parent)
@@ -66,17 +66,17 @@ def load[C](
 
 
 def _require_config_file(path: Path) -> None:
-    known = (".py", ".json")
+    suffixes = (".py", ".json")
     if path.is_dir():
         raise ConfigError(f"{path}: is a directory; name a config file in it")
     if not path.exists():
-        suffix = path.suffix if path.suffix in known else ".py"
+        suffix = path.suffix if path.suffix in suffixes else ".py"
         names = sorted(each.name for each in path.parent.glob(f"*{suffix}"))
         near = nearest(path.name, names)
-        there = f"has {', '.join(names)}" if names else f"has no *{suffix}"
-        hint = f"did you mean {path.parent / near}?" if near else f"{path.parent} {there}"
+        listing = f"has {', '.join(names)}" if names else f"has no *{suffix}"
+        hint = f"did you mean {path.parent / near}?" if near else f"{path.parent} {listing}"
         raise ConfigError(f"{path}: no such config file; {hint}")
-    if path.suffix not in known:
+    if path.suffix not in suffixes:
         raise ConfigError(f"{path}: not a config file; name a .py file with def config(), or a run.json")
 
 
@@ -87,7 +87,7 @@ def _run_config_file(folder: ModuleFolder, path: Path) -> object:
         if not is_config(type(run)):
             raise ConfigError(f"{path}: config() must return a config dataclass, found {type(run).__name__}")
         for cls in [type(run), *user_classes(run)]:
-            keep_usable(cls)
+            cache_class(cls)
     return run
 
 
@@ -95,11 +95,11 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
     function = getattr(module, "config", None)
     if not inspect.isroutine(function):
         raise ConfigError(f"{path}: no function config; define def config() that returns the config")
-    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in free
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
     ]
     if needed:
         raise ConfigError(f"{path}: config() needs {', '.join(needed)}; give each argument a default")
@@ -107,9 +107,9 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
 
 
 def _origins(run: object, before: Mapping[str, object], overridden: set[str], file: str) -> dict[str, str]:
-    """Returns the origin of each leaf that differs from its default; `before` are the leaves without the overrides.
+    """Returns the origin of each leaf that differs from its default; `before` has the leaves without the overrides.
 
-    A leaf may come from the command line although no override names it, if one has switched the class above it.
+    If an override has switched a class, the leaves below it come from the command line, too.
     """
     after = leaves(run)
     kept = {path for path in before.keys() & after.keys() - overridden if same(before[path], after[path])}
@@ -118,7 +118,7 @@ def _origins(run: object, before: Mapping[str, object], overridden: set[str], fi
 
 
 def _not_default(annotation: object, value: object, default: object, path: str) -> Iterator[str]:
-    """Yields the paths of leaves that differ from `default`, or from the defaults of their class if it is another."""
+    """Yields the paths of leaves that differ from `default`; in an object of another class, from its class defaults."""
     if not is_node(annotation, value):
         if not same(value, default):
             yield path

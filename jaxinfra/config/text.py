@@ -1,6 +1,6 @@
-"""Formatting of config values and names, for dumps, overrides and errors.
+"""Formats config values and names for dumps, overrides and errors.
 
-An override with a text of `format_value` sets the same value again: `parse` reads the text by the annotation.
+`parse` turns a text of `format_value` back into the same value.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from jaxinfra.config.extensible import Extensible, class_name, is_user_class
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import mask_credentials
 
+# Where a word of a CamelCase name starts: `aB`, or the last capital of `ABc`.
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
 _RESERVED = frozenset({"none", "null", "true", "false"})
@@ -36,7 +37,7 @@ def is_below(path: str, prefix: str) -> bool:
 
 
 def format_value(value: object) -> str:
-    """Returns the text of a value in an override; of a config object, the name of its class."""
+    """Returns a value as text for an override; for a config object, the name of its class."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -49,8 +50,8 @@ def format_value(value: object) -> str:
         inner = ", ".join(map(format_value, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        by_path = isinstance(value, Extensible) and is_user_class(type(value))
-        return class_name(type(value)) if by_path else snake_case(type(value))
+        has_import_path = isinstance(value, Extensible) and is_user_class(type(value))
+        return class_name(type(value)) if has_import_path else snake_case(type(value))
     return repr(value)
 
 

@@ -1,7 +1,7 @@
 """Flat views of a config: leaves by path, dump, diff and fingerprint.
 
-A choice is a leaf too, at its own path: the name of the chosen class. The leaves of one config, given as overrides to
-another of the same class, make the two equal, unless tuples of config objects differ in length.
+A choice adds a leaf at its own path: the name of the chosen class. If the leaves of one config are applied as overrides
+to another of the same class, the two are equal, unless tuples of config objects differ in length.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ ABSENT = "absent"  # in a difference, the value of the config that does not have
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A path whose leaf differs between two configs; it is `ABSENT` from one that does not have the path."""
+    """A path with different leaves in two configs; a config without the path has `ABSENT` there."""
 
     path: str
     left: object
@@ -30,13 +30,13 @@ def leaves(root: object, *, fingerprinted_only: bool = False) -> dict[str, objec
     `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`, with everything below them. Raises ConfigError if a
     value does not fit its annotation.
     """
-    found = {}
+    by_path = {}
     for path, annotation, value in walk(type(root), conform(type(root), root), fingerprinted_only=fingerprinted_only):
         if is_config(type(value)) and is_choice(annotation):
-            found[path] = choice_name(annotation, type(value))
+            by_path[path] = choice_name(annotation, type(value))
         elif not is_node(annotation, value):
-            found[path] = value
-    return found
+            by_path[path] = value
+    return by_path
 
 
 def dump(root: object) -> str:
@@ -47,6 +47,7 @@ def dump(root: object) -> str:
 def diff(left: object, right: object, *, fingerprinted_only: bool = False) -> list[Difference]:
     """Returns the leaves that differ, in the order of the fields; see `leaves`."""
     lefts, rights = (leaves(each, fingerprinted_only=fingerprinted_only) for each in (left, right))
+    # All paths in the order of `left`; those only in `right` follow the path that precedes them there.
     order, position = list(lefts), 0
     for path in rights:
         if path not in lefts:

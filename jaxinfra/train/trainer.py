@@ -240,7 +240,7 @@ class Trainer:
     def sampler(self) -> Sampler:
         """Returns a sampler of the trained language model; the averaged parameters where the run keeps them."""
         if self.state is None:
-            return Sampler.from_run(self.run_dir.path, ClassFinder.of(self.run))
+            return Sampler.from_run(self.run_dir.path, ClassFinder.from_config(self.run))
         params = self.state.params if self.state.ema is None else self.state.ema
         return Sampler.from_params(self.run, params)
 

@@ -45,8 +45,8 @@ def test_decode_reverses_encode() -> None:
     tree = json.loads(json.dumps(encode(BASE)))
     assert tree["optimizer"] == {"kind": f"{HERE}:Mine", "beta": 0.5, "scale": 2.0, "inner": {"size": 1}}
     assert [each["kind"] for each in tree["several"]] == ["adam_w", f"{HERE}:Steeper"]
-    assert decode(Run, tree, ClassFinder.named([HERE])) == BASE
-    assert decode(Run, tree, ClassFinder.of(BASE)) == BASE
+    assert decode(Run, tree, ClassFinder.from_imports([HERE])) == BASE
+    assert decode(Run, tree, ClassFinder.from_config(BASE)) == BASE
 
 
 def test_classes_of_the_union_keep_their_names_and_fingerprints() -> None:
