@@ -5,13 +5,14 @@
 | read in this order | |
 | --- | --- |
 | `recipes/` | configs of `data prepare`: `Corpus`, `ImageSet` |
-| `sources/` | where records come from: files, tables, functions, streams |
-| `documents/` | from records to tokens: formats, chat templates, filters, deduplication |
-| `tokenizers/` | tokenizers of a recipe: trained, read, or converted |
-| `builders/` | from documents or images to parts, and from parts to arrays |
-| `engines/` | run the jobs: processes of this machine, Ray, Dask, Spark |
-| `prepare`, `follow` | make one version of a store; make versions of a stream |
-| `workspace`, `parts` | unfinished work, which survives a kill |
+| `sources/` | read records from files, tables, functions, streams |
+| `documents/` | turn records into tokens: formats, chat templates, filters, deduplication |
+| `tokenizers/` | train, read or convert the tokenizer of a recipe |
+| `builders/` | turn documents or images into parts, and parts into arrays |
+| `engines/` | run the jobs on processes of this machine, Ray, Dask, Spark |
+| `prepare`, `follow` | make one version of a store; make versions from a stream |
+| `workspace`, `parts` | keep unfinished work, which survives a kill |
 
-A training run never imports this package: it reads stores with `jaxinfra.data`.
+A recipe is the config that makes a store; a record is a row of source data; a part is the output of one job. A training
+run never imports this package: it reads stores with `jaxinfra.data`.
 """

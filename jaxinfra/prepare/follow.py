@@ -1,14 +1,17 @@
-"""Makes versions of a store from a stream: stores what arrives as parts, and seals all parts into versions.
+"""Makes versions of a store from a stream: commits what arrives as parts, and seals all parts into versions.
+
+Sealing assembles all parts so far into a version and publishes it.
 
     stream --batches--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
               ^           |
               +--position-+
 
-A batch becomes a part that also holds the position of the stream after it. One rename commits both, so each record is
-in the parts exactly once, whenever the process is killed. Parts are kept forever: a version is made of all of them,
-and the stream cannot always be read again.
+A batch of records becomes a part, which also holds the position of the stream after it. One rename commits both, so
+each record is in the parts exactly once, whenever the process is killed. Parts are kept forever, because every version
+is made from all of them, and the stream cannot always be read again.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,18 +40,18 @@ def follow(
     seal_every_tokens: int | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> Iterator[PreparedVersion]:
-    """Reads a stream from the position of the last call, and seals versions of everything since its beginning.
+    """Reads a stream from the position where the last call ended, and seals versions of everything since its beginning.
 
-    Yields each sealed version, and at the end the newest one. Memory: a batch, about `shard_bytes` of text, and its
+    Yields each sealed version, and at the end the newest one. Memory: a batch (about `shard_bytes` of text) and its
     tokens; for sealing see `builders.assemble`. Raises as `prepare`, ConfigError if a split of what arrived is empty,
-    and DataError if this is another stream than before.
+    and DataError if the stream is not the same as before.
 
     Args:
-        recipe: its source is a stream, its tokenizer is not trained.
+        recipe: its source is a stream, and its tokenizer is not `TrainBpe`.
         should_stop: whether to seal and end; called at least twice a second while waiting.
-        idle_timeout_s: seals and ends when everything has been read and nothing arrived for this time; None waits for
-            the end of the stream.
-        seal_every_tokens: also seals whenever this many tokens have arrived; sealing copies all tokens.
+        idle_timeout_s: also ends when everything has been read and nothing arrived for this time; None waits for the
+            end of the stream.
+        seal_every_tokens: also seals whenever this many tokens have arrived. Sealing copies all tokens, old ones too.
         on_progress: called after each batch.
     """
     source = recipe.source
@@ -64,23 +67,24 @@ def follow(
         stream = _StreamParts(store, builder, work, folder, on_progress)
         stream.report("tokens")
         with source.open(stream.position) as reader:
-            heard_s = time.monotonic()
-            linger_s = LINGER_S if idle_timeout_s is None else min(LINGER_S, idle_timeout_s)
+            last_batch_s = time.monotonic()
+            timeout_s = math.inf if idle_timeout_s is None else idle_timeout_s
+            linger_s = min(LINGER_S, timeout_s)
             for batch in read_batches(reader, recipe.shard_bytes, should_stop=should_stop, linger_s=linger_s):
                 if batch is not None:
                     stream.commit(builder.part_of_batch(folder, batch))
                     reader.on_commit(batch.position)
-                    heard_s = time.monotonic()
-                elif idle_timeout_s is not None and time.monotonic() - heard_s >= idle_timeout_s and reader.caught_up():
+                    last_batch_s = time.monotonic()
+                elif time.monotonic() - last_batch_s >= timeout_s and reader.caught_up():
                     break
                 if seal_every_tokens is not None and stream.unsealed_tokens >= seal_every_tokens:
                     yield stream.seal()
-        if stream.num_parts or not should_stop():
+        if stream.num_parts or not should_stop():  # stopping before anything arrived is no error, an empty stream is
             yield stream.seal()
 
 
 class _StreamParts:
-    """The parts of a stream so far, and how many of their tokens are in no version yet."""
+    """The parts of a stream so far, and the number of their tokens that are not in a version yet."""
 
     def __init__(
         self, store: ObjectStore, builder: TextStoreBuilder, work: Path, folder: Path, on_progress: OnProgress
@@ -97,7 +101,7 @@ class _StreamParts:
                     "read the stream from its beginning"
                 )
             self._add(parts.read_metadata(folder, number))
-            if self._made_of in known:
+            if self._made_of in known:  # the parts so far were sealed by an earlier call
                 self.unsealed_tokens = 0
 
     def commit(self, part: Part) -> None:
@@ -112,8 +116,8 @@ class _StreamParts:
 
     def seal(self) -> PreparedVersion:
         """Makes a version of all parts, unless it exists; it becomes the newest version."""
-        if (found := find_existing(self._store, versions.list_versions(self._store), self._made_of)) is not None:
-            return found
+        if (existing := find_existing(self._store, versions.list_versions(self._store), self._made_of)) is not None:
+            return existing
         self.report("store")
         needed_bytes = sum(path.stat().st_size for path in self._folder.iterdir())
         check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work_dir=FOLDER on another disk")

@@ -1,7 +1,7 @@
-"""Parts: the output of a job, one file each in the work folder. Renaming a part into place commits it.
+"""Parts: the outputs of jobs, each a file in the work folder. Renaming the file into place commits it.
 
-A part is an uncompressed `.npz`, in which every array has a CRC-32. A killed process leaves whole parts and temporary
-files only.
+A part is an uncompressed `.npz`, in which every array has a CRC-32. A killed process leaves only complete parts and
+temporary files.
 """
 
 import json
@@ -25,14 +25,14 @@ _SUFFIX = ".npz"
 
 @dataclass(frozen=True, kw_only=True)
 class PartMetadata:
-    """Counts of a part."""
+    """Counts of a part, and the position of a stream."""
 
-    tokens: int = 0  # of all splits; 0 for images
-    records: int  # that were read
+    tokens: int = 0  # number of tokens in all splits; 0 for images
+    records: int  # number of records that were read
     read_bytes: int  # of the source, estimated
     skipped: tuple[tuple[str, str], ...] = ()  # location and cause of each bad record
     filtered: Mapping[str, int] = field(default_factory=dict)  # documents that each filter rule left out
-    position: Mapping[str, Any] = field(default_factory=dict)  # of a stream, after the last record of the part
+    position: Mapping[str, Any] = field(default_factory=dict)  # in the stream, after the last record of the part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def part_numbers(folder: Path) -> list[int]:
 
 
 def write_part(folder: Path, number: int, part: Part) -> PartMetadata:
-    """Writes and commits a part; OSError if it cannot be written, which leaves none."""
+    """Writes and commits a part; OSError, and no part, if it cannot be written."""
     metadata = PartMetadata(**{each.name: getattr(part, each.name) for each in fields(PartMetadata)})
     arrays = {f"{split}.{name}": array for split, named in part.splits.items() for name, array in named.items()}
     with open_atomic(part_path(folder, number)) as file:
@@ -64,7 +64,7 @@ def write_part(folder: Path, number: int, part: Part) -> PartMetadata:
 
 @contextmanager
 def open_part(folder: Path, number: int) -> Iterator[Mapping[str, np.ndarray]]:
-    """Opens the arrays of a part by SPLIT.NAME, each read when it is accessed; DataError if the part is damaged."""
+    """Opens the arrays of a part, named SPLIT.NAME and read when accessed; DataError if the part is damaged."""
     path = part_path(folder, number)
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -1,10 +1,10 @@
-"""Makes a version of a store from a recipe: list shards, run jobs, assemble their parts, publish.
+"""Makes a version of a store from a recipe: lists shards, runs jobs, assembles their parts, publishes the version.
 
     source --shards--> jobs --engine--> parts --assemble--> arrays --publish--> STORE/FINGERPRINT
 
-Everything before the last arrow happens in a work folder that is named by a digest of the inputs, so a killed
-preparation continues with the parts that it has. Jobs and their order are a function of the recipe and the files, so
-every engine and any number of workers give the same bytes.
+Everything before the last arrow happens in a work folder whose name is a digest of the inputs, so a killed preparation
+continues with the parts that it has. Jobs and their order are a function of the recipe and the files, so every engine
+and any number of workers give the same bytes.
 """
 
 import shutil
@@ -34,13 +34,13 @@ from jaxinfra.prepare.workspace import open_workspace, require_store
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
 
-_NOT_CONTENT = ("store", "shard_bytes", "work_dir")  # fields that do not change the documents
+_NOT_CONTENT = ("store", "shard_bytes", "work_dir")  # fields of a recipe that do not change what the store holds
 _MIN_JOBS, _MIN_SHARD_BYTES = 32, 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareProgress:
-    """Progress of preparing: `done` of about `total` bytes of the source, and tokens made by this call."""
+    """Progress of preparing: `done` of about `total` source bytes, and tokens made by this call."""
 
     stage: str
     done: int
@@ -53,12 +53,12 @@ type OnProgress = Callable[[PrepareProgress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedVersion:
-    """A version that exists."""
+    """A version that was prepared, now or before."""
 
     path: str
     manifest: Manifest
     new: bool  # whether this call made it
-    promoted: bool = False  # whether it existed, but was not the newest one until this call
+    promoted: bool = False  # whether it existed before, and this call made it the newest one
 
 
 def prepare(
@@ -68,13 +68,13 @@ def prepare(
     workers: int | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> PreparedVersion:
-    """Makes a version of the store, unless the recipe has made one of the same files; it becomes the newest version.
+    """Makes a version of the store, unless one of the same recipe and files exists; it becomes the newest version.
 
     `workers` jobs run at once; None is one per core. A worker holds the largest record and the output of one shard in
     memory; for assembling see `builders.assemble`.
 
     Raises:
-        ConfigError: the recipe does not work, or the store's folder holds something else; nothing is changed.
+        ConfigError: the recipe cannot be used, or the store's folder holds other files; nothing is changed.
         DataError: a record cannot be read and the recipe does not skip it; finished parts are kept.
         StorageError: a file cannot be read, or the store cannot be written.
     """
@@ -86,8 +86,8 @@ def prepare(
     builder = TextStoreBuilder(recipe) if isinstance(recipe, Corpus) else ImageStoreBuilder(recipe)
     source_digest = digest_of([vars(shard) for shards in sources for shard in shards])
     made_of = digest_of([output_fields(recipe), source_digest, builder.input_digest])
-    if (found := find_existing(store, known, made_of)) is not None:
-        return found
+    if (existing := find_existing(store, known, made_of)) is not None:
+        return existing
     planned: list[PrepareJob[Any]] = [
         PrepareJob(number=0, shards=group, recipe=recipe, folder="", validation=validation)
         for shards, validation in zip(sources, (False, True), strict=True)
@@ -108,7 +108,8 @@ def prepare(
             on_progress(PrepareProgress(stage=stage, done=done, total=total, tokens=tokens))
 
         report("begin")
-        has_default_shards = recipe.shard_bytes == SHARD_BYTES  # the tokenizer must not depend on shard_bytes
+        # The tokenizer is always trained on shards of the default size, so that it does not depend on `shard_bytes`.
+        has_default_shards = recipe.shard_bytes == SHARD_BYTES
         builder.setup(folder, sources[0] if has_default_shards else _list_shards(recipe.source, SHARD_BYTES))
         needed_bytes = builder.estimate_bytes(total)
         check_space(folder, needed_bytes, purpose="preparing", fix="use work_dir=FOLDER on another disk")
@@ -128,7 +129,7 @@ def prepare(
 
 
 def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[SourceShard]]) -> None:
-    """Raises DataError if a file was replaced after it was listed, so that the parts mix two states of it."""
+    """Raises DataError if a file was replaced after it was listed, because the parts may then mix two states of it."""
     for source, shards in zip((recipe.source, validation_source(recipe.validation)), sources, strict=True):
         if source is None or isinstance(source, OtherStore):  # versions of a store never change
             continue
@@ -139,21 +140,21 @@ def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[SourceShard]]) -
 
 
 def find_existing(store: ObjectStore, known: Sequence[Version], made_of: str) -> PreparedVersion | None:
-    """Finds the version that was made of the same inputs, and makes it the newest one.
+    """Returns the version that was made of the same inputs, and makes it the newest one; None if there is none.
 
-    A damaged version is a DataError and is not replaced, because others may be reading it.
+    If it is damaged, raises DataError and does not replace it, because others may be reading it.
     """
     for version in known:
         if version.made_of == made_of and store.child(version.fingerprint).exists(FILE_NAME):
             try:
-                found = Store.open(store.url, version.fingerprint)
+                opened = Store.open(store.url, version.fingerprint)
             except DataError as error:
                 raise DataError(
                     f"{store.url}: the version that this recipe made before is damaged ({error}); move the folder "
                     f"{version.fingerprint} away and prepare again"
                 ) from error
             promoted = versions.make_newest(store, version)
-            return PreparedVersion(path=str(found), manifest=found.manifest, new=False, promoted=promoted)
+            return PreparedVersion(path=str(opened), manifest=opened.manifest, new=False, promoted=promoted)
     return None
 
 
@@ -169,20 +170,20 @@ def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
         return ()
     try:
         return _list_shards(source, recipe.shard_bytes)
-    except ConfigError as error:
+    except ConfigError as error:  # messages of a source name its own fields, not where it is in the recipe
         message = str(error)
         raise ConfigError(message if message.startswith("validation.") else f"validation.{message}") from error
 
 
 def _list_shards(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[SourceShard]:
-    """Lists shards of about `shard_bytes`, or smaller ones if workers would be idle otherwise."""
+    """Lists shards of about `shard_bytes`, or smaller ones if there would be fewer than `_MIN_JOBS`."""
     shards = source.list_shards(shard_bytes)
     job_bytes = _job_bytes(shards, shard_bytes)
     return shards if job_bytes == shard_bytes else source.list_shards(job_bytes)
 
 
 def _job_bytes(shards: Sequence[SourceShard], shard_bytes: int) -> int:
-    """Returns the bytes that a job reads, which depend on the source and not on the number of workers."""
+    """Returns the bytes that a job should read; does not depend on the number of workers, which changes no output."""
     even = sum(shard.size_bytes for shard in shards) // _MIN_JOBS
     return min(shard_bytes, max(even, _MIN_SHARD_BYTES))
 
@@ -191,7 +192,7 @@ def group_shards(shards: Sequence[SourceShard], shard_bytes: int) -> list[tuple[
     """Groups consecutive shards, so that each job reads about `shard_bytes`."""
     job_bytes = _job_bytes(shards, shard_bytes)
     groups: list[list[SourceShard]] = []
-    group_bytes = job_bytes
+    group_bytes = job_bytes  # as if a full group came before, so that the first shard opens one
     for shard in shards:
         if group_bytes >= job_bytes:
             groups.append([])

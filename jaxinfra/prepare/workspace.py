@@ -18,14 +18,14 @@ STREAM_DIR = ".stream"
 
 
 def require_store(store: ObjectStore) -> None:
-    """Raises ConfigError for a local folder that holds something else, StorageError for one that cannot be read."""
+    """Raises ConfigError for a local folder with other files than a store's, StorageError if it cannot be read."""
     folder = store.folder
     if folder is None:
         return
-    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     with storage_errors(f"store={folder}", action="read"):
         names = {each.name for each in nearest.iterdir()}
-    # A process that is killed before it lists its version leaves a fingerprint, and a lock of the index.
+    # A process that is killed before it lists its version leaves the folder of a fingerprint, and a lock of the index.
     names -= {WORK_DIR, STREAM_DIR}
     others = {name for name in names if not (is_fingerprint(name) or name.startswith(versions.INDEX))}
     if nearest == folder and versions.INDEX not in names and others:
@@ -34,10 +34,10 @@ def require_store(store: ObjectStore) -> None:
 
 @contextmanager
 def open_workspace(store: ObjectStore, name: str, work_dir: str | None) -> Iterator[Path]:
-    """Locks and gives the work folder of a version; removes it at the end, but keeps it after an error.
+    """Locks and yields the work folder of a version; removes it at the end, but keeps it after an error.
 
-    Only one version of a store is built at a time, so work folders with another name are removed. `name` is a digest
-    of everything that the version is made of. `work_dir` None is the store, or the user's cache if it is remote.
+    Only one version of a store is built at a time, so work folders with another name are removed. `name` is a digest of
+    all inputs of the version. With `work_dir` None, the folder is in the store, or in the user's cache if it is remote.
     ConfigError if another process is preparing the store, StorageError if the folder cannot be written.
     """
     root = _root(store, work_dir)
@@ -49,7 +49,7 @@ def open_workspace(store: ObjectStore, name: str, work_dir: str | None) -> Itera
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not (root.exists() and os.path.samestat(os.fstat(lock), root.stat())):
-                    raise BlockingIOError  # another process has just removed it
+                    raise BlockingIOError  # another process removed the folder between `mkdir` and the lock
             except BlockingIOError:
                 raise ConfigError(f"store={store.url}: another process is preparing it; wait until it ends") from None
             for other in root.iterdir():

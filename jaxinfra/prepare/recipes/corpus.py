@@ -1,4 +1,4 @@
-"""Recipes of stores of text and of labeled images: where the records come from, and what is done to them."""
+"""Recipes for stores of text and of labeled images: where records come from, and how they are processed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,9 +25,10 @@ SHARD_BYTES = 16 * 1024 * 1024
 class StoreRecipe:
     """Fields of all recipes.
 
-    Documents that are in both splits (`on_overlap`) are counted, and kept, dropped from training, or an error. They are
-    kept by default, because short documents (empty files, licenses) repeat in almost every corpus. `baselines` measures
-    simple models on the validation split: compression and n-grams, or the nearest training image (small sets only).
+    Documents that are in both splits are counted; `on_overlap` makes them an error, drops them from training, or keeps
+    them. The default keeps them, because short documents (empty files, licenses) repeat in almost every corpus.
+    `baselines` measures simple models on the validation split: compression and n-grams, or the nearest training image
+    (small sets only).
     """
 
     store: NonEmptyStr  # folder or URL (`s3://`, `gs://`), which holds the versions
@@ -35,8 +36,8 @@ class StoreRecipe:
     on_overlap: Literal["fail", "drop", "keep"] = "keep"
     on_bad: Literal["fail", "skip"] = "fail"  # skipped records are counted and listed
     baselines: bool = False
-    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES  # of the source, that a worker reads at a time
-    # For unfinished work; all workers must see it. None is in the store, or in the user's cache if that is remote.
+    shard_bytes: Annotated[int, Ge(1024)] = SHARD_BYTES  # bytes of the source that a job reads
+    # Folder of unfinished work, which all workers can reach. None is in the store, or in the user's cache if remote.
     work_dir: NonEmptyStr | None = None
 
     def problems(self) -> Iterable[Problem]:
@@ -54,7 +55,7 @@ class Corpus(StoreRecipe):
     filters: Filters = Filters()
     dedup: Dedup | None = None  # which repeated documents to leave out
     tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
-    packs: tuple[PackSpec, ...] = ()  # ways to pack whole documents into sequences, for runs that ask for it
+    packs: tuple[PackSpec, ...] = ()  # packings of whole documents into rows, for runs with `packing=best_fit`
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -88,6 +89,6 @@ class ImageSet(StoreRecipe):
     """Makes a store of images, which must all have the same shape."""
 
     validation: ImageValidation = ByKey()
-    image: NonEmptyStr = "image"  # its field: uint8[height, width, channels] or [height, width], or nested lists
+    image: NonEmptyStr = "image"  # field of the image: uint8[height, width, channels] or [height, width], or lists
     label: NonEmptyStr = "label"  # field of the class, a number from 0
     classes: tuple[str, ...] = ()  # names by number; () if they have none

@@ -20,9 +20,9 @@ type Fraction = Annotated[float, Gt(0), Lt(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ByKey:
-    """Draws each record by a hash of its key, so other records may be added or removed."""
+    """Draws each record by a hash of its key, so its split stays the same when other records are added or removed."""
 
-    fraction: Fraction = 0.05  # expected, of the records
+    fraction: Fraction = 0.05  # expected fraction of the records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Tail:
     Plain text is split between two tokens, so one long document is enough; conversations and pairs stay whole.
     """
 
-    fraction: Fraction = 0.05  # of the bytes of text
+    fraction: Fraction = 0.05  # fraction of the bytes of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class OtherStore:
         return TokenStore.open(self.store, fingerprint or self.version, section="validation")
 
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
-        """Lists ranges of records; the shard's name is the fingerprint of the version. Raises as `open`."""
+        """Lists ranges of records; the name of a shard is the fingerprint of the version. Raises as `open`."""
         manifest = self.open().manifest
         info, documents_per_record = manifest.splits[self.split], 2 if manifest.kind == "pairs" else 1
         file = FileInfo(name=manifest.fingerprint, size_bytes=info.bytes, stamp=self.split)
@@ -64,9 +64,11 @@ class OtherStore:
                 f"({tokenizer.kind}, {tokenizer.vocab_size:,} tokens); prepare both with the same one, such as "
                 f"{theirs.file} of that store"
             )
-        kinds = (manifest.kind, manifest.masked), (kind, masked)
-        if kinds[0] != kinds[1]:
-            holds, makes = (f"{name} {'with' if has_mask else 'without'} a mask" for name, has_mask in kinds)
+        if (manifest.kind, manifest.masked) != (kind, masked):
+            holds, makes = (
+                f"{name} {'with' if has_mask else 'without'} a mask"
+                for name, has_mask in ((manifest.kind, manifest.masked), (kind, masked))
+            )
             raise ConfigError(f"{field}: holds {holds}, this recipe makes {makes}; use a store of the same format")
 
 
