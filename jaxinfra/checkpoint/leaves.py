@@ -35,14 +35,14 @@ def first_difference(saved: dict[str, str], wanted: dict[str, str]) -> str | Non
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Returns the bytes of all leaves, with replicated arrays counted once."""
+    """Returns the bytes of all leaves; a replicated array counts once."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def with_concrete_shardings[T](abstract: T) -> T:
-    """Moves shardings on an abstract mesh, as `jax.eval_shape` makes them, to the mesh of `jax.set_mesh`.
+    """Replaces the abstract mesh in shardings, which `jax.eval_shape` makes, by the mesh of `jax.set_mesh`.
 
-    The leaves are `jax.ShapeDtypeStruct`. Raises ValueError for a leaf without a sharding, or on a different mesh.
+    The leaves are `jax.ShapeDtypeStruct`. Raises ValueError for a leaf without a sharding, or with another mesh.
     """
     return jax.tree_util.tree_map_with_path(_with_concrete_sharding, abstract)
 

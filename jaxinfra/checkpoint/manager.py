@@ -23,8 +23,8 @@ from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
 class CheckpointManager:
     """The checkpoints in one directory: for each step, the train state and the run record.
 
-    The directory is a local path or a `gs://` URL, and is created if it is missing. It has one writer at a time, which
-    deletes incomplete checkpoints when it opens; any number of `read_only` managers change nothing. With several
+    The directory is a local path or a `gs://` URL; it is created if it is missing. Only one manager at a time may write
+    to it; it deletes incomplete checkpoints when it opens. Any number of `read_only` managers may read. With several
     processes, all of them make the same calls. Use it as a context manager, or call `close`.
     """
 
@@ -37,7 +37,7 @@ class CheckpointManager:
         self._saving_step: int | None = None
         if not read_only:
             make_writable(self.directory)
-        # Imported late: importing Orbax takes a while, and through absl gives a root logger without handlers one.
+        # Imported late: Orbax imports slowly, and its import of absl adds a handler to a root logger that has none.
         from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
 
         last, every = self.config.keep_last, self.config.keep_every
@@ -53,9 +53,10 @@ class CheckpointManager:
         return max(self.all_steps(), default=None)
 
     def needed_bytes(self, abstract_state: PyTree) -> int:
-        """Returns an upper bound of the free bytes that the checkpoints to keep and the one being written need.
+        """Returns an upper bound of the bytes that must be free for the next saves.
 
-        Checkpoints that exist already are subtracted; those that `keep_every` adds over time are not included.
+        It counts `keep_last` checkpoints and the one being written, minus the checkpoints that exist. Checkpoints that
+        `keep_every` keeps in addition are not counted.
         """
         missing = max(1, self.config.keep_last + 1 - len(self.all_steps()))
         return missing * tree_bytes(abstract_state)
@@ -64,8 +65,8 @@ class CheckpointManager:
         """Saves `state` if `step` is a multiple of `save_every`, or with `force`; returns whether it did.
 
         Waits for the previous save, then returns as soon as the arrays may be changed or donated; writing continues in
-        the background. A checkpoint that exists is not written again. Raises StorageError if the previous save failed
-        (this one has not started: call again to retry) or this one failed at once; older checkpoints are intact.
+        the background. An existing checkpoint is not written again. Raises StorageError if the previous save failed
+        (this one has then not started: call again) or if this one cannot start; older checkpoints are intact.
 
         Args:
             step: completed steps.
@@ -89,7 +90,7 @@ class CheckpointManager:
         return True
 
     def restore[T](self, step: int, abstract_state: T) -> T:
-        """Restores the state of `step`, sharded as the abstract state says, on any mesh.
+        """Restores the state of `step` with the shardings of the abstract state, on any mesh.
 
         Args:
             step: one of `all_steps`.
@@ -107,7 +108,7 @@ class CheckpointManager:
             return self._backend.restore(step, target)
 
     def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
-        """Restores "params" or "ema" (the averaged ones) without reading the rest of the state.
+        """Restores "params" or "ema" (the averaged parameters) without reading the rest of the state.
 
         Raises what `restore` raises, and ConfigError if the checkpoint has no such subtree.
         """
@@ -152,7 +153,7 @@ class CheckpointManager:
 
     @contextmanager
     def _saving(self, step: int | None) -> Iterator[None]:
-        """Turns the failure of a save into a StorageError; the next save starts afresh."""
+        """Turns a storage failure into a StorageError, and resets Orbax so that the next save can succeed."""
         try:
             yield
         except Exception as error:
@@ -175,7 +176,7 @@ class CheckpointManager:
         try:
             yield
         except (JaxinfraError, jax.errors.JaxRuntimeError):
-            raise  # the latter comes from the devices, such as too little memory for the state
+            raise  # JaxRuntimeError comes from the devices, such as too little memory, not from the checkpoint
         except Exception as error:
             others = _join([other for other in steps if other != step])
             raise CheckpointError(

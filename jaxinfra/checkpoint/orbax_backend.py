@@ -1,8 +1,8 @@
 """Reads and writes checkpoints with Orbax; the only module that imports it.
 
-Exceptions of Orbax, TensorStore and the operating system pass through. It uses Orbax's stable API, a
-`CheckpointManager` with one item for the state and one for the record; the v1 API is experimental. Orbax writes a step
-to a temporary directory and renames it at the end, so a step's directory is always complete.
+Exceptions of Orbax, TensorStore and the operating system pass through. It uses Orbax's `CheckpointManager`, with one
+item for the state and one for the run record; Orbax's v1 API is experimental. Orbax writes a step to a temporary
+directory and renames it at the end, so a directory with a step's name is always complete.
 """
 
 import logging
@@ -46,8 +46,8 @@ class OrbaxBackend:
     def save(self, step: int, state: PyTree, record: Mapping[str, object]) -> None:
         """Starts to write a step; returns when the arrays may be changed or donated.
 
-        On an accelerator that is after they are copied to the host. On CPU the writer holds a view of each array, and
-        JAX does not reuse a buffer that is viewed: a donated one lives until it is written.
+        On an accelerator they are then copied to the host. On CPU the writer holds a view of each array, and JAX does
+        not reuse a buffer while a view of it exists: donated arrays live until they are written.
         """
         items = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(state), _RECORD: ocp.args.JsonSave(record)})
         # A save has to move arrays to the host, even if the training loop forbids transfers.
@@ -71,7 +71,7 @@ class OrbaxBackend:
         return leaf_types(metadata.tree)
 
     def restore[T](self, step: int, abstract: T, *, partial: bool = False) -> T:
-        """Restores the state of a step, or with `partial` a part of it, as the `jax.ShapeDtypeStruct`s say."""
+        """Restores the state of a step, or with `partial` a part of it; `abstract` has `jax.ShapeDtypeStruct`s."""
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(
                 restore_type=jax.Array, sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
@@ -125,23 +125,23 @@ class OrbaxBackend:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._keep),
             create=not self._read_only,
             step_name_format=self._format,
-            # A directory that cannot be created then fails at once. Created in the background, its failure leaves
-            # threads that wait minutes for it and keep the process from ending.
+            # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
+            # that wait for the directory for minutes and keep the process from ending.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
 
 
 def _delete_incomplete_steps(directory: epath.Path) -> None:
-    """Deletes incomplete steps. Orbax does so in a thread that nothing waits for unless a save follows."""
+    """Deletes incomplete steps. Orbax does so, too, but in a thread that may not finish if no save follows."""
     for path in directory.iterdir():
-        # Checks the name, too: on an object store Orbax takes any directory without a commit file for incomplete.
+        # Only names of steps: on an object store, Orbax takes any directory without a commit file for incomplete.
         if path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
             path.rmtree()
 
 
 class _OrbaxLogFilter(logging.Filter):
-    """Drops Orbax's progress notes and advice, and the tracebacks of exceptions that it also raises.
+    """Drops what Orbax logs below ERROR, and errors with a traceback, whose exceptions it also raises.
 
     An error without an exception passes: nothing else reports it.
     """

@@ -84,7 +84,7 @@ class ClassFinder:
     def from_imports(cls, imports: Iterable[str | os.PathLike[str]]) -> Self:
         """Returns the finder for the values of `--import`: modules, files, and folders that end with a slash."""
         folders, modules = [], [PACKAGE]
-        for name in map(os.fspath, imports):
+        for name in (os.fspath(each) for each in imports):
             path = Path(name)
             if name.endswith((".py", os.sep)) and path.exists():
                 folders.append(ModuleFolder(path if path.is_dir() else path.parent))

@@ -1,4 +1,4 @@
-"""Finds the devices of this process, and turns what JAX logs about unusable platforms into one error line."""
+"""Finds the devices of this process, and reports an unusable platform in one line."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ def local_devices() -> Sequence[Device]:
     with _capture_logs(_PLATFORM_LOGGER) as records:
         try:
             devices = jax.devices()
-        except (RuntimeError, AssertionError) as error:  # the latter if JAX has no plugin for the platform at all
+        except (RuntimeError, AssertionError) as error:  # AssertionError: JAX has no plugin for the platform
             reasons = [str(record.exc_info[1]) for record in records if record.exc_info and record.exc_info[1]]
             records.clear()
             cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "; ".join(reasons) or "JAX has no plugin for it"

@@ -5,12 +5,12 @@ import os
 THREADS_PER_DEVICE = 4
 """Size of XLA's thread pool, per device.
 
-A device that waits in a collective holds a thread, and may wait in several at once. With the default of hardly more
-threads than devices, collectives without an order between them (those of pipeline stages) can deadlock.
+A device that waits in a collective holds a thread, and may wait in several at once. XLA's default is hardly more
+threads than devices; with it, collectives without a fixed order, such as those of pipeline stages, can deadlock.
 """
 
 FLAGS = {
-    # The concurrency-optimized scheduler starts such collectives in another order on each device: a deadlock, too.
+    # The concurrency-optimized scheduler may start such collectives in another order on each device: also a deadlock.
     "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
     # By default XLA aborts if a device is 40 s late, which happens on a busy machine.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",

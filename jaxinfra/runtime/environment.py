@@ -1,4 +1,4 @@
-"""Git state and package versions for the run record. What cannot be found out is None and never stops a run."""
+"""Finds the git state and package versions for the run record. A value that cannot be found is None, not an error."""
 
 import os
 import subprocess

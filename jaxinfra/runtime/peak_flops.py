@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, for MFU."""
+"""Finds the peak FLOP/s of a device, for MFU (model FLOPs utilization)."""
 
 import time
 
@@ -33,8 +33,8 @@ PEAK_FLOPS = {
 def peak_flops(device: Device, dtype: jnp.dtype, num_local_devices: int) -> tuple[float, str]:
     """Returns the peak FLOP/s of one device, and the source of that number.
 
-    For accelerators it is the bfloat16 peak. For CPUs it is measured in `dtype`, and divided by the number of devices
-    of this process, which share the cores.
+    For accelerators of `PEAK_FLOPS` it is the bfloat16 peak. For others it is measured in `dtype`. On CPU the emulated
+    devices share the cores, so the measured value is divided by their number.
     """
     measured = f"measured, {jnp.dtype(dtype).name} matmul"
     if device.platform == "cpu":

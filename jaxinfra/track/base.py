@@ -35,11 +35,11 @@ class Tracker:
 
 
 class TrackerConfig(Extensible, ABC):
-    """A tracker of your own: a frozen dataclass that inherits from this class, for `TrackConfig.trackers`."""
+    """The base of your own trackers for `TrackConfig.trackers`: inherit from it with a frozen dataclass."""
 
     @abstractmethod
     def make_tracker(self, run_dir: Path) -> Tracker:
-        """Makes the tracker, which opens nothing before its `start`."""
+        """Makes the tracker; it must not open files before its `start`."""
 
 
 class FileTracker(Tracker):

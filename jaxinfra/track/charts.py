@@ -1,7 +1,7 @@
-"""Draws line charts as HTML figures with inline SVG, complete without a script.
+"""Draws line charts as HTML figures with inline SVG, which need no script.
 
-Every string from outside is escaped, and every spike of the data stays visible. All charts of a page share their
-horizontal axis, so that the page's script can show the values at one step in all of them.
+All text is escaped, and every spike of the data stays visible. All charts of a page have the same horizontal axis, so
+that the page's script can show the values at one step in all of them.
 """
 
 import json
@@ -43,14 +43,14 @@ class _Axis:
     ticks: tuple[float, ...]
 
     def y(self, value: float) -> float:
-        low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return BOTTOM - (BOTTOM - TOP) * (at - low) / (high - low)
+        low, high, v = (math.log10(each) if self.log else each for each in (self.low, self.high, value))
+        return BOTTOM - (BOTTOM - TOP) * (v - low) / (high - low)
 
 
 def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
-    """Keeps at most four points of each of `buckets` equal parts: the first, smallest, largest, and one not finite.
+    """Keeps at most four points of each of `buckets` equal parts: first, smallest, largest, and one NaN or infinity.
 
-    So neither spikes nor gaps are lost. The last point of all is kept, too.
+    Neither spikes nor gaps are lost. The last point of all is kept, too.
     """
     if len(points) <= 2 * buckets:
         return list(points)
@@ -58,7 +58,8 @@ def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
     for bucket in range(buckets):
         part = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
         finite = [i for i in part if math.isfinite(points[i][1])]
-        chosen = {part.start, *[i for i in part if not math.isfinite(points[i][1])][:1]}
+        first_nonfinite = [i for i in part if not math.isfinite(points[i][1])][:1]
+        chosen = {part.start, *first_nonfinite}
         if finite:
             chosen |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
         kept += [points[i] for i in sorted(chosen)]
@@ -106,7 +107,7 @@ def _x(step: int, steps: tuple[int, int]) -> float:
 
 
 def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) -> str:
-    """Draws one series: a path per run of finite points, a dot for a single one, a mark for a point not finite."""
+    """Draws one series: a path through consecutive finite points, a dot for a lone one, a mark for NaN or infinity."""
     parts: list[str] = []
     for finite, group in groupby(points, key=lambda point: math.isfinite(point[1])):
         if finite:
@@ -165,6 +166,6 @@ def _ticks(low: float, high: float, about: int) -> tuple[float, ...]:
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    digits = max(0, -math.floor(math.log10(step)))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)  # include ticks at low and high
+    digits = max(0, -math.floor(math.log10(step)))  # rounding removes errors such as 0.30000000000000004
     return tuple(round(i * step, digits) for i in range(first, last + 1))

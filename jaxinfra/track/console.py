@@ -74,7 +74,7 @@ def titled_table(title: str, *columns: str) -> Table:
 
 
 class RunProgress:
-    """The newest value of each metric, the completed steps, and the remaining time."""
+    """Keeps the newest value of each metric and the completed steps, and estimates the remaining time."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
         self.total_steps = total_steps
@@ -154,7 +154,7 @@ class PlainTextTracker(ConsoleTracker):
             f"{metric_label(name)} {formatter(value):>{width}}"
             for key, (formatter, width) in _COLUMNS.items()
             for name, value in metrics.items()
-            if name == key or (key == "_per_s" and name.endswith(key))
+            if name == key or (key == "_per_s" and name.endswith(key))  # tokens_per_s, images_per_s
         ]
         return [*cells, f"eta {format_duration(self._progress.eta_s()):>7}"]
 
@@ -204,5 +204,5 @@ class ProgressBarTracker(ConsoleTracker):
         ]
         if "mfu" in metrics:
             cells.append(f"mfu {format_percent(metrics['mfu'])}")
-        scores = (item for item in metrics.items() if item[0].startswith("eval/"))
-        return cells + [f"{metric_label(name.replace('/', ' '))} {value:.4f}" for name, value in scores]
+        evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        return cells + [f"{metric_label(name.replace('/', ' '))} {value:.4f}" for name, value in evaluation.items()]

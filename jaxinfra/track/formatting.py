@@ -31,7 +31,7 @@ def format_percent(fraction: float) -> str:
 
 
 def bytes_unit(n_bytes: float) -> tuple[float, str]:
-    """Returns the size in bytes and the name of the largest binary unit that is not larger than `n_bytes`."""
+    """Returns the largest binary unit that is not larger than `n_bytes`: its size in bytes, and its name."""
     power = 0
     while abs(n_bytes) >= 1024.0 ** (power + 1) and power < len(_BYTE_UNITS) - 1:
         power += 1
@@ -63,18 +63,18 @@ def metric_label(name: str) -> str:
 def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Turns the summary of a run into (label, text) rows; values that are None are left out.
 
-    `modality` ("token") is part of some keys (`tokens`, `tokens_per_s_median`). Each score of `validation` is a row,
-    followed by its `baselines` (by score, then by name). Other keys follow as they are.
+    `modality` ("token") is part of some keys (`tokens`, `tokens_per_s_median`). Each metric in `validation` is a row,
+    followed by a row for each of its `baselines[metric]`. Keys without a label come last, unchanged.
     """
     units = f"{values.get('modality', 'unit')}s"
-    score: Callable[[float], str] = "{:.4f}".format
+    format_metric: Callable[[float], str] = "{:.4f}".format
     labels: dict[str, tuple[str, Callable[[Any], str]]] = {
         "status": ("Status", str),
         "steps": ("Steps", format_number),
         units: (units.capitalize(), format_number),
         "wall_s": ("Wall time", format_duration),
-        "final_loss": ("Final training loss", score),
-        "validation": ("Validation", score),
+        "final_loss": ("Final training loss", format_metric),
+        "validation": ("Validation", format_metric),
         f"{units}_per_s_median": (f"{units.capitalize()}/s, median", format_count),
         "mfu_median": ("MFU, median", format_percent),
         "peak_rss_bytes": ("Peak host memory", format_bytes),
@@ -90,8 +90,8 @@ def summary_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         if key == "validation":
             for name, own in (value or {}).items():
                 metric, others = metric_label(name), baselines.get(name, {})
-                rows.append((f"Validation {metric}", score(own)))
-                rows += [(f"  {baseline}, {metric}", score(other)) for baseline, other in others.items()]
+                rows.append((f"Validation {metric}", format_metric(own)))
+                rows += [(f"  {baseline}, {metric}", format_metric(other)) for baseline, other in others.items()]
         elif value is not None:
             rows.append((label, formatter(value)))
     known = {*labels, "modality", "baselines"}

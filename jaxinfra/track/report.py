@@ -1,9 +1,9 @@
 """Writes report.html, one page about a run, from the files in its directory.
 
-The page needs no network and no server. Its only script shows values at the pointer; a hash in the content security
-policy blocks all others. It can be written during a run, after a kill, or on another machine. It reads:
+The page needs no network and no server. Its only script shows values at the pointer; the content security policy allows
+only this script, by its hash. The page can be written during a run, after a kill, or on another machine, from:
     run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
-        statistics as [value, unit or formula]; all else is listed as the environment.
+        statistics as [value, unit or formula]; everything else is listed as the environment.
     metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
     summary.json, optional: see `formatting.summary_rows`.
 """
@@ -28,7 +28,7 @@ from jaxinfra.track.formatting import bytes_unit, flatten, format_number, metric
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived")
 _NOT_CHARTED = ("step", "time_s")
-_KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
+_FIXED_CHARTS = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
 _MAX_DEVICE_LINES = 3  # a chart has four colors, and one is the host's
 _MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
 
@@ -85,51 +85,51 @@ def _to_json(value: object) -> str:
 
 
 def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, float, float]]]]:
-    """Yields each validation score that has baselines: its own value and theirs, the lowest first, and percentages."""
-    for score, own in (summary.get("validation") or {}).items():
-        if others := (summary.get("baselines") or {}).get(score):
+    """Yields each validation metric with baselines: label, then (name, value, percentage of the largest), ascending."""
+    for metric, own in (summary.get("validation") or {}).items():
+        if others := (summary.get("baselines") or {}).get(metric):
             values = [each for each in [("this run", own), *others.items()] if math.isfinite(each[1])]
-            longest = max((value for _, value in values), default=0.0) or 1.0
+            largest = max((value for _, value in values), default=0.0) or 1.0
             values.sort(key=lambda each: each[1])
-            yield metric_label(score), [(name, value, 100 * value / longest) for name, value in values]
+            yield metric_label(metric), [(name, value, 100 * value / largest) for name, value in values]
 
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
-    """Returns the metrics as HTML figures, and the names of those that are not drawn because they are too many."""
+    """Draws the metrics as HTML figures; also returns the names of metrics beyond `_MAX_OTHER_CHARTS`."""
     points: defaultdict[str, list[Point]] = defaultdict(list)
     for row in rows:
         for key, value in row.items():
             points[key].append((int(row["step"]), value))
-    scores = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
+    evaluation = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
     speeds = {key: metric_label(key) for key in points if key.endswith("_per_s")}
     devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))[:_MAX_DEVICE_LINES]
     memory = {"rss_bytes": "host"} | {key: key.removesuffix("_bytes").replace("_", " ") for key in devices}
-    used = {*_NOT_CHARTED, *_KNOWN, *memory, *speeds, *scores, *scores.values()}
+    used = {*_NOT_CHARTED, *_FIXED_CHARTS, *memory, *speeds, *evaluation, *evaluation.values()}
     others = sorted(key for key in points if key not in used)
-    charts = _known_charts(points, scores, speeds, memory)
+    charts = _fixed_charts(points, evaluation, speeds, memory)
     charts += [Chart(title=key, lines={key: points[key]}) for key in others[:_MAX_OTHER_CHARTS]]
     steps = [int(row["step"]) for row in rows] or [0]
     return "".join(render_chart(chart, (min(steps), max(steps))) for chart in charts), others[_MAX_OTHER_CHARTS:]
 
 
-def _known_charts(points: _Points, scores: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
+def _fixed_charts(points: _Points, evaluation: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
     """Returns the charts that every run has, even if it logged no values for them.
 
-    `scores` maps the metrics of evaluations to those of training; `speeds` and `memory` map metrics to labels.
+    `evaluation` maps "eval/NAME" to "NAME", the training metric; `speeds` and `memory` map metrics to labels.
     """
     sizes = _lines(memory, points)
     largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)
     divisor, unit = bytes_unit(largest)
-    score_charts = [
-        Chart(title=metric_label(trained).capitalize(), lines=_lines({trained: "training", name: "validation"}, points))
-        for name, trained in scores.items()
-        if trained != "loss"
+    evaluation_charts = [
+        Chart(title=metric_label(name).capitalize(), lines=_lines({name: "training", key: "validation"}, points))
+        for key, name in evaluation.items()
+        if name != "loss"
     ]
     loss = _lines({"loss": "training", "eval/loss": "validation"}, points)
     times = _lines({"step_time_s": "step", "data_wait_s": "waiting for data"}, points)
     return [
         Chart(title="Loss", unit="nats", lines=loss, scale="auto"),
-        *score_charts,
+        *evaluation_charts,
         Chart(title="Learning rate", lines=_lines({"lr": "lr"}, points), zero=True),
         Chart(title="Gradient norm", lines=_lines({"grad_norm": "norm"}, points), scale="auto", zero=True),
         Chart(title="Throughput", unit=", ".join(speeds.values()), lines=_lines(speeds, points), zero=True),

@@ -25,7 +25,7 @@ from jaxinfra.track.formatting import flatten, format_number
 _events: Any = event_pb2  # protobuf makes its classes on import, invisible to type checkers
 _summaries: Any = summary_pb2
 
-_HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0}
+_HPARAM_METRICS = {"train/loss": 0.0, "eval/loss": 0.0}  # columns of TensorBoard's table; the values are not used
 
 
 class TensorBoardTracker(FileTracker):
@@ -37,9 +37,10 @@ class TensorBoardTracker(FileTracker):
         with storage_errors(folder, fix="free space or set track.tensorboard=false"):
             folder.mkdir(parents=True, exist_ok=True)
             start = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{start_step}"
+            # FileTracker._append writes to this file.
             self._file = Appender(folder / f"events.out.tfevents.{start}")
             self._add(start_step, file_version="brain.Event:2")
-            # Makes TensorBoard drop the steps of earlier files that are about to run again.
+            # A session start makes TensorBoard drop later steps from earlier files: they will run again.
             self._add(start_step, session_log=_events.SessionLog(status=_events.SessionLog.START))
             config = record.get("config", {})
             code = indent(json.dumps(config, indent=2, default=str), "    ")  # a code block in Markdown
@@ -47,7 +48,7 @@ class TensorBoardTracker(FileTracker):
             table = "\n".join(["| number | value | unit or formula |", "| --- | --- | --- |", *rows])
             self._add(start_step, summary=text("config", code))
             self._add(start_step, summary=text("derived", table))
-            scalars = bool | int | float | str
+            scalars = bool | int | float | str  # the types of hyperparameters
             fields = {key: leaf if isinstance(leaf, scalars) else str(leaf) for key, leaf in flatten(config).items()}
             for summary in hparams(fields, _HPARAM_METRICS):
                 self._add(start_step, summary=summary)
@@ -66,6 +67,6 @@ class TensorBoardTracker(FileTracker):
 
 
 def _tfrecord(body: bytes) -> bytes:
-    """Frames a record as in TFRecord files: length, masked CRC-32C of the length, record, masked CRC-32C of it."""
+    """Frames a record as in TFRecord files: length, its masked CRC-32C, record, its masked CRC-32C."""
     length = struct.pack("<Q", len(body))
     return b"".join([length, struct.pack("<I", masked_crc32c(length)), body, struct.pack("<I", masked_crc32c(body))])

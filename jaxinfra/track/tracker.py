@@ -1,7 +1,7 @@
-"""Selects the trackers of a run, and passes metrics to all of them.
+"""Chooses the trackers of a run, and passes metrics to all of them.
 
-A storage failure in `start` ends the run before its first step. A later one loses log lines but does not end the run:
-it is reported once per tracker, and counted.
+A storage failure in `start` ends the run before its first step. Later failures may lose log lines but do not end the
+run: the first of each tracker is reported, the others are counted.
 """
 
 import logging
@@ -72,7 +72,7 @@ class MultiTracker(Tracker):
             _log.exception("a tracker failed to close after the error that ended the run")
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        """Calls each tracker; counts failures of storage and of users' trackers, and reports the first of each."""
+        """Calls each tracker; counts failures of storage and of user classes, and reports the first of each tracker."""
         for i, tracker in enumerate(self._trackers):
             try:
                 call(tracker)
