@@ -1,7 +1,8 @@
 """Named sets of compiler options, the values of `train.compiler`.
 
 Options change with compiler versions, so runs name a set, and a test compiles every set with the real compilers. A set
-changes the schedule of the work, not its results. docs/performance.md has the gain of each, and what did not help.
+changes the schedule of operations, not their results. docs/performance.md has measurements, also of options that did
+not help.
 """
 
 from collections.abc import Mapping

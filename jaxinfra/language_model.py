@@ -1,4 +1,4 @@
-"""The parts of a run of a language model, for what works on text alone."""
+"""Checks that a run trains a language model, for commands that work only on text."""
 
 from jaxinfra.data.mixture import Mixture
 from jaxinfra.data.pairs import PairData
@@ -9,7 +9,7 @@ from jaxinfra.run import Run
 
 
 def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | PairData]:
-    """Returns the model and data of a run of a language model; ConfigError for a run of anything else."""
+    """Returns the model and data configs of a language model's run; ConfigError for any other run."""
     model, data = run.model, run.data
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture | PairData):
         return model, data

@@ -1,11 +1,14 @@
-"""`Program`: the compiled functions of a run, on real devices, an abstract mesh or a described topology.
+"""`Program`: the compiled functions of a run, on real devices, an abstract mesh or the topology of absent hardware.
 
-The step that trains is the same one that tests lower, benchmarks time, and `compile` plans for absent hardware. Making
-a `Program` touches no device.
+Training, tests, benchmarks and `compile` (ahead-of-time compilation) use the same train step. Creating a `Program` uses
+no device.
 
 Collectives of the train step: each microbatch all-gathers its weights over `fsdp` layer by layer, reduce-scatters their
 gradients, and adds them to a buffer that is a partial sum over `replica`. After the last microbatch one all-reduce over
 `replica` completes the buffer. Then the optimizer updates the parameters.
+
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient.
 """
 
 import fnmatch
@@ -87,7 +90,7 @@ class Forward:
 
     def __init__(self, program: "Program", *, train: bool):
         self._program, self._train = program, train
-        # JAX only adds partial sums. A loss that multiplies its sum must get the whole one.
+        # JAX can add partial sums, but not multiply them: only a loss that declares `partial_sums` itself gets them.
         self.partial_sums = bool(vars(type(program.objective)).get("partial_sums", False))
         self.stats: LayerStats = {}
 
@@ -108,8 +111,8 @@ class Program:
 
     Attributes:
         run: the config.
-        objective: what it minimizes.
-        mesh: where it runs; on an `AbstractMesh` it can only be lowered.
+        objective: the loss to minimize.
+        mesh: the device mesh; on an `AbstractMesh` the functions can only be lowered.
         partitioner: maps logical axes to shardings.
         specs: `ParamSpec` of every parameter, a nested dict.
         batch: name to `ShapeDtypeStruct` of the global batch.
@@ -119,12 +122,11 @@ class Program:
     def __init__(self, run: Run, mesh: Mesh | AbstractMesh, platform: str | None = None):
         """Declares parameters and functions; compiles nothing.
 
-        Raises ConfigError for a parameter that does not fit the mesh, or a `train.compiler` that does not fit the
-        platform.
+        Raises ConfigError if a parameter does not fit the mesh, or `train.compiler` does not fit the platform.
 
         Args:
             run: a validated config.
-            mesh: with the axes of `MeshConfig`.
+            mesh: a mesh with the axes of `MeshConfig`.
             platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
         """
         self.run, self.mesh, self.objective = run, mesh, run.objective
@@ -139,7 +141,7 @@ class Program:
             platform=platform,
             compute_dtype=jnp.dtype(run.precision.compute),
             quantize=run.precision.quantize,
-            # A loss that adds up single positions does not depend on their order.
+            # A sum over positions does not depend on their order.
             zigzag=self.objective.by_position,
         )
         with user_code(type(run.model), "model"):
@@ -175,7 +177,7 @@ class Program:
 
     @cached_property
     def validation_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays of one global validation batch: those of `batch`, and weights."""
+        """The arrays of one global validation batch: those of `batch`, and the weights of samples."""
         return self._batch(validation=True)
 
     def _batch(self, *, validation: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -204,14 +206,15 @@ class Program:
         with self.on_mesh:
             shapes = jax.eval_shape(self._from_params, self.params)
 
-        def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec  # None: a counter of optax
+        def with_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            # Counters of optax have no sharding.
+            spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
             return self._sharded(leaf.shape, leaf.dtype, spec)
 
-        state = jax.tree.map(concrete, shapes)
-        # `eval_shape` drops the memory kind.
-        host = self.run.optim.offload
-        return replace(state, opt_state=jax.tree.map(_on_host, state.opt_state)) if host else state
+        state = jax.tree.map(with_mesh, shapes)
+        if self.run.optim.offload:  # `eval_shape` drops the memory kind
+            state = replace(state, opt_state=jax.tree.map(_on_host, state.opt_state))
+        return state
 
     @property
     def num_params(self) -> int:
@@ -246,12 +249,12 @@ class Program:
 
     @cached_property
     def eval_step(self) -> Callable[..., Sums]:
-        """`eval_step(params, batch, reference=None) -> sums`, compiled: the sums of the objective over a batch."""
+        """`eval_step(params, batch, reference=None) -> sums`, compiled: the objective's sums over a batch."""
         return jax.jit(self._eval_step, compiler_options=self._options or None)
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
-        """`gradients(params, batch, reference=None) -> (grads, sums, stats)`, compiled: of the mean loss."""
+        """`gradients(params, batch, reference=None) -> (grads of the mean loss, sums, stats)`, compiled."""
         return jax.jit(self._gradients)
 
     def lower(self) -> jax.stages.Lowered:
@@ -262,14 +265,14 @@ class Program:
             return traced.lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array) -> Params:
-        drawn = self.module.init_params(key, self._stored)
-        if drawn is not None:
-            return jax.tree.map(lambda p, s: p.astype(self._dtype(s)), drawn, self.specs)
+        params = self.module.init_params(key, self._stored)
+        if params is not None:
+            return jax.tree.map(lambda p, s: p.astype(self._dtype(s)), params, self.specs)
 
-        def one(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
+        def init_param(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
             return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
 
-        return jax.tree.map(one, self._paths, self.specs, self._stored)
+        return jax.tree.map(init_param, self._paths, self.specs, self._stored)
 
     def _from_params(self, params: Params) -> TrainState:
         averaged = self.run.optim.ema_decay is not None
@@ -296,9 +299,9 @@ class Program:
     ) -> tuple[jax.Array, tuple[Sums, LayerStats]]:
         """Returns the loss to minimize, summed over the batch, the objective's sums and the layers' statistics."""
         forward = Forward(self, train=train)
-        given = WithReference(params, reference) if reference is not None else params
+        objective_params = WithReference(params, reference) if reference is not None else params
         with user_code(type(self.objective), "objective"):
-            total, sums = losses.checked(self.objective, self.objective.loss(forward, given, batch))
+            total, sums = losses.check_result(self.objective, self.objective.loss(forward, objective_params, batch))
         return losses.add_aux_loss(total, self.module.aux_loss(forward.stats)), (sums, forward.stats)
 
     def _loss_and_grads(
@@ -306,34 +309,37 @@ class Program:
     ) -> tuple[Sums, LayerStats, Params]:
         """Returns sums, statistics and float32 gradients of one microbatch, all partial sums over `replica`."""
         loss = partial(self._loss, batch=batch, reference=reference, train=True)
-        total, pull, (sums, stats) = jax.vjp(loss, params, has_aux=True)
-        over = jax.typeof(total).sharding.spec.unreduced
-        (grads,) = pull(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=over)))
+        total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
+        # The cotangent of an unreduced value is reduced over the same axes.
+        unreduced = jax.typeof(total).sharding.spec.unreduced
+        (grads,) = vjp(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=unreduced)))
         # A buffer of integers has no gradient.
         return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
 
-    def _arranged(self, batch: Batch) -> Batch:
-        """The batch with sequence positions in shard order, as the model expects them."""
+    def _to_shard_order(self, batch: Batch) -> Batch:
+        """Reorders the positions of sequences into shard order, which the model expects (see `parallel.context`)."""
         sharding = self.partitioner.sequence_sharding
         if sharding.blocks_per_shard == 1:
             return batch
 
-        def one(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+        def reorder(x: jax.Array, axes: LogicalAxes) -> jax.Array:
             if "sequence" not in axes:
                 return x
+            # The order changes on whole sequences, which are sharded again afterwards.
             whole = self.partitioner.spec(*(None if name == "sequence" else name for name in axes))
-            arranged = sharding.to_shard_order(jax.reshard(x, whole), axes.index("sequence"))
-            return jax.reshard(arranged, self.partitioner.spec(*axes))
+            reordered = sharding.to_shard_order(jax.reshard(x, whole), axes.index("sequence"))
+            return jax.reshard(reordered, self.partitioner.spec(*axes))
 
+        # The fields of a validation batch include those of a training batch.
         fields = self.run.data.batch_spec(validation=True)
         axes = {name: ("batch", *spec.axes) for name, spec in fields.items()} | {DROPOUT_FIELD: ("batch", "sequence")}
-        return {name: one(x, axes[name]) for name, x in batch.items()}
+        return {name: reorder(x, axes[name]) for name, x in batch.items()}
 
     def _gradients(
         self, params: Params, batch: Batch, reference: Params | None = None
     ) -> tuple[Params, Sums, LayerStats]:
         """Returns gradients of the mean loss, sums and statistics; reduces over `replica` once."""
-        batch = self._arranged(batch)
+        batch = self._to_shard_order(batch)
         count = self.run.train.accumulate
         if self._stages is not None:
             grads, sums, stats = self._stages.gradients(params, _split(batch, count))
@@ -375,7 +381,7 @@ class Program:
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
-        batch = self._arranged(batch)
+        batch = self._to_shard_order(batch)
         if self._stages is not None:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
         _, (sums, _) = self._loss(params, batch, reference, train=False)
@@ -383,20 +389,20 @@ class Program:
 
 
 def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:
-    """Marks the parameters whose path matches a pattern, or lies below one that does, as frozen."""
-    known = jax.tree.leaves(paths)
+    """Marks parameters as frozen if a pattern matches their path or a parent of it."""
+    all_paths = jax.tree.leaves(paths)
     for pattern in patterns:
-        if not any(_matches(path, pattern) for path in known):
-            parts = sorted({path.partition(".")[0] for path in known})
+        if not any(_matches(path, pattern) for path in all_paths):
+            parts = sorted({path.partition(".")[0] for path in all_paths})
             raise ConfigError(
-                f"optim.frozen={pattern}: no parameter of the model has this path; its parts are {', '.join(parts)}"
+                f"optim.frozen={pattern}: no parameter of the model has this path; its top-level parts are {', '.join(parts)}"
             )
 
-    def one(spec: ParamSpec, path: str) -> ParamSpec:
+    def freeze_matching(spec: ParamSpec, path: str) -> ParamSpec:
         frozen = spec.state == "trained" and any(_matches(path, pattern) for pattern in patterns)
         return replace(spec, state="frozen") if frozen else spec
 
-    frozen = jax.tree.map(one, specs, paths)
+    frozen = jax.tree.map(freeze_matching, specs, paths)
     if all(spec.state != "trained" for spec in jax.tree.leaves(frozen)):
         raise ConfigError(f"optim.frozen={','.join(patterns)}: leaves no parameter to train; name fewer")
     return frozen
@@ -407,15 +413,15 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Puts an array, but not a counter, in host memory, as `optim.offload` does."""
+    """Puts an array of the optimizer state in host memory; counters stay on the devices (see `optim.offload`)."""
     assert isinstance(leaf.sharding, NamedSharding)
     return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
 
 
 def _split(batch: Batch, count: int) -> Batch:
-    """Stacks a batch into `count` microbatches: microbatch i has the rows r with `r % count == i`.
+    """Reshapes a batch into `count` microbatches, `[count, rows, ...]`: microbatch i has the rows r % count == i.
 
-    So no row leaves its device.
+    With this order no row leaves its device.
     """
 
     def split(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`Run`: everything that a training run is, in one typed config."""
+"""`Run`: the config of a training run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -27,12 +27,12 @@ class TrainConfig:
     """How long to train and in what batches.
 
     Attributes:
-        steps: updates of the parameters, over the whole run.
-        global_batch: samples (sequences, images) of one step, over all devices.
-        accumulate: microbatches that a step is computed in, one at a time.
-        eval_every: steps between evaluations; there is one at the end as well. None: only that one.
-        eval_samples: validation samples to evaluate on; None is all.
-        compiler: a set of options for the compiler of the steps (see `jaxinfra.compiler`).
+        steps: number of updates of the parameters.
+        global_batch: samples (sequences, images) per step, over all devices.
+        accumulate: number of microbatches per step (gradient accumulation).
+        eval_every: steps between evaluations. The last step is always followed by one; None evaluates only there.
+        eval_samples: number of validation samples to evaluate on; None takes all.
+        compiler: name of a set of compiler options (see `jaxinfra.compiler`).
     """
 
     steps: PositiveInt = 1000
@@ -43,7 +43,7 @@ class TrainConfig:
     compiler: Annotated[OptionSet, NOT_FINGERPRINTED] = "default"
 
     def evaluates_after(self, completed_steps: int) -> bool:
-        """Whether there is an evaluation after so many steps."""
+        """Whether to evaluate after this number of steps."""
         at_interval = self.eval_every is not None and completed_steps % self.eval_every == 0
         return at_interval or completed_steps == self.steps
 
@@ -53,10 +53,10 @@ class Precision:
     """Number formats.
 
     Attributes:
-        params: what parameters are stored in between steps.
-        compute: what weights and activations are cast to in the model; losses, norms and sums are float32.
-        quantize: what the factors of the layers' products with weights are rounded to, forward and backward (see
-            `ops.quantized`); embedding and head stay as they are.
+        params: dtype in which parameters are stored.
+        compute: dtype of weights and activations in the model; losses, norms and sums are float32.
+        quantize: format of the operands of the layers' matmuls with weights (see `ops.quantized`); embedding and head
+            are not quantized.
     """
 
     params: Literal["float32", "bfloat16"] = "float32"
@@ -64,40 +64,40 @@ class Precision:
     quantize: Quantize = "none"
 
     def problems(self) -> Iterable[Problem]:
-        """Quantized products have what makes them."""
+        """Yields a problem if `quantize` is set without its package."""
         if self.quantize != "none" and find_spec("qwix") is None:
             yield Problem(
                 fields=("quantize",),
-                message="quantized products are made by qwix, which is not installed",
+                message="quantized matmuls need the package qwix, which is not installed",
                 fix="run pip install qwix, or install jaxinfra with its extra quantized",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that a training run is.
+    """The config of a training run.
 
-    Fields marked `NOT_FINGERPRINTED`, here and below, change where and how fast a run goes, or in what order it rounds,
-    but not the numbers it computes. Stores and the run that it starts from are known by their fingerprints, not by
-    their paths.
+    Fields marked `NOT_FINGERPRINTED`, here and in nested configs, change the place, the speed or the order of rounding,
+    but not the mathematics of a run. Prepared datasets and the run named by `init` have fingerprints of their own, so
+    their paths are not part of the fingerprint.
 
     Attributes:
-        name: name of its directory.
-        root: folder of run directories.
-        seed: of the first parameters, and of dropout.
-        model: the network.
-        objective: what it minimizes.
-        data: what it is trained on.
-        init: directory of the run whose parameters it starts from, such as runs/base, or runs/base@500 for those after
-            500 steps; None draws them.
+        name: name of the run's directory.
+        root: parent of the run's directory.
+        seed: seed of initialization and dropout.
+        model: the model.
+        objective: the loss to minimize.
+        data: the training and validation data.
+        init: a run to take the initial parameters from: runs/base for its last checkpoint, runs/base@500 for step 500.
+            None initializes them at random.
         precision: number formats.
-        mesh: how the devices are arranged.
+        mesh: sizes of the device mesh.
         rules: which mesh axes shard which arrays.
-        pipeline: how microbatches pass the stages, where mesh.stage is above 1.
-        optim: how parameters are updated.
-        train: how long, in what batches.
-        checkpoint: when the state is saved.
-        track: where metrics go.
+        pipeline: pipeline schedule, if mesh.stage is above 1.
+        optim: optimizer and learning rate.
+        train: number of steps, batch size, evaluation.
+        checkpoint: when to save checkpoints.
+        track: where to log metrics.
     """
 
     name: Annotated[str, NOT_FINGERPRINTED]
@@ -118,7 +118,7 @@ class Run:
 
     @property
     def mesh_fit(self) -> MeshFit:
-        """The run as its mesh sees it."""
+        """The sizes that must be divisible by mesh axes."""
         dims = {f"model.{name}": dim for name, dim in self.model.sharded_dims.items()}
         if self.model.supports_context:
             dims |= {f"data.{name}": dim for name, dim in self.data.sharded_dims.items()}
@@ -136,7 +136,7 @@ class Run:
         )
 
     def problems(self) -> Iterable[Problem]:
-        """Yields what only shows where two parts meet. A mesh axis of -1 leaves out what depends on the mesh."""
+        """Yields conflicts between parts of the config; with a mesh axis of -1, checks of the mesh are left out."""
         if self.name in ("", ".", "..") or "/" in self.name:
             yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
         if "://" in self.root:
@@ -177,17 +177,16 @@ class Run:
         if objective.uses_reference and self.mesh.stage > 1:
             yield Problem(
                 fields=("objective", "mesh.stage"),
-                message="the objective needs two forward passes, pipeline stages make one",
+                message="the objective needs two forward passes, but pipeline stages make one",
                 fix="use mesh.stage=1",
             )
 
 
 def with_fingerprint_name(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
-    """The run with a name of its own where the command line changes the numbers of the config file.
+    """Appends the fingerprint to the run's name if overrides on the command line change the fingerprint.
 
-    `python -m launch CONFIG` and `python -m launch CONFIG optim.peak_lr=1e-3` are different runs: the second gets
-    the first's name with a fingerprint of the config behind it, unless the command line names it. `file` is the config
-    without the overrides of the command line.
+    So `python -m launch CONFIG` and `python -m launch CONFIG optim.peak_lr=1e-3` have different directories. A name
+    given on the command line is kept. `file` is the config without the overrides.
     """
     digest = fingerprint(loaded.run)
     if digest == fingerprint(file) or loaded.origins["name"] == COMMAND_LINE:
@@ -197,5 +196,5 @@ def with_fingerprint_name(loaded: Loaded[Run], file: Run) -> Loaded[Run]:
 
 
 def with_mesh_size(run: Run, devices: int) -> Run:
-    """The run with its mesh sized for so many devices; a ConfigError where it does not fit."""
+    """Sets the mesh axis that is -1 to use all devices; ConfigError if the mesh does not fit their number."""
     return replace(run, mesh=run.mesh.resolve(devices))

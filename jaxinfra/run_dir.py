@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, its record, and the checks that a config may go on in it."""
+"""The directory of a run: its lock, its run record, and the checks before a run resumes in it."""
 
 import fcntl
 import os
@@ -28,9 +28,9 @@ class RunDirectory:
         self.checkpoints, self.metrics = path / "checkpoints", path / "metrics.jsonl"
 
     def existing_record(self) -> Mapping[str, Any]:
-        """Returns the run record; where it is lost, the one that the newest checkpoint was saved with; else {}.
+        """Returns the run record (run.json); if it is missing, the copy in the newest checkpoint; else {}.
 
-        A damaged run record is a ConfigError, a damaged one of a checkpoint a CheckpointError.
+        Raises ConfigError if run.json is damaged, CheckpointError if the copy is.
         """
         if self.record.exists():
             return read_record(self.record)
@@ -41,43 +41,43 @@ class RunDirectory:
             return {} if step is None else checkpoints.load_record(step)
 
     def data_versions(self, run: Run) -> Sequence[str]:
-        """Returns the store versions that the run has started on; () for a new run, or one of another config."""
-        found = self.existing_record()
-        return found.get("data_versions", ()) if found and not self._changed(run, found) else ()
+        """Returns the dataset versions that the run started with; () for a new run or a changed config."""
+        record = self.existing_record()
+        return record.get("data_versions", ()) if record and not self._changes(run, record) else ()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the directory and holds its lock, so that no second process trains this run."""
+        """Creates the directory and holds its lock, so that only one process trains this run."""
         make_writable(self.path)
-        holder = os.open(self.path, os.O_RDONLY)
+        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(holder)
+            os.close(descriptor)
             raise ConfigError(
                 f"{self.path}: another process is training this run; wait for it, or use name=ANOTHER"
             ) from None
         try:
             yield
         finally:
-            os.close(holder)
+            os.close(descriptor)
 
     def check(self, run: Run, data: Dataset) -> None:
-        """Raises ConfigError if the run in the directory has another config, other data or other first parameters."""
-        found = self.existing_record()
-        if changed := self._changed(run, found):
-            first = changed[0]
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        """Raises ConfigError if the run in the directory has another config, other data or another `init`."""
+        record = self.existing_record()
+        if changes := self._changes(run, record):
+            first = changes[0]
+            more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             raise ConfigError(
                 f"{self.path}: holds a run of another config: {first.path} is {first.left} there and {first.right} "
                 f"here{more}; use name=ANOTHER, or change it back"
             )
-        if found.get("data", data.fingerprint) != data.fingerprint:
+        if record.get("data", data.fingerprint) != data.fingerprint:
             raise ConfigError(
-                f"{self.path}: has started on data with fingerprint {found['data']}, {data.name} has "
+                f"{self.path}: has started on data with fingerprint {record['data']}, {data.name} has "
                 f"{data.fingerprint}; use name=ANOTHER, or the version that it has started on"
             )
-        started_from = found.get("init")
+        started_from = record.get("init")
         if not _same_init(started_from, run.init):
             before = "none" if started_from is None else f"{started_from['run']}@{started_from['step']}"
             raise ConfigError(
@@ -86,26 +86,26 @@ class RunDirectory:
             )
 
     def finished_summary(self, completed_steps: int) -> dict[str, Any]:
-        """Returns the summary of a run that has nothing left to do."""
+        """Returns the summary of a run that is already finished; writes its report if that is missing."""
         summary = self.path / "summary.json"
-        found = read_json_object(summary) if summary.exists() else {}
+        values = read_json_object(summary) if summary.exists() else {}
         if self.record.exists() and not self.report.exists():
             write_report(self.path)
-        return {**found, "steps": completed_steps, "status": "finished before"}
+        return {**values, "steps": completed_steps, "status": "finished before"}
 
-    def _changed(self, run: Run, found: Mapping[str, Any]) -> list[Difference]:
-        """Returns how a record differs from a config, in what changes the numbers."""
-        recorded = decode_record(self.record, dict(found), Run, ClassFinder.from_config(run))
+    def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
+        """Returns the fingerprinted fields in which a run record differs from a config."""
+        recorded = decode_record(self.record, dict(record), Run, ClassFinder.from_config(run))
         return diff(recorded, run, fingerprinted_only=True)
 
 
 class TrainedParams(NamedTuple):
-    """Parameters of a run, and where they are from.
+    """Parameters of a run, with their origin.
 
     Attributes:
-        params: those after `step`; the averaged ones where the run keeps them.
-        step: completed steps.
-        fingerprint: of the config of the run.
+        params: the parameters after `step`, averaged if the run keeps an average.
+        step: number of completed steps.
+        fingerprint: fingerprint of the run's config.
     """
 
     params: Any
@@ -116,8 +116,8 @@ class TrainedParams(NamedTuple):
 def load_params(source: str | Path, program: Program) -> TrainedParams:
     """Restores the parameters of a run onto the mesh of a program whose model has the same parameters.
 
-    `source` is a run directory, `runs/base` for its newest checkpoint or `runs/base@500` for that of a step. Raises
-    ConfigError where there is no run, or its first parameter that differs is named; CheckpointError where no
+    `source` is a run directory, such as `runs/base` for its newest checkpoint, or `runs/base@500` for step 500. Raises
+    ConfigError if there is no run, or if a parameter differs (it names the first one), and CheckpointError if no
     checkpoint can be read.
     """
     path, step = parse_source(source)
@@ -129,24 +129,25 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
     if not directory.checkpoints.exists():
         raise CheckpointError(f"{missing} yet; train until the first one is saved")
     with program.on_mesh, CheckpointManager(directory.checkpoints, read_only=True) as checkpoints:
-        found = checkpoints.latest_step() if step is None else step
-        if found is None or found not in checkpoints.all_steps():
-            have = ", ".join(map(str, checkpoints.all_steps())) or "none"
-            raise CheckpointError(f"{missing}; it has {have}: train until the next one is saved")
-        averaged = record["config"].get("optim", {}).get("ema_decay") is not None
-        wanted = program.averaged_params if averaged else program.params
-        params = checkpoints.restore_params(found, wanted, subtree="ema" if averaged else "params")
-    return TrainedParams(params, found, record.get("fingerprint", ""))
+        step = checkpoints.latest_step() if step is None else step
+        if step is None or step not in checkpoints.all_steps():
+            available = ", ".join(map(str, checkpoints.all_steps())) or "none"
+            raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
+        if record["config"].get("optim", {}).get("ema_decay") is not None:
+            params = checkpoints.restore_params(step, program.averaged_params, subtree="ema")
+        else:
+            params = checkpoints.restore_params(step, program.params, subtree="params")
+    return TrainedParams(params, step, record.get("fingerprint", ""))
 
 
 def parse_source(source: str | Path) -> tuple[Path, int | None]:
-    """Splits `runs/base@500` into the directory and the step; without a step it is None."""
+    """Splits `runs/base@500` into directory and step; the step is None if there is no `@`."""
     path, at, step = str(source).rpartition("@")
     return (Path(path), int(step)) if at and step.isdigit() else (Path(source), None)
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:
-    """Whether a run that has started from `recorded` may go on with this `init`."""
+    """Whether `init` names the parameters that a run started from, by its run record's `init`."""
     if recorded is None or init is None:
         return recorded is None and init is None
     path, step = parse_source(init)
@@ -155,4 +156,4 @@ def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:
     directory = RunDirectory(path)
     if directory.record.exists():
         return directory.existing_record().get("fingerprint") == recorded["fingerprint"]
-    return str(path) == recorded["run"]  # that run is gone: its parameters are not needed any more
+    return str(path) == recorded["run"]  # that run may be deleted: a resumed run does not load it again

@@ -33,9 +33,9 @@ class SamplingParams:
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: only so many of the likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020).
-        seed: of the random numbers.
+        top_k: samples from this number of likeliest tokens; 0 is all.
+        top_p: samples from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        seed: seed of the random numbers.
     """
 
     temperature: float = 0.8
@@ -56,17 +56,17 @@ class Sampler:
     """A language model with its parameters on one device, and its tokenizer."""
 
     def __init__(self, run: Run, params: Params, tokenizer: Tokenizer):
-        """Takes parameters on the mesh of `sampling_program(run)`."""
+        """Binds the parameters, which must be on the mesh of `sampling_program(run)`."""
         self._program = sampling_program(run)
         self._params, self._tokenizer = params, tokenizer
         self._config, data = require_text(run)
-        self._masked = data.mask_documents
+        self._mask_documents = data.mask_documents
 
     @classmethod
     def from_run(cls, run_dir: str | Path, imports: Sequence[str] | ClassFinder = ()) -> Self:
-        """Samples from a run of a language model: its newest checkpoint, or that of a step with `runs/NAME@STEP`.
+        """Loads a language model from a run: its newest checkpoint, or the one of a step with `runs/NAME@STEP`.
 
-        Takes the averaged parameters where the run keeps them.
+        Takes the averaged parameters if the run keeps them.
         """
         path, _ = parse_source(run_dir)
         record = path / "run.json"
@@ -78,7 +78,7 @@ class Sampler:
 
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
-        """Samples from parameters on any mesh; they are copied to the first device."""
+        """Copies parameters, which may be on any mesh, to the first device."""
         tokenizer, program = _open_tokenizer(run), sampling_program(run)
         return cls(run, jax.device_put(params, jax.tree.map(lambda p: p.sharding, program.params)), tokenizer)
 
@@ -99,28 +99,29 @@ class Sampler:
 
         Raises ConfigError if prompt and continuation are longer than the model's learned positions.
         """
-        # A document follows the end of another one, unless training masks documents.
-        ids = prompt if prompt and self._masked else [self._tokenizer.eot_id, *prompt]
+        # In training, the end-of-document token of the previous document comes before a document, unless documents are
+        # masked from each other.
+        ids = prompt if prompt and self._mask_documents else [self._tokenizer.eot_id, *prompt]
         slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
-        longest = self._config.learned_positions
-        if longest is not None:
-            if len(ids) + max_tokens > longest:
-                room = longest - len(ids)
+        max_positions = self._config.learned_positions
+        if max_positions is not None:
+            if len(ids) + max_tokens > max_positions:
+                room = max_positions - len(ids)
                 raise ConfigError(
-                    f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it passes the {longest} learned "
+                    f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it exceeds the {max_positions} learned "
                     f"positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
                 )
-            slots = min(slots, longest)
+            slots = min(slots, max_positions)
         with self._program.on_mesh:
             key = jax.random.key(sampling.seed)
             padded = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32)
             cache = self._model(self._params).empty_cache(1, max(slots, len(ids) + max_tokens))
             token, cache = self._prefill(self._params, cache, padded, len(ids), key, sampling)
             for count in range(1, max_tokens + 1):
-                found = int(token[0, 0])
-                if found == self._tokenizer.eot_id:
+                token_id = int(token[0, 0])
+                if token_id == self._tokenizer.eot_id:
                     return
-                yield found
+                yield token_id
                 if count < max_tokens:
                     step_key = jax.random.fold_in(key, count)
                     token, cache = self._decode(self._params, cache, token, step_key, sampling)
@@ -134,9 +135,9 @@ class Sampler:
     def _prefill(
         self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, sampling: SamplingParams
     ):
-        """Returns the first token after `count` tokens of a padded prompt, and the cache of those tokens.
+        """Returns the first token after `count` tokens of a padded prompt, and the cache of these tokens.
 
-        Padding in the cache is behind its length: masked, and overwritten later.
+        The cache also holds the padding, but beyond its length: it is masked, and overwritten later.
         """
         model = self._model(params)
         hidden_BTD, cache = model.decode(tokens_BT, cache)
@@ -160,9 +161,9 @@ def _open_tokenizer(run: Run) -> Tokenizer:
 
 def sampling_program(run: Run) -> Program:
     """Returns the program of a run on the first device, with default compiler options."""
-    alone = MeshConfig(fsdp=1)
-    run = replace(run, mesh=alone, train=replace(run.train, compiler="default"))
-    return Program(run, make_mesh(alone, jax.devices()[:1]))
+    mesh = MeshConfig(fsdp=1)
+    run = replace(run, mesh=mesh, train=replace(run.train, compiler="default"))
+    return Program(run, make_mesh(mesh, jax.devices()[:1]))
 
 
 def _sample_token(model: Transformer, hidden_BD: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
@@ -177,15 +178,16 @@ def _sample_token(model: Transformer, hidden_BD: jax.Array, key: jax.Array, samp
 
 
 def filter_top_k_top_p(logits_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-    """Logits with `-inf` for all but the `top_k` likeliest (0: all) whose probability above them is under `top_p`."""
+    """Sets the logits of tokens outside the `top_k` (0: all) and the `top_p` likeliest ones to `-inf`."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = jnp.where(logits_BV < sorted_BV[:, top_k - 1 : top_k], -jnp.inf, logits_BV)
         sorted_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
     if top_p < 1:
-        share_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-        kept_B = jnp.sum(before_BV < top_p, axis=-1, keepdims=True)
-        smallest_B = jnp.take_along_axis(sorted_BV, kept_B - 1, axis=-1)
-        logits_BV = jnp.where(logits_BV < smallest_B, -jnp.inf, logits_BV)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        # Keeps a token if all likelier ones together have less than `top_p`: the one that reaches it is kept, too.
+        likelier_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        num_kept_B1 = jnp.sum(likelier_BV < top_p, axis=-1, keepdims=True)
+        smallest_B1 = jnp.take_along_axis(sorted_BV, num_kept_B1 - 1, axis=-1)
+        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     return logits_BV

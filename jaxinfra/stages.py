@@ -1,9 +1,14 @@
 """Splits the model of a run into pipeline stages, and runs a step on them with `parallel.pipeline`.
 
+A chunk is a run of consecutive layers (Megatron's model chunk, or virtual stage); a stage holds one or more chunks.
+
 The train state does not depend on stages: stacked layers are `[layers, ...]`, so a checkpoint fits any number of
 stages. A step reshapes them to `[chunks, layers of a chunk, stages, ...]` before its first tick, and their gradients
 back after its last one. This moves no data if every stage has the same number of consecutive layers; otherwise each
-weight and its gradient cross `stage` once a step.
+weight and its gradient cross the mesh axis `stage` once a step.
+
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,32 +35,33 @@ type Batch = Mapping[str, jax.Array]
 type Sums = dict[str, jax.Array]
 
 STACKED = "blocks"
-"""The parameters that are stacked over layers and sharded over stages; all others are shared by the stages."""
+"""Name of the parameters that are stacked over layers and split over stages; the stages share all others."""
 
 
-def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
-    """Returns the layers of each chunk of each stage: `[chunks, layers of a chunk, stages]`, -1 for none.
+def assign_layers(layers: int, stages: int, chunks: int) -> np.ndarray:
+    """Returns the layer indices of each chunk of each stage, `[chunks, layers of a chunk, stages]`; -1 is padding.
 
     Chunk c of stage s is number `c * stages + s` in the order of the model. If the layers do not divide evenly, the
-    first chunks have one more than the others.
+    first chunks have one more layer than the others.
     """
     parts = np.array_split(np.arange(layers), stages * chunks)
     longest = len(parts[0])
-    numbers = [np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts]
-    return np.reshape(numbers, (chunks, stages, longest)).transpose(0, 2, 1)
+    indices = [np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts]
+    return np.reshape(indices, (chunks, stages, longest)).transpose(0, 2, 1)
 
 
 class LastStage:
-    """Applies the model's output to the activations of the last stage, for an objective: `objective.Apply`."""
+    """Computes the model's output from the last stage's activations, for an objective: `objective.Apply`."""
 
     def __init__(self, module: LayeredModule, x: jax.Array, objective: Objective):
-        self._module, self._x, self._objective = module, x, type(objective)
-        self.params = WholeParams(self._refusal)
-        self.partial_sums = bool(vars(self._objective).get("partial_sums", False))
+        self._module, self._x, self._objective_type = module, x, type(objective)
+        self.params = ParamsPlaceholder(self._refusal)
+        # `vars`, since `partial_sums` is not inherited (see `Objective`).
+        self.partial_sums = bool(vars(self._objective_type).get("partial_sums", False))
         self._called = False
 
     def __call__(self, params: object, batch: Batch, *, train: bool = True) -> Any:
-        """Returns what the model makes of the microbatch."""
+        """Returns the output of the model for the microbatch."""
         if self._called or params is not self.params:
             raise self._refusal()
         self._called = True
@@ -63,13 +69,13 @@ class LastStage:
 
     def _refusal(self) -> ConfigError:
         return ConfigError(
-            f"objective={self._objective.__name__}: needs two forward passes, or parameters besides them, where "
-            "pipeline stages make one pass; use mesh.stage=1"
+            f"objective={self._objective_type.__name__}: needs a second forward pass, or the parameters themselves, "
+            "but pipeline stages make one pass and hold parts of the parameters; use mesh.stage=1"
         )
 
 
-class WholeParams:
-    """Stands for the parameters of all stages, which no stage has: an objective can only pass it on."""
+class ParamsPlaceholder:
+    """Takes the place of the parameters, as no stage has all of them: an objective can only pass it to `apply`."""
 
     def __init__(self, refusal: Callable[[], ConfigError]):
         self._refusal = refusal
@@ -82,37 +88,40 @@ class Stages(PipelineModel):
     """The pipeline stages of a run, and a train step on them."""
 
     def __init__(self, run: Run, partitioner: Partitioner, specs: ParamSpecs, stored: PyTree):
-        """Builds the model twice: with rows sharded over stages for its layers, and for its output and the loss.
+        """Builds the model twice: once for its layers, once with the sharding of its output and the loss.
 
         Args:
             run: the config.
-            partitioner: that of the run without stages.
-            specs: the `ParamSpec` of every parameter.
-            stored: the `PartitionSpec` that every parameter is stored in.
+            partitioner: the partitioner of the run without stages.
+            specs: `ParamSpec` of every parameter.
+            stored: `PartitionSpec` in which every parameter is stored.
         """
         self.run, self.partitioner, self.specs, self.stored = run, partitioner, specs, stored
         rules, self.num_stages, self.chunks = partitioner.rules, partitioner.mesh.stage, run.pipeline.chunks
         dim = run.mesh_fit.loss_dim()
         assert dim is not None, "validate the run first"
+        # The loss shards each microbatch over stages: its rows (dimension 0) or its positions (dimension 1). `stage` is
+        # the last axis, since a device keeps part of the rows or positions that it has without stages.
         loss_axes = {"batch": (*rules.batch, "stage")} if dim == 0 else {"sequence": (*rules.sequence, "stage")}
         self.loss_partitioner = replace(partitioner, rules=replace(rules, block_sequence=(), **loss_axes))
+        # Layers work on one microbatch per stage, `[stages * rows, ...]`: here `stage` is the first axis.
         layer_partitioner = replace(partitioner, rules=replace(rules, batch=("stage", *rules.batch)))
         module = run.model.build(layer_partitioner)
         if not isinstance(module, LayeredModule):
             raise ConfigError(
-                f"mesh.stage={self.num_stages}: {type(run.model).__name__} builds no LayeredModule, whose layers "
-                "pipeline stages could share; use mesh.stage=1"
+                f"mesh.stage={self.num_stages}: {type(run.model).__name__} does not build a LayeredModule, "
+                "which pipeline stages need; use mesh.stage=1"
             )
         self._layers_graph, _ = nnx.split(module)
         self._output_graph, _ = nnx.split(run.model.build(self.loss_partitioner))
-        numbers = layer_numbers(run.model.pipeline_layers, self.num_stages, self.chunks)
-        self.num_chunks, self.chunk_size = self.num_stages * self.chunks, numbers.shape[1]
-        # All other chunks have one layer less.
+        layers = assign_layers(run.model.pipeline_layers, self.num_stages, self.chunks)
+        self.num_chunks, self.chunk_size = self.num_stages * self.chunks, layers.shape[1]
+        # Number of chunks with `chunk_size` layers; the others have one layer less.
         self.full_chunks = run.model.pipeline_layers - self.num_chunks * (self.chunk_size - 1)
-        self._uniform = module.uniform(numbers)
+        self._uniform = module.uniform(layers)
         schedule = run.pipeline.make_schedule(self.num_stages, run.train.accumulate)
         sharding = LossSharding(dim=dim, spec=self.loss_partitioner.spec("batch", "sequence", None))
-        self.pipeline = Pipeline(self, schedule, sharding, numbers)
+        self.pipeline = Pipeline(self, schedule, sharding, layers)
 
     # The model, as the pipeline calls it
 
@@ -124,12 +133,13 @@ class Stages(PipelineModel):
         return self._merge(self._layers_graph, shared).embed(rows)
 
     @override
-    def apply_layers(self, weights: PyTree, x: jax.Array, rows: Batch, numbers: jax.Array) -> tuple[jax.Array, PyTree]:
+    def apply_layers(self, weights: PyTree, x: jax.Array, rows: Batch, layers: jax.Array) -> tuple[jax.Array, PyTree]:
         model = self._merge(self._layers_graph, {STACKED: weights})
-        return model.apply_layers(x, rows, StageLayers(numbers, self._uniform))
+        return model.apply_layers(x, rows, StageLayers(layers, self._uniform))
 
     @override
     def loss(self, shared: PyTree, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # A validation batch has all arrays of a training batch, and weights.
         batch = {
             name: jax.reshard(batch[name], self.loss_partitioner.spec("batch", *spec.axes))
             for name, spec in self.run.data.batch_spec(validation=True).items()
@@ -138,7 +148,7 @@ class Stages(PipelineModel):
         objective = self.run.objective
         forward = LastStage(self._merge(self._output_graph, shared), x, objective)
         with user_code(type(objective), "objective"):
-            return losses.checked(objective, objective.loss(forward, forward.params, batch))
+            return losses.check_result(objective, objective.loss(forward, forward.params, batch))
 
     @override
     def aux_loss(self, stats: PyTree) -> jax.Array | None:
@@ -147,16 +157,17 @@ class Stages(PipelineModel):
     # A step
 
     def gradients(self, params: PyTree, batch: Batch) -> tuple[PyTree, Sums, Sums]:
-        """Returns gradients of the summed loss, sharded like parameters, sums, and statistics of the layers.
+        """Returns the gradients of the summed loss, sharded like parameters, the sums, and the layers' statistics.
 
-        `batch` is split into microbatches.
+        Arrays of `batch` are `[microbatches, rows, ...]`.
         """
-        weights, shared, sums, stats = self.pipeline.gradients(StepInputs(*self._to_stages(params), batch))
-        shared = jax.tree.map(self._reduce_shared, shared, _shared_params(self.stored))
-        return {**shared, STACKED: self._from_stages(weights)}, *self._replicate(sums, stats)
+        inputs = StepInputs(*self._to_stages(params), batch)
+        layer_grads, shared_grads, sums, stats = self.pipeline.gradients(inputs)
+        shared_grads = jax.tree.map(self._reduce_shared, shared_grads, _shared_params(self.stored))
+        return {**shared_grads, STACKED: self._from_stages(layer_grads)}, *self._replicate(sums, stats)
 
     def evaluate(self, params: PyTree, batch: Batch) -> Sums:
-        """Returns all sums; `batch` is split into microbatches."""
+        """Returns the sums over the batch; arrays of `batch` are `[microbatches, rows, ...]`."""
         return self._replicate(*self.pipeline.evaluate(StepInputs(*self._to_stages(params), batch)))[0]
 
     def _replicate(self, sums: Sums, stats: Sums) -> tuple[Sums, Sums]:
@@ -164,9 +175,9 @@ class Stages(PipelineModel):
         return sums, {name: self._join_layers(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
 
     def _to_stages(self, params: PyTree) -> tuple[PyTree, PyTree]:
-        """Returns the layers' weights by stage, and the shared parameters, replicated over stages.
+        """Returns the layers' weights split over stages, and the shared parameters replicated over stages.
 
-        Both are marked so that their gradients stay partial sums.
+        Both are *reduced*, so that their gradients stay partial sums until the end of the step.
         """
         shared = jax.tree.map(
             lambda p, s: jax.reshard(p, self.partitioner.with_reduced(_without_stage(s), "stage")),
@@ -181,31 +192,31 @@ class Stages(PipelineModel):
         return weights, shared
 
     def _from_stages(self, grads: PyTree) -> PyTree:
-        """Returns the gradients of the layers' weights, sharded like parameters."""
+        """Reduces and reshapes the gradients of the layers' weights to the shape and sharding of parameters."""
 
-        def one(grad: jax.Array, stored: PartitionSpec) -> jax.Array:
-            # Stacked layers can be joined in the sharding that they are stored in, wherever `stage` is in it.
+        def unstage_grad(grad: jax.Array, stored: PartitionSpec) -> jax.Array:
+            # Layers can be joined in their stored sharding, whichever dimension `stage` shards in it.
             by_layer = self._join_layers(jax.reshard(grad, PartitionSpec(None, None, *stored.partitions)))
             return jax.reshard(by_layer, stored)
 
-        return jax.tree.map(one, grads, self.stored[STACKED])
+        return jax.tree.map(unstage_grad, grads, self.stored[STACKED])
 
     def _reduce_shared(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
-        """Adds up a gradient over `stage`, then over `replica`, so that only a shard crosses `replica`."""
+        """Reduces a gradient over `stage` first, then over `replica`, so that only a shard crosses `replica`."""
         axes = jax.typeof(grad).sharding.spec.unreduced - {"stage"}
         return jax.reshard(jax.reshard(grad, stored.update(unreduced=axes)), stored)
 
     def _split_layers(self, stacked: jax.Array) -> jax.Array:
-        """Reshapes `[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, with zeros for missing layers."""
+        """Reshapes `[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, padded with zeros."""
         count, size, full, rest = self.num_chunks, self.chunk_size, self.full_chunks, stacked.shape[1:]
         spec = jax.typeof(stacked).sharding.spec.partitions
-        if full < count:
+        if full < count:  # the last chunks have one layer less: pad each of them
             assert spec[0] is None, spec
             by_chunk = PartitionSpec(None, None, *spec[1:])
-            head = stacked[: full * size].reshape(full, size, *rest, out_sharding=by_chunk)
+            head = stacked[: full * size].reshape(full, size, *rest, out_sharding=by_chunk)  # [full chunks, size, ...]
             tail = stacked[full * size :].reshape(count - full, size - 1, *rest, out_sharding=by_chunk)
-            tail = jnp.pad(tail, [(0, 0), (0, 1), *[(0, 0)] * len(rest)])
-            stacked = jnp.concatenate([head, tail])
+            tail = jnp.pad(tail, [(0, 0), (0, 1), *[(0, 0)] * len(rest)])  # [other chunks, size, ...]
+            stacked = jnp.concatenate([head, tail])  # [all chunks, size, ...]
         shape = (self.chunks, self.num_stages, size, *rest)
         by_stage = stacked.reshape(shape, out_sharding=PartitionSpec(None, spec[0], None, *spec[1:]))
         return jnp.moveaxis(by_stage, 1, 2)

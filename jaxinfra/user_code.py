@@ -1,4 +1,4 @@
-"""Turns a failure inside a user's own class into one line that names their file and line."""
+"""Turns an exception from a user's class into a one-line error that names their file and line."""
 
 import traceback
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ _PACKAGE = Path(__file__).parent
 
 @contextmanager
 def user_code(owner: type, path: str) -> Iterator[None]:
-    """Raises a ConfigError for a failure in a class from outside this package, at `path` in the config.
+    """Converts exceptions from a user's class, at `path` in the config, to ConfigError.
 
-    The line that it shows is the innermost one of the user's files, not one of JAX or of this package. A failure in a
-    class of this package, and an error that is meant for the user already, pass unchanged.
+    The message shows the innermost line in a user's file, not in JAX or this package. Exceptions from classes of this
+    package, and errors that are already meant for the user, pass unchanged.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def user_code(owner: type, path: str) -> Iterator[None]:
                 place = f"{frame.f_code.co_filename}:{line}"
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{place}: {type(error).__name__}: {reason[:300]}; mend {owner.__qualname__}, the {path} of the config"
+            f"{place}: {type(error).__name__}: {reason[:300]}; fix {owner.__qualname__}, the {path} of the config"
         ) from error
 
 

@@ -125,15 +125,15 @@ class LayerInputs(NamedTuple):
 
 
 class LayerIds(NamedTuple):
-    """The layers of a scan, `[L]`, or `[L, S]` where pipeline stages differ; -1 for no layer.
+    """The layers of a scan, `[L]`, or `[L, S]` if the S pipeline stages differ.
 
     Attributes:
-        types: index into `distinct_layer_types`.
-        numbers: layer number; dense layers before the stack end at -1.
+        types: index into `distinct_layer_types`; -1 is padding.
+        indices: layer index; the dense layers before the stack have the indices up to -1.
     """
 
     types: jax.Array
-    numbers: jax.Array
+    indices: jax.Array
 
 
 class Cache(NamedTuple):
@@ -240,11 +240,12 @@ class Transformer(LayeredModule):
         return FactoredLogits(hidden=self.final_norm(x_BTD), head=self.head(), softcap=self.config.logit_softcap)
 
     @override
-    def uniform(self, numbers: np.ndarray) -> bool:
+    def uniform(self, layers: np.ndarray) -> bool:
         config = self.config
-        types = [config.layer_type(config.num_dense_layers + n) if n >= 0 else None for n in numbers.flat]
-        by_stage = np.array(types, object).reshape(numbers.shape).transpose(1, 0, 2).reshape(numbers.shape[1], -1)
-        return bool((by_stage == by_stage[:, :1]).all())
+        types = [config.layer_type(config.num_dense_layers + n) if n >= 0 else None for n in layers.flat]
+        # Row l has the types of layer l of every chunk on every stage.
+        rows = np.array(types, object).reshape(layers.shape).transpose(1, 0, 2).reshape(layers.shape[1], -1)
+        return bool((rows == rows[:, :1]).all())
 
     @override
     def flops(self, data: HasSeqLen) -> float:
@@ -302,10 +303,9 @@ class Transformer(LayeredModule):
         types = self._layer_types(range(self.config.num_dense_layers, self.config.total_layers))
         if stage_layers is None:
             return LayerIds(types, jnp.arange(self.config.num_layers))
-        types = jnp.where(
-            stage_layers.numbers < 0, -1, types.at[stage_layers.numbers].get(out_sharding=P(None, "stage"))
-        )
-        return LayerIds(jax.reshard(types, P())[:, 0] if stage_layers.uniform else types, stage_layers.numbers)
+        indices = stage_layers.indices
+        types = jnp.where(indices < 0, -1, types.at[indices].get(out_sharding=P(None, "stage")))
+        return LayerIds(jax.reshard(types, P())[:, 0] if stage_layers.uniform else types, indices)
 
     def _dense_layer_ids(self) -> LayerIds:
         dense = self.config.num_dense_layers

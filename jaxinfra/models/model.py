@@ -1,4 +1,4 @@
-"""The base class of model configs: what a run knows of a model before it is built. Imports no JAX."""
+"""The base class of model configs: what is known about a model before it is built. Imports no JAX."""
 
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 class ModelConfig(Extensible):
     """A model: a frozen dataclass that inherits from this class.
 
-    It defines `build`, or names a class that takes `(config, partitioner)` as its `implementation`. What is built is a
-    `models.module.Module`, or for pipeline stages a `LayeredModule`.
+    It defines `build`, or names as its `implementation` a class that takes `(config, partitioner)`. The result is a
+    `models.module.Module`; pipeline stages need its subclass `LayeredModule`.
 
     Attributes:
         modality: what the model reads, such as "token" or "image"; None for a model that reads any data.
-        implementation: the class that `build` makes, as "package.module:Class".
+        implementation: the class that `build` instantiates, as "package.module:Class".
         supports_context: whether sequences may be sharded over the context axis.
     """
 
@@ -38,7 +38,7 @@ class ModelConfig(Extensible):
 
     @property
     def pipeline_layers(self) -> int:
-        """Number of layers that pipeline stages may share; 0 for a model that cannot be cut into stages."""
+        """Number of layers to split over pipeline stages; 0 for a model that cannot be split."""
         return 0
 
     @property
@@ -48,13 +48,13 @@ class ModelConfig(Extensible):
 
     @property
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        """Config fields that are the size of a sharded dimension: the size, and its logical axis."""
+        """Config fields that set the size of a sharded dimension: field name to (size, logical axis)."""
         return {}
 
     def positions(self, data: Any) -> int:
-        """Returns the positions of the activations of one sample."""
+        """Returns the number of positions in the activations of one sample."""
         return 1
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
-        """Yields what does not fit between the model and the data config, with paths from the run."""
+        """Yields conflicts between the model and the data config; field paths start at the run."""
         return ()

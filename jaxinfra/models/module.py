@@ -1,7 +1,7 @@
-"""What a model is once it is built: a module that is called in a train step, and how its layers are reached one by one.
+"""The base classes of built models: `Module`, and `LayeredModule` for models that pipeline stages can split.
 
-A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once, and merges arrays in where
-a step is traced; a module is never changed.
+A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once with `nnx.split`, and
+merges arrays in when it traces a step. A module is never changed.
 """
 
 from collections.abc import Mapping
@@ -18,69 +18,69 @@ if TYPE_CHECKING:
 
 type Inputs = Mapping[str, jax.Array]
 type LayerStats = dict[str, jax.Array]
-"""Statistics of the layers, by name: sums over the batch, partial (unreduced) over the axes that shard it."""
+"""Statistics of the layers by name: sums over the batch, unreduced (each device has a partial sum)."""
 
 
 class Module(nnx.Module):
-    """A model of one call. Only `__call__` must be defined.
+    """A model. A subclass must define `__call__`; all other methods have defaults.
 
     Attributes:
-        partial_gradients: whether parameters may be marked as reduced over mesh axes, so that their gradients are
-            partial sums until the end of a step.
+        partial_gradients: whether gradients may stay partial sums until the end of a step. Then the parameters are
+            *reduced* over mesh axes, in the terms of JAX's explicit sharding.
     """
 
     partial_gradients: ClassVar[bool] = True
 
     def __call__(self, batch: Inputs, /) -> Any:
-        """Returns what objectives work on: logits `[B, ...]`, or `ops.logits.FactoredLogits`."""
+        """Returns the input of the objective: logits `[B, ...]`, or `ops.logits.FactoredLogits`."""
         raise NotImplementedError
 
     def forward(self, batch: Inputs, /) -> tuple[Any, LayerStats]:
-        """Returns the result of the call and the statistics of the layers."""
+        """Returns the result of `__call__` and the statistics of the layers."""
         return self(batch), {}
 
     def aux_loss(self, stats: LayerStats) -> jax.Array | None:
-        """Returns what the statistics add to the loss, summed over the batch like it; None for nothing."""
+        """Returns the auxiliary loss from the statistics, summed over the batch; None if there is none."""
         return None
 
     def metrics(self, stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
-        """Returns scalars to log, from the statistics of a step and the weight of its batch."""
+        """Returns scalars to log; `weight` is the objective's sum of weights over the batch."""
         return {}
 
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
-        """Returns the parameters that the model updates itself, as they are after a step: a part of the nested dict."""
+        """Returns the new values of the buffers that a step updates, a part of the nested dict of parameters."""
         return {}
 
     def init_params(self, key: jax.Array, shardings: Any) -> Params | None:
-        """Returns the first values of all parameters in these shardings; None to draw each as its `ParamSpec` says."""
+        """Initializes all parameters in these shardings; None initializes each one by its `ParamSpec`."""
         return None
 
     def flops(self, data: Any) -> float | None:
-        """Returns the FLOPs of training on one sample; None for `6 * parameters * units_per_sample`."""
+        """Returns the FLOPs of training on one sample; None estimates `6 * parameters * units_per_sample`."""
         return None
 
     def context_costs(self, data: Any) -> "Mapping[str, ContextChoice]":
-        """Returns how each type of layer attends over the shards of a sequence; nothing where sequences are whole."""
+        """Returns the method of context parallelism for each layer type; {} if sequences are not sharded."""
         return {}
 
 
 class StageLayers(NamedTuple):
-    """Which layers a call applies, in a pipeline.
+    """The layers that a call applies in a pipeline.
 
     Attributes:
-        numbers: `[L, S]`, the layer numbers of each of S stages; -1 for none.
-        uniform: whether the layers that stand side by side in the stages are all of one type.
+        indices: the layer indices, `[L, S]` for L layers on each of S stages; -1 is padding.
+        uniform: whether the stages apply the same type of layer at the same time.
     """
 
-    numbers: jax.Array
+    indices: jax.Array
     uniform: bool
 
 
 class LayeredModule(Module):
-    """A model whose layers are stacked, so that pipeline stages can share them.
+    """A model with stacked layers, which pipeline stages can split.
 
     Attributes:
-        blocks: the parameters of the layers, stacked; a module merged with those of some layers applies these alone.
+        blocks: the stacked parameters of the layers; with the parameters of a chunk, the module applies only these.
     """
 
     blocks: Any
@@ -101,16 +101,16 @@ class LayeredModule(Module):
     def apply_layers(
         self, x: jax.Array, batch: Inputs, stage_layers: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
-        """Returns the activations after the layers in `blocks`, and their statistics, one row a layer."""
+        """Returns the activations after the layers in `blocks`, and their statistics, one row per layer."""
         raise NotImplementedError
 
     def output(self, x: jax.Array, /) -> Any:
-        """Returns what the call returns, from the activations after the last layer."""
+        """Returns the output of the model, given the activations after the last layer."""
         raise NotImplementedError
 
-    def uniform(self, numbers: np.ndarray) -> bool:
-        """Whether the layers that stand side by side in pipeline stages are all of one type.
+    def uniform(self, layers: np.ndarray) -> bool:
+        """Whether all stages apply the same type of layer at the same time.
 
-        `numbers` `[chunks, layers of a chunk, stages]` are those of the layers; -1 for none.
+        `layers` are the layers' indices, `[chunks, layers of a chunk, stages]`; -1 is padding.
         """
         raise NotImplementedError

@@ -216,18 +216,18 @@ class VisionTransformer(LayeredModule):
     def apply_layers(
         self, x_BTD: jax.Array, batch: Inputs, stage_layers: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
-        def layer(block: EncoderBlock, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
-            return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), number))
+        def layer(block: EncoderBlock, x_BTD: jax.Array, index: jax.Array) -> jax.Array:
+            return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), index))
 
         remat_layer = remat(layer, self.config.remat)
 
         def body(x_BTD: jax.Array, xs: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
-            block, number = xs
-            y_BTD = remat_layer(block, x_BTD, number)
-            return y_BTD if stage_layers is None or stage_layers.uniform else _where_layer(number, y_BTD, x_BTD), None
+            block, index = xs
+            y_BTD = remat_layer(block, x_BTD, index)
+            return y_BTD if stage_layers is None or stage_layers.uniform else _where_layer(index, y_BTD, x_BTD), None
 
-        numbers = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.numbers
-        return jax.lax.scan(body, x_BTD, (self.blocks, numbers))[0], {}
+        indices = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.indices
+        return jax.lax.scan(body, x_BTD, (self.blocks, indices))[0], {}
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """Applies the norm after the last layer and pools positions: `[B, D]`."""
@@ -245,8 +245,9 @@ class VisionTransformer(LayeredModule):
         return self.partitioner.map_local(jnp.add, y_BC, bias_C).astype(jnp.float32)
 
     @override
-    def uniform(self, numbers: np.ndarray) -> bool:
-        has_layer = numbers >= 0
+    def uniform(self, layers: np.ndarray) -> bool:
+        has_layer = layers >= 0
+        # All stages have a layer, or none has one.
         return bool((has_layer.all(axis=-1) | ~has_layer.any(axis=-1)).all())
 
     @override

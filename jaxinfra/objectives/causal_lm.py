@@ -1,9 +1,9 @@
-"""Causal language modeling: every token predicts the next one of its document."""
+"""Causal language modeling: each token predicts the next token of its document."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, override
+from typing import Annotated, Any, ClassVar, Protocol, override, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Apply, Batch, Objective
 
 
+@runtime_checkable
 class TextSamples(Protocol):
-    """What bits per byte need to know of validation samples."""
+    """Validation samples of text, for the metric bits per byte."""
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of text that the targets of weight 1 stand for."""
+        """Number of UTF-8 bytes covered by the targets that count."""
         ...
 
 
@@ -28,8 +29,8 @@ class CausalLM(Objective):
     """Next-token prediction.
 
     Attributes:
-        loss_chunks: parts of a sequence that pass the head one at a time, to bound the memory of logits; None
-            chooses (see `losses.CHUNK_TOKENS`).
+        loss_chunks: number of sequence chunks for the LM head and loss, to bound the memory of logits; None chooses
+            (see `losses.CHUNK_TOKENS`).
         z_loss: weight of the squared log-normalizer of the logits (PaLM, section 5).
     """
 
@@ -44,28 +45,30 @@ class CausalLM(Objective):
         targets_BT = batch["targets"]
         weights_BT = batch["weights"] if "weights" in batch else jnp.ones_like(targets_BT, jnp.float32)
         total, sums = losses.cross_entropy(
-            apply(params, batch), targets_BT, weights_BT, chunks=self.loss_chunks, z_loss=self.z_loss
+            apply(params, batch), targets_BT, weights_BT, num_chunks=self.loss_chunks, z_loss=self.z_loss
         )
-        return losses.sums(apply, total, sums)
+        return losses.finalize(apply, total, sums)
 
     @override
-    def scores(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
-        """Returns the loss in nats a token, and bits per byte where the samples are text."""
-        bits_per_byte = {}
-        if hasattr(samples, "n_bytes"):
-            bits_per_byte["bits_per_byte"] = sums["loss"] / math.log(2) / samples.n_bytes
-        return {"loss": sums["loss"] / sums["weight"]} | bits_per_byte
+    def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
+        """Returns the loss in nats per token and, if the samples are text, bits per byte."""
+        metrics = {"loss": sums["loss"] / sums["weight"]}
+        if isinstance(samples, TextSamples):
+            metrics["bits_per_byte"] = sums["loss"] / math.log(2) / samples.n_bytes
+        return metrics
 
     @override
     def problems_with(self, data: Any) -> Iterable[Problem]:
-        return self._undivided(data.seq_len, "chunks must divide the sequence", "data.seq_len")
+        return self._check_chunks_divide(data.seq_len, "chunks must divide the sequence", "data.seq_len")
 
     @override
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
-        return self._undivided(positions, f"chunks must divide the {positions} positions of a sequence on one device")
+        return self._check_chunks_divide(
+            positions, f"chunks must divide the {positions} positions of a sequence on one device"
+        )
 
-    def _undivided(self, length: int, message: str, *fields: str) -> Iterable[Problem]:
+    def _check_chunks_divide(self, length: int, message: str, *fields: str) -> Iterable[Problem]:
         if self.loss_chunks is not None and length % self.loss_chunks:
-            fitting = next(n for n in range(min(self.loss_chunks, length), 0, -1) if length % n == 0)
-            fix = f"use objective.loss_chunks={fitting}"
+            largest = next(n for n in range(min(self.loss_chunks, length), 0, -1) if length % n == 0)
+            fix = f"use objective.loss_chunks={largest}"
             yield Problem(fields=("objective.loss_chunks", *fields), message=message, fix=fix)

@@ -1,4 +1,4 @@
-"""Classification: every sample is of one class.
+"""Classification: each sample has one label.
 
 Shape suffixes: B batch, C classes.
 """
@@ -19,11 +19,11 @@ from jaxinfra.parallel.sharding import axis_names
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Objective):
-    """Cross-entropy with the class of each sample.
+    """Cross-entropy of the logits with the labels.
 
     Attributes:
-        label_smoothing: share of the target that is spread evenly over all classes in the loss to minimize (Szegedy et
-            al. 2016, section 7); the loss that is reported is the cross-entropy with the class itself.
+        label_smoothing: fraction of the target probability that is spread evenly over all classes (Szegedy et al.
+            2016, section 7). The reported loss is the cross-entropy without smoothing.
     """
 
     batch_fields: ClassVar[tuple[str, ...]] = ("labels",)
@@ -37,19 +37,22 @@ class Classification(Objective):
         logits_BC = logits_BC.astype(jnp.float32)
         weights_B = batch["weights"] if "weights" in batch else jnp.ones_like(labels_B, jnp.float32)
         log_probs_BC = jax.nn.log_softmax(logits_BC)
-        hit_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
-        entropy_B = -jnp.sum(jnp.where(hit_BC, log_probs_BC, 0.0), axis=-1)
+        # A comparison instead of a gather also works if classes are sharded.
+        is_label_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
+        entropy_B = -jnp.sum(jnp.where(is_label_BC, log_probs_BC, 0.0), axis=-1)
         correct_B = (jnp.argmax(logits_BC, axis=-1) == labels_B).astype(jnp.float32)
-        axes = axis_names(jax.typeof(labels_B).sharding.spec.partitions[0])
+        batch_axes = axis_names(jax.typeof(labels_B).sharding.spec.partitions[0])
 
         def weighted_sum(values_B: jax.Array) -> jax.Array:
-            return jnp.einsum("b,b->", values_B, weights_B, out_sharding=PartitionSpec(unreduced=frozenset(axes)))
+            # Each device keeps the sum over its own samples; `losses.finalize` reduces it if needed.
+            out = PartitionSpec(unreduced=frozenset(batch_axes))
+            return jnp.einsum("b,b->", values_B, weights_B, out_sharding=out)
 
         smooth_B = (1 - self.label_smoothing) * entropy_B - self.label_smoothing * jnp.mean(log_probs_BC, axis=-1)
         values = {"loss": entropy_B, "accuracy": correct_B, "weight": jnp.ones_like(entropy_B)}
-        return losses.sums(apply, weighted_sum(smooth_B), jax.tree.map(weighted_sum, values))
+        return losses.finalize(apply, weighted_sum(smooth_B), jax.tree.map(weighted_sum, values))
 
     @override
-    def scores(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
-        """Returns the loss in nats a sample, and the share of correct answers."""
+    def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
+        """Returns the loss in nats per sample, and the accuracy."""
         return {name: sums[name] / sums["weight"] for name in ("loss", "accuracy")}

@@ -1,6 +1,6 @@
 """Direct preference optimization (Rafailov et al. 2023, "Direct preference optimization", equation 7).
 
-Shape suffixes: B pairs, R rows (two a pair), T positions.
+Shape suffixes: B pairs, 2 answers of a pair (chosen, rejected), R rows (2 * B), T positions.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ MODEL_FIELDS = ("inputs", "segments", "positions")
 class DPO(Objective):
     """Makes the chosen answer of each pair likelier than the rejected one, measured against a frozen reference.
 
-    The reference is the run's first parameters, so a run starts from another one with `init`. Dropout is off, as the
-    log-probabilities of both models are compared. The loss is logged with the rewards `beta * log(policy / reference)`
-    of both answers, their difference, and how often it is positive.
+    The reference model has the parameters that the run starts from, so `Run.init` must name another run. The metrics
+    are the loss, the reward `beta * log(policy / reference)` of each answer, their difference (the margin), and how
+    often the margin is positive.
 
     Attributes:
-        beta: strength of the pull towards the reference.
-        label_smoothing: share of pairs whose labels are taken to be wrong (Mitchell 2023, "A note on DPO with noisy
+        beta: how strongly the policy is kept close to the reference.
+        label_smoothing: assumed fraction of pairs with swapped labels (Mitchell 2023, "A note on DPO with noisy
             preferences").
     """
 
@@ -44,8 +44,8 @@ class DPO(Objective):
         reference_B2 = jax.lax.stop_gradient(answer_log_probs(apply, params.reference, batch, train=False))
         rewards_B2 = self.beta * (policy_B2 - reference_B2)
         margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
-        wrong = self.label_smoothing
-        loss_B = -(1 - wrong) * jax.nn.log_sigmoid(margin_B) - wrong * jax.nn.log_sigmoid(-margin_B)
+        swapped = self.label_smoothing
+        loss_B = -(1 - swapped) * jax.nn.log_sigmoid(margin_B) - swapped * jax.nn.log_sigmoid(-margin_B)
         values = {
             "loss": loss_B,
             "reward_chosen": rewards_B2[:, 0],
@@ -60,7 +60,7 @@ class DPO(Objective):
 
     @override
     def flops(self, per_sequence: float) -> float:
-        """Two sequences a pair, each trained on (three forward passes) and passed by the reference (one)."""
+        # A pair has two sequences. Training costs three forward passes of each, the reference one more.
         return 2 * per_sequence * 4 / 3
 
 
@@ -75,7 +75,8 @@ def answer_log_probs(apply: Apply, params: Params, batch: Batch, *, train: bool)
 
 
 def _rows(batch: Batch, name: str) -> jax.Array:
-    """Returns an array of both answers, `[R, T]`: the rows of a pair side by side, so that none leaves its device."""
+    """Returns a field of both answers, `[R, T]`."""
+    # The rows of a pair are neighbors, so that no row leaves its device.
     sides = [batch[f"{side}_{name}"] for side in SIDES]
     pairs, length = sides[0].shape
     sharding = jax.typeof(sides[0]).sharding.spec

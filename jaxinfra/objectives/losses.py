@@ -1,4 +1,6 @@
-"""Losses of tokens, from logits that are or are not multiplied out, for objectives to build on.
+"""Token losses for objectives to build on, from logits or from `FactoredLogits`.
+
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum.
 
 Shape suffixes: B batch, T length, D hidden size, V vocabulary.
 """
@@ -12,12 +14,17 @@ from jax.sharding import PartitionSpec
 
 from jaxinfra.errors import ConfigError
 from jaxinfra.objectives.objective import Apply, Objective
-from jaxinfra.ops import cross_entropy as fused
+from jaxinfra.ops.cross_entropy import (
+    CrossEntropyConfig,
+    chunked_token_cross_entropy,
+    fused_cross_entropy,
+    token_losses,
+)
 from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.parallel.sharding import axis_names
 
 CHUNK_TOKENS = 1024
-"""Tokens of one device whose logits exist at once: enough rows for matrix units, 0.5 GiB at a vocabulary of 128k."""
+"""Most tokens per device whose logits exist at once: enough rows for matrix units, 0.5 GiB with 128k tokens."""
 
 type Sums = dict[str, jax.Array]
 
@@ -27,92 +34,89 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
-    chunks: int | None = None,
+    num_chunks: int | None = None,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, Sums]:
     """Sums the weighted losses of all tokens: cross-entropy and z-loss, in nats.
 
     Args:
-        logits: of each position, `[B, T, V]`.
-        targets_BT: the next token, int32.
-        weights_BT: how much each token counts, float32.
-        chunks: parts of a sequence whose logits exist one at a time; None keeps to `CHUNK_TOKENS` a device.
+        logits: `[B, T, V]`.
+        targets_BT: the next token at each position, int32.
+        weights_BT: weight of each token in the sums, float32.
+        num_chunks: number of sequence chunks for the LM head and loss; None keeps to `CHUNK_TOKENS`.
         z_loss: weight of `log(sum(exp(logits)))**2`.
 
     Returns:
-        `(loss + z_loss, {"loss", "z_loss", "weight"})`. Of factored logits they are partial sums over the mesh: pass
-        them through `sums`.
+        `(loss + z_loss, {"loss", "z_loss", "weight"})`. From `FactoredLogits` they are partial sums: pass them
+        through `finalize`.
     """
     if isinstance(logits, FactoredLogits):
-        config = fused.CrossEntropy(chunks=chunks or _chunks(logits.hidden), z_loss=z_loss, softcap=logits.softcap)
-        total, (entropy, z) = fused.cross_entropy(logits.hidden, logits.head, targets_BT, weights_BT, config)
+        num_chunks = num_chunks or _default_num_chunks(logits.hidden)
+        config = CrossEntropyConfig(num_chunks=num_chunks, z_loss=z_loss, softcap=logits.softcap)
+        total, (entropy, z) = fused_cross_entropy(logits.hidden, logits.head, targets_BT, weights_BT, config)
         axes = jax.typeof(total).sharding.spec.unreduced
         weight = jnp.einsum(
             "bt,bt->", weights_BT, jnp.ones_like(weights_BT), out_sharding=PartitionSpec(unreduced=axes)
         )
         return total, {"loss": entropy, "z_loss": z, "weight": weight}
     require_logits(logits, targets_BT)
-    config = fused.CrossEntropy(z_loss=z_loss)
-    entropy_BT, z_BT = fused.token_losses(logits.astype(jnp.float32), targets_BT, config)
+    entropy_BT, z_BT = token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig(z_loss=z_loss))
     entropy, z = jnp.sum(entropy_BT * weights_BT), jnp.sum(z_BT * weights_BT)
     return entropy + z, {"loss": entropy, "z_loss": z, "weight": jnp.sum(weights_BT)}
 
 
 def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Returns the log-probability of each target, float32 `[B, T]`, differentiable, in chunks like `cross_entropy`."""
+    """Returns the log-probability of each target, float32 `[B, T]`; it is differentiable and chunked."""
     if not isinstance(logits, FactoredLogits):
         require_logits(logits, targets_BT)
-        return -fused.token_losses(logits.astype(jnp.float32), targets_BT, fused.CrossEntropy())[0]
-    return -fused.chunked_token_losses(
-        logits.hidden,
-        logits.head,
-        targets_BT,
-        fused.CrossEntropy(chunks=_chunks(logits.hidden), softcap=logits.softcap),
-    )
+        return -token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig())[0]
+    config = CrossEntropyConfig(num_chunks=_default_num_chunks(logits.hidden), softcap=logits.softcap)
+    return -chunked_token_cross_entropy(logits.hidden, logits.head, targets_BT, config)
 
 
-def require_logits(found: Any, targets: jax.Array) -> None:
-    """Raises ConfigError where a model returned anything but logits `[*targets.shape, N]`."""
-    shape = getattr(found, "shape", ())
+def require_logits(output: Any, targets: jax.Array) -> None:
+    """Raises ConfigError unless the output of the model is logits `[*targets.shape, N]`."""
+    shape = getattr(output, "shape", ())
     if not shape or shape[:-1] != targets.shape:
-        what = f"an array of shape {shape}" if shape else type(found).__name__
+        what = f"an array of shape {shape}" if shape else type(output).__name__
         expected = ", ".join(map(str, targets.shape))
         raise ConfigError(f"the model returned {what} for {targets.shape} targets; return logits [{expected}, N]")
 
 
-def sums(apply: Apply, total: jax.Array, values: Sums) -> tuple[jax.Array, Sums]:
-    """Adds partial sums up over the mesh, unless `apply.partial_sums` lets them be added up once a step."""
+def finalize(apply: Apply, total: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
+    """All-reduces partial sums over the mesh, unless `apply.partial_sums` allows to do so once a step."""
     if apply.partial_sums:
-        return total, values
-    return jax.tree.map(lambda value: jax.reshard(value, PartitionSpec()), (total, values))
+        return total, sums
+    return jax.tree.map(lambda value: jax.reshard(value, PartitionSpec()), (total, sums))
 
 
-def checked(objective: Objective, found: Any) -> tuple[jax.Array, Sums]:
-    """Returns what a loss returned, `sums["loss"]` included; ConfigError where it is not what `Objective.loss` says."""
+def check_result(objective: Objective, result: Any) -> tuple[jax.Array, Sums]:
+    """Checks the result of `Objective.loss`; adds the default of `sums["loss"]` and converts sums to float32."""
     name = type(objective).__qualname__
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
-        raise ConfigError(f"{name}.loss: returned {type(found).__name__}; return (sum over the batch, dict of sums)")
-    total, values = found
-    if "weight" not in values:
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise ConfigError(f"{name}.loss: returned {type(result).__name__}; return (sum over the batch, dict of sums)")
+    total, sums = result
+    if "weight" not in sums:
         raise ConfigError(f'{name}.loss: its sums have no "weight", which the loss is divided by; add one')
-    values = {"loss": total, **values}
-    for field, value in {"the loss": total, **values}.items():
+    sums = {"loss": total, **sums}
+    for field, value in {"the loss": total, **sums}.items():
         if jnp.shape(value):
             raise ConfigError(f"{name}.loss: {field} has shape {jnp.shape(value)}; add it up to a scalar")
-    return total, {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return total, {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
 
 
 def add_aux_loss(total: jax.Array, aux: jax.Array | None) -> jax.Array:
-    """Adds what the layers add to the loss; a partial sum to a whole one is made whole first."""
+    """Adds the layers' auxiliary loss to the loss."""
     if aux is None:
         return total
+    # Partial sums can be added to each other, but not to a sum that is already reduced.
     if jax.typeof(aux).sharding.spec.unreduced == jax.typeof(total).sharding.spec.unreduced:
         return total + aux
     return jax.reshard(total, PartitionSpec()) + jax.reshard(aux, PartitionSpec())
 
 
-def _chunks(hidden_BTD: jax.Array) -> int:
-    """The fewest chunks of equal length that keep a device at `CHUNK_TOKENS` tokens or below."""
+def _default_num_chunks(hidden_BTD: jax.Array) -> int:
+    """Returns the smallest number of equal chunks with at most `CHUNK_TOKENS` tokens per device."""
     sharding = jax.typeof(hidden_BTD).sharding
     rows, length = (
         size // math.prod(sharding.mesh.shape[axis] for axis in axis_names(part))

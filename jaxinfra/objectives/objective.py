@@ -1,4 +1,4 @@
-"""The base class of objectives. An objective is one function, `loss`. Imports no JAX."""
+"""The base class of objectives, which define one function: `loss`. Imports no JAX."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -18,22 +18,23 @@ class Apply(Protocol):
     """The model as an objective calls it.
 
     Attributes:
-        partial_sums: whether `Objective.loss` may return sums that are not yet added up over the mesh.
+        partial_sums: whether `Objective.loss` may return unreduced sums: each device holds a partial sum, and the
+            train step all-reduces them once.
     """
 
     partial_sums: bool
 
     def __call__(self, params: Params, batch: Batch, *, train: bool = True) -> Any:
-        """Returns what the model makes of a batch: logits, for the models of this package.
+        """Returns the output of the model for a batch.
 
-        Language models return `ops.logits.FactoredLogits`, classifiers float32 `[B, C]`. With `train=False` dropout is
-        off and nothing the model updates by itself changes.
+        Language models return `ops.logits.FactoredLogits`, classifiers float32 logits `[B, C]`. With `train=False`
+        dropout is off, and the call does not update buffers.
         """
         ...
 
 
 class WithReference(NamedTuple):
-    """The parameters that an objective with `uses_reference` gets."""
+    """The `params` of an objective with `uses_reference`."""
 
     trained: Params
     reference: Params
@@ -43,12 +44,12 @@ class Objective(Extensible, ABC):
     """What a run minimizes: a frozen dataclass that inherits from this class and defines `loss`.
 
     Attributes:
-        batch_fields: arrays that the batch must have.
-        by_position: whether each position of a sequence adds to the loss by itself. If so, context parallelism may
-            reorder positions to balance causal attention, and pipeline stages may share a sequence for the loss.
-        uses_reference: whether `params` is a `WithReference`, whose frozen copy starts as `Run.init` does.
-        partial_sums: whether `loss` returns partial sums where `apply.partial_sums` says so: fewer collectives. It is
-            not inherited: a subclass with a `loss` of its own need not know of it.
+        batch_fields: names of arrays that the batch must have.
+        by_position: whether the loss is a sum over positions, in any order. Then context parallelism may reorder
+            positions to balance causal attention, and pipeline stages may split a sequence for the loss.
+        uses_reference: whether `params` is a `WithReference`, with a frozen copy of the parameters of `Run.init`.
+        partial_sums: whether `loss` returns partial sums if `apply.partial_sums` is true: fewer collectives. It is not
+            inherited, since a subclass may override `loss` without support for it.
     """
 
     builtins: ClassVar[tuple[str, ...]] = (
@@ -65,23 +66,23 @@ class Objective(Extensible, ABC):
     def loss(self, apply: Apply, params: Any, batch: Batch) -> "tuple[jax.Array, dict[str, jax.Array]]":
         """Returns the loss to minimize, summed over the batch, and other sums by name, all float32 scalars.
 
-        `sums["weight"]` is what the loss is divided by, such as the number of targets; so are all other sums when they
-        are logged. `sums["loss"]` is the loss to report, if it is not the one to minimize. A batch may have `weights`,
-        which are 0 for samples that fill up the last batch of an evaluation.
+        `sums["weight"]`, such as the number of targets, divides the loss, and all other sums when they are logged.
+        `sums["loss"]` is the loss to report, by default the one to minimize. A batch may have `weights`: they are 0 for
+        samples that pad the last batch of an evaluation.
         """
 
     def flops(self, per_sequence: float) -> float:
-        """Returns the FLOPs of training on one sample, from the model's for training on one sequence or image."""
+        """Returns the FLOPs of training on one sample, given those of training the model on one sequence or image."""
         return per_sequence
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
-        """Yields what does not fit between the objective and the data config, with paths from the run."""
+        """Yields conflicts between the objective and the data config; field paths start at the run."""
         return ()
 
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
-        """Yields what does not fit the positions of a sequence that one device has, with paths from the run."""
+        """Yields conflicts with the number of positions of a sequence on one device; field paths start at the run."""
         return ()
 
-    def scores(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
-        """Returns the metrics of an evaluation from sums over all validation samples: means, `loss` first."""
+    def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
+        """Returns the metrics of an evaluation, `loss` first, from the sums over all validation samples."""
         return {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}

@@ -1,10 +1,13 @@
-"""Head and cross-entropy in one operation that never holds all logits.
+"""LM head and cross-entropy in one operation that never holds all logits.
 
 Float32 logits are the largest array of a language model: 64 sequences of 8,192 tokens with a vocabulary of 128,256 take
-250 GiB. Here tokens pass in chunks. The forward pass computes the logits of a chunk, its loss and its part of both
-gradients, then frees the logits. A step so has three matmuls with the head, where recomputation has four.
+250 GiB. Here tokens are processed in chunks. The forward pass computes the logits of a chunk, its loss and its part of
+both gradients, then frees the logits: three head matmuls (logits, dx, dw) where rematerialization needs four.
 
-Shape suffixes: B batch, T length, C = T / chunks, D hidden size, V vocabulary.
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient.
+
+Shape suffixes: B batch, T length, C = T / num_chunks, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -19,16 +22,16 @@ from jaxinfra.parallel.sharding import unreduced_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy:
+class CrossEntropyConfig:
     """Options of the loss.
 
     Attributes:
-        chunks: number of chunks of a sequence; must divide its length. More take less memory.
+        num_chunks: number of chunks of a sequence; must divide its length. More chunks take less memory.
         z_loss: weight of `log(sum(exp(logits)))**2`, which keeps logits from drifting (PaLM, section 5).
         softcap: logits become `softcap * tanh(logits / softcap)` first (Gemma 2).
     """
 
-    chunks: int = 1
+    num_chunks: int = 1
     z_loss: float = 0.0
     softcap: float | None = None
 
@@ -37,35 +40,48 @@ type Sums = tuple[jax.Array, tuple[jax.Array, jax.Array]]
 """`(entropy + z_loss, (entropy, z_loss))`: weighted sums over tokens, float32 scalars."""
 
 
-def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array, config: CrossEntropy) -> tuple[jax.Array, jax.Array]:
+def token_losses(
+    logits_BTV: jax.Array, targets_BT: jax.Array, config: CrossEntropyConfig
+) -> tuple[jax.Array, jax.Array]:
     """Computes cross-entropy and z-loss of each token, both float32 `[B, T]`, from float32 logits."""
     if config.softcap is not None:
         logits_BTV = config.softcap * jnp.tanh(logits_BTV / config.softcap)
     largest_BT1 = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True))
     log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1)) + largest_BT1[..., 0]
+    # A comparison instead of a gather also works with a sharded vocabulary.
     is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     return log_z_BT - target_BT, config.z_loss * jnp.square(log_z_BT)
 
 
-def _chunks(x: jax.Array, chunks: int) -> jax.Array:
-    """Splits `[B, T, ...]` to `[chunks, B, C, ...]`; chunk j has the positions t with `t % chunks == j`.
+def _split_chunks(num_chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Splits `[B, T, ...]` to `[num_chunks, B, C, ...]`; chunk j has the positions t with `t % num_chunks == j`.
 
-    Chunks are interleaved so that a sharded length stays sharded in the same way in every chunk.
+    Chunks are interleaved so that a sharded length is sharded in the same way in every chunk.
     """
-    if chunks == 1:
-        return x[None]  # JAX 0.11 cannot add a dimension of 1 to a reduced array by reshape
-    B, T, *rest = x.shape
-    return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *rest), 2, 0)
+
+    def split(x: jax.Array) -> jax.Array:
+        if num_chunks == 1:
+            return x[None]  # JAX 0.11 cannot add a dimension of 1 to a reduced array by reshape
+        B, T, *rest = x.shape
+        return jnp.moveaxis(x.reshape(B, T // num_chunks, num_chunks, *rest), 2, 0)
+
+    return tuple(map(split, arrays))
+
+
+def _join_chunks(chunks: jax.Array) -> jax.Array:
+    """Inverts `_split_chunks`."""
+    num_chunks, B, C, *rest = chunks.shape
+    return jnp.moveaxis(chunks, 0, 2).reshape(B, C * num_chunks, *rest)
 
 
 def _loss_axes(w_DV: jax.Array) -> frozenset[str]:
-    """Returns the mesh axes over which the loss of a device is a partial sum: those that the head is reduced over."""
+    """Returns the mesh axes over which the loss is a partial sum: the axes that the head is *reduced* over."""
     return jax.typeof(w_DV).sharding.spec.reduced
 
 
 def _chunk_sums(
-    x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, config: CrossEntropy
+    x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, config: CrossEntropyConfig
 ) -> Sums:
     out = PartitionSpec(unreduced=_loss_axes(w_DV))
     entropy_BC, z_BC = token_losses(dot(x_BCD, w_DV).astype(jnp.float32), targets_BC, config)
@@ -78,26 +94,28 @@ def _zero(w_DV: jax.Array) -> jax.Array:
     return unreduced_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_loss_axes(w_DV)))
 
 
-def chunked_token_losses(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, config: CrossEntropy) -> jax.Array:
-    """Returns the cross-entropy of each token, float32 `[B, T]`, differentiable by `x_BTD` and `w_DV`.
+def chunked_token_cross_entropy(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, config: CrossEntropyConfig
+) -> jax.Array:
+    """Returns the cross-entropy of each token, float32 `[B, T]`; differentiable with respect to `x_BTD` and `w_DV`.
 
-    At most the logits of one chunk exist at a time; the backward pass computes them again.
+    Only the logits of one chunk exist at a time; the backward pass rematerializes them.
     """
 
     @jax.checkpoint
     def chunk_losses(x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array) -> jax.Array:
         return token_losses(dot(x_BCD, w_DV).astype(jnp.float32), targets_BC, config)[0]
 
-    if config.chunks == 1:
+    if config.num_chunks == 1:
         return chunk_losses(x_BTD, w_DV, targets_BT)
-    split = tuple(_chunks(a, config.chunks) for a in (x_BTD, targets_BT))
-    _, losses = jax.lax.scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, split)
-    return jnp.moveaxis(losses, 0, 2).reshape(targets_BT.shape)
+    chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
+    _, losses = jax.lax.scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks)
+    return _join_chunks(losses)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(
-    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropy
+def fused_cross_entropy(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropyConfig
 ) -> Sums:
     """Sums the weighted losses of all tokens.
 
@@ -106,11 +124,11 @@ def cross_entropy(
         w_DV: the gathered head (see `Partitioner.gather_weight`).
         targets_BT: target tokens, int32.
         weights_BT: weight of each token, float32.
-        config: chunks, z-loss and soft cap.
+        config: options of the loss.
 
     Returns:
-        `(entropy + z_loss, (entropy, z_loss))` in nats. Each is unreduced over the mesh axes that the head is reduced
-        over; reshard it to `P()` for its value. Only the first is differentiable, by `x_BTD` and `w_DV`.
+        `(entropy + z_loss, (entropy, z_loss))` in nats. Each is *unreduced* over the axes that the head is *reduced*
+        over: reshard it to `P()` for its value. Only the first is differentiable, with respect to `x_BTD` and `w_DV`.
     """
 
     def body(sums: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
@@ -119,28 +137,28 @@ def cross_entropy(
         return jax.tree.map(jnp.add, sums, (total, parts)), None
 
     zero = _zero(w_DV)
-    split = tuple(_chunks(a, config.chunks) for a in (x_BTD, targets_BT, weights_BT))
-    return jax.lax.scan(body, (zero, (zero, zero)), split)[0]
+    chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
+    return jax.lax.scan(body, (zero, (zero, zero)), chunks)[0]
 
 
 type Gradients = tuple[jax.Array, jax.Array]
-"""Gradients by `x_BTD` and `w_DV`."""
+"""Gradients with respect to `x_BTD` and `w_DV`."""
 
 
 def _forward(
-    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropy
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropyConfig
 ) -> tuple[Sums, Gradients]:
-    """Computes the sums and the gradients of the first in one pass over the chunks."""
-    one = jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=_loss_axes(w_DV)))
+    """Computes the sums, and the gradients of the first one, in one pass over the chunks."""
+    unit_cotangent = jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=_loss_axes(w_DV)))
 
     def gradients(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
         def loss(x: jax.Array, w: jax.Array) -> Sums:
             return _chunk_sums(x, w, targets, weights, config)
 
         total, vjp, parts = jax.vjp(loss, x, w_DV, has_aux=True)
-        return (total, parts), *vjp(one)
+        return (total, parts), *vjp(unit_cotangent)
 
-    if config.chunks == 1:
+    if config.num_chunks == 1:
         sums, dx_BTD, dw_DV = gradients(x_BTD, targets_BT, weights_BT)
         return sums, (dx_BTD, dw_DV)
 
@@ -153,14 +171,18 @@ def _forward(
     dw_zero = jnp.zeros(
         w_DV.shape, jnp.float32, out_sharding=PartitionSpec(*w_spec.partitions, unreduced=_loss_axes(w_DV))
     )
-    split = tuple(_chunks(a, config.chunks) for a in (x_BTD, targets_BT, weights_BT))
-    (sums, dw_DV), dx = jax.lax.scan(body, ((zero, (zero, zero)), dw_zero), split)
-    return sums, (jnp.moveaxis(dx, 0, 2).reshape(x_BTD.shape), dw_DV.astype(w_DV.dtype))
+    chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
+    (sums, dw_DV), dx_chunks = jax.lax.scan(body, ((zero, (zero, zero)), dw_zero), chunks)
+    return sums, (_join_chunks(dx_chunks), dw_DV.astype(w_DV.dtype))
 
 
-def _backward(config: CrossEntropy, gradients: Gradients, cotangents: Sums) -> tuple[jax.Array, jax.Array, None, None]:
+def _backward(
+    config: CrossEntropyConfig, gradients: Gradients, cotangents: Sums
+) -> tuple[jax.Array, jax.Array, None, None]:
+    """Scales the gradients of `_forward` with the cotangent of the loss, a scalar."""
     dx_BTD, dw_DV = gradients
     g = cotangents[0]
+    # `dx` may be unreduced: each device multiplies its own part, and the product is a partial sum again.
     x_spec, g_spec = jax.typeof(dx_BTD).sharding.spec, jax.typeof(g).sharding.spec
     g_for_x = jax.reshard(g, g_spec.update(reduced=g_spec.reduced | x_spec.unreduced))
     in_specs = (x_spec, jax.typeof(g_for_x).sharding.spec)
@@ -172,4 +194,4 @@ def _backward(config: CrossEntropy, gradients: Gradients, cotangents: Sums) -> t
     return dx_BTD, dw_DV * g.astype(dw_DV.dtype), None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+fused_cross_entropy.defvjp(_forward, _backward)

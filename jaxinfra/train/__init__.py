@@ -1,1 +1,1 @@
-"""Training over time: the loop, its clock, evaluation, derived numbers and sampling."""
+"""The `Trainer`, its step timer, and the statistics of a run."""

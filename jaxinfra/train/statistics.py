@@ -1,4 +1,4 @@
-"""The numbers that follow from a config, printed before the first step and by `show`. No device is touched."""
+"""Statistics that follow from a config; `show` and the start of a run print them. Uses no device."""
 
 import math
 from typing import Any
@@ -11,29 +11,30 @@ from jaxinfra.program import Program
 from jaxinfra.runtime.peak_flops import PEAK_FLOPS
 
 type RunStatistics = dict[str, tuple[int | float | str, str]]
+"""Name to (value, note); the note is the unit, or says how the value was computed."""
 
 ASSUMED_MFU = 0.4
-"""Share of the peak that large dense models reach; for estimates of chip-hours before anything has run."""
+"""Model FLOPs utilization that large dense models reach, to estimate chip-hours before a run."""
 
 
 def per_device_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of `ShapeDtypeStruct`s."""
+    """Returns the bytes of one device's shards of a tree of `ShapeDtypeStruct`s."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def gib(n_bytes: float) -> str:
-    """A number of bytes in GiB."""
+    """Formats a number of bytes in GiB."""
     return f"{n_bytes / 2**30:.3f} GiB"
 
 
 def units_per_step(program: Program) -> int:
-    """Units (tokens, images) of one global batch."""
+    """Returns the number of tokens or images in one global batch."""
     return program.run.train.global_batch * program.run.data.units_per_sample
 
 
 def step_flops(program: Program) -> float:
-    """Returns the FLOPs of one step over all devices: the model's own figure, else 6 a parameter and unit."""
+    """Returns the FLOPs of one step over all devices; 6 per parameter and token if the model defines no `flops`."""
     data = program.run.data
     flops = program.module.flops(data)
     if flops is None:
@@ -42,7 +43,7 @@ def step_flops(program: Program) -> float:
 
 
 def run_statistics(program: Program, train_units: int | None = None) -> RunStatistics:
-    """Name to value and unit, or how it was computed; from the units of the training data, too, if it is there."""
+    """Computes the statistics; `train_units` is the number of tokens or images in the training data, if known."""
     run, state, batch = program.run, program.state, program.run.train.global_batch
     devices = math.prod(dict(program.mesh.shape).values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
@@ -68,7 +69,7 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         "optimizer state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
     for kind, choice in program.module.context_costs(run.data).items():
-        numbers[f"{kind} attention over shards"] = (choice.method, "of the bytes waited for (ops/context_cost.py)")
+        numbers[f"{kind} attention over shards"] = (choice.method, "waits for the fewest bytes (ops/context_cost.py)")
         for method, cost in choice.costs.items():
             note = f"waited for, of {gib(cost.received_bytes)} a sequence and layer; holds {gib(cost.held_bytes)}"
             numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)

@@ -1,10 +1,10 @@
-"""Times steps by when their results are there: a step is dispatched long before it ends."""
+"""Times steps by when they finish: JAX dispatches a step long before it runs."""
 
 import time
 
 
 class StepTimer:
-    """Counts steps and seconds between two readings, without pauses."""
+    """Measures the mean step time between two readings, without pauses."""
 
     def __init__(self) -> None:
         self._since_s: float | None = None
@@ -12,7 +12,7 @@ class StepTimer:
         self._seconds = 0.0
 
     def finish_step(self) -> None:
-        """Counts a step that ends now, unless it is the first one after a pause: that was not timed whole."""
+        """Counts a step that ends now, unless it is the first one after a pause, whose start is unknown."""
         now_s = time.perf_counter()
         if self._since_s is not None:
             self._seconds += now_s - self._since_s
@@ -20,11 +20,11 @@ class StepTimer:
         self._since_s = now_s
 
     def pause(self) -> None:
-        """Leaves out the time until the next step ends, for what is no step: evaluation, compilation."""
+        """Leaves out the time until the next step ends, for evaluation and compilation."""
         self._since_s = None
 
     def read(self) -> float | None:
-        """Returns mean seconds a step since the last reading; None if none was timed."""
+        """Returns the mean seconds per step since the last reading; None if no step was timed."""
         if not self._steps:
             return None
         mean_s = self._seconds / self._steps

@@ -1,8 +1,8 @@
 """`Trainer`: trains a run on the devices of this machine.
 
-`Trainer(run).train()` checks what can be refused before it writes or compiles anything, restores or initializes the
-state, trains, evaluates, and saves. No step waits for the host: metrics stay on the devices until they are due, and the
-host waits for a step only once the next one is running.
+`Trainer(run).train()` checks the config before it writes or compiles anything. Then it restores or initializes the
+state, trains, evaluates, and saves. The devices never wait for the host: metrics stay on the devices until they are
+logged, and the host waits for a step only after it has dispatched the next one.
 """
 
 import logging
@@ -52,7 +52,7 @@ DATA_REMEDIES = {
     "decoding": "use more data.threads, if there are cores for them",
     "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
 }
-"""What helps where a stage of making batches is slow."""
+"""The fix to suggest for each slow stage of the input pipeline."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -61,19 +61,19 @@ class Trainer:
     """Trains a run.
 
     Attributes:
-        run: the config, its mesh sized for the devices.
-        program: what is compiled of it.
-        run_dir: where the run is kept.
-        completed_steps: steps that the state has seen.
+        run: the config, with the mesh sized for the devices.
+        program: its compiled functions.
+        run_dir: its directory.
+        completed_steps: number of steps that the state was trained for.
     """
 
     def __init__(self, run: Run | Loaded[Run], *, command: Sequence[str] = (), prepare_command: str | None = None):
-        """Checks the config and builds the program; nothing is read, written or compiled yet.
+        """Checks the config and builds the program; reads, writes and compiles nothing yet.
 
         Args:
-            run: a config, or one that `config.load` has read from a file.
-            command: the command line, for the record.
-            prepare_command: the command that makes the data, for the error when it is missing.
+            run: a config, or the result of `config.load`.
+            command: the command line, for the run record.
+            prepare_command: the command that prepares the data, for the error message if the data is missing.
         """
         self._loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
         validate(self._loaded.run)
@@ -89,7 +89,7 @@ class Trainer:
         self._checkpoints: CheckpointManager | None = None
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
         self._record: dict[str, Any] = {}
-        self._scores: dict[str, float] = {}
+        self._eval_metrics: dict[str, float] = {}
         self._logged_wait_s = 0.0
         self._peak_flops, self._peak_source = math.nan, ""  # of one device
 
@@ -98,8 +98,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains to the last step and returns the summary, as in summary.json.
 
-        Goes on from the newest checkpoint of the run directory. Raises Preempted where it was asked to stop: the state
-        is saved then, and the same call goes on.
+        Resumes from the newest checkpoint of the run directory. On a request to stop it saves the state and raises
+        Preempted; the same call resumes.
         """
         dataset, steps = self.dataset, self.run.train.steps
         with (
@@ -113,7 +113,7 @@ class Trainer:
             if self.completed_steps >= steps:
                 return self.run_dir.finished_summary(self.completed_steps)
             self._check_space()
-            # Before the loop: a CPU's peak is measured.
+            # Before the loop, as the peak of a CPU is measured.
             dtype = jnp.dtype(self.run.precision.compute)
             self._peak_flops, self._peak_source = peak_flops(jax.devices()[0], dtype, len(jax.local_devices()))
             statistics = run_statistics(self.program, dataset.train_units)
@@ -140,16 +140,16 @@ class Trainer:
     def fit(
         self, batches: Iterable[tuple[int, dict[str, jax.Array]]], stop_reason: Callable[[], str | None] = lambda: None
     ) -> str | None:
-        """Trains the state on batches until they end or there is a reason to stop, which it returns.
+        """Trains until the batches end or `stop_reason` returns a reason, and returns that reason.
 
-        The batches are on the devices, each with the number of its step, from `completed_steps` on.
+        `batches` are pairs of the step's number, from `completed_steps` on, and arrays on the devices.
         """
         assert self.state is not None
         config, reason = self.run.train, None
         pending: tuple[int, Metrics] | None = None
         for step, batch in batches:
             self.state, metrics = self.program.train_step(self.state, batch)
-            if pending is not None:
+            if pending is not None:  # one step late, so that the devices have work while the host waits
                 self.report(*pending)
             pending, self.completed_steps = (step, metrics), step + 1
             if config.evaluates_after(self.completed_steps):
@@ -165,7 +165,7 @@ class Trainer:
         return reason if self.completed_steps < config.steps else None
 
     def report(self, step: int, metrics: Metrics) -> None:
-        """Waits for a step and logs its metrics if they are due; NonFiniteError where loss or gradient is no number."""
+        """Waits for a step and logs its metrics if they are due; NonFiniteError if loss or gradient is not finite."""
         jax.block_until_ready(metrics)
         self._timer.finish_step()
         if not self.run.track.due(step, self.run.train.steps):
@@ -182,9 +182,10 @@ class Trainer:
         self._trackers.log(step, values | device_memory())
 
     def evaluate(self) -> dict[str, float]:
-        """Returns the scores of the objective over all validation samples, each counted once, as "eval/NAME".
+        """Returns the objective's metrics over all validation samples, each counted once, as "eval/NAME".
 
-        The averaged parameters are evaluated where a run keeps them. Sums meet on the devices: the host waits once.
+        Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end, so the host
+        waits only once.
         """
         state, total = self.state, None
         if state is None:
@@ -196,13 +197,14 @@ class Trainer:
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
-        scores = self.program.objective.scores(sums, self._validation.samples)
-        return {f"eval/{name}": score for name, score in scores.items()}
+        metrics = self.program.objective.evaluation_metrics(sums, self._validation.samples)
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
-        """Saves the state if it is due, or in any case with `force`; a failure without it is logged, and tried again.
+        """Saves the state if a checkpoint is due, or always with `force`.
 
-        With the metrics of the last step a state that is no longer finite is not saved, but a NonFiniteError.
+        Without `force` a failed save is only logged: the next one tries again. Given the metrics of the last step, it
+        raises NonFiniteError instead of saving a state that is not finite.
         """
         assert self._checkpoints is not None
         due = force or self.completed_steps % self.run.checkpoint.save_every == 0
@@ -212,14 +214,14 @@ class Trainer:
             self._checkpoints.save(self.completed_steps, self.state, self._record, force=force)
         except StorageError as error:
             _log.error("%s", error)
-            if force:  # what failed may be the save before this one
+            if force:  # the error may come from the save before, which runs in the background
                 self._checkpoints.save(self.completed_steps, self.state, self._record, force=True)
 
-    # What comes out of it
+    # Results
 
     @property
     def state(self) -> TrainState | None:
-        """The train state on the devices; before `train` that of the newest checkpoint, None if there is none."""
+        """The train state on the devices; before `train`, the newest checkpoint, or None without one."""
         if self._state is None and self.run_dir.checkpoints.exists():
             with self.program.on_mesh, CheckpointManager(self.run_dir.checkpoints, read_only=True) as checkpoints:
                 if step := checkpoints.latest_step():
@@ -234,11 +236,11 @@ class Trainer:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The logged metrics of all starts of the run, a row a step, as in metrics.jsonl."""
+        """The logged metrics of the run, one row per logged step, as in metrics.jsonl."""
         return read_metrics(self.run_dir.metrics) if self.run_dir.metrics.exists() else []
 
     def sampler(self) -> Sampler:
-        """Returns a sampler of the trained language model; the averaged parameters where the run keeps them."""
+        """Returns a sampler of the trained language model, with the averaged parameters if the run keeps them."""
         if self.state is None:
             return Sampler.from_run(self.run_dir.path, ClassFinder.from_config(self.run))
         params = self.state.params if self.state.ema is None else self.state.ema
@@ -248,20 +250,20 @@ class Trainer:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The data of the run, opened and checked; ConfigError where there is none, or it does not suit the model."""
+        """The data of the run, opened and checked; ConfigError if it is missing or does not fit the model."""
         run = self._loaded.run
-        known = self.run.data.recipes
-        hint = self._prepare_command or f"{COMMAND} data prepare {next(iter(known.values()), 'RECIPE')}"
+        recipe = next(iter(self.run.data.recipes.values()), "RECIPE")
+        hint = self._prepare_command or f"{COMMAND} data prepare {recipe}"
         with user_code(type(run.data), "data"):
             dataset = self.run.data.with_versions(self.run_dir.data_versions(run)).open(hint=hint)
             dataset.check(self.run.model)
-            dataset.validation()  # refuses data without any
+            dataset.validation()  # raises if there are no validation samples
         return dataset
 
     @cached_property
     def _rows(self) -> Any:
-        one = next(iter(self.program.batch.values()))
-        return process_rows(one.sharding, one.shape)
+        array = next(iter(self.program.batch.values()))  # all arrays of a batch have the same rows
+        return process_rows(array.sharding, array.shape)
 
     @cached_property
     def _validation(self) -> BatchLoader:
@@ -280,7 +282,7 @@ class Trainer:
         check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
 
     def _restore_or_init(self) -> TrainState:
-        """Restores the newest checkpoint, or takes the parameters of `run.init`, or draws them."""
+        """Restores the newest checkpoint, else loads the parameters of `run.init`, else initializes them."""
         assert self._checkpoints is not None
         if self.completed_steps:
             self._record = {"init": self.run_dir.existing_record().get("init")}
@@ -288,13 +290,13 @@ class Trainer:
         self._record = {"init": None}
         if self.run.init is None:
             return self.program.init(jax.random.key(self.run.seed))
-        found = load_params(self.run.init, self.program)
+        loaded = load_params(self.run.init, self.program)
         path = self.run.init.rpartition("@")[0] or self.run.init
-        self._record = {"init": {"run": path, "step": found.step, "fingerprint": found.fingerprint}}
-        return self.program.init_from(found.params)
+        self._record = {"init": {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}}
+        return self.program.init_from(loaded.params)
 
     def _fit_loaded(self, stop_reason: Callable[[], str | None]) -> str | None:
-        """Trains on the data of the run, from the step that is next."""
+        """Trains on the data of the run, from the next step on."""
         config, start = self.run.train, self.completed_steps
         batches = BatchLoader(
             self.run.data,
@@ -309,15 +311,15 @@ class Trainer:
             start_s = time.monotonic()
             reason = self.fit(self._loader, stop_reason)
             stages_s = {**batches.stage_times_s, "transfer": self._loader.transfer_time.total_s}
-            late = input_bound_warning(self._loader.steady_wait_s, time.monotonic() - start_s, stages_s, DATA_REMEDIES)
-        if late is not None:
-            _log.warning("%s", late)
+            wait_s, total_s = self._loader.steady_wait_s, time.monotonic() - start_s
+        if (warning := input_bound_warning(wait_s, total_s, stages_s, DATA_REMEDIES)) is not None:
+            _log.warning("%s", warning)
         return reason
 
     def _log_evaluation(self, step: int) -> None:
-        self._scores = self.evaluate()
+        self._eval_metrics = self.evaluate()
         self._timer.pause()
-        self._trackers.log(step, self._scores)
+        self._trackers.log(step, self._eval_metrics)
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         devices = {
@@ -328,18 +330,21 @@ class Trainer:
             "mesh": dict(self.program.mesh.shape),
         }
         dataset, loaded = self.dataset, self._loaded
-        # A record names the versions that it is of: who replays it, or samples from the run, reads those.
+        # The run record names the data's versions, so that a replay, or sampling, opens the same ones.
         run = replace(loaded.run, data=loaded.run.data.with_versions(dataset.versions))
-        newest = {each.path: "newest at the start" for each in diff(loaded.run, run)}
-        with_versions = replace(loaded, run=run, origins=loaded.origins | newest)
+        origins = {change.path: "newest at the start" for change in diff(loaded.run, run)}
+        with_versions = replace(loaded, run=run, origins=loaded.origins | origins)
         versions, git = package_versions(PACKAGES), git_state(Path(__file__).parent)
-        made = record(with_versions, command=self._command, versions=versions, git=git, devices=devices)
-        made |= {"fingerprint": fingerprint(loaded.run)}
-        made |= {"data": dataset.fingerprint, "data_versions": [*dataset.versions]}
-        return {**made, "derived": {name: list(value) for name, value in statistics.items()}}
+        return {
+            **record(with_versions, command=self._command, versions=versions, git=git, devices=devices),
+            "fingerprint": fingerprint(loaded.run),
+            "data": dataset.fingerprint,
+            "data_versions": [*dataset.versions],
+            "derived": {name: list(value) for name, value in statistics.items()},
+        }
 
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
-        """Returns the final values of the run, from its own metrics."""
+        """Returns the contents of summary.json."""
         rows, units = self.metrics, f"{self.run.data.modality}s"
         losses = [row["loss"] for row in rows if "loss" in row]
         return {
@@ -347,10 +352,11 @@ class Trainer:
             "steps": self.completed_steps,
             "modality": self.run.data.modality,
             units: self.completed_steps * units_per_step(self.program),
-            "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),  # over all starts of the run
+            # `time_s` of a row counts from the first start of the run, `wall_s` from this start.
+            "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),
             "final_loss": losses[-1] if losses else None,
-            "validation": {name.removeprefix("eval/"): score for name, score in self._scores.items()},
-            # Of all validation samples: there are none of a part of them.
+            "validation": {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()},
+            # Baselines are known for the whole validation split only.
             "baselines": self.dataset.baselines if self.run.train.eval_samples is None else {},
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
@@ -363,7 +369,7 @@ class Trainer:
 
 
 def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Returns the metrics of a step on the host; NonFiniteError where the loss or the gradient is not finite."""
+    """Copies the metrics of a step to the host; NonFiniteError if the loss or the gradient is not finite."""
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values.get(name, 0.0)):
@@ -375,12 +381,12 @@ def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, flo
 
 
 def device_memory() -> dict[str, float]:
-    """Returns bytes in use on the fullest local device, and its peak; nothing where the platform does not tell."""
+    """Returns the memory in use and its peak on the fullest local device; {} if the platform does not report it."""
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
     return {name: float(max(s[key] for s in stats)) for name, key in names.items() if stats and key in stats[0]}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:
-    found = [row[name] for row in rows if name in row and math.isfinite(row[name])]
-    return median(found) if found else None
+    values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+    return median(values) if values else None

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.ops.cross_entropy import CrossEntropy, cross_entropy, token_losses
+from jaxinfra.ops.cross_entropy import CrossEntropyConfig, fused_cross_entropy, token_losses
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import ShardingRules
 from jaxinfra.parallel.sharding import Partitioner
 
 B, T, D, V = 8, 8, 16, 32
-FULL = CrossEntropy(z_loss=0.1, softcap=1.5)
+FULL = CrossEntropyConfig(z_loss=0.1, softcap=1.5)
 MESHES = {
     "one": MeshConfig(fsdp=1),
     "fsdp": MeshConfig(fsdp=8),
@@ -34,7 +34,7 @@ def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
     return x, w, targets, weights
 
 
-def by_formula(x, w, targets, weights, config: CrossEntropy) -> dict[str, np.ndarray]:
+def by_formula(x, w, targets, weights, config: CrossEntropyConfig) -> dict[str, np.ndarray]:
     """Computes sums and gradients in float64, differentiated by hand."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     raw = x @ w
@@ -56,14 +56,18 @@ def by_formula(x, w, targets, weights, config: CrossEntropy) -> dict[str, np.nda
     }
 
 
-def computed(mesh: MeshConfig, config: CrossEntropy, scale: float = 1.0, dtype: Any = "float32") -> dict[str, Any]:
+def computed(
+    mesh: MeshConfig, config: CrossEntropyConfig, scale: float = 1.0, dtype: Any = "float32"
+) -> dict[str, Any]:
     """Computes sums, and the gradients of `scale` times their total."""
     devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
     partitioner = Partitioner(rules=ShardingRules(), mesh=mesh, compute_dtype=jnp.dtype(dtype))
 
     def loss(x, w, targets, weights):
         x = partitioner.shard(x.astype(dtype), "batch", "sequence", None, out_axis="vocab")
-        total, parts = cross_entropy(x, partitioner.gather_weight(w, ("embed", "vocab")), targets, weights, config)
+        total, parts = fused_cross_entropy(
+            x, partitioner.gather_weight(w, ("embed", "vocab")), targets, weights, config
+        )
         total, (entropy, z_loss) = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (total, parts))
         return scale * total, {"total": total, "entropy": entropy, "z_loss": z_loss}
 
@@ -86,23 +90,23 @@ def check(actual: dict[str, Any], expected: dict[str, np.ndarray], scale: float,
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("chunks", [1, 2, 8])
-def test_sums_and_gradients_agree_with_the_formula(mesh: MeshConfig, chunks: int) -> None:
+@pytest.mark.parametrize("num_chunks", [1, 2, 8])
+def test_sums_and_gradients_agree_with_the_formula(mesh: MeshConfig, num_chunks: int) -> None:
     """With z-loss, soft cap, weights of zero, and a scale from outside: to 3e-6 of the largest."""
-    config = replace(FULL, chunks=chunks)
+    config = replace(FULL, num_chunks=num_chunks)
     check(computed(mesh, config, scale=0.3), by_formula(*inputs(), config), 0.3, 3e-6)
 
 
-@pytest.mark.parametrize("config", [CrossEntropy(chunks=4), CrossEntropy(chunks=4, z_loss=0.1)])
-def test_z_loss_and_softcap_are_optional(config: CrossEntropy) -> None:
+@pytest.mark.parametrize("config", [CrossEntropyConfig(num_chunks=4), CrossEntropyConfig(num_chunks=4, z_loss=0.1)])
+def test_z_loss_and_softcap_are_optional(config: CrossEntropyConfig) -> None:
     check(computed(MESHES["one"], config), by_formula(*inputs(), config), 1.0, 3e-6)
 
 
 @pytest.mark.parametrize("mesh", [MESHES["one"], MESHES["cube"]], ids=["one", "cube"])
-@pytest.mark.parametrize("chunks", [1, 4])
-def test_bfloat16_inputs_change_results_by_their_rounding(mesh: MeshConfig, chunks: int) -> None:
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_bfloat16_inputs_change_results_by_their_rounding(mesh: MeshConfig, num_chunks: int) -> None:
     """Logits and gradients are rounded to 2**-9; the sums over tokens stay float32."""
-    config = replace(FULL, chunks=chunks)
+    config = replace(FULL, num_chunks=num_chunks)
     x, w, *rest = inputs()
     x, w = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (x, w))
     expected = by_formula(x, w, *rest, config)
@@ -114,4 +118,4 @@ def test_bfloat16_inputs_change_results_by_their_rounding(mesh: MeshConfig, chun
 def test_large_logits_do_not_overflow() -> None:
     logits = jnp.asarray([[[1e4, 0.0, -1e4]]])
     for target, loss in ((0, 0.0), (1, 1e4), (2, 2e4)):
-        assert token_losses(logits, jnp.full((1, 1), target), CrossEntropy())[0] == loss
+        assert token_losses(logits, jnp.full((1, 1), target), CrossEntropyConfig())[0] == loss

@@ -17,7 +17,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.pipeline import LossSharding, Pipeline, StepInputs
 from jaxinfra.parallel.schedules import PipelineConfig
-from jaxinfra.stages import layer_numbers
+from jaxinfra.stages import assign_layers
 
 MICROBATCHES, ROWS, POSITIONS, WIDTH = 4, 8, 4, 8
 AUX_WEIGHT = 0.05
@@ -38,7 +38,7 @@ class Toy:
     def embed(self, shared: Any, rows: Any) -> jax.Array:
         return dot(rows["x"], shared["in"])
 
-    def apply_layers(self, weights: Any, x: jax.Array, rows: Any, numbers: jax.Array) -> tuple[jax.Array, Any]:
+    def apply_layers(self, weights: Any, x: jax.Array, rows: Any, layer_indices: jax.Array) -> tuple[jax.Array, Any]:
         def layer(x: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
             w, number = xs
             y = dot(x, w)
@@ -51,7 +51,7 @@ class Toy:
             specs = {"in_specs": (OVER_ROWS, OVER_ROWS, P("stage")), "out_specs": (OVER_ROWS, P("stage", "fsdp"))}
             return jax.shard_map(own, **specs)(x, y, number)
 
-        x, squares = jax.lax.scan(layer, x, (weights, numbers))
+        x, squares = jax.lax.scan(layer, x, (weights, layer_indices))
         return x, {"squares": squares}
 
     def loss(self, shared: Any, x: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -111,9 +111,9 @@ def reference(layers: int) -> tuple[Any, Any]:
     return np.asarray(loss), jax.tree.map(np.asarray, grads)
 
 
-def by_chunk(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def by_chunk(weights: np.ndarray, layer_indices: np.ndarray) -> np.ndarray:
     """Maps `[layers, ...]` to `[V, L, S, ...]`, with zeros for no layer."""
-    return np.where((numbers >= 0)[..., None, None], weights[np.maximum(numbers, 0)], 0)
+    return np.where((layer_indices >= 0)[..., None, None], weights[np.maximum(layer_indices, 0)], 0)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def by_chunk(weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def test_gradients_equal_those_of_differentiable_gpipe(kind: str, layers: int, dim: int) -> None:
     weights, shared, batch = values(layers)
     config = SCHEDULES[kind]
-    numbers = layer_numbers(layers, MESH.stage, config.chunks)
+    layer_indices = assign_layers(layers, MESH.stage, config.chunks)
     at_end = P(("fsdp", "stage"), None, None) if dim == 0 else P("fsdp", "stage", None)
     loss_sharding = LossSharding(dim=dim, spec=at_end)
-    pipeline = Pipeline(Toy(), config.make_schedule(MESH.stage, MICROBATCHES), loss_sharding, numbers)
+    pipeline = Pipeline(Toy(), config.make_schedule(MESH.stage, MICROBATCHES), loss_sharding, layer_indices)
     with jax.set_mesh(make_mesh(MESH, jax.devices()[:8])):
         put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
-        placed = put(by_chunk(weights, numbers), P(None, None, "stage", None, None, reduced={"fsdp"}))
+        placed = put(by_chunk(weights, layer_indices), P(None, None, "stage", None, None, reduced={"fsdp"}))
         shared_spec = P(None, None, reduced={"stage", "fsdp"})
         inputs = StepInputs(
             placed,
@@ -150,10 +150,10 @@ def test_gradients_equal_those_of_differentiable_gpipe(kind: str, layers: int, d
         squares = np.asarray(jax.reshard(stats["squares"], P()))
     wanted_loss, (wanted, wanted_shared) = reference(layers)
     assert loss == pytest.approx(float(wanted_loss), rel=1e-5)
-    np.testing.assert_allclose(found, by_chunk(wanted, numbers), rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(found, by_chunk(wanted, layer_indices), rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
     for name, one in wanted_shared.items():
         np.testing.assert_allclose(found_shared[name], one, rtol=2e-5, atol=2e-5 * np.abs(one).max())
-    assert ((squares > 0).all(-1) == (numbers >= 0)).all()
+    assert ((squares > 0).all(-1) == (layer_indices >= 0)).all()
 
 
 @pytest.mark.parametrize(
@@ -164,5 +164,5 @@ def test_gradients_equal_those_of_differentiable_gpipe(kind: str, layers: int, d
         (5, 2, 2, [[[0, 2], [1, -1]], [[3, 4], [-1, -1]]]),
     ],
 )
-def test_layer_numbers_are_in_the_order_of_the_model(layers: int, stages: int, chunks: int, wanted: list) -> None:
-    assert layer_numbers(layers, stages, chunks).tolist() == wanted
+def test_layers_are_assigned_in_the_order_of_the_model(layers: int, stages: int, chunks: int, wanted: list) -> None:
+    assert assign_layers(layers, stages, chunks).tolist() == wanted
