@@ -395,7 +395,7 @@ def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSp
         if not any(_matches(path, pattern) for path in all_paths):
             parts = sorted({path.partition(".")[0] for path in all_paths})
             raise ConfigError(
-                f"optim.frozen={pattern}: no parameter of the model has this path; its top-level parts are {', '.join(parts)}"
+                f"optim.frozen={pattern}: no parameter of the model has this path; its parts are {', '.join(parts)}"
             )
 
     def freeze_matching(spec: ParamSpec, path: str) -> ParamSpec:

@@ -108,8 +108,8 @@ class Sampler:
             if len(ids) + max_tokens > max_positions:
                 room = max_positions - len(ids)
                 raise ConfigError(
-                    f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it exceeds the {max_positions} learned "
-                    f"positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
+                    f"--max-tokens {max_tokens}: with a prompt of {len(ids)} tokens it exceeds the {max_positions} "
+                    f"learned positions of the model; use {f'--max-tokens {room}' if room > 0 else 'a shorter prompt'}"
                 )
             slots = min(slots, max_positions)
         with self._program.on_mesh:

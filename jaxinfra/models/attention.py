@@ -27,7 +27,7 @@ class KVCache(NamedTuple):
 
 
 class TokenInfo(NamedTuple):
-    """What attention needs to know of the tokens of a call.
+    """Positions and documents of the tokens of a call.
 
     Attributes:
         rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns the output, and the cache with these tokens added; both streams have the residual's sharding."""
+        """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         x_BTD = self.partitioner.gather_sequence(x_BTD, "heads")
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
@@ -120,7 +120,7 @@ def self_attention(
     config: AttentionConfig,
     partitioner: Partitioner,
 ) -> jax.Array:
-    """Computes self-attention over whole sequences, `[B, T, H, V]`, whether or not positions are sharded."""
+    """Computes self-attention over whole sequences, `[B, T, H, V]`; positions may be sharded."""
     sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, config.kernel
     if sharding.num_shards > 1:
         return context_parallel_attention(
@@ -144,5 +144,5 @@ def update_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Arra
 
 
 def cached_positions(start: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the positions of queries `[B, T, ...]` that begin at slot `start`, and of the cache `[B, S, ...]`."""
+    """Returns the positions of queries `[B, T, ...]`, which begin at slot `start`, and of the cache `[B, S, ...]`."""
     return start + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]

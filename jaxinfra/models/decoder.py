@@ -1,7 +1,7 @@
-"""The decoder-only transformer that a `TransformerConfig` describes.
+"""The decoder-only transformer of a `TransformerConfig`.
 
 Layers are stacked and scanned, for few arrays and short compiles. Layers of different types (full or sliding attention)
-have the same parameters and differ by a branch inside the scan.
+have the same parameters, and the scan's body switches between the types.
 
 Shape suffixes: B batch, T length, L layers, S pipeline stages, D residual width, V vocabulary.
 """
@@ -37,19 +37,19 @@ from jaxinfra.parallel.spec import normal
 
 type LayerCache = KVCache | LatentCache | None
 type LayerFunction = Callable[["Block", jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache, LayerStats]]
-"""`(block, stream, layer number, cache) -> (stream, cache, stats)`."""
+"""`(block, activations, layer index, cache) -> (activations, cache, stats)`."""
 
 type AnyLayerFunction = Callable[..., tuple[jax.Array, LayerCache, LayerStats]]
-"""`(block, stream, index of the layer type, layer number, cache) -> (stream, cache, stats)`."""
+"""`(block, activations, index of the layer type, layer index, cache) -> (activations, cache, stats)`."""
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each with a norm before it, added to the residual stream."""
+    """One layer: attention and MLP, each after a norm; their outputs are added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, params: ParamFactory):
         self.partitioner, self.dropout = params.partitioner, config.dropout
         norm = partial(_norm, config, params)
-        # Two outputs of every layer add to the stream: GPT-2 scales them so that its variance stays near one.
+        # Each layer adds two outputs to the residual stream. As in GPT-2, this scale keeps its variance near one.
         out_scale = (2 * config.total_layers) ** -0.5
         self.attention_norm = norm()
         self.attention = _attention(config, out_scale, params)
@@ -66,7 +66,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, bits_BT: jax.Array | None, cache: Any
     ) -> tuple[jax.Array, LayerCache, LayerStats]:
-        """Returns stream, cache and stats; `bits_BT` are the dropout bits of the layer."""
+        """Returns the residual stream, cache and stats; `bits_BT` are the dropout bits of the layer."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), spec, tokens, cache)
         y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
         x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
@@ -109,7 +109,7 @@ def _attention(config: TransformerConfig, out_scale: float, params: ParamFactory
 
 
 class LayerInputs(NamedTuple):
-    """What all layers of a call share.
+    """Inputs that all layers of a call share.
 
     Attributes:
         positions: positions of the tokens in their documents, `[B or 1, T]`.
@@ -137,14 +137,14 @@ class LayerIds(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The decoding cache of all layers, and how many tokens it has (an int32 scalar)."""
+    """The decoding cache of all layers, and its number of tokens (an int32 scalar)."""
 
     kv: KVCache | LatentCache
     length: jax.Array
 
 
 class Transformer(LayeredModule):
-    """A decoder from tokens to hidden states; `head` is the weight that turns them into logits."""
+    """A decoder from tokens to hidden states; `head` is the weight of the LM head."""
 
     def __init__(self, config: TransformerConfig, partitioner: Partitioner):
         self.config, self.partitioner = config, partitioner
@@ -171,7 +171,7 @@ class Transformer(LayeredModule):
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Returns hidden states after the final norm for tokens that follow a cache, and the cache with these tokens.
 
-        A row is one document, together with its tokens in the cache.
+        Each row of the cache and the tokens is one document.
         """
         positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         inputs = LayerInputs(positions_BT, start=cache.length)
@@ -197,9 +197,10 @@ class Transformer(LayeredModule):
         """Embeds tokens and applies the dense layers before the stack: `[B, T, D]`.
 
         Args:
-            batch: fields `[B, T]`, all but the first optional. "inputs": token ids in shard order. "positions": those
-                in the documents, else those in the row. "segments": document ids; a token attends to its own document
-                only, else every row is one document. "dropout": random bits (see `ops.dropout`).
+            batch: fields `[B, T]`, all but the first optional. "inputs": token ids in shard order. "positions":
+                positions in the documents; without it, positions in the row. "segments": document ids, so that a token
+                attends to its own document only; without it, a row is one document. "dropout": random bits (see
+                `ops.dropout`).
         """
         x_BTD = self._embed_tokens(batch["inputs"], self._positions(batch))
         x_BTD = dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
@@ -223,8 +224,8 @@ class Transformer(LayeredModule):
             layer = self._layer(inputs, uniform=uniform, policy=policy)
 
             def apply(x: jax.Array, xs: tuple[Block, LayerIds]) -> tuple[jax.Array, LayerStats]:
-                block, (layer_type, number) = xs
-                x, _, stats = layer(block, x, layer_type, number, None)
+                block, (layer_type, index) = xs
+                x, _, stats = layer(block, x, layer_type, index, None)
                 return x, stats
 
             return apply
@@ -232,7 +233,7 @@ class Transformer(LayeredModule):
         return scan_pattern([step(policy) for policy in self.config.remat_policies], x_BTD, (blocks, ids))
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        """Applies the norm after the last layer and gathers positions."""
+        """Applies the norm after the last layer and all-gathers positions for the LM head."""
         return self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
 
     @override
@@ -312,13 +313,13 @@ class Transformer(LayeredModule):
         return LayerIds(self._layer_types(range(dense)), jnp.arange(-dense, 0))
 
     def _layer(self, inputs: LayerInputs, *, uniform: bool, policy: Remat) -> AnyLayerFunction:
-        """Returns a layer of any type as a function; `uniform`: all pipeline stages have the same type at a time."""
+        """Returns a function that applies a layer of any type; `uniform` is explained at `StageLayers`."""
         branches = [self._layer_of_type(layer_type, inputs, policy) for layer_type in self.config.distinct_layer_types]
         if not uniform:
-            return lambda block, x, layer_type, number, cache: self._apply_all(branches, block, x, layer_type, number)
+            return lambda block, x, layer_type, index, cache: self._apply_all(branches, block, x, layer_type, index)
         if len(branches) == 1:
-            return lambda block, x, layer_type, number, cache: branches[0](block, x, number, cache)
-        return lambda block, x, layer_type, number, cache: jax.lax.switch(layer_type, branches, block, x, number, cache)
+            return lambda block, x, layer_type, index, cache: branches[0](block, x, index, cache)
+        return lambda block, x, layer_type, index, cache: jax.lax.switch(layer_type, branches, block, x, index, cache)
 
     def _layer_of_type(self, layer_type: LayerType, inputs: LayerInputs, policy: Remat) -> LayerFunction:
         config, rope = self.config, self.config.rope_of(layer_type)
@@ -328,21 +329,21 @@ class Transformer(LayeredModule):
         tokens = TokenInfo(tables, inputs.segments, inputs.start)
 
         def layer(
-            block: Block, x: jax.Array, number: jax.Array, cache: LayerCache
+            block: Block, x: jax.Array, index: jax.Array, cache: LayerCache
         ) -> tuple[jax.Array, LayerCache, LayerStats]:
-            bits = layer_bits(inputs.dropout_bits, number + config.num_dense_layers)
+            bits = layer_bits(inputs.dropout_bits, index + config.num_dense_layers)
             return block(x, config.attention_spec(layer_type), tokens, bits, cache)
 
         return remat(layer, policy, alone=len(config.remat_policies) == 1)
 
     def _apply_all(
-        self, branches: Sequence[LayerFunction], block: Block, x_BTD: jax.Array, type_S: jax.Array, number_S: jax.Array
+        self, branches: Sequence[LayerFunction], block: Block, x_BTD: jax.Array, type_S: jax.Array, index_S: jax.Array
     ) -> tuple[jax.Array, None, LayerStats]:
-        """Applies layers whose type differs between pipeline stages: every row gets all types and keeps its own.
+        """Applies layers of different types on different pipeline stages: computes all types, then selects by stage.
 
-        A stage without a layer (type -1) keeps its stream.
+        A stage without a layer (type -1) returns its input.
         """
-        results = [branch(block, x_BTD, number_S, None) for branch in branches]
+        results = [branch(block, x_BTD, index_S, None) for branch in branches]
         outputs = [(y_BTD, stats) for y_BTD, _, stats in results]
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, outputs)
 
@@ -353,7 +354,7 @@ class Transformer(LayeredModule):
             for layer_type, (y, stats) in enumerate(outputs):
                 other = type_of_stage[0] != layer_type
                 x = jnp.where(other, x, y)
-                # `where` takes the sharding type of its last argument: stats must come last to stay partial sums.
+                # The result of `where` has the sharding of its last argument, so stats come last to stay unreduced.
                 selected.append(jax.tree.map(lambda a, other=other: jnp.where(other, 0, a), stats))
             return x, jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *selected)
 
@@ -376,14 +377,14 @@ class Transformer(LayeredModule):
     def _lookup(self, tokens_BT: jax.Array) -> jax.Array:
         partitioner, axes = self.partitioner, self.partitioner.mesh_axes("vocab")
         if not axes:
-            # Devices look up their own columns of every row, and exchange: rows are fewer bytes than the whole table.
+            # Each device looks up its columns for all tokens, then tokens are exchanged: fewer bytes than the table.
             table_VD, out = partitioner.lookup_table(self.embedding[...], "embed")
             tokens_BT = jax.reshard(tokens_BT, P(*out.partitions[:2]))
             return partitioner.reshard_to_tokens(table_VD.at[tokens_BT].get(out_sharding=out), "embed")
         table_VD = partitioner.gather_weight(self.embedding[...], ("vocab", "embed"))
 
         def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-            # Every vocabulary shard looks up its own tokens and adds zero for others.
+            # Each vocabulary shard looks up its own tokens and returns zeros for others.
             tokens = tokens - jax.lax.axis_index(axes) * table.shape[0]
             own = (tokens >= 0) & (tokens < table.shape[0])
             rows = table[jnp.where(own, tokens, 0)]
@@ -394,7 +395,7 @@ class Transformer(LayeredModule):
         return jax.shard_map(lookup, in_specs=in_specs, out_specs=out_specs)(table_VD, tokens_BT)
 
     def head(self) -> jax.Array:
-        """Returns the weight `[D, V]` from hidden states to logits, gathered for use."""
+        """Returns the weight of the LM head, `[D, V]`, gathered for use."""
         if self.unembedding is None:
             return self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
         return self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))

@@ -1,7 +1,7 @@
 """Any plain Flax module as the model of a run.
 
-The module knows nothing of shardings: it runs in a region of automatic sharding inside the explicitly sharded step.
-There JAX's partitioner chooses the collectives, from the shardings in which parameters and batches enter.
+The module needs no code for sharding: it runs in a region of automatic sharding (`auto_axes`) inside the explicitly
+sharded step. There JAX's partitioner chooses the collectives from the shardings of parameters and batches.
 """
 
 from abc import ABC, abstractmethod
@@ -30,36 +30,33 @@ CALLS = "calls"
 """The statistic that counts how often the module was called in a step."""
 
 ANNOTATIONS = ("out_sharding", "sharding_rules", "mesh", "linen_meta_type")
-"""Metadata of variables that say how they are sharded."""
+"""Metadata of Flax variables about sharding."""
 
 
 class FlaxModel(ModelConfig, ABC):
     """A model that is a plain Flax module: a frozen dataclass that inherits from this class and defines `make_module`.
 
     Every floating-point `nnx.Param` is trained. All other variables, such as the running averages of `nnx.BatchNorm`,
-    are state that the module itself changes in training; with gradient accumulation the new state is the mean of what
-    the microbatches make of it. Streams of random numbers are not state: they start anew in each step.
+    are buffers that the module updates in training; with gradient accumulation the new value is the mean over
+    microbatches. Random number streams are not kept: each step starts new ones.
     """
 
     @abstractmethod
     def make_module(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Returns a new module.
-
-        Of a Linen module it is `nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)`.
-        """
+        """Returns a new module; for a Linen module, `nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)`."""
 
     def call(self, module: Any, batch: Inputs, *, train: bool) -> Any:
         """Returns the logits of a batch, `[B, ...]`.
 
-        The module is in the mode that `train` says (`nnx.Module.train` and `eval`). Its parameters, and floating-point
-        arrays of the batch, have the dtype `precision.compute`.
+        The module is already in training or evaluation mode. Its parameters, and floating-point arrays of the batch,
+        have the dtype `precision.compute`.
         """
         return module(batch["inputs"] if "inputs" in batch else batch["images"])
 
     @property
     @override
     def uses_dropout(self) -> bool:
-        return True  # any module may; without random bits in the batch it is evaluated
+        return True  # any module may use dropout; random bits in the batch also mark training (see `FlaxModule._run`)
 
     @override
     def build(self, partitioner: Partitioner) -> "FlaxModule":
@@ -68,12 +65,12 @@ class FlaxModel(ModelConfig, ABC):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModuleStructure:
-    """What a module is made of, without arrays.
+    """The structure of a module, without arrays.
 
     Attributes:
-        graphdef: its graph.
-        specs: its variables.
-        rngs: the keys and counters of its streams of random numbers.
+        graphdef: its graph definition.
+        specs: `ParamSpec` of each variable.
+        rngs: shapes of the keys and counters of its random number streams.
     """
 
     graphdef: nnx.GraphDef
@@ -84,7 +81,7 @@ class ModuleStructure:
 class FlaxModule(Module):
     """The module of a `FlaxModel`; its parameters are at `module.PATH`."""
 
-    partial_gradients: ClassVar[bool] = False  # the partitioner adds gradients up over the whole mesh
+    partial_gradients: ClassVar[bool] = False  # the partitioner all-reduces gradients over the whole mesh
 
     def __init__(self, config: FlaxModel, partitioner: Partitioner):
         self.config, self.partitioner, name = config, partitioner, type(config).__qualname__
@@ -97,18 +94,18 @@ class FlaxModule(Module):
         shardings = [partitioner.stored_spec(_name(path), spec) for path, spec in self.structure.specs.items()]
         if partitioner.mesh.tensor > 1 and not any("tensor" in str(sharding) for sharding in shardings):
             raise ConfigError(
-                f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded by it, so its devices would "
-                'do the same work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
+                f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices "
+                'would do the same work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
             )
         self.module = nnx.data(_nested({path: nnx.Param(spec) for path, spec in self.structure.specs.items()}))
 
     @override
     def init_params(self, key: jax.Array, shardings: Any) -> Params:
-        def draw(key: jax.Array) -> Params:
+        def init(key: jax.Array) -> Params:
             values = _flat(nnx.state(_make(self.config, nnx.Rngs(key)), nnx.Not(nnx.RngState)))
             return {"module": _nested(values)}
 
-        return _auto(draw, shardings)(key)
+        return _auto(init, shardings)(key)
 
     @override
     def __call__(self, batch: Inputs, /) -> Any:
@@ -120,22 +117,20 @@ class FlaxModule(Module):
         values = {path: _at(self.module, path)[...] for path in self.structure.specs}
         shapes, _ = jax.eval_shape(_auto(self._run, PartitionSpec()), values, inputs, bits)
         rows = next(iter(inputs.values())).shape[0]
-        for found in jax.tree.leaves(shapes) or [None]:
-            if found is None or found.shape[:1] != (rows,):
-                shape = "nothing" if found is None else f"an array of shape {found.shape}"
+        for array in jax.tree.leaves(shapes) or [None]:
+            if array is None or array.shape[:1] != (rows,):
+                result = "nothing" if array is None else f"an array of shape {array.shape}"
                 raise ConfigError(
-                    f"{type(self.config).__qualname__}.call: returned {shape} for a batch of {rows}; return logits "
+                    f"{type(self.config).__qualname__}.call: returned {result} for a batch of {rows}; return logits "
                     f"[{rows}, ...]"
                 )
         run = _auto(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
-        gathered_again = remat(lambda values: run(self._gathered(values), inputs, bits), "weights", alone=False)
-        return gathered_again(values)
+        # The backward pass gathers the weights again.
+        return remat(lambda values: run(self._gather(values), inputs, bits), "weights", alone=False)(values)
 
-    def _gathered(self, values: Mapping[PathParts, jax.Array]) -> dict[PathParts, jax.Array]:
-        """All-gathers parameters over the axes that shard the batch, in the dtype that they are used in.
-
-        The partitioner would rather move activations to the shards of the parameters: several times the bytes.
-        """
+    def _gather(self, values: Mapping[PathParts, jax.Array]) -> dict[PathParts, jax.Array]:
+        """Casts parameters to the compute dtype and all-gathers them over the axes that shard the batch."""
+        # Otherwise the partitioner moves activations to the shards of the parameters: several times the bytes.
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
             dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
@@ -148,7 +143,7 @@ class FlaxModule(Module):
     def _run(
         self, values: Mapping[PathParts, jax.Array], inputs: Inputs, bits: jax.Array | None
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """Returns the result of the call, and the state after it where random bits say that this is training."""
+        """Returns the result of the call and, in training (random bits are given), the updated buffers."""
         structure, train, compute = self.structure, bits is not None, self.partitioner.compute_dtype
         key = jax.random.key(0 if bits is None else bits[0, 0])
         rngs = {path: _restarted(key, path, shape) for path, shape in structure.rngs.items()}
@@ -184,18 +179,18 @@ class FlaxModule(Module):
 
 
 def _auto[R](fun: Callable[..., R], out: Any) -> Callable[..., R]:
-    """`fun` with automatic sharding inside, whose results have the shardings `out`."""
-    found: Any = auto_axes(fun, out_sharding=out)
-    return found
+    """Wraps `fun` for automatic sharding inside; its results have the shardings `out`."""
+    wrapped: Any = auto_axes(fun, out_sharding=out)
+    return wrapped
 
 
 def _make(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
-    with nnx.use_eager_sharding(False):  # annotations may name logical axes, which the mesh has not
+    with nnx.use_eager_sharding(False):  # annotations may name logical axes that are not in the mesh
         module = config.make_module(rngs)
     if not isinstance(module, nnx.Module):
         raise ConfigError(
             f"{type(config).__qualname__}.make_module: returned {type(module).__qualname__}; return a flax.nnx.Module, "
-            "of a Linen module nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
+            "for a Linen module nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
         )
     return module
 
@@ -212,7 +207,7 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
             f"{name}.make_module: the module has no nnx.Param to train; a Linen module gets its parameters by "
             "nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
         )
-    for variable in nodes.values():  # Linen would apply its annotations in the call
+    for variable in nodes.values():  # Linen would apply these annotations in the call
         for metadata in ANNOTATIONS if isinstance(variable, nnx.Variable) else ():
             if variable.has_metadata(metadata):
                 variable.del_metadata(metadata)
@@ -242,10 +237,10 @@ def _spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner
 
 
 def _annotated_axes(where: str, variable: nnx.Variable) -> LogicalAxes | None:
-    found = variable.get_metadata("out_sharding", None)
-    if found is None:
+    annotation = variable.get_metadata("out_sharding", None)
+    if annotation is None:
         return None
-    names = tuple(found.spec if isinstance(found, NamedSharding) else found)
+    names = tuple(annotation.spec if isinstance(annotation, NamedSharding) else annotation)
     known = [field.name for cls in (ShardingRules, MeshConfig) for field in fields(cls)]
     for axis in names:
         if axis is not None and axis not in known:
@@ -257,14 +252,16 @@ def _annotated_axes(where: str, variable: nnx.Variable) -> LogicalAxes | None:
 
 
 def _default_axes(shape: tuple[int, ...], role: Role, shards: int) -> LogicalAxes:
-    """Shards the largest dimension that divides; of an embedding the columns, as rows would be gathered to look up."""
-    dims = [] if role in ("bias", "norm") else [len(shape) - 1] if role == "embedding" else range(len(shape))
+    """Shards the largest divisible dimension of a matrix, and the columns of an embedding."""
+    dims = range(0) if role in ("bias", "norm") else range(len(shape))
+    if role == "embedding":
+        dims = dims[-1:]  # a lookup in an embedding with sharded rows would gather them
     chosen = max((dim for dim in dims if shape[dim] % shards == 0), key=lambda dim: shape[dim], default=None)
     return tuple("embed" if dim == chosen else None for dim in range(len(shape)))
 
 
 def _restarted(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """A stream's key, or its counter, at the start of a step."""
+    """Returns the key or the counter of a random number stream at the start of a step."""
     if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape.shape, shape.dtype)
     own = param_key(key, _name(path))
@@ -280,7 +277,7 @@ def _flat(state: nnx.State) -> dict[PathParts, Any]:
 
 
 def _nested(values: Mapping[PathParts, Any]) -> dict[str, Any]:
-    """A nested dict; indices of lists become strings."""
+    """Builds a nested dict; indices of lists become strings."""
     return nnx.traversals.unflatten_mapping({tuple(map(str, path)): value for path, value in values.items()})
 
 

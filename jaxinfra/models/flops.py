@@ -1,9 +1,9 @@
 """Floating-point operations of a transformer, for MFU and plans.
 
 A matmul of `[m, k]` and `[k, n]` counts `2 m k n`, and a training step three times its forward pass (Kaplan et al.
-2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts the pairs of positions that the mask lets
-through, half the square if causal. Recomputation, norms, rotary positions, softmax and the embedding lookup are not
-counted. Of experts only those count that a token chooses, dropped or not.
+2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B). Attention counts only pairs of positions inside the mask,
+about half of all pairs if causal. Rematerialization, norms, rotary positions, softmax and the embedding lookup are not
+counted. A token counts the experts that it chooses, even if the choice is dropped.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def matmul_params(config: "TransformerConfig") -> int:
-    """Counts the weights that a token is multiplied with: projections, MLP or chosen experts, and head."""
+    """Counts the weights in a token's matmuls: projections, MLP or chosen experts, and LM head."""
     mlp = config.num_layers * _mlp_params(config) + config.num_dense_layers * _mlp_params(replace(config, moe=None))
     return config.total_layers * _attention_params(config) + mlp + config.hidden_size * config.vocab_size
 
@@ -30,7 +30,7 @@ def _attention_params(config: "TransformerConfig") -> int:
 
 
 def _mlp_params(config: "TransformerConfig") -> int:
-    """Counts the weights of one MLP, or of a router and the experts that a token passes."""
+    """Counts the weights of one MLP, or of a router and the experts that process a token."""
     matrices = 2 if config.mlp_type == "gelu" else 3
     moe = config.moe
     if moe is None:
@@ -49,8 +49,8 @@ def visible_keys(length: int, window: int | None) -> float:
 def flops_per_token(config: "TransformerConfig", length: int) -> float:
     """Returns the training FLOPs of one token, in sequences of `length`.
 
-    `6 * matmul_params + 6 * sum over layers of heads * (qk_head_dim + v_head_dim) * visible keys`: scores and weighted
-    sum cost 2 FLOPs for each feature of a head and visible key, and three times that with the backward pass.
+    They are `6 * matmul_params + 6 * sum over layers of heads * (qk_head_dim + v_head_dim) * visible keys`. Scores and
+    weighted sum cost 2 FLOPs per feature of a head and visible key, three times as many with the backward pass.
     """
     types = (config.layer_type(layer) for layer in range(config.total_layers))
     windows = (config.sliding_window if layer_type == "sliding" else None for layer_type in types)

@@ -1,16 +1,17 @@
 """Multi-head latent attention (MLA; DeepSeek-AI 2024, "DeepSeek-V2", section 2.1): keys and values from a small latent.
 
-A token is projected down to a latent, and the latent up to the keys and values of all heads. Queries may have a latent
-of their own. Rotary positions use separate features: a part of each query head, and one key that all heads share.
+A token is projected down to a latent, and the latent up to the keys and values of all heads. Queries may have their own
+latent. Rotary positions use separate features: a part of each query head, and one key that all heads share.
 
-In training, keys and values are computed in full, and attention is that of any other model. Decoding caches the latent
-and the rotated key only: the up-projection of keys is applied to the queries, and that of values to the output. All
-heads then attend to one key and value a token, as wide as the latent.
+Training computes keys and values in full and uses normal attention. Decoding caches only the latent and the rotated
+key: the up-projection of keys is applied to the queries, and the up-projection of values to the output. All heads then
+attend to one key and value per token, as wide as the latent.
 
-Latents are computed where the residual stream is sharded over positions, and gathered in its place: they are narrower.
+With sequence parallelism latents are computed before the all-gather over positions, since they are narrower than the
+residual stream.
 
-Shape suffixes: B batch, T queries, S cached tokens, D residual width, H heads, K head dim of queries and keys, N its
-part without positions, P its rotated part, V head dim of values, R latent rank.
+Shape suffixes: B batch, T queries, S cached tokens, D residual width, H heads, K head dim of queries and keys (N
+features without positions, P rotated features), V head dim of values, R latent rank.
 """
 
 from dataclasses import dataclass
@@ -34,9 +35,9 @@ class MLA:
 
     Attributes:
         kv_lora_rank: width of the latent of keys and values.
-        q_lora_rank: width of the latent of queries; None projects queries from the stream.
+        q_lora_rank: width of the latent of queries; None projects queries from the residual stream.
         qk_nope_head_dim: features of a query or key head without positions.
-        qk_rope_head_dim: rotated features; the key's are shared by all heads.
+        qk_rope_head_dim: rotated features of a query head, and of the key that all heads share.
         v_head_dim: features of a value head.
     """
 
@@ -68,8 +69,8 @@ class LatentAttention(nnx.Module):
         norm = partial(Norm, norm_type="rmsnorm", eps=config.norm_eps, offset=config.norm_offset, params=params)
 
         def up(rank: int, head_dim: int) -> Linear:
-            # Stored with the rank sharded like "embed"; in use only the heads are sharded. The output is not saved:
-            # to compute it again from the latent is cheaper (DeepSeek-AI 2024, "DeepSeek-V3", section 3.2.3).
+            # The stored rank is sharded like "embed"; in use only the heads are sharded. The output is not saved, since
+            # recomputing it from the latent is cheaper (DeepSeek-AI 2024, "DeepSeek-V3", section 3.2.3).
             axes = ("embed", "heads", None)
             return linear((rank,), (heads, head_dim), axes, parallelism="column", save_output=False)
 
@@ -87,7 +88,7 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, cache: LatentCache | None
     ) -> tuple[jax.Array, LatentCache | None]:
-        """Returns the output, and the cache with these tokens added; both streams have the residual's sharding."""
+        """Returns the output, sharded like the residual stream `x_BTD`, and the cache with these tokens added."""
         assert tokens.rope is not None
         latent_BTR = self.partitioner.gather_sequence(self.kv_norm(self.kv_down(x_BTD), RESIDUAL), "heads")
         rotated_BTP = self.partitioner.gather_sequence(self.rotated_key(x_BTD), "heads")
@@ -104,7 +105,7 @@ class LatentAttention(nnx.Module):
         return self.out(self._attend_to_cache(q_BTHK, spec, tokens.start, cache)), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
-        """Projects query heads `[B, T, H, K]`; the features that will be rotated come first."""
+        """Projects query heads `[B, T, H, K]`; the features to rotate come first."""
         if self.query_down is not None and self.query_norm is not None:
             x_BTD = self.query_norm(self.query_down(x_BTD), RESIDUAL)
         return self.query(self.partitioner.gather_sequence(x_BTD, "heads"))
@@ -125,7 +126,7 @@ class LatentAttention(nnx.Module):
     def _attend_to_cache(
         self, q_BTHK: jax.Array, spec: AttentionSpec, start: jax.Array, cache: LatentCache
     ) -> jax.Array:
-        """Computes attention to a cache that has the tokens of the queries, `[B, T, H, V]`."""
+        """Computes attention to a cache that includes the tokens of the queries, `[B, T, H, V]`."""
         partitioner, rotated = self.partitioner, self.mla.qk_rope_head_dim
         key_RHN, value_RHV = (
             partitioner.gather_weight(up.weight[...], (None, "heads", None)) for up in (self.key, self.value)
@@ -138,7 +139,7 @@ class LatentAttention(nnx.Module):
             return jnp.einsum("bthr,rhv->bthv", y[..., rotated:], value)
 
         q_BTHR = partitioner.map_local(to_latent, q_BTHK, key_RHN)
-        # The whole cache serves as values, so that it is read without a copy; `to_value` drops the rotated features.
+        # The whole cache is used as values, which avoids a copy; `to_value` drops the rotated features.
         kv_BS1R = cache.tokens[:, :, None]
         positions = cached_positions(start, q_BTHK, kv_BS1R)
         y_BTHR = dot_product_attention(

@@ -29,7 +29,7 @@ RESIDUAL: LogicalAxes = ("batch", "positions")
 """The sharded dimensions of the residual stream between blocks."""
 
 SEQUENCE: LogicalAxes = ("batch", "sequence")
-"""The sharded dimensions of the stream inside attention and MLP."""
+"""The sharded dimensions of activations inside attention and MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class ParamFactory:
     ) -> nnx.Param:
         """Declares a parameter.
 
-        The dimensions of a matrix are [batch dims, input dims, output dims]; the matmul contracts the input dims.
-        `in_dims` is 0 for parameters that are no matrix.
+        A matrix has the dimensions [batch dims, input dims, output dims]; the matmul contracts the input dims. Other
+        parameters have `in_dims=0`.
         """
         if self.num_layers:
             shape, axes, batch_dims = (self.num_layers, *shape), ("layers", *axes), batch_dims + 1
@@ -75,7 +75,7 @@ class Norm(nnx.Module):
         self.bias = params.param((features,), (None,), constant(0.0), "bias") if norm_type == "layernorm" else None
 
     def __call__(self, x: jax.Array, axes: LogicalAxes = RESIDUAL) -> jax.Array:
-        """Normalizes `x` `[..., features]`, whose sharded dimensions are `axes`."""
+        """Normalizes `x` `[..., features]`; `axes` are its leading logical axes."""
         scale = self.partitioner.gather_weight(self.scale[...], (None,), axes)
         if self.bias is None:
             return self.partitioner.map_local(partial(rms_norm, eps=self.eps, offset=self.offset), x, scale)
@@ -90,13 +90,13 @@ class Linear(nnx.Module):
         in_shape: contracted dimensions.
         out_shape: output dimensions.
         axes: logical axes of the weight.
-        parallelism: "column" takes gathered positions, returns sharded features. "row" contracts sharded features and
-            scatters the partial sums over the positions of the residual stream. "sequence" works on the sharded
-            positions of the residual stream and returns unsharded features.
-        bias: adds a bias.
-        params: where parameters are declared.
+        parallelism: as in tensor parallelism. "column" takes gathered positions and returns sharded features. "row"
+            contracts sharded features and reduce-scatters over the positions of the residual stream. "sequence" takes
+            the sharded positions of the residual stream and returns unsharded features.
+        bias: whether to add a bias.
+        params: declares the parameters.
         scale: factor on the initial weights.
-        save_output: whether remat policies may keep the output.
+        save_output: whether remat policies may save the output.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class MLP(nnx.Module):
         self.down = linear((mlp_dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Takes gathered positions, returns those of the residual stream."""
+        """Takes gathered positions and returns positions sharded like the residual stream."""
         act = ACTIVATIONS[self.mlp_type]
         up_BTF = self.up(x_BTD)
         hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF

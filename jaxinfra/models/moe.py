@@ -1,4 +1,4 @@
-"""A mixture of experts in place of an MLP: many MLPs, of which every token passes a few.
+"""A mixture of experts in place of an MLP: many MLPs (experts); each token is routed to a few of them.
 
 Shazeer et al. 2017, "Outrageously large neural networks", and its successors: top-k routing with softmax weights
 (Mixtral, Qwen3), or with sigmoid scores, groups, a shared expert and load-balancing biases (DeepSeek-V3).
@@ -32,7 +32,7 @@ from jaxinfra.parallel.sharding import as_varying, axis_names, has_stage_dim, lo
 from jaxinfra.parallel.spec import constant, normal
 
 LOAD, SERVED, BALANCE_LOSS, Z_LOSS = "expert_load", "expert_served", "balance_loss", "router_z_loss"
-"""Stats of a layer, summed over tokens: choices of each expert `[E]`, choices within capacity, and two losses."""
+"""Stats of a layer, summed over tokens: choices per expert `[E]`, choices within capacity, and two losses."""
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -42,22 +42,22 @@ class MixtureOfExperts:
     """The sizes and the routing of a mixture of experts.
 
     Attributes:
-        num_experts: experts, without shared ones.
-        top_k: experts of each token.
+        num_experts: number of experts, without shared ones.
+        top_k: number of experts per token.
         expert_dim: hidden width of an expert; None is the model's `mlp_dim`.
-        num_shared_experts: experts that every token passes besides, as one MLP of this many times the width.
+        num_shared_experts: experts that process every token, computed as one MLP of this many times the width.
         score_function: scores are a "softmax" over all experts, or the "sigmoid" of each logit.
         normalize_weights: scales the weights of a token's experts to sum to one.
         routed_scaling_factor: factor on the weights.
-        num_groups: groups of consecutive experts. A token chooses in the `top_k_groups` best ones only, by the sum of
-            their two best scores (DeepSeek-V3, section 2.1.2).
+        num_groups: number of groups of consecutive experts. A token chooses experts only from its `top_k_groups` best
+            groups, by the sum of a group's two best scores (DeepSeek-V3, section 2.1.2).
         top_k_groups: see `num_groups`.
-        bias_update_rate: step size of a bias on each expert's score, which affects choices but not weights. After every
-            step it rises if the expert got fewer choices than its layer's mean, and falls if more. 0 has no biases.
-        capacity_factor: an expert serves at most this many times its even share of a sequence's choices, earlier
-            positions first; further choices are dropped. None drops nothing. Decoding never drops.
-        balance_loss: weight of `ops.routing.load_balance_loss`, summed over layers and all tokens. Where few tokens
-            are targets it is larger relative to their loss.
+        bias_update_rate: step size of a bias on each expert's score, which affects choices but not weights. After each
+            step the bias rises if the expert was chosen less often than the mean of its layer, else it falls. 0 has no
+            biases.
+        capacity_factor: the limit on an expert's choices per sequence, as a multiple of an even load; later positions
+            are dropped first. None drops nothing. Decoding never drops.
+        balance_loss: weight of `ops.routing.load_balance_loss`, summed over layers and all tokens, targets or not.
         z_loss: weight of the squared log-sum-exp of the router logits, summed in the same way.
     """
 
@@ -76,7 +76,7 @@ class MixtureOfExperts:
     z_loss: NonNegativeFloat = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """Yields choices of more experts or groups than there are, and groups of unequal size."""
+        """Yields a `top_k` or `top_k_groups` that is too large, and groups of unequal size."""
         experts, groups, group_size = self.num_experts, self.num_groups, self.num_experts // self.num_groups
         if self.top_k > experts:
             message, fix = f"there are {experts} experts", f"use top_k={experts}"
@@ -94,7 +94,7 @@ class MixtureOfExperts:
             yield Problem(fields=("top_k", "top_k_groups"), message=message, fix=fix)
 
     def capacity(self, length: int) -> int | None:
-        """Returns the most choices of a sequence that an expert serves; None for all."""
+        """Returns the capacity: the most choices of a sequence that an expert serves; None is unlimited."""
         if self.capacity_factor is None:
             return None
         return min(length, math.ceil(self.capacity_factor * length * self.top_k / self.num_experts))
@@ -146,13 +146,13 @@ class MoE(nnx.Module):
         self.shared = MLP(hidden_size, shared_dim, out_scale=out_scale, params=params, **shared) if shared_dim else None
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
-        """Applies the experts; takes gathered positions, returns those of the residual stream, and the stats."""
+        """Takes gathered positions; returns the output, with positions sharded like the residual stream, and stats."""
         partitioner, weights = self.partitioner, self._gather_weights()
         x_spec = jax.typeof(x_BTD).sharding.spec
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)
         stage = ("stage",) if has_stage_dim(specs["up"]) else ()
         mlp_axes = partitioner.mesh_axes("mlp")
-        # Over these mesh axes devices have different tokens, or different parts of the experts.
+        # Along these mesh axes devices have different tokens, or different parts of the experts.
         varying_axes = (*partitioner.mesh_axes("batch"), *partitioner.mesh_axes("sequence"), *mlp_axes)
         token_axes = frozenset(varying_axes) - {*mlp_axes, *stage}
         rule = self.config.routing_rule(x_BTD.shape[1], drop_tokens=drop_tokens)
@@ -190,7 +190,7 @@ class MoE(nnx.Module):
     def _apply_local(
         self, x_BTD: jax.Array, weights: Mapping[str, jax.Array], rule: RoutingRule
     ) -> tuple[jax.Array, LayerStats]:
-        """Returns output and stats of the device's tokens; the output is a partial sum if expert width is sharded."""
+        """Returns the output and stats of the device's tokens; the output is a partial sum if `mlp` is sharded."""
         B, T, D = x_BTD.shape
         logits_BTE = jnp.einsum(
             "btd,de->bte", x_BTD.astype(FLOAT32), weights["router"], precision=jax.lax.Precision.HIGHEST
@@ -247,13 +247,13 @@ class MoE(nnx.Module):
         same_tokens = self.partitioner.mesh_axes("mlp")
         if not same_tokens:
             return stats
-        # Devices that share expert width have the same tokens: only the first counts them.
-        first = jax.lax.axis_index(same_tokens) == 0
-        return jax.lax.psum({name: jnp.where(first, a, 0) for name, a in stats.items()}, same_tokens)
+        # Devices with parts of the same experts have the same tokens: only the first of them counts its tokens.
+        is_first = jax.lax.axis_index(same_tokens) == 0
+        return jax.lax.psum({name: jnp.where(is_first, a, 0) for name, a in stats.items()}, same_tokens)
 
 
 def aux_loss(stats: LayerStats, token_axes: tuple[str, ...]) -> jax.Array | None:
-    """Sums the losses of all layers: a scalar that is a partial sum over `token_axes`; None if there is none."""
+    """Sums the auxiliary losses of all layers: a scalar, unreduced over `token_axes`; None if there are no losses."""
     losses = [stats[name] for name in (BALANCE_LOSS, Z_LOSS) if name in stats]
     if not losses:
         return None
@@ -271,8 +271,8 @@ def aux_loss(stats: LayerStats, token_axes: tuple[str, ...]) -> jax.Array | None
 def metrics(stats: LayerStats, weight: jax.Array) -> dict[str, jax.Array]:
     """Returns scalars to log, from the stats of all layers, `[L, ...]`, and the weight of the batch's targets.
 
-    Losses are per unit of target weight, as in the training loss. Loads are relative to their layer's mean: the largest
-    of all, and the mean over layers for each expert.
+    Losses are divided by `weight`, like the training loss. Loads are relative to the mean of their layer: the maximum
+    over layers and experts, and for each expert the mean over layers.
     """
     if LOAD not in stats:
         return {}

@@ -1,4 +1,4 @@
-"""Rematerialization policies: what a layer keeps for the backward pass, and what is computed again."""
+"""Rematerialization policies: what a layer saves for the backward pass, and what is recomputed."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,16 +16,14 @@ DOT = "dot"
 
 
 def save_dot(y: jax.Array) -> jax.Array:
-    """Names the output of a matmul with a weight, for the policies that keep it.
-
-    By name, not by primitive: the output of a sharded contraction is a partial sum until it is scattered, and a partial
-    sum can be neither stacked over layers nor moved to the host.
-    """
+    """Names the output of a matmul with a weight, for the policies that save it."""
+    # By name, not by primitive: the output of a sharded contraction is a partial sum until it is reduce-scattered, and
+    # a partial sum can be neither stacked over layers nor moved to the host.
     return checkpoint_name(y, DOT)
 
 
 def _all_but_gathered_weights(primitive: Primitive, *_: Any, **params: Any) -> bool:
-    # Resharded activations are kept by a name of their own; to reshape one again costs nothing.
+    # Resharded activations are saved by their own checkpoint name; a reshape costs nothing.
     return primitive.name not in ("reshard", "reshape") and params.get("name") != GATHERED_WEIGHT
 
 
@@ -34,11 +32,12 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
 
     Args:
         layer: the layer as a function.
-        policy: what is kept. "none": everything; under fsdp the gathered weights too, in the end the whole model on
-            every device. "weights": everything but gathered weights, which are gathered again. "dots": outputs of
-            matmuls with weights. "dots_and_attention": on TPUs also the output of attention, whose kernel then runs
-            forward once. "full": only the input of the layer. "offload": as "dots", kept in host memory.
-        alone: whether the layer is all that a step of the scan does.
+        policy: what is saved. "none": no rematerialization, everything is saved; with fsdp that includes the gathered
+            weights, so the whole model on every device. "weights": everything but gathered weights, which are gathered
+            again. "dots": outputs of matmuls with weights. "dots_and_attention": on TPUs also the output of attention,
+            so that its kernel runs forward only once. "full": full rematerialization, only the input of the layer.
+            "offload": as "dots", but in host memory.
+        alone: whether a step of the scan applies only this layer.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
@@ -55,6 +54,6 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
             offload_dst="pinned_host",
         ),
     }[policy]
-    # A scan by itself keeps the compiler from merging forward and backward pass (CSE). With several layers in a step
-    # it must be told to compute each again only when its gradient is due.
+    # A scan keeps the compiler from merging recomputation with the forward pass (common subexpression elimination).
+    # With several layers in a step, JAX must prevent it.
     return jax.checkpoint(layer, policy=chosen, prevent_cse=not alone)

@@ -1,7 +1,7 @@
 """A scan over stacked layers with a repeated pattern of step functions, such as alternating remat policies.
 
-One step of the scan applies the whole pattern, so compile time grows with the pattern and not with the layers. Layers
-that are left over follow the scan one by one.
+One step of the scan applies the whole pattern, so compile time grows with the pattern, not with the number of layers.
+The remaining layers are applied one by one after the scan.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,14 +44,14 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
 
 
 def _unstack(xs: Tree, count: int) -> list[Tree]:
-    """Splits arrays `[count, ...]`. Not by index: gradients are then concatenated, not padded and added."""
+    """Splits arrays `[count, ...]` with `split` instead of indexing: its gradient concatenates, without padded sums."""
     leaves, tree = jax.tree.flatten(xs)
     parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
     return [tree.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
 
 
 def _stack(*ys: jax.Array) -> jax.Array:
-    """Stacks arrays. Not by `jnp.stack` or `expand_dims`, which have no gradient for partial sums."""
+    """Stacks arrays; `jnp.stack` and `expand_dims` have no gradient for partial sums."""
     spec = jax.typeof(ys[0]).sharding.spec
     out = spec.update(partitions=(None, *spec.partitions))
     return jnp.concatenate([y.reshape(1, *y.shape, out_sharding=out) for y in ys])

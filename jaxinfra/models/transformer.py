@@ -1,7 +1,7 @@
 """The config of a decoder-only transformer; `models.decoder` has the module.
 
-It covers the published dense and mixture-of-experts families. Where there is one, a field has the name that it has in
-Hugging Face configs.
+It covers the published dense and mixture-of-experts families. Fields are named as in Hugging Face configs, if they
+exist there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,11 +22,11 @@ type LayerType = Literal["full", "sliding"]
 
 
 class HasSeqLen(Protocol):
-    """The part of a data config that a decoder reads."""
+    """A data config with sequences of tokens."""
 
     @property
     def seq_len(self) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens of a sequence."""
         ...
 
 
@@ -45,8 +45,8 @@ class TransformerConfig(ModelConfig):
         mla: multi-head latent attention (DeepSeek); `num_kv_heads` and `head_dim` must then be None.
         mlp_type: activation and gating of the MLP.
         moe: a mixture of experts in place of every MLP.
-        num_dense_layers: layers with an MLP before the `num_layers` with experts (DeepSeek). In a pipeline every stage
-            computes them for its own rows, though only the first needs them.
+        num_dense_layers: layers with an MLP before the `num_layers` with experts (DeepSeek). They are not split over
+            pipeline stages: every stage computes them, though only the first needs the result.
         norm_type: RMSNorm or LayerNorm.
         norm_eps: added to the variance.
         norm_offset: 1.0 if norm weights are stored as their difference from one (Gemma).
@@ -60,18 +60,18 @@ class TransformerConfig(ModelConfig):
         attn_softcap: soft cap on attention scores.
         query_scale: factor on queries; None is `head_dim ** -0.5`.
         rope: rotary position embedding.
-        sliding_rope: that of sliding layers; None is `rope`.
-        learned_positions: rows of a learned position embedding (GPT-2); None has none.
-        tie_embeddings: the head is the transposed embedding.
+        sliding_rope: rotary position embedding of sliding layers; None is `rope`.
+        learned_positions: rows of a learned position embedding (GPT-2); None has no such embedding.
+        tie_embeddings: the LM head is the transposed embedding.
         scale_embeddings: multiplies embeddings by `sqrt(hidden_size)` (Gemma).
         logit_softcap: soft cap on the logits.
         attention_kernel: forces a kernel; None takes the fastest one that can run.
-        context_attention: how attention works over sharded sequences (`mesh.context` above 1); "auto" takes the
-            cheaper method.
-        dropout: rate in training, on embeddings and on the outputs of attention and MLP (Vaswani et al. 2017, section
-            5.4).
-        remat: what each layer keeps for the backward pass. A tuple is repeated over the layers, in a pipeline over
-            those of each chunk.
+        context_attention: method of attention over sharded sequences (`mesh.context` above 1); "auto" takes the
+            cheaper one (see `ops.context_cost`).
+        dropout: dropout rate in training, on embeddings and on the outputs of attention and MLP (Vaswani et al. 2017,
+            section 5.4).
+        remat: what each layer saves for the backward pass (see `models.remat`). A tuple is repeated over the layers; in
+            a pipeline, over the layers of each chunk.
     """
 
     modality: ClassVar[str | None] = "token"
@@ -113,7 +113,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def kv_head_count(self) -> int:
-        """Key/value heads, also where `num_kv_heads` is None."""
+        """Number of key/value heads, also if `num_kv_heads` is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
@@ -130,11 +130,11 @@ class TransformerConfig(ModelConfig):
 
     @property
     def rope_head_dim(self) -> int:
-        """Width of the part of a head that rotary positions may rotate."""
+        """Number of features of a head that rotary positions may rotate."""
         return self.qk_head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     def problems(self) -> Iterable[Problem]:
-        """Yields sizes that do not divide, and options without what they need."""
+        """Yields sizes that are not divisible, and options that conflict or need another option."""
         if self.mla is not None:
             yield from self._mla_problems()
         elif self.head_dim is None and self.hidden_size % self.num_heads:
@@ -239,11 +239,11 @@ class TransformerConfig(ModelConfig):
 
     @property
     def total_layers(self) -> int:
-        """All layers: `num_dense_layers + num_layers`."""
+        """Number of layers: `num_dense_layers + num_layers`."""
         return self.num_dense_layers + self.num_layers
 
     def layer_type(self, layer: int) -> LayerType:
-        """Returns the type of a layer; numbers start at the first dense one."""
+        """Returns the type of a layer; indices start at the first dense layer."""
         return self.layer_types[layer % len(self.layer_types)]
 
     @property

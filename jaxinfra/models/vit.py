@@ -1,10 +1,10 @@
 """The vision transformer (Dosovitskiy et al. 2021, "An image is worth 16x16 words") as an image classifier.
 
-An image is cut into square patches. A matmul projects each to a position of the stream, and every position gets a
-learned embedding. Layers are pre-norm and bidirectional. The head reads the stream at a class token, or its mean.
+An image is cut into square patches. A matmul projects each patch to one position, and each position gets a learned
+embedding. Layers are pre-norm and bidirectional. The head reads the class token, or the mean over positions.
 
-Positions are few and, with a class token, odd in number. Attention never shards them, and the stream between layers
-only where that divides them.
+Positions are few and, with a class token, odd in number. Attention never shards them, and the residual stream does so
+only if the shards divide them.
 
 Shape suffixes: B batch, N patches, T positions, P features of a patch, D width, C classes, L layers, S stages.
 """
@@ -37,16 +37,16 @@ BIDIRECTIONAL = AttentionSpec(causal=False)
 
 
 class HasImages(Protocol):
-    """The part of a data config that a vision transformer reads."""
+    """A data config with images."""
 
     @property
     def image_size(self) -> int:
-        """Pixels a side."""
+        """Height and width of an image, in pixels."""
         ...
 
     @property
     def channels(self) -> int:
-        """Values of a pixel."""
+        """Color channels of an image."""
         ...
 
 
@@ -55,19 +55,19 @@ class VisionTransformerConfig(ModelConfig):
     """The shape of an image classifier.
 
     Attributes:
-        image_size: pixels a side.
-        patch_size: pixels a side of a patch.
-        num_classes: classes of the head.
+        image_size: height and width of an image, in pixels.
+        patch_size: height and width of a patch, in pixels.
+        num_classes: number of classes.
         num_layers: encoder layers.
         hidden_size: width of the residual stream.
         num_heads: attention heads.
         mlp_dim: hidden width of the MLP.
-        channels: values of a pixel.
-        pool: what the head reads: the stream at a "class" token before the patches, or its "mean" over them.
+        channels: color channels of an image.
+        pool: input of the head: a "class" token before the patches, or the "mean" over patches.
         norm_eps: added to the variance.
         attention_kernel: forces a kernel; None takes the fastest one that can run.
-        dropout: rate in training, on embeddings and on the outputs of attention and MLP.
-        remat: what each layer keeps for the backward pass.
+        dropout: dropout rate in training, on embeddings and on the outputs of attention and MLP.
+        remat: what each layer saves for the backward pass (see `models.remat`).
     """
 
     modality: ClassVar[str | None] = "image"
@@ -87,16 +87,16 @@ class VisionTransformerConfig(ModelConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def length(self) -> int:
-        """Positions of the stream: the patches, and the class token if there is one."""
+        """Number of positions: the patches, and the class token if there is one."""
         return self.num_patches + (self.pool == "class")
 
     def problems(self) -> Iterable[Problem]:
-        """Yields sizes that do not divide."""
+        """Yields sizes that are not divisible."""
         if self.image_size % self.patch_size:
             fix = f"use patch_size={max(n for n in range(1, self.patch_size) if self.image_size % n == 0)}"
             message = "patch_size must divide image_size"
@@ -144,13 +144,13 @@ class VisionTransformerConfig(ModelConfig):
 
 
 class EncoderBlock(nnx.Module):
-    """One layer: attention and MLP, each with a norm before it, added to the residual stream."""
+    """One layer: attention and MLP, each after a norm; their outputs are added to the residual stream."""
 
     def __init__(self, config: VisionTransformerConfig, params: ParamFactory):
         self.partitioner, self.dropout = params.partitioner, config.dropout
         hidden, heads, eps = config.hidden_size, config.num_heads, config.norm_eps
         norm = partial(Norm, hidden, norm_type="layernorm", eps=eps, params=params)
-        # Two outputs of every layer add to the stream, whose variance is to stay near one.
+        # Each layer adds two outputs to the residual stream. This scale keeps its variance near one.
         out_scale = (2 * config.num_layers) ** -0.5
         attention = AttentionConfig(
             hidden_size=hidden,
@@ -169,7 +169,7 @@ class EncoderBlock(nnx.Module):
         self.mlp = MLP(hidden, config.mlp_dim, mlp_type="gelu", bias=True, out_scale=out_scale, params=params)
 
     def __call__(self, x_BTD: jax.Array, bits_BT: jax.Array | None) -> jax.Array:
-        """Returns the stream after the layer; `bits_BT` are its dropout bits."""
+        """Returns the residual stream after the layer; `bits_BT` are its dropout bits."""
         y_BTD, _ = self.attention(self.attention_norm(x_BTD), BIDIRECTIONAL, TokenInfo(), None)
         x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
         y_BTD = self.mlp(self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp"))
@@ -224,7 +224,9 @@ class VisionTransformer(LayeredModule):
         def body(x_BTD: jax.Array, xs: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
             block, index = xs
             y_BTD = remat_layer(block, x_BTD, index)
-            return y_BTD if stage_layers is None or stage_layers.uniform else _where_layer(index, y_BTD, x_BTD), None
+            if stage_layers is not None and not stage_layers.uniform:
+                y_BTD = _where_layer(index, y_BTD, x_BTD)
+            return y_BTD, None
 
         indices = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.indices
         return jax.lax.scan(body, x_BTD, (self.blocks, indices))[0], {}
@@ -252,7 +254,7 @@ class VisionTransformer(LayeredModule):
 
     @override
     def flops(self, data: HasImages) -> float:
-        """Returns 6 FLOPs for each weight and position, and for attention 12 for each pair of positions and feature.
+        """Counts 6 FLOPs per weight and position, and in attention 12 per feature and pair of positions.
 
         Norms, pooling and softmax are not counted (see `models.flops`).
         """
@@ -264,7 +266,7 @@ class VisionTransformer(LayeredModule):
 
 
 def to_patches(images: jax.Array, patch_size: int) -> jax.Array:
-    """`[B, H, W, channels]` to `[B, N, P]`: patches in row-major order, and the pixels in each as well."""
+    """Reshapes `[B, H, W, channels]` to `[B, N, P]`: patches, and the pixels in them, in row-major order."""
     B, H, W, channels = images.shape
     rows, columns = H // patch_size, W // patch_size
     out = P(jax.typeof(images).sharding.spec.partitions[0])
@@ -279,10 +281,10 @@ def _with_class_token(x_BND: jax.Array, bias_D: jax.Array, table_TD: jax.Array, 
     return jnp.concatenate([token_B1D, x_BND + bias_D], axis=1) + table_TD
 
 
-def _where_layer(number_S: jax.Array, y_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """Returns `y_BTD` in the rows of stages that have a layer (of a number from 0), `x_BTD` in the others."""
+def _where_layer(index_S: jax.Array, y_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    """Returns `y_BTD` in the rows of stages that have a layer (index 0 or more), `x_BTD` in the others."""
     spec = jax.typeof(x_BTD).sharding.spec
     select = jax.shard_map(
-        lambda number, y, x: jnp.where(number[0] >= 0, y, x), in_specs=(P("stage"), spec, spec), out_specs=spec
+        lambda index, y, x: jnp.where(index[0] >= 0, y, x), in_specs=(P("stage"), spec, spec), out_specs=spec
     )
-    return select(number_S, y_BTD, x_BTD)
+    return select(index_S, y_BTD, x_BTD)

@@ -69,7 +69,7 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         "optimizer state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),
     }
     for kind, choice in program.module.context_costs(run.data).items():
-        numbers[f"{kind} attention over shards"] = (choice.method, "waits for the fewest bytes (ops/context_cost.py)")
+        numbers[f"{kind} attention over shards"] = (choice.method, "compare the bytes waited for (ops/context_cost.py)")
         for method, cost in choice.costs.items():
             note = f"waited for, of {gib(cost.received_bytes)} a sequence and layer; holds {gib(cost.held_bytes)}"
             numbers[f"{kind} attention, {method}"] = (gib(cost.exposed_bytes), note)
