@@ -1,6 +1,6 @@
 """Scaled dot-product attention: one `AttentionSpec`, several kernels.
 
-A kernel is used only if it supports the whole spec: none ignores the segment ids of packed documents.
+A kernel is used only if it supports the whole spec, including the segment ids of packed documents.
 
 Shape suffixes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, K head dim of queries and keys,
 V head dim of values.
@@ -32,8 +32,8 @@ class AttentionSpec:
     """Which keys a query attends to, and how scores are scaled.
 
     Attributes:
-        causal: a query attends to no later key.
-        window: a query at position i attends to no key at or before `i - window`.
+        causal: a query attends only to keys at its own position or before.
+        window: a query at position i attends only to keys after position `i - window`.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         scale: factor on the dot products; None is `1 / sqrt(K)`.
     """
@@ -83,7 +83,7 @@ def reference(
 ) -> jax.Array:
     """Computes attention by its definition, with scores and softmax in float32. Memory grows with `T * S`.
 
-    A query that may attend to no key gets the mean of all values.
+    If all keys of a query are masked, its output is the mean of all values.
     """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
@@ -127,7 +127,7 @@ def _xla_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if spec.softcap is not None:
         return "it has no soft cap"
     if inputs.value_dim != inputs.head_dim:
-        return f"its values are as wide as its keys, not {inputs.value_dim} and {inputs.head_dim}"
+        return f"its values must be as wide as its keys, not {inputs.value_dim} and {inputs.head_dim}"
     return "it takes no explicit positions" if inputs.explicit_positions else None
 
 
@@ -137,7 +137,7 @@ def _cudnn_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if inputs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not {jnp.dtype(inputs.dtype).name}"
     if inputs.head_dim % 8 or inputs.head_dim > 128:
-        return f"its head_dim is a multiple of 8 and at most 128, not {inputs.head_dim}"
+        return f"its head_dim must be a multiple of 8 and at most 128, not {inputs.head_dim}"
     if spec.window is not None and not spec.causal:
         return "its window needs a causal mask"
     return None
@@ -159,7 +159,7 @@ def _splash(
     segments: Segments | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    # Pallas takes a second to import, so only its users import it.
+    # Imported here, as the import of Pallas takes a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -192,17 +192,17 @@ def _splash(
 
 
 splash_interpreted = partial(_splash, interpret=True)
-"""The splash kernel in Pallas' interpreter: the numbers of a TPU on any machine, slowly."""
+"""The splash kernel in Pallas' interpreter: the results of a TPU on any machine, but slow."""
 
 
 def _splash_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if inputs.explicit_positions:
         return "it takes no explicit positions"
     if not splash_block(inputs.q_len) or not splash_block(inputs.kv_len):
-        return f"its lengths are multiples of 128, not {inputs.q_len} and {inputs.kv_len}"
+        return f"its lengths must be multiples of 128, not {inputs.q_len} and {inputs.kv_len}"
     for dim in (inputs.head_dim, inputs.value_dim):
         if dim % 64:
-            return f"its head_dim is a multiple of 64, not {dim}"
+            return f"its head_dim must be a multiple of 64, not {dim}"
     return None
 
 
@@ -212,7 +212,7 @@ KERNELS: dict[Kernel, tuple[Callable[..., jax.Array], Callable[[AttentionSpec, K
     "cudnn": (partial(_jax_nn, implementation="cudnn"), _cudnn_limit),
     "splash": (_splash, _splash_limit),
 }
-"""Each kernel, and a function that returns why it cannot run, or None if it can."""
+"""Each kernel, with a function that returns why it cannot run, or None if it can."""
 
 FASTEST_FIRST: dict[str, tuple[Kernel, ...]] = {
     "tpu": ("splash", "xla", "reference"),
@@ -245,7 +245,7 @@ def dot_product_attention(
     positions: Positions | None = None,
     kernel: Kernel | None = None,
 ) -> jax.Array:
-    """Computes attention with the fastest kernel that can: `[B, T, H, V]`, sharded like `q_BTHK`.
+    """Computes attention with the fastest kernel that can run: `[B, T, H, V]`, sharded like `q_BTHK`.
 
     Batch and heads may be sharded; lengths and head dims may not.
 
@@ -256,8 +256,8 @@ def dot_product_attention(
         spec: mask, soft cap and scale.
         platform: "cpu", "gpu" or "tpu".
         segments: document ids, for packed sequences.
-        positions: None is `0..T-1` and `0..S-1`; decoding from a cache has others.
-        kernel: the kernel to use; raises ConfigError if it cannot run.
+        positions: None is `0..T-1` and `0..S-1`; decoding from a cache needs explicit positions.
+        kernel: forces a kernel; raises ConfigError if it cannot run.
     """
     inputs = KernelInputs(
         q_len=q_BTHK.shape[1],
@@ -277,7 +277,7 @@ def dot_product_attention(
 
     arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)
-    # JAX tracks over which mesh axes a value varies, but not through kernels that are not written in JAX. Without the
-    # check it sums gradients over all unnamed axes, which costs a copy and a wait on CPUs, even over one device.
+    # JAX cannot track over which mesh axes a value varies through kernels that are not written in JAX. For the others
+    # the check stays on: without it, JAX sums gradients over all unnamed axes, a copy and a wait even on one device.
     check_vma = name in ("xla", "reference")
     return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=check_vma)(*arrays)

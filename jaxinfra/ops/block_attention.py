@@ -1,8 +1,8 @@
-"""Attention of one block of queries on one block of keys, as a part of a softmax over more keys.
+"""Attention of one block of queries to one block of keys, as part of a softmax over more keys.
 
-Each block of keys yields its own weighted mean of values and its log-sum-exp; `merge_partials` joins two of them
-(online softmax, Milakov and Gimelshein 2018). The backward pass uses the log-sum-exp over all keys, so blocks need not
-know of each other (Dao et al. 2022, FlashAttention, section 3.1).
+The result for a block of keys is a weighted mean of values and a log-sum-exp; `merge_partials` merges two results
+(online softmax, Milakov and Gimelshein 2018). The backward pass uses the log-sum-exp over all keys, so it can process
+each block independently (Dao et al. 2022, FlashAttention, section 3.1).
 
 Shape suffixes: B batch, H query heads, G key/value heads, R = H / G, T queries, S keys, K head dim of queries and keys,
 V head dim of values.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 EMPTY_LSE = -1e30
-"""The log-sum-exp over no keys: finite, so that two of them can be merged."""
+"""The log-sum-exp over zero keys: finite, so that two of these can be merged."""
 
 KEY_CHUNK = 1024
 """The JAX implementation holds the scores of at most this many keys at once."""
@@ -54,8 +54,8 @@ class SoftmaxPartial(NamedTuple):
     """Attention over some of the keys.
 
     Attributes:
-        out: weighted mean of their values, float32 `[B, H, T, V]`.
-        lse: log-sum-exp of their scores, float32 `[B, H, T]`.
+        out: weighted mean of values, float32 `[B, H, T, V]`.
+        lse: log-sum-exp of scores, float32 `[B, H, T]`.
     """
 
     out: jax.Array
@@ -63,7 +63,7 @@ class SoftmaxPartial(NamedTuple):
 
 
 class OutputGradient(NamedTuple):
-    """What the backward pass of a block needs of the whole softmax.
+    """Inputs of a block's backward pass that come from the whole softmax.
 
     Attributes:
         lse: log-sum-exp over all keys, `[B, H, T]`.
@@ -85,27 +85,27 @@ class BlockAttention:
 
 
 def empty_partial(q_BHTK: jax.Array, value_dim: int) -> SoftmaxPartial:
-    """Returns the attention over no keys."""
-    # Made from the queries, so that in a `shard_map` it varies over the same mesh axes by type.
+    """Returns the attention over zero keys."""
+    # Computed from the queries, so that in a `shard_map` its type varies over the same mesh axes.
     zero_BHT = jnp.zeros_like(q_BHTK[..., 0], jnp.float32)
     return SoftmaxPartial(jnp.broadcast_to(zero_BHT[..., None], (*zero_BHT.shape, value_dim)), zero_BHT + EMPTY_LSE)
 
 
 def merge_partials(a: SoftmaxPartial, b: SoftmaxPartial) -> SoftmaxPartial:
-    """Returns the attention over the keys of both; `b.out` may be garbage where `b.lse` says that it has no keys."""
+    """Returns the attention over the keys of both; `b.out` is ignored where `b.lse` is `EMPTY_LSE`."""
     lse = jnp.logaddexp(a.lse, b.lse)
     b_out = jnp.where(b.lse[..., None] > EMPTY_LSE, b.out, 0.0)
     return SoftmaxPartial(a.out * jnp.exp(a.lse - lse)[..., None] + b_out * jnp.exp(b.lse - lse)[..., None], lse)
 
 
 def block_is_visible[I: (np.ndarray, jax.Array)](spec: AttentionSpec, offset: I, q_len: int, kv_len: int) -> I | bool:
-    """Returns whether any query of a block attends to any key of it, document ids aside.
+    """Returns whether any query of a block attends to any of its keys; ignores document ids.
 
     Args:
-        spec: causal and window are used.
+        spec: `causal` and `window` are used.
         offset: position of the first query minus position of the first key.
-        q_len: queries.
-        kv_len: keys.
+        q_len: number of queries.
+        kv_len: number of keys.
     """
     visible = True
     if spec.causal:
@@ -119,7 +119,7 @@ def block_is_visible[I: (np.ndarray, jax.Array)](spec: AttentionSpec, offset: I,
 
 
 def _split_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """`[B, H, ...]` to `[B, G, R, ...]`."""
+    """Reshapes `[B, H, ...]` to `[B, G, R, ...]`."""
     B, H, *rest = x.shape
     return x.reshape(B, kv_heads, H // kv_heads, *rest)
 
@@ -154,7 +154,7 @@ def _chunk_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradie
     dp = jnp.einsum("bgrtv,bgsv->bgrts", do, block.v, preferred_element_type=f32)
     ds = p * (dp - di[..., None])
     if spec.softcap is not None:
-        # The lower bound keeps the scores of masked keys, where p is zero, from overflowing.
+        # The lower bound avoids overflow for masked keys, whose scores are `EMPTY_LSE` and whose p is 0.
         ds *= 1 - jnp.square(jnp.maximum(scores, -spec.softcap) / spec.softcap)
     ds = ds.astype(block.q.dtype)
     dq = jnp.einsum("bgrts,bgsk->bgrtk", ds, block.k, preferred_element_type=f32)
@@ -166,16 +166,16 @@ type Chunk = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 """First key, keys, values and document ids."""
 
 
-def _chunks(block: QKVBlock) -> tuple[int, Chunk]:
-    """Returns the number of keys of a chunk, and all chunks, stacked."""
+def _split_keys(block: QKVBlock) -> tuple[int, Chunk]:
+    """Returns the number of keys per chunk, and all chunks, stacked."""
     S = block.k.shape[2]
-    chunk = next(n for n in range(min(KEY_CHUNK, S), 0, -1) if S % n == 0)
+    chunk_len = next(n for n in range(min(KEY_CHUNK, S), 0, -1) if S % n == 0)
 
     def split(x: jax.Array, dim: int) -> jax.Array:
-        return jnp.moveaxis(x.reshape(*x.shape[:dim], S // chunk, chunk, *x.shape[dim + 1 :]), dim, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:dim], S // chunk_len, chunk_len, *x.shape[dim + 1 :]), dim, 0)
 
     ids = None if block.segments is None else split(block.segments[1], 1)
-    return chunk, (jnp.arange(0, S, chunk), split(block.k, 2), split(block.v, 2), ids)
+    return chunk_len, (jnp.arange(0, S, chunk_len), split(block.k, 2), split(block.v, 2), ids)
 
 
 def _with_chunk(block: QKVBlock, first: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> QKVBlock:
@@ -184,7 +184,7 @@ def _with_chunk(block: QKVBlock, first: jax.Array, k: jax.Array, v: jax.Array, i
 
 
 def _jax_forward(block: QKVBlock, spec: AttentionSpec) -> SoftmaxPartial:
-    chunk, chunks = _chunks(block)
+    chunk_len, chunks = _split_keys(block)
 
     def body(total: SoftmaxPartial, xs: Chunk) -> tuple[SoftmaxPartial, None]:
         part = _with_chunk(block, *xs)
@@ -192,14 +192,14 @@ def _jax_forward(block: QKVBlock, spec: AttentionSpec) -> SoftmaxPartial:
         def add(total: SoftmaxPartial) -> SoftmaxPartial:
             return merge_partials(total, _chunk_forward(part, spec))
 
-        visible = block_is_visible(spec, part.offset, block.q.shape[2], chunk)
+        visible = block_is_visible(spec, part.offset, block.q.shape[2], chunk_len)
         return jax.lax.cond(visible, add, lambda total: total, total), None
 
     return jax.lax.scan(body, empty_partial(block.q, block.v.shape[-1]), chunks)[0]
 
 
 def _jax_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient) -> Gradients:
-    chunk, chunks = _chunks(block)
+    chunk_len, chunks = _split_keys(block)
 
     def body(dq: jax.Array, xs: Chunk) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         part = _with_chunk(block, *xs)
@@ -211,7 +211,7 @@ def _jax_backward(block: QKVBlock, spec: AttentionSpec, gradient: OutputGradient
         def skip(dq: jax.Array) -> Gradients:
             return dq, jnp.zeros_like(part.k, jnp.float32), jnp.zeros_like(part.v, jnp.float32)
 
-        dq, dk, dv = jax.lax.cond(block_is_visible(spec, part.offset, block.q.shape[2], chunk), add, skip, dq)
+        dq, dk, dv = jax.lax.cond(block_is_visible(spec, part.offset, block.q.shape[2], chunk_len), add, skip, dq)
         return dq, (dk, dv)
 
     def join(chunks: jax.Array, like: jax.Array) -> jax.Array:
@@ -225,11 +225,11 @@ JAX_BLOCKS = BlockAttention(_jax_forward, _jax_backward)
 
 
 # With the splash attention kernels, on TPU. Their public entry point needs the mask at trace time. Here the offset
-# depends on the shard and is known only at run time, so the mask is passed to the kernels themselves.
+# depends on the shard and is known only at run time, so the private kernel functions are called with a traced mask.
 
 
 def _mask_info(spec: AttentionSpec, offset: jax.Array, q_len: int, kv_len: int, *, by_key: bool) -> "MaskInfo":
-    """Returns which blocks a kernel computes, and which block it prefetches in place of one that it skips."""
+    """Returns which blocks a kernel computes, and which block it prefetches instead of a skipped one."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
     if not spec.causal and spec.window is None:
@@ -238,8 +238,8 @@ def _mask_info(spec: AttentionSpec, offset: jax.Array, q_len: int, kv_len: int, 
     first_q, first_k = jnp.arange(0, q_len, block_q)[:, None], jnp.arange(0, kv_len, block_k)[None]
     visible = jnp.asarray(block_is_visible(spec, offset + first_q - first_k, block_q, block_k))
     dim = 0 if by_key else 1
-    # The visible blocks of a row or column are contiguous. For a skipped one the kernel fetches the nearest of them,
-    # which is the one that it has or needs next.
+    # The visible blocks of a row or column are contiguous. For a skipped block the kernel fetches the nearest visible
+    # one, which it already has or needs next.
     begin = jnp.argmax(visible, axis=dim, keepdims=True)
     end = visible.shape[dim] - 1 - jnp.argmax(jnp.flip(visible, dim), axis=dim, keepdims=True)
     index = jax.lax.broadcasted_iota(begin.dtype, visible.shape, dim)
@@ -331,4 +331,4 @@ SPLASH_BLOCKS = BlockAttention(partial(_splash_forward, interpret=False), partia
 SPLASH_BLOCKS_INTERPRETED = BlockAttention(
     partial(_splash_forward, interpret=True), partial(_splash_backward, interpret=True)
 )
-"""The same in Pallas' interpreter: the numbers of a TPU on any machine, slowly."""
+"""`SPLASH_BLOCKS` in Pallas' interpreter: the results of a TPU on any machine, but slow."""

@@ -1,8 +1,8 @@
 """Self-attention over sequences that are sharded over devices (context parallelism), as a ring or by all-gather.
 
-Ring (Liu et al. 2023, Ring Attention): keys and values pass from shard to shard, and every shard adds up its softmax
-(see `ops.block_attention`). In the backward pass they pass again, together with their float32 gradients. Steps that the
-mask hides from all shards are skipped: with a sliding window a shard fetches the keys of near shards only.
+Ring (Liu et al. 2023, Ring Attention): keys and values are sent from shard to shard, and every shard accumulates its
+softmax (see `ops.block_attention`). The backward pass sends them again, together with their float32 gradients. Steps in
+which the mask hides all keys are skipped: with a sliding window a shard receives the keys of near shards only.
 
 All-gather: every shard holds the keys and values of the whole sequence for one layer at a time. The backward pass
 gathers them again and scatters their gradients.
@@ -41,7 +41,7 @@ from jaxinfra.parallel.context import SequenceSharding
 
 @dataclass(frozen=True, kw_only=True)
 class ContextSpec:
-    """What is known of a context-parallel attention when it is traced."""
+    """The static parameters of context-parallel attention."""
 
     sharding: SequenceSharding
     spec: AttentionSpec
@@ -58,7 +58,7 @@ class KVShard(NamedTuple):
 
 
 type BackwardState = tuple[list[jax.Array], tuple[jax.Array, jax.Array]]
-"""Gradients of the shard's own queries, by block, and of the keys and values that are there."""
+"""Gradients of the shard's own queries, by block, and of the keys and values that the shard holds in this step."""
 
 
 def _position_dim(x: jax.Array) -> int:
@@ -77,7 +77,7 @@ def _join[T](blocks: Sequence[T]) -> T:
 
 
 def _qkv_block(q: jax.Array, q_ids: jax.Array | None, kv: KVShard, distance: jax.Array) -> QKVBlock:
-    """Pairs queries with keys; `distance` is the queries' block number minus that of the keys."""
+    """Pairs queries with keys; `distance` is the queries' block index minus the keys' block index."""
     segments = None if q_ids is None or kv.ids is None else (q_ids, kv.ids)
     return QKVBlock(q, kv.k, kv.v, segments, distance * q.shape[2])
 
@@ -140,7 +140,7 @@ def _ring_backward(context: ContextSpec, q: jax.Array, kv: KVShard, gradient: Ou
     def step(state: BackwardState, kv: KVShard, source: jax.Array, phase: RingPhase) -> BackwardState:
         keys = _split(context, kv)
         dq, dkv = list(state[0]), [(zeros(block.k), zeros(block.v)) for block in keys]
-        # Gradients follow the keys and values round the ring. They arrive while this step computes what it adds.
+        # Gradients travel around the ring with their keys and values. They arrive while this step computes its part.
         dkv_of_others = sharding.rotate(state[1], phase.shift_in)
         for i, j, always in phase.pairs:
             q_block, ids, gradient_block = queries[i]
@@ -156,6 +156,7 @@ def _ring_backward(context: ContextSpec, q: jax.Array, kv: KVShard, gradient: Ou
 
     dq, dkv = _ring(context, step, ([zeros(block) for block, *_ in queries], (zeros(kv.k), zeros(kv.v))), kv)
     phases = ring_phases(sharding, context.spec, queries[0][0].shape[2])
+    # After the last step, the gradients return to the shard of their keys and values.
     shift = sum(phase.shift_out * phase.steps for phase in phases)
     return jnp.concatenate(dq, axis=2), *sharding.rotate(dkv, -shift)
 
@@ -242,9 +243,9 @@ def context_parallel_attention(
         sharding: which positions each shard has.
         platform: "cpu", "gpu" or "tpu".
         ids_BT: document ids, for packed sequences.
-        kernel: the kernel to use; raises ConfigError if it cannot run.
+        kernel: forces a kernel; raises ConfigError if it cannot run.
         method: "auto" takes the cheaper one (see `ops.context_cost`).
-        blocks: for tests, another implementation.
+        blocks: overrides the implementation, for tests.
     """
     q_sharding = jax.typeof(q_BTHK).sharding
     batch, _, num_heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)

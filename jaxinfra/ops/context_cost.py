@@ -1,12 +1,12 @@
 """Cost model that chooses ring or all-gather attention for context parallelism.
 
-It needs positions only, in NumPy: `show` prints the choice without compiling.
+It uses only positions, in NumPy, so that `show` can print the choice without compiling.
 
-`choose_method` takes the method with fewer exposed bytes, those that a device waits for. In a ring, the next keys and
-values arrive while a device computes on the present ones: every `FLOPS_PER_BYTE` FLOPs of the device with the least
-work hide one byte. Exposed are the last gradients of keys and values, on their way to their own shard, and everything
-that is gathered. Short shards therefore gather, and long ones use the ring. Gathered keys and values may also take no
-more memory than the queries and outputs of a shard, which are there anyway.
+`choose_method` takes the method with fewer exposed bytes: the bytes that a device waits for. In a ring, the next keys
+and values arrive while a device computes with the current ones: every `FLOPS_PER_BYTE` FLOPs of the device with the
+least work hide one byte. Exposed are the gradients of keys and values that return to their shard at the end, and all
+gathered bytes. So short shards gather, and long ones use the ring. Gathering is allowed only if the gathered keys and
+values take no more memory than the queries and outputs of a shard.
 """
 
 import itertools
@@ -22,8 +22,8 @@ from jaxinfra.parallel.context import SequenceSharding
 type ContextMethod = Literal["ring", "gather"]
 
 FLOPS_PER_BYTE = 10_000
-"""The most that a device computes while one link brings it a byte: peak FLOP/s over one-way bytes/s are 5,100 on v5p,
-4,400 on v5e and 10,200 on v6e (Austin et al. 2025, "How to Scale Your Model", part 2)."""
+"""The most FLOPs that a device computes while one link brings it a byte: peak FLOP/s over one-way bytes/s are 5,100 on
+v5p, 4,400 on v5e and 10,200 on v6e (Austin et al. 2025, "How to Scale Your Model", part 2)."""
 
 BACKWARD_FLOPS = 2.5
 """FLOPs of attention's backward pass over those of its forward pass: five matmuls against two (Dao 2023, section 3)."""
@@ -36,7 +36,7 @@ class RingPhase(NamedTuple):
         shift_in: how many shards the keys and values moved before each step.
         shift_out: how many shards they move after each step; 0 after the last.
         steps: number of steps.
-        pairs: what each step computes: (block of queries, block of keys, whether all shards see some of it).
+        pairs: the block pairs of each step: (block of queries, block of keys, whether it is visible on all shards).
     """
 
     shift_in: int
@@ -46,7 +46,7 @@ class RingPhase(NamedTuple):
 
 
 def ring_phases(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> list[RingPhase]:
-    """Returns the steps of the ring in which at least one shard sees something; the others are skipped."""
+    """Returns the steps of the ring in which at least one shard has a visible pair; the others are skipped."""
     steps: list[tuple[int, tuple[tuple[int, int, bool], ...]]] = []
     for step in range(sharding.num_shards):
         pairs = []
@@ -66,9 +66,9 @@ def ring_phases(sharding: SequenceSharding, spec: AttentionSpec, block_len: int)
 
 
 def _offsets(sharding: SequenceSharding, block_len: int, step: int, q_block: int, kv_block: int) -> np.ndarray:
-    """Returns `[shards]`: first position of a shard's queries minus first position of the keys that it has in a step.
+    """Returns the first position of a shard's queries minus the first position of its current keys, `[shards]`.
 
-    In step s the shard has the keys of the shard s before it.
+    In step s a shard holds the keys of the shard s places before it.
     """
     shards = np.arange(sharding.num_shards)
     return (
@@ -77,10 +77,10 @@ def _offsets(sharding: SequenceSharding, block_len: int, step: int, q_block: int
 
 
 def visible_pairs(spec: AttentionSpec, offset: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
-    """Counts the pairs of a query and a key that the mask lets through; arguments as in `block_is_visible`."""
+    """Counts the visible pairs of a query and a key; arguments as in `block_is_visible`."""
 
     def up_to_diagonal(offset: np.ndarray) -> np.ndarray:
-        """Counts the pairs whose key is at the query's position or before."""
+        """Counts the pairs with a key at the query's position or before."""
         return _sum_of_minima(offset + q_len, kv_len) - _sum_of_minima(offset, kv_len)
 
     pairs = up_to_diagonal(offset) if spec.causal else np.full_like(offset, q_len * kv_len)
@@ -110,9 +110,9 @@ class ContextCost:
     """Bytes of one device and one layer, forward and backward pass together.
 
     Attributes:
-        received_bytes: keys, values and their gradients.
+        received_bytes: bytes of keys, values and their gradients that arrive.
         exposed_bytes: received bytes that no computation hides.
-        held_bytes: keys and values in memory at once.
+        held_bytes: bytes of keys and values in memory at once.
     """
 
     received_bytes: int
@@ -129,7 +129,7 @@ class ContextChoice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSizes:
-    """One attention layer on one device; `seq_len` is that of the whole sequence, `itemsize` in bytes."""
+    """One attention layer on one device; `seq_len` counts the whole sequence, `itemsize` is in bytes."""
 
     batch: int
     seq_len: int
@@ -140,7 +140,7 @@ class AttentionSizes:
     itemsize: int
 
     def head_elements(self, shards: int) -> int:
-        """Returns the elements of one key and one value head of a shard; query and output have as many."""
+        """Returns the number of elements of one key and one value head of a shard; query and output have the same."""
         return self.batch * (self.seq_len // shards) * (self.head_dim + self.value_dim)
 
 
@@ -149,9 +149,9 @@ def context_costs(
 ) -> dict[ContextMethod, ContextCost]:
     """Returns the cost of each method.
 
-    Let C be the shards and `kv` the bytes of one shard's keys and values. Gathering receives `(C - 1) kv` forward, and
-    backward the same again plus as much for their gradients. A ring of s steps after the first receives `s kv` forward;
-    backward it receives `s kv` and `s + 1` times the float32 gradients.
+    With C shards, and `kv` bytes of keys and values per shard, gathering receives `(C - 1) kv` forward, and twice as
+    much backward, for keys, values and their gradients. A ring with s transfers receives `s kv` forward, and backward
+    `s kv` and `s + 1` times the float32 gradients.
     """
     elements = sizes.head_elements(sharding.num_shards) * sizes.num_kv_heads
     kv, gradients = elements * sizes.itemsize, elements * 4

@@ -2,8 +2,11 @@
 
 On CPUs and GPUs all operands are flattened to rank 2. XLA's CPU backend runs the weight gradient of a rank-3 matmul in
 a slow loop (a step takes 2 to 6 times longer); on GPUs the reshapes are free. On TPUs heads are not flattened into
-features: that changes the tiling, and attention's queries and outputs would be copied. Weights of several pipeline
-stages (a leading dimension sharded over the mesh axis `stage`) are a batch dimension of the matmul.
+features: this would change the tiling and copy attention's queries and outputs. Weights of several pipeline stages have
+a leading dimension, sharded over the mesh axis `stage`, which is a batch dimension of the matmul.
+
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient.
 """
 
 import functools
@@ -21,10 +24,10 @@ from jaxinfra.parallel.sharding import axis_names, has_stage_dim
 
 
 class DotSpec(NamedTuple):
-    """What a matmul of `[*S, ..., *K]` and `[*S, *K, *N]` contracts.
+    """The dimensions and number format of a matmul of `[*S, ..., *K]` and `[*S, *K, *N]`.
 
     Attributes:
-        unreduced: mesh axes that shard K and over which the result stays a partial sum.
+        unreduced: mesh axes that shard K; the result is a partial sum over them.
         in_dims: number of dimensions in K.
         stage_dims: number of dimensions in S, 0 or 1.
         quantize: number format of the operands.
@@ -49,11 +52,11 @@ def dot(
 
     Args:
         x: activations `[..., *K]`.
-        w: a gathered weight `[*K, *N]` (see `Partitioner.gather_weight`), or `[S, *K, *N]` of several stages; has the
-            dtype of the result.
+        w: a gathered weight `[*K, *N]` (see `Partitioner.gather_weight`), or `[S, *K, *N]` with pipeline stages, in
+            the dtype of the result.
         in_dims: number of dimensions in K.
-        unreduced: mesh axes that shard K and over which the result stays a partial sum.
-        flatten: whether to compute a matmul of rank 2.
+        unreduced: mesh axes that shard K; the result is a partial sum over them.
+        flatten: whether to flatten the operands to rank 2.
         quantize: number format of the operands (see `ops.quantized`).
     """
     x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
@@ -150,8 +153,8 @@ _dot.defvjp(_forward, _backward)
 def _transpose(x_MK: jax.Array) -> jax.Array:
     """Transposes a matrix; on CPUs also in memory.
 
-    XLA's CPU backend has no bfloat16 kernel that contracts the rows of both operands: it casts them to float32. With
-    one of them transposed in memory it has, 2 to 4 times faster; float32 gains a little too.
+    XLA's CPU backend has no bfloat16 kernel that contracts the rows of both operands, and casts them to float32. With
+    one operand transposed in memory it uses a bfloat16 kernel, 2 to 4 times faster; float32 is a little faster too.
     """
     row_major = Layout(major_to_minor=(0, 1))
     return jax.lax.platform_dependent(x_MK.T, cpu=lambda x: with_layout_constraint(x, row_major), default=lambda x: x)

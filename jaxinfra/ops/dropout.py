@@ -1,11 +1,11 @@
 """Dropout with masks that do not depend on the mesh, the pipeline schedule or the number of microbatches.
 
 `Program` gives every token of a global batch 32 random bits, from the seed, the step, and the token's row and index.
-They travel with the token as a field of the batch. The mask of an activation is a hash of these bits, the layer, the
-site in the layer and the feature; the backward pass computes it again.
+They are a field of the batch. The mask of an activation is a hash of these bits, the layer, the place in the layer
+(`site`) and the feature; the backward pass computes it again.
 
 The hash is Threefry 2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), as in `jax.random`. One
-call makes 64 bits. A feature takes 16 of them, so a call serves four features.
+call returns 64 bits. A feature needs 16 bits, so one call is enough for four features.
 
 Shape suffixes: B batch, T length, D features.
 """
@@ -19,7 +19,7 @@ DROPOUT_FIELD = "dropout"
 """The batch field with the random bits of the tokens; without it nothing is dropped."""
 
 EMBEDDING_LAYER = -1
-"""The layer number for dropout before the first layer."""
+"""The layer index for dropout on embeddings."""
 
 RATE_STEPS = 1 << 16
 """Rates are multiples of `1 / RATE_STEPS`."""
@@ -31,7 +31,7 @@ def token_bits(key: jax.Array, step: jax.Array, shape: tuple[int, int], out: P |
 
 
 def layer_bits(token_bits_BT: jax.Array | None, layer: jax.Array | int) -> jax.Array | None:
-    """Hashes the bits of the tokens with the number of a layer; None stays None.
+    """Hashes the bits of the tokens with a layer index; None stays None.
 
     `layer` is an int32 scalar. In a pipeline of S stages it is `[S]`, and the rows of the batch belong to the stages.
     """
@@ -48,12 +48,12 @@ def layer_bits(token_bits_BT: jax.Array | None, layer: jax.Array | int) -> jax.A
 
 
 def dropout(x_BTD: jax.Array, layer_bits_BT: jax.Array | None, site: int, rate: float) -> jax.Array:
-    """Sets features to zero at the given rate and scales the others, so that the mean stays.
+    """Sets features to zero at the given rate and scales the others, to keep the mean.
 
     Args:
         x_BTD: an activation; D is not sharded.
         layer_bits_BT: from `layer_bits`; None drops nothing.
-        site: number of the activation in its layer.
+        site: index of the activation in its layer.
         rate: from 0 to below 1, rounded to a multiple of `1 / RATE_STEPS`.
     """
     if layer_bits_BT is None:
@@ -72,6 +72,6 @@ def _hash(bits: jax.Array, counters: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Hashes pairs of bits and a counter, broadcast against each other, to 64 bits."""
     counters = counters.astype(jnp.uint32)
     both = bits + counters
-    zero = both ^ both  # where JAX writes the hash as a loop, all four operands must be sharded alike
+    zero = both ^ both  # on platforms where JAX lowers the hash to a loop, all operands need the same sharding
     first, second = threefry2x32_p.bind(bits + zero, zero, counters + zero, zero)
     return first, second

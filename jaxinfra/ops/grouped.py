@@ -1,8 +1,8 @@
-"""Grouped matmul: rows that are sorted by group, each multiplied with the matrix of its group (a layer's experts).
+"""Grouped matmul for experts: rows are sorted by group, and each row is multiplied with the matrix of its group.
 
-The sizes of the groups are known only at run time. TPUs and GPUs have `jax.lax.ragged_dot`. On CPUs JAX lowers it to a
-matmul of every row with every matrix. There a loop over blocks of rows replaces it, each block within one group: the
-work grows with the rows, not with the groups.
+The sizes of the groups are known only at run time. TPUs and GPUs use `jax.lax.ragged_dot`. On CPUs JAX lowers it to a
+matmul of every row with every matrix, so there a loop over blocks of rows replaces it. Each block is within one group,
+so the work grows with the rows, not with the groups.
 
 Shape suffixes: M rows, E groups, K contracted, N output, R rows of a block.
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK_ROWS = 128
-"""Most rows of a block: enough for the matrix units, and little padding for a small group."""
+"""Most rows of a block: enough for an efficient matmul, with little padding for a small group."""
 
 
 def grouped_dot(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, platform: str) -> jax.Array:
@@ -22,12 +22,13 @@ def grouped_dot(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, platfo
     In a `shard_map` all three arguments must vary over the same mesh axes.
 
     Args:
-        x_MK: rows, those of group 0 first.
+        x_MK: rows, sorted by group.
         w_EKN: a matrix for each group, of the same dtype.
-        sizes_E: rows of each group, int32; their sum is at most M.
+        sizes_E: number of rows in each group, int32; the sum is at most M.
         platform: "cpu", "gpu" or "tpu".
     """
-    return (_blocked_dot if platform == "cpu" else jax.lax.ragged_dot)(x_MK, w_EKN, sizes_E)
+    multiply = _blocked_dot if platform == "cpu" else jax.lax.ragged_dot
+    return multiply(x_MK, w_EKN, sizes_E)
 
 
 class Blocks(NamedTuple):
@@ -35,9 +36,9 @@ class Blocks(NamedTuple):
 
     Attributes:
         group: the group of each block.
-        start: its first row.
-        end: the end of its group's rows.
-        num_blocks: how many blocks there are, an int32 scalar.
+        start: the first row of each block.
+        end: the end of the rows of the block's group.
+        num_blocks: number of blocks, an int32 scalar.
     """
 
     group: jax.Array

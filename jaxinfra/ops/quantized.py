@@ -1,12 +1,15 @@
 """Matmuls of activations with weights in int8 or float8, for training.
 
 qwix quantizes both operands dynamically. Every row of the activations and every column of the weight has a scale,
-`max|.| / largest number of the format`, over the whole contracted dimension. The maximum is over all its shards, so
-the numbers do not depend on the mesh. No state is kept between steps.
+`max|.| / largest number of the format`, over the whole contracted dimension. The maximum is taken over all shards, so
+results do not depend on the mesh. No state is kept between steps.
 
-Of the three matmuls of a training step two are quantized: the forward one and the gradient of the activations. The
-gradient of the weight contracts rows, whose scales would depend on the whole batch, over `replica` too. It stays in
-the dtype of its operands, with activations that are not rounded.
+Two of the three matmuls of a training step are quantized: the forward pass and the gradient of the activations. The
+gradient of the weight is not: it contracts rows, so its scales would depend on the whole batch. It uses the
+unquantized activations.
+
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient.
 """
 
 from dataclasses import replace
@@ -25,11 +28,11 @@ FORMATS: dict[Quantize, tuple[jnp.dtype, str]] = {
     "int8": (jnp.dtype(jnp.int8), f"absmax,{127.5 / 127}"),
     "fp8": (jnp.dtype(jnp.float8_e4m3fn), "absmax"),
 }
-"""The dtype of both operands, and qwix' calibration method.
+"""The dtype of both operands, and the calibration method of qwix.
 
-With a scale a row, float8 needs digits more than range, for gradients too: E4M3 everywhere (DeepSeek-V3, section 3.3).
-By default qwix maps the maximum to 127.5 in int8, where the last bit of a scale decides between two integers; here it
-is 127.
+With one scale per row, float8 needs precision more than range, for gradients too: E4M3 everywhere (DeepSeek-V3, section
+3.3). By default qwix maps the maximum to 127.5 in int8, where the last bit of a scale decides between two integers.
+Here it is 127.
 """
 
 
@@ -38,7 +41,7 @@ def dot(
 ) -> jax.Array:
     """Contracts quantized `x` `[*S, ..., *K]` and `w` `[*S, *K, *N]`, summed in int32 or float32.
 
-    The last four arguments are those of `ops.dot.DotSpec`. Returns `[*S, ..., *N]` in the dtype of `x`.
+    The last four arguments are fields of `ops.dot.DotSpec`. Returns `[*S, ..., *N]` in the dtype of `x`.
     """
     import qwix
 
@@ -59,10 +62,10 @@ def dot(
 def input_gradient(
     x: jax.Array, w: jax.Array, g: jax.Array, in_dims: int, stage_dims: int, quantize: Quantize
 ) -> jax.Array:
-    """Computes the gradient of `x` in `dot` with quantized operands; `g` is that of the result.
+    """Computes the gradient of `x` in `dot` with quantized operands; `g` is the gradient of the result.
 
-    Here the columns of the weight are contracted. Their scales go into `g` before it is rounded (as in AQT and qwix),
-    so the quantized weight is exactly that of the forward pass.
+    This matmul contracts the columns of the weight. Their scales are multiplied into `g` before it is quantized (as in
+    AQT and qwix), so the quantized weight is exactly the one of the forward pass.
     """
     import qwix
 
@@ -85,7 +88,7 @@ def input_gradient(
 
 
 def _quantize(a: jax.Array, contracted: tuple[int, ...], quantize: Quantize) -> "QArray":
-    """Quantizes an array; numbers along the contracted dimensions share a scale."""
+    """Quantizes an array; elements along the contracted dimensions share a scale."""
     import qwix
 
     dtype, calibration = FORMATS[quantize]
@@ -95,11 +98,11 @@ def _quantize(a: jax.Array, contracted: tuple[int, ...], quantize: Quantize) -> 
 
 
 def _without_reduced(a: jax.Array) -> jax.Array:
-    """Removes the marks of reduced axes from the type, for elementwise operations; moves no data."""
+    """Removes *reduced* axes from the type, for elementwise operations; moves no data."""
     return jax.reshard(a, jax.typeof(a).sharding.spec.update(reduced=frozenset()))
 
 
 def _with_reduced_scales(a: "QArray", unreduced: frozenset[str]) -> "QArray":
-    """Marks scales as reduced, so that they may multiply partial sums over these axes."""
+    """Makes scales *reduced* over these axes, so that JAX allows to multiply partial sums with them."""
     spec = jax.typeof(a.scale).sharding.spec
     return replace(a, scale=jax.reshard(a.scale, spec.update(reduced=unreduced)))

@@ -45,16 +45,16 @@ class Llama3Scaling:
 class YarnScaling:
     """YaRN (Peng et al. 2023), as DeepSeek-V2 and V3 publish it.
 
-    Pairs of features that turn at least `beta_fast` times within the original length keep their frequency. Those that
-    turn at most `beta_slow` times have it divided by `factor`, with a ramp between. Attention scores are multiplied by
-    `m(mscale_all_dim) ** 2`, and cosines and sines by `m(mscale) / m(mscale_all_dim)`, with
+    Feature pairs that turn at least `beta_fast` times within the original length keep their frequency. The frequency of
+    pairs that turn at most `beta_slow` times is divided by `factor`, with a ramp between. Attention scores are
+    multiplied by `m(mscale_all_dim) ** 2`, and cosines and sines by `m(mscale) / m(mscale_all_dim)`, with
     `m(w) = 1 + 0.1 w ln(factor)`.
 
     Attributes:
         factor: new context length over the original one.
         original_length: context length before scaling, in tokens.
-        beta_fast: turns from which on a frequency is kept.
-        beta_slow: turns up to which it is divided.
+        beta_fast: smallest number of turns with an unchanged frequency.
+        beta_slow: largest number of turns with a fully divided frequency.
         mscale: w for rotated features.
         mscale_all_dim: w for scores, rotated features or not.
     """
@@ -67,7 +67,7 @@ class YarnScaling:
     mscale_all_dim: float = 0.0
 
     def problems(self) -> Iterable[Problem]:
-        """Yields an empty ramp."""
+        """Yields a problem if `beta_slow` and `beta_fast` leave no ramp."""
         if self.beta_slow >= self.beta_fast:
             fix = "use beta_slow=1.0 beta_fast=32.0"
             yield Problem(fields=("beta_slow", "beta_fast"), message="beta_fast must be larger", fix=fix)
@@ -104,7 +104,7 @@ class Rope:
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def problems(self) -> Iterable[Problem]:
-        """Yields a base that gives all features the same frequency, so that YaRN has no ramp."""
+        """Yields a base of YaRN with which frequencies would not fall from feature to feature."""
         if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
             yield Problem(fields=("theta", "scaling"), message="theta must be above 1", fix="use theta=10000.0")
 

@@ -1,7 +1,7 @@
 """Top-k routing of tokens to experts: choices, weights, capacity and load-balancing losses.
 
-Everything is float32 and depends on one token or one sequence: which tokens share a device, a microbatch or a step
-changes nothing. Of experts with equal scores the one with the lower number wins.
+Everything is float32 and depends on one token or one sequence only, not on which tokens share a device, a microbatch or
+a step. If scores are equal, the expert with the lower index is chosen.
 
 The functions run inside a `shard_map`. `parallel.expert` sends tokens to their experts.
 
@@ -22,7 +22,7 @@ class RoutingRule:
     """How tokens choose experts; `models.moe.MixtureOfExperts` explains the fields.
 
     Attributes:
-        capacity: most tokens of a sequence that an expert takes; None is all.
+        capacity: most tokens of a sequence that an expert takes; None is unlimited.
     """
 
     top_k: int
@@ -38,9 +38,9 @@ class ExpertChoice(NamedTuple):
     """The experts of tokens.
 
     Attributes:
-        experts: int32 `[..., K]`, the best first.
-        weights: weights of their outputs, float32 `[..., K]`.
-        scores: scores of all experts, which sum to one, `[..., E]`; the balance loss uses them.
+        experts: indices of the chosen experts, best first, int32 `[..., K]`.
+        weights: weights of the experts' outputs, float32 `[..., K]`.
+        scores: scores of all experts, normalized to sum to one, `[..., E]`; the balance loss uses them.
     """
 
     experts: jax.Array
@@ -67,7 +67,7 @@ def choose_experts(logits: jax.Array, rule: RoutingRule, bias_E: jax.Array | Non
 
 
 def _mask_groups(biased: jax.Array, rule: RoutingRule) -> jax.Array:
-    """Sets scores outside the best groups to minus infinity; a group counts the sum of its two best scores."""
+    """Sets scores outside the best groups to minus infinity; the score of a group is the sum of its two best scores."""
     by_group = biased.reshape(*biased.shape[:-1], rule.num_groups, -1)
     group_scores = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
     _, best = jax.lax.top_k(group_scores, rule.top_k_groups)
@@ -85,7 +85,7 @@ def within_capacity(
 ) -> jax.Array:
     """Returns which choices are served, bool `[B, T, K]`: each expert takes the first `capacity` of a sequence.
 
-    So a token's result never depends on later tokens. T are the positions of the device's shard of `sharding`.
+    A token's result never depends on later tokens. T counts the positions of the device's shard of `sharding`.
     """
     blocks = range(sharding.blocks_per_shard)
     chosen = jnp.stack(jnp.split(mask_BTE.astype(jnp.int32), len(blocks), axis=1), axis=1)  # [B, blocks, T / blocks, E]
@@ -104,9 +104,9 @@ def within_capacity(
 def load_balance_loss(mask_BTE: jax.Array, scores_BTE: jax.Array, top_k: int, sharding: SequenceSharding) -> jax.Array:
     """Computes the sequence-wise balance loss of DeepSeek-V3 (section 2.1.2, equations 17 to 20), times the length.
 
-    For each sequence it is `sum over experts of f * P`: f is the expert's share of the choices and P the mean of its
-    scores, scaled so that an even load costs one a token. Here f counts the choices that tokens make, with biases. The
-    scalar is the device's part: positions of other shards are not in it.
+    For each sequence it is `sum over experts of f * P`: f is the expert's fraction of the choices and P the mean of its
+    scores, scaled so that an even load costs 1 per token. Here f counts the actual choices, made with biases. The
+    scalar is the part of this device's positions.
     """
     count_BE = jnp.sum(mask_BTE, axis=1, dtype=jnp.float32)
     if sharding.num_shards > 1:
