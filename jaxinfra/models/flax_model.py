@@ -94,8 +94,8 @@ class FlaxModule(Module):
         shardings = [partitioner.stored_spec(_name(path), spec) for path, spec in self.structure.specs.items()]
         if partitioner.mesh.tensor > 1 and not any("tensor" in str(sharding) for sharding in shardings):
             raise ConfigError(
-                f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices would "
-                'repeat work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
+                f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices "
+                'would repeat work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
             )
         self.module = nnx.data(_nested({path: nnx.Param(spec) for path, spec in self.structure.specs.items()}))
 

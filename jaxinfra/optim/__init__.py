@@ -1,5 +1,5 @@
 """Optimizers, learning-rate schedules, gradient clipping and averaged weights, as pure functions of pytrees.
 
-Optimizer state is sharded like its parameters. What a parameter is for is read from its `ParamSpec`, never guessed from
-its name or shape.
+Optimizer state is sharded like its parameters. A parameter's treatment follows from its `ParamSpec`, not from its name
+or shape.
 """

@@ -41,7 +41,7 @@ class Optimizer(Extensible, ABC):
         """
 
     def problems_in_bfloat16(self) -> Iterable[Problem]:
-        """Yields reasons not to store the state in bfloat16, with paths from `OptimConfig`."""
+        """Yields reasons not to store the state in bfloat16; field paths start at `OptimConfig`."""
         return ()
 
 
@@ -65,7 +65,7 @@ class LRSchedule(Extensible, ABC):
         """
 
     def problems_in_run(self, steps: int, path: str) -> Iterable[Problem]:
-        """Yields problems with a run of `steps` steps; `path` is the prefix of fields, such as "optim.schedule."."""
+        """Yields conflicts with a run of `steps` steps; `path` is the prefix of fields, such as "optim.schedule."."""
         if self.warmup_steps and self.warmup_steps >= steps:
             yield Problem(
                 fields=(f"{path}warmup_steps",),
@@ -76,16 +76,16 @@ class LRSchedule(Extensible, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer, its learning-rate schedule, and what is done around an update.
+    """The optimizer, its learning-rate schedule, and the treatment of gradients, parameters and state.
 
     Attributes:
         optimizer: the update rule.
         schedule: the learning rate as a fraction of the peak.
         peak_lr: the highest learning rate.
         clip_norm: limit on the global norm of the gradient; None for no limit.
-        ema_decay: decay of averaged weights; None keeps none.
+        ema_decay: decay of the moving average of parameters; None keeps no average.
         state_dtype: dtype of the stored optimizer state; computation is in float32.
-        offload: keep the optimizer state in host memory between steps.
+        offload: whether to keep the optimizer state in host memory between steps.
         decay_roles: roles of the parameters that weight decay applies to.
         frozen: patterns of paths ("embedding", "blocks.*") of parameters that keep their initial values.
     """

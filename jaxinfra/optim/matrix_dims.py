@@ -15,9 +15,9 @@ class MatrixDims:
     """The dimensions of a parameter by their role.
 
     Attributes:
-        batch: dimensions that count independent matrices.
-        rows: dimensions that the matmul with an activation contracts.
-        cols: dimensions that the matmul outputs.
+        batch: dimensions of independent matrices, such as stacked layers.
+        rows: input dimensions of the matmul with an activation.
+        cols: output dimensions of the matmul.
     """
 
     batch: tuple[int, ...]

@@ -2,8 +2,8 @@
 
 Newton-Schulz iteration after Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". It needs
 whole matrices, but parameters are sharded over rows and columns. So the sharding moves to the stacked layers: each
-device gets whole matrices of some layers (one all-to-all a mesh axis), orthogonalizes them, and sends the results back.
-An unstacked matrix is all-gathered, and every device does the same work.
+device gets whole matrices of some layers (one all-to-all per mesh axis), orthogonalizes them, and sends the results
+back. An unstacked matrix is all-gathered, and every device does the same work.
 
 Every matrix is orthogonalized on one device, so results do not depend on the mesh.
 """
@@ -23,7 +23,7 @@ from jaxinfra.parallel.sharding import SpecEntry, axis_names
 from jaxinfra.parallel.spec import PyTree
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""The quintic: the steepest at 0 that keeps singular values in about [0.7, 1.2] (Jordan et al. 2024)."""
+"""Of the quintic polynomials that keep singular values in about [0.7, 1.2], the steepest at 0 (Jordan et al. 2024)."""
 
 # Keeps an all-zero matrix from dividing 0 by 0.
 _TINY_NORM = 1e-12
@@ -90,8 +90,8 @@ def _map_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, n
     if not axes:
         return solve(x)
 
-    # Each batch dimension is split into its shards and the layers of one shard. The layers of a shard can be padded and
-    # sharded without moving a matrix to another of the existing shards.
+    # Each batch dimension is split into (shards, layers per shard). The layers of a shard can then be padded and
+    # sharded without moving a matrix to another existing shard.
     shards = [_num_shards(axis_names(entry), sizes) for entry in batch]
     layers = [length // count for length, count in zip(x.shape[:num_batch], shards, strict=True)]
     dim, layer_axes = assign_shards(layers, axes, sizes)
@@ -115,8 +115,8 @@ def _map_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, n
 def assign_shards(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     """Chooses a stacked dimension, and a subset of `axes` to shard it over, so that devices have whole matrices.
 
-    The choice leaves the fewest matrices on a device and then uses the fewest shards: 32 layers on axes of 64 and 8 use
-    the 64, and half of the devices have none. Without stacked layers, or with one, no axes are used.
+    The choice has the fewest matrices per device, and then the fewest shards: 32 layers on axes of 64 and 8 use the
+    axis of 64, and half of the devices have no matrix. With at most one layer, no axes are used.
 
     Args:
         stack: sizes of the stacked dimensions.
@@ -137,7 +137,7 @@ def assign_shards(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str,
 def _reshard_steps(
     batch: Sequence[SpecEntry], matrix: Sequence[SpecEntry], axes: Sequence[str], dim: int, layer_axes: Sequence[str]
 ) -> list[PartitionSpec]:
-    """Returns the shardings from sharded matrices to whole ones, one mesh axis a step.
+    """Returns the sequence of shardings from sharded matrices to whole ones, one mesh axis per step.
 
     If two axes move at once, XLA's partitioner copies the whole array to every device.
     """

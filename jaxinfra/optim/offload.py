@@ -1,8 +1,7 @@
 """Keeps optimizer state in host memory between steps, and moves it to the devices layer by layer.
 
-A step needs device memory for gradients, parameters and the state of one layer. Averaged weights are not offloaded.
-
-The state has the same tree as without offloading and, up to rounding, the same values.
+A step needs device memory for gradients, parameters and the state of one layer. The average of parameters (EMA) is not
+offloaded. The state has the same tree as without offloading and, up to rounding, the same values.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import optax
 from jaxinfra.parallel.spec import PyTree
 
 type OptimizerFactory = Callable[[PyTree], optax.GradientTransformation]
-"""Makes the optimizer of the parameters of a tree of `ParamSpec`s."""
+"""Makes the optimizer for parameters, given a tree of their `ParamSpec`s."""
 
 
 def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> optax.GradientTransformation:
@@ -37,10 +36,10 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
     def merge(tree: PyTree, *parts: PyTree) -> PyTree:
         """Reverses `select`; counters come from the first part."""
 
-        def merge_node(node: PyTree, *found: PyTree) -> PyTree:
+        def merge_node(node: PyTree, *parts: PyTree) -> PyTree:
             if not is_params(node):
-                return found[0]
-            return {name: next(part[name] for part in found if name in part) for name in node}
+                return parts[0]
+            return {name: next(part[name] for part in parts if name in part) for name in node}
 
         return jax.tree.map(merge_node, tree, *parts, is_leaf=is_params)
 
@@ -95,8 +94,8 @@ def _update_by_layer(
     def write(stacked: PyTree, value: PyTree, layer: jax.Array) -> PyTree:
         return jax.tree.map(lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, layer, 0), stacked, value)
 
-    # A scan, because the compiler would otherwise move the state of all layers at the start. Both parts of the carry
-    # are overwritten in place: updates reuse the memory of the gradients.
+    # A scan, since the compiler would move the state of all layers at the start of an unrolled loop. Both parts of the
+    # carry are overwritten in place: updates reuse the memory of the gradients.
     def step(carry: tuple[PyTree, PyTree], layer: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
         updates, arrays = carry
         state = _combine(jax.device_put(select(arrays, layer), jax.memory.Space.Device), counters)

@@ -59,8 +59,8 @@ class Linear(Warmup):
 
     @override
     def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
-        left = 1 - _progress(step, self.warmup_steps, steps, xp)
-        return self.final_fraction + (1 - self.final_fraction) * left
+        remaining = 1 - _progress(step, self.warmup_steps, steps, xp)
+        return self.final_fraction + (1 - self.final_fraction) * remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class Cosine(Warmup):
 
     @override
     def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
-        left = (1 + xp.cos(np.pi * _progress(step, self.warmup_steps, steps, xp))) / 2
-        return self.final_fraction + (1 - self.final_fraction) * left
+        remaining = (1 + xp.cos(np.pi * _progress(step, self.warmup_steps, steps, xp))) / 2
+        return self.final_fraction + (1 - self.final_fraction) * remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ class WSD(Warmup):
     @override
     def multiplier(self, step: Array, steps: int, xp: ModuleType) -> Array:
         progress = _progress(step, steps - self.decay_steps(steps), steps, xp)
-        left = 1 - (xp.sqrt(progress) if self.shape == "sqrt" else progress)
-        return self.final_fraction + (1 - self.final_fraction) * left
+        remaining = 1 - (xp.sqrt(progress) if self.shape == "sqrt" else progress)
+        return self.final_fraction + (1 - self.final_fraction) * remaining
 
     @override
     def problems_in_run(self, steps: int, path: str) -> Iterable[Problem]:

@@ -1,4 +1,4 @@
-"""Gradient clipping by the global norm, averaged weights, and the dtype of stored optimizer state."""
+"""Gradient clipping by the global norm, averaged parameters, and the dtype of stored optimizer state."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int)
     """Updates the exponential moving average of the parameters.
 
     The decay is `min(decay, (1 + step) / (10 + step))`, so that the initial values are soon forgotten. Computes in
-    float32 and keeps the average's dtype: float32, or a large decay would round every change away.
+    float32; the average should be float32 as well, as bfloat16 would round away the changes of a large decay.
 
     Args:
         ema: the average; starts as a copy of the parameters.

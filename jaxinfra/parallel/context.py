@@ -1,9 +1,9 @@
 """How the positions of a sequence are sharded for context parallelism.
 
-A causal query attends to earlier positions only, so of consecutive shards the last would have almost all the work. In
+A causal query attends to earlier positions only, so with consecutive shards the last one would have the most work. In
 zigzag order a sequence is cut into `2C` blocks for `C` shards, and shard i holds blocks i and `2C - 1 - i`: every shard
-then has equal work (Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2). A batch is put into this order
-once a step; only attention and positions depend on it.
+then has equal work (Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2). A step reorders its batch once;
+only attention and positions depend on the order.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class SequenceSharding:
     """The order of positions over the shards of a sequence.
 
     Attributes:
-        axes: mesh axes that shard sequences, each of more than one device.
-        num_shards: shards of a sequence.
-        zigzag: each shard holds an early and a late block; otherwise consecutive positions.
+        axes: mesh axes that shard sequences; axes of size 1 are left out.
+        num_shards: number of shards of a sequence.
+        zigzag: whether each shard holds an early and a late block, instead of consecutive positions.
     """
 
     axes: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class SequenceSharding:
 
     @property
     def blocks_per_shard(self) -> int:
-        """Blocks of consecutive positions in one shard."""
+        """Number of blocks of consecutive positions in one shard."""
         return 2 if self.zigzag and self.num_shards > 1 else 1
 
     def block_index[I: (np.ndarray, jax.Array)](self, shard: I, block: int) -> I:

@@ -1,4 +1,4 @@
-"""Checks that a run fits its mesh: sharded dimensions are divisible, and no mesh axis is unused. Imports no JAX."""
+"""Checks that a config fits its mesh: dimensions are divisible and all mesh axes are used. Imports no JAX."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,19 +15,19 @@ type ShardedDims = Mapping[str, tuple[int, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class MeshFit:
-    """What the mesh needs to know of a run.
+    """The sizes of a run that must be divisible by mesh axes.
 
     Attributes:
-        mesh: sizes of the mesh axes, none of them -1.
+        mesh: sizes of the mesh axes; none is -1.
         rules: maps logical axes to mesh axes.
         pipeline: the pipeline schedule.
-        global_batch: samples of a step.
-        accumulate: microbatches of a step.
+        global_batch: number of samples per step.
+        accumulate: number of microbatches per step.
         sharded_dims: sharded dimensions of the model and the data.
-        positions: positions of the activations of one sample.
+        positions: number of positions in the activations of one sample.
         by_position: whether the objective is a sum over positions.
-        pipeline_layers: layers that can be distributed over stages.
-        modality: what a sample is: "token" or "image".
+        pipeline_layers: number of layers to split over stages.
+        modality: "token" or "image".
     """
 
     mesh: MeshConfig
@@ -42,7 +42,7 @@ class MeshFit:
     modality: str
 
     def problems(self) -> Iterable[Problem]:
-        """Yields dimensions that are not divisible by their shards, and unused mesh axes; paths start at the run."""
+        """Yields dimensions that are not divisible, and unused mesh axes; field paths start at the run."""
         yield from self._unused_axes()
         yield from self._batch()
         for path, (size, axis) in self.sharded_dims.items():
@@ -55,14 +55,14 @@ class MeshFit:
             yield from self._stages()
 
     def loss_dim(self) -> int | None:
-        """Returns the dimension that stages shard for the loss: 0 for rows, 1 for positions, None if neither works."""
+        """Returns the dimension that stages shard for the loss: 0 (rows), else 1 (positions), None if neither fits."""
         if self.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
             return 0
         shards = self._shards(self.rules.sequence) * self.mesh.stage
         return 1 if self.by_position and self.positions % shards == 0 else None
 
     def loss_positions(self) -> int | None:
-        """Returns the positions of a sequence on one device in the loss; None if sequences are not sharded evenly."""
+        """Returns the positions of a sequence per device in the loss; None if they are not sharded, or unevenly."""
         in_stages = self.mesh.stage > 1 and self.loss_dim() == 1
         shards = self._shards(self.rules.sequence) * (self.mesh.stage if in_stages else 1)
         return self.positions // shards if shards > 1 and self.positions % shards == 0 else None
@@ -131,7 +131,7 @@ class MeshFit:
         if self.pipeline_layers < chunks:
             yield Problem(
                 fields=("model.num_layers", "mesh.stage", "pipeline.chunks"),
-                message=f"fewer layers than chunks ({chunks}, of all stages)",
+                message=f"fewer layers than chunks ({chunks} on all stages)",
                 fix=f"use model.num_layers={chunks} or fewer stages",
             )
         if self.pipeline.schedule == "interleaved" and self.accumulate % self.mesh.stage:

@@ -1,10 +1,11 @@
 """Dispatches tokens to experts on other devices and combines the results, inside a `shard_map`.
 
-Each device sorts its tokens' choices by expert and sends every shard of experts its rows (an all-to-all). `combine` is
-the reverse exchange: each result returns to its choice, so a token sums its choices in the same order on every mesh.
+A choice is one of the experts that a token is routed to. Each device sorts the choices of its tokens by expert and
+sends each shard of experts its rows (an all-to-all). `combine` is the reverse exchange: results return in the original
+order of choices, so a token sums them in the same order on every mesh.
 
-TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad each send to `max_rows`. Every gather has a
-known inverse, so gradients are gathers too, never scatter-adds.
+TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad each send to `max_rows`. The inverse of every
+gather is known, so its gradient is a gather too, not a slow scatter-add.
 
 Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, O experts of one
 shard, S rows sent, R rows received, M rows of the device's own experts, D features.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 NO_ROW = -1
-"""The index that stands for no row; gathering it gives zeros."""
+"""The index of an empty row; gathering it gives zeros."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,10 @@ class ExpertPlacement:
     """Assigns experts to shards: expert e is on shard `e // experts_per_shard`.
 
     Attributes:
-        num_experts: experts of the layer.
-        axes: mesh axes that shard the experts, each of more than one device.
-        num_shards: shards of the experts; with 1 nothing is sent.
-        max_rows: most rows that one device can send to one shard.
+        num_experts: number of experts of the layer.
+        axes: mesh axes that shard the experts; axes of size 1 are left out.
+        num_shards: number of shards of the experts; with 1 nothing is sent.
+        max_rows: largest number of rows that one device can send to one shard.
         ragged: whether the platform has `jax.lax.ragged_all_to_all`.
     """
 
@@ -42,7 +43,7 @@ class ExpertPlacement:
 
     @property
     def experts_per_shard(self) -> int:
-        """Experts of one shard."""
+        """Number of experts of one shard."""
         return self.num_experts // self.num_shards
 
 
@@ -127,7 +128,7 @@ class ExpertDispatch(NamedTuple):
     Attributes:
         group_sizes: rows of each of the device's own experts, int32 `[O]`.
         dispatch: maps tokens `[N, D]` to the rows of the device's own experts `[M, D]`, sorted by expert.
-        combine: maps the experts' outputs `[M, D]` to one output a choice, `[N, K, D]`.
+        combine: maps the experts' outputs `[M, D]` to one output per choice, `[N, K, D]`.
     """
 
     group_sizes: jax.Array
@@ -141,7 +142,7 @@ class SortedChoices(NamedTuple):
     Attributes:
         order: choices in the order of their experts, dropped choices last, `[A]`.
         position: index of each choice in `order`, `[A]`.
-        counts: choices of each expert, `[E]`.
+        counts: number of choices of each expert, `[E]`.
     """
 
     order: jax.Array

@@ -2,7 +2,8 @@
 
 The axes: `replica` (data parallel between slices, over the data-center network), `stage` (pipeline), `fsdp` (fully
 sharded data parallel), `expert`, `context` (sequence), `tensor`. All six always exist; an axis of size 1 costs nothing.
-Every axis has the `Explicit` type: the sharding of an array is part of its type, so a wrong one is a tracing error.
+Every axis has the type `Explicit`: the sharding of an array is part of its type, so a wrong sharding is an error when
+JAX traces the function.
 """
 
 import functools
@@ -32,10 +33,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     config = config.resolve(len(devices))
     mesh = functools.partial(Mesh, axis_names=AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     if any(device.platform != "tpu" for device in devices):
-        # `jax.make_mesh` would take every host for a slice here, and reject more than one.
+        # `jax.make_mesh` would treat every host as a slice here, and reject more than one host.
         in_order = np.array(sorted(devices, key=lambda device: device.id), dtype=object)
         return mesh(in_order.reshape(config.sizes))
-    # Devices of a topology description have no slice_index if there is one slice.
+    # Devices of a topology description have no `slice_index` if there is only one slice.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh(_device_grid(mesh_utils.create_device_mesh, config.sizes, devices))
@@ -55,8 +56,8 @@ def _device_grid(create: Callable[..., np.ndarray], sizes: Sequence[int], device
     try:
         return create(sizes, devices=devices)
     except NotImplementedError:
-        # An axis cannot lie along whole dimensions (8 on 4 x 4 x 4 chips), so axes share one. The network is then
-        # taken row by row: with another order the compiler makes an all-reduce of every all-gather over two axes.
+        # An axis of size 8 does not fit whole dimensions of 4 x 4 x 4 chips, so two axes share a dimension. Devices are
+        # then ordered row by row: with another order the compiler turns all-gathers over two axes into all-reduces.
         shared = create(sizes, devices=devices, allow_split_physical_axes=True)  # raises if no dimension can be shared
         return np.array(sorted(devices, key=_network_position), dtype=object).reshape(shared.shape)
 
@@ -72,6 +73,6 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 
 def permute_devices(mesh: Mesh, order: Sequence[int]) -> Mesh:
-    """Returns the mesh with its devices in another order; results on it must not change."""
+    """Returns the mesh with its devices in another order, for tests: results on it must not change."""
     grid = np.asarray(mesh.devices).reshape(-1)[list(order)].reshape(mesh.devices.shape)
     return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)

@@ -15,15 +15,15 @@ type AxisSize = Literal[-1] | PositiveInt
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The size of every mesh axis; one may be -1 and takes the remaining devices.
+    """The size of every mesh axis; one axis may be -1, which uses the remaining devices.
 
     Attributes:
         replica: data parallel, usually between slices; gradients are all-reduced once a step.
         stage: pipeline stages.
         fsdp: data parallel with sharded parameters, gradients and optimizer state.
         expert: data parallel with sharded experts; all other parameters are sharded as over fsdp.
-        context: shards of a sequence.
-        tensor: shards of heads, MLP and vocabulary.
+        context: number of shards of a sequence.
+        tensor: number of shards of heads, MLP and vocabulary.
     """
 
     replica: AxisSize = 1

@@ -1,5 +1,7 @@
 """Runs a pipeline schedule: forward and backward passes of all stages, tick by tick.
 
+A chunk is a run of consecutive layers (Megatron's model chunk, or virtual stage); a stage holds one or more chunks.
+
 The stages are rows of the batch. In a tick every stage works on its own microbatch: activations are `[S * B, ...]` with
 rows over `(stage, replica, fsdp, ...)`, and the weights of a layer are `[S, ...]`, one layer of each stage. So the same
 model runs with and without a pipeline, all other mesh axes keep their meaning, and a tick has no branches: an idle
@@ -8,9 +10,12 @@ stage computes zeros.
 Only the last stage has an output for the head and the loss. It is scattered over the stages, by rows or by positions,
 so that each computes its part of the logits. Every stage looks up embeddings for its own rows.
 
-JAX never differentiates through the schedule. A forward pass saves the input of its chunk; the backward pass recomputes
-the chunk and pulls one gradient back. Weight gradients accumulate as partial sums (unreduced) over `replica` and, for
-embedding and head, over `stage`: both are crossed once, after the last tick.
+JAX does not differentiate through the schedule. A forward pass saves the input of its chunk; the backward pass
+recomputes the chunk and its gradient. Weight gradients accumulate as partial sums over `replica` and, for embedding and
+head, over `stage`: they are reduced once, after the last tick.
+
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient.
 
 Shape suffixes: M microbatches, S stages, B rows of a microbatch, V chunks a stage, L layers of a chunk.
 """
@@ -35,9 +40,9 @@ type Sums = dict[str, jax.Array]
 
 
 class PipelineModel(Protocol):
-    """The model in pieces, as functions of explicit parameters.
+    """The parts of a model, as functions of explicit parameters.
 
-    `shared` holds all parameters that are not weights of stacked layers. `batch` has the rows of every stage's
+    `shared` holds all parameters except the weights of stacked layers. `batch` has the rows of every stage's
     microbatch, `[S * B, ...]`.
     """
 
@@ -46,7 +51,7 @@ class PipelineModel(Protocol):
         ...
 
     def apply_layers(self, weights: PyTree, x: jax.Array, batch: Batch, layers: jax.Array, /) -> tuple[jax.Array, Sums]:
-        """Applies one chunk of each stage; `layers` `[L, S]` are the layers' indices, -1 for none.
+        """Applies one chunk of each stage; `layers` `[L, S]` are the layers' indices, -1 is padding.
 
         Returns the output and the layers' statistics, `[L, S, ...]`.
         """
@@ -66,7 +71,7 @@ class LossSharding:
     """How the last stage's output is sharded over the stages for the head and the loss.
 
     Attributes:
-        dim: the dimension that `stage` shards: 0 for rows, 1 for positions.
+        dim: the dimension sharded over `stage`: 0 for rows, 1 for positions.
         spec: the sharding of the `[B, T, D]` input of the head.
     """
 
@@ -83,12 +88,11 @@ class Tick(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What all ticks of a step read.
+    """The inputs of all ticks of a step.
 
     Attributes:
-        weights: the layers' weights, `[V, L, S, ...]`, marked as reduced over the axes that gradients stay unreduced
-            over.
-        shared: all other parameters, marked in the same way, also over `stage`.
+        weights: the layers' weights, `[V, L, S, ...]`; *reduced* over the axes over which gradients stay unreduced.
+        shared: all other parameters, reduced in the same way, also over `stage`.
         batch: fields `[M, B, ...]`.
     """
 
@@ -101,10 +105,10 @@ class Carry(NamedTuple):
     """The state between ticks.
 
     Attributes:
-        activations: what each stage received from the previous one, `[S * B, ...]`.
-        grads: what each stage received from the next one, `[S * B, ...]`.
-        saved_inputs: inputs of chunks, until the backward pass has read them, `[slots, S * B, ...]`.
-        saved_grads: gradients of chunks' outputs, until the weight gradients are computed, `[slots, S * B, ...]`.
+        activations: activations that each stage received from the previous stage, `[S * B, ...]`.
+        grads: gradients that each stage received from the next stage, `[S * B, ...]`.
+        saved_inputs: inputs of chunks, kept for the backward pass, `[slots, S * B, ...]`.
+        saved_grads: gradients of chunks' outputs, kept for the weight gradients, `[slots, S * B, ...]`.
         weight_grads: gradients of the layers' weights, `[V, L, S, ...]`.
         shared_grads: gradients of all other parameters.
         sums: sums of the loss.
@@ -180,9 +184,9 @@ def recv_activation(embedded: jax.Array, received: jax.Array, tick: Tick) -> jax
     return _receive(embedded, received, tick, stage=0, of_chunk=0)
 
 
-def recv_grad(of_loss: jax.Array, received: jax.Array, tick: Tick, chunks: int) -> jax.Array:
-    """Returns the gradient of each stage's output: that of the loss for the last chunk, zeros if the stage is idle."""
-    return _receive(of_loss, received, tick, stage=-1, of_chunk=chunks - 1)
+def recv_grad(loss_grad: jax.Array, received: jax.Array, tick: Tick, chunks: int) -> jax.Array:
+    """Returns the gradient of each stage's output: from the loss for the last chunk, zeros if the stage is idle."""
+    return _receive(loss_grad, received, tick, stage=-1, of_chunk=chunks - 1)
 
 
 def send_to_stage(x: jax.Array, offset: int) -> jax.Array:
@@ -198,7 +202,7 @@ def send_to_stage(x: jax.Array, offset: int) -> jax.Array:
 def scatter_last_output(x: jax.Array, is_done: jax.Array, loss_sharding: LossSharding) -> jax.Array:
     """Scatters the last stage's output over all stages for the loss; zeros if no microbatch is done in this tick."""
     rows, *dims = (without_stage(entry) for entry in loss_sharding.spec.partitions)
-    # Gathers positions that are sharded between blocks, so that stages take parts of whole sequences.
+    # All-gathers block positions first, so that stages get parts of whole sequences.
     x = jax.reshard(x, PartitionSpec(with_stage(rows), *(axes or None for axes in dims)))
 
     def scatter(x: jax.Array, is_done: jax.Array) -> jax.Array:
@@ -267,7 +271,7 @@ class Pipeline:
     def __init__(
         self, model: PipelineModel, schedule: PipelineSchedule, loss_sharding: LossSharding, layers: np.ndarray
     ):
-        """Binds what a step needs; `layers` are the layers' indices by chunk, `[V, L, S]`, -1 for none."""
+        """Binds the static parts; `layers` are the layers' indices by chunk, `[V, L, S]`, -1 is padding."""
         self.model, self.schedule, self.loss_sharding, self.layers = model, schedule, loss_sharding, layers
 
     def gradients(self, inputs: StepInputs) -> tuple[PyTree, PyTree, Sums, Sums]:
@@ -293,7 +297,7 @@ class Pipeline:
         active = np.stack([table.any_active for table, _ in passes], axis=1)
         for which, group in itertools.groupby(range(len(active)), key=lambda tick: tuple(active[tick])):
             ticks = list(group)
-            running = [found for found, is_active in zip(passes, which, strict=True) if is_active]
+            running = [candidate for candidate, is_active in zip(passes, which, strict=True) if is_active]
 
             def run_tick(carry: Carry, ticks: list[Tick], running=running) -> tuple[Carry, None]:
                 for (_, function), tick in zip(running, ticks, strict=True):
@@ -338,19 +342,19 @@ class Pipeline:
         batch = select_microbatch(inputs.batch, tick.microbatch)
         chunk = partial(self._differentiable_chunk, batch=batch, tick=tick)
         if self.schedule.weight_grad is None:
-            (y, aux_loss), pull, stats = jax.vjp(chunk, weights, inputs.shared, x, has_aux=True)
+            (y, aux_loss), vjp, stats = jax.vjp(chunk, weights, inputs.shared, x, has_aux=True)
         else:
-            (y, aux_loss), pull, stats = jax.vjp(partial(chunk, weights), inputs.shared, x, has_aux=True)
+            (y, aux_loss), vjp, stats = jax.vjp(partial(chunk, weights), inputs.shared, x, has_aux=True)
         loss = partial(self._loss, batch=inputs.batch, tick=tick)
-        total, pull_loss, sums = jax.vjp(loss, inputs.shared, y, has_aux=True)
-        of_head, dy = pull_loss(_one_like(total))
+        total, loss_vjp, sums = jax.vjp(loss, inputs.shared, y, has_aux=True)
+        head_grads, dy = loss_vjp(_one_like(total))
         dy = recv_grad(dy, carry.grads, tick, self.schedule.chunks)
-        *of_weights, of_embedding, dx = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
+        *weight_grads, embedding_grads, dx = vjp((dy, None if aux_loss is None else _one_like(aux_loss)))
         carry = self._add_sums(carry, tick, sums, stats)
-        shared_grads = _add(_add(carry.shared_grads, of_head), of_embedding)
+        shared_grads = _add(_add(carry.shared_grads, head_grads), embedding_grads)
         carry = carry._replace(grads=send_to_stage(dx, -1), shared_grads=shared_grads)
         if self.schedule.weight_grad is None:
-            return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, of_weights[0], tick.chunk))
+            return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, weight_grads[0], tick.chunk))
         assert carry.saved_grads is not None
         return carry._replace(saved_grads=write_slot(carry.saved_grads, dy, tick.slot))
 
@@ -361,12 +365,12 @@ class Pipeline:
         dy = mask_idle(read_slot(carry.saved_grads, tick.slot), tick.microbatch)
         batch = select_microbatch(inputs.batch, tick.microbatch)
         chunk = partial(self._differentiable_chunk, shared=inputs.shared, x=x, batch=batch, tick=tick)
-        (_, aux_loss), pull, _ = jax.vjp(chunk, select_chunk(inputs.weights, tick.chunk), has_aux=True)
-        (grads,) = pull((dy, None if aux_loss is None else _one_like(aux_loss)))
+        (_, aux_loss), vjp, _ = jax.vjp(chunk, select_chunk(inputs.weights, tick.chunk), has_aux=True)
+        (grads,) = vjp((dy, None if aux_loss is None else _one_like(aux_loss)))
         return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, grads, tick.chunk))
 
     def _loss(self, shared: PyTree, y: jax.Array, batch: Batch, tick: Tick) -> tuple[jax.Array, Sums]:
-        """Returns the loss and sums of the microbatch that the last stage is done with; zeros if there is none."""
+        """Returns the loss and sums of the microbatch that the last stage finishes in this tick; else zeros."""
         microbatch, chunk = (jax.reshard(a, PartitionSpec())[-1] for a in (tick.microbatch, tick.chunk))
         is_done = (microbatch != IDLE) & (chunk == self.schedule.chunks - 1)
         index = jnp.maximum(microbatch, 0)
@@ -382,7 +386,7 @@ class Pipeline:
         return carry._replace(sums=_add(carry.sums, sums), stats=add_to_chunk(carry.stats, stats, tick.chunk))
 
     def _empty_carry(self, inputs: StepInputs, *, train: bool) -> Carry:
-        """Returns zeros for everything between ticks."""
+        """Returns the state before the first tick: zeros."""
         idle = _by_stage(np.full((1, self.schedule.stages), IDLE))[0]
         tick = Tick(idle, idle, idle)
 

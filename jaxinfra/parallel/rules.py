@@ -13,7 +13,7 @@ type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
 type LogicalAxes = tuple[str | None, ...]
 type Quantize = Literal["none", "int8", "fp8"]
-"""The number format of matrix products with the layers' weights (see `ops.quantized`)."""
+"""The number format of matmuls with the layers' weights (see `ops.quantized`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class ShardingRules:
     Attributes:
         batch: sequences of a batch.
         sequence: positions of a sequence, everywhere (context parallelism).
-        block_sequence: more axes for positions of the residual stream between blocks (sequence parallelism).
+        block_sequence: additional axes for positions of the residual stream between blocks (sequence parallelism).
         layers: stacked layers.
-        embed: hidden size of parameters, or the rank of a low-rank projection; activations keep it unsharded.
-            Parameters of experts leave out the axes of `experts`.
+        embed: hidden size of parameters, or the rank of a low-rank projection; it is unsharded in activations.
+            Parameters of experts do not use the axes that shard `experts`.
         heads: attention heads.
         kv_heads: heads of keys and values.
         mlp: hidden size of the MLP and of each expert.
@@ -46,7 +46,7 @@ class ShardingRules:
     vocab: tuple[MeshAxis, ...] = ("tensor",)
 
     def problems(self) -> Iterable[Problem]:
-        """Yields mesh axes that shard two dimensions of an activation, or what they must not shard."""
+        """Yields mesh axes that shard two dimensions of one activation, or a dimension that they must not shard."""
         same_activation = (
             *itertools.combinations(("batch", "sequence", "block_sequence"), 2),
             *itertools.product(("batch", "sequence"), ("heads", "mlp", "vocab")),

@@ -2,8 +2,8 @@
 
 A tick has up to three passes, in this order: a forward pass of one chunk, a backward pass of one chunk and, in
 `zero_bubble`, the weight gradients of one chunk. The stages run as one program, so a pass costs its time on all stages
-if any stage runs it. A chunk is a consecutive run of layers; a stage holds `chunks` of them (virtual stages): chunk c
-of stage s is number `c * stages + s` of the model.
+if any stage runs it. A chunk is a run of consecutive layers (Megatron's model chunk, or virtual stage). A stage holds
+`chunks` of them: chunk c of stage s is number `c * stages + s` in the order of the model.
 
 `make_schedule` builds and checks a table in NumPy; `parallel.pipeline` runs it. A stage uses what its neighbor sends in
 the next tick, so only the inputs of chunks are saved, for the backward pass that recomputes the chunk. A stage saves at
@@ -37,16 +37,16 @@ class PipelineConfig:
     """The schedule of microbatches over pipeline stages; `train.accumulate` is the number of microbatches.
 
     Attributes:
-        schedule: `gpipe`, `1f1b`, `interleaved` (several chunks a stage: a smaller bubble, more transfers), or
+        schedule: `gpipe`, `1f1b`, `interleaved` (several chunks per stage: a smaller bubble, more transfers), or
             `zero_bubble` (separate weight gradients: faster only with very few microbatches).
-        chunks: chunks a stage (virtual stages), for `interleaved`.
+        chunks: number of chunks per stage (virtual stages), for `interleaved`.
     """
 
     schedule: ScheduleName = "1f1b"
     chunks: int = 1
 
     def problems(self) -> Iterable[Problem]:
-        """Only the interleaved schedule has several chunks a stage."""
+        """Yields a number of chunks that does not fit the schedule."""
         fields = ("schedule", "chunks")
         if self.schedule == "interleaved" and self.chunks < 2:
             yield Problem(fields=fields, message="needs at least 2 chunks a stage", fix="use pipeline.chunks=2")
@@ -55,7 +55,7 @@ class PipelineConfig:
             yield Problem(fields=fields, message="takes one chunk a stage", fix=fix)
 
     def make_schedule(self, stages: int, microbatches: int) -> "PipelineSchedule":
-        """Builds the table for these numbers of stages and microbatches."""
+        """Builds the schedule for this number of stages and microbatches."""
         return make_schedule(self.schedule, stages=stages, microbatches=microbatches, chunks=self.chunks)
 
 
@@ -92,7 +92,7 @@ class PipelineSchedule:
         name: the kind of schedule.
         stages: number of stages.
         microbatches: number of microbatches.
-        chunks: chunks a stage.
+        chunks: number of chunks per stage.
         forward: forward passes.
         backward: backward passes; gradients of inputs only if `weight_grad` is not None.
         weight_grad: gradients of weights, if they are a separate pass.
@@ -166,8 +166,8 @@ def make_schedule(name: ScheduleName, *, stages: int, microbatches: int, chunks:
         # All stages at once, one microbatch a tick, from the tick in which its gradient reaches the first stage.
         start = first_backward + stages - 1
         entries["weight_grad"] = [(start + m, s, m, 0) for m in range(microbatches) for s in range(stages)]
-    num_ticks = 1 + max(entry[0] for found in entries.values() for entry in found)
-    tables = {key: _pass_table(found, num_ticks, stages) for key, found in entries.items()}
+    num_ticks = 1 + max(tick for rows in entries.values() for tick, *_ in rows)
+    tables = {key: _pass_table(rows, num_ticks, stages) for key, rows in entries.items()}
     _assign_slots(list(tables.values()))
     schedule = PipelineSchedule(name=name, stages=stages, microbatches=microbatches, chunks=chunks, **tables)
     check_schedule(schedule)
@@ -223,7 +223,7 @@ def check_schedule(schedule: PipelineSchedule) -> None:
 
 
 def format_schedule(schedule: PipelineSchedule, *, width: int = 24) -> list[str]:
-    """Formats the table for people: a row a stage, a column a tick, `F`, `B` or `W` and the microbatch.
+    """Formats the table as text: a row per stage, a column per tick, `F`, `B` or `W` and the microbatch.
 
     The middle of a table of more than `width` ticks is left out.
     """
@@ -233,12 +233,12 @@ def format_schedule(schedule: PipelineSchedule, *, width: int = 24) -> list[str]
         ticks = ticks[:half] + ticks[-half:]
 
     def cell(tick: int, stage: int) -> str:
-        found = []
+        passes = []
         for letter, table in zip("FBW", schedule.passes, strict=False):
             if table.active[tick, stage]:
                 chunk = chr(ord("a") + int(table.chunk[tick, stage])) if schedule.chunks > 1 else ""
-                found.append(f"{letter}{table.microbatch[tick, stage]}{chunk}")
-        return " ".join(found) or "."
+                passes.append(f"{letter}{table.microbatch[tick, stage]}{chunk}")
+        return " ".join(passes) or "."
 
     columns = [[cell(tick, stage) for stage in range(schedule.stages)] for tick in ticks]
     columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
@@ -249,7 +249,7 @@ def format_schedule(schedule: PipelineSchedule, *, width: int = 24) -> list[str]
 
 
 def schedule_summary(schedule: PipelineSchedule) -> dict[str, tuple[float | str, str]]:
-    """Returns the numbers of a schedule by name, each with its explanation."""
+    """Returns statistics of a schedule: name to (value, explanation)."""
     costs = f"{FORWARD_COST:g} forward, {BACKWARD_COST:g} backward with recomputation"
     if schedule.weight_grad is not None:
         costs = f"{FORWARD_COST:g} forward, {INPUT_GRAD_COST:g} input gradients, {WEIGHT_GRAD_COST:g} weight gradients"

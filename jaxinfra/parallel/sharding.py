@@ -3,10 +3,11 @@
 A model names dimensions ("batch", "embed", "heads", ...). `ShardingRules` maps the names to mesh axes, and
 `Partitioner` turns names into `PartitionSpec`s. To try another sharding, change one field of the rules.
 
-With JAX's explicit sharding, a weight is *stored* as `f32[D@fsdp, F@tensor]` and *used* as
-`f32[D, F@tensor]{R: replica, fsdp, context}`: all-gathered over `fsdp`, and marked as reduced over every axis that
-shards the activations. The mark makes its gradient a partial sum (unreduced) over these axes: it is reduce-scattered
-over `fsdp` at once, and crosses `replica` only where the train step says so.
+In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
+*unreduced* gradient. A weight is *stored* as `f32[D@fsdp, F@tensor]` and *used* as
+`f32[D, F@tensor]{R: replica, fsdp, context}`: all-gathered over `fsdp`, and reduced over every axis that shards the
+activations. So its gradient is unreduced over these axes. It is reduce-scattered over `fsdp` immediately, and over
+`replica` once at the end of the step.
 """
 
 import math
@@ -32,10 +33,10 @@ GATHERED_WEIGHT = "gathered"
 """The checkpoint name of an all-gathered weight: remat policies gather it again instead of saving it."""
 
 RESHARDED = "resharded"
-"""The checkpoint name of an activation that was moved to another sharding."""
+"""The checkpoint name of an activation that was resharded."""
 
 STAGES = "stages"
-"""The logical axis of weights that hold one layer of each pipeline stage."""
+"""The logical axis over pipeline stages, of weights with one layer per stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,11 @@ class Partitioner:
 
     Attributes:
         rules: maps logical axes to mesh axes.
-        mesh: size of every mesh axis, none of them -1.
+        mesh: size of every mesh axis; none is -1.
         platform: "cpu", "gpu" or "tpu"; selects kernels.
-        compute_dtype: weights are cast to it where they are used.
-        quantize: number format of matrix products with the layers' weights.
-        zigzag: whether sequences that are sharded over devices are in zigzag order.
+        compute_dtype: dtype of gathered weights.
+        quantize: number format of matmuls with the layers' weights.
+        zigzag: whether sharded sequences are in zigzag order (see `parallel.context`).
     """
 
     rules: ShardingRules = ShardingRules()
@@ -85,7 +86,7 @@ class Partitioner:
         return PartitionSpec(*(self.mesh_axes(name) or None for name in names))
 
     def _param_axes(self, name: str | None, names: LogicalAxes) -> tuple[str, ...]:
-        """Returns the mesh axes of a parameter's dimension; "embed" leaves those of "experts" to the experts."""
+        """Returns the mesh axes of a parameter's dimension; "embed" does not use the axes of "experts" beside it."""
         taken = self.mesh_axes("experts") if name == "embed" and "experts" in names else ()
         return tuple(axis for axis in self.mesh_axes(name) if axis not in taken)
 
@@ -121,10 +122,10 @@ class Partitioner:
         return PartitionSpec(*(used or None for used in axes))
 
     def _compute_spec(self, names: LogicalAxes, activation_axes: LogicalAxes) -> PartitionSpec:
-        """Returns the sharding in which a weight is multiplied with an activation sharded over `activation_axes`."""
+        """Returns the sharding of a weight for a matmul with an activation that is sharded over `activation_axes`."""
         reduced = {axis for name in activation_axes for axis in self.mesh_axes(name)}
         if names[:1] == (STAGES,):
-            reduced -= {"stage"}  # each stage's rows are multiplied with the weights of that stage
+            reduced -= {"stage"}  # each stage has its own rows and weights
         if "experts" in names:
             reduced -= {*self.mesh_axes("experts")}  # tokens are sent to their experts
         kept = (tuple(axis for axis in self._param_axes(name, names) if axis not in reduced) for name in names)
@@ -137,11 +138,11 @@ class Partitioner:
         activation_axes: LogicalAxes = ("batch", "sequence"),
         dtype: jnp.dtype | None = None,
     ) -> jax.Array:
-        """Prepares a stored weight for use: casts it, all-gathers it, and marks it as reduced.
+        """Prepares a stored weight for use: casts it, all-gathers it, and makes it *reduced*.
 
         Args:
             value: the parameter, or one layer of it.
-            names: the logical axes of one layer; a `value` of one more dimension has a layer of each stage.
+            names: the logical axes of one layer; a `value` with one more dimension has one layer per pipeline stage.
             activation_axes: the sharded logical axes of the activation.
             dtype: overrides `compute_dtype`.
         """
@@ -171,8 +172,8 @@ class Partitioner:
     def reshard_to_tokens(self, x_BTD: jax.Array, name: str) -> jax.Array:
         """Moves the result of a lookup in `lookup_table` to the devices of its tokens: `[B, T, D]`, D unsharded."""
         columns, sequence = self.mesh_axes(name), self.mesh_axes("sequence")
-        # One all-to-all for axes that move to positions, one for those that move to rows, innermost axes first. If all
-        # move at once, the compiler makes an all-reduce of the whole array.
+        # One all-to-all for the axes that move to positions, one for the axes that move to rows, innermost axes first.
+        # If all move at once, the compiler uses an all-reduce of the whole array.
         while columns:
             to_sequence = columns[-1] in sequence
             while columns and (columns[-1] in sequence) == to_sequence:
@@ -183,8 +184,8 @@ class Partitioner:
     def shard(self, x: jax.Array, *names: str | None, out_axis: str | None = None) -> jax.Array:
         """Reshards an activation to these logical axes.
 
-        `out_axis` is the logical axis of the output features of the projection that follows. The activation is marked
-        as reduced over its mesh axes that also shard block positions: its gradient is then reduce-scattered.
+        `out_axis` is the logical axis of the output features of the next projection. Over its mesh axes that also shard
+        block positions, the activation is *reduced*: its gradient is then reduce-scattered.
         """
         reduced = frozenset(self.mesh_axes(out_axis)) & {*self.rules.block_sequence}
         return checkpoint_name(jax.reshard(x, self.spec(*names).update(reduced=reduced)), RESHARDED)
@@ -227,14 +228,14 @@ def axis_names(entry: SpecEntry) -> tuple[str, ...]:
 def local_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Returns a device's own weight inside a `shard_map`, without the dimension of stages.
 
-    The gradient is a partial sum over the axes that the weight is marked as reduced over.
+    The gradient is a partial sum over the axes that the weight is *reduced* over.
     """
     w = jax.lax.pcast(w, tuple(spec.reduced), to="varying")
     return w[0] if has_stage_dim(spec) else w
 
 
 def as_varying(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
-    """Makes an array inside a `shard_map` vary over `axes`, whether they shard it or not."""
+    """Makes the type of an array inside a `shard_map` vary over `axes`, also if they do not shard it."""
     x = jax.lax.pcast(x, tuple(spec.reduced), to="varying") if spec.reduced else x
     varying = spec.reduced.union(*(axis_names(entry) for entry in spec.partitions))
     replicated = tuple(axis for axis in axes if axis not in varying)
@@ -242,7 +243,7 @@ def as_varying(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.
 
 
 def has_stage_dim(spec: PartitionSpec) -> bool:
-    """Returns whether the first dimension is one of pipeline stages."""
+    """Returns whether the first dimension is sharded over pipeline stages."""
     return bool(spec.partitions) and "stage" in axis_names(spec.partitions[0])
 
 
@@ -250,6 +251,6 @@ def unreduced_zeros(shape: tuple[int, ...], dtype: jnp.dtype, spec: PartitionSpe
     """Returns zeros in a sharding that may be unreduced over mesh axes, as the start of a sum."""
     if shape:
         return jnp.zeros(shape, dtype, out_sharding=spec)
-    # Without the barrier this scalar is merged with the constants that arrays of zeros are made from, which are
-    # unreduced over other axes, and the TPU compiler rejects the program.
+    # Without the barrier, the compiler merges this scalar with the constants of other zero arrays, which are unreduced
+    # over other axes, and the TPU compiler then rejects the program.
     return jax.lax.broadcast(jax.lax.optimization_barrier(jnp.zeros((), dtype)), (), out_sharding=spec)

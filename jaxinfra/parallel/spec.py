@@ -1,7 +1,7 @@
-"""The declaration of a parameter: shape, logical axes, initializer and role.
+"""`ParamSpec` declares a parameter: shape, logical axes, initializer and role.
 
 A model is built from `ParamSpec`s and holds no arrays until `Program.init` creates them. Sharding, initialization,
-weight decay and the choice of optimizer all follow from this one declaration, so they cannot disagree.
+weight decay and the optimizer's treatment all follow from this declaration, so they cannot disagree.
 """
 
 import math
@@ -32,13 +32,13 @@ class ParamSpec:
 
     Attributes:
         shape: global shape, stacked layers first.
-        axes: the logical axis of each dimension (see `ShardingRules`); None is never sharded.
+        axes: the logical axis of each dimension (see `ShardingRules`); None is an unsharded dimension.
         init: creates the initial values.
         role: selects the optimizer's treatment (weight decay, Muon).
-        in_dims: dimensions of `shape` that the parameter's matmul contracts (empty if there is none).
-        out_dims: dimensions of `shape` that the matmul outputs.
+        in_dims: input dimensions of the parameter's matmul, which contracts them; empty without a matmul.
+        out_dims: output dimensions of the matmul.
         state: "trained" by the optimizer, "frozen" at its initial value, or a "buffer" that the model updates.
-        dtype: dtype of a buffer; other parameters have that of the run.
+        dtype: dtype of a buffer; other parameters have the dtype `precision.params`.
     """
 
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def merge_trees(tree: PyTree, updates: PyTree) -> PyTree:
-    """Replaces those leaves of a nested dict that `updates` contains."""
+    """Replaces leaves of a nested dict by the leaves of `updates`, which may have only some of them."""
     if not isinstance(tree, dict):
         return updates
     return {name: merge_trees(value, updates[name]) if name in updates else value for name, value in tree.items()}
@@ -100,5 +100,5 @@ def constant(value: float) -> Initializer:
 
 
 def param_key(key: jax.Array, path: str) -> jax.Array:
-    """Returns the random key of the parameter at `path`; it does not depend on other parameters."""
+    """Returns the random key of the parameter at `path`; it is independent of other parameters."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
