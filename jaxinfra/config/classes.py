@@ -22,8 +22,8 @@ from jaxinfra.config.schema import (
     describe_mismatch,
     is_config,
     is_open,
+    open_bases,
     reachable_classes,
-    union_members,
     walk,
 )
 from jaxinfra.config.text import error_prefix, shorten
@@ -154,11 +154,11 @@ class ClassFinder:
 
 def find_choice(annotation: object, name: str, finder: ClassFinder, *, anywhere: bool = False) -> type | None:
     """Returns the class with the import path `name`; None if `name` is no path, or no open base takes user classes."""
-    bases = [option for option in union_members(annotation) if is_open(option)]
+    bases = open_bases(annotation)
     if ":" not in name or not bases:
         return None
     cls = finder.find(name, anywhere=anywhere)
-    if issubclass(cls, tuple(bases)):
+    if issubclass(cls, bases):
         require_complete(cls)
     if not accepts(annotation, cls):
         raise ConfigError(f"{name}: {describe_mismatch(annotation, cls)}")

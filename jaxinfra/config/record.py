@@ -133,4 +133,5 @@ def _is_source(source: object) -> bool:
     """Tells whether a part of a record has the form that `source_of` returns."""
     if not isinstance(source, dict) or source.keys() != {"file", "sha256"}:
         return False
+    # Printable, because messages of one line show the values.
     return all(value is None or (isinstance(value, str) and value.isprintable()) for value in source.values())

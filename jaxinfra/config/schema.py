@@ -145,7 +145,8 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any],
     """Yields the bound of each limit, the relation of a value to it, and the words for the relation."""
     for each in metadata:
         if type(each) in _LIMITS:
-            yield *dataclasses.astuple(each), *_LIMITS[type(each)]
+            (bound,) = dataclasses.astuple(each)
+            yield bound, *_LIMITS[type(each)]
 
 
 def smallest_allowed(annotation: object) -> object:
@@ -168,17 +169,22 @@ def is_open(cls: object) -> bool:
     return isinstance(cls, type) and issubclass(cls, Extensible) and not is_config(cls)
 
 
+def open_bases(annotation: object) -> tuple[type[Extensible], ...]:
+    """Returns the open bases in a union."""
+    return tuple(filter(is_open, union_members(annotation)))
+
+
 def accepts(annotation: object, cls: type) -> bool:
     """Tells whether objects of the config class `cls` are values of an annotation."""
-    options = union_members(annotation)
-    return is_config(cls) and (cls in options or any(is_open(option) and issubclass(cls, option) for option in options))
+    return is_config(cls) and (cls in union_members(annotation) or issubclass(cls, open_bases(annotation)))
 
 
 def choices(annotation: object) -> dict[str, type]:
     """Returns the config classes of a choice that have snake_case names; imports the `builtins` of open bases."""
-    options = union_members(annotation)
-    named = [*filter(is_config, options), *(cls for option in options if is_open(option) for cls in _builtins(option))]
-    return {snake_case(cls): cls for cls in named} if is_choice(annotation) else {}
+    if not is_choice(annotation):
+        return {}
+    builtins = (cls for base in open_bases(annotation) for cls in _builtins(base))
+    return {snake_case(cls): cls for cls in (*filter(is_config, union_members(annotation)), *builtins)}
 
 
 @functools.cache
@@ -189,20 +195,19 @@ def _builtins(base: type[Extensible]) -> tuple[type, ...]:
 def is_choice(annotation: object) -> bool:
     """Tells whether the class of a value must be named: the annotation has an open base, or a union with a class."""
     options = union_members(annotation)
-    return any(map(is_open, options)) or (len(options) > 1 and any(map(is_config, options)))
+    return bool(open_bases(annotation)) or (len(options) > 1 and any(map(is_config, options)))
 
 
 def choice_name(annotation: object, cls: type) -> str:
     """Returns the name of a class in a choice: snake_case for a union member or builtin, else the import path."""
-    options = union_members(annotation)
-    is_builtin = any(class_name(cls) in option.builtins for option in options if is_open(option))
-    return snake_case(cls) if is_builtin or cls in options else class_name(cls)
+    is_builtin = any(class_name(cls) in base.builtins for base in open_bases(annotation))
+    return snake_case(cls) if is_builtin or cls in union_members(annotation) else class_name(cls)
 
 
 def describe_mismatch(annotation: object, cls: type) -> str:
     """Says what an annotation accepts in place of an object of `cls`."""
-    bases = [class_name(option) for option in union_members(annotation) if is_open(option)]
-    fix = f"; let {cls.__name__} inherit from {bases[0]}" if bases else ""
+    bases = open_bases(annotation)
+    fix = f"; let {cls.__name__} inherit from {class_name(bases[0])}" if bases else ""
     return f"expected {describe(annotation)}, found {cls.__name__}{fix}"
 
 
@@ -220,6 +225,7 @@ def children(annotation: object, value: object) -> Iterator[tuple[str, Any, Any]
         for field in fields_of(type(value)):
             yield field.name, field.annotation, getattr(value, field.name)
     elif isinstance(value, tuple):
+        # Not strict: a tuple that is a leaf has no items here.
         for index, (item, part) in enumerate(zip(_node_items(annotation, len(value)), value, strict=False)):
             yield str(index), item, part
 
@@ -269,7 +275,7 @@ def conform(annotation: object, value: Any, path: str = "") -> Any:
         return dataclasses.replace(value, **changed) if changed else value
     if is_node(annotation, value) and isinstance(value, tuple):
         parts = children(annotation, value)
-        return _same_or(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
+        return _keep_unchanged(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
     matched = match(annotation, value)
     if matched is MISMATCH:
         type_is_obvious = type(value) in _SCALARS
@@ -292,15 +298,15 @@ def _match_member(member: object, value: object) -> object:
         if not isinstance(value, tuple) or (items := item_annotations(member, len(value))) is None:
             return MISMATCH
         parts = tuple(match(item, part) for item, part in zip(items, value, strict=True))
-        return MISMATCH if MISMATCH in parts else _same_or(value, parts)
+        return MISMATCH if MISMATCH in parts else _keep_unchanged(value, parts)
     if get_origin(member) is Literal:
-        fits = any(type(value) is type(arg) and value == arg for arg in get_args(member))
+        fits = any(type(value) is type(arg) and value == arg for arg in get_args(member))  # True is not 1
     else:
         fits = type(value) is member and not is_config(member)
     return value if fits else MISMATCH
 
 
-def _same_or(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[object, ...]:
+def _keep_unchanged(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[object, ...]:
     """Returns `old` itself if no item differs, so that a config that conforms is returned unchanged."""
     return old if all(one is other for one, other in zip(old, new, strict=True)) else new
 
