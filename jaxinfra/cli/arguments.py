@@ -72,7 +72,7 @@ def _add_int(
             raise ConfigError(f"{option} {value}: must be {minimum} or more; use {option} {minimum}")
         return value
 
-    parse.__name__ = "int"  # argparse shows it if the text is not a number
+    parse.__name__ = "int"  # argparse's message for a text that is not a number shows this name
     parser.add_argument(option, type=parse, default=default, metavar=metavar, help=help)
 
 

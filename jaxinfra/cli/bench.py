@@ -24,7 +24,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ConfigError for parts and options that the benchmark does not have, StorageError for a bad --json."""
+    """Raises ConfigError for parts and options of other benchmarks, StorageError if --json cannot be written."""
     name, bench = options.name, BENCHES[options.name]
     for part in options.only or ():
         if part not in bench.parts:

@@ -18,7 +18,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name}: exists and is not overwritten; use {COMMAND} init ANOTHER_FOLDER")
     for name in FILES:
-        in_wheel = package / "example" / name
+        in_wheel = package / "example" / name  # a wheel has no configs/ beside the package
         text = (in_wheel if in_wheel.exists() else package.parent / name).read_text(encoding="utf-8")
         with storage_errors(folder / name, fix="free space or name another folder"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

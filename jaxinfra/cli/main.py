@@ -62,7 +62,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or argv[0] in ("-h", "--help"):
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
-    num_words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)
+    num_words = next((n for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), 0)  # 0: CONFIG, which means train
     if not num_words:
         _check_subcommand(argv)
     command = " ".join(argv[:num_words]) or "train"
@@ -85,7 +85,7 @@ def _check_subcommand(argv: Sequence[str]) -> None:
 
 
 def _check_config_word(word: str) -> None:
-    """Raises ConfigError for a word that may be a misspelled command: no path, no suffix, and no such file."""
+    """Raises ConfigError for a word that may be a misspelled command: no folder, no suffix, and no such file."""
     if os.path.exists(word) or os.path.basename(word) != word or os.path.splitext(word)[1]:
         return
     similar = difflib.get_close_matches(word, COMMANDS, n=1)

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             f"  other order {row.permuted:.1e}{'' if row.worst <= TOLERANCE else '  TOO LARGE'}",
             flush=True,
         )
-    failed = [row for row in rows if not row.worst <= TOLERANCE]  # so that NaN fails
+    failed = [row for row in rows if not row.worst <= TOLERANCE]  # not `>`, because NaN must fail
     num_meshes = len({row.mesh for row in rows})
     print(f"{len(rows)} rows, {num_meshes} meshes, {len(failed)} beyond {TOLERANCE:g}", file=sys.stderr)
     if options.write:

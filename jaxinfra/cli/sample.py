@@ -12,9 +12,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
     sampler = Sampler.from_run(options.run_dir, options.imports)
-    shown = options.prompt
-    for text in sampler.stream(options.prompt, max_tokens=options.max_tokens, sampling=sampling):
-        print(shown + text, end="", flush=True)
-        shown = ""
-    print(shown)
+    prompt = options.prompt  # printed with the first text, so that an error before it is the only output
+    for text in sampler.stream(prompt, max_tokens=options.max_tokens, sampling=sampling):
+        print(prompt + text, end="", flush=True)
+        prompt = ""
+    print(prompt)
     return 0

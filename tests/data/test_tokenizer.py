@@ -33,7 +33,7 @@ def test_byte_lengths_sum_to_the_bytes_of_the_text(kind, vocabularies):
         assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_no_text_spells_a_special_token(tokenizer):
+def test_no_text_becomes_a_special_token(tokenizer):
     for token in (EOT, *MARKERS):
         (index,) = control(tokenizer, token)
         text = f"a{token}b<{token}>{token.upper()} "
@@ -43,7 +43,7 @@ def test_no_text_spells_a_special_token(tokenizer):
         assert tokenizer.decode([*ids, index]) == text
 
 
-def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
+def test_only_template_text_is_split_at_special_tokens(tokenizer):
     assert control(tokenizer, EOT) == [tokenizer.eot_id]
     text = f"a{EOT}class A{EOT}{EOT}"
     ids = control(tokenizer, text)
@@ -53,7 +53,7 @@ def test_a_template_spells_special_tokens_and_nothing_else_differs(tokenizer):
     assert control(tokenizer, "") == []
 
 
-def test_a_tokenizer_is_made_again_from_what_a_store_keeps(tokenizer):
+def test_a_tokenizer_is_loaded_from_its_content(tokenizer):
     again = load_tokenizer(tokenizer.kind, tokenizer.content, EOT, "store/tokenizer")
     pickled = pickle.loads(pickle.dumps(tokenizer))
     for other in (again, pickled):

@@ -183,7 +183,7 @@ def test_sharegpt_conversations_are_read():
     assert text(spans) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
 
 
-def test_the_system_message_is_added_where_there_is_none():
+def test_a_missing_system_message_is_added():
     opened = "<|im_start|>system\nBe terse.<|im_end|>\n"
     format = Chat(system="Be terse.")
     assert text(document(format, TALK[1:])).startswith(opened)
@@ -335,7 +335,7 @@ def test_a_prompt_with_two_answers_gives_two_documents(record):
     assert shown(format.to_documents(record)) == RENDERED
 
 
-def test_the_common_beginning_is_the_prompt_if_none_is_given():
+def test_without_a_prompt_field_the_common_beginning_is_the_prompt():
     talk = [*ASKED, *GOOD, {"role": "user", "content": "And 3+3?"}]
     record = {"chosen": [*talk, {"role": "assistant", "content": "6"}], "rejected": [*talk, *GOOD]}
     (chosen, rejected) = shown(Preference(prompt=None).to_documents(record))

@@ -284,7 +284,7 @@ def test_a_conversation_gets_the_tokens_of_its_template(tokenizer):
     assert text == tokenizer.decode(answer)
 
 
-def test_a_message_cannot_spell_a_special_token(tokenizer):
+def test_a_message_never_becomes_a_special_token(tokenizer):
     (document,) = Chat().to_documents({"messages": TALK})
     ids, in_loss = encoded(tokenizer, *document)
     special = [i for i in ids if i in tokenizer.special_tokens.values()]

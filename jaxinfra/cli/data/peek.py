@@ -1,4 +1,4 @@
-"""`python -m launch data peek CONFIG --step N --rank R --of P`: shows exactly what a process reads at a step."""
+"""`python -m launch data peek CONFIG --step N --rank R --of P`: prints exactly what process R of P reads at step N."""
 
 import argparse
 import math
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.ndarray, str]:
     """Returns the data, the global batch size, the rows of the process, and the command that prepares the data."""
-    config = load(options.config, options.overrides, imports=options.imports).run
+    config = load(options.config, options.overrides, imports=options.imports).run  # a run or a data config
     validate(config)
     size = options.global_batch
     if isinstance(config, Run):
@@ -52,7 +52,7 @@ def _data_and_rows(options: argparse.Namespace) -> tuple[DataConfig, int, np.nda
     if size is None or not 1 <= size <= _MAX_BATCH or size % options.of:
         fix = f"use --global-batch {8 * options.of}"
         raise ConfigError(f"--global-batch {size}: {options.config} is data without a batch size; {fix}")
-    num_rows = size // options.of  # equal ranges in the order of the ranks, as on a mesh whose batch axes come first
+    num_rows = size // options.of  # each rank has a range of rows, as on a mesh whose first axes shard the batch
     return config, size, np.arange(num_rows * options.rank, num_rows * (options.rank + 1)), PREPARE
 
 
@@ -61,7 +61,7 @@ def batch_rows(run: Run, rank: int, of: int) -> np.ndarray:
 
     The devices of the mesh are assigned to the processes in order; ConfigError if they cannot be divided equally.
     """
-    fixed = math.prod(size for size in run.mesh.sizes if size != -1)
+    fixed = math.prod(size for size in run.mesh.sizes if size != -1)  # devices, without the axis that takes the rest
     devices = max(fixed, of)
     if devices % of:
         raise ConfigError(f"--of {of}: the {fixed} devices of the mesh cannot be divided by {of}; use --of {fixed}")
@@ -70,21 +70,22 @@ def batch_rows(run: Run, rank: int, of: int) -> np.ndarray:
     run = with_mesh_size(run, devices)
     validate(run)
     per_process = devices // of
-    mesh = make_mesh(run.mesh, [_Device(id=i, process_index=i // per_process, asking=rank) for i in range(devices)])
+    all_devices = [_Device(id=i, process_index=i // per_process, current_process=rank) for i in range(devices)]
+    mesh = make_mesh(run.mesh, all_devices)
     array = next(iter(Program(run, mesh).batch.values()))
     return process_rows(array.sharding, array.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Device:
-    """A device as a sharding sees it; no JAX backend is started for it."""
+    """Has the attributes of a JAX device that a sharding reads, so that no backend is started."""
 
     id: int
-    process_index: int  # of the process that has it
-    asking: int  # index of the current process
+    process_index: int  # of the process that the device belongs to
+    current_process: int
     platform: str = "cpu"
     device_kind: str = "cpu"
 
     @property
     def client(self) -> SimpleNamespace:
-        return SimpleNamespace(process_index=lambda: self.asking)
+        return SimpleNamespace(process_index=lambda: self.current_process)

@@ -1,4 +1,7 @@
-"""`python -m launch data prepare CONFIG`: makes the stores that a config describes."""
+"""`python -m launch data prepare CONFIG`: makes the stores that a recipe, or the recipes of a run, describe.
+
+With --follow, it reads a stream and *seals* versions: each is a version of the store with all that has arrived so far.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -17,26 +20,28 @@ from jaxinfra.prepare.prepare import PreparedVersion, PrepareProgress, prepare
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.runtime.signals import StopRequest
 
+_MEASURED_STAGES = ("tokens", "images")  # stages that run jobs, whose progress is known in bytes
+
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Makes each store and prints what it holds; raises as `load_recipes` and `prepare`."""
+    """Makes a version of each store and prints what it holds; raises as `load_recipes` and `prepare`."""
     _check_options(options)
     if options.follow:
         return _follow(options)
     for recipe in load_recipes(options):
         validate(recipe)
         with progress_bar() as on_progress:
-            made = prepare(
+            version = prepare(
                 recipe, engine=options.engine or ENGINES[0], workers=options.workers, on_progress=on_progress
             )
-        _print_version(made, "made")
-        print("\n".join(describe_manifest(made.manifest)))
+        _print_version(version, "made")
+        print("\n".join(describe_manifest(version.manifest)))
     return 0
 
 
 def load_recipes(options: argparse.Namespace) -> list[Recipe]:
     """Loads the recipe of the config file, or those of the stores that a run reads; ConfigError if there are none."""
-    config = load(options.config, options.overrides, imports=options.imports).run
+    config = load(options.config, options.overrides, imports=options.imports).run  # a run or a recipe
     if isinstance(config, Recipe):
         return [config]
     from jaxinfra.run import Run  # imports jax, which a recipe does not need
@@ -65,7 +70,7 @@ def _print_version(version: PreparedVersion, verb: str) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    if options.until_idle is not None and not options.until_idle > 0:
+    if options.until_idle is not None and not options.until_idle > 0:  # also rejects NaN
         raise ConfigError(f"--until-idle {options.until_idle}: must be above 0; use --until-idle 2")
     names = ("workers", "engine") if options.follow else ("until_idle", "seal_every")
     why = "a stream has one reader; leave it out" if options.follow else "is for streams; add --follow"
@@ -125,7 +130,7 @@ def progress_bar(*, endless: bool = False) -> Iterator[Callable[[PrepareProgress
                 finish_all()
                 tasks[progress.stage] = bars.add_task(progress.stage, total=None, text="")
             task = tasks[progress.stage]
-            if progress.stage not in ("tokens", "images"):
+            if progress.stage not in _MEASURED_STAGES:
                 return
             text = decimal(progress.done) if endless else f"{decimal(progress.done)} of {decimal(progress.total)}"
             if progress.tokens:

@@ -1,8 +1,8 @@
 """Assembles parts into the arrays of a version: all documents that are kept, in source order.
 
 Reads one part at a time and holds one shard of tokens. Memory per document: 8 bytes each for offset and length, 16 for
-its hash, and with `dedup` 16 more and its MinHash. Starting again after a kill repeats this step, not the tokenizing.
-Dimensions: N tokens and D documents of a part, R records of both splits, V of validation, T documents of training.
+its hash, and with `dedup` 16 more and its MinHash. After a kill this step is repeated, but tokenizing is not.
+Shape suffixes: N tokens and D documents of a part, R records of both splits, V records of validation, T of training.
 """
 
 import json
@@ -34,8 +34,8 @@ from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import ByKey, Tail
 
-_DECODE_TOKENS = 16  # decoded to see whether a cut splits a character
-_MAX_LOCATIONS = 3  # of overlapping documents in a message
+_DECODE_TOKENS = 16  # tokens to decode before a cut, to see whether it splits a character
+_MAX_LOCATIONS = 3  # locations of overlapping documents in a message
 _PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
 
 type _Arrays = Mapping[str, np.ndarray]
@@ -49,7 +49,8 @@ class PartSplits:
 
     folder: Path
     numbers: Sequence[int]
-    # Parts or arrays of each split, if the parts hold training data only and the tail was split off.
+    # With `validation=Tail`, all parts hold training data only. Then this has the parts (by number) of each split, and
+    # the arrays of the part that the split cuts in two.
     tail: Mapping[Split, Sequence[int | _Arrays]] | None = None
 
     def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
@@ -66,14 +67,15 @@ class PartSplits:
         """Yields arrays of the kept documents for each part; arrays `*_N` have `lengths_D` elements per document."""
         for values, keep_D in zip(self.read(split, *names), keep[split], strict=True):
             if not keep_D.all():
-                keep_N = np.repeat(keep_D, dict(zip(names, values, strict=True)).get("lengths_D", 1))
+                lengths_D = dict(zip(names, values, strict=True)).get("lengths_D", 1)  # 1: no array of tokens is read
+                keep_N = np.repeat(keep_D, lengths_D)
                 masks = (keep_N if name.endswith("_N") else keep_D for name in names)
                 values = tuple(array[mask] for array, mask in zip(values, masks, strict=True))
             yield values
 
 
 def provenance() -> dict[str, Any]:
-    """Returns the manifest fields that say with which packages, and when, the version was made."""
+    """Returns the manifest fields `versions` (of Python and packages) and `created` (time)."""
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -83,9 +85,9 @@ def provenance() -> dict[str, Any]:
 def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[KeepMasks, Counts]:
     """Decides which documents are kept, counts the others, and lists bad records in `skipped.jsonl` of `build`.
 
-    Of equal documents the validation split keeps its own, then the first in source order is kept. The overlap of the
-    splits is counted before duplicates are removed, and includes near duplicates if those are removed. The documents of
-    a record are kept or dropped together. Raises as `StoreBuilder.assemble`.
+    Of equal documents, the first one in the validation split is kept, else the first one in source order. The overlap
+    of the splits is counted before duplicates are removed, and includes near duplicates if those are removed. The
+    documents of a record are kept or dropped together. Raises as `StoreBuilder.assemble`.
     """
     per_record, dedup = 1, None
     if isinstance(recipe, Corpus):
@@ -97,12 +99,12 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     sizes_V, validation = _read_columns(splits, "validation", names)
     sizes_T, train = _read_columns(splits, "train", names)
     num_validation = sum(sizes_V) // per_record  # records; those of the validation split come first in keep_R
-    if dedup is None:
+    if dedup is None:  # compares records by the hashes of all their documents
         validation_RK, train_RK = (columns[0].reshape(-1, 2 * per_record) for columns in (validation, train))
         overlap_V, keep_R = _rows_in(validation_RK, train_RK), np.ones(num_validation + len(train_RK), bool)
         if recipe.on_overlap == "drop":
             keep_R[num_validation:] = ~_rows_in(train_RK, validation_RK)
-    else:
+    else:  # all documents of a record have its signature, so the first one is enough
         validation, train = ([rows[::per_record] for rows in columns] for columns in (validation, train))
         keep_R = ~_find_duplicates(dedup, validation, train)
         overlap_V = np.zeros(num_validation, bool)
@@ -143,14 +145,14 @@ def _overlap_error(overlap_V: np.ndarray, locations_V: np.ndarray) -> DataError:
 
 def _empty_split_error(recipe: Recipe, num_kept: Mapping[Split, int], counts: Counts) -> ConfigError:
     """Returns the error for a split without documents."""
-    validation, left = recipe.validation, sum(num_kept.values())
+    validation, total_kept = recipe.validation, sum(num_kept.values())
     lost = f"{counts.records} records read, {counts.skipped} skipped, {sum(counts.filtered.values())} filtered"
-    if not left:
+    if not total_kept:
         return ConfigError(f"store={recipe.store}: the corpus is empty: {lost}; correct the source or the filters")
     if not isinstance(validation, ByKey | Tail):
         empty = "validation" if num_kept["train"] else "source"
         return ConfigError(
-            f"{empty}: gives no documents ({lost}; all {left} that are left are from the other source); correct "
+            f"{empty}: gives no documents ({lost}; all {total_kept} that are left are from the other source); correct "
             f"{empty} or the filters, or use validation=by_key"
         )
     empty = "training" if num_kept["validation"] else "validation"
@@ -158,8 +160,8 @@ def _empty_split_error(recipe: Recipe, num_kept: Mapping[Split, int], counts: Co
     can_cut = is_text and isinstance(validation, ByKey)
     fix = "or use validation=tail, which cuts the text of a single document" if can_cut else "or more records"
     return ConfigError(
-        f"validation={snake_case(type(validation))} validation.fraction={validation.fraction}: puts none of {left} "
-        f"records in the {empty} split; use another fraction, {fix}"
+        f"validation={snake_case(type(validation))} validation.fraction={validation.fraction}: puts none of "
+        f"{total_kept} records in the {empty} split; use another fraction, {fix}"
     )
 
 
@@ -171,7 +173,7 @@ def _read_columns(splits: PartSplits, split: Split, names: Sequence[str]) -> tup
 
 def _rows_in(rows_NK: np.ndarray, others_MK: np.ndarray) -> np.ndarray:
     """Returns which rows are among the others: bool[N]."""
-    # Compares first columns, then whole rows of the few that match.
+    # Compares the first columns in NumPy, then whole rows in Python, but only the few whose first column matches.
     is_in_N = np.isin(rows_NK[:, 0], others_MK[:, 0])
     candidates = set(map(tuple, others_MK[np.isin(others_MK[:, 0], rows_NK[is_in_N, 0])].tolist()))
     is_in_N[is_in_N] = [tuple(row) in candidates for row in rows_NK[is_in_N].tolist()]
@@ -192,19 +194,20 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
     form, per_record = corpus.format, corpus.format.documents_per_record
     bytes_of_parts = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
     ends = np.cumsum([int(bytes_D.sum()) for bytes_D in bytes_of_parts])
-    left = int(ends[-1] * (1 - config.fraction))  # bytes of training text, below within the part and the document
-    index = min(int(np.searchsorted(ends, left, side="right")), len(ends) - 1)
+    train_bytes = int(ends[-1] * (1 - config.fraction))
+    # Finds the part in which the tail begins, then the document in it, and how many of its bytes are training text.
+    index = min(int(np.searchsorted(ends, train_bytes, side="right")), len(ends) - 1)
     bytes_D = bytes_of_parts[index]
-    left -= int(ends[index - 1]) if index else 0
-    document = int(np.searchsorted(np.cumsum(bytes_D), left, side="right"))
-    left -= int(bytes_D[:document].sum())
+    bytes_in_part = train_bytes - (int(ends[index - 1]) if index else 0)
+    document = int(np.searchsorted(np.cumsum(bytes_D), bytes_in_part, side="right"))
+    bytes_in_document = bytes_in_part - int(bytes_D[:document].sum())
     with parts.open_part(splits.folder, splits.numbers[index]) as part:
         columns = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
     if not form.has_loss_mask and per_record == 1 and document < len(bytes_D):
-        fraction = left / int(bytes_D[document])
+        fraction = bytes_in_document / int(bytes_D[document])
         if halved := _split_document(columns, document, fraction, tokenizer, corpus.dedup):
             columns, document = halved, document + 1
-    document = document // per_record * per_record
+    document = document // per_record * per_record  # the first document of its record
     if not document and not any(map(len, bytes_of_parts[:index])):
         document = per_record  # the first record is for training
     token = int(columns["lengths_D"][:document].sum())
@@ -218,7 +221,7 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
 def _split_document(
     columns: _Arrays, document: int, fraction: float, tokenizer: Tokenizer, dedup: Dedup | None
 ) -> _Arrays | None:
-    """Splits a document into two at the first token after `fraction` that begins a character; None if there is none."""
+    """Splits a document at the first token after `fraction` that begins a character; None without such a token."""
     start = int(columns["lengths_D"][:document].sum())
     tokens_N = columns["tokens_N"][start : start + int(columns["lengths_D"][document])]
     ids, cut = tokens_N[:-1].tolist(), int((len(tokens_N) - 1) * fraction)
@@ -239,13 +242,13 @@ def _split_document(
     split = {"tokens_N": np.insert(columns["tokens_N"], start + cut, tokens_N[-1])}
     for name, values in columns.items():
         if name != "tokens_N":
-            both = np.array(rows[name], values.dtype) if name in rows else values[[document] * 2]
+            both = np.array(rows[name], values.dtype) if name in rows else values[[document, document]]
             split[name] = np.concatenate([values[:document], both, values[document + 1 :]])
     return split
 
 
 def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarray) -> PackInfo:
-    """Packs documents of these lengths, ends included, into sequences, and writes where their segments are."""
+    """Packs documents of these lengths, ends included, into rows, and writes the ranges of their segments."""
     packs = pack_documents(lengths_D, config.seq_len, by_length=config.by_length)
     offsets_D = np.cumsum(lengths_D) - lengths_D
     files = {
@@ -266,7 +269,7 @@ def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarra
 
 
 def write_array(path: Path, values: np.ndarray) -> str:
-    """Writes a whole array in small chunks, for reads of few elements; returns its hash."""
+    """Writes a whole array in small chunks, because a few elements are read at a time; returns its hash."""
     fill, shape, chunk, shard = int(np.iinfo(values.dtype).max), values.shape[1:], arrays.FEW, arrays.SHARD_OF_FEW
     array = arrays.create(str(path), values.dtype, fill, shape=shape, chunk=chunk, shard=shard)
     arrays.append(array, str(path), values)

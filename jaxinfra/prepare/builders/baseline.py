@@ -1,8 +1,8 @@
 """Baselines on the validation text, which a trained model has to beat.
 
-`xz_bits_per_byte` compresses the validation text alone. `ngram_bits_per_byte` is a token n-gram model with Witten-Bell
-interpolation. It is exact, without hashing or pruning, and a proper distribution over the vocabulary after every
-history. All tokens are held in memory, so their number is limited.
+`xz_bits_per_byte` compresses the validation text alone. `ngram_bits_per_byte` trains a token n-gram model with
+Witten-Bell interpolation. It is exact, without hashing or pruning, and a proper distribution over the vocabulary after
+every history. All tokens are held in memory, so their number is limited.
 """
 
 import lzma
@@ -38,7 +38,8 @@ class NGram:
         code. The numbers of one length are the histories of the next, so different n-grams have different codes.
         """
         self.vocab_size = vocab_size
-        # Per length: sorted codes, int64[ngrams]; int32 c(h w) of each; c(h) and T(h) of each history, then 0.
+        # Per length: sorted codes, int64[ngrams]; c(h w) of each, int32; c(h) and T(h) of each history, int32. The last
+        # two end with a 0 for the history -1, which was never seen.
         self._levels: list[tuple[np.ndarray, ...]] = []
         last = tokens.astype(np.int64)
         history = np.zeros(len(last), np.int64)
@@ -72,7 +73,7 @@ def ngram_bits_per_byte(
 ) -> float:
     """Returns the bits of all validation tokens, document ends included, per byte of validation text.
 
-    Histories continue across document ends; both texts are preceded by one.
+    Histories continue across document ends. Both texts begin after a document end.
     """
     eot = np.full(1, eot_id, train.dtype)
     model = NGram(np.concatenate([eot, train]), vocab_size=vocab_size)

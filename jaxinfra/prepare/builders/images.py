@@ -1,4 +1,4 @@
-"""Builds a store of images: arrays of one shape and their labels, checked in parallel, then written in order."""
+"""Builds a store of images of one shape with labels: parses them in parallel, then writes them in order."""
 
 import operator
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ type _Batches = Sequence[tuple[np.ndarray, ...]]
 def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
     """Makes and commits the part of a job; raises as `tokenize_job`."""
     recipe, skipped = job.recipe, []
-    found: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
+    rows_of: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
     for split, location, (image, label) in job.process_records(partial(_parse_image, recipe), skipped):
-        found[split].append((location, image, label))
-    _require_one_shape({image.shape for rows in found.values() for _, image, _ in rows}, job.shards[0].name)
+        rows_of[split].append((location, image, label))
+    _require_one_shape({image.shape for rows in rows_of.values() for _, image, _ in rows}, job.shards[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
         split: {
             "images": np.array([image for _, image, _ in rows], np.uint8),
@@ -42,9 +42,9 @@ def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
             "digest_D2": np.array([hash128(image.tobytes()) for _, image, _ in rows], np.uint64).reshape(-1, 2),
             "where_D": np.array([location for location, _, _ in rows], np.str_),
         }
-        for split, rows in found.items()
+        for split, rows in rows_of.items()
     }
-    count = len(skipped) + sum(map(len, found.values()))
+    count = len(skipped) + sum(map(len, rows_of.values()))
     part = Part(splits=splits, records=count, read_bytes=job.read_bytes, skipped=tuple(skipped))
     return parts.write_part(Path(job.folder), job.number, part)
 
@@ -60,8 +60,8 @@ def _parse_image(recipe: ImageSet, record: Fields) -> tuple[np.ndarray, int]:
         image = image[:, :, None]
     is_integer_image = image.ndim == 3 and image.size and np.issubdtype(image.dtype, np.integer)
     if not is_integer_image or image.min() < 0 or image.max() > 255:
-        found = f"{image.dtype}{list(image.shape)}"
-        raise RecordError(f"{recipe.image} is {found}, expected [height, width, channels] of values from 0 to 255")
+        actual = f"{image.dtype}{list(image.shape)}"
+        raise RecordError(f"{recipe.image} is {actual}, expected [height, width, channels] of values from 0 to 255")
     last = len(recipe.classes) - 1 if recipe.classes else int(np.iinfo(np.int32).max)
     if not 0 <= label <= last:
         raise RecordError(f"{recipe.label}={label}: must be a whole number from 0 to {last}")
@@ -137,6 +137,7 @@ def nearest_neighbor_accuracy(train: _Batches, validation: _Batches) -> dict[str
         images = np.concatenate([images for images, _ in split if len(images)])
         pixels.append(images.reshape(len(images), -1).astype(np.float32))
         labels.append(np.concatenate([labels for _, labels in split]))
+    # Leaves out the square of the validation image, which does not change the order.
     distance = (pixels[0] ** 2).sum(-1) - 2 * pixels[1] @ pixels[0].T
     predicted = labels[0][distance.argmin(axis=1)]
     return {"accuracy": {"nearest neighbor": float((predicted == labels[1]).mean())}}

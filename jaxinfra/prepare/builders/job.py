@@ -1,4 +1,4 @@
-"""The interface of a store builder, and its jobs, which skip or refuse bad records."""
+"""The interface of a store builder, and its jobs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +18,11 @@ from jaxinfra.prepare.sources.record import BadRecord, Fields, Records, SourceSh
 class PrepareJob[R: Recipe]:
     """Makes one part from some shards."""
 
-    number: int  # of the job and its part
+    number: int  # number of the job and of its part
     shards: tuple[SourceShard, ...]
     recipe: R
-    folder: str  # of the parts
-    validation: bool = False  # whether the shards are of the recipe's validation source
+    folder: str  # folder of the parts
+    validation: bool = False  # whether the shards belong to the validation source of the recipe
 
     @property
     def read_bytes(self) -> int:
@@ -32,10 +32,11 @@ class PrepareJob[R: Recipe]:
     def process_records[T](
         self, process: Callable[[Fields], T], bad: list[tuple[str, str]], records: Records | None = None
     ) -> Iterator[tuple[Split, str, T]]:
-        """Yields the split and the location of each good record, and what `process` returns for it.
+        """Yields split, location and the result of `process` for each good record.
 
-        A RecordError of `process` makes a record a bad one. `bad` gets the location and the cause of each; DataError if
-        the recipe does not skip them. `records` replace those of the shards. Raises as `Source.read`.
+        A record is bad if it cannot be read, or `process` raises RecordError. Its location and cause are appended to
+        `bad`; DataError if the recipe does not skip bad records. `records`, if given, are used instead of the shards'.
+        Raises as `Source.read`.
         """
         recipe, validation = self.recipe, self.recipe.validation
         if records is None:
@@ -61,8 +62,8 @@ class StoreBuilder[R: Recipe](ABC):
     """Builds a version of a store."""
 
     stage: str  # name of the stage that runs the jobs, for progress
-    make_part: Callable[[PrepareJob[R]], PartMetadata]  # makes and commits the part of a job; importable by workers
-    input_digest: str | None  # of the files that the recipe names; None if it names none
+    make_part: Callable[[PrepareJob[R]], PartMetadata]  # makes and commits the part of a job; workers import it
+    input_digest: str | None  # digest of the files that the recipe names, such as a tokenizer; None without such files
 
     def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
         """Writes what the jobs need beside their parts; `shards` are those of the training source."""
@@ -78,5 +79,5 @@ class StoreBuilder[R: Recipe](ABC):
 
         Raises:
             ConfigError: a split is empty.
-            DataError: a part is damaged; or a document is in both splits, and the recipe does not allow that.
+            DataError: a part is damaged, or a document is in both splits and the recipe forbids it.
         """

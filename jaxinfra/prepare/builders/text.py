@@ -1,7 +1,7 @@
 """Builds a store of text: first the tokenizer, then tokens in parallel, then arrays, packings and baselines.
 
-A job reads some shards, makes documents, tokenizes them and commits a part. The part depends only on the job, so it
-does not matter which worker makes it, when, or how often.
+A job reads some shards, makes documents of their records, tokenizes them and commits a part. The part depends only on
+the job, so any worker may make it at any time, even twice.
 """
 
 import json
@@ -40,12 +40,12 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.objects import ObjectStore
 
 TOKENIZER_TRAINING_CHARS = 12_000_000
-"""Text that a tokenizer is trained on; more changes an 8k vocabulary little and costs time and memory."""
+"""Characters that a tokenizer is trained on; more change an 8k vocabulary little and cost time and memory."""
 _INFO_FILE = "tokenizer-info.json"  # beside the parts
 _BATCH_CHARS = _SAMPLE_SHARD_CHARS = 1_000_000
 _BYTES_PER_TOKEN = 2  # a trained vocabulary has 3 to 4; a low value makes the estimate of disk space safe
-_CHECKED_CHARS = 200_000  # of the source, that a converted tokenizer is compared on; takes seconds
-_SMALL_VOCAB = 512  # a smaller byte-level BPE has less than 2.1 bytes a token on its own text; bytes have 1
+_CHECKED_CHARS = 200_000  # characters of the source to compare a converted tokenizer on; takes seconds
+_SMALL_VOCAB = 512  # a byte-level BPE with fewer tokens has less than 2.1 bytes per token on its own text
 
 
 def tokenize_job(job: PrepareJob[Corpus]) -> PartMetadata:
@@ -66,13 +66,13 @@ def _read_info(folder: Path) -> TokenizerInfo:
 
 @lru_cache(maxsize=2)
 def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
-    """Loads the tokenizer beside the parts; cached, so that a worker does it once."""
+    """Loads the tokenizer beside the parts; cached, so that a worker loads it once."""
     path = folder / info.file
     return load_tokenizer(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
 def _build_part(job: PrepareJob[Corpus], tokenizer: Tokenizer, records: Records | None, *, read_bytes: int) -> Part:
-    """Makes a part of `records`, or of those of the job if None. Raises as `tokenize_job`."""
+    """Makes a part of `records`; None reads the records of the job. Raises as `tokenize_job`."""
     corpus, filtered, count = job.recipe, Counter[str](), 0
     skipped: list[tuple[str, str]] = []
     builders: dict[Split, _SplitBuilder] = {split: _SplitBuilder(corpus, tokenizer) for split in SPLITS}
@@ -119,7 +119,7 @@ def _copy_documents(other: OtherStore, shard: SourceShard, per_record: int, buil
 def _kept_documents(
     job: PrepareJob[Corpus], skipped: list[tuple[str, str]], filtered: Counter[str], records: Records | None = None
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
-    """Yields split, location and documents of each record that passes the filters; counts the others by rule."""
+    """Yields split, location and documents of each record that passes the filters; `filtered` counts others by rule."""
     corpus = job.recipe
     for split, location, documents in job.process_records(corpus.format.to_documents, skipped, records):
         reasons = (corpus.filters.reason(_record_text([document])) for document in documents)
@@ -204,10 +204,10 @@ def _record_text(documents: Sequence[Document]) -> str:
 
 
 def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: int) -> Iterator[str]:
-    """Yields about `limit_chars` of training records, none of a validation tail. Raises as `tokenize_job`.
+    """Yields about `limit_chars` of training text, without a validation tail. Raises as `tokenize_job`.
 
-    Shards come in the order of their hashed names, which makes a fair sample that does not change much when files are
-    added; a long shard gives about `_SAMPLE_SHARD_CHARS`.
+    Shards come in the order of their hashed names, which gives a fair sample that changes little when files are added.
+    At most about `_SAMPLE_SHARD_CHARS` come from one shard.
     """
     if isinstance(corpus.validation, Tail):
         sizes, share = np.cumsum([shard.size_bytes for shard in shards]), 1 - corpus.validation.fraction
@@ -244,7 +244,10 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
     stage = "tokens"
 
     def __init__(self, corpus: Corpus):
-        """Reads an existing tokenizer; ConfigError if it or the template cannot be used, or they do not fit."""
+        """Reads the tokenizer, unless it is to be trained.
+
+        ConfigError if it or the template cannot be used, or if the template writes special tokens that it lacks.
+        """
         self._corpus, config = corpus, corpus.tokenizer
         self.make_part = tokenize_job
         if isinstance(config, TrainBpe):
@@ -265,7 +268,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
 
     @override
     def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
-        """Writes the tokenizer beside the parts, unless it is there: trains it, or checks one that was converted.
+        """Trains the tokenizer, or checks one that was converted, and writes it beside the parts, unless it is there.
 
         Raises as `tokenize_job`, and ConfigError if the source shows that a converted tokenizer gives other tokens, or
         if the store of the validation split has another tokenizer or format.
@@ -293,7 +296,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
 
     @override
     def estimate_bytes(self, source_bytes: int) -> int:
-        # Too low for compressed sources, documents of a few bytes, and text unlike that of the tokenizer.
+        # Too low for compressed sources, documents of a few bytes, and text unlike the tokenizer's training text.
         bytes_per_token = 1 if self._info.vocab_size < _SMALL_VOCAB else _BYTES_PER_TOKEN
         form = self._corpus.format
         return (

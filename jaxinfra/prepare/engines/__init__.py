@@ -72,9 +72,9 @@ def run_jobs[J, R](
 
 @contextmanager
 def _sigterm_as_exception() -> Iterator[Callable[[], None]]:
-    """Turns SIGTERM into SystemExit, unless it is handled already, so that workers are ended.
+    """Turns SIGTERM into SystemExit, unless it is handled already, so that `with` blocks end the workers.
 
-    Gives a function that installs the handlers again.
+    Yields a function that installs the handlers again.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
     before: dict[signal.Signals, _Handler] = {number: signal.getsignal(number) for number in numbers}
@@ -91,7 +91,7 @@ def _sigterm_as_exception() -> Iterator[Callable[[], None]]:
 def _install(handlers: Mapping[signal.Signals, _Handler]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            if handler is not None:  # Python did not set it, and cannot set it again
+            if handler is not None:  # None: it was not set from Python, and cannot be set again
                 signal.signal(number, handler)
 
 
@@ -103,6 +103,7 @@ def _run_all[J, R](
     name: str, engine: Engine, function: Callable[[J], R], jobs: Sequence[J], on_result: Callable[[R], object]
 ) -> None:
     waiting = iter(jobs)
+    # Submits only as many jobs as run at once, so that an error abandons the others.
     running = {engine.submit(function, job) for job in islice(waiting, engine.workers)}
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -116,10 +117,10 @@ def _run_all[J, R](
                 cause = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise ConfigError(f"engine={name}: a job was not run ({cause}); check its workers") from error
         failed = next((result for result in results if result.error is not None), None)
-        if failed is None:
+        if failed is None:  # before `on_result`, so that workers are not idle meanwhile
             running |= {engine.submit(function, job) for job in islice(waiting, len(done))}
         for result in results:
             if result.error is None:
                 on_result(result.value)
-        if failed is not None and failed.error is not None:
+        if failed is not None and failed.error is not None:  # after the results that did arrive
             raise failed.error from WorkerTraceback(failed.traceback)

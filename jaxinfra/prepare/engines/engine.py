@@ -1,4 +1,4 @@
-"""The interface of an engine, and how a worker runs a job: an error comes back as a value, with its traceback."""
+"""The interface of an engine, and how a worker runs a job: it returns an error as a value, with the traceback."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What a job returned or raised; the traceback is separate because pickling an error loses it."""
+    """The value that a job returned, or the error that it raised; pickling an error loses the traceback."""
 
     value: Any = None
     error: Exception | None = None
@@ -23,21 +23,21 @@ class JobResult:
 
 
 class WorkerTraceback(Exception):
-    """Cause of an error that a worker raised; its message is the traceback in the worker."""
+    """Carries the traceback in the worker as its message; it is chained to the error as the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Workers that were started."""
+    """A started engine."""
 
     # Starts `run_job(function, job)` on a worker; its future raises only errors of the engine itself.
     submit: Callable[[Callable[[Any], object], Any], Future[JobResult]]
-    workers: int  # jobs that it is given at once
+    workers: int  # number of jobs to submit at once
 
 
 def run_job[J](function: Callable[[J], object], job: J) -> JobResult:
     """Runs a job in the process of a worker."""
-    os.environ.update(ONE_THREAD)  # is read when the first thread starts
+    os.environ.update(ONE_THREAD)  # libraries read it when they start their first thread
     try:
         return JobResult(value=function(job))
     except Exception as error:

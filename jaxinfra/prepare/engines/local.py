@@ -1,7 +1,7 @@
-"""Local engine: worker processes of this machine, spawned and not forked, because the driver has threads.
+"""Local engine: worker processes on this machine, spawned and not forked, because the driver has threads.
 
-No worker outlives the engine or the driver. `multiprocessing` pools are not used: they import the driver's main
-module in each worker, and do not say how a worker died.
+No worker outlives the engine or the driver. Pools of `multiprocessing` are not used, because they import the driver's
+main module in each worker, and do not say how a worker died.
 """
 
 import os
@@ -35,7 +35,7 @@ def start_local(workers: int | None) -> Iterator[Engine]:
             try:
                 yield Engine(submit=submit, workers=workers)
             finally:
-                pool.kill()
+                pool.kill()  # leaving the thread pool waits for its threads, and so for their workers
     finally:
         pool.close()
 
@@ -51,7 +51,7 @@ class _Pool:
 
     def run[J](self, function: Callable[[J], object], job: J) -> JobResult:
         """Runs a job on the worker of this thread, and once more on a new one if it dies."""
-        end = ""
+        end = ""  # how the last worker ended
         for _ in range(_TRIES):
             worker = self._worker_of_thread()
             try:
@@ -66,7 +66,7 @@ class _Pool:
         )
 
     def kill(self) -> None:
-        """Kills all workers; threads that wait for one see it gone."""
+        """Kills all workers; a thread that waits for one gets an EOFError or OSError."""
         with self._lock:
             self._closed = True
             for worker in self._workers.values():

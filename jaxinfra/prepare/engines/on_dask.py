@@ -19,7 +19,7 @@ def start_dask(workers: int | None) -> Iterator[Engine]:
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
     with nullcontext(address) if address else _start_cluster(distributed, workers) as scheduler:
         client = distributed.Client(scheduler)
-        executor = client.get_executor(pure=False)
+        executor = client.get_executor(pure=False)  # otherwise Dask reuses the result of an equal job
 
         def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
             return executor.submit(run_job, function, job)

@@ -24,7 +24,7 @@ def start_ray(workers: int | None) -> Iterator[Engine]:
         ray = import_optional("ray", needed_by="engine=ray", install="jaxinfra[ray]")
         with _connect(ray, workers):
             task = ray.remote(num_cpus=1, max_retries=1)(run_job)
-            running: dict[Future[JobResult], object] = {}
+            running: dict[Future[JobResult], object] = {}  # references, to cancel the tasks
 
             def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
                 reference = task.remote(function, job)

@@ -34,9 +34,9 @@ _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", 
 
 @dataclass(frozen=True, kw_only=True)
 class _Spark:
-    """A Spark that was found or started."""
+    """A Spark context or session that was found or started."""
 
-    # Returns what runs a function on a job as a Spark job, and blocks until it is done.
+    # Makes a Spark job of a function and its argument; calling the result runs it, and blocks until it is done.
     prepare: Callable[[Callable[[Any], JobResult], Any], Callable[[], JobResult]]
     cancel: Callable[[], object]  # cancels all running jobs
     parallelism: int  # tasks that run at once
@@ -47,12 +47,12 @@ def start_spark(workers: int | None) -> Iterator[Engine]:
     """Finds or starts Spark, and ends what it started with the context."""
     pyspark = import_optional("pyspark", needed_by="engine=spark", install="jaxinfra[spark]")
     if os.environ.get("SPARK_REMOTE"):
-        found = _connect_remote()
+        connection = _connect_remote()
     elif pyspark.SparkContext._active_spark_context:
-        found = nullcontext(_use_context(pyspark.SparkContext._active_spark_context))
+        connection = nullcontext(_use_context(pyspark.SparkContext._active_spark_context))
     else:
-        found = _start_context(pyspark, workers)
-    with found as spark:
+        connection = _start_context(pyspark, workers)
+    with connection as spark:
         limit = workers or max(1, spark.parallelism)
         with ThreadPoolExecutor(limit, thread_name_prefix="spark") as threads:
 
@@ -128,7 +128,7 @@ def _start_jvm(conf: object) -> Any:
 
 @contextmanager
 def _connect_remote() -> Iterator[_Spark]:
-    """Runs jobs on a Spark Connect server. It has no contexts, so a job is a function of a table of one row."""
+    """Runs jobs on a Spark Connect server. It has no RDDs, so a job is a function that maps a table of one row."""
     sql = import_optional("pyspark.sql", needed_by="engine=spark with SPARK_REMOTE", install="pyspark[connect]")
     with _ignore_pandas_warning():
         session = sql.SparkSession.builder.getOrCreate()

@@ -39,12 +39,12 @@ class FileSource(Source):
         return split_files(list_files(self.root, self.pattern), self._length, shard_bytes)
 
     def _length(self, file: FileInfo) -> int:
-        """Returns the length of a file in bytes, rows or records, between which it may be split; 1: not split."""
+        """Returns the number of bytes, rows or records between which a file may be split; 1: it is not split."""
         return 1
 
 
 def split_files(files: Iterable[FileInfo], length: Callable[[FileInfo], int], shard_bytes: int) -> list[SourceShard]:
-    """Splits files into equal shards of about `shard_bytes`; `length` is called for large files only."""
+    """Splits files into equal shards of about `shard_bytes`; opens only large ones, by calling `length`."""
     shards = []
     for file in files:
         count = max(1, round(file.size_bytes / max(1, shard_bytes)))
@@ -60,5 +60,5 @@ def split_files(files: Iterable[FileInfo], length: Callable[[FileInfo], int], sh
 
 
 def damaged_file(path: str, cause: str) -> DataError:
-    """Returns the error for a file that does not hold what its format says."""
+    """Returns the error for a file that its format cannot read."""
     return DataError(f"{path}: is damaged ({cause}); restore the file or make it again")

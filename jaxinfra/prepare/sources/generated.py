@@ -1,4 +1,4 @@
-"""Records without files: those that a Python function yields, and synthetic documents."""
+"""Sources without files: records that a Python function yields, and synthetic documents."""
 
 import itertools
 import pkgutil
@@ -29,9 +29,9 @@ _FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # number of the follower that comes next;
 class PythonSource(Source):
     """Reads what `function()` yields, or `function(shard, num_shards)` for each shard.
 
-    The function yields mappings, or strings for records `{"text": str}`, always the same ones in the same order. Change
-    its attribute `version`, a string or number, when it yields other records; nothing else shows that it does. The key
-    of a record is its shard and its index there, so another `num_shards` changes the validation split.
+    The function yields mappings, or strings for records `{"text": str}`, always the same ones in the same order. If you
+    change it to yield other records, change its attribute `version` too, a string or number, so that the store is made
+    again. The key of a record is its shard and its index there, so another `num_shards` changes the validation split.
     """
 
     factory: str = ""  # `package.module:function`, importable by every worker
@@ -45,7 +45,7 @@ class PythonSource(Source):
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
         stamp = f"{self.num_shards}:{getattr(self._function(), 'version', '')}"
-        return [  # how much a shard yields is unknown, so its size is taken to be `shard_bytes`
+        return [  # the real size of a shard is unknown, so it is taken to be `shard_bytes`
             SourceShard(name=self.factory, start=shard, end=shard + 1, size_bytes=shard_bytes, stamp=stamp)
             for shard in range(self.num_shards)
         ]
@@ -76,12 +76,12 @@ class PythonSource(Source):
 class Synthetic(Source):
     """Synthetic documents `{"text": str}` that a model can learn in part, for tests, benchmarks and first runs.
 
-    Seven of eight words are one of three that may follow the word before. A document is a function of the seed and its
-    number, so any range of documents can be generated alone. Another seed gives other documents of the same language.
+    Seven of eight words are one of the three words that may follow the previous one. A document is a function of the
+    seed and its number, so any range can be generated alone. Another seed gives other documents of the same language.
     """
 
     num_documents: PositiveInt = 1000
-    mean_words: PositiveInt = 200  # of a document; lengths are uniform from half to one and a half of it
+    mean_words: PositiveInt = 200  # words per document, uniform from half to one and a half of it
     vocab_size: Annotated[int, Ge(2)] = 1000  # distinct words
     seed: NonNegativeInt = 0
 

@@ -25,8 +25,8 @@ class ImageFolders(FileSource):
     """Images `class/name.png`, as records `{"image": uint8[height, width, channels], "label": int, "class": str}`.
 
     A label is the index of the class in the sorted folder names. The key is the file name relative to the root.
-    Images are rotated as their EXIF data says. Files that do not end in a known image suffix are ignored. `mode` RGB
-    converts to 3 channels, L (gray) to 1.
+    Images are rotated according to their EXIF data. Files that do not end in a known image suffix are ignored. `mode`
+    RGB converts to 3 channels, L (gray) to 1.
     """
 
     pattern: str = "*/**/*"
@@ -51,7 +51,7 @@ class ImageFolders(FileSource):
     @override
     def read(self, shard: SourceShard) -> Records:
         label = list_folders(self.root).index(shard.name)
-        first, _, rest = self.pattern.partition("/")
+        first, _, rest = self.pattern.partition("/")  # replaces the pattern of the class folder by the shard's class
         pattern = f"{glob.escape(shard.name)}/{'**/' if first == '**' else ''}{rest}"
         files = _group_by_class(list_files(self.root, pattern)).get(shard.name, [])
         if _merge_files(shard.name, files).stamp != shard.stamp:

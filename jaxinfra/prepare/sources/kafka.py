@@ -1,7 +1,7 @@
 """Records from a topic of Apache Kafka: each message is a JSON object.
 
-The reader assigns itself all partitions and starts at the offsets that the caller stored. It writes the offsets of
-the consumer group for tools that show the lag, and never reads them. Partitions that are added while the stream is
+The reader assigns itself all partitions and starts at the offsets that the caller stored. It commits the offsets of the
+consumer group, but only for tools that show the lag: it never reads them. Partitions that are added while the stream is
 open are read after it is opened again.
 """
 
@@ -32,7 +32,7 @@ _BATCH_MESSAGES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Kafka(StreamSource):
-    """The messages of a topic, in the order of each partition; an empty message is a bad record."""
+    """The messages of a topic; an empty message is a bad record."""
 
     bootstrap_servers: str = ""  # brokers to connect to first, as HOST:PORT separated by commas
     topic: NonEmptyStr = ""
@@ -67,7 +67,7 @@ class Kafka(StreamSource):
             consumer.close()
 
     def _client_settings(self) -> dict[str, str | bool | int]:
-        ours: dict[str, str | bool | int] = {
+        required: dict[str, str | bool | int] = {
             "bootstrap.servers": self.bootstrap_servers,
             "group.id": self.group,
             "enable.auto.commit": False,
@@ -78,7 +78,7 @@ class Kafka(StreamSource):
             "log_level": 2,
         }
         if self.settings is None:
-            return ours
+            return required
         try:
             lines = Path(self.settings).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ class Kafka(StreamSource):
         pairs = [line.partition("=") for line in map(str.strip, lines) if line and not line.startswith("#")]
         if bad := [number for number, (_, sign, _) in enumerate(pairs, 1) if not sign]:
             raise ConfigError(f"settings={self.settings}: setting {bad[0]} is not name=value; write one a line")
-        return {name.strip(): value.strip() for name, _, value in pairs} | ours
+        return {name.strip(): value.strip() for name, _, value in pairs} | required
 
     def __str__(self) -> str:
         return f"kafka://{self.bootstrap_servers}/{self.topic}"
@@ -122,15 +122,15 @@ class _KafkaReader(StreamReader):
 
     @override
     def poll(self) -> Iterator[Record | BadRecord | None]:
-        heard_s = time.monotonic()
+        last_heard_s = time.monotonic()
         while True:
             first = self._consumer.poll(POLL_S)
             messages = [] if first is None else [first, *self._consumer.consume(_BATCH_MESSAGES, 0)]
             if messages:
-                heard_s = time.monotonic()
-            elif time.monotonic() - heard_s > BROKER_TIMEOUT_S:
-                self._partitions()
-                heard_s = time.monotonic()
+                last_heard_s = time.monotonic()
+            elif time.monotonic() - last_heard_s > BROKER_TIMEOUT_S:
+                self._partitions()  # raises if the brokers do not answer
+                last_heard_s = time.monotonic()
             for message in messages:
                 if (error := message.error()) is not None:
                     self._handle_error(message, error)
@@ -140,7 +140,7 @@ class _KafkaReader(StreamReader):
                 yield None
 
     def _to_record(self, message: "Message") -> Record | BadRecord:
-        """Parses a message and moves the position behind it."""
+        """Parses a message and moves the position past it."""
         partition, offset, value = message.partition() or 0, message.offset() or 0, message.value() or b""
         self._offsets[partition] = offset + 1
         self._at_eof.discard(partition)
@@ -149,7 +149,7 @@ class _KafkaReader(StreamReader):
         return parse_record(parse_json_object, value, key=name, location=name)
 
     def _handle_error(self, message: "Message", error: "KafkaError") -> None:
-        """Notes the end of a partition, ignores errors that pass by themselves, and raises all others."""
+        """Notes the end of a partition, ignores errors after which librdkafka retries, and raises all others."""
         partition = message.partition() or 0
         if error.code() == self._kafka.KafkaError._PARTITION_EOF:
             self._at_eof.add(partition)

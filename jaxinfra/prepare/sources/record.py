@@ -1,4 +1,4 @@
-"""Records, and the interface of a source that they are read from.
+"""Records (rows of source data), and the interface of a source, from which they are read.
 
 A source lists its files without reading them and splits them into shards, which workers read in parallel. The list
 of shards, their order and their records depend on the files alone, never on the number of workers.
@@ -15,10 +15,10 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShard:
-    """A file of a source, or a range of one, that one worker reads."""
+    """A file of a source, or a range of a file, that is read by one worker."""
 
-    name: str  # of the file, relative to the root of the source, with slashes
-    start: int = 0  # first byte, row or record; the source chooses the unit
+    name: str  # path of the file relative to the root of the source, with slashes
+    start: int = 0  # first byte, row or record, depending on the source
     end: int | None = None  # exclusive; None is the end of the file
     size_bytes: int  # estimated
     stamp: str  # changes when the file is replaced; made from size, time and version, not from the contents
@@ -35,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class BadRecord:
-    """A record that cannot be read, and why."""
+    """A record that cannot be read, with the cause."""
 
     location: str
     cause: str
@@ -45,7 +45,7 @@ type Records = Iterator[Record | BadRecord]
 
 
 def parse_record[T](parse: Callable[[T], Fields], content: T, *, key: str, location: str) -> Record | BadRecord:
-    """Parses a record; a ValueError of `parse` becomes the cause of a bad record."""
+    """Parses a record; a ValueError of `parse` makes it a bad record."""
     try:
         return Record(key=key, location=location, fields=parse(content))
     except ValueError as error:
@@ -53,10 +53,10 @@ def parse_record[T](parse: Callable[[T], Fields], content: T, *, key: str, locat
 
 
 class Source(ABC):
-    """Config of a place that records are read from.
+    """Config of where records are read from.
 
     Both methods raise ConfigError for a missing file or package, DataError for a file that is damaged as a whole, and
-    StorageError for one that cannot be read.
+    StorageError for a file that cannot be read.
     """
 
     @abstractmethod
@@ -65,4 +65,4 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, shard: SourceShard) -> Records:
-        """Yields the records of a shard in order, and holds only as many in memory as the format needs."""
+        """Yields the records of a shard in order, without holding the whole shard in memory if the format allows it."""

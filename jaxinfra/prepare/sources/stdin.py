@@ -1,7 +1,7 @@
 """Records from standard input: one JSON object a line.
 
-A pipe cannot be rewound, so to continue, the same stream is sent from its beginning: what was read before is skipped,
-and its hash must be the stored one.
+A pipe cannot be rewound. To continue, the user sends the same stream from its beginning. The part that was read before
+is skipped, and its hash must be equal to the stored one.
 """
 
 import io
@@ -60,7 +60,8 @@ class _StdinReader(StreamReader):
         if self._expected:
             rest = yield from self._skip_read(chunks)
             chunks = itertools.chain([rest] if rest else [], chunks)
-        digest, size_bytes, parts = self._digest.copy(), 0, list[bytes]()  # of the line so far
+        # Of the line so far. `parts` is emptied when the line is too long, which `_finish_line` makes a bad record.
+        digest, size_bytes, parts = self._digest.copy(), 0, list[bytes]()
         for chunk in chunks:
             if chunk is None:
                 yield None
@@ -76,7 +77,7 @@ class _StdinReader(StreamReader):
                     digest, size_bytes, parts = digest.copy(), 0, []
 
     def _finish_line(self, parts: list[bytes], size_bytes: int, digest: xxhash.xxh3_128) -> Record | BadRecord | None:
-        """Parses a line and moves the position behind it."""
+        """Parses a line and moves the position past it; None for a blank line."""
         start = self._offset
         self._offset, self._lines, self._digest = start + size_bytes, self._lines + 1, digest
         self.read_bytes += size_bytes
@@ -89,7 +90,7 @@ class _StdinReader(StreamReader):
         return parse_record(parse_json_object, content, key=f"stdin@{start}", location=location)
 
     def _skip_read(self, chunks: Iterator[bytes | None]) -> Generator[None, None, bytes]:
-        """Skips what was read before, checks that it is the same, and returns the rest of the last chunk."""
+        """Skips the part that was read before, checks its hash, and returns the rest of the last chunk."""
         expected: int = self._expected["bytes"]
         rest = b""
         for chunk in chunks:

@@ -1,7 +1,7 @@
 """Sources without an end: records arrive in batches, each with the position of the stream after it.
 
-Invariant: a caller that stores each batch together with its position, and reopens the stream at the last stored
-position, gets every record exactly once, however often it is killed.
+A caller that stores each batch together with its position, and reopens the stream at the last stored position, gets
+every record exactly once, however often it is killed.
 """
 
 import time
@@ -64,7 +64,7 @@ class StreamSource(Source):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Identifies the stream, whichever way it is reached."""
+        """Identifies the stream, independent of the address at which it is read."""
 
     @abstractmethod
     def open(self, position: Position) -> AbstractContextManager[StreamReader]:

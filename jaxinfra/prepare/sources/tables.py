@@ -1,6 +1,6 @@
-"""Rows of tables as records: Parquet files, ArrayRecord files, and what `datasets.save_to_disk` wrote.
+"""Rows of tables as records: Parquet files, ArrayRecord files, and folders that `datasets.save_to_disk` wrote.
 
-pyarrow reads the Hugging Face files as streams, because `datasets` would first copy remote files to the local disk.
+Hugging Face files are read by pyarrow, as streams, because `datasets` would first copy remote files to the local disk.
 Features that `datasets` would decode (images, audio) keep their stored form.
 """
 
@@ -32,7 +32,7 @@ _PARQUET_OPTIONS = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_
 # The default reads 16 MiB ahead in every thread of a pool.
 _ARRAY_RECORD_OPTIONS = "readahead_buffer_size:1M,max_parallelism:0"
 _DICT_FILE, _STATE_FILE = "dataset_dict.json", "state.json"
-_ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # pyarrow reads a stream without it as a shorter one
+_ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # pyarrow does not notice if a stream is cut before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Parquet(FileSource):
     """Rows of Parquet files, which are split between row groups; page checksums are verified where a file has them."""
 
     pattern: str = "**/*.parquet"
-    columns: tuple[NonEmptyStr, ...] = ()  # to read; () reads all
+    columns: tuple[NonEmptyStr, ...] = ()  # columns to read; () reads all
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -80,7 +80,7 @@ class Parquet(FileSource):
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
-    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split."""
+    """Rows of a `Dataset`, or of one split of a `DatasetDict`; only local files are split into shards."""
 
     path: NonEmptyStr = ""  # folder or URL that `save_to_disk` wrote to
     split: NonEmptyStr | None = None  # None if there is only one
@@ -127,10 +127,10 @@ class HuggingFace(Source):
         if state.get("_indices_data_files"):
             raise ConfigError(f"path={place}: selects its rows by an index; save dataset.flatten_indices() instead")
         files = {file.name: file for file in list_files(self.path, f"{folder}*")}
-        wanted = sorted(folder + item["filename"] for item in state["_data_files"])
-        if missing := [name for name in wanted if name not in files]:
+        listed = sorted(folder + item["filename"] for item in state["_data_files"])
+        if missing := [name for name in listed if name not in files]:
             raise DataError(f"{place}/{missing[0]}: is missing, but {folder}{_STATE_FILE} lists it; restore the file")
-        return [files[name] for name in wanted]
+        return [files[name] for name in listed]
 
     def _read_json(self, name: str) -> dict[str, Any]:
         with open_file(self.path, name) as file:
@@ -149,7 +149,7 @@ class HuggingFace(Source):
     def _open_batches(self, name: str) -> Iterator[Iterable["RecordBatch"]]:
         """Opens the record batches of a file; a local file is memory-mapped, so skipping batches reads little."""
         with _open_for_arrow(self.path, name, "huggingface") as (pa, file):
-            file.seek(-min(len(_ARROW_END), file.seek(0, 2)), 2)
+            file.seek(-min(len(_ARROW_END), file.seek(0, os.SEEK_END)), os.SEEK_END)
             if file.read() != _ARROW_END:
                 fix = "restore the file or save the dataset again"
                 raise DataError(f"{display_url(self.path)}/{name}: is cut short; {fix}")
@@ -209,7 +209,10 @@ class ArrayRecords(FileSource):
 
 @contextmanager
 def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[ModuleType, BinaryIO]]:
-    """Gives pyarrow, which an extra of jaxinfra installs, and an open file; DataError if pyarrow cannot read it."""
+    """Yields the module pyarrow and an open file; DataError if pyarrow cannot read the file.
+
+    `extra` is the extra of jaxinfra that installs pyarrow, for the message if it is missing.
+    """
     path = f"{display_url(root)}/{name}"
     pa = import_optional("pyarrow", needed_by=path, install=f"jaxinfra[{extra}]")
     with open_file(root, name) as file:
@@ -217,7 +220,7 @@ def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[ModuleTy
             yield pa, file
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise
+                raise  # an error of the storage; pyarrow's own, for damaged files, have no errno
             raise damaged_file(path, cause_of(error)) from error
 
 

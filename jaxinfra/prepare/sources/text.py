@@ -1,8 +1,8 @@
 """Text files, plain or compressed, as records: whole files, lines of text, or JSON lines.
 
 Files of lines are split into byte ranges. A shard has the lines that begin in its range, so every line is in one
-shard. Offsets count decompressed bytes; compressed files are not split. A damaged or truncated file is an error, never
-read as a shorter one.
+shard. Offsets count decompressed bytes; compressed files are not split. A damaged or truncated file is an error, not a
+shorter file.
 """
 
 import gzip
@@ -34,7 +34,7 @@ MAX_RECORD_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = (".gz", ".zst")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a pair
 _JSON_NAMES = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -130,17 +130,17 @@ def parse_text(content: bytes) -> dict[str, str]:
 
 
 def parse_json_object(content: bytes) -> Fields:
-    """Parses a JSON object in UTF-8; ValueError if it is none, or has strings that UTF-8 cannot encode."""
+    """Parses a JSON object in UTF-8; ValueError if it is not one, or has strings that UTF-8 cannot encode."""
     text = parse_text(content)["text"]
     try:
         value = json.loads(text)
-        if _SURROGATE.search(text):
+        if _SURROGATE.search(text):  # encoding every record would be slow
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeEncodeError:
         raise ValueError("has an unpaired surrogate (\\ud800 to \\udfff)") from None
-    except ValueError:
+    except ValueError:  # the only other one: Python's limit for integers
         raise ValueError("has a number of more than 4300 digits") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None

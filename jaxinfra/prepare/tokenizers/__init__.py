@@ -1,4 +1,4 @@
-"""Tokenizers of a recipe: read from a file, converted, or trained. The store keeps the result.
+"""Tokenizers of a recipe: read from a file, converted from another library's file, or trained.
 
 build_tokenizer(TokenizerFile(path="llama3.json"))      any tokenizer.json
 build_tokenizer(Tiktoken(path="cl100k_base.tiktoken"))  rank files of tiktoken, converted
@@ -34,16 +34,16 @@ class TokenizerFile(TokenizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(TokenizerConfig):
-    """The bytes of UTF-8 as tokens; the end of a document is 256, and `special_tokens` follow."""
+    """UTF-8 bytes as tokens; id 256 ends documents, and `special_tokens` follow."""
 
     special_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBpe(TokenizerConfig):
-    """A byte-level BPE that is trained on the text of the recipe; a short text gives fewer tokens.
+    """A byte-level BPE that is trained on the text of the recipe; a short text gives fewer than `vocab_size` tokens.
 
-    The id of the end of a document is 0, and `special_tokens` follow.
+    Id 0 ends documents, and `special_tokens` follow.
     """
 
     vocab_size: int = 8192
@@ -68,10 +68,10 @@ def build_tokenizer(config: PretrainedTokenizer) -> Tokenizer:
 
 
 def convert_tokenizer(config: PretrainedTokenizer) -> tuple[Tokenizer, Callable[[Iterable[str]], None]]:
-    """Reads a tokenizer; converts one of another library, and compares the two on hard texts.
+    """Reads or converts a tokenizer, and compares a converted one with its original library on `HARD_TEXTS`.
 
-    Also returns a function that compares them on more texts. ConfigError if the file cannot be used, if its tokens
-    differ after conversion, or if the library is missing.
+    Also returns a function that compares them on more texts. ConfigError if the file cannot be used, if the converted
+    tokenizer gives other tokens, or if the library is not installed.
     """
     match config:
         case TokenizerFile():

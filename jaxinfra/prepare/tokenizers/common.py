@@ -22,9 +22,9 @@ HARD_TEXTS = (
     "supercalifragilistic" * 9 + "a" * 500,
     "",
 )
-"""Texts on which libraries are likely to differ: white space, scripts, normalization, spelled bytes, special tokens."""
+"""Texts on which libraries are likely to differ: white space, scripts, normalization, "<0x41>", special tokens."""
 
-_PRECISION = 1e-6  # of sums in float32
+_PRECISION = 1e-6  # relative, of sums in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class TokenizerConfig:
 def derive_merges[Token: (str, bytes), Rank: (int, tuple[float, int])](
     ranks: Mapping[Token, Rank],
 ) -> list[tuple[Token, Token]]:
-    """Returns all pairs of tokens that form a token, sorted by its rank.
+    """Returns the merges of a BPE: all pairs of tokens whose concatenation is a token, sorted by its rank.
 
-    The original libraries store no merges: they merge any pair whose union has the lowest rank.
+    The original libraries store no merges. They merge the pair whose concatenation has the lowest rank.
     """
     return [
         (token[:cut], token[cut:])
@@ -66,13 +66,14 @@ class ConvertedTokenizer:
     tokenizer: Tokenizer
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-    unknown: int | None = None  # id of text without a token, which the libraries decode differently
-    scores: np.ndarray | None = None  # of the pieces of a unigram model
-    name: str
+    unknown: int | None = None  # id of unknown text, which the libraries decode differently
+    scores: np.ndarray | None = None  # log-probabilities of the pieces of a unigram model
+    name: str  # for messages
 
     def check(self, texts: Iterable[str]) -> None:
         """Compares ids and decoded text with the original library; ConfigError says where they differ."""
         for text in texts:
+            # Special tokens in a text must stay ordinary text, also within and between words.
             for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special_tokens if token in text)):
                 if cause := self._difference(each):
                     raise ConfigError(
@@ -85,8 +86,8 @@ class ConvertedTokenizer:
         if expected != ours and not self._equally_likely(expected, ours):
             at = next((i for i, (a, b) in enumerate(zip(expected, ours, strict=False)) if a != b), len(ours))
             place = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
-            found, wanted = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (ours, expected))
-            return f"near {place!r} it gives the ids {found}, expected {wanted}"
+            actual, wanted = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (ours, expected))
+            return f"near {place!r} it gives the ids {actual}, expected {wanted}"
         if self.unknown not in expected and self.decode(expected) != (decoded := self.tokenizer.decode(ours)):
             return f"the text {text[:40]!r} is decoded as {decoded[:40]!r}"
         return None

@@ -1,7 +1,7 @@
 """Converts `.model` files of SentencePiece (Kudo and Richardson 2018) to tokenizer.json.
 
-SentencePiece never finds *control* pieces in a text, but does find *user-defined* ones, which may be turn markers or
-HTML tags. The conversion decides which of them only a template may spell.
+SentencePiece never finds *control* pieces in a text, but does find *user-defined* pieces, which may be turn markers or
+HTML tags. The conversion decides which of them become special tokens, which only a template may write.
 """
 
 import re
@@ -33,8 +33,8 @@ _NEVER = -1e5  # a score so low that a unigram model never chooses the piece
 class SentencePieceModel(TokenizerConfig):
     """A `.model` file of SentencePiece, at a path or URL.
 
-    `special_tokens` are the user-defined pieces that only a template may spell; None is all that look like `<...>` or
-    `[...]`. Control pieces and the end of a document always are special.
+    `special_tokens` are the user-defined pieces that become special; None is all that look like `<...>` or `[...]`.
+    Control pieces and the end of a document are always special.
     """
 
     end_in_special_tokens = True
@@ -106,7 +106,7 @@ def _to_backend(model: Any) -> Backend:
         pattern = "|".join(map(re.escape, sorted(user_defined, key=len, reverse=True)))
         splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
     if trainer.byte_fallback:
-        # Splits "<0x41>" if the text could otherwise be merged to the token of that byte.
+        # Splits the text "<0x41>" in two, where the model could otherwise merge it into the token of that byte.
         normal = {piece.piece for piece in model.pieces if piece.type == types.NORMAL}
         is_unigram = trainer.model_type == trainer.UNIGRAM
         if not normal.issuperset("<0x123456789ABCDEF>") if is_unigram else user_defined:
@@ -124,10 +124,10 @@ def _to_backend(model: Any) -> Backend:
 
 
 def _normalize_characters(charsmap: bytes, user_defined: Sequence[str]) -> list[normalizers.Normalizer]:
-    """Returns steps that normalize characters, except those of user-defined pieces.
+    """Returns steps that normalize characters, except in user-defined pieces.
 
-    User-defined pieces are replaced by private-use characters meanwhile. `Precompiled` drops the combining marks of a
-    letter that it changes, so a separator is put before each mark that NFC did not compose.
+    These pieces are replaced by private-use characters meanwhile. `Precompiled` drops the combining marks of a letter
+    that it changes, so a separator is put before each mark that NFC did not compose.
     """
     change = normalizers.Precompiled(charsmap)
     kept = [text for text in sorted(user_defined, key=len, reverse=True) if change.normalize_str(text) != text]
@@ -140,6 +140,7 @@ def _normalize_characters(charsmap: bytes, user_defined: Sequence[str]) -> list[
 
 def _to_model(model: Any) -> models.Model:
     types, trainer = model.SentencePiece, model.trainer_spec
+    # Unused pieces keep their ids, and get texts that no input has.
     texts = [f"\U0010ffff{i}" if piece.type == types.UNUSED else piece.piece for i, piece in enumerate(model.pieces)]
     unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == types.UNKNOWN)
     if trainer.model_type == trainer.UNIGRAM:

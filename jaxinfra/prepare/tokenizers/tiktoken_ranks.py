@@ -1,7 +1,7 @@
 """Converts vocabularies of tiktoken to tokenizer.json: ranks, a pattern that splits text into words, special tokens.
 
-A rank file has a token a line: its bytes in base64, a space, and its rank, which is its id. The pattern and the
-special tokens are not in the file; those of the public encodings are known here by name.
+A line of a rank file has the bytes of a token in base64, a space, and its rank, which is its id. The file does not have
+the pattern and the special tokens, so this module lists those of the public encodings by name.
 """
 
 import base64
@@ -44,11 +44,12 @@ SPECIAL_TOKENS: dict[str, dict[str, int]] = {
     "cl100k_base": {"<|endoftext|>": 100257} | _FILL_IN,
     "o200k_base": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
 }
-"""Special tokens of the encodings that can be used with a path."""
+"""Special tokens of the encodings that a rank file at a path can have."""
 
 _EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 # Characters that stand for unprintable bytes in a byte-level vocabulary.
 _BYTE_CHARS = {byte: chr(256 + i) for i, byte in enumerate((*range(33), *range(127, 161), 173))}
+# Oniguruma, which `tokenizers` uses, does not read `X{n,m}+` as possessive, so it becomes the group `(?>X{n,m})`.
 _ATOM = r"(\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|*+?])"
 _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 
@@ -62,10 +63,10 @@ class Tiktoken(TokenizerConfig):
     """
 
     end_in_special_tokens = True
-    path: NonEmptyStr | None = None  # path or URL of the rank file
+    path: NonEmptyStr | None = None  # or URL of the rank file
     encoding: str = "cl100k_base"  # gpt2, cl100k_base or o200k_base; without a path any of `PATTERNS`
-    pattern: str | None = None  # regular expression
-    special_tokens: tuple[str, ...] = ()  # their ids follow the last rank
+    pattern: str | None = None  # regular expression that matches words
+    special_tokens: tuple[str, ...] = ()  # get the ids after the last rank
 
     @override
     def problems(self) -> Iterable[Problem]:
@@ -110,10 +111,11 @@ def convert_tiktoken(config: Tiktoken) -> ConvertedTokenizer:
 
 def _to_json(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
     """Returns the tokenizer.json."""
-    spelled = {token: token.decode("latin-1").translate(_BYTE_CHARS) for token in sorted(ranks, key=ranks.__getitem__)}
-    merges = [[spelled[left], spelled[right]] for left, right in derive_merges(ranks)]
+    # A byte-level vocabulary stores each byte as one character.
+    text_of = {token: token.decode("latin-1").translate(_BYTE_CHARS) for token in sorted(ranks, key=ranks.__getitem__)}
+    merges = [[text_of[left], text_of[right]] for left, right in derive_merges(ranks)]
     by_id = sorted(special.items(), key=lambda item: item[1])
-    vocab = {text: ranks[token] for token, text in spelled.items()} | dict(by_id)
+    vocab = {text: ranks[token] for token, text in text_of.items()} | dict(by_id)
     split = pre_tokenizers.Split(Regex(_POSSESSIVE.sub(r"(?>\1\2)", pattern)), behavior="isolated")
     words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tree = {
@@ -151,11 +153,11 @@ def _load_encoding(library: ModuleType, encoding: str) -> tuple[str, dict[bytes,
     if encoding not in PATTERNS:
         raise ConfigError(f"encoding={encoding}: is not a known encoding; use one of {', '.join(PATTERNS)}")
     try:
-        found = library.get_encoding(encoding)
+        loaded = library.get_encoding(encoding)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"encoding={encoding}: its file is not in tiktoken's cache and cannot be downloaded "
             f"({cause_of(error)}); use path=PATH of the rank file"
         ) from error
-    ranks = {token: found.encode_single_token(token) for token in found.token_byte_values()}
-    return PATTERNS[encoding], ranks, {text: found.encode_single_token(text) for text in found.special_tokens_set}
+    ranks = {token: loaded.encode_single_token(token) for token in loaded.token_byte_values()}
+    return PATTERNS[encoding], ranks, {text: loaded.encode_single_token(text) for text in loaded.special_tokens_set}

@@ -161,7 +161,7 @@ def test_array_records_are_decoded_as_configured(array_root, tmp_path):
     assert bad(ArrayRecords(root=str(tmp_path), decode="text")) == ["a.array_record record 2: not UTF-8 at byte 0"]
 
 
-def test_files_without_records_have_none(tmp_path):
+def test_files_without_records_yield_no_records(tmp_path):
     write_array_record(tmp_path / "a.array_record", [])
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     empty = datasets.Dataset.from_dict({"text": []}, features=datasets.Features({"text": datasets.Value("string")}))
