@@ -75,7 +75,7 @@ def tensorstore_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
 
 
 def installed_loaders() -> dict[str, Loader]:
-    """Returns all loaders whose packages are installed."""
+    """Returns all loaders with installed packages, by name."""
     loaders: dict[str, Loader] = {
         "memmap, gathered": memmap_batches,
         TENSORSTORE: tensorstore_batches,
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     num_rounds = min(options.pairs, MAX_ROUNDS)
     if num_tokens < MIN_TOKENS:
         raise ConfigError(f"--tokens {num_tokens}: must be {MIN_TOKENS} or more; use --tokens {MIN_TOKENS}")
-    figures: dict[str, object] = {"tokens": num_tokens, "rounds": num_rounds}
+    measurements: dict[str, object] = {"tokens": num_tokens, "rounds": num_rounds}
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
         print(f"writing {num_tokens:,} tokens ...", file=sys.stderr, flush=True)
@@ -158,19 +158,21 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
             print(f"measuring {part} ...", file=sys.stderr, flush=True)
             if part == "speed":
                 rows = list(time_loaders(files, num_rounds))
-                figures["rows"] = rows
+                measurements["rows"] = rows
                 lines.append(format_table(COLUMNS, rows))
             elif part == "first":
                 times_s = [measure_loader_in_subprocess("first", files) for _ in range(num_rounds + 1)]
-                figures["first_batch_s"] = first_s = median(times_s[1:])
+                measurements["first_batch_s"] = first_s = median(times_s[1:])
                 lines.append(
                     f"First batch {first_s:.2f} s after the start of a process, imports included, "
                     "without importing JAX (goal < 1 s)."
                 )
             else:
-                figures["growth_bytes"] = growth_bytes = int(
+                measurements["growth_bytes"] = growth_bytes = int(
                     measure_loader_in_subprocess("growth", files, GROWTH_BATCHES)
                 )
                 lines.append(f"Memory grows {growth_bytes / 1e6:.1f} MB over {GROWTH_BATCHES:,} batches (goal < 50).")
     sizes = f"{num_tokens:,} tokens, windows of {SEQ_LEN:,}, batches of {BATCH_SIZE}"
-    return BenchmarkResult(text="\n".join(lines), note=f"{sizes}; medians of {num_rounds} rounds", figures=figures)
+    return BenchmarkResult(
+        text="\n".join(lines), note=f"{sizes}; medians of {num_rounds} rounds", measurements=measurements
+    )

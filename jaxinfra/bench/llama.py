@@ -106,6 +106,6 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     return BenchmarkResult(
         text=format_table(COLUMNS, [row for n in BATCH_SIZES for row in all_rows if row["batch_size"] == n]),
         note=f"{CONFIG} on {TOPOLOGY}",
-        figures={"rows": rows},
+        measurements={"rows": rows},
         environment={name: version(name) for name in ("jax", "libtpu")},
     )

@@ -154,8 +154,8 @@ def measure(
     """Answers a request of `bench step`, `bench parallel` or `time_startup`; most kinds return seconds by side.
 
     Args:
-        kind: "baseline_config" (no times), "layouts" (naive and fast matmuls of the baseline), "meshes", "alone" (both
-            sides, one after the other), "step" (both sides alternately) or "dispatch" (of a step, and of the loop).
+        kind: "baseline_config" (no times), "layouts" (naive and fast matmuls of the baseline), "meshes", "alone"
+            (jaxinfra, then the baseline), "step" (both alternately) or "dispatch" (of a step, and of the loop).
         config: the config file.
         overrides: for the config.
         num_rounds: timed rounds.

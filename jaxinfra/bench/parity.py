@@ -223,7 +223,7 @@ def compare_in_processes(
                 if process.exitcode:
                     raise ParityWorkerError(
                         f"a parity worker exited with code {process.exitcode}: see its last message above; "
-                        "if there is none, memory was probably too small: use --jobs 1"
+                        "without one, memory was probably too small: use --jobs 1"
                     ) from None
                 continue
             if isinstance(received, JaxinfraError):

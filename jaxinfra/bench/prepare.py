@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
                 times_s[case].append(time_in_subprocess(case, source, path))
     rows = list(make_rows(times_s, n_bytes, num_tokens))
     note = f"{len(texts):,} files, {n_bytes / 1e6:.1f} MB, {num_tokens:,} tokens; medians of {num_rounds} rounds"
-    return BenchmarkResult(text=f"{format_table(COLUMNS, rows)}\n\n{GOALS}", note=note, figures={"rows": rows})
+    return BenchmarkResult(text=f"{format_table(COLUMNS, rows)}\n\n{GOALS}", note=note, measurements={"rows": rows})
 
 
 def make_rows(times_s: dict[TokenizeCase, list[float]], n_bytes: int, num_tokens: int) -> Iterator[TableRow]:

@@ -64,7 +64,7 @@ def _row(
 def measure_in_subprocess(
     options: argparse.Namespace, kind: str, *overrides: str, num_devices: int = 1, max_rounds: int | None = None
 ) -> Times:
-    """Runs `measure.measure` in a new process; `overrides` come after those of the command line."""
+    """Runs `measure.measure` in a new process; `overrides` follow the overrides of the command line."""
     request = {
         "kind": kind,
         "config": options.config,

@@ -32,11 +32,11 @@ def describe_machine() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """The result of a benchmark: `figures` has the numbers in `text` as JSON, `note` says how it was measured."""
+    """The result of a benchmark; `measurements` has the numbers of `text` as JSON, `note` says how it was measured."""
 
     text: str
     note: str
-    figures: Mapping[str, object]
+    measurements: Mapping[str, object]
     environment: Mapping[str, str] = field(default_factory=describe_machine)
 
     def __str__(self) -> str:
@@ -82,5 +82,5 @@ def run_cases(options: argparse.Namespace, cases: Cases, columns: Columns) -> Be
     return BenchmarkResult(
         text=format_table(columns, rows),
         note=f"Medians of {options.pairs} rounds",
-        figures={"rows": rows, "pairs": options.pairs},
+        measurements={"rows": rows, "pairs": options.pairs},
     )

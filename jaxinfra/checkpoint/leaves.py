@@ -22,7 +22,7 @@ def leaf_types(tree: PyTree) -> dict[str, str]:
 
 
 def first_difference(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
-    """Describes the first leaf whose type differs or that only one side has; None if all leaves are equal."""
+    """Describes the first leaf with another type, or on one side only; None if all leaves have equal types."""
     for name, leaf_type in wanted.items():
         if name not in saved:
             return f"{name} is {leaf_type} in this run and not in the checkpoint"

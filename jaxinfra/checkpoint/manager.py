@@ -110,7 +110,7 @@ class CheckpointManager:
     def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
         """Restores "params" or "ema" (the averaged parameters) without reading the rest of the state.
 
-        Raises what `restore` raises, and ConfigError if the checkpoint has no such subtree.
+        Raises the errors of `restore`, and ConfigError if the checkpoint has no such subtree.
         """
         target = with_concrete_shardings({subtree: abstract_params})
         with self._reading(step):

@@ -18,7 +18,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     result = importlib.import_module(f"jaxinfra.bench.{options.name}").run(options)
     print(result)
     if options.json is not None:
-        table = {**result.figures, "environment": result.environment}
+        table = {**result.measurements, "environment": result.environment}
         outputs.write_text(options.json, json.dumps(table, indent=2) + "\n")
     return 0
 

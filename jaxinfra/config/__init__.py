@@ -1,7 +1,7 @@
 """Typed configs: loading, overrides, validation, dumps, diffs, records and replays.
 
 A config is a tree of frozen, keyword-only dataclasses, each in the module of what it configures. This package works
-with any such classes, also those of users (see `Extensible`), and does not import JAX.
+with any such classes, including user classes (see `Extensible`), and does not import JAX.
 
     loaded = load("configs/tiny.py", ["train.steps=100", "optim.schedule=cosine"])
     validate(loaded.run)

@@ -97,8 +97,8 @@ def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinde
     with error_prefix(f"{path}: "):
         if isinstance(kind, str) and (cls := choices(annotation).get(kind) or find_choice(annotation, kind, finder)):
             return cls
-    found = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
-    raise ConfigError(f"{path}{found} expected {describe(annotation)}")
+    problem = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
+    raise ConfigError(f"{path}{problem} expected {describe(annotation)}")
 
 
 def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:

@@ -30,7 +30,7 @@ class Chip:
     devices_per_chip: int = 1
     hbm_bytes: int
     peak_flops: float  # dense bfloat16 FLOP/s
-    clock_hz: float | None = None  # of the matrix units; None for GPUs, whose compiler estimates no cycles
+    clock_hz: float | None = None  # of the matrix units; None for GPUs: their compiler estimates no cycles
 
 
 def _tpu(

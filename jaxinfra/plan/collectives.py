@@ -28,7 +28,7 @@ KINDS = (
     "reduce-scatter",
 )
 ALL_REDUCE_SLICE = "all-reduce+slice"
-"""Kind of an all-reduce whose result each device only slices, in a separate operation."""
+"""Kind of an all-reduce if each device only slices the result, in a separate operation."""
 
 type Link = Literal["local", "network"]
 
@@ -79,7 +79,7 @@ class Traffic:
 
 
 def summarize(collectives: Sequence[Collective]) -> list[Traffic]:
-    """Adds up equal collectives; sorts them by loop depth, kind, axes and link."""
+    """Sums the collectives of equal loop depth, kind, axes and link; sorts the sums by these."""
     totals: dict[tuple[int, str, tuple[str, ...], Link], list[int]] = {}
     for each in collectives:
         total = totals.setdefault((each.loops, each.kind, each.axes, each.link), [0, 0, 0])

@@ -30,12 +30,12 @@ def explain(message: str, run: Run, per_device_batch_size: float) -> str:
         return f"a kernel exceeds the chip's vector memory: {first_line}; {fix}"
     if "RESOURCE_EXHAUSTED" not in message:
         return f"the compiler failed: {first_line}; --debug prints its whole message"
-    found = next((match for pattern in _OUT_OF_MEMORY if (match := pattern.search(message))), None)
-    if found is None:
+    match = next(filter(None, (pattern.search(message) for pattern in _OUT_OF_MEMORY)), None)
+    if match is None:
         fix = suggest_fix(run, per_device_batch_size, 2)
         return f"out of memory: {first_line.removeprefix('RESOURCE_EXHAUSTED: ')}; {fix}"
-    needed, limit = _bytes(found["needed"]), _bytes(found["limit"])
-    what = f" for {found['what']}" if "what" in found.re.groupindex else ""
+    needed, limit = _bytes(match["needed"]), _bytes(match["limit"])
+    what = f" for {match['what']}" if "what" in match.re.groupindex else ""
     return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, needed / limit), what)
 
 

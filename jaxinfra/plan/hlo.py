@@ -64,7 +64,7 @@ class Instruction:
 
 @dataclass(kw_only=True)
 class Computation:
-    """Instructions by name, in the order of execution; `root` names the one whose result is returned."""
+    """Instructions by name, in the order of execution; the result of `root` is returned."""
 
     name: str
     root: str = ""
@@ -161,7 +161,7 @@ class HloModule:
                         yield from self._calls(called, loops, runs, inside, cost)
 
     def unknown_loops(self) -> list[str]:
-        """Names the loops whose trip count is unknown."""
+        """Returns the names of loops with unknown trip counts."""
         return [
             instruction.name
             for call in self.calls()

@@ -69,7 +69,7 @@ def local_path(root: str, name: str) -> str:
 
 
 def list_files(root: str, pattern: str) -> list[FileInfo]:
-    """Lists the files below the root whose relative names match, sorted by name; reads no file.
+    """Lists the files below the root with relative names that match, sorted by name; reads no file.
 
     Links to files are followed, links to folders are not. Raises ConfigError if there is no such folder, or no file
     matches.

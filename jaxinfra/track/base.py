@@ -1,4 +1,4 @@
-"""The interface of trackers, and a base class for those that append to a file."""
+"""The interface of trackers, and a base class for trackers that append to a file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

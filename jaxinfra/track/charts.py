@@ -74,7 +74,7 @@ def render_chart(chart: Chart, steps: tuple[int, int]) -> str:
         if points
     ]
     unit = f'<span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
-    legend = "".join(  # labels with the last values, which the script replaces by those at the pointer
+    legend = "".join(  # labels with the last values; the script shows the values at the pointer in their place
         f'<span class="key s{i}">{escape(label)} <b>{escape(format_number(points[-1][1]))}</b></span>'
         for i, (label, points) in enumerate(lines)
     )

@@ -1,7 +1,7 @@
 """Writes TensorBoard event files without TensorFlow: scalars, the config as text, and its fields as hyperparameters.
 
-It uses the messages of tensorboardX but not its `SummaryWriter`, whose thread ends at a failed write, so that the next
-full queue blocks training forever.
+It uses the messages of tensorboardX but not its `SummaryWriter`: after a failed write its thread ends, and training
+blocks forever once the queue is full.
 """
 
 import json

@@ -92,7 +92,7 @@ class TrackConfig:
 
     Attributes:
         log_every: steps between two logs; other steps' metrics stay on the device.
-        jsonl: writes metrics.jsonl and summary.json, from which the report is made.
+        jsonl: writes metrics.jsonl and summary.json; the report is made from them.
         tensorboard: writes TensorBoard event files.
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
             terminal and "plain" elsewhere, "off" prints nothing.
@@ -126,7 +126,7 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
 
 
 def _make_tracker(config: TrackerConfig, run_dir: Path) -> Tracker:
-    """Makes a tracker; ConfigError if it is none."""
+    """Makes a tracker; raises ConfigError if `make_tracker` returns something else."""
     with user_code(type(config), "track.trackers"):
         tracker = config.make_tracker(run_dir)
     if not isinstance(tracker, Tracker):
