@@ -97,7 +97,7 @@ class _Assignment:
             return self._switch(old, cls)
         parsed = parse(annotation, override.text)
         if parsed is not MISMATCH:
-            self._require_kept(set())  # a value without fields, such as none, keeps nothing
+            self._check_nothing_discarded(set())  # a leaf, such as none, keeps no fields
             return parsed
         if not is_choice(annotation) and is_node(annotation, old):
             parts = [join(override.path, name) for name, _, _ in children(annotation, old)]
@@ -122,6 +122,7 @@ class _Assignment:
             return find_choice(annotation, text, self.finder, anywhere=True)
 
     def _switch(self, old: object, cls: type) -> object:
+        """Returns an object of `cls` with the values of the fields that it shares with `old`."""
         if type(old) is cls:
             return old
         old_fields = fields_of(type(old)) if is_config(type(old)) else ()
@@ -131,17 +132,18 @@ class _Assignment:
             for field in fields_of(cls)
             if old_types.get(field.name) == union_members(field.annotation)
         }
-        self._require_kept(set(kept))
+        self._check_nothing_discarded(set(kept))
         missing = [field.name for field in fields_of(cls) if field.required and field.name not in kept]
         if missing:
             raise ConfigError(f"{self.override}: has no default for {', '.join(missing)}; set it in the config file")
         return conform(cls, self._build(cls, **kept), self.override.path)
 
-    def _require_kept(self, kept: set[str]) -> None:
+    def _check_nothing_discarded(self, kept: set[str]) -> None:
         """Raises ConfigError if an earlier override has set a field below the path that is not one of `kept`."""
         path = self.override.path
         for earlier in self.earlier:
-            if is_below(earlier.path, path) and earlier.path.removeprefix(path + ".").split(".")[0] not in kept:
+            field = earlier.path.removeprefix(f"{path}.").split(".")[0]
+            if is_below(earlier.path, path) and field not in kept:
                 raise ConfigError(f"{self.override}: would discard {earlier} before it; put {self.override} first")
 
     def _build[T](self, constructor: Callable[..., T], *args: Any, **fields: Any) -> T:
@@ -153,6 +155,7 @@ class _Assignment:
 
     def _unknown_path(self, annotation: object, value: object, names: Sequence[str], path: str) -> str:
         full, name = self.override.path, names[0]
+        # Classes of the choice, other than the one of `value`, with this field.
         owners = [kind for kind, cls in choices(annotation).items() if name in (each.name for each in fields_of(cls))]
         if owners:
             return f"{full}: {name} is a field of {' and of '.join(owners)}; choose it first with {path}={owners[0]}"
@@ -169,7 +172,7 @@ class _Assignment:
         full = self.override.path
         sibling = nearest(names[0], siblings)
         corrected = ".".join([join(path, sibling), *names[1:]]) if sibling else full
-        if corrected in known:
+        if corrected in known:  # only names[0] is wrong
             return corrected
         same_name = [each for each in known if each.rpartition(".")[2] == names[-1]]
         if same_name:

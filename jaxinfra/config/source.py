@@ -126,10 +126,10 @@ def _not_default(annotation: object, value: object, default: object, path: str) 
     if type(default) is type(value):
         defaults = {name: part for name, _, part in children(annotation, default)}
     elif isinstance(value, tuple):
-        defaults = {}
+        defaults = {}  # every item differs
     else:
         defaults = {field.name: field.make_default() for field in fields_of(type(value))}
         if is_choice(annotation):
-            yield path
+            yield path  # the chosen class is a leaf, too
     for name, part_annotation, part in children(annotation, value):
         yield from _not_default(part_annotation, part, defaults.get(name, MISSING), join(path, name))
