@@ -39,7 +39,7 @@ BENCHES = {
         options=("config", "pairs"),
     ),
     "llama": BenchmarkSpec(
-        summary="the step of Llama 3.1 8B compiled for 64 TPU v5p chips: memory and cycles, with those of others",
+        summary="the step of Llama 3.1 8B compiled for 64 TPU v5p chips: memory and cycles, beside other results",
         parts=("full", "dots", "best"),
         options=(),
     ),

@@ -12,7 +12,7 @@ import numpy as np
 from jaxinfra.data.interfaces import Batch, DataConfig, Samples
 from jaxinfra.data.stopwatch import Stopwatch
 
-_MAX_PREFETCH = 16  # batches; those that are not used when a run ends were read for nothing
+_MAX_PREFETCH = 16  # batches; more would be wasted work when a run ends
 type Rows = slice | np.ndarray
 
 

@@ -90,8 +90,8 @@ def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first
     rows = zip(batch["inputs"], batch["targets"], batch.get("segments", ones), batch.get("weights", ones), strict=True)
     for row, (sample, (inputs, targets, segments, weights)) in enumerate(zip(ids, rows, strict=True), first_row):
         numbers = np.unique(segments[segments > 0])  # 0 is padding
-        learned = int((weights > 0).sum())
-        yield f"row {row}: sample {sample}, {len(numbers)} documents, {learned} of {len(targets)} targets count"
+        num_counted = int((weights > 0).sum())
+        yield f"row {row}: sample {sample}, {len(numbers)} documents, {num_counted} of {len(targets)} targets count"
         texts = []
         for number in numbers:
             own = segments == number
@@ -105,7 +105,7 @@ def _format_tokens(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | 
     if mask is None:
         return _decode(tokenizer, tokens)
     runs = [(mask[start], _decode(tokenizer, tokens[start:end])) for start, end in _runs(np.diff(mask))]
-    return "".join(text if learned else f"[{text}]" for learned, text in runs)
+    return "".join(text if in_loss else f"[{text}]" for in_loss, text in runs)
 
 
 def _decode(tokenizer: Tokenizer, tokens: np.ndarray) -> str:

@@ -80,7 +80,7 @@ class TokenData(StoreData):
             )
         if store.manifest.masked and not self.mask_documents:
             raise ConfigError(
-                f"data.mask_documents=false: {store} masks the tokens that are not learned; "
+                f"data.mask_documents=false: {store} has a mask of the tokens that count in the loss; "
                 "use data.mask_documents=true"
             )
         if self.packing == "concat":

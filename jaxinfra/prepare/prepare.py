@@ -140,7 +140,7 @@ def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[SourceShard]]) -
 
 
 def find_existing(store: ObjectStore, known: Sequence[Version], made_of: str) -> PreparedVersion | None:
-    """Returns the version that was made of the same inputs, and makes it the newest one; None if there is none.
+    """Returns the version that was made of the same inputs, and makes it the newest one; None without such a version.
 
     If it is damaged, raises DataError and does not replace it, because others may be reading it.
     """

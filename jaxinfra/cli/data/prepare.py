@@ -28,19 +28,18 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     _check_options(options)
     if options.follow:
         return _follow(options)
+    engine = options.engine or ENGINES[0]
     for recipe in load_recipes(options):
         validate(recipe)
         with progress_bar() as on_progress:
-            version = prepare(
-                recipe, engine=options.engine or ENGINES[0], workers=options.workers, on_progress=on_progress
-            )
+            version = prepare(recipe, engine=engine, workers=options.workers, on_progress=on_progress)
         _print_version(version, "made")
         print("\n".join(describe_manifest(version.manifest)))
     return 0
 
 
 def load_recipes(options: argparse.Namespace) -> list[Recipe]:
-    """Loads the recipe of the config file, or those of the stores that a run reads; ConfigError if there are none."""
+    """Loads the recipe of the config file, or the recipes of the stores that a run reads; ConfigError without one."""
     config = load(options.config, options.overrides, imports=options.imports).run  # a run or a recipe
     if isinstance(config, Recipe):
         return [config]

@@ -82,7 +82,7 @@ class Tokenizer(ABC):
 
     def _byte_spans(self, text: str, *, continuation: bool) -> np.ndarray:
         """Returns the byte ranges of `encode_with_byte_spans` for tokenizers that rewrite texts."""
-        raise AssertionError(f"{self.kind}: the bytes of the tokens are not those of the text")
+        raise AssertionError(f"{self.kind}: the tokens have other bytes than the text")
 
     @cached_property
     def _byte_lengths_V(self) -> np.ndarray:

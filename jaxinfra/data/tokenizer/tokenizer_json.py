@@ -83,7 +83,7 @@ class JsonTokenizer(Tokenizer):
             added = self._added.get(index)
             if added is not None and added.special:
                 lengths[index] = 0
-            elif added is not None and byte_level:  # unlike other tokens, its text is stored as it is
+            elif added is not None and byte_level:  # added tokens are not stored in byte-level characters
                 lengths[index] = len(token.encode())
             elif byte_level:
                 lengths[index] = len(token)  # one character for each byte
@@ -119,7 +119,7 @@ class JsonTokenizer(Tokenizer):
             model["vocab"] = {hidden.get(text, text): index for text, index in model["vocab"].items()}
         else:  # of a unigram model, by id
             model["vocab"] = [[hidden.get(text, text), score] for text, score in model["vocab"]]
-        if "merges" in model:  # those that make or use a hidden token would name an unknown one
+        if "merges" in model:  # a merge with a text that is no longer in the vocabulary is an error
             model["merges"] = [pair for pair in model["merges"] if hidden.keys().isdisjoint((*pair, "".join(pair)))]
         if model.get("unk_token") in hidden:
             model["unk_token"] = hidden[model["unk_token"]]

@@ -98,7 +98,7 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
     sizes_V, validation = _read_columns(splits, "validation", names)
     sizes_T, train = _read_columns(splits, "train", names)
-    num_validation = sum(sizes_V) // per_record  # records; those of the validation split come first in keep_R
+    num_validation = sum(sizes_V) // per_record  # records; in keep_R, validation comes before training
     if dedup is None:  # compares records by the hashes of all their documents
         validation_RK, train_RK = (columns[0].reshape(-1, 2 * per_record) for columns in (validation, train))
         overlap_V, keep_R = _rows_in(validation_RK, train_RK), np.ones(num_validation + len(train_RK), bool)

@@ -69,7 +69,7 @@ def _parse_image(recipe: ImageSet, record: Fields) -> tuple[np.ndarray, int]:
 
 
 def _require_one_shape(shapes: set[tuple[int, ...]], location: str) -> tuple[int, ...]:
-    """Returns the shape of all images, () if there are none; DataError for several shapes."""
+    """Returns the shape of all images, () without images; DataError for several shapes."""
     if len(shapes) > 1:
         some = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:3])
         raise DataError(f"{location}: has images of {len(shapes)} shapes ({some}), all must have one; resize them")

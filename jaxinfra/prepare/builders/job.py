@@ -66,7 +66,7 @@ class StoreBuilder[R: Recipe](ABC):
     input_digest: str | None  # digest of the files that the recipe names, such as a tokenizer; None without such files
 
     def setup(self, folder: Path, shards: Sequence[SourceShard]) -> None:
-        """Writes what the jobs need beside their parts; `shards` are those of the training source."""
+        """Writes what the jobs need beside their parts; `shards` belong to the training source."""
         return
 
     @abstractmethod

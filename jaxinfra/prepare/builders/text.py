@@ -244,10 +244,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
     stage = "tokens"
 
     def __init__(self, corpus: Corpus):
-        """Reads the tokenizer, unless it is to be trained.
-
-        ConfigError if it or the template cannot be used, or if the template writes special tokens that it lacks.
-        """
+        """Reads an existing tokenizer; ConfigError if it or the template cannot be used, or not with each other."""
         self._corpus, config = corpus, corpus.tokenizer
         self.make_part = tokenize_job
         if isinstance(config, TrainBpe):
@@ -263,7 +260,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             if token not in special:
                 raise ConfigError(
                     f"format: its template writes {token}, which is not a special token of the tokenizer, so any text "
-                    "could spell it; add it to tokenizer.special_tokens, or use another template"
+                    "could contain it; add it to tokenizer.special_tokens, or use another template"
                 )
 
     @override
@@ -299,13 +296,8 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         # Too low for compressed sources, documents of a few bytes, and text unlike the tokenizer's training text.
         bytes_per_token = 1 if self._info.vocab_size < _SMALL_VOCAB else _BYTES_PER_TOKEN
         form = self._corpus.format
-        return (
-            2
-            * source_bytes
-            * form.documents_per_record
-            * (self._dtype.itemsize + form.has_loss_mask)
-            // bytes_per_token
-        )
+        stored_bytes = self._dtype.itemsize + form.has_loss_mask  # of a token; a mask has one byte
+        return 2 * source_bytes * form.documents_per_record * stored_bytes // bytes_per_token
 
     @override
     def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:

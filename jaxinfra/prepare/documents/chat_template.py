@@ -71,7 +71,7 @@ class ChatTemplate:
         """Renders a conversation of at least one message; RecordError if the template refuses or rewrites it.
 
         `in_loss` has the indices of the assistant messages that count in the loss, each with the end of its turn. None
-        counts all text, including that of the template.
+        counts all text, including the template's.
         """
         roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
         texts = [content.strip() for content in contents]

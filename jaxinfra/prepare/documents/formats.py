@@ -120,10 +120,7 @@ def _answers(messages: Sequence[Message], start: int = 0) -> list[int]:
 
 
 def _parse_messages(value: object, field: str, role: str | None = None) -> list[Message]:
-    """Returns at least one message, without empty system messages; with `role`, a string is one message of this role.
-
-    RecordError says what is wrong.
-    """
+    """Returns one or more messages, without empty system messages; with `role`, a string is a message of this role."""
     if role is not None and isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -103,13 +103,13 @@ class Synthetic(Source):
         words, syllables = [], self._syllables()
         word = rng.randrange(self.vocab_size)
         for _ in range(rng.randint((self.mean_words + 1) // 2, self.mean_words + self.mean_words // 2)):
-            words.append(_spell(word, syllables))
+            words.append(_word_text(word, syllables))
             follower = _FOLLOWERS[int(rng.random() * len(_FOLLOWERS))]
             word = (7 * word + 31 * follower**2) % self.vocab_size if follower else rng.randrange(self.vocab_size)
         return "".join(" ".join(sentence) + ".\n" for sentence in itertools.batched(words, _SENTENCE_WORDS))
 
     def _syllables(self) -> int:
-        """Returns the syllables per word that are needed to spell the vocabulary."""
+        """Returns how many syllables a word needs for `vocab_size` different words."""
         return next(count for count in itertools.count(1) if _SYLLABLES**count >= self.vocab_size)
 
 
@@ -126,9 +126,9 @@ def _first_line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _spell(word: int, syllables: int) -> str:
-    spelled = ""
+def _word_text(word: int, syllables: int) -> str:
+    text = ""
     for _ in range(syllables):
         word, syllable = divmod(word, _SYLLABLES)
-        spelled += _CONSONANTS[syllable % len(_CONSONANTS)] + _VOWELS[syllable // len(_CONSONANTS)]
-    return spelled
+        text += _CONSONANTS[syllable % len(_CONSONANTS)] + _VOWELS[syllable // len(_CONSONANTS)]
+    return text

@@ -61,7 +61,7 @@ def derive_merges[Token: (str, bytes), Rank: (int, tuple[float, int])](
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedTokenizer:
-    """A tokenizer that was converted from another library's file; `encode` and `decode` are those of that library."""
+    """A tokenizer that was converted from another library's file, with that library's `encode` and `decode`."""
 
     tokenizer: Tokenizer
     encode: Callable[[str], list[int]]

@@ -73,7 +73,7 @@ def convert_sentence_piece(config: SentencePieceModel) -> ConvertedTokenizer:
 
 
 def _mark_control_pieces(model: Any, config: SentencePieceModel) -> None:
-    """Turns the user-defined pieces that no text may spell into control pieces."""
+    """Turns the user-defined pieces that become special tokens into control pieces."""
     types = model.SentencePiece
     by_text = {piece.piece: piece for piece in model.pieces if piece.type in (types.CONTROL, types.USER_DEFINED)}
     special_like = [text for text, piece in by_text.items() if piece.type == types.CONTROL or _MARKER.fullmatch(text)]

@@ -1,7 +1,7 @@
 """Converts vocabularies of tiktoken to tokenizer.json: ranks, a pattern that splits text into words, special tokens.
 
 A line of a rank file has the bytes of a token in base64, a space, and its rank, which is its id. The file does not have
-the pattern and the special tokens, so this module lists those of the public encodings by name.
+the pattern and the special tokens, so this module lists them for the public encodings.
 """
 
 import base64
