@@ -161,6 +161,7 @@ class MixtureDataset:
     def validation(self, limit: int | None = None) -> MixtureSamples:
         """Returns all validation samples, or the first `limit`, with equal shares from every store."""
         count = len(self._parts)
+        # If the limit cannot be divided, the first stores give one sample more; every store gives at least one.
         shares = [None if limit is None else max(1, (limit + count - 1 - i) // count) for i in range(count)]
         return MixtureSamples([part.validation(share) for part, share in zip(self._parts, shares, strict=True)])
 

@@ -95,7 +95,9 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     counts = _count_records(splits, build)
     if not counts.records:
         raise _empty_split_error(recipe, dict.fromkeys(SPLITS, 0), counts)
-    names = ("digest_D2",) if dedup is None else ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
+    names: tuple[str, ...] = ("digest_D2",)
+    if dedup is not None:
+        names = ("exact_D2", "near_DP") if dedup.near else ("exact_D2",)
     sizes_V, validation = _read_columns(splits, "validation", names)
     sizes_T, train = _read_columns(splits, "train", names)
     num_validation = sum(sizes_V) // per_record  # records; in keep_R, validation comes before training
@@ -107,6 +109,7 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     else:  # all documents of a record have its signature, so the first one is enough
         validation, train = ([rows[::per_record] for rows in columns] for columns in (validation, train))
         keep_R = ~_find_duplicates(dedup, validation, train)
+        # A validation document overlaps if it is a duplicate when the training documents come first.
         overlap_V = np.zeros(num_validation, bool)
         unique_validation = [rows[keep_R[:num_validation]] for rows in validation]
         overlap_V[keep_R[:num_validation]] = _find_duplicates(dedup, train, unique_validation)[len(train[0]) :]
@@ -114,8 +117,8 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
         raise _overlap_error(overlap_V, _read_columns(splits, "validation", ("where_D",))[1][0][::per_record])
     dropped = {"overlap_dropped" if dedup is None else "duplicates": per_record * int((~keep_R).sum())}
     counts = replace(counts, overlap=per_record * int(overlap_V.sum()), **dropped)
-    keep_D = np.split(np.repeat(keep_R, per_record), np.cumsum([*sizes_V, *sizes_T])[:-1])
-    keep: KeepMasks = {"validation": keep_D[: len(sizes_V)], "train": keep_D[len(sizes_V) :]}
+    masks = np.split(np.repeat(keep_R, per_record), np.cumsum([*sizes_V, *sizes_T])[:-1])  # one for each part
+    keep: KeepMasks = {"validation": masks[: len(sizes_V)], "train": masks[len(sizes_V) :]}
     num_kept: dict[Split, int] = {split: sum(int(mask.sum()) for mask in keep[split]) for split in SPLITS}
     if not all(num_kept.values()):
         raise _empty_split_error(recipe, num_kept, counts)
