@@ -131,7 +131,8 @@ class _CollectiveFinder:
             kind = instruction.opcode.removesuffix("-start")
             megascale = _MEGASCALE.search(instruction.attributes) if instruction.opcode == "send" else None
             if megascale:
-                kind, axes, link = megascale[1].lower().replace("_", "-"), (self.outer_axis,), "network"
+                kind = megascale[1].lower().replace("_", "-")  # ALL_REDUCE is all-reduce
+                axes, link = (self.outer_axis,), "network"
                 whole, sliced = instruction.array_bytes[:1], ()
             elif kind in KINDS and (has_async_start or "chain_id=" not in instruction.attributes):
                 # In a chain of asynchronous fusions every part names the collective; only its start is listed.
@@ -154,18 +155,20 @@ class _CollectiveFinder:
         if instruction.opcode.endswith("-start"):
             num_operands = len(instruction.operands)
             num_results = 1 if kind == RAGGED else num_operands
-            if len(sizes) >= num_operands + num_results:  # (operands, results, counters of the chip)
+            # The result is (operands, results, counters of the chip), or the results alone.
+            if len(sizes) >= num_operands + num_results:
                 sizes = sizes[num_operands : num_operands + num_results]
             users = computation.users.get(instruction.name, [])
             result = next((user for user in users if user.opcode == f"{kind}-done"), instruction)
         if kind == RAGGED:
             sent = sum(computation.instructions[instruction.operands[0]].array_bytes)
             return (min(sent, *sizes),), ()
-        if kind == "reduce-scatter":
+        if kind == "reduce-scatter":  # the instruction has the sizes after it
             group_size = max(map(len, _device_groups(instruction.attributes, len(self.slice_ids))))
             return tuple(size * group_size for size in sizes), ()
         if kind != "all-reduce":
             return sizes, ()
+        # The name of each array of the result: its own, or the names of the tuple's elements.
         names: list[str | None] = [result.name]
         if result.shape.startswith("("):
             elements = {user.tuple_index: user.name for user in computation.users.get(result.name, [])}
@@ -180,6 +183,7 @@ class _CollectiveFinder:
         return bool(users) and all(self._slices(computation, user, name) for user in users)
 
     def _slices(self, computation: Computation, user: Instruction, name: str) -> bool:
+        """Tells whether `user` slices the array, directly, after a change of form, or inside a fusion."""
         if user.opcode == "dynamic-slice":
             return user.operands[0] == name
         if user.opcode in _RESHAPING:
@@ -196,7 +200,7 @@ class _CollectiveFinder:
         network = False
         for group in groups:
             coordinates = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
-            spanned.update(axis for axis, at in zip(self.mesh, coordinates, strict=True) if len(set(at)) > 1)
+            spanned.update(axis for axis, along in zip(self.mesh, coordinates, strict=True) if len(set(along)) > 1)
             network = network or len(set(self.slice_ids[list(group)])) > 1
         return tuple(axis for axis in self.mesh if axis in spanned), "network" if network else "local"
 
@@ -207,6 +211,7 @@ def _device_groups(attributes: str, num_devices: int) -> list[list[int]]:
         return [_integers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     if "replica_groups={}" in attributes:
         return [list(range(num_devices))]
+    # `[4,2]<=[2,4]T(1,0)` is arange(8).reshape(2, 4).transpose(1, 0).reshape(4, 2).
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, reshape_dims, transpose_perm = map(_integers, iota.groups(default=""))
         ids = np.arange(math.prod(shape)).reshape(reshape_dims)

@@ -153,7 +153,8 @@ class HloModule:
                 for called in instruction.called_computations:
                     yield from self._calls(called, loops + 1, runs_inside, inside, cost)
             elif instruction.opcode == "conditional" and cost is not None:
-                branches = [list(self._calls(b, loops, runs, inside, cost)) for b in instruction.called_computations]
+                called = instruction.called_computations
+                branches = [list(self._calls(branch, loops, runs, inside, cost)) for branch in called]
                 yield from max(branches, key=lambda calls: sum(map(cost, calls)))
             elif not instruction.opcode.endswith(("-done", "-update")):  # these repeat the call of their "-start"
                 for called in instruction.called_computations:
@@ -197,6 +198,7 @@ class HloModule:
             return loop.trip_count
         condition = self.computations[loop.callees["condition"][0]]
         body = self.computations[loop.callees["body"][0]]
+        # The loop is `while i < limit: i += increment`; i is an element of the tuple that the loop carries.
         comparison = self._comparison(condition)
         initial = computation.instructions[loop.operands[0]]
         if comparison is None or initial.opcode != "tuple":
