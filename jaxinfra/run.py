@@ -160,9 +160,9 @@ class Run:
             )
             return
         with user_code(type(model), "model"), user_code(type(data), "data"):
-            found = [*model.problems_with(data), *objective.problems_with(data)]
-        yield from found
-        if -1 in self.mesh.sizes:
+            conflicts = [*model.problems_with(data), *objective.problems_with(data)]
+        yield from conflicts
+        if -1 in self.mesh.sizes:  # `with_mesh_size` sets it once the number of devices is known
             return
         fit = self.mesh_fit
         yield from fit.problems()

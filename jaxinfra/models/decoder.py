@@ -55,12 +55,11 @@ class Block(nnx.Module):
         self.attention = _attention(config, out_scale, params)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
-        shared = {"mlp_type": config.mlp_type, "out_scale": out_scale, "params": params}
-        self.mlp = (
-            MLP(config.hidden_size, config.mlp_dim, bias=config.mlp_bias, **shared)
-            if config.moe is None
-            else MoE(config.hidden_size, config.mlp_dim, config.moe, **shared)
-        )
+        options = {"mlp_type": config.mlp_type, "out_scale": out_scale, "params": params}
+        if config.moe is None:
+            self.mlp = MLP(config.hidden_size, config.mlp_dim, bias=config.mlp_bias, **options)
+        else:
+            self.mlp = MoE(config.hidden_size, config.mlp_dim, config.moe, **options)
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
@@ -68,14 +67,16 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache, LayerStats]:
         """Returns the residual stream, cache and stats; `bits_BT` are the dropout bits of the layer."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), spec, tokens, cache)
-        y_BTD = y_BTD if self.attention_post_norm is None else self.attention_post_norm(y_BTD)
+        if self.attention_post_norm is not None:
+            y_BTD = self.attention_post_norm(y_BTD)
         x_BTD += dropout(y_BTD, bits_BT, 0, self.dropout)
         y_BTD, stats = self.partitioner.gather_sequence(self.mlp_norm(x_BTD), "mlp"), {}
         if isinstance(self.mlp, MoE):
-            y_BTD, stats = self.mlp(y_BTD, drop_tokens=cache is None)
+            y_BTD, stats = self.mlp(y_BTD, drop_tokens=cache is None)  # decoding never drops tokens
         else:
             y_BTD = self.mlp(y_BTD)
-        y_BTD = y_BTD if self.mlp_post_norm is None else self.mlp_post_norm(y_BTD)
+        if self.mlp_post_norm is not None:
+            y_BTD = self.mlp_post_norm(y_BTD)
         x_BTD += dropout(y_BTD, bits_BT, 1, self.dropout)
         return self.partitioner.row_major(x_BTD), cache, stats
 

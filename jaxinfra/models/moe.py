@@ -12,6 +12,7 @@ E experts, K choices of a token, M rows of a device's own experts, L layers.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -129,11 +130,8 @@ class MoE(nnx.Module):
         experts, dim = config.num_experts, mlp_dim if config.expert_dim is None else config.expert_dim
         router_init = normal(hidden_size**-0.5)
         self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
-        self.bias = (
-            params.param((experts,), (None,), constant(0.0), "bias", state="buffer")
-            if config.bias_update_rate
-            else None
-        )
+        bias = partial(params.param, (experts,), (None,), constant(0.0), "bias", state="buffer")
+        self.bias = bias() if config.bias_update_rate else None
 
         def matrices(inputs: int, outputs: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
             shape, init = (experts, inputs, outputs), normal(scale * inputs**-0.5)
@@ -142,8 +140,8 @@ class MoE(nnx.Module):
         self.gate = None if mlp_type == "gelu" else matrices(hidden_size, dim, ("embed", "mlp"))
         self.up = matrices(hidden_size, dim, ("embed", "mlp"))
         self.down = matrices(dim, hidden_size, ("mlp", "embed"), out_scale)
-        shared_dim, shared = config.num_shared_experts * dim, {"mlp_type": mlp_type, "bias": False}
-        self.shared = MLP(hidden_size, shared_dim, out_scale=out_scale, params=params, **shared) if shared_dim else None
+        shared = partial(MLP, hidden_size, mlp_type=mlp_type, bias=False, out_scale=out_scale, params=params)
+        self.shared = shared(config.num_shared_experts * dim) if config.num_shared_experts else None
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
         """Takes gathered positions; returns the output, with positions sharded like the residual stream, and stats."""

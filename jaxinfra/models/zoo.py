@@ -139,7 +139,7 @@ def _gemma3(
 def _deepseek_v3() -> TransformerConfig:
     """deepseek-ai/DeepSeek-V3-Base, without its multi-token prediction module.
 
-    Load balancing is that of Liu et al. 2024, "DeepSeek-V3 technical report", section 4.2.
+    Load balancing follows Liu et al. 2024, "DeepSeek-V3 technical report", section 4.2.
     """
     return TransformerConfig(
         vocab_size=129280,

@@ -101,7 +101,7 @@ def check_result(objective: Objective, result: Any) -> tuple[jax.Array, Sums]:
     sums = {"loss": total, **sums}
     for field, value in {"the loss": total, **sums}.items():
         if jnp.shape(value):
-            raise ConfigError(f"{name}.loss: {field} has shape {jnp.shape(value)}; add it up to a scalar")
+            raise ConfigError(f"{name}.loss: {field} has shape {jnp.shape(value)}; sum it to a scalar")
     return total, {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
 
 

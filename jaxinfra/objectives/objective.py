@@ -72,7 +72,7 @@ class Objective(Extensible, ABC):
         """
 
     def flops(self, per_sequence: float) -> float:
-        """Returns the FLOPs of training on one sample, given those of training the model on one sequence or image."""
+        """Returns the FLOPs of training on one sample; `per_sequence` counts the model on one sequence or image."""
         return per_sequence
 
     def problems_with(self, data: Any) -> Iterable[Problem]:

@@ -61,7 +61,7 @@ def dropout(x_BTD: jax.Array, layer_bits_BT: jax.Array | None, site: int, rate: 
     spec = jax.typeof(x_BTD).sharding.spec
     bits = jax.reshard(layer_bits_BT, P(*spec.partitions[:2]))
     features, dropped = x_BTD.shape[-1], min(round(rate * RATE_STEPS), RATE_STEPS - 1)
-    calls = -(-features // 4)
+    calls = -(-features // 4)  # one call of the hash for four features, rounded up
     counters = jnp.arange(calls, dtype=jnp.uint32) + jnp.uint32(site * calls)
     uniform = [half for word in _hash(bits[..., None], counters) for half in (word >> 16, word & (RATE_STEPS - 1))]
     keep_BTD = jnp.concatenate(uniform, axis=-1)[..., :features] >= dropped

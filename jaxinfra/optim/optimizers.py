@@ -172,7 +172,7 @@ class Muon(Optimizer):
             return matrix_dims(spec) if is_hidden_matrix(spec) else optax.MaskedNode()
 
         dims_tree = jax.tree.map(dims, specs, is_leaf=is_param_spec)
-        # `trace` sums gradients where the paper averages them. Newton-Schulz does not depend on the scale.
+        # `trace` sums gradients, the paper averages them. The result of Newton-Schulz does not depend on the scale.
         matrices = optax.chain(
             optax.trace(self.momentum, self.nesterov),
             orthogonalize(dims_tree, iterations=self.iterations, scale=self.scale, dtype=jnp.dtype(self.matmul_dtype)),
@@ -207,10 +207,10 @@ def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.Gr
 
 
 def _transform(optimizer: Optimizer, specs: PyTree) -> optax.GradientTransformation:
-    """Returns the transformation of an optimizer; ConfigError if it is none."""
+    """Returns the optimizer's transformation; ConfigError if it is not an optax.GradientTransformation."""
     with user_code(type(optimizer), "optim.optimizer"):
-        found = optimizer.transform(specs)
-    if not isinstance(found, optax.GradientTransformation):
+        tx = optimizer.transform(specs)
+    if not isinstance(tx, optax.GradientTransformation):
         name = type(optimizer).__qualname__
-        raise ConfigError(f"{name}.transform: returned {type(found).__name__}; return an optax.GradientTransformation")
-    return found
+        raise ConfigError(f"{name}.transform: returned {type(tx).__name__}; return an optax.GradientTransformation")
+    return tx

@@ -17,7 +17,7 @@ head, over `stage`: they are reduced once, after the last tick.
 In JAX's explicit sharding, *unreduced* means that each device holds a partial sum; *reduced* means replicated, with an
 *unreduced* gradient.
 
-Shape suffixes: M microbatches, S stages, B rows of a microbatch, V chunks a stage, L layers of a chunk.
+Shape suffixes: M microbatches, S stages, B rows of a microbatch, V chunks per stage, L layers of a chunk.
 """
 
 import itertools
@@ -140,7 +140,7 @@ def _per_device(fun: Callable[..., jax.Array], out: PartitionSpec, *arrays: jax.
 
 
 def with_stage(entry: SpecEntry) -> tuple[str, ...]:
-    """Returns the mesh axes of the rows of all stages, given those of the rows of one."""
+    """Adds `stage` to the mesh axes of a dimension of rows."""
     return ("stage", *axis_names(entry))
 
 

@@ -49,10 +49,10 @@ class PipelineConfig:
         """Yields a number of chunks that does not fit the schedule."""
         fields = ("schedule", "chunks")
         if self.schedule == "interleaved" and self.chunks < 2:
-            yield Problem(fields=fields, message="needs at least 2 chunks a stage", fix="use pipeline.chunks=2")
+            yield Problem(fields=fields, message="needs at least 2 chunks per stage", fix="use pipeline.chunks=2")
         if self.schedule != "interleaved" and self.chunks != 1:
             fix = "use pipeline.schedule=interleaved, or pipeline.chunks=1"
-            yield Problem(fields=fields, message="takes one chunk a stage", fix=fix)
+            yield Problem(fields=fields, message="takes one chunk per stage", fix=fix)
 
     def make_schedule(self, stages: int, microbatches: int) -> "PipelineSchedule":
         """Builds the schedule for this number of stages and microbatches."""

@@ -196,8 +196,8 @@ class Partitioner:
 
     def row_major(self, x: jax.Array) -> jax.Array:
         """Constrains an activation and its gradient to row-major layout, on TPUs."""
-        # Without it the TPU compiler lets the residual stream take the transposed layout of the weights, and then
-        # copies and norms cost more.
+        # Otherwise the TPU compiler gives the residual stream the transposed layout of the weights, with slower copies
+        # and norms.
         if self.platform != "tpu":
             return x
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
@@ -205,8 +205,8 @@ class Partitioner:
     def map_local(self, fun: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
         """Applies an elementwise `fun(x, *weights)` on each device to its own parts.
 
-        JAX allows weights that are marked as reduced only in matrix products outside such a region. If the weights
-        have a dimension of stages, `fun` sees those of the device's stage.
+        Outside of this, JAX allows *reduced* weights only in matmuls. If the weights have a dimension over pipeline
+        stages, `fun` gets the weights of the device's stage.
         """
         x_spec, *weight_specs = (jax.typeof(a).sharding.spec for a in (x, *weights))
 
@@ -216,13 +216,15 @@ class Partitioner:
         return jax.shard_map(on_device, in_specs=(x_spec, *weight_specs), out_specs=x_spec)(x, *weights)
 
     def with_reduced(self, spec: PartitionSpec, *axes: str) -> PartitionSpec:
-        """Marks a parameter so that its gradient stays a partial sum over `replica` and these axes."""
+        """Adds *reduced* axes to a sharding, so that the gradient stays a partial sum over `replica` and these axes."""
         return spec.update(reduced=frozenset(axis for axis in ("replica", *axes) if getattr(self.mesh, axis) > 1))
 
 
 def axis_names(entry: SpecEntry) -> tuple[str, ...]:
     """Returns the mesh axes of one dimension of a `PartitionSpec` as a tuple."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def local_weight(w: jax.Array, spec: PartitionSpec) -> jax.Array:
