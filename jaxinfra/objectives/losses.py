@@ -24,7 +24,7 @@ from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.parallel.sharding import axis_names
 
 CHUNK_TOKENS = 1024
-"""Most tokens per device whose logits exist at once: enough rows for matrix units, 0.5 GiB with 128k tokens."""
+"""Most tokens per device whose logits exist at once: enough rows for matrix units; 0.5 GiB for a vocabulary of 128k."""
 
 type Sums = dict[str, jax.Array]
 
@@ -54,10 +54,9 @@ def cross_entropy(
         num_chunks = num_chunks or _default_num_chunks(logits.hidden)
         config = CrossEntropyConfig(num_chunks=num_chunks, z_loss=z_loss, softcap=logits.softcap)
         total, (entropy, z) = fused_cross_entropy(logits.hidden, logits.head, targets_BT, weights_BT, config)
-        axes = jax.typeof(total).sharding.spec.unreduced
-        weight = jnp.einsum(
-            "bt,bt->", weights_BT, jnp.ones_like(weights_BT), out_sharding=PartitionSpec(unreduced=axes)
-        )
+        # `jnp.sum` has no `out_sharding`, so a product with ones makes the partial sum.
+        out = PartitionSpec(unreduced=jax.typeof(total).sharding.spec.unreduced)
+        weight = jnp.einsum("bt,bt->", weights_BT, jnp.ones_like(weights_BT), out_sharding=out)
         return total, {"loss": entropy, "z_loss": z, "weight": weight}
     require_logits(logits, targets_BT)
     entropy_BT, z_BT = token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig(z_loss=z_loss))
@@ -84,7 +83,7 @@ def require_logits(output: Any, targets: jax.Array) -> None:
 
 
 def finalize(apply: Apply, total: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
-    """All-reduces partial sums over the mesh, unless `apply.partial_sums` allows to do so once a step."""
+    """All-reduces partial sums over the mesh, unless `apply.partial_sums` leaves that to the end of the step."""
     if apply.partial_sums:
         return total, sums
     return jax.tree.map(lambda value: jax.reshard(value, PartitionSpec()), (total, sums))

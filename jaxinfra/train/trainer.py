@@ -246,7 +246,7 @@ class Trainer:
         params = self.state.params if self.state.ema is None else self.state.ema
         return Sampler.from_params(self.run, params)
 
-    # Parts
+    # Data, checkpoints and records
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -375,7 +375,7 @@ def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, flo
         if not math.isfinite(values.get(name, 0.0)):
             raise NonFiniteError(
                 f"step {step}: {name} is {values[name]}; nothing was saved since: start the same command with a lower "
-                "optim.peak_lr, a longer warm-up, or another data.seed"
+                "optim.peak_lr, a longer warmup, or another data.seed"
             )
     return values
 
