@@ -20,7 +20,7 @@ class ArrayData(DataConfig):
     """Data in memory: a frozen dataclass that inherits from this class and defines `arrays`.
 
     Attributes:
-        seed: of the order of samples.
+        seed: seed of the order of samples.
     """
 
     seed: int = 0
@@ -102,7 +102,7 @@ class ArrayDataset:
         return sample_ids(step, global_batch=global_batch, num_samples=len(self.train), seed=self._config.seed)
 
     def epochs_at(self, step: int, global_batch: int) -> Iterable[str]:
-        """Yields a line: the epochs that were read when a step begins."""
+        """Yields a line with the number of epochs that were read before a step."""
         yield f"{self.name}: {step * global_batch / len(self.train):.3f} epochs before"
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:

@@ -17,9 +17,9 @@ class ArraySpec:
     """One array of a batch, without the batch dimension.
 
     Attributes:
-        shape: of the array for one sample.
-        dtype: of its elements.
-        axes: the logical axis of each dimension, such as "sequence"; None for one that is never sharded.
+        shape: shape of the array for one sample.
+        dtype: type of its elements.
+        axes: logical axis of each dimension, such as "sequence"; None for a dimension that is never sharded.
     """
 
     shape: tuple[int, ...] = ()

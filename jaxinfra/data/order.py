@@ -89,7 +89,7 @@ def shuffled_ids(
     Args:
         number: uint64[N] or int64[N], how many samples of the source were read before this one in the run.
         size: number of samples of the source, 1 to 2**48, else ValueError; one number, or int64[N].
-        seed: of the source; any integer, or uint64[N] of `stream_seed`.
+        seed: seed of the source; any integer, or uint64[N] from `stream_seed`.
         curriculum: sorts the first epochs.
     """
     number, size = np.broadcast_arrays(number.astype(np.uint64), np.asarray(size, np.uint64))

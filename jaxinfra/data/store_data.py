@@ -27,7 +27,7 @@ class StoreData(DataConfig):
         store: folder or URL of the store.
         version: fingerprint of the version to read, or the start of it; None is the newest.
         recipe: config file that prepares the store, for `data prepare RUN` and for messages.
-        seed: of the order of samples.
+        seed: seed of the order of samples.
         prefetch_bytes: bytes of host batches to make ahead, at least 1 batch and at most 16.
         threads: threads that make host batches.
     """

@@ -39,9 +39,9 @@ def create(
         path: local folder or URL.
         dtype: an integer type.
         fill_value: pads the last chunk; no token has this value.
-        shape: of an element; () for scalars.
-        chunk: elements of a chunk, the unit of reading.
-        shard: elements of a file, a multiple of `chunk`.
+        shape: shape of an element; () for scalars.
+        chunk: number of elements in a chunk, the unit of reading.
+        shard: number of elements in a file, a multiple of `chunk`.
     """
     crc = {"name": "crc32c"}
     plain = {"name": "bytes", "configuration": {"endian": "little"}}

@@ -57,9 +57,9 @@ class FileInfo:
 class TokenizerInfo:
     """Describes the tokenizer of the store."""
 
-    kind: str  # of tokenizer (see `tokenizer`)
-    file: str  # its file in the store
-    sha256: str  # of that file
+    kind: str  # tokenizer_json or bytes
+    file: str  # name of the tokenizer's file in the store
+    sha256: str  # hash of that file
     end_of_document: str  # text of the token that ends a document
     eot_id: int  # id of that token
     vocab_size: int  # one more than the largest token id
@@ -97,10 +97,10 @@ class Manifest:
     recipe: Mapping[str, object]  # the config that prepared it, encoded
     source_digest: str  # hash of the names, sizes and stamps of the source files
     counts: Counts
-    dtype: str  # of the token ids, or of the pixels
-    shape: tuple[int, ...] = ()  # of an image; () for tokens
+    dtype: str  # NumPy type of the token ids or the pixels
+    shape: tuple[int, ...] = ()  # shape of an image; () for tokens
     masked: bool = False  # whether it has a mask of the tokens that count in the loss
-    block: int  # tokens or images of a hashed block, which is a chunk of the arrays
+    block: int  # number of tokens or images in a block, which is a chunk of the arrays and has its own hash
     tokenizer: TokenizerInfo | None  # None for images
     labels: tuple[str, ...] = ()  # names of the image classes, in the order of their numbers
     splits: Mapping[Split, SplitInfo]

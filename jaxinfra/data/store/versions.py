@@ -21,7 +21,7 @@ INDEX = "versions.json"
 class Version:
     """An entry of `versions.json`."""
 
-    fingerprint: str  # of the contents; names the folder
+    fingerprint: str  # hash of the contents, and name of the folder
     made_of: str  # digest of the recipe and its source files; equal inputs are not prepared twice
     created: str  # time in UTC
 

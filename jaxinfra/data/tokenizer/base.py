@@ -18,10 +18,10 @@ class Tokenizer(ABC):
     `content` is its serialized form: `from_bytes` loads an equal tokenizer from it, and unpickling calls `from_bytes`.
     """
 
-    kind: ClassVar[str]  # names the class in a manifest
-    file_name: ClassVar[str]  # file of `content` in a store
+    kind: ClassVar[str]  # name of the class in a manifest
+    file_name: ClassVar[str]  # name of the file in a store that holds `content`
 
-    content: bytes  # of that file; equal tokenizers have equal bytes
+    content: bytes  # equal tokenizers have equal bytes
     end_of_document: str  # text of the special token that ends documents
     eot_id: int  # id of that token
     vocab_size: int  # one more than the largest token id

@@ -283,11 +283,11 @@ class HashedArrayWriter:
     """Writes an array in whole shards with a hash of each block; holds one shard in memory."""
 
     def __init__(self, path: Path, dtype: np.dtype, *, shape: tuple[int, ...] = (), block: int, shard: int):
-        """Creates an empty array in a new folder: `block` elements have one hash, `shard` elements are one file."""
+        """Creates an empty array in a new folder, with a hash per `block` elements and a file per `shard` elements."""
         self._path, self._block, self._shard = path, block, shard
         fill = int(np.iinfo(dtype).max)
         self._array = arrays.create(str(path), dtype, fill, shape=shape, chunk=block, shard=shard)
-        self._waiting, self._num_waiting = [np.empty((0, *shape), dtype)], 0
+        self._waiting, self._num_waiting = [np.empty((0, *shape), dtype)], 0  # the empty array sets shape and type
         self._hashes: list[int] = []
 
     def add(self, values: np.ndarray) -> None:

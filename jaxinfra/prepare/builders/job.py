@@ -16,7 +16,7 @@ from jaxinfra.prepare.sources.record import BadRecord, Fields, Records, SourceSh
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob[R: Recipe]:
-    """Makes one part from some shards."""
+    """Describes one job: to make a part from some shards."""
 
     number: int  # number of the job and of its part
     shards: tuple[SourceShard, ...]

@@ -38,7 +38,7 @@ class Dedup:
 
     near: bool = False  # whether to look for near duplicates too
     threshold: PositiveFraction = 0.8  # Jaccard similarity from which on documents are near duplicates
-    num_permutations: Annotated[int, Ge(2), Le(4096)] = 128  # more are more exact and take more time and memory
+    num_permutations: Annotated[int, Ge(2), Le(4096)] = 128  # a larger number is more exact, and slower
     ngram_size: PositiveInt = 5  # words of an n-gram
 
 
@@ -70,7 +70,7 @@ class Signer:
 
 
 def find_duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | None) -> np.ndarray:
-    """Finds the documents that repeat an earlier one, from their signatures in order: bool[N].
+    """Returns which documents repeat an earlier one, from their signatures in order: bool[N].
 
     A document that is near to a dropped one is dropped too. `near_NP` is None if only exact duplicates are wanted.
     """
@@ -84,7 +84,7 @@ def find_duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | No
 
 
 def _find_near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndarray:
-    """Finds the documents among `firsts` that are near to an earlier one of them: bool.
+    """Returns which of the documents `firsts` are near to an earlier one of them: bool[len(firsts)].
 
     Only documents that share a band, a few neighboring values of their signatures, are compared (Leskovec et al.,
     Mining of Massive Datasets, section 3.4). In each group with a common band, all are compared with the first, those

@@ -34,8 +34,9 @@ class Filters:
     white space. Symbols are `#` and ellipses; punctuation is all but letters, digits and white space. Empty lines and
     paragraphs are ignored; a duplicate repeats an earlier one. Stop words are lower case, and each counts once.
 
-    Both n-gram rules are fractions of the characters of all words. Top n-grams are the most frequent ones of 2, 3, ...
-    words, if they occur twice. Duplicate n-grams, of 5, 6, ... words, repeat an earlier one.
+    The n-gram rules have a limit for each n-gram size: 2, 3, ... words (top) or 5, 6, ... words (duplicate). They limit
+    the fraction of the characters of all words that are in the most frequent n-gram, if it occurs twice, or in n-grams
+    that repeat an earlier one.
     """
 
     min_chars: NonNegativeInt | None = _rule(lambda text: len(text.text))

@@ -47,7 +47,7 @@ class TextFiles(FileSource):
 
     root: NonEmptyStr = STDLIB  # folder or URL; `stdlib` is the standard library of the running Python
     pattern: str = "**/*.py"
-    min_bytes: NonNegativeInt = 1  # files with less text are left out
+    min_bytes: NonNegativeInt = 1  # smaller files are left out
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
