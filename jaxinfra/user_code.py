@@ -24,7 +24,7 @@ def user_code(owner: type, path: str) -> Iterator[None]:
     except Exception as error:
         if owner.__module__.partition(".")[0] == "jaxinfra":
             raise
-        place = owner.__qualname__
+        place = owner.__qualname__  # if no frame is in a user's file
         for frame, line in traceback.walk_tb(error.__traceback__):
             if _is_users(frame.f_code.co_filename):
                 place = f"{frame.f_code.co_filename}:{line}"

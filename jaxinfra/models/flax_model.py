@@ -91,21 +91,21 @@ class FlaxModule(Module):
                 "quantized; use precision.quantize=none"
             )
         self.structure = _structure(config, partitioner)
-        shardings = [partitioner.stored_spec(_name(path), spec) for path, spec in self.structure.specs.items()]
+        shardings = [partitioner.stored_spec(_param_name(path), spec) for path, spec in self.structure.specs.items()]
         if partitioner.mesh.tensor > 1 and not any("tensor" in str(sharding) for sharding in shardings):
             raise ConfigError(
                 f"mesh.tensor={partitioner.mesh.tensor}: no parameter of {name} is sharded over it, so its devices "
                 'would repeat work; use mesh.tensor=1, or nnx.with_partitioning(init, ("embed", "mlp")) in the module'
             )
-        self.module = nnx.data(_nested({path: nnx.Param(spec) for path, spec in self.structure.specs.items()}))
+        self.module = nnx.data(_unflatten({path: nnx.Param(spec) for path, spec in self.structure.specs.items()}))
 
     @override
     def init_params(self, key: jax.Array, shardings: Any) -> Params:
         def init(key: jax.Array) -> Params:
-            values = _flat(nnx.state(_make(self.config, nnx.Rngs(key)), nnx.Not(nnx.RngState)))
-            return {"module": _nested(values)}
+            values = _flatten(nnx.state(_make_module(self.config, nnx.Rngs(key)), nnx.Not(nnx.RngState)))
+            return {"module": _unflatten(values)}
 
-        return _auto(init, shardings)(key)
+        return _auto_sharded(init, shardings)(key)
 
     @override
     def __call__(self, batch: Inputs, /) -> Any:
@@ -115,7 +115,7 @@ class FlaxModule(Module):
     def forward(self, batch: Inputs, /) -> tuple[Any, LayerStats]:
         inputs, bits = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}, batch.get(DROPOUT_FIELD)
         values = {path: _at(self.module, path)[...] for path in self.structure.specs}
-        shapes, _ = jax.eval_shape(_auto(self._run, PartitionSpec()), values, inputs, bits)
+        shapes, _ = jax.eval_shape(_auto_sharded(self._run, PartitionSpec()), values, inputs, bits)
         rows = next(iter(inputs.values())).shape[0]
         for array in jax.tree.leaves(shapes) or [None]:
             if array is None or array.shape[:1] != (rows,):
@@ -124,7 +124,7 @@ class FlaxModule(Module):
                     f"{type(self.config).__qualname__}.call: returned {result} for a batch of {rows}; return logits "
                     f"[{rows}, ...]"
                 )
-        run = _auto(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
+        run = _auto_sharded(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
         # The backward pass gathers the weights again.
         return remat(lambda values: run(self._gather(values), inputs, bits), "weights", alone=False)(values)
 
@@ -134,7 +134,7 @@ class FlaxModule(Module):
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
             dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
-            stored = self.partitioner.stored_spec(_name(path), spec)
+            stored = self.partitioner.stored_spec(_param_name(path), spec)
             kept = (tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions)
             used = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
             gathered[path] = checkpoint_name(used, GATHERED_WEIGHT)
@@ -145,23 +145,27 @@ class FlaxModule(Module):
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Returns the result of the call and, in training (random bits are given), the updated buffers."""
         structure, train, compute = self.structure, bits is not None, self.partitioner.compute_dtype
-        key = jax.random.key(0 if bits is None else bits[0, 0])
-        rngs = {path: _restarted(key, path, shape) for path, shape in structure.rngs.items()}
+        key = jax.random.key(0 if bits is None else bits[0, 0])  # the bits of a token depend on seed and step
+        rngs = {path: _restart_rng(key, path, shape) for path, shape in structure.rngs.items()}
         module = nnx.merge(structure.graphdef, nnx.State(nnx.traversals.unflatten_mapping({**values, **rngs})))
-        module.train() if train else module.eval()
+        if train:
+            module.train()
+        else:
+            module.eval()
         inputs = {name: a.astype(compute) if _is_floating(a) else a for name, a in inputs.items()}
         output = self.config.call(module, inputs, train=train)
         if not train:
             return output, {}
-        after, stats = _flat(nnx.state(module)), {}
+        # Statistics are summed over microbatches; `update_buffers` divides the sums by `CALLS`.
+        after, stats = _flatten(nnx.state(module)), {}
         for path, spec in structure.specs.items():
             if spec.state == "buffer":
                 if (shape := after[path].shape) != spec.shape:
                     raise ConfigError(
-                        f"{_name(path)}: a call changes its shape from {spec.shape} to {shape}; keep to one shape in "
-                        f"{type(self.config).__qualname__}"
+                        f"{_param_name(path)}: a call changes its shape from {spec.shape} to {shape}; keep to one "
+                        f"shape in {type(self.config).__qualname__}"
                     )
-                stats[_name(path)] = after[path].astype(jnp.float32 if _is_floating(after[path]) else jnp.int32)
+                stats[_param_name(path)] = after[path].astype(jnp.float32 if _is_floating(after[path]) else jnp.int32)
         return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
     @override
@@ -170,21 +174,21 @@ class FlaxModule(Module):
             return {}
 
         def mean(path: PathParts, spec: ParamSpec) -> jax.Array:
-            total = stats[_name(path)]
+            total = stats[_param_name(path)]
             value = total / stats[CALLS] if _is_floating(total) else total // stats[CALLS]
-            return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_name(path), spec))
+            return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_param_name(path), spec))
 
         changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if spec.state == "buffer"}
-        return {"module": _nested(changed)}
+        return {"module": _unflatten(changed)}
 
 
-def _auto[R](fun: Callable[..., R], out: Any) -> Callable[..., R]:
+def _auto_sharded[R](fun: Callable[..., R], out: Any) -> Callable[..., R]:
     """Wraps `fun` for automatic sharding inside; its results have the shardings `out`."""
     wrapped: Any = auto_axes(fun, out_sharding=out)
     return wrapped
 
 
-def _make(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
+def _make_module(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
     with nnx.use_eager_sharding(False):  # annotations may name logical axes that are not in the mesh
         module = config.make_module(rngs)
     if not isinstance(module, nnx.Module):
@@ -196,10 +200,10 @@ def _make(config: FlaxModel, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
-    abstract = nnx.eval_shape(lambda: _make(config, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: _make_module(config, nnx.Rngs(0)))
     nodes, name = dict(nnx.iter_graph(abstract)), type(config).__qualname__
     specs = {
-        path: _spec(f"{name}: {_name(path)}", str(path[-1]), variable, nodes.get(path[:-1]), partitioner)
+        path: _param_spec(f"{name}: {_param_name(path)}", str(path[-1]), variable, nodes.get(path[:-1]), partitioner)
         for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Not(nnx.RngState)))
     }
     if not any(spec.state == "trained" for spec in specs.values()):
@@ -212,10 +216,10 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
             if variable.has_metadata(metadata):
                 variable.del_metadata(metadata)
     graphdef, rngs, _ = nnx.split(abstract, nnx.RngState, ...)
-    return ModuleStructure(graphdef=graphdef, specs=specs, rngs=_flat(rngs))
+    return ModuleStructure(graphdef=graphdef, specs=specs, rngs=_flatten(rngs))
 
 
-def _spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
+def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
     shape, dtype, init = variable.shape, str(variable.dtype), constant(0)
     axes = _annotated_axes(where, variable)
     if not (isinstance(variable, nnx.Param) and _is_floating(variable)):
@@ -260,11 +264,11 @@ def _default_axes(shape: tuple[int, ...], role: Role, shards: int) -> LogicalAxe
     return tuple("embed" if dim == chosen else None for dim in range(len(shape)))
 
 
-def _restarted(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> jax.Array:
+def _restart_rng(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns the key or the counter of a random number stream at the start of a step."""
     if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jnp.zeros(shape.shape, shape.dtype)
-    own = param_key(key, _name(path))
+    own = param_key(key, _param_name(path))
     return jax.random.split(own, shape.shape) if shape.shape else own
 
 
@@ -272,11 +276,11 @@ def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def _flat(state: nnx.State) -> dict[PathParts, Any]:
+def _flatten(state: nnx.State) -> dict[PathParts, Any]:
     return nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
 
 
-def _nested(values: Mapping[PathParts, Any]) -> dict[str, Any]:
+def _unflatten(values: Mapping[PathParts, Any]) -> dict[str, Any]:
     """Builds a nested dict; indices of lists become strings."""
     return nnx.traversals.unflatten_mapping({tuple(map(str, path)): value for path, value in values.items()})
 
@@ -287,5 +291,5 @@ def _at(tree: Any, path: PathParts) -> Any:
     return tree
 
 
-def _name(path: PathParts) -> str:
+def _param_name(path: PathParts) -> str:
     return ".".join(map(str, ("module", *path)))

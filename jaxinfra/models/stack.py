@@ -22,7 +22,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
     if len(steps) == 1:
         return jax.lax.scan(steps[0], x, xs)
     num_layers = len(jax.tree.leaves(xs)[0])
-    groups, left = divmod(num_layers, len(steps))
+    groups, rest = divmod(num_layers, len(steps))
 
     def apply_group(x: jax.Array, xs: Tree, steps: Sequence[Step] = steps) -> tuple[jax.Array, Tree]:
         ys = []
@@ -33,12 +33,12 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
 
     results = []
     if groups:
-        whole = jax.tree.map(lambda a: a[: num_layers - left], xs) if left else xs
+        whole = jax.tree.map(lambda a: a[: num_layers - rest], xs) if rest else xs
         grouped = jax.tree.map(lambda a: _reshape_layers(a, groups, len(steps)), whole)
         x, ys = jax.lax.scan(apply_group, x, grouped)
-        results.append(jax.tree.map(lambda a: _reshape_layers(a, num_layers - left), ys))
-    if left:
-        x, ys = apply_group(x, jax.tree.map(lambda a: a[num_layers - left :], xs), steps[:left])
+        results.append(jax.tree.map(lambda a: _reshape_layers(a, num_layers - rest), ys))
+    if rest:
+        x, ys = apply_group(x, jax.tree.map(lambda a: a[num_layers - rest :], xs), steps[:rest])
         results.append(ys)
     return x, results[0] if len(results) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *results)
 

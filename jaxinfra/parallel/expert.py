@@ -251,8 +251,8 @@ def _ragged_sizes(
     def received(x_PPO: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x_PPO, shard, axis=1, keepdims=False).reshape(-1)
 
-    there = AllToAllSizes(sent(send_offsets_PPO), sent(sizes_PPO), sent(receive_offsets_PPO), received(sizes_PPO))
-    back = AllToAllSizes(
+    forward = AllToAllSizes(sent(send_offsets_PPO), sent(sizes_PPO), sent(receive_offsets_PPO), received(sizes_PPO))
+    reverse = AllToAllSizes(
         received(receive_offsets_PPO), received(sizes_PPO), received(send_offsets_PPO), sent(sizes_PPO)
     )
-    return there, back
+    return forward, reverse

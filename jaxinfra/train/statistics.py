@@ -79,10 +79,8 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         numbers["epochs"] = (units / train_units, f"of {train_units:,} {modality}s")
     for chip in ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100"):
         hours = flops / (ASSUMED_MFU * PEAK_FLOPS[chip]) / 3600
-        numbers[f"{chip} hours"] = (
-            hours,
-            f"chip-hours if {ASSUMED_MFU:.0%} of {PEAK_FLOPS[chip] / 1e12:.0f} TFLOP/s",
-        )
+        note = f"chip-hours if {ASSUMED_MFU:.0%} of {PEAK_FLOPS[chip] / 1e12:.0f} TFLOP/s"
+        numbers[f"{chip} hours"] = (hours, note)
     return numbers
 
 
