@@ -146,6 +146,10 @@ class Program:
         )
         with user_code(type(run.model), "model"):
             self.module = run.model.build(self.partitioner)
+        if not isinstance(self.module, nnx.Module):
+            raise ConfigError(
+                f"{type(run.model).__name__}.build: returned {type(self.module).__name__}; return a Module"
+            )
         self.graphdef, specs = nnx.split(self.module)
         declared: ParamSpecs = nnx.to_pure_dict(specs)
         dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
@@ -191,6 +195,12 @@ class Program:
     def params(self) -> Params:
         """The parameters as they are stored, as `ShapeDtypeStruct`s."""
         return jax.tree.map(lambda s, p: self._sharded(s.shape, self._dtype(s), p), self.specs, self._stored)
+
+    def params_stored_as(self, dtype: str) -> Params:
+        """Returns the parameters as `ShapeDtypeStruct`s, those that are no buffers in this dtype."""
+        return jax.tree.map(
+            lambda p, s: p if s.state == "buffer" else p.update(dtype=jnp.dtype(dtype)), self.params, self.specs
+        )
 
     @cached_property
     def averaged_params(self) -> Params:
@@ -251,6 +261,16 @@ class Program:
     def eval_step(self) -> Callable[..., Sums]:
         """`eval_step(params, batch, reference=None) -> sums`, compiled: the objective's sums over a batch."""
         return jax.jit(self._eval_step, compiler_options=self._options or None)
+
+    @cached_property
+    def all_finite(self) -> Callable[[TrainState], jax.Array]:
+        """`all_finite(state) -> bool scalar`, compiled: whether no parameter is NaN or infinite."""
+
+        def check(state: TrainState) -> jax.Array:
+            floating = [a for a in jax.tree.leaves((state.params, state.ema)) if jnp.issubdtype(a.dtype, jnp.floating)]
+            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in floating]))
+
+        return jax.jit(check)
 
     @cached_property
     def gradients(self) -> Callable[..., tuple[Params, Sums, LayerStats]]:
@@ -371,6 +391,7 @@ class Program:
         before = select_trainable(state.params, self.specs)
         with user_code(type(optim.optimizer), "optim.optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
+        check_update(type(optim.optimizer).__qualname__, before, updates, state.opt_state, opt_state)
         after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
         model = self.model(state.params)
         params = merge_trees(merge_trees(state.params, after), model.update_buffers(stats))
@@ -386,6 +407,18 @@ class Program:
             return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
         _, (sums, _) = self._loss(params, batch, reference, train=False)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+
+
+def check_update(name: str, params: PyTree, updates: PyTree, before: PyTree, after: PyTree) -> None:
+    """Raises ConfigError if updates are not like parameters, or an update changes the type of the optimizer state."""
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
+
+    def types(state: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
+        return jax.tree.structure(state), [(a.shape, a.dtype) for a in jax.tree.leaves(state)]
+
+    if types(before) != types(after):
+        raise ConfigError(f"{name}: an update changes the shapes or types of its state; keep those that init returns")
 
 
 def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
+from annotated_types import Ge, Lt
+
 from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.compiler import OptionSet
 from jaxinfra.config import NOT_FINGERPRINTED, Loaded, Problem, fingerprint
@@ -35,7 +37,7 @@ class TrainConfig:
         compiler: name of a set of compiler options (see `jaxinfra.compiler`).
     """
 
-    steps: PositiveInt = 1000
+    steps: Annotated[int, Ge(1), Lt(2**31)] = 1000
     global_batch: PositiveInt = 32
     accumulate: Annotated[PositiveInt, NOT_FINGERPRINTED] = 1
     eval_every: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = 100
@@ -102,7 +104,7 @@ class Run:
 
     name: Annotated[str, NOT_FINGERPRINTED]
     root: Annotated[str, NOT_FINGERPRINTED] = "runs"
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     model: ModelConfig
     objective: Objective = field(default_factory=Objective.default)
     data: DataConfig
@@ -137,8 +139,11 @@ class Run:
 
     def problems(self) -> Iterable[Problem]:
         """Yields conflicts between parts of the config; with a mesh axis of -1, checks of the mesh are left out."""
-        if self.name in ("", ".", "..") or "/" in self.name:
-            yield Problem(fields=("name",), message="must be a folder's name, without a slash", fix="use name=my-run")
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name) > 200:
+            message = "must be a folder's name, without a slash or control characters, of up to 200 characters"
+            yield Problem(fields=("name",), message=message, fix="use name=my-run")
+        if not (self.root.isprintable() and (self.init or "").isprintable()):
+            yield Problem(fields=("root", "init"), message="have control characters", fix="use root=runs")
         if "://" in self.root:
             yield Problem(fields=("root",), message="must be a local folder", fix="use root=runs")
         yield from self.optim.schedule.problems_in_run(self.train.steps, "optim.schedule.")

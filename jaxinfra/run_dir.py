@@ -133,23 +133,33 @@ def load_params(source: str | Path, program: Program) -> TrainedParams:
         if step is None or step not in checkpoints.all_steps():
             available = ", ".join(map(str, checkpoints.all_steps())) or "none"
             raise CheckpointError(f"{missing}; it has {available}: train until the next one is saved")
-        if record["config"].get("optim", {}).get("ema_decay") is not None:
+        if _recorded(record, "optim", "ema_decay") is not None:
             params = checkpoints.restore_params(step, program.averaged_params, subtree="ema")
         else:
-            params = checkpoints.restore_params(step, program.params, subtree="params")
+            dtype = _recorded(record, "precision", "params") or "float32"
+            params = checkpoints.restore_params(step, program.params_stored_as(dtype), subtree="params")
     return TrainedParams(params, step, record.get("fingerprint", ""))
+
+
+def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:
+    """Returns a field of the config in a run record; None if the record has none."""
+    config = record.get("config")
+    fields = config.get(part) if isinstance(config, dict) else None
+    return fields.get(field) if isinstance(fields, dict) else None
 
 
 def parse_source(source: str | Path) -> tuple[Path, int | None]:
     """Splits `runs/base@500` into directory and step; the step is None if there is no `@`."""
     path, at, step = str(source).rpartition("@")
-    return (Path(path), int(step)) if at and step.isdigit() else (Path(source), None)
+    return (Path(path), int(step)) if at and step.isascii() and step.isdecimal() else (Path(source), None)
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:
     """Whether `init` names the parameters that a run started from, by its run record's `init`."""
     if recorded is None or init is None:
         return recorded is None and init is None
+    if not isinstance(recorded, dict) or {"run", "step", "fingerprint"} - recorded.keys():
+        raise ConfigError(f"run.json: its init={recorded} is damaged; restore the file")
     path, step = parse_source(init)
     if step not in (None, recorded["step"]):
         return False

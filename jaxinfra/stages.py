@@ -53,8 +53,8 @@ def assign_layers(layers: int, stages: int, chunks: int) -> np.ndarray:
 class LastStage:
     """Computes the model's output from the last stage's activations, for an objective: `objective.Apply`."""
 
-    def __init__(self, module: LayeredModule, x: jax.Array, objective: Objective):
-        self._module, self._x, self._objective_type = module, x, type(objective)
+    def __init__(self, module: LayeredModule, x: jax.Array, batch: Batch, objective: Objective):
+        self._module, self._x, self._batch, self._objective_type = module, x, batch, type(objective)
         self.params = ParamsPlaceholder(self._refusal)
         # `vars`, since `partial_sums` is not inherited (see `Objective`).
         self.partial_sums = bool(vars(self._objective_type).get("partial_sums", False))
@@ -62,15 +62,17 @@ class LastStage:
 
     def __call__(self, params: object, batch: Batch, *, train: bool = True) -> Any:
         """Returns the output of the model for the microbatch."""
-        if self._called or params is not self.params:
+        # The layers have seen the batch: an objective cannot change it here.
+        changed = any(batch.get(name) is not array for name, array in self._batch.items())
+        if self._called or changed or not train or params is not self.params:
             raise self._refusal()
         self._called = True
         return self._module.output(self._x)
 
     def _refusal(self) -> ConfigError:
         return ConfigError(
-            f"objective={self._objective_type.__name__}: needs a second forward pass, or the parameters themselves, "
-            "but pipeline stages make one pass and hold parts of the parameters; use mesh.stage=1"
+            f"objective={self._objective_type.__name__}: needs a second forward pass, another batch, or the parameters "
+            "themselves, but pipeline stages make one pass and hold parts of the parameters; use mesh.stage=1"
         )
 
 
@@ -146,7 +148,7 @@ class Stages(PipelineModel):
             if name in batch
         }
         objective = self.run.objective
-        forward = LastStage(self._merge(self._output_graph, shared), x, objective)
+        forward = LastStage(self._merge(self._output_graph, shared), x, batch, objective)
         with user_code(type(objective), "objective"):
             return losses.check_result(objective, objective.loss(forward, forward.params, batch))
 

@@ -24,14 +24,20 @@ def user_code(owner: type, path: str) -> Iterator[None]:
     except Exception as error:
         if owner.__module__.partition(".")[0] == "jaxinfra":
             raise
-        place = owner.__qualname__  # if no frame is in a user's file
-        for frame, line in traceback.walk_tb(error.__traceback__):
-            if _is_users(frame.f_code.co_filename):
-                place = f"{frame.f_code.co_filename}:{line}"
+        place = innermost_place(error) or owner.__qualname__
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{place}: {type(error).__name__}: {reason[:300]}; fix {owner.__qualname__}, the {path} of the config"
         ) from error
+
+
+def innermost_place(error: BaseException) -> str | None:
+    """Returns the innermost `FILE:LINE` of a traceback in a user's file; None if it is all in packages."""
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if _is_users(frame.f_code.co_filename):
+            place = f"{frame.f_code.co_filename}:{line}"
+    return place
 
 
 def _is_users(file: str) -> bool:

@@ -21,7 +21,7 @@ class Mine({base}):
 
 """
 CASES = [
-    ("Optimizer", "transform", "return self.b3", "optimizer=AdamW()", "optimizer=Mine()", "tiny.py:8: mend Mine,"),
+    ("Optimizer", "transform", "return self.b3", "optimizer=AdamW()", "optimizer=Mine()", "tiny.py:8: fix Mine,"),
     ("Optimizer", "transform", "pass", "optimizer=AdamW()", "optimizer=Mine()", "Mine.transform: NoneType; return an"),
     (
         "LRSchedule",
@@ -29,11 +29,11 @@ CASES = [
         "1 / 0",
         "schedule=Cosine(warmup_steps=2)",
         "schedule=Mine()",
-        "tiny.py:8: mend Mine,",
+        "tiny.py:8: fix Mine,",
     ),
-    ("TrackerConfig", "make_tracker", "1 / 0", "console=", "trackers=(Mine(),), console=", "tiny.py:8: mend Mine,"),
+    ("TrackerConfig", "make_tracker", "1 / 0", "console=", "trackers=(Mine(),), console=", "tiny.py:8: fix Mine,"),
     ("TrackerConfig", "make_tracker", "pass", "console=", "trackers=(Mine(),), console=", "NoneType; return Tracker"),
-    ("ArrayData", "arrays", "1 / 0", "data=TokenData(", "data=Mine() or dict(", "tiny.py:8: mend Mine,"),
+    ("ArrayData", "arrays", "1 / 0", "data=TokenData(", "data=Mine() or dict(", "tiny.py:8: fix Mine,"),
 ]
 
 

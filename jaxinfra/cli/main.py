@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from jaxinfra import user_code
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError
@@ -119,6 +120,12 @@ def set_compilation_cache() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+def _print_error(message: str, exit_code: int) -> int:
+    """Prints an error on one line."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -131,8 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except JaxinfraError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _print_error(str(error), error.exit_code)
+    except Exception as error:
+        place = user_code.innermost_place(error)
+        if place is None:
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        return _print_error(f"{place}: {type(error).__name__}: {error}; fix this line", ConfigError.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -82,6 +82,8 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: broken JSON, {error.msg}; restore the file") from error
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not a run record, its JSON is too deep or too long; restore the file") from error
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int:
         raise ConfigError(f"{path}: not a run record, it has no format; name a run.json that a run wrote")

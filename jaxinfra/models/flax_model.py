@@ -165,7 +165,10 @@ class FlaxModule(Module):
                         f"{_param_name(path)}: a call changes its shape from {spec.shape} to {shape}; keep to one "
                         f"shape in {type(self.config).__qualname__}"
                     )
-                stats[_param_name(path)] = after[path].astype(jnp.float32 if _is_floating(after[path]) else jnp.int32)
+                if _is_floating(after[path]):
+                    stats[_param_name(path)] = after[path].astype(jnp.float32)
+                else:  # the change, as the sum of large integers over microbatches would overflow
+                    stats[_param_name(path)] = after[path].astype(jnp.int32) - values[path].astype(jnp.int32)
         return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
     @override
@@ -175,7 +178,10 @@ class FlaxModule(Module):
 
         def mean(path: PathParts, spec: ParamSpec) -> jax.Array:
             total = stats[_param_name(path)]
-            value = total / stats[CALLS] if _is_floating(total) else total // stats[CALLS]
+            if _is_floating(total):
+                value = total / stats[CALLS]
+            else:
+                value = _at(self.module, path)[...].astype(jnp.int32) + total // stats[CALLS]
             return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_param_name(path), spec))
 
         changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if spec.state == "buffer"}
@@ -221,6 +227,8 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
 
 def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
     shape, dtype, init = variable.shape, str(variable.dtype), constant(0)
+    if not any(jnp.issubdtype(variable.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise ConfigError(f"{where}: is {dtype}; a variable may be floating point, integer or bool")
     axes = _annotated_axes(where, variable)
     if not (isinstance(variable, nnx.Param) and _is_floating(variable)):
         axes = axes or (None,) * len(shape)

@@ -84,7 +84,7 @@ def require_logits(output: Any, targets: jax.Array) -> None:
 
 def finalize(apply: Apply, total: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
     """All-reduces partial sums over the mesh, unless `apply.partial_sums` leaves that to the end of the step."""
-    if apply.partial_sums:
+    if getattr(apply, "partial_sums", False):  # an objective may pass on a function of its own
         return total, sums
     return jax.tree.map(lambda value: jax.reshard(value, PartitionSpec()), (total, sums))
 
@@ -101,7 +101,14 @@ def check_result(objective: Objective, result: Any) -> tuple[jax.Array, Sums]:
     for field, value in {"the loss": total, **sums}.items():
         if jnp.shape(value):
             raise ConfigError(f"{name}.loss: {field} has shape {jnp.shape(value)}; sum it to a scalar")
-    return total, {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
+    if not all(isinstance(key, str) for key in sums):
+        raise ConfigError(f"{name}.loss: its sums are named {list(sums)}; name them by strings")
+    return as_float32(total), {name: as_float32(value) for name, value in sums.items()}
+
+
+def as_float32(value: jax.typing.ArrayLike) -> jax.Array:
+    """Converts a sum to float32."""
+    return jnp.asarray(value).astype(jnp.float32)
 
 
 def add_aux_loss(total: jax.Array, aux: jax.Array | None) -> jax.Array:

@@ -1,6 +1,7 @@
 """Turns SIGINT and SIGTERM into a request to stop after the current step."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ class StopRequest:
     """Within this context Ctrl-C (SIGINT) and SIGTERM set `reason` instead of ending the process.
 
     The training loop reads `reason` after every step, saves and stops. A second Ctrl-C interrupts at once; further
-    SIGTERMs change nothing. The previous handlers are restored on exit. Main thread only.
+    SIGTERMs change nothing. The previous handlers are restored on exit. In other threads it does nothing.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class StopRequest:
         return self._reason
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread alone: this run cannot be asked to stop
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
         return self

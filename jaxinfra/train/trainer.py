@@ -30,7 +30,7 @@ from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.run_dir import RunDirectory, load_params
+from jaxinfra.run_dir import RunDirectory, load_params, parse_source
 from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
@@ -197,8 +197,10 @@ class Trainer:
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None, "there is at least one validation sample"
         sums = {name: float(value) for name, value in jax.device_get(total).items()}
-        metrics = self.program.objective.evaluation_metrics(sums, self._validation.samples)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        objective = self.program.objective
+        with user_code(type(objective), "objective"):
+            metrics = objective.evaluation_metrics(sums, self._validation.samples)
+            return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
     def save(self, metrics: Metrics | None = None, *, force: bool = False) -> None:
         """Saves the state if a checkpoint is due, or always with `force`.
@@ -208,8 +210,16 @@ class Trainer:
         """
         assert self._checkpoints is not None
         due = force or self.completed_steps % self.run.checkpoint.save_every == 0
-        if due and metrics is not None:
-            require_finite(self.completed_steps - 1, metrics)
+        if due:
+            if metrics is not None:
+                require_finite(self.completed_steps - 1, metrics)
+            assert self.state is not None
+            # The loss of a step is computed before its update, which may be the one that is not finite.
+            if not jax.device_get(self.program.all_finite(self.state)):
+                raise NonFiniteError(
+                    f"step {self.completed_steps - 1}: its update made a parameter NaN or infinite; it was not saved: "
+                    "use a lower optim.peak_lr, and check optim.optimizer and optim.schedule"
+                )
         try:
             self._checkpoints.save(self.completed_steps, self.state, self._record, force=force)
         except StorageError as error:
@@ -291,8 +301,8 @@ class Trainer:
         if self.run.init is None:
             return self.program.init(jax.random.key(self.run.seed))
         loaded = load_params(self.run.init, self.program)
-        path = self.run.init.rpartition("@")[0] or self.run.init
-        self._record = {"init": {"run": path, "step": loaded.step, "fingerprint": loaded.fingerprint}}
+        path, _ = parse_source(self.run.init)
+        self._record = {"init": {"run": str(path), "step": loaded.step, "fingerprint": loaded.fingerprint}}
         return self.program.init_from(loaded.params)
 
     def _fit_loaded(self, stop_reason: Callable[[], str | None]) -> str | None:
@@ -371,7 +381,7 @@ class Trainer:
 def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     """Copies the metrics of a step to the host; NonFiniteError if the loss or the gradient is not finite."""
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "lr"):
         if not math.isfinite(values.get(name, 0.0)):
             raise NonFiniteError(
                 f"step {step}: {name} is {values[name]}; nothing was saved since: start the same command with a lower "

@@ -160,7 +160,8 @@ def buffers(built: Program, found: Arrays) -> Arrays:
     """The state after a step, from the statistics of the step."""
     stats = {path.removeprefix("sum."): jnp.asarray(x) for path, x in found.items() if path.startswith("sum.")}
     with built.on_mesh:
-        return on_host(built.module.update_buffers(stats))
+        params = built.init(jax.random.key(built.run.seed)).params
+        return on_host(built.model(params).update_buffers(stats))
 
 
 # Numbers

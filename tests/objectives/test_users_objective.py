@@ -81,6 +81,29 @@ def test_two_passes_need_a_mesh_without_stages() -> None:
         gradients(Twice(), MeshConfig(stage=2, fsdp=2), accumulate=2)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda apply, params, batch: CausalLM().loss(apply, params, {**batch, "inputs": batch["inputs"] * 0}),
+        lambda apply, params, batch: CausalLM().loss(lambda p, b: apply(p, b, train=False), params, batch),
+    ],
+    ids=["another batch", "without dropout"],
+)
+def test_stages_do_not_ignore_what_an_objective_changes(loss: Callable[..., Any]) -> None:
+    assert gradients(_wrong(loss), MeshConfig(fsdp=2))[1]["weight"] > 0
+    with pytest.raises(ConfigError, match="objective=Wrong.*mesh.stage=1"):
+        gradients(_wrong(loss), MeshConfig(stage=2, fsdp=2), accumulate=2)
+
+
+def test_a_loss_in_bfloat16_is_taken() -> None:
+    def loss(apply: Any, params: Any, batch: Any) -> Any:
+        total, sums = CausalLM().loss(apply, params, batch)
+        return total.astype(jnp.bfloat16), sums
+
+    grads, sums = gradients(_wrong(loss), MeshConfig(fsdp=2))
+    assert sums["loss"].dtype == np.float32 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
 def _wrong(loss: Callable[..., Any]) -> Objective:
     cls = type("Wrong", (Objective,), {"loss": lambda self, *arguments: loss(*arguments), "__module__": __name__})
     return dataclass(frozen=True, kw_only=True)(cls)()
