@@ -47,3 +47,64 @@ def test_a_mistake_is_shown_with_its_line(
     tiny.config.write_text(head + text.replace(old, new))
     refused(tiny.launch("train.steps=3"), message)
     assert not Path(tiny.directory() / "checkpoints" / "3").exists()
+
+
+OBJECTIVE = """\
+from dataclasses import dataclass
+from jaxinfra.objectives.causal_lm import CausalLM
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(CausalLM):
+    def {method}(self, *args):
+        {body}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "message"),
+    [
+        ("problems", "raise KeyError('gamma')", "tiny.py:7: KeyError gamma"),
+        ("problems_with", "return args[0].missing", "tiny.py:7: AttributeError missing"),
+        ("flops", "return 1 / 0", "tiny.py:7: ZeroDivisionError"),
+        ("evaluation_metrics", "return 1 / 0", "tiny.py:7: ZeroDivisionError Mine"),
+        ("evaluation_metrics", "return {'loss': 'low'}", "Mine ValueError 'low'"),
+    ],
+)
+def test_a_mistake_in_any_method_is_one_line(tiny: Tiny, method: str, body: str, message: str) -> None:
+    text = tiny.config.read_text()
+    assert text.count("data=TokenData(") == 1
+    head = OBJECTIVE.format(method=method, body=body)
+    tiny.config.write_text(head + text.replace("data=TokenData(", "objective=Mine(), data=TokenData("))
+    refused(tiny.launch("train.steps=3"), message)
+
+
+UNLIKE = """\
+import numpy as np
+from dataclasses import dataclass
+from jaxinfra import ArraySpec
+from jaxinfra.data.in_memory import ArrayData
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(ArrayData):
+    modality = "token"
+    seq_len: int = 16
+    def arrays(self, split):
+        return {{"inputs": np.zeros((40, {length}), np.int32), "targets": np.zeros((40, 16), np.{dtype})}}
+    def batch_spec(self, *, validation):
+        row = ArraySpec(shape=(16,), dtype="int32", axes=("sequence",))
+        weights = {{"weights": ArraySpec()}} if validation else {{}}
+        return {{"inputs": row, "targets": row}} | weights
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "message"),
+    [(8, "int32", "Mine: inputs int32[8, 8] int32[8, 16]"), (16, "int64", "Mine: targets int64[8, 16] int32[8, 16]")],
+)
+def test_a_batch_unlike_its_spec_is_refused(tiny: Tiny, length: int, dtype: str, message: str) -> None:
+    text = tiny.config.read_text()
+    head = UNLIKE.format(length=length, dtype=dtype)
+    tiny.config.write_text(head + text.replace("data=TokenData(", "data=Mine() or dict("))
+    refused(tiny.launch("train.steps=3"), message)

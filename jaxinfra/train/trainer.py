@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.data.batches import BatchLoader, validation_batches
-from jaxinfra.data.interfaces import Batch, Dataset
+from jaxinfra.data.interfaces import Batch, DataConfig, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
 from jaxinfra.data.stopwatch import input_bound_warning
 from jaxinfra.errors import ConfigError, NonFiniteError, Preempted, StorageError
@@ -75,6 +76,8 @@ class Trainer:
             command: the command line, for the run record.
             prepare_command: the command that prepares the data, for the error message if the data is missing.
         """
+        if not isinstance(run, Run | Loaded):
+            raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
         self._loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
         validate(self._loaded.run)
         devices = local_devices()
@@ -271,7 +274,7 @@ class Trainer:
         return dataset
 
     @cached_property
-    def _rows(self) -> Any:
+    def _rows(self) -> np.ndarray:
         array = next(iter(self.program.batch.values()))  # all arrays of a batch have the same rows
         return process_rows(array.sharding, array.shape)
 
@@ -282,6 +285,7 @@ class Trainer:
         return validation_batches(self.run.data, samples, global_batch=config.global_batch, rows=self._rows)
 
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
+        check_batch(batch, self.run.data, len(self._rows))
         shardings = {name: array.sharding for name, array in self.program.validation_batch.items()}
         return to_global(batch, shardings, global_batch=self.run.train.global_batch)
 
@@ -376,6 +380,23 @@ class Trainer:
             "checkpoint": str(self.run_dir.checkpoints / str(self.completed_steps)),
             "report": str(self.run_dir.report),
         }
+
+
+def check_batch(batch: Batch, data: DataConfig, rows: int) -> None:
+    """Raises ConfigError if a batch of so many rows is not what `DataConfig.batch_spec` says."""
+    name, spec = type(data).__qualname__, data.batch_spec(validation=True)
+    missing = data.batch_spec(validation=False).keys() - batch.keys()
+    if missing or batch.keys() - spec.keys():
+        raise ConfigError(
+            f"{name}: a batch has {', '.join(batch)}; return the arrays of its batch_spec: {', '.join(spec)}"
+        )
+    for field, array in batch.items():
+        expected = (rows, *spec[field].shape), spec[field].dtype
+        if (array.shape, array.dtype.name) != expected:
+            raise ConfigError(
+                f"{name}: {field} of a batch is {array.dtype.name}{list(array.shape)}, its batch_spec says "
+                f"{expected[1]}{list(expected[0])}; make them equal"
+            )
 
 
 def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
