@@ -3,14 +3,15 @@
 import itertools
 import operator
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, override
 
 import numpy as np
 
-from jaxinfra.config import Problem
+from jaxinfra.config import Extensible, Problem
 from jaxinfra.config.limits import Fraction, NonNegativeFloat, NonNegativeInt
 from jaxinfra.prepare.documents.shingles import ngram_hashes, word_hashes
 
@@ -26,8 +27,16 @@ def _rule(measure: Callable[["_TextStats"], object], gopher: object = None, *, o
     return field(default=off, metadata={"measure": measure, "gopher": off if gopher is None else gopher})
 
 
+class Filter(Extensible, ABC):
+    """Decides which texts are left out: your own is a frozen dataclass that inherits from this class."""
+
+    @abstractmethod
+    def reason(self, text: str) -> str | None:
+        """Returns why a text is left out, in one word that is counted; None if it passes."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Filters:
+class Filters(Filter):
     """Rules that a text must pass, tried in this order; `Filters.gopher()` has the values of the paper.
 
     `min_` is the least value that passes, `max_` the greatest; None and () turn a rule off. Words are separated by
@@ -79,6 +88,7 @@ class Filters:
             message = f"there are only {known} stop words"
             yield Problem(fields=("min_stop_words", "stop_words"), message=message, fix="use min_stop_words=2")
 
+    @override
     def reason(self, text: str) -> str | None:
         """Returns the name of the first rule that a text breaks; None if it passes all."""
         stats = _TextStats(text, self.stop_words)

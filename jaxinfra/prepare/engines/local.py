@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+import cloudpickle
+
 from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, driver_python_path
 
@@ -103,7 +105,8 @@ class _Worker:
 
     def run[J](self, function: Callable[[J], object], job: J) -> JobResult:
         """Runs a job; EOFError or OSError if the process is gone."""
-        self._connection.send((function, job))
+        # Not `pickle`: a job may hold classes of a recipe file, which a worker cannot import.
+        self._connection.send_bytes(cloudpickle.dumps((function, job)))
         return self._connection.recv()
 
     def kill(self) -> None:

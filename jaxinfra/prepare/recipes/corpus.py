@@ -11,7 +11,7 @@ from jaxinfra.config.limits import NonEmptyStr
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.prepare.documents.dedup import Dedup
 from jaxinfra.prepare.documents.document import Text
-from jaxinfra.prepare.documents.filters import Filters
+from jaxinfra.prepare.documents.filters import Filter, Filters
 from jaxinfra.prepare.documents.formats import AnyFormat
 from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, ImageValidation, OtherStore
 from jaxinfra.prepare.sources.any_source import AnySource
@@ -52,7 +52,7 @@ class Corpus(StoreRecipe):
 
     validation: AnyValidation = ByKey()
     format: AnyFormat = Text()
-    filters: Filters = Filters()
+    filters: Filters | Filter = Filters()
     dedup: Dedup | None = None  # which repeated documents to leave out
     tokenizer: AnyTokenizer = field(default_factory=TrainBpe)
     packs: tuple[PackSpec, ...] = ()  # packings of whole documents into rows, for runs with `packing=best_fit`

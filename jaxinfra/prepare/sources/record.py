@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfra.config import Extensible
+
 Fields = Mapping[str, Any]
 """The fields of a record by name."""
 
@@ -52,8 +54,8 @@ def parse_record[T](parse: Callable[[T], Fields], content: T, *, key: str, locat
         return BadRecord(location=location, cause=str(error))
 
 
-class Source(ABC):
-    """Config of where records are read from.
+class Source(Extensible, ABC):
+    """Config of where records are read from: your own is a frozen dataclass that inherits from this class.
 
     Both methods raise ConfigError for a missing file or package, DataError for a file that is damaged as a whole, and
     StorageError for a file that cannot be read.
