@@ -44,7 +44,7 @@ GOALS = "Goals: two workers are 1.6 times as fast as one, and data prepare is at
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizeCase:
-    """What is timed: a tool, "prepare" or "map", and its number of workers."""
+    """One timed case: a tool, "prepare" or "map", and its number of workers."""
 
     tool: str
     num_workers: int

@@ -1,4 +1,4 @@
-"""What a run needs of its data: a config that opens a dataset, and samples that are read by their ids."""
+"""The interfaces of data: a config opens a dataset, whose samples are read by their ids."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence

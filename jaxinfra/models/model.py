@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxinfra.config import Extensible, Problem
+from jaxinfra.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxinfra.models.module import Module
@@ -33,7 +34,8 @@ class ModelConfig(Extensible):
     def build(self, partitioner: Any) -> "Module":
         """Returns the module, with a `ParamSpec` in place of every array."""
         if self.implementation is None:
-            raise NotImplementedError(f"{type(self).__name__} defines neither build nor implementation")
+            name = type(self).__name__
+            raise ConfigError(f"{name}: defines neither build nor implementation; add def build(self, partitioner)")
         return pkgutil.resolve_name(self.implementation)(self, partitioner)
 
     @property

@@ -2,6 +2,9 @@
 
 A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once with `nnx.split`, and
 merges arrays in when it traces a step. A module is never changed.
+
+Methods that a subclass must define raise NotImplementedError: Flax modules cannot be abstract base classes, as they
+have a metaclass of their own.
 """
 
 from collections.abc import Mapping

@@ -41,7 +41,7 @@ class WithReference(NamedTuple):
 
 
 class Objective(Extensible, ABC):
-    """What a run minimizes: a frozen dataclass that inherits from this class and defines `loss`.
+    """The function that a run minimizes. Yours is a frozen dataclass that inherits from it and defines `loss`.
 
     Attributes:
         batch_fields: names of arrays that the batch must have.

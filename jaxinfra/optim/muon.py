@@ -23,7 +23,10 @@ from jaxinfra.parallel.sharding import SpecEntry, axis_names
 from jaxinfra.parallel.spec import PyTree
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic polynomials that keep singular values in about [0.7, 1.2], the steepest at 0 (Jordan et al. 2024)."""
+"""Coefficients of the quintic polynomial that is steepest at 0 and keeps singular values in about [0.7, 1.2].
+
+Source: Jordan et al. 2024.
+"""
 
 # Keeps an all-zero matrix from dividing 0 by 0.
 _TINY_NORM = 1e-12

@@ -1,1 +1,1 @@
-"""What surrounds the training loop: devices, platforms, signals, peak FLOP/s, and the environment of a run."""
+"""The process around the training loop: devices, platforms, signals, peak FLOP/s, and the environment of a run."""

@@ -35,7 +35,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 class _Entry(TypedDict):
-    """What fsspec says about a file or folder; other keys depend on the file system."""
+    """The entry of a file or folder in fsspec; other keys depend on the file system."""
 
     name: str
     type: str

@@ -4,11 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +12,8 @@ from jaxinfra.config import diff, dump, load, read_record, record, validate, wri
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
 from jaxinfra.errors import ConfigError
+from tests.config.user_class_files import HERE, MINE, SIBLING, USES_SIBLING, Write, digest, save
+from tests.config.user_class_files import write as write
 from tests.refusals import raises, refused
 from tests.tiny_run import Tiny, launch
 from tests.tiny_run import tiny as tiny
@@ -23,93 +21,6 @@ from tests.tiny_run import tiny_data as tiny_data
 
 from . import extended
 from .extended import Run
-
-HERE = extended.__name__
-MINE = f"""
-from __future__ import annotations
-from dataclasses import dataclass
-from {HERE} import Optimizer, Run
-
-@dataclass(frozen=True, kw_only=True)
-class Mine(Optimizer):
-    beta: float = 0.5
-    limit: Limit | None = None
-
-    def step(self, x):
-        return x * FACTOR
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    above: int = 1
-
-@dataclass(frozen=True, kw_only=True)
-class Second(Mine):
-    more: tuple[int, ...] = ()
-
-FACTOR = 3
-
-def config():
-    return Run(optimizer=Mine(beta=0.25))
-"""
-SIBLING = f"""
-from __future__ import annotations
-from dataclasses import dataclass
-from {HERE} import Optimizer, Run
-
-@dataclass(frozen=True, kw_only=True)
-class Mine(Optimizer):
-    beta: Beta = 0.5
-    limit: Limit | None = None
-
-    def step(self, x):
-        return x * FACTOR
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    above: int = 1
-
-type Beta = float
-FACTOR = 3
-"""
-USES_SIBLING = f"""
-import opt
-from {HERE} import Run
-
-def config():
-    return Run(optimizer=opt.Mine(beta=0.25))
-"""
-
-type Write = Callable[[str, str], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    monkeypatch.chdir(tmp_path)
-
-    def write(name: str, text: str) -> Path:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(text))
-        return path
-
-    return write
-
-
-def save(source: str | Path, overrides: tuple[str, ...] = (), to: str = "run.json") -> dict[str, Any]:
-    """Writes and returns the record of a config."""
-    content = record(load(source, overrides), command=[], versions={}, git={}, devices=[])
-    write_record(to, content)
-    return content
-
-
-def change(key: str, value: Any, path: str = "run.json") -> None:
-    """Changes a record."""
-    write_record(path, read_record(path) | {key: value})
-
-
-def digest(path: str | Path) -> str:
-    return sha256(Path(path).read_bytes()).hexdigest()[:16]
-
 
 # In the config file itself.
 
@@ -359,113 +270,6 @@ def test_a_resumed_run_decodes_its_record_with_the_classes_of_its_config(write: 
 # A record is data.
 
 
-@pytest.fixture
-def marker(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that malicious modules, on `sys.path` and in folders, write if they are imported."""
-    marker = Path(os.path.abspath("marker"))
-    evil = MINE.replace(
-        "import Optimizer", f"import Optimizer\nopen({str(marker)!r}, 'w').close()\nfrom {HERE} import Run"
-    )
-    for name in ("path/evil.py", "path/package/__init__.py", "path/jaxinfra_evil.py", "configs/evil.py", "evil.py"):
-        write(name, evil)
-    write("runs/x/evil.py", evil)
-    monkeypatch.syspath_prepend(os.path.abspath("path"))
-    return marker
-
-
-ATTACKS = [
-    "os:system",
-    "subprocess:Popen",
-    "builtins:eval",
-    "__main__:Mine",
-    "evil:Mine",
-    "package:Mine",
-    "package.sub:Mine",
-    "jaxinfra_evil:Mine",
-    "jaxinfra.config.source:os.system",
-    "jaxinfra.config.source:Path",
-    "jaxinfra.config.record:Loaded",
-    "jaxinfra.config.source:load",
-    "jaxinfra..evil:Mine",
-    "jaxinfra.config.:Mine",
-    "evil.py:Mine",
-    "../evil.py:Mine",
-    "configs/evil.py:Mine",
-    "configs/../evil.py:Mine",
-    "..evil:Mine",
-    ".evil:Mine",
-    "path/evil.py:Mine",
-    "evil.py:__init__.__globals__",
-    ":Mine",
-    "evil:",
-    "",
-    "\n",
-    None,
-    3,
-    ["evil:Mine"],
-    {"evil": "Mine"},
-]
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("key", ["root", "kind", "classes"])
-def test_a_record_imports_only_what_the_user_names(write: Write, marker: Path, name: Any, key: str) -> None:
-    config = f"from {HERE} import Run\nconfig = lambda: Run()"
-    content = save(write("named/mine.py", config), to="runs/x/run.json")
-    if key == "root":
-        content["root"] = name
-    elif key == "kind":
-        content["config"]["optimizer"] = {"kind": name}
-    else:
-        content["classes"] = {str(name): {"file": "evil.py", "sha256": "0" * 16}}
-    write_record("runs/x/run.json", content)
-    modules = set(sys.modules)
-    for root in (None, Run) if key != "root" else (None,):
-        for imports in ([HERE], [HERE, "named/mine.py"], [HERE, "named/"]):
-            with raises(ConfigError, "runs/x/run.json:"):
-                load("runs/x/run.json", (), root, imports)
-    assert {each for each in set(sys.modules) - modules if not each.startswith("jaxinfra.")} == set()
-    assert not marker.exists()
-
-
-def test_a_record_may_import_from_a_folder_that_the_user_names(write: Write, marker: Path) -> None:
-    save("runs/x/evil.py", to="run.json")
-    marker.unlink()
-    with raises(ConfigError, f"evil.py:Mine {os.path.abspath('runs/x/evil.py')}: --import"):
-        load("run.json", imports=[HERE])
-    assert not marker.exists()
-    assert load("run.json", imports=[HERE, "runs/x/"]).run.optimizer.beta == 0.25
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("file", ["evil.py", "/", "", "x", "a/b/c/d.py", "./evil.py"])
-def test_a_recorded_file_that_does_not_fit_its_module_is_only_shown(write: Write, marker: Path, file: str) -> None:
-    write_record(
-        "run.json", save(write("mine.py", MINE)) | {"classes": {"a.b.c.d.e:X": {"file": file, "sha256": None}}}
-    )
-    with raises(ConfigError, "run.json: a.b.c.d.e:X"):
-        load("run.json", imports=[HERE])
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("classes", [None, [], 3, {"a:B": None}, {"a:B": {}}, {"a:B": {"file": 3, "sha256": 4}}])
-def test_damaged_sources_in_a_record_are_refused(write: Write, classes: Any) -> None:
-    save(write("mine.py", MINE))
-    change("classes", classes)
-    with raises(ConfigError, "run.json: classes restore"):
-        load("run.json", imports=[HERE, "mine.py"])
-
-
-@pytest.mark.parametrize(
-    ("named", "expected"),
-    [("nowhere.py", "nowhere.py"), ("nowhere/", "nowhere/"), ("no.such", "no.such"), ("..x", "..x"), ("", "module")],
-)
-def test_errors_of_imports(write: Write, named: str, expected: str) -> None:
-    save(write("mine.py", MINE))
-    with raises(ConfigError, "--import", expected):
-        load("run.json", imports=[named])
-
-
 # On the command line.
 
 
@@ -486,37 +290,6 @@ def test_diff_imports_from_the_folders_of_its_config_files(write: Write) -> None
         ended = launch("diff", *words, "--import", HERE)
         assert [" ".join(line.split()) for line in ended.out.splitlines()] == expected, ended
     refused(launch("diff", "run.json", "configs/nowhere.py", "--import", HERE), "run.json: --import")
-
-
-@pytest.mark.parametrize("command", ["train", "show", "data peek", "data prepare"])
-def test_commands_refuse_a_record_with_classes_that_the_user_does_not_name(
-    write: Write, marker: Path, tiny: Tiny, command: str
-) -> None:
-    content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
-    for change in ({"root": "evil:Mine"}, {"classes": {"evil:Mine": {"file": None, "sha256": None}}}):
-        write_record("run.json", content | change)
-        refused(launch(*command.split(), "run.json"), "run.json: evil:Mine: --import evil")
-    assert not marker.exists()
-    assert "--import MODULE|FILE" in launch(*command.split(), "--help").out
-
-
-def test_sample_refuses_a_record_with_classes_that_the_user_does_not_name(
-    write: Write, marker: Path, tiny: Tiny
-) -> None:
-    content = record(load(tiny.config), command=[], versions={}, git={}, devices=[])
-    write_record("run.json", content | {"classes": {"evil:Mine": {"file": None, "sha256": None}}})
-    refused(launch("sample", ".", "w1"), "run.json: evil:Mine: --import evil")
-    assert not marker.exists()
-
-
-def test_a_record_runs_no_recipe_that_the_user_does_not_name(write: Write, tiny: Tiny, tmp_path: Path) -> None:
-    recipe = write("recipe.py", "open('marker', 'w').close()\nconfig = lambda: None")
-    overrides = [f"data.recipe={recipe}"]
-    write_record("run.json", record(load(tiny.config, overrides), command=[], versions={}, git={}, devices=[]))
-    refused(launch("data", "prepare", "run.json"), "run.json: --import recipe.py")
-    assert not Path("marker").exists()
-    refused(launch("data", "prepare", "run.json", "--import", "recipe.py"), "recipe.py: config() NoneType")
-    assert Path("marker").exists()
 
 
 OBJECTIVE = """

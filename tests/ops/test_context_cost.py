@@ -32,7 +32,7 @@ def shifts(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> l
 
 
 def test_zigzag_order_halves_the_work_of_every_step() -> None:
-    """Of four pairs of blocks, three are visible in the first step, and two in each later one."""
+    """Three of four pairs of blocks are visible in the first step, and two in each later one."""
     first, middle, last = ring_phases(shards_of(8), CAUSAL, 4)
     assert [on_all_shards for _, _, on_all_shards in first.pairs] == [True, True, True]
     for phase in (middle, last):
