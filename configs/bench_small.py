@@ -6,7 +6,7 @@ from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.schedules import Constant
 from jaxinfra.run import Precision, Run, TrainConfig
-from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.track.config import TrackConfig
 
 
 def config() -> Run:

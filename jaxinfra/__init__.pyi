@@ -27,7 +27,7 @@ from .program import Program, TrainState
 from .run import Precision, Run, TrainConfig
 from .sample import Sampler, SamplingParams
 from .track.base import Tracker, TrackerConfig
-from .track.tracker import TrackConfig
+from .track.config import TrackConfig
 from .train.trainer import Trainer
 
 __version__: str

@@ -20,7 +20,7 @@ from jaxinfra.parallel.divisibility import MeshFit
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
 from jaxinfra.parallel.schedules import PipelineConfig
-from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.user_code import user_code
 
 

@@ -27,7 +27,7 @@ from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.optim.config import OptimConfig
 from jaxinfra.optim.schedules import Cosine
 from jaxinfra.run import Precision, Run
-from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.run import TrainConfig
 
 

@@ -25,7 +25,7 @@ from jaxinfra.language_model import require_text
 from jaxinfra.optim.optimizers import AdamW
 from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
-from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.train.trainer import Trainer
 
 WARMUP_STEPS = 3  # for compilation and first use of memory

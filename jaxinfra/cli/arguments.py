@@ -147,6 +147,10 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
     _add_imports(parser)
 
 
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("field", metavar="FIELD", nargs="?", help="such as optim.peak_lr (default: list the fields)")
+
+
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
@@ -172,6 +176,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
     ("train", _add_config, "train CONFIG, or resume from its last checkpoint (the default command)"),
     ("init", _add_init, "write the quickstart's config and data recipe into a folder"),
+    ("explain", _add_explain, "explain a config field, or list the fields"),
     ("show", _add_config, "print the resolved config and its statistics; uses no devices"),
     ("compile", _add_compile, "compile the train step for hardware that is not here: memory, cycles, collectives"),
     ("data prepare", _add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),

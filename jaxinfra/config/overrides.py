@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfra.config.aliases import path_of_alias
 from jaxinfra.config.classes import ClassFinder, find_choice
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.parse import parse, unquote
@@ -170,6 +171,8 @@ class _Assignment:
         """Guesses the path that was meant: a misspelled name, a field of this name elsewhere, or a similar path."""
         known = [each for each, _, _ in walk(type(self.root), self.root) if each]
         full = self.override.path
+        if alias := path_of_alias(full, known):
+            return alias
         sibling = nearest(names[0], siblings)
         corrected = ".".join([join(path, sibling), *names[1:]]) if sibling else full
         if corrected in known:  # only names[0] is wrong

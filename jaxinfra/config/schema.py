@@ -127,6 +127,11 @@ def _alternatives(annotation: Any, metadata: tuple[object, ...] = ()) -> Iterato
         yield types.NoneType if annotation is None else annotation, metadata
 
 
+def is_fingerprinted(annotation: object) -> bool:
+    """Tells whether a field with this annotation is part of the fingerprint."""
+    return not any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation))
+
+
 def within_limits(annotation: object, value: object) -> bool:
     """Tells whether a value of the right type lies within the limits of its annotation."""
     return any(_within_limits(member, metadata, value) for member, metadata in _alternatives(annotation))
@@ -238,7 +243,7 @@ def walk(
     `parts_first` yields the parts of a node before it. `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`,
     with everything below them.
     """
-    if fingerprinted_only and any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation)):
+    if fingerprinted_only and not is_fingerprinted(annotation):
         return
     if not parts_first:
         yield path, annotation, value
@@ -339,7 +344,8 @@ def _words(member: Any, metadata: tuple[object, ...]) -> list[str]:
     if is_config(member):
         return [snake_case(member)]
     if is_open(member):
-        return [*map(snake_case, _builtins(member)), f"MODULE:CLASS (a subclass of {member.__name__})"]
+        names = (snake_case(path.partition(":")[2]) for path in member.builtins)  # without importing them
+        return [*names, f"MODULE:CLASS (a subclass of {member.__name__})"]
     if issubclass(member, enum.Enum):
         return [item.name for item in member]
     if member is types.NoneType:

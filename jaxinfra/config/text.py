@@ -21,9 +21,9 @@ _RESERVED = frozenset({"none", "null", "true", "false"})
 _SHOWN_CHARACTERS = 60
 
 
-def snake_case(cls: type) -> str:
+def snake_case(cls: type | str) -> str:
     """Returns the name of a class in overrides: `cosine_decay` for `CosineDecay`, `wsd` for `WSD`."""
-    return _WORD_START.sub("_", cls.__name__).lower()
+    return _WORD_START.sub("_", cls if isinstance(cls, str) else cls.__name__).lower()
 
 
 def join(path: str, name: str | int) -> str:

@@ -24,7 +24,14 @@ from jaxinfra.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class MixSource:
-    """A store of a mixture; the fields are as in `TokenData`."""
+    """A store of a mixture.
+
+    Attributes:
+        store: folder or URL of the store.
+        version: fingerprint of the version to read; None reads the newest.
+        recipe: config file that prepares the store.
+        packing: what a row holds, as in `TokenData`.
+    """
 
     store: Annotated[NonEmptyStr, NOT_FINGERPRINTED]
     version: Annotated[str | None, NOT_FINGERPRINTED] = None
@@ -34,11 +41,15 @@ class MixSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(DataConfig):
-    """Config of training on a mixture of token stores; the other fields are as in `TokenData`.
+    """Config of training on a mixture of token stores.
 
     Attributes:
         sources: the stores. A new one at the end changes how often the others are read, but not their order.
         stages: the weights of the sources, which may change at given steps; () weighs each source by its size.
+        seq_len: number of targets in a row of a batch.
+        curriculum: reads short rows first in the first epochs; None shuffles all epochs.
+        seed: seed of the order of samples.
+        mask_documents: whether attention, positions and loss treat each document of a row on its own.
     """
 
     modality: ClassVar[str] = "token"

@@ -19,7 +19,11 @@ from jaxinfra.config.limits import PositiveFloat, PositiveFraction, PositiveInt
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Divides all frequencies by `factor` (position interpolation, Chen et al. 2023)."""
+    """Divides all frequencies by the same number (position interpolation, Chen et al. 2023).
+
+    Attributes:
+        factor: the number.
+    """
 
     factor: float = 8.0
 

@@ -150,9 +150,9 @@ class Muon(Optimizer):
         scale: "rms" scales updates to AdamW's usual size, so that both share one learning rate (Liu et al. 2025);
             "width" is the original `sqrt(max(1, cols / rows))`, with a peak of about 0.02.
         matmul_dtype: dtype of the Newton-Schulz products; bfloat16 halves the transfers between devices.
-        b1: see `AdamW`.
-        b2: see `AdamW`.
-        eps: see `AdamW`.
+        b1: decay of the first moment in the AdamW of other parameters.
+        b2: decay of its second moment.
+        eps: added to the root of its second moment.
         weight_decay: fraction of a parameter subtracted per unit of learning rate, for all parameters.
     """
 

@@ -6,14 +6,13 @@ run: the first of each tracker is reported, the others are counted.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, override
+from typing import Any, Self, override
 
 from jaxinfra.config.extensible import is_user_class
-from jaxinfra.config.limits import PositiveInt
 from jaxinfra.errors import ConfigError
 from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
 from jaxinfra.track.tensorboard import TensorBoardTracker
@@ -84,30 +83,6 @@ class MultiTracker(Tracker):
                     a_bug = not isinstance(error, OSError)
                     named = f"{type(tracker).__name__}: {f'{type(error).__name__}: ' if a_bug else ''}{error}"
                     _log.error(f"{named}; training goes on, further failures are counted", exc_info=a_bug)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackConfig:
-    """How often metrics are logged, and where they go.
-
-    Attributes:
-        log_every: steps between two logs; other steps' metrics stay on the device.
-        jsonl: writes metrics.jsonl and summary.json; the report is made from them.
-        tensorboard: writes TensorBoard event files.
-        console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
-            terminal and "plain" elsewhere, "off" prints nothing.
-        trackers: your own trackers, besides these.
-    """
-
-    log_every: PositiveInt = 10
-    jsonl: bool = True
-    tensorboard: bool = True
-    console: Literal["auto", "bar", "plain", "off"] = "auto"
-    trackers: tuple[TrackerConfig, ...] = ()
-
-    def due(self, step: int, total_steps: int) -> bool:
-        """Returns whether to log this step, counted from 0: every `log_every`-th and the last."""
-        return (step + 1) % self.log_every == 0 or step + 1 == total_steps
 
 
 def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:

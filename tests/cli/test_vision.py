@@ -23,7 +23,7 @@ from jaxinfra.data.image_data import ImageData
 from jaxinfra.models.vit import VisionTransformerConfig
 from jaxinfra.run import Precision, Run
 from jaxinfra.objectives.classification import Classification
-from jaxinfra.track.tracker import TrackConfig
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.run import TrainConfig
 
 

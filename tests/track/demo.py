@@ -11,7 +11,8 @@ ROOT = Path(jaxinfra.__file__).parents[1]
 RUN = """
 import sys, time
 from pathlib import Path
-from jaxinfra.track.tracker import TrackConfig, make_trackers
+from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.tracker import make_trackers
 
 mode, run_dir, steps, sleep_s = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 derived = {"parameters": (12_345_678, "count"), "tokens a parameter": (20.0, "tokens / parameters")}

@@ -86,7 +86,8 @@ def test_an_unwritable_run_directory_is_found_before_the_first_step(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from jaxinfra.track.tracker import TrackConfig, make_trackers
+from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.tracker import make_trackers
 
 run_dir = Path(sys.argv[1])
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -9,8 +9,9 @@ import pytest
 
 from jaxinfra.errors import StorageError
 from jaxinfra.track.charts import downsample
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.report import write_report
-from jaxinfra.track.tracker import TrackConfig, make_trackers
+from jaxinfra.track.tracker import make_trackers
 from tests.refusals import raises
 
 EVIL = "</td></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"

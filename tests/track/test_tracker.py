@@ -1,8 +1,9 @@
 import pytest
 
+from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
 from jaxinfra.track.memory import rss_bytes
-from jaxinfra.track.tracker import MultiTracker, TrackConfig, make_trackers
+from jaxinfra.track.tracker import MultiTracker, make_trackers
 from tests.refusals import problem
 from tests.track import demo
 

@@ -1,0 +1,62 @@
+"""`python -m launch explain [FIELD]`: explains a config field, or lists the fields; uses no devices."""
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from jaxinfra.command import COMMAND
+from jaxinfra.config.explain import Field, fields_below, find
+from jaxinfra.config.extensible import class_name
+from jaxinfra.config.schema import is_choice
+from jaxinfra.run import Run
+
+_MAX_WIDTH = 110  # characters of a line
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints the type, default and meaning of a field, and the fields below it."""
+    width = min(shutil.get_terminal_size(fallback=(_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
+    if options.field is None:
+        print("\n".join(tree(fields_below(Run), width)))
+        print(f"\nA field in full: {COMMAND} explain optim.peak_lr. All of them: docs/configs.md.")
+        return 0
+    same: dict[tuple[str, ...], list[Field]] = {}  # a field of several classes is explained once
+    for field in find(Run, options.field):
+        same.setdefault((field.path, field.allowed, field.default, field.meaning), []).append(field)
+    print("\n\n".join("\n".join(describe_field(fields, width)) for fields in same.values()))
+    return 0
+
+
+def tree(fields: Iterable[Field], width: int) -> list[str]:
+    """Returns a line for each field, and for each field one level below it, without importing open classes."""
+    lines = []
+    for field in fields:
+        lines.append(_line(field, "", width))
+        for cls in () if field.options_are_open else field.options.values():
+            lines += [_line(each, "  ", width) for each in fields_below(cls, field)]
+    return lines
+
+
+def describe_field(fields: Sequence[Field], width: int) -> list[str]:
+    """Returns the lines that explain a field and those below it; `fields` are the same field of several classes."""
+    field = fields[0]
+    lines = [_assignment(field), f"  takes    {field.allowed}"]
+    lines += textwrap.wrap(field.meaning, width, initial_indent="  meaning  ", subsequent_indent=" " * 11)
+    lines.append(f"  class    {', '.join(class_name(each.owner) for each in fields)}")
+    if not field.in_fingerprint:
+        lines.append("  resume   may change when a run resumes: its losses stay the same but for rounding")
+    for name, cls in field.options.items():
+        lines += ["", f"{field.path}={name}" if is_choice(field.field.annotation) else f"fields of {field.path}"]
+        lines += [_line(each, "  ", width) for each in fields_below(cls, field)] or ["  none"]
+    return lines
+
+
+def _assignment(field: Field) -> str:
+    return f"{field.path} = {field.default}" if field.default else field.path
+
+
+def _line(field: Field, indent: str, width: int) -> str:
+    """Returns "path = default  meaning", cut to the width."""
+    line = f"{indent}{_assignment(field):<42}  {field.meaning}".rstrip()
+    return line if len(line) <= width else f"{line[: width - 3]}..."

@@ -1,0 +1,67 @@
+"""Names that other frameworks give to config fields, for hints to users who know those frameworks.
+
+From the trainers and model configs of Hugging Face, and from the config files of MaxText, torchtitan and Levanter.
+"""
+
+from collections.abc import Container
+
+_ALIASES = {
+    "train.steps": ("max_steps", "num_train_steps", "num_steps", "training_steps", "total_steps", "iterations"),
+    "train.global_batch": (
+        "batch_size",
+        "per_device_batch_size",
+        "per_device_train_batch_size",
+        "local_batch_size",
+        "global_batch_size",
+        "global_batch_size_to_train_on",
+        "train_batch_size",
+        "micro_batch_size",
+    ),
+    "train.accumulate": ("gradient_accumulation_steps", "grad_accum", "accumulation_steps", "microbatches"),
+    "train.eval_every": ("eval_steps", "eval_interval", "steps_per_eval", "eval_freq"),
+    "optim.peak_lr": ("lr", "learning_rate", "max_lr", "base_lr", "init_lr"),
+    "optim.clip_norm": ("max_grad_norm", "max_norm", "grad_clip", "gradient_clipping_threshold", "clip_grad"),
+    "optim.ema_decay": ("ema", "ema_rate"),
+    "optim.optimizer": ("optim_type", "opt_type", "optimizer_name"),
+    "optim.optimizer.weight_decay": ("weight_decay", "wd", "adam_weight_decay"),
+    "optim.optimizer.b1": ("beta1", "adam_beta1", "adam_b1"),
+    "optim.optimizer.b2": ("beta2", "adam_beta2", "adam_b2"),
+    "optim.schedule": ("lr_scheduler", "lr_scheduler_type", "lr_schedule", "scheduler", "lr_schedule_type"),
+    "optim.schedule.warmup_steps": ("warmup", "num_warmup_steps", "warmup_steps", "warmup_ratio"),
+    "model.num_layers": ("layers", "n_layer", "n_layers", "num_hidden_layers", "num_decoder_layers", "depth"),
+    "model.hidden_size": ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "base_emb_dim", "width", "embed_dim"),
+    "model.num_heads": ("heads", "n_head", "n_heads", "num_attention_heads", "num_query_heads"),
+    "model.num_kv_heads": ("n_kv_heads", "num_key_value_heads", "kv_heads"),
+    "model.mlp_dim": ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "base_mlp_dim"),
+    "model.vocab_size": ("vocab", "vocabulary_size", "n_vocab"),
+    "model.rope.theta": ("rope_theta", "rope_max_timescale", "rotary_base"),
+    "model.tie_embeddings": ("tie_word_embeddings", "logits_via_embedding"),
+    "model.remat": ("gradient_checkpointing", "activation_checkpoint", "remat_policy", "activation_checkpointing"),
+    "model.norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon"),
+    "data.seq_len": ("block_size", "seq_length", "sequence_length", "max_seq_len", "max_length", "context_length")
+    + ("max_target_length", "train_seq_len", "n_positions", "max_position_embeddings"),
+    "data.store": ("dataset", "dataset_path", "dataset_name", "data_path", "train_file"),
+    "precision.compute": ("dtype", "bf16", "fp16", "torch_dtype", "mixed_precision", "compute_dtype"),
+    "precision.params": ("weight_dtype", "param_dtype", "params_dtype"),
+    "precision.quantize": ("quantization", "fp8", "int8"),
+    "mesh.fsdp": ("ici_fsdp_parallelism", "data_parallel_shard_degree", "dp_shard", "num_devices"),
+    "mesh.replica": ("dcn_data_parallelism", "data_parallel_replicate_degree", "dp_replicate", "num_slices"),
+    "mesh.tensor": ("ici_tensor_parallelism", "tensor_parallel_degree", "tensor_parallel_size", "tp", "tp_size"),
+    "mesh.stage": ("ici_pipeline_parallelism", "pipeline_parallel_degree", "pipeline_parallel_size", "pp", "pp_size"),
+    "mesh.context": ("ici_context_parallelism", "context_parallel_degree", "context_parallel_size", "cp", "cp_size"),
+    "mesh.expert": ("ici_expert_parallelism", "expert_parallel_degree", "expert_parallel_size", "ep", "ep_size"),
+    "checkpoint.save_every": ("save_steps", "save_interval", "checkpoint_period", "checkpoint_interval"),
+    "checkpoint.keep_last": ("save_total_limit", "max_to_keep", "keep_latest_k"),
+    "track.log_every": ("logging_steps", "log_interval", "log_freq", "log_period"),
+    "name": ("run_name", "output_dir", "experiment_name"),
+    "root": ("base_output_directory", "dump_folder"),
+    "seed": ("random_seed", "data_seed", "init_weights_seed"),
+    "init": ("load_parameters_path", "initial_load_path", "model_name_or_path", "resume_from_checkpoint"),
+}
+_PATHS = {alias: path for path, aliases in _ALIASES.items() for alias in aliases}
+
+
+def path_of_alias(name: str, known: Container[str]) -> str | None:
+    """Returns the path of the field that other frameworks call `name`, if it is one of the `known` paths."""
+    path = _PATHS.get(name.rpartition(".")[2].lower().replace("-", "_"))
+    return path if path is not None and path in known else None

@@ -1,0 +1,31 @@
+"""The config of trackers. Imports none of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxinfra.config.limits import PositiveInt
+from jaxinfra.track.base import TrackerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """How often metrics are logged, and where they go.
+
+    Attributes:
+        log_every: steps between two logs; other steps' metrics stay on the device.
+        jsonl: writes metrics.jsonl and summary.json; the report is made from them.
+        tensorboard: writes TensorBoard event files.
+        console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
+            terminal and "plain" elsewhere, "off" prints nothing.
+        trackers: your own trackers, besides these.
+    """
+
+    log_every: PositiveInt = 10
+    jsonl: bool = True
+    tensorboard: bool = True
+    console: Literal["auto", "bar", "plain", "off"] = "auto"
+    trackers: tuple[TrackerConfig, ...] = ()
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Returns whether to log this step, counted from 0: every `log_every`-th and the last."""
+        return (step + 1) % self.log_every == 0 or step + 1 == total_steps
