@@ -1,7 +1,5 @@
 """The directory of a run: its lock, its run record, and the checks before a run resumes in it."""
 
-import fcntl
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.storage.checks import make_writable
+from jaxinfra.storage.lock import locked
 from jaxinfra.track.jsonl import read_json_object
 from jaxinfra.track.report import write_report
 
@@ -49,18 +48,12 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Creates the directory and holds its lock, so that only one process trains this run."""
         make_writable(self.path)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ConfigError(
-                f"{self.path}: another process is training this run; wait for it, or use name=ANOTHER"
-            ) from None
-        try:
+        with locked(self.path) as acquired:
+            if not acquired:
+                raise ConfigError(
+                    f"{self.path}: another process is training this run; wait for it, or use name=ANOTHER"
+                )
             yield
-        finally:
-            os.close(descriptor)
 
     def check(self, run: Run, data: Dataset) -> None:
         """Raises ConfigError if the run in the directory has another config, other data or another `init`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxinfra.bench import DEFAULT_CONFIG, PARITY_CONFIGS
 from jaxinfra.errors import ConfigError
 
-CONFIG_HELP = "a config file, or the run.json of a run"
+CONFIG_HELP = "a config file, or the directory of a run (or its run.json)"
 ENGINES = ("local", "ray", "dask", "spark")  # what runs the workers of `data prepare`; the first is the default
 DEFAULT_PAIRS = 15  # timed rounds of a benchmark
 
@@ -96,6 +96,11 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="where to write (default: here)")
 
 
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--changed", action="store_true", help="print only the fields that differ from their defaults")
+
+
 def _add_compile(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     examples = "v5p:4x4x4 (one TPU slice), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)"
@@ -151,6 +156,14 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("field", metavar="FIELD", nargs="?", help="such as optim.peak_lr (default: list the fields)")
 
 
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("word", metavar="WORD", nargs="?", default="", help="part of a name, such as qwen3")
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", metavar="ROOT", nargs="?", default="runs", help="folder of runs (default %(default)s)")
+
+
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     what = f"models (default {', '.join(PARITY_CONFIGS)}) and overrides"
     parser.add_argument("words", metavar="CONFIG or KEY=VALUE", nargs="*", help=what)
@@ -177,13 +190,15 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("train", _add_config, "train CONFIG, or resume from its last checkpoint (the default command)"),
     ("init", _add_init, "write the quickstart's config and data recipe into a folder"),
     ("explain", _add_explain, "explain a config field, or list the fields"),
-    ("show", _add_config, "print the resolved config and its statistics; uses no devices"),
+    ("show", _add_show, "print the resolved config and its statistics; uses no devices"),
     ("compile", _add_compile, "compile the train step for hardware that is not here: memory, cycles, collectives"),
     ("data prepare", _add_data_prepare, "tokenize a corpus into a store, in parallel; resumes if interrupted"),
     ("data show", _add_data_show, "print the counts, lengths, versions and samples of a store"),
     ("data verify", _add_store, "read a whole store and check the hash of every block"),
     ("data peek", _add_data_peek, "print the batch of one step and process"),
     ("sample", _add_sample, "continue a text with the newest checkpoint of a run"),
+    ("models", _add_models, "list the published models that a config can name"),
+    ("runs", _add_runs, "list runs with their state, progress and results"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device"),
     ("bench", _add_bench, "time the framework against hand-written code"),

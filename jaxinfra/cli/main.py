@@ -6,10 +6,13 @@ Only the command's own module imports heavy packages, after the devices are chos
 import argparse
 import difflib
 import importlib
+import io
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from jaxinfra import user_code
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
@@ -39,6 +42,7 @@ def help_parser() -> argparse.ArgumentParser:
     about, raw = "Train JAX models on any mesh from one typed config.", argparse.RawDescriptionHelpFormatter
     usage = f"{COMMAND} [COMMAND] ..."
     parser = argparse.ArgumentParser(prog=COMMAND, usage=usage, description=about, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="store_true", help="print the versions of jaxinfra, Python and JAX")
     group = parser.add_argument_group("commands (each has its own --help)")
     for name, summary in COMMANDS.items():
         group.add_argument(name, help=summary, nargs="?")
@@ -60,6 +64,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises ConfigError if the first word is neither a command nor a config, SystemExit for help and usage errors.
     """
+    if argv[:1] == ["--version"]:
+        print(f"jaxinfra {version('jaxinfra')}, Python {platform.python_version()}, JAX {version('jax')}")
+        raise SystemExit(0)
     if not argv or argv[0] in ("-h", "--help"):
         help_parser().print_help(sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
@@ -104,11 +111,11 @@ def choose_devices(devices: str | None) -> None:
         if "JAX_PLATFORMS" not in os.environ and (available := platforms.available_platforms()):
             os.environ["JAX_PLATFORMS"] = available
         return
-    platform, _, count = devices.partition(":")
-    valid_count = not count or (platform == "cpu" and count.isdecimal() and int(count) >= 1)
-    if platform not in ("cpu", "gpu", "tpu") or not valid_count:
+    kind, _, count = devices.partition(":")
+    valid_count = not count or (kind == "cpu" and count.isdecimal() and int(count) >= 1)
+    if kind not in ("cpu", "gpu", "tpu") or not valid_count:
         raise ConfigError(f"--devices {devices}: expected cpu, cpu:N, gpu or tpu; use --devices cpu:8")
-    os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
+    os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(kind, kind)
     if count:
         os.environ |= emulation.emulation_env(int(count))
 
@@ -129,6 +136,19 @@ def _print_error(message: str, exit_code: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" for other characters
+    try:
+        exit_code = _run_command(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has ended, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        return 1  # as rich does
+    return exit_code
+
+
+def _run_command(argv: Sequence[str]) -> int:
+    """Runs one command; prints its error on one line and returns the exit code of its kind."""
     try:
         options = parse_command_line(argv)
         choose_devices(options.devices)

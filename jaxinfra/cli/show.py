@@ -21,7 +21,7 @@ from jaxinfra.train.statistics import run_statistics
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints the config, its statistics, the pipeline schedule, the parameters and the learning rate."""
+    """Prints the config; without --changed also its statistics, pipeline schedule, parameters and learning rate."""
     loaded = config_argument.load_config(options)
     validate(loaded.run)
     num_devices = options.devices.partition(":")[2] if options.devices else ""
@@ -32,8 +32,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     console = stdout_console()
     for line in dump(run).splitlines():
         path = line.partition(" = ")[0]
+        if options.changed and path not in loaded.origins:
+            continue
         origin = f"  [dim]# {escape(loaded.origins[path])}[/dim]" if path in loaded.origins else ""
         console.print(escape(line) + origin, soft_wrap=True)
+    if options.changed:
+        return 0
     console.print(statistics_table(run_statistics(program)))
     if run.mesh.stage > 1:
         console.print("Pipeline: one column per tick, forward (F) and backward (B) of each microbatch", style="bold")

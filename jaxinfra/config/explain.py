@@ -56,10 +56,11 @@ class Field:
         """The default as text, "" for a group of fields; says "required" without one."""
         if self.field.required:
             return "required"
+        if is_config(union_members(self.field.annotation)[0]) and not is_choice(self.field.annotation):
+            return ""
         if self.options_are_open and self.field.factory == (base := open_bases(self.field.annotation)[0]).default:
             return snake_case(base.builtins[0].partition(":")[2])  # without importing it
-        value = self.field.make_default()
-        return "" if is_config(type(value)) and not is_choice(self.field.annotation) else format_value(value)
+        return format_value(self.field.make_default())
 
     @property
     def meaning(self) -> str:

@@ -20,6 +20,7 @@ from jaxinfra.config.text import join, nearest, same
 from jaxinfra.config.view import leaves
 from jaxinfra.errors import ConfigError
 
+RECORD_FILE = "run.json"  # in the directory of a run
 COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
 
 
@@ -34,7 +35,7 @@ def load[C](
     """Returns the config of a file, with overrides applied; it is not validated.
 
     Args:
-        source: a config file, or the `run.json` of a run.
+        source: a config file, the `run.json` of a run, or the directory of a run.
         overrides: `path=value` texts.
         root: the class that the config must be an instance of.
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
@@ -46,6 +47,8 @@ def load[C](
         StorageError: if the file cannot be read.
     """
     path = Path(source)
+    if (path / RECORD_FILE).is_file():
+        path = path / RECORD_FILE
     _require_config_file(path)
     run: Any
     finder = imports if isinstance(imports, ClassFinder) else ClassFinder.from_imports(imports)
@@ -68,7 +71,9 @@ def load[C](
 def _require_config_file(path: Path) -> None:
     suffixes = (".py", ".json")
     if path.is_dir():
-        raise ConfigError(f"{path}: is a directory; name a config file in it")
+        raise ConfigError(
+            f"{path}: is a directory without {RECORD_FILE}; name a config file, or the directory of a run"
+        )
     if not path.exists():
         suffix = path.suffix if path.suffix in suffixes else ".py"
         names = sorted(each.name for each in path.parent.glob(f"*{suffix}"))

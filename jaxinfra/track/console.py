@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jaxinfra.track.base import RunStatistics, Tracker
@@ -68,7 +68,7 @@ def summary_table(values: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def titled_table(title: str, *columns: str) -> Table:
+def titled_table(title: str, *columns: str | Column) -> Table:
     """Makes an empty table in the style of all tables."""
     return Table(*columns, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
 

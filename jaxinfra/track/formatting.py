@@ -25,6 +25,17 @@ def format_count(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
 
 
+def format_short(value: float) -> str:
+    """Formats a number with three significant digits and a suffix: "8.03 B" for 8,030,261,248, "124 M", "16.9 T"."""
+    if not math.isfinite(value):
+        return str(value)
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:,.{max(0, 2 - len(str(int(abs(scaled)))) + 1)}f} {suffix}"
+    return f"{value:.4g}"
+
+
 def format_percent(fraction: float) -> str:
     """Formats a fraction of one as a percentage with one decimal."""
     return f"{100 * fraction:.1f}%"
@@ -53,6 +64,14 @@ def format_duration(seconds: float) -> str:
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest_s:02}" if hours else f"{minutes}:{rest_s:02}"
+
+
+def format_age(seconds: float) -> str:
+    """Formats an age in its largest unit: "12 s", "5 min", "3 h", "2 d"."""
+    for unit, unit_s in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def metric_label(name: str) -> str:

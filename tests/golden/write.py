@@ -1,6 +1,7 @@
 """Writes what the golden tests compare with.
 
 python tests/golden/write.py                     # every config of configs/ as the tree of values that it stands for
+python tests/golden/write.py docs                # generated pages of docs/, and the catalog of models
 python tests/golden/write.py compile [NAME...]   # what is compiled for hardware that is not here; minutes for all
 """
 
@@ -25,6 +26,12 @@ def main(words: list[str]) -> None:
         from tests.golden.compiled import write
 
         write(words[1:])
+        return
+    if words == ["docs"]:
+        from tests.golden.pages import pages
+
+        for path, text in pages().items():
+            path.write_text(text, encoding="utf-8")
         return
     wanted = dumps()
     for path in FOLDER.glob("*.txt"):

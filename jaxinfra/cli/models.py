@@ -1,0 +1,56 @@
+"""`python -m launch models [WORD]`: lists the published models that a config can name; uses no devices."""
+
+import argparse
+from collections.abc import Sequence
+
+from rich.table import Column, Table
+
+from jaxinfra.command import COMMAND
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.catalog import BYTES_PER_PARAM, CatalogEntry, catalog
+from jaxinfra.track.console import stdout_console
+from jaxinfra.track.formatting import format_short
+
+COLUMNS = ("name", "layers", "hidden", "heads/KV", "vocab", "params", "active")
+COLUMNS += (*BYTES_PER_PARAM, "context")
+_LESS_IMPORTANT = ("heads/KV", "vocab", "active")  # left out of a narrow terminal
+_MIN_WIDTH = 100  # characters that all columns need
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Prints a row for each model whose name contains the word."""
+    entries = [entry for entry in catalog() if options.word.lower() in entry.name]
+    if not entries:
+        raise ConfigError(f"{options.word}: no model has this in its name; {COMMAND} models lists all")
+    console = stdout_console()
+    shown = [name for name in COLUMNS if console.width >= _MIN_WIDTH or name not in _LESS_IMPORTANT]
+    table = Table(
+        *(Column(name, justify="left" if name == "name" else "right", no_wrap=True) for name in shown), box=None
+    )
+    for entry in entries:
+        row = dict(zip(COLUMNS, cells(entry), strict=True))
+        table.add_row(*(row[name] for name in shown))
+    console.print(table)
+    console.print(
+        f'In a config: model={entries[-1].function}("{entries[-1].name}"), imported from jaxinfra.models.zoo. '
+        "Memory in GiB: of bfloat16 weights; in training, of float32 parameters, gradients and AdamW's moments.",
+        markup=False,
+    )
+    return 0
+
+
+def cells(entry: CatalogEntry) -> list[str]:
+    """Returns the texts of a model's row."""
+    heads = str(entry.num_heads) if entry.num_kv_heads is None else f"{entry.num_heads}/{entry.num_kv_heads}"
+    active = entry.active_parameters
+    return [
+        entry.name,
+        str(entry.num_layers),
+        f"{entry.hidden_size:,}",
+        heads,
+        "" if entry.vocab_size is None else f"{entry.vocab_size:,}",
+        format_short(entry.parameters),
+        "" if active == entry.parameters else format_short(active),
+        *(f"{entry.parameters * n_bytes / 2**30:,.4g}" for n_bytes in BYTES_PER_PARAM.values()),
+        "" if entry.context is None else f"{entry.context:,}",
+    ]

@@ -1,0 +1,107 @@
+"""The commands that answer at once: explain, models, runs, --version, and what they say in a pipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxinfra.cli.main import main
+from jaxinfra.models.catalog import catalog
+from jaxinfra.storage.lock import locked
+from jaxinfra.track.runs import list_runs
+from tests.refusals import refused
+from tests.tiny_run import Tiny, launch
+
+
+@pytest.mark.parametrize(
+    "command", [["explain"], ["explain", "optim.peak_lr"], ["models"], ["runs", "."], ["--version"]]
+)
+def test_it_answers_without_importing_jax(command: list[str], tmp_path: Path, repo_root: Path) -> None:
+    """The import alone takes longer than such a command may."""
+    code = "import sys\nfrom jaxinfra.cli.main import main\n"
+    code += f"try: main({command!r})\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
+def test_explain_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "lr"]) == 0
+    printed = capsys.readouterr().out
+    assert "optim.peak_lr = 0.0003" in printed and "float above 0" in printed and "highest learning rate" in printed
+    refused(launch("explain", "optim.shedule"), "optim.shedule optim.schedule")
+
+
+def test_models_shows_those_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "qwen3-0.6"]) == 0
+    printed = capsys.readouterr().out
+    assert "596 M" in printed and "llama" not in printed
+    refused(launch("models", "gpt5"), "gpt5 models")
+
+
+def test_an_expert_model_has_fewer_active_parameters() -> None:
+    sizes = {entry.name: entry for entry in catalog()}
+    assert (
+        round(sizes["qwen3-30b-a3b"].active_parameters / 1e9, 1) == 3.4
+    )  # 3.3 in its card, which counts one embedding
+    assert sizes["llama-3.1-8b"].active_parameters == sizes["llama-3.1-8b"].parameters
+
+
+def test_runs_shows_the_state_of_each(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    (run,) = list_runs(begun.runs)
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert run.completed_steps == run.total_steps == rows[-1]["step"] + 1
+    assert run.loss == [row["loss"] for row in rows if "loss" in row][-1]
+    assert run.best_validation == min(row["eval/loss"] for row in rows if "eval/loss" in row)
+    assert run.state == "finished"
+    with locked(run.path) as acquired:
+        assert acquired
+        assert list_runs(begun.runs)[0].state == "running"
+        with locked(run.path) as twice:
+            assert not twice
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "loss": 1.0}\n{"step": 100, "lo')
+    assert list_runs(begun.runs)[0].state == "interrupted"
+    (run.path / "run.json").write_text("{")
+    assert list_runs(begun.runs)[0].state.startswith("damaged: ")
+    assert main(["runs", str(begun.runs)]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_runs_of_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "no runs yet" in capsys.readouterr().out
+    refused(launch("runs", str(tmp_path / "none")), "none no such folder")
+
+
+def test_a_run_directory_stands_for_its_record(begun: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = begun.runs / "tiny"
+    assert main(["diff", str(directory), str(directory / "run.json")]) == 0
+    assert "no difference" in capsys.readouterr().out
+    assert main(["show", str(directory), "--changed"]) == 0
+    printed = capsys.readouterr().out
+    assert "train.steps = " in printed and "seed = " not in printed
+    refused(launch("show", str(begun.runs)), f"{begun.runs} run.json")
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback(repo_root: Path) -> None:
+    command = f"{sys.executable} -m launch explain data | head -1; {sys.executable} -m launch models | head -1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=repo_root)
+    assert ended.stdout and not ended.stderr
+
+
+def test_a_terminal_without_unicode_shows_question_marks(repo_root: Path, begun: Tiny) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "launch", "show", str(begun.runs / "tiny")]
+    ended = subprocess.run(command, capture_output=True, cwd=repo_root, env=environment)
+    assert ended.returncode == 0 and ended.stdout.isascii(), ended.stderr
+
+
+def test_a_few_steps_shorten_the_warmup_of_the_file(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny.config.read_text().replace("warmup_steps=2", "warmup_steps=8")
+    tiny.config.write_text(config)
+    assert main(["show", str(tiny.config), "train.steps=6", "--changed"]) == 0
+    assert "warmup of 8 steps" in caplog.text and "optim.schedule.warmup_steps=0" in caplog.text
+    refused(launch("show", str(tiny.config), "train.steps=6", "optim.schedule.warmup_steps=7"), "warmup_steps=7")

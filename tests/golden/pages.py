@@ -1,0 +1,129 @@
+"""Makes the pages and tables that follow from the code: docs/configs.md, docs/models.md and models/catalog.json."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from jaxinfra.config.explain import Field, fields_below
+from jaxinfra.config.extensible import class_name
+from jaxinfra.config.schema import is_choice
+from jaxinfra.models.catalog import CatalogEntry, catalog, catalog_text, published_context
+from jaxinfra.models.zoo import SHAPES, VISION_SHAPES
+from jaxinfra.parallel.sharding import Partitioner
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.run import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+def pages() -> dict[Path, str]:
+    """The generated files and their texts."""
+    return {
+        ROOT / "docs/configs.md": configs_page(),
+        ROOT / "docs/models.md": models_page(),
+        ROOT / "jaxinfra/models/catalog.json": catalog_text(tuple(map(catalog_entry, SHAPES | VISION_SHAPES))),
+    }
+
+
+def catalog_entry(name: str) -> CatalogEntry:
+    """Builds a model of the zoo without arrays, and counts its parameters."""
+    config = (SHAPES | VISION_SHAPES)[name]
+    _, state = nnx.split(config.build(Partitioner()))
+    specs = jax.tree.leaves(nnx.to_pure_dict(state))
+    moe = getattr(config, "moe", None)
+    # The experts that a token does not choose.
+    idle = sum(s.size * (moe.num_experts - moe.top_k) // moe.num_experts for s in specs if "experts" in s.axes and moe)
+    parameters = sum(spec.size for spec in specs)
+    return CatalogEntry(
+        name=name,
+        function="shape" if name in SHAPES else "vision_shape",
+        num_layers=config.num_layers + getattr(config, "num_dense_layers", 0),
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=getattr(config, "kv_head_count", None),
+        vocab_size=getattr(config, "vocab_size", None),
+        parameters=parameters,
+        active_parameters=parameters - idle,
+        context=published_context(name),
+    )
+
+
+def models_page() -> str:
+    """docs/models.md."""
+    from jaxinfra.cli.models import COLUMNS, cells
+
+    table = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    table += ["| " + " | ".join(cells(entry)) + " |" for entry in catalog()]
+    return MODELS_INTRODUCTION + "\n".join(table) + "\n"
+
+
+MODELS_INTRODUCTION = """\
+# Models
+
+    python -m launch models            # this table
+    python -m launch models qwen3      # those whose name contains a word
+
+`shape(NAME)` of `jaxinfra.models.zoo` returns the config of a published model; `vision_shape(NAME)` that of an image
+classifier. Change fields with `dataclasses.replace`:
+
+```python
+from dataclasses import replace
+
+from jaxinfra.models.zoo import shape
+
+model = replace(shape("qwen3-0.6b"), num_layers=12, remat="full")
+```
+
+The models start from random weights. *Params* are all parameters, *active* those that a token passes through.
+*Weights* is the memory of the parameters in bfloat16, in GiB; *training* that of float32 parameters, gradients and the
+two moments of AdamW, without activations. *Context* is the longest sequence of the published weights, in tokens.
+
+"""
+
+CONFIGS_INTRODUCTION = """\
+# Config fields
+
+Every field of a `Run` can be set in a config file and on the command line, as `path=value`. This page lists the fields
+of `Run` and of all classes that it can hold. `explain` finds a field also by the name that Hugging Face, MaxText or
+torchtitan give it:
+
+    python -m launch explain                    # lists the fields
+    python -m launch explain optim.peak_lr      # type, default and meaning of a field
+    python -m launch explain lr                 # finds the same field
+
+Fields with a * may change when a run resumes: losses stay the same but for rounding. A field that takes the name of a
+class, such as `optim.schedule=cosine`, also takes the import path of a class of your own ([extend](extend.md)).
+"""
+
+
+def configs_page() -> str:
+    """docs/configs.md: a table for each config class."""
+    parts = [CONFIGS_INTRODUCTION, "\n".join(_tables(Run))]
+    recipe = "\n## Recipes\n\n`data prepare` reads a recipe, a `Corpus`. Its overrides are written in the same way.\n"
+    return "\n".join([*parts, recipe, "\n".join(_tables(Corpus))]) + "\n"
+
+
+def _default(field: Field) -> str:
+    return field.default if field.default in ("", "required") else f"`{field.default}`"
+
+
+def _tables(root: type, parent: Field | None = None, title: str = "", done: set[type] | None = None) -> Iterator[str]:
+    """Yields the lines of the table of a class, then those of the classes of its fields; each class once."""
+    done = set() if done is None else done
+    done.add(root)
+    fields = fields_below(root, parent)
+    yield f"## {title or root.__name__}\n\n`{class_name(root)}`\n"
+    if fields:
+        yield "| field | takes | default | meaning |\n| --- | --- | --- | --- |"
+    for field in fields:
+        mark = "" if field.in_fingerprint else "*"
+        cells = [f"`{field.path}`{mark}", field.allowed, _default(field), field.meaning]
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
+    for field in fields:
+        for name, cls in field.options.items():
+            if cls not in done:
+                title = f"{field.path}={name}" if is_choice(field.field.annotation) else field.path
+                yield from _tables(cls, field, title, done)
