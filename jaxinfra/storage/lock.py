@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_ATTEMPTS, _PAUSE_S = 5, 0.05  # `is_locked` of another process takes the lock for a moment
+_PATIENCE_S = 0.2  # `is_locked` of another process takes the lock for a moment
 
 
 @contextmanager
@@ -15,10 +15,9 @@ def locked(folder: Path) -> Iterator[bool]:
     """Locks an existing folder within this context; yields False if another process holds its lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        for _ in range(_ATTEMPTS):
-            if acquired := _acquire(descriptor, fcntl.LOCK_EX):
-                break
-            time.sleep(_PAUSE_S)
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while not (acquired := _acquire(descriptor, fcntl.LOCK_EX)) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
         yield acquired
     finally:
         os.close(descriptor)
