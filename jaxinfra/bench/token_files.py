@@ -11,7 +11,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import FILE_NAME, Counts, Manifest, Split, TokenizerInfo
 from jaxinfra.data.store.store import TOKENS, hash_files
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.prepare.builders.assemble import SplitWriter, provenance, write_pack
+from jaxinfra.prepare.builders.writers import SplitWriter, provenance, write_pack
 from jaxinfra.prepare.tokenizers import Bytes, build_tokenizer
 
 MEAN_DOCUMENT_TOKENS = 500

@@ -12,7 +12,6 @@ is made from all of them, and the stream cannot always be read again.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from jaxinfra.prepare.prepare import OnProgress, PreparedVersion, PrepareProgres
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.sources.stream import LINGER_S, Position, StreamSource, read_batches
-from jaxinfra.prepare.workspace import open_workspace, require_store, stream_folder
+from jaxinfra.prepare.workspace import make_empty_folder, open_workspace, require_store, stream_folder
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
 
@@ -43,7 +42,7 @@ def follow(
     """Reads a stream from the position where the last call ended, and seals versions of everything since its beginning.
 
     Yields each sealed version, and at the end the newest one. Memory: a batch (about `shard_bytes` of text) and its
-    tokens; for sealing see `builders.assemble`. Raises as `prepare`, ConfigError if a split of what arrived is empty,
+    tokens; for sealing see `builders.select`. Raises as `prepare`, ConfigError if a split of what arrived is empty,
     and DataError if the stream is not the same as before.
 
     Args:
@@ -89,8 +88,8 @@ class _StreamParts:
     def __init__(
         self, store: ObjectStore, builder: TextStoreBuilder, work: Path, folder: Path, on_progress: OnProgress
     ):
-        self._store, self._builder, self._build, self._folder = store, builder, work / "build", folder
-        self._stream_digest, self._on_progress = folder.name, on_progress  # the digest names the folder
+        self._store, self._builder, self._work, self._folder = store, builder, work, folder
+        self._on_progress = on_progress
         self.position: Position = {}
         self.num_parts = self.unsealed_tokens = self._read_bytes = self._new_tokens = 0
         known = {version.made_of for version in versions.list_versions(store)}
@@ -105,32 +104,34 @@ class _StreamParts:
                 self.unsealed_tokens = 0
 
     def commit(self, part: Part) -> None:
+        """Writes the next part."""
         metadata = parts.write_part(self._folder, self.num_parts, part)
         self._add(metadata)
         self._new_tokens += metadata.tokens
         self.report("tokens")
 
     def report(self, stage: str) -> None:
+        """Reports progress; the total of a stream is unknown."""
         done = self._read_bytes
         self._on_progress(PrepareProgress(stage=stage, done=done, total=done, tokens=self._new_tokens))
 
     def seal(self) -> PreparedVersion:
         """Makes a version of all parts, unless it exists; it becomes the newest version."""
-        if (existing := find_existing(self._store, versions.list_versions(self._store), self._made_of)) is not None:
+        if (existing := find_existing(self._store, self._made_of)) is not None:
             return existing
         self.report("store")
         needed_bytes = sum(path.stat().st_size for path in self._folder.iterdir())
-        check_space(self._build.parent, needed_bytes, purpose="a version", fix="use work_dir=FOLDER on another disk")
-        shutil.rmtree(self._build, ignore_errors=True)
-        self._build.mkdir(parents=True)
-        manifest = self._builder.assemble(self._folder, range(self.num_parts), self._build, digest_of(self.position))
-        versions.publish_version(self._build, self._store, manifest, self._made_of)
+        check_space(self._work, needed_bytes, purpose="a version", fix="use work_dir=FOLDER on another disk")
+        build = make_empty_folder(self._work / "build")
+        manifest = self._builder.assemble(self._folder, self.num_parts, build, digest_of(self.position))
+        versions.publish_version(build, self._store, manifest, self._made_of)
         self.unsealed_tokens = 0
         return PreparedVersion(path=self._store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
     @property
     def _made_of(self) -> str:
-        return digest_of([self._stream_digest, self.position])
+        """Digest of the recipe and the stream, which names the folder, and of the position after all parts."""
+        return digest_of([self._folder.name, self.position])
 
     def _add(self, part: PartMetadata) -> None:
         self.num_parts, self.position = self.num_parts + 1, part.position

@@ -1,15 +1,15 @@
 """Parts: the outputs of jobs, each a file in the work folder. Renaming the file into place commits it.
 
 A part is an uncompressed `.npz`, in which every array has a CRC-32. A killed process leaves only complete parts and
-temporary files.
+temporary files. Shape suffixes: N tokens and D documents of a part.
 """
 
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ from jaxinfra.storage.atomic import open_atomic
 _META = "meta"
 _SUFFIX = ".npz"
 
+type Arrays = Mapping[str, np.ndarray]
+KeepMasks = Mapping[Split, Sequence[np.ndarray]]
+"""Which documents of each part are kept: bool[D], by split."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartMetadata:
-    """Counts of a part, and the position of a stream."""
+    """Counts of a part, and the position of a stream, as JSON."""
 
     tokens: int = 0  # number of tokens in all splits; 0 for images
     records: int  # number of records that were read
@@ -36,10 +40,11 @@ class PartMetadata:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(PartMetadata):
-    """Output of one job: arrays of each split, by names that the builder knows."""
+class Part:
+    """Output of one job."""
 
-    splits: Mapping[Split, Mapping[str, np.ndarray]]
+    metadata: PartMetadata
+    splits: Mapping[Split, Arrays]  # arrays by names that the builder chooses
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -53,17 +58,16 @@ def part_numbers(folder: Path) -> list[int]:
 
 
 def write_part(folder: Path, number: int, part: Part) -> PartMetadata:
-    """Writes and commits a part; OSError, and no part, if it cannot be written."""
-    metadata = PartMetadata(**{each.name: getattr(part, each.name) for each in fields(PartMetadata)})
+    """Writes and commits a part, and returns its metadata; OSError, and no part, if it cannot be written."""
     arrays = {f"{split}.{name}": array for split, named in part.splits.items() for name, array in named.items()}
     with open_atomic(part_path(folder, number)) as file:
-        encoded = np.frombuffer(json.dumps(vars(metadata)).encode(), np.uint8)
-        np.savez(file, allow_pickle=False, **{_META: encoded}, **arrays)
-    return metadata
+        metadata = np.frombuffer(json.dumps(vars(part.metadata)).encode(), np.uint8)
+        np.savez(file, allow_pickle=False, **{_META: metadata}, **arrays)
+    return part.metadata
 
 
 @contextmanager
-def open_part(folder: Path, number: int) -> Iterator[Mapping[str, np.ndarray]]:
+def open_part(folder: Path, number: int) -> Iterator[Arrays]:
     """Opens the arrays of a part, named SPLIT.NAME and read when accessed; DataError if the part is damaged."""
     path = part_path(folder, number)
     try:
@@ -78,4 +82,38 @@ def read_metadata(folder: Path, number: int) -> PartMetadata:
     """Reads the metadata of a part; DataError if it is damaged."""
     with open_part(folder, number) as arrays:
         values = json.loads(arrays[_META].tobytes())
-    return PartMetadata(**values | {"skipped": tuple((location, cause) for location, cause in values["skipped"])})
+    return PartMetadata(**values | {"skipped": tuple(map(tuple, values["skipped"]))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSplits:
+    """Reads the splits of all parts in order."""
+
+    folder: Path
+    num_parts: int
+    # With `validation=Tail`, all parts hold training data only, and `split_tail` divides them: numbers of whole parts,
+    # and arrays of the part that it cuts in two. For a tail that begins in part 2 of 4:
+    # {"train": [0, 1, arrays], "validation": [arrays, 3]}
+    tail: Mapping[Split, Sequence[int | Arrays]] | None = None
+
+    def read(self, split: Split, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields the named arrays of a split for each part; DataError if a part is damaged."""
+        stored_split = split if self.tail is None else "train"
+        for source in range(self.num_parts) if self.tail is None else self.tail[split]:
+            if isinstance(source, int):
+                with open_part(self.folder, source) as part:
+                    yield tuple(part[f"{stored_split}.{name}"] for name in names)
+            else:
+                yield tuple(source[name] for name in names)
+
+    def read_kept(self, split: Split, keep: KeepMasks, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields the named arrays of kept documents for each part; names that end in _N need "lengths_D" among them."""
+        for arrays, keep_D in zip(self.read(split, *names), keep[split], strict=True):
+            if keep_D.all():
+                yield arrays
+                continue
+            named = dict(zip(names, arrays, strict=True))
+            yield tuple(
+                array[np.repeat(keep_D, named["lengths_D"]) if name.endswith("_N") else keep_D]
+                for name, array in named.items()
+            )

@@ -7,17 +7,14 @@ continues with the parts that it has. Jobs and their order are a function of the
 and any number of workers give the same bytes.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from jaxinfra.config import encode
 from jaxinfra.data.store import versions
 from jaxinfra.data.store.manifest import FILE_NAME, Manifest, digest_of
 from jaxinfra.data.store.store import Store
-from jaxinfra.data.store.versions import Version
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import engines, parts
 from jaxinfra.prepare.builders.images import ImageStoreBuilder
@@ -30,7 +27,7 @@ from jaxinfra.prepare.recipes.corpus import SHARD_BYTES, Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, validation_source
 from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.record import SourceShard
-from jaxinfra.prepare.workspace import open_workspace, require_store
+from jaxinfra.prepare.workspace import make_empty_folder, open_workspace, require_store
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
 
@@ -71,7 +68,7 @@ def prepare(
     """Makes a version of the store, unless one of the same recipe and files exists; it becomes the newest version.
 
     `workers` jobs run at once; None is one per core. A worker holds the largest record and the output of one shard in
-    memory; for assembling see `builders.assemble`.
+    memory; for the arrays of the version see `builders.select` and `builders.writers`.
 
     Raises:
         ConfigError: the recipe cannot be used, or the store's folder holds other files; nothing is changed.
@@ -80,71 +77,58 @@ def prepare(
     """
     store = ObjectStore(recipe.store)
     require_store(store)
-    known = versions.list_versions(store)
-    sources = [_list_shards(recipe.source, recipe.shard_bytes), _list_validation_shards(recipe)]
+    train_shards, validation_shards = _list_shards(recipe.source, recipe.shard_bytes), _list_validation_shards(recipe)
     builder: StoreBuilder[Any]
     builder = TextStoreBuilder(recipe) if isinstance(recipe, Corpus) else ImageStoreBuilder(recipe)
-    source_digest = digest_of([vars(shard) for shards in sources for shard in shards])
+    source_digest = digest_of([vars(shard) for shard in (*train_shards, *validation_shards)])
     made_of = digest_of([output_fields(recipe), source_digest, builder.input_digest])
-    if (existing := find_existing(store, known, made_of)) is not None:
+    if (existing := find_existing(store, made_of)) is not None:
         return existing
-    planned: list[PrepareJob[Any]] = [
-        PrepareJob(number=0, shards=group, recipe=recipe, folder="", validation=validation)
-        for shards, validation in zip(sources, (False, True), strict=True)
-        for group in group_shards(shards, recipe.shard_bytes)
-    ]
+    shards_of_jobs = [(group, False) for group in group_shards(train_shards, recipe.shard_bytes)]
+    shards_of_jobs += [(group, True) for group in group_shards(validation_shards, recipe.shard_bytes)]
     # The digest includes the jobs, because parts of other jobs would lose or repeat records.
-    work_name = digest_of([made_of, *(len(job.shards) for job in planned)])
+    work_name = digest_of([made_of, *(len(group) for group, _ in shards_of_jobs)])
     with open_workspace(store, work_name, recipe.work_dir) as work:
-        folder, build = work / "parts", work / "build"
+        folder = work / "parts"
         folder.mkdir(exist_ok=True)
-        jobs = [replace(job, number=number, folder=str(folder)) for number, job in enumerate(planned)]
-        total, done, tokens = sum(job.read_bytes for job in jobs), 0, 0
-
-        def report(stage: str, part: PartMetadata | None = None) -> None:
-            nonlocal done, tokens
-            if part is not None:
-                done, tokens = done + part.read_bytes, tokens + part.tokens
-            on_progress(PrepareProgress(stage=stage, done=done, total=total, tokens=tokens))
-
-        report("begin")
+        jobs: list[PrepareJob[Any]] = [
+            PrepareJob(number=number, shards=group, recipe=recipe, folder=str(folder), validation=validation)
+            for number, (group, validation) in enumerate(shards_of_jobs)
+        ]
+        total = sum(job.read_bytes for job in jobs)
+        on_progress(PrepareProgress(stage="begin", done=0, total=total))
         # The tokenizer is always trained on shards of the default size, so that it does not depend on `shard_bytes`.
         has_default_shards = recipe.shard_bytes == SHARD_BYTES
-        builder.setup(folder, sources[0] if has_default_shards else _list_shards(recipe.source, SHARD_BYTES))
+        builder.setup(folder, train_shards if has_default_shards else _list_shards(recipe.source, SHARD_BYTES))
         needed_bytes = builder.estimate_bytes(total)
         check_space(folder, needed_bytes, purpose="preparing", fix="use work_dir=FOLDER on another disk")
         finished = set(parts.part_numbers(folder))
         todo = [job for job in jobs if job.number not in finished]
-        done = total - sum(job.read_bytes for job in todo)
-        report(builder.stage)
-        engines.run_jobs(engine, builder.make_part, todo, workers=workers, on_result=partial(report, builder.stage))
-        _check_unchanged(recipe, sources)
-        report("store")
-        shutil.rmtree(build, ignore_errors=True)
-        build.mkdir()
-        manifest = builder.assemble(folder, range(len(jobs)), build, source_digest)
-        report("publish")
+        progress = PrepareProgress(stage=builder.stage, done=total - sum(job.read_bytes for job in todo), total=total)
+        on_progress(progress)
+
+        def on_result(part: PartMetadata) -> None:
+            nonlocal progress
+            progress = replace(progress, done=progress.done + part.read_bytes, tokens=progress.tokens + part.tokens)
+            on_progress(progress)
+
+        engines.run_jobs(engine, builder.make_part, todo, workers=workers, on_result=on_result)
+        _check_unchanged(recipe.source, train_shards, recipe.shard_bytes)
+        _check_unchanged(validation_source(recipe.validation), validation_shards, recipe.shard_bytes)
+        on_progress(replace(progress, stage="store"))
+        build = make_empty_folder(work / "build")
+        manifest = builder.assemble(folder, len(jobs), build, source_digest)
+        on_progress(replace(progress, stage="publish"))
         versions.publish_version(build, store, manifest, made_of)
     return PreparedVersion(path=store.url_of(manifest.fingerprint), manifest=manifest, new=True)
 
 
-def _check_unchanged(recipe: Recipe, sources: Sequence[Sequence[SourceShard]]) -> None:
-    """Raises DataError if a file was replaced after it was listed, because the parts may then mix two states of it."""
-    for source, shards in zip((recipe.source, validation_source(recipe.validation)), sources, strict=True):
-        if source is None or isinstance(source, OtherStore):  # versions of a store never change
-            continue
-        stamps = {shard.name: shard.stamp for shard in source.list_shards(recipe.shard_bytes)}
-        for shard in shards:
-            if stamps.get(shard.name) != shard.stamp:
-                raise DataError(f"{shard.name}: changed while it was read; start again when nothing writes to it")
-
-
-def find_existing(store: ObjectStore, known: Sequence[Version], made_of: str) -> PreparedVersion | None:
+def find_existing(store: ObjectStore, made_of: str) -> PreparedVersion | None:
     """Returns the version that was made of the same inputs, and makes it the newest one; None without such a version.
 
     If it is damaged, raises DataError and does not replace it, because others may be reading it.
     """
-    for version in known:
+    for version in versions.list_versions(store):
         if version.made_of == made_of and store.child(version.fingerprint).exists(FILE_NAME):
             try:
                 opened = Store.open(store.url, version.fingerprint)
@@ -163,6 +147,36 @@ def output_fields(recipe: Recipe) -> Mapping[str, object]:
     return {name: value for name, value in encode(recipe).items() if name not in _NOT_CONTENT}
 
 
+def group_shards(shards: Sequence[SourceShard], shard_bytes: int) -> list[tuple[SourceShard, ...]]:
+    """Groups consecutive shards, so that each job reads about `shard_bytes`."""
+    job_bytes = _job_bytes(shards, shard_bytes)
+    groups: list[list[SourceShard]] = []
+    group_bytes = 0
+    for shard in shards:
+        if not groups or group_bytes >= job_bytes:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(shard)
+        group_bytes += shard.size_bytes
+    return [tuple(group) for group in groups]
+
+
+def _job_bytes(shards: Sequence[SourceShard], shard_bytes: int) -> int:
+    """Returns the bytes that a job should read: `shard_bytes`, or less if there would be fewer than `_MIN_JOBS` jobs.
+
+    It does not depend on the number of workers, which never changes the output.
+    """
+    bytes_for_min_jobs = sum(shard.size_bytes for shard in shards) // _MIN_JOBS
+    return min(shard_bytes, max(bytes_for_min_jobs, _MIN_SHARD_BYTES))
+
+
+def _list_shards(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[SourceShard]:
+    """Lists shards of about the bytes that a job should read."""
+    shards = source.list_shards(shard_bytes)
+    job_bytes = _job_bytes(shards, shard_bytes)
+    return shards if job_bytes == shard_bytes else source.list_shards(job_bytes)
+
+
 def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
     """Lists the validation source; () if the validation split is a fraction of the training source."""
     source = validation_source(recipe.validation)
@@ -175,28 +189,11 @@ def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
         raise ConfigError(message if message.startswith("validation.") else f"validation.{message}") from error
 
 
-def _list_shards(source: AnySource | OtherStore, shard_bytes: int) -> Sequence[SourceShard]:
-    """Lists shards of about `shard_bytes`, or smaller ones if there would be fewer than `_MIN_JOBS`."""
-    shards = source.list_shards(shard_bytes)
-    job_bytes = _job_bytes(shards, shard_bytes)
-    return shards if job_bytes == shard_bytes else source.list_shards(job_bytes)
-
-
-def _job_bytes(shards: Sequence[SourceShard], shard_bytes: int) -> int:
-    """Returns the bytes that a job should read; does not depend on the number of workers, which changes no output."""
-    even = sum(shard.size_bytes for shard in shards) // _MIN_JOBS
-    return min(shard_bytes, max(even, _MIN_SHARD_BYTES))
-
-
-def group_shards(shards: Sequence[SourceShard], shard_bytes: int) -> list[tuple[SourceShard, ...]]:
-    """Groups consecutive shards, so that each job reads about `shard_bytes`."""
-    job_bytes = _job_bytes(shards, shard_bytes)
-    groups: list[list[SourceShard]] = []
-    group_bytes = job_bytes  # as if a full group came before, so that the first shard opens one
+def _check_unchanged(source: AnySource | OtherStore | None, shards: Sequence[SourceShard], shard_bytes: int) -> None:
+    """Raises DataError if a file was replaced after it was listed, because the parts may then mix two states of it."""
+    if source is None or isinstance(source, OtherStore):  # versions of a store never change
+        return
+    stamps = {shard.name: shard.stamp for shard in source.list_shards(shard_bytes)}
     for shard in shards:
-        if group_bytes >= job_bytes:
-            groups.append([])
-            group_bytes = 0
-        groups[-1].append(shard)
-        group_bytes += shard.size_bytes
-    return [tuple(group) for group in groups]
+        if stamps.get(shard.name) != shard.stamp:
+            raise DataError(f"{shard.name}: changed while it was read; start again when nothing writes to it")

@@ -70,6 +70,13 @@ def stream_folder(store: ObjectStore, name: str, work_dir: str | None) -> Path:
     return folder
 
 
+def make_empty_folder(path: Path) -> Path:
+    """Makes a folder, without the files that a killed process may have left in it."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    return path
+
+
 def _root(store: ObjectStore, work_dir: str | None) -> Path:
     if work_dir is None and store.folder is not None:
         return store.folder / WORK_DIR

@@ -10,7 +10,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.prepare.builders.assemble import SplitWriter
+from jaxinfra.prepare.builders.writers import SplitWriter
 from jaxinfra.prepare.recipes.validation import hash_to_unit
 from tests.refusals import raises
 

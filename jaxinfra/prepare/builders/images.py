@@ -1,7 +1,7 @@
 """Builds a store of images of one shape with labels: parses them in parallel, then writes them in order."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, override
@@ -14,25 +14,26 @@ from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, SplitInfo
 from jaxinfra.data.store.store import IMAGES, LABELS, hash_files
 from jaxinfra.errors import DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import HashedArrayWriter, PartSplits, write_array
-from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder
+from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
+from jaxinfra.prepare.builders.select import select_documents
+from jaxinfra.prepare.builders.writers import HashedArrayWriter, provenance, write_array
 from jaxinfra.prepare.documents.document import RecordError, get_field
 from jaxinfra.prepare.documents.shingles import hash128
-from jaxinfra.prepare.parts import Part, PartMetadata
+from jaxinfra.prepare.parts import Part, PartMetadata, PartSplits
 from jaxinfra.prepare.recipes.corpus import ImageSet
 from jaxinfra.prepare.sources.record import Fields
 
 BLOCK_BYTES, SHARD_BLOCKS = 64 * 1024, 256
 _MAX_BASELINE_IMAGES = 20_000  # of training; the baseline computes the distances of all pairs
-type _Batches = Sequence[tuple[np.ndarray, ...]]
+type _Batches = Iterable[tuple[np.ndarray, ...]]  # images and labels of each part
 
 
 def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
     """Makes and commits the part of a job; raises as `tokenize_job`."""
-    recipe, skipped = job.recipe, []
+    parse, skipped = partial(_parse_image, job.recipe), []
     rows_of: dict[Split, list[tuple[str, np.ndarray, int]]] = {split: [] for split in SPLITS}
-    for split, location, (image, label) in job.process_records(partial(_parse_image, recipe), skipped):
+    records = process_records(job.recipe, job.read_records(), parse, skipped, validation=job.validation)
+    for split, location, (image, label) in records:
         rows_of[split].append((location, image, label))
     _require_one_shape({image.shape for rows in rows_of.values() for _, image, _ in rows}, job.shards[0].name)
     splits: dict[Split, dict[str, np.ndarray]] = {
@@ -45,8 +46,8 @@ def collect_images(job: PrepareJob[ImageSet]) -> PartMetadata:
         for split, rows in rows_of.items()
     }
     count = len(skipped) + sum(map(len, rows_of.values()))
-    part = Part(splits=splits, records=count, read_bytes=job.read_bytes, skipped=tuple(skipped))
-    return parts.write_part(Path(job.folder), job.number, part)
+    metadata = PartMetadata(records=count, read_bytes=job.read_bytes, skipped=tuple(skipped))
+    return parts.write_part(Path(job.folder), job.number, Part(metadata=metadata, splits=splits))
 
 
 def _parse_image(recipe: ImageSet, record: Fields) -> tuple[np.ndarray, int]:
@@ -91,11 +92,11 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
         return 2 * source_bytes
 
     @override
-    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        source, names = PartSplits(folder=folder, numbers=numbers), ("images", "labels")
-        keep, counts = assemble.select_documents(self._recipe, source, build)
-        every_images = (images for split in SPLITS for (images,) in source.read_kept(split, keep, "images"))
-        shape = _require_one_shape({images.shape[1:] for images in every_images if len(images)}, self._recipe.store)
+    def assemble(self, folder: Path, num_parts: int, build: Path, source_digest: str) -> Manifest:
+        source, names = PartSplits(folder=folder, num_parts=num_parts), ("images", "labels")
+        keep, counts = select_documents(self._recipe, source, build)
+        images_of_parts = (images for split in SPLITS for (images,) in source.read_kept(split, keep, "images"))
+        shape = _require_one_shape({images.shape[1:] for images in images_of_parts if len(images)}, self._recipe.store)
         image_bytes = int(np.prod(shape))
         block = max(1, BLOCK_BYTES // max(1, image_bytes))
         splits: dict[Split, SplitInfo] = {}
@@ -112,7 +113,8 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             splits[split] = SplitInfo(documents=len(labels), tokens=0, bytes=num_bytes, longest=0, digest=digest)
         baselines = {}
         if self._recipe.baselines and splits["train"].documents <= _MAX_BASELINE_IMAGES:
-            baselines = nearest_neighbor_accuracy(*(list(source.read_kept(split, keep, *names)) for split in SPLITS))
+            train, validation = (source.read_kept(split, keep, *names) for split in ("train", "validation"))
+            baselines = nearest_neighbor_accuracy(train, validation)
         return Manifest(
             kind="images",
             recipe=encode(self._recipe),
@@ -126,18 +128,22 @@ class ImageStoreBuilder(StoreBuilder[ImageSet]):
             splits=splits,
             files=hash_files(build, block_hashed=(IMAGES,)),
             baselines=baselines,
-            **assemble.provenance(),
+            **provenance(),
         )
 
 
 def nearest_neighbor_accuracy(train: _Batches, validation: _Batches) -> dict[str, dict[str, float]]:
     """Classifies each validation image as its nearest training image, by squared pixel distance."""
-    pixels, labels = [], []
-    for split in (train, validation):
-        images = np.concatenate([images for images, _ in split if len(images)])
-        pixels.append(images.reshape(len(images), -1).astype(np.float32))
-        labels.append(np.concatenate([labels for _, labels in split]))
-    # Leaves out the square of the validation image, which does not change the order.
-    distance = (pixels[0] ** 2).sum(-1) - 2 * pixels[1] @ pixels[0].T
-    predicted = labels[0][distance.argmin(axis=1)]
-    return {"accuracy": {"nearest neighbor": float((predicted == labels[1]).mean())}}
+    train_pixels, train_labels = _concatenate(train)
+    pixels, labels = _concatenate(validation)
+    # |t - v|^2 = t^2 - 2 t v + v^2, without v^2, which does not change the order of the training images.
+    distance = (train_pixels**2).sum(-1) - 2 * pixels @ train_pixels.T
+    predicted = train_labels[distance.argmin(axis=1)]
+    return {"accuracy": {"nearest neighbor": float((predicted == labels).mean())}}
+
+
+def _concatenate(batches: _Batches) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all images, float32[images, pixels], and labels, int32[images]."""
+    images, labels = zip(*(batch for batch in batches if len(batch[0])), strict=True)
+    images = np.concatenate(images)
+    return images.reshape(len(images), -1).astype(np.float32), np.concatenate(labels)

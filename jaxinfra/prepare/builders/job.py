@@ -29,33 +29,41 @@ class PrepareJob[R: Recipe]:
         """Bytes of the source, estimated."""
         return sum(shard.size_bytes for shard in self.shards)
 
-    def process_records[T](
-        self, process: Callable[[Fields], T], bad: list[tuple[str, str]], records: Records | None = None
-    ) -> Iterator[tuple[Split, str, T]]:
-        """Yields split, location and the result of `process` for each good record.
+    def read_records(self) -> Records:
+        """Yields the records of all shards; raises as `Source.read`."""
+        source = validation_source(self.recipe.validation) if self.validation else self.recipe.source
+        assert source is not None and not isinstance(source, OtherStore)
+        for shard in self.shards:
+            yield from source.read(shard)
 
-        A record is bad if it cannot be read, or `process` raises RecordError. Its location and cause are appended to
-        `bad`; DataError if the recipe does not skip bad records. `records`, if given, are used instead of the shards'.
-        Raises as `Source.read`.
-        """
-        recipe, validation = self.recipe, self.recipe.validation
-        if records is None:
-            source = validation_source(validation) if self.validation else recipe.source
-            assert source is not None and not isinstance(source, OtherStore)
-            records = (record for shard in self.shards for record in source.read(shard))
-        for record in records:
-            try:
-                if isinstance(record, BadRecord):
-                    raise RecordError(record.cause)
-                processed = process(record.fields)
-            except RecordError as error:
-                if recipe.on_bad == "fail":
-                    fix = "correct the record, or skip bad records with on_bad=skip"
-                    raise DataError(f"{record.location}: {error}; {fix}") from None
-                bad.append((record.location, str(error)))
-            else:
-                is_drawn = isinstance(validation, ByKey) and hash_to_unit(record.key) < validation.fraction
-                yield "validation" if self.validation or is_drawn else "train", record.location, processed
+
+def process_records[T](
+    recipe: Recipe,
+    records: Records,
+    process: Callable[[Fields], T],
+    skipped: list[tuple[str, str]],
+    *,
+    validation: bool = False,
+) -> Iterator[tuple[Split, str, T]]:
+    """Yields split, location and the result of `process` for each good record.
+
+    A record is bad if it cannot be read, or `process` raises RecordError. Its location and cause are appended to
+    `skipped`; DataError if the recipe does not skip bad records. `validation` puts all records into that split.
+    """
+    for record in records:
+        try:
+            if isinstance(record, BadRecord):
+                raise RecordError(record.cause)
+            processed = process(record.fields)
+        except RecordError as error:
+            if recipe.on_bad == "fail":
+                fix = "correct the record, or skip bad records with on_bad=skip"
+                raise DataError(f"{record.location}: {error}; {fix}") from None
+            skipped.append((record.location, str(error)))
+        else:
+            by_key = recipe.validation
+            is_drawn = isinstance(by_key, ByKey) and hash_to_unit(record.key) < by_key.fraction
+            yield "validation" if validation or is_drawn else "train", record.location, processed
 
 
 class StoreBuilder[R: Recipe](ABC):
@@ -74,8 +82,8 @@ class StoreBuilder[R: Recipe](ABC):
         """Estimates the disk space of parts and arrays, which exist at the same time."""
 
     @abstractmethod
-    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
-        """Writes all files of the version but the manifest, from all parts in order.
+    def assemble(self, folder: Path, num_parts: int, build: Path, source_digest: str) -> Manifest:
+        """Writes all files of the version but the manifest to `build`, from all parts of `folder` in order.
 
         Raises:
             ConfigError: a split is empty.

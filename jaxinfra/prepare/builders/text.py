@@ -22,19 +22,20 @@ from jaxinfra.data.store.store import LENGTHS, MASK, OFFSETS, TOKENS, TokenStore
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.prepare import parts
-from jaxinfra.prepare.builders import assemble
-from jaxinfra.prepare.builders.assemble import PartSplits, SplitWriter, split_tail
 from jaxinfra.prepare.builders.baseline import measure_baselines
-from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder
+from jaxinfra.prepare.builders.job import PrepareJob, StoreBuilder, process_records
+from jaxinfra.prepare.builders.select import select_documents
+from jaxinfra.prepare.builders.tail import split_tail
+from jaxinfra.prepare.builders.writers import SplitWriter, provenance, write_pack
 from jaxinfra.prepare.documents.dedup import Signer
 from jaxinfra.prepare.documents.document import Document
 from jaxinfra.prepare.documents.encoding import EncodedDocument, encode_documents
 from jaxinfra.prepare.documents.shingles import hash128
-from jaxinfra.prepare.parts import Part, PartMetadata
+from jaxinfra.prepare.parts import Arrays, Part, PartMetadata, PartSplits
 from jaxinfra.prepare.recipes.corpus import Corpus
 from jaxinfra.prepare.recipes.validation import OtherStore, Tail, hash_to_unit
 from jaxinfra.prepare.sources.record import Records, SourceShard
-from jaxinfra.prepare.sources.stream import StreamBatch
+from jaxinfra.prepare.sources.stream import Position, StreamBatch
 from jaxinfra.prepare.tokenizers import TrainBpe, convert_tokenizer, train_bpe
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.objects import ObjectStore
@@ -55,9 +56,14 @@ def tokenize_job(job: PrepareJob[Corpus]) -> PartMetadata:
         DataError: a bad record, and the recipe does not skip them.
         StorageError: the source cannot be read; OSError: the part cannot be written.
     """
-    folder = Path(job.folder)
-    part = _build_part(job, _load_tokenizer(folder, _read_info(folder)), None, read_bytes=job.read_bytes)
-    return parts.write_part(folder, job.number, part)
+    folder, validation = Path(job.folder), job.recipe.validation
+    builder = _PartBuilder(job.recipe, _load_tokenizer(folder, _read_info(folder)))
+    if job.validation and isinstance(validation, OtherStore):
+        for shard in job.shards:
+            builder.copy_documents(validation, shard)
+    else:
+        builder.add_records(job.read_records(), validation=job.validation)
+    return parts.write_part(folder, job.number, builder.finish(read_bytes=job.read_bytes))
 
 
 def _read_info(folder: Path) -> TokenizerInfo:
@@ -71,57 +77,63 @@ def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
     return load_tokenizer(info.kind, path.read_bytes(), info.end_of_document, name=str(path))
 
 
-def _build_part(job: PrepareJob[Corpus], tokenizer: Tokenizer, records: Records | None, *, read_bytes: int) -> Part:
-    """Makes a part of `records`; None reads the records of the job. Raises as `tokenize_job`."""
-    corpus, filtered, count = job.recipe, Counter[str](), 0
-    skipped: list[tuple[str, str]] = []
-    builders: dict[Split, _SplitBuilder] = {split: _SplitBuilder(corpus, tokenizer) for split in SPLITS}
-    if job.validation and isinstance(corpus.validation, OtherStore):
-        per_record = corpus.format.documents_per_record
-        for shard in job.shards:
-            count += _copy_documents(corpus.validation, shard, per_record, builders["validation"])
-    else:
-        for split, location, documents in _kept_documents(job, skipped, filtered, records):
-            builders[split].add(location, documents)
-            count += 1
-    splits: dict[Split, dict[str, np.ndarray]] = {split: builder.finish() for split, builder in builders.items()}
-    return Part(
-        splits=splits,
-        tokens=sum(len(split["tokens_N"]) for split in splits.values()),
-        records=count + len(skipped) + filtered.total(),
-        read_bytes=read_bytes,
-        skipped=tuple(skipped),
-        filtered=filtered,
-    )
+class _PartBuilder:
+    """Makes a part of records, or of documents of another store."""
 
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
+        self._corpus = corpus
+        self._splits: dict[Split, _SplitBuilder] = {split: _SplitBuilder(corpus, tokenizer) for split in SPLITS}
+        self._num_kept = 0  # records
+        self._skipped: list[tuple[str, str]] = []
+        self._filtered = Counter[str]()
 
-def _copy_documents(other: OtherStore, shard: SourceShard, per_record: int, builder: "_SplitBuilder") -> int:
-    """Copies the tokens of documents of another store; returns the number of their records."""
-    store = other.open(shard.name)
-    first, documents = shard.start * per_record, store.manifest.splits[other.split].documents
-    count = (documents if shard.end is None else shard.end * per_record) - first
-    span = np.array([first]), np.array([count])
-    lengths_D = store.read_ranges(other.split, LENGTHS, *span)
-    start = store.read_ranges(other.split, OFFSETS, *span)[:1]
-    tokens_N, mask_N = store.read_segments(other.split, start, lengths_D.sum(keepdims=True))
-    in_loss_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
-    ends = np.cumsum(lengths_D).tolist()
-    for number, (end, length) in enumerate(zip(ends, lengths_D.tolist(), strict=True), first):
-        without_end = slice(end - length, end - 1)
-        ids_N = tokens_N[without_end].astype(np.int64)
-        text = builder.tokenizer.decode(ids_N.tolist())
-        document = EncodedDocument(ids_N=ids_N, in_loss_N=in_loss_N[without_end], num_bytes=len(text.encode()))
-        builder.add_signatures(f"{other.store} document {number}", text, 1)
-        builder.add_encoded(document)
-    return count // per_record
+    def add_records(self, records: Records, *, validation: bool = False) -> None:
+        """Adds all records; `validation` puts all into the validation split. Raises as `tokenize_job`."""
+        kept = _kept_documents(self._corpus, records, self._skipped, self._filtered, validation=validation)
+        for split, location, documents in kept:
+            self._splits[split].add(location, documents)
+            self._num_kept += 1
+
+    def copy_documents(self, other: OtherStore, shard: SourceShard) -> None:
+        """Copies the tokens of a range of records of another store."""
+        store, per_record = other.open(shard.name), self._corpus.format.documents_per_record
+        end = store.manifest.splits[other.split].documents if shard.end is None else shard.end * per_record
+        first = shard.start * per_record  # document
+        lengths_D = store.read_ranges(other.split, LENGTHS, np.array([first]), np.array([end - first]))
+        offset = store.read_ranges(other.split, OFFSETS, np.array([first]), np.array([1]))
+        tokens_N, mask_N = store.read_segments(other.split, offset, lengths_D.sum(keepdims=True))
+        in_loss_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
+        ends_D = np.cumsum(lengths_D)
+        for number, start, stop in zip(range(first, end), ends_D - lengths_D, ends_D - 1, strict=True):
+            ids_N = tokens_N[start:stop].astype(np.int64)  # without the end token
+            self._splits["validation"].copy(f"{other.store} document {number}", ids_N, in_loss_N[start:stop])
+        self._num_kept += (end - first) // per_record
+
+    def finish(self, *, read_bytes: int, position: Position | None = None) -> Part:
+        """Returns the part; `position` is that of a stream after the last record."""
+        splits: dict[Split, Arrays] = {split: builder.finish() for split, builder in self._splits.items()}
+        metadata = PartMetadata(
+            tokens=sum(len(arrays["tokens_N"]) for arrays in splits.values()),
+            records=self._num_kept + len(self._skipped) + self._filtered.total(),
+            read_bytes=read_bytes,
+            skipped=tuple(self._skipped),
+            filtered=self._filtered,
+            position=position or {},
+        )
+        return Part(metadata=metadata, splits=splits)
 
 
 def _kept_documents(
-    job: PrepareJob[Corpus], skipped: list[tuple[str, str]], filtered: Counter[str], records: Records | None = None
+    corpus: Corpus,
+    records: Records,
+    skipped: list[tuple[str, str]],
+    filtered: Counter[str],
+    *,
+    validation: bool = False,
 ) -> Iterator[tuple[Split, str, Sequence[Document]]]:
     """Yields split, location and documents of each record that passes the filters; `filtered` counts others by rule."""
-    corpus = job.recipe
-    for split, location, documents in job.process_records(corpus.format.to_documents, skipped, records):
+    documents_of = corpus.format.to_documents
+    for split, location, documents in process_records(corpus, records, documents_of, skipped, validation=validation):
         reasons = (corpus.filters.reason(_record_text([document])) for document in documents)
         if reason := next(filter(None, reasons), None):
             filtered[reason] += 1
@@ -133,23 +145,29 @@ class _SplitBuilder:
     """Tokenizes documents of one split in batches."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
-        self._corpus, self.tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
+        self._corpus, self._tokenizer, self._dtype = corpus, tokenizer, token_dtype(tokenizer.vocab_size)
         self._signer = None if corpus.dedup is None else Signer(corpus.dedup)
-        self._waiting: list[Document] = []
+        self._waiting: list[Document] = []  # to be tokenized
         self._waiting_chars = 0
-        self._encoded: list[EncodedDocument] = []
+        self._encoded: list[EncodedDocument] = []  # with their end tokens
         self._locations: list[str] = []
         self._signatures: list[tuple[np.ndarray, np.ndarray | None]] = []
 
     def add(self, location: str, documents: Sequence[Document]) -> None:
         """Adds the documents of a record."""
-        self.add_signatures(location, _record_text(documents), len(documents))
+        self._add_signatures(location, _record_text(documents), len(documents))
         self._waiting += documents
         self._waiting_chars += sum(len(span.text) for document in documents for span in document)
         if self._waiting_chars >= _BATCH_CHARS:
             self._encode_waiting()
 
-    def finish(self) -> dict[str, np.ndarray]:
+    def copy(self, location: str, ids_N: np.ndarray, in_loss_N: np.ndarray) -> None:
+        """Adds a document that is tokenized already."""
+        text = self._tokenizer.decode(ids_N.tolist())
+        self._add_signatures(location, text, 1)
+        self._add_encoded(EncodedDocument(ids_N=ids_N, in_loss_N=in_loss_N, num_bytes=len(text.encode())))
+
+    def finish(self) -> Arrays:
         """Returns the arrays of a part for D documents with N tokens.
 
         Always `tokens_N`, each document with its end token; `lengths_D`, tokens of each; `bytes_D`, bytes of its text;
@@ -176,25 +194,26 @@ class _SplitBuilder:
             part["where_D"] = np.array(self._locations, np.str_)
         return part
 
-    def add_signatures(self, location: str, text: str, count: int) -> None:
+    def _add_signatures(self, location: str, text: str, count: int) -> None:
         """Adds the location and the signatures of a record for each of its `count` documents."""
         self._locations += [location] * count
-        self._signatures += [] if self._signer is None else [self._signer(text)] * count
+        if self._signer is not None:
+            self._signatures += [self._signer(text)] * count
 
-    def add_encoded(self, document: EncodedDocument) -> None:
+    def _add_encoded(self, document: EncodedDocument) -> None:
         """Adds the tokens of a document, and its end token."""
-        ids_N = np.append(document.ids_N, self.tokenizer.eot_id).astype(self._dtype)
+        ids_N = np.append(document.ids_N, self._tokenizer.eot_id).astype(self._dtype)
         mask_N = np.append(document.in_loss_N, False) if self._corpus.format.has_loss_mask else np.empty(0, bool)
         self._encoded.append(replace(document, ids_N=ids_N, in_loss_N=mask_N))
 
     def _encode_waiting(self) -> None:
-        vocab_size = self.tokenizer.vocab_size
-        for document in encode_documents(self.tokenizer, self._waiting):
+        vocab_size = self._tokenizer.vocab_size
+        for document in encode_documents(self._tokenizer, self._waiting):
             wrong = document.ids_N[(document.ids_N < 0) | (document.ids_N >= vocab_size)]
             if wrong.size:  # the token dtype could not hold it
                 cause = f"the tokenizer gave it, but its vocabulary has only {vocab_size} tokens"
                 raise DataError(f"token id {wrong[0]}: {cause}; use another tokenizer file")
-            self.add_encoded(document)
+            self._add_encoded(document)
         self._waiting, self._waiting_chars = [], 0
 
 
@@ -210,31 +229,32 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
     At most about `_SAMPLE_SHARD_CHARS` come from one shard.
     """
     if isinstance(corpus.validation, Tail):
-        sizes, share = np.cumsum([shard.size_bytes for shard in shards]), 1 - corpus.validation.fraction
-        before_tail = int(np.searchsorted(sizes, sizes[-1] * share, side="right"))
-        if not before_tail:  # the tail begins in the first shard, for example the only file of a corpus
+        shard_ends, train_fraction = np.cumsum([shard.size_bytes for shard in shards]), 1 - corpus.validation.fraction
+        num_before_tail = int(np.searchsorted(shard_ends, shard_ends[-1] * train_fraction, side="right"))
+        if num_before_tail == 0:  # the tail begins in the first shard, for example the only file of a corpus
             texts = list(_training_texts(corpus, shards[0]))
-            left = min(limit_chars, int(sum(map(len, texts)) * share))
+            left_chars = min(limit_chars, int(sum(map(len, texts)) * train_fraction))
             for text in texts:
-                yield text[:left]
-                left = max(0, left - len(text))
+                yield text[:left_chars]
+                left_chars = max(0, left_chars - len(text))
             return
-        shards = shards[:before_tail]
+        shards = shards[:num_before_tail]
     names = {shard: f"{shard.name}@{shard.start}" if shard.start else shard.name for shard in shards}
+    left_chars = limit_chars
     for shard in sorted(shards, key=lambda shard: hash_to_unit(names[shard])):
-        taken = 0
+        shard_chars = 0
         for text in _training_texts(corpus, shard):
             yield text
-            taken += len(text)
-            if taken >= min(_SAMPLE_SHARD_CHARS, limit_chars):
+            shard_chars += len(text)
+            if shard_chars >= min(_SAMPLE_SHARD_CHARS, left_chars):
                 break
-        limit_chars -= taken
-        if limit_chars <= 0:
+        left_chars -= shard_chars
+        if left_chars <= 0:
             return
 
 
 def _training_texts(corpus: Corpus, shard: SourceShard) -> Iterator[str]:
-    kept = _kept_documents(PrepareJob(number=0, shards=(shard,), recipe=corpus, folder=""), [], Counter())
+    kept = _kept_documents(corpus, corpus.source.read(shard), [], Counter())
     return (_record_text(documents) for split, _, documents in kept if split == "train")
 
 
@@ -248,16 +268,17 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         self._corpus, config = corpus, corpus.tokenizer
         self.make_part = tokenize_job
         if isinstance(config, TrainBpe):
-            self._existing, digest, special = None, None, {config.end_of_document, *config.special_tokens}
+            self._converted, special_tokens = None, {config.end_of_document, *config.special_tokens}
+            tokenizer_digest = None  # not needed, because the recipe and the source determine the tokenizer
         else:
-            self._existing = tokenizer, _ = convert_tokenizer(config)
-            digest, special = tokenizer.sha256, tokenizer.special_tokens
-        # A trained tokenizer needs no digest, because the recipe and the source determine it.
-        digests = [digest, corpus.format.template_digest()]
+            self._converted = convert_tokenizer(config)
+            tokenizer, _ = self._converted
+            tokenizer_digest, special_tokens = tokenizer.sha256, tokenizer.special_tokens
+        digests = [tokenizer_digest, corpus.format.template_digest()]
         self.input_digest = digest_of(digests) if any(digests) else None
         self._kind: Kind = "text" if corpus.format.documents_per_record == 1 else "pairs"
         for token in corpus.format.required_special_tokens():
-            if token not in special:
+            if token not in special_tokens:
                 raise ConfigError(
                     f"format: its template writes {token}, which is not a special token of the tokenizer, so any text "
                     "could contain it; add it to tokenizer.special_tokens, or use another template"
@@ -272,11 +293,11 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
         """
         corpus, info_path = self._corpus, folder / _INFO_FILE
         if not info_path.exists():
-            if self._existing is None:
+            if self._converted is None:
                 tokenizer = train_bpe(_sample_texts(corpus, shards, TOKENIZER_TRAINING_CHARS), **vars(corpus.tokenizer))
             else:
-                tokenizer, check = self._existing
-                check(_sample_texts(corpus, shards, _CHECKED_CHARS))
+                tokenizer, check_on = self._converted
+                check_on(_sample_texts(corpus, shards, _CHECKED_CHARS))
             info = TokenizerInfo.from_tokenizer(tokenizer)
             write_bytes_atomic(folder / info.file, tokenizer.content)
             write_bytes_atomic(info_path, json.dumps(asdict(info)).encode())
@@ -287,34 +308,34 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
 
     def part_of_batch(self, folder: Path, batch: StreamBatch) -> Part:
         """Makes the part of a batch of a stream, after `setup`."""
-        job = PrepareJob(number=0, shards=(), recipe=self._corpus, folder=str(folder))
-        part = _build_part(job, _load_tokenizer(folder, self._info), iter(batch.records), read_bytes=batch.read_bytes)
-        return replace(part, position=batch.position)
+        builder = _PartBuilder(self._corpus, _load_tokenizer(folder, self._info))
+        builder.add_records(iter(batch.records))
+        return builder.finish(read_bytes=batch.read_bytes, position=batch.position)
 
     @override
     def estimate_bytes(self, source_bytes: int) -> int:
         # Too low for compressed sources, documents of a few bytes, and text unlike the tokenizer's training text.
         bytes_per_token = 1 if self._info.vocab_size < _SMALL_VOCAB else _BYTES_PER_TOKEN
-        form = self._corpus.format
-        stored_bytes = self._dtype.itemsize + form.has_loss_mask  # of a token; a mask has one byte
-        return 2 * source_bytes * form.documents_per_record * stored_bytes // bytes_per_token
+        record_format = self._corpus.format
+        stored_bytes = self._dtype.itemsize + record_format.has_loss_mask  # of a token; a mask has one byte
+        return 2 * source_bytes * record_format.documents_per_record * stored_bytes // bytes_per_token
 
     @override
-    def assemble(self, folder: Path, numbers: Sequence[int], build: Path, source_digest: str) -> Manifest:
+    def assemble(self, folder: Path, num_parts: int, build: Path, source_digest: str) -> Manifest:
         corpus, masked = self._corpus, self._corpus.format.has_loss_mask
-        source = PartSplits(folder=folder, numbers=numbers)
+        source = PartSplits(folder=folder, num_parts=num_parts)
         if isinstance(corpus.validation, Tail):
             source = split_tail(source, corpus, corpus.validation, _load_tokenizer(folder, self._info))
-        keep, counts = assemble.select_documents(corpus, source, build)
+        keep, counts = select_documents(corpus, source, build)
         splits, packs = {}, {}
-        names = ("tokens_N", "lengths_D", "bytes_D", *(("mask_N",) if masked else ()))
+        names = ("lengths_D", "bytes_D", "tokens_N", "mask_N")[: None if masked else 3]
         for split in SPLITS:
             writer = SplitWriter(build / split, self._dtype, masked=masked)
-            for tokens_N, lengths_D, bytes_D, *masks in source.read_kept(split, keep, *names):
-                writer.add(tokens_N, lengths_D, masks[0] if masks else None, int(bytes_D.sum()))
+            for lengths_D, bytes_D, tokens_N, *mask in source.read_kept(split, keep, *names):
+                writer.add(tokens_N, lengths_D, mask[0] if masked else None, int(bytes_D.sum()))
             splits[split] = writer.close()
             for pack in corpus.packs:
-                packs[f"{split}/{pack.name}"] = assemble.write_pack(build, split, pack, writer.lengths)
+                packs[f"{split}/{pack.name}"] = write_pack(build, split, pack, writer.lengths)
         shutil.copyfile(folder / self._info.file, build / self._info.file)
         manifest = Manifest(
             kind=self._kind,
@@ -329,7 +350,7 @@ class TextStoreBuilder(StoreBuilder[Corpus]):
             packs=packs,
             files=hash_files(build, block_hashed=(TOKENS, MASK)),
             baselines={},
-            **assemble.provenance(),
+            **provenance(),
         )
         if corpus.baselines:
             manifest = replace(manifest, baselines=measure_baselines(TokenStore(ObjectStore(build), manifest)))

@@ -31,7 +31,7 @@ from jaxinfra.storage.files import file_exists, read_file
 
 Message = dict[str, str]
 """One turn of a conversation: `role`, which is system, user or assistant, and `content`."""
-_Range = tuple[int, int]
+_Range = tuple[int, int]  # start and end in the rendered text
 _CONFIG_FILE = "tokenizer_config.json"
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # the form that they have in the presets
@@ -67,18 +67,20 @@ class ChatTemplate:
         self._variables = tokens | {"tools": None, "documents": None}
         self._segments = functools.lru_cache(maxsize=4096)(self._find_segments)
 
-    def to_spans(self, messages: Sequence[Message], in_loss: Sequence[int] | None) -> list[Span]:
+    def to_spans(self, messages: Sequence[Message], in_loss: tuple[int, ...] | None) -> list[Span]:
         """Renders a conversation of at least one message; RecordError if the template refuses or rewrites it.
 
         `in_loss` has the indices of the assistant messages that count in the loss, each with the end of its turn. None
         counts all text, including the template's.
         """
-        roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
-        texts = [content.strip() for content in contents]
-        # White space around a message is a part of the cache key, because a template may strip it.
-        spaces = tuple(tuple(content.split(text, 1)) for content, text in zip(contents, texts, strict=True))
+        texts = [message["content"].strip() for message in messages]
+        # The white space around a text stays in the outline, because a template may strip it.
+        outline = tuple(
+            (message["role"], message["content"].replace(text, _PLACEHOLDER.format(index), 1))
+            for index, (message, text) in enumerate(zip(messages, texts, strict=True))
+        )
         spans = []
-        for segment, is_in_loss in self._segments(roles, spaces, None if in_loss is None else tuple(in_loss)):
+        for segment, is_in_loss in self._segments(outline, in_loss):
             from_template = isinstance(segment, str)
             text = segment if from_template else texts[segment]
             spans.append(Span(text=text, in_loss=is_in_loss, from_template=from_template))
@@ -96,76 +98,82 @@ class ChatTemplate:
         return text if keep_marks else text.translate(_REMOVE_MARKS)
 
     def _find_segments(
-        self, roles: tuple[str, ...], spaces: tuple[tuple[str, ...], ...], answers: tuple[int, ...] | None
+        self, outline: tuple[tuple[str, str], ...], answers: tuple[int, ...] | None
     ) -> Sequence[tuple[str | int, bool]]:
         """Returns template text (str) and message indices (int) in order, each with whether it counts in the loss.
 
-        `spaces` is the white space before and after each message.
+        `outline` has the role of each message, and its placeholder with the white space around it. A user message and
+        an answer may give [("<user>", False), (0, False), ("<end><assistant>", False), (1, True), ("<end>", True)].
         """
-        messages = [
-            {"role": role, "content": space[0] + _PLACEHOLDER.format(number) + space[-1]}
-            for number, (role, space) in enumerate(zip(roles, spaces, strict=True))
-        ]
+        messages = [{"role": role, "content": content} for role, content in outline]
         rendered = self._render(messages, keep_marks=True)
-        number_at: dict[_Range, int] = {}
-        for number, role in enumerate(roles):
-            placeholder = _PLACEHOLDER.format(number)
+        content_ranges: list[_Range] = []
+        for index, (role, _) in enumerate(outline):
+            placeholder = _PLACEHOLDER.format(index)
             if (times := rendered.count(placeholder)) != 1:
                 cause = "does not write exactly once and unchanged" if times else "leaves out"
-                raise RecordError(f"the template {self._name} {cause} message {number + 1}, of role {role}")
+                raise RecordError(f"the template {self._name} {cause} message {index + 1}, of role {role}")
             start = rendered.index(placeholder)
-            number_at[start, start + len(placeholder)] = number
-        places = list(number_at)
+            content_ranges.append((start, start + len(placeholder)))
         if answers is None:
-            in_loss = [(0, len(rendered))]
+            loss_ranges = [(0, len(rendered))]
         elif self._has_blocks:
-            in_loss = self._generation_blocks(answers, rendered, places)
+            loss_ranges = self._generation_blocks(answers, rendered, content_ranges)
         else:
-            in_loss = [self._answer_range(messages, rendered, places[number], number) for number in answers]
+            loss_ranges = [self._answer_range(messages, rendered, content_ranges[index], index) for index in answers]
         segments = []
-        bounds = sorted({0, len(rendered), *itertools.chain(*places, *in_loss)})
-        for start, stop in itertools.pairwise(bounds):
-            segment = number_at.get((start, stop), rendered[start:stop].translate(_REMOVE_MARKS))
-            if segment != "":
-                segments.append((segment, any(first <= start and stop <= last for first, last in in_loss)))
+        bounds = sorted({0, len(rendered), *itertools.chain(*content_ranges, *loss_ranges)})
+        for start, end in itertools.pairwise(bounds):
+            in_loss = any(first <= start and end <= last for first, last in loss_ranges)
+            if (start, end) in content_ranges:
+                segments.append((content_ranges.index((start, end)), in_loss))
+            elif text := rendered[start:end].translate(_REMOVE_MARKS):
+                segments.append((text, in_loss))
         return segments
 
-    def _generation_blocks(self, answers: Sequence[int], rendered: str, places: Sequence[_Range]) -> list[_Range]:
+    def _generation_blocks(
+        self, answers: Sequence[int], rendered: str, content_ranges: Sequence[_Range]
+    ) -> list[_Range]:
         """Returns the generation blocks that hold the answers, and blocks behind them, such as the end of a turn."""
-        blocks: dict[int, list[_Range]] = {}
+        starts = [start for start, _ in content_ranges]
+        blocks: dict[int, list[_Range]] = {}  # by index of message
         for block in _BLOCK.finditer(rendered):
-            inside = [number for number, (start, _) in enumerate(places) if block.start() < start < block.end()]
-            before = [number for number, (start, _) in enumerate(places) if start < block.start()]
-            for number in inside or before[-1:]:
-                blocks.setdefault(number, []).append(block.span())
-        for number in answers:
-            if not any(start < places[number][0] < stop for start, stop in blocks.get(number, ())):
-                cause = f"writes message {number + 1} outside of {{% generation %}} blocks"
+            inside = [index for index, start in enumerate(starts) if block.start() < start < block.end()]
+            before = [index for index, start in enumerate(starts) if start < block.start()]
+            for index in inside or before[-1:]:
+                blocks.setdefault(index, []).append(block.span())
+        for index in answers:
+            if not any(first < starts[index] < last for first, last in blocks.get(index, ())):
+                cause = f"writes message {index + 1} outside of {{% generation %}} blocks"
                 raise RecordError(f"the template {self._name} {cause}; {_ADD_BLOCKS}")
-        return [block for number in answers for block in blocks[number]]
+        return [block for index in answers for block in blocks[index]]
 
-    def _answer_range(self, messages: list[Message], rendered: str, place: _Range, number: int) -> _Range:
-        """Returns the range of an answer, from the end of the generation prompt to the end of its turn.
+    def _answer_range(self, messages: list[Message], rendered: str, content: _Range, index: int) -> _Range:
+        """Returns the range of `rendered` from the end of the generation prompt to the end of the answer's turn.
 
-        It is the difference between renderings of a prefix of the conversation, so the template must write that prefix
-        alike however the conversation goes on.
+        `content` is the range of the answer itself, message number `index`. The conversation is rendered up to three
+        places, and the text after `prompted` up to the end of `after` counts, here "Hello.<end>":
+
+            before     <user>Hi<end>
+            prompted   <user>Hi<end><assistant>
+            after      <user>Hi<end><assistant>Hello.<end>
         """
-        before, with_prompt = "", ""
-        if number:
-            before = self._render(messages[:number])
-            with_prompt = self._render(messages[:number], prompt=True)
-        has_prompt = with_prompt != before
-        after = self._render(messages[: number + 1])
-        next_turn = {"role": "user", "content": "4f1c0e9d"}
-        continued = rendered if has_prompt else self._render([*messages[: number + 1], next_turn])
-        if not (after.startswith(before) and rendered.startswith(after) and continued.startswith(after)):
+        before = self._render(messages[:index]) if index else ""
+        prompted = self._render(messages[:index], prompt=True) if index else ""
+        after = self._render(messages[: index + 1])
+        has_prompt = prompted != before
+        longer = rendered
+        if not has_prompt:  # the answer may be the last message, so `rendered` would not show how the text goes on
+            longer = self._render([*messages[: index + 1], {"role": "user", "content": "4f1c0e9d"}])
+        if not (after.startswith(before) and rendered.startswith(after) and longer.startswith(after)):
             raise RecordError(
-                f"the template {self._name} writes message {number + 1} or what comes before it differently if the "
+                f"the template {self._name} writes message {index + 1} or what comes before it differently if the "
                 f"conversation goes on; {_ADD_BLOCKS}"
             )
-        start = len(with_prompt) if has_prompt and after.startswith(with_prompt) else place[0]
-        end = after[place[1] :]
-        return start, place[1] + len(end.rstrip() or end)  # leaves out white space after the token that ends the turn
+        content_start, content_end = content
+        start = len(prompted) if has_prompt and after.startswith(prompted) else content_start
+        turn_end = after[content_end:]  # such as "<|im_end|>\n", whose white space does not count
+        return start, content_end + len(turn_end.rstrip() or turn_end)
 
 
 load_template = functools.lru_cache(maxsize=16)(ChatTemplate)

@@ -75,10 +75,10 @@ def find_duplicates(dedup: Dedup, exact_N2: np.ndarray, near_NP: np.ndarray | No
     A document that is near to a dropped one is dropped too. `near_NP` is None if only exact duplicates are wanted.
     """
     is_duplicate_N = np.ones(len(exact_N2), bool)
-    both_halves = np.ascontiguousarray(exact_N2).view("u8,u8").reshape(-1)  # one element per document, for np.unique
-    is_duplicate_N[np.unique(both_halves, return_index=True)[1]] = False
+    _, firsts = np.unique(exact_N2, axis=0, return_index=True)
+    is_duplicate_N[firsts] = False
     if near_NP is not None:
-        firsts = np.flatnonzero(~is_duplicate_N)
+        firsts = np.sort(firsts)
         is_duplicate_N[firsts[_find_near(dedup, near_NP, firsts)]] = True
     return is_duplicate_N
 

@@ -56,25 +56,24 @@ class _PromptFormat(TemplateFormat[str | None]):
     @override
     def to_documents(self, record: Fields) -> Sequence[Document]:
         prompt = None if self.prompt is None else get_field(record, self.prompt)
-        fields = [getattr(self, name) for name in self.answers]
-        answers = [(get_field(record, field), field) for field in fields]
+        fields: list[str] = [getattr(self, name) for name in self.answers]
+        answers = [get_field(record, field) for field in fields]
         if self.template is None:
-            question, texts = require_str(prompt, str(self.prompt)), [require_str(*answer) for answer in answers]
+            question = require_str(prompt, str(self.prompt))
+            texts = [require_str(answer, field) for answer, field in zip(answers, fields, strict=True)]
             if not all(texts):
                 raise RecordError("the answer is empty")
-            before = [Span(text=question, in_loss=False)] if question else []
-            return [[*before, Span(text=text)] for text in texts]
-        conversations = [_parse_messages(*answer, role="assistant") for answer in answers]
-        if self.prompt is None:  # the prompt is what both conversations begin with
-            pairs = zip(*conversations, strict=False)
-            shared = [chosen for chosen, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-            if not shared:
-                raise RecordError("the chosen and the rejected conversation begin with different messages")
+            question_spans = [Span(text=question, in_loss=False)] if question else []
+            return [[*question_spans, Span(text=text)] for text in texts]
+        conversations = [_parse_messages(*pair, "assistant") for pair in zip(answers, fields, strict=True)]
+        if self.prompt is None:
+            prompt_messages = _common_beginning(*conversations)
         else:
-            shared = _parse_messages(prompt, self.prompt, role="user")
-        documents, start = [], len(shared)
-        for answer, field in zip(conversations, fields, strict=True):
-            messages = answer if answer[:start] == shared else [*shared, *answer]
+            prompt_messages = _parse_messages(prompt, self.prompt, "user")
+        documents, start = [], len(prompt_messages)
+        for messages, field in zip(conversations, fields, strict=True):
+            if messages[:start] != prompt_messages:  # the answer does not repeat the prompt
+                messages = [*prompt_messages, *messages]
             in_loss = _answers(messages, start)
             if not in_loss:
                 raise RecordError(f"{field} has no assistant message after the prompt")
@@ -115,8 +114,18 @@ class Completion(_PromptFormat):
 AnyFormat = Text | Chat | Completion | Preference
 
 
-def _answers(messages: Sequence[Message], start: int = 0) -> list[int]:
-    return [number for number in range(start, len(messages)) if messages[number]["role"] == "assistant"]
+def _common_beginning(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """Returns the messages with which both conversations begin, at least one."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    messages = [message for message, _ in pairs]
+    if not messages:
+        raise RecordError("the chosen and the rejected conversation begin with different messages")
+    return messages
+
+
+def _answers(messages: Sequence[Message], start: int = 0) -> tuple[int, ...]:
+    """Returns the indices of the assistant messages from `start` on."""
+    return tuple(index for index in range(start, len(messages)) if messages[index]["role"] == "assistant")
 
 
 def _parse_messages(value: object, field: str, role: str | None = None) -> list[Message]:

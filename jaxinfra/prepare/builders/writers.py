@@ -1,0 +1,137 @@
+"""Writes the arrays of a version: tokens, images, offsets and packings, with their hashes.
+
+Holds one shard of tokens or images in memory, and 16 bytes per document for its offset and length.
+"""
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from jaxinfra.data.packing import PackSpec, pack_documents
+from jaxinfra.data.store import arrays
+from jaxinfra.data.store.manifest import PackInfo, Split, SplitInfo
+from jaxinfra.data.store.store import BLOCKS, LENGTHS, MASK, OFFSETS, TOKENS, hash_block
+
+_PACKAGES = ("jaxinfra", "tokenizers", "tensorstore", "numpy", "xxhash")
+
+
+def provenance() -> dict[str, Any]:
+    """Returns the manifest fields `versions` (of Python and packages) and `created` (time)."""
+    return {
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarray) -> PackInfo:
+    """Packs documents of these lengths, ends included, into rows, and writes the ranges of their segments."""
+    packs = pack_documents(lengths_D, config.seq_len, by_length=config.by_length)
+    offsets_D = np.cumsum(lengths_D) - lengths_D
+    files = {
+        "segments": np.stack([offsets_D[packs.segment_document] + packs.segment_start, packs.segment_length], axis=1),
+        "rows": packs.row_offsets,
+    }
+    digest = xxhash.xxh3_128()
+    for name, values in files.items():
+        write_array(build / split / "packs" / config.name / name, values)
+        digest.update(hash_block(values).to_bytes(8, "little"))
+    return PackInfo(
+        rows=packs.num_rows,
+        segments=len(packs.segment_length),
+        truncated=packs.cut_documents,
+        efficiency=packs.efficiency,
+        digest=digest.hexdigest(),
+    )
+
+
+def write_array(path: Path, values: np.ndarray) -> str:
+    """Writes a whole array in small chunks, because a few elements are read at a time; returns its hash."""
+    fill, shape, chunk, shard = int(np.iinfo(values.dtype).max), values.shape[1:], arrays.FEW, arrays.SHARD_OF_FEW
+    array = arrays.create(str(path), values.dtype, fill, shape=shape, chunk=chunk, shard=shard)
+    arrays.append(array, str(path), values)
+    return xxhash.xxh3_128_hexdigest(values.astype(values.dtype.newbyteorder("<")).tobytes())
+
+
+class HashedArrayWriter:
+    """Writes an array in whole shards with a hash of each block; holds one shard in memory."""
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype,
+        *,
+        shape: tuple[int, ...] = (),
+        block: int = arrays.CHUNK,
+        shard: int = arrays.SHARD,
+    ):
+        """Creates an empty array in a new folder, with a hash per `block` elements and a file per `shard` elements.
+
+        `shape` is the shape of an element.
+        """
+        self._path, self._block, self._shard = path, block, shard
+        fill = int(np.iinfo(dtype).max)
+        self._array = arrays.create(str(path), dtype, fill, shape=shape, chunk=block, shard=shard)
+        self._waiting, self._num_waiting = [np.empty((0, *shape), dtype)], 0  # the empty array sets shape and type
+        self._hashes: list[int] = []
+
+    def add(self, values: np.ndarray) -> None:
+        """Appends elements."""
+        self._waiting.append(values)
+        self._num_waiting += len(values)
+        if self._num_waiting >= self._shard:
+            self._flush(self._num_waiting // self._shard * self._shard)
+
+    def close(self) -> str:
+        """Writes the last elements and the hashes; returns the digest of the hashes."""
+        self._flush(self._num_waiting)
+        return write_array(self._path.with_name(self._path.name + BLOCKS), np.array(self._hashes, np.uint64))
+
+    def _flush(self, end: int) -> None:
+        values = np.concatenate(self._waiting)
+        if end:
+            self._array = arrays.append(self._array, str(self._path), values[:end])
+            blocks = (values[start : min(start + self._block, end)] for start in range(0, end, self._block))
+            self._hashes += map(hash_block, blocks)
+        self._waiting, self._num_waiting = [values[end:]], len(values) - end
+
+
+class SplitWriter:
+    """Writes the documents of a split to an empty folder; holds about one shard of tokens in memory."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, *, masked: bool):
+        self._folder, self._lengths, self._bytes = folder, [np.empty(0, np.int64)], 0
+        self._tokens = HashedArrayWriter(folder / TOKENS, dtype)
+        self._mask = HashedArrayWriter(folder / MASK, np.dtype(np.uint8)) if masked else None
+
+    def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, num_bytes: int) -> None:
+        """Appends documents with their ends; `mask_N` is 1 for tokens in the loss, `num_bytes` is the text's size."""
+        self._tokens.add(tokens_N)
+        if self._mask is not None:
+            assert mask_N is not None
+            self._mask.add(mask_N)
+        self._lengths.append(lengths_D)
+        self._bytes += num_bytes
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document so far: int64[D]."""
+        return np.concatenate(self._lengths)
+
+    def close(self) -> SplitInfo:
+        """Writes the rest, and returns what the split holds."""
+        lengths_D = self.lengths
+        offsets = np.concatenate([[0], np.cumsum(lengths_D)]).astype(np.int64)
+        digests = [array.close() for array in (self._tokens, self._mask) if array is not None]
+        digests += [write_array(self._folder / OFFSETS, offsets), write_array(self._folder / LENGTHS, lengths_D)]
+        return SplitInfo(
+            documents=len(lengths_D),
+            tokens=int(offsets[-1]),
+            bytes=self._bytes,
+            longest=int(lengths_D.max(initial=0)),
+            digest=xxhash.xxh3_128_hexdigest("".join(digests).encode()),
+        )
