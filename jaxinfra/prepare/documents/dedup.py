@@ -6,6 +6,7 @@ one (512 by default), and about 100 bytes in `find_duplicates`.
 """
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from types import ModuleType
@@ -90,24 +91,25 @@ def _find_near(dedup: Dedup, near_NP: np.ndarray, firsts: np.ndarray) -> np.ndar
     Mining of Massive Datasets, section 3.4). In each group with a common band, all are compared with the first, those
     that are not near to it with the second, and so on.
     """
-    # datasketch chooses the number of bands b and of values in a band r.
+    # datasketch chooses the number of bands, b, and of values in a band, r.
     lsh = _datasketch().MinHashLSH(dedup.threshold, dedup.num_permutations, weights=_WEIGHTS)
     is_near = np.zeros(len(firsts), bool)
     for band in range(lsh.b):
         keys = np.zeros(len(firsts), np.uint64)  # hash of the band
         for column in range(band * lsh.r, (band + 1) * lsh.r):
             keys = keys * HASH_MULTIPLIER + near_NP[firsts, column]
+        # Sorted keys 3 3 5 5 5 are the groups at positions 0 1 and 2 3 4; group_start is 0 0 2 2 2.
         order = np.argsort(keys, kind="stable")
-        group = np.searchsorted(keys[order], keys[order])  # where the group of each begins
-        later = np.arange(len(order))
-        for first in itertools.count():  # compares all that are left with the document number `first` of their group
-            later = later[(group[later] + first < later) & ~is_near[order[later]]]
-            if not len(later):
+        group_start = np.searchsorted(keys[order], keys[order])
+        left = np.arange(len(order))  # positions
+        for index in itertools.count():  # compares all that are left with the document number `index` of their group
+            left = left[(left > group_start[left] + index) & ~is_near[order[left]]]
+            if not len(left):
                 break
-            for batch in np.array_split(later, -(-len(later) // _BATCH_PAIRS)):
-                ours, theirs = firsts[order[batch]], firsts[order[group[batch] + first]]
-                equal = np.count_nonzero(near_NP[ours] == near_NP[theirs], axis=1)
-                is_near[order[batch]] = equal >= dedup.threshold * dedup.num_permutations
+            for batch in np.array_split(left, math.ceil(len(left) / _BATCH_PAIRS)):
+                documents, earlier = firsts[order[batch]], firsts[order[group_start[batch] + index]]
+                num_equal = np.count_nonzero(near_NP[documents] == near_NP[earlier], axis=1)
+                is_near[order[batch]] = num_equal >= dedup.threshold * dedup.num_permutations
     return is_near
 
 

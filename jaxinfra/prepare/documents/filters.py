@@ -1,7 +1,6 @@
 """Quality filters of MassiveText (Rae et al. 2021, "Scaling Language Models: ... Gopher", appendix A.1)."""
 
 import itertools
-import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,8 +16,8 @@ from jaxinfra.prepare.documents.shingles import ngram_hashes, word_hashes
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _SYMBOLS = re.compile(r"#|\.\.\.|\u2026")
-_has_bullet = operator.methodcaller("startswith", ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013"))
-_has_ellipsis = operator.methodcaller("endswith", ("...", "\u2026"))
+_BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25aa", "\u2013")
+_ELLIPSES = ("...", "\u2026")
 _MIN_TOP_NGRAM, _MIN_DUPLICATE_NGRAM = 2, 5  # words (Rae et al. 2021, table A1)
 
 
@@ -98,7 +97,7 @@ class Filters(Filter):
                 continue
             value = rule["measure"](stats)
             if isinstance(limit, tuple):  # n-gram rules: one limit for each n, as far as there are limits and values
-                is_broken = any(map(operator.lt, limit, value))
+                is_broken = any(measured > allowed for allowed, measured in zip(limit, value, strict=False))
             else:
                 is_broken = value < limit if name.startswith("min_") else value > limit
             if is_broken:
@@ -155,9 +154,9 @@ class _TextStats:
             ngrams = ngram_hashes(self.hashes_N, n)
             if len(ngrams) < 2:
                 return
-            _, first, counts = np.unique(ngrams, return_index=True, return_counts=True)
+            _, first_words, counts = np.unique(ngrams, return_index=True, return_counts=True)
             most = int(counts.max())
-            starts = first[counts == most]
+            starts = first_words[counts == most]  # several n-grams may occur equally often: the longest one counts
             chars = int((self.char_offsets[starts + n] - self.char_offsets[starts]).max())
             yield _fraction(most * chars if most > 1 else 0, int(self.char_offsets[-1]))
 
@@ -165,12 +164,13 @@ class _TextStats:
         """Yields the fractions of n-grams of 5, 6, ... words that repeat, until none does."""
         for n in itertools.count(_MIN_DUPLICATE_NGRAM):
             ngrams = ngram_hashes(self.hashes_N, n)
-            _, first = np.unique(ngrams, return_index=True)
-            if len(first) == len(ngrams):
+            _, first_words = np.unique(ngrams, return_index=True)
+            if len(first_words) == len(ngrams):
                 return  # longer ones cannot repeat either
             repeats = np.ones(len(ngrams), bool)
-            repeats[first] = False
-            changes = np.zeros(len(self.words) + 1, np.int64)  # +1 where an n-gram begins, -1 after its end
+            repeats[first_words] = False
+            # Sums +1 where a repeating n-gram begins and -1 after its end, so words inside have a positive sum.
+            changes = np.zeros(len(self.words) + 1, np.int64)
             changes[:-n][repeats] += 1
             changes[n:][repeats] -= 1
             is_covered = np.cumsum(changes)[:-1] > 0
@@ -191,6 +191,14 @@ def _repeated(parts: Sequence[str], size: Callable[[Collection[str]], int]) -> f
 
 def _has_letter(word: str) -> bool:
     return any(map(str.isalpha, word))
+
+
+def _has_bullet(line: str) -> bool:
+    return line.startswith(_BULLETS)
+
+
+def _has_ellipsis(line: str) -> bool:
+    return line.endswith(_ELLIPSES)
 
 
 def _chars(parts: Iterable[str]) -> int:

@@ -29,7 +29,7 @@ from jaxinfra.prepare.engines.on_spark import start_spark
 
 EngineName = Literal["local", "ray", "dask", "spark"]
 
-_START = {"local": start_local, "ray": start_ray, "dask": start_dask, "spark": start_spark}
+_STARTERS = {"local": start_local, "ray": start_ray, "dask": start_dask, "spark": start_spark}
 type _Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 
@@ -56,18 +56,19 @@ def run_jobs[J, R](
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: must be at least 1; use workers=none for one per core")
+    if not jobs:
+        return
     if engine == "local":
-        workers = min(workers or available_cores(), len(jobs))
-        if workers <= 1:
-            for job in jobs:
-                on_result(function(job))
-            return
-    if jobs:
-        limit = None if workers is None else min(workers, len(jobs))
-        with _sigterm_as_exception() as restore_handlers, ExitStack() as stack:
-            started = stack.enter_context(_START[engine](limit))
-            restore_handlers()  # Ray and Spark install their own when they start
-            _run_all(engine, started, function, jobs, on_result)
+        workers = workers or available_cores()
+    workers = None if workers is None else min(workers, len(jobs))
+    if engine == "local" and workers == 1:
+        for job in jobs:
+            on_result(function(job))
+        return
+    with _sigterm_as_exception() as restore_handlers, ExitStack() as stack:
+        started = stack.enter_context(_STARTERS[engine](workers))
+        restore_handlers()  # Ray and Spark install their own when they start
+        _run_on(started, engine, function, jobs, on_result)
 
 
 @contextmanager
@@ -99,11 +100,11 @@ def _exit(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _run_all[J, R](
-    name: str, engine: Engine, function: Callable[[J], R], jobs: Sequence[J], on_result: Callable[[R], object]
+def _run_on[J, R](
+    engine: Engine, name: str, function: Callable[[J], R], jobs: Sequence[J], on_result: Callable[[R], object]
 ) -> None:
+    """Submits the jobs, but only as many as run at once, so that an error abandons the others."""
     waiting = iter(jobs)
-    # Submits only as many jobs as run at once, so that an error abandons the others.
     running = {engine.submit(function, job) for job in islice(waiting, engine.workers)}
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 
 import cloudpickle
@@ -30,12 +31,8 @@ def start_local(workers: int | None) -> Iterator[Engine]:
     pool = _Pool(workers)
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="worker") as threads:
-
-            def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
-                return threads.submit(pool.run, function, job)
-
             try:
-                yield Engine(submit=submit, workers=workers)
+                yield Engine(submit=partial(threads.submit, pool.run), workers=workers)
             finally:
                 pool.kill()  # leaving the thread pool waits for its threads, and so for their workers
     finally:
@@ -43,17 +40,17 @@ def start_local(workers: int | None) -> Iterator[Engine]:
 
 
 class _Pool:
-    """Worker processes, one for each thread that runs jobs."""
+    """Worker processes. Each thread of the engine starts one and waits while it runs a job."""
 
     def __init__(self, size: int):
         self._size = size
         self._lock = threading.Lock()
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _Worker] = {}  # by thread
         self._closed = False
 
     def run[J](self, function: Callable[[J], object], job: J) -> JobResult:
         """Runs a job on the worker of this thread, and once more on a new one if it dies."""
-        end = ""  # how the last worker ended
+        end = ""  # how the last worker ended, such as "was killed by SIGKILL"
         for _ in range(_TRIES):
             worker = self._worker_of_thread()
             try:

@@ -3,13 +3,13 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 
 from jaxinfra.packages import import_optional
-from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, JobResult, driver_python_path, run_job
+from jaxinfra.prepare.engines.engine import ONE_THREAD, Engine, driver_python_path, run_job
 
 
 @contextmanager
@@ -20,12 +20,9 @@ def start_dask(workers: int | None) -> Iterator[Engine]:
     with nullcontext(address) if address else _start_cluster(distributed, workers) as scheduler:
         client = distributed.Client(scheduler)
         executor = client.get_executor(pure=False)  # otherwise Dask reuses the result of an equal job
-
-        def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
-            return executor.submit(run_job, function, job)
-
         try:
-            yield Engine(submit=submit, workers=workers or max(1, sum(client.nthreads().values())))
+            cores = sum(client.nthreads().values())
+            yield Engine(submit=partial(executor.submit, run_job), workers=workers or max(1, cores))
         finally:
             client.close()
 

@@ -44,7 +44,10 @@ class FileSource(Source):
 
 
 def split_files(files: Iterable[FileInfo], length: Callable[[FileInfo], int], shard_bytes: int) -> list[SourceShard]:
-    """Splits files into equal shards of about `shard_bytes`; opens only large ones, by calling `length`."""
+    """Splits files into equal shards of about `shard_bytes`; opens only large ones, by calling `length`.
+
+    A file of 25 bytes and 100 rows gives 3 shards for `shard_bytes` 8, with the bounds 0, 33, 66 and None (the end).
+    """
     shards = []
     for file in files:
         count = max(1, round(file.size_bytes / max(1, shard_bytes)))

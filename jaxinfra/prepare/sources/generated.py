@@ -20,9 +20,10 @@ from jaxinfra.storage.files import FileInfo
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_SYLLABLES = len(_CONSONANTS) * len(_VOWELS)
+_NUM_SYLLABLES = len(_CONSONANTS) * len(_VOWELS)  # 70: a consonant and a vowel each
 _SENTENCE_WORDS = 12
-_FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)  # number of the follower that comes next; 0 draws any word
+# Which of the three words that may follow comes next, drawn from these with equal probability; 0 draws any word.
+_FOLLOWERS = (1, 1, 1, 1, 2, 2, 3, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Synthetic(Source):
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
-        size_bytes = self.num_documents * self.mean_words * (2 * self._syllables() + 1)
+        size_bytes = self.num_documents * self.mean_words * (2 * self._syllables_per_word() + 1)
         stamp = f"1:{self.mean_words}:{self.vocab_size}:{self.seed}"  # 1 is the version of the algorithm
         file = FileInfo(name="synthetic", size_bytes=size_bytes, stamp=stamp)
         return split_files([file], lambda _: self.num_documents, shard_bytes)
@@ -100,17 +101,18 @@ class Synthetic(Source):
 
     def _document(self, number: int) -> str:
         rng = random.Random(f"{self.seed}:{number}")
-        words, syllables = [], self._syllables()
+        words, syllables = [], self._syllables_per_word()
         word = rng.randrange(self.vocab_size)
         for _ in range(rng.randint((self.mean_words + 1) // 2, self.mean_words + self.mean_words // 2)):
             words.append(_word_text(word, syllables))
             follower = _FOLLOWERS[int(rng.random() * len(_FOLLOWERS))]
+            # Any fixed function of the word and the follower would do.
             word = (7 * word + 31 * follower**2) % self.vocab_size if follower else rng.randrange(self.vocab_size)
         return "".join(" ".join(sentence) + ".\n" for sentence in itertools.batched(words, _SENTENCE_WORDS))
 
-    def _syllables(self) -> int:
-        """Returns how many syllables a word needs for `vocab_size` different words."""
-        return next(count for count in itertools.count(1) if _SYLLABLES**count >= self.vocab_size)
+    def _syllables_per_word(self) -> int:
+        """Returns the least number of syllables that gives `vocab_size` different words."""
+        return next(count for count in itertools.count(1) if _NUM_SYLLABLES**count >= self.vocab_size)
 
 
 def _to_fields(value: object) -> Fields:
@@ -127,8 +129,9 @@ def _first_line(error: Exception) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _word_text(word: int, syllables: int) -> str:
+    """Writes the number of a word with one syllable for each digit in base `_NUM_SYLLABLES`."""
     text = ""
     for _ in range(syllables):
-        word, syllable = divmod(word, _SYLLABLES)
+        word, syllable = divmod(word, _NUM_SYLLABLES)
         text += _CONSONANTS[syllable % len(_CONSONANTS)] + _VOWELS[syllable // len(_CONSONANTS)]
     return text

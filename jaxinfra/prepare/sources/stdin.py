@@ -58,29 +58,30 @@ class _StdinReader(StreamReader):
     def poll(self) -> Iterator[Record | BadRecord | None]:
         chunks = self._chunks()
         if self._expected:
-            rest = yield from self._skip_read(chunks)
+            rest = yield from self._skip_known(chunks)
             chunks = itertools.chain([rest] if rest else [], chunks)
-        # Of the line so far. `parts` is emptied when the line is too long, which `_finish_line` makes a bad record.
-        digest, size_bytes, parts = self._digest.copy(), 0, list[bytes]()
+        # The line that is being read: its parts, its size, and the digest of the stream up to its end so far.
+        line_parts, line_bytes, digest = list[bytes](), 0, self._digest.copy()
         for chunk in chunks:
             if chunk is None:
                 yield None
                 continue
             for part in io.BytesIO(chunk) if chunk else [b""]:  # iterating a BytesIO splits it into lines
                 digest.update(part)
-                size_bytes += len(part)
-                parts = [*parts, part] if size_bytes <= MAX_RECORD_BYTES else []
-                if part.endswith(b"\n") or (not chunk and size_bytes):
-                    record = self._finish_line(parts, size_bytes, digest)
+                line_bytes += len(part)
+                line_parts = [*line_parts, part] if line_bytes <= MAX_RECORD_BYTES else []  # [] marks a bad record
+                at_end_of_stream = not chunk and line_bytes
+                if part.endswith(b"\n") or at_end_of_stream:
+                    record = self._finish_line(line_parts, line_bytes, digest)
                     if record is not None:
                         yield record
-                    digest, size_bytes, parts = digest.copy(), 0, []
+                    line_parts, line_bytes, digest = [], 0, digest.copy()
 
-    def _finish_line(self, parts: list[bytes], size_bytes: int, digest: xxhash.xxh3_128) -> Record | BadRecord | None:
-        """Parses a line and moves the position past it; None for a blank line."""
+    def _finish_line(self, parts: list[bytes], num_bytes: int, digest: xxhash.xxh3_128) -> Record | BadRecord | None:
+        """Parses a line, which is too long if it has no parts, and moves the position past it; None if it is blank."""
         start = self._offset
-        self._offset, self._lines, self._digest = start + size_bytes, self._lines + 1, digest
-        self.read_bytes += size_bytes
+        self._offset, self._lines, self._digest = start + num_bytes, self._lines + 1, digest
+        self.read_bytes += num_bytes
         location = f"stdin:{self._lines}"
         if not parts:
             return BadRecord(location=location, cause=f"longer than {MAX_RECORD_BYTES >> 20} MiB")
@@ -89,7 +90,7 @@ class _StdinReader(StreamReader):
             return None
         return parse_record(parse_json_object, content, key=f"stdin@{start}", location=location)
 
-    def _skip_read(self, chunks: Iterator[bytes | None]) -> Generator[None, None, bytes]:
+    def _skip_known(self, chunks: Iterator[bytes | None]) -> Generator[None, None, bytes]:
         """Skips the part that was read before, checks its hash, and returns the rest of the last chunk."""
         expected: int = self._expected["bytes"]
         rest = b""
@@ -97,9 +98,10 @@ class _StdinReader(StreamReader):
             if chunk is None:
                 yield None
                 continue
-            known, rest = chunk[: expected - self._offset], chunk[expected - self._offset :]
-            self._digest.update(known)
-            self._offset += len(known)
+            left = expected - self._offset  # bytes to skip
+            self._digest.update(chunk[:left])
+            self._offset += len(chunk[:left])
+            rest = chunk[left:]
             if self._offset == expected:
                 break
         self._lines = self._expected["lines"]

@@ -96,15 +96,14 @@ class HuggingFace(Source):
 
     @override
     def read(self, shard: SourceShard) -> Records:
-        first = 0
+        first = 0  # row of the file with which the batch begins
         with self._open_batches(shard.name) as batches:
             for batch in batches:
-                count = batch.num_rows
-                start = max(0, shard.start - first)
-                end = count if shard.end is None else min(count, shard.end - first)
-                if start < end:
-                    yield from _read_rows(batch.slice(start, end - start), shard.name, first + start)
-                first += count
+                end = first + batch.num_rows
+                start_row, end_row = max(first, shard.start), end if shard.end is None else min(end, shard.end)
+                if start_row < end_row:
+                    yield from _read_rows(batch.slice(start_row - first, end_row - start_row), shard.name, start_row)
+                first = end
                 if shard.end is not None and first >= shard.end:
                     return
 

@@ -70,8 +70,8 @@ def build_tokenizer(config: PretrainedTokenizer) -> Tokenizer:
 def convert_tokenizer(config: PretrainedTokenizer) -> tuple[Tokenizer, Callable[[Iterable[str]], None]]:
     """Reads or converts a tokenizer, and compares a converted one with its original library on `HARD_TEXTS`.
 
-    Also returns a function that compares them on more texts. ConfigError if the file cannot be used, if the converted
-    tokenizer gives other tokens, or if the library is not installed.
+    Also returns a function that compares them on more texts, which does nothing if there was no conversion. ConfigError
+    if the file cannot be used, if the converted tokenizer gives other tokens, or if the library is not installed.
     """
     match config:
         case TokenizerFile():

@@ -1,8 +1,9 @@
 """Common parts of tokenizer configs, and the comparison of a converted tokenizer with its original library."""
 
+import os.path
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,19 +38,19 @@ class TokenizerConfig:
 
     def problems(self) -> Iterable[Problem]:
         """Yields what is wrong with the fields; does not read the file."""
-        named = getattr(self, "special_tokens", None) or ()
-        special = [text for text in named if not self.end_in_special_tokens or text != self.end_of_document]
-        if "" in special or len({self.end_of_document, *special}) <= len(special):
+        special: list[str] = list(getattr(self, "special_tokens", None) or ())
+        if self.end_in_special_tokens and self.end_of_document in special:
+            special.remove(self.end_of_document)
+        if "" in special or len({self.end_of_document, *special}) < 1 + len(special):
             message = "must not be empty, repeat each other, or repeat end_of_document"
             yield Problem(fields=("special_tokens",), message=message, fix="name each once")
 
 
-def derive_merges[Token: (str, bytes), Rank: (int, tuple[float, int])](
-    ranks: Mapping[Token, Rank],
-) -> list[tuple[Token, Token]]:
+def derive_merges[Token: (str, bytes)](ranks: Mapping[Token, Any]) -> list[tuple[Token, Token]]:
     """Returns the merges of a BPE: all pairs of tokens whose concatenation is a token, sorted by its rank.
 
-    The original libraries store no merges. They merge the pair whose concatenation has the lowest rank.
+    The original libraries store no merges. They merge the pair whose concatenation has the lowest rank. For example,
+    the ranks {"a": 0, "b": 1, "ab": 2} give [("a", "b")].
     """
     return [
         (token[:cut], token[cut:])
@@ -61,11 +62,11 @@ def derive_merges[Token: (str, bytes), Rank: (int, tuple[float, int])](
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedTokenizer:
-    """A tokenizer that was converted from another library's file, with that library's `encode` and `decode`."""
+    """A tokenizer that was converted from another library's file."""
 
     tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
+    encode: Callable[[str], list[int]]  # of the original library
+    decode: Callable[[list[int]], str]  # of the original library
     unknown: int | None = None  # id of unknown text, which the libraries decode differently
     scores: np.ndarray | None = None  # log-probabilities of the pieces of a unigram model
     name: str  # for messages
@@ -74,21 +75,24 @@ class ConvertedTokenizer:
         """Compares ids and decoded text with the original library; ConfigError says where they differ."""
         for text in texts:
             # Special tokens in a text must stay ordinary text, also within and between words.
-            for each in (text, *(f"a{token}b{token} c" for token in self.tokenizer.special_tokens if token in text)):
-                if cause := self._difference(each):
+            contained = [token for token in self.tokenizer.special_tokens if token in text]
+            for checked in (text, *(f"a{token}b{token} c" for token in contained)):
+                if cause := self._difference(checked):
                     raise ConfigError(
                         f"{self.name}: does not round-trip as a tokenizer.json: {cause}; use the tokenizer.json of "
                         "this vocabulary with tokenizer=tokenizer_file"
                     )
 
     def _difference(self, text: str) -> str | None:
+        """Returns how the conversion differs from the original library on a text; None if it does not."""
         expected, ours = self.encode(text), self.tokenizer.encode(text)
         if expected != ours and not self._equally_likely(expected, ours):
-            at = next((i for i, (a, b) in enumerate(zip(expected, ours, strict=False)) if a != b), len(ours))
-            place = text[max(0, len(self.decode(expected[:at])) - 10) :][:40]
-            actual, wanted = (", ".join(map(str, ids[at : at + 4])) or "none" for ids in (ours, expected))
+            num_equal = len(os.path.commonprefix([expected, ours]))
+            place = text[max(0, len(self.decode(expected[:num_equal])) - 10) :][:40]
+            actual, wanted = (", ".join(map(str, ids[num_equal:][:4])) or "none" for ids in (ours, expected))
             return f"near {place!r} it gives the ids {actual}, expected {wanted}"
-        if self.unknown not in expected and self.decode(expected) != (decoded := self.tokenizer.decode(ours)):
+        decoded = self.tokenizer.decode(ours)
+        if self.unknown not in expected and self.decode(expected) != decoded:
             return f"the text {text[:40]!r} is decoded as {decoded[:40]!r}"
         return None
 

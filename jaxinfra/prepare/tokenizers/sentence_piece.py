@@ -22,10 +22,10 @@ from jaxinfra.prepare.tokenizers.common import ConvertedTokenizer, TokenizerConf
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_file
 
-_SPACE = "\u2581"
-_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_SPACE = "\u2581"  # stands for a space in pieces
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # <...> or [...]
 _PRIVATE_USE = 0xF0000  # first of the characters that stand for user-defined pieces
-_SEPARATOR = "\U0010fffc"
+_SEPARATOR = "\U0010fffc"  # a character that no text has
 _NEVER = -1e5  # a score so low that a unigram model never chooses the piece
 
 
@@ -74,7 +74,7 @@ def convert_sentence_piece(config: SentencePieceModel) -> ConvertedTokenizer:
 
 def _mark_control_pieces(model: Any, config: SentencePieceModel) -> None:
     """Turns the user-defined pieces that become special tokens into control pieces."""
-    types = model.SentencePiece
+    types = model.SentencePiece  # holds the constants of piece types
     by_text = {piece.piece: piece for piece in model.pieces if piece.type in (types.CONTROL, types.USER_DEFINED)}
     special_like = [text for text, piece in by_text.items() if piece.type == types.CONTROL or _MARKER.fullmatch(text)]
     special = config.special_tokens
@@ -98,20 +98,25 @@ def _to_backend(model: Any) -> Backend:
     steps = _normalize_characters(spec.precompiled_charsmap, user_defined) if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(_SPACE)] if spec.add_dummy_prefix else []
-    steps += [normalizers.Replace(" ", _SPACE)] if spec.escape_whitespaces else []
     splits: list[pre_tokenizers.PreTokenizer] = []
-    splits += [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if spec.add_dummy_prefix else []
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+        splits.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", _SPACE))
     if user_defined:
         pattern = "|".join(map(re.escape, sorted(user_defined, key=len, reverse=True)))
         splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
     if trainer.byte_fallback:
-        # Splits the text "<0x41>" in two, where the model could otherwise merge it into the token of that byte.
+        # The text "<0x41>" must not become the token of byte 0x41, so it is split after "<" where that could happen.
+        byte_text = None
+        if trainer.model_type != trainer.UNIGRAM and user_defined:  # `ignore_merges` then looks up whole words
+            byte_text = r"\A<(?=0x[0-9A-F]{2}>\z)"
         normal = {piece.piece for piece in model.pieces if piece.type == types.NORMAL}
-        is_unigram = trainer.model_type == trainer.UNIGRAM
-        if not normal.issuperset("<0x123456789ABCDEF>") if is_unigram else user_defined:
-            byte = "<(?=0x[0-9A-F]{2}>)" if is_unigram else r"\A<(?=0x[0-9A-F]{2}>\z)"
-            splits.append(pre_tokenizers.Split(Regex(byte), behavior="merged_with_previous"))
+        if trainer.model_type == trainer.UNIGRAM and not normal.issuperset("<0x123456789ABCDEF>"):
+            byte_text = "<(?=0x[0-9A-F]{2}>)"  # characters without a piece leave the model no other choice
+        if byte_text is not None:
+            splits.append(pre_tokenizers.Split(Regex(byte_text), behavior="merged_with_previous"))
     decoding = [decoders.ByteFallback(), decoders.Replace(_SPACE, " "), decoders.Fuse()]
     decoding += [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     backend = Backend(_to_model(model))
@@ -139,14 +144,16 @@ def _normalize_characters(charsmap: bytes, user_defined: Sequence[str]) -> list[
 
 
 def _to_model(model: Any) -> models.Model:
+    """Makes the model of the backend: pieces with scores for unigrams, merges for BPE."""
     types, trainer = model.SentencePiece, model.trainer_spec
     # Unused pieces keep their ids, and get texts that no input has.
     texts = [f"\U0010ffff{i}" if piece.type == types.UNUSED else piece.piece for i, piece in enumerate(model.pieces)]
-    unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == types.UNKNOWN)
+    unknown = [piece.type for piece in model.pieces].index(types.UNKNOWN)
     if trainer.model_type == trainer.UNIGRAM:
         usable = (types.NORMAL, types.USER_DEFINED)
         scores = [piece.score if piece.type in usable else _NEVER for piece in model.pieces]
         return models.Unigram(list(zip(texts, scores, strict=True)), unknown, trainer.byte_fallback)
+    # SentencePiece merges the pair with the best score first, and among equal scores the one with the lower id.
     ranks = {piece.piece: (-piece.score, i) for i, piece in enumerate(model.pieces) if piece.type == types.NORMAL}
     return models.BPE(
         vocab={text: i for i, text in enumerate(texts)},

@@ -24,6 +24,7 @@ from jaxinfra.prepare.tokenizers.common import ConvertedTokenizer, TokenizerConf
 from jaxinfra.storage.errors import cause_of
 from jaxinfra.storage.files import read_file
 
+# The patterns of the encodings, which split text into words.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -90,7 +91,7 @@ def convert_tiktoken(config: Tiktoken) -> ConvertedTokenizer:
         ranks = _parse_ranks(read_file(config.path, "a tokenizer"), config.path)
         pattern, special = config.pattern or PATTERNS[config.encoding], SPECIAL_TOKENS.get(config.encoding, {})
         if config.special_tokens:
-            special = {text: max(ranks.values()) + 1 + i for i, text in enumerate(config.special_tokens)}
+            special = {text: index for index, text in enumerate(config.special_tokens, max(ranks.values()) + 1)}
     if config.end_of_document not in special:
         raise missing_end_of_document(name, config.end_of_document, special)
     if taken := set(special.values()) & set(ranks.values()):
@@ -110,8 +111,7 @@ def convert_tiktoken(config: Tiktoken) -> ConvertedTokenizer:
 
 
 def _to_json(pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> bytes:
-    """Returns the tokenizer.json."""
-    # A byte-level vocabulary stores each byte as one character.
+    """Returns the content of a tokenizer.json, whose byte-level vocabulary stores each byte as one character."""
     text_of = {token: token.decode("latin-1").translate(_BYTE_CHARS) for token in sorted(ranks, key=ranks.__getitem__)}
     merges = [[text_of[left], text_of[right]] for left, right in derive_merges(ranks)]
     by_id = sorted(special.items(), key=lambda item: item[1])
