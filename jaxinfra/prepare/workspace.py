@@ -22,7 +22,7 @@ def require_store(store: ObjectStore) -> None:
     folder = store.folder
     if folder is None:
         return
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())  # the store may not exist yet
     with storage_errors(f"store={folder}", action="read"):
         names = {each.name for each in nearest.iterdir()}
     # A process that is killed before it lists its version leaves the folder of a fingerprint, and a lock of the index.

@@ -35,7 +35,9 @@ class NGram:
         """Counts the n-grams of tokens[N], of each length up to `order`.
 
         An n-gram has the code `number of its history * vocab_size + last token`, and its number is the rank of its
-        code. The numbers of one length are the histories of the next, so different n-grams have different codes.
+        code. The numbers of one length are the histories of the next, so different n-grams have different codes. For
+        the tokens 2 0 2 0 and vocab_size 3, the unigrams are 0 and 2 (numbers 0 and 1), and the bigrams "0 2" and "2 0"
+        have the codes 0 * 3 + 2 and 1 * 3 + 0.
         """
         self.vocab_size = vocab_size
         # Per length: sorted codes, int64[ngrams]; c(h w) of each, int32; c(h) and T(h) of each history, int32. The last
@@ -46,9 +48,9 @@ class NGram:
         num_histories = 1  # the empty one
         for _ in range(min(order, len(last))):
             codes, number, counts = np.unique(history * vocab_size + last, return_inverse=True, return_counts=True)
-            owner = codes // vocab_size
-            totals = np.bincount(owner, weights=counts, minlength=num_histories + 1)
-            types = np.bincount(owner, minlength=num_histories + 1)
+            history_of_code = codes // vocab_size
+            totals = np.bincount(history_of_code, weights=counts, minlength=num_histories + 1)
+            types = np.bincount(history_of_code, minlength=num_histories + 1)
             self._levels.append((codes, *(each.astype(np.int32) for each in (counts, totals, types))))
             last, history, num_histories = last[1:], number[:-1], len(codes)
 
@@ -61,8 +63,9 @@ class NGram:
             code = history * self.vocab_size + last[start:]  # negative, so not found, after an unseen history
             rank = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
             seen = codes[rank] == code
-            total, kinds, lower_order = totals[history], types[history], probability[start:]
-            mixed = (np.where(seen, counts[rank], 0) + kinds * lower_order) / np.maximum(total + kinds, 1)
+            count, total, num_types = np.where(seen, counts[rank], 0), totals[history], types[history]
+            lower_order = probability[start:]
+            mixed = (count + num_types * lower_order) / np.maximum(total + num_types, 1)
             probability[start:] = np.where(total > 0, mixed, lower_order)
             history = np.where(seen, rank, -1)[:-1]
         return probability

@@ -23,7 +23,7 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
 
     The document in which the tail begins is split between two tokens if it is plain text; other records stay whole.
     """
-    if not splits.num_parts:
+    if not splits.num_parts:  # `select_documents` refuses a corpus without records
         return splits
     per_record = corpus.format.documents_per_record
     bytes_of_parts = [bytes_D for (bytes_D,) in splits.read("train", "bytes_D")]
@@ -36,7 +36,7 @@ def split_tail(splits: PartSplits, corpus: Corpus, config: Tail, tokenizer: Toke
     part_index = min(int(np.searchsorted(part_ends, document, side="right")), len(part_ends) - 1)
     with open_part(splits.folder, part_index) as part:
         arrays = {key.removeprefix("train."): part[key] for key in part if key.startswith("train.")}
-    num_before = int(part_ends[part_index]) - len(bytes_of_parts[part_index])  # documents before this part
+    num_before = int(part_ends[part_index]) - len(bytes_of_parts[part_index])  # documents of the parts before
     cut = document - num_before  # documents of this part that are for training
     if document < len(document_bytes) and per_record == 1 and not corpus.format.has_loss_mask:
         num_bytes = int(document_bytes[document])

@@ -78,7 +78,7 @@ def _load_tokenizer(folder: Path, info: TokenizerInfo) -> Tokenizer:
 
 
 class _PartBuilder:
-    """Makes a part of records, or of documents of another store."""
+    """Makes a part from records, or from documents of another store."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
         self._corpus = corpus
@@ -229,7 +229,8 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
     At most about `_SAMPLE_SHARD_CHARS` come from one shard.
     """
     if isinstance(corpus.validation, Tail):
-        shard_ends, train_fraction = np.cumsum([shard.size_bytes for shard in shards]), 1 - corpus.validation.fraction
+        train_fraction = 1 - corpus.validation.fraction
+        shard_ends = np.cumsum([shard.size_bytes for shard in shards])
         num_before_tail = int(np.searchsorted(shard_ends, shard_ends[-1] * train_fraction, side="right"))
         if num_before_tail == 0:  # the tail begins in the first shard, for example the only file of a corpus
             texts = list(_training_texts(corpus, shards[0]))

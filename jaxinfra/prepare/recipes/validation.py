@@ -65,11 +65,12 @@ class OtherStore:
                 f"{theirs.file} of that store"
             )
         if (manifest.kind, manifest.masked) != (kind, masked):
-            holds, makes = (
-                f"{name} {'with' if has_mask else 'without'} a mask"
-                for name, has_mask in ((manifest.kind, manifest.masked), (kind, masked))
-            )
+            holds, makes = _describe(manifest.kind, manifest.masked), _describe(kind, masked)
             raise ConfigError(f"{field}: holds {holds}, this recipe makes {makes}; use a store of the same format")
+
+
+def _describe(kind: str, masked: bool) -> str:
+    return f"{kind} {'with' if masked else 'without'} a mask"
 
 
 AnyValidation = ByKey | Tail | OtherStore | BoundedSource

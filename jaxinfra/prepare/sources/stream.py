@@ -91,23 +91,25 @@ def read_batches(
     if it returns true, the batch so far is the last one. Raises as `StreamReader.poll`.
     """
     records: list[Record | BadRecord] = []
-    start_bytes, first_s = reader.read_bytes, 0.0
+    first_s = 0.0  # when the first record of the batch arrived
+    start_bytes = reader.read_bytes
 
-    def batch() -> StreamBatch:
+    def make_batch() -> StreamBatch:
         read_bytes = reader.read_bytes - start_bytes
         return StreamBatch(records=tuple(records), read_bytes=read_bytes, position=reader.position)
 
     for record in reader.poll():
         if record is not None:
-            first_s = first_s if records else time.monotonic()
+            if not records:
+                first_s = time.monotonic()
             records.append(record)
         elif not records:
             yield None
         is_full = reader.read_bytes - start_bytes >= batch_bytes
         if records and (is_full or time.monotonic() - first_s >= linger_s):
-            yield batch()
+            yield make_batch()
             records, start_bytes = [], reader.read_bytes
         if should_stop():
             break
     if records:
-        yield batch()
+        yield make_batch()
