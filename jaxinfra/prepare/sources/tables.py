@@ -71,11 +71,11 @@ class Parquet(FileSource):
 
     @contextmanager
     def _open(self, name: str) -> Iterator["ParquetFile"]:
-        with _open_for_arrow(self.root, name, "parquet") as (_, file):
-            from pyarrow.parquet import ParquetFile
-
-            with ParquetFile(file, **_PARQUET_OPTIONS) as table:
-                yield table
+        with (
+            _open_for_arrow(self.root, name, "parquet") as (pa, file),
+            pa.parquet.ParquetFile(file, **_PARQUET_OPTIONS) as table,
+        ):
+            yield table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _open_for_arrow(root: str, name: str, extra: str) -> Iterator[tuple[ModuleTy
     `extra` is the extra of jaxinfra that installs pyarrow, for the message if it is missing.
     """
     path = f"{display_url(root)}/{name}"
-    pa = import_optional("pyarrow", needed_by=path, install=f"jaxinfra[{extra}]")
+    pa = import_optional("pyarrow", "parquet", needed_by=path, install=f"jaxinfra[{extra}]")
     with open_file(root, name) as file:
         try:
             yield pa, file
