@@ -101,6 +101,12 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--changed", action="store_true", help="print only the fields that differ from their defaults")
 
 
+def _add_new(parser: argparse.ArgumentParser) -> None:
+    what = "a folder or file of text, JSON lines, Parquet, or of a dataset that save_to_disk wrote"
+    parser.add_argument("path", metavar="PATH", help=what)
+    parser.add_argument("--name", metavar="NAME", help="of the files and of the run (default: that of PATH)")
+
+
 def _add_compile(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     examples = "v5p:4x4x4 (one TPU slice), 2xv5e:2x4 (two slices), h100:2x8 (hosts x GPUs)"
@@ -188,6 +194,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...] = (
     ("train", _add_config, "train CONFIG, or resume from its last checkpoint (the default command)"),
+    ("new", _add_new, "write the recipe and the config to train on your own text"),
     ("init", _add_init, "write the quickstart's config and data recipe into a folder"),
     ("explain", _add_explain, "explain a config field, or list the fields"),
     ("show", _add_show, "print the resolved config and its statistics; uses no devices"),

@@ -1,0 +1,75 @@
+"""`python -m launch new PATH`: writes the recipe and the config to train a small model on your own text."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxinfra.command import COMMAND
+from jaxinfra.config.source_code import source_code
+from jaxinfra.data.tokens import TokenData
+from jaxinfra.errors import ConfigError
+from jaxinfra.models.transformer import TransformerConfig
+from jaxinfra.ops.rope import Rope
+from jaxinfra.optim.config import OptimConfig
+from jaxinfra.optim.optimizers import Muon
+from jaxinfra.optim.schedules import WSD
+from jaxinfra.prepare.detect import Detected, detect
+from jaxinfra.prepare.tokenizers import TrainBpe
+from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra.storage.errors import storage_errors
+
+_BYTES_PER_TOKEN = 3.3  # of a small BPE on prose and code
+_BATCH, _SEQ_LEN = 16, 256
+_EPOCHS = 4
+_STEPS = (100, 1000)  # fewest and most
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Writes both files and prints the commands that use them; writes nothing if one exists."""
+    name = options.name or re.sub(r"[^\w-]+", "-", Path(options.path).resolve().name.partition(".")[0]).strip("-")
+    if not re.fullmatch(r"\w[\w-]{0,99}", name):
+        raise ConfigError(f"--name {name}: must be letters, digits, - and _; use --name my-text")
+    recipe_file, run_file = Path("configs/data") / f"{name}.py", Path("configs") / f"{name}.py"
+    for file in (recipe_file, run_file):
+        if file.exists():
+            raise ConfigError(f"{file}: exists and is not overwritten; use --name ANOTHER")
+    detected = detect(options.path, f"stores/{name}")
+    config = small_run(name, str(recipe_file), detected)
+    recipe_text = source_code(detected.recipe, f"Tokenizes {options.path}.")
+    run_text = source_code(config, f"Trains a small language model on {options.path}.")
+    print(detected.summary)
+    for file, text in ((recipe_file, recipe_text), (run_file, run_text)):
+        with storage_errors(file, fix="free space or use another folder"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8") as stream:
+                stream.write(text)
+    print(f"wrote {recipe_file}  (how the text becomes tokens)")
+    print(f"wrote {run_file}  (model, data, optimizer; {config.train.steps} steps)")
+    print(f"next:\n  {COMMAND} data prepare {run_file}\n  {COMMAND} {run_file}")
+    print(f'  {COMMAND} sample runs/{name} "Once upon a time"')
+    return 0
+
+
+def small_run(name: str, recipe: str, detected: Detected) -> Run:
+    """Returns a run that a laptop finishes in minutes: the model of the quickstart, about four epochs."""
+    tokenizer = detected.recipe.tokenizer
+    assert isinstance(tokenizer, TrainBpe)
+    steps = round(_EPOCHS * detected.text_bytes / _BYTES_PER_TOKEN / (_BATCH * _SEQ_LEN))
+    steps = min(max(steps, _STEPS[0]), _STEPS[1])
+    return Run(
+        name=name,
+        model=TransformerConfig(
+            vocab_size=tokenizer.vocab_size,
+            num_layers=4,
+            hidden_size=192,
+            num_heads=6,
+            mlp_dim=512,
+            rope=Rope(),
+            qk_norm=True,
+        ),
+        data=TokenData(store=detected.recipe.store, recipe=recipe, seq_len=_SEQ_LEN),
+        precision=Precision(compute="float32"),
+        optim=OptimConfig(optimizer=Muon(), schedule=WSD(warmup_steps=20, decay_fraction=0.4), peak_lr=1e-2),
+        train=TrainConfig(steps=steps, global_batch=_BATCH, eval_every=max(steps // 4, 1)),
+    )

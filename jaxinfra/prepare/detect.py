@@ -1,0 +1,195 @@
+"""Finds out what a folder or file of text is, and makes a recipe for it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.prepare.documents.document import Text
+from jaxinfra.prepare.documents.formats import AnyFormat, Chat
+from jaxinfra.prepare.recipes.corpus import Corpus
+from jaxinfra.prepare.recipes.validation import AnyValidation, ByKey, Tail
+from jaxinfra.prepare.sources.any_source import BoundedSource
+from jaxinfra.prepare.sources.record import BadRecord, Fields
+from jaxinfra.prepare.sources.tables import HuggingFace, Parquet
+from jaxinfra.prepare.sources.text import Jsonl, TextFiles
+from jaxinfra.prepare.tokenizers import TrainBpe
+from jaxinfra.storage.errors import storage_errors
+
+MIN_BYTES = 20_000
+"""Text that is shorter gives no validation samples."""
+
+_MIN_RECORDS = 200  # with fewer, a random twentieth of the records may be none
+_MAX_BASELINE_BYTES = 100_000_000  # compressing more takes minutes
+_PROBE_BYTES = 8192  # read of a file to see whether it is text
+_COMPRESSED = (".gz", ".zst")
+_JSON_LINES = (".jsonl", ".ndjson")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+_TEXT_FIELDS = ("text", "content", "document", "body")
+_CHAT_FIELDS = ("messages", "conversations", "conversation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detected:
+    """A recipe for a place, and what was found there.
+
+    Attributes:
+        recipe: the recipe.
+        summary: one line about the place: kind, number and size of the files, what is left out, validation split.
+        text_bytes: about how much text there is, in bytes.
+    """
+
+    recipe: Corpus
+    summary: str
+    text_bytes: int
+
+
+def detect(path: str, store: str) -> Detected:
+    """Makes a recipe for a local folder or file; reads the first record, and lists the files.
+
+    Raises ConfigError if the place holds no text that `data prepare` can read.
+    """
+    place = Path(path)
+    if "://" in path:
+        raise ConfigError(f"{path}: is a URL; copy a file of it here, or write a recipe for it (docs/sources.md)")
+    if not place.exists():
+        hub = path.count("/") == 1 and not path.startswith((".", "/"))
+        hint = "; a dataset of the Hugging Face Hub must be saved first: load_dataset(NAME).save_to_disk(FOLDER)"
+        raise ConfigError(f"{path}: no such file or folder{hint if hub else '; name a folder, or a file of text'}")
+    with storage_errors(place, action="read", fix="name a folder that you may read"):
+        files = sorted(_walk(place)) if place.is_dir() else [place]
+        sizes = {file: file.stat().st_size for file in files}
+    if not any(sizes.values()):
+        raise ConfigError(f"{path}: has no files with text; name another folder")
+    root = place if place.is_dir() else place.parent
+    names = {str(file.relative_to(root)) for file in files}
+    if names & {"dataset_dict.json", "state.json"}:
+        return _hugging_face(path, store, sum(sizes.values()))
+    by_kind: dict[str, list[Path]] = {}
+    for file in files:
+        by_kind.setdefault(_kind(file), []).append(file)
+    kind, chosen = max(by_kind.items(), key=lambda item: sum(sizes[file] for file in item[1]))
+    if kind in _IMAGES:
+        raise ConfigError(f"{path}: holds images; write a recipe with ImageFolders for them (docs/sources.md)")
+    suffix = f"{kind}*" if any(file.suffix in _COMPRESSED for file in chosen) else kind
+    pattern = f"**/*{suffix}" if place.is_dir() else place.name
+    found = f"{len(chosen)} {kind} file{'s' if len(chosen) > 1 else ''}".replace("  ", " ")
+    if left_out := len(files) - len(chosen):
+        found += f" (without {left_out} of other kinds)"
+    text_bytes = sum(sizes[file] for file in chosen)
+    if kind in _JSON_LINES:
+        source = Jsonl(root=str(root), pattern=pattern)
+        record = _first_record(source)
+        format, num_records = _format(record, path), text_bytes // len(json.dumps(record))
+    elif kind == ".parquet":
+        format = _format(_first_record(Parquet(root=str(root), pattern=pattern)), path)
+        source, num_records = Parquet(root=str(root), pattern=pattern, columns=(format.field,)), _MIN_RECORDS
+    else:
+        if binary := next((file for file in chosen if not _is_text(file)), None):
+            raise ConfigError(f"{binary}: is not text in UTF-8; name a folder of text, .jsonl or .parquet files")
+        source, format, num_records = TextFiles(root=str(root), pattern=pattern), Text(), len(chosen)
+    validation = ByKey() if num_records >= _MIN_RECORDS else Tail()
+    return _detected(path, store, source, format, validation, found, text_bytes)
+
+
+def _detected(
+    path: str,
+    store: str,
+    source: BoundedSource,
+    format: AnyFormat,
+    validation: AnyValidation,
+    found: str,
+    text_bytes: int,
+) -> Detected:
+    if text_bytes < MIN_BYTES:
+        raise ConfigError(f"{path}: has {text_bytes:,} bytes; use at least {MIN_BYTES:,} bytes of text")
+    held_out = {Tail: "the last 5 % of the text", ByKey: "5 % of the documents"}
+    split = held_out.get(type(validation)) or f"the split {getattr(validation, 'split', '')}"
+    special = ("<|im_start|>", "<|im_end|>") if isinstance(format, Chat) else ()
+    recipe = Corpus(
+        store=store,
+        source=source,
+        validation=validation,
+        format=format,
+        tokenizer=TrainBpe(vocab_size=_vocab_size(text_bytes), special_tokens=special),
+        on_bad="skip",
+        baselines=text_bytes < _MAX_BASELINE_BYTES,
+    )
+    summary = f"{path}: {found}, {text_bytes / 1e6:.1f} MB; validation on {split}"
+    return Detected(recipe=recipe, summary=summary, text_bytes=text_bytes)
+
+
+def _vocab_size(text_bytes: int) -> int:
+    """Returns a vocabulary whose tokens a small model sees often enough to learn."""
+    return next((size for limit, size in ((500_000, 1024), (5_000_000, 2048)) if text_bytes < limit), 4096)
+
+
+def _hugging_face(path: str, store: str, size_bytes: int) -> Detected:
+    """Makes a recipe for a folder that `datasets.save_to_disk` wrote."""
+    folder, splits = Path(path), [None]
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    train = "train" if "train" in splits else splits[0]
+    source = HuggingFace(path=path, split=train)
+    held_out = next((name for name in _VALIDATION_SPLITS if name in splits and name != train), None)
+    validation = HuggingFace(path=path, split=held_out) if held_out else Tail()
+    format = _format(_first_record(source), path)
+    used = sum(file.stat().st_size for file in _walk(folder / (train or "")))
+    found = f"a Hugging Face dataset, split {train}" if train else "a Hugging Face dataset"
+    return _detected(path, store, source, format, validation, found, min(used, size_bytes))
+
+
+def _format(record: Fields, path: str) -> Text | Chat:
+    """Chooses the field of the text, or of the messages of a conversation."""
+    for name in _CHAT_FIELDS:
+        if isinstance(record.get(name), list):
+            return Chat(field=name)
+    texts = {name: value for name, value in record.items() if isinstance(value, str)}
+    longest = max(texts, key=lambda name: len(texts[name]), default="")
+    field = next((name for name in _TEXT_FIELDS if name in texts), longest)
+    if not field:
+        raise ConfigError(f"{path}: no field of its first record is text; the fields are {', '.join(record)}")
+    return Text(field=field)
+
+
+def _first_record(source: BoundedSource) -> Fields:
+    for shard in source.list_shards(2**20):
+        for record in source.read(shard):
+            if isinstance(record, BadRecord):
+                raise ConfigError(f"{record.location}: {record.cause}; repair the file or leave it out")
+            return record.fields
+    raise ConfigError("no records; name a place with data")
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Lists the files below a folder, without hidden ones."""
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _kind(file: Path) -> str:
+    """Returns the suffix of a file, without that of its compression."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in _COMPRESSED else suffix
+
+
+def _is_text(file: Path) -> bool:
+    """Tells whether the start of a file is UTF-8 without NUL."""
+    if file.suffix in _COMPRESSED:
+        return True
+    with file.open("rb") as stream:
+        start = stream.read(_PROBE_BYTES)
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:  # the probe may end inside a character
+        return error.start > len(start) - 4 and b"\0" not in start
+    return b"\0" not in start
