@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,6 @@ from jaxinfra.stages import Stages
 from jaxinfra.user_code import user_code
 
 type Batch = Mapping[str, jax.Array]
-type BatchShapes = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 type Metrics = dict[str, jax.Array]
 type Sums = dict[str, jax.Array]
 """Sums over a batch by name, scalars."""
@@ -69,28 +68,13 @@ class TrainState:
     reference: Params | None = None
 
 
-class TrainStep(Protocol):
-    """The compiled train step; it donates the state."""
-
-    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[TrainState, Metrics]:
-        """Updates the state by one batch."""
-        ...
-
-    def trace(self, state: TrainState, batch: BatchShapes, /) -> jax.stages.Traced:
-        """Traces the step, from arrays or from their shapes."""
-        ...
-
-    def lower(self, state: TrainState, batch: BatchShapes, /) -> jax.stages.Lowered:
-        """Lowers the step for the devices of the mesh."""
-        ...
-
-
 class Forward:
     """Applies the model for an objective (`objective.Apply`), and collects the statistics of the layers."""
 
     def __init__(self, program: "Program", *, train: bool):
         self._program, self._train = program, train
         # JAX can add partial sums, but not multiply them: only a loss that declares `partial_sums` itself gets them.
+        # `vars`, as a subclass that overrides the loss must declare it again.
         self.partial_sums = bool(vars(type(program.objective)).get("partial_sums", False))
         self.stats: LayerStats = {}
 
@@ -101,8 +85,8 @@ class Forward:
             batch = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
         with user_code(type(self._program.run.model), "model"):
             output, stats = self._program.model(params).forward(batch)
-        if train:
-            self.stats = {name: self.stats[name] + a if name in self.stats else a for name, a in stats.items()}
+        if train:  # an objective may call the model several times
+            self.stats = jax.tree.map(jnp.add, self.stats, stats) if self.stats else stats
         return output
 
 
@@ -130,9 +114,8 @@ class Program:
             platform: "cpu", "gpu" or "tpu"; None asks the devices of the mesh.
         """
         self.run, self.mesh, self.objective = run, mesh, run.objective
-        if platform is None:
-            platform = "cpu" if isinstance(mesh, AbstractMesh) else str(np.asarray(mesh.devices).flat[0].platform)
-        self._options = options(run.train.compiler, {"cuda": "gpu"}.get(platform, platform))
+        platform = _platform(mesh) if platform is None else platform
+        self._compiler_options = options(run.train.compiler, platform)
         # With several chunks a stage's layers are not consecutive, so they cannot be stored on it.
         rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
         self.partitioner = Partitioner(
@@ -150,14 +133,16 @@ class Program:
             raise ConfigError(
                 f"{type(run.model).__name__}.build: returned {type(self.module).__name__}; return a Module"
             )
-        self.graphdef, specs = nnx.split(self.module)
-        declared: ParamSpecs = nnx.to_pure_dict(specs)
-        dotted = partial(jax.tree_util.keystr, simple=True, separator=".")
-        self._paths = jax.tree.map_with_path(lambda path, _: dotted(path), declared)
+        # A built module has a `ParamSpec` in place of each array. The trees below have its path, its declaration, and
+        # the `PartitionSpec` that it is stored with.
+        self.graphdef, state = nnx.split(self.module)
+        declared: ParamSpecs = nnx.to_pure_dict(state)
+        self._paths = jax.tree.map_with_path(lambda path, _: _dotted(path), declared)
         self.specs = freeze(declared, self._paths, run.optim.frozen)
         self._stored = jax.tree.map(self.partitioner.stored_spec, self._paths, self.specs)
-        staged = self.partitioner.mesh.stage > 1
-        self._stages = Stages(run, self.partitioner, self.specs, self._stored) if staged else None
+        self._stages: Stages | None = None
+        if self.partitioner.mesh.stage > 1:
+            self._stages = Stages(run, self.partitioner, self.specs, self._stored)
         trainable = select_trainable(self.specs, self.specs)
         self.optimizer = make_optimizer(run.optim, steps=run.train.steps, specs=trainable)
         self._schedule = optax_schedule(run.optim.schedule, peak_lr=run.optim.peak_lr, steps=run.train.steps)
@@ -171,24 +156,21 @@ class Program:
             return jax.sharding.use_abstract_mesh(self.mesh)
         return jax.set_mesh(self.mesh)
 
-    def _sharded(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    def _sharded(self, shape: tuple[int, ...], dtype: jnp.dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     @cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of one global batch."""
-        return self._batch(validation=False)
+        return {name: self.validation_batch[name] for name in self.run.data.batch_spec(validation=False)}
 
     @cached_property
     def validation_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of one global validation batch: those of `batch`, and the weights of samples."""
-        return self._batch(validation=True)
-
-    def _batch(self, *, validation: bool) -> dict[str, jax.ShapeDtypeStruct]:
         rows = self.run.train.global_batch
         return {
             name: self._sharded((rows, *spec.shape), jnp.dtype(spec.dtype), self.partitioner.spec("batch", *spec.axes))
-            for name, spec in self.run.data.batch_spec(validation=validation).items()
+            for name, spec in self.run.data.batch_spec(validation=True).items()
         }
 
     @cached_property
@@ -197,7 +179,7 @@ class Program:
         return jax.tree.map(lambda s, p: self._sharded(s.shape, self._dtype(s), p), self.specs, self._stored)
 
     def params_stored_as(self, dtype: str) -> Params:
-        """Returns the parameters as `ShapeDtypeStruct`s, those that are no buffers in this dtype."""
+        """Returns the parameters as `ShapeDtypeStruct`s, in this dtype except for buffers."""
         return jax.tree.map(
             lambda p, s: p if s.state == "buffer" else p.update(dtype=jnp.dtype(dtype)), self.params, self.specs
         )
@@ -208,6 +190,7 @@ class Program:
         return jax.tree.map(lambda p: p.update(dtype=jnp.dtype("float32")), self.params)
 
     def _dtype(self, spec: ParamSpec) -> jnp.dtype:
+        """Returns the dtype in which a parameter is stored."""
         return jnp.dtype(spec.dtype if spec.state == "buffer" else self.run.precision.params)
 
     @cached_property
@@ -221,9 +204,14 @@ class Program:
             spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
             return self._sharded(leaf.shape, leaf.dtype, spec)
 
+        def on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            # Counters stay on the devices (see `optim.offload`).
+            assert leaf.sharding is not None
+            return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
+
         state = jax.tree.map(with_mesh, shapes)
         if self.run.optim.offload:  # `eval_shape` drops the memory kind
-            state = replace(state, opt_state=jax.tree.map(_on_host, state.opt_state))
+            state = replace(state, opt_state=jax.tree.map(on_host, state.opt_state))
         return state
 
     @property
@@ -245,22 +233,17 @@ class Program:
     @cached_property
     def init_from(self) -> Callable[[Params], TrainState]:
         """`init_from(params) -> TrainState`, compiled: the first state of a run that starts from other parameters."""
-
-        def cast(params: Params) -> TrainState:
-            params = jax.tree.map(lambda p, s: p.astype(self._dtype(s)), params, self.specs)
-            return self._from_params(params)
-
-        return jax.jit(cast)
+        return jax.jit(self._from_params)
 
     @cached_property
-    def train_step(self) -> TrainStep:
+    def train_step(self) -> jax.stages.Wrapped:
         """`train_step(state, batch) -> (state, metrics)`, compiled; it donates the state."""
-        return jax.jit(self._train_step, donate_argnums=0, compiler_options=self._options or None)
+        return jax.jit(self._train_step, donate_argnums=0, compiler_options=self._compiler_options or None)
 
     @cached_property
     def eval_step(self) -> Callable[..., Sums]:
         """`eval_step(params, batch, reference=None) -> sums`, compiled: the objective's sums over a batch."""
-        return jax.jit(self._eval_step, compiler_options=self._options or None)
+        return jax.jit(self._eval_step, compiler_options=self._compiler_options or None)
 
     @cached_property
     def all_finite(self) -> Callable[[TrainState], jax.Array]:
@@ -280,14 +263,13 @@ class Program:
     def lower(self) -> jax.stages.Lowered:
         """Lowers the train step for the platform, from shapes alone."""
         with self.on_mesh:
-            traced = self.train_step.trace(self.state, self.batch)
-            platform = {"gpu": "cuda"}.get(self.partitioner.platform, self.partitioner.platform)
-            return traced.lower(lowering_platforms=(platform,))
+            platform = "cuda" if self.partitioner.platform == "gpu" else self.partitioner.platform
+            return self.train_step.trace(self.state, self.batch).lower(lowering_platforms=(platform,))
 
     def _init_params(self, key: jax.Array) -> Params:
         params = self.module.init_params(key, self._stored)
         if params is not None:
-            return jax.tree.map(lambda p, s: p.astype(self._dtype(s)), params, self.specs)
+            return params
 
         def init_param(path: str, spec: ParamSpec, out: PartitionSpec) -> jax.Array:
             return spec.init(param_key(key, path), spec.shape, self._dtype(spec), out)
@@ -295,12 +277,16 @@ class Program:
         return jax.tree.map(init_param, self._paths, self.specs, self._stored)
 
     def _from_params(self, params: Params) -> TrainState:
-        averaged = self.run.optim.ema_decay is not None
-        ema = jax.tree.map(lambda p: p.astype(jnp.float32), params) if averaged else None
-        opt_state = self.optimizer.init(select_trainable(params, self.specs))
-        reference = jax.tree.map(jnp.copy, params) if self.objective.uses_reference else None
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step=step, params=params, opt_state=opt_state, ema=ema, reference=reference)
+        """Returns the state before the first step."""
+        params = jax.tree.map(lambda p, s: p.astype(self._dtype(s)), params, self.specs)
+        keeps_average = self.run.optim.ema_decay is not None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(select_trainable(params, self.specs)),
+            ema=jax.tree.map(lambda p: p.astype(jnp.float32), params) if keeps_average else None,
+            reference=jax.tree.map(jnp.copy, params) if self.objective.uses_reference else None,
+        )
 
     def with_dropout_bits(self, batch: Batch, step: jax.Array | int) -> Batch:
         """Adds the random bits that dropout needs to the batch of a step, uint32 for each position."""
@@ -309,10 +295,8 @@ class Program:
             return batch
         key = param_key(jax.random.key(self.run.seed), DROPOUT_FIELD)
         shape = (self.run.train.global_batch, model.positions(data))
-        return {
-            **batch,
-            DROPOUT_FIELD: token_bits(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence")),
-        }
+        bits = token_bits(key, jnp.asarray(step), shape, self.partitioner.spec("batch", "sequence"))
+        return {**batch, DROPOUT_FIELD: bits}
 
     def _loss(
         self, params: Params, batch: Batch, reference: Params | None, *, train: bool
@@ -358,20 +342,26 @@ class Program:
     def _gradients(
         self, params: Params, batch: Batch, reference: Params | None = None
     ) -> tuple[Params, Sums, LayerStats]:
-        """Returns gradients of the mean loss, sums and statistics; reduces over `replica` once."""
+        """Returns gradients of the mean loss, sums and statistics."""
         batch = self._to_shard_order(batch)
-        count = self.run.train.accumulate
         if self._stages is not None:
-            grads, sums, stats = self._stages.gradients(params, _split(batch, count))
-            scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-            return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums, stats
+            grads, sums, stats = self._stages.gradients(params, self._microbatches(batch))
+        else:
+            grads, sums, stats = self._accumulate_gradients(params, batch, reference)
+        scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
+        return jax.tree.map(lambda g: g * scale, select_trainable(grads, self.specs)), sums, stats
+
+    def _accumulate_gradients(
+        self, params: Params, batch: Batch, reference: Params | None
+    ) -> tuple[Params, Sums, LayerStats]:
+        """Returns gradients of the summed loss, sums and statistics; reduces over `replica` once."""
         if self.module.partial_gradients:
             params = jax.tree.map(lambda p, s: jax.reshard(p, self.partitioner.with_reduced(s)), params, self._stored)
         step = partial(self._loss_and_grads, params, reference=reference)
-        if count == 1:
+        if self.run.train.accumulate == 1:
             sums, stats, grads = step(batch)
         else:
-            microbatches = _split(batch, count)
+            microbatches = self._microbatches(batch)
             shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], microbatches))
             # Starting from zeros, not from the first microbatch, compiles the model once, inside the loop.
             zeros = jax.tree.map(lambda a: unreduced_zeros(a.shape, a.dtype, a.sharding.spec), shapes)
@@ -379,9 +369,15 @@ class Program:
                 lambda total, microbatch: (jax.tree.map(jnp.add, total, step(microbatch)), None), zeros, microbatches
             )
         sums, stats = jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), (sums, stats))
-        scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
-        stored = select_trainable(self._stored, self.specs)
-        return jax.tree.map(lambda g, s: jax.reshard(g, s) * scale, grads, stored), sums, stats
+        return jax.tree.map(jax.reshard, grads, select_trainable(self._stored, self.specs)), sums, stats
+
+    def _microbatches(self, batch: Batch) -> Batch:
+        """Reshapes a batch to `[microbatches, rows, ...]`; of 2 microbatches the first has rows 0, 2, 4 and so on.
+
+        With this order no row leaves its device.
+        """
+        count = self.run.train.accumulate
+        return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for name, x in batch.items()}
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         optim = self.run.optim
@@ -404,9 +400,22 @@ class Program:
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
         batch = self._to_shard_order(batch)
         if self._stages is not None:
-            return self._stages.evaluate(params, _split(batch, self.run.train.accumulate))
+            return self._stages.evaluate(params, self._microbatches(batch))
         _, (sums, _) = self._loss(params, batch, reference, train=False)
         return jax.tree.map(lambda s: jax.reshard(s, PartitionSpec()), sums)
+
+
+def _platform(mesh: Mesh | AbstractMesh) -> str:
+    """Returns "cpu", "gpu" or "tpu"; an abstract mesh stands for CPUs."""
+    if isinstance(mesh, AbstractMesh):
+        return "cpu"
+    platform = np.asarray(mesh.devices).flat[0].platform
+    return "gpu" if platform == "cuda" else str(platform)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """Formats the path of a parameter, such as `blocks.mlp.up.weight`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def check_update(name: str, params: PyTree, updates: PyTree, before: PyTree, after: PyTree) -> None:
@@ -443,21 +452,3 @@ def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSp
 
 def _matches(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
-
-
-def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Puts an array of the optimizer state in host memory; counters stay on the devices (see `optim.offload`)."""
-    assert isinstance(leaf.sharding, NamedSharding)
-    return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
-
-
-def _split(batch: Batch, count: int) -> Batch:
-    """Reshapes a batch into `count` microbatches, `[count, rows, ...]`: microbatch i has the rows r % count == i.
-
-    With this order no row leaves its device.
-    """
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-
-    return jax.tree.map(split, dict(batch))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,11 @@ class SamplingParams:
 class Sampler:
     """A language model with its parameters on one device, and its tokenizer."""
 
-    def __init__(self, run: Run, params: Params, tokenizer: Tokenizer):
-        """Binds the parameters, which must be on the mesh of `sampling_program(run)`."""
-        self._program = sampling_program(run)
-        self._params, self._tokenizer = params, tokenizer
-        self._config, data = require_text(run)
+    def __init__(self, program: Program, params: Params):
+        """Binds the parameters, which must be on the mesh of the program, made by `sampling_program`."""
+        self._program, self._params = program, params
+        self._config, data = require_text(program.run)
+        self._tokenizer: Tokenizer = data.open().tokenizer
         self._mask_documents = data.mask_documents
 
     @classmethod
@@ -72,15 +72,14 @@ class Sampler:
         record = path / "run.json"
         if not record.exists():
             raise ConfigError(f"{path}: no run.json there; name the directory of a run, such as runs/quickstart")
-        run = load(record, (), Run, imports).run
-        tokenizer = _open_tokenizer(run)
-        return cls(run, load_params(run_dir, sampling_program(run)).params, tokenizer)
+        program = sampling_program(load(record, (), Run, imports).run)
+        return cls(program, load_params(run_dir, program).params)
 
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
         """Copies parameters, which may be on any mesh, to the first device."""
-        tokenizer, program = _open_tokenizer(run), sampling_program(run)
-        return cls(run, jax.device_put(params, jax.tree.map(lambda p: p.sharding, program.params)), tokenizer)
+        program = sampling_program(run)
+        return cls(program, jax.device_put(params, jax.tree.map(lambda p: p.sharding, program.params)))
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
         """Yields the continuation in pieces of whole characters, as soon as they are decoded.
@@ -114,17 +113,17 @@ class Sampler:
             slots = min(slots, max_positions)
         with self._program.on_mesh:
             key = jax.random.key(sampling.seed)
-            padded = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32)
+            # First the padded prompt, then one token at a time.
+            tokens_1T, count = jnp.array([ids + [0] * (slots - len(ids))], jnp.int32), len(ids)
             cache = self._model(self._params).empty_cache(1, max(slots, len(ids) + max_tokens))
-            token, cache = self._prefill(self._params, cache, padded, len(ids), key, sampling)
-            for count in range(1, max_tokens + 1):
-                token_id = int(token[0, 0])
+            for num_sampled in range(max_tokens):
+                step_key = jax.random.fold_in(key, num_sampled) if num_sampled else key
+                token_11, cache = self._next_token(self._params, cache, tokens_1T, count, step_key, sampling)
+                token_id = int(token_11[0, 0])
                 if token_id == self._tokenizer.eot_id:
                     return
                 yield token_id
-                if count < max_tokens:
-                    step_key = jax.random.fold_in(key, count)
-                    token, cache = self._decode(self._params, cache, token, step_key, sampling)
+                tokens_1T, count = token_11, 1
 
     def _model(self, params: Params) -> Transformer:
         model = self._program.model(params)
@@ -132,35 +131,29 @@ class Sampler:
         return model
 
     @partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
-    def _prefill(
-        self, params: Any, cache: Cache, tokens_BT: jax.Array, count: Any, key: jax.Array, sampling: SamplingParams
-    ):
-        """Returns the first token after `count` tokens of a padded prompt, and the cache of these tokens.
+    def _next_token(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens_BT: jax.Array,
+        count: int | jax.Array,
+        key: jax.Array,
+        sampling: SamplingParams,
+    ) -> tuple[jax.Array, Cache]:
+        """Appends the first `count` tokens to the cache; returns the token that follows, `[B, 1]`, and the cache.
 
-        The cache also holds the padding, but beyond its length: it is masked, and overwritten later.
+        The cache then also holds the tokens after `count`, which pad a prompt, but beyond its length: they are masked,
+        and overwritten by the next call.
         """
         model = self._model(params)
-        hidden_BTD, cache = model.decode(tokens_BT, cache)
+        hidden_BTD, padded_cache = model.decode(tokens_BT, cache)
         last_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, count - 1, axis=1, keepdims=False)
-        return _sample_token(model, last_BD, key, sampling), cache._replace(length=jnp.asarray(count, jnp.int32))
-
-    @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-    def _decode(
-        self, params: Params, cache: Cache, token_B1: jax.Array, key: jax.Array, sampling: SamplingParams
-    ) -> tuple[jax.Array, Cache]:
-        """Returns the token after `token_B1`, and the cache with it."""
-        model = self._model(params)
-        hidden_B1D, cache = model.decode(token_B1, cache)
-        return _sample_token(model, hidden_B1D[:, 0], key, sampling), cache
-
-
-def _open_tokenizer(run: Run) -> Tokenizer:
-    _, data = require_text(run)
-    return data.open().tokenizer
+        return _sample_token(model, last_BD, key, sampling), padded_cache._replace(length=cache.length + count)
 
 
 def sampling_program(run: Run) -> Program:
-    """Returns the program of a run on the first device, with default compiler options."""
+    """Returns the program of a language model's run on the first device, with default compiler options."""
+    require_text(run)
     mesh = MeshConfig(fsdp=1)
     run = replace(run, mesh=mesh, train=replace(run.train, compiler="default"))
     return Program(run, make_mesh(mesh, jax.devices()[:1]))

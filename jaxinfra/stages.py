@@ -11,7 +11,7 @@ In JAX's explicit sharding, *unreduced* means that each device holds a partial s
 *unreduced* gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, override
 
@@ -25,7 +25,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayeredModule, StageLayers
 from jaxinfra.objectives import losses
 from jaxinfra.objectives.objective import Objective
-from jaxinfra.parallel.pipeline import LossSharding, Pipeline, PipelineModel, StepInputs, without_stage
+from jaxinfra.parallel.pipeline import Pipeline, PipelineModel, StepInputs, without_stage
 from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import ParamSpecs, PyTree
 from jaxinfra.run import Run
@@ -42,22 +42,26 @@ def assign_layers(layers: int, stages: int, chunks: int) -> np.ndarray:
     """Returns the layer indices of each chunk of each stage, `[chunks, layers of a chunk, stages]`; -1 is padding.
 
     Chunk c of stage s is number `c * stages + s` in the order of the model. If the layers do not divide evenly, the
-    first chunks have one more layer than the others.
+    first chunks have one more layer than the others: 5 layers on 2 stages of 1 chunk are `[[[0, 3], [1, 4], [2, -1]]]`.
     """
     parts = np.array_split(np.arange(layers), stages * chunks)
     longest = len(parts[0])
-    indices = [np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts]
-    return np.reshape(indices, (chunks, stages, longest)).transpose(0, 2, 1)
+    padded = [np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts]
+    return np.reshape(padded, (chunks, stages, longest)).transpose(0, 2, 1)
 
 
 class LastStage:
     """Computes the model's output from the last stage's activations, for an objective: `objective.Apply`."""
 
     def __init__(self, module: LayeredModule, x: jax.Array, batch: Batch, objective: Objective):
-        self._module, self._x, self._batch, self._objective_type = module, x, batch, type(objective)
-        self.params = ParamsPlaceholder(self._refusal)
+        self._module, self._x, self._batch = module, x, batch
+        self._error = ConfigError(
+            f"objective={type(objective).__name__}: needs a second forward pass, another batch, or the parameters "
+            "themselves, but pipeline stages make one pass and hold parts of the parameters; use mesh.stage=1"
+        )
+        self.params = ParamsPlaceholder(self._error)
         # `vars`, since `partial_sums` is not inherited (see `Objective`).
-        self.partial_sums = bool(vars(self._objective_type).get("partial_sums", False))
+        self.partial_sums = bool(vars(type(objective)).get("partial_sums", False))
         self._called = False
 
     def __call__(self, params: object, batch: Batch, *, train: bool = True) -> Any:
@@ -65,25 +69,19 @@ class LastStage:
         # The layers have seen the batch: an objective cannot change it here.
         changed = any(batch.get(name) is not array for name, array in self._batch.items())
         if self._called or changed or not train or params is not self.params:
-            raise self._refusal()
+            raise self._error
         self._called = True
         return self._module.output(self._x)
-
-    def _refusal(self) -> ConfigError:
-        return ConfigError(
-            f"objective={self._objective_type.__name__}: needs a second forward pass, another batch, or the parameters "
-            "themselves, but pipeline stages make one pass and hold parts of the parameters; use mesh.stage=1"
-        )
 
 
 class ParamsPlaceholder:
     """Takes the place of the parameters, as no stage has all of them: an objective can only pass it to `apply`."""
 
-    def __init__(self, refusal: Callable[[], ConfigError]):
-        self._refusal = refusal
+    def __init__(self, error: ConfigError):
+        self._error = error
 
     def __getitem__(self, name: str) -> NoReturn:
-        raise self._refusal()
+        raise self._error
 
 
 class Stages(PipelineModel):
@@ -117,13 +115,10 @@ class Stages(PipelineModel):
         self._layers_graph, _ = nnx.split(module)
         self._output_graph, _ = nnx.split(run.model.build(self.loss_partitioner))
         layers = assign_layers(run.model.pipeline_layers, self.num_stages, self.chunks)
-        self.num_chunks, self.chunk_size = self.num_stages * self.chunks, layers.shape[1]
-        # Number of chunks with `chunk_size` layers; the others have one layer less.
-        self.full_chunks = run.model.pipeline_layers - self.num_chunks * (self.chunk_size - 1)
+        self.chunk_lengths = [int(length) for length in (layers >= 0).sum(axis=1).reshape(-1)]  # in the model's order
         self._uniform = module.uniform(layers)
         schedule = run.pipeline.make_schedule(self.num_stages, run.train.accumulate)
-        sharding = LossSharding(dim=dim, spec=self.loss_partitioner.spec("batch", "sequence", None))
-        self.pipeline = Pipeline(self, schedule, sharding, layers)
+        self.pipeline = Pipeline(self, schedule, self.loss_partitioner.spec("batch", "sequence", None), layers)
 
     # The model, as the pipeline calls it
 
@@ -166,15 +161,12 @@ class Stages(PipelineModel):
         inputs = StepInputs(*self._to_stages(params), batch)
         layer_grads, shared_grads, sums, stats = self.pipeline.gradients(inputs)
         shared_grads = jax.tree.map(self._reduce_shared, shared_grads, _shared_params(self.stored))
-        return {**shared_grads, STACKED: self._from_stages(layer_grads)}, *self._replicate(sums, stats)
+        stats = {name: self._join_layers(a) for name, a in _replicate(stats).items()}
+        return {**shared_grads, STACKED: self._from_stages(layer_grads)}, _replicate(sums), stats
 
     def evaluate(self, params: PyTree, batch: Batch) -> Sums:
         """Returns the sums over the batch; arrays of `batch` are `[microbatches, rows, ...]`."""
-        return self._replicate(*self.pipeline.evaluate(StepInputs(*self._to_stages(params), batch)))[0]
-
-    def _replicate(self, sums: Sums, stats: Sums) -> tuple[Sums, Sums]:
-        sums = {name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}
-        return sums, {name: self._join_layers(jax.reshard(a, PartitionSpec())) for name, a in stats.items()}
+        return _replicate(self.pipeline.evaluate(StepInputs(*self._to_stages(params), batch)))
 
     def _to_stages(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Returns the layers' weights split over stages, and the shared parameters replicated over stages.
@@ -210,31 +202,31 @@ class Stages(PipelineModel):
 
     def _split_layers(self, stacked: jax.Array) -> jax.Array:
         """Reshapes `[layers, ...]` to `[chunks, layers of a chunk, stages, ...]`, padded with zeros."""
-        count, size, full, rest = self.num_chunks, self.chunk_size, self.full_chunks, stacked.shape[1:]
-        spec = jax.typeof(stacked).sharding.spec.partitions
-        if full < count:  # the last chunks have one layer less: pad each of them
+        longest, spec = max(self.chunk_lengths), jax.typeof(stacked).sharding.spec.partitions
+        if min(self.chunk_lengths) < longest:  # 5 layers on 2 chunks: layers 0 to 2; layers 3, 4 and zeros
             assert spec[0] is None, spec
-            by_chunk = PartitionSpec(None, None, *spec[1:])
-            head = stacked[: full * size].reshape(full, size, *rest, out_sharding=by_chunk)  # [full chunks, size, ...]
-            tail = stacked[full * size :].reshape(count - full, size - 1, *rest, out_sharding=by_chunk)
-            tail = jnp.pad(tail, [(0, 0), (0, 1), *[(0, 0)] * len(rest)])  # [other chunks, size, ...]
-            stacked = jnp.concatenate([head, tail])  # [all chunks, size, ...]
-        shape = (self.chunks, self.num_stages, size, *rest)
+            parts = jnp.split(stacked, np.cumsum(self.chunk_lengths)[:-1])
+            rest = [(0, 0)] * (stacked.ndim - 1)
+            stacked = jnp.concatenate([jnp.pad(part, [(0, longest - len(part)), *rest]) for part in parts])
+        shape = (self.chunks, self.num_stages, longest, *stacked.shape[1:])
         by_stage = stacked.reshape(shape, out_sharding=PartitionSpec(None, spec[0], None, *spec[1:]))
         return jnp.moveaxis(by_stage, 1, 2)
 
     def _join_layers(self, by_stage: jax.Array) -> jax.Array:
         """Inverts `_split_layers`."""
-        count, size, full, rest = self.num_chunks, self.chunk_size, self.full_chunks, by_stage.shape[3:]
-        layers, spec = self.run.model.pipeline_layers, jax.typeof(by_stage).sharding.spec.partitions
-        by_stage = jnp.moveaxis(by_stage, 2, 1)
-        if full == count:
-            return by_stage.reshape(layers, *rest, out_sharding=PartitionSpec(spec[2], *spec[3:]))
-        by_chunk = by_stage.reshape(count, size, *rest, out_sharding=PartitionSpec(None, None, *spec[3:]))
-        by_layer = PartitionSpec(None, *spec[3:])
-        head = by_chunk[:full].reshape(full * size, *rest, out_sharding=by_layer)
-        tail = by_chunk[full:, : size - 1].reshape(layers - full * size, *rest, out_sharding=by_layer)
-        return jnp.concatenate([head, tail])
+        _, _, layers_axes, *rest_axes = jax.typeof(by_stage).sharding.spec.partitions
+        longest, rest = max(self.chunk_lengths), by_stage.shape[3:]
+        by_stage = jnp.moveaxis(by_stage, 2, 1)  # [chunks, stages, layers of a chunk, ...]
+        if min(self.chunk_lengths) == longest:
+            return by_stage.reshape(-1, *rest, out_sharding=PartitionSpec(layers_axes, *rest_axes))
+        shape = (len(self.chunk_lengths), longest, *rest)
+        by_chunk = by_stage.reshape(shape, out_sharding=PartitionSpec(None, None, *rest_axes))
+        return jnp.concatenate([by_chunk[i, :length] for i, length in enumerate(self.chunk_lengths)])
+
+
+def _replicate(sums: Sums) -> Sums:
+    """All-reduces partial sums."""
+    return {name: jax.reshard(a, PartitionSpec()) for name, a in sums.items()}
 
 
 def _shared_params(tree: dict[str, Any]) -> dict[str, Any]:

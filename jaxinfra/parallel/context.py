@@ -2,8 +2,8 @@
 
 A causal query attends to earlier positions only, so with consecutive shards the last one would have the most work. In
 zigzag order a sequence is cut into `2C` blocks for `C` shards, and shard i holds blocks i and `2C - 1 - i`: every shard
-then has equal work (Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2). A step reorders its batch once;
-only attention and positions depend on the order.
+then has equal work (Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2). Three shards hold the blocks
+`0 5 | 1 4 | 2 3`. A step reorders its batch once; only attention and positions depend on the order.
 """
 
 from dataclasses import dataclass
@@ -33,25 +33,25 @@ class SequenceSharding:
         return 2 if self.zigzag and self.num_shards > 1 else 1
 
     def block_index[I: (np.ndarray, jax.Array)](self, shard: I, block: int) -> I:
-        """Returns the index in the sequence of a shard's first (0) or second (1) block."""
+        """Returns the index in the sequence of a shard's first (0) or second (1) block; `shard` may be an array."""
         return 2 * self.num_shards - 1 - shard if block else shard
 
     def to_shard_order(self, x: jax.Array, dim: int) -> jax.Array:
         """Reorders positions along `dim`, which is unsharded, so that each shard's blocks are consecutive."""
         if self.blocks_per_shard == 1:
             return x
-        early, late = jnp.split(self._split(x, dim, (2, self.num_shards)), 2, axis=dim)
-        pairs = [jnp.squeeze(early, dim), jnp.flip(jnp.squeeze(late, dim), dim)]
-        return jnp.stack(pairs, axis=dim + 1).reshape(x.shape)
+        # Blocks 0 1 2 3 4 5: early ones 0 1 2, late ones in reverse 5 4 3, in pairs 0 5 | 1 4 | 2 3.
+        early, late = jnp.split(self._split(x, dim, 2 * self.num_shards), 2, axis=dim)
+        return jnp.stack([early, jnp.flip(late, dim)], axis=dim + 1).reshape(x.shape)
 
     def to_natural_order(self, x: jax.Array, dim: int) -> jax.Array:
         """Reverses `to_shard_order`."""
         if self.blocks_per_shard == 1:
             return x
-        early, late = jnp.split(self._split(x, dim, (self.num_shards, 2)), 2, axis=dim + 1)
+        early, late = jnp.split(self._split(x, dim, self.num_shards, 2), 2, axis=dim + 1)
         return jnp.concatenate([early, jnp.flip(late, dim)], axis=dim).reshape(x.shape)
 
-    def _split(self, x: jax.Array, dim: int, blocks: tuple[int, int]) -> jax.Array:
+    def _split(self, x: jax.Array, dim: int, *blocks: int) -> jax.Array:
         """Splits `dim` into blocks: `[..., T, ...]` to `[..., *blocks, T / (2 * num_shards), ...]`."""
         length = x.shape[dim] // (2 * self.num_shards)
         return x.reshape(*x.shape[:dim], *blocks, length, *x.shape[dim + 1 :])
@@ -64,5 +64,5 @@ class SequenceSharding:
         """Sends each shard's arrays to the shard `offset` after it, around the ring; inside a `shard_map`."""
         if offset % self.num_shards == 0:
             return tree
-        pairs = [(shard, (shard + offset) % self.num_shards) for shard in range(self.num_shards)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), tree)
+        source_target = [(shard, (shard + offset) % self.num_shards) for shard in range(self.num_shards)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, source_target), tree)

@@ -43,20 +43,20 @@ class MeshFit:
 
     def problems(self) -> Iterable[Problem]:
         """Yields dimensions that are not divisible, and unused mesh axes; field paths start at the run."""
-        yield from self._unused_axes()
-        yield from self._batch()
+        yield from self._unused_axis_problems()
+        yield from self._batch_problems()
         for path, (size, axis) in self.sharded_dims.items():
             axes = self.rules.mesh_axes(axis)
             if size % self._shards(axes):
                 yield self._division_problem(path, size, axes)
             elif axis == "positions":
-                yield from self._blocks(path, size)
+                yield from self._zigzag_problems(path, size)
         if self.mesh.stage > 1:
-            yield from self._stages()
+            yield from self._stage_problems()
 
     def loss_dim(self) -> int | None:
         """Returns the dimension that stages shard for the loss: 0 (rows), else 1 (positions), None if neither fits."""
-        if self.global_batch % (self._batch_parts() * self.mesh.stage) == 0:
+        if self.global_batch % (self._batch_divisor() * self.mesh.stage) == 0:
             return 0
         shards = self._shards(self.rules.sequence) * self.mesh.stage
         return 1 if self.by_position and self.positions % shards == 0 else None
@@ -68,16 +68,18 @@ class MeshFit:
         return self.positions // shards if shards > 1 and self.positions % shards == 0 else None
 
     def _shards(self, axes: Sequence[str]) -> int:
+        """Returns the number of devices over these mesh axes."""
         return math.prod(getattr(self.mesh, axis) for axis in axes)
 
-    def _sharded(self, axes: Sequence[str]) -> tuple[str, ...]:
+    def _mesh_fields(self, axes: Sequence[str]) -> tuple[str, ...]:
         """Returns the config fields of the axes that have more than one device."""
         return tuple(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
 
-    def _batch_parts(self) -> int:
+    def _batch_divisor(self) -> int:
+        """Returns what the global batch must be divisible by: batch shards x microbatches."""
         return self._shards(self.rules.batch) * self.accumulate
 
-    def _unused_axes(self) -> Iterable[Problem]:
+    def _unused_axis_problems(self) -> Iterable[Problem]:
         if self.mesh.replica > 1 and "replica" not in (*self.rules.batch, *self.rules.sequence):
             yield Problem(
                 fields=("mesh.replica", "rules.batch"),
@@ -93,33 +95,33 @@ class MeshFit:
                 )
         elif self._shards(self.rules.sequence) > 1 or self.mesh.context > 1:
             yield Problem(
-                fields=("rules.sequence", *self._sharded(self.rules.sequence)),
+                fields=("rules.sequence", *self._mesh_fields(self.rules.sequence)),
                 message=f"this model cannot shard the positions of {self.modality}s",
                 fix="use rules.sequence=(context,) mesh.context=1",
             )
 
-    def _batch(self) -> Iterable[Problem]:
-        parts = self._batch_parts()
+    def _batch_problems(self) -> Iterable[Problem]:
+        parts = self._batch_divisor()
         if self.global_batch % parts:
             accumulated = ("train.accumulate",) if self.accumulate > 1 else ()
             yield Problem(
-                fields=("train.global_batch", *accumulated, *self._sharded(self.rules.batch)),
+                fields=("train.global_batch", *accumulated, *self._mesh_fields(self.rules.batch)),
                 message=f"not divisible by {parts} (batch shards x microbatches)",
                 fix=f"use train.global_batch={_rounded_up(self.global_batch, parts)}",
             )
 
-    def _blocks(self, path: str, length: int) -> Iterable[Problem]:
+    def _zigzag_problems(self, path: str, length: int) -> Iterable[Problem]:
         """Yields a length that cannot be cut into an early and a late block for each shard (`parallel.context`)."""
         shards = self._shards(self.rules.sequence)
         if shards > 1 and self.by_position and length % (2 * shards):
             fitting = math.lcm(2 * shards, self._shards(self.rules.mesh_axes("positions")))
             yield Problem(
-                fields=(path, *self._sharded(self.rules.sequence)),
+                fields=(path, *self._mesh_fields(self.rules.sequence)),
                 message=f"{length} positions are not divisible by {2 * shards}, two blocks for each of {shards} shards",
                 fix=f"use {path}={_rounded_up(length, fitting)}",
             )
 
-    def _stages(self) -> Iterable[Problem]:
+    def _stage_problems(self) -> Iterable[Problem]:
         if not self.pipeline_layers:
             yield Problem(
                 fields=("mesh.stage", "model"),
@@ -141,7 +143,7 @@ class MeshFit:
                 fix=f"use train.accumulate={_rounded_up(self.accumulate, self.mesh.stage)}",
             )
         if self.loss_dim() is None:
-            rows = self._batch_parts() * self.mesh.stage
+            rows = self._batch_divisor() * self.mesh.stage
             yield Problem(
                 fields=("train.global_batch", "train.accumulate", "mesh.stage"),
                 message="stages cannot shard the rows or the positions of a microbatch evenly for the loss",
@@ -149,22 +151,25 @@ class MeshFit:
             )
 
     def _division_problem(self, path: str, size: int, axes: Sequence[str]) -> Problem:
-        shards, sharded = self._shards(axes), self._sharded(axes)
+        shards, sharded = self._shards(axes), self._mesh_fields(axes)
         fix = f"{path}={_rounded_up(size, shards)}"
         if len(sharded) == 1:
-            fix = self._smaller(sharded[0].removeprefix("mesh."), math.gcd(size, shards))
+            fix = self._shrink_axis(sharded[0].removeprefix("mesh."), math.gcd(size, shards))
         name = path.split(".")[-1].removeprefix("num_")
         message = f"{size} {name} not divisible by {shards} shards"
         return Problem(fields=(path, *sharded), message=message, fix=f"use {fix}")
 
-    def _smaller(self, axis: str, size: int) -> str:
-        """Returns overrides that shrink a mesh axis in favor of data parallelism, with a batch that fits."""
+    def _shrink_axis(self, axis: str, size: int) -> str:
+        """Returns overrides that shrink a mesh axis to `size` in favor of data parallelism, with a batch that fits.
+
+        For 6 heads on `mesh.tensor=4 mesh.fsdp=2` they are `mesh.tensor=2 mesh.fsdp=4`.
+        """
         freed = getattr(self.mesh, axis) // size
-        embed = [size for size, name in self.sharded_dims.values() if name == "embed"]
-        to_fsdp = axis != "fsdp" and all(size % (self.mesh.fsdp * freed) == 0 for size in embed)
-        into = "fsdp" if to_fsdp else "replica"
-        parts = self._batch_parts() * (1 if axis in self.rules.batch else freed)
-        overrides = [f"mesh.{axis}={size}", f"mesh.{into}={getattr(self.mesh, into) * freed}"]
+        embed_sizes = [size for size, name in self.sharded_dims.values() if name == "embed"]
+        fits_fsdp = axis != "fsdp" and all(size % (self.mesh.fsdp * freed) == 0 for size in embed_sizes)
+        enlarged = "fsdp" if fits_fsdp else "replica"
+        parts = self._batch_divisor() * (1 if axis in self.rules.batch else freed)
+        overrides = [f"mesh.{axis}={size}", f"mesh.{enlarged}={getattr(self.mesh, enlarged) * freed}"]
         if self.global_batch % parts:
             overrides.append(f"train.global_batch={_rounded_up(self.global_batch, parts)}")
         return " ".join(overrides)

@@ -1,11 +1,12 @@
 """Dispatches tokens to experts on other devices and combines the results, inside a `shard_map`.
 
-A choice is one of the experts that a token is routed to. Each device sorts the choices of its tokens by expert and
-sends each shard of experts its rows (an all-to-all). `combine` is the reverse exchange: results return in the original
-order of choices, so a token sums them in the same order on every mesh.
+A *choice* is one of the experts that a token is routed to: with K choices per token, choice `n * K + k` is expert k of
+token n. Each device sorts its choices by expert and sends every shard of experts the rows for it (an all-to-all). The
+shard sorts the rows that it receives by expert. `combine` goes the same way back. Results return in the order of
+choices, so a token sums them in the same order on every mesh.
 
-TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad each send to `max_rows`. The inverse of every
-gather is known, so its gradient is a gather too, not a slow scatter-add.
+TPUs send exact sizes (`jax.lax.ragged_all_to_all`); other platforms pad the rows for each shard to `max_rows`. The
+inverse of every gather is known, so its gradient is a gather too, not a slow scatter-add.
 
 Shape suffixes: N tokens of a device, K choices of a token, A = N * K, E experts, P shards of experts, O experts of one
 shard, S rows sent, R rows received, M rows of the device's own experts, D features.
@@ -47,46 +48,150 @@ class ExpertPlacement:
         return self.num_experts // self.num_shards
 
 
-# Gathers whose gradients are gathers
+class ExpertDispatch(NamedTuple):
+    """How the tokens of one layer reach their experts and return.
+
+    Attributes:
+        num_choices: K, the number of choices of a token.
+        choice_S: the choice in each row to send, or `NO_ROW`.
+        row_A: the row of each choice, or `NO_ROW`; the inverse of `choice_S`.
+        group_sizes: rows of each of the device's own experts, int32 `[O]`.
+        send: maps the rows to send `[S, D]` to the rows of the device's own experts `[M, D]`, sorted by expert.
+        send_back: maps `[M, D]` to `[S, D]`.
+    """
+
+    num_choices: int
+    choice_S: jax.Array
+    row_A: jax.Array
+    group_sizes: jax.Array
+    send: Callable[[jax.Array], jax.Array]
+    send_back: Callable[[jax.Array], jax.Array]
+
+    def dispatch(self, x_ND: jax.Array) -> jax.Array:
+        """Maps tokens `[N, D]` to the rows of the device's own experts `[M, D]`, sorted by expert."""
+        return self.send(gather_rows(x_ND, self.choice_S, self.row_A, self.num_choices))
+
+    def combine(self, y_MD: jax.Array) -> jax.Array:
+        """Maps the experts' outputs `[M, D]` to one output per choice, `[N, K, D]`."""
+        y_AD = gather_rows(self.send_back(y_MD), self.row_A, self.choice_S, 1)
+        return y_AD.reshape(-1, self.num_choices, y_AD.shape[1])
 
 
-def _gather_rows(x_RD: jax.Array, index_S: jax.Array) -> jax.Array:
+def plan_dispatch(placement: ExpertPlacement, expert_NK: jax.Array) -> ExpertDispatch:
+    """Plans the exchange for the choices `expert_NK`, int32; the expert `num_experts` marks a dropped choice."""
+    num_choices, expert_A = expert_NK.shape[1], expert_NK.reshape(-1)
+    choices = sort_by_expert(expert_A, placement.num_experts)
+    if placement.num_shards == 1:  # nothing is sent
+        return ExpertDispatch(
+            num_choices, choices.index, choices.position, choices.counts, lambda x_SD: x_SD, lambda y_MD: y_MD
+        )
+    counts_PE = jax.lax.all_gather(choices.counts, placement.axes)
+    # The rows that each device sends to each expert of each shard.
+    counts_PPO = counts_PE.reshape(placement.num_shards, placement.num_shards, placement.experts_per_shard)
+    if placement.ragged:
+        return _ragged_dispatch(placement, num_choices, choices, counts_PPO)
+    return _padded_dispatch(placement, num_choices, choices, counts_PPO, expert_A)
+
+
+# Sorting and gathering
+
+
+class SortedByExpert(NamedTuple):
+    """Choices or rows, sorted by expert.
+
+    Attributes:
+        index: what is at each position; `NO_ROW` at the end for those that were dropped.
+        position: the position of each; `NO_ROW` if it was dropped.
+        counts: number for each expert.
+    """
+
+    index: jax.Array
+    position: jax.Array
+    counts: jax.Array
+
+
+def sort_by_expert(expert_A: jax.Array, num_experts: int) -> SortedByExpert:
+    """Sorts stably; the expert `num_experts` marks what is dropped.
+
+    Example: experts `[1, 2, 0, 1]`, of which 2 is dropped, have the index `[2, 0, 3, NO_ROW]`, the position
+    `[1, NO_ROW, 0, 2]` and the counts `[1, 2]`.
+    """
+    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+    place_A = jnp.arange(len(expert_A), dtype=jnp.int32)
+    position_A = jnp.zeros_like(order_A).at[order_A].set(place_A, unique_indices=True)
+    counts_E = jnp.sum(expert_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return SortedByExpert(
+        index=jnp.where(place_A < jnp.sum(counts_E), order_A, NO_ROW),
+        position=jnp.where(expert_A < num_experts, position_A, NO_ROW),
+        counts=counts_E,
+    )
+
+
+def _gather_or_zero(x_RD: jax.Array, index_S: jax.Array) -> jax.Array:
     return jnp.where(index_S[:, None] == NO_ROW, 0, x_RD.at[index_S].get(mode="clip"))
 
 
-@jax.custom_vjp
-def permute_rows(x_RD: jax.Array, index_S: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """Returns `x_RD[index_S]`; no row appears twice, and `inverse_R` is the inverse index."""
-    return _gather_rows(x_RD, index_S)
-
-
-permute_rows.defvjp(
-    lambda x_RD, index_S, inverse_R: (_gather_rows(x_RD, index_S), inverse_R),
-    lambda inverse_R, dy_SD: (_gather_rows(dy_SD, inverse_R), None, None),
-)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def gather_tokens(x_ND: jax.Array, choice_S: jax.Array, inverse_A: jax.Array, num_choices: int) -> jax.Array:
-    """Returns the token of each choice, `[S, D]`; choice `n * num_choices + k` belongs to token n.
+def gather_rows(x_RD: jax.Array, index_S: jax.Array, inverse: jax.Array, num_choices: int) -> jax.Array:
+    """Returns row `i // num_choices` of `x_RD` for each index i, and zeros for `NO_ROW`.
 
-    The gradients of a token's choices are summed in float32.
+    So `num_choices` indices share a row, as the choices of one token do. No index appears twice. `inverse`
+    `[R * num_choices]` has the place of each index, which makes the gradient a gather: it sums over the indices of a
+    row in float32.
     """
-    return _gather_rows(x_ND, choice_S // num_choices)
+    return _gather_or_zero(x_RD, index_S // num_choices)
 
 
-def _gather_tokens_backward(num_choices, inverse_A, dy_SD):
-    dy_NKD = _gather_rows(dy_SD, inverse_A).reshape(-1, num_choices, dy_SD.shape[1])
-    return jnp.sum(dy_NKD, axis=1, dtype=jnp.float32).astype(dy_SD.dtype), None, None
+def _gather_rows_forward(x_RD, index_S, inverse, num_choices):
+    return _gather_or_zero(x_RD, index_S // num_choices), inverse
 
 
-gather_tokens.defvjp(
-    lambda x_ND, choice_S, inverse_A, num_choices: (_gather_rows(x_ND, choice_S // num_choices), inverse_A),
-    _gather_tokens_backward,
-)
+def _gather_rows_backward(num_choices, inverse, dy_SD):
+    dy_RKD = _gather_or_zero(dy_SD, inverse).reshape(-1, num_choices, dy_SD.shape[1])
+    return jnp.sum(dy_RKD, axis=1, dtype=jnp.float32).astype(dy_SD.dtype), None, None
 
 
-# The ragged all-to-all
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+# The exchange of rows; `counts_PPO` has the rows that each device sends to each expert of each shard
+
+
+def _exclusive_cumsum(sizes: jax.Array, axis: int) -> jax.Array:
+    """Returns the start of each part from the sizes of the parts: `[2, 3, 1]` to `[0, 2, 5]`."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
+
+
+def _padded_dispatch(
+    placement: ExpertPlacement,
+    num_choices: int,
+    choices: SortedByExpert,
+    counts_PPO: jax.Array,
+    expert_A: jax.Array,
+) -> ExpertDispatch:
+    """Sends `max_rows` rows to each shard: rows `p * max_rows` and up are for shard p, zeros after its choices."""
+    num_rows, own = placement.num_shards * placement.max_rows, jax.lax.axis_index(placement.axes)
+    first_P = _exclusive_cumsum(jnp.sum(counts_PPO[own], axis=1), 0)  # first position of each shard's choices
+    shard_A = jnp.minimum(expert_A // placement.experts_per_shard, placement.num_shards - 1)
+    row_A = shard_A * placement.max_rows + choices.position - first_P[shard_A]
+    row_A = jnp.where(choices.position == NO_ROW, NO_ROW, row_A)
+    target_A = jnp.where(row_A == NO_ROW, num_rows, row_A)  # out of bounds, so it is not written
+    choice_A = jnp.arange(len(row_A), dtype=jnp.int32)
+    choice_S = jnp.full(num_rows, NO_ROW, jnp.int32).at[target_A].set(choice_A, mode="drop")
+    # The rows from one sender are sorted by expert, so the expert of row r is the number of experts whose rows end at
+    # or before r: with counts [2, 1] and max_rows 4 the experts are [0, 0, 1, 2], where 2 is padding.
+    ends_PO = jnp.cumsum(counts_PPO[:, own], axis=1)
+    expert_PR = jnp.sum(jnp.arange(placement.max_rows)[:, None] >= ends_PO[:, None, :], axis=-1)
+    received = sort_by_expert(expert_PR.reshape(-1), placement.experts_per_shard)
+    all_to_all = partial(jax.lax.all_to_all, axis_name=placement.axes, split_axis=0, concat_axis=0, tiled=True)
+    return ExpertDispatch(
+        num_choices,
+        choice_S,
+        row_A,
+        received.counts,
+        send=lambda x_SD: gather_rows(all_to_all(x_SD), received.index, received.position, 1),
+        send_back=lambda y_MD: all_to_all(gather_rows(y_MD, received.position, received.index, 1)),
+    )
 
 
 class AllToAllSizes(NamedTuple):
@@ -98,161 +203,45 @@ class AllToAllSizes(NamedTuple):
     recv_sizes: jax.Array
 
 
+def _ragged_dispatch(
+    placement: ExpertPlacement, num_choices: int, choices: SortedByExpert, counts_PPO: jax.Array
+) -> ExpertDispatch:
+    """Sends each shard only the rows for it; they arrive sorted by expert, then by sender."""
+    own, counts_PE = jax.lax.axis_index(placement.axes), counts_PPO.reshape(placement.num_shards, -1)
+    # Where the rows of each sender for each expert start: among its own rows, and among the rows of the expert's shard.
+    sent_from_PPO = _exclusive_cumsum(counts_PE, 1).reshape(counts_PPO.shape)
+    sent_to_PPO = _exclusive_cumsum(jnp.sum(counts_PPO, axis=0), 1) + _exclusive_cumsum(counts_PPO, 0)
+    send_from, send_size, send_to = (x[own].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
+    recv_from, recv_size, recv_to = (x[:, own].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
+    sizes = AllToAllSizes(send_from, send_size, send_to, recv_size)
+    reverse = AllToAllSizes(recv_to, recv_size, recv_from, send_size)
+    num_sent, num_received = len(choices.index), placement.num_shards * placement.max_rows
+    return ExpertDispatch(
+        num_choices,
+        choices.index,
+        choices.position,
+        jnp.sum(counts_PPO[:, own], axis=0),
+        send=lambda x_SD: _ragged_exchange(placement.axes, num_received, x_SD, sizes, reverse),
+        send_back=lambda y_MD: _ragged_exchange(placement.axes, num_sent, y_MD, reverse, sizes),
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ragged_exchange(
-    axes: tuple[str, ...], rows: int, x_SD: jax.Array, sizes: AllToAllSizes, reverse: AllToAllSizes
+    axes: tuple[str, ...], num_rows: int, x_SD: jax.Array, sizes: AllToAllSizes, reverse: AllToAllSizes
 ) -> jax.Array:
-    """Exchanges rows; returns a buffer of length `rows`. The gradient is exchanged with `reverse`."""
-    buffer = jnp.zeros_like(x_SD, shape=(rows, x_SD.shape[1]))
+    """Exchanges rows; returns a buffer of `num_rows` rows. The gradient is exchanged with the `reverse` sizes."""
+    buffer = jnp.zeros_like(x_SD, shape=(num_rows, x_SD.shape[1]))
     return jax.lax.ragged_all_to_all(x_SD, buffer, *sizes, axis_name=axes)
 
 
-def _ragged_exchange_forward(axes, rows, x_SD, sizes, reverse):
-    return _ragged_exchange(axes, rows, x_SD, sizes, reverse), (len(x_SD), sizes, reverse)
+def _ragged_exchange_forward(axes, num_rows, x_SD, sizes, reverse):
+    return _ragged_exchange(axes, num_rows, x_SD, sizes, reverse), (len(x_SD), sizes, reverse)
 
 
-def _ragged_exchange_backward(axes, rows, residuals, dy_RD):
-    rows_sent, sizes, reverse = residuals
-    return _ragged_exchange(axes, rows_sent, dy_RD, reverse, sizes), None, None
+def _ragged_exchange_backward(axes, num_rows, residuals, dy_RD):
+    num_sent, sizes, reverse = residuals
+    return _ragged_exchange(axes, num_sent, dy_RD, reverse, sizes), None, None
 
 
 _ragged_exchange.defvjp(_ragged_exchange_forward, _ragged_exchange_backward)
-
-
-# Dispatch and combine
-
-
-class ExpertDispatch(NamedTuple):
-    """How the tokens of one layer reach their experts and return.
-
-    Attributes:
-        group_sizes: rows of each of the device's own experts, int32 `[O]`.
-        dispatch: maps tokens `[N, D]` to the rows of the device's own experts `[M, D]`, sorted by expert.
-        combine: maps the experts' outputs `[M, D]` to one output per choice, `[N, K, D]`.
-    """
-
-    group_sizes: jax.Array
-    dispatch: Callable[[jax.Array], jax.Array]
-    combine: Callable[[jax.Array], jax.Array]
-
-
-class SortedChoices(NamedTuple):
-    """The choices of a device's tokens, sorted by expert.
-
-    Attributes:
-        order: choices in the order of their experts, dropped choices last, `[A]`.
-        position: index of each choice in `order`, `[A]`.
-        counts: number of choices of each expert, `[E]`.
-    """
-
-    order: jax.Array
-    position: jax.Array
-    counts: jax.Array
-
-
-def sort_by_expert(expert_A: jax.Array, num_experts: int) -> SortedChoices:
-    """Sorts choices by expert, stably; the expert `num_experts` marks a dropped choice."""
-    order = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
-    position = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
-    counts = jnp.sum(expert_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    return SortedChoices(order, position, counts)
-
-
-def plan_dispatch(placement: ExpertPlacement, expert_NK: jax.Array) -> ExpertDispatch:
-    """Plans the exchange for the choices `expert_NK`, int32; the expert `num_experts` marks a dropped choice."""
-    num_choices, expert_A = expert_NK.shape[1], expert_NK.reshape(-1)
-    choices = sort_by_expert(expert_A, placement.num_experts)
-    if placement.num_shards == 1 or placement.ragged:
-        is_kept = jnp.arange(len(expert_A)) < jnp.sum(choices.counts)
-        sent_S = jnp.where(is_kept, choices.order, NO_ROW)
-        inverse_A = jnp.where(expert_A < placement.num_experts, choices.position, NO_ROW)
-    else:
-        sent_S, inverse_A = _padded_send_index(placement, expert_A, choices)
-
-    def to_rows(x_ND: jax.Array) -> jax.Array:
-        return gather_tokens(x_ND, sent_S, inverse_A, num_choices)
-
-    def to_choices(y_SD: jax.Array) -> jax.Array:
-        return permute_rows(y_SD, inverse_A, sent_S).reshape(*expert_NK.shape, y_SD.shape[1])
-
-    if placement.num_shards == 1:
-        return ExpertDispatch(choices.counts, to_rows, to_choices)
-    counts_PE = jax.lax.all_gather(choices.counts, placement.axes)  # choices that each device has for each expert
-    shard, own_experts = jax.lax.axis_index(placement.axes), placement.experts_per_shard
-    counts_PO = jax.lax.dynamic_slice_in_dim(counts_PE, shard * own_experts, own_experts, axis=1)
-    if placement.ragged:
-        sizes, reverse = _ragged_sizes(placement, counts_PE, shard)
-        received = placement.num_shards * placement.max_rows
-        return ExpertDispatch(
-            jnp.sum(counts_PO, axis=0),
-            lambda x_ND: _ragged_exchange(placement.axes, received, to_rows(x_ND), sizes, reverse),
-            lambda y_MD: to_choices(_ragged_exchange(placement.axes, len(sent_S), y_MD, reverse, sizes)),
-        )
-    index_M, inverse_R = _padded_receive_index(placement, counts_PO)
-    exchange = partial(jax.lax.all_to_all, axis_name=placement.axes, split_axis=0, concat_axis=0, tiled=True)
-    return ExpertDispatch(
-        jnp.sum(counts_PO, axis=0),
-        lambda x_ND: permute_rows(exchange(to_rows(x_ND)), index_M, inverse_R),
-        lambda y_MD: to_choices(exchange(permute_rows(y_MD, inverse_R, index_M))),
-    )
-
-
-def _exclusive_cumsum(sizes: jax.Array, axis: int) -> jax.Array:
-    return jnp.cumsum(sizes, axis=axis) - sizes
-
-
-def _padded_send_index(
-    placement: ExpertPlacement, expert_A: jax.Array, choices: SortedChoices
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the choice of each sent row, `[P * max_rows]`, and the sent row of each choice, `[A]`."""
-    sizes_P = jnp.sum(choices.counts.reshape(placement.num_shards, placement.experts_per_shard), axis=1)
-    starts_P, row = _exclusive_cumsum(sizes_P, 0), jnp.arange(placement.max_rows)
-    index = jnp.minimum(starts_P[:, None] + row, len(expert_A) - 1)
-    sent_S = jnp.where(row < sizes_P[:, None], choices.order[index], NO_ROW).reshape(-1)
-    shard_A = jnp.minimum(expert_A // placement.experts_per_shard, placement.num_shards - 1)
-    row_A = shard_A * placement.max_rows + choices.position - starts_P[shard_A]
-    return sent_S, jnp.where(expert_A < placement.num_experts, row_A, NO_ROW)
-
-
-def _receive_offsets(counts_PO: jax.Array) -> jax.Array:
-    """Returns where each device's rows for each expert start on their shard, sorted by expert, then by device."""
-    return _exclusive_cumsum(jnp.sum(counts_PO, axis=0), 0) + _exclusive_cumsum(counts_PO, 0)
-
-
-def _padded_receive_index(placement: ExpertPlacement, counts_PO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the received row of each sorted row, and the inverse; both `[P * max_rows]`."""
-    ends_PO, row = jnp.cumsum(counts_PO, axis=1), jnp.arange(placement.max_rows)
-    expert_PR = jnp.sum(row[None, :, None] >= ends_PO[:, None, :], axis=-1)
-    is_padding_PR = expert_PR == placement.experts_per_shard
-    expert_PR = jnp.minimum(expert_PR, placement.experts_per_shard - 1)
-    first_PO = _receive_offsets(counts_PO) - _exclusive_cumsum(counts_PO, 1)
-    sorted_PR = jnp.take_along_axis(first_PO, expert_PR, axis=1) + row
-    inverse_R = jnp.where(is_padding_PR, NO_ROW, sorted_PR).reshape(-1)
-    received = placement.num_shards * placement.max_rows
-    target_R = jnp.where(inverse_R == NO_ROW, received, inverse_R)  # padding is out of bounds, and dropped
-    index_M = (
-        jnp.full_like(inverse_R, NO_ROW).at[target_R].set(jnp.arange(received, dtype=inverse_R.dtype), mode="drop")
-    )
-    return index_M, inverse_R
-
-
-def _ragged_sizes(
-    placement: ExpertPlacement, counts_PE: jax.Array, shard: jax.Array
-) -> tuple[AllToAllSizes, AllToAllSizes]:
-    """Returns the sizes of the exchange to the experts, and of the reverse exchange."""
-    # Dimensions: sending device, shard of experts, expert of that shard.
-    sizes_PPO = counts_PE.reshape(placement.num_shards, placement.num_shards, placement.experts_per_shard)
-    send_offsets_PPO = _exclusive_cumsum(counts_PE, 1).reshape(sizes_PPO.shape)
-    receive_offsets_PPO = jax.vmap(_receive_offsets, in_axes=1, out_axes=1)(sizes_PPO)
-
-    def sent(x_PPO: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x_PPO, shard, axis=0, keepdims=False).reshape(-1)
-
-    def received(x_PPO: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x_PPO, shard, axis=1, keepdims=False).reshape(-1)
-
-    forward = AllToAllSizes(sent(send_offsets_PPO), sent(sizes_PPO), sent(receive_offsets_PPO), received(sizes_PPO))
-    reverse = AllToAllSizes(
-        received(receive_offsets_PPO), received(sizes_PPO), received(send_offsets_PPO), sent(sizes_PPO)
-    )
-    return forward, reverse

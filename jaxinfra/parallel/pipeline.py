@@ -22,7 +22,6 @@ Shape suffixes: M microbatches, S stages, B rows of a microbatch, V chunks per s
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -66,21 +65,8 @@ class PipelineModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSharding:
-    """How the last stage's output is sharded over the stages for the head and the loss.
-
-    Attributes:
-        dim: the dimension sharded over `stage`: 0 for rows, 1 for positions.
-        spec: the sharding of the `[B, T, D]` input of the head.
-    """
-
-    dim: int
-    spec: PartitionSpec
-
-
 class Tick(NamedTuple):
-    """One tick of a `PassTable`: `[S]` arrays, sharded over the stages."""
+    """One row of a `PassTable`: `[S]` arrays, sharded over the stages; `IDLE` for a stage without work."""
 
     microbatch: jax.Array
     chunk: jax.Array
@@ -107,7 +93,7 @@ class Carry(NamedTuple):
     Attributes:
         activations: activations that each stage received from the previous stage, `[S * B, ...]`.
         grads: gradients that each stage received from the next stage, `[S * B, ...]`.
-        saved_inputs: inputs of chunks, kept for the backward pass, `[slots, S * B, ...]`.
+        saved_inputs: received activations, kept for the backward pass, `[slots, S * B, ...]`.
         saved_grads: gradients of chunks' outputs, kept for the weight gradients, `[slots, S * B, ...]`.
         weight_grads: gradients of the layers' weights, `[V, L, S, ...]`.
         shared_grads: gradients of all other parameters.
@@ -128,7 +114,7 @@ class Carry(NamedTuple):
 type PassFunction = Callable[[StepInputs, Carry, Tick], Carry]
 
 
-# Operations on each device's own part
+# Operations on each device's own part: in a `shard_map`, `[S]` arrays have one entry, that of the device's stage
 
 
 def _spec(x: jax.Array) -> PartitionSpec:
@@ -136,22 +122,13 @@ def _spec(x: jax.Array) -> PartitionSpec:
 
 
 def _per_device(fun: Callable[..., jax.Array], out: PartitionSpec, *arrays: jax.Array) -> jax.Array:
+    """Applies `fun` on each device to its own parts of the arrays; the result has the sharding `out`."""
     return jax.shard_map(fun, in_specs=tuple(_spec(a) for a in arrays), out_specs=out)(*arrays)
-
-
-def with_stage(entry: SpecEntry) -> tuple[str, ...]:
-    """Adds `stage` to the mesh axes of a dimension of rows."""
-    return ("stage", *axis_names(entry))
 
 
 def without_stage(entry: SpecEntry) -> tuple[str, ...]:
     """Returns the mesh axes of a dimension other than `stage`."""
     return tuple(axis for axis in axis_names(entry) if axis != "stage")
-
-
-def _is_stage(stage: int, chunk: jax.Array, of_chunk: int) -> jax.Array:
-    """Returns whether this device's stage is `stage` (-1 is the last) and works on chunk `of_chunk`."""
-    return (jax.lax.axis_index("stage") == stage % jax.lax.axis_size("stage")) & (chunk[0] == of_chunk)
 
 
 def _select(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -166,27 +143,24 @@ def select_microbatch(batch: Batch, microbatch_S: jax.Array) -> Batch:
         return _select(jax.lax.pcast(field, ("stage",), to="varying"), microbatch)
 
     def select_field(field_MB: jax.Array) -> jax.Array:
-        entries = list(_spec(field_MB).partitions)
-        return _per_device(select, PartitionSpec(with_stage(entries[1]), *entries[2:]), field_MB, microbatch_S)
+        _, rows, *rest = _spec(field_MB).partitions
+        return _per_device(select, PartitionSpec(("stage", *axis_names(rows)), *rest), field_MB, microbatch_S)
 
     return {name: select_field(field) for name, field in batch.items()}
 
 
-def _receive(own: jax.Array, received: jax.Array, tick: Tick, stage: int, of_chunk: int) -> jax.Array:
-    def select(own: jax.Array, received: jax.Array, microbatch: jax.Array, chunk: jax.Array) -> jax.Array:
-        return jnp.where(microbatch[0] == IDLE, 0, jnp.where(_is_stage(stage, chunk, of_chunk), own, received))
+def receive(received: jax.Array, boundary: jax.Array, tick: Tick, *, stage: int, chunk: int) -> jax.Array:
+    """Returns what each stage works on: what its neighbor sent, or zeros if the stage is idle.
 
-    return _per_device(select, _spec(received), own, received, tick.microbatch, tick.chunk)
+    Only this `chunk` of this `stage` takes `boundary` instead: the first chunk of the model takes the embeddings, and
+    in the backward pass the last chunk takes the gradient of the loss.
+    """
 
+    def select(received: jax.Array, boundary: jax.Array, microbatch: jax.Array, own_chunk: jax.Array) -> jax.Array:
+        at_boundary = (jax.lax.axis_index("stage") == stage) & (own_chunk[0] == chunk)
+        return jnp.where(microbatch[0] == IDLE, 0, jnp.where(at_boundary, boundary, received))
 
-def recv_activation(embedded: jax.Array, received: jax.Array, tick: Tick) -> jax.Array:
-    """Returns the input of each stage's chunk: the embedding for the first chunk, zeros if the stage is idle."""
-    return _receive(embedded, received, tick, stage=0, of_chunk=0)
-
-
-def recv_grad(loss_grad: jax.Array, received: jax.Array, tick: Tick, chunks: int) -> jax.Array:
-    """Returns the gradient of each stage's output: from the loss for the last chunk, zeros if the stage is idle."""
-    return _receive(loss_grad, received, tick, stage=-1, of_chunk=chunks - 1)
+    return _per_device(select, _spec(received), received, boundary, tick.microbatch, tick.chunk)
 
 
 def send_to_stage(x: jax.Array, offset: int) -> jax.Array:
@@ -199,18 +173,19 @@ def send_to_stage(x: jax.Array, offset: int) -> jax.Array:
     return _per_device(permute, _spec(x), x)
 
 
-def scatter_last_output(x: jax.Array, is_done: jax.Array, loss_sharding: LossSharding) -> jax.Array:
+def scatter_last_output(x: jax.Array, is_done: jax.Array, loss_spec: PartitionSpec) -> jax.Array:
     """Scatters the last stage's output over all stages for the loss; zeros if no microbatch is done in this tick."""
-    rows, *dims = (without_stage(entry) for entry in loss_sharding.spec.partitions)
+    scatter_dim = next(dim for dim, entry in enumerate(loss_spec.partitions) if "stage" in axis_names(entry))
+    rows, *dims = (without_stage(entry) for entry in loss_spec.partitions)
     # All-gathers block positions first, so that stages get parts of whole sequences.
-    x = jax.reshard(x, PartitionSpec(with_stage(rows), *(axes or None for axes in dims)))
+    x = jax.reshard(x, PartitionSpec(("stage", *rows), *(axes or None for axes in dims)))
 
     def scatter(x: jax.Array, is_done: jax.Array) -> jax.Array:
         is_last = jax.lax.axis_index("stage") == jax.lax.axis_size("stage") - 1
         x = jnp.where(is_last & is_done, x, 0)
-        return jax.lax.psum_scatter(x, "stage", scatter_dimension=loss_sharding.dim, tiled=True)
+        return jax.lax.psum_scatter(x, "stage", scatter_dimension=scatter_dim, tiled=True)
 
-    return _per_device(scatter, loss_sharding.spec, x, is_done)
+    return _per_device(scatter, loss_spec, x, is_done)
 
 
 def read_slot(slots: jax.Array, slot_S: jax.Array) -> jax.Array:
@@ -268,11 +243,16 @@ def mask_idle[T](tree: T, microbatch_S: jax.Array) -> T:
 class Pipeline:
     """A model on a schedule."""
 
-    def __init__(
-        self, model: PipelineModel, schedule: PipelineSchedule, loss_sharding: LossSharding, layers: np.ndarray
-    ):
-        """Binds the static parts; `layers` are the layers' indices by chunk, `[V, L, S]`, -1 is padding."""
-        self.model, self.schedule, self.loss_sharding, self.layers = model, schedule, loss_sharding, layers
+    def __init__(self, model: PipelineModel, schedule: PipelineSchedule, loss_spec: PartitionSpec, layers: np.ndarray):
+        """Binds the static parts.
+
+        Args:
+            model: the parts of the model.
+            schedule: the passes of every stage in every tick.
+            loss_spec: the sharding of the `[B, T, D]` input of the head: rows or positions are sharded over `stage`.
+            layers: the layers' indices by chunk, `[V, L, S]`; -1 is padding.
+        """
+        self.model, self.schedule, self.loss_spec, self.layers = model, schedule, loss_spec, layers
 
     def gradients(self, inputs: StepInputs) -> tuple[PyTree, PyTree, Sums, Sums]:
         """Computes the gradients of the summed loss of all microbatches.
@@ -287,72 +267,74 @@ class Pipeline:
         carry = self._run(inputs, passes, self._empty_carry(inputs, train=True))
         return carry.weight_grads, carry.shared_grads, carry.sums, carry.stats
 
-    def evaluate(self, inputs: StepInputs) -> tuple[Sums, Sums]:
-        """Computes the sums of the loss of all microbatches and the layers' statistics."""
-        carry = self._run(inputs, [(self.schedule.forward, self._evaluate)], self._empty_carry(inputs, train=False))
-        return carry.sums, carry.stats
+    def evaluate(self, inputs: StepInputs) -> Sums:
+        """Computes the sums of the loss of all microbatches."""
+        return self._run(inputs, [(self.schedule.forward, self._evaluate)], self._empty_carry(inputs, train=False)).sums
 
     def _run(self, inputs: StepInputs, passes: Sequence[tuple[PassTable, PassFunction]], carry: Carry) -> Carry:
-        """Runs all ticks, with one scan for each run of ticks that have the same passes."""
-        active = np.stack([table.any_active for table, _ in passes], axis=1)
-        for which, group in itertools.groupby(range(len(active)), key=lambda tick: tuple(active[tick])):
-            ticks = list(group)
-            running = [candidate for candidate, is_active in zip(passes, which, strict=True) if is_active]
+        """Runs all ticks, with one scan for each series of ticks that have the same passes.
 
-            def run_tick(carry: Carry, ticks: list[Tick], running=running) -> tuple[Carry, None]:
-                for (_, function), tick in zip(running, ticks, strict=True):
-                    carry = function(inputs, carry, tick)
-                return carry, None
-
-            if running:
-                carry, _ = jax.lax.scan(run_tick, carry, [_ticks(table, ticks) for table, _ in running])
+        For example 1F1B has ticks with forward passes only, then with both passes, then with backward passes only.
+        """
+        runs_pass = np.stack([table.any_active for table, _ in passes], axis=1)  # [ticks, passes]
+        for is_active, group in itertools.groupby(range(len(runs_pass)), key=lambda tick: tuple(runs_pass[tick])):
+            ticks, active = list(group), list(itertools.compress(passes, is_active))
+            run_tick = partial(self._run_tick, inputs, [function for _, function in active])
+            carry, _ = jax.lax.scan(run_tick, carry, [_ticks(table, ticks) for table, _ in active])
         return carry
+
+    def _run_tick(
+        self, inputs: StepInputs, functions: Sequence[PassFunction], carry: Carry, ticks: Sequence[Tick]
+    ) -> tuple[Carry, None]:
+        for function, tick in zip(functions, ticks, strict=True):
+            carry = function(inputs, carry, tick)
+        return carry, None
 
     # The passes of a tick
 
     def _forward(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
-        x, y, _ = self._apply(inputs, carry, tick)
-        saved_inputs = write_slot(carry.saved_inputs, x, tick.slot)
+        weights = select_chunk(inputs.weights, tick.chunk)
+        (y, _), _ = self._apply_chunk(weights, inputs.shared, carry.activations, inputs.batch, tick)
+        # The first chunk has no input to save: it computes its embeddings again.
+        saved_inputs = write_slot(carry.saved_inputs, carry.activations, tick.slot)
         return carry._replace(activations=send_to_stage(y, 1), saved_inputs=saved_inputs)
 
     def _evaluate(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
-        _, y, stats = self._apply(inputs, carry, tick)
-        _, sums = self._loss(inputs.shared, y, inputs.batch, tick)
-        carry = self._add_sums(carry, tick, sums, mask_idle(stats, tick.microbatch))
-        return carry._replace(activations=send_to_stage(y, 1))
-
-    def _apply(self, inputs: StepInputs, carry: Carry, tick: Tick) -> tuple[jax.Array, jax.Array, Sums]:
-        """Applies one chunk on every stage; returns its input, its output and the layers' statistics."""
-        batch = select_microbatch(inputs.batch, tick.microbatch)
-        x = recv_activation(self.model.embed(inputs.shared, batch), carry.activations, tick)
         weights = select_chunk(inputs.weights, tick.chunk)
-        return x, *self.model.apply_layers(weights, x, batch, self._select_layers(tick))
+        (y, _), _ = self._apply_chunk(weights, inputs.shared, carry.activations, inputs.batch, tick)
+        _, sums = self._loss(inputs.shared, y, inputs.batch, tick)
+        return carry._replace(activations=send_to_stage(y, 1), sums=_add(carry.sums, sums))
 
-    def _differentiable_chunk(
-        self, weights: PyTree, shared: PyTree, x: jax.Array, batch: Batch, tick: Tick
+    def _apply_chunk(
+        self, weights: PyTree, shared: PyTree, received: jax.Array, batch: Batch, tick: Tick
     ) -> tuple[tuple[jax.Array, jax.Array | None], Sums]:
-        """Applies one chunk on every stage; returns `((output, aux_loss), stats)`."""
-        x = recv_activation(self.model.embed(shared, batch), x, tick)
+        """Applies one chunk on every stage; returns `((output, aux_loss), stats)`, as `jax.vjp` expects them."""
+        batch = select_microbatch(batch, tick.microbatch)
+        x = receive(received, self.model.embed(shared, batch), tick, stage=0, chunk=0)
         y, stats = self.model.apply_layers(weights, x, batch, self._select_layers(tick))
         stats = mask_idle(stats, tick.microbatch)
         return (y, self.model.aux_loss(stats)), stats
 
     def _backward(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
-        x, weights = read_slot(carry.saved_inputs, tick.slot), select_chunk(inputs.weights, tick.chunk)
-        batch = select_microbatch(inputs.batch, tick.microbatch)
-        chunk = partial(self._differentiable_chunk, batch=batch, tick=tick)
+        """Computes the gradients of one chunk on every stage; those of its weights only if they have no own pass."""
+        weights, received = select_chunk(inputs.weights, tick.chunk), read_slot(carry.saved_inputs, tick.slot)
+        chunk = partial(self._apply_chunk, batch=inputs.batch, tick=tick)
         if self.schedule.weight_grad is None:
-            (y, aux_loss), vjp, stats = jax.vjp(chunk, weights, inputs.shared, x, has_aux=True)
+            (y, aux_loss), chunk_vjp, stats = jax.vjp(chunk, weights, inputs.shared, received, has_aux=True)
         else:
-            (y, aux_loss), vjp, stats = jax.vjp(partial(chunk, weights), inputs.shared, x, has_aux=True)
+            (y, aux_loss), chunk_vjp, stats = jax.vjp(partial(chunk, weights), inputs.shared, received, has_aux=True)
         loss = partial(self._loss, batch=inputs.batch, tick=tick)
         total, loss_vjp, sums = jax.vjp(loss, inputs.shared, y, has_aux=True)
         head_grads, dy = loss_vjp(_one_like(total))
-        dy = recv_grad(dy, carry.grads, tick, self.schedule.chunks)
-        *weight_grads, embedding_grads, dx = vjp((dy, None if aux_loss is None else _one_like(aux_loss)))
-        carry = self._add_sums(carry, tick, sums, stats)
-        shared_grads = _add(_add(carry.shared_grads, head_grads), embedding_grads)
-        carry = carry._replace(grads=send_to_stage(dx, -1), shared_grads=shared_grads)
+        last_stage, last_chunk = self.schedule.stages - 1, self.schedule.chunks - 1
+        dy = receive(carry.grads, dy, tick, stage=last_stage, chunk=last_chunk)
+        *weight_grads, embedding_grads, dx = chunk_vjp((dy, jax.tree.map(_one_like, aux_loss)))  # None stays None
+        carry = carry._replace(
+            grads=send_to_stage(dx, -1),
+            shared_grads=_add(_add(carry.shared_grads, head_grads), embedding_grads),
+            sums=_add(carry.sums, sums),
+            stats=add_to_chunk(carry.stats, stats, tick.chunk),
+        )
         if self.schedule.weight_grad is None:
             return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, weight_grads[0], tick.chunk))
         assert carry.saved_grads is not None
@@ -361,12 +343,11 @@ class Pipeline:
     def _weight_grad(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
         """Computes the weight gradients of one chunk on every stage, from the saved gradient of its output."""
         assert carry.saved_grads is not None
-        x = read_slot(carry.saved_inputs, tick.slot)
+        received = read_slot(carry.saved_inputs, tick.slot)
         dy = mask_idle(read_slot(carry.saved_grads, tick.slot), tick.microbatch)
-        batch = select_microbatch(inputs.batch, tick.microbatch)
-        chunk = partial(self._differentiable_chunk, shared=inputs.shared, x=x, batch=batch, tick=tick)
+        chunk = partial(self._apply_chunk, shared=inputs.shared, received=received, batch=inputs.batch, tick=tick)
         (_, aux_loss), vjp, _ = jax.vjp(chunk, select_chunk(inputs.weights, tick.chunk), has_aux=True)
-        (grads,) = vjp((dy, None if aux_loss is None else _one_like(aux_loss)))
+        (grads,) = vjp((dy, jax.tree.map(_one_like, aux_loss)))
         return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, grads, tick.chunk))
 
     def _loss(self, shared: PyTree, y: jax.Array, batch: Batch, tick: Tick) -> tuple[jax.Array, Sums]:
@@ -375,27 +356,23 @@ class Pipeline:
         is_done = (microbatch != IDLE) & (chunk == self.schedule.chunks - 1)
         index = jnp.maximum(microbatch, 0)
         batch = {name: jax.lax.dynamic_index_in_dim(field, index, keepdims=False) for name, field in batch.items()}
-        total, sums = self.model.loss(shared, scatter_last_output(y, is_done, self.loss_sharding), batch)
+        total, sums = self.model.loss(shared, scatter_last_output(y, is_done, self.loss_spec), batch)
         return _zero_unless(is_done, total), {name: _zero_unless(is_done, value) for name, value in sums.items()}
 
     def _select_layers(self, tick: Tick) -> jax.Array:
         layers = jax.reshard(jnp.asarray(self.layers, jnp.int32), PartitionSpec(None, None, "stage"))
         return select_chunk(layers, tick.chunk)
 
-    def _add_sums(self, carry: Carry, tick: Tick, sums: Sums, stats: Sums) -> Carry:
-        return carry._replace(sums=_add(carry.sums, sums), stats=add_to_chunk(carry.stats, stats, tick.chunk))
-
     def _empty_carry(self, inputs: StepInputs, *, train: bool) -> Carry:
         """Returns the state before the first tick: zeros."""
-        idle = _by_stage(np.full((1, self.schedule.stages), IDLE))[0]
-        tick = Tick(idle, idle, idle)
+        tick = Tick(*(array[0] for array in _ticks(self.schedule.forward, [0])))  # the shapes of any tick
 
         def shapes(inputs: StepInputs) -> tuple[jax.Array, Sums, Sums]:
-            batch = select_microbatch(inputs.batch, tick.microbatch)
-            x = self.model.embed(inputs.shared, batch)
+            x = self.model.embed(inputs.shared, select_microbatch(inputs.batch, tick.microbatch))
             weights = select_chunk(inputs.weights, tick.chunk)
-            y, stats = self.model.apply_layers(weights, x, batch, self._select_layers(tick))
-            return x, self._loss(inputs.shared, y, inputs.batch, tick)[1], stats
+            (y, _), stats = self._apply_chunk(weights, inputs.shared, x, inputs.batch, tick)
+            _, sums = self._loss(inputs.shared, y, inputs.batch, tick)
+            return x, sums, stats
 
         x, sums, stats = jax.eval_shape(shapes, inputs)
         slots = partial(_zeros_like, x, self.schedule.num_slots)
@@ -412,13 +389,9 @@ class Pipeline:
 
 
 def _ticks(table: PassTable, ticks: list[int]) -> Tick:
-    """Returns these ticks of a table as `[ticks, S]` arrays."""
-    return Tick(*(_by_stage(array[ticks]) for array in (table.microbatch, table.chunk, table.slot)))
-
-
-def _by_stage(table: np.ndarray) -> jax.Array:
-    """Shards `[ticks, S]` over the stages."""
-    return jax.reshard(jnp.asarray(table, jnp.int32), PartitionSpec(None, "stage"))
+    """Returns these ticks of a table as `[ticks, S]` arrays, sharded over the stages."""
+    arrays = (jnp.asarray(array[ticks]) for array in (table.microbatch, table.chunk, table.slot))
+    return Tick(*(jax.reshard(array, PartitionSpec(None, "stage")) for array in arrays))
 
 
 def _zeros_like(like: jax.Array, *stacked: int) -> jax.Array:
@@ -441,6 +414,7 @@ def _one_like(total: jax.Array) -> jax.Array:
 
 def _zero_unless(condition: jax.Array, total: jax.Array) -> jax.Array:
     """Returns `total`, an unreduced scalar, or zero."""
+    # JAX can multiply partial sums by a factor, but not select between them.
     factor = jax.reshard(condition.astype(total.dtype), PartitionSpec(reduced=_spec(total).unreduced))
     return total * factor
 

@@ -1,20 +1,27 @@
 """Pipeline schedules as tables: the microbatch and chunk that each stage works on in each tick.
 
+1F1B with three stages and three microbatches, a column per tick (F0: forward pass of microbatch 0, B0: its backward
+pass):
+
+    stage 0  F0  F1  F2     .      B0     B1  B2
+    stage 1  .   F0  F1     F2 B0  B1     B2  .
+    stage 2  .   .   F0 B0  F1 B1  F2 B2  .   .
+
 A tick has up to three passes, in this order: a forward pass of one chunk, a backward pass of one chunk and, in
 `zero_bubble`, the weight gradients of one chunk. The stages run as one program, so a pass costs its time on all stages
 if any stage runs it. A chunk is a run of consecutive layers (Megatron's model chunk, or virtual stage). A stage holds
 `chunks` of them: chunk c of stage s is number `c * stages + s` in the order of the model.
 
-`make_schedule` builds and checks a table in NumPy; `parallel.pipeline` runs it. A stage uses what its neighbor sends in
-the next tick, so only the inputs of chunks are saved, for the backward pass that recomputes the chunk. A stage saves at
-most `num_slots` of them; except in GPipe that does not depend on the number of microbatches.
+`make_schedule` builds a table in NumPy; `parallel.pipeline` runs it. A stage uses what its neighbor sends in the next
+tick, so only the inputs of chunks are saved, for the backward pass that recomputes the chunk. Each is saved in a slot,
+which is free again after that pass. Except in GPipe, the number of slots does not grow with the microbatches.
 
 Sources: GPipe (Huang et al. 2019); 1F1B (Narayanan et al. 2019, PipeDream; 2021, section 2.2), interleaved (same,
 section 2.2.2); zero bubble, which splits the backward pass (Qi et al. 2023).
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,80 +153,68 @@ class PipelineSchedule:
 
 
 def make_schedule(name: ScheduleName, *, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
-    """Builds and checks a table; `chunks` is 1 except for `interleaved`.
+    """Builds the tables of a schedule; `chunks` is 1 except for `interleaved`.
 
     An interleaved schedule has idle ticks if the microbatches are not a multiple of the stages.
     """
-    # Every stage takes `stages` microbatches through its first chunk, then through its second, and so on.
+    # The order in which a stage takes microbatches through its chunks: `stages` of them through the first chunk, then
+    # through the second, and so on. For 2 stages, 4 microbatches and chunks a, b: 0a 1a 0b 1b 2a 3a 2b 3b.
     order = [
         (first + i, chunk) for first in range(0, microbatches, stages) for chunk in range(chunks) for i in range(stages)
     ]
-    work = [(k, s, m, c) for k, (m, c) in enumerate(order) for s in range(stages) if m < microbatches]
-    # On the last stage GPipe's backward passes follow all forward passes; others begin with the first output.
+    # If the microbatches are not a multiple of the stages, some places in the order are empty.
+    work = [(place, m, chunk) for place, (m, chunk) in enumerate(order) if m < microbatches]
+    # The tick of the first backward pass, on the last stage: in GPipe after all forward passes, else in the tick of the
+    # first output of the model. Backward passes use the order of forward passes, with the chunks reversed.
     first_backward = stages - 1 + (microbatches if name == "gpipe" else (chunks - 1) * stages)
-    # Entries are (tick, stage, microbatch, chunk).
-    entries = {
-        "forward": [(k + s, s, m, c) for k, s, m, c in work],
-        "backward": [(first_backward + k + stages - 1 - s, s, m, chunks - 1 - c) for k, s, m, c in work],
-    }
-    if name == "zero_bubble":
-        # All stages at once, one microbatch a tick, from the tick in which its gradient reaches the first stage.
-        start = first_backward + stages - 1
-        entries["weight_grad"] = [(start + m, s, m, 0) for m in range(microbatches) for s in range(stages)]
-    num_ticks = 1 + max(tick for rows in entries.values() for tick, *_ in rows)
-    tables = {key: _pass_table(rows, num_ticks, stages) for key, rows in entries.items()}
-    _assign_slots(list(tables.values()))
-    schedule = PipelineSchedule(name=name, stages=stages, microbatches=microbatches, chunks=chunks, **tables)
-    check_schedule(schedule)
-    return schedule
+    num_ticks, is_split = first_backward + work[-1][0] + stages, name == "zero_bubble"
+    forward, backward, weight_grad = (_empty_table(num_ticks, stages) for _ in range(3))
+    for place, m, chunk in work:
+        last_backward = first_backward + place + stages - 1  # the tick in which the gradient reaches the first stage
+        for stage in range(stages):
+            _add_pass(forward, place + stage, stage, m, chunk)
+            _add_pass(backward, last_backward - stage, stage, m, chunks - 1 - chunk)
+            if is_split:  # on all stages in one tick, as a pass on one stage costs as much as on all
+                _add_pass(weight_grad, last_backward, stage, m, chunk)
+    _assign_slots([forward, backward, weight_grad] if is_split else [forward, backward])
+    return PipelineSchedule(
+        name=name,
+        stages=stages,
+        microbatches=microbatches,
+        chunks=chunks,
+        forward=forward,
+        backward=backward,
+        weight_grad=weight_grad if is_split else None,
+    )
 
 
-def _pass_table(entries: Iterable[tuple[int, int, int, int]], num_ticks: int, stages: int) -> PassTable:
-    """Writes entries `(tick, stage, microbatch, chunk)` into arrays; slots are still `IDLE`."""
+def _empty_table(num_ticks: int, stages: int) -> PassTable:
     microbatch, chunk, slot = (np.full((num_ticks, stages), IDLE, np.int32) for _ in range(3))
-    for tick, s, m, c in entries:
-        assert microbatch[tick, s] == IDLE, (tick, s)
-        microbatch[tick, s], chunk[tick, s] = m, c
     return PassTable(microbatch=microbatch, chunk=chunk, slot=slot)
 
 
-def _assign_slots(passes: list[PassTable]) -> None:
-    """Fills in the slots: the forward pass takes one, the last pass frees it for the next tick."""
+def _add_pass(table: PassTable, tick: int, stage: int, microbatch: int, chunk: int) -> None:
+    """Adds one pass of one stage; its slot is assigned later."""
+    assert table.microbatch[tick, stage] == IDLE, (tick, stage)
+    table.microbatch[tick, stage], table.chunk[tick, stage] = microbatch, chunk
+
+
+def _assign_slots(passes: Sequence[PassTable]) -> None:
+    """Fills in the slots: a forward pass takes the first free slot, the last pass of its chunk frees it."""
     num_ticks, stages = passes[0].slot.shape
-    for s in range(stages):
-        num_slots, free = 0, []
-        slots: dict[tuple[int, int], int] = {}
+    for stage in range(stages):
+        free = list(range(num_ticks))  # a heap, with more slots than needed
+        slots: dict[tuple[int, int], int] = {}  # by (microbatch, chunk)
         for tick in range(num_ticks):
             for table in passes:
-                if not table.active[tick, s]:
+                if not table.active[tick, stage]:
                     continue
-                key = int(table.microbatch[tick, s]), int(table.chunk[tick, s])
+                key = int(table.microbatch[tick, stage]), int(table.chunk[tick, stage])
                 if table is passes[0]:
-                    if not free:
-                        free, num_slots = [num_slots], num_slots + 1
                     slots[key] = heapq.heappop(free)
-                table.slot[tick, s] = slots[key]
+                table.slot[tick, stage] = slots[key]
                 if table is passes[-1]:
                     heapq.heappush(free, slots.pop(key))
-
-
-def check_schedule(schedule: PipelineSchedule) -> None:
-    """Asserts that every pass runs once, in order, and that transfers are used in the next tick."""
-    S, V, M = schedule.stages, schedule.chunks, schedule.microbatches
-    ticks_of_passes = []
-    for table in schedule.passes:
-        ticks = np.full((M, V, S), IDLE)
-        for tick, s in np.argwhere(table.active):
-            key = int(table.microbatch[tick, s]), int(table.chunk[tick, s]), int(s)
-            assert ticks[key] == IDLE, f"(microbatch, chunk, stage) {key} runs twice"
-            ticks[key] = tick
-        assert (ticks != IDLE).all(), "a microbatch is missing"
-        ticks_of_passes.append(ticks.reshape(M, V * S))
-    forward, backward, *weight_grad = ticks_of_passes
-    assert (np.diff(forward, axis=1) == 1).all(), "activations must be used in the next tick"
-    assert (np.diff(backward, axis=1) == -1).all(), "gradients must be used in the next tick"
-    assert (backward >= forward).all(), "backward before forward"
-    assert all((ticks >= backward).all() for ticks in weight_grad), "weight gradients before input gradients"
 
 
 def format_schedule(schedule: PipelineSchedule, *, width: int = 24) -> list[str]:

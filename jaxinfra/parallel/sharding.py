@@ -10,6 +10,7 @@ activations. So its gradient is unreduced over these axes. It is reduce-scattere
 `replica` once at the end of the step.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -86,7 +87,10 @@ class Partitioner:
         return PartitionSpec(*(self.mesh_axes(name) or None for name in names))
 
     def _param_axes(self, name: str | None, names: LogicalAxes) -> tuple[str, ...]:
-        """Returns the mesh axes of a parameter's dimension; "embed" does not use the axes of "experts" beside it."""
+        """Returns the mesh axes of the dimension `name` of a parameter with these `names`.
+
+        In a parameter of experts, "embed" does not use the axes of "experts".
+        """
         taken = self.mesh_axes("experts") if name == "embed" and "experts" in names else ()
         return tuple(axis for axis in self.mesh_axes(name) if axis not in taken)
 
@@ -99,12 +103,14 @@ class Partitioner:
             ConfigError: two dimensions use one mesh axis, or a dimension is not divisible by its shards.
         """
         axes = [self._param_axes(name, spec.axes) for name in spec.axes]
-        if "layers" in spec.axes and spec.shape[spec.axes.index("layers")] % self.num_shards("layers"):
-            axes[spec.axes.index("layers")] = ()
+        if "layers" in spec.axes:
+            dim = spec.axes.index("layers")
+            if spec.shape[dim] % self.num_shards("layers"):
+                axes[dim] = ()
         if "embed" in spec.axes and self.mesh.stage > 1 and not any("stage" in used for used in axes):
-            embed = spec.axes.index("embed")
-            if spec.shape[embed] % (self.num_shards("embed") * self.mesh.stage) == 0:
-                axes[embed] = (*axes[embed], "stage")
+            dim = spec.axes.index("embed")
+            if spec.shape[dim] % (self.num_shards("embed") * self.mesh.stage) == 0:
+                axes[dim] = (*axes[dim], "stage")
         names_by_axis: dict[str, str | None] = {}
         for size, name, used in zip(spec.shape, spec.axes, axes, strict=True):
             for axis in used:
@@ -122,7 +128,10 @@ class Partitioner:
         return PartitionSpec(*(used or None for used in axes))
 
     def _compute_spec(self, names: LogicalAxes, activation_axes: LogicalAxes) -> PartitionSpec:
-        """Returns the sharding of a weight for a matmul with an activation that is sharded over `activation_axes`."""
+        """Returns the sharding of a weight for a matmul with an activation that is sharded over `activation_axes`.
+
+        Over `fsdp`, which shards the batch, a weight stored as `[D@fsdp, F@tensor]` is used as `[D, F@tensor]`, *reduced*.
+        """
         reduced = {axis for name in activation_axes for axis in self.mesh_axes(name)}
         if names[:1] == (STAGES,):
             reduced -= {"stage"}  # each stage has its own rows and weights
@@ -172,12 +181,11 @@ class Partitioner:
     def reshard_to_tokens(self, x_BTD: jax.Array, name: str) -> jax.Array:
         """Moves the result of a lookup in `lookup_table` to the devices of its tokens: `[B, T, D]`, D unsharded."""
         columns, sequence = self.mesh_axes(name), self.mesh_axes("sequence")
-        # One all-to-all for the axes that move to positions, one for the axes that move to rows, innermost axes first.
-        # If all move at once, the compiler uses an all-reduce of the whole array.
-        while columns:
-            to_sequence = columns[-1] in sequence
-            while columns and (columns[-1] in sequence) == to_sequence:
-                columns = columns[:-1]
+        # One all-to-all for the axes that move to positions, one for the axes that move to rows, innermost axes first:
+        # columns over (fsdp, expert, context) move context to positions, then (fsdp, expert) to rows. If all move at
+        # once, the compiler uses an all-reduce of the whole array.
+        for _, moved in itertools.groupby(reversed(columns), key=lambda axis: axis in sequence):
+            columns = columns[: -len(list(moved))]
             x_BTD = jax.reshard(x_BTD, PartitionSpec(*(axes or None for axes in (*self._without(columns), columns))))
         return x_BTD
 

@@ -52,6 +52,10 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
     embedded = sum(s.size for s in jax.tree.leaves(program.specs) if s.role in ("embedding", "head"))
     flops = step_flops(program) * run.train.steps
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
+    tokens_per_parameter: RunStatistics = {}
+    if modality == "token":
+        note = "20 is compute-optimal (Hoffmann et al. 2022)"
+        tokens_per_parameter = {"tokens a parameter": (units / program.num_params, note)}
     numbers: RunStatistics = {
         "devices": (devices, mesh),
         "parameters": (program.num_params, ""),
@@ -61,7 +65,7 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         f"{modality}s a step": (units_per_step(program), ""),
         "steps": (run.train.steps, ""),
         f"{modality}s": (units, f"steps x {modality}s a step"),
-        **_tokens_per_parameter(modality, units / program.num_params),
+        **tokens_per_parameter,
         f"FLOPs {a_modality}": (flops / units, "6 x matmul parameters + attention"),
         "FLOPs": (flops, "of the whole run"),
         "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
@@ -82,8 +86,3 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         note = f"chip-hours if {ASSUMED_MFU:.0%} of {PEAK_FLOPS[chip] / 1e12:.0f} TFLOP/s"
         numbers[f"{chip} hours"] = (hours, note)
     return numbers
-
-
-def _tokens_per_parameter(modality: str, ratio: float) -> RunStatistics:
-    note = "20 is compute-optimal (Hoffmann et al. 2022)"
-    return {"tokens a parameter": (ratio, note)} if modality == "token" else {}

@@ -115,19 +115,21 @@ class Trainer:
                 self.run_dir.check(self._loaded.run, dataset)
             if self.completed_steps >= steps:
                 return self.run_dir.finished_summary(self.completed_steps)
-            self._check_space()
+            needed_bytes = self._checkpoints.needed_bytes(self.program.state)
+            fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
+            check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
             # Before the loop, as the peak of a CPU is measured.
             dtype = jnp.dtype(self.run.precision.compute)
             self._peak_flops, self._peak_source = peak_flops(jax.devices()[0], dtype, len(jax.local_devices()))
             statistics = run_statistics(self.program, dataset.train_units)
             with make_trackers(self.run.track, self.run_dir.path) as self._trackers, self.program.on_mesh:
-                self.state = self._restore_or_init()
-                self._record |= self._make_record(statistics)
+                self.state, init_source = self._restore_or_init()
+                self._record = {"init": init_source, **self._make_record(statistics)}
                 write_record(self.run_dir.record, self._record)
                 start = {"start_step": self.completed_steps, "total_steps": steps}
                 self._trackers.start(self._record, statistics, **start)
                 start_s = time.monotonic()
-                reason = self._fit_loaded(lambda: stop.reason)
+                reason = self._fit_dataset(lambda: stop.reason)
                 self.save(force=True)
                 self._checkpoints.wait_until_finished()
                 summary = self._summary(reason, time.monotonic() - start_s)
@@ -149,10 +151,11 @@ class Trainer:
         """
         assert self.state is not None
         config, reason = self.run.train, None
+        # The step whose metrics are not reported yet: one step late, so that the devices work while the host waits.
         pending: tuple[int, Metrics] | None = None
         for step, batch in batches:
             self.state, metrics = self.program.train_step(self.state, batch)
-            if pending is not None:  # one step late, so that the devices have work while the host waits
+            if pending is not None:
                 self.report(*pending)
             pending, self.completed_steps = (step, metrics), step + 1
             if config.evaluates_after(self.completed_steps):
@@ -190,10 +193,11 @@ class Trainer:
         Evaluates the averaged parameters if the run keeps them. Sums stay on the devices until the end, so the host
         waits only once.
         """
-        state, total = self.state, None
+        state = self.state
         if state is None:
             raise ConfigError(f"{self.run_dir.path}: has no parameters to evaluate yet; call train() first")
         params = state.params if state.ema is None else state.ema
+        total: Metrics | None = None
         with self.program.on_mesh:
             for _, batch in self._validation:
                 sums = self.program.eval_step(params, self._place(batch), state.reference)
@@ -212,8 +216,7 @@ class Trainer:
         raises NonFiniteError instead of saving a state that is not finite.
         """
         assert self._checkpoints is not None
-        due = force or self.completed_steps % self.run.checkpoint.save_every == 0
-        if due:
+        if force or self.completed_steps % self.run.checkpoint.save_every == 0:
             if metrics is not None:
                 require_finite(self.completed_steps - 1, metrics)
             assert self.state is not None
@@ -275,6 +278,7 @@ class Trainer:
 
     @cached_property
     def _rows(self) -> np.ndarray:
+        """The rows of a global batch that this process loads."""
         array = next(iter(self.program.batch.values()))  # all arrays of a batch have the same rows
         return process_rows(array.sharding, array.shape)
 
@@ -289,28 +293,24 @@ class Trainer:
         shardings = {name: array.sharding for name, array in self.program.validation_batch.items()}
         return to_global(batch, shardings, global_batch=self.run.train.global_batch)
 
-    def _check_space(self) -> None:
-        assert self._checkpoints is not None
-        needed_bytes = self._checkpoints.needed_bytes(self.program.state)
-        fix = "use root=FOLDER on another disk, or a smaller checkpoint.keep_last"
-        check_space(self.run_dir.path, needed_bytes, purpose="saving checkpoints", fix=fix)
+    def _restore_or_init(self) -> tuple[TrainState, dict[str, Any] | None]:
+        """Restores the newest checkpoint, else loads the parameters of `run.init`, else initializes them.
 
-    def _restore_or_init(self) -> TrainState:
-        """Restores the newest checkpoint, else loads the parameters of `run.init`, else initializes them."""
+        Returns the state, and for the run record the run and step that the first parameters came from.
+        """
         assert self._checkpoints is not None
         if self.completed_steps:
-            self._record = {"init": self.run_dir.existing_record().get("init")}
-            return self._checkpoints.restore(self.completed_steps, self.program.state)
-        self._record = {"init": None}
+            state = self._checkpoints.restore(self.completed_steps, self.program.state)
+            return state, self.run_dir.existing_record().get("init")
         if self.run.init is None:
-            return self.program.init(jax.random.key(self.run.seed))
+            return self.program.init(jax.random.key(self.run.seed)), None
         loaded = load_params(self.run.init, self.program)
         path, _ = parse_source(self.run.init)
-        self._record = {"init": {"run": str(path), "step": loaded.step, "fingerprint": loaded.fingerprint}}
-        return self.program.init_from(loaded.params)
+        init_source = {"run": str(path), "step": loaded.step, "fingerprint": loaded.fingerprint}
+        return self.program.init_from(loaded.params), init_source
 
-    def _fit_loaded(self, stop_reason: Callable[[], str | None]) -> str | None:
-        """Trains on the data of the run, from the next step on."""
+    def _fit_dataset(self, stop_reason: Callable[[], str | None]) -> str | None:
+        """Calls `fit` with the training batches of the run, from the next step on."""
         config, start = self.run.train, self.completed_steps
         batches = BatchLoader(
             self.run.data,
@@ -383,7 +383,7 @@ class Trainer:
 
 
 def check_batch(batch: Batch, data: DataConfig, rows: int) -> None:
-    """Raises ConfigError if a batch of so many rows is not what `DataConfig.batch_spec` says."""
+    """Raises ConfigError if a batch does not have this number of rows and the arrays of `DataConfig.batch_spec`."""
     name, spec = type(data).__qualname__, data.batch_spec(validation=True)
     missing = data.batch_spec(validation=False).keys() - batch.keys()
     if missing or batch.keys() - spec.keys():
@@ -414,8 +414,10 @@ def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, flo
 def device_memory() -> dict[str, float]:
     """Returns the memory in use and its peak on the fullest local device; {} if the platform does not report it."""
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
-    names = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
-    return {name: float(max(s[key] for s in stats)) for name, key in names.items() if stats and key in stats[0]}
+    if not stats:
+        return {}
+    keys = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
+    return {name: float(max(s[key] for s in stats)) for name, key in keys.items() if key in stats[0]}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.parallel.pipeline import LossSharding, Pipeline, StepInputs
+from jaxinfra.parallel.pipeline import Pipeline, StepInputs
 from jaxinfra.parallel.schedules import PipelineConfig
 from jaxinfra.stages import assign_layers
 
@@ -131,9 +131,8 @@ def test_gradients_equal_those_of_differentiable_gpipe(kind: str, layers: int, d
     weights, shared, batch = values(layers)
     config = SCHEDULES[kind]
     layer_indices = assign_layers(layers, MESH.stage, config.chunks)
-    at_end = P(("fsdp", "stage"), None, None) if dim == 0 else P("fsdp", "stage", None)
-    loss_sharding = LossSharding(dim=dim, spec=at_end)
-    pipeline = Pipeline(Toy(), config.make_schedule(MESH.stage, MICROBATCHES), loss_sharding, layer_indices)
+    loss_spec = P(("fsdp", "stage"), None, None) if dim == 0 else P("fsdp", "stage", None)
+    pipeline = Pipeline(Toy(), config.make_schedule(MESH.stage, MICROBATCHES), loss_spec, layer_indices)
     with jax.set_mesh(make_mesh(MESH, jax.devices()[:8])):
         put = functools.partial(jax.tree.map, lambda a, spec: jax.reshard(jnp.asarray(a), spec))
         placed = put(by_chunk(weights, layer_indices), P(None, None, "stage", None, None, reduced={"fsdp"}))

@@ -33,6 +33,7 @@ def simulate(schedule: PipelineSchedule) -> tuple[list[int], list[tuple[int, int
     activations: list[tuple[int, int] | None] = [None] * S
     grads: list[tuple[int, int] | None] = [None] * S
     saved: dict[tuple[int, int], tuple[int, int]] = {}
+    saved_grads: dict[tuple[int, int], tuple[int, int]] = {}
     losses, weight_grads = [], []
     for tick in range(schedule.num_ticks):
         sent: list[tuple[int, int] | None] = [None] * S
@@ -56,6 +57,7 @@ def simulate(schedule: PipelineSchedule) -> tuple[list[int], list[tuple[int, int
             else:
                 assert grads[s] == (m, place + 1)
             sent[(s - 1) % S] = (m, place)
+            saved_grads[s, slot] = (m, place)
             if schedule.weight_grad is None:
                 weight_grads.append((m, place))
         grads = sent
@@ -63,7 +65,7 @@ def simulate(schedule: PipelineSchedule) -> tuple[list[int], list[tuple[int, int
             for s in range(S):
                 m, c, slot = entry(schedule.weight_grad, tick, s)
                 if m != IDLE:
-                    assert saved[s, slot] == (m, c * S + s)
+                    assert saved[s, slot] == saved_grads[s, slot] == (m, c * S + s)
                     weight_grads.append((m, c * S + s))
     return losses, weight_grads
 
