@@ -209,7 +209,7 @@ def select_chunk(tree: PyTree, chunk_S: jax.Array) -> PyTree:
     def select(x: jax.Array) -> jax.Array:
         spec = _spec(x)
         out = spec.update(partitions=spec.partitions[1:])
-        if x.shape[0] == 1:
+        if x.shape[0] == 1:  # the only chunk, without a copy
             return x.reshape(x.shape[1:], out_sharding=out)
         return _per_device(_select, out, x, chunk_S)
 

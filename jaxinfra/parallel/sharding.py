@@ -130,7 +130,7 @@ class Partitioner:
     def _compute_spec(self, names: LogicalAxes, activation_axes: LogicalAxes) -> PartitionSpec:
         """Returns the sharding of a weight for a matmul with an activation that is sharded over `activation_axes`.
 
-        Over `fsdp`, which shards the batch, a weight stored as `[D@fsdp, F@tensor]` is used as `[D, F@tensor]`, *reduced*.
+        If `fsdp` shards the batch, a weight stored as `[D@fsdp, F@tensor]` is used as `[D, F@tensor]`.
         """
         reduced = {axis for name in activation_axes for axis in self.mesh_axes(name)}
         if names[:1] == (STAGES,):
