@@ -13,7 +13,7 @@ from jaxinfra.errors import ConfigError
 type Options = dict[str, str | int | bool]
 type OptionSet = Literal["default", "large_blocks", "overlap"]
 
-SETS: Mapping[OptionSet, Mapping[str, Options]] = {
+OPTION_SETS: Mapping[OptionSet, Mapping[str, Options]] = {
     # The compiler's own defaults.
     "default": {"gpu": {}, "tpu": {}},
     # An operation may use 64 MiB of vector memory for its blocks, four times the default: large matmuls get closer to
@@ -27,13 +27,13 @@ SETS: Mapping[OptionSet, Mapping[str, Options]] = {
 }
 
 
-def options(name: OptionSet, platform: str) -> Options:
+def compiler_options(name: OptionSet, platform: str) -> Options:
     """Returns the options of a set on "cpu", "gpu" or "tpu"; raises ConfigError if the platform does not have it."""
     if platform == "cpu":  # CPUs emulate other hardware, and accept every set
         return {}
-    by_platform = SETS[name]
+    by_platform = OPTION_SETS[name]
     if platform not in by_platform:
-        available = [other for other, platforms in SETS.items() if platform in platforms]
+        available = [other for other, platforms in OPTION_SETS.items() if platform in platforms]
         raise ConfigError(
             f"train.compiler={name}: only for {' and '.join(by_platform)}, not for {platform}; "
             f"use train.compiler={available[-1]}"

@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxinfra.compiler import options
+from jaxinfra.compiler import compiler_options
 from jaxinfra.errors import ConfigError
 from jaxinfra.models.module import LayerStats, Module
 from jaxinfra.objectives import losses
@@ -115,7 +115,7 @@ class Program:
         """
         self.run, self.mesh, self.objective = run, mesh, run.objective
         platform = _platform(mesh) if platform is None else platform
-        self._compiler_options = options(run.train.compiler, platform)
+        self._compiler_options = compiler_options(run.train.compiler, platform)
         # With several chunks a stage's layers are not consecutive, so they cannot be stored on it.
         rules = run.rules if run.pipeline.chunks == 1 else replace(run.rules, layers=())
         self.partitioner = Partitioner(

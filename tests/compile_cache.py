@@ -58,14 +58,14 @@ def cached(compile_lowered: Callable[..., Any], folder: Path) -> Callable[..., A
 
 def key(lowered: Any, program: Any, topology: Any) -> str:
     """A hash of the program, the order of its devices, the options, and the versions of the compilers."""
-    from jaxinfra.compiler import SETS
+    from jaxinfra.compiler import OPTION_SETS
 
     devices = np.asarray(program.mesh.devices).flat
     parts = [
         lowered.as_text(),
         str(topology),
         [(device.id, device.process_index) for device in devices],
-        SETS[program.run.train.compiler],
+        OPTION_SETS[program.run.train.compiler],
         {name: os.environ.get(name) for name in FLAGS},
         {name: _version(name) for name in COMPILERS},
     ]

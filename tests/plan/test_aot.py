@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfra.compiler import SETS, OptionSet, options
+from jaxinfra.compiler import OPTION_SETS, OptionSet, compiler_options
 from jaxinfra.config import load
 from jaxinfra.errors import ConfigError
 from jaxinfra.parallel.mesh import make_mesh
@@ -156,11 +156,11 @@ SMALL = replace(
 
 
 def test_option_set_type_lists_all_sets() -> None:
-    assert set(SETS) == set(get_args(OptionSet.__value__))
+    assert set(OPTION_SETS) == set(get_args(OptionSet.__value__))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, of in SETS.items() if "tpu" in of and name != "default"])
+@pytest.mark.parametrize("name", [name for name, of in OPTION_SETS.items() if "tpu" in of and name != "default"])
 def test_tpu_compiler_accepts_option_set(name: OptionSet) -> None:
     """The budget of llama3_8b shows the effect of the set."""
     run = replace(SMALL, train=replace(SMALL.train, compiler=name))
@@ -179,5 +179,5 @@ def test_gpu_compiler_applies_option_set() -> None:
 
 def test_option_set_of_another_platform_is_an_error() -> None:
     with raises(ConfigError, "train.compiler=overlap: gpu, tpu; use train.compiler=large"):
-        options("overlap", "tpu")
-    assert options("overlap", "cpu") == {}
+        compiler_options("overlap", "tpu")
+    assert compiler_options("overlap", "cpu") == {}
