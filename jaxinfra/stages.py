@@ -123,6 +123,7 @@ class Stages(PipelineModel):
     # The model, as the pipeline calls it
 
     def _merge(self, graphdef: nnx.GraphDef[Any], params: dict[str, Any]) -> LayeredModule:
+        """Returns the module with these parameters; the others, which the call does not use, stay `ParamSpec`s."""
         return nnx.merge(graphdef, nnx.State({**self.specs, **params}))
 
     @override
@@ -158,44 +159,41 @@ class Stages(PipelineModel):
 
         Arrays of `batch` are `[microbatches, rows, ...]`.
         """
-        inputs = StepInputs(*self._to_stages(params), batch)
-        layer_grads, shared_grads, sums, stats = self.pipeline.gradients(inputs)
-        shared_grads = jax.tree.map(self._reduce_shared, shared_grads, _shared_params(self.stored))
+        layer_grads, shared_grads, sums, stats = self.pipeline.gradients(self._inputs(params, batch))
+        shared_grads = jax.tree.map(self._reduce_shared_grad, shared_grads, _shared_params(self.stored))
+        layer_grads = jax.tree.map(self._join_layer_grad, layer_grads, self.stored[STACKED])
         stats = {name: self._join_layers(a) for name, a in _replicate(stats).items()}
-        return {**shared_grads, STACKED: self._from_stages(layer_grads)}, _replicate(sums), stats
+        return {**shared_grads, STACKED: layer_grads}, _replicate(sums), stats
 
     def evaluate(self, params: PyTree, batch: Batch) -> Sums:
         """Returns the sums over the batch; arrays of `batch` are `[microbatches, rows, ...]`."""
-        return _replicate(self.pipeline.evaluate(StepInputs(*self._to_stages(params), batch)))
+        return _replicate(self.pipeline.evaluate(self._inputs(params, batch)))
 
-    def _to_stages(self, params: PyTree) -> tuple[PyTree, PyTree]:
-        """Returns the layers' weights split over stages, and the shared parameters replicated over stages.
+    def _inputs(self, params: PyTree, batch: Batch) -> StepInputs:
+        """Splits the layers' weights over stages, and replicates the shared parameters over stages.
 
         Both are *reduced*, so that their gradients stay partial sums until the end of the step.
         """
-        shared = jax.tree.map(
-            lambda p, s: jax.reshard(p, self.partitioner.with_reduced(_without_stage(s), "stage")),
-            _shared_params(params),
-            _shared_params(self.stored),
+
+        def by_stage(stacked: jax.Array, stored: PartitionSpec) -> jax.Array:
+            return jax.reshard(self._split_layers(stacked), self.partitioner.with_reduced(_by_stage(stored)))
+
+        def replicated(param: jax.Array, stored: PartitionSpec) -> jax.Array:
+            return jax.reshard(param, self.partitioner.with_reduced(_without_stage(stored), "stage"))
+
+        return StepInputs(
+            weights=jax.tree.map(by_stage, params[STACKED], self.stored[STACKED]),
+            shared=jax.tree.map(replicated, _shared_params(params), _shared_params(self.stored)),
+            batch=batch,
         )
-        weights = jax.tree.map(
-            lambda p, s: jax.reshard(self._split_layers(p), self.partitioner.with_reduced(_by_stage(s))),
-            params[STACKED],
-            self.stored[STACKED],
-        )
-        return weights, shared
 
-    def _from_stages(self, grads: PyTree) -> PyTree:
-        """Reduces and reshapes the gradients of the layers' weights to the shape and sharding of parameters."""
+    def _join_layer_grad(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
+        """Reduces and reshapes the gradient of the layers' weights to the shape and sharding of their parameter."""
+        # Layers can be joined in their stored sharding, whichever dimension `stage` shards in it.
+        by_layer = self._join_layers(jax.reshard(grad, PartitionSpec(None, None, *stored.partitions)))
+        return jax.reshard(by_layer, stored)
 
-        def unstage_grad(grad: jax.Array, stored: PartitionSpec) -> jax.Array:
-            # Layers can be joined in their stored sharding, whichever dimension `stage` shards in it.
-            by_layer = self._join_layers(jax.reshard(grad, PartitionSpec(None, None, *stored.partitions)))
-            return jax.reshard(by_layer, stored)
-
-        return jax.tree.map(unstage_grad, grads, self.stored[STACKED])
-
-    def _reduce_shared(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
+    def _reduce_shared_grad(self, grad: jax.Array, stored: PartitionSpec) -> jax.Array:
         """Reduces a gradient over `stage` first, then over `replica`, so that only a shard crosses `replica`."""
         axes = jax.typeof(grad).sharding.spec.unreduced - {"stage"}
         return jax.reshard(jax.reshard(grad, stored.update(unreduced=axes)), stored)
