@@ -36,7 +36,7 @@ from jaxinfra.optim.schedules import optax_schedule
 from jaxinfra.optim.transforms import clip_by_global_norm, ema_update
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import LogicalAxes
-from jaxinfra.parallel.sharding import Partitioner, unreduced_zeros
+from jaxinfra.parallel.sharding import Partitioner, unit_cotangent, unreduced_zeros
 from jaxinfra.parallel.spec import Params, ParamSpec, ParamSpecs, PyTree, merge_trees, param_key, select_trainable
 from jaxinfra.run import Run
 from jaxinfra.stages import Stages
@@ -314,9 +314,7 @@ class Program:
         """Returns sums, statistics and float32 gradients of one microbatch, all partial sums over `replica`."""
         loss = partial(self._loss, batch=batch, reference=reference, train=True)
         total, vjp, (sums, stats) = jax.vjp(loss, params, has_aux=True)
-        # The cotangent of an unreduced value is reduced over the same axes.
-        unreduced = jax.typeof(total).sharding.spec.unreduced
-        (grads,) = vjp(jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=unreduced)))
+        (grads,) = vjp(unit_cotangent(total))
         # A buffer of integers has no gradient.
         return sums, stats, jax.tree.map(lambda g: g.astype(jnp.float32), select_trainable(grads, self.specs))
 

@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxinfra.parallel.schedules import IDLE, PassTable, PipelineSchedule
-from jaxinfra.parallel.sharding import SpecEntry, axis_names, unreduced_zeros
+from jaxinfra.parallel.sharding import SpecEntry, axis_names, unit_cotangent, unreduced_zeros
 from jaxinfra.parallel.spec import PyTree
 
 type Batch = Mapping[str, jax.Array]
@@ -325,10 +325,10 @@ class Pipeline:
             (y, aux_loss), chunk_vjp, stats = jax.vjp(partial(chunk, weights), inputs.shared, received, has_aux=True)
         loss = partial(self._loss, batch=inputs.batch, tick=tick)
         total, loss_vjp, sums = jax.vjp(loss, inputs.shared, y, has_aux=True)
-        head_grads, dy = loss_vjp(_one_like(total))
+        head_grads, dy = loss_vjp(unit_cotangent(total))
         last_stage, last_chunk = self.schedule.stages - 1, self.schedule.chunks - 1
         dy = receive(carry.grads, dy, tick, stage=last_stage, chunk=last_chunk)
-        *weight_grads, embedding_grads, dx = chunk_vjp((dy, jax.tree.map(_one_like, aux_loss)))  # None stays None
+        *weight_grads, embedding_grads, dx = chunk_vjp((dy, jax.tree.map(unit_cotangent, aux_loss)))  # None stays None
         carry = carry._replace(
             grads=send_to_stage(dx, -1),
             shared_grads=_add(_add(carry.shared_grads, head_grads), embedding_grads),
@@ -347,7 +347,7 @@ class Pipeline:
         dy = mask_idle(read_slot(carry.saved_grads, tick.slot), tick.microbatch)
         chunk = partial(self._apply_chunk, shared=inputs.shared, received=received, batch=inputs.batch, tick=tick)
         (_, aux_loss), vjp, _ = jax.vjp(chunk, select_chunk(inputs.weights, tick.chunk), has_aux=True)
-        (grads,) = vjp((dy, jax.tree.map(_one_like, aux_loss)))
+        (grads,) = vjp((dy, jax.tree.map(unit_cotangent, aux_loss)))
         return carry._replace(weight_grads=add_to_chunk(carry.weight_grads, grads, tick.chunk))
 
     def _loss(self, shared: PyTree, y: jax.Array, batch: Batch, tick: Tick) -> tuple[jax.Array, Sums]:
@@ -405,11 +405,6 @@ def _zero_gradient(weight: jax.Array) -> jax.Array:
     """Returns a float32 zero gradient, unreduced over the axes that the weight is reduced over."""
     spec = PartitionSpec(*_spec(weight).partitions, unreduced=_spec(weight).reduced)
     return unreduced_zeros(weight.shape, jnp.dtype("float32"), spec)
-
-
-def _one_like(total: jax.Array) -> jax.Array:
-    """Returns the cotangent 1 of an unreduced scalar."""
-    return jnp.ones((), total.dtype, out_sharding=PartitionSpec(reduced=_spec(total).unreduced))
 
 
 def _zero_unless(condition: jax.Array, total: jax.Array) -> jax.Array:

@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxinfra.config import Problem
-from jaxinfra.parallel.mesh_config import MeshAxis
+from jaxinfra.parallel.mesh_config import AXES, MeshAxis
 
 type Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 """The role of a parameter, which selects the optimizer's treatment."""
@@ -83,10 +83,11 @@ class ShardingRules:
                 fix=f"use rules.experts=({shared})",
             )
 
-    def mesh_axes(self, name: str) -> tuple[MeshAxis, ...]:
+    def mesh_axes(self, name: str) -> tuple[str, ...]:
         """Returns the mesh axes of a logical axis; "positions" stands for positions between blocks.
 
         The name of a mesh axis stands for itself.
         """
-        own = tuple(axis for axis in get_args(MeshAxis.__value__) if axis == name)
-        return own or ((*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name))
+        if name in AXES:
+            return (name,)
+        return (*self.sequence, *self.block_sequence) if name == "positions" else getattr(self, name)

@@ -257,6 +257,11 @@ def has_stage_dim(spec: PartitionSpec) -> bool:
     return bool(spec.partitions) and "stage" in axis_names(spec.partitions[0])
 
 
+def unit_cotangent(total: jax.Array) -> jax.Array:
+    """Returns the cotangent 1 of a scalar; that of an unreduced scalar is *reduced* over the same axes."""
+    return jnp.ones((), total.dtype, out_sharding=PartitionSpec(reduced=jax.typeof(total).sharding.spec.unreduced))
+
+
 def unreduced_zeros(shape: tuple[int, ...], dtype: jnp.dtype, spec: PartitionSpec) -> jax.Array:
     """Returns zeros in a sharding that may be unreduced over mesh axes, as the start of a sum."""
     if shape:
