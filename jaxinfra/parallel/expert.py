@@ -170,8 +170,8 @@ def _padded_dispatch(
     expert_A: jax.Array,
 ) -> ExpertDispatch:
     """Sends `max_rows` rows to each shard: rows `p * max_rows` and up are for shard p, zeros after its choices."""
-    num_rows, own = placement.num_shards * placement.max_rows, jax.lax.axis_index(placement.axes)
-    first_P = _exclusive_cumsum(jnp.sum(counts_PPO[own], axis=1), 0)  # first position of each shard's choices
+    num_rows, shard = placement.num_shards * placement.max_rows, jax.lax.axis_index(placement.axes)
+    first_P = _exclusive_cumsum(jnp.sum(counts_PPO[shard], axis=1), 0)  # first position of each shard's choices
     shard_A = jnp.minimum(expert_A // placement.experts_per_shard, placement.num_shards - 1)
     row_A = shard_A * placement.max_rows + choices.position - first_P[shard_A]
     row_A = jnp.where(choices.position == NO_ROW, NO_ROW, row_A)
@@ -180,7 +180,7 @@ def _padded_dispatch(
     choice_S = jnp.full(num_rows, NO_ROW, jnp.int32).at[target_A].set(choice_A, mode="drop")
     # The rows from one sender are sorted by expert, so the expert of row r is the number of experts whose rows end at
     # or before r: with counts [2, 1] and max_rows 4 the experts are [0, 0, 1, 2], where 2 is padding.
-    ends_PO = jnp.cumsum(counts_PPO[:, own], axis=1)
+    ends_PO = jnp.cumsum(counts_PPO[:, shard], axis=1)
     expert_PR = jnp.sum(jnp.arange(placement.max_rows)[:, None] >= ends_PO[:, None, :], axis=-1)
     received = sort_by_expert(expert_PR.reshape(-1), placement.experts_per_shard)
     all_to_all = partial(jax.lax.all_to_all, axis_name=placement.axes, split_axis=0, concat_axis=0, tiled=True)
@@ -207,12 +207,12 @@ def _ragged_dispatch(
     placement: ExpertPlacement, num_choices: int, choices: SortedByExpert, counts_PPO: jax.Array
 ) -> ExpertDispatch:
     """Sends each shard only the rows for it; they arrive sorted by expert, then by sender."""
-    own, counts_PE = jax.lax.axis_index(placement.axes), counts_PPO.reshape(placement.num_shards, -1)
+    shard, counts_PE = jax.lax.axis_index(placement.axes), counts_PPO.reshape(placement.num_shards, -1)
     # Where the rows of each sender for each expert start: among its own rows, and among the rows of the expert's shard.
     sent_from_PPO = _exclusive_cumsum(counts_PE, 1).reshape(counts_PPO.shape)
     sent_to_PPO = _exclusive_cumsum(jnp.sum(counts_PPO, axis=0), 1) + _exclusive_cumsum(counts_PPO, 0)
-    send_from, send_size, send_to = (x[own].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
-    recv_from, recv_size, recv_to = (x[:, own].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
+    send_from, send_size, send_to = (x[shard].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
+    recv_from, recv_size, recv_to = (x[:, shard].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
     sizes = AllToAllSizes(send_from, send_size, send_to, recv_size)
     reverse = AllToAllSizes(recv_to, recv_size, recv_from, send_size)
     num_sent, num_received = len(choices.index), placement.num_shards * placement.max_rows
@@ -220,7 +220,7 @@ def _ragged_dispatch(
         num_choices,
         choices.index,
         choices.position,
-        jnp.sum(counts_PPO[:, own], axis=0),
+        jnp.sum(counts_PPO[:, shard], axis=0),
         send=lambda x_SD: _ragged_exchange(placement.axes, num_received, x_SD, sizes, reverse),
         send_back=lambda y_MD: _ragged_exchange(placement.axes, num_sent, y_MD, reverse, sizes),
     )
