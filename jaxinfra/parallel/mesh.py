@@ -20,6 +20,8 @@ from jaxinfra.parallel.mesh_config import AXES, MeshConfig
 type Device = Any
 """A JAX device; type checkers do not accept `jax.Device` as a type."""
 
+_AXIS_TYPES = (AxisType.Explicit,) * len(AXES)
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     """Builds the mesh over all of `devices`, with physical neighbors innermost.
@@ -30,27 +32,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
     Raises:
         ConfigError: the sizes do not match the devices, or `replica` is not a multiple of the slices.
     """
-    config = config.resolve(len(devices))
-    mesh = functools.partial(Mesh, axis_names=AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Mesh(_arrange_devices(config.resolve(len(devices)), devices), AXES, axis_types=_AXIS_TYPES)
+
+
+def _arrange_devices(config: MeshConfig, devices: Sequence[Device]) -> np.ndarray:
+    """Returns the devices as an array with one dimension per mesh axis."""
     if any(device.platform != "tpu" for device in devices):
         # `jax.make_mesh` would treat every host as a slice here, and reject more than one host.
         in_order = np.array(sorted(devices, key=lambda device: device.id), dtype=object)
-        return mesh(in_order.reshape(config.sizes))
+        return in_order.reshape(config.sizes)
     # Devices of a topology description have no `slice_index` if there is only one slice.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh(_device_grid(mesh_utils.create_device_mesh, config.sizes, devices))
+        return _tpu_grid(mesh_utils.create_device_mesh, config.sizes, devices)
     if config.replica % slices:
         raise ConfigError(
             f"mesh.replica={config.replica}: must be a multiple of the {slices} slices; use mesh.replica={slices}"
         )
     sizes_in_slice = (config.replica // slices, *config.sizes[1:])
     create = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1, 1, 1))
-    return mesh(_device_grid(create, sizes_in_slice, devices))
+    return _tpu_grid(create, sizes_in_slice, devices)
 
 
-def _device_grid(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]) -> np.ndarray:
-    """Arranges TPU devices with each mesh axis along whole dimensions of the network, if possible."""
+def _tpu_grid(create: Callable[..., np.ndarray], sizes: Sequence[int], devices: Sequence[Device]) -> np.ndarray:
+    """Arranges devices with each mesh axis along whole dimensions of the network, if possible.
+
+    `create` is one of the functions of JAX's `mesh_utils`.
+    """
     if devices[0].device_kind in ("TPU v5 lite", "TPU v5e"):
         return create(sizes, devices=devices, allow_split_physical_axes=True)
     try:
@@ -69,7 +77,7 @@ def _network_position(device: Device) -> tuple[int, ...]:
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """Builds the same mesh without devices, to trace and lower on; no axis may be -1."""
     assert -1 not in config.sizes, config
-    return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return AbstractMesh(config.sizes, AXES, axis_types=_AXIS_TYPES)
 
 
 def permute_devices(mesh: Mesh, order: Sequence[int]) -> Mesh:
