@@ -83,7 +83,7 @@ def plan_dispatch(placement: ExpertPlacement, expert_NK: jax.Array) -> ExpertDis
     choices = sort_by_expert(expert_A, placement.num_experts)
     if placement.num_shards == 1:  # nothing is sent
         return ExpertDispatch(
-            num_choices, choices.index, choices.position, choices.counts, lambda x_SD: x_SD, lambda y_MD: y_MD
+            num_choices, choices.order, choices.position, choices.counts, lambda x_SD: x_SD, lambda y_MD: y_MD
         )
     counts_PE = jax.lax.all_gather(choices.counts, placement.axes)
     # The rows that each device sends to each expert of each shard.
@@ -100,12 +100,12 @@ class SortedByExpert(NamedTuple):
     """Choices or rows, sorted by expert.
 
     Attributes:
-        index: what is at each position; `NO_ROW` at the end for those that were dropped.
+        order: what is at each position; `NO_ROW` at the end for those that were dropped.
         position: the position of each; `NO_ROW` if it was dropped.
         counts: number for each expert.
     """
 
-    index: jax.Array
+    order: jax.Array
     position: jax.Array
     counts: jax.Array
 
@@ -113,7 +113,7 @@ class SortedByExpert(NamedTuple):
 def sort_by_expert(expert_A: jax.Array, num_experts: int) -> SortedByExpert:
     """Sorts stably; the expert `num_experts` marks what is dropped.
 
-    Example: experts `[1, 2, 0, 1]`, of which 2 is dropped, have the index `[2, 0, 3, NO_ROW]`, the position
+    Example: experts `[1, 2, 0, 1]`, of which 2 is dropped, have the order `[2, 0, 3, NO_ROW]`, the position
     `[1, NO_ROW, 0, 2]` and the counts `[1, 2]`.
     """
     order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
@@ -121,7 +121,7 @@ def sort_by_expert(expert_A: jax.Array, num_experts: int) -> SortedByExpert:
     position_A = jnp.zeros_like(order_A).at[order_A].set(place_A, unique_indices=True)
     counts_E = jnp.sum(expert_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     return SortedByExpert(
-        index=jnp.where(place_A < jnp.sum(counts_E), order_A, NO_ROW),
+        order=jnp.where(place_A < jnp.sum(counts_E), order_A, NO_ROW),
         position=jnp.where(expert_A < num_experts, position_A, NO_ROW),
         counts=counts_E,
     )
@@ -189,8 +189,8 @@ def _padded_dispatch(
         choice_S,
         row_A,
         received.counts,
-        send=lambda x_SD: gather_rows(all_to_all(x_SD), received.index, received.position, 1),
-        send_back=lambda y_MD: all_to_all(gather_rows(y_MD, received.position, received.index, 1)),
+        send=lambda x_SD: gather_rows(all_to_all(x_SD), received.order, received.position, 1),
+        send_back=lambda y_MD: all_to_all(gather_rows(y_MD, received.position, received.order, 1)),
     )
 
 
@@ -215,10 +215,10 @@ def _ragged_dispatch(
     recv_from, recv_size, recv_to = (x[:, shard].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
     sizes = AllToAllSizes(send_from, send_size, send_to, recv_size)
     reverse = AllToAllSizes(recv_to, recv_size, recv_from, send_size)
-    num_sent, num_received = len(choices.index), placement.num_shards * placement.max_rows
+    num_sent, num_received = len(choices.order), placement.num_shards * placement.max_rows
     return ExpertDispatch(
         num_choices,
-        choices.index,
+        choices.order,
         choices.position,
         jnp.sum(counts_PPO[:, shard], axis=0),
         send=lambda x_SD: _ragged_exchange(placement.axes, num_received, x_SD, sizes, reverse),

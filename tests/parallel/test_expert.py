@@ -99,7 +99,7 @@ def test_ragged_exchange(shards: int, kind: str, monkeypatch: pytest.MonkeyPatch
 
 def test_sort_by_expert_is_stable() -> None:
     found = expert.sort_by_expert(jnp.array([2, 0, 2, 3, 0, 2]), 3)
-    assert found.index.tolist() == [1, 4, 0, 2, 5, expert.NO_ROW]
+    assert found.order.tolist() == [1, 4, 0, 2, 5, expert.NO_ROW]
     assert found.position.tolist() == [2, 0, 3, expert.NO_ROW, 1, 4]
     assert found.counts.tolist() == [2, 0, 3]
 
