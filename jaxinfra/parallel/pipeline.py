@@ -143,7 +143,7 @@ def select_microbatch(batch: Batch, microbatch_S: jax.Array) -> Batch:
         return _select(jax.lax.pcast(field, ("stage",), to="varying"), microbatch)
 
     def select_field(field_MB: jax.Array) -> jax.Array:
-        rows, *rest = _spec(field_MB).partitions[1:]
+        _, rows, *rest = list(_spec(field_MB).partitions)
         return _per_device(select, PartitionSpec(("stage", *axis_names(rows)), *rest), field_MB, microbatch_S)
 
     return {name: select_field(field) for name, field in batch.items()}
