@@ -75,11 +75,11 @@ class BatchLoader:
             yield from batches
 
     def _sequential_batch(self, step: int) -> Batch:
-        ids, count = step * self._global_batch + self._rows, len(self.samples)
-        batch = self.samples.read(np.minimum(ids, count - 1), weighted=True)
-        # Has the rank of the weights, which are [rows] or [rows, sequence].
-        is_real = (ids < count).astype(np.float32).reshape(-1, *(1,) * (batch["weights"].ndim - 1))
-        return batch | {"weights": batch["weights"] * is_real}
+        ids, last = step * self._global_batch + self._rows, len(self.samples) - 1
+        batch = self.samples.read(np.minimum(ids, last), weighted=True)
+        weights = batch["weights"].copy()
+        weights[ids > last] = 0
+        return batch | {"weights": weights}
 
 
 def validation_batches(data: DataConfig, samples: Samples, *, global_batch: int, rows: Rows) -> BatchLoader:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Protocol, override
+from typing import Annotated, ClassVar, override
 
 import numpy as np
 
@@ -86,15 +86,6 @@ class ImageSamples(StoreSamples[ImageData, Store]):
         return int(self._labels.max()) + 1
 
 
-class HasClasses(Protocol):
-    """A config of a classifier."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        ...
-
-
 class ImageDataset(StoreDataset[Store, ImageSamples]):
     """An opened store of images."""
 
@@ -107,11 +98,12 @@ class ImageDataset(StoreDataset[Store, ImageSamples]):
             yield f"row {row}: image {sample}, {'x'.join(map(str, image.shape))}, label {label}{name}"
             yield f"mean {image.mean():.4f}, from {image.min():.4f} to {image.max():.4f}"[:chars]
 
-    def check(self, model: HasClasses) -> None:
+    def check(self, model: object) -> None:
         """Raises ConfigError if the model has fewer classes than the store."""
         classes = max(self.train.num_classes, self.validation().num_classes, len(self.store.manifest.labels))
-        if getattr(model, "num_classes", classes) < classes:  # users' own models may lack the field
+        model_classes = getattr(model, "num_classes", classes)  # users' own models may lack the field
+        if model_classes < classes:
             raise ConfigError(
-                f"model.num_classes={model.num_classes}: {self.store} has images of {classes} classes; "
+                f"model.num_classes={model_classes}: {self.store} has images of {classes} classes; "
                 f"use model.num_classes={classes}"
             )

@@ -1,7 +1,7 @@
 """Formats stores and batches as lines of text."""
 
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -27,16 +27,16 @@ def describe_manifest(manifest: Manifest) -> Iterator[str]:
     counts = manifest.counts
     left_out = {"skipped": counts.skipped, **counts.filtered, "duplicates": counts.duplicates}
     reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
-    yield f"records      {counts.records:,} read{f'; left out: {reasons}' if reasons else ''}"
-    what = "images" if manifest.kind == "images" else "documents"
-    dropped = f"; {counts.overlap_dropped:,} training {what} dropped for it" if counts.overlap_dropped else ""
-    yield f"overlap      {counts.overlap:,} of the validation {what} are in the training source too{dropped}"
+    yield f"records      {counts.records:,} read" + (f"; left out: {reasons}" if reasons else "")
+    samples = "images" if manifest.kind == "images" else "documents"
+    dropped = f"; {counts.overlap_dropped:,} training {samples} dropped for it" if counts.overlap_dropped else ""
+    yield f"overlap      {counts.overlap:,} of the validation {samples} are in the training source too{dropped}"
     for split in SPLITS:
         info = manifest.splits[split]
         tokens = f"{info.tokens:,} tokens, " if manifest.tokenizer else ""
-        yield f"{split:<11}  {info.documents:,} {what}, {tokens}{info.bytes:,} bytes"
+        yield f"{split:<11}  {info.documents:,} {samples}, {tokens}{info.bytes:,} bytes"
     for name, pack in manifest.packs.items():
-        yield (f"packed       {name}: {pack.rows:,} rows, {pack.efficiency:.1%} full, {pack.truncated:,} documents cut")
+        yield f"packed       {name}: {pack.rows:,} rows, {pack.efficiency:.1%} full, {pack.truncated:,} documents cut"
     for metric, values in manifest.baselines.items():
         yield f"to beat      {', '.join(f'{value:.4f} by {name}' for name, value in values.items())} ({metric})"
 
@@ -47,9 +47,10 @@ def length_histogram(store: TokenStore) -> Iterator[str]:
         lengths = store.lengths(split)
         if len(lengths):
             yield f"{split}: tokens of a document"
-            power_D = np.floor(np.log2(lengths)).astype(int)
-            counts = list(enumerate(np.bincount(power_D).tolist()))[power_D.min() :]
-            yield from _bars({f"{2**p:>10,} to {2 ** (p + 1) - 1:>10,}": count for p, count in counts})
+            power_D = np.floor(np.log2(lengths)).astype(int)  # 3 for 8 to 15 tokens
+            counts = np.bincount(power_D).tolist()
+            powers = range(power_D.min(), len(counts))
+            yield from _bars({f"{2**power:>10,} to {2 ** (power + 1) - 1:>10,}": counts[power] for power in powers})
 
 
 def label_histogram(store: Store) -> Iterator[str]:
@@ -57,11 +58,12 @@ def label_histogram(store: Store) -> Iterator[str]:
     names = store.manifest.labels
     for split in SPLITS:
         yield f"{split}: images of a class"
-        count_C = np.bincount(store.read_all(split, LABELS), minlength=len(names))
-        yield from _bars({f"{names[c] if names else c:>10}": int(count) for c, count in enumerate(count_C)})
+        counts = np.bincount(store.read_all(split, LABELS), minlength=len(names)).tolist()
+        yield from _bars({f"{names[label] if names else label:>10}": count for label, count in enumerate(counts)})
 
 
 def _bars(counts: Mapping[str, int]) -> Iterator[str]:
+    """Yields a line for each name, with a bar as long as its share of the largest count."""
     largest = max(counts.values())
     for name, count in counts.items():
         yield f"{name} {count:>10,} {'█' * -(-_BAR_WIDTH * count // largest)}".rstrip()
@@ -74,10 +76,10 @@ def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[
         for number in np.linspace(0, count - 1, min(documents, count)).astype(int):
             bounds = store.read_ranges(split, OFFSETS, np.array([number]), np.array([2]))
             start, length = bounds[:1], int(bounds[1] - bounds[0])
-            shown = min(length, 4 * chars + 1)  # tokens; UTF-8 has at most 4 bytes a character, tokens at least one
-            tokens, mask = store.read(split, start, shown)[0], store.read_mask(split, start, shown)
+            enough = min(length, 4 * chars + 1)  # tokens; a character has up to 4 bytes in UTF-8, a token at least 1
+            tokens, mask = store.read_segments(split, start, np.array([enough]))
             yield f"{split} document {number}, {length} tokens"
-            yield _cut(_format_tokens(store.tokenizer, tokens, None if mask is None else mask[0]), chars)
+            yield _cut(_format_tokens(store.tokenizer, tokens, np.ones_like(tokens) if mask is None else mask), chars)
 
 
 def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
@@ -86,39 +88,37 @@ def format_token_rows(batch: Batch, tokenizer: Tokenizer, ids: np.ndarray, first
     The batch has `inputs`, `targets`, and maybe `segments` and `weights`, [rows, T]. `ids` are the sample ids of its
     rows, `first_row` is the number of the first row in the global batch, and `chars` limits the text of each row.
     """
-    ones = np.ones_like(batch["targets"])
-    rows = zip(batch["inputs"], batch["targets"], batch.get("segments", ones), batch.get("weights", ones), strict=True)
-    for row, (sample, (inputs, targets, segments, weights)) in enumerate(zip(ids, rows, strict=True), first_row):
+    ones_BT = np.ones_like(batch["targets"])
+    segments_BT, weights_BT = batch.get("segments", ones_BT), batch.get("weights", ones_BT)
+    for i, sample in enumerate(ids):
+        inputs, targets, segments, in_loss = batch["inputs"][i], batch["targets"][i], segments_BT[i], weights_BT[i] > 0
         numbers = np.unique(segments[segments > 0])  # 0 is padding
-        num_counted = int((weights > 0).sum())
-        yield f"row {row}: sample {sample}, {len(numbers)} documents, {num_counted} of {len(targets)} targets count"
+        counted = f"{in_loss.sum()} of {len(targets)} targets count"
+        yield f"row {first_row + i}: sample {sample}, {len(numbers)} documents, {counted}"
         texts = []
         for number in numbers:
             own = segments == number
             tokens = np.concatenate([inputs[own][:1], targets[own]])  # the first token is no target
-            texts.append(_format_tokens(tokenizer, tokens, np.concatenate([[0], weights[own] > 0]).astype(np.uint8)))
+            texts.append(_format_tokens(tokenizer, tokens, np.concatenate([[False], in_loss[own]])))
         yield _cut(_DOCUMENT_SEPARATOR.join(texts), chars)
 
 
-def _format_tokens(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
+def _format_tokens(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> str:
     """Decodes tokens into one line, special ones too; runs with mask 0 are in brackets."""
-    if mask is None:
-        return _decode(tokenizer, tokens)
-    runs = [(mask[start], _decode(tokenizer, tokens[start:end])) for start, end in _runs(np.diff(mask))]
-    return "".join(text if in_loss else f"[{text}]" for in_loss, text in runs)
+    parts = []
+    for in_loss, run in groupby(range(len(tokens)), key=lambda i: mask[i] > 0):
+        text = _decode(tokenizer, tokens[[*run]].tolist())
+        parts.append(text if in_loss else f"[{text}]")
+    return "".join(parts)
 
 
-def _decode(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    special = {index: text for text, index in tokenizer.special_tokens.items()}
-    special_N = np.isin(tokens, [*special])
-    # Every special token is a run of its own, because `decode` leaves special tokens out.
-    runs = (tokens[start:end].tolist() for start, end in _runs(special_N[1:] | special_N[:-1]))
-    return "".join(special.get(run[0]) or repr(tokenizer.decode(run))[1:-1] for run in runs)
-
-
-def _runs(changes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields start and end of each run of tokens; `changes[i]` says whether a run ends between tokens i and i + 1."""
-    return pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(changes) + 1])
+def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    texts = {token: text for text, token in tokenizer.special_tokens.items()}  # `decode` leaves these tokens out
+    parts = []
+    for is_special, run in groupby(tokens, key=texts.__contains__):
+        ids = list(run)
+        parts.append("".join(texts[token] for token in ids) if is_special else repr(tokenizer.decode(ids))[1:-1])
+    return "".join(parts)
 
 
 def _cut(text: str, chars: int) -> str:

@@ -2,23 +2,23 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import zip_longest
-from typing import Annotated, ClassVar, Self, override
+from typing import Annotated, Self, override
 
 import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
 from jaxinfra.data import buffers
-from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig, Samples
+from jaxinfra.data.interfaces import Batch, Samples
 from jaxinfra.data.mixing import MixStage, MixtureSampler, stage_problems
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import PREPARE
 from jaxinfra.data.store_data import resolve_version
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.data.tokens import HasVocabulary, PackingMode, TokenData, TokenDataset, TokenSamples, token_batch_spec
+from jaxinfra.data.tokens import PackingMode, TokenData, TokenDataset, TokenRows, TokenSamples, packing_problems
 from jaxinfra.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ class MixSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture(DataConfig):
+class Mixture(TokenRows):
     """Config of training on a mixture of token stores.
 
     Attributes:
@@ -52,7 +52,6 @@ class Mixture(DataConfig):
         mask_documents: whether attention, positions and loss treat each document of a row on its own.
     """
 
-    modality: ClassVar[str] = "token"
     sources: tuple[MixSource, ...]
     stages: tuple[MixStage, ...] = ()
     seq_len: PositiveInt = 1024
@@ -66,13 +65,8 @@ class Mixture(DataConfig):
         """Yields fields that contradict each other; `open` compares them with the stores."""
         if not self.sources:
             yield Problem(fields=("sources",), message="a mixture needs a source", fix="name at least one store")
-        for i, source in enumerate(self.source_configs):
-            # The problem of a source names its own fields, which have a longer path in the mixture.
-            path = {name: f"sources.{i}.{name}" for name in vars(self.sources[i])}
-            for problem in source.problems():
-                field, _, value = problem.fix.removeprefix("use ").partition("=")
-                fix = f"use {path[field]}={value}" if field in path else problem.fix
-                yield replace(problem, fields=tuple(path.get(name, name) for name in problem.fields), fix=fix)
+        for i, source in enumerate(self.sources):
+            yield from packing_problems(f"sources.{i}.packing", source.packing, self.mask_documents, self.curriculum)
         if self.stages:
             yield from stage_problems(self.stages, num_sources=len(self.sources))
 
@@ -92,20 +86,6 @@ class Mixture(DataConfig):
     @override
     def recipes(self) -> Mapping[str, str]:
         return {source.store: source.recipe for source in self.sources if source.recipe is not None}
-
-    @property
-    @override
-    def units_per_sample(self) -> int:
-        return self.seq_len
-
-    @property
-    @override
-    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        return {"seq_len": (self.seq_len, "positions")}
-
-    @override
-    def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
-        return token_batch_spec(self.seq_len, mask_documents=self.mask_documents, validation=validation)
 
     @override
     def open(self, *, hint: str = PREPARE) -> "MixtureDataset":
@@ -139,13 +119,20 @@ class MixtureSamples(Samples):
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        source = np.searchsorted(self.offsets, ids, side="right") - 1
+        source_B = self.source_of(ids)
         batch: Batch = {}
-        for number in np.unique(source):
-            own = source == number
-            for name, array in self._parts[number].read(ids[own] - self.offsets[number], weighted=weighted).items():
-                batch.setdefault(name, buffers.empty((len(ids), *array.shape[1:]), array.dtype))[own] = array
+        for source in np.unique(source_B):
+            own_B = source_B == source
+            own_rows = self._parts[source].read(ids[own_B] - self.offsets[source], weighted=weighted)
+            for name, array in own_rows.items():
+                if name not in batch:
+                    batch[name] = buffers.empty((len(ids), *array.shape[1:]), array.dtype)
+                batch[name][own_B] = array
         return batch
+
+    def source_of(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the number of the store of each sample: with offsets [0, 60, 260], samples 59 and 60 give 0 and 1."""
+        return np.searchsorted(self.offsets, ids, side="right") - 1
 
     @cached_property
     def n_bytes(self) -> int:
@@ -157,7 +144,6 @@ class MixtureDataset:
     """An opened mixture of token stores."""
 
     def __init__(self, data: Mixture, parts: Sequence[TokenDataset]):
-        """Takes the datasets of the sources."""
         self._parts = parts
         self.name = " + ".join(part.name for part in parts)
         self.versions: Sequence[str] = [part.fingerprint for part in parts]
@@ -166,30 +152,33 @@ class MixtureDataset:
         self.train_units = sum(part.train_units for part in parts)
         self.baselines: Mapping[str, Mapping[str, float]] = {}  # a store's baselines do not hold for a mixture
         lengths = [len(part.train) for part in parts]
-        sampler = partial(MixtureSampler, lengths, data.stages, seed=data.seed, curriculum=data.curriculum)
-        self._sampler = lru_cache(maxsize=1)(sampler)
+
+        def make_sampler(global_batch: int) -> MixtureSampler:
+            seed, curriculum = data.seed, data.curriculum
+            return MixtureSampler(lengths, data.stages, global_batch=global_batch, seed=seed, curriculum=curriculum)
+
+        self._sampler = lru_cache(maxsize=1)(make_sampler)  # a sampler caches chunks of steps
 
     def validation(self, limit: int | None = None) -> MixtureSamples:
         """Returns all validation samples, or the first `limit`, with equal shares from every store."""
-        count = len(self._parts)
-        # If the limit cannot be divided, the first stores give one sample more; every store gives at least one.
-        shares = [None if limit is None else max(1, (limit + count - 1 - i) // count) for i in range(count)]
-        return MixtureSamples([part.validation(share) for part, share in zip(self._parts, shares, strict=True)])
+        if limit is None:
+            return MixtureSamples([part.validation() for part in self._parts])
+        share, extra = divmod(limit, len(self._parts))  # 4 samples of 3 stores: 2, 1 and 1; at least 1 of each
+        return MixtureSamples([part.validation(max(1, share + (i < extra))) for i, part in enumerate(self._parts)])
 
     def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
         """Returns the training samples of the global batch of a step, int64[global_batch]."""
-        source, sample = self._sampler(global_batch=global_batch).sample_ids(step)
-        return self.train.offsets[source] + sample
+        source_B, sample_B = self._sampler(global_batch).sample_ids(step)
+        return self.train.offsets[source_B] + sample_B
 
     def epochs_at(self, step: int, global_batch: int) -> Iterator[str]:
         """Yields a line for each store, with the number of its epochs that were read before a step."""
-        for part, count in zip(self._parts, self._sampler(global_batch=global_batch).counts(step), strict=True):
+        for part, count in zip(self._parts, self._sampler(global_batch).counts(step), strict=True):
             yield f"{part.name}: {count / len(part.train):.3f} epochs before"
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterator[str]:
         """Yields the store of each training sample, and the sample as text, cut to `chars`."""
-        for row, sample in enumerate(ids, first_row):
-            source = int(np.searchsorted(self.train.offsets, sample, side="right")) - 1
+        for row, (sample, source) in enumerate(zip(ids, self.train.source_of(ids), strict=True), first_row):
             yield f"of {self._parts[source].name}"
             yield from self._parts[source].format_rows(sample[None] - self.train.offsets[source], row, chars)
 
@@ -198,7 +187,7 @@ class MixtureDataset:
         """The tokenizer of all stores."""
         return self._parts[0].tokenizer
 
-    def check(self, model: HasVocabulary) -> None:
+    def check(self, model: object) -> None:
         """Raises ConfigError if the model's vocabulary is smaller than a store's."""
         for part in self._parts:
             part.check(model)

@@ -3,11 +3,16 @@
 Rows of consecutive tokens would cut most documents. Packing cuts only documents longer than a row, and rows are nearly
 as full (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3). A row has room for `seq_len`
 targets, each with the token before it as input. A document of n tokens has n - 1 targets, because its first token has
-no input. A document that is longer than a row becomes several segments. Each starts with the last token of the one
-before, so that every token but the first is a target exactly once.
+no input. A document that is longer than a row is cut into segments. Each starts with the last token of the one before,
+so that every token but the first is a target exactly once.
 
-Rows with the same free room are interchangeable, so all segments of one length are placed together. The result is the
-same as of the plain algorithm, but takes one operation per pair of a length and a room, not one per segment.
+Best fit decreasing places the segments from long to short, each into the row with the least room that it fits in, else
+into a new row. With `seq_len=4` and documents of 6, 3 and 2 tokens:
+
+    document 0, 5 targets   ->  segments of 4 targets (from token 0 on) and 1 target (from token 4 on)
+    document 1, 2 targets   ->  a segment of 2
+    document 2, 1 target    ->  a segment of 1
+    rows                    ->  [4] and [2, 1, 1], both full
 
 Shape suffixes: N documents, P segments, R rows.
 """
@@ -61,7 +66,7 @@ class PackedRows:
     @property
     def cut_documents(self) -> int:
         """Documents in more than one segment."""
-        return int(np.count_nonzero(self.segment_start == self.seq_len))
+        return int(np.count_nonzero(self.segment_start == self.seq_len))  # each has one second segment
 
 
 def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = False) -> PackedRows:
@@ -78,106 +83,79 @@ def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = Fal
     if not 1 <= seq_len < 2**31 or (lengths_N < 0).any():
         raise ValueError(f"seq_len={seq_len}: expected 1 to 2**31 - 1, and no document of negative length")
     document_P, start_P, length_P = _cut_documents(lengths_N, seq_len)
-    room_left_P = seq_len - length_P  # rises as lengths fall; NumPy sorts 16 bits much faster
-    longest_first_P = np.argsort(room_left_P.astype(np.uint16) if seq_len < 2**16 else room_left_P, kind="stable")
+    missing_P = seq_len - length_P  # rises as lengths fall; NumPy sorts 16 bits much faster
+    longest_first_P = np.argsort(missing_P.astype(np.uint16) if seq_len < 2**16 else missing_P, kind="stable")
     length_P = length_P[longest_first_P]
+    # Segments with the same class may share a row. The exponent of frexp(n - 1) is 0 for n = 1, 1 for 2, 2 for 3 and 4,
+    # 3 for 5 to 8, and so on.
+    class_P = np.frexp(length_P - 1)[1] if by_length else np.zeros_like(length_P)
     row_P = np.empty(len(length_P), np.int64)
     num_rows = 0
-    for start, end in _length_classes(length_P) if by_length else [(0, len(length_P))]:
+    for start, end in pairwise(_run_bounds(class_P).tolist()):
         row_P[start:end], count = _best_fit(length_P[start:end], seq_len)
         row_P[start:end] += num_rows
         num_rows += count
-    longest_R = np.zeros(num_rows, np.int32)
-    longest_R[row_P[::-1]] = length_P[::-1]  # reversed, so that the first and longest segment of a row is assigned last
-    number_R = np.empty(num_rows, np.int64)  # new number of each row: its rank by longest segment
-    number_R[np.argsort(longest_R, kind="stable")] = np.arange(num_rows)
-    row_P = number_R[row_P]
-    by_row_P = np.argsort(row_P, kind="stable")
+    longest_R = length_P[np.unique(row_P, return_index=True)[1]]  # the first segment of a row is its longest one
+    by_row_P = np.lexsort((row_P, longest_R[row_P]))  # by the longest segment of the row, then by row
     order_P = longest_first_P[by_row_P]
     return PackedRows(
         seq_len=seq_len,
         segment_document=document_P[order_P],
         segment_start=start_P[order_P],
         segment_length=length_P[by_row_P],
-        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_P, minlength=num_rows))]),
+        row_offsets=_run_bounds(row_P[by_row_P]),
     )
 
 
 def _cut_documents(lengths_N: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns document, start and targets of each segment, in the order of the text."""
+    """Returns document, first token and number of targets of each segment, in the order of the text."""
     targets_N = np.maximum(lengths_N.astype(np.int64) - 1, 0)
     segments_N = -(-targets_N // seq_len)
     document_P = np.repeat(np.arange(len(targets_N)), segments_N)
-    first_N = np.cumsum(segments_N) - segments_N
-    start_P = (np.arange(len(document_P)) - np.repeat(first_N, segments_N)) * seq_len
+    first_N = np.cumsum(segments_N) - segments_N  # number of segments before those of each document
+    start_P = (np.arange(len(document_P)) - first_N[document_P]) * seq_len
     return document_P, start_P, np.minimum(targets_N[document_P] - start_P, seq_len).astype(np.int32)
 
 
-def _length_classes(falling_P: np.ndarray) -> list[tuple[int, int]]:
-    """Returns start and end of each run of lengths that round up to the same power of two; lengths fall."""
-    power_P = np.frexp(falling_P - 1)[1]
-    return list(pairwise([0, *(np.flatnonzero(np.diff(power_P)) + 1).tolist(), len(falling_P)]))
+def _best_fit(length_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
+    """Returns the row of each segment, and the number of rows; the segments are sorted from long to short.
 
+    Rows with the same room are interchangeable, so segments of one length are placed together. This takes one step for
+    each pair of a length and a room, not one for each segment, and finds the same number of rows.
+    """
+    row_P = np.empty(len(length_P), np.int64)
+    num_rows = 0
+    rows_by_room: dict[int, np.ndarray] = {}  # room left, in targets -> rows, the last changed ones first
+    has_rows = np.zeros(seq_len + 1, bool)  # whether `rows_by_room` has rows for each room
 
-def _best_fit(falling_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """Returns the row of each segment, and the number of rows; the segments are sorted from long to short."""
-    row_P = np.empty(len(falling_P), np.int64)
-    open_rows, num_rows = _OpenRows(seq_len), 0
-    # Segments `at` to `end` have the same length. They fill the open rows with the least room first, then new rows.
-    for at, end in pairwise([*np.flatnonzero(np.diff(falling_P, prepend=0)).tolist(), len(falling_P)]):
-        length = int(falling_P[at])
-        for room in open_rows.rooms_from(length):
-            if at == end:
+    def set_room(rows: np.ndarray, room: int) -> None:
+        if room and len(rows):
+            rows_by_room[room] = np.concatenate([rows, rows_by_room[room]]) if has_rows[room] else rows
+            has_rows[room] = True
+
+    for start, end in pairwise(_run_bounds(length_P).tolist()):
+        length = int(length_P[start])
+        rooms = (np.flatnonzero(has_rows[length:]) + length).tolist()  # from the least room that the segments fit in
+        for room in [*rooms, seq_len]:  # new rows come last
+            if start == end:
                 break
-            rows_needed = -(-(end - at) // (room // length))
-            at += open_rows.fill(row_P[at:end], open_rows.take(room, rows_needed), room, length)
-        new_rows = -(-(end - at) // (seq_len // length))
-        open_rows.fill(row_P[at:end], np.arange(num_rows, num_rows + new_rows), seq_len, length)
-        num_rows += new_rows
+            per_row = room // length
+            rows_needed = -(-(end - start) // per_row)
+            if room == seq_len:
+                rows = np.arange(num_rows, num_rows + rows_needed)
+                num_rows += rows_needed
+            else:
+                rows, rows_by_room[room] = np.split(rows_by_room[room], [rows_needed])
+                has_rows[room] = len(rows_by_room[room]) > 0
+            placed = min(len(rows) * per_row, end - start)
+            row_P[start : start + placed] = np.repeat(rows, per_row)[:placed]
+            start += placed
+            full, rest = divmod(placed, per_row)  # rows with `per_row` segments, and segments of a last row with fewer
+            set_room(rows[:full], room - per_row * length)
+            set_room(rows[full:], room - rest * length)
     return row_P, num_rows
 
 
-class _OpenRows:
-    """Rows that are not full, by the room that is left in them."""
-
-    def __init__(self, seq_len: int):
-        self._rows: dict[int, list[np.ndarray]] = {}
-        self._has_rows = np.zeros(seq_len + 1, bool)
-
-    def rooms_from(self, length: int) -> list[int]:
-        """Returns the rooms of open rows that a segment of this length fits in, smallest first."""
-        return (np.flatnonzero(self._has_rows[length:]) + length).tolist()
-
-    def take(self, room: int, limit: int) -> np.ndarray:
-        """Removes and returns up to `limit` rows with this room, the last added ones first."""
-        stack, taken, count = self._rows[room], [], 0
-        while stack and count < limit:
-            taken.append(stack.pop())
-            count += len(taken[-1])
-        if count > limit:
-            split = len(taken[-1]) - (count - limit)
-            stack.append(taken[-1][split:])
-            taken[-1] = taken[-1][:split]
-        self._has_rows[room] = bool(stack)
-        return np.concatenate(taken)
-
-    def fill(self, out_P: np.ndarray, rows: np.ndarray, room: int, length: int) -> int:
-        """Places segments of one length into rows with this room; returns how many it placed.
-
-        Writes the row of each placed segment to `out_P`, in place. `rows` are no more than the segments need.
-        """
-        per_row = room // length
-        full = min(len(rows), len(out_P) // per_row)
-        out_P[: full * per_row] = np.repeat(rows[:full], per_row)
-        self._add(room - per_row * length, rows[:full])
-        if full == len(rows):
-            return full * per_row
-        rest = len(out_P) - full * per_row  # fewer than `per_row`, for the last row
-        out_P[full * per_row :] = rows[full]
-        self._add(room - rest * length, rows[full:])
-        return len(out_P)
-
-    def _add(self, room: int, rows: np.ndarray) -> None:
-        if room and len(rows):
-            self._rows.setdefault(room, []).append(rows)
-            self._has_rows[room] = True
+def _run_bounds(values_P: np.ndarray) -> np.ndarray:
+    """Returns the start of each run of equal values, which are at least 0, and the end: [7, 7, 2] -> [0, 2, 3]."""
+    return np.append(np.flatnonzero(np.diff(values_P, prepend=-1)), len(values_P))

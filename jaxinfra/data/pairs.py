@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, override
+from typing import override
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from jaxinfra.data.sequences import packed_batch
 from jaxinfra.data.store.manifest import Split
 from jaxinfra.data.store.store import OFFSETS, PREPARE, TokenStore
 from jaxinfra.data.store_data import StoreData, StoreSamples
-from jaxinfra.data.tokens import TokenStoreDataset, token_batch_spec
+from jaxinfra.data.tokens import TokenRows, TokenStoreDataset
 from jaxinfra.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairData(StoreData):
+class PairData(StoreData, TokenRows):
     """Config of training on pairs of documents with the same prompt and different answers.
 
     Attributes:
@@ -32,28 +32,17 @@ class PairData(StoreData):
             TRL: it loses the start of its prompt, or even of its answer if that is too long by itself.
     """
 
-    modality: ClassVar[str] = "token"
     seq_len: PositiveInt = 1024
-
-    @property
-    def mask_documents(self) -> bool:
-        """True: every row holds one document."""
-        return True
 
     @property
     @override
     def units_per_sample(self) -> int:
         return len(SIDES) * self.seq_len
 
-    @property
-    @override
-    def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
-        return {"seq_len": (self.seq_len, "positions")}
-
     @override
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
         """Returns the arrays of `TokenData` for each side of a pair, `chosen_inputs` and so on."""
-        row = token_batch_spec(self.seq_len, mask_documents=True, validation=validation)
+        row = super().batch_spec(validation=validation)
         weights = {"weights": ArraySpec()} if validation else {}
         return {f"{side}_{name}": spec for side in SIDES for name, spec in row.items()} | weights
 

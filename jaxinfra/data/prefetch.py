@@ -68,8 +68,7 @@ class Prefetcher[T]:
         item = self._queue.get()
         wait_s = time.perf_counter() - start_s
         self.data_wait_s += wait_s
-        if not self._is_first:
-            self.steady_wait_s += wait_s
+        self.steady_wait_s += 0.0 if self._is_first else wait_s
         self._is_first = False
         if isinstance(item, BaseException):
             self.close()

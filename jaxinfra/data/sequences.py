@@ -4,6 +4,16 @@ Consecutive tokens: sequence i is the `seq_len + 1` tokens from token `i * seq_l
 a target exactly once. Nothing is padded, and a last part that is too short is dropped. Packed rows hold whole
 documents, or segments of long ones (see `packing`), and end with padding.
 
+Two rows of consecutive and of packed tokens, where 0 ends a document in the left one, and the right one has segments of
+the tokens 5 6 7, 8 9 and 3 4:
+
+                 consecutive            packed
+    inputs       5 6 0 7   8 0 9 3      5 6 8 0   3 0 0 0
+    targets      6 0 7 8   0 9 3 4      6 7 9 0   4 0 0 0
+    segments     1 1 1 2   1 1 2 2      1 1 2 0   1 0 0 0
+    positions    0 1 2 0   0 1 0 1      0 1 0 0   0 0 1 2
+    weights      1 1 0 1   1 0 1 1      1 1 1 0   1 0 0 0
+
 Shape suffixes: B rows, T positions, W = T + 1 tokens of a row, N tokens, P packed segments, S segments and padding.
 """
 
@@ -45,21 +55,15 @@ def split_inputs_targets(
             batch["weights"] = buffers.empty(shape, np.float32)
             batch["weights"][:] = mask_BW[:, 1:] != 0
         return batch
-    is_start_BT = np.empty(shape, bool)
+    is_start_BT = np.empty(shape, bool)  # where a document starts, or the part of it in this row
     is_start_BT[:, 0] = True
     np.equal(tokens_BW[:, :-2], eot_id, out=is_start_BT[:, 1:])
     start_S = np.flatnonzero(is_start_BT)  # few, so that all further work on them is cheap
-    first_segment_B = np.flatnonzero(start_S % T == 0)
-    segments_per_row_B = np.diff(first_segment_B, append=len(start_S))
-    number_S = np.arange(1, len(start_S) + 1) - np.repeat(first_segment_B, segments_per_row_B)
-    batch |= _segment_arrays(shape, np.diff(start_S, append=B * T), number_S)
-    weights_BT = batch["weights"]
-    weights_BT[:] = 1 if mask_BW is None else mask_BW[:, 1:] != 0
-    # The position before each start has an end of document as input. For the start of a row this is the last position
-    # of the row before, which need not be one, so the last column is saved and set again.
-    last_B = np.where(tokens_BW[:, -2] == eot_id, 0, weights_BT[:, -1])
-    weights_BT.reshape(-1)[start_S[1:] - 1] = 0
-    weights_BT[:, -1] = last_B
+    segments_B = is_start_BT.sum(axis=1)
+    batch |= _segment_arrays(shape, np.diff(start_S, append=B * T), _count_from_1(segments_B))
+    batch["weights"][:] = tokens_BW[:, :-1] != eot_id  # after the end of a document, the target is of another one
+    if mask_BW is not None:
+        batch["weights"] *= mask_BW[:, 1:] != 0
     return batch
 
 
@@ -86,34 +90,38 @@ def packed_batch(
     token_end_P, target_end_P = np.cumsum(length_P + 1), np.cumsum(length_P)
     segment_end_B = np.cumsum(segments_B)
     target_end_B = target_end_P[segment_end_B - 1]
-    filled_B = np.diff(target_end_B, prepend=0)
+    filled_B = np.diff(target_end_B, prepend=0)  # targets of each row
     assert len(tokens_N) == token_end_P[-1] and filled_B.max() <= T, "segments do not fit the tokens or the rows"
 
-    def padded_rows(values_N: np.ndarray, omitted_P: np.ndarray, dtype: type) -> np.ndarray:
+    def padded_rows(values_N: np.ndarray, left_out_P: np.ndarray, dtype: type) -> np.ndarray:
+        """Arranges the values, without one of each segment, in rows that end with zeros."""
         out_BT = buffers.empty(shape, dtype)
-        kept = np.delete(values_N, omitted_P)
+        kept = np.delete(values_N, left_out_P)
         for row, end, filled in zip(out_BT, target_end_B.tolist(), filled_B.tolist(), strict=True):
-            row[:filled], row[filled:] = kept[end - filled : end], 0
+            row[:filled] = kept[end - filled : end]
+            row[filled:] = 0
         return out_BT
 
-    first_P, last_P = token_end_P - length_P - 1, token_end_P - 1
+    first_P, last_P = token_end_P - length_P - 1, token_end_P - 1  # the first token is no target, the last no input
     batch = {"inputs": padded_rows(tokens_N, last_P, np.int32), "targets": padded_rows(tokens_N, first_P, np.int32)}
-    number_P = np.arange(1, len(length_P) + 1) - np.repeat(segment_end_B - segments_B, segments_B)
+    # Padding is one more segment at the end of each row, with number 0.
     length_S = np.insert(length_P.astype(np.int64), segment_end_B, T - filled_B)
-    batch |= _segment_arrays(shape, length_S, np.insert(number_P, segment_end_B, 0))
+    number_S = np.insert(_count_from_1(segments_B), segment_end_B, 0)
+    batch |= _segment_arrays(shape, length_S, number_S)
     batch["weights"][:] = batch["segments"] != 0 if mask_N is None else padded_rows(mask_N != 0, first_P, np.float32)
     return batch
 
 
+def _count_from_1(counts: np.ndarray) -> np.ndarray:
+    """Numbers the segments of each row from 1: [3, 2] -> [1, 2, 3, 1, 2]."""
+    return np.arange(1, counts.sum() + 1) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def _segment_arrays(shape: tuple[int, ...], length_S: np.ndarray, number_S: np.ndarray) -> Batch:
     """Returns `segments` and `positions` for segments of these lengths and numbers, and empty `weights` to fill."""
-    length_S, number_S = length_S[length_S > 0], number_S[length_S > 0]
     block = buffers.empty((3, *shape), np.int32)
-    block[0].reshape(-1)[:] = np.repeat(number_S.astype(np.int32), length_S)
-    # Positions are a running sum: each step adds 1, and the start of a segment subtracts the length of the one before.
-    steps_N = block[1].reshape(-1)
-    steps_N[:] = 1
-    steps_N[0] = 0
-    steps_N[np.cumsum(length_S[:-1])] -= length_S[:-1]
-    np.cumsum(steps_N, out=steps_N)
+    segments_N, positions_N, _ = block.reshape(3, -1)
+    segments_N[:] = np.repeat(number_S.astype(np.int32), length_S)
+    start_S = (np.cumsum(length_S) - length_S).astype(np.int32)
+    np.subtract(np.arange(len(positions_N), dtype=np.int32), np.repeat(start_S, length_S), out=positions_N)
     return {"segments": block[0], "positions": block[1], "weights": block[2].view(np.float32)}

@@ -41,7 +41,7 @@ class StoreData(DataConfig):
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:
-        return replace(self, version=resolve_version(self.version, next(iter(versions), None)))
+        return replace(self, version=resolve_version(self.version, versions[0] if versions else None))
 
     @property
     @override

@@ -1,10 +1,9 @@
 """Text for language models, from a token store: sequences of consecutive tokens, or rows of packed documents."""
 
-from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import ClassVar, Literal, Protocol, override
+from typing import ClassVar, Literal, override
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from jaxinfra.config import Problem
 from jaxinfra.config.limits import PositiveInt
 from jaxinfra.data.batches import validation_batches
 from jaxinfra.data.inspect import format_token_rows
-from jaxinfra.data.interfaces import ArraySpec, Batch
+from jaxinfra.data.interfaces import ArraySpec, Batch, DataConfig
 from jaxinfra.data.order import Curriculum
 from jaxinfra.data.packing import PackSpec
 from jaxinfra.data.sequences import num_sequences, packed_batch, split_inputs_targets
@@ -25,31 +24,12 @@ from jaxinfra.errors import ConfigError
 PackingMode = Literal["concat", "best_fit", "best_fit_by_length"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenData(StoreData):
-    """Config of training on a token store.
-
-    Attributes:
-        seq_len: number of targets in a row of a batch.
-        packing: what a row holds: consecutive tokens (`concat`), or whole documents that the recipe has packed.
-        curriculum: reads short rows first in the first epochs; None shuffles all epochs.
-        mask_documents: whether attention, positions and loss treat each document of a row on its own.
-    """
+class TokenRows(DataConfig):
+    """Base class of configs whose samples are rows of tokens; `TokenData` describes the fields."""
 
     modality: ClassVar[str] = "token"
-    seq_len: PositiveInt = 1024
-    packing: PackingMode = "concat"
-    curriculum: Curriculum | None = None
+    seq_len: int = 1024
     mask_documents: bool = True
-
-    def problems(self) -> Iterable[Problem]:
-        """Yields fields that contradict each other; `open` compares them with the store."""
-        if self.packing != "concat" and not self.mask_documents:
-            message, fix = "packed documents need document masks", "use mask_documents=true"
-            yield Problem(fields=("packing", "mask_documents"), message=message, fix=fix)
-        if self.curriculum is not None and self.packing == "concat":
-            message, fix = "consecutive tokens make rows of one length", "use packing=best_fit_by_length"
-            yield Problem(fields=("curriculum", "packing"), message=message, fix=fix)
 
     @property
     @override
@@ -63,7 +43,43 @@ class TokenData(StoreData):
 
     @override
     def batch_spec(self, *, validation: bool) -> Mapping[str, ArraySpec]:
-        return token_batch_spec(self.seq_len, mask_documents=self.mask_documents, validation=validation)
+        names = ("inputs", "targets", "segments", "positions") if self.mask_documents else ("inputs", "targets")
+        row = ArraySpec(shape=(self.seq_len,), dtype="int32", axes=("sequence",))
+        weights = {"weights": replace(row, dtype="float32")} if self.mask_documents or validation else {}
+        return dict.fromkeys(names, row) | weights
+
+
+def packing_problems(
+    field: str, packing: PackingMode, mask_documents: bool, curriculum: Curriculum | None
+) -> Iterator[Problem]:
+    """Yields what contradicts the packing of a store; `field` is its path in the config."""
+    if packing != "concat" and not mask_documents:
+        message, fix = "packed documents need document masks", "use mask_documents=true"
+        yield Problem(fields=(field, "mask_documents"), message=message, fix=fix)
+    if curriculum is not None and packing == "concat":
+        message, fix = "consecutive tokens make rows of one length", f"use {field}=best_fit_by_length"
+        yield Problem(fields=("curriculum", field), message=message, fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenData(StoreData, TokenRows):
+    """Config of training on a token store.
+
+    Attributes:
+        seq_len: number of targets in a row of a batch.
+        packing: what a row holds: consecutive tokens (`concat`), or whole documents that the recipe has packed.
+        curriculum: reads short rows first in the first epochs; None shuffles all epochs.
+        mask_documents: whether attention, positions and loss treat each document of a row on its own.
+    """
+
+    seq_len: PositiveInt = 1024
+    packing: PackingMode = "concat"
+    curriculum: Curriculum | None = None
+    mask_documents: bool = True
+
+    def problems(self) -> Iterable[Problem]:
+        """Yields fields that contradict each other; `open` compares them with the store."""
+        return packing_problems("packing", self.packing, self.mask_documents, self.curriculum)
 
     @property
     def pack_spec(self) -> PackSpec:
@@ -92,15 +108,7 @@ class TokenData(StoreData):
         return dataset
 
 
-def token_batch_spec(seq_len: int, *, mask_documents: bool, validation: bool) -> dict[str, ArraySpec]:
-    """Returns the arrays of a batch of tokens; arguments are as in `TokenData` and `DataConfig.batch_spec`."""
-    names = ("inputs", "targets", "segments", "positions") if mask_documents else ("inputs", "targets")
-    row = ArraySpec(shape=(seq_len,), dtype="int32", axes=("sequence",))
-    weights = {"weights": replace(row, dtype="float32")} if mask_documents or validation else {}
-    return dict.fromkeys(names, row) | weights
-
-
-class TokenSamples(StoreSamples[TokenData, TokenStore], ABC):
+class TokenSamples(StoreSamples[TokenData, TokenStore]):
     """Samples of a token store: consecutive tokens, or packed rows."""
 
     @cached_property
@@ -177,15 +185,6 @@ class PackedSamples(TokenSamples):
         return packed_batch(tokens_N, length_P, segments_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 
-class HasVocabulary(Protocol):
-    """A model config with a vocabulary."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens in the embedding table."""
-        ...
-
-
 class TokenStoreDataset[S: StoreSamples](StoreDataset[TokenStore, S]):
     """An opened store of text or pairs."""
 
@@ -194,13 +193,13 @@ class TokenStoreDataset[S: StoreSamples](StoreDataset[TokenStore, S]):
         """The tokenizer of the store."""
         return self.store.tokenizer
 
-    def check(self, model: HasVocabulary) -> None:
+    def check(self, model: object) -> None:
         """Raises ConfigError if the model's vocabulary is smaller than the store's."""
         vocab_size = self.store.manifest.tokenizer_info.vocab_size
-        # JAX raises no error for ids out of bounds of the embedding. Users' own models may lack the field.
-        if vocab_size > getattr(model, "vocab_size", vocab_size):
+        model_vocab_size = getattr(model, "vocab_size", vocab_size)  # users' own models may lack the field
+        if model_vocab_size < vocab_size:  # JAX raises no error for ids out of bounds of the embedding
             raise ConfigError(
-                f"model.vocab_size={model.vocab_size}: {self.store} has {vocab_size} token ids; "
+                f"model.vocab_size={model_vocab_size}: {self.store} has {vocab_size} token ids; "
                 f"use model.vocab_size={vocab_size} or more"
             )
 

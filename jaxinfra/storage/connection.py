@@ -97,11 +97,11 @@ def kvstore_spec(url: str) -> dict[str, object]:
 def _s3_settings() -> dict[str, object]:
     """Reads what AWS tools take from the environment and TensorStore does not, or only with warnings."""
     settings: dict[str, object] = {}
-    endpoints = {name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
-    if name := next((name for name, endpoint in endpoints.items() if endpoint), None):
-        if "@" in str(endpoints[name]):
+    name = "AWS_ENDPOINT_URL_S3" if os.environ.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
+    if endpoint := os.environ.get(name):
+        if "@" in endpoint:
             raise ConfigError(f"{name}: contains credentials; set AWS_ACCESS_KEY_ID or a profile instead")
-        settings["endpoint"] = endpoints[name]
+        settings["endpoint"] = endpoint
         if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
             settings["aws_region"] = region
     # Without "environment", TensorStore looks for profiles first and prints a warning if there are none.

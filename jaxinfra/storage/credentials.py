@@ -3,9 +3,10 @@
 import os
 import re
 
-# The part before "@" in a URL: with a password in any URL, without one only where a user name is itself a secret.
+# `user:password` before "@" in any URL, and a user alone where it is itself a secret, as in https://TOKEN@host but not
+# in sftp://user@host.
 _USER = re.compile(r"(://)[^/@\s:]*:[^/\s]*(?=@)|\b((?:https?|s3a?|gc?s)://)[^/@\s:]+(?=@)")
-# Query parameters of signed URLs.
+# Query parameters of signed URLs, such as ?X-Amz-Signature=0a1b.
 _SIGNED = re.compile(
     r"(?<=[?&#;])(X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|token|access_token"
     # A closing quote, bracket or comma belongs to the sentence, not to the URL.

@@ -17,6 +17,8 @@ DAMAGED_VERSION_FIX = "move this version away, then prepare or copy it again"
 """The fix for a damaged version of a store: an existing version is never overwritten."""
 
 _MAX_CAUSE_CHARS = 300
+# TensorStore raises ValueError with a text such as
+#     NOT_FOUND: Error reading "s3://bucket/x" [http_response_code='404'] [source locations='s3.cc:1']
 _STATUS = re.compile(
     "(ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|INVALID_ARGUMENT|NOT_FOUND"
     "|OUT_OF_RANGE|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNIMPLEMENTED|UNKNOWN): "
@@ -24,10 +26,11 @@ _STATUS = re.compile(
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _HTTP_CODE = re.compile(r"\[http_response_code='(\d+)'")
 _NO_BUCKET = re.compile("NoSuchBucket|bucket does not exist")
+# Statuses of a storage that refuses or fails; others may be about one object.
 _STORAGE_STATUS = re.compile(
     "ABORTED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
 )
-# Top-level packages of fsspec's clients; not imported here, as they are optional.
+# fsspec's clients raise errors of their own, known by the top-level package, which need not be installed.
 _CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "s3fs"})
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DISK_FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -80,9 +80,9 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
     """
     fs, base = _file_system(root)
     parts = PurePosixPath(pattern).parts
-    # Listing starts at the deepest folder that the pattern names without wildcards.
-    fixed = next((i for i, part in enumerate(parts) if _GLOB_CHARS & set(part)), len(parts) - 1)
-    max_depth = None if "**" in parts else len(parts) - fixed
+    # Lists from the deepest folder that the pattern names without wildcards: for "a/b/*/*.txt", two levels of a/b.
+    num_fixed = next((i for i, part in enumerate(parts) if _GLOB_CHARS & set(part)), len(parts) - 1)
+    max_depth = None if "**" in parts else len(parts) - num_fixed
     with _listing(root):
         if isinstance(fs, LocalFileSystem):
             if os.path.isfile(base):
@@ -90,16 +90,14 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
             os.scandir(base).close()  # raises if the folder is missing or cannot be listed
         else:
             fs.invalidate_cache()
-        entries = list(_walk(fs, "/".join((base.rstrip("/"), *parts[:fixed])) or "/", max_depth))
-    matches = re.compile(glob_translate("/".join(parts))).match
-    prefix_length = len(base.rstrip("/")) + 1
-    files = [
-        FileInfo(name=name, size_bytes=entry["size"], stamp=f"{entry['size']}:{_version(entry)}")
-        for entry in entries
-        if matches(name := entry["name"][prefix_length:])
-    ]
-    if root == STDLIB:
-        files = [file for file in files if not _NOT_STDLIB & set(file.name.split("/"))]
+        entries = list(_walk(fs, "/".join((base.rstrip("/"), *parts[:num_fixed])) or "/", max_depth))
+    regex = re.compile(glob_translate("/".join(parts)))
+    files = []
+    for entry in entries:
+        name = entry["name"][len(base.rstrip("/")) + 1 :]
+        if regex.match(name) and not (root == STDLIB and _NOT_STDLIB & set(name.split("/"))):
+            version = next((str(value) for key in _VERSION_KEYS if (value := entry.get(key))), "").strip('"')
+            files.append(FileInfo(name=name, size_bytes=entry["size"], stamp=f"{entry['size']}:{version}"))
     if not files:
         raise ConfigError(f"pattern={pattern}: matches no file in {display_url(root)}; change the pattern or the root")
     return sorted(files, key=lambda file: file.name)
@@ -170,7 +168,7 @@ def _listing(root: str) -> AbstractContextManager[None]:
 
 def _walk(fs: fsspec.AbstractFileSystem, folder: str, max_depth: int | None) -> Iterator[_Entry]:
     """Yields the files at most `max_depth` levels below a folder (None: all); a missing local folder has no files."""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)  # one name, or a tuple of them
     if max_depth is None and protocols & _OBJECT_STORES:
         entries = cast(dict[str, _Entry], fs.find(folder, detail=True)).values()
         yield from (entry for entry in entries if entry["type"] == "file")
@@ -192,7 +190,3 @@ def _walk(fs: fsspec.AbstractFileSystem, folder: str, max_depth: int | None) -> 
         # Some stores list a folder as an entry of itself.
         elif entry["type"] == "directory" and max_depth != 1 and path != folder:
             yield from _walk(fs, path, None if max_depth is None else max_depth - 1)
-
-
-def _version(entry: Mapping[str, object]) -> str:
-    return str(next((entry[key] for key in _VERSION_KEYS if entry.get(key)), "")).strip('"')

@@ -17,7 +17,8 @@ from jaxinfra.storage.connection import kvstore_spec, normalize_url, tensorstore
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX, call_storage, classify_error
 
 _UPLOAD_THREADS = 8  # each holds a file in memory: a shard of tokens has 32 or 64 MiB
-_TAIL_BYTES = 256
+_CHECK_THREADS = 32  # as many requests as TensorStore makes at once
+_COMPARED_BYTES = 256
 
 
 class ObjectStore:
@@ -62,7 +63,7 @@ class ObjectStore:
 
     def exists(self, name: str) -> bool:
         """Returns whether an object exists; raises StorageError if its bucket does not."""
-        if self.folder is not None and any(map(os.path.isfile, (self.folder, *self.folder.parents))):
+        if self.folder is not None and any(path.is_file() for path in (self.folder, *self.folder.parents)):
             return False  # a file is where the folder or one of its parents should be: reading would fail
         result = call_storage(self.url_of(name), self._objects.read(name, byte_range=slice(0, 0)).result)
         return result.state == "value" or self._is_listed(name)
@@ -73,8 +74,12 @@ class ObjectStore:
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raises DataError if an object is missing or its size in bytes differs; reads one byte of each."""
-        for read in [self._start_read_tail(name, size_bytes, 1) for name, size_bytes in sizes.items()]:
-            read()
+
+        def check(name: str) -> None:
+            self._read_end(name, sizes[name], max_bytes=1)
+
+        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            list(pool.map(check, sizes))  # raises the first error
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object; other readers see the old content or all of the new one."""
@@ -111,7 +116,7 @@ class ObjectStore:
         def copy(name: str) -> None:
             if name in existing and name not in last and self._has_arrived(name, files[name]):
                 return
-            self.write(name, call_storage(str(files[name]), files[name].read_bytes, writing=True))
+            self.write(name, call_storage(str(files[name]), files[name].read_bytes))
             if not self._has_arrived(name, files[name]):
                 raise StorageError(
                     f"{self.url_of(name)}: does not hold what was just written; check that no other process writes "
@@ -130,40 +135,31 @@ class ObjectStore:
 
     def _has_arrived(self, name: str, path: Path) -> bool:
         """Returns whether an object has the length and the last bytes of a file."""
-        size_bytes, tail = call_storage(str(path), lambda: _read_tail(path), writing=True)
+
+        def read_file_end() -> tuple[int, bytes]:
+            with path.open("rb") as file:
+                size_bytes = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size_bytes - _COMPARED_BYTES))
+                return size_bytes, file.read()
+
+        size_bytes, end = call_storage(str(path), read_file_end)
         try:
-            return self._start_read_tail(name, size_bytes, len(tail))() == tail
+            return self._read_end(name, size_bytes, _COMPARED_BYTES) == end
         except DataError:
             return False  # missing or of another length
 
-    def _start_read_tail(self, name: str, size_bytes: int, max_bytes: int) -> Callable[[], bytes]:
-        """Starts to read the last bytes of an object.
-
-        Returns a function that waits for them; it raises DataError if the object is missing or not `size_bytes` long.
-        """
-        start = max(0, size_bytes - max_bytes)
-        future = self._objects.read(name, byte_range=slice(start, None) if start else None)
-        url = self.url_of(name)
-
-        def wait() -> bytes:
-            try:
-                result = future.result()
-            except ValueError as error:
-                if str(error).startswith("OUT_OF_RANGE"):
-                    raise DataError(f"{url}: fewer than {size_bytes} bytes; {DAMAGED_VERSION_FIX}") from None
-                raise classify_error(url, error) from None
-            if result.state != "value":
-                raise DataError(f"{url}: missing; {DAMAGED_VERSION_FIX}")
-            if (n_bytes := start + len(result.value)) != size_bytes:
-                raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {DAMAGED_VERSION_FIX}")
-            return result.value
-
-        return wait
-
-
-def _read_tail(path: Path) -> tuple[int, bytes]:
-    """Returns the length of a file in bytes, and its last bytes."""
-    with path.open("rb") as file:
-        size_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size_bytes - _TAIL_BYTES))
-        return size_bytes, file.read()
+    def _read_end(self, name: str, size_bytes: int, max_bytes: int) -> bytes:
+        """Reads the last bytes of an object; DataError if the object is missing or not `size_bytes` long."""
+        start, url = max(0, size_bytes - max_bytes), self.url_of(name)
+        byte_range = slice(start, None) if start else None  # an empty object has no byte 0
+        try:
+            result = self._objects.read(name, byte_range=byte_range).result()
+        except ValueError as error:
+            if str(error).startswith("OUT_OF_RANGE"):
+                raise DataError(f"{url}: fewer than {size_bytes} bytes; {DAMAGED_VERSION_FIX}") from None
+            raise classify_error(url, error) from None
+        if result.state != "value":
+            raise DataError(f"{url}: missing; {DAMAGED_VERSION_FIX}")
+        if (n_bytes := start + len(result.value)) != size_bytes:
+            raise DataError(f"{url}: {n_bytes} bytes, expected {size_bytes}; {DAMAGED_VERSION_FIX}")
+        return result.value

@@ -139,7 +139,7 @@ def test_verify_finds_blocks_that_were_replaced_by_other_whole_ones(copy):
     tokens = store.read("train", [0], store.manifest.splits["train"].tokens)[0].copy()
     tokens[arrays.CHUNK + 5] ^= 1
     shutil.rmtree(path)
-    arrays.append(arrays.create(str(path), tokens.dtype, 2**16 - 1), str(path), tokens)
+    arrays.append(arrays.create(str(path), tokens.dtype), str(path), tokens)
     assert damages(copy) == ["train/tokens block 1"]
 
 
@@ -236,5 +236,5 @@ def test_storage_that_fails_is_not_called_damage(tmp_path, monkeypatch, status):
 
     monkeypatch.setattr(arrays.ts, "open", fail)
     with raises(StorageError, f"{tmp_path}/a: {status} No space left") as caught:
-        arrays.create(str(tmp_path / "a"), np.dtype(np.uint16), 0)
+        arrays.create(str(tmp_path / "a"), np.dtype(np.uint16))
     assert "tensorstore_spec" not in str(caught.value)

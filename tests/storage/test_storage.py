@@ -173,7 +173,7 @@ def test_an_upload_writes_the_named_last(server, place, folder):
 
 def _array(path: str) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(0, 60_000, 3 * arrays.CHUNK + 17).astype(np.uint16)
-    arrays.append(arrays.create(path, tokens.dtype, 2**16 - 1), path, tokens)
+    arrays.append(arrays.create(path, tokens.dtype), path, tokens)
     return tokens
 
 

@@ -19,7 +19,7 @@ from jaxinfra.storage.errors import call_storage
 
 CHUNK = 8 * 1024
 SHARD = 16 * 1024 * 1024
-FEW, SHARD_OF_FEW = 512, 1024 * 1024
+SMALL_CHUNK, SMALL_SHARD = 512, 1024 * 1024
 """Chunk and shard of arrays that are read a few elements at a time, such as offsets."""
 CACHE_BYTES = 16 * 1024 * 1024
 """Caches the indices of shards. Chunks are read at random and seldom again, so a larger cache would not help."""
@@ -31,14 +31,13 @@ def cache_context() -> ts.Context:
 
 
 def create(
-    path: str, dtype: np.dtype, fill_value: int, *, shape: tuple[int, ...] = (), chunk: int = CHUNK, shard: int = SHARD
+    path: str, dtype: np.dtype, *, shape: tuple[int, ...] = (), chunk: int = CHUNK, shard: int = SHARD
 ) -> ts.TensorStore:
     """Creates an empty array in a new folder; `append` makes it longer.
 
     Args:
         path: local folder or URL.
-        dtype: an integer type.
-        fill_value: pads the last chunk; no token has this value.
+        dtype: an integer type; its largest value pads the last chunk, and no token has it.
         shape: shape of an element; () for scalars.
         chunk: number of elements in a chunk, the unit of reading.
         shard: number of elements in a file, a multiple of `chunk`.
@@ -51,7 +50,7 @@ def create(
         "metadata": {
             "shape": [0, *shape],
             "data_type": dtype.name,
-            "fill_value": fill_value,
+            "fill_value": int(np.iinfo(dtype).max),
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *shape]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },

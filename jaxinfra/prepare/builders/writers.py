@@ -51,8 +51,8 @@ def write_pack(build: Path, split: Split, config: PackSpec, lengths_D: np.ndarra
 
 def write_array(path: Path, values: np.ndarray) -> str:
     """Writes a whole array in small chunks, because a few elements are read at a time; returns its hash."""
-    fill, shape, chunk, shard = int(np.iinfo(values.dtype).max), values.shape[1:], arrays.FEW, arrays.SHARD_OF_FEW
-    array = arrays.create(str(path), values.dtype, fill, shape=shape, chunk=chunk, shard=shard)
+    chunk, shard = arrays.SMALL_CHUNK, arrays.SMALL_SHARD
+    array = arrays.create(str(path), values.dtype, shape=values.shape[1:], chunk=chunk, shard=shard)
     arrays.append(array, str(path), values)
     return xxhash.xxh3_128_hexdigest(values.astype(values.dtype.newbyteorder("<")).tobytes())
 
@@ -74,8 +74,7 @@ class HashedArrayWriter:
         `shape` is the shape of an element.
         """
         self._path, self._block, self._shard = path, block, shard
-        fill = int(np.iinfo(dtype).max)
-        self._array = arrays.create(str(path), dtype, fill, shape=shape, chunk=block, shard=shard)
+        self._array = arrays.create(str(path), dtype, shape=shape, chunk=block, shard=shard)
         self._waiting, self._num_waiting = [np.empty((0, *shape), dtype)], 0  # the empty array sets shape and type
         self._hashes: list[int] = []
 
