@@ -116,7 +116,7 @@ class ArrayDataset:
         """Accepts every model."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # both splits of two configs: `batch_spec` and `open` ask for them again
 def _arrays(config: ArrayData, split: Split) -> Batch:
     """Returns the arrays of a split; ConfigError if they are not NumPy arrays of equally many samples."""
     where = f"{type(config).__qualname__}.arrays({split!r})"

@@ -77,7 +77,7 @@ def sample_documents(store: TokenStore, documents: int, chars: int) -> Iterator[
             bounds = store.read_ranges(split, OFFSETS, np.array([number]), np.array([2]))
             start, length = bounds[:1], int(bounds[1] - bounds[0])
             enough = min(length, 4 * chars + 1)  # tokens; a character has up to 4 bytes in UTF-8, a token at least 1
-            tokens, mask = store.read_segments(split, start, np.array([enough]))
+            tokens, mask = store.read_with_mask(split, start, np.array([enough]))
             yield f"{split} document {number}, {length} tokens"
             yield _cut(_format_tokens(store.tokenizer, tokens, np.ones_like(tokens) if mask is None else mask), chars)
 

@@ -79,7 +79,7 @@ class PairSamples(StoreSamples[PairData, TokenStore]):
             bounds_B3 = store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1)).reshape(-1, 3)
             lengths_P = np.minimum(np.diff(bounds_B3, axis=1).reshape(-1) - 1, self._data.seq_len)
             starts_P = bounds_B3[:, 1:].reshape(-1) - 1 - lengths_P
-            tokens_N, mask_N = store.read_segments(split, starts_P, lengths_P + 1)
+            tokens_N, mask_N = store.read_with_mask(split, starts_P, lengths_P + 1)
         segments_B = np.ones(len(lengths_P), np.int64)  # one document in each row
         batch = packed_batch(tokens_N, lengths_P, segments_B, seq_len=self._data.seq_len, mask_N=mask_N)
         pairs = {f"{side}_{name}": array[i::sides] for i, side in enumerate(SIDES) for name, array in batch.items()}

@@ -139,13 +139,16 @@ class ConcatSamples(TokenSamples):
 
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        data, store = self._data, self._store
-        starts, length = ids * data.seq_len, data.seq_len + 1
+        data, store, rows = self._data, self._store, len(ids)
         with self._read_time.running():
-            tokens_BW = store.read(self._split, starts, length)
-            mask_BW = store.read_mask(self._split, starts, length)
-        eot_id = store.manifest.tokenizer_info.eot_id
-        batch = split_inputs_targets(tokens_BW, eot_id=eot_id, mask_documents=data.mask_documents, mask_BW=mask_BW)
+            starts, lengths = ids * data.seq_len, np.full(rows, data.seq_len + 1)
+            tokens_N, mask_N = store.read_with_mask(self._split, starts, lengths)
+        batch = split_inputs_targets(
+            tokens_N.reshape(rows, -1),
+            eot_id=store.manifest.tokenizer_info.eot_id,
+            mask_documents=data.mask_documents,
+            mask_BW=None if mask_N is None else mask_N.reshape(rows, -1),
+        )
         if weighted and "weights" not in batch:
             batch["weights"] = np.ones(batch["targets"].shape, np.float32)
         return batch
@@ -176,12 +179,12 @@ class PackedSamples(TokenSamples):
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         store, split = self._store, self._split
         with self._read_time.running():
-            # Row i has the segments from `rows[i]` up to `rows[i + 1]`.
+            # `rows[i]` is the first segment of row i, and `segments[j]` the first token and the targets of segment j.
             bounds_B2 = store.read_ranges(split, f"{self._folder}/rows", ids, np.full(len(ids), 2)).reshape(-1, 2)
             segments_B = bounds_B2[:, 1] - bounds_B2[:, 0]
             segments_P2 = store.read_ranges(split, f"{self._folder}/segments", bounds_B2[:, 0], segments_B)
             start_P, length_P = segments_P2.T
-            tokens_N, mask_N = store.read_segments(split, start_P, length_P + 1)
+            tokens_N, mask_N = store.read_with_mask(split, start_P, length_P + 1)
         return packed_batch(tokens_N, length_P, segments_B, seq_len=self._data.seq_len, mask_N=mask_N)
 
 

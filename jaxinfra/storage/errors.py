@@ -66,7 +66,7 @@ def call_storage[T](where: str, call: Callable[[], T], *, writing: bool = False)
     """Calls TensorStore or the file system; raises the DataError or StorageError that `classify_error` returns."""
     try:
         return call()
-    except (ValueError, OSError) as error:
+    except (ValueError, IndexError, OSError) as error:  # IndexError: outside an array
         raise classify_error(where, error, writing=writing) from None
 
 

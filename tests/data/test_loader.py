@@ -167,11 +167,11 @@ def test_a_wrong_field_is_named(wrong):
 
 
 def test_damage_found_while_reading_reaches_the_consumer(data, store, monkeypatch):
-    def damaged(self, split, starts, length):
+    def damaged(self, split, starts, lengths):
         raise DataError("shard 3: damaged")
 
     before = loader_threads()
-    monkeypatch.setattr(TokenStore, "read", damaged)
+    monkeypatch.setattr(TokenStore, "read_with_mask", damaged)
     with raises(DataError, "shard 3"), Prefetcher(batches(data, store), dict) as placed:
         next(placed)
     assert_threads_end(before)

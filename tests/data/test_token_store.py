@@ -164,7 +164,7 @@ def test_an_id_beyond_the_vocabulary_is_found(copy):
     store = TokenStore.open(copy)
     high = int(np.flatnonzero(store.read_ranges("train", "tokens", np.array([0]), np.array([2000])) >= 200)[0])
     with raises(DataError, f"vocabulary 200 {high} {high + 3};"):
-        store.read_segments("train", np.array([0, high]), np.array([high, 3]))
+        store.read_with_mask("train", np.array([0, high]), np.array([high, 3]))
 
 
 def test_a_damaged_or_newer_manifest_is_refused(copy):

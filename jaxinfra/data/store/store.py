@@ -95,16 +95,6 @@ class Store:
     def __str__(self) -> str:
         return self.storage.url
 
-    def hashed_arrays(self, split: Split) -> Iterator[tuple[str, int]]:
-        """Yields name and number of elements of each array of a split whose blocks are hashed."""
-        info = self.manifest.splits[split]
-        if self.manifest.kind == "images":
-            yield IMAGES, info.documents
-        else:
-            yield TOKENS, info.tokens
-            if self.manifest.masked:
-                yield MASK, info.tokens
-
     def verify(self) -> Iterator[tuple[str, int, Damage | None]]:
         """Compares all files with their hashes; yields name, bytes read and damage of each file or block.
 
@@ -115,24 +105,28 @@ class Store:
                 content = self.storage.read(name)
                 is_intact = xxhash.xxh3_128_hexdigest(content) == info.digest
                 yield name, info.bytes, None if is_intact else Damage(file=name, cause=_WRONG_HASH)
-        for split in self.manifest.splits:
-            for name, count in self.hashed_arrays(split):
-                yield from self._verify_blocks(split, name, count)
+        for split, info in self.manifest.splits.items():
+            if self.manifest.kind == "images":
+                yield from self._verify_blocks(split, IMAGES, info.documents)
+            else:
+                for name in (TOKENS, MASK) if self.manifest.masked else (TOKENS,):
+                    yield from self._verify_blocks(split, name, info.tokens)
 
-    def _verify_blocks(self, split: Split, name: str, count: int) -> Iterator[tuple[str, int, Damage | None]]:
+    def _verify_blocks(self, split: Split, name: str, num_elements: int) -> Iterator[tuple[str, int, Damage | None]]:
+        """Compares each block of an array with its hash; blocks have `manifest.block` elements, the last one fewer."""
         file, block = f"{split}/{name}", self.manifest.block
         try:
             array, hashes = self.array(split, name), self.read_all(split, name + BLOCKS)
         except DataError as error:
             yield file, 0, Damage(file=file, cause=str(error))
             return
-        starts = np.arange(0, count, block)
+        starts = np.arange(0, num_elements, block)
         if len(hashes) != len(starts):
             yield file, 0, Damage(file=file, cause=f"has {len(starts)} blocks, but hashes of {len(hashes)}")
             return
         for first in range(0, len(starts), _VERIFY_BATCH):
             batch = starts[first : first + _VERIFY_BATCH]
-            lengths = np.minimum(block, count - batch)
+            lengths = np.minimum(block, num_elements - batch)
             contents = arrays.read_each(array, f"{self}/{file}", batch.tolist(), lengths.tolist())
             for number, content in enumerate(contents, first):
                 if isinstance(content, DataError):
@@ -181,25 +175,25 @@ class TokenStore(Store):
         return load_tokenizer(info.kind, self._tokenizer_content, info.end_of_document, name=f"{self}/{info.file}")
 
     def read(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """Reads `length` consecutive tokens from each of `starts`, int64[N]: [N, length] of the store's type.
+        """Reads `length` consecutive tokens from each of `starts`, [N]: [N, length] of the store's type.
 
         DataError if tokens are outside the split, damaged, or not in the vocabulary.
         """
-        tokens_NL = self._read_windows(split, TOKENS, starts, length)
-        self._check_ids(split, tokens_NL.reshape(-1), np.asarray(starts), np.full(len(starts), length))
-        return tokens_NL
+        starts_N, lengths_N = np.asarray(starts, np.int64), np.full(len(starts), length)
+        tokens = self.read_ranges(split, TOKENS, starts_N, lengths_N)
+        self._check_ids(split, tokens, starts_N, lengths_N)
+        return tokens.reshape(-1, length)
 
-    def read_segments(
+    def read_with_mask(
         self, split: Split, starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Reads ranges of tokens, and of the mask if there is one, like `read_ranges`; checks ids like `read`."""
+        """Reads ranges of tokens, and of the mask of tokens that count in the loss, as in `read_ranges`.
+
+        Checks ids like `read`. The mask is uint8, and None if the store has none.
+        """
         tokens_N = self.read_ranges(split, TOKENS, starts, lengths)
         self._check_ids(split, tokens_N, starts, lengths)
         return tokens_N, self.read_ranges(split, MASK, starts, lengths) if self.manifest.masked else None
-
-    def read_mask(self, split: Split, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
-        """Reads the mask of tokens that count in the loss, uint8[N, length], like `read`; None if there is no mask."""
-        return self._read_windows(split, MASK, starts, length) if self.manifest.masked else None
 
     def sample_tokens(self, split: Split, limit: int) -> np.ndarray:
         """Reads all tokens of a split, or about `limit` of them in evenly spaced chunks if it has more."""
@@ -216,15 +210,6 @@ class TokenStore(Store):
     def lengths(self, split: Split) -> np.ndarray:
         """Reads the number of tokens of each document, including its end: int64[documents]."""
         return self.read_all(split, LENGTHS)
-
-    def _read_windows(self, split: Split, name: str, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        starts = np.asarray(starts, np.int64)
-        tokens = self.manifest.splits[split].tokens
-        outside = (starts < 0) | (starts + length > tokens)
-        if outside.any():
-            first = int(starts[outside][0])
-            raise DataError(f"{self}/{split}/{name}: cannot read tokens {first} to {first + length}, it has {tokens}")
-        return self.read_ranges(split, name, starts, np.full(len(starts), length)).reshape(-1, length)
 
     def _check_ids(self, split: Split, tokens_N: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
         vocab_size = self.manifest.tokenizer_info.vocab_size

@@ -49,13 +49,15 @@ class Tokenizer(ABC):
     def encode_with_byte_spans(self, text: str, *, continuation: bool = False) -> tuple[list[int], np.ndarray]:
         """Returns the token ids of a text, and the range of UTF-8 bytes of each, int64[N, 2] as [start, end).
 
-        A token for a part of a character may have the range of the whole character.
+        If "naïve" has the tokens "na" and "ïve", the ranges are [0, 2] and [2, 6]. A token for a part of a character
+        may have the range of the whole character.
         """
         ids = self.encode(text, continuation=continuation)
-        ends_N = np.cumsum(self._byte_lengths_V[ids], dtype=np.int64)
-        if len(ids) and ends_N[-1] != len(text.encode()):  # the tokenizer normalizes the text or adds a space
+        length_N = self._byte_lengths_V[ids]
+        end_N = np.cumsum(length_N, dtype=np.int64)
+        if len(ids) and end_N[-1] != len(text.encode()):  # the tokenizer normalizes the text or adds a space
             return ids, self._byte_spans(text, continuation=continuation)
-        return ids, np.stack([ends_N - np.diff(ends_N, prepend=0), ends_N], axis=1)
+        return ids, np.stack([end_N - length_N, end_N], axis=1)
 
     def split(self, text: str) -> list[str | int]:
         """Splits template text at its special tokens: returns the id of each, and the text between them."""

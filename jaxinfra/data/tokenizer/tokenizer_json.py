@@ -72,6 +72,8 @@ class JsonTokenizer(Tokenizer):
 
     @override
     def byte_lengths(self) -> np.ndarray:
+        # The decoder shows what tokens stand for. ByteLevel (GPT-2): each character of a token is a byte. ByteFallback
+        # (SentencePiece): a token such as <0xE4> is a byte. Metaspace, or such a Replace: a ▁ is a space.
         steps = _steps(self._backend.decoder, "decoders")
         byte_level, byte_fallback = "ByteLevel" in steps, "ByteFallback" in steps
         replace = steps.get("Replace", {})
@@ -86,7 +88,7 @@ class JsonTokenizer(Tokenizer):
             elif added is not None and byte_level:  # added tokens are not stored in byte-level characters
                 lengths[index] = len(token.encode())
             elif byte_level:
-                lengths[index] = len(token)  # one character for each byte
+                lengths[index] = len(token)
             elif byte_fallback and re.fullmatch("<0x..>", token, re.DOTALL):
                 lengths[index] = 1
             elif decodes_space:

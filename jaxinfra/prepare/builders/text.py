@@ -101,7 +101,7 @@ class _PartBuilder:
         first = shard.start * per_record  # document
         lengths_D = store.read_ranges(other.split, LENGTHS, np.array([first]), np.array([end - first]))
         offset = store.read_ranges(other.split, OFFSETS, np.array([first]), np.array([1]))
-        tokens_N, mask_N = store.read_segments(other.split, offset, lengths_D.sum(keepdims=True))
+        tokens_N, mask_N = store.read_with_mask(other.split, offset, lengths_D.sum(keepdims=True))
         in_loss_N = np.ones(len(tokens_N), bool) if mask_N is None else mask_N.astype(bool)
         ends_D = np.cumsum(lengths_D)
         for number, start, stop in zip(range(first, end), ends_D - lengths_D, ends_D - 1, strict=True):
