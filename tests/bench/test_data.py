@@ -43,7 +43,7 @@ def test_store_can_be_opened_by_a_run(files: TokenFiles) -> None:
     opened = TokenData(store=str(files.store), seq_len=SEQ_LEN, packing="best_fit").open()
     assert opened.train_units == NUM_TOKENS
     assert opened.store.manifest.packs[f"train/{SEQ_LEN}"].rows == len(opened.train)
-    assert not [damage for _, _, damage in opened.store.verify() if damage is not None]
+    assert not [damage for _, damage in opened.store.verify() if damage is not None]
 
 
 def test_required_speed_follows_from_flops() -> None:

@@ -48,7 +48,7 @@ def test_a_store_is_brought_from_the_remote_and_then_from_the_cache(clone, store
     (clone / ".dvc" / "config").write_text("")  # no remote any more
     store = TokenStore.open(clone / name)
     assert store.manifest == expected
-    assert all(damage is None for _, _, damage in store.verify())
+    assert all(damage is None for _, damage in store.verify())
 
 
 def test_a_store_that_was_changed_is_not_overwritten(clone):

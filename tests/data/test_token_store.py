@@ -114,7 +114,7 @@ def test_a_shard_that_vanishes_later_is_an_error_not_zeros(copy):
 
 
 def damages(path):
-    return [damage.location for _, _, damage in TokenStore.open(path).verify() if damage is not None]
+    return [damage.location for _, damage in TokenStore.open(path).verify() if damage is not None]
 
 
 @pytest.mark.parametrize("place", range(20))
@@ -207,7 +207,7 @@ def test_another_version_in_the_place_of_one_is_found(copy, tmp_path):
 def test_verify_finds_that_hashes_are_too_few(copy):
     store = TokenStore.open(copy)
     fewer = TokenStore(store.storage, replace(store.manifest, block=arrays.CHUNK // 2))
-    (damage,) = {damage for *_, damage in fewer.verify() if damage and damage.file == "train/tokens"}
+    (damage,) = {damage for _, damage in fewer.verify() if damage and damage.file == "train/tokens"}
     assert damage.cause.startswith("has ") and damage.block is None
 
 

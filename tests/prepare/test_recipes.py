@@ -165,7 +165,7 @@ def test_every_image_is_in_one_split_with_its_label(write):
     assert sorted(images[:, 0, 0, 0].tolist()) == list(range(60))
     assert all(image.tolist() == [[[image[0, 0, 0]], [1], [2]], [[3], [4], [5]]] for image in images)
     assert labels.tolist() == (images[:, 0, 0, 0] % 3).tolist()
-    assert not any(damage for _, _, damage in store.verify())
+    assert not any(damage for _, damage in store.verify())
 
 
 def test_every_image_is_read_once_an_epoch_with_its_label(write):

@@ -15,7 +15,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     store = Store.open(options.store, options.version)
     count = num_bytes = 0
     damages = []
-    for _, size_bytes, damage in store.verify():
+    for size_bytes, damage in store.verify():
         count, num_bytes = count + 1, num_bytes + size_bytes
         if damage is not None:
             damages.append(damage)

@@ -95,8 +95,8 @@ class Store:
     def __str__(self) -> str:
         return self.storage.url
 
-    def verify(self) -> Iterator[tuple[str, int, Damage | None]]:
-        """Compares all files with their hashes; yields name, bytes read and damage of each file or block.
+    def verify(self) -> Iterator[tuple[int, Damage | None]]:
+        """Compares all files with their hashes; yields bytes read and damage of each file or block.
 
         StorageError if a file cannot be read.
         """
@@ -104,7 +104,7 @@ class Store:
             if info.digest is not None:
                 content = self.storage.read(name)
                 is_intact = xxhash.xxh3_128_hexdigest(content) == info.digest
-                yield name, info.bytes, None if is_intact else Damage(file=name, cause=_WRONG_HASH)
+                yield info.bytes, None if is_intact else Damage(file=name, cause=_WRONG_HASH)
         for split, info in self.manifest.splits.items():
             if self.manifest.kind == "images":
                 yield from self._verify_blocks(split, IMAGES, info.documents)
@@ -112,17 +112,17 @@ class Store:
                 for name in (TOKENS, MASK) if self.manifest.masked else (TOKENS,):
                     yield from self._verify_blocks(split, name, info.tokens)
 
-    def _verify_blocks(self, split: Split, name: str, num_elements: int) -> Iterator[tuple[str, int, Damage | None]]:
+    def _verify_blocks(self, split: Split, name: str, num_elements: int) -> Iterator[tuple[int, Damage | None]]:
         """Compares each block of an array with its hash; blocks have `manifest.block` elements, the last one fewer."""
         file, block = f"{split}/{name}", self.manifest.block
         try:
             array, hashes = self.array(split, name), self.read_all(split, name + BLOCKS)
         except DataError as error:
-            yield file, 0, Damage(file=file, cause=str(error))
+            yield 0, Damage(file=file, cause=str(error))
             return
         starts = np.arange(0, num_elements, block)
         if len(hashes) != len(starts):
-            yield file, 0, Damage(file=file, cause=f"has {len(starts)} blocks, but hashes of {len(hashes)}")
+            yield 0, Damage(file=file, cause=f"has {len(starts)} blocks, but hashes of {len(hashes)}")
             return
         for first in range(0, len(starts), _VERIFY_BATCH):
             batch = starts[first : first + _VERIFY_BATCH]
@@ -130,11 +130,11 @@ class Store:
             contents = arrays.read_each(array, f"{self}/{file}", batch.tolist(), lengths.tolist())
             for number, content in enumerate(contents, first):
                 if isinstance(content, DataError):
-                    yield file, 0, Damage(file=file, block=number, cause=str(content))
+                    yield 0, Damage(file=file, block=number, cause=str(content))
                 elif hash_block(content) != int(hashes[number]):
-                    yield file, content.nbytes, Damage(file=file, block=number, cause=_WRONG_HASH)
+                    yield content.nbytes, Damage(file=file, block=number, cause=_WRONG_HASH)
                 else:
-                    yield file, content.nbytes, None
+                    yield content.nbytes, None
 
     def read_ranges(self, split: Split, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads ranges of an array of a split, such as `tokens` or `offsets`, concatenated.
