@@ -75,10 +75,11 @@ class PairSamples(StoreSamples[PairData, TokenStore]):
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         store, split, sides = self._store, self._split, len(SIDES)
         with self._read_time.running():
-            # The two documents of a pair follow each other: their three bounds are start, border and end.
+            # The documents of a pair follow each other: pair i has the documents 2i and 2i + 1, and the offsets of its
+            # tokens are start, border and end. A document of n tokens has n - 1 targets; the last ones are kept.
             bounds_B3 = store.read_ranges(split, OFFSETS, sides * ids, np.full(len(ids), sides + 1)).reshape(-1, 3)
             lengths_P = np.minimum(np.diff(bounds_B3, axis=1).reshape(-1) - 1, self._data.seq_len)
-            starts_P = bounds_B3[:, 1:].reshape(-1) - 1 - lengths_P
+            starts_P = bounds_B3[:, 1:].reshape(-1) - (lengths_P + 1)
             tokens_N, mask_N = store.read_with_mask(split, starts_P, lengths_P + 1)
         segments_B = np.ones(len(lengths_P), np.int64)  # one document in each row
         batch = packed_batch(tokens_N, lengths_P, segments_B, seq_len=self._data.seq_len, mask_N=mask_N)

@@ -17,9 +17,9 @@ from jaxinfra.data.stopwatch import Stopwatch
 
 def process_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the rows of a global array `[global_batch, ...]` that this process's devices hold, sorted."""
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    row_ids = np.arange(shape[0])
-    return np.unique(np.concatenate([row_ids[index[0]] for index in indices if index is not None]))
+    indices = sharding.addressable_devices_indices_map(shape).values()  # for each device, a slice of each dimension
+    rows = np.arange(shape[0])
+    return np.unique(np.concatenate([rows[index[0]] for index in indices if index is not None]))
 
 
 def to_global(

@@ -79,6 +79,7 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
         pattern: as for `pathlib.Path.glob`; `**` matches any number of folders.
     """
     fs, base = _file_system(root)
+    prefix = base.rstrip("/")
     parts = PurePosixPath(pattern).parts
     # Lists from the deepest folder that the pattern names without wildcards: for "a/b/*/*.txt", two levels of a/b.
     num_fixed = next((i for i, part in enumerate(parts) if _GLOB_CHARS & set(part)), len(parts) - 1)
@@ -90,11 +91,11 @@ def list_files(root: str, pattern: str) -> list[FileInfo]:
             os.scandir(base).close()  # raises if the folder is missing or cannot be listed
         else:
             fs.invalidate_cache()
-        entries = list(_walk(fs, "/".join((base.rstrip("/"), *parts[:num_fixed])) or "/", max_depth))
+        entries = list(_walk(fs, "/".join((prefix, *parts[:num_fixed])) or "/", max_depth))
     regex = re.compile(glob_translate("/".join(parts)))
     files = []
     for entry in entries:
-        name = entry["name"][len(base.rstrip("/")) + 1 :]
+        name = entry["name"][len(prefix) + 1 :]
         if regex.match(name) and not (root == STDLIB and _NOT_STDLIB & set(name.split("/"))):
             version = next((str(value) for key in _VERSION_KEYS if (value := entry.get(key))), "").strip('"')
             files.append(FileInfo(name=name, size_bytes=entry["size"], stamp=f"{entry['size']}:{version}"))
