@@ -63,7 +63,7 @@ def memmap_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
 
 def tensorstore_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
     """Reads each batch with one TensorStore read, and does nothing else with it."""
-    array, rng = arrays.open_array(files.train_array, arrays.cache_context()), np.random.default_rng(0)
+    array, rng = arrays.open_array(files.train_array), np.random.default_rng(0)
     reads: deque[ts.Future[np.ndarray]] = deque()
     while True:
         starts = (rng.integers(0, files.num_windows, BATCH_SIZE) * SEQ_LEN).tolist()

@@ -22,7 +22,7 @@ def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenF
     files = TokenFiles(folder, num_tokens)
     write_store(files, build_tokenizer(Bytes()), np.random.default_rng(0))
     with files.flat.open("wb") as file:
-        array = arrays.open_array(files.train_array, arrays.cache_context())
+        array = arrays.open_array(files.train_array)
         for start in range(0, num_tokens, arrays.SHARD):
             array[start : min(start + arrays.SHARD, num_tokens)].read().result().tofile(file)
     if records:

@@ -40,7 +40,7 @@ class Samples(Protocol):
         ...
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
-        """Returns these samples as arrays `[len(ids), ...]`; unless `weighted`, `weights` may be left out if all are 1."""
+        """Returns these samples as arrays `[len(ids), ...]`; without `weighted`, `weights` of 1 may be left out."""
         ...
 
 

@@ -68,7 +68,6 @@ class PairSamples(StoreSamples[PairData, TokenStore]):
     """The pairs of a split."""
 
     def __init__(self, data: PairData, store: TokenStore, split: Split, limit: int | None = None):
-        """Counts the pairs."""
         super().__init__(data, store, split, store.manifest.splits[split].documents // len(SIDES), limit)
 
     @override

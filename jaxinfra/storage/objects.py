@@ -47,11 +47,7 @@ class ObjectStore:
 
     def child(self, name: str) -> Self:
         """Returns the store of the objects below `name`."""
-        child = object.__new__(type(self))
-        child.url = self.url_of(name)
-        child._objects = self._objects.copy()
-        child._objects.path = f"{self._objects.path}{name}/"
-        return child
+        return type(self)(self.url_of(name))
 
     def read(self, name: str) -> bytes:
         """Reads an object; raises DataError if it is missing."""

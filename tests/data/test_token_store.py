@@ -78,7 +78,7 @@ def test_many_shards_hold_what_was_written(tmp_path, monkeypatch):
     info = writer.close()
     for name, expected in (("tokens", np.concatenate(tokens)), ("mask", np.concatenate(masks))):
         path = str(tmp_path / "train" / name)
-        array = arrays.open_array(path, arrays.cache_context())
+        array = arrays.open_array(path)
         assert np.array_equal(arrays.read_ranges(array, path, [0], [info.tokens]), expected)
         assert len(list((tmp_path / "train" / name / "c").iterdir())) == -(-len(expected) // 64)
     assert (info.tokens, info.documents, info.bytes, info.longest) == (lengths.sum(), 7, 49, 201)

@@ -178,7 +178,7 @@ def _array(path: str) -> np.ndarray:
 
 
 def _read_array(path: str, length: int) -> np.ndarray:
-    return arrays.read_ranges(arrays.open_array(path, arrays.cache_context()), path, [0], [length])
+    return arrays.read_ranges(arrays.open_array(path), path, [0], [length])
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "reset", "delay_s"])

@@ -25,11 +25,6 @@ CACHE_BYTES = 16 * 1024 * 1024
 """Caches the indices of shards. Chunks are read at random and seldom again, so a larger cache would not help."""
 
 
-def cache_context() -> ts.Context:
-    """Returns a cache for arrays to share; failed requests are retried as `storage` says."""
-    return connection.tensorstore_context(cache_bytes=CACHE_BYTES)
-
-
 def create(
     path: str, dtype: np.dtype, *, shape: tuple[int, ...] = (), chunk: int = CHUNK, shard: int = SHARD
 ) -> ts.TensorStore:
@@ -74,9 +69,10 @@ def append(array: ts.TensorStore, path: str, values: np.ndarray) -> ts.TensorSto
     return call_storage(path, write, writing=True)
 
 
-def open_array(path: str, context: ts.Context) -> ts.TensorStore:
+def open_array(path: str) -> ts.TensorStore:
     """Opens an array that is complete; DataError if it is missing or its metadata is damaged."""
-    # The shared cache may still hold another array that was at this path, so it is checked when the array is opened.
+    # The cache, which all arrays share, may still hold another array that was at this path, so it is checked now.
+    context = connection.tensorstore_context(cache_bytes=CACHE_BYTES)
     spec = _spec(path) | {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
     return call_storage(path, lambda: ts.open(ts.Spec(spec), read=True, context=context).result())
 

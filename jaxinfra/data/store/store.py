@@ -153,7 +153,7 @@ class Store:
         """Opens an array, or returns it if it is open."""
         key = f"{split}/{name}"
         if key not in self._arrays:
-            self._arrays[key] = arrays.open_array(self.storage.url_of(key), arrays.cache_context())
+            self._arrays[key] = arrays.open_array(self.storage.url_of(key))
         return self._arrays[key]
 
 
