@@ -74,7 +74,7 @@ class ImageSamples(StoreSamples[ImageData, Store]):
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Returns `images`, float32[B, H, W, channels] from -1 to 1, and `labels`, int32[B]; all `weights` are 1."""
         with self._read_time.running():
-            stored = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))
+            stored = self._store.read_ranges(self._split, IMAGES, ids, np.ones_like(ids))  # one image from each id on
         pixels = stored.astype(np.float32) * (2 / self._data.max_pixel) - 1
         scale = self._data.image_size // pixels.shape[1]
         batch = {"images": pixels.repeat(scale, axis=1).repeat(scale, axis=2), "labels": self._labels[ids]}

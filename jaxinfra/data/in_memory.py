@@ -124,10 +124,11 @@ def _arrays(config: ArrayData, split: Split) -> Batch:
         arrays = config.arrays(split)
     if not isinstance(arrays, dict) or not arrays:
         raise ConfigError(f'{where}: returned {type(arrays).__name__}; return a dict, such as {{"inputs": array}}')
-    sizes = {name: len(array) for name, array in arrays.items() if isinstance(array, np.ndarray) and array.ndim}
-    if wrong := [name for name in arrays if name not in sizes]:
-        raise ConfigError(f"{where}: {wrong[0]} is not a NumPy array [samples, ...]; use numpy.asarray")
-    if len({*sizes.values()}) > 1 or 0 in sizes.values():
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or not array.ndim:
+            raise ConfigError(f"{where}: {name} is not a NumPy array [samples, ...]; use numpy.asarray")
+    sizes = {name: len(array) for name, array in arrays.items()}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise ConfigError(f"{where}: has {sizes} samples; return one or more, and the same number in every array")
     return arrays
 

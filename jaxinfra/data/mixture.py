@@ -73,12 +73,15 @@ class Mixture(TokenRows):
     @property
     def source_configs(self) -> Sequence[TokenData]:
         """Each source as the config of a run on it alone."""
+        # All other fields, such as `seq_len`, are fields of `TokenData`, too.
         shared = {name: value for name, value in vars(self).items() if name not in ("sources", "stages")}
         return [TokenData(**vars(source), **shared) for source in self.sources]
 
     @override
     def with_versions(self, versions: Sequence[str]) -> Self:
-        pairs = zip_longest(self.sources, versions[: len(self.sources)])
+        pairs = zip_longest(
+            self.sources, versions[: len(self.sources)]
+        )  # a source without a known version keeps its own
         sources = (replace(source, version=resolve_version(source.version, known)) for source, known in pairs)
         return replace(self, sources=tuple(sources))
 

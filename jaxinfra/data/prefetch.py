@@ -102,5 +102,4 @@ class Prefetcher[T]:
                         break
         except BaseException as error:  # raised again in the consumer
             last = error
-        finally:  # the consumer waits for a last item
-            self._queue.put(last)
+        self._queue.put(last)  # the consumer waits for a last item

@@ -1,7 +1,8 @@
 """Turns the exceptions of file systems, TensorStore and fsspec's clients into one-line errors.
 
 A message names the path or URL, the cause in the words of the system that reported it, and a fix. It contains no
-credentials.
+credentials. `storage_errors` is for files and fsspec. `call_storage` is for TensorStore, and tells damaged data from
+storage that fails.
 """
 
 import errno
