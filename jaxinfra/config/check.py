@@ -7,8 +7,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxinfra.config import schema
-from jaxinfra.config.schema import MISSING, ConfigField, describe, fields_of, is_config, within_limits
+from jaxinfra.config.schema import (
+    MISMATCH,
+    MISSING,
+    ConfigField,
+    children,
+    conform,
+    describe,
+    fields_of,
+    is_config,
+    is_node,
+    match,
+    smallest_allowed,
+)
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import has_credentials
@@ -31,21 +42,25 @@ def validate(root: object) -> None:
 
     Raises ConfigError for the first problem: `path=value, path=value: message; fix`.
     """
-    root = schema.conform(type(root), root)
-    for path, _, node in schema.walk(type(root), root, parts_first=True):
-        if not is_config(type(node)):
-            continue
-        for field in fields_of(type(node)):
-            value = getattr(node, field.name)
-            if any(map(has_credentials, _texts(value))):
-                raise ConfigError(
-                    f"{join(path, field.name)}={show(value)}: has credentials in it, which run.json would store; "
-                    "set them in the environment or a profile"
-                )
-            if not within_limits(field.annotation, value):
-                raise ConfigError(_limit_message(field, value, join(path, field.name)))
-        for problem in getattr(node, "problems", tuple)():
-            raise ConfigError(_problem_message(node, path, problem))
+    _validate(type(root), conform(type(root), root), "")
+
+
+def _validate(annotation: object, node: object, path: str) -> None:
+    for name, part_annotation, part in children(annotation, node):
+        _validate(part_annotation, part, join(path, name))
+    if not is_config(type(node)):
+        return
+    for field in fields_of(type(node)):
+        value = getattr(node, field.name)
+        if any(map(has_credentials, _texts(value))):
+            raise ConfigError(
+                f"{join(path, field.name)}={show(value)}: has credentials in it, which run.json would store; "
+                "set them in the environment or a profile"
+            )
+        if not is_node(field.annotation, value) and match(field.annotation, value, within_limits=True) is MISMATCH:
+            raise ConfigError(_limit_message(field, value, join(path, field.name)))
+    for problem in getattr(node, "problems", tuple)():
+        raise ConfigError(_problem_message(node, path, problem))
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -57,8 +72,9 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _limit_message(field: ConfigField, value: object, path: str) -> str:
-    default = field.make_default()
-    allowed = default if within_limits(field.annotation, default) else schema.smallest_allowed(field.annotation)
+    allowed = match(field.annotation, field.make_default(), within_limits=True)
+    if allowed is MISMATCH:  # the default, if there is one, is not allowed either
+        allowed = smallest_allowed(field.annotation)
     fix = "" if allowed is MISSING else f"; use {path}={format_value(allowed)}"
     return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
 

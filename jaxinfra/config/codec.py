@@ -24,7 +24,6 @@ from jaxinfra.config.schema import (
     fields_of,
     is_choice,
     is_config,
-    is_node,
     item_annotations,
     match,
     union_members,
@@ -58,9 +57,7 @@ def _encode(annotation: object, value: object, path: str) -> Any:
         parts = children(annotation, value)
         return kind | {name: _encode(part_annotation, part, join(path, name)) for name, part_annotation, part in parts}
     if isinstance(value, tuple):
-        # The value conforms, so one of the tuple types fits.
-        fitting = (each for each in _tuples(annotation) if is_node(each, value) or match(each, value) is not MISMATCH)
-        items = item_annotations(next(fitting), len(value)) or ()
+        items = item_annotations(annotation, len(value)) or ()
         return [_encode(item, part, join(path, i)) for i, (item, part) in enumerate(zip(items, value, strict=True))]
     coded = value
     if isinstance(value, enum.Enum):
@@ -73,10 +70,6 @@ def _encode(annotation: object, value: object, path: str) -> Any:
     return coded
 
 
-def _tuples(annotation: object) -> list[object]:
-    return [member for member in union_members(annotation) if get_origin(member) is tuple]
-
-
 def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -> Any:
     if isinstance(coded, dict):
         if is_choice(annotation):
@@ -85,8 +78,9 @@ def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -
             return _decode_fields(cls, fields, path, finder)
         if is_config(cls := union_members(annotation)[0]):
             return _decode_fields(cls, coded, path, finder)
-    if isinstance(coded, list) and _tuples(annotation):
-        return _decode_tuple(annotation, coded, path, finder)
+    if isinstance(coded, list) and (items := item_annotations(annotation, len(coded))) is not None:
+        parts = enumerate(zip(items, coded, strict=True))
+        return tuple(_decode(item, part, join(path, index), finder) for index, (item, part) in parts)
     value = _decode_leaf(annotation, coded)
     if value is MISMATCH:
         raise ConfigError(f"{path or 'config'}={_show_json(coded)}: expected {describe(annotation)}")
@@ -117,20 +111,6 @@ def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: Cl
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path or 'config'}: {cls.__name__} refused its fields: {shorten(str(error))}") from error
     return conform(cls, config, path)
-
-
-def _decode_tuple(annotation: object, coded: list[object], path: str, finder: ClassFinder) -> tuple[object, ...]:
-    """Decodes a list as the first tuple type that it fits; if it fits none, raises the error of the last one."""
-    problem = ConfigError(f"{path}={_show_json(coded)}: expected {describe(annotation)}")
-    for member in _tuples(annotation):
-        items = item_annotations(member, len(coded))
-        if items is not None:
-            try:
-                parts = enumerate(zip(items, coded, strict=True))
-                return tuple(_decode(item, part, join(path, index), finder) for index, (item, part) in parts)
-            except ConfigError as error:
-                problem = error
-    raise problem
 
 
 def _decode_leaf(annotation: object, coded: object) -> object:

@@ -132,20 +132,6 @@ def is_fingerprinted(annotation: object) -> bool:
     return not any(NOT_FINGERPRINTED in metadata for _, metadata in _alternatives(annotation))
 
 
-def within_limits(annotation: object, value: object) -> bool:
-    """Tells whether a value of the right type lies within the limits of its annotation."""
-    return any(_within_limits(member, metadata, value) for member, metadata in _alternatives(annotation))
-
-
-def _within_limits(member: object, metadata: tuple[object, ...], value: object) -> bool:
-    if get_origin(member) is tuple:
-        if not isinstance(value, tuple) or (items := item_annotations(member, len(value))) is None:
-            return False
-        return all(within_limits(*pair) for pair in zip(items, value, strict=True))
-    fits = accepts(member, type(value)) or match(member, value) is not MISMATCH
-    return fits and all(holds(value, bound) for bound, holds, _ in _limits(metadata))
-
-
 def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any], bool], str]]:
     """Yields the bound of each limit, the relation of a value to it, and the words for the relation."""
     for each in metadata:
@@ -217,46 +203,48 @@ def describe_mismatch(annotation: object, cls: type) -> str:
 
 
 def item_annotations(annotation: object, count: int) -> tuple[Any, ...] | None:
-    """Returns the annotations of the items of a tuple, or None if it cannot have `count` items."""
-    args = get_args(annotation)
-    if len(args) == 2 and args[1] is Ellipsis:
-        return args[:1] * count
-    return args if len(args) == count else None
-
-
-def children(annotation: object, value: object) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the name, annotation and value of each part of a node; nothing for a leaf."""
-    if is_config(type(value)):
-        for field in fields_of(type(value)):
-            yield field.name, field.annotation, getattr(value, field.name)
-    elif isinstance(value, tuple):
-        # Not strict: a tuple that is a leaf has no items here.
-        for index, (item, part) in enumerate(zip(_node_items(annotation, len(value)), value, strict=False)):
-            yield str(index), item, part
-
-
-def walk(
-    annotation: object, value: object, path: str = "", *, parts_first: bool = False, fingerprinted_only: bool = False
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the path, annotation and value of a node and of everything below it, in the order of the fields.
-
-    `parts_first` yields the parts of a node before it. `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`,
-    with everything below them.
-    """
-    if fingerprinted_only and not is_fingerprinted(annotation):
-        return
-    if not parts_first:
-        yield path, annotation, value
-    options = {"parts_first": parts_first, "fingerprinted_only": fingerprinted_only}
-    for name, part_annotation, part in children(annotation, value):
-        yield from walk(part_annotation, part, join(path, name), **options)
-    if parts_first:
-        yield path, annotation, value
+    """Returns the annotations of the items of a tuple; None if the annotation allows no tuple of `count` items."""
+    for member in union_members(annotation):
+        if get_origin(member) is tuple:
+            args = get_args(member)
+            if args[1:] == (...,):  # tuple[int, ...]
+                return args[:1] * count
+            return args if len(args) == count else None
+    return None
 
 
 def is_node(annotation: object, value: object) -> bool:
     """Tells whether `value` has parts with paths of their own."""
-    return is_config(type(value)) or (isinstance(value, tuple) and bool(_node_items(annotation, len(value))))
+    if isinstance(value, tuple):
+        return any(_classes(item) for item in item_annotations(annotation, len(value)) or ())
+    return is_config(type(value))
+
+
+def children(annotation: object, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the name, annotation and value of each part of a node; nothing for a leaf."""
+    if not is_node(annotation, value):
+        return
+    if isinstance(value, tuple):
+        items = item_annotations(annotation, len(value)) or ()
+        for index, (item, part) in enumerate(zip(items, value, strict=True)):
+            yield str(index), item, part
+    else:
+        for field in fields_of(type(value)):
+            yield field.name, field.annotation, getattr(value, field.name)
+
+
+def walk(
+    annotation: object, value: object, path: str = "", *, fingerprinted_only: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the path, annotation and value of a node and of everything below it, in the order of the fields.
+
+    `fingerprinted_only` skips fields that are `NOT_FINGERPRINTED`, with everything below them.
+    """
+    if fingerprinted_only and not is_fingerprinted(annotation):
+        return
+    yield path, annotation, value
+    for name, part_annotation, part in children(annotation, value):
+        yield from walk(part_annotation, part, join(path, name), fingerprinted_only=fingerprinted_only)
 
 
 def describe(annotation: object) -> str:
@@ -278,7 +266,7 @@ def conform(annotation: object, value: Any, path: str = "") -> Any:
             if (new := conform(part_annotation, part, join(path, name))) is not part:
                 changed[name] = new
         return dataclasses.replace(value, **changed) if changed else value
-    if is_node(annotation, value) and isinstance(value, tuple):
+    if isinstance(value, tuple) and is_node(annotation, value):
         parts = children(annotation, value)
         return _keep_unchanged(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
     matched = match(annotation, value)
@@ -289,20 +277,28 @@ def conform(annotation: object, value: Any, path: str = "") -> Any:
     return matched
 
 
-def match(annotation: object, value: object) -> Any:
-    """Returns a leaf value in the exact type of the annotation, or `MISMATCH`."""
-    options = union_members(annotation)
-    for member in options:
-        if (matched := _match_member(member, value)) is not MISMATCH:
+def match(annotation: object, value: object, *, within_limits: bool = False) -> Any:
+    """Returns a leaf value in the exact type of the annotation, or `MISMATCH`.
+
+    With `within_limits`, a value outside the limits of the annotation does not match.
+    """
+    alternatives = list(_alternatives(annotation))
+    for member, metadata in alternatives:
+        limits = _limits(metadata) if within_limits else ()
+        matched = _match_member(member, value, within_limits)
+        if matched is not MISMATCH and all(holds(matched, bound) for bound, holds, _ in limits):
             return matched
-    return float(value) if float in options and type(value) is int else MISMATCH
+    if type(value) is int and any(member is float for member, _ in alternatives):
+        return match(annotation, float(value), within_limits=within_limits)
+    return MISMATCH
 
 
-def _match_member(member: object, value: object) -> object:
-    if get_origin(member) is tuple:
-        if not isinstance(value, tuple) or (items := item_annotations(member, len(value))) is None:
+def _match_member(member: object, value: object, within_limits: bool) -> object:
+    if get_origin(member) is tuple and isinstance(value, tuple):
+        items = item_annotations(member, len(value))
+        if items is None:
             return MISMATCH
-        parts = tuple(match(item, part) for item, part in zip(items, value, strict=True))
+        parts = tuple(match(item, part, within_limits=within_limits) for item, part in zip(items, value, strict=True))
         return MISMATCH if MISMATCH in parts else _keep_unchanged(value, parts)
     if get_origin(member) is Literal:
         fits = any(type(value) is type(arg) and value == arg for arg in get_args(member))  # True is not 1
@@ -314,14 +310,6 @@ def _match_member(member: object, value: object) -> object:
 def _keep_unchanged(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[object, ...]:
     """Returns `old` itself if no item differs, so that a config that conforms is returned unchanged."""
     return old if all(one is other for one, other in zip(old, new, strict=True)) else new
-
-
-def _node_items(annotation: object, count: int) -> tuple[object, ...]:
-    """Returns the annotations of the items of a tuple of config objects; () if a tuple is a leaf."""
-    for member in union_members(annotation):
-        if get_origin(member) is tuple and any(_classes(arg) for arg in get_args(member)):
-            return item_annotations(member, count) or ()
-    return ()
 
 
 def _classes(annotation: object) -> list[type]:
@@ -374,7 +362,10 @@ def _require_supported(annotation: object, where: str) -> None:
                 f"{where}: a config cannot hold {name}; use int, float, bool, str, None, an enum, a Literal, "
                 f"a tuple of these, a dataclass, a base that inherits from Extensible, or a union of such classes"
             )
-    classes = [member for member in union_members(annotation) if is_config(member)] if is_choice(annotation) else []
+    options = union_members(annotation)
+    if sum(get_origin(option) is tuple for option in options) > 1:
+        raise ConfigError(f"{where}: a union can have only one tuple type; use a tuple of a union")
+    classes = [option for option in options if is_config(option)] if is_choice(annotation) else []
     if len({*map(snake_case, classes)}) < len(classes):
         raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
     for cls in classes:
