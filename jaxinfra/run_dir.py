@@ -88,7 +88,7 @@ class RunDirectory:
 
     def _changes(self, run: Run, record: Mapping[str, Any]) -> list[Difference]:
         """Returns the fingerprinted fields in which a run record differs from a config."""
-        recorded = decode_record(self.record, dict(record), Run, ClassFinder.from_config(run))
+        recorded = decode_record(self.record, record, ClassFinder.from_config(run))
         return diff(recorded, run, fingerprinted_only=True)
 
 

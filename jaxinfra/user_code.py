@@ -7,7 +7,8 @@ from pathlib import Path
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 
-_PACKAGE = Path(__file__).parent
+_NOT_USERS = (Path(__file__).resolve().parent, Path(traceback.__file__).resolve().parent)  # jaxinfra, Python's library
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 @contextmanager
@@ -33,21 +34,12 @@ def user_code(owner: type, path: str) -> Iterator[None]:
 
 def innermost_place(error: BaseException) -> str | None:
     """Returns the innermost `FILE:LINE` of a traceback in a user's file; None if it is all in packages."""
-    place = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if _is_users(frame.f_code.co_filename):
-            place = f"{frame.f_code.co_filename}:{line}"
-    return place
+    places = [f"{frame.f_code.co_filename}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [place for place in places if _is_users(place.rpartition(":")[0])]
+    return own[-1] if own else None
 
 
 def _is_users(file: str) -> bool:
-    if not Path(file).is_absolute() and file.startswith("<"):
-        return False
     resolved = Path(file).resolve()
-    if resolved.is_relative_to(_PACKAGE):
-        return False
-    return "site-packages" not in resolved.parts and not any(map(resolved.is_relative_to, _stdlib()))
-
-
-def _stdlib() -> list[Path]:
-    return [Path(traceback.__file__).resolve().parent]
+    installed = any(map(resolved.is_relative_to, _NOT_USERS)) or not _INSTALLED.isdisjoint(resolved.parts)
+    return not installed and not file.startswith("<")  # such as "<frozen importlib._bootstrap>"

@@ -4,18 +4,17 @@ import importlib
 import importlib.util
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import NoReturn
 
 from jaxinfra.config.extensible import PACKAGE
-from jaxinfra.config.text import shorten
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.storage.errors import storage_errors
+from jaxinfra.user_code import innermost_place
 
 _NEVER_HIDDEN = sys.stdlib_module_names | {PACKAGE, "__main__"}
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -87,24 +86,28 @@ class ModuleFolder:
             return import_module(module)
         if module not in sys.modules:
             path = self.path / module
-            code = _compiled(path)
+            with storage_errors(path, action="read"):
+                source = path.read_bytes()
             new = ModuleType(module)
             new.__file__, new.__package__ = str(path), ""
             # A dataclass in the file needs its module in sys.modules, to resolve string annotations.
             sys.modules[module] = new
             try:
-                self.run(path, exec, code, new.__dict__)
+                with config_file_errors(path):
+                    exec(compile(source, str(path), "exec", dont_inherit=True), new.__dict__)
             except ConfigError:
                 del sys.modules[module]
                 raise
         return sys.modules[module]
 
-    def run[**P, T](self, path: Path, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Calls a function of the config file at `path`; turns an exception into a ConfigError with the line."""
-        try:
-            return call(*args, **kwargs)
-        except Exception as error:
-            raise ConfigError(_failure(str(path), error, self._is_own)) from error
+
+@contextmanager
+def config_file_errors(path: Path) -> Iterator[None]:
+    """Turns an exception from the code of a config file into a ConfigError with its line."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(_failure(str(path), error)) from error
 
 
 def module_spec(name: str) -> ModuleSpec | None:
@@ -123,28 +126,15 @@ def import_module(module: str) -> ModuleType:
         # Else the module exists, but imports one that does not.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"no module {module}; install it, or put its folder on PYTHONPATH") from error
-        top = module.partition(".")[0]
-        raise ConfigError(_failure(module, error, lambda name: name.partition(".")[0] == top)) from error
+        raise ConfigError(_failure(module, error)) from error
 
 
-def _compiled(path: Path) -> CodeType:
-    with storage_errors(path, action="read"):
-        content = path.read_bytes()
-    try:
-        return compile(content, str(path), "exec", dont_inherit=True)
-    except SyntaxError as error:
-        where = f"{path}:{error.lineno}" if error.lineno else str(path)
-        raise ConfigError(f"{where}: {type(error).__name__}: {shorten(error.msg)}; fix the file") from error
-
-
-def _failure(default_location: str, error: Exception, is_own: Callable[[str], bool]) -> str:
-    """Returns the message of an exception, with the innermost line in the user's modules that it was raised from."""
-    location = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if is_own(frame.f_globals.get("__name__", "")):
-            location = f"{frame.f_code.co_filename}:{line}"
-    text = " ".join(str(error).split())
-    if location is None and isinstance(error, ConfigError):
-        return text  # it names its own location
+def _failure(default_place: str, error: Exception) -> str:
+    """Returns the message of an exception, with the innermost line in the user's files that it was raised from."""
+    place, text = innermost_place(error), " ".join(str(error).split())
+    if place is None and isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}:{error.lineno}"
+    if place is None and isinstance(error, ConfigError):
+        return text  # it names its own place
     kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__}: "
-    return f"{location or default_location}: {kind}{text}".rstrip(": ")
+    return f"{place or default_place}: {kind}{text}".rstrip(": ")

@@ -90,7 +90,7 @@ class _Assignment:
                 if isinstance(value, tuple):
                     return (*value[: int(name)], new, *value[int(name) + 1 :])
                 return self._build(dataclasses.replace, value, **{name: new})
-        raise ConfigError(self._unknown_path(annotation, value, names, path))
+        raise ConfigError(self._unknown_path(annotation, value, name, path))
 
     def _new_value(self, annotation: object, old: object) -> object:
         override = self.override
@@ -113,9 +113,8 @@ class _Assignment:
     def _chosen_class(self, annotation: object, old: object) -> type | None:
         """Returns the class of a choice that the text names: `adam_w`, `AdamW`, `adamw`, or an import path."""
         text = str(unquote(self.override.text))
-        named = choices(annotation)
-        without_underscores = {name.replace("_", ""): cls for name, cls in named.items()}
-        if cls := named.get(text) or without_underscores.get(text.replace("_", "").lower()):
+        by_name = {name.replace("_", ""): cls for name, cls in choices(annotation).items()}
+        if cls := by_name.get(text.replace("_", "").lower()):
             return cls
         if is_choice(annotation) and text == class_name(type(old)):
             return type(old)  # its module may have been a config file, which is not imported again
@@ -154,32 +153,22 @@ class _Assignment:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.override}: {shorten(str(error))}; use another value") from error
 
-    def _unknown_path(self, annotation: object, value: object, names: Sequence[str], path: str) -> str:
-        full, name = self.override.path, names[0]
+    def _unknown_path(self, annotation: object, value: object, name: str, path: str) -> str:
+        full = self.override.path
         # Classes of the choice, other than the one of `value`, with this field.
         owners = [kind for kind, cls in choices(annotation).items() if name in (each.name for each in fields_of(cls))]
         if owners:
             return f"{full}: {name} is a field of {' and of '.join(owners)}; choose it first with {path}={owners[0]}"
         if not is_node(annotation, value):
             return f"{full}: {path} takes {describe(annotation)} and has no fields; set {path} itself"
-        siblings = [sibling for sibling, _, _ in children(annotation, value)]
-        if near := self._nearest_path(path, names, siblings):
+        if near := self._nearest_path():
             return f"{full}: no such field; did you mean {near}?"
+        siblings = [sibling for sibling, _, _ in children(annotation, value)]
         return f"{full}: no such field; {path or 'the config'} has {', '.join(siblings) or 'none'}"
 
-    def _nearest_path(self, path: str, names: Sequence[str], siblings: Sequence[str]) -> str | None:
-        """Guesses the path that was meant: a misspelled name, a field of this name elsewhere, or a similar path."""
+    def _nearest_path(self) -> str | None:
+        """Guesses the path that was meant: an alias, a misspelling, or a field of this name elsewhere."""
         known = [each for each, _, _ in walk(type(self.root), self.root) if each]
         full = self.override.path
-        if alias := path_of_alias(full, known):
-            return alias
-        sibling = nearest(names[0], siblings)
-        corrected = ".".join([join(path, sibling), *names[1:]]) if sibling else full
-        if corrected in known:  # only names[0] is wrong
-            return corrected
-        same_name = [each for each in known if each.rpartition(".")[2] == names[-1]]
-        if same_name:
-            return nearest(full, same_name, cutoff=0.0)
-        if sibling:
-            return nearest(corrected, [each for each in known if is_below(each, join(path, sibling))])
-        return nearest(full, known, cutoff=0.75)
+        same_name = [each for each in known if each.rpartition(".")[2] == full.rpartition(".")[2]]
+        return path_of_alias(full, known) or nearest(full, known, cutoff=0.75) or nearest(full, same_name, cutoff=0.0)

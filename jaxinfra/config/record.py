@@ -96,22 +96,13 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def decode_record[C](
-    path: str | os.PathLike[str],
-    record: Mapping[str, Any],
-    root: type[C] | None = None,
-    finder: ClassFinder | None = None,
-) -> C:
-    """Returns the config of a record; raises ConfigError if a class is not found.
-
-    `path` is for messages; `root` is the class of the config, if known. Without a finder, only classes of jaxinfra are
-    found.
-    """
-    finder, root_name = finder or ClassFinder(), str(record["root"])
+def decode_record(path: str | os.PathLike[str], record: Mapping[str, Any], finder: ClassFinder) -> object:
+    """Returns the config of a record; raises ConfigError, which names `path`, if a class is not found."""
+    name = str(record["root"])
     with error_prefix(f"{path}: root="):
-        cls = root if root is not None and root_name == class_name(root) else finder.find(root_name)
+        cls = finder.find(name)
     if not is_config(cls):
-        raise ConfigError(f"{path}: root={show(root_name)} is not a config class; restore the file")
+        raise ConfigError(f"{path}: root={show(name)} is not a config class; restore the file")
     with error_prefix(f"{path}: "):
         return decode(cls, record["config"], finder)
 

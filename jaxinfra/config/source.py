@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxinfra.config.classes import ClassFinder, cache_class, user_classes
-from jaxinfra.config.folder import ModuleFolder
+from jaxinfra.config.folder import ModuleFolder, config_file_errors
 from jaxinfra.config.overrides import apply, read_overrides
 from jaxinfra.config.record import Loaded, check_classes, decode_record, read_record
 from jaxinfra.config.schema import MISSING, children, fields_of, is_choice, is_config, is_node
@@ -55,7 +55,7 @@ def load[C](
     if path.suffix == ".json":
         content = read_record(path)
         check_classes(path, content, finder, same_sources=same_sources)
-        run = decode_record(path, content, root, finder)
+        run = decode_record(path, content, finder)
     else:
         folder = ModuleFolder(path.parent)
         finder = replace(finder, folders=(folder, *finder.folders))
@@ -88,7 +88,9 @@ def _require_config_file(path: Path) -> None:
 def _run_config_file(folder: ModuleFolder, path: Path) -> object:
     """Returns the result of `config()` of the file at `path`, which lies in `folder`."""
     with folder.importable():
-        run = folder.run(path, _config_function(path, folder.load(path.name)))
+        function = _config_function(path, folder.load(path.name))
+        with config_file_errors(path):
+            run = function()
         if not is_config(type(run)):
             raise ConfigError(f"{path}: config() must return a config dataclass, found {type(run).__name__}")
         for cls in [type(run), *user_classes(run)]:

@@ -260,11 +260,11 @@ def test_a_resumed_run_decodes_its_record_with_the_classes_of_its_config(write: 
     content = save(path)
     write("configs/mine.py", MINE.replace("beta=0.25", "beta=0.75"))
     run = load(path, (), Run).run
-    before = decode_record("run.json", content, Run, ClassFinder.from_config(run))
+    before = decode_record("run.json", content, ClassFinder.from_config(run))
     assert [(each.path, each.left, each.right) for each in diff(before, run)] == [("optimizer.beta", 0.25, 0.75)]
     with raises(ConfigError, f"run.json: optimizer.kind: {HERE}:Mine: not use use name=ANOTHER"):
         content["config"]["optimizer"]["kind"] = f"{HERE}:Mine"
-        decode_record("run.json", content, Run, ClassFinder.from_config(run))
+        decode_record("run.json", content, ClassFinder.from_config(run))
 
 
 # A record is data.
