@@ -35,7 +35,7 @@ def _readings(annotation: object, text: str) -> Iterator[object]:
     options, string = union_members(annotation), unquote(text)
     yield _CONSTANTS.get(text.lower(), MISMATCH)
     for option in options:
-        if isinstance(option, enum.EnumType):
+        if isinstance(option, type) and issubclass(option, enum.Enum):
             by_name = {str(member.value): member for member in option} | option.__members__
             yield by_name.get(str(string), MISMATCH)
     yield _read_int(text, _INT)
