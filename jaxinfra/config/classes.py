@@ -19,11 +19,12 @@ from jaxinfra.config.extensible import PACKAGE, class_name, is_user_class, requi
 from jaxinfra.config.folder import ModuleFolder, import_module, module_spec
 from jaxinfra.config.schema import (
     accepts,
+    config_classes,
     describe_mismatch,
+    fields_of,
     is_config,
     is_open,
     open_bases,
-    reachable_classes,
     walk,
 )
 from jaxinfra.config.text import error_prefix, shorten
@@ -56,14 +57,20 @@ def _user_bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if is_user_class(base) and (is_config(base) or is_open(base))]
 
 
-def cache_class(cls: type) -> None:
+def cache_class(cls: type, seen: set[type] | None = None) -> None:
     """Caches the annotations and the source hash of a class, and of the classes in its annotations.
 
     Both can be read only while the folder of a config file is `importable`, but are needed later.
     """
-    for each in reachable_classes(cls) if is_config(cls) else [cls]:
-        for base in _user_bases(each):
-            source_of(base)
+    seen = set() if seen is None else seen
+    if cls in seen:
+        return
+    seen.add(cls)
+    for base in _user_bases(cls):
+        source_of(base)
+    for field in fields_of(cls) if is_config(cls) else ():
+        for part in config_classes(field.annotation):
+            cache_class(part, seen)
 
 
 @dataclass(frozen=True, kw_only=True)

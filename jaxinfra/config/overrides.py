@@ -28,7 +28,7 @@ from jaxinfra.config.schema import (
     union_members,
     walk,
 )
-from jaxinfra.config.text import error_prefix, is_below, join, nearest, shorten
+from jaxinfra.config.text import error_prefix, join, nearest, shorten
 from jaxinfra.errors import ConfigError
 
 
@@ -72,7 +72,10 @@ def apply[C](root: C, overrides: Sequence[str], finder: ClassFinder | None = Non
 
 @dataclass(frozen=True, kw_only=True)
 class _Assignment:
-    """An override that is being applied to `root`, after the `earlier` ones."""
+    """An override that is being applied to `root`, after the `earlier` ones.
+
+    `finder` finds the classes that the override names.
+    """
 
     override: Override
     earlier: Sequence[Override]
@@ -93,12 +96,13 @@ class _Assignment:
         raise ConfigError(self._unknown_path(annotation, value, name, path))
 
     def _new_value(self, annotation: object, old: object) -> object:
+        """Returns the value that the override puts in place of `old`."""
         override = self.override
         if cls := self._chosen_class(annotation, old):
             return self._switch(old, cls)
         parsed = parse(annotation, override.text)
         if parsed is not MISMATCH:
-            self._check_nothing_discarded(set())  # a leaf, such as none, keeps no fields
+            self._check_nothing_discarded(kept=set())  # a leaf, such as none, keeps no fields
             return parsed
         if not is_choice(annotation) and is_node(annotation, old):
             parts = [join(override.path, name) for name, _, _ in children(annotation, old)]
@@ -140,10 +144,10 @@ class _Assignment:
 
     def _check_nothing_discarded(self, kept: set[str]) -> None:
         """Raises ConfigError if an earlier override has set a field below the path that is not one of `kept`."""
-        path = self.override.path
+        prefix = f"{self.override.path}."
         for earlier in self.earlier:
-            field = earlier.path.removeprefix(f"{path}.").split(".")[0]
-            if is_below(earlier.path, path) and field not in kept:
+            field = earlier.path.removeprefix(prefix).split(".")[0]
+            if earlier.path.startswith(prefix) and field not in kept:
                 raise ConfigError(f"{self.override}: would discard {earlier} before it; put {self.override} first")
 
     def _build[T](self, constructor: Callable[..., T], *args: Any, **fields: Any) -> T:
@@ -154,6 +158,7 @@ class _Assignment:
             raise ConfigError(f"{self.override}: {shorten(str(error))}; use another value") from error
 
     def _unknown_path(self, annotation: object, value: object, name: str, path: str) -> str:
+        """Returns the message for a path whose `name` is no part of `value`, the node at `path`."""
         full = self.override.path
         # Classes of the choice, other than the one of `value`, with this field.
         owners = [kind for kind, cls in choices(annotation).items() if name in (each.name for each in fields_of(cls))]

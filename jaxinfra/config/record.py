@@ -16,7 +16,7 @@ from jaxinfra.config.classes import RESTORE, ClassFinder, source_of, user_classe
 from jaxinfra.config.codec import decode, encode
 from jaxinfra.config.extensible import class_name
 from jaxinfra.config.schema import is_config
-from jaxinfra.config.text import error_prefix, show
+from jaxinfra.config.text import error_prefix, shorten, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
@@ -73,17 +73,14 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a record; raises StorageError, or ConfigError if the file is not a record or has a newer format."""
     missing = f"{path}: no such run record; name a run.json that a run wrote"
-    try:
-        with storage_errors(path, action="read", missing=missing):
-            text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a run record, it is not UTF-8 text; restore the file") from error
+    with storage_errors(path, action="read", missing=missing):
+        text = Path(path).read_bytes()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: broken JSON, {error.msg}; restore the file") from error
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: not a run record, its JSON is too deep or too long; restore the file") from error
+    except (RecursionError, ValueError) as error:  # too deeply nested; not UTF-8, or a number with too many digits
+        raise ConfigError(f"{path}: not a run record, {shorten(str(error))}; restore the file") from error
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int:
         raise ConfigError(f"{path}: not a run record, it has no format; name a run.json that a run wrote")

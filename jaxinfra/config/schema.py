@@ -96,19 +96,6 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
     return tuple(fields)
 
 
-def reachable_classes(cls: type, found: dict[type, None] | None = None) -> dict[type, None]:
-    """Returns `cls` and all config classes that its annotations name, and resolves the annotations of all.
-
-    String annotations are looked up in the module of their class, so this must be done while a config file is loaded.
-    """
-    found = {} if found is None else found
-    if cls not in found:
-        found[cls] = None
-        for part in (each for field in fields_of(cls) for each in _classes(field.annotation) if is_config(each)):
-            reachable_classes(part, found)
-    return found
-
-
 def union_members(annotation: object) -> tuple[Any, ...]:
     """Returns the types of a union without metadata, or the type itself; flattens nested unions and `type` aliases."""
     return tuple(dict.fromkeys(member for member, _ in _alternatives(annotation)))
@@ -216,7 +203,7 @@ def item_annotations(annotation: object, count: int) -> tuple[Any, ...] | None:
 def is_node(annotation: object, value: object) -> bool:
     """Tells whether `value` has parts with paths of their own."""
     if isinstance(value, tuple):
-        return any(_classes(item) for item in item_annotations(annotation, len(value)) or ())
+        return any(config_classes(item) for item in item_annotations(annotation, len(value)) or ())
     return is_config(type(value))
 
 
@@ -312,12 +299,12 @@ def _keep_unchanged(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[o
     return old if all(one is other for one, other in zip(old, new, strict=True)) else new
 
 
-def _classes(annotation: object) -> list[type]:
+def config_classes(annotation: object) -> list[type]:
     """Returns the config classes and open bases in an annotation, also inside tuples."""
     options = union_members(annotation)
     inside = (arg for option in options if get_origin(option) is tuple for arg in get_args(option))
     own = [option for option in options if is_config(option) or is_open(option)]
-    return [*own, *(cls for arg in inside for cls in _classes(arg))]
+    return [*own, *(cls for arg in inside for cls in config_classes(arg))]
 
 
 def _words(member: Any, metadata: tuple[object, ...]) -> list[str]:

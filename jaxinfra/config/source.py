@@ -75,11 +75,14 @@ def _require_config_file(path: Path) -> None:
             f"{path}: is a directory without {RECORD_FILE}; name a config file, or the directory of a run"
         )
     if not path.exists():
-        suffix = path.suffix if path.suffix in suffixes else ".py"
-        names = sorted(each.name for each in path.parent.glob(f"*{suffix}"))
+        pattern = f"*{path.suffix}" if path.suffix in suffixes else "*.py"
+        names = sorted(each.name for each in path.parent.glob(pattern))
         near = nearest(path.name, names)
-        listing = f"has {', '.join(names)}" if names else f"has no *{suffix}"
-        hint = f"did you mean {path.parent / near}?" if near else f"{path.parent} {listing}"
+        hint = (
+            f"did you mean {path.parent / near}?"
+            if near
+            else f"{path.parent} has {', '.join(names) or f'no {pattern}'}"
+        )
         raise ConfigError(f"{path}: no such config file; {hint}")
     if path.suffix not in suffixes:
         raise ConfigError(f"{path}: not a config file; name a .py file with def config(), or a run.json")
@@ -102,12 +105,8 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
     function = getattr(module, "config", None)
     if not inspect.isroutine(function):
         raise ConfigError(f"{path}: no function config; define def config() that returns the config")
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
-    ]
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed:
         raise ConfigError(f"{path}: config() needs {', '.join(needed)}; give each argument a default")
     return function

@@ -31,11 +31,6 @@ def join(path: str, name: str | int) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def is_below(path: str, prefix: str) -> bool:
-    """Tells whether `path` is `prefix` or below it."""
-    return path == prefix or path.startswith(f"{prefix}.")
-
-
 def format_value(value: object) -> str:
     """Returns a value as text for an override; for a config object, the name of its class."""
     if value is None:
