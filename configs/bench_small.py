@@ -1,12 +1,16 @@
 """The model of `python -m launch bench step`: a small Llama, 4,096 tokens a step, in float32."""
 
-from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.optim.schedules import Constant
-from jaxinfra.run import Precision, Run, TrainConfig
-from jaxinfra.track.config import TrackConfig
+from jaxinfra import (
+    AdamW,
+    Constant,
+    OptimConfig,
+    Precision,
+    Run,
+    TokenData,
+    TrackConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 
 
 def config() -> Run:

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
+from jaxinfra import AdamW, Cosine, FlaxModel, OptimConfig, Precision, Run, TokenData, TrainConfig
 from jaxinfra.config.limits import DecayRate, PositiveInt
-from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.flax_model import FlaxModel
-from jaxinfra.optim.optimizers import AdamW, OptimConfig
-from jaxinfra.optim.schedules import Cosine
-from jaxinfra.run import Precision, Run, TrainConfig
 
 
 class Block(nnx.Module):

@@ -2,13 +2,8 @@
 
 from dataclasses import replace
 
-from jaxinfra.data.tokens import TokenData
+from jaxinfra import WSD, AdamW, MeshConfig, OptimConfig, Run, TokenData, TrainConfig
 from jaxinfra.models.zoo import shape
-from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.optim.schedules import WSD
-from jaxinfra.parallel.mesh_config import MeshConfig
-from jaxinfra.run import Run, TrainConfig
 
 
 def config() -> Run:

@@ -3,13 +3,8 @@
 A token costs as many FLOPs as in the quickstart, with twice the parameters. Biases balance the load of the experts.
 """
 
-from jaxinfra.data.tokens import TokenData
+from jaxinfra import WSD, Muon, OptimConfig, Precision, Run, TokenData, TrainConfig, TransformerConfig
 from jaxinfra.models.moe import MixtureOfExperts
-from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.optimizers import Muon
-from jaxinfra.optim.schedules import WSD
-from jaxinfra.run import Precision, Run, TrainConfig
 
 
 def config() -> Run:

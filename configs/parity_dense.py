@@ -1,12 +1,6 @@
 """The dense model of `python -m launch parity`: eight divides every dimension that a mesh can shard."""
 
-from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.objectives.causal_lm import CausalLM
-from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.optim.schedules import Constant
-from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra import AdamW, CausalLM, Constant, OptimConfig, Precision, Run, TokenData, TrainConfig, TransformerConfig
 
 
 def config() -> Run:

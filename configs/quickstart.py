@@ -3,13 +3,7 @@
 The corpus is the standard library of the running Python: always there, no network.
 """
 
-from jaxinfra.data.tokens import TokenData
-from jaxinfra.models.transformer import TransformerConfig
-from jaxinfra.ops.rope import Rope
-from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.optimizers import Muon
-from jaxinfra.optim.schedules import WSD
-from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra import WSD, Muon, OptimConfig, Precision, Rope, Run, TokenData, TrainConfig, TransformerConfig
 
 
 def config() -> Run:

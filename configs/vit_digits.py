@@ -3,13 +3,17 @@
 The images come with scikit-learn (the extra `digits`): no network.
 """
 
-from jaxinfra.data.image_data import ImageData
-from jaxinfra.models.vit import VisionTransformerConfig
-from jaxinfra.objectives.classification import Classification
-from jaxinfra.optim.config import OptimConfig
-from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.optim.schedules import Cosine
-from jaxinfra.run import Precision, Run, TrainConfig
+from jaxinfra import (
+    AdamW,
+    Classification,
+    Cosine,
+    ImageData,
+    OptimConfig,
+    Precision,
+    Run,
+    TrainConfig,
+    VisionTransformerConfig,
+)
 
 
 def config() -> Run:

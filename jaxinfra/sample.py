@@ -15,7 +15,7 @@ from jaxinfra.data.tokenizer import StreamDecoder, Tokenizer
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
 from jaxinfra.models.decoder import Cache, Transformer
-from jaxinfra.ops.dot import dot
+from jaxinfra.ops.logits import FactoredLogits
 from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.spec import Params
@@ -146,9 +146,10 @@ class Sampler:
         and overwritten by the next call.
         """
         model = self._model(params)
-        hidden_BTD, padded_cache = model.decode(tokens_BT, cache)
-        last_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, count - 1, axis=1, keepdims=False)
-        return _sample_token(model, last_BD, key, sampling), padded_cache._replace(length=cache.length + count)
+        logits, padded_cache = model.decode(tokens_BT, cache)
+        last_BD = jax.lax.dynamic_index_in_dim(logits.hidden, count - 1, axis=1, keepdims=False)
+        token_B1 = _sample_token(replace(logits, hidden=last_BD), key, sampling)
+        return token_B1, padded_cache._replace(length=cache.length + count)
 
 
 def sampling_program(run: Run) -> Program:
@@ -159,11 +160,9 @@ def sampling_program(run: Run) -> Program:
     return Program(run, make_mesh(mesh, jax.devices()[:1]))
 
 
-def _sample_token(model: Transformer, hidden_BD: jax.Array, key: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Samples one token per row, int32 `[B, 1]`."""
-    logits_BV = dot(hidden_BD, model.head()).astype(jnp.float32)
-    if (cap := model.config.logit_softcap) is not None:
-        logits_BV = cap * jnp.tanh(logits_BV / cap)
+def _sample_token(logits: FactoredLogits, key: jax.Array, sampling: SamplingParams) -> jax.Array:
+    """Samples one token per row, int32 `[B, 1]`; the hidden states are `[B, D]`."""
+    logits_BV = logits.materialize()
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)[:, None]
     logits_BV = filter_top_k_top_p(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)

@@ -20,29 +20,34 @@ from jaxinfra.parallel.sharding import Partitioner
 
 
 class KVCache(NamedTuple):
-    """Keys and values of earlier tokens: of one layer `[B, S, G, K]`, of all `[L, B, S, G, K]`."""
+    """Keys and values of earlier tokens: `[B, S, G, K]` for one layer, `[L, B, S, G, K]` for all."""
 
     keys: jax.Array
     values: jax.Array
 
 
 class TokenInfo(NamedTuple):
-    """Positions and documents of the tokens of a call.
+    """What a layer knows about the tokens of a call, besides their activations.
 
     Attributes:
         rope: cosines and sines of the positions, `[B or 1, T, 1, rotated / 2]`; None without rotary positions.
         segments: document ids `[B, T]`; None if every row is one document.
         start: the cache slot of the first token, an int32 scalar; None without a cache.
+        dropout_bits: random bits `[B, T]` (see `ops.dropout`); None drops nothing.
     """
 
     rope: tuple[jax.Array, jax.Array] | None = None
     segments: jax.Array | None = None
     start: jax.Array | None = None
+    dropout_bits: jax.Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The sizes and options of one attention layer; see `TransformerConfig`."""
+    """The sizes and options of one attention layer, as in `TransformerConfig`.
+
+    `out_scale` is a factor on the initial weights of the output projection.
+    """
 
     hidden_size: int
     num_heads: int
@@ -95,11 +100,10 @@ class Attention(nnx.Module):
         if cache is None:
             y_BTHK = self_attention(q_BTHK, k_BTGK, v_BTGK, spec, tokens.segments, self.config, self.partitioner)
             return self.out(y_BTHK), None
-        assert tokens.start is not None
-        cache = KVCache(
-            update_cache(cache.keys, k_BTGK, tokens.start), update_cache(cache.values, v_BTGK, tokens.start)
-        )
-        positions = cached_positions(tokens.start, q_BTHK, cache.keys)
+        start = tokens.start
+        assert start is not None
+        cache = KVCache(update_cache(cache.keys, k_BTGK, start), update_cache(cache.values, v_BTGK, start))
+        positions = cached_positions(start, q_BTHK, cache.keys)
         y_BTHK = dot_product_attention(q_BTHK, *cache, spec, platform=self.partitioner.platform, positions=positions)
         return self.out(y_BTHK), cache
 
@@ -116,11 +120,11 @@ def self_attention(
     k_BTGK: jax.Array,
     v_BTGV: jax.Array,
     spec: AttentionSpec,
-    ids_BT: jax.Array | None,
+    segments_BT: jax.Array | None,
     config: AttentionConfig,
     partitioner: Partitioner,
 ) -> jax.Array:
-    """Computes self-attention over whole sequences, `[B, T, H, V]`; positions may be sharded."""
+    """Computes attention without a cache, `[B, T, H, V]`; V is the head dim of the values, T may be sharded."""
     sharding, platform, kernel = partitioner.sequence_sharding, partitioner.platform, config.kernel
     if sharding.num_shards > 1:
         return context_parallel_attention(
@@ -130,11 +134,11 @@ def self_attention(
             spec,
             sharding=sharding,
             platform=platform,
-            ids_BT=ids_BT,
+            ids_BT=segments_BT,
             kernel=kernel,
             method=config.context_method,
         )
-    segments = None if ids_BT is None else (ids_BT, ids_BT)
+    segments = None if segments_BT is None else (segments_BT, segments_BT)  # of queries and of keys
     return dot_product_attention(q_BTHK, k_BTGK, v_BTGV, spec, platform=platform, segments=segments, kernel=kernel)
 
 
@@ -144,5 +148,9 @@ def update_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Arra
 
 
 def cached_positions(start: jax.Array, queries: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the positions of queries `[B, T, ...]`, which begin at slot `start`, and of the cache `[B, S, ...]`."""
+    """Returns the positions of queries `[B, T, ...]` that begin at slot `start`, and of a cache `[B, S, ...]`.
+
+    Two queries at `start=3` and a cache of 8 slots give `[[3, 4]]` and `[[0, ..., 7]]`. Later slots are masked, since
+    attention is causal.
+    """
     return start + jnp.arange(queries.shape[1])[None], jnp.arange(cache.shape[1])[None]

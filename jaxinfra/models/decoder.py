@@ -3,7 +3,7 @@
 Layers are stacked and scanned, for few arrays and short compiles. Layers of different types (full or sliding attention)
 have the same parameters, and the scan's body switches between the types.
 
-Shape suffixes: B batch, T length, L layers, S pipeline stages, D residual width, V vocabulary.
+Shape suffixes: B batch, T length, L layers, S pipeline stages, D residual width.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.models import flops, moe
 from jaxinfra.models.attention import Attention, AttentionConfig, KVCache, TokenInfo
 from jaxinfra.models.latent import LatentAttention, LatentCache
-from jaxinfra.models.layers import MLP, Norm, ParamFactory
+from jaxinfra.models.layers import MLP, Norm, ParamFactory, lookup_embeddings
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.moe import MoE
 from jaxinfra.models.remat import Remat, remat
@@ -36,11 +36,6 @@ from jaxinfra.parallel.sharding import Partitioner
 from jaxinfra.parallel.spec import normal
 
 type LayerCache = KVCache | LatentCache | None
-type LayerFunction = Callable[["Block", jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache, LayerStats]]
-"""`(block, activations, layer index, cache) -> (activations, cache, stats)`."""
-
-type AnyLayerFunction = Callable[..., tuple[jax.Array, LayerCache, LayerStats]]
-"""`(block, activations, index of the layer type, layer index, cache) -> (activations, cache, stats)`."""
 
 
 class Block(nnx.Module):
@@ -63,9 +58,10 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, bits_BT: jax.Array | None, cache: Any
+        self, x_BTD: jax.Array, spec: AttentionSpec, tokens: TokenInfo, layer_index: jax.Array, cache: Any
     ) -> tuple[jax.Array, LayerCache, LayerStats]:
-        """Returns the residual stream, cache and stats; `bits_BT` are the dropout bits of the layer."""
+        """Returns the residual stream after the layer, the cache with these tokens, and the layer's statistics."""
+        bits_BT = layer_bits(tokens.dropout_bits, layer_index)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), spec, tokens, cache)
         if self.attention_post_norm is not None:
             y_BTD = self.attention_post_norm(y_BTD)
@@ -82,13 +78,8 @@ class Block(nnx.Module):
 
 
 def _norm(config: TransformerConfig, params: ParamFactory) -> Norm:
-    return Norm(
-        config.hidden_size,
-        norm_type=config.norm_type,
-        eps=config.norm_eps,
-        offset=config.norm_offset,
-        params=params,
-    )
+    options = {"norm_type": config.norm_type, "eps": config.norm_eps, "offset": config.norm_offset}
+    return Norm(config.hidden_size, params=params, **options)
 
 
 def _attention(config: TransformerConfig, out_scale: float, params: ParamFactory) -> Attention | LatentAttention:
@@ -109,32 +100,20 @@ def _attention(config: TransformerConfig, out_scale: float, params: ParamFactory
     return Attention(attention, params) if config.mla is None else LatentAttention(config.mla, attention, params)
 
 
-class LayerInputs(NamedTuple):
-    """Inputs that all layers of a call share.
-
-    Attributes:
-        positions: positions of the tokens in their documents, `[B or 1, T]`.
-        segments: see `TokenInfo`.
-        start: see `TokenInfo`.
-        dropout_bits: see `ops.dropout`; None drops nothing.
-    """
-
-    positions: jax.Array
-    segments: jax.Array | None = None
-    start: jax.Array | None = None
-    dropout_bits: jax.Array | None = None
-
-
 class LayerIds(NamedTuple):
-    """The layers of a scan, `[L]`, or `[L, S]` if the S pipeline stages differ.
+    """The type and the index of layers: `[L]` for a scan, or `[L, S]` if S pipeline stages apply different layers.
 
     Attributes:
-        types: index into `distinct_layer_types`; -1 is padding.
-        indices: layer index; the dense layers before the stack have the indices up to -1.
+        types: index into `TransformerConfig.distinct_layer_types`; -1 is padding.
+        indices: layer index, counted from the first dense layer.
     """
 
     types: jax.Array
     indices: jax.Array
+
+
+type LayerFunction = Callable[[Block, jax.Array, LayerIds, LayerCache], tuple[jax.Array, LayerCache, LayerStats]]
+"""Applies one layer to activations; returns activations, cache and statistics."""
 
 
 class Cache(NamedTuple):
@@ -145,53 +124,25 @@ class Cache(NamedTuple):
 
 
 class Transformer(LayeredModule):
-    """A decoder from tokens to hidden states; `head` is the weight of the LM head."""
+    """A decoder from tokens to logits."""
 
     def __init__(self, config: TransformerConfig, partitioner: Partitioner):
         self.config, self.partitioner = config, partitioner
-        params, hidden = ParamFactory(partitioner=partitioner), config.hidden_size
-        vocab, learned, dense = config.vocab_size, config.learned_positions, config.num_dense_layers
+        params = ParamFactory(partitioner=partitioner)
+        hidden, vocab, num_positions = config.hidden_size, config.vocab_size, config.learned_positions
         init = normal(hidden**-0.5)
         self.embedding = params.param((vocab, hidden), ("vocab", "embed"), init, "embedding")
-        self.positions = (
-            params.param((learned, hidden), (None, "embed"), normal(0.01), "embedding") if learned else None
-        )
-        self.prefix = Block(replace(config, moe=None), replace(params, num_layers=dense)) if dense else None
+        self.positions = self.prefix = self.unembedding = None
+        if num_positions is not None:
+            self.positions = params.param((num_positions, hidden), (None, "embed"), normal(0.01), "embedding")
+        self._dense_layers = range(config.num_dense_layers)
+        self._stacked_layers = range(config.num_dense_layers, config.total_layers)
+        if config.num_dense_layers:
+            self.prefix = Block(replace(config, moe=None), replace(params, num_layers=config.num_dense_layers))
         self.blocks = Block(config, replace(params, num_layers=config.num_layers))
         self.norm = _norm(config, params)
-        self.unembedding = (
-            None
-            if config.tie_embeddings
-            else params.param((hidden, vocab), ("embed", "vocab"), init, "head", in_dims=1)
-        )
-
-    def hidden_states(self, batch: Inputs) -> jax.Array:
-        """Returns the hidden states after the final norm, `[B, T, D]`; see `embed` for the batch."""
-        return self.final_norm(self.apply_layers(self.embed(batch), batch)[0])
-
-    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Returns hidden states after the final norm for tokens that follow a cache, and the cache with these tokens.
-
-        Each row of the cache and the tokens is one document.
-        """
-        positions_BT = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        inputs = LayerInputs(positions_BT, start=cache.length)
-        layer = self._layer(inputs, uniform=True, policy="none")
-
-        def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            block, ids, kv = xs
-            x, kv, _ = layer(block, x, *ids, kv)
-            return x, kv
-
-        x_BTD, dense = self._embed_tokens(tokens_BT, positions_BT), self.config.num_dense_layers
-        if self.prefix is None:
-            x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, self._layer_ids(), cache.kv))
-        else:
-            dense_kv, kv = (jax.tree.map(lambda a, i=i: jnp.split(a, [dense])[i], cache.kv) for i in (0, 1))
-            x_BTD, dense_kv = jax.lax.scan(body, x_BTD, (self.prefix, self._dense_layer_ids(), dense_kv))
-            x_BTD, kv = jax.lax.scan(body, x_BTD, (self.blocks, self._layer_ids(), kv))
-            kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), dense_kv, kv)
-        return self.final_norm(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
+        if not config.tie_embeddings:
+            self.unembedding = params.param((hidden, vocab), ("embed", "vocab"), init, "head", in_dims=1)
 
     @override
     def embed(self, batch: Inputs, /) -> jax.Array:
@@ -207,47 +158,67 @@ class Transformer(LayeredModule):
         x_BTD = dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
         if self.prefix is None:
             return x_BTD
-        return self._scan(x_BTD, batch, self.prefix, self._dense_layer_ids(), uniform=True)[0]
+        return self._scan(x_BTD, batch, self.prefix, self._layer_ids(self._dense_layers), uniform=True)[0]
 
     @override
     def apply_layers(
         self, x_BTD: jax.Array, batch: Inputs, stage_layers: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
-        uniform = stage_layers is None or stage_layers.uniform
-        return self._scan(x_BTD, batch, self.blocks, self._layer_ids(stage_layers), uniform=uniform)
-
-    def _scan(
-        self, x_BTD: jax.Array, batch: Inputs, blocks: Block, ids: LayerIds, *, uniform: bool
-    ) -> tuple[jax.Array, LayerStats]:
-        inputs = LayerInputs(self._positions(batch), batch.get("segments"), dropout_bits=batch.get(DROPOUT_FIELD))
-
-        def step(policy: Remat) -> Step:
-            layer = self._layer(inputs, uniform=uniform, policy=policy)
-
-            def apply(x: jax.Array, xs: tuple[Block, LayerIds]) -> tuple[jax.Array, LayerStats]:
-                block, (layer_type, index) = xs
-                x, _, stats = layer(block, x, layer_type, index, None)
-                return x, stats
-
-            return apply
-
-        return scan_pattern([step(policy) for policy in self.config.remat_policies], x_BTD, (blocks, ids))
-
-    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        """Applies the norm after the last layer and all-gathers positions for the LM head."""
-        return self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
+        ids, uniform = self._layer_ids(self._stacked_layers), True
+        if stage_layers is not None:
+            ids, uniform = self._ids_of_stages(ids, stage_layers), stage_layers.uniform
+        return self._scan(x_BTD, batch, self.blocks, ids, uniform=uniform)
 
     @override
     def output(self, x_BTD: jax.Array, /) -> FactoredLogits:
-        return FactoredLogits(hidden=self.final_norm(x_BTD), head=self.head(), softcap=self.config.logit_softcap)
+        hidden_BTD = self.partitioner.gather_sequence(self.norm(x_BTD), "vocab")
+        if self.unembedding is None:
+            head = self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
+        else:
+            head = self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
+        return FactoredLogits(hidden=hidden_BTD, head=head, softcap=self.config.logit_softcap)
+
+    # Decoding
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Returns a cache for `length` tokens of `batch` rows."""
+        kv = self.blocks.attention.empty_cache(self.config.total_layers, batch, length)
+        return Cache(kv, jnp.zeros((), jnp.int32))
+
+    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[FactoredLogits, Cache]:
+        """Returns logits for tokens that follow a cache, and the cache with these tokens.
+
+        Each row of the cache and the tokens is one document.
+        """
+        positions_1T = cache.length + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        layer = self._layer(positions_1T, TokenInfo(start=cache.length), uniform=True, policy="none")
+
+        def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+            block, ids, kv = xs
+            x, kv, _ = layer(block, x, ids, kv)
+            return x, kv
+
+        x_BTD, new_kv = self._embed_tokens(tokens_BT, positions_1T), []
+        for blocks, layers in ((self.prefix, self._dense_layers), (self.blocks, self._stacked_layers)):
+            if blocks is not None:
+                select = partial(jax.lax.slice_in_dim, start_index=layers.start, limit_index=layers.stop)
+                kv = jax.tree.map(select, cache.kv)
+                x_BTD, kv = jax.lax.scan(body, x_BTD, (blocks, self._layer_ids(layers), kv))
+                new_kv.append(kv)
+        kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *new_kv)
+        return self.output(x_BTD), Cache(kv, cache.length + tokens_BT.shape[1])
+
+    # What is known about the model
 
     @override
     def uniform(self, layers: np.ndarray) -> bool:
         config = self.config
-        types = [config.layer_type(config.num_dense_layers + n) if n >= 0 else None for n in layers.flat]
-        # Row l has the types of layer l of every chunk on every stage.
-        rows = np.array(types, object).reshape(layers.shape).transpose(1, 0, 2).reshape(layers.shape[1], -1)
-        return bool((rows == rows[:, :1]).all())
+
+        def type_of(layer: int) -> LayerType | None:
+            return None if layer < 0 else config.layer_type(config.num_dense_layers + layer)
+
+        # Stages may work on different chunks at a time, so layer n of every chunk of every stage must have one type.
+        return all(len({type_of(layer) for layer in layers[:, n].flat}) == 1 for n in range(layers.shape[1]))
 
     @override
     def flops(self, data: HasSeqLen) -> float:
@@ -275,6 +246,8 @@ class Transformer(LayeredModule):
             choices[layer_type] = ContextChoice(chosen, context_costs(sharding, spec, sizes))
         return choices
 
+    # Statistics of the layers
+
     @override
     def aux_loss(self, stats: LayerStats) -> jax.Array | None:
         return moe.aux_loss(stats, (*self.partitioner.mesh_axes("batch"), *self.partitioner.mesh_axes("sequence")))
@@ -286,10 +259,12 @@ class Transformer(LayeredModule):
     @override
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         mlp = self.blocks.mlp
-        if self.config.moe is None or not isinstance(mlp, MoE) or mlp.bias is None:
+        if not isinstance(mlp, MoE) or mlp.bias is None:
             return {}
-        bias = moe.updated_bias(mlp.bias[...], stats, self.config.moe.bias_update_rate)
+        bias = moe.updated_bias(mlp.bias[...], stats, mlp.config.bias_update_rate)
         return {"blocks": {"mlp": {"bias": bias}}}
+
+    # Embedding
 
     def _positions(self, batch: Inputs) -> jax.Array:
         if "positions" in batch:
@@ -297,76 +272,10 @@ class Transformer(LayeredModule):
         positions_1T = self.partitioner.sequence_sharding.positions(batch["inputs"].shape[1])[None]
         return jax.reshard(positions_1T, self.partitioner.spec(None, "sequence"))
 
-    def _layer_types(self, layers: range) -> jax.Array:
-        types = self.config.distinct_layer_types
-        return jnp.array([types.index(self.config.layer_type(layer)) for layer in layers])
-
-    def _layer_ids(self, stage_layers: StageLayers | None = None) -> LayerIds:
-        types = self._layer_types(range(self.config.num_dense_layers, self.config.total_layers))
-        if stage_layers is None:
-            return LayerIds(types, jnp.arange(self.config.num_layers))
-        indices = stage_layers.indices
-        types = jnp.where(indices < 0, -1, types.at[indices].get(out_sharding=P(None, "stage")))
-        return LayerIds(jax.reshard(types, P())[:, 0] if stage_layers.uniform else types, indices)
-
-    def _dense_layer_ids(self) -> LayerIds:
-        dense = self.config.num_dense_layers
-        return LayerIds(self._layer_types(range(dense)), jnp.arange(-dense, 0))
-
-    def _layer(self, inputs: LayerInputs, *, uniform: bool, policy: Remat) -> AnyLayerFunction:
-        """Returns a function that applies a layer of any type; `uniform` is explained at `StageLayers`."""
-        branches = [self._layer_of_type(layer_type, inputs, policy) for layer_type in self.config.distinct_layer_types]
-        if not uniform:
-            return lambda block, x, layer_type, index, cache: self._apply_all(branches, block, x, layer_type, index)
-        if len(branches) == 1:
-            return lambda block, x, layer_type, index, cache: branches[0](block, x, index, cache)
-        return lambda block, x, layer_type, index, cache: jax.lax.switch(layer_type, branches, block, x, index, cache)
-
-    def _layer_of_type(self, layer_type: LayerType, inputs: LayerInputs, policy: Remat) -> LayerFunction:
-        config, rope = self.config, self.config.rope_of(layer_type)
-        tables = None
-        if rope is not None:
-            tables = rope_tables(rope, inputs.positions, config.rope_head_dim, self.partitioner.compute_dtype)
-        tokens = TokenInfo(tables, inputs.segments, inputs.start)
-
-        def layer(
-            block: Block, x: jax.Array, index: jax.Array, cache: LayerCache
-        ) -> tuple[jax.Array, LayerCache, LayerStats]:
-            bits = layer_bits(inputs.dropout_bits, index + config.num_dense_layers)
-            return block(x, config.attention_spec(layer_type), tokens, bits, cache)
-
-        return remat(layer, policy, alone=len(config.remat_policies) == 1)
-
-    def _apply_all(
-        self, branches: Sequence[LayerFunction], block: Block, x_BTD: jax.Array, type_S: jax.Array, index_S: jax.Array
-    ) -> tuple[jax.Array, None, LayerStats]:
-        """Applies layers of different types on different pipeline stages: computes all types, then selects by stage.
-
-        A stage without a layer (type -1) returns its input.
-        """
-        results = [branch(block, x_BTD, index_S, None) for branch in branches]
-        outputs = [(y_BTD, stats) for y_BTD, _, stats in results]
-        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, outputs)
-
-        def select(
-            outputs: list[tuple[jax.Array, LayerStats]], x: jax.Array, type_of_stage: jax.Array
-        ) -> tuple[jax.Array, LayerStats]:
-            selected = []
-            for layer_type, (y, stats) in enumerate(outputs):
-                other = type_of_stage[0] != layer_type
-                x = jnp.where(other, x, y)
-                # The result of `where` has the sharding of its last argument, so stats come last to stay unreduced.
-                selected.append(jax.tree.map(lambda a, other=other: jnp.where(other, 0, a), stats))
-            return x, jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *selected)
-
-        mapped = jax.shard_map(select, in_specs=(specs, specs[0][0], P("stage")), out_specs=specs[0])
-        y_BTD, stats = mapped(outputs, x_BTD, type_S)
-        return y_BTD, None, stats
-
     def _embed_tokens(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Looks up the embeddings of tokens, and of positions if they are learned."""
         partitioner = self.partitioner
-        x_BTD = self._lookup(tokens_BT)
+        x_BTD = lookup_embeddings(self.embedding[...], tokens_BT, partitioner)
         if self.positions is not None:
             table = partitioner.gather_weight(self.positions[...], (None, "embed"))
             index = jax.reshard(jnp.broadcast_to(positions_BT, tokens_BT.shape), partitioner.spec("batch", "sequence"))
@@ -375,33 +284,87 @@ class Transformer(LayeredModule):
             x_BTD *= jnp.asarray(self.config.hidden_size**0.5, x_BTD.dtype)
         return partitioner.shard(x_BTD, "batch", "positions", None)
 
-    def _lookup(self, tokens_BT: jax.Array) -> jax.Array:
-        partitioner, axes = self.partitioner, self.partitioner.mesh_axes("vocab")
-        if not axes:
-            # Each device looks up its columns for all tokens, then tokens are exchanged: fewer bytes than the table.
-            table_VD, out = partitioner.lookup_table(self.embedding[...], "embed")
-            tokens_BT = jax.reshard(tokens_BT, P(*out.partitions[:2]))
-            return partitioner.reshard_to_tokens(table_VD.at[tokens_BT].get(out_sharding=out), "embed")
-        table_VD = partitioner.gather_weight(self.embedding[...], ("vocab", "embed"))
+    # Layers
 
-        def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-            # Each vocabulary shard looks up its own tokens and returns zeros for others.
-            tokens = tokens - jax.lax.axis_index(axes) * table.shape[0]
-            own = (tokens >= 0) & (tokens < table.shape[0])
-            rows = table[jnp.where(own, tokens, 0)]
-            return jax.lax.psum(jnp.where(own[..., None], rows, 0), axes)
+    def _layer_ids(self, layers: range) -> LayerIds:
+        types = self.config.distinct_layer_types
+        return LayerIds(
+            types=jnp.array([types.index(self.config.layer_type(layer)) for layer in layers]),
+            indices=jnp.arange(layers.start, layers.stop),
+        )
 
-        in_specs = tuple(jax.typeof(a).sharding.spec for a in (table_VD, tokens_BT))
-        out_specs = partitioner.spec("batch", "sequence", None)
-        return jax.shard_map(lookup, in_specs=in_specs, out_specs=out_specs)(table_VD, tokens_BT)
+    def _ids_of_stages(self, ids: LayerIds, stage_layers: StageLayers) -> LayerIds:
+        """Selects the layers of each stage, `[L, S]`; types that are equal on all stages become `[L]`."""
+        in_stack_LS = stage_layers.indices
+        types_LS = jnp.where(in_stack_LS < 0, -1, ids.types.at[in_stack_LS].get(out_sharding=P(None, "stage")))
+        types = jax.reshard(types_LS, P())[:, 0] if stage_layers.uniform else types_LS
+        return LayerIds(types, in_stack_LS + self.config.num_dense_layers)
 
-    def head(self) -> jax.Array:
-        """Returns the weight of the LM head, `[D, V]`, gathered for use."""
-        if self.unembedding is None:
-            return self.partitioner.gather_weight(self.embedding[...], ("vocab", "embed")).T
-        return self.partitioner.gather_weight(self.unembedding[...], ("embed", "vocab"))
+    def _scan(
+        self, x_BTD: jax.Array, batch: Inputs, blocks: Block, ids: LayerIds, *, uniform: bool
+    ) -> tuple[jax.Array, LayerStats]:
+        """Applies stacked layers; the remat policies are repeated over them."""
+        tokens = TokenInfo(segments=batch.get("segments"), dropout_bits=batch.get(DROPOUT_FIELD))
+        positions_BT = self._positions(batch)
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """Returns a cache for `length` tokens of `batch` rows."""
-        kv = self.blocks.attention.empty_cache(self.config.total_layers, batch, length)
-        return Cache(kv, jnp.zeros((), jnp.int32))
+        def make_step(policy: Remat) -> Step:
+            layer = self._layer(positions_BT, tokens, uniform=uniform, policy=policy)
+
+            def step(x: jax.Array, xs: tuple[Block, LayerIds]) -> tuple[jax.Array, LayerStats]:
+                block, ids = xs
+                x, _, stats = layer(block, x, ids, None)
+                return x, stats
+
+            return step
+
+        return scan_pattern([make_step(policy) for policy in self.config.remat_policies], x_BTD, (blocks, ids))
+
+    def _layer(self, positions_BT: jax.Array, tokens: TokenInfo, *, uniform: bool, policy: Remat) -> LayerFunction:
+        """Returns a function that applies a layer of any type; `uniform` is explained at `StageLayers`."""
+        by_type = [self._layer_of_type(t, positions_BT, tokens, policy) for t in self.config.distinct_layer_types]
+        if not uniform:
+            return partial(self._select_by_stage, by_type)
+        if len(by_type) == 1:
+            return by_type[0]
+        return lambda block, x, ids, cache: jax.lax.switch(ids.types, by_type, block, x, ids, cache)
+
+    def _layer_of_type(
+        self, layer_type: LayerType, positions_BT: jax.Array, tokens: TokenInfo, policy: Remat
+    ) -> LayerFunction:
+        config, rope = self.config, self.config.rope_of(layer_type)
+        if rope is not None:
+            tables = rope_tables(rope, positions_BT, config.rope_head_dim, self.partitioner.compute_dtype)
+            tokens = tokens._replace(rope=tables)
+
+        def layer(
+            block: Block, x_BTD: jax.Array, ids: LayerIds, cache: LayerCache
+        ) -> tuple[jax.Array, LayerCache, LayerStats]:
+            return block(x_BTD, config.attention_spec(layer_type), tokens, ids.indices, cache)
+
+        return remat(layer, policy, alone=len(config.remat_policies) == 1)
+
+    def _select_by_stage(
+        self, by_type: Sequence[LayerFunction], block: Block, x_BTD: jax.Array, ids_S: LayerIds, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache, LayerStats]:
+        """Applies layers of different types on different pipeline stages: computes all types, then selects by stage.
+
+        A stage without a layer (type -1) returns its input.
+        """
+        results = [layer(block, x_BTD, ids_S, None) for layer in by_type]
+        outputs = [(y_BTD, stats) for y_BTD, _, stats in results]
+        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, outputs)
+
+        def select(
+            outputs: list[tuple[jax.Array, LayerStats]], x: jax.Array, type_of_stage: jax.Array
+        ) -> tuple[jax.Array, LayerStats]:
+            selected_stats = []
+            for layer_type, (y, stats) in enumerate(outputs):
+                other = type_of_stage[0] != layer_type
+                x = jnp.where(other, x, y)
+                # The result of `where` has the sharding of its last argument, so stats come last to stay unreduced.
+                selected_stats.append({name: jnp.where(other, 0, value) for name, value in stats.items()})
+            return x, jax.tree.map(lambda *of_types: functools.reduce(jnp.add, of_types), *selected_stats)
+
+        mapped = jax.shard_map(select, in_specs=(specs, specs[0][0], P("stage")), out_specs=specs[0])
+        y_BTD, stats = mapped(outputs, x_BTD, ids_S.types)
+        return y_BTD, cache, stats

@@ -2,6 +2,9 @@
 
 The module needs no code for sharding: it runs in a region of automatic sharding (`auto_axes`) inside the explicitly
 sharded step. There JAX's partitioner chooses the collectives from the shardings of parameters and batches.
+
+Variables are named by their path in the module, such as `("mlp", 0, "kernel")`; as parameters of the run they are
+`module.mlp.0.kernel`.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +32,7 @@ from jaxinfra.parallel.spec import Params, ParamSpec, Role, constant, param_key
 CALLS = "calls"
 """The statistic that counts how often the module was called in a step."""
 
-ANNOTATIONS = ("out_sharding", "sharding_rules", "mesh", "linen_meta_type")
+SHARDING_METADATA = ("out_sharding", "sharding_rules", "mesh", "linen_meta_type")
 """Metadata of Flax variables about sharding."""
 
 
@@ -69,8 +72,8 @@ class ModuleStructure:
 
     Attributes:
         graphdef: its graph definition.
-        specs: `ParamSpec` of each variable.
-        rngs: shapes of the keys and counters of its random number streams.
+        specs: the `ParamSpec` of each variable, by path.
+        rngs: shapes of the keys and counters of its random number streams, by path.
     """
 
     graphdef: nnx.GraphDef
@@ -79,12 +82,13 @@ class ModuleStructure:
 
 
 class FlaxModule(Module):
-    """The module of a `FlaxModel`; its parameters are at `module.PATH`."""
+    """Runs the module of a `FlaxModel` on a mesh."""
 
-    partial_gradients: ClassVar[bool] = False  # the partitioner all-reduces gradients over the whole mesh
+    partial_gradients: ClassVar[bool] = False  # JAX's partitioner all-reduces gradients over the whole mesh
 
     def __init__(self, config: FlaxModel, partitioner: Partitioner):
-        self.config, self.partitioner, name = config, partitioner, type(config).__qualname__
+        self.config, self.partitioner = config, partitioner
+        name = type(config).__qualname__
         if partitioner.quantize != "none":
             raise ConfigError(
                 f"precision.quantize={partitioner.quantize}: {name} makes a plain Flax module, whose products are not "
@@ -113,20 +117,23 @@ class FlaxModule(Module):
 
     @override
     def forward(self, batch: Inputs, /) -> tuple[Any, LayerStats]:
-        inputs, bits = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}, batch.get(DROPOUT_FIELD)
+        inputs = {name: array for name, array in batch.items() if name != DROPOUT_FIELD}
+        bits = batch.get(DROPOUT_FIELD)
         values = {path: _at(self.module, path)[...] for path in self.structure.specs}
         shapes, _ = jax.eval_shape(_auto_sharded(self._run, PartitionSpec()), values, inputs, bits)
-        rows = next(iter(inputs.values())).shape[0]
-        for array in jax.tree.leaves(shapes) or [None]:
-            if array is None or array.shape[:1] != (rows,):
-                result = "nothing" if array is None else f"an array of shape {array.shape}"
-                raise ConfigError(
-                    f"{type(self.config).__qualname__}.call: returned {result} for a batch of {rows}; return logits "
-                    f"[{rows}, ...]"
-                )
+        self._check_output(shapes, rows=next(iter(inputs.values())).shape[0])
         run = _auto_sharded(self._run, (self.partitioner.spec("batch"), PartitionSpec()))
         # The backward pass gathers the weights again.
         return remat(lambda values: run(self._gather(values), inputs, bits), "weights", alone=False)(values)
+
+    def _check_output(self, output: Any, rows: int) -> None:
+        arrays = jax.tree.leaves(output)
+        wrong = [f"an array of shape {a.shape}" for a in arrays if a.shape[:1] != (rows,)] if arrays else ["nothing"]
+        if wrong:
+            raise ConfigError(
+                f"{type(self.config).__qualname__}.call: returned {wrong[0]} for a batch of {rows}; return logits "
+                f"[{rows}, ...]"
+            )
 
     def _gather(self, values: Mapping[PathParts, jax.Array]) -> dict[PathParts, jax.Array]:
         """Casts parameters to the compute dtype and all-gathers them over the axes that shard the batch."""
@@ -143,7 +150,7 @@ class FlaxModule(Module):
     def _run(
         self, values: Mapping[PathParts, jax.Array], inputs: Inputs, bits: jax.Array | None
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """Returns the result of the call and, in training (random bits are given), the updated buffers."""
+        """Returns the result of the call and, in training (with `bits`), the statistics of the buffers."""
         structure, train, compute = self.structure, bits is not None, self.partitioner.compute_dtype
         key = jax.random.key(0 if bits is None else bits[0, 0])  # the bits of a token depend on seed and step
         rngs = {path: _restart_rng(key, path, shape) for path, shape in structure.rngs.items()}
@@ -154,42 +161,47 @@ class FlaxModule(Module):
             module.eval()
         inputs = {name: a.astype(compute) if _is_floating(a) else a for name, a in inputs.items()}
         output = self.config.call(module, inputs, train=train)
-        if not train:
-            return output, {}
-        # Statistics are summed over microbatches; `update_buffers` divides the sums by `CALLS`.
-        after, stats = _flatten(nnx.state(module)), {}
-        for path, spec in structure.specs.items():
-            if spec.state == "buffer":
-                if (shape := after[path].shape) != spec.shape:
-                    raise ConfigError(
-                        f"{_param_name(path)}: a call changes its shape from {spec.shape} to {shape}; keep to one "
-                        f"shape in {type(self.config).__qualname__}"
-                    )
-                if _is_floating(after[path]):
-                    stats[_param_name(path)] = after[path].astype(jnp.float32)
-                else:  # the change, as the sum of large integers over microbatches would overflow
-                    stats[_param_name(path)] = after[path].astype(jnp.int32) - values[path].astype(jnp.int32)
-        return output, {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
+        return output, self._buffer_stats(values, _flatten(nnx.state(module))) if train else {}
+
+    @property
+    def _buffers(self) -> dict[PathParts, ParamSpec]:
+        return {path: spec for path, spec in self.structure.specs.items() if spec.state == "buffer"}
+
+    def _buffer_stats(
+        self, before: Mapping[PathParts, jax.Array], after: Mapping[PathParts, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Returns what `update_buffers` needs; the train step sums it over microbatches."""
+        stats = {}
+        for path, spec in self._buffers.items():
+            name, value = _param_name(path), after[path]
+            if value.shape != spec.shape:
+                raise ConfigError(
+                    f"{name}: a call changes its shape from {spec.shape} to {value.shape}; keep to one shape in "
+                    f"{type(self.config).__qualname__}"
+                )
+            if _is_floating(value):
+                stats[name] = value.astype(jnp.float32)
+            else:  # the change, as the sum of large integers over microbatches would overflow
+                stats[name] = value.astype(jnp.int32) - before[path].astype(jnp.int32)
+        return {**stats, CALLS: jnp.ones((), jnp.int32)} if stats else {}
 
     @override
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
         if not stats:
             return {}
-
-        def mean(path: PathParts, spec: ParamSpec) -> jax.Array:
-            total = stats[_param_name(path)]
-            if _is_floating(total):
-                value = total / stats[CALLS]
+        changed = {}
+        for path, spec in self._buffers.items():
+            name = _param_name(path)
+            if _is_floating(stats[name]):
+                value = stats[name] / stats[CALLS]
             else:
-                value = _at(self.module, path)[...].astype(jnp.int32) + total // stats[CALLS]
-            return jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(_param_name(path), spec))
-
-        changed = {path: mean(path, spec) for path, spec in self.structure.specs.items() if spec.state == "buffer"}
+                value = _at(self.module, path)[...].astype(jnp.int32) + stats[name] // stats[CALLS]
+            changed[path] = jax.reshard(value.astype(spec.dtype), self.partitioner.stored_spec(name, spec))
         return {"module": _unflatten(changed)}
 
 
 def _auto_sharded[R](fun: Callable[..., R], out: Any) -> Callable[..., R]:
-    """Wraps `fun` for automatic sharding inside; its results have the shardings `out`."""
+    """Wraps `fun`: JAX's partitioner shards it inside, and its results have the shardings `out`."""
     wrapped: Any = auto_axes(fun, out_sharding=out)
     return wrapped
 
@@ -217,15 +229,21 @@ def _structure(config: FlaxModel, partitioner: Partitioner) -> ModuleStructure:
             f"{name}.make_module: the module has no nnx.Param to train; a Linen module gets its parameters by "
             "nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(sample)"
         )
-    for variable in nodes.values():  # Linen would apply these annotations in the call
-        for metadata in ANNOTATIONS if isinstance(variable, nnx.Variable) else ():
-            if variable.has_metadata(metadata):
-                variable.del_metadata(metadata)
+    for variable in nodes.values():
+        if isinstance(variable, nnx.Variable):
+            # Linen would apply these annotations in the call, where logical axes are unknown.
+            for key in SHARDING_METADATA:
+                if variable.has_metadata(key):
+                    variable.del_metadata(key)
     graphdef, rngs, _ = nnx.split(abstract, nnx.RngState, ...)
     return ModuleStructure(graphdef=graphdef, specs=specs, rngs=_flatten(rngs))
 
 
 def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, partitioner: Partitioner) -> ParamSpec:
+    """Declares a variable; its name, its dimensions and the module that owns it tell how it is used.
+
+    `where` begins error messages. The module draws its own initial values (`FlaxModule.init_params`).
+    """
     shape, dtype, init = variable.shape, str(variable.dtype), constant(0)
     if not any(jnp.issubdtype(variable.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise ConfigError(f"{where}: is {dtype}; a variable may be floating point, integer or bool")
@@ -241,7 +259,8 @@ def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, parti
     axes = axes or _default_axes(shape, role, partitioner.num_shards("embed"))
     if role != "matrix":
         return ParamSpec(shape=shape, axes=axes, init=init, role=role)
-    features = getattr(owner, "out_features", None)  # several dimensions in nnx.LinearGeneral
+    # A kernel is `[*in_features, *out_features]`; nnx.LinearGeneral may have several of both.
+    features = getattr(owner, "out_features", None)
     first_out = len(shape) - (len(features) if isinstance(features, tuple) else 1)
     in_dims = tuple(dim for dim in range(first_out) if axes[dim] != "layers")
     out_dims = tuple(range(first_out, len(shape)))
@@ -249,6 +268,7 @@ def _param_spec(where: str, name: str, variable: nnx.Variable, owner: Any, parti
 
 
 def _annotated_axes(where: str, variable: nnx.Variable) -> LogicalAxes | None:
+    """Returns the axes that the module names for each dimension; None if it names none."""
     annotation = variable.get_metadata("out_sharding", None)
     if annotation is None:
         return None
@@ -265,11 +285,12 @@ def _annotated_axes(where: str, variable: nnx.Variable) -> LogicalAxes | None:
 
 def _default_axes(shape: tuple[int, ...], role: Role, shards: int) -> LogicalAxes:
     """Shards the largest divisible dimension of a matrix, and the columns of an embedding."""
-    dims = range(0) if role in ("bias", "norm") else range(len(shape))
+    candidates = list(range(len(shape))) if role == "matrix" else []
     if role == "embedding":
-        dims = dims[-1:]  # a lookup in an embedding with sharded rows would gather them
-    chosen = max((dim for dim in dims if shape[dim] % shards == 0), key=lambda dim: shape[dim], default=None)
-    return tuple("embed" if dim == chosen else None for dim in range(len(shape)))
+        candidates = [len(shape) - 1]  # a lookup in an embedding with sharded rows would gather them
+    divisible = [dim for dim in candidates if shape[dim] % shards == 0]
+    largest = max(divisible, key=lambda dim: shape[dim], default=None)
+    return tuple("embed" if dim == largest else None for dim in range(len(shape)))
 
 
 def _restart_rng(key: jax.Array, path: PathParts, shape: jax.ShapeDtypeStruct) -> jax.Array:

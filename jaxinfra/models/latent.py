@@ -4,11 +4,10 @@ A token is projected down to a latent, and the latent up to the keys and values 
 latent. Rotary positions use separate features: a part of each query head, and one key that all heads share.
 
 Training computes keys and values in full and uses normal attention. Decoding caches only the latent and the rotated
-key: the up-projection of keys is applied to the queries, and the up-projection of values to the output. All heads then
-attend to one key and value per token, as wide as the latent.
+key. For keys `k = c W` of a latent c, the score `q k` is `(q W) c`: the up-projection is applied to the queries, and in
+the same way that of values to the output. All heads then attend to one key and value per token, the latent itself.
 
-With sequence parallelism latents are computed before the all-gather over positions, since they are narrower than the
-residual stream.
+With sequence parallelism the latents are all-gathered over positions, as they are narrower than the residual stream.
 
 Shape suffixes: B batch, T queries, S cached tokens, D residual width, H heads, K head dim of queries and keys (N
 features without positions, P rotated features), V head dim of values, R latent rank.
@@ -54,7 +53,7 @@ class MLA:
 
 
 class LatentCache(NamedTuple):
-    """Rotated key and latent of earlier tokens: of one layer `[B, S, P + R]`, of all `[L, B, S, P + R]`."""
+    """Rotated key and latent of earlier tokens: `[B, S, P + R]` for one layer, `[L, B, S, P + R]` for all."""
 
     tokens: jax.Array
 
@@ -64,7 +63,8 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, mla: MLA, config: AttentionConfig, params: ParamFactory):
         self.mla, self.config, self.partitioner = mla, config, params.partitioner
-        hidden, heads, linear = config.hidden_size, config.num_heads, partial(Linear, bias=False, params=params)
+        hidden, heads = config.hidden_size, config.num_heads
+        linear = partial(Linear, bias=False, params=params)
         down = partial(linear, (hidden,), axes=("embed", None), parallelism="sequence")
         norm = partial(Norm, norm_type="rmsnorm", eps=config.norm_eps, offset=config.norm_offset, params=params)
 
@@ -116,7 +116,7 @@ class LatentAttention(nnx.Module):
         specs = tuple(jax.typeof(a).sharding.spec for a in arrays)
 
         def on_device(k: jax.Array, rotated: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-            # All heads share this key, so its gradient is a partial sum over the devices that the heads are sharded on.
+            # All heads share this key, so each device has a partial sum of its gradient: that of its own heads.
             rotated = jax.lax.pcast(rotated, tuple(specs[1].reduced), to="varying")
             rotated = rotate(rotated[:, :, None], cos, sin)
             return jnp.concatenate([jnp.broadcast_to(rotated, (*k.shape[:3], rotated.shape[-1])), k], axis=-1)
@@ -138,14 +138,12 @@ class LatentAttention(nnx.Module):
         def to_value(y: jax.Array, value: jax.Array) -> jax.Array:
             return jnp.einsum("bthr,rhv->bthv", y[..., rotated:], value)
 
-        q_BTHR = partitioner.map_local(to_latent, q_BTHK, key_RHN)
+        latent_q = partitioner.map_local(to_latent, q_BTHK, key_RHN)  # [B, T, H, P + R]
         # The whole cache is used as values, which avoids a copy; `to_value` drops the rotated features.
-        kv_BS1R = cache.tokens[:, :, None]
-        positions = cached_positions(start, q_BTHK, kv_BS1R)
-        y_BTHR = dot_product_attention(
-            q_BTHR, kv_BS1R, kv_BS1R, spec, platform=partitioner.platform, positions=positions
-        )
-        return partitioner.map_local(to_value, y_BTHR, value_RHV)
+        kv = cache.tokens[:, :, None]  # [B, S, 1, P + R]
+        positions = cached_positions(start, q_BTHK, kv)
+        y = dot_product_attention(latent_q, kv, kv, spec, platform=partitioner.platform, positions=positions)
+        return partitioner.map_local(to_value, y, value_RHV)
 
     def empty_cache(self, num_layers: int, batch: int, length: int) -> LatentCache:
         """Returns a cache of all layers for `length` tokens of `batch` rows."""

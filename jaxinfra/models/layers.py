@@ -1,9 +1,8 @@
 """The layers that models are made of, as Flax NNX modules.
 
-A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once into a graph definition and
-a tree of specs, and merges arrays in when it traces a step. Modules are never mutated.
+A module is built without arrays: its parameters hold `ParamSpec`s (see `models.module`).
 
-Shape suffixes: B batch, T length, D residual width, F MLP width.
+Shape suffixes: B batch, T length, V vocabulary, D residual width, F MLP width.
 """
 
 import math
@@ -14,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxinfra.models.remat import save_dot
 from jaxinfra.ops.dot import dot
@@ -26,15 +26,20 @@ type NormType = Literal["rmsnorm", "layernorm"]
 type MlpType = Literal["swiglu", "geglu", "gelu"]
 
 RESIDUAL: LogicalAxes = ("batch", "positions")
-"""The sharded dimensions of the residual stream between blocks."""
+"""The leading logical axes of the residual stream between blocks."""
 
 SEQUENCE: LogicalAxes = ("batch", "sequence")
-"""The sharded dimensions of activations inside attention and MLP."""
+"""The leading logical axes of activations inside attention and MLP, where positions are all-gathered over `tensor`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamFactory:
-    """Declares parameters of one layer, or of `num_layers` layers stacked in a leading dimension (0: not stacked)."""
+    """Declares the parameters of one layer, or of `num_layers` layers stacked in a leading dimension.
+
+    Attributes:
+        partitioner: passed on to the layers.
+        num_layers: number of stacked layers; 0 does not stack.
+    """
 
     partitioner: Partitioner
     num_layers: int = 0
@@ -50,19 +55,24 @@ class ParamFactory:
         in_dims: int = 0,
         state: ParamState = "trained",
     ) -> nnx.Param:
-        """Declares a parameter.
+        """Declares a parameter; arguments are as in `ParamSpec`, except for `batch_dims` and `in_dims`.
 
         A matrix has the dimensions [batch dims, input dims, output dims]; the matmul contracts the input dims. Other
-        parameters have `in_dims=0`.
+        parameters have `in_dims=0`. Experts `[experts, D, F]` have `batch_dims=1, in_dims=1`.
         """
         if self.num_layers:
             shape, axes, batch_dims = (self.num_layers, *shape), ("layers", *axes), batch_dims + 1
-        inputs = outputs = ()
-        if in_dims:
-            inputs = tuple(range(batch_dims, batch_dims + in_dims))
-            outputs = tuple(range(batch_dims + in_dims, len(shape)))
+        first_out = batch_dims + in_dims
         return nnx.Param(
-            ParamSpec(shape=shape, axes=axes, init=init, role=role, in_dims=inputs, out_dims=outputs, state=state)
+            ParamSpec(
+                shape=shape,
+                axes=axes,
+                init=init,
+                role=role,
+                in_dims=tuple(range(batch_dims, first_out)),
+                out_dims=tuple(range(first_out, len(shape))) if in_dims else (),
+                state=state,
+            )
         )
 
 
@@ -90,9 +100,9 @@ class Linear(nnx.Module):
         in_shape: contracted dimensions.
         out_shape: output dimensions.
         axes: logical axes of the weight.
-        parallelism: as in tensor parallelism. "column" takes gathered positions and returns sharded features. "row"
-            contracts sharded features and reduce-scatters over the positions of the residual stream. "sequence" takes
-            the sharded positions of the residual stream and returns unsharded features.
+        parallelism: how tensor parallelism splits the matmul. "column" takes gathered positions and returns sharded
+            features. "row" contracts sharded features and reduce-scatters over the positions of the residual stream.
+            "sequence" takes the sharded positions of the residual stream and returns unsharded features.
         bias: whether to add a bias.
         params: declares the parameters.
         scale: factor on the initial weights.
@@ -121,27 +131,29 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, T, *in_shape]` to `[B, T, *out_shape]`."""
-        partitioner = self.partitioner
+        partitioner, row_parallel = self.partitioner, self.parallelism == "row"
         x_axes = RESIDUAL if self.parallelism == "sequence" else SEQUENCE
-        w = partitioner.gather_weight(self.weight[...], self.axes, x_axes)
-        multiply = partial(
-            dot, in_dims=self.in_dims, flatten=partitioner.platform != "tpu", quantize=partitioner.quantize
+        contracted_axes = [axis for name in self.axes[: self.in_dims] for axis in partitioner.mesh_axes(name)]
+        y = dot(
+            x,
+            partitioner.gather_weight(self.weight[...], self.axes, x_axes),
+            in_dims=self.in_dims,
+            unreduced=frozenset(contracted_axes if row_parallel else ()),
+            flatten=partitioner.platform != "tpu",
+            quantize=partitioner.quantize,
         )
-        if self.parallelism != "row":
-            y = multiply(x, w)
-            return self._add_bias(save_dot(y) if self.save_output else y, x_axes)
-        unreduced = frozenset(a for name in self.axes[: self.in_dims] for a in partitioner.mesh_axes(name))
-        y = multiply(x, w, unreduced=unreduced)
-        return self._add_bias(save_dot(partitioner.shard(y, *RESIDUAL, None)), RESIDUAL)
-
-    def _add_bias(self, y: jax.Array, y_axes: LogicalAxes) -> jax.Array:
+        if row_parallel:
+            y = partitioner.shard(y, *RESIDUAL, None)  # adds up the partial sums of the devices
+        if self.save_output:
+            y = save_dot(y)
         if self.bias is None:
             return y
-        bias = self.partitioner.gather_weight(self.bias[...], self.bias_axes, y_axes)
-        return self.partitioner.map_local(jnp.add, y, bias)
+        bias = partitioner.gather_weight(self.bias[...], self.bias_axes, RESIDUAL if row_parallel else x_axes)
+        return partitioner.map_local(jnp.add, y, bias)
 
 
-ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True), "gelu": jax.nn.gelu}
+# GPT-2 and Gemma use the tanh approximation of GELU, JAX's default.
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
 class MLP(nnx.Module):
@@ -165,8 +177,31 @@ class MLP(nnx.Module):
         self.down = linear((mlp_dim,), (hidden_size,), ("mlp", "embed"), parallelism="row", scale=out_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Takes gathered positions and returns positions sharded like the residual stream."""
+        """Takes gathered positions; returns positions sharded like the residual stream."""
         act = ACTIVATIONS[self.mlp_type]
         up_BTF = self.up(x_BTD)
         hidden_BTF = act(up_BTF) if self.gate is None else act(self.gate(x_BTD)) * up_BTF
         return self.down(hidden_BTF)
+
+
+def lookup_embeddings(table_VD: jax.Array, tokens_BT: jax.Array, partitioner: Partitioner) -> jax.Array:
+    """Looks up tokens in a stored embedding with the axes `("vocab", "embed")`: `[B, T, D]` in the compute dtype."""
+    vocab_axes = partitioner.mesh_axes("vocab")
+    if not vocab_axes:
+        # Each device looks up its columns for all tokens, then tokens are exchanged: fewer bytes than the table.
+        table_VD, out = partitioner.lookup_table(table_VD, "embed")
+        tokens_BT = jax.reshard(tokens_BT, P(*out.partitions[:2]))
+        return partitioner.reshard_to_tokens(table_VD.at[tokens_BT].get(out_sharding=out), "embed")
+    table_VD = partitioner.gather_weight(table_VD, ("vocab", "embed"))
+
+    def lookup_own_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        # With rows 0 to 99 on the first device and 100 to 199 on the second, token 120 is row 20 of the second device.
+        # The others add zeros.
+        row = tokens - jax.lax.axis_index(vocab_axes) * table.shape[0]
+        is_own = (row >= 0) & (row < table.shape[0])
+        embeddings = jnp.where(is_own[..., None], table[jnp.where(is_own, row, 0)], 0)
+        return jax.lax.psum(embeddings, vocab_axes)
+
+    in_specs = tuple(jax.typeof(a).sharding.spec for a in (table_VD, tokens_BT))
+    out_specs = partitioner.spec("batch", "sequence", None)
+    return jax.shard_map(lookup_own_rows, in_specs=in_specs, out_specs=out_specs)(table_VD, tokens_BT)

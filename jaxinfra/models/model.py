@@ -1,8 +1,8 @@
-"""The base class of model configs: what is known about a model before it is built. Imports no JAX."""
+"""The base classes of model configs: what is known about a model before it is built. Imports no JAX."""
 
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, override
 
 from jaxinfra.config import Extensible, Problem
 from jaxinfra.errors import ConfigError
@@ -12,14 +12,11 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(Extensible):
-    """A model: a frozen dataclass that inherits from this class.
-
-    It defines `build`, or names as its `implementation` a class that takes `(config, partitioner)`. The result is a
-    `models.module.Module`; pipeline stages need its subclass `LayeredModule`.
+    """A model. Yours is a frozen dataclass that inherits from this class and defines `build`.
 
     Attributes:
         modality: what the model reads, such as "token" or "image"; None for a model that reads any data.
-        implementation: the class that `build` instantiates, as "package.module:Class".
+        implementation: in place of `build`: "package.module:Class", where the class takes `(config, partitioner)`.
         supports_context: whether sequences may be sharded over the context axis.
     """
 
@@ -32,7 +29,7 @@ class ModelConfig(Extensible):
     supports_context: ClassVar[bool] = False
 
     def build(self, partitioner: Any) -> "Module":
-        """Returns the module, with a `ParamSpec` in place of every array."""
+        """Returns the module, with a `ParamSpec` in place of every array; pipeline stages need a `LayeredModule`."""
         if self.implementation is None:
             name = type(self).__name__
             raise ConfigError(f"{name}: defines neither build nor implementation; add def build(self, partitioner)")
@@ -45,7 +42,7 @@ class ModelConfig(Extensible):
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether training draws random numbers: batches then have `ops.dropout.DROPOUT_FIELD`, `[B, positions]`."""
+        """Whether training draws random numbers: batches then have the field "dropout" (see `ops.dropout`)."""
         return False
 
     @property
@@ -60,3 +57,20 @@ class ModelConfig(Extensible):
     def problems_with(self, data: Any) -> Iterable[Problem]:
         """Yields conflicts between the model and the data config; field paths start at the run."""
         return ()
+
+
+class LayeredModelConfig(ModelConfig):
+    """A model of `num_layers` layers that pipeline stages can split, with a dropout rate; both are fields."""
+
+    num_layers: int
+    dropout: float
+
+    @property
+    @override
+    def pipeline_layers(self) -> int:
+        return self.num_layers
+
+    @property
+    @override
+    def uses_dropout(self) -> bool:
+        return self.dropout > 0

@@ -3,21 +3,19 @@
 A module is built without arrays: its parameters hold `ParamSpec`s. `Program` splits it once with `nnx.split`, and
 merges arrays in when it traces a step. A module is never changed.
 
-Methods that a subclass must define raise NotImplementedError: Flax modules cannot be abstract base classes, as they
+Methods that a subclass must define raise NotImplementedError, since Flax modules cannot be abstract base classes: they
 have a metaclass of their own.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, override
+from typing import Any, ClassVar, NamedTuple, override
 
 import jax
 import numpy as np
 from flax import nnx
 
+from jaxinfra.ops.context_cost import ContextChoice
 from jaxinfra.parallel.spec import Params
-
-if TYPE_CHECKING:
-    from jaxinfra.ops.context_cost import ContextChoice
 
 type Inputs = Mapping[str, jax.Array]
 type LayerStats = dict[str, jax.Array]
@@ -28,8 +26,8 @@ class Module(nnx.Module):
     """A model. A subclass must define `__call__`; all other methods have defaults.
 
     Attributes:
-        partial_gradients: whether gradients may stay partial sums until the end of a step. Then the parameters are
-            *reduced* over mesh axes, in the terms of JAX's explicit sharding.
+        partial_gradients: whether the gradients of parameters may be partial sums on each device, which the train step
+            adds up once at its end.
     """
 
     partial_gradients: ClassVar[bool] = True
@@ -51,7 +49,7 @@ class Module(nnx.Module):
         return {}
 
     def update_buffers(self, stats: LayerStats) -> dict[str, Any]:
-        """Returns the new values of the buffers that a step updates, a part of the nested dict of parameters."""
+        """Returns the new values of buffers after a step: a nested dict like the parameters, with only the buffers."""
         return {}
 
     def init_params(self, key: jax.Array, shardings: Any) -> Params | None:
@@ -62,17 +60,18 @@ class Module(nnx.Module):
         """Returns the FLOPs of training on one sample; None estimates `6 * parameters * units_per_sample`."""
         return None
 
-    def context_costs(self, data: Any) -> "Mapping[str, ContextChoice]":
+    def context_costs(self, data: Any) -> Mapping[str, ContextChoice]:
         """Returns the method of context parallelism for each layer type; {} if sequences are not sharded."""
         return {}
 
 
 class StageLayers(NamedTuple):
-    """The layers that a call applies in a pipeline.
+    """The layers that the stages of a pipeline apply in one call.
 
     Attributes:
-        indices: the layer indices, `[L, S]` for L layers on each of S stages; -1 is padding.
-        uniform: whether the stages apply the same type of layer at the same time.
+        indices: indices into the stacked layers, `[L, S]` for L layers on each of S stages; -1 is padding, with weights
+            of zeros.
+        uniform: whether all stages apply the same type of layer at the same time (see `LayeredModule.uniform`).
     """
 
     indices: jax.Array
@@ -83,7 +82,7 @@ class LayeredModule(Module):
     """A model with stacked layers, which pipeline stages can split.
 
     Attributes:
-        blocks: the stacked parameters of the layers; with the parameters of a chunk, the module applies only these.
+        blocks: the stacked parameters of the layers. In a pipeline they are those of one chunk of layers.
     """
 
     blocks: Any
@@ -112,7 +111,7 @@ class LayeredModule(Module):
         raise NotImplementedError
 
     def uniform(self, layers: np.ndarray) -> bool:
-        """Whether all stages apply the same type of layer at the same time.
+        """Returns whether all stages apply the same type of layer at the same time, so that none needs a branch.
 
         `layers` are the layers' indices, `[chunks, layers of a chunk, stages]`; -1 is padding.
         """

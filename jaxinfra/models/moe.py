@@ -6,13 +6,13 @@ Shazeer et al. 2017, "Outrageously large neural networks", and its successors: t
 `ops.routing` chooses experts, `parallel.expert` sends tokens to them, `ops.grouped` multiplies with their weights.
 
 Shape suffixes: B sequences, T positions, N = B * T tokens of a device, D residual width, F width of an expert,
-E experts, K choices of a token, M rows of a device's own experts, L layers.
+E experts, K choices of a token, M rows of a device's own experts, L layers, S pipeline stages.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -33,7 +33,7 @@ from jaxinfra.parallel.sharding import as_varying, axis_names, has_stage_dim, lo
 from jaxinfra.parallel.spec import constant, normal
 
 LOAD, SERVED, BALANCE_LOSS, Z_LOSS = "expert_load", "expert_served", "balance_loss", "router_z_loss"
-"""Stats of a layer, summed over tokens: choices per expert `[E]`, choices within capacity, and two losses."""
+"""Statistics of a layer, sums over tokens: choices per expert `[E]`, choices within capacity, and two losses."""
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -114,7 +114,7 @@ class MixtureOfExperts:
 
 
 class MoE(nnx.Module):
-    """A router, its experts, and the shared expert."""
+    """A router, the experts that it chooses from, and an MLP of shared experts that processes every token."""
 
     def __init__(
         self,
@@ -127,31 +127,36 @@ class MoE(nnx.Module):
         params: ParamFactory,
     ):
         self.config, self.mlp_type, self.partitioner = config, mlp_type, params.partitioner
-        experts, dim = config.num_experts, mlp_dim if config.expert_dim is None else config.expert_dim
+        experts = config.num_experts
+        expert_dim = mlp_dim if config.expert_dim is None else config.expert_dim
         router_init = normal(hidden_size**-0.5)
         self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
-        bias = partial(params.param, (experts,), (None,), constant(0.0), "bias", state="buffer")
-        self.bias = bias() if config.bias_update_rate else None
+        self.bias = self.gate = self.shared = None
+        if config.bias_update_rate:
+            self.bias = params.param((experts,), (None,), constant(0.0), "bias", state="buffer")
 
         def matrices(inputs: int, outputs: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
             shape, init = (experts, inputs, outputs), normal(scale * inputs**-0.5)
             return params.param(shape, ("experts", *axes), init, "matrix", batch_dims=1, in_dims=1)
 
-        self.gate = None if mlp_type == "gelu" else matrices(hidden_size, dim, ("embed", "mlp"))
-        self.up = matrices(hidden_size, dim, ("embed", "mlp"))
-        self.down = matrices(dim, hidden_size, ("mlp", "embed"), out_scale)
-        shared = partial(MLP, hidden_size, mlp_type=mlp_type, bias=False, out_scale=out_scale, params=params)
-        self.shared = shared(config.num_shared_experts * dim) if config.num_shared_experts else None
+        if mlp_type != "gelu":
+            self.gate = matrices(hidden_size, expert_dim, ("embed", "mlp"))
+        self.up = matrices(hidden_size, expert_dim, ("embed", "mlp"))
+        self.down = matrices(expert_dim, hidden_size, ("mlp", "embed"), out_scale)
+        if config.num_shared_experts:
+            width = config.num_shared_experts * expert_dim
+            self.shared = MLP(hidden_size, width, mlp_type=mlp_type, bias=False, out_scale=out_scale, params=params)
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
         """Takes gathered positions; returns the output, with positions sharded like the residual stream, and stats."""
         partitioner, weights = self.partitioner, self._gather_weights()
         x_spec = jax.typeof(x_BTD).sharding.spec
-        specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, weights)
+        specs = {name: jax.typeof(w).sharding.spec for name, w in weights.items()}
         stage = ("stage",) if has_stage_dim(specs["up"]) else ()
         mlp_axes = partitioner.mesh_axes("mlp")
         # Along these mesh axes devices have different tokens, or different parts of the experts.
         varying_axes = (*partitioner.mesh_axes("batch"), *partitioner.mesh_axes("sequence"), *mlp_axes)
+        # Statistics are partial sums over the axes that shard tokens. Those of different stages are not summed.
         token_axes = frozenset(varying_axes) - {*mlp_axes, *stage}
         rule = self.config.routing_rule(x_BTD.shape[1], drop_tokens=drop_tokens)
 
@@ -162,10 +167,7 @@ class MoE(nnx.Module):
             stats = {name: jax.lax.pcast(a, tuple(token_axes), to="unreduced") for name, a in stats.items()}
             return y, {name: a[None] for name, a in stats.items()} if stage else stats
 
-        losses = {BALANCE_LOSS: self.config.balance_loss, Z_LOSS: self.config.z_loss}
-        names = [LOAD, SERVED, *(name for name, weight in losses.items() if weight)]
-        stat_specs = {name: P(*stage, unreduced=token_axes) for name in names}
-        out_specs = (P(*x_spec.partitions, unreduced=frozenset(mlp_axes)), stat_specs)
+        out_specs = (P(*x_spec.partitions, unreduced=frozenset(mlp_axes)), P(*stage, unreduced=token_axes))
         y_BTD, stats = jax.shard_map(on_device, in_specs=(x_spec, specs), out_specs=out_specs)(x_BTD, weights)
         y_BTD = save_dot(partitioner.shard(y_BTD, *RESIDUAL, None))
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), stats
@@ -194,11 +196,12 @@ class MoE(nnx.Module):
             "btd,de->bte", x_BTD.astype(FLOAT32), weights["router"], precision=jax.lax.Precision.HIGHEST
         )
         choice = routing.choose_experts(logits_BTE, rule, weights.get("bias"))
-        mask_BTE, served_BTK = routing.expert_mask(choice.experts, self.config.num_experts), choice.experts
+        mask_BTE = routing.expert_mask(choice.experts, self.config.num_experts)
+        served_BTK = choice.experts  # the index `num_experts` stands for a choice beyond the capacity
         if rule.capacity is not None:
             sharding = self.partitioner.sequence_sharding
-            served = routing.within_capacity(choice.experts, mask_BTE, rule.capacity, sharding)
-            served_BTK = jnp.where(served, choice.experts, self.config.num_experts)
+            is_served_BTK = routing.within_capacity(choice.experts, mask_BTE, rule.capacity, sharding)
+            served_BTK = jnp.where(is_served_BTK, choice.experts, self.config.num_experts)
         plan = plan_dispatch(self._placement(B, T, rule), served_BTK.reshape(B * T, -1))
         y_MD = self._apply_experts(plan.dispatch(x_BTD.reshape(B * T, D)), weights, plan.group_sizes)
         y_NKD = save_dot(plan.combine(y_MD)).astype(FLOAT32)
@@ -209,6 +212,7 @@ class MoE(nnx.Module):
     def _placement(self, batch: int, length: int, rule: RoutingRule) -> ExpertPlacement:
         num_experts, num_shards = self.config.num_experts, self.partitioner.num_shards("experts")
         own_experts = num_experts // num_shards
+        # A row is one choice of a token, and a token chooses each expert of a shard at most once.
         max_rows = batch * length * min(rule.top_k, own_experts)
         if rule.capacity is not None:
             max_rows = min(max_rows, batch * own_experts * min(rule.capacity, length))
@@ -252,14 +256,14 @@ class MoE(nnx.Module):
 
 def aux_loss(stats: LayerStats, token_axes: tuple[str, ...]) -> jax.Array | None:
     """Sums the auxiliary losses of all layers: a scalar, unreduced over `token_axes`; None if there are no losses."""
-    losses = [stats[name] for name in (BALANCE_LOSS, Z_LOSS) if name in stats]
+    losses = [stats[name] for name in (BALANCE_LOSS, Z_LOSS) if name in stats]  # each [L], or [L, S] in a pipeline
     if not losses:
         return None
     spec = jax.typeof(losses[0]).sharding.spec
     stage = tuple(axis for part in spec.partitions for axis in axis_names(part))
 
     def sum_local(*losses: jax.Array) -> jax.Array:
-        total = sum((jnp.sum(loss) for loss in losses[1:]), start=jnp.sum(losses[0]))
+        total = functools.reduce(jnp.add, [jnp.sum(loss) for loss in losses])
         return jax.lax.pcast(total, stage, to="unreduced") if stage else total
 
     in_specs = (spec,) * len(losses)

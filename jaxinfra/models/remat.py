@@ -17,8 +17,8 @@ DOT = "dot"
 
 def save_dot(y: jax.Array) -> jax.Array:
     """Names the output of a matmul with a weight, for the policies that save it."""
-    # By name, not by primitive: the output of a sharded contraction is a partial sum until it is reduce-scattered, and
-    # a partial sum can be neither stacked over layers nor moved to the host.
+    # JAX's own policies save the outputs of all matmuls. But a row-parallel one returns partial sums, which can be
+    # neither stacked over layers nor moved to the host: the name marks the array after the reduce-scatter.
     return checkpoint_name(y, DOT)
 
 
@@ -37,7 +37,7 @@ def remat[**P, R](layer: Callable[P, R], policy: Remat, *, alone: bool = True) -
             again. "dots": outputs of matmuls with weights. "dots_and_attention": on TPUs also the output of attention,
             so that its kernel runs forward only once. "full": full rematerialization, only the input of the layer.
             "offload": as "dots", but in host memory.
-        alone: whether a step of the scan applies only this layer.
+        alone: whether one step of the scan applies this layer only.
     """
     policies = jax.checkpoint_policies
     if policy == "none":

@@ -1,7 +1,7 @@
 """A scan over stacked layers with a repeated pattern of step functions, such as alternating remat policies.
 
 One step of the scan applies the whole pattern, so compile time grows with the pattern, not with the number of layers.
-The remaining layers are applied one by one after the scan.
+With a pattern of 3 and 11 layers, the scan has 3 steps, and the remaining 2 layers are applied after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 type Tree = Any
+"""Nested arrays `[L, ...]`, or those of one layer."""
+
 type Step = Callable[[jax.Array, Tree], tuple[jax.Array, Tree]]
 
 
@@ -23,6 +25,7 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
         return jax.lax.scan(steps[0], x, xs)
     num_layers = len(jax.tree.leaves(xs)[0])
     groups, rest = divmod(num_layers, len(steps))
+    num_scanned = num_layers - rest
 
     def apply_group(x: jax.Array, xs: Tree, steps: Sequence[Step] = steps) -> tuple[jax.Array, Tree]:
         ys = []
@@ -33,21 +36,21 @@ def scan_pattern(steps: Sequence[Step], x: jax.Array, xs: Tree) -> tuple[jax.Arr
 
     results = []
     if groups:
-        whole = jax.tree.map(lambda a: a[: num_layers - rest], xs) if rest else xs
-        grouped = jax.tree.map(lambda a: _reshape_layers(a, groups, len(steps)), whole)
+        grouped = jax.tree.map(lambda a: _reshape_layers(a[:num_scanned], 1, groups, len(steps)), xs)
         x, ys = jax.lax.scan(apply_group, x, grouped)
-        results.append(jax.tree.map(lambda a: _reshape_layers(a, num_layers - rest), ys))
+        results.append(jax.tree.map(lambda a: _reshape_layers(a, 2, num_scanned), ys))
     if rest:
-        x, ys = apply_group(x, jax.tree.map(lambda a: a[num_layers - rest :], xs), steps[:rest])
+        x, ys = apply_group(x, jax.tree.map(lambda a: a[num_scanned:], xs), steps[:rest])
         results.append(ys)
-    return x, results[0] if len(results) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *results)
+    return x, jax.tree.map(lambda *ys: jnp.concatenate(ys), *results)
 
 
 def _unstack(xs: Tree, count: int) -> list[Tree]:
-    """Splits arrays `[count, ...]` with `split` instead of indexing: its gradient concatenates, without padded sums."""
-    leaves, tree = jax.tree.flatten(xs)
+    """Returns one tree for each entry of the arrays `[count, ...]`."""
+    leaves, structure = jax.tree.flatten(xs)
+    # The gradient of indexing would add arrays that are padded with zeros; that of `split` concatenates.
     parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
-    return [tree.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
+    return [structure.unflatten([jax.lax.squeeze(part[i], (0,)) for part in parts]) for i in range(count)]
 
 
 def _stack(*ys: jax.Array) -> jax.Array:
@@ -57,8 +60,8 @@ def _stack(*ys: jax.Array) -> jax.Array:
     return jnp.concatenate([y.reshape(1, *y.shape, out_sharding=out) for y in ys])
 
 
-def _reshape_layers(a: jax.Array, *lead: int) -> jax.Array:
-    """Reshapes `[L, ...]` to `[groups, layers of a group, ...]`, or back; these dimensions are not sharded."""
-    old, spec = 3 - len(lead), jax.typeof(a).sharding.spec
-    out = spec.update(partitions=((None,) * len(lead) + spec.partitions[old:]))
-    return a.reshape(*lead, *a.shape[old:], out_sharding=out)
+def _reshape_layers(a: jax.Array, num_dims: int, *shape: int) -> jax.Array:
+    """Reshapes the first `num_dims` dimensions, which are not sharded, to `shape`."""
+    spec = jax.typeof(a).sharding.spec
+    out = spec.update(partitions=(*[None] * len(shape), *spec.partitions[num_dims:]))
+    return a.reshape(*shape, *a.shape[num_dims:], out_sharding=out)

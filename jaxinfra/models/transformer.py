@@ -1,7 +1,6 @@
-"""The config of a decoder-only transformer; `models.decoder` has the module.
+"""The config of a decoder-only transformer, for the published dense and mixture-of-experts families.
 
-It covers the published dense and mixture-of-experts families. Fields are named as in Hugging Face configs, if they
-exist there.
+`models.decoder` has the module. Fields that Hugging Face configs have, too, are named as there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,8 @@ from typing import Annotated, ClassVar, Literal, Protocol, override
 from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import DecayRate, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxinfra.models.latent import MLA
-from jaxinfra.models.model import ModelConfig
+from jaxinfra.models.layers import MlpType, NormType
+from jaxinfra.models.model import LayeredModelConfig
 from jaxinfra.models.moe import MixtureOfExperts
 from jaxinfra.models.remat import Remat
 from jaxinfra.ops.attention import AttentionSpec, Kernel
@@ -22,16 +22,13 @@ type LayerType = Literal["full", "sliding"]
 
 
 class HasSeqLen(Protocol):
-    """A data config with sequences of tokens."""
+    """A data config with sequences of `seq_len` tokens."""
 
-    @property
-    def seq_len(self) -> int:
-        """Number of tokens of a sequence."""
-        ...
+    seq_len: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(ModelConfig):
+class TransformerConfig(LayeredModelConfig):
     """The shape of a decoder.
 
     Attributes:
@@ -85,10 +82,10 @@ class TransformerConfig(ModelConfig):
     num_kv_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
     mla: MLA | None = None
-    mlp_type: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    mlp_type: MlpType = "swiglu"
     moe: MixtureOfExperts | None = None
     num_dense_layers: NonNegativeInt = 0
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_type: NormType = "rmsnorm"
     norm_eps: PositiveFloat = 1e-5
     norm_offset: float = 0.0
     post_norms: bool = False
@@ -184,19 +181,10 @@ class TransformerConfig(ModelConfig):
 
     @property
     @override
-    def pipeline_layers(self) -> int:
-        return self.num_layers
-
-    @property
-    @override
-    def uses_dropout(self) -> bool:
-        return self.dropout > 0
-
-    @property
-    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         mla, moe = self.mla, self.moe
         expert_dim = None if moe is None else moe.expert_dim
+        # A size of None: the model has no such dimension.
         dims = {
             "mla.kv_lora_rank": (mla and mla.kv_lora_rank, "embed"),
             "mla.q_lora_rank": (mla and mla.q_lora_rank, "embed"),
@@ -228,8 +216,8 @@ class TransformerConfig(ModelConfig):
         window = self.sliding_window if layer_type == "sliding" else None
         scale, rope = self.query_scale, self.rope_of(layer_type)
         rope_scale = 1.0 if rope is None else rope.score_scale
+        # None would scale by the width of the queries. With MLA, those of a decoding step are wider than a head.
         if self.mla is not None or rope_scale != 1:
-            # Explicit, because with MLA decoding uses queries that are wider than heads.
             scale = rope_scale * (self.qk_head_dim**-0.5 if scale is None else scale)
         return AttentionSpec(causal=True, window=window, softcap=self.attn_softcap, scale=scale)
 

@@ -3,8 +3,8 @@
 An image is cut into square patches. A matmul projects each patch to one position, and each position gets a learned
 embedding. Layers are pre-norm and bidirectional. The head reads the class token, or the mean over positions.
 
-Positions are few and, with a class token, odd in number. Attention never shards them, and the residual stream does so
-only if the shards divide them.
+Positions are few and, with a class token, odd in number: 14 x 14 patches and the token are 197. Attention never shards
+them, and the residual stream only if the shards divide their number.
 
 Shape suffixes: B batch, N patches, T positions, P features of a patch, D width, C classes, L layers, S stages.
 """
@@ -24,7 +24,7 @@ from jaxinfra.config import NOT_FINGERPRINTED, Problem
 from jaxinfra.config.limits import DecayRate, PositiveFloat, PositiveInt
 from jaxinfra.models.attention import Attention, AttentionConfig, TokenInfo
 from jaxinfra.models.layers import MLP, SEQUENCE, Norm, ParamFactory
-from jaxinfra.models.model import ModelConfig
+from jaxinfra.models.model import LayeredModelConfig
 from jaxinfra.models.module import Inputs, LayeredModule, LayerStats, StageLayers
 from jaxinfra.models.remat import Remat, remat
 from jaxinfra.ops.attention import AttentionSpec, Kernel
@@ -37,22 +37,15 @@ BIDIRECTIONAL = AttentionSpec(causal=False)
 
 
 class HasImages(Protocol):
-    """A data config with images."""
+    """A data config with images: their height and width in pixels, and their color channels."""
 
-    @property
-    def image_size(self) -> int:
-        """Height and width of an image, in pixels."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Color channels of an image."""
-        ...
+    image_size: int
+    channels: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionTransformerConfig(ModelConfig):
-    """The shape of an image classifier.
+class VisionTransformerConfig(LayeredModelConfig):
+    """The sizes and options of an image classifier.
 
     Attributes:
         image_size: height and width of an image, in pixels.
@@ -107,16 +100,6 @@ class VisionTransformerConfig(ModelConfig):
 
     @property
     @override
-    def pipeline_layers(self) -> int:
-        return self.num_layers
-
-    @property
-    @override
-    def uses_dropout(self) -> bool:
-        return self.dropout > 0
-
-    @property
-    @override
     def sharded_dims(self) -> Mapping[str, tuple[int, str]]:
         return {
             "num_heads": (self.num_heads, "heads"),
@@ -127,7 +110,8 @@ class VisionTransformerConfig(ModelConfig):
     @override
     def problems_with(self, data: HasImages) -> Iterable[Problem]:
         for name in ("image_size", "channels"):
-            if (actual := getattr(data, name)) != getattr(self, name):
+            actual = getattr(data, name)
+            if actual != getattr(self, name):
                 fix = f"use model.{name}={actual}"
                 yield Problem(fields=(f"model.{name}",), message=f"the images have {actual}", fix=fix)
 
@@ -137,10 +121,10 @@ class VisionTransformerConfig(ModelConfig):
 
     @override
     def build(self, partitioner: Partitioner) -> "VisionTransformer":
-        rules = replace(partitioner.rules, sequence=())
-        if self.length % replace(partitioner, rules=rules).num_shards("positions"):
-            rules = replace(rules, block_sequence=())
-        return VisionTransformer(self, replace(partitioner, rules=rules))
+        partitioner = replace(partitioner, rules=replace(partitioner.rules, sequence=()))
+        if self.length % partitioner.num_shards("positions"):
+            partitioner = replace(partitioner, rules=replace(partitioner.rules, block_sequence=()))
+        return VisionTransformer(self, partitioner)
 
 
 class EncoderBlock(nnx.Module):
@@ -199,58 +183,42 @@ class VisionTransformer(LayeredModule):
 
         The batch has "images" `[B, H, W, channels]`, float32, and may have "dropout" `[B, T]` (see `ops.dropout`).
         """
-        partitioner = self.partitioner
+        partitioner, gather = self.partitioner, self.partitioner.gather_weight
         patches_BNP = to_patches(batch["images"], self.config.patch_size).astype(partitioner.compute_dtype)
-        x_BND = dot(patches_BNP, partitioner.gather_weight(self.patches[...], (None, "embed")))
-        table = partitioner.gather_weight(self.positions[...], (None, "embed"))
-        bias = partitioner.gather_weight(self.patches_bias[...], (None,))
-        if self.token is None:
-            x_BTD = partitioner.map_local(lambda x, bias, table: x + bias + table, x_BND, bias, table)
-        else:
-            token = partitioner.gather_weight(self.token[...], (None,))
-            x_BTD = partitioner.map_local(_with_class_token, x_BND, bias, table, token)
-        x_BTD = partitioner.shard(x_BTD, "batch", "positions", None)
+        x_BND = dot(patches_BNP, gather(self.patches[...], (None, "embed")))
+        weights = [gather(self.patches_bias[...], (None,)), gather(self.positions[...], (None, "embed"))]
+        if self.token is not None:
+            weights.append(gather(self.token[...], (None,)))
+        x_BTD = partitioner.shard(partitioner.map_local(_add_learned, x_BND, *weights), "batch", "positions", None)
         return dropout(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), EMBEDDING_LAYER), 0, self.config.dropout)
 
     @override
     def apply_layers(
         self, x_BTD: jax.Array, batch: Inputs, stage_layers: StageLayers | None = None, /
     ) -> tuple[jax.Array, LayerStats]:
-        def layer(block: EncoderBlock, x_BTD: jax.Array, index: jax.Array) -> jax.Array:
-            return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), index))
-
-        remat_layer = remat(layer, self.config.remat)
-
-        def body(x_BTD: jax.Array, xs: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
+        def layer(x_BTD: jax.Array, xs: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
             block, index = xs
-            y_BTD = remat_layer(block, x_BTD, index)
-            if stage_layers is not None and not stage_layers.uniform:
-                y_BTD = _where_layer(index, y_BTD, x_BTD)
-            return y_BTD, None
+            return block(x_BTD, layer_bits(batch.get(DROPOUT_FIELD), index)), None
 
         indices = jnp.arange(self.config.num_layers) if stage_layers is None else stage_layers.indices
-        return jax.lax.scan(body, x_BTD, (self.blocks, indices))[0], {}
-
-    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
-        """Applies the norm after the last layer and pools positions: `[B, D]`."""
-        x_BTD = self.partitioner.shard(x_BTD, *SEQUENCE, None)
-        if self.token is not None:
-            x_BTD = x_BTD[:, :1]
-        return jnp.mean(self.norm(x_BTD, SEQUENCE), axis=1)
+        x_BTD, _ = jax.lax.scan(remat(layer, self.config.remat), x_BTD, (self.blocks, indices))
+        return x_BTD, {}
 
     @override
     def output(self, x_BTD: jax.Array, /) -> jax.Array:
-        """Returns the logits of the classes, float32 `[B, C]`."""
+        """Pools positions and returns the logits of the classes, float32 `[B, C]`."""
         gather = self.partitioner.gather_weight
-        y_BC = dot(self.final_norm(x_BTD), gather(self.classes[...], ("embed", None)))
+        x_BTD = self.partitioner.shard(x_BTD, *SEQUENCE, None)
+        if self.token is not None:
+            x_BTD = x_BTD[:, :1]  # only the class token
+        pooled_BD = jnp.mean(self.norm(x_BTD, SEQUENCE), axis=1)
+        y_BC = dot(pooled_BD, gather(self.classes[...], ("embed", None)))
         bias_C = gather(self.classes_bias[...], (None,))
         return self.partitioner.map_local(jnp.add, y_BC, bias_C).astype(jnp.float32)
 
     @override
     def uniform(self, layers: np.ndarray) -> bool:
-        has_layer = layers >= 0
-        # All stages have a layer, or none has one.
-        return bool((has_layer.all(axis=-1) | ~has_layer.any(axis=-1)).all())
+        return True  # the weights of padding are zeros, with which a pre-norm layer returns its input
 
     @override
     def flops(self, data: HasImages) -> float:
@@ -266,7 +234,10 @@ class VisionTransformer(LayeredModule):
 
 
 def to_patches(images: jax.Array, patch_size: int) -> jax.Array:
-    """Reshapes `[B, H, W, channels]` to `[B, N, P]`: patches, and the pixels in them, in row-major order."""
+    """Reshapes `[B, H, W, channels]` to `[B, N, P]`: patches, and the pixels in them, in row-major order.
+
+    A 4 x 4 image has four patches of size 2: top left, top right, bottom left, bottom right.
+    """
     B, H, W, channels = images.shape
     rows, columns = H // patch_size, W // patch_size
     out = P(jax.typeof(images).sharding.spec.partitions[0])
@@ -275,16 +246,12 @@ def to_patches(images: jax.Array, patch_size: int) -> jax.Array:
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(shape, out_sharding=out)
 
 
-def _with_class_token(x_BND: jax.Array, bias_D: jax.Array, table_TD: jax.Array, token_D: jax.Array) -> jax.Array:
-    """Puts the class token before the patches, and adds the position embeddings."""
-    token_B1D = jnp.broadcast_to(token_D, (x_BND.shape[0], 1, token_D.shape[0]))
-    return jnp.concatenate([token_B1D, x_BND + bias_D], axis=1) + table_TD
-
-
-def _where_layer(index_S: jax.Array, y_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """Returns `y_BTD` in the rows of stages that have a layer (index 0 or more), `x_BTD` in the others."""
-    spec = jax.typeof(x_BTD).sharding.spec
-    select = jax.shard_map(
-        lambda index, y, x: jnp.where(index[0] >= 0, y, x), in_specs=(P("stage"), spec, spec), out_specs=spec
-    )
-    return select(index_S, y_BTD, x_BTD)
+def _add_learned(
+    x_BND: jax.Array, bias_D: jax.Array, positions_TD: jax.Array, token_D: jax.Array | None = None
+) -> jax.Array:
+    """Adds the bias of patches and the position embeddings; puts the class token, if any, before the patches."""
+    x_BTD = x_BND + bias_D
+    if token_D is not None:
+        token_B1D = jnp.broadcast_to(token_D, (x_BND.shape[0], 1, token_D.shape[0]))
+        x_BTD = jnp.concatenate([token_B1D, x_BTD], axis=1)
+    return x_BTD + positions_TD

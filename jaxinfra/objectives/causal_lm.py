@@ -1,4 +1,7 @@
-"""Causal language modeling: each token predicts the next token of its document."""
+"""Causal language modeling: each token predicts the next token of its document.
+
+Shape suffixes: B batch, T length.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,21 +19,18 @@ from jaxinfra.objectives.objective import Apply, Batch, Objective
 
 @runtime_checkable
 class TextSamples(Protocol):
-    """Validation samples of text, for the metric bits per byte."""
+    """Validation samples of text: the targets that count have `n_bytes` UTF-8 bytes."""
 
-    @property
-    def n_bytes(self) -> int:
-        """Number of UTF-8 bytes covered by the targets that count."""
-        ...
+    n_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Objective):
-    """Next-token prediction.
+    """The cross-entropy of every target token, given the tokens before it in its document.
 
     Attributes:
-        loss_chunks: number of sequence chunks for the LM head and loss, to bound the memory of logits; None chooses
-            (see `losses.CHUNK_TOKENS`).
+        loss_chunks: number of sequence chunks for the LM head and loss. The logits of one chunk exist at a time; None
+            chooses the number (see `losses.CHUNK_TOKENS`).
         z_loss: weight of the squared log-normalizer of the logits (PaLM, section 5).
     """
 
@@ -42,33 +42,34 @@ class CausalLM(Objective):
 
     @override
     def loss(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        targets_BT = batch["targets"]
-        weights_BT = batch["weights"] if "weights" in batch else jnp.ones_like(targets_BT, jnp.float32)
+        logits, targets_BT = apply(params, batch), batch["targets"]
+        weights_BT = batch.get("weights", jnp.ones_like(targets_BT, jnp.float32))
         total, sums = losses.cross_entropy(
-            apply(params, batch), targets_BT, weights_BT, num_chunks=self.loss_chunks, z_loss=self.z_loss
+            logits, targets_BT, weights_BT, num_chunks=self.loss_chunks, z_loss=self.z_loss
         )
-        return losses.finalize(apply, total, sums)
+        return losses.reduce_partial_sums(apply, total, sums)
 
     @override
     def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
         """Returns the loss in nats per token and, if the samples are text, bits per byte."""
         metrics = {"loss": sums["loss"] / sums["weight"]}
         if isinstance(samples, TextSamples):
-            metrics["bits_per_byte"] = sums["loss"] / math.log(2) / samples.n_bytes
+            total_bits = sums["loss"] / math.log(2)
+            metrics["bits_per_byte"] = total_bits / samples.n_bytes
         return metrics
 
     @override
     def problems_with(self, data: Any) -> Iterable[Problem]:
-        return self._check_chunks_divide(data.seq_len, "chunks must divide the sequence", "data.seq_len")
+        return self._problems_with_chunks(data.seq_len, "chunks must divide the sequence", "data.seq_len")
 
     @override
     def problems_of_shard(self, positions: int) -> Iterable[Problem]:
-        return self._check_chunks_divide(
-            positions, f"chunks must divide the {positions} positions of a sequence on one device"
-        )
+        message = f"chunks must divide the {positions} positions of a sequence on one device"
+        return self._problems_with_chunks(positions, message)
 
-    def _check_chunks_divide(self, length: int, message: str, *fields: str) -> Iterable[Problem]:
-        if self.loss_chunks is not None and length % self.loss_chunks:
-            largest = next(n for n in range(min(self.loss_chunks, length), 0, -1) if length % n == 0)
-            fix = f"use objective.loss_chunks={largest}"
-            yield Problem(fields=("objective.loss_chunks", *fields), message=message, fix=fix)
+    def _problems_with_chunks(self, length: int, message: str, *other_fields: str) -> Iterable[Problem]:
+        chunks = self.loss_chunks
+        if chunks is not None and length % chunks:
+            fitting = max(n for n in range(1, min(chunks, length) + 1) if length % n == 0)
+            fix = f"use objective.loss_chunks={fitting}"
+            yield Problem(fields=("objective.loss_chunks", *other_fields), message=message, fix=fix)

@@ -35,7 +35,7 @@ class Classification(Objective):
         labels_B, logits_BC = batch["labels"], apply(params, batch)
         losses.require_logits(logits_BC, labels_B)
         logits_BC = logits_BC.astype(jnp.float32)
-        weights_B = batch["weights"] if "weights" in batch else jnp.ones_like(labels_B, jnp.float32)
+        weights_B = batch.get("weights", jnp.ones_like(labels_B, jnp.float32))
         log_probs_BC = jax.nn.log_softmax(logits_BC)
         # A comparison instead of a gather also works if classes are sharded.
         is_label_BC = labels_B[:, None] == jnp.arange(logits_BC.shape[-1])
@@ -44,13 +44,13 @@ class Classification(Objective):
         batch_axes = axis_names(jax.typeof(labels_B).sharding.spec.partitions[0])
 
         def weighted_sum(values_B: jax.Array) -> jax.Array:
-            # Each device keeps the sum over its own samples; `losses.finalize` reduces it if needed.
+            # A partial sum: each device adds up its own samples.
             out = PartitionSpec(unreduced=frozenset(batch_axes))
             return jnp.einsum("b,b->", values_B, weights_B, out_sharding=out)
 
         smooth_B = (1 - self.label_smoothing) * entropy_B - self.label_smoothing * jnp.mean(log_probs_BC, axis=-1)
         values = {"loss": entropy_B, "accuracy": correct_B, "weight": jnp.ones_like(entropy_B)}
-        return losses.finalize(apply, weighted_sum(smooth_B), jax.tree.map(weighted_sum, values))
+        return losses.reduce_partial_sums(apply, weighted_sum(smooth_B), jax.tree.map(weighted_sum, values))
 
     @override
     def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:

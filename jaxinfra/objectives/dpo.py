@@ -16,6 +16,7 @@ from jaxinfra.objectives.objective import Apply, Batch, Objective, Params, WithR
 
 SIDES = ("chosen", "rejected")
 MODEL_FIELDS = ("inputs", "segments", "positions")
+"""The fields that the model reads; a batch has them for both sides, as "chosen_inputs" and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class DPO(Objective):
         reference_B2 = jax.lax.stop_gradient(answer_log_probs(apply, params.reference, batch, train=False))
         rewards_B2 = self.beta * (policy_B2 - reference_B2)
         margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
-        swapped = self.label_smoothing
+        swapped = self.label_smoothing  # with this probability, the rejected answer is the better one
         loss_B = -(1 - swapped) * jax.nn.log_sigmoid(margin_B) - swapped * jax.nn.log_sigmoid(-margin_B)
         values = {
             "loss": loss_B,
@@ -59,25 +60,24 @@ class DPO(Objective):
         return sums["loss"], sums
 
     @override
-    def flops(self, per_sequence: float) -> float:
+    def flops(self, model_flops: float) -> float:
         # A pair has two sequences. Training costs three forward passes of each, the reference one more.
-        return 2 * per_sequence * 4 / 3
+        return 2 * model_flops * 4 / 3
 
 
 def answer_log_probs(apply: Apply, params: Params, batch: Batch, *, train: bool) -> jax.Array:
     """Returns the log-probability of both answers of each pair, summed over their tokens: float32 `[B, 2]`."""
-    rows = {name: _rows(batch, name) for name in (*MODEL_FIELDS, "targets", "weights")}
-    logits = apply(params, {name: rows[name] for name in MODEL_FIELDS}, train=train)
-    log_probs_RT = losses.token_log_probs(logits, rows["targets"])
-    sums_R = jnp.sum(log_probs_RT * rows["weights"], axis=1)
+    logits = apply(params, {name: _join_sides(batch, name) for name in MODEL_FIELDS}, train=train)
+    log_probs_RT = losses.token_log_probs(logits, _join_sides(batch, "targets"))
+    sums_R = jnp.sum(log_probs_RT * _join_sides(batch, "weights"), axis=1)
     spec = jax.typeof(sums_R).sharding.spec
     return sums_R.reshape(-1, len(SIDES), out_sharding=spec.update(partitions=(*spec.partitions, None)))
 
 
-def _rows(batch: Batch, name: str) -> jax.Array:
-    """Returns a field of both answers, `[R, T]`."""
+def _join_sides(batch: Batch, name: str) -> jax.Array:
+    """Returns a field of both answers, `[R, T]`, in the order chosen 0, rejected 0, chosen 1, rejected 1, ..."""
     # The rows of a pair are neighbors, so that no row leaves its device.
     sides = [batch[f"{side}_{name}"] for side in SIDES]
     pairs, length = sides[0].shape
-    sharding = jax.typeof(sides[0]).sharding.spec
-    return jnp.stack(sides, axis=1).reshape(len(SIDES) * pairs, length, out_sharding=sharding)
+    spec = jax.typeof(sides[0]).sharding.spec
+    return jnp.stack(sides, axis=1).reshape(len(SIDES) * pairs, length, out_sharding=spec)

@@ -5,7 +5,6 @@ In JAX's explicit sharding, *unreduced* means that each device holds a partial s
 Shape suffixes: B batch, T length, D hidden size, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from jaxinfra.ops.cross_entropy import (
     token_losses,
 )
 from jaxinfra.ops.logits import FactoredLogits
-from jaxinfra.parallel.sharding import axis_names
 
 CHUNK_TOKENS = 1024
 """Most tokens per device whose logits exist at once: enough rows for matrix units; 0.5 GiB for a vocabulary of 128k."""
@@ -48,11 +46,12 @@ def cross_entropy(
 
     Returns:
         `(loss + z_loss, {"loss", "z_loss", "weight"})`. From `FactoredLogits` they are partial sums: pass them
-        through `finalize`.
+        through `reduce_partial_sums`.
     """
     if isinstance(logits, FactoredLogits):
-        num_chunks = num_chunks or _default_num_chunks(logits.hidden)
-        config = CrossEntropyConfig(num_chunks=num_chunks, z_loss=z_loss, softcap=logits.softcap)
+        config = CrossEntropyConfig(
+            num_chunks=num_chunks or _default_num_chunks(logits.hidden), z_loss=z_loss, softcap=logits.softcap
+        )
         total, (entropy, z) = fused_cross_entropy(logits.hidden, logits.head, targets_BT, weights_BT, config)
         # `jnp.sum` has no `out_sharding`, so a product with ones makes the partial sum.
         out = PartitionSpec(unreduced=jax.typeof(total).sharding.spec.unreduced)
@@ -82,9 +81,9 @@ def require_logits(output: Any, targets: jax.Array) -> None:
         raise ConfigError(f"the model returned {what} for {targets.shape} targets; return logits [{expected}, N]")
 
 
-def finalize(apply: Apply, total: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
+def reduce_partial_sums(apply: Apply, total: jax.Array, sums: Sums) -> tuple[jax.Array, Sums]:
     """All-reduces partial sums over the mesh, unless `apply.partial_sums` leaves that to the end of the step."""
-    if getattr(apply, "partial_sums", False):  # an objective may pass on a function of its own
+    if getattr(apply, "partial_sums", False):  # a plain function in place of the model's `apply` has no such attribute
         return total, sums
     return jax.tree.map(lambda value: jax.reshard(value, PartitionSpec()), (total, sums))
 
@@ -97,18 +96,12 @@ def check_result(objective: Objective, result: Any) -> tuple[jax.Array, Sums]:
     total, sums = result
     if "weight" not in sums:
         raise ConfigError(f'{name}.loss: its sums have no "weight", which the loss is divided by; add one')
-    sums = {"loss": total, **sums}
     for field, value in {"the loss": total, **sums}.items():
         if jnp.shape(value):
             raise ConfigError(f"{name}.loss: {field} has shape {jnp.shape(value)}; sum it to a scalar")
     if not all(isinstance(key, str) for key in sums):
         raise ConfigError(f"{name}.loss: its sums are named {list(sums)}; name them by strings")
-    return as_float32(total), {name: as_float32(value) for name, value in sums.items()}
-
-
-def as_float32(value: jax.typing.ArrayLike) -> jax.Array:
-    """Converts a sum to float32."""
-    return jnp.asarray(value).astype(jnp.float32)
+    return jax.tree.map(lambda value: jnp.asarray(value).astype(jnp.float32), (total, {"loss": total, **sums}))
 
 
 def add_aux_loss(total: jax.Array, aux: jax.Array | None) -> jax.Array:
@@ -122,10 +115,9 @@ def add_aux_loss(total: jax.Array, aux: jax.Array | None) -> jax.Array:
 
 
 def _default_num_chunks(hidden_BTD: jax.Array) -> int:
-    """Returns the smallest number of equal chunks with at most `CHUNK_TOKENS` tokens per device."""
-    sharding = jax.typeof(hidden_BTD).sharding
-    rows, length = (
-        size // math.prod(sharding.mesh.shape[axis] for axis in axis_names(part))
-        for size, part in zip(hidden_BTD.shape[:2], sharding.spec.partitions, strict=False)
-    )
+    """Returns the smallest number of equal chunks with at most `CHUNK_TOKENS` tokens per device.
+
+    A device with 2 rows of 3,000 positions gets 6 chunks of 2 x 500 tokens.
+    """
+    rows, length, _ = jax.typeof(hidden_BTD).sharding.shard_shape(hidden_BTD.shape)
     return next((n for n in range(1, length) if length % n == 0 and rows * length // n <= CHUNK_TOKENS), length)

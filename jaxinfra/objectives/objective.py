@@ -71,9 +71,9 @@ class Objective(Extensible, ABC):
         samples that pad the last batch of an evaluation.
         """
 
-    def flops(self, per_sequence: float) -> float:
-        """Returns the FLOPs of training on one sample; `per_sequence` counts the model on one sequence or image."""
-        return per_sequence
+    def flops(self, model_flops: float) -> float:
+        """Returns the FLOPs of training on one sample; `model_flops` are those of the model on a sequence or image."""
+        return model_flops
 
     def problems_with(self, data: Any) -> Iterable[Problem]:
         """Yields conflicts between the objective and the data config; field paths start at the run."""
@@ -84,5 +84,8 @@ class Objective(Extensible, ABC):
         return ()
 
     def evaluation_metrics(self, sums: Mapping[str, float], samples: Any) -> dict[str, float]:
-        """Returns the metrics of an evaluation, `loss` first, from the sums over all validation samples."""
+        """Returns the metrics of an evaluation, `loss` first, from the sums over all validation samples.
+
+        `samples` are those of the data, a `data.interfaces.Samples`.
+        """
         return {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}

@@ -42,8 +42,7 @@ def greedy_without_cache(sampler: Sampler, ids: list[int], count: int) -> list[i
 
     @jax.jit
     def logits(tokens: jax.Array) -> jax.Array:
-        model = program.model(sampler._params)
-        return model.hidden_states({"inputs": tokens}) @ model.head()
+        return program.model(sampler._params)({"inputs": tokens}).materialize()
 
     with program.on_mesh:
         for at in range(len(ids), length):

@@ -131,16 +131,16 @@ class BuiltDecoder:
 
     @cached_property
     def forward(self) -> Callable[..., tuple[jax.Array, Cache | None]]:
-        """Compiles `forward(params, tokens, positions, segments, cache=None) -> (logits, cache)`."""
+        """Compiles `forward(params, tokens, positions, segments, cache=None) -> (logits before the cap, cache)`."""
 
         def run(params, tokens, positions=None, segments=None, *, cache=None):
             model = self.model(params)
             if cache is None:
                 batch = {"inputs": tokens, "positions": positions, "segments": segments}
-                hidden = model.hidden_states({name: array for name, array in batch.items() if array is not None})
+                factored = model({name: array for name, array in batch.items() if array is not None})
             else:
-                hidden, cache = model.decode(tokens, cache)
-            return dot(hidden, model.head()).astype(jnp.float32), cache
+                factored, cache = model.decode(tokens, cache)
+            return dot(factored.hidden, factored.head).astype(jnp.float32), cache
 
         return jax.jit(run)
 

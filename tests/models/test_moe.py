@@ -14,7 +14,6 @@ from jaxinfra.models.moe import BALANCE_LOSS, LOAD, SERVED, Z_LOSS, MixtureOfExp
 from jaxinfra.models.transformer import TransformerConfig
 from jaxinfra.models.zoo import shape
 from jaxinfra.ops import routing
-from jaxinfra.ops.dot import dot
 from jaxinfra.parallel.context import SequenceSharding
 from tests.models import numpy_reference
 from tests.models.harness import BuiltDecoder, build, random_tokens, relative_error
@@ -56,8 +55,8 @@ def logits_and_stats(
 
     def run(params: Any, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model, batch = built.model(params), {"inputs": tokens}
-        x_BTD, stats = model.apply_layers(model.embed(batch), batch)
-        return dot(model.final_norm(x_BTD), model.head()), stats
+        logits, stats = model.forward(batch)
+        return logits.materialize(), stats
 
     with jax.set_mesh(built.mesh):
         return jax.tree.map(np.asarray, jax.jit(run)(built.put(values), built.put_rows(tokens)))

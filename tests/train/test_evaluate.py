@@ -37,9 +37,7 @@ def reference(run: Run, params: Any, store: TokenStore, windows: Iterable[int]) 
 
     @jax.jit
     def logits(params: Any, batch: Any) -> jax.Array:
-        model = program.model(params)
-        hidden = model.hidden_states(batch)
-        return hidden @ model.head()
+        return program.model(params)(batch).materialize()
 
     eot_id, lengths = store.manifest.tokenizer_info.eot_id, store.tokenizer.byte_lengths()
     loss, tokens, n_bytes = 0.0, 0, 0
