@@ -128,21 +128,17 @@ class Transformer(LayeredModule):
 
     def __init__(self, config: TransformerConfig, partitioner: Partitioner):
         self.config, self.partitioner = config, partitioner
-        params = ParamFactory(partitioner=partitioner)
-        hidden, vocab, num_positions = config.hidden_size, config.vocab_size, config.learned_positions
-        init = normal(hidden**-0.5)
-        self.embedding = params.param((vocab, hidden), ("vocab", "embed"), init, "embedding")
-        self.positions = self.prefix = self.unembedding = None
-        if num_positions is not None:
-            self.positions = params.param((num_positions, hidden), (None, "embed"), normal(0.01), "embedding")
-        self._dense_layers = range(config.num_dense_layers)
-        self._stacked_layers = range(config.num_dense_layers, config.total_layers)
-        if config.num_dense_layers:
-            self.prefix = Block(replace(config, moe=None), replace(params, num_layers=config.num_dense_layers))
+        hidden, vocab = config.hidden_size, config.vocab_size
+        learned, dense = config.learned_positions, config.num_dense_layers
+        params, init = ParamFactory(partitioner=partitioner), normal(hidden**-0.5)
+        param, tied = params.param, config.tie_embeddings
+        self._dense_layers, self._stacked_layers = range(dense), range(dense, config.total_layers)
+        self.embedding = param((vocab, hidden), ("vocab", "embed"), init, "embedding")
+        self.positions = param((learned, hidden), (None, "embed"), normal(0.01), "embedding") if learned else None
+        self.prefix = Block(replace(config, moe=None), replace(params, num_layers=dense)) if dense else None
         self.blocks = Block(config, replace(params, num_layers=config.num_layers))
         self.norm = _norm(config, params)
-        if not config.tie_embeddings:
-            self.unembedding = params.param((hidden, vocab), ("embed", "vocab"), init, "head", in_dims=1)
+        self.unembedding = None if tied else param((hidden, vocab), ("embed", "vocab"), init, "head", in_dims=1)
 
     @override
     def embed(self, batch: Inputs, /) -> jax.Array:

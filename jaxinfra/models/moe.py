@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -131,21 +132,19 @@ class MoE(nnx.Module):
         expert_dim = mlp_dim if config.expert_dim is None else config.expert_dim
         router_init = normal(hidden_size**-0.5)
         self.router = params.param((hidden_size, experts), ("embed", None), router_init, "matrix", in_dims=1)
-        self.bias = self.gate = self.shared = None
-        if config.bias_update_rate:
-            self.bias = params.param((experts,), (None,), constant(0.0), "bias", state="buffer")
+        has_bias = config.bias_update_rate > 0
+        self.bias = params.param((experts,), (None,), constant(0.0), "bias", state="buffer") if has_bias else None
 
         def matrices(inputs: int, outputs: int, axes: tuple[str, str], scale: float = 1.0) -> nnx.Param:
             shape, init = (experts, inputs, outputs), normal(scale * inputs**-0.5)
             return params.param(shape, ("experts", *axes), init, "matrix", batch_dims=1, in_dims=1)
 
-        if mlp_type != "gelu":
-            self.gate = matrices(hidden_size, expert_dim, ("embed", "mlp"))
+        self.gate = None if mlp_type == "gelu" else matrices(hidden_size, expert_dim, ("embed", "mlp"))
         self.up = matrices(hidden_size, expert_dim, ("embed", "mlp"))
         self.down = matrices(expert_dim, hidden_size, ("mlp", "embed"), out_scale)
-        if config.num_shared_experts:
-            width = config.num_shared_experts * expert_dim
-            self.shared = MLP(hidden_size, width, mlp_type=mlp_type, bias=False, out_scale=out_scale, params=params)
+        shared_dim = config.num_shared_experts * expert_dim
+        shared = partial(MLP, hidden_size, mlp_type=mlp_type, bias=False, out_scale=out_scale, params=params)
+        self.shared = shared(shared_dim) if shared_dim else None
 
     def __call__(self, x_BTD: jax.Array, *, drop_tokens: bool = True) -> tuple[jax.Array, LayerStats]:
         """Takes gathered positions; returns the output, with positions sharded like the residual stream, and stats."""
