@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
+
+from jaxinfra.runtime.environment import cpu_model
 
 type TableRow = Mapping[str, str | float | None]
 """The cells of one row by key, as JSON values."""
@@ -22,7 +23,7 @@ type Cases = Mapping[str, Callable[[argparse.Namespace], Iterable[TableRow]]]
 def describe_machine() -> dict[str, str]:
     """Returns the CPU, its cores, the versions of Python and JAX, and the date."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "jax": importlib.metadata.version("jax"),
@@ -41,13 +42,6 @@ class BenchmarkResult:
 
     def __str__(self) -> str:
         return f"{self.text}\n\n{self.note}; {', '.join(f'{key} {value}' for key, value in self.environment.items())}."
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def format_table(columns: Columns, rows: Iterable[TableRow]) -> str:

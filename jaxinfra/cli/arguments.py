@@ -152,6 +152,12 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     _add_imports(parser)
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="directory of a run, such as runs/quickstart")
+    page = "where to write the page (default: report.html in the run, or comparison.html beside the first of several)"
+    parser.add_argument("--output", metavar="PAGE", type=Path, help=page)
+
+
 def _add_diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("left", metavar="A", help=CONFIG_HELP)
     parser.add_argument("right", metavar="B", help=CONFIG_HELP)
@@ -206,6 +212,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], str], ...
     ("sample", _add_sample, "continue a text with the newest checkpoint of a run"),
     ("models", _add_models, "list the published models that a config can name"),
     ("runs", _add_runs, "list runs with their state, progress and results"),
+    ("report", _add_report, "write the page of a run in any state, or one that compares several"),
     ("diff", _add_diff, "compare two configs or run records"),
     ("parity", _add_parity, "compare loss and gradients on every mesh with those of one device"),
     ("bench", _add_bench, "time the framework against hand-written code"),

@@ -1,10 +1,12 @@
 """Finds the git state and package versions for the run record. A value that cannot be found is None, not an error."""
 
 import os
+import platform
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 
 _GIT_TIMEOUT_S = 5.0
 
@@ -27,6 +29,26 @@ def package_versions(names: Iterable[str]) -> dict[str, str | None]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def host_state() -> dict[str, str | int | None]:
+    """Returns name, operating system, CPU, usable cores and memory of this machine, and the version of Python."""
+    return {
+        "name": platform.node(),
+        "os": platform.platform(terse=True),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_model() -> str:
+    """Returns the name of the CPU, or that of its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _git(directory: str | os.PathLike[str], timeout_s: float, *arguments: str) -> str | None:

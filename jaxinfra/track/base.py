@@ -30,6 +30,9 @@ class Tracker:
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Receives the final values of the run; called at most once, before `close`."""
 
+    def log_error(self, error: BaseException) -> None:
+        """Receives the error that ends the run, in place of the final values; called at most once, before `close`."""
+
     def close(self) -> None:
         """Writes what is pending and frees resources; raises StorageError if records were lost."""
 

@@ -1,171 +1,304 @@
-"""Draws line charts as HTML figures with inline SVG, which need no script.
+"""Chooses the charts of the report, and reduces each line to the points that a screen can show.
 
-All text is escaped, and every spike of the data stays visible. All charts of a page have the same horizontal axis, so
-that the page's script can show the values at one step in all of them.
+Steps are completed steps here, counted from 1, as in the console. `assets/report.js` draws the charts.
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from itertools import groupby
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
-from jaxinfra.track.formatting import format_number
+import numpy as np
 
-type Point = tuple[int, float]
+from jaxinfra.track.formatting import bytes_unit, format_number, metric_label
 
-WIDTH, HEIGHT = 560, 200  # of the drawing, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 58, 552, 12, 174  # edges of the plot in the drawing
+_BUCKETS = 600  # of a line; a bucket keeps up to four points
+_MEAN_POINTS = 300  # of a line of means, which is smooth
+_MEAN_SHARE = 100  # a mean covers this part of the values on both sides
+_MEAN_MIN_VALUES = 20  # fewer values are drawn without their mean
+_MAX_DEVICE_LINES = 3
+_MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
+_NOT_CHARTED = ("step", "time_s")
+# Metrics with a chart of their own, or in one with others; any other metric has a chart after these.
+_KNOWN = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
 
-_BUCKETS = 600  # about one per horizontal unit of the plot
-_LOG_RATIO = 1000  # largest over smallest value; beyond it a linear axis hides the small values
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The values of one metric of one run, by completed steps; they may be NaN or infinite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCurves:
+    """What the charts need of a run.
+
+    Attributes:
+        name: for the legend.
+        curves: by metric.
+        baselines: by metric: values of simple models, by name.
+        time_s: the training time at each logged step.
+        units_per_step: tokens or images of a step; None if not known.
+        units: "tokens" or "images".
+    """
+
+    name: str
+    curves: Mapping[str, Curve]
+    baselines: Mapping[str, Mapping[str, float]]
+    time_s: Curve
+    units_per_step: int | None
+    units: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a chart; `style` is "plain", "faint" (single values behind their mean), "mean", or "dots"."""
+
+    label: str
+    run: int
+    color: int
+    dash: int
+    style: str
+    curve: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One line chart."""
+    """One chart: its lines, horizontal lines by label, and whether the vertical axis starts at 0."""
 
-    title: str  # what is measured
-    unit: str = ""  # of the drawn values; "" for a plain number
-    lines: Mapping[str, Sequence[Point]]  # one to four, by label, with rising steps; values may be NaN or infinite
-    scale: Literal["linear", "auto"] = "linear"  # vertical; "auto" is logarithmic if values span three decades
-    zero: bool = False  # whether the vertical axis includes zero
-    divisor: float = 1.0  # converts values to `unit`
+    title: str
+    unit: str = ""
+    zero: bool = False
+    lines: Sequence[Line]
+    levels: Mapping[str, float]
+
+    @property
+    def not_finite(self) -> str:
+        """Names the values that have no place in the chart; "" if there are none."""
+        found = []
+        for line in self.lines:
+            broken = np.flatnonzero(~np.isfinite(line.curve.values)) if line.style != "mean" else []
+            if len(broken):
+                value, step = line.curve.values[broken[0]], line.curve.steps[broken[0]]
+                more = f" and {len(broken) - 1:,} more times" if len(broken) > 1 else ""
+                found.append(f"{line.label} is {value} at step {step:,}{more}")
+        return "; ".join(found)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Axis:
-    low: float
-    high: float
-    log: bool
-    ticks: tuple[float, ...]
+class Charts:
+    """The charts of a page.
 
-    def y(self, value: float) -> float:
-        low, high, v = (math.log10(each) if self.log else each for each in (self.low, self.high, value))
-        return BOTTOM - (BOTTOM - TOP) * (v - low) / (high - low)
-
-
-def downsample(points: Sequence[Point], buckets: int = _BUCKETS) -> list[Point]:
-    """Keeps at most four points of each of `buckets` equal parts: first, smallest, largest, and one NaN or infinity.
-
-    Neither spikes nor gaps are lost. The last point of all is kept, too.
+    Attributes:
+        drawn: the loss first.
+        constant: label and value of each line of the charts in which nothing changes, as text.
+        omitted: metrics beyond the largest number of charts.
     """
-    if len(points) <= 2 * buckets:
-        return list(points)
-    kept: list[Point] = []
-    for bucket in range(buckets):
-        part = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
-        finite = [i for i in part if math.isfinite(points[i][1])]
-        first_nonfinite = [i for i in part if not math.isfinite(points[i][1])][:1]
-        chosen = {part.start, *first_nonfinite}
-        if finite:
-            chosen |= {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
-        kept += [points[i] for i in sorted(chosen)]
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+    drawn: Sequence[Chart]
+    constant: Sequence[tuple[str, str]]
+    omitted: Sequence[str]
 
 
-def render_chart(chart: Chart, steps: tuple[int, int]) -> str:
-    """Draws a chart as one HTML `figure`; `steps` are the first and the last of its horizontal axis."""
-    lines = [
-        (label, [(step, value / chart.divisor) for step, value in downsample(points)])
-        for label, points in chart.lines.items()
-        if points
-    ]
-    unit = f'<span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
-    legend = "".join(  # labels with the last values; the script shows the values at the pointer in their place
-        f'<span class="key s{i}">{escape(label)} <b>{escape(format_number(points[-1][1]))}</b></span>'
-        for i, (label, points) in enumerate(lines)
-    )
-    title = f"<h3>{escape(chart.title)}</h3>"
-    heading = f'<figcaption>{title}{unit}<span class="legend">{legend}</span></figcaption>'
-    if not lines:
-        return f'<figure>{heading}<p class="empty">No values logged.</p></figure>'
-    axis = _axis([value for _, points in lines for _, value in points], chart)
-    body = _grid(axis, steps) + "".join(_line(i, points, axis, steps) for i, (_, points) in enumerate(lines))
-    data = escape(json.dumps(_data(lines, steps), separators=(",", ":")))
-    return (
-        f'<figure data-chart="{data}">{heading}'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)} over steps">'
-        f'{body}<line class="rule" y1="{TOP}" y2="{BOTTOM}"/></svg></figure>'
+def run_curves(
+    name: str, rows: Sequence[Mapping[str, float]], record: Mapping[str, Any], summary: Mapping[str, Any]
+) -> RunCurves:
+    """Collects the curves of a run from the contents of metrics.jsonl, run.json and summary.json."""
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for metric, value in row.items():
+            steps, values = points.setdefault(metric, ([], []))
+            steps.append(int(row["step"]) + 1)
+            values.append(value)
+    curves = {
+        metric: Curve(steps=np.array(steps), values=np.array(values, float))
+        for metric, (steps, values) in points.items()
+    }
+    derived = record.get("derived") or {}
+    a_step = next((key for key in derived if key.endswith("s a step")), None)
+    return RunCurves(
+        name=name,
+        curves={metric: curve for metric, curve in curves.items() if metric not in _NOT_CHARTED},
+        baselines=summary.get("baselines") or record.get("baselines") or {},
+        time_s=curves.get("time_s", Curve(steps=np.array([], int), values=np.array([]))),
+        units_per_step=None if a_step is None else derived[a_step][0],
+        units="units" if a_step is None else a_step.removesuffix(" a step"),
     )
 
 
-def _data(lines: Iterable[tuple[str, Sequence[Point]]], steps: tuple[int, int]) -> dict[str, object]:
-    """Returns what the script needs to show the values at a step."""
-    series = [
-        [[step, float(f"{value:.6g}") if math.isfinite(value) else str(value)] for step, value in points]
-        for _, points in lines
+def make_charts(runs: Sequence[RunCurves]) -> Charts:
+    """Chooses the charts of one run, or of several to compare."""
+    metrics = {metric: None for run in runs for metric in run.curves}
+    evaluated = {metric: metric.removeprefix("eval/") for metric in metrics if metric.startswith("eval/")}
+    speeds = [metric for metric in metrics if metric.endswith("_per_s")]
+    devices = sorted(metric for metric in metrics if metric.startswith("device_") and metric.endswith("_bytes"))
+    devices = devices[:_MAX_DEVICE_LINES]
+    memory = {"rss_bytes": "host"} | {name: name.removesuffix("_bytes").replace("_", " ") for name in devices}
+    largest = max((_largest(run.curves[name]) for run in runs for name in memory if name in run.curves), default=1.0)
+    divisor, unit = bytes_unit(largest)
+    used = {*_KNOWN, *memory, *speeds, *evaluated, *evaluated.values()}
+    others = sorted(metric for metric in metrics if metric not in used)
+    charts = [
+        _chart(runs, "Loss", {"loss": "training", "eval/loss": "validation"}, unit="nats", mean=True),
+        *(
+            _chart(runs, metric_label(name).capitalize(), {name: "training", metric: "validation"}, mean=True)
+            for metric, name in evaluated.items()
+            if name != "loss"
+        ),
+        _chart(runs, "Learning rate", {"lr": "learning rate"}, zero=True),
+        _chart(runs, "Gradient norm", {"grad_norm": "norm"}, mean=True),
+        _chart(runs, "Throughput", {name: metric_label(name) for name in speeds}, zero=True),
+        _chart(runs, "MFU", {"mfu": "MFU"}, unit="%", zero=True, divisor=0.01),
+        _chart(runs, "Step time", {"step_time_s": "step", "data_wait_s": "waiting for data"}, unit="s", zero=True),
+        _chart(runs, "Memory", memory, unit=unit, zero=True, divisor=divisor),
+        *(_chart(runs, name, {name: name}) for name in others[:_MAX_OTHER_CHARTS]),
     ]
-    return {"steps": steps, "edges": [LEFT / WIDTH, RIGHT / WIDTH], "width": WIDTH, "series": series}
+    drawn = [chart for chart in charts[1:] if chart.levels or not all(map(_is_constant, chart.lines))]
+    constant = [each for chart in charts[1:] if chart.lines and chart not in drawn for each in _constant_texts(chart)]
+    return Charts(drawn=[charts[0], *drawn], constant=constant, omitted=others[_MAX_OTHER_CHARTS:])
 
 
-def _x(step: int, steps: tuple[int, int]) -> float:
-    first, last = steps
-    return LEFT + (RIGHT - LEFT) * (step - first) / (last - first) if last > first else (LEFT + RIGHT) / 2
+def page_data(runs: Sequence[RunCurves], charts: Sequence[Chart]) -> dict[str, Any]:
+    """Returns what report.js draws, as JSON values; NaN and infinities are strings."""
+    return {
+        "runs": [
+            {
+                "name": run.name,
+                "unitsPerStep": run.units_per_step,
+                "units": run.units,
+                "clock": _points(run.time_s, _evenly(len(run.time_s.steps), _BUCKETS)),
+            }
+            for run in runs
+        ],
+        "charts": [
+            {
+                "title": chart.title,
+                "zero": chart.zero,
+                "levels": [[label, _json_number(value)] for label, value in chart.levels.items()],
+                "lines": [_line_data(line, max(_BUCKETS // len(runs), 100)) for line in chart.lines],
+            }
+            for chart in charts
+        ],
+    }
 
 
-def _line(i: int, points: Sequence[Point], axis: _Axis, steps: tuple[int, int]) -> str:
-    """Draws one series: a path through consecutive finite points, a dot for a lone one, a mark for NaN or infinity."""
-    parts: list[str] = []
-    for finite, group in groupby(points, key=lambda point: math.isfinite(point[1])):
-        if finite:
-            coordinates = [(f"{_x(step, steps):.1f}", f"{axis.y(value):.1f}") for step, value in group]
-            (cx, cy), path = coordinates[0], "L".join(map(" ".join, coordinates))
-            dot = f'<circle class="s{i}" cx="{cx}" cy="{cy}" r="3"/>'
-            parts.append(dot if len(coordinates) == 1 else f'<path class="s{i}" d="M{path}"/>')
-            continue
-        for step, value in group:
-            mark = f"M{_x(step, steps):.1f} {TOP}l-3.5 -7h7z"
-            parts.append(f'<path class="broken" d="{mark}"><title>step {step}: {value}</title></path>')
-    return "".join(parts)
+def downsample(values: np.ndarray, buckets: int = _BUCKETS) -> np.ndarray:
+    """Returns indices of values to draw: of each bucket the first, smallest and largest, and one NaN or infinity.
+
+    The buckets are equal parts of the values; neither spikes nor gaps are lost. The last value is kept, too.
+    """
+    if len(values) <= 2 * buckets:
+        return np.arange(len(values))
+    kept, is_finite = [len(values) - 1], np.isfinite(values)
+    for start, end in pairwise(np.arange(buckets + 1) * len(values) // buckets):
+        finite, broken = (start + np.flatnonzero(part) for part in (is_finite[start:end], ~is_finite[start:end]))
+        kept += [start, *broken[:1]]
+        if len(finite):
+            kept += [finite[values[finite].argmin()], finite[values[finite].argmax()]]
+    return np.unique(kept)
 
 
-def _grid(axis: _Axis, steps: tuple[int, int]) -> str:
-    parts = []
-    for tick in axis.ticks:
-        y = f"{axis.y(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{_tick_label(tick)}</text>')
-    first, last = steps
-    for tick in _ticks(first, last, 5) if last > first else (float(first),):
-        if tick.is_integer():
-            x = f"{_x(int(tick), steps):.1f}"
-            parts.append(f'<text x="{x}" y="{BOTTOM + 20}" text-anchor="middle">{int(tick):,}</text>')
-    return "".join(parts)
+def moving_mean(curve: Curve) -> tuple[Curve, int]:
+    """Returns the means of the finite values around evenly spaced steps, and how many values a mean covers.
+
+    At the ends a mean covers fewer; at the start as many on the left as on the right, because the slope is steep there.
+    """
+    count = len(curve.values)
+    half = max(2, count // _MEAN_SHARE)
+    centers, means = _evenly(count, _MEAN_POINTS), []
+    for center in centers:
+        left = min(half, center)
+        part = curve.values[center - left : center + (half if left == half else left) + 1]
+        finite = part[np.isfinite(part)]
+        means.append(finite.mean() if len(finite) else math.nan)
+    return Curve(steps=curve.steps[centers], values=np.array(means)), 2 * half + 1
 
 
-def _tick_label(value: float) -> str:
-    size = abs(value)
-    if size and (size < 1e-3 or size >= 1e6):
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+def _chart(
+    runs: Sequence[RunCurves],
+    title: str,
+    labels: Mapping[str, str],
+    *,
+    unit: str = "",
+    zero: bool = False,
+    divisor: float = 1.0,
+    mean: bool = False,
+) -> Chart:
+    """Makes a chart of the metrics in `labels` that the runs have; `mean` adds the moving mean of training metrics."""
+    lines: list[Line] = []
+    levels: dict[str, float] = {}
+    for number, run in enumerate(runs):
+        for order, (metric, label) in enumerate(labels.items()):
+            if metric not in run.curves:
+                continue
+            levels |= _levels(run, metric)
+            whole = run.curves[metric]
+            curve = Curve(steps=whole.steps, values=whole.values / divisor)
+            if len(runs) == 1:
+                line = Line(label=label, run=number, color=order, dash=0, style="plain", curve=curve)
+            else:  # a color is a run
+                label = run.name if len(labels) == 1 else f"{run.name}, {label}"
+                line = Line(label=label, run=number, color=number, dash=order, style="plain", curve=curve)
+            if metric.startswith("eval/"):
+                lines.append(replace(line, style="dots"))
+            elif mean and len(curve.values) >= _MEAN_MIN_VALUES:
+                means, covered = moving_mean(curve)
+                lines.append(replace(line, style="faint"))
+                lines.append(replace(line, style="mean", label=f"{label}, mean of {covered:,} logged", curve=means))
+            else:
+                lines.append(line)
+    return Chart(title=title, unit=unit, zero=zero, lines=lines, levels=levels)
 
 
-def _axis(values: Sequence[float], chart: Chart) -> _Axis:
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
-    low, high = min(finite), max(finite)
-    if chart.scale == "auto" and low > 0 and high / low >= _LOG_RATIO:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = tuple(10.0**decade for decade in decades[:: math.ceil(len(decades) / 5)])
-        return _Axis(low=10.0 ** decades[0], high=10.0 ** decades[-1], log=True, ticks=ticks)
-    low = min(low, 0.0) if chart.zero else low
-    if high == low:
-        half = abs(low) / 2 or 1.0
-        low, high = low - half, high + half
-    pad = 0.04 * (high - low)
-    low = low if chart.zero and low == 0 else low - pad
-    high += pad
-    return _Axis(low=low, high=high, log=False, ticks=_ticks(low, high, 5))
+def _levels(run: RunCurves, metric: str) -> dict[str, float]:
+    """Returns the baselines of a validation metric; for the loss also those in bits per byte, converted to nats.
+
+    On the same text, bits per byte are the loss times a constant: the bytes of the average token.
+    """
+    if not metric.startswith("eval/"):
+        return {}
+    levels = dict(run.baselines.get(metric.removeprefix("eval/"), {}))
+    if metric == "eval/loss" and "eval/bits_per_byte" in run.curves:
+        nats = run.curves[metric].values[-1] / run.curves["eval/bits_per_byte"].values[-1]
+        levels |= {name: value * nats for name, value in run.baselines.get("bits_per_byte", {}).items()}
+    return {name: value for name, value in levels.items() if math.isfinite(value)}
 
 
-def _ticks(low: float, high: float, about: int) -> tuple[float, ...]:
-    """Returns about `about` values from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)  # include ticks at low and high
-    digits = max(0, -math.floor(math.log10(step)))  # rounding removes errors such as 0.30000000000000004
-    return tuple(round(i * step, digits) for i in range(first, last + 1))
+def _is_constant(line: Line) -> bool:
+    values = line.curve.values
+    return bool(np.isfinite(values).all() and (values == values[0]).all())
+
+
+def _constant_texts(chart: Chart) -> list[tuple[str, str]]:
+    """Returns label and value of each line of a chart in which nothing changes; one if all are equal."""
+    texts = {line.label: f"{format_number(float(line.curve.values[-1]))} {chart.unit}".rstrip() for line in chart.lines}
+    if len({*texts.values()}) == 1:
+        return [(chart.title, next(iter(texts.values())))]
+    return [(f"{chart.title}: {label}", text) for label, text in texts.items()]
+
+
+def _largest(curve: Curve) -> float:
+    finite = curve.values[np.isfinite(curve.values)]
+    return float(finite.max()) if len(finite) else 1.0
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """Returns at most `most` indices of `count` values, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.array([], int)
+
+
+def _line_data(line: Line, buckets: int) -> dict[str, Any]:
+    steps, values = _points(line.curve, downsample(line.curve.values, buckets))
+    style = {"label": line.label, "run": line.run, "color": line.color, "dash": line.dash, "style": line.style}
+    return {**style, "steps": steps, "values": values}
+
+
+def _points(curve: Curve, indices: np.ndarray) -> tuple[list[int], list[float | str]]:
+    return curve.steps[indices].tolist(), [_json_number(value) for value in curve.values[indices].tolist()]
+
+
+def _json_number(value: float) -> float | str:
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)

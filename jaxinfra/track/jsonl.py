@@ -1,5 +1,8 @@
 """metrics.jsonl and summary.json: the metrics of a run, for other programs to read.
 
+summary.json has the final values, or "failed" and the error if an error ended the run. While a run goes on, and after a
+kill, there is none.
+
 Each line of metrics.jsonl is a JSON object `{"step": 12, "time_s": 3.5, "loss": 2.1, ...}`. `time_s` is the training
 time so far, without the pauses between a stop and a resume. JSON has no NaN or infinity: they are the strings "nan",
 "inf" and "-inf", which `read_metrics` turns back into floats. A run that resumes at step s drops the lines from s on.
@@ -13,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, override
 
-from jaxinfra.errors import StorageError
+from jaxinfra.errors import JaxinfraError, StorageError
 from jaxinfra.storage.appender import Appender
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
@@ -35,6 +38,7 @@ class JsonlTracker(FileTracker):
         path = self._run_dir / METRICS_FILE
         with storage_errors(path, fix="free space or choose another run directory"):
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            (self._run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of the last stop: the run goes on
             elapsed_s = truncate_metrics(path, start_step)
             self._file = Appender(path)  # FileTracker._append writes to it
         self._start_s = time.monotonic() - elapsed_s
@@ -48,6 +52,11 @@ class JsonlTracker(FileTracker):
     def log_summary(self, values: Mapping[str, Any]) -> None:
         text = json.dumps(_encode_nonfinite(values), indent=2, allow_nan=False)
         write_bytes_atomic(self._run_dir / SUMMARY_FILE, text.encode() + b"\n")
+
+    @override
+    def log_error(self, error: BaseException) -> None:
+        kind = "" if isinstance(error, JaxinfraError) else f"{type(error).__name__} "
+        self.log_summary({"status": "failed", "error": " ".join(f"{kind}{error}".split())})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

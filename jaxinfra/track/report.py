@@ -1,9 +1,9 @@
-"""Writes report.html, one page about a run, from the files in its directory.
+"""Writes the page of a run, report.html, or a page that compares several, from the files in their directories.
 
-The page needs no network and no server. Its only script shows values at the pointer; the content security policy allows
-only this script, by its hash. The page can be written during a run, after a kill, or on another machine, from:
+A page needs no network and no server; the content security policy allows only its own scripts, by their hashes. It can
+be written during a run, after a kill, or on another machine, from:
     run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
-        statistics as [value, unit or formula]; everything else is listed as the environment.
+        statistics as [value, unit or formula]; `devices` and `host`; everything else is listed as the environment.
     metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
     summary.json, optional: see `formatting.summary_rows`.
 """
@@ -13,75 +13,145 @@ import hashlib
 import json
 import math
 import shlex
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from jaxinfra.config.text import format_value
+from jaxinfra.errors import ConfigError
 from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
-from jaxinfra.track.charts import Chart, Point, render_chart
-from jaxinfra.track.formatting import bytes_unit, flatten, format_number, metric_label, summary_rows
+from jaxinfra.track.charts import make_charts, page_data, run_curves
+from jaxinfra.track.formatting import flatten, format_bytes, format_number, metric_label, summary_rows
 
-_OWN_SECTIONS = ("command", "config", "origins", "derived")
-_NOT_CHARTED = ("step", "time_s")
-_FIXED_CHARTS = ("loss", "lr", "grad_norm", "mfu", "step_time_s", "data_wait_s", "rss_bytes")
-_MAX_DEVICE_LINES = 3  # a chart has four colors, and one is the host's
-_MAX_OTHER_CHARTS = 24  # more metrics than these are only named below the charts
+REPORT_FILE = "report.html"
+MAX_RUNS = 8
+"""Runs of a comparison: a chart has as many colors."""
 
-type _Points = Mapping[str, Sequence[Point]]  # by name of the metric
-type _Labels = Mapping[str, str]  # by name of the metric
+_OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "baselines", "classes")
+_SCRIPTS = ("uPlot.iife.min.js", "report.js")
 
 
-def write_report(run_dir: Path) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """The contents of a run's files; `state` is "running", "interrupted", or the status in the summary."""
+
+    name: str
+    state: str
+    record: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    rows: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of the page; the rows in `folded` are shown on demand."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    folded: Sequence[Sequence[str]] = ()
+
+
+def write_report(run_dir: Path, *, is_running: bool = False) -> Path:
     """Writes report.html into `run_dir` atomically and returns its path.
 
-    Raises StorageError if run.json is missing, a file is damaged, or the page cannot be written.
+    Raises ConfigError without a run.json, StorageError if a file is damaged or the page cannot be written.
     """
-    record = jsonl.read_json_object(run_dir / "run.json")
-    summary_file, metrics_file = run_dir / jsonl.SUMMARY_FILE, run_dir / jsonl.METRICS_FILE
-    summary = jsonl.read_json_object(summary_file) if summary_file.exists() else {}
-    rows = jsonl.read_metrics(metrics_file) if metrics_file.exists() else []
-    path = run_dir / "report.html"
+    return write_page([read_run(run_dir, is_running=is_running)], run_dir / REPORT_FILE)
+
+
+def write_page(runs: Sequence[RunFiles], path: Path) -> Path:
+    """Writes the page of one run, or a comparison of several, and returns its path."""
     with storage_errors(path):
-        write_bytes_atomic(path, render_report(record, rows, summary).encode())
+        write_bytes_atomic(path, render_report(runs).encode())
     return path
 
 
-def render_report(record: Mapping[str, Any], rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> str:
-    """Renders the page from the contents of run.json, metrics.jsonl and summary.json."""
+def read_run(run_dir: Path, *, is_running: bool) -> RunFiles:
+    """Reads the files of a run; raises ConfigError without a run.json, StorageError if a file is damaged."""
+    record_file, summary_file, metrics_file = (
+        run_dir / name for name in ("run.json", jsonl.SUMMARY_FILE, jsonl.METRICS_FILE)
+    )
+    if not record_file.exists():
+        raise ConfigError(f"{run_dir}: no run.json there; name the directory of a run, such as runs/quickstart")
+    record = jsonl.read_json_object(record_file)
+    rows = jsonl.read_metrics(metrics_file) if metrics_file.exists() else []
+    # The summary of a run that goes on is that of its last stop.
+    summary = jsonl.read_json_object(summary_file) if summary_file.exists() and not is_running else {}
+    return RunFiles(
+        name=str(record.get("config", {}).get("name", run_dir.name)),
+        state="running" if is_running else str(summary.get("status", "interrupted")),
+        record=record,
+        summary=_last_values(rows) | {"baselines": record.get("baselines")} | summary,
+        rows=rows,
+    )
+
+
+def _last_values(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Returns what a summary would say now, of a run that goes on or was killed."""
+    last: dict[str, float] = {}
+    for row in rows:
+        last.update(row)
+    if not last:
+        return {}
+    validation = {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
+    values = {"steps": int(last["step"]) + 1, "wall_s": last.get("time_s"), "final_loss": last.get("loss")}
+    return {**values, "validation": validation}
+
+
+def render_report(runs: Sequence[RunFiles]) -> str:
+    """Renders the page as HTML."""
     loader = PackageLoader("jaxinfra.track", "assets")
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    style, script = (loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
-    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    config = flatten(record.get("config", {}))
-    other = flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
-    figures, not_drawn = _charts(rows)
+    assets = {
+        name: loader.get_source(environment, name)[0]
+        for name in ("report.css", "uPlot.min.css", "uPlot.LICENSE", *_SCRIPTS)
+    }
+    scripts = [assets[name] for name in _SCRIPTS]
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    curves = [run_curves(run.name, run.rows, run.record, run.summary) for run in runs]
+    charts = make_charts(curves)
+    only = runs[0] if len(runs) == 1 else None
     return environment.get_template("report.html.jinja").render(
-        style=style,
-        script=script,
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'",
-        name=str(record.get("config", {}).get("name", "run")),
-        command=shlex.join(record.get("command", ())),
-        status=summary.get("status"),
-        tiles=summary_rows({key: value for key, value in summary.items() if key not in ("status", "baselines")}),
-        comparisons=list(_comparisons(summary)),
-        figures=figures,
-        not_drawn=not_drawn,
-        derived=[(name, format_number(value), str(how)) for name, (value, how) in record.get("derived", {}).items()],
-        config=[(path, _to_json(value)) for path, value in config.items()],
-        changed=[(path, _to_json(config.get(path)), str(set_by)) for path, set_by in record.get("origins", {}).items()],
-        environment=[(key, value if isinstance(value, str) else _to_json(value)) for key, value in other.items()],
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
+        style=assets["uPlot.min.css"] + assets["report.css"],
+        license=assets["uPlot.LICENSE"],
+        scripts=scripts,
+        data=json.dumps(page_data(curves, charts.drawn), separators=(",", ":")).replace("<", "\\u003c"),
+        title=", ".join(run.name for run in runs),
+        runs=[
+            {"name": run.name, "state": run.state, "command": _command(run), "error": run.summary.get("error")}
+            for run in runs
+        ],
+        charts=charts.drawn,
+        axes=["steps", *({run.units for run in curves} if all(run.units_per_step for run in curves) else ()), "time"],
+        omitted=charts.omitted,
+        tiles=_tiles(only) if only else [],
+        comparisons=list(_comparisons(only.summary)) if only else [],
+        results=[] if only else [_results(runs)],
+        tables=[_constants(charts.constant), *(_own_tables(only) if only else _difference_tables(runs))],
     )
 
 
-def _to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _command(run: RunFiles) -> str:
+    return shlex.join(map(str, run.record.get("command", ())))
+
+
+def _tiles(run: RunFiles) -> list[tuple[str, str]]:
+    left_out = ("status", "error", "baselines", "report", "peak_flops_per_device", "peak_source")
+    return summary_rows({key: value for key, value in run.summary.items() if key not in left_out})
 
 
 def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, float, float]]]]:
@@ -94,50 +164,94 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
             yield metric_label(metric), [(name, value, 100 * value / largest) for name, value in values]
 
 
-def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
-    """Draws the metrics as HTML figures; also returns the names of metrics beyond `_MAX_OTHER_CHARTS`."""
-    points: defaultdict[str, list[Point]] = defaultdict(list)
-    for row in rows:
-        for key, value in row.items():
-            points[key].append((int(row["step"]), value))
-    evaluation = {key: key.removeprefix("eval/") for key in points if key.startswith("eval/")}
-    speeds = {key: metric_label(key) for key in points if key.endswith("_per_s")}
-    devices = sorted(key for key in points if key.startswith("device_") and key.endswith("_bytes"))[:_MAX_DEVICE_LINES]
-    memory = {"rss_bytes": "host"} | {key: key.removesuffix("_bytes").replace("_", " ") for key in devices}
-    used = {*_NOT_CHARTED, *_FIXED_CHARTS, *memory, *speeds, *evaluation, *evaluation.values()}
-    others = sorted(key for key in points if key not in used)
-    charts = _fixed_charts(points, evaluation, speeds, memory)
-    charts += [Chart(title=key, lines={key: points[key]}) for key in others[:_MAX_OTHER_CHARTS]]
-    steps = [int(row["step"]) for row in rows] or [0]
-    return "".join(render_chart(chart, (min(steps), max(steps))) for chart in charts), others[_MAX_OTHER_CHARTS:]
+def _own_tables(run: RunFiles) -> Iterator[Table]:
+    """Yields the tables of the page of one run."""
+    record = run.record
+    yield Table(title="Hardware", head=(), rows=[*_texts(_hardware(run)).items()])
+    derived = [(name, value, how) for name, (value, how) in _statistics(record).items()]
+    yield Table(title="Run statistics", head=("statistic", "value", "unit or formula"), rows=derived)
+    config = config_leaves(record.get("config", {}))
+    changed = [
+        (path, config[path], str(origin)) for path, origin in record.get("origins", {}).items() if path in config
+    ]
+    yield Table(
+        title="Config, changed from the defaults",
+        head=("field", "value", "set by"),
+        rows=changed,
+        note="" if changed or not config else "All fields have their defaults.",
+        folded=[*config.items()],
+    )
+    yield Table(title="Environment", head=(), rows=[*_texts(_environment(record)).items()])
 
 
-def _fixed_charts(points: _Points, evaluation: _Labels, speeds: _Labels, memory: _Labels) -> list[Chart]:
-    """Returns the charts that every run has, even if it logged no values for them.
+def _results(runs: Sequence[RunFiles]) -> Table:
+    results = [{"State": run.state, **dict(_tiles(run))} for run in runs]
+    return Table(title="Results", head=("", *(run.name for run in runs)), rows=_by_key(results))
 
-    `evaluation` maps "eval/NAME" to "NAME", the training metric; `speeds` and `memory` map metrics to labels.
+
+def _difference_tables(runs: Sequence[RunFiles]) -> Iterator[Table]:
+    """Yields the tables of a comparison: what differs between the runs."""
+    names = [run.name for run in runs]
+    configs = [config_leaves({**run.record.get("config", {}), "name": None}) for run in runs]
+    statistics = [{name: value for name, (value, _) in _statistics(run.record).items()} for run in runs]
+    environments = [_texts(_hardware(run) | _environment(run.record)) for run in runs]
+    for title, columns in (("Config", configs), ("Run statistics", statistics), ("Environment", environments)):
+        rows = _by_key(columns)
+        different = [row for row in rows if len({*row[1:]}) > 1]
+        note = f"{len(rows) - len(different)} of {len(rows)} are equal." if rows else ""
+        yield Table(title=f"{title}, differences", head=("", *names), rows=different, note=note)
+
+
+def _by_key(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
+    """Returns a row for each key of any column; a column without it has a dash."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [(key, *(column.get(key, "-") for column in columns)) for key in keys]
+
+
+def _constants(constant: Sequence[tuple[str, str]]) -> Table:
+    return Table(title="Constant at all logged steps", head=("metric", "value"), rows=constant)
+
+
+def _statistics(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    return {name: (format_number(value), str(how)) for name, (value, how) in (record.get("derived") or {}).items()}
+
+
+def _hardware(run: RunFiles) -> dict[str, Any]:
+    leaves = flatten({key: run.record[key] for key in ("devices", "host") if key in run.record})
+    if isinstance(peak := run.summary.get("peak_flops_per_device"), float):
+        leaves["peak of a device"] = f"{peak / 1e12:.4g} TFLOP/s, {run.summary.get('peak_source')}"
+    return leaves
+
+
+def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten({key: value for key, value in record.items() if key not in _OWN_SECTIONS})
+
+
+def _texts(leaves: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: format_bytes(value) if key.endswith("_bytes") and isinstance(value, int | float) else _text(value)
+        for key, value in leaves.items()
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return format_value(value) if value is None or isinstance(value, bool) else format_number(value)
+
+
+def config_leaves(value: Any, path: str = "") -> dict[str, str]:
+    """Flattens the config of a run record to the lines that `show` prints: path and value, as in an override.
+
+    A config object that was chosen among classes has a line of its own: the name of its class.
     """
-    sizes = _lines(memory, points)
-    largest = max((value for line in sizes.values() for _, value in line if math.isfinite(value)), default=1.0)
-    divisor, unit = bytes_unit(largest)
-    evaluation_charts = [
-        Chart(title=metric_label(name).capitalize(), lines=_lines({name: "training", key: "validation"}, points))
-        for key, name in evaluation.items()
-        if name != "loss"
-    ]
-    loss = _lines({"loss": "training", "eval/loss": "validation"}, points)
-    times = _lines({"step_time_s": "step", "data_wait_s": "waiting for data"}, points)
-    return [
-        Chart(title="Loss", unit="nats", lines=loss, scale="auto"),
-        *evaluation_charts,
-        Chart(title="Learning rate", lines=_lines({"lr": "lr"}, points), zero=True),
-        Chart(title="Gradient norm", lines=_lines({"grad_norm": "norm"}, points), scale="auto", zero=True),
-        Chart(title="Throughput", unit=", ".join(speeds.values()), lines=_lines(speeds, points), zero=True),
-        Chart(title="MFU", unit="%", lines=_lines({"mfu": "MFU"}, points), zero=True, divisor=0.01),
-        Chart(title="Step time", unit="s", lines=times, scale="auto", zero=True),
-        Chart(title="Memory", unit=unit, lines=sizes, zero=True, divisor=divisor),
-    ]
-
-
-def _lines(labels: _Labels, points: _Points) -> _Points:
-    return {label: points[key] for key, label in labels.items() if key in points}
+    if isinstance(value, Mapping):
+        own = {path: str(value["kind"])} if path and "kind" in value else {}
+        parts = [(str(key), part) for key, part in value.items() if not (own and key == "kind")]
+    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        own, parts = {}, [(str(index), part) for index, part in enumerate(value)]
+    else:
+        return {path: format_value(tuple(value) if isinstance(value, list) else value)}
+    return own | {
+        key: text for name, part in parts for key, text in config_leaves(part, f"{path}.{name}".lstrip(".")).items()
+    }

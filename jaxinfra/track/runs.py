@@ -20,8 +20,8 @@ class RunOverview:
 
     Attributes:
         path: directory of the run.
-        state: "running", "finished", "stopped" (asked to stop, and saved), "interrupted" (it was killed or it failed),
-            or what is wrong with its files.
+        state: "running", "finished", "stopped" (asked to stop, and saved), "failed" (an error ended it), "interrupted"
+            (it was killed), or what is wrong with its files.
         completed_steps: number of steps up to the last logged one.
         total_steps: `train.steps` of its config.
         loss: training loss at the last logged step, in nats, or None.
@@ -72,8 +72,9 @@ def run_overview(path: Path) -> RunOverview:
 def _state(path: Path, summary: Mapping[str, Any], completed_steps: int) -> str:
     if is_locked(path):
         return "running"
-    # A run that was resumed after it wrote its summary, and then killed, has logged more steps.
-    return summary["status"] if summary.get("steps") == completed_steps else "interrupted"
+    # A summary of fewer steps is that of an earlier stop.
+    is_current = summary.get("steps", completed_steps) == completed_steps
+    return summary.get("status", "interrupted") if is_current else "interrupted"
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, Any], list[float]]:

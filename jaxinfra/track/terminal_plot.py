@@ -1,7 +1,8 @@
 """Plots a curve in characters, for terminals and logs."""
 
-import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from jaxinfra.track.charts import downsample
 
@@ -14,14 +15,15 @@ def plot_curve(points: Sequence[tuple[int, float]], width: int = 72, height: int
     """
     import plotext
 
-    finite = [point for point in points if math.isfinite(point[1])]
-    if not finite:
+    steps, values = np.array([step for step, _ in points], int), np.array([value for _, value in points], float)
+    kept = np.flatnonzero(np.isfinite(values))
+    if not len(kept):
         return "no values to draw"
-    steps, values = zip(*downsample(finite, 2 * width), strict=True)
+    kept = kept[downsample(values[kept], 2 * width)]
     figure = plotext.figure
     figure.clear()
     figure.plot_size(width, height)
-    ends = sorted({steps[0], steps[-1]})
+    ends = sorted({int(steps[kept[0]]), int(steps[kept[-1]])})
     figure.ruler("x").ticks(ends, [f"{step:,}" for step in ends])
-    figure.draw(figure.signal(steps, values, marker="braille").lines())
+    figure.draw(figure.signal(steps[kept].tolist(), values[kept].tolist(), marker="braille").lines())
     return plotext.uncolorize(figure.build().string()).rstrip()

@@ -15,6 +15,7 @@ from jaxinfra.track.base import RunStatistics, Tracker, TrackerConfig
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.track.console import PlainTextTracker, ProgressBarTracker, stdout_console
 from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.report_tracker import ReportTracker
 from jaxinfra.track.tensorboard import TensorBoardTracker
 from jaxinfra.user_code import user_code
 
@@ -62,9 +63,17 @@ class MultiTracker(Tracker):
     def __enter__(self) -> Self:
         return self
 
+    @override
+    def log_error(self, error: BaseException) -> None:
+        self._each(lambda tracker: tracker.log_error(error))
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self.close()
+            try:
+                if error is not None:
+                    self.log_error(error)
+            finally:
+                self.close()
         except Exception:
             if error is None:
                 raise
@@ -86,10 +95,11 @@ class MultiTracker(Tracker):
 
 
 def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
-    """Makes the trackers of a run; `start` opens their files."""
+    """Makes the trackers of a run, the report included; `start` opens their files."""
     trackers: list[Tracker] = []
     if config.jsonl:
         trackers.append(JsonlTracker(run_dir))
+    trackers.append(ReportTracker(run_dir))  # after the tracker that writes what the report is made from
     if config.tensorboard:
         trackers.append(TensorBoardTracker(run_dir))
     console = stdout_console()

@@ -33,14 +33,13 @@ from jaxinfra.program import Metrics, Program, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.run_dir import RunDirectory, load_params, parse_source
 from jaxinfra.runtime.devices import local_devices
-from jaxinfra.runtime.environment import git_state, package_versions
+from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.signals import StopRequest
 from jaxinfra.sample import Sampler
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
-from jaxinfra.track.report import write_report
 from jaxinfra.track.tracker import MultiTracker, make_trackers
 from jaxinfra.train.statistics import RunStatistics, run_statistics, step_flops, units_per_step
 from jaxinfra.train.step_timer import StepTimer
@@ -134,7 +133,6 @@ class Trainer:
                 self._checkpoints.wait_until_finished()
                 summary = self._summary(reason, time.monotonic() - start_s)
                 self._trackers.log_summary(summary)
-        write_report(self.run_dir.path)
         if reason is not None:
             raise Preempted(
                 f"{self.run_dir.path}: stopped by {reason} after step {self.completed_steps} of {steps}, saved; "
@@ -288,6 +286,12 @@ class Trainer:
         samples = self.dataset.validation(config.eval_samples)
         return validation_batches(self.run.data, samples, global_batch=config.global_batch, rows=self._rows)
 
+    @property
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        """Values of simple models on the validation split, by metric; they are known for the whole split only."""
+        all_baselines = self.dataset.baselines if self.run.train.eval_samples is None else {}
+        return {metric: dict(values) for metric, values in all_baselines.items()}
+
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
         check_batch(batch, self.run.data, len(self._rows))
         shardings = {name: array.sharding for name, array in self.program.validation_batch.items()}
@@ -342,6 +346,7 @@ class Trainer:
             "platform": jax.devices()[0].platform,
             "processes": jax.process_count(),
             "mesh": dict(self.program.mesh.shape),
+            **device_memory({"memory_bytes": "bytes_limit"}),
         }
         dataset, loaded = self.dataset, self._loaded
         # The run record names the data's versions, so that a replay, or sampling, opens the same ones.
@@ -355,6 +360,8 @@ class Trainer:
             "data": dataset.fingerprint,
             "data_versions": [*dataset.versions],
             "derived": {name: list(value) for name, value in statistics.items()},
+            "host": host_state(),
+            "baselines": self._baselines,
         }
 
     def _summary(self, reason: str | None, wall_s: float) -> dict[str, Any]:
@@ -370,8 +377,7 @@ class Trainer:
             "wall_s": max([wall_s, *(row["time_s"] for row in rows[-1:])]),
             "final_loss": losses[-1] if losses else None,
             "validation": {name.removeprefix("eval/"): value for name, value in self._eval_metrics.items()},
-            # Baselines are known for the whole validation split only.
-            "baselines": self.dataset.baselines if self.run.train.eval_samples is None else {},
+            "baselines": self._baselines,
             f"{units}_per_s_median": _median(rows, f"{units}_per_s"),
             "mfu_median": _median(rows, "mfu"),
             "peak_flops_per_device": self._peak_flops,
@@ -411,13 +417,18 @@ def require_finite(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, flo
     return values
 
 
-def device_memory() -> dict[str, float]:
-    """Returns the memory in use and its peak on the fullest local device; {} if the platform does not report it."""
+_MEMORY_METRICS = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
+
+
+def device_memory(names: Mapping[str, str] = _MEMORY_METRICS) -> dict[str, float]:
+    """Returns figures of the fullest local device, by default use and peak; {} if the platform does not report them.
+
+    `names` maps the names in the result to those of JAX.
+    """
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     if not stats:
         return {}
-    keys = {"device_in_use_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
-    return {name: float(max(s[key] for s in stats)) for name, key in keys.items() if key in stats[0]}
+    return {name: float(max(s[key] for s in stats)) for name, key in names.items() if key in stats[0]}
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float | None:

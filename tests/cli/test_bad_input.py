@@ -11,7 +11,7 @@ import pytest
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.errors import ConfigError
 from tests.refusals import mend, refused
-from tests.tiny_run import Ended, Tiny, contents, launch
+from tests.tiny_run import Ended, Tiny, contents, launch, summary
 
 
 def test_missing_store_names_the_command_that_makes_it(tiny: Tiny, tmp_path: Path) -> None:
@@ -198,9 +198,11 @@ def test_two_starts_of_one_run(begun: Tiny) -> None:
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tiny: Tiny) -> None:
-    """A run that is no longer numbers ends with its own code and saves nothing of it."""
+    """A run that is no longer numbers ends with its own code and saves nothing of it; its report says why."""
     overrides = ("optim.peak_lr=1e30", "checkpoint.save_every=1", "name=diverged")
-    refused(tiny.launch(*overrides), "step is", code=80)
+    error = refused(tiny.launch(*overrides), "step is", code=80)
+    assert summary(tiny.directory("diverged")) == {"status": "failed", "error": error}
+    assert ">failed<" in (tiny.directory("diverged") / "report.html").read_text()
     kept = sorted(int(p.name) for p in (tiny.directory("diverged") / "checkpoints").iterdir() if p.name.isdecimal())
     with CheckpointManager(tiny.directory("diverged") / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.all_steps() == kept and kept and max(kept) < 12

@@ -17,7 +17,7 @@ from tests.tiny_run import Tiny, launch
 
 
 @pytest.mark.parametrize(
-    "command", [["explain"], ["explain", "optim.peak_lr"], ["models"], ["runs", "."], ["--version"]]
+    "command", [["explain"], ["explain", "optim.peak_lr"], ["models"], ["runs", "."], ["report", "."], ["--version"]]
 )
 def test_it_answers_without_importing_jax(command: list[str], tmp_path: Path, repo_root: Path) -> None:
     """The import alone takes longer than such a command may."""
@@ -64,6 +64,8 @@ def test_runs_shows_the_state_of_each(begun: Tiny, capsys: pytest.CaptureFixture
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss": 1.0}\n{"step": 100, "lo')
     assert list_runs(begun.runs)[0].state == "interrupted"
+    (run.path / "summary.json").write_text('{"status": "failed", "error": "step 99: loss is nan"}')
+    assert list_runs(begun.runs)[0].state == "failed"
     (run.path / "run.json").write_text("{")
     assert list_runs(begun.runs)[0].state.startswith("damaged: ")
     assert main(["runs", str(begun.runs)]) == 0

@@ -1,0 +1,53 @@
+"""Writes the report of a run while it goes on, and after every way to end: done, stopped, or by an error."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, override
+
+from jaxinfra.errors import JaxinfraError
+from jaxinfra.track.base import RunStatistics, Tracker
+from jaxinfra.track.report import write_report
+
+_FIRST_S, _EVERY_S = 15.0, 240.0  # seconds to the first report of a start, and at most between two
+_MAX_SHARE = 0.01  # of the time; making the page of a long run takes seconds
+
+_log = logging.getLogger(__name__)
+
+
+class ReportTracker(Tracker):
+    """Writes report.html from the other files of the run, in a thread, so that no step waits for it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @override
+    def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
+        self._thread = threading.Thread(target=self._write_regularly, name="report", daemon=True)
+        self._thread.start()
+
+    @override
+    def close(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._ended.set()
+            thread.join()
+            self._write(is_running=False)
+
+    def _write(self, *, is_running: bool) -> None:
+        if (self._run_dir / "run.json").exists():  # trackers can be used without the record of a run
+            write_report(self._run_dir, is_running=is_running)
+
+    def _write_regularly(self) -> None:
+        wait_s = _FIRST_S
+        while not self._ended.wait(wait_s):
+            start_s = time.monotonic()
+            try:
+                self._write(is_running=True)
+            except JaxinfraError as error:
+                _log.warning("%s", error)
+            wait_s = max(min(2 * wait_s, _EVERY_S), (time.monotonic() - start_s) / _MAX_SHARE)

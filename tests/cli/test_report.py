@@ -1,0 +1,68 @@
+"""`report`: the page of a run in any state, and one that compares several."""
+
+import fcntl
+import json
+import os
+
+from jaxinfra.track.jsonl import JsonlTracker
+from tests.refusals import refused
+from tests.tiny_run import Tiny, launch, summary
+from tests.track.test_report import make, record
+
+
+def test_a_run_in_any_state(tmp_path):
+    make(tmp_path / "run", 12, summary=False)
+    page = tmp_path / "run" / "report.html"
+    page.unlink()
+    ended = launch("report", str(tmp_path / "run"))
+    assert (ended.code, ended.out) == (0, f"wrote {page}; open it in a browser\n")
+    assert ">interrupted<" in page.read_text()
+    lock = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        assert launch("report", str(tmp_path / "run")).code == 0
+    finally:
+        os.close(lock)
+    assert ">running<" in page.read_text()
+
+
+def test_several_runs(tmp_path):
+    for name in "ab":
+        make(tmp_path / name, 12, record(config={"name": name}))
+    runs = [str(tmp_path / name) for name in "ab"]
+    assert launch("report", *runs).out.startswith(f"wrote {tmp_path / 'comparison.html'}; ")
+    other = tmp_path / "other.html"
+    assert launch("report", *runs, "--output", str(other)).code == 0
+    assert other.read_text() == (tmp_path / "comparison.html").read_text()
+    assert ">a, b</h1>" in other.read_text()
+
+
+def test_bad_input(tmp_path):
+    refused(launch("report", str(tmp_path / "none")), "none: run.json")
+    refused(launch("report", *(str(tmp_path / str(i)) for i in range(9))), "9 8")
+    make(tmp_path / "run", 3)
+    refused(
+        launch("report", str(tmp_path / "run"), "--output", str(tmp_path / "none" / "a.html")), "none/a.html", code=82
+    )
+    (tmp_path / "run" / "run.json").write_text("[]")
+    refused(launch("report", str(tmp_path / "run")), "run.json", code=82)
+    (tmp_path / "run" / "run.json").write_text("{")
+    refused(launch("report", str(tmp_path / "run")), "run.json", code=82)
+
+
+def test_the_record_has_host_and_baselines(begun: Tiny, monkeypatch):
+    """They are there before the end; the summary of the stop is gone while the run goes on."""
+    seen = []
+
+    def log(self, step, metrics):
+        seen.append((begun.directory() / "summary.json").exists())
+        plain(self, step, metrics)
+
+    plain = JsonlTracker.log
+    monkeypatch.setattr(JsonlTracker, "log", log)
+    assert (begun.directory() / "summary.json").exists()
+    assert begun.launch().code == 0
+    assert seen and not any(seen)
+    record = json.loads((begun.directory() / "run.json").read_text())
+    assert record["host"]["cores"] >= 1 and record["host"]["memory_bytes"] > 2**30 and record["host"]["cpu"]
+    assert record["baselines"] == summary(begun.directory())["baselines"]

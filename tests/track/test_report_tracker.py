@@ -1,0 +1,60 @@
+import json
+import time
+
+import pytest
+
+from jaxinfra.errors import NonFiniteError
+from jaxinfra.track import report_tracker
+from jaxinfra.track.config import TrackConfig
+from jaxinfra.track.tracker import make_trackers
+from tests.track.test_report import record
+
+QUIET = TrackConfig(tensorboard=False, console="off")
+
+
+def test_a_run_that_goes_on_has_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_tracker, "_FIRST_S", 0.01)
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    page = tmp_path / "report.html"
+    with make_trackers(QUIET, tmp_path) as trackers:
+        trackers.start({}, {}, start_step=0, total_steps=9)
+        trackers.log(0, {"loss": 2.0})
+        deadline = time.monotonic() + 60
+        while not page.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert ">running<" in page.read_text()
+    assert ">interrupted<" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NonFiniteError("step 1: loss is nan"), "step 1: loss is nan"),
+        (ValueError("two\nlines"), "ValueError two lines"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+    ids=["NaN", "a bug", "an interrupt"],
+)
+def test_a_run_that_an_error_ended_has_a_page_that_names_it(tmp_path, error, said):
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    with pytest.raises(type(error)), make_trackers(QUIET, tmp_path) as trackers:
+        trackers.start({}, {}, start_step=0, total_steps=9)
+        trackers.log(0, {"loss": 2.0})
+        raise error
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "failed", "error": said}
+    html = (tmp_path / "report.html").read_text()
+    assert ">failed<" in html and said in html
+
+
+def test_a_damaged_file_does_not_end_a_run_before_its_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(report_tracker, "_FIRST_S", 0.01)
+    (tmp_path / "run.json").write_text("{")
+    trackers = make_trackers(QUIET, tmp_path)
+    trackers.start({}, {}, start_step=0, total_steps=9)
+    deadline = time.monotonic() + 60
+    while "run.json" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "run.json" in caplog.text
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    trackers.close()
+    assert (tmp_path / "report.html").exists()
