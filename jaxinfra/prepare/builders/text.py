@@ -89,10 +89,14 @@ class _PartBuilder:
 
     def add_records(self, records: Records, *, validation: bool = False) -> None:
         """Adds all records; `validation` puts all into the validation split. Raises as `tokenize_job`."""
-        kept = _kept_documents(self._corpus, records, self._skipped, self._filtered, validation=validation)
-        for split, location, documents in kept:
-            self._splits[split].add(location, documents)
-            self._num_kept += 1
+        corpus, to_documents = self._corpus, self._corpus.format.to_documents
+        processed = process_records(corpus, records, to_documents, self._skipped, validation=validation)
+        for split, location, documents in processed:
+            if reason := _filter_reason(corpus, documents):
+                self._filtered[reason] += 1
+            else:
+                self._splits[split].add(location, documents)
+                self._num_kept += 1
 
     def copy_documents(self, other: OtherStore, shard: SourceShard) -> None:
         """Copies the tokens of a range of records of another store."""
@@ -123,22 +127,10 @@ class _PartBuilder:
         return Part(metadata=metadata, splits=splits)
 
 
-def _kept_documents(
-    corpus: Corpus,
-    records: Records,
-    skipped: list[tuple[str, str]],
-    filtered: Counter[str],
-    *,
-    validation: bool = False,
-) -> Iterator[tuple[Split, str, Sequence[Document]]]:
-    """Yields split, location and documents of each record that passes the filters; `filtered` counts others by rule."""
-    documents_of = corpus.format.to_documents
-    for split, location, documents in process_records(corpus, records, documents_of, skipped, validation=validation):
-        reasons = (corpus.filters.reason(_record_text([document])) for document in documents)
-        if reason := next(filter(None, reasons), None):
-            filtered[reason] += 1
-        else:
-            yield split, location, documents
+def _filter_reason(corpus: Corpus, documents: Sequence[Document]) -> str | None:
+    """Returns why the filters leave out a record with these documents; None if all of them pass."""
+    reasons = (corpus.filters.reason(_record_text([document])) for document in documents)
+    return next(filter(None, reasons), None)
 
 
 class _SplitBuilder:
@@ -255,8 +247,10 @@ def _sample_texts(corpus: Corpus, shards: Sequence[SourceShard], limit_chars: in
 
 
 def _training_texts(corpus: Corpus, shard: SourceShard) -> Iterator[str]:
-    kept = _kept_documents(corpus, corpus.source.read(shard), [], Counter())
-    return (_record_text(documents) for split, _, documents in kept if split == "train")
+    processed = process_records(corpus, corpus.source.read(shard), corpus.format.to_documents, [])
+    for split, _, documents in processed:
+        if split == "train" and not _filter_reason(corpus, documents):
+            yield _record_text(documents)
 
 
 class TextStoreBuilder(StoreBuilder[Corpus]):

@@ -60,19 +60,8 @@ def write_array(path: Path, values: np.ndarray) -> str:
 class HashedArrayWriter:
     """Writes an array in whole shards with a hash of each block; holds one shard in memory."""
 
-    def __init__(
-        self,
-        path: Path,
-        dtype: np.dtype,
-        *,
-        shape: tuple[int, ...] = (),
-        block: int = arrays.CHUNK,
-        shard: int = arrays.SHARD,
-    ):
-        """Creates an empty array in a new folder, with a hash per `block` elements and a file per `shard` elements.
-
-        `shape` is the shape of an element.
-        """
+    def __init__(self, path: Path, dtype: np.dtype, *, shape: tuple[int, ...], block: int, shard: int):
+        """Creates an empty array; elements have `shape`, a hash is of `block` of them, a file has `shard` of them."""
         self._path, self._block, self._shard = path, block, shard
         self._array = arrays.create(str(path), dtype, shape=shape, chunk=block, shard=shard)
         self._waiting, self._num_waiting = [np.empty((0, *shape), dtype)], 0  # the empty array sets shape and type
@@ -104,8 +93,9 @@ class SplitWriter:
 
     def __init__(self, folder: Path, dtype: np.dtype, *, masked: bool):
         self._folder, self._lengths, self._bytes = folder, [np.empty(0, np.int64)], 0
-        self._tokens = HashedArrayWriter(folder / TOKENS, dtype)
-        self._mask = HashedArrayWriter(folder / MASK, np.dtype(np.uint8)) if masked else None
+        size = {"block": arrays.CHUNK, "shard": arrays.SHARD}
+        self._tokens = HashedArrayWriter(folder / TOKENS, dtype, shape=(), **size)
+        self._mask = HashedArrayWriter(folder / MASK, np.dtype(np.uint8), shape=(), **size) if masked else None
 
     def add(self, tokens_N: np.ndarray, lengths_D: np.ndarray, mask_N: np.ndarray | None, num_bytes: int) -> None:
         """Appends documents with their ends; `mask_N` is 1 for tokens in the loss, `num_bytes` is the text's size."""
