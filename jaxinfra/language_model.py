@@ -14,4 +14,4 @@ def require_text(run: Run) -> tuple[TransformerConfig, TokenData | Mixture | Pai
     if isinstance(model, TransformerConfig) and isinstance(data, TokenData | Mixture | PairData):
         return model, data
     found = f"{type(model).__qualname__} with data of {data.modality}s"
-    raise ConfigError(f"{run.name}: is no language model but {found}; name a run of a TransformerConfig with tokens")
+    raise ConfigError(f"{run.name}: is not a language model but {found}; name a run of a TransformerConfig with tokens")

@@ -9,13 +9,14 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.config import Difference, diff, read_record
 from jaxinfra.config.classes import ClassFinder
 from jaxinfra.config.record import decode_record
+from jaxinfra.config.source import RECORD_FILE
 from jaxinfra.data.interfaces import Dataset
 from jaxinfra.errors import CheckpointError, ConfigError
 from jaxinfra.program import Program
 from jaxinfra.run import Run
 from jaxinfra.storage.checks import make_writable
 from jaxinfra.storage.lock import locked
-from jaxinfra.track.jsonl import read_json_object
+from jaxinfra.track.jsonl import METRICS_FILE, SUMMARY_FILE, read_json_object
 from jaxinfra.track.report import write_report
 
 
@@ -23,8 +24,11 @@ class RunDirectory:
     """`ROOT/NAME`, with run.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/ and report.html."""
 
     def __init__(self, path: Path):
-        self.path, self.record, self.report = path, path / "run.json", path / "report.html"
-        self.checkpoints, self.metrics = path / "checkpoints", path / "metrics.jsonl"
+        self.path = path
+        self.record = path / RECORD_FILE
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / METRICS_FILE
+        self.report = path / "report.html"
 
     def existing_record(self) -> Mapping[str, Any]:
         """Returns the run record (run.json); if it is missing, the copy in the newest checkpoint; else {}.
@@ -42,7 +46,9 @@ class RunDirectory:
     def data_versions(self, run: Run) -> Sequence[str]:
         """Returns the dataset versions that the run started with; () for a new run or a changed config."""
         record = self.existing_record()
-        return record.get("data_versions", ()) if record and not self._changes(run, record) else ()
+        if not record or self._changes(run, record):
+            return ()
+        return record.get("data_versions", ())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,7 +86,7 @@ class RunDirectory:
 
     def finished_summary(self, completed_steps: int) -> dict[str, Any]:
         """Returns the summary of a run that is already finished; writes its report if that is missing."""
-        summary = self.path / "summary.json"
+        summary = self.path / SUMMARY_FILE
         values = read_json_object(summary) if summary.exists() else {}
         if self.record.exists() and not self.report.exists():
             write_report(self.path)
@@ -142,13 +148,14 @@ def _recorded(record: Mapping[str, Any], part: str, field: str) -> Any:
 
 
 def parse_source(source: str | Path) -> tuple[Path, int | None]:
-    """Splits `runs/base@500` into directory and step; the step is None if there is no `@`."""
+    """Splits `runs/base@500` into directory and step; `runs/base` has the step None."""
     path, at, step = str(source).rpartition("@")
-    return (Path(path), int(step)) if at and step.isascii() and step.isdecimal() else (Path(source), None)
+    has_step = at and step.isascii() and step.isdecimal()  # else the "@" is part of the path
+    return (Path(path), int(step)) if has_step else (Path(source), None)
 
 
 def _same_init(recorded: Mapping[str, Any] | None, init: str | None) -> bool:
-    """Whether `init` names the parameters that a run started from, by its run record's `init`."""
+    """Whether the field `init` names the parameters that a run started from, which its record holds as `recorded`."""
     if recorded is None or init is None:
         return recorded is None and init is None
     if not isinstance(recorded, dict) or {"run", "step", "fingerprint"} - recorded.keys():

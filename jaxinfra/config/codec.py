@@ -9,7 +9,7 @@ import enum
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from jaxinfra.config.classes import ClassFinder, find_choice
 from jaxinfra.config.extensible import KIND
@@ -59,11 +59,9 @@ def _encode(annotation: object, value: object, path: str) -> Any:
     if isinstance(value, tuple):
         items = item_annotations(annotation, len(value)) or ()
         return [_encode(item, part, join(path, i)) for i, (item, part) in enumerate(zip(items, value, strict=True))]
-    coded = value
-    if isinstance(value, enum.Enum):
-        coded = value.name
-    elif isinstance(value, float) and not math.isfinite(value):
-        coded = repr(value)
+    coded = value.name if isinstance(value, enum.Enum) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        coded = repr(value)  # one of _NOT_FINITE
     # A string may read back as another type, such as "nan" in `str | float`.
     if isinstance(coded, str) and not same(_decode_leaf(annotation, coded), value):
         raise ConfigError(f"{path}={show(value)}: would be stored like a value of another type; use another value")
@@ -117,7 +115,7 @@ def _decode_leaf(annotation: object, coded: object) -> object:
     """Returns the value of a JSON scalar, or `MISMATCH`; a string is a Literal, enum member, float or str."""
     if isinstance(coded, str):
         options = union_members(annotation)
-        if any(get_origin(option) is Literal and match(option, coded) is coded for option in options):
+        if any(get_origin(option) is Literal and coded in get_args(option) for option in options):
             return coded
         for option in options:
             if isinstance(option, enum.EnumType) and coded in option.__members__:

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args, get_origin
 
 from jaxinfra.config.aliases import path_of_alias
 from jaxinfra.config.schema import (
     ConfigField,
     choices,
+    config_classes,
     describe,
     fields_of,
     is_choice,
@@ -77,9 +77,7 @@ class Field:
         """The config classes that the field holds, by their names in overrides; imports those of an open base."""
         if is_choice(self.field.annotation):
             return choices(self.field.annotation)
-        members = [*union_members(self.field.annotation)]
-        items = [arg for member in members if get_origin(member) is tuple for arg in get_args(member)]
-        return {snake_case(cls): cls for cls in (*members, *items) if is_config(cls)}
+        return {snake_case(cls): cls for cls in config_classes(self.field.annotation) if is_config(cls)}
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

@@ -37,12 +37,12 @@ class ModuleFolder:
     def __init__(self, path: Path):
         self.path = path
         self._finder = FileFinder(os.path.abspath(path), (_UncachedLoader, SOURCE_SUFFIXES))
-        self._loaded: dict[str, ModuleType] = {}
+        self._loaded: dict[str, ModuleType] = {}  # while the folder is not importable
         stems = {each.stem for each in path.iterdir()} if os.access(path, os.R_OK) else set()
-        self._names = frozenset(filter(self._hides, filter(str.isidentifier, stems)))
+        self._names = {stem for stem in stems if stem.isidentifier() and self._hides(stem)}
 
     def _hides(self, name: str) -> bool:
-        """Returns whether a module of the folder is imported in place of others of this name."""
+        """Tells whether the folder has a module of this name that is imported in place of any other."""
         spec = None if name in _NEVER_HIDDEN else self._finder.find_spec(name)
         if spec is None or spec.origin is None:
             return False
@@ -75,10 +75,10 @@ class ModuleFolder:
             self._loaded = self._exchange(hidden)
 
     def _exchange(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-        """Puts modules into `sys.modules`; returns those with names of this folder that were there."""
-        taken = {name: sys.modules.pop(name) for name in [*sys.modules] if self._is_own(name)}
+        """Replaces the modules in `sys.modules` that have names of this folder; returns those that were there."""
+        replaced = {name: sys.modules.pop(name) for name in [*sys.modules] if self._is_own(name)}
         sys.modules.update(modules)
-        return taken
+        return replaced
 
     def load(self, module: str) -> ModuleType:
         """Imports a module or a config file, within `importable()`; raises ConfigError if it fails."""
@@ -123,7 +123,7 @@ def import_module(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:
-        # Else the module exists, but imports one that does not.
+        # The module itself is missing, or a package that it is in; not one that it imports.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"no module {module}; install it, or put its folder on PYTHONPATH") from error
         raise ConfigError(_failure(module, error)) from error

@@ -97,12 +97,15 @@ def fields_of(cls: type) -> tuple[ConfigField, ...]:
 
 
 def union_members(annotation: object) -> tuple[Any, ...]:
-    """Returns the types of a union without metadata, or the type itself; flattens nested unions and `type` aliases."""
+    """Returns the types of a union without metadata, or the type itself: int and NoneType for `PositiveInt | None`."""
     return tuple(dict.fromkeys(member for member, _ in _alternatives(annotation)))
 
 
 def _alternatives(annotation: Any, metadata: tuple[object, ...] = ()) -> Iterator[tuple[Any, tuple[object, ...]]]:
-    """Yields each type of a union with its metadata."""
+    """Yields each type of a union with its metadata, through nested unions and `type` aliases.
+
+    For `Annotated[int, Ge(1)] | None`: `int, (Ge(1),)` and `NoneType, ()`.
+    """
     if isinstance(annotation, typing.TypeAliasType):
         yield from _alternatives(annotation.__value__, metadata)
     elif get_origin(annotation) is Annotated:
@@ -120,7 +123,7 @@ def is_fingerprinted(annotation: object) -> bool:
 
 
 def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any], bool], str]]:
-    """Yields the bound of each limit, the relation of a value to it, and the words for the relation."""
+    """Yields the bound of each limit, its test of a value and its words: for `Ge(1)` 1, `operator.ge`, "at least"."""
     for each in metadata:
         if type(each) in _LIMITS:
             (bound,) = dataclasses.astuple(each)
@@ -129,11 +132,12 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any],
 
 def smallest_allowed(annotation: object) -> object:
     """Returns the smallest number or the shortest text that an annotation allows, for a message, or `MISSING`."""
-    for limit in (each for _, metadata in _alternatives(annotation) for each in metadata):
-        if isinstance(limit, Ge):
-            return limit.ge
-        if isinstance(limit, MinLen):
-            return "NAME".ljust(limit.min_length, "_")
+    for _, metadata in _alternatives(annotation):
+        for limit in metadata:
+            if isinstance(limit, Ge):
+                return limit.ge
+            if isinstance(limit, MinLen):
+                return "NAME".ljust(limit.min_length, "_")
     return MISSING
 
 
@@ -149,7 +153,7 @@ def is_open(cls: object) -> bool:
 
 def open_bases(annotation: object) -> tuple[type[Extensible], ...]:
     """Returns the open bases in a union."""
-    return tuple(filter(is_open, union_members(annotation)))
+    return tuple(member for member in union_members(annotation) if is_open(member))
 
 
 def accepts(annotation: object, cls: type) -> bool:
@@ -161,19 +165,21 @@ def choices(annotation: object) -> dict[str, type]:
     """Returns the config classes of a choice that have snake_case names; imports the `builtins` of open bases."""
     if not is_choice(annotation):
         return {}
-    builtins = (cls for base in open_bases(annotation) for cls in _builtins(base))
-    return {snake_case(cls): cls for cls in (*filter(is_config, union_members(annotation)), *builtins)}
+    named = [member for member in union_members(annotation) if is_config(member)]
+    for base in open_bases(annotation):
+        named += _builtins(base)
+    return {snake_case(cls): cls for cls in named}
 
 
 @functools.cache
 def _builtins(base: type[Extensible]) -> tuple[type, ...]:
-    return tuple(map(pkgutil.resolve_name, base.builtins))
+    return tuple(pkgutil.resolve_name(path) for path in base.builtins)
 
 
 def is_choice(annotation: object) -> bool:
     """Tells whether the class of a value must be named: the annotation has an open base, or a union with a class."""
     options = union_members(annotation)
-    return bool(open_bases(annotation)) or (len(options) > 1 and any(map(is_config, options)))
+    return bool(open_bases(annotation)) or (len(options) > 1 and any(is_config(option) for option in options))
 
 
 def choice_name(annotation: object, cls: type) -> str:
@@ -258,8 +264,9 @@ def conform(annotation: object, value: Any, path: str = "") -> Any:
         return _keep_unchanged(value, tuple(conform(item, part, join(path, name)) for name, item, part in parts))
     matched = match(annotation, value)
     if matched is MISMATCH:
-        type_is_obvious = type(value) in _SCALARS
-        expected = f"expected {describe(annotation)}" if type_is_obvious else describe_mismatch(annotation, type(value))
+        # The text of a scalar shows its type; of other values the message names the class.
+        is_scalar = type(value) in _SCALARS
+        expected = f"expected {describe(annotation)}" if is_scalar else describe_mismatch(annotation, type(value))
         raise ConfigError(f"{path or 'config'}={show(value)}: {expected}")
     return matched
 
@@ -273,7 +280,7 @@ def match(annotation: object, value: object, *, within_limits: bool = False) -> 
     for member, metadata in alternatives:
         limits = _limits(metadata) if within_limits else ()
         matched = _match_member(member, value, within_limits)
-        if matched is not MISMATCH and all(holds(matched, bound) for bound, holds, _ in limits):
+        if matched is not MISMATCH and all(test(matched, bound) for bound, test, _ in limits):
             return matched
     if type(value) is int and any(member is float for member, _ in alternatives):
         return match(annotation, float(value), within_limits=within_limits)
@@ -301,13 +308,17 @@ def _keep_unchanged(old: tuple[object, ...], new: tuple[object, ...]) -> tuple[o
 
 def config_classes(annotation: object) -> list[type]:
     """Returns the config classes and open bases in an annotation, also inside tuples."""
-    options = union_members(annotation)
-    inside = (arg for option in options if get_origin(option) is tuple for arg in get_args(option))
-    own = [option for option in options if is_config(option) or is_open(option)]
-    return [*own, *(cls for arg in inside for cls in config_classes(arg))]
+    classes = []
+    for member in union_members(annotation):
+        if is_config(member) or is_open(member):
+            classes.append(member)
+        elif get_origin(member) is tuple:
+            classes += [cls for arg in get_args(member) for cls in config_classes(arg)]
+    return classes
 
 
 def _words(member: Any, metadata: tuple[object, ...]) -> list[str]:
+    """Returns the words for one type of a union: several for a bool, a Literal, an enum or an open base."""
     if member is bool:
         return ["true", "false"]
     if get_origin(member) is Literal:
@@ -330,6 +341,7 @@ def _words(member: Any, metadata: tuple[object, ...]) -> list[str]:
 
 
 def _require_supported(annotation: object, where: str) -> None:
+    """Raises ConfigError if a field, `Class.name` for the message, has an annotation that a config cannot hold."""
     for member, metadata in _alternatives(annotation):
         for each in metadata:
             limited = (str,) if isinstance(each, MinLen) else (int, float)
@@ -357,6 +369,4 @@ def _require_supported(annotation: object, where: str) -> None:
         raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
     for cls in classes:
         if KIND in (field.name for field in dataclasses.fields(cls)):
-            raise ConfigError(
-                f"{where}: {cls.__qualname__}, a class of the union, has a field {KIND}; rename the field"
-            )
+            raise ConfigError(f"{where}: {cls.__qualname__} of the union has a field {KIND}; rename the field")

@@ -78,11 +78,8 @@ def _require_config_file(path: Path) -> None:
         pattern = f"*{path.suffix}" if path.suffix in suffixes else "*.py"
         names = sorted(each.name for each in path.parent.glob(pattern))
         near = nearest(path.name, names)
-        hint = (
-            f"did you mean {path.parent / near}?"
-            if near
-            else f"{path.parent} has {', '.join(names) or f'no {pattern}'}"
-        )
+        listing = f"{path.parent} has {', '.join(names) or f'no {pattern}'}"
+        hint = f"did you mean {path.parent / near}?" if near else listing
         raise ConfigError(f"{path}: no such config file; {hint}")
     if path.suffix not in suffixes:
         raise ConfigError(f"{path}: not a config file; name a .py file with def config(), or a run.json")
