@@ -7,5 +7,5 @@ Importing this package imports no JAX and has no side effects: each name of `__i
 
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

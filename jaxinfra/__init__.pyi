@@ -1,3 +1,5 @@
+__version__: str
+
 from .checkpoint.config import CheckpointConfig
 from .config import Problem, load, validate
 from .data.image_data import ImageData

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from jaxinfra import user_code
+from jaxinfra import __version__, user_code
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
 from jaxinfra.errors import ConfigError, JaxinfraError
@@ -65,7 +65,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     Raises ConfigError if the first word is neither a command nor a config, SystemExit for help and usage errors.
     """
     if argv[:1] == ["--version"]:
-        print(f"jaxinfra {version('jaxinfra')}, Python {platform.python_version()}, JAX {version('jax')}")
+        print(f"jaxinfra {__version__}, Python {platform.python_version()}, JAX {version('jax')}")
         raise SystemExit(0)
     if not argv or argv[0] in ("-h", "--help"):
         help_parser().print_help(sys.stdout if argv else sys.stderr)
