@@ -369,4 +369,4 @@ def _require_supported(annotation: object, where: str) -> None:
         raise ConfigError(f"{where}: two classes of the union share a snake_case name; rename one of them")
     for cls in classes:
         if KIND in (field.name for field in dataclasses.fields(cls)):
-            raise ConfigError(f"{where}: {cls.__qualname__} of the union has a field {KIND}; rename the field")
+            raise ConfigError(f"{where}: {cls.__qualname__}, in the union, has a field {KIND}; rename the field")
