@@ -21,7 +21,7 @@ from annotated_types import Ge, Le
 
 from jaxinfra.config.limits import PositiveInt
 
-MAX_SIZE = 2**48  # samples of a source
+_MAX_SIZE = 2**48  # samples of a source
 _ROUNDS = 8  # even, so that the halves, which swap in each round, end with the widths that they began with
 _MIN_BITS = 8  # with fewer, a network has too few different permutations
 _TINY = 64  # up to this size hashes are sorted, because cycle walking would take too many repetitions
@@ -57,7 +57,7 @@ def sample_ids(
     2**48 samples. Consecutive steps are computed in chunks, because the overhead of NumPy calls for a single step would
     exceed its arithmetic.
     """
-    if step < 0 or global_batch < 1 or not 1 <= num_samples <= MAX_SIZE:
+    if step < 0 or global_batch < 1 or not 1 <= num_samples <= _MAX_SIZE:
         raise ValueError(
             f"step={step}, global_batch={global_batch}, num_samples={num_samples}: "
             "expected step >= 0, global_batch >= 1 and 1 to 2**48 samples"
@@ -130,7 +130,7 @@ def permute(index: np.ndarray, *, size: int | np.ndarray, key: np.ndarray) -> np
         key: uint64[N] or uint64[1].
     """
     index_N, size_N, key_N = np.broadcast_arrays(*(np.asarray(array, np.uint64) for array in (index, size, key)))
-    if (bad_N := (size_N < 1) | (size_N > MAX_SIZE)).any():
+    if (bad_N := (size_N < 1) | (size_N > _MAX_SIZE)).any():
         raise ValueError(f"size={int(size_N[bad_N][0])}: expected 1 to 2**48")
     if (bad_N := index_N >= size_N).any():
         raise ValueError(f"index {int(index_N[bad_N].max())}: expected less than size={int(size_N[bad_N][0])}")

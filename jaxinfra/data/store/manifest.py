@@ -46,7 +46,7 @@ class PackInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileInfo:
+class StoredFile:
     """Describes one file of the store."""
 
     bytes: int
@@ -105,7 +105,7 @@ class Manifest:
     labels: tuple[str, ...] = ()  # names of the image classes, in the order of their numbers
     splits: Mapping[Split, SplitInfo]
     packs: Mapping[str, PackInfo] = field(default_factory=dict)  # `split/name` -> packing
-    files: Mapping[str, FileInfo]  # every other file, by name relative to the manifest
+    files: Mapping[str, StoredFile]  # every other file, by name relative to the manifest
     baselines: Mapping[str, Mapping[str, float]]  # metric -> simple model -> value on the validation split
     versions: Mapping[str, str]  # of Python and the packages that prepared the store
     created: str  # time in UTC
@@ -144,7 +144,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
             raise DataError(f"{path}: store format {store_format}, this version reads format {FORMAT}; {fix}")
         if digest != digest_of(tree):
             raise ValueError("digest does not match the contents")
-        for name, cls in (("splits", SplitInfo), ("packs", PackInfo), ("files", FileInfo)):
+        for name, cls in (("splits", SplitInfo), ("packs", PackInfo), ("files", StoredFile)):
             tree[name] = {key: cls(**info) for key, info in tree[name].items()}
         tree["counts"] = Counts(**tree["counts"])
         tree["tokenizer"] = tree["tokenizer"] and TokenizerInfo(**tree["tokenizer"])

@@ -18,13 +18,14 @@ import xxhash
 from jaxinfra.command import COMMAND
 from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
-from jaxinfra.data.store.manifest import SPLITS, FileInfo, Manifest, Split
+from jaxinfra.data.store.manifest import SPLITS, StoredFile, Manifest, Split
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
 from jaxinfra.storage.objects import ObjectStore
 
-PREPARE = f"{COMMAND} data prepare RECIPE"
+PREPARE = f"{COMMAND} data prepare RECIPE"  # for messages
+# Names of the arrays of a split, and the suffix of the arrays with the hashes of their blocks.
 TOKENS, MASK, OFFSETS, LENGTHS = "tokens", "mask", "offsets", "lengths"
 IMAGES, LABELS = "images", "labels"
 BLOCKS = ".blocks"
@@ -200,8 +201,9 @@ class TokenStore(Store):
         tokens = self.manifest.splits[split].tokens
         if tokens <= limit:
             return self.read(split, [0], tokens)[0]
-        chunks = max(1, limit // arrays.CHUNK)
-        return self.read(split, np.arange(chunks) * (tokens - arrays.CHUNK) // chunks, arrays.CHUNK).reshape(-1)
+        num_chunks = max(1, limit // arrays.CHUNK)
+        starts = np.arange(num_chunks) * (tokens - arrays.CHUNK) // num_chunks
+        return self.read(split, starts, arrays.CHUNK).reshape(-1)
 
     def offsets(self, split: Split) -> np.ndarray:
         """Reads the first token of each document, and the end of the last document: int64[documents + 1]."""
@@ -215,7 +217,8 @@ class TokenStore(Store):
         vocab_size = self.manifest.tokenizer_info.vocab_size
         if tokens_N.size and int(tokens_N.max()) >= vocab_size:
             first_bad = int((tokens_N >= vocab_size).argmax())
-            i = int(np.searchsorted(np.cumsum(lengths_P), first_bad, side="right"))  # the range that it is in
+            # With lengths of 3 and 5, tokens 0 to 2 are in range 0, and tokens 3 to 7 in range 1.
+            i = int(np.searchsorted(np.cumsum(lengths_P), first_bad, side="right"))
             raise DataError(
                 f"{self}/{split}/{TOKENS}: an id beyond the vocabulary of {vocab_size} in tokens {starts_P[i]} to "
                 f"{starts_P[i] + lengths_P[i]}; {DAMAGED_VERSION_FIX}"
@@ -228,7 +231,7 @@ def hash_block(values: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(little_endian).data)
 
 
-def hash_files(folder: Path, block_hashed: Sequence[str]) -> dict[str, FileInfo]:
+def hash_files(folder: Path, block_hashed: Sequence[str]) -> dict[str, StoredFile]:
     """Returns length and hash of every file below a folder; no hash for the arrays whose blocks are hashed."""
     prefixes = tuple(f"{split}/{name}/c/" for split in SPLITS for name in block_hashed)
     files = {}
@@ -236,5 +239,5 @@ def hash_files(folder: Path, block_hashed: Sequence[str]) -> dict[str, FileInfo]
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             digest = None if name.startswith(prefixes) else xxhash.xxh3_128_hexdigest(path.read_bytes())
-            files[name] = FileInfo(bytes=path.stat().st_size, digest=digest)
+            files[name] = StoredFile(bytes=path.stat().st_size, digest=digest)
     return files

@@ -110,16 +110,18 @@ class JsonTokenizer(Tokenizer):
         """The backend for texts that start a document.
 
         `encode_special_tokens` is not enough if the special tokens are in the vocabulary of the model (unigram,
-        word-level), which could still return their ids. Here they keep their ids, and get texts that no input has.
+        word-level), which could still return their ids. Here they keep their ids, but a token such as <s> gets a text
+        that no input has.
         """
-        returned = [text for text, index in self.special_tokens.items() if _returns_id(self._backend, text, index)]
-        if not returned:
+        special = self.special_tokens.items()
+        hidden = {text: _HIDDEN + text for text, index in special if _returns_id(self._backend, text, index)}
+        if not hidden:
             return self._backend
         tree = json.loads(self._backend.to_str())  # not `content`, where merges may be strings, "a b"
-        model, hidden = tree["model"], {text: _HIDDEN + text for text in returned}
+        model = tree["model"]
         if isinstance(model["vocab"], dict):
             model["vocab"] = {hidden.get(text, text): index for text, index in model["vocab"].items()}
-        else:  # of a unigram model, by id
+        else:  # a unigram model has a list of texts and scores, in the order of the ids
             model["vocab"] = [[hidden.get(text, text), score] for text, score in model["vocab"]]
         if "merges" in model:  # a merge with a text that is no longer in the vocabulary is an error
             model["merges"] = [pair for pair in model["merges"] if hidden.keys().isdisjoint((*pair, "".join(pair)))]
