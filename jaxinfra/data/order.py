@@ -91,7 +91,7 @@ def shuffled_ids(
 
     Args:
         read_N: uint64[N] or int64[N], how many samples of the source were read before this one in the run.
-        size: number of samples of the source, 1 to 2**48, else ValueError; one number, or int64[N].
+        size: number of samples of the source, 1 to 2**48; one number, or int64[N].
         seed: seed of the source; any integer, or uint64[N] from `stream_seed`.
         curriculum: sorts the first epochs.
     """
@@ -125,15 +125,11 @@ def permute(index: np.ndarray, *, size: int | np.ndarray, key: np.ndarray) -> np
     """Permutes each index in range(size) by the permutation that its key selects; returns int64[N].
 
     Args:
-        index: uint64[N] or int64[N], each in range(size), else ValueError.
-        size: length of the range, 1 to 2**48, else ValueError; one number, or [N].
+        index: uint64[N] or int64[N], each in range(size).
+        size: length of the range, 1 to 2**48; one number, or [N].
         key: uint64[N] or uint64[1].
     """
     index_N, size_N, key_N = np.broadcast_arrays(*(np.asarray(array, np.uint64) for array in (index, size, key)))
-    if (bad_N := (size_N < 1) | (size_N > _MAX_SIZE)).any():
-        raise ValueError(f"size={int(size_N[bad_N][0])}: expected 1 to 2**48")
-    if (bad_N := index_N >= size_N).any():
-        raise ValueError(f"index {int(index_N[bad_N].max())}: expected less than size={int(size_N[bad_N][0])}")
     is_tiny_N = size_N <= _TINY
     if not is_tiny_N.any():
         return _permute_by_network(index_N, size_N, key_N)

@@ -83,11 +83,11 @@ def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = Fal
     if not 1 <= seq_len < 2**31 or (lengths_N < 0).any():
         raise ValueError(f"seq_len={seq_len}: expected 1 to 2**31 - 1, and no document of negative length")
     document_P, start_P, length_P = _cut_documents(lengths_N, seq_len)
-    missing_P = seq_len - length_P  # rises as lengths fall; NumPy sorts 16 bits much faster
-    longest_first_P = np.argsort(missing_P.astype(np.uint16) if seq_len < 2**16 else missing_P, kind="stable")
+    room_left_P = seq_len - length_P  # rises as lengths fall; NumPy sorts 16 bits much faster
+    longest_first_P = np.argsort(room_left_P.astype(np.uint16) if seq_len < 2**16 else room_left_P, kind="stable")
     length_P = length_P[longest_first_P]
-    # Segments with the same class may share a row. The exponent of frexp(n - 1) is 0 for n = 1, 1 for 2, 2 for 3 and 4,
-    # 3 for 5 to 8, and so on.
+    # Segments share a row only within their class. The exponent of frexp(n - 1) is 0 for 1 target, 1 for 2, 2 for 3 and
+    # 4, 3 for 5 to 8, and so on.
     class_P = np.frexp(length_P - 1)[1] if by_length else np.zeros_like(length_P)
     row_P = np.empty(len(length_P), np.int64)
     num_rows = 0
@@ -95,9 +95,10 @@ def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = Fal
         row_P[start:end], count = _best_fit(length_P[start:end], seq_len)
         row_P[start:end] += num_rows
         num_rows += count
-    longest_R = length_P[np.unique(row_P, return_index=True)[1]]  # the first segment of a row is its longest one
+    _, first_segment_R = np.unique(row_P, return_index=True)
+    longest_R = length_P[first_segment_R]
     by_row_P = np.lexsort((row_P, longest_R[row_P]))  # by the longest segment of the row, then by row
-    order_P = longest_first_P[by_row_P]
+    order_P = longest_first_P[by_row_P]  # from the order in the text to that in the rows
     return PackedRows(
         seq_len=seq_len,
         segment_document=document_P[order_P],
@@ -108,12 +109,15 @@ def pack_documents(lengths_N: np.ndarray, seq_len: int, *, by_length: bool = Fal
 
 
 def _cut_documents(lengths_N: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns document, first token and number of targets of each segment, in the order of the text."""
+    """Returns document, first token and number of targets of each segment, in the order of the text.
+
+    Lengths of 6 and 3 with `seq_len=4` give the documents 0, 0, 1, first tokens 0, 4, 0, and targets 4, 1, 2.
+    """
     targets_N = np.maximum(lengths_N.astype(np.int64) - 1, 0)
     segments_N = -(-targets_N // seq_len)
     document_P = np.repeat(np.arange(len(targets_N)), segments_N)
-    first_N = np.cumsum(segments_N) - segments_N  # number of segments before those of each document
-    start_P = (np.arange(len(document_P)) - first_N[document_P]) * seq_len
+    first_segment_N = np.cumsum(segments_N) - segments_N
+    start_P = (np.arange(len(document_P)) - first_segment_N[document_P]) * seq_len
     return document_P, start_P, np.minimum(targets_N[document_P] - start_P, seq_len).astype(np.int32)
 
 
@@ -128,7 +132,7 @@ def _best_fit(length_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     rows_by_room: dict[int, np.ndarray] = {}  # room left, in targets -> rows, the last changed ones first
     has_rows = np.zeros(seq_len + 1, bool)  # whether `rows_by_room` has rows for each room
 
-    def set_room(rows: np.ndarray, room: int) -> None:
+    def add_rows(rows: np.ndarray, room: int) -> None:
         if room and len(rows):
             rows_by_room[room] = np.concatenate([rows, rows_by_room[room]]) if has_rows[room] else rows
             has_rows[room] = True
@@ -150,9 +154,10 @@ def _best_fit(length_P: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
             placed = min(len(rows) * per_row, end - start)
             row_P[start : start + placed] = np.repeat(rows, per_row)[:placed]
             start += placed
-            full, rest = divmod(placed, per_row)  # rows with `per_row` segments, and segments of a last row with fewer
-            set_room(rows[:full], room - per_row * length)
-            set_room(rows[full:], room - rest * length)
+            # 7 segments with 3 per row fill 2 rows; the last row gets 1 segment.
+            full, rest = divmod(placed, per_row)
+            add_rows(rows[:full], room - per_row * length)
+            add_rows(rows[full:], room - rest * length)
     return row_P, num_rows
 
 

@@ -3,7 +3,6 @@
 `tokens`, `pairs` and `image_data` derive from them; `mixture` reads several stores.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Self, override
@@ -12,7 +11,7 @@ import numpy as np
 
 from jaxinfra.config import NOT_FINGERPRINTED
 from jaxinfra.config.limits import NonEmptyStr, PositiveInt
-from jaxinfra.data.interfaces import Batch, DataConfig, Samples
+from jaxinfra.data.interfaces import DataConfig, Samples
 from jaxinfra.data.order import Curriculum, sample_ids
 from jaxinfra.data.stopwatch import Stopwatch
 from jaxinfra.data.store.manifest import Split
@@ -55,7 +54,7 @@ def resolve_version(requested: str | None, known: str | None) -> str | None:
 
 
 class StoreSamples[D: StoreData, T: Store](Samples):
-    """Samples of one split of a store."""
+    """Samples of one split of a store; subclasses add `read`."""
 
     def __init__(self, data: D, store: T, split: Split, num_samples: int, limit: int | None):
         """Uses the first `limit` of the `num_samples` samples that the split has; None uses all."""
@@ -72,10 +71,6 @@ class StoreSamples[D: StoreData, T: Store](Samples):
     @override
     def read_time_s(self) -> float:
         return self._read_time.total_s
-
-    @abstractmethod
-    @override
-    def read(self, ids: np.ndarray, *, weighted: bool) -> Batch: ...
 
 
 class StoreDataset[T: Store, S: StoreSamples]:

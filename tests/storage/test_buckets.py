@@ -58,9 +58,9 @@ def new_context():
     connection._cached_context.cache_clear()
 
 
-def objects(place: str) -> tuple[dict[str, bytes], dict[str, object]]:
+def objects(url: str) -> tuple[dict[str, bytes], dict[str, object]]:
     """As `contents` of a folder."""
-    storage = ObjectStore(place)
+    storage = ObjectStore(url)
     found = {name: storage.read(name) for name in storage.list_names()}
     manifest = json.loads(found.pop("manifest.json"))
     return found, {name: value for name, value in manifest.items() if name not in ("created", "digest", "recipe")}
@@ -154,8 +154,8 @@ def test_right_credentials_stand_nowhere(s3, written):
     done = launch("data", "prepare", written(url), "--workers", "1")
     assert done.code == 0, done
     assert s3.secret not in done.out + done.err
-    place = ObjectStore(url)
-    assert all(s3.secret.encode() not in place.read(name) for name in place.list_names())
+    store = ObjectStore(url)
+    assert all(s3.secret.encode() not in store.read(name) for name in store.list_names())
 
 
 @pytest.mark.parametrize(

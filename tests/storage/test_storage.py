@@ -119,14 +119,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place(server: Server, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+def store(server: Server, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "4")
     return ObjectStore(server.new_url())
 
 
 @pytest.fixture(params=["folder", "s3", "gcs"])
 def url(request, tmp_path):
-    """A place of each kind where nothing is yet."""
+    """A URL of each kind where nothing is yet."""
     return tmp_path / "store" if request.param == "folder" else request.getfixturevalue(request.param).new_url()
 
 
@@ -163,11 +163,11 @@ def test_no_update_of_several_at_once_is_lost(url):
     assert sorted(ObjectStore(url).read("list").decode().split()) == expected
 
 
-def test_an_upload_writes_the_named_last(server, place, folder):
+def test_an_upload_writes_the_named_last(server, store, folder):
     sent = []
     server.faults.after = lambda request: sent.append(request) if request.startswith(("PUT", "POST")) else None
-    place.upload(folder, last=["a", "manifest.json"])
-    assert {name: place.read(name) for name in place.list_names()} == FILES
+    store.upload(folder, last=["a", "manifest.json"])
+    assert {name: store.read(name) for name in store.list_names()} == FILES
     assert ["/a" in sent[-2] or "2Fa" in sent[-2], "manifest.json" in sent[-1]] == [True, True], sent
 
 
@@ -182,53 +182,53 @@ def _read_array(path: str, length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "reset", "delay_s"])
-def test_faults_on_the_way_change_nothing(fault, server, place, folder):
+def test_faults_on_the_way_change_nothing(fault, server, store, folder):
     setattr(server.faults, fault, 0.2 if fault == "delay_s" else 0.3)
-    tokens = _array(place.url_of("tokens"))
-    np.testing.assert_array_equal(_read_array(place.url_of("tokens"), len(tokens)), tokens)
+    tokens = _array(store.url_of("tokens"))
+    np.testing.assert_array_equal(_read_array(store.url_of("tokens"), len(tokens)), tokens)
     if fault != "delay_s":
-        place.upload(folder, last=["manifest.json"])
-        assert {name: place.read(name) for name in FILES} == FILES
+        store.upload(folder, last=["manifest.json"])
+        assert {name: store.read(name) for name in FILES} == FILES
     assert server.faults.requests > 3
     assert fault == "delay_s" or server.faults.fired > 0
 
 
-def test_a_server_that_is_down_for_a_while_is_waited_for(server, place):
-    place.write("x", b"x")
+def test_a_server_that_is_down_for_a_while_is_waited_for(server, store):
+    store.write("x", b"x")
     server.faults.down_for(1)
-    assert place.read("x") == b"x"
+    assert store.read("x") == b"x"
     assert server.faults.fired > 0
 
 
 def test_a_server_that_is_down_beyond_the_budget_is_one_line_and_nothing_looks_whole(server, folder, monkeypatch):
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.2")
-    place = ObjectStore(server.new_url())
+    store = ObjectStore(server.new_url())
     server.faults.down = True
     for call in [
-        lambda: place.upload(folder, last=["manifest.json"]),
-        lambda: place.read("a"),
-        lambda: place.exists("a"),
-        lambda: place.check_sizes(dict.fromkeys(FILES, 3)),
+        lambda: store.upload(folder, last=["manifest.json"]),
+        lambda: store.read("a"),
+        lambda: store.exists("a"),
+        lambda: store.check_sizes(dict.fromkeys(FILES, 3)),
     ]:
-        with raises(StorageError, f"{place.url}/ ABORTED retry"):
+        with raises(StorageError, f"{store.url}/ ABORTED retry"):
             call()
     server.faults.clear()
-    assert place.list_names() == []
+    assert store.list_names() == []
 
 
 def test_a_manifest_is_not_written_while_files_are_missing(server, folder, monkeypatch):
     monkeypatch.setenv("JAXINFRA_STORAGE_RETRY_S", "0.05")
-    place = ObjectStore(server.new_url())
+    store = ObjectStore(server.new_url())
     outcomes = []
     for share in (0.9, 0.7, 0.5, 0):
         server.faults.unavailable = share
         try:
-            place.upload(folder, last=["manifest.json"])
+            store.upload(folder, last=["manifest.json"])
             outcomes.append("whole")
         except StorageError:
             outcomes.append("failed")
         server.faults.clear()
-        assert not place.exists("manifest.json") or set(place.list_names()) == set(FILES)
+        assert not store.exists("manifest.json") or set(store.list_names()) == set(FILES)
     assert outcomes[0] == "failed"
     assert outcomes[-1] == "whole"
 
@@ -236,33 +236,33 @@ def test_a_manifest_is_not_written_while_files_are_missing(server, folder, monke
 def test_an_upload_that_failed_goes_on_with_what_is_missing(server, folder):
     sent = []
     server.faults.after = lambda request: sent.append(request) if request.startswith(("PUT", "POST")) else None
-    place = ObjectStore(server.new_url())
-    place.upload(folder, last=["manifest.json"])
+    store = ObjectStore(server.new_url())
+    store.upload(folder, last=["manifest.json"])
     assert len(sent) == len(FILES)
     for change, missing in [
-        (lambda: place.delete("a"), {"a"}),
-        (lambda: place.write("deep/er/b", FILES["deep/er/b"][:-1] + b"?"), {"deep/er/b"}),
-        (lambda: place.write("deep/er/b", b"short"), {"deep/er/b"}),
-        (lambda: place.write("empty", b"not"), {"empty"}),
+        (lambda: store.delete("a"), {"a"}),
+        (lambda: store.write("deep/er/b", FILES["deep/er/b"][:-1] + b"?"), {"deep/er/b"}),
+        (lambda: store.write("deep/er/b", b"short"), {"deep/er/b"}),
+        (lambda: store.write("empty", b"not"), {"empty"}),
         (lambda: None, set()),
     ]:
         change()
         sent.clear()
-        place.upload(folder, last=["manifest.json"], resume=True)
+        store.upload(folder, last=["manifest.json"], resume=True)
         assert len(sent) == len(missing | {"manifest.json"})
-        assert {name: place.read(name) for name in place.list_names()} == FILES
+        assert {name: store.read(name) for name in store.list_names()} == FILES
 
 
 @pytest.mark.parametrize("kept", [0, 2000], ids=["lost", "cut"])
-def test_what_the_storage_loses_is_noticed_before_the_last_files_are_written(kept, server, place, folder):
+def test_what_the_storage_loses_is_noticed_before_the_last_files_are_written(kept, server, store, folder):
     def lose(request: str) -> None:
         if request.startswith(("PUT", "POST")) and request.endswith("b"):
-            server.put(place.url_of("deep/er/b"), FILES["deep/er/b"][:kept])
+            server.put(store.url_of("deep/er/b"), FILES["deep/er/b"][:kept])
 
     server.faults.after = lose
-    with raises(StorageError, f"{place.url}/deep/er/b: "):
-        place.upload(folder, last=["manifest.json"])
-    assert not place.exists("manifest.json")
+    with raises(StorageError, f"{store.url}/deep/er/b: "):
+        store.upload(folder, last=["manifest.json"])
+    assert not store.exists("manifest.json")
 
 
 @pytest.mark.parametrize("call", ["read", "exists", "list_names"])

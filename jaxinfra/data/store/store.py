@@ -18,7 +18,7 @@ import xxhash
 from jaxinfra.command import COMMAND
 from jaxinfra.data.store import arrays, dvc_tracking, versions
 from jaxinfra.data.store import manifest as manifests
-from jaxinfra.data.store.manifest import SPLITS, StoredFile, Manifest, Split
+from jaxinfra.data.store.manifest import SPLITS, Manifest, Split, StoredFile
 from jaxinfra.data.tokenizer import Tokenizer, load_tokenizer
 from jaxinfra.errors import ConfigError, DataError
 from jaxinfra.storage.errors import DAMAGED_VERSION_FIX
