@@ -68,11 +68,6 @@ class ArraySamples(Samples):
     def __len__(self) -> int:
         return len(next(iter(self._arrays.values())))
 
-    @property
-    @override
-    def read_time_s(self) -> float:
-        return 0.0
-
     @override
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         batch = {name: array[ids] for name, array in self._arrays.items()}

@@ -37,7 +37,7 @@ class Samples(Protocol):
     @property
     def read_time_s(self) -> float:
         """Seconds that threads have spent reading storage inside `read`."""
-        ...
+        return 0.0
 
     def read(self, ids: np.ndarray, *, weighted: bool) -> Batch:
         """Returns these samples as arrays `[len(ids), ...]`; without `weighted`, `weights` of 1 may be left out."""
@@ -71,7 +71,7 @@ class Dataset(Protocol):
         ...
 
     def format_rows(self, ids: np.ndarray, first_row: int, chars: int) -> Iterable[str]:
-        """Yields training samples as text, cut to `chars` each; `first_row` is the row of the first in the batch."""
+        """Yields training samples as text, cut to `chars` each; the first one is `first_row` of its global batch."""
         ...
 
     def check(self, model: Any) -> None:
