@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from jaxinfra.checkpoint.config import CheckpointConfig
-from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes, with_concrete_shardings
+from jaxinfra.checkpoint.leaves import PyTree, first_difference, leaf_types, tree_bytes
 from jaxinfra.errors import CheckpointError, ConfigError, JaxinfraError, StorageError
 from jaxinfra.storage.checks import is_remote, make_writable
 from jaxinfra.storage.errors import cause_of, is_storage_error, storage_errors
@@ -34,15 +34,14 @@ class CheckpointManager:
         self.directory = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
         self.config = config or CheckpointConfig()
         self._read_only = read_only
-        self._saving_step: int | None = None
+        self._saving_step: int | None = None  # the step that is being written in the background
         if not read_only:
             make_writable(self.directory)
         # Imported late: Orbax imports slowly, and its import of absl adds a handler to a root logger that has none.
         from jaxinfra.checkpoint.orbax_backend import OrbaxBackend
 
-        last, every = self.config.keep_last, self.config.keep_every
         with storage_errors(self.directory):
-            self._backend = OrbaxBackend(self.directory, keep_last=last, keep_every=every, read_only=read_only)
+            self._backend = OrbaxBackend(self.directory, self.config, read_only=read_only)
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
@@ -53,74 +52,58 @@ class CheckpointManager:
         return max(self.all_steps(), default=None)
 
     def needed_bytes(self, abstract_state: PyTree) -> int:
-        """Returns an upper bound of the bytes that must be free for the next saves.
-
-        It counts `keep_last` checkpoints and the one being written, minus the checkpoints that exist. Checkpoints that
-        `keep_every` keeps in addition are not counted.
-        """
-        missing = max(1, self.config.keep_last + 1 - len(self.all_steps()))
-        return missing * tree_bytes(abstract_state)
+        """Returns the bytes that must be free for the next saves, without what `keep_every` keeps in addition."""
+        # `keep_last` checkpoints and the one that is being written, minus those that exist.
+        num_checkpoints = max(1, self.config.keep_last + 1 - len(self.all_steps()))
+        return num_checkpoints * tree_bytes(abstract_state)
 
     def save(self, step: int, state: PyTree, record: Mapping[str, object], *, force: bool = False) -> bool:
-        """Saves `state` if `step` is a multiple of `save_every`, or with `force`; returns whether it did.
+        """Saves a tree of `jax.Array` and a record (as JSON); returns whether it did.
 
-        Waits for the previous save, then returns as soon as the arrays may be changed or donated; writing continues in
-        the background. An existing checkpoint is not written again. Raises StorageError if the previous save failed
-        (this one has then not started: call again) or if this one cannot start; older checkpoints are intact.
-
-        Args:
-            step: completed steps.
-            state: a tree of `jax.Array`, each global to all processes.
-            record: saved as JSON.
-            force: saves at any step.
+        It saves if `step`, the number of completed steps, is a multiple of `save_every`, or with `force`; but no step
+        twice. It waits for the previous save, then returns as soon as the arrays may be changed or donated; writing
+        continues in the background. Raises StorageError if the previous save failed (this one has then not started:
+        call again) or if this one cannot start; older checkpoints are intact.
         """
         assert not self._read_only, "opened with read_only=True"
-        due = force or step % self.config.save_every == 0
-        # The first call after a background save failed raises its error, whether or not it saves.
-        if due or not self._backend.is_saving():
+        is_due = force or step % self.config.save_every == 0
+        # If a background save has failed, the next call raises its error, even if no save is due.
+        if is_due or not self._backend.is_saving():
             self.wait_until_finished()
-        if not due or step in self.all_steps():
+        if not is_due or step in self.all_steps():
             return False
-        snapshot = json.loads(json.dumps(record))  # fails now, not in the background, and is safe from later changes
+        record = json.loads(json.dumps(record))  # fails now, not in the background, and is safe from later changes
         with self._saving(step):
-            self._backend.save(step, state, snapshot)
+            self._backend.save(step, state, record)
         self._saving_step = step
         if not self.config.async_save:
             self.wait_until_finished()
         return True
 
     def restore[T](self, step: int, abstract_state: T) -> T:
-        """Restores the state of `step` with the shardings of the abstract state, on any mesh.
+        """Restores the state of `step`, on any mesh, as a tree of `jax.ShapeDtypeStruct` with shardings describes it.
 
-        Args:
-            step: one of `all_steps`.
-            abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings. A sharding on an abstract mesh means the
-                mesh of `jax.set_mesh`.
-
-        Raises:
-            CheckpointError: if there is no such step or it cannot be read.
-            ConfigError: if the saved state is of another model or optimizer; names the first leaf that differs.
-            ValueError: if a leaf has no sharding, or one on another mesh.
+        Raises CheckpointError if there is no such step or it cannot be read, and ConfigError if the saved state is of
+        another model or optimizer; it names the first leaf that differs.
         """
-        target = with_concrete_shardings(abstract_state)
         with self._reading(step):
-            self._check_leaves(step, self._backend.leaf_types(step), target)
-            return self._backend.restore(step, target)
+            self._check_leaves(step, self._backend.leaf_types(step), abstract_state)
+            return self._backend.restore(step, abstract_state)
 
     def restore_params[T](self, step: int, abstract_params: T, *, subtree: str = "params") -> T:
         """Restores "params" or "ema" (the averaged parameters) without reading the rest of the state.
 
         Raises the errors of `restore`, and ConfigError if the checkpoint has no such subtree.
         """
-        target = with_concrete_shardings({subtree: abstract_params})
         with self._reading(step):
-            saved = self._backend.leaf_types(step)
-            part = {name: leaf_type for name, leaf_type in saved.items() if name.split(".")[0] == subtree}
-            if not part:
-                subtrees = ", ".join(dict.fromkeys(name.split(".")[0] for name in saved))
+            types = self._backend.leaf_types(step)
+            saved = {name: leaf_type for name, leaf_type in types.items() if name.split(".")[0] == subtree}
+            if not saved:
+                subtrees = ", ".join(dict.fromkeys(name.split(".")[0] for name in types))
                 raise ConfigError(f"{self._path(step)}: has no {subtree}; it has {subtrees}")
-            self._check_leaves(step, part, target)
-            return self._backend.restore(step, target, partial=True)[subtree]
+            wanted = {subtree: abstract_params}
+            self._check_leaves(step, saved, wanted)
+            return self._backend.restore(step, wanted, partial=True)[subtree]
 
     def load_record(self, step: int) -> dict[str, Any]:
         """Loads the record saved with `step`; raises CheckpointError if it cannot be read."""
@@ -161,7 +144,7 @@ class CheckpointManager:
             if not is_storage_error(error):
                 raise
             steps = self.all_steps()
-            action = "deleting older steps" if step in steps else "saving"
+            action = "deleting older steps" if step in steps else "saving"  # a listed step is complete
             raise StorageError(
                 f"{self._path(step)}: {action} failed: {cause_of(error)}; intact: {_join(steps)}; "
                 "free space or restore access there, the next save tries again"
@@ -183,8 +166,8 @@ class CheckpointManager:
                 f"{self._path(step)}: cannot be read: {cause_of(error)}; other steps: {others}"
             ) from error
 
-    def _check_leaves(self, step: int, saved: dict[str, str], target: PyTree) -> None:
-        if difference := first_difference(saved, leaf_types(target)):
+    def _check_leaves(self, step: int, saved: dict[str, str], wanted: PyTree) -> None:
+        if difference := first_difference(saved, leaf_types(wanted)):
             fix = "use the config that it was saved with, or another directory"
             raise ConfigError(f"{self._path(step)}: {difference}; {fix}")
 

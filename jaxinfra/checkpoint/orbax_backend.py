@@ -1,8 +1,8 @@
 """Reads and writes checkpoints with Orbax; the only module that imports it.
 
-Exceptions of Orbax, TensorStore and the operating system pass through. It uses Orbax's `CheckpointManager`, with one
-item for the state and one for the run record; Orbax's v1 API is experimental. Orbax writes a step to a temporary
-directory and renames it at the end, so a directory with a step's name is always complete.
+Exceptions of Orbax, TensorStore and the operating system pass through. A step has two items, the state and the run
+record. Orbax writes a step to a temporary directory and renames it at the end, so a directory with a step's name is
+always complete. Its v1 API is experimental, so this uses the older `CheckpointManager`.
 """
 
 import logging
@@ -13,7 +13,9 @@ from typing import Any, override
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
+from jaxinfra.checkpoint.config import CheckpointConfig
 from jaxinfra.checkpoint.leaves import PyTree, leaf_types
 
 _STATE = "state"
@@ -21,34 +23,28 @@ _RECORD = "record"
 
 
 class OrbaxBackend:
-    """The checkpoints in one directory.
+    """The checkpoints in one directory; the arguments and methods are those of our own `CheckpointManager`."""
 
-    Unless it is `read_only`, opening it deletes incomplete steps, so a directory has one writer. It keeps the
-    `keep_last` newest steps, and those divisible by `keep_every`.
-    """
-
-    def __init__(self, directory: epath.Path, *, keep_last: int, keep_every: int | None, read_only: bool) -> None:
+    def __init__(self, directory: epath.Path, config: CheckpointConfig, *, read_only: bool) -> None:
         self._directory = directory
         self._read_only = read_only
         self._format = ocp.path.step.standard_name_format()
-        self._keep: list[ocp.checkpoint_managers.PreservationPolicy] = [ocp.checkpoint_managers.LatestN(keep_last)]
-        if keep_every is not None:
-            self._keep.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+        self._keep: list[PreservationPolicy] = [LatestN(config.keep_last)]
+        if config.keep_every is not None:
+            self._keep.append(EveryNSteps(config.keep_every))
         self._log_filter = _OrbaxLogFilter()
         logging.getLogger("absl").addFilter(self._log_filter)
-        self._opened: ocp.CheckpointManager | None = self._open()
+        self._opened: ocp.CheckpointManager | None = self._open()  # None after a failure
 
     def all_steps(self) -> list[int]:
-        """Returns the complete steps on storage, ascending."""
+        """Returns the steps of all complete checkpoints, ascending."""
         # Orbax's own list includes the step that is being written.
         return sorted(found.step for found in self._format.find_all(self._directory))
 
     def save(self, step: int, state: PyTree, record: Mapping[str, object]) -> None:
-        """Starts to write a step; returns when the arrays may be changed or donated.
-
-        On an accelerator they are then copied to the host. On CPU the writer holds a view of each array, and JAX does
-        not reuse a buffer while a view of it exists: donated arrays live until they are written.
-        """
+        """Starts to write a step; returns when the arrays may be changed or donated."""
+        # By then arrays of an accelerator are copied to the host. On CPU the writer holds a view of each array, and JAX
+        # does not reuse a buffer while a view of it exists.
         items = ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(state), _RECORD: ocp.args.JsonSave(record)})
         # A save has to move arrays to the host, even if the training loop forbids transfers.
         with jax.transfer_guard("allow"):
@@ -72,12 +68,7 @@ class OrbaxBackend:
 
     def restore[T](self, step: int, abstract: T, *, partial: bool = False) -> T:
         """Restores the state of a step, or with `partial` a part of it; `abstract` has `jax.ShapeDtypeStruct`s."""
-        restore_args = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(
-                restore_type=jax.Array, sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
-            ),
-            abstract,
-        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         with jax.transfer_guard("allow"):
             return self._manager.restore(step, args=ocp.args.Composite(**{_STATE: args}))[_STATE]
@@ -88,17 +79,14 @@ class OrbaxBackend:
         return self._manager.restore(step, args=args)[_RECORD]
 
     def reset(self) -> None:
-        """Closes Orbax's manager after a failure; the next use opens a new one.
-
-        The failed manager forgets the old steps that it meant to delete, and its incomplete step fills the disk until
-        a new manager deletes it.
-        """
+        """Closes Orbax's manager after a failure; the next use opens a new one."""
+        # The failed manager forgets the old steps that it meant to delete, and leaves its incomplete step on the disk.
         manager, self._opened = self._opened, None
         if manager is not None:
             manager.close()
 
     def close(self) -> None:
-        """Waits for the step being written and ends the threads; further use is an error."""
+        """Waits for the step being written and ends Orbax's threads."""
         try:
             self.reset()
         finally:
@@ -114,15 +102,14 @@ class OrbaxBackend:
         if not self._read_only and jax.process_index() == 0:
             _delete_incomplete_steps(self._directory)
         # Registered handlers let a manager that has saved nothing yet read what another one saved.
-        registry, args = ocp.handlers.DefaultCheckpointHandlerRegistry(), ocp.args
-        for name, handler, kinds in (
-            (_STATE, ocp.PyTreeCheckpointHandler(), (args.PyTreeSave, args.PyTreeRestore)),
-            (_RECORD, ocp.JsonCheckpointHandler(), (args.JsonSave, args.JsonRestore)),
-        ):
-            for kind in kinds:
-                registry.add(name, kind, handler)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state_handler, record_handler = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+        registry.add(_STATE, ocp.args.PyTreeSave, state_handler)
+        registry.add(_STATE, ocp.args.PyTreeRestore, state_handler)
+        registry.add(_RECORD, ocp.args.JsonSave, record_handler)
+        registry.add(_RECORD, ocp.args.JsonRestore, record_handler)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._keep),
+            preservation_policy=AnyPreservationPolicy(self._keep),
             create=not self._read_only,
             step_name_format=self._format,
             # If a directory cannot be created, this fails at once. In the background, the failure would leave threads
@@ -135,7 +122,7 @@ class OrbaxBackend:
 def _delete_incomplete_steps(directory: epath.Path) -> None:
     """Deletes incomplete steps. Orbax does so, too, but in a thread that may not finish if no save follows."""
     for path in directory.iterdir():
-        # Only names of steps: on an object store, Orbax takes any directory without a commit file for incomplete.
+        # Only names of steps: on an object store, Orbax takes any directory without a commit file as incomplete.
         if path.name.split(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
             path.rmtree()
 

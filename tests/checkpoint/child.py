@@ -1,4 +1,4 @@
-"""What must happen in a process of its own: `python -m tests.checkpoint.child <scene> <directory>`."""
+"""Scenes that need a process of their own: `python -m tests.checkpoint.child <scene> <directory>`."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from .states import make_mesh, make_state
 
 
 def random_state(seed: int, rows: int) -> dict[str, Any]:
-    """One leaf: when one of several fails, asyncio complains of the others on stderr."""
+    """A state of one leaf: if one of several failed, asyncio would warn about the others on stderr."""
     return {"params": {"w": jax.random.normal(jax.random.key(seed), (rows, 1024))}}
 
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 1 MB for a while: what a full disk does, without one."""
+    """Limits files to 1 MB within this context, which fails as a full disk does."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -39,7 +39,7 @@ def small_files() -> Iterator[None]:
 
 
 def no_space(directory: Path) -> dict[str, Any]:
-    """Two saves fail in the background; the one after them has space again."""
+    """Two saves fail in the background; the third has space again."""
     failures = []
     with CheckpointManager(directory, CheckpointConfig(save_every=10)) as checkpoints:
         for step in (10, 20):
@@ -51,7 +51,7 @@ def no_space(directory: Path) -> dict[str, Any]:
                 deadline = time.monotonic() + 30
                 try:
                     while time.monotonic() < deadline:
-                        checkpoints.save(step + 1, {}, {})  # not due, but tells of the failure
+                        checkpoints.save(step + 1, {}, {})  # not due, but raises the error of the failed save
                 except StorageError as error:
                     failures.append(str(error))
         left = sorted(path.name for path in directory.iterdir())
@@ -62,7 +62,7 @@ def no_space(directory: Path) -> dict[str, Any]:
 
 
 def killed(directory: Path) -> dict[str, Any]:
-    """Dies while the files of step 2 are being written."""
+    """Kills itself while the files of step 2 are being written."""
     checkpoints = CheckpointManager(directory, CheckpointConfig(save_every=1))
     checkpoints.save(1, random_state(1, 256), {})
     checkpoints.wait_until_finished()
@@ -73,7 +73,7 @@ def killed(directory: Path) -> dict[str, Any]:
 
 
 def memory(directory: Path) -> dict[str, Any]:
-    """Bytes of a state and of resident memory after each of 60 saves of it."""
+    """Returns the bytes of a state, and of resident memory after each of 60 saves of it."""
     state = make_state(make_mesh(fsdp=2), width=8192)
     resident_bytes = []
     with CheckpointManager(directory, CheckpointConfig(save_every=1)) as checkpoints:
@@ -86,7 +86,7 @@ def memory(directory: Path) -> dict[str, Any]:
 
 
 def ended(directory: Path) -> dict[str, Any]:
-    """The run ends by an error of its own while a save fails."""
+    """The run ends with another error while a save fails."""
     try:
         with small_files(), CheckpointManager(directory, CheckpointConfig(save_every=1)) as checkpoints:
             checkpoints.save(1, random_state(1, 1024), {})

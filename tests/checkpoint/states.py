@@ -1,4 +1,4 @@
-"""Train states for the tests of checkpoints, and the ways to compare them."""
+"""Train states for the tests of checkpoints."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def spec_of(leaf: Any) -> PartitionSpec:
-    """Matrices over both axes, the rest replicated: enough to have every kind of sharding."""
+    """Shards matrices over both axes, and replicates all other arrays."""
     return PartitionSpec("fsdp", "tensor") if leaf.ndim == 2 else PartitionSpec()
 
 
@@ -54,12 +54,12 @@ def abstract[T](tree: T, mesh: Mesh) -> T:
 
 
 def snapshot[T](tree: T) -> T:
-    """A copy on the host that shares no memory with the arrays."""
+    """Copies all arrays to the host; the copies share no memory with them."""
     return jax.tree.map(lambda leaf: np.array(leaf), tree)
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Same tree, data types and bits."""
+    """Compares structure, dtypes and bits."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         left, right = np.asarray(left), np.asarray(right)

@@ -1,4 +1,4 @@
-"""Storage that fails and processes that die: one line of cause, older steps intact, nothing half listed."""
+"""After a storage failure or a killed process, the error is one line, and older checkpoints are intact."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def result_of(child: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(child.stdout)
 
 
-def test_no_space_is_told_once_and_the_next_save_tries_again(tmp_path):
+def test_full_disk_is_reported_once_per_save_and_the_next_save_tries_again(tmp_path):
     directory = tmp_path / "run"
     result = result_of(run_child("no_space", directory))
     assert len(result["failures"]) == 2
@@ -48,7 +48,7 @@ def test_no_space_is_told_once_and_the_next_save_tries_again(tmp_path):
     assert sorted(path.name for path in directory.iterdir()) == ["20", "50"]
 
 
-def test_killed_while_saving(tmp_path):
+def test_process_killed_while_saving(tmp_path):
     child = run_child("killed", tmp_path)
     assert child.returncode == -signal.SIGKILL
     assert list(tmp_path.glob("2.*"))
@@ -66,11 +66,11 @@ def test_host_memory_does_not_grow(tmp_path):
     result = result_of(run_child("memory", tmp_path))
     settled = result["resident_bytes"][20:]
     slope_bytes = np.polyfit(range(len(settled)), settled, 1)[0]
-    # Not 0: every translation of a TensorStore spec into JSON leaks some hundred bytes, 20 to 100 kB a save.
+    # Not 0: converting a TensorStore spec to JSON leaks some hundred bytes, 20 to 100 kB per save.
     assert slope_bytes < 0.05 * result["state_bytes"], f"{slope_bytes / 1e3:.0f} kB more for every save"
 
 
-def test_a_directory_that_goes_away(tmp_path):
+def test_directory_that_disappears(tmp_path):
     directory = tmp_path / "run"
     state = make_state(make_mesh())
     checkpoints = CheckpointManager(directory, CheckpointConfig(save_every=1))
@@ -88,7 +88,7 @@ def test_a_directory_that_goes_away(tmp_path):
     assert checkpoints.all_steps() == [1, 2]
 
 
-def test_a_failure_does_not_hide_what_ended_the_run(tmp_path):
+def test_failed_save_is_a_note_of_the_error_that_ended_the_run(tmp_path):
     result = result_of(run_child("ended", tmp_path))
     assert result["error"] == "'the cause'"
     (note,) = result["notes"]
@@ -96,7 +96,7 @@ def test_a_failure_does_not_hide_what_ended_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "state", "record"])
-def test_a_damaged_step_is_told_in_one_line(tmp_path, damage):
+def test_damaged_step_is_an_error(tmp_path, damage):
     mesh = make_mesh(fsdp=2)
     state = random_state(0, 256)
     with CheckpointManager(tmp_path, CheckpointConfig(save_every=1)) as checkpoints:
@@ -114,14 +114,14 @@ def test_a_damaged_step_is_told_in_one_line(tmp_path, damage):
         assert_same(checkpoints.restore(1, abstract(state, mesh)), state)
 
 
-def test_an_unwritable_directory(tmp_path):
+def test_unwritable_directory_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "run", "/proc/jaxinfra"):
         with raises(StorageError, str(directory)):
             CheckpointManager(directory)
 
 
-def test_space_needed_counts_what_is_there(tmp_path):
+def test_needed_bytes_subtract_existing_checkpoints(tmp_path):
     state = {"params": {"w": np.zeros((256, 1024), np.float32)}}
     with CheckpointManager(tmp_path, CheckpointConfig(save_every=1, keep_last=2)) as checkpoints:
         assert checkpoints.needed_bytes(state) == 3 * 2**20
@@ -131,7 +131,7 @@ def test_space_needed_counts_what_is_there(tmp_path):
         assert checkpoints.needed_bytes(state) == 2**20
 
 
-def test_an_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
+def test_old_step_that_cannot_be_deleted(tmp_path, monkeypatch):
     def refuse(path: Any, *_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
