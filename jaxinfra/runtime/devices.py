@@ -22,16 +22,17 @@ def local_devices() -> Sequence[Device]:
         try:
             devices = jax.devices()
         except (RuntimeError, AssertionError) as error:  # AssertionError: JAX has no plugin for the platform
-            reasons = [str(record.exc_info[1]) for record in records if record.exc_info and record.exc_info[1]]
-            records.clear()
-            cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "; ".join(reasons) or "JAX has no plugin for it"
+            logged = [str(record.exc_info[1]) for record in records if record.exc_info and record.exc_info[1]]
+            records.clear()  # the ConfigError tells it all
+            cause = str(error).split(" (set JAX_PLATFORMS", 1)[0] or "; ".join(logged) or "JAX has no plugin for it"
             raise ConfigError(
                 f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: unusable platform: {' '.join(cause.split())}; "
                 "use --devices cpu, or install JAX for that platform"
             ) from error
-    if (num_processes := jax.process_count()) > 1:
+    if jax.process_count() > 1:
         raise ConfigError(
-            f"{num_processes} JAX processes: multi-host training is not supported yet; start one process on one host"
+            f"{jax.process_count()} JAX processes: multi-host training is not supported yet; "
+            "start one process on one host"
         )
     return devices
 
@@ -43,7 +44,7 @@ def _capture_logs(name: str) -> Iterator[list[logging.LogRecord]]:
 
     def capture(record: logging.LogRecord) -> bool:
         records.append(record)
-        return False
+        return False  # it is not logged now
 
     logger.addFilter(capture)
     try:
@@ -52,6 +53,7 @@ def _capture_logs(name: str) -> Iterator[list[logging.LogRecord]]:
         logger.removeFilter(capture)
         for record in records:
             if record.exc_info and record.exc_info[1]:  # an unusable platform needs no traceback
-                record.msg, record.args = f"{record.getMessage()}: {' '.join(str(record.exc_info[1]).split())}", ()
+                cause = " ".join(str(record.exc_info[1]).split())
+                record.msg, record.args = f"{record.getMessage()}: {cause}", ()
                 record.exc_info = record.exc_text = None
             logger.handle(record)

@@ -2,15 +2,12 @@
 
 import os
 
+# A device that waits in a collective holds a thread of XLA's pool, and may wait in several at once. XLA's default is
+# hardly more threads than devices: collectives without a fixed order, such as those of pipeline stages, can deadlock.
 THREADS_PER_DEVICE = 4
-"""Size of XLA's thread pool, per device.
-
-A device that waits in a collective holds a thread, and may wait in several at once. XLA's default is hardly more
-threads than devices; with it, collectives without a fixed order, such as those of pipeline stages, can deadlock.
-"""
 
 FLAGS = {
-    # The concurrency-optimized scheduler may start such collectives in another order on each device: also a deadlock.
+    # This scheduler may start such collectives in another order on each device: also a deadlock.
     "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
     # By default XLA aborts if a device is 40 s late, which happens on a busy machine.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
@@ -24,6 +21,6 @@ def emulation_env(num_devices: int) -> dict[str, str]:
     return {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(num_devices),
-        "NPROC": str(THREADS_PER_DEVICE * num_devices),
+        "NPROC": str(THREADS_PER_DEVICE * num_devices),  # the size of XLA's thread pool
         "XLA_FLAGS": " ".join([flags, *added]).strip(),
     }

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxinfra.parallel.mesh import Device
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. `device_kind` is looked up by its longest
-# prefix. Google publishes FLOP/s per chip; JAX lists a v7x chip as two devices, so half of 2307 TFLOP/s.
+# Dense bfloat16 FLOP/s of one JAX device by the start of its `device_kind`, from the vendors' data sheets. The longest
+# start counts. Google publishes FLOP/s per chip; JAX lists a v7x chip as two devices, so half of 2307 TFLOP/s.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
@@ -39,7 +39,8 @@ def peak_flops(device: Device, dtype: jnp.dtype, num_local_devices: int) -> tupl
     measured = f"measured, {jnp.dtype(dtype).name} matmul"
     if device.platform == "cpu":
         return measure_flops(device, dtype) / num_local_devices, measured
-    if kinds := [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]:
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    if kinds:
         kind = max(kinds, key=len)
         return PEAK_FLOPS[kind], f"data sheet, bfloat16, {kind}"
     return measure_flops(device, dtype), f"{measured} on {device.device_kind}"

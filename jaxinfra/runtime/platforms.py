@@ -1,4 +1,4 @@
-"""Finds the JAX platforms with hardware: an installed plugin without hardware logs pages before it gives up."""
+"""Finds the JAX platforms whose hardware is present: a plugin without its hardware logs pages before it gives up."""
 
 import glob
 import os
@@ -13,24 +13,30 @@ _GOOGLE_PCI_VENDOR = "0x1ae0"  # of TPUs, but also of the virtual disks and netw
 
 
 def available_platforms() -> str | None:
-    """Returns a value for JAX_PLATFORMS without the installed platforms whose hardware is missing.
+    """Returns a value for JAX_PLATFORMS without the platforms whose hardware is missing, such as "cuda,cpu".
 
-    Returns None, with which JAX tries all platforms, if none is to be left out or an unknown plugin is installed.
+    Returns None, with which JAX tries all platforms, if no hardware is missing or an unknown plugin is installed.
     """
     plugins = {entry.name for entry in entry_points(group="jax_plugins")}
     if sys.platform != "linux" or not all(name.startswith("xla_cuda") for name in plugins):
         return None
-    has_tpu = any(map(glob.glob, _TPU_PATHS)) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ
-    present = {"cuda": any(map(glob.glob, _GPU_PATHS)), "tpu": has_tpu}
-    packages = {"cuda": bool(plugins), "tpu": find_spec("libtpu") is not None}
-    installed = [name for name, is_installed in packages.items() if is_installed]
-    if all(present[name] for name in installed):
-        return None
-    return ",".join([*(name for name in installed if present[name]), "cpu"])
+    has_hardware = {
+        "cuda": _any_exists(_GPU_PATHS),
+        "tpu": _any_exists(_TPU_PATHS) or _has_tpu_on_pci() or "TPU_WORKER_HOSTNAMES" in os.environ,
+    }
+    installed = (["cuda"] if plugins else []) + (["tpu"] if find_spec("libtpu") else [])
+    usable = [platform for platform in installed if has_hardware[platform]]
+    return None if usable == installed else ",".join([*usable, "cpu"])
+
+
+def _any_exists(patterns: tuple[str, ...]) -> bool:
+    return any(glob.glob(pattern) for pattern in patterns)
 
 
 def _has_tpu_on_pci() -> bool:
     """Returns whether a PCI device by Google is neither storage (class 0x01) nor a network card (0x02)."""
-    vendors = map(Path, glob.glob("/sys/bus/pci/devices/*/vendor"))
-    classes = (path.with_name("class") for path in vendors if path.read_text().strip() == _GOOGLE_PCI_VENDOR)
-    return any(path.read_text()[:4] not in ("0x01", "0x02") for path in classes)
+    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+        device_class = vendor.with_name("class")
+        if vendor.read_text().strip() == _GOOGLE_PCI_VENDOR and device_class.read_text()[:4] not in ("0x01", "0x02"):
+            return True
+    return False

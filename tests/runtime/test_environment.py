@@ -1,5 +1,3 @@
-"""The state of the source tree and the versions of packages."""
-
 import subprocess
 
 import pytest

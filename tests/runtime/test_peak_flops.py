@@ -1,5 +1,3 @@
-"""What a device can compute at most: from a table, or measured."""
-
 from types import SimpleNamespace
 
 import jax
@@ -19,7 +17,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("kind", "flops"), KINDS.items())
 def test_known_chips(kind: str, flops: float) -> None:
-    """The longest start of the name decides: a v5 lite is no v5."""
+    """The longest matching prefix counts: "TPU v5 lite" is not "TPU v5"."""
     chip = SimpleNamespace(platform="accelerator", device_kind=kind)
     found, source = peak_flops(chip, jnp.dtype("bfloat16"), 8)
     assert found == flops and "bfloat16" in source

@@ -1,5 +1,3 @@
-"""Which platforms JAX should try: those with hardware here, of plugins that are installed."""
-
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from jaxinfra.runtime import platforms
         (["xla_cuda13"], True, "gpu tpu", None),
         (["xla_cuda13"], False, "gpu", None),
         ([], True, "tpu", None),
-        ([], True, "gpu", "cpu"),  # a GPU without its plugin is of no use
+        ([], True, "gpu", "cpu"),  # a GPU without its plugin is unusable
         ([], False, "gpu tpu", None),
-        (["xla_cuda13", "xla_rocm7"], True, "", None),  # one that this does not know
+        (["xla_cuda13", "xla_rocm7"], True, "", None),  # an unknown plugin
     ],
 )
 def test_only_plugins_without_hardware_are_left_out(
