@@ -52,7 +52,7 @@ def _compile(batch_size: int, policy: str, overrides: Sequence[str]) -> Compiled
     batch = f"train.global_batch={TOPOLOGY.num_devices * batch_size}"
     overrides = merge_overrides([batch, f"model.remat={policy}", *overrides])
     print(f"compiling {' '.join(overrides)} ...", file=sys.stderr, flush=True)
-    return compile_step(load(CONFIG, overrides, root=Run).run, TOPOLOGY, on_progress=lambda line: None)
+    return compile_step(load(CONFIG, overrides, root=Run).run, TOPOLOGY)
 
 
 def _row(part: str, batch_size: int, policy: str, compiled: CompiledStep) -> TableRow:

@@ -27,23 +27,19 @@ from jaxinfra.program import Program
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.train.statistics import per_device_bytes
 
-# Custom calls that XLA inserts itself, such as AllocateBuffer, ConcatBitcast and SliceId.
+# Targets of custom calls that XLA inserts itself, such as AllocateBuffer, ConcatBitcast and SliceId.
 _XLA_TARGET = re.compile(r"[A-Z][A-Za-z]*|annotate_device_placement")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device.
-
-    `temp_size` is JAX's `temp_size_in_bytes`, for comparison with numbers that others publish. On TPUs it differs from
-    `temporaries`, and the compiler does not compare it with the chip's memory.
-    """
+    """Bytes on one device."""
 
     arguments: int  # train state and batch
     output: int  # new train state and metrics
     aliased: int  # part of the output that reuses the arguments' memory
     temporaries: int  # everything else that is allocated while the step runs
-    temp_size: int
+    temp_size: int  # JAX's `temp_size_in_bytes`, which others publish; on TPUs it differs from `temporaries`
     code: int
     host: int  # in host memory, not in the total
 
@@ -63,7 +59,7 @@ class CompiledProgram:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """All custom calls of one name and target at the same loop depth; the compiler does not estimate their cycles."""
+    """All custom calls of one name and target at one loop depth, such as Pallas kernels; their cycles are unknown."""
 
     name: str
     target: str
@@ -109,7 +105,7 @@ def compile_step(
     topology: Topology,
     *,
     dump: Callable[[str], object] | None = None,
-    on_progress: Callable[[str], object] = print,
+    on_progress: Callable[[str], object] = lambda line: None,
 ) -> CompiledStep:
     """Compiles the train step of a run and reads its memory, cycles and collectives.
 
@@ -127,15 +123,16 @@ def compile_step(
     module = HloModule(compiled.text)
     mesh = dict(program.mesh.shape)
     slices = slice_ids(topology, list(np.asarray(program.mesh.devices).flat))
-    cycles = [each.cycles for call in module.calls() for each in call.computation.instructions.values()]
+    instructions = [i for call in module.calls() for i in call.computation.instructions.values()]
+    estimates = [instruction.cycles for instruction in instructions if instruction.cycles is not None]
     return CompiledStep(
         name=program.run.name,
         topology=str(topology),
         mesh={axis: size for axis, size in mesh.items() if size > 1},
         per_device_batch_size=per_device_batch_size,
         memory=compiled.memory,
-        cycles=None if all(each is None for each in cycles) else module.cycles(),
-        unestimated=cycles.count(NO_ESTIMATE),
+        cycles=module.cycles() if estimates else None,
+        unestimated=estimates.count(NO_ESTIMATE),
         unknown_loops=module.unknown_loops(),
         kernels=_kernels(module),
         traffic=summarize(find_collectives(module, mesh, slices)),
@@ -204,15 +201,17 @@ def no_compilation_cache() -> Iterator[None]:
 def _kernels(module: HloModule) -> list[Kernel]:
     """Lists the kernels; of a conditional, only the branch with the most kernel calls counts."""
     runs: Counter[tuple[int, str, str]] = Counter()
-    for call in module.calls(lambda call: call.runs * len(list(_kernel_calls(call)))):
+    for call in module.calls(lambda call: call.runs * len(_kernel_calls(call))):
         for name, target in _kernel_calls(call):
             runs[call.loops, name, target] += call.runs
     return [Kernel(loops=loops, name=name, target=target, runs=n) for (loops, name, target), n in sorted(runs.items())]
 
 
-def _kernel_calls(call: Call) -> Iterator[tuple[str, str]]:
-    """Yields name and target of each custom call without estimated cycles."""
-    for instruction in call.computation.instructions.values():
-        target = instruction.string("custom_call_target") if instruction.opcode == "custom-call" else None
-        if target is not None and not _XLA_TARGET.fullmatch(target) and instruction.cycles is None:
-            yield instruction.name.rstrip("0123456789").rstrip("."), target  # `splash_fwd.12` is `splash_fwd`
+def _kernel_calls(call: Call) -> list[tuple[str, str]]:
+    """Returns name and target of each custom call without estimated cycles."""
+    return [
+        (instruction.name.rstrip("0123456789").rstrip("."), target)  # `splash_fwd.12` is `splash_fwd`
+        for instruction in call.computation.instructions.values()
+        if instruction.opcode == "custom-call" and instruction.cycles is None
+        if (target := instruction.quoted("custom_call_target")) and not _XLA_TARGET.fullmatch(target)
+    ]

@@ -1,14 +1,15 @@
 """Lists the collectives of a compiled program: kind, mesh axes, links, enclosing loops, runs per step and bytes.
 
 Two forms in the text need care:
-- The TPU compiler writes most reduce-scatters as an all-reduce and a slice of its result. If the two are fused, they
-  move as many bytes as a reduce-scatter, and are listed as one. If not, each device receives the whole sum.
+- The TPU compiler writes most reduce-scatters as an all-reduce of which each device then keeps only a slice. If the two
+  are fused, they move as many bytes as a reduce-scatter, and are listed as one. If not, each device receives all of the
+  sum.
 - Transfers between TPU slices are sends to megascale, the runtime that joins slices.
 """
 
-import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,11 +29,12 @@ KINDS = (
     "reduce-scatter",
 )
 ALL_REDUCE_SLICE = "all-reduce+slice"
-"""Kind of an all-reduce if each device only slices the result, in a separate operation."""
+"""Kind of an all-reduce of which each device only keeps a slice, with a separate operation."""
 
 type Link = Literal["local", "network"]
 
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+# Opcodes that change the layout, dtype or shape of an array, but not its values.
 _RESHAPING = ("bitcast", "convert", "copy", "copy-start", "copy-done", "reshape", "transpose")
 
 
@@ -80,15 +82,20 @@ class Traffic:
 
 def summarize(collectives: Sequence[Collective]) -> list[Traffic]:
     """Sums the collectives of equal loop depth, kind, axes and link; sorts the sums by these."""
-    totals: dict[tuple[int, str, tuple[str, ...], Link], list[int]] = {}
+    groups: defaultdict[tuple[int, str, tuple[str, ...], Link], list[Collective]] = defaultdict(list)
     for each in collectives:
-        total = totals.setdefault((each.loops, each.kind, each.axes, each.link), [0, 0, 0])
-        total[0] += len(each.array_bytes)
-        total[1] += len(each.array_bytes) * each.runs
-        total[2] += sum(each.array_bytes) * each.runs
+        groups[each.loops, each.kind, each.axes, each.link].append(each)
     return [
-        Traffic(loops=loops, kind=kind, axes=axes, link=link, arrays=arrays, runs=runs, bytes=n_bytes)
-        for (loops, kind, axes, link), (arrays, runs, n_bytes) in sorted(totals.items())
+        Traffic(
+            loops=loops,
+            kind=kind,
+            axes=axes,
+            link=link,
+            arrays=sum(len(each.array_bytes) for each in group),
+            runs=sum(len(each.array_bytes) * each.runs for each in group),
+            bytes=sum(sum(each.array_bytes) * each.runs for each in group),
+        )
+        for (loops, kind, axes, link), group in sorted(groups.items())
     ]
 
 
@@ -100,7 +107,7 @@ def find_collectives(
     Args:
         module: the program; its partition i runs on the i-th device of the mesh.
         mesh: size of every mesh axis, in order.
-        slice_ids: the TPU slice or GPU host of each device of the mesh; None if all are in one.
+        slice_ids: the number of the TPU slice or GPU host of each device of the mesh; None if all are in one.
     """
     finder = _CollectiveFinder(module, mesh, slice_ids)
 
@@ -111,13 +118,16 @@ def find_collectives(
 
 
 class _CollectiveFinder:
+    """Finds the collectives of one module; `slice_ids` has one number for each partition of the module."""
+
     def __init__(self, module: HloModule, mesh: Mapping[str, int], slice_ids: Sequence[int] | None):
         num_devices = math.prod(mesh.values())
         self.module, self.mesh = module, dict(mesh)
         self.slice_ids = np.zeros(num_devices, int) if slice_ids is None else np.asarray(slice_ids)
         self.outer_axis = next(iter(mesh))
         if module.num_partitions not in (1, num_devices):
-            # The text is the program of one slice, which has only a part of the outermost axis.
+            # The text is the program of one slice, which has only a part of the outermost axis: with two slices, the
+            # mesh {replica: 4, fsdp: 8} becomes {replica: 2, fsdp: 8}.
             num_slices = len(set(self.slice_ids.tolist()))
             assert module.num_partitions * num_slices == num_devices, (module.num_partitions, num_slices, num_devices)
             self.mesh[self.outer_axis] //= num_slices
@@ -136,8 +146,9 @@ class _CollectiveFinder:
                 whole, sliced = instruction.array_bytes[:1], ()
             elif kind in KINDS and (has_async_start or "chain_id=" not in instruction.attributes):
                 # In a chain of asynchronous fusions every part names the collective; only its start is listed.
-                axes, link = self._spanned(_device_groups(instruction.attributes, len(self.slice_ids)))
-                whole, sliced = self._array_bytes(kind, instruction, call.computation)
+                groups = _device_groups(instruction.attributes, len(self.slice_ids))
+                axes, link = self._spanned(groups)
+                whole, sliced = self._array_bytes(kind, instruction, call.computation, max(map(len, groups)))
             else:
                 continue
             sliced_kind = "reduce-scatter" if call.fused else ALL_REDUCE_SLICE
@@ -148,14 +159,14 @@ class _CollectiveFinder:
                     )
 
     def _array_bytes(
-        self, kind: str, instruction: Instruction, computation: Computation
+        self, kind: str, instruction: Instruction, computation: Computation, group_size: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the bytes of each array that is used whole, then of each array that is only sliced."""
+        """Returns the bytes of each array whose result is used whole, then of each of which only a slice is used."""
         sizes, result = instruction.array_bytes, instruction
         if instruction.opcode.endswith("-start"):
             num_operands = len(instruction.operands)
             num_results = 1 if kind == RAGGED else num_operands
-            # The result is (operands, results, counters of the chip), or the results alone.
+            # The result of a start is (operands, results, counters of the chip), or the results alone.
             if len(sizes) >= num_operands + num_results:
                 sizes = sizes[num_operands : num_operands + num_results]
             users = computation.users.get(instruction.name, [])
@@ -163,19 +174,20 @@ class _CollectiveFinder:
         if kind == RAGGED:
             sent = sum(computation.instructions[instruction.operands[0]].array_bytes)
             return (min(sent, *sizes),), ()
-        if kind == "reduce-scatter":  # the instruction has the sizes after it
-            group_size = max(map(len, _device_groups(instruction.attributes, len(self.slice_ids))))
+        if kind == "reduce-scatter":  # its results are the shards: count the arrays before it
             return tuple(size * group_size for size in sizes), ()
         if kind != "all-reduce":
             return sizes, ()
-        # The name of each array of the result: its own, or the names of the tuple's elements.
+        # The name of each array of the result: its own, or that of the `get-tuple-element` that takes it from a tuple.
         names: list[str | None] = [result.name]
         if result.shape.startswith("("):
             elements = {user.tuple_index: user.name for user in computation.users.get(result.name, [])}
             names = [elements.get(index) for index in range(len(sizes))]
-        sliced = [name is not None and self._only_sliced(computation, name) for name in names]
-        whole = [not each for each in sliced]
-        return tuple(itertools.compress(sizes, whole)), tuple(itertools.compress(sizes, sliced))
+        whole, sliced = [], []
+        for name, size in zip(names, sizes, strict=True):
+            only_sliced = name is not None and self._only_sliced(computation, name)
+            (sliced if only_sliced else whole).append(size)
+        return tuple(whole), tuple(sliced)
 
     def _only_sliced(self, computation: Computation, name: str) -> bool:
         """Tells whether all users of an array slice it."""
@@ -183,7 +195,7 @@ class _CollectiveFinder:
         return bool(users) and all(self._slices(computation, user, name) for user in users)
 
     def _slices(self, computation: Computation, user: Instruction, name: str) -> bool:
-        """Tells whether `user` slices the array, directly, after a change of form, or inside a fusion."""
+        """Tells whether `user` slices the array `name`: directly, after a reshape or the like, or inside a fusion."""
         if user.opcode == "dynamic-slice":
             return user.operands[0] == name
         if user.opcode in _RESHAPING:
@@ -194,15 +206,17 @@ class _CollectiveFinder:
         parameters = [fused.parameter(number) for number, operand in enumerate(user.operands) if operand == name]
         return all(parameter is not None and self._only_sliced(fused, parameter) for parameter in parameters)
 
-    def _spanned(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[str, ...], Link]:
+    def _spanned(self, groups: Sequence[list[int]]) -> tuple[tuple[str, ...], Link]:
         """Returns the mesh axes along which the devices of a group differ, and the slowest link between them."""
         spanned: set[str] = set()
-        network = False
+        link: Link = "local"
         for group in groups:
-            coordinates = np.array(np.unravel_index(np.array(group), tuple(self.mesh.values())))
-            spanned.update(axis for axis, along in zip(self.mesh, coordinates, strict=True) if len(set(along)) > 1)
-            network = network or len(set(self.slice_ids[list(group)])) > 1
-        return tuple(axis for axis in self.mesh if axis in spanned), "network" if network else "local"
+            # One row per axis: in a mesh of 2 x 4, devices [1, 5] have the coordinates [[0, 1], [1, 1]].
+            coordinates = np.unravel_index(group, tuple(self.mesh.values()))
+            spanned.update(axis for axis, row in zip(self.mesh, coordinates, strict=True) if len(set(row)) > 1)
+            if len(set(self.slice_ids[group])) > 1:
+                link = "network"
+        return tuple(axis for axis in self.mesh if axis in spanned), link
 
 
 def _device_groups(attributes: str, num_devices: int) -> list[list[int]]:
@@ -225,9 +239,10 @@ def _device_groups(attributes: str, num_devices: int) -> list[list[int]]:
 def _mesh_groups(mesh: Mapping[str, int], axes: str) -> list[list[int]]:
     """Returns the groups along mesh axes such as `'fsdp','tensor'`, or along sub-axes such as `'fsdp':(2)4`.
 
-    The sub-axis (2)4 splits its axis into three dimensions: 2, then 4, then the rest. Groups are along the second.
+    The sub-axis (2)4 of an axis of 16 splits it into dimensions of 2, 4 and 2; groups are along the second.
     """
     matches = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    # By axis: the sizes of the first and second dimension. A whole axis of 8 is split into 1, 8 and 1.
     sub_axes = {name: (int(before), int(size)) if size else (1, mesh[name]) for name, before, size in matches}
     shape: list[int] = []
     group_dims: list[int] = []

@@ -9,13 +9,15 @@ import re
 from jaxinfra.plan.topology import INSTALL_COMMAND
 from jaxinfra.run import Run
 
+# "the total memory required for HLO temporaries (46.60G) exceeds available HBM (15.75G)",
+# "Ran out of memory in memory space hbm. Used 17.34G of 15.75G hbm"
 _OUT_OF_MEMORY = (
     re.compile(r"memory required for (?P<what>[\w ]+) \((?P<needed>[\d.]+\w?)\) exceeds .* \((?P<limit>[\d.]+\w?)\)"),
     re.compile(r"Used (?P<needed>[\d.]+\w?) of (?P<limit>[\d.]+\w?) hbm"),
 )
 _BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 TOO_LARGE = "GiB more than"
-"""Words that only a message of `out_of_memory` contains; `bench llama` recognizes it by them."""
+"""Words by which `bench llama` recognizes a message of `out_of_memory`."""
 
 
 def explain(message: str, run: Run, per_device_batch_size: float) -> str:
@@ -30,17 +32,17 @@ def explain(message: str, run: Run, per_device_batch_size: float) -> str:
         return f"a kernel exceeds the chip's vector memory: {first_line}; {fix}"
     if "RESOURCE_EXHAUSTED" not in message:
         return f"the compiler failed: {first_line}; --debug prints its whole message"
-    match = next(filter(None, (pattern.search(message) for pattern in _OUT_OF_MEMORY)), None)
-    if match is None:
-        fix = suggest_fix(run, per_device_batch_size, 2)
-        return f"out of memory: {first_line.removeprefix('RESOURCE_EXHAUSTED: ')}; {fix}"
-    needed, limit = _bytes(match["needed"]), _bytes(match["limit"])
-    what = f" for {match['what']}" if "what" in match.re.groupindex else ""
-    return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, needed / limit), what)
+    for pattern in _OUT_OF_MEMORY:
+        if match := pattern.search(message):
+            needed, limit = _bytes(match["needed"]), _bytes(match["limit"])
+            what = f" for {match['what']}" if "what" in match.groupdict() else ""
+            return out_of_memory(needed, limit, suggest_fix(run, per_device_batch_size, needed / limit), what)
+    cause = first_line.removeprefix("RESOURCE_EXHAUSTED: ")
+    return f"out of memory: {cause}; {suggest_fix(run, per_device_batch_size, 2)}"
 
 
 def out_of_memory(needed_bytes: float, limit_bytes: float, fix: str, what: str = "") -> str:
-    """Returns the message for a step that needs more than a device's memory."""
+    """Returns the message for a step that needs more than a device's memory; `what` says for what it is needed."""
     needed, limit = needed_bytes / 2**30, limit_bytes / 2**30
     return f"needs {needed:.2f} GiB{what} on each device, {needed - limit:.2f} {TOO_LARGE} its {limit:.2f} GiB; {fix}"
 
@@ -48,11 +50,12 @@ def out_of_memory(needed_bytes: float, limit_bytes: float, fix: str, what: str =
 def suggest_fix(run: Run, per_device_batch_size: float, ratio: float) -> str:
     """Suggests overrides that make temporaries about `ratio` times smaller: more remat, more microbatches."""
     fixes = [] if getattr(run.model, "remat", "full") == "full" else ["model.remat=full"]
-    microbatch = int(per_device_batch_size) // run.train.accumulate
-    # The smallest number of parts that is enough and divides the microbatch; else parts of one sample.
-    divisors = (n for n in range(max(2, math.ceil(ratio)), microbatch) if microbatch % n == 0)
-    if (split := next(divisors, microbatch)) > 1:
-        fixes.append(f"train.accumulate={run.train.accumulate * split}")
+    microbatch_size = int(per_device_batch_size) // run.train.accumulate
+    # The smallest divisor of the microbatch that is enough, else microbatches of one sample: 12 / 2.5 -> 3 parts of 4.
+    divisors = (n for n in range(max(2, math.ceil(ratio)), microbatch_size) if microbatch_size % n == 0)
+    parts = next(divisors, microbatch_size)
+    if parts > 1:
+        fixes.append(f"train.accumulate={run.train.accumulate * parts}")
     return f"use {', '.join([*fixes, 'or more devices'])}" if fixes else "use more devices"
 
 

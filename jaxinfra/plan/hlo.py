@@ -1,7 +1,14 @@
-"""Parses the text of a compiled XLA program (scheduled HLO) and follows which computation runs how often.
+"""Parses the text of a compiled XLA program (scheduled HLO) and counts how often each computation runs.
 
-The trip count of a loop is computed from its condition, the counter's first value and its increment. If one of them
-cannot be found, the trip count is None, never a guess.
+A program is a list of computations, such as
+
+    %add (a: f32[], b: f32[]) -> f32[] {
+      %a = f32[] parameter(0)
+      %b = f32[] parameter(1)
+      ROOT %sum = f32[] add(%a, %b)
+    }
+
+and an instruction may call others: `%y = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add`.
 """
 
 import functools
@@ -13,15 +20,17 @@ from dataclasses import dataclass, field
 NO_ESTIMATE = 2**63 - 1
 """Cycles that the TPU compiler writes for an instruction that it cannot estimate."""
 
+# `ENTRY %main (x: f32[8]) -> f32[8] {`
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$", re.DOTALL)
+# `  ROOT %sum = f32[] add(`; the operands that follow are parsed by `_parse_instruction`.
 _INSTRUCTION = re.compile(
     r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?) ?\b(?P<opcode>[a-z][a-z0-9-]*)\(", re.DOTALL
 )
-_CALLEES = re.compile(r"\b(\w+)=\{?(%[\w.-]+(?:, ?%[\w.-]+)*)")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
+_CALLEES = re.compile(r"\b(\w+)=\{?(%[\w.-]+(?:, ?%[\w.-]+)*)")  # `to_apply=%add`, `branch_computations={%a, %b}`
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")  # `f32[2,8]`, `f8e4m3fn[3]`, `token[]`
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_BITS = {"pred": 8, "token": 0}  # the other formats end with their number of bits
+_BITS = {"pred": 8, "token": 0}  # the names of other dtypes contain their number of bits
 # Opcodes that return the values of their first operand.
 _FORWARDING = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
 
@@ -34,9 +43,9 @@ class Instruction:
     opcode: str
     shape: str  # of its result, such as `f32[2,8]{1,0}`
     operands: tuple[str, ...]  # names of instructions; none for a constant or a parameter
-    literal: str  # the text in the parentheses of a short constant or a parameter
+    literal: str  # the value of a short constant, or the number of a parameter, as text; else empty
     attributes: str  # the text after the operands, up to metadata and backend config
-    callees: dict[str, tuple[str, ...]]  # attribute to the names of the computations that it calls
+    callees: dict[str, tuple[str, ...]]  # names of the computations that it calls, by attribute
     cycles: int | None  # the compiler's estimate
     trip_count: int | None  # of a loop, if the compiler wrote it down
 
@@ -56,18 +65,18 @@ class Instruction:
         match = re.search(r"\bindex=(\d+)", self.attributes) if self.opcode == "get-tuple-element" else None
         return int(match[1]) if match else None
 
-    def string(self, attribute: str) -> str | None:
-        """Returns the value of a quoted attribute."""
+    def quoted(self, attribute: str) -> str | None:
+        """Returns the value of an attribute in quotes, such as `custom_call_target="tpu_custom_call"`."""
         match = re.search(rf'\b{attribute}="([^"]*)"', self.attributes)
         return match[1] if match else None
 
 
 @dataclass(kw_only=True)
 class Computation:
-    """Instructions by name, in the order of execution; the result of `root` is returned."""
+    """Instructions by name, in the order of execution."""
 
     name: str
-    root: str = ""
+    root: str = ""  # name of the instruction whose result is returned
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @functools.cached_property
@@ -80,12 +89,14 @@ class Computation:
         return users
 
     def parameter(self, number: int) -> str | None:
-        """Returns the name of a parameter."""
-        names = (i.name for i in self.instructions.values() if i.opcode == "parameter" and i.literal == str(number))
-        return next(names, None)
+        """Returns the name of parameter `number`; None if the computation does not declare it."""
+        for instruction in self.instructions.values():
+            if instruction.opcode == "parameter" and instruction.literal == str(number):
+                return instruction.name
+        return None
 
     def source(self, name: str) -> Instruction:
-        """Returns the instruction that computes a value, behind copies, conversions and reshapes."""
+        """Returns the instruction that computes a value, before any copies, conversions and reshapes."""
         instruction = self.instructions[name]
         while instruction.opcode in _FORWARDING:
             instruction = self.instructions[instruction.operands[0]]
@@ -94,7 +105,7 @@ class Computation:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A computation that is called along one path from the entry."""
+    """A call of a computation, along one path of calls from the entry."""
 
     computation: Computation
     loops: int  # while loops around it
@@ -107,59 +118,64 @@ type CallCost = Callable[[Call], float]
 
 
 class HloModule:
-    """A parsed program: its computations by name, and the name of the one that it starts with."""
+    """A parsed program: its computations by name, and the name of its entry, where it starts."""
 
     def __init__(self, text: str):
         """Parses `compiled.as_text()`; raises ValueError if no computation is marked ENTRY."""
         self.computations: dict[str, Computation] = {}
         self.entry = ""
+        # The `while` of each body and condition, and the computation that contains it.
+        self._loop_of: dict[str, tuple[Computation, Instruction]] = {}
         match = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
         # The number of devices in the mesh, or, on several TPU slices, in one slice.
         self.num_partitions = int(match[1]) if match else 1
         current: Computation | None = None
         for line in _logical_lines(text):
-            if header := _COMPUTATION.match(line):
-                current = self.computations[header["name"]] = Computation(name=header["name"])
-                self.entry = current.name if header["entry"] else self.entry
+            if match := _COMPUTATION.match(line):
+                current = self.computations[match["name"]] = Computation(name=match["name"])
+                if match["entry"]:
+                    self.entry = current.name
             elif current is not None and (match := _INSTRUCTION.match(line)):
-                current.instructions[match["name"]] = _parse_instruction(line, match)
-                current.root = match["name"] if match["root"] else current.root
+                instruction = _parse_instruction(line, match)
+                current.instructions[instruction.name] = instruction
+                if match["root"]:
+                    current.root = instruction.name
+                if instruction.opcode == "while":
+                    for called in instruction.called_computations:
+                        self._loop_of[called] = (current, instruction)
         if not self.entry:
             raise ValueError("not the text of a compiled program: no computation is marked ENTRY")
-        # The loop that a computation is the body or the condition of, and the computation that contains the loop.
-        self._loop_of = {
-            name: (computation, instruction)
-            for computation in self.computations.values()
-            for instruction in computation.instructions.values()
-            if instruction.opcode == "while"
-            for attribute in ("body", "condition")
-            for name in instruction.callees[attribute]
-        }
 
     def calls(self, cost: CallCost | None = None) -> Iterator[Call]:
         """Yields every call of a computation, once for each path from the entry.
 
         Of a conditional only the branch with the highest total cost counts; without a cost all branches count.
         """
-        return self._calls(self.entry, 0, 1, False, cost)
+        entry = Call(computation=self.computations[self.entry], loops=0, runs=1, fused=False)
+        return self._calls_from(entry, cost)
 
-    def _calls(self, name: str, loops: int, runs: int, fused: bool, cost: CallCost | None) -> Iterator[Call]:
-        computation = self.computations[name]
-        yield Call(computation=computation, loops=loops, runs=runs, fused=fused)
-        for instruction in computation.instructions.values():
-            inside = fused or instruction.opcode == "fusion"
+    def _calls_from(self, call: Call, cost: CallCost | None) -> Iterator[Call]:
+        """Yields a call and all calls inside it."""
+        yield call
+        for instruction in call.computation.instructions.values():
+            if instruction.opcode.endswith(("-done", "-update")):
+                continue  # it names the computation that its "-start" calls
+            loops, runs = call.loops, call.runs
             if instruction.opcode == "while":
-                runs_inside = runs * self._loop_runs(computation, instruction)
-                for called in instruction.called_computations:
-                    yield from self._calls(called, loops + 1, runs_inside, inside, cost)
-            elif instruction.opcode == "conditional" and cost is not None:
-                called = instruction.called_computations
-                branches = [list(self._calls(branch, loops, runs, inside, cost)) for branch in called]
+                trip_count = self.trip_count(call.computation, instruction)
+                loops, runs = loops + 1, runs * (1 if trip_count is None else trip_count)
+            fused = call.fused or instruction.opcode == "fusion"
+            callees = [
+                Call(computation=self.computations[name], loops=loops, runs=runs, fused=fused)
+                for name in instruction.called_computations
+                if name in self.computations
+            ]
+            if instruction.opcode == "conditional" and cost is not None:
+                branches = [list(self._calls_from(branch, cost)) for branch in callees]
                 yield from max(branches, key=lambda calls: sum(map(cost, calls)))
-            elif not instruction.opcode.endswith(("-done", "-update")):  # these repeat the call of their "-start"
-                for called in instruction.called_computations:
-                    if called in self.computations:
-                        yield from self._calls(called, loops, runs, inside, cost)
+            else:
+                for callee in callees:
+                    yield from self._calls_from(callee, cost)
 
     def unknown_loops(self) -> list[str]:
         """Returns the names of loops with unknown trip counts."""
@@ -170,54 +186,38 @@ class HloModule:
             if instruction.opcode == "while" and self.trip_count(call.computation, instruction) is None
         ]
 
-    def cycles(self, name: str | None = None) -> int:
-        """Estimates the cycles of one run of a computation (None: the entry).
-
-        Cycles in loops are multiplied by their trip counts. Of a conditional the longest branch counts.
-        """
-        computation, total = self.computations[name or self.entry], 0
-        for instruction in computation.instructions.values():
-            total += instruction.cycles if instruction.cycles not in (None, NO_ESTIMATE) else 0
-            if instruction.opcode == "while":
-                (body,) = instruction.callees["body"]
-                total += self.cycles(body) * self._loop_runs(computation, instruction)
-            elif instruction.opcode == "conditional":
-                total += max(map(self.cycles, instruction.called_computations))
-            elif instruction.opcode in ("call", "async-start"):
-                total += sum(map(self.cycles, instruction.called_computations))
-        return total
-
-    def _loop_runs(self, computation: Computation, loop: Instruction) -> int:
-        """Returns the trip count, or 1 if it is unknown."""
-        trip_count = self.trip_count(computation, loop)
-        return 1 if trip_count is None else trip_count
+    def cycles(self) -> int:
+        """Estimates the cycles of one run; of a conditional the longest branch counts."""
+        return sum(_cycles(call) for call in self.calls(_cycles))
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """Returns how often the body of a while loop runs; None if the text does not tell."""
+        """Returns how often the body of a while loop runs; None if the text does not tell, never a guess.
+
+        If the compiler did not write it down, the loop must be `while i < limit: i += increment` with constants, where
+        i is an element of the tuple that the loop carries.
+        """
         if loop.trip_count is not None:
             return loop.trip_count
-        condition = self.computations[loop.callees["condition"][0]]
-        body = self.computations[loop.callees["body"][0]]
-        # The loop is `while i < limit: i += increment`; i is an element of the tuple that the loop carries.
-        comparison = self._comparison(condition)
+        comparison = self._comparison(self.computations[loop.callees["condition"][0]])
         initial = computation.instructions[loop.operands[0]]
         if comparison is None or initial.opcode != "tuple":
             return None
         index, limit = comparison
-        first, increment = self._constant(computation, initial.operands[index]), self._increment(body, index)
+        first = self._constant(computation, initial.operands[index])
+        increment = self._increment(self.computations[loop.callees["body"][0]], index)
         if first is None or increment is None or increment <= 0:
             return None
         return max(0, math.ceil((limit - first) / increment))
 
     def _comparison(self, condition: Computation) -> tuple[int, int] | None:
-        """Returns the counter's index in the loop's tuple and the limit that it stays below."""
+        """Returns, for the condition `i < limit`, the index of i in the loop's tuple, and the limit."""
         root = condition.instructions[condition.root]
         compare, scope = self._fused_root(root, condition)
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
             return None
         counter, limit = (scope.source(name) for name in compare.operands)
         if scope is not condition:
-            # The parameters of the fusion stand for its operands in the condition.
+            # The compare is in a fusion, whose parameter n is operand n of the fusion.
             counter, limit = (
                 condition.source(root.operands[int(each.literal)]) if each.opcode == "parameter" else each
                 for each in (counter, limit)
@@ -226,7 +226,7 @@ class HloModule:
         return None if counter.tuple_index is None or value is None else (counter.tuple_index, value)
 
     def _increment(self, body: Computation, index: int) -> int | None:
-        """Returns the constant that a loop adds to its counter."""
+        """Returns the constant that a loop adds to its counter, element `index` of its tuple."""
         root = body.instructions[body.root]
         next_value = body.source(root.operands[index]) if root.opcode == "tuple" else root
         add, scope = self._fused_root(next_value, body)
@@ -236,14 +236,14 @@ class HloModule:
         return constants[0] if len(constants) == 1 else None
 
     def _fused_root(self, instruction: Instruction, scope: Computation) -> tuple[Instruction, Computation]:
-        """Returns the root of a fusion and the fused computation; other instructions are returned with `scope`."""
+        """Returns the root of a fusion, and its computation; any other instruction, and the `scope` that it is in."""
         if instruction.opcode != "fusion":
             return instruction, scope
         fused = self.computations[instruction.callees["calls"][0]]
         return fused.instructions[fused.root], fused
 
     def _constant(self, computation: Computation, name: str) -> int | None:
-        """Returns the value of an integer constant, also if loops pass it on unchanged; None for anything else."""
+        """Returns the value of an integer constant, even if enclosing loops carry it unchanged; else None."""
         source = computation.source(name)
         if source.opcode == "constant":
             return int(source.literal) if re.fullmatch(r"-?\d+", source.literal) else None
@@ -259,12 +259,20 @@ class HloModule:
         return self._constant(outer, initial.operands[index]) if unchanged else None
 
 
+def _cycles(call: Call) -> int:
+    if call.fused:
+        return 0  # the estimate of a fusion includes its computation
+    estimates = (instruction.cycles for instruction in call.computation.instructions.values())
+    return call.runs * sum(cycles for cycles in estimates if cycles not in (None, NO_ESTIMATE))
+
+
 def array_bytes(shape: str) -> tuple[int, ...]:
-    """Returns the bytes of each array of a shape such as `f32[2,8]{1,0}` or a tuple of shapes; a token has none."""
-    arrays = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
-    return tuple(
-        math.ceil(_bits(dtype) / 8 * math.prod(map(int, dims.split(",")) if dims else ())) for dtype, dims in arrays
-    )
+    """Returns the bytes of each array of a shape: `(f32[2,8]{1,0}, s4[6]{0})` has 64 and 3; a token has none."""
+    sizes = []
+    for dtype, dims in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):  # without comments such as `/*index=1*/`
+        num_elements = math.prod(int(dim) for dim in dims.split(",") if dim)
+        sizes.append(math.ceil(_bits(dtype) / 8 * num_elements))
+    return tuple(sizes)
 
 
 def _bits(dtype: str) -> int:
@@ -288,8 +296,9 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 
 def _parse_instruction(line: str, match: re.Match[str]) -> Instruction:
+    """Parses a line whose start, up to the parenthesis that opens the operands, is `match`."""
     start = end = match.end()
-    while True:  # finds the parenthesis that closes the operands, as operands may contain parentheses
+    while True:  # until the parenthesis that closes the operands, which may contain parentheses
         end = line.find(")", end)
         if end < 0 or line.count("(", start, end) == line.count(")", start, end):
             break

@@ -22,7 +22,7 @@ from jaxinfra.plan.chips import CHIPS, Chip
 
 MAX_DEVICES = 65_536  # more than any slice has; devices are still laid out within seconds
 INSTALL_COMMAND = "pip install -e '.[compile]'"
-_ENVIRONMENT = {
+_ENVIRONMENT = {  # by platform
     "tpu": {
         "TPU_SKIP_MDS_QUERY": "1",  # else libtpu queries a metadata server that only Google's machines have
         "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences a warning of libtpu; the topology is given separately
@@ -32,8 +32,7 @@ _ENVIRONMENT = {
     "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},  # no CUDA driver is needed to compile
 }
 _EXAMPLE_SHAPES = {("tpu", 2): "2x4", ("tpu", 3): "4x4x4", ("cuda", 2): "1x8"}  # by platform and number of dimensions
-# Package of each compiler, and the modules that must be importable.
-_COMPILERS = {
+_COMPILERS = {  # by platform: a package, and the modules that must be importable
     "tpu": ("libtpu", ("libtpu",)),
     "cuda": ("jax-cuda13-plugin", ("jax_plugins", "jax_plugins.xla_cuda13")),
 }
@@ -86,7 +85,7 @@ def parse_topology(text: str) -> Topology:
     if chip.platform == "cuda" and slices > 1:
         raise ConfigError(f"--on {text}: GPUs have hosts, not slices; use --on {name}:{slices}x8")
     limit = chip.max_slice
-    # A slice may be turned, so sizes are not compared dimension by dimension; the compiler refuses what this lets pass.
+    # A slice may be turned (8x16 is 16x8), so sizes are not compared by dimension; the compiler checks the rest.
     if limit is not None and (math.prod(shape) > math.prod(limit) or max(shape) > max(limit)):
         raise ConfigError(f"--on {text}: the largest slice of {name} is {_join(limit)}; use --on {name}:{_join(limit)}")
     topology = Topology(chip=chip, shape=shape, slices=slices)
@@ -142,7 +141,7 @@ def topology_devices(topology: Topology) -> Sequence[Device]:
 
 
 def slice_ids(topology: Topology, devices: Sequence[Device]) -> list[int]:
-    """Returns the number of the TPU slice or GPU host of each device; links inside one are fast."""
+    """Returns the number of the TPU slice or GPU host of each device; links between two of them are slow."""
     if topology.chip.platform == "cuda":
         return [device.process_index for device in devices]
     return [device.slice_index if topology.slices > 1 else 0 for device in devices]
@@ -158,5 +157,5 @@ def _gpu_target_config(chip: Chip) -> str:
             raise ConfigError(
                 f"--on {chip.name}: {library.name} does not describe {chip.device_kind}; use {INSTALL_COMMAND}"
             )
-        # Each description is a null-terminated string that contains its device kind.
+        # The description is the null-terminated string around this offset.
         return content[content.rfind(b"\0", 0, offset) + 1 : content.find(b"\0", offset)].decode()

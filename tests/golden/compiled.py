@@ -102,11 +102,7 @@ def compiled(name: str, dump: Callable[[str], object] | None = None) -> Compiled
     else:
         on, *overrides = TOPOLOGIES[name]
         run = load(CONFIGS / f"{name}.py", overrides, root=Run).run
-    return compile_step(run, parse_topology(on), dump=dump, on_progress=_silent)
-
-
-def _silent(line: str) -> None:
-    pass
+    return compile_step(run, parse_topology(on), dump=dump)
 
 
 def golden_text(found: CompiledStep) -> str:

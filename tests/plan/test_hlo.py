@@ -153,7 +153,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     module = HloModule(text)
     assert list(module.computations) == ["main"]
     assert list(module.computations["main"].instructions) == ["kernel.3", "out"]
-    assert module.computations["main"].instructions["kernel.3"].string("custom_call_target") == "tpu_custom_call"
+    assert module.computations["main"].instructions["kernel.3"].quoted("custom_call_target") == "tpu_custom_call"
 
 
 @pytest.mark.parametrize(

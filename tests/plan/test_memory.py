@@ -86,7 +86,7 @@ def compile_with_text(length: int, remat: Remat) -> tuple[CompiledStep, str]:
         train=TrainConfig(global_batch=4 * BATCH_SIZE),
     )
     texts: list[str] = []
-    return compile_step(run, V5P, dump=texts.append, on_progress=lambda line: None), texts[0]
+    return compile_step(run, V5P, dump=texts.append), texts[0]
 
 
 def kernel_block_sizes(text: str) -> set[int]:
@@ -138,7 +138,7 @@ def memory_of(base: Run, *, offload: bool = False, remat: Remat = "full", global
     model, train = replace(base.model, remat=remat), TrainConfig(global_batch=global_batch)
     run = replace(base, model=model, train=train, optim=OptimConfig(offload=offload))
     texts: list[str] = []
-    compiled = compile_step(run, V5E, dump=texts.append, on_progress=lambda line: None)
+    compiled = compile_step(run, V5E, dump=texts.append)
     return compiled.memory, IN_HOST_MEMORY in texts[0]
 
 
