@@ -1,12 +1,9 @@
-"""Measures jaxinfra and the baseline, or jaxinfra on two meshes, alternately in one process.
+"""Times the train steps of jaxinfra and the baseline, or of jaxinfra on two meshes, alternately in one process.
 
-`python -m jaxinfra.bench.measure REQUEST`, with the arguments of `measure` in JSON, prints one line of JSON. Other load
-on the machine slows both sides alike, so only their ratio is reliable.
+Other load on the machine slows both sides alike, so only their ratio is reliable. The `time_*` functions take a config
+file with its overrides and the number of timed rounds; each is called in a new process.
 """
 
-import dataclasses
-import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +20,7 @@ from jaxinfra.config import load, validate
 from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
 from jaxinfra.optim.optimizers import AdamW
-from jaxinfra.program import Metrics, Program, TrainState
+from jaxinfra.program import Metrics, TrainState
 from jaxinfra.run import Run, with_mesh_size
 from jaxinfra.track.config import TrackConfig
 from jaxinfra.train.trainer import Trainer
@@ -60,7 +57,7 @@ def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
 
 
 class TimedStep:
-    """A train step with its state and its batch; `context` makes the context manager that it runs in."""
+    """A train step with its state and its batch; `context` makes the context manager in which it runs."""
 
     def __init__(
         self,
@@ -81,13 +78,13 @@ class TimedStep:
         jax.block_until_ready((self.state, self.output))
 
 
-def jaxinfra_step(program: Program) -> TimedStep:
-    """Returns the train step of a program on random tokens without weights or document masks."""
-    tokens = random_batch(program.run)
-    like = {name: program.batch[name] for name in ("inputs", "targets")}
+def jaxinfra_step(run: Run) -> TimedStep:
+    """Returns the train step of a run on random tokens without weights or document masks."""
+    program, tokens = make_program(run), random_batch(run)
+    specs = {name: program.batch[name] for name in ("inputs", "targets")}
     with program.on_mesh:
-        state = program.init(jax.random.key(program.run.seed))
-    batch = put_like({name: tokens[name] for name in like}, like)
+        state = program.init(jax.random.key(run.seed))
+    batch = put_like({name: tokens[name] for name in specs}, specs)
     return TimedStep(program.train_step, [state], batch, lambda: program.on_mesh)
 
 
@@ -148,55 +145,42 @@ def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     return (elapsed_s - trainer.waited_s) / num_steps
 
 
-def measure(
-    *, kind: str, config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str] = ()
-) -> Times | dict[str, object]:
-    """Answers a request of `bench step`, `bench parallel` or `time_startup`; most kinds return seconds by side.
-
-    Args:
-        kind: "baseline_config" (no times), "layouts" (naive and fast matmuls of the baseline), "meshes", "alone"
-            (jaxinfra, then the baseline), "step" (both alternately) or "dispatch" (of a step, and of the loop).
-        config: the config file.
-        overrides: for the config.
-        num_rounds: timed rounds.
-        fsdp_overrides: for "meshes", the overrides of the side that is compared with.
-    """
+def time_step(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
+    """Times jaxinfra and the baseline alternately."""
     run = _load(config, overrides)
-    if kind == "baseline_config":
-        return dataclasses.asdict(baseline_config(run))
-    if kind == "layouts":
-        steps = {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}
-        return time_alternately(steps, num_rounds)
-    jaxinfra = jaxinfra_step(make_program(run))
-    if kind == "meshes":
-        fsdp = jaxinfra_step(make_program(_load(config, fsdp_overrides)))
-        return time_alternately({"mesh": jaxinfra, "fsdp": fsdp}, num_rounds)
-    if kind == "alone":
-        times_s = time_alternately({"jaxinfra": jaxinfra}, num_rounds)
-        return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
+    return time_alternately({"jaxinfra": jaxinfra_step(run), "baseline": baseline_step(run)}, num_rounds)
+
+
+def time_separately(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
+    """Times all rounds of jaxinfra, then all rounds of the baseline."""
+    run = _load(config, overrides)
+    times_s = time_alternately({"jaxinfra": jaxinfra_step(run)}, num_rounds)
+    return times_s | time_alternately({"baseline": baseline_step(run)}, num_rounds)
+
+
+def time_dispatch(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
+    """Times the dispatch of a step on both sides; side "loop" is an iteration of jaxinfra's training loop."""
+    run = _load(config, overrides)
+    jaxinfra = jaxinfra_step(run)
     steps = {"jaxinfra": jaxinfra, "baseline": baseline_step(run)}
-    if kind == "step":
-        return time_alternately(steps, num_rounds)
-    assert kind == "dispatch", kind
-    times_s = time_alternately(steps, 20 * num_rounds, dispatch_only=True)
+    times_s = time_alternately(steps, 20 * num_rounds, dispatch_only=True)  # a dispatch takes less than a millisecond
     return times_s | {"loop": [loop_host_s(run, jaxinfra) for _ in range(num_rounds)]}
+
+
+def time_layouts(config: str, overrides: Sequence[str], num_rounds: int) -> Times:
+    """Times the baseline with naive matmuls, and as it is."""
+    run = _load(config, overrides)
+    steps = {"naive": baseline_step(run, naive_matmul=True), "baseline": baseline_step(run)}
+    return time_alternately(steps, num_rounds)
+
+
+def time_meshes(config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str]) -> Times:
+    """Times jaxinfra with two lists of overrides: those of a mesh, and those of plain FSDP."""
+    steps = {"mesh": jaxinfra_step(_load(config, overrides)), "fsdp": jaxinfra_step(_load(config, fsdp_overrides))}
+    return time_alternately(steps, num_rounds)
 
 
 def _load(config: str, overrides: Sequence[str]) -> Run:
     run = with_mesh_size(load(config, overrides, root=Run).run, len(jax.devices()))
     validate(run)
     return run
-
-
-def main() -> int:
-    """Answers the request on the command line; a ConfigError becomes the last line of stderr."""
-    try:
-        print(json.dumps(measure(**json.loads(sys.argv[1]))))
-        return 0
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

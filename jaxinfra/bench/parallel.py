@@ -5,14 +5,15 @@ bubbles, recomputation, copies in collectives), but not the speed of links.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from statistics import median
 
 from jaxinfra.bench import merge_overrides
-from jaxinfra.bench.subprocesses import run_module
+from jaxinfra.bench.measure import time_meshes
+from jaxinfra.bench.subprocesses import call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
 from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineConfig
+from jaxinfra.runtime.emulation import emulation_env
 
 NUM_DEVICES = 8
 FSDP = ("mesh.fsdp=8",)
@@ -47,15 +48,17 @@ def _row(
     expected: float | None = None,
 ) -> TableRow:
     """Times a mesh and FSDP in one process; both have the overrides `shared`."""
-    overrides = (*(() if config else DENSE_MODEL), *options.overrides)
-    request = {
-        "kind": "meshes",
-        "config": config or options.config,
-        "overrides": merge_overrides((*overrides, *mesh, *shared)),
-        "fsdp_overrides": merge_overrides((*overrides, *FSDP, *shared)),
-        "num_rounds": options.pairs,
-    }
-    times_s = json.loads(run_module("measure", NUM_DEVICES, **request))
+    model = () if config else DENSE_MODEL
+    overrides = merge_overrides((*model, *options.overrides, *mesh, *shared))
+    fsdp_overrides = merge_overrides((*model, *options.overrides, *FSDP, *shared))
+    times_s = call_in_process(
+        time_meshes,
+        emulation_env(NUM_DEVICES),
+        config or options.config,
+        overrides,
+        options.pairs,
+        fsdp_overrides=fsdp_overrides,
+    )
     return {
         "case": case,
         "step_ms": 1e3 * median(times_s["mesh"]),

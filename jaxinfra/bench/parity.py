@@ -5,13 +5,15 @@ order in which float32 sums are computed, so results may differ by rounding, at 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ type Arrays = Mapping[str, np.ndarray]
 
 
 class ParityWorkerError(JaxinfraError):
-    """A process that compared meshes died."""
+    """A worker process died while it compared meshes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class MeshDifference:
 
 
 def all_meshes(num_devices: int) -> list[MeshConfig]:
-    """Returns every split of the devices over the six mesh axes."""
+    """Returns every split of the devices over the six mesh axes: 56 for eight devices."""
     divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     splits = (sizes for sizes in itertools.product(divisors, repeat=len(AXES)) if math.prod(sizes) == num_devices)
     return [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in splits]
@@ -77,13 +79,14 @@ def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
 
     With document masks each row has two documents, and a fifth of the weights are zero.
     """
-    rng, (model, data) = np.random.default_rng(seed), require_text(run)
+    rng = np.random.default_rng(seed)
+    model, data = require_text(run)
     batch_size, seq_len = run.train.global_batch, data.seq_len
     tokens = rng.integers(0, model.vocab_size, (batch_size, seq_len + 1), dtype=np.int32)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     if data.mask_documents:
         second_start, positions = rng.integers(1, seq_len, (batch_size, 1)), np.arange(seq_len)
-        in_second = positions >= second_start
+        in_second = positions >= second_start  # [batch_size, seq_len]
         batch["segments"] = in_second.astype(np.int32)
         batch["positions"] = np.where(in_second, positions - second_start, positions).astype(np.int32)
         batch["weights"] = (rng.random((batch_size, seq_len)) > 0.2).astype(np.float32)
@@ -96,9 +99,9 @@ def make_program(run: Run, order: Sequence[int] | None = None) -> Program:
     return Program(run, mesh if order is None else permute_devices(mesh, order))
 
 
-def put_like(values: PyTree, like: PyTree) -> PyTree:
+def put_like(values: PyTree, specs: PyTree) -> PyTree:
     """Puts host arrays on devices with the shardings of a tree of `ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, like)
+    return jax.tree.map(lambda value, spec: jax.device_put(value, spec.sharding), values, specs)
 
 
 def loss_and_gradients(
@@ -110,11 +113,13 @@ def loss_and_gradients(
     """
     with program.on_mesh, jax.default_matmul_precision("highest"):
         if params is None:
-            placed = program.init(jax.random.key(program.run.seed)).params
+            params = program.init(jax.random.key(program.run.seed)).params
         else:
-            placed = put_like(params, program.params)
-        like = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
-        grads, sums, stats = program.gradients(placed, program.with_dropout_bits(put_like(dict(batch), like), step))
+            params = put_like(params, program.params)
+        # Only a validation batch has the weights of samples.
+        specs = program.batch if batch.keys() == program.batch.keys() else program.validation_batch
+        batch_on_devices = program.with_dropout_bits(put_like(dict(batch), specs), step)
+        grads, sums, stats = program.gradients(params, batch_on_devices)
         leaves = jax.tree.leaves_with_path({"sum": {**sums, **stats}, "grad": grads})
         return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
@@ -128,36 +133,74 @@ def relative_differences(actual: Arrays, expected: Arrays) -> dict[str, float]:
     assert actual.keys() == expected.keys()
     largest = {name: float(np.abs(array).max()) for name, array in expected.items()}
     zero = ROUNDING * max((size for name, size in largest.items() if not name.startswith("sum.")), default=0.0)
-    scales = {name: size if size > zero else (zero / TOLERANCE or 1.0) for name, size in largest.items()}
-    return {name: float(np.abs(actual[name] - array).max()) / scales[name] for name, array in expected.items()}
+    differences = {}
+    for name, size in largest.items():
+        scale = size if size > zero else (zero / TOLERANCE or 1.0)  # 1 if all expected arrays are zero
+        differences[name] = float(np.abs(actual[name] - expected[name]).max()) / scale
+    return differences
 
 
-def compare_meshes(
-    configs: Sequence[str], overrides: Sequence[str], worker: int, num_workers: int
+def compare_in_processes(
+    configs: Sequence[str], overrides: Sequence[str], num_workers: int
 ) -> Iterator[MeshDifference]:
-    """Compares every `num_workers`-th mesh, starting with number `worker`.
+    """Compares every mesh of this machine's devices in worker processes; yields the differences as they are computed.
 
-    It first checks that every config fits every mesh.
+    Raises ConfigError before the first if a config does not fit one of the meshes.
     """
-    num_devices = len(jax.devices())
-    permutation = np.random.default_rng(1).permutation(num_devices).tolist()
-    meshes = all_meshes(num_devices)[worker::num_workers]
-    runs_by_config = {config: [_load_on(mesh, config, overrides) for mesh in meshes] for config in configs if meshes}
-    for config, runs in runs_by_config.items():
-        expected = _loss_and_gradients(_load_on(MeshConfig(fsdp=1), config, overrides, microbatches=1))
-        for run in runs:
-            differences = relative_differences(_loss_and_gradients(run), expected)
-            permuted = relative_differences(_loss_and_gradients(run, permutation), expected)
-            loss = differences.pop("sum.loss")
-            worst = max(differences, key=lambda name: _nan_is_largest(differences[name]))
-            yield MeshDifference(
-                config=Path(config).stem,
-                mesh=_mesh_name(run.mesh),
-                loss=loss,
-                gradient=differences[worst],
-                parameter=worst.removeprefix("grad."),
-                permuted=max(permuted.values(), key=_nan_is_largest),
-            )
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, spawn, initializer=_exit_with_parent)
+    try:
+        meshes = all_meshes(pool.submit(_num_devices).result())
+        cases = [(config, tuple(overrides), mesh) for config in configs for mesh in meshes]
+        for case in cases:
+            _load_on_mesh(*case)
+        for task in as_completed([pool.submit(compare_mesh, *case) for case in cases]):
+            yield task.result()
+    except BrokenProcessPool:
+        raise ParityWorkerError(
+            "a parity worker died: see its last message above; without one, memory was probably too small: use --jobs 1"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _exit_with_parent() -> None:
+    """Lets a thread end this worker as soon as its parent process ends, even if that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_and_exit() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
+
+
+def _num_devices() -> int:
+    return len(jax.devices())
+
+
+def compare_mesh(config: str, overrides: tuple[str, ...], mesh: MeshConfig) -> MeshDifference:
+    """Compares loss and gradients on a mesh, with the devices in two orders, with those on one device."""
+    run, expected = _load_on_mesh(config, overrides, mesh), _one_device_result(config, overrides)
+    differences = relative_differences(_loss_and_gradients(run), expected)
+    permutation = np.random.default_rng(1).permutation(math.prod(mesh.sizes)).tolist()
+    permuted = relative_differences(_loss_and_gradients(run, permutation), expected)
+    loss = differences.pop("sum.loss")
+    worst = max(differences, key=lambda name: _nan_is_largest(differences[name]))
+    return MeshDifference(
+        config=Path(config).stem,
+        mesh=_mesh_name(mesh),
+        loss=loss,
+        gradient=differences[worst],
+        parameter=worst.removeprefix("grad."),
+        permuted=max(permuted.values(), key=_nan_is_largest),
+    )
+
+
+@functools.cache
+def _one_device_result(config: str, overrides: tuple[str, ...]) -> Arrays:
+    return _loss_and_gradients(_load_on_mesh(config, overrides, MeshConfig(fsdp=1), microbatches=1))
 
 
 def _loss_and_gradients(run: Run, order: Sequence[int] | None = None) -> Arrays:
@@ -165,7 +208,7 @@ def _loss_and_gradients(run: Run, order: Sequence[int] | None = None) -> Arrays:
     return {name: array for name, array in arrays.items() if name == "sum.loss" or name.startswith("grad.")}
 
 
-def _load_on(mesh: MeshConfig, config: str, overrides: Sequence[str], microbatches: int = MICROBATCHES) -> Run:
+def _load_on_mesh(config: str, overrides: Sequence[str], mesh: MeshConfig, microbatches: int = MICROBATCHES) -> Run:
     run = load_text_run(config, overrides)
     run = dataclasses.replace(run, mesh=mesh, train=dataclasses.replace(run.train, accumulate=microbatches))
     try:
@@ -175,57 +218,9 @@ def _load_on(mesh: MeshConfig, config: str, overrides: Sequence[str], microbatch
     return run
 
 
-def _nan_is_largest(difference: float) -> tuple[bool, float]:
-    return math.isnan(difference), difference
-
-
 def _mesh_name(mesh: MeshConfig) -> str:
     return " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "one device"
 
 
-def _worker(out: Connection, configs: Sequence[str], overrides: Sequence[str], worker: int, num_workers: int) -> None:
-    """Sends the differences, or the error that ended the comparison; exits when the parent process does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    try:
-        for difference in compare_meshes(configs, overrides, worker, num_workers):
-            out.send(difference)
-    except JaxinfraError as error:
-        out.send(error)
-
-
-def compare_in_processes(
-    configs: Sequence[str], overrides: Sequence[str], num_workers: int
-) -> Iterator[MeshDifference]:
-    """Compares all meshes in worker processes, and yields the differences as they are computed."""
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for worker in range(num_workers):
-        reader, writer = context.Pipe(duplex=False)
-        arguments = (writer, tuple(configs), tuple(overrides), worker, num_workers)
-        workers[reader] = context.Process(target=_worker, args=arguments, daemon=True)
-        workers[reader].start()
-        writer.close()  # the worker has the only writer left, so its exit ends the pipe
-    while workers:
-        for reader in wait(list(workers)):
-            assert isinstance(reader, Connection)
-            try:
-                received = reader.recv()
-            except EOFError:
-                process = workers.pop(reader)
-                process.join()
-                if process.exitcode:
-                    raise ParityWorkerError(
-                        f"a parity worker exited with code {process.exitcode}: see its last message above; "
-                        "without one, memory was probably too small: use --jobs 1"
-                    ) from None
-                continue
-            if isinstance(received, JaxinfraError):
-                raise received
-            yield received
+def _nan_is_largest(difference: float) -> tuple[bool, float]:
+    return math.isnan(difference), difference  # a key for `max`: a NaN compares as neither larger nor smaller

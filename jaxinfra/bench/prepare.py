@@ -5,20 +5,19 @@ own. `prepare` is timed from listing the files to the published store, `map` fro
 """
 
 import argparse
-import dataclasses
 import importlib.util
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 from tokenizers import Tokenizer
 
-from jaxinfra.bench.subprocesses import run_command
+from jaxinfra.bench.subprocesses import call_in_process
 from jaxinfra.bench.table import BenchmarkResult, Columns, TableRow, format_table, median_ratio
 from jaxinfra.prepare.prepare import prepare
 from jaxinfra.prepare.recipes.corpus import Corpus
@@ -31,6 +30,7 @@ TITLES = {PREPARE: "data prepare", MAP: "datasets.map"}
 NUM_WORKERS = (1, 2)
 MAX_ROUNDS = 5
 VOCAB_SIZE = 8192
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # per worker; tokenizers reads them
 COLUMNS: Columns = {
     "side": ("tokenized by", ""),
     "median_s": ("s", "{:.2f}"),
@@ -42,7 +42,7 @@ COLUMNS: Columns = {
 GOALS = "Goals: two workers are 1.6 times as fast as one, and data prepare is at least as fast as datasets.map."
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizeCase:
     """One timed case: a tool, "prepare" or "map", and its number of workers."""
 
@@ -57,7 +57,8 @@ class TokenizeCase:
 
 def make_cases(tools: Sequence[str] | None) -> list[TokenizeCase]:
     """Returns the cases of these tools; None selects every installed tool."""
-    tools = tools or [PREPARE, *([MAP] if importlib.util.find_spec("datasets") else [])]
+    if tools is None:
+        tools = [PREPARE, MAP] if importlib.util.find_spec("datasets") else [PREPARE]
     return [TokenizeCase(tool=tool, num_workers=n) for tool in tools for n in NUM_WORKERS]
 
 
@@ -68,14 +69,14 @@ def read_texts(source: TextFiles) -> list[str]:
     return [record.fields["text"] for record in records if isinstance(record, Record)]
 
 
-def time_prepare(source: TextFiles, tokenizer_path: Path, num_workers: int, folder: Path) -> float:
-    """Returns the seconds of `prepare`."""
-    recipe = Corpus(
-        store=str(folder / "store"), source=source, tokenizer=TokenizerFile(path=str(tokenizer_path)), on_bad="skip"
-    )
-    start_s = time.perf_counter()
-    prepare(recipe, workers=num_workers)
-    return time.perf_counter() - start_s
+def time_prepare(source: TextFiles, tokenizer_path: Path, num_workers: int) -> float:
+    """Returns the seconds of `data prepare`."""
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
+        tokenizer = TokenizerFile(path=str(tokenizer_path))
+        recipe = Corpus(store=f"{folder}/store", source=source, tokenizer=tokenizer, on_bad="skip")
+        start_s = time.perf_counter()
+        prepare(recipe, workers=num_workers)
+        return time.perf_counter() - start_s
 
 
 def encode_batch(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -83,30 +84,23 @@ def encode_batch(tokenizer: Tokenizer, batch: dict[str, list[str]]) -> dict[str,
     return {"ids": [each.ids for each in tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)]}
 
 
-def time_map(source: TextFiles, tokenizer_path: Path, num_workers: int, folder: Path) -> float:
+def time_map(source: TextFiles, tokenizer_path: Path, num_workers: int) -> float:
     """Returns the seconds of `datasets.map`."""
     import datasets
 
     datasets.disable_progress_bars()
     documents = datasets.Dataset.from_dict({"text": read_texts(source)})
     encode = partial(encode_batch, Tokenizer.from_file(str(tokenizer_path)))
-    start_s = time.perf_counter()
-    documents.map(
-        encode,
-        batched=True,
-        num_proc=num_workers if num_workers > 1 else None,
-        remove_columns=["text"],
-        cache_file_name=str(folder / "tokens.arrow"),
-    )
-    return time.perf_counter() - start_s
-
-
-def time_in_subprocess(case: TokenizeCase, source: TextFiles, tokenizer_path: Path) -> float:
-    """Returns the seconds of one case, measured in a new process."""
-    arguments = (case.tool, str(case.num_workers), source.root, source.pattern, str(tokenizer_path))
-    command = [sys.executable, "-m", "jaxinfra.bench.prepare", *arguments]
-    env = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return float(run_command(command, env).split()[-1])  # the seconds come last; libraries may print before
+    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
+        start_s = time.perf_counter()
+        documents.map(
+            encode,
+            batched=True,
+            num_proc=num_workers if num_workers > 1 else None,
+            remove_columns=["text"],
+            cache_file_name=f"{folder}/tokens.arrow",
+        )
+        return time.perf_counter() - start_s
 
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
@@ -123,7 +117,8 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
         for round_number in range(1, num_rounds + 1):
             for case in times_s:
                 print(f"round {round_number} of {num_rounds}: {case.title} ...", file=sys.stderr, flush=True)
-                times_s[case].append(time_in_subprocess(case, source, path))
+                time_tool = time_prepare if case.tool == PREPARE else time_map
+                times_s[case].append(call_in_process(time_tool, ONE_THREAD, source, path, case.num_workers))
     rows = list(make_rows(times_s, n_bytes, num_tokens))
     note = f"{len(texts):,} files, {n_bytes / 1e6:.1f} MB, {num_tokens:,} tokens; medians of {num_rounds} rounds"
     return BenchmarkResult(text=f"{format_table(COLUMNS, rows)}\n\n{GOALS}", note=note, measurements={"rows": rows})
@@ -132,9 +127,8 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
 def make_rows(times_s: dict[TokenizeCase, list[float]], n_bytes: int, num_tokens: int) -> Iterator[TableRow]:
     """Yields a row per case; ratios are medians of the ratios of the rounds."""
 
-    def speedup(case: TokenizeCase, **changes: str | int) -> float | None:
-        """Returns how much faster a case is than the same case with changes; None if that was not timed."""
-        other = dataclasses.replace(case, **changes)
+    def speedup(case: TokenizeCase, other: TokenizeCase) -> float | None:
+        """Returns how much faster a case is than another; None if that is the same case, or was not timed."""
         return median_ratio(times_s[other], times_s[case]) if other in times_s and other != case else None
 
     for case, case_times_s in times_s.items():
@@ -143,18 +137,6 @@ def make_rows(times_s: dict[TokenizeCase, list[float]], n_bytes: int, num_tokens
             "median_s": median(case_times_s),
             "mb_per_s": n_bytes / 1e6 / median(case_times_s),
             "mtok_per_s": num_tokens / 1e6 / median(case_times_s),
-            "vs_one_worker": speedup(case, num_workers=1),
-            "vs_map": speedup(case, tool=MAP),
+            "vs_one_worker": speedup(case, replace(case, num_workers=1)),
+            "vs_map": speedup(case, replace(case, tool=MAP)),
         }
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Times one case and prints the seconds; arguments are tool, workers, root, pattern, tokenizer."""
-    tool, num_workers, root, pattern, tokenizer_path = arguments
-    with tempfile.TemporaryDirectory(prefix="jaxinfra-bench-") as folder:
-        time_tool = time_prepare if tool == PREPARE else time_map
-        print(time_tool(TextFiles(root=root, pattern=pattern), Path(tokenizer_path), int(num_workers), Path(folder)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
-from typing import Literal
 
 from jaxinfra.bench import merge_overrides
+from jaxinfra.bench.measure import time_dispatch, time_layouts, time_separately, time_step
 from jaxinfra.bench.startup import time_startup
-from jaxinfra.bench.subprocesses import Times, last_line, run_module
+from jaxinfra.bench.subprocesses import Times, call_in_process, emulated_env, run_command
 from jaxinfra.bench.table import BenchmarkResult, Cases, Columns, TableRow, median_ratio, run_cases
+from jaxinfra.runtime.emulation import emulation_env
 
 # So small that the host's work dominates the step.
 DISPATCH_MODEL = (
@@ -39,8 +40,9 @@ COLUMNS: Columns = {
 }
 
 
-def _format_median(times_s: Sequence[float], unit: Literal["s", "ms"] = "ms", digits: int = 1) -> str:
-    return f"{median(times_s) * {'s': 1, 'ms': 1e3}[unit]:.{digits}f} {unit}"
+def _format_median(times_s: Sequence[float], unit: str, digits: int) -> str:
+    scale = {"s": 1, "ms": 1e3}[unit]
+    return f"{scale * median(times_s):.{digits}f} {unit}"
 
 
 def _row(
@@ -49,43 +51,43 @@ def _row(
     second_s: Sequence[float],
     goal: str,
     *,
+    unit: str = "ms",
+    digits: int = 1,
     notes: tuple[str, str] = ("", ""),
-    format_times: Callable[[Sequence[float]], str] = _format_median,
 ) -> TableRow:
+    """Compares two sides; `notes` name them where they are not jaxinfra and the baseline, as in "12.3 ms (naive)"."""
     return {
         "case": case,
-        "jaxinfra": format_times(first_s) + notes[0],
-        "baseline": format_times(second_s) + notes[1],
+        "jaxinfra": _format_median(first_s, unit, digits) + notes[0],
+        "baseline": _format_median(second_s, unit, digits) + notes[1],
         "ratio": median_ratio(first_s, second_s),
         "goal": goal,
     }
 
 
-def measure_in_subprocess(
-    options: argparse.Namespace, kind: str, *overrides: str, num_devices: int = 1, max_rounds: int | None = None
+def _measure(
+    options: argparse.Namespace,
+    time_sides: Callable[[str, Sequence[str], int], Times],
+    *overrides: str,
+    num_devices: int = 1,
+    max_rounds: int | None = None,
 ) -> Times:
-    """Runs `measure.measure` in a new process; `overrides` follow the overrides of the command line."""
-    request = {
-        "kind": kind,
-        "config": options.config,
-        "overrides": merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", *overrides]),
-        "num_rounds": options.pairs if max_rounds is None else min(options.pairs, max_rounds),
-    }
-    return json.loads(run_module("measure", num_devices, **request))
+    """Calls a `time_*` function in a new process; `overrides` follow the overrides of the command line."""
+    merged = merge_overrides([*options.overrides, f"mesh.fsdp={num_devices}", *overrides])
+    num_rounds = min(options.pairs, max_rounds or options.pairs)
+    return call_in_process(time_sides, emulation_env(num_devices), options.config, merged, num_rounds)
 
 
 def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iterator[TableRow]:
     """Times whole steps; in bfloat16 also the baseline with naive matmuls, which shows the gain of fast layouts."""
     case = f"step, {dtype}, {'one device' if num_devices == 1 else f'fsdp={num_devices}, emulated'}"
     precision = f"precision.compute={dtype}"
-    times_s = measure_in_subprocess(options, "step", precision, num_devices=num_devices)
+    times_s = _measure(options, time_step, precision, num_devices=num_devices)
     yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 1.02")
     if options.against is not None:
         yield from against_rows(options, dtype, num_devices, case)
     if dtype == "bfloat16":
-        times_s = measure_in_subprocess(
-            options, "layouts", precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS
-        )
+        times_s = _measure(options, time_layouts, precision, num_devices=num_devices, max_rounds=MAX_LAYOUT_ROUNDS)
         case = f"baseline {case}: naive matmuls against fast layouts"
         yield _row(case, times_s["naive"], times_s["baseline"], "> 1", notes=(" (naive)", ""))
 
@@ -93,26 +95,25 @@ def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iter
 def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case: str) -> Iterator[TableRow]:
     """Times whole steps against the script of `--against`, each side in processes of its own."""
     script, short_dtype = options.against, {"float32": "f32"}.get(dtype, "bf16")
-    words = ["--devices", str(num_devices), "--fsdp", str(num_devices), "--dtype", short_dtype]
-    rounds: list[dict[str, float]] = []
+    arguments = ["--devices", str(num_devices), "--fsdp", str(num_devices), "--dtype", short_dtype]
+    medians_s: Times = {"jaxinfra": [], "baseline": [], "script": []}
     for _ in range(min(options.pairs, MAX_AGAINST_ROUNDS)):
-        times_s = measure_in_subprocess(options, "alone", f"precision.compute={dtype}", num_devices=num_devices)
-        answer = json.loads(last_line([sys.executable, str(script), *words], num_devices))
-        rounds.append({side: median(each) for side, each in times_s.items()})
-        rounds[-1]["script"] = answer["median_step_ms"] / 1e3
-    sides = {side: [each[side] for each in rounds] for side in rounds[0]}
+        times_s = _measure(options, time_separately, f"precision.compute={dtype}", num_devices=num_devices)
+        output = run_command([sys.executable, str(script), *arguments], emulated_env(num_devices))
+        for side in ("jaxinfra", "baseline"):
+            medians_s[side].append(median(times_s[side]))
+        medians_s["script"].append(json.loads(output.splitlines()[-1])["median_step_ms"] / 1e3)
     for side, note, goal in (("jaxinfra", "", "<= 1.02"), ("baseline", " (baseline)", "about 1 or less")):
         title, notes = f"{case}: {side} against {script.name}", (note, f" ({script.name})")
-        yield _row(title, sides[side], sides["script"], goal, notes=notes)
+        yield _row(title, medians_s[side], medians_s["script"], goal, notes=notes)
 
 
 def dispatch_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     """Times the host's work on a small step: the dispatch alone, and one iteration of the training loop."""
-    times_s = measure_in_subprocess(options, "dispatch", *DISPATCH_MODEL)
-    ms = partial(_format_median, digits=3)
-    case = "dispatch of a step, devices idle"
-    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", format_times=ms)
-    yield {"case": "iteration of the training loop, without waiting for devices", "jaxinfra": ms(times_s["loop"])}
+    times_s, case = _measure(options, time_dispatch, *DISPATCH_MODEL), "dispatch of a step, devices idle"
+    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 0.5 ms", digits=3)
+    case = "iteration of the training loop, without waiting for devices"
+    yield {"case": case, "jaxinfra": _format_median(times_s["loop"], "ms", 3)}
 
 
 def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
@@ -120,8 +121,7 @@ def startup_rows(options: argparse.Namespace) -> Iterator[TableRow]:
     num_rounds = min(options.pairs, MAX_STARTUP_ROUNDS)
     times_s = time_startup(options.config, (*options.overrides, "mesh.fsdp=1"), num_rounds)
     case = "process start to end of first step, warm compilation cache"
-    seconds = partial(_format_median, unit="s", digits=2)
-    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", format_times=seconds)
+    yield _row(case, times_s["jaxinfra"], times_s["baseline"], "<= 2.0", unit="s", digits=2)
 
 
 CASES: Cases = {

@@ -1,13 +1,14 @@
-"""Starts the processes that measure, and reads what they print.
+"""Runs measurements in new processes.
 
-Each case is a process of its own, because the number of emulated CPU devices is fixed when JAX starts.
+The number of emulated CPU devices is fixed when JAX starts, so each measurement needs a process of its own.
 """
 
-import json
+import multiprocessing
 import os
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from jaxinfra.errors import ConfigError, JaxinfraError
 from jaxinfra.runtime.emulation import emulation_env
@@ -17,15 +18,27 @@ type Times = dict[str, list[float]]
 
 
 class BenchmarkProcessError(JaxinfraError):
-    """A measuring process failed; the message contains the last line that it printed."""
+    """A measuring process failed."""
 
-    def __init__(self, command: Sequence[str], stderr: str):
-        reason = (stderr.strip().splitlines() or ["no error message"])[-1]
-        super().__init__(f"{' '.join(command)} failed: {reason}; run this command alone to see all of its output")
+
+def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a function in a new process that has these environment variables, too; exceptions reach the caller."""
+    spawn = multiprocessing.get_context("spawn")
+    # The initializer runs before the function's module, and with it JAX, is imported.
+    with ProcessPoolExecutor(1, spawn, initializer=_set_environment, initargs=(env,)) as pool:
+        try:
+            return pool.submit(function, *args, **kwargs).result()
+        except BrokenProcessPool:
+            name = f"{function.__module__}.{function.__name__}"
+            raise BenchmarkProcessError(f"the process of {name} died: see its last message above") from None
+
+
+def _set_environment(env: Mapping[str, str]) -> None:
+    os.environ.update(env)
 
 
 def emulated_env(num_devices: int) -> dict[str, str]:
-    """Returns the environment of a process with emulated CPU devices."""
+    """Returns the environment of a command with emulated CPU devices."""
     return {**os.environ, **emulation_env(num_devices)}
 
 
@@ -35,15 +48,11 @@ def run_command(command: Sequence[str], env: Mapping[str, str]) -> str:
     if process.returncode == ConfigError.exit_code:
         raise ConfigError(process.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if process.returncode or not process.stdout.strip():
-        raise BenchmarkProcessError(command, process.stderr)
+        raise command_error(command, process.stderr)
     return process.stdout
 
 
-def last_line(command: Sequence[str], num_devices: int) -> str:
-    """Runs a command with emulated devices and returns the last line that it prints."""
-    return run_command(command, emulated_env(num_devices)).splitlines()[-1]
-
-
-def run_module(module: str, num_devices: int, **request: object) -> str:
-    """Runs `python -m jaxinfra.bench.MODULE REQUEST`, with the request in JSON, and returns its last line."""
-    return last_line([sys.executable, "-m", f"jaxinfra.bench.{module}", json.dumps(request)], num_devices)
+def command_error(command: Sequence[str], stderr: str) -> BenchmarkProcessError:
+    """Returns an error with the last line that the command printed."""
+    reason = (stderr.strip().splitlines() or ["no error message"])[-1]
+    return BenchmarkProcessError(f"{' '.join(command)} failed: {reason}; run this command alone to see all its output")

@@ -9,7 +9,7 @@ import pytest
 from jaxinfra.bench import llama, parallel
 from jaxinfra.bench.startup import first_step_s
 from jaxinfra.bench.step import CASES, COLUMNS
-from jaxinfra.bench.subprocesses import BenchmarkProcessError, last_line
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, call_in_process, run_command
 from jaxinfra.bench.table import format_table
 from jaxinfra.cli.arguments import BENCHES
 from tests.refusals import names, refused
@@ -97,7 +97,15 @@ def test_table_is_markdown() -> None:
 def test_failed_process_is_an_error_with_its_reason() -> None:
     command = [sys.executable, "-c", "raise SystemExit('it broke')"]
     with pytest.raises(BenchmarkProcessError, match="it broke"):
-        last_line(command, 1)
+        run_command(command, os.environ)
+
+
+def test_function_is_called_in_a_process_with_its_environment() -> None:
+    assert call_in_process(os.getenv, {"JAXINFRA_TEST": "set"}, "JAXINFRA_TEST") == "set"
+    with pytest.raises(ValueError, match="'x'"):
+        call_in_process(int, {}, "x")
+    with pytest.raises(BenchmarkProcessError, match="_exit died"):
+        call_in_process(os._exit, {}, 1)
 
 
 def test_process_is_killed_after_its_first_step(tmp_path: Path) -> None:
