@@ -63,7 +63,7 @@ COLUMNS: Columns = {
 
 
 def memmap_batches(files: TokenFiles) -> Generator[np.ndarray, None, None]:
-    """Copies windows out of a memory-mapped file, the fastest that a loader of random windows can be."""
+    """Copies windows out of a memory-mapped file; no loader of random windows can be faster."""
     windows, rng = files.windows_at_every_token(), np.random.default_rng(0)
     while True:
         yield windows[rng.integers(0, files.num_windows, BATCH_SIZE) * SEQ_LEN]
@@ -118,13 +118,14 @@ def time_loader(loader: Loader, files: TokenFiles) -> tuple[float, float]:
     with closing(loader(files)) as batches:
         for _ in range(WARMUP_BATCHES):
             next(batches)
-        start_s, count = time.perf_counter(), 0
-        while (elapsed_s := time.perf_counter() - start_s) < ROUND_S or not count:
+        start_s, elapsed_s, num_batches = time.perf_counter(), 0.0, 0
+        while elapsed_s < ROUND_S:
             next(batches)
-            count += 1
+            num_batches += 1
+            elapsed_s = time.perf_counter() - start_s
     batch_tokens = BATCH_SIZE * SEQ_LEN
     cpu_ns = 1e9 * (cpu_s() - start_cpu_s)
-    return count * batch_tokens / elapsed_s, cpu_ns / ((count + WARMUP_BATCHES) * batch_tokens)
+    return num_batches * batch_tokens / elapsed_s, cpu_ns / ((num_batches + WARMUP_BATCHES) * batch_tokens)
 
 
 def required_tokens_per_s() -> float:
@@ -136,11 +137,17 @@ def required_tokens_per_s() -> float:
 def time_loaders(files: TokenFiles, num_rounds: int) -> Iterator[TableRow]:
     """Times all loaders round by round; the first round is warm-up."""
     loaders = installed_loaders()
-    rounds = [{name: time_loader(loader, files) for name, loader in loaders.items()} for _ in range(num_rounds + 1)]
-    speeds = {name: [times[name][0] for times in rounds[1:]] for name in loaders}
+    speeds: dict[str, list[float]] = {name: [] for name in loaders}  # tokens per second in each round
+    cpu_times_ns: dict[str, list[float]] = {name: [] for name in loaders}  # per token
+    for round_number in range(num_rounds + 1):
+        for name, loader in loaders.items():
+            speed, cpu_ns = time_loader(loader, files)
+            if round_number > 0:
+                speeds[name].append(speed)
+                cpu_times_ns[name].append(cpu_ns)
     required = required_tokens_per_s()
     for name, speed in speeds.items():
-        cpu_ns = median(times[name][1] for times in rounds[1:])
+        cpu_ns = median(cpu_times_ns[name])
         yield {
             "loader": name,
             "mtok_per_s": median(speed) / 1e6,

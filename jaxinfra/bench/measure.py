@@ -7,7 +7,7 @@ file with its overrides and the number of timed rounds; each is called in a new 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import override
 
 import jax
@@ -56,18 +56,15 @@ def baseline_config(run: Run, naive_matmul: bool = False) -> BaselineConfig:
     )
 
 
+@dataclass
 class TimedStep:
-    """A train step with its state and its batch; `context` makes the context manager in which it runs."""
+    """A train step with its state and its batch."""
 
-    def __init__(
-        self,
-        step: Callable[..., tuple[object, ...]],
-        state: Sequence[object],
-        batch: Mapping[str, jax.Array] | jax.Array,
-        context: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ):
-        self.step, self.state, self.batch, self.context = step, state, batch, context
-        self.output: object = None
+    step: Callable[..., tuple[object, ...]]  # called as `step(*state, batch)`; returns the new state, then its output
+    state: Sequence[object]
+    batch: Mapping[str, jax.Array] | jax.Array
+    context: Callable[[], AbstractContextManager[object]] = nullcontext  # makes the context in which it runs
+    output: object = None  # of the last call
 
     def dispatch(self) -> None:
         """Starts one step on the devices."""
@@ -130,7 +127,8 @@ class _IdleTrainer(Trainer):
 def loop_host_s(run: Run, step: TimedStep, num_steps: int = 50) -> float:
     """Returns the seconds per iteration of the training loop, without waits for devices, logging and saving."""
     assert run.train.steps > num_steps, "the last step is evaluated"
-    trainer = _IdleTrainer(replace(run, track=TrackConfig(log_every=num_steps + 2, console="off")))
+    track = TrackConfig(log_every=num_steps + 2, console="off")  # nothing is logged
+    trainer = _IdleTrainer(replace(run, track=track))
     (state,), batch = step.state, step.batch
     assert isinstance(state, TrainState) and isinstance(batch, dict)
     trainer.state = state
@@ -174,7 +172,7 @@ def time_layouts(config: str, overrides: Sequence[str], num_rounds: int) -> Time
     return time_alternately(steps, num_rounds)
 
 
-def time_meshes(config: str, overrides: Sequence[str], num_rounds: int, fsdp_overrides: Sequence[str]) -> Times:
+def time_meshes(config: str, overrides: Sequence[str], fsdp_overrides: Sequence[str], num_rounds: int) -> Times:
     """Times jaxinfra with two lists of overrides: those of a mesh, and those of plain FSDP."""
     steps = {"mesh": jaxinfra_step(_load(config, overrides)), "fsdp": jaxinfra_step(_load(config, fsdp_overrides))}
     return time_alternately(steps, num_rounds)

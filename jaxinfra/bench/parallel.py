@@ -16,7 +16,6 @@ from jaxinfra.parallel.schedules import BACKWARD_COST, FORWARD_COST, PipelineCon
 from jaxinfra.runtime.emulation import emulation_env
 
 NUM_DEVICES = 8
-FSDP = ("mesh.fsdp=8",)
 MICROBATCHES = 8
 # Enough samples for eight microbatches on every mesh; enough layers for two virtual stages on each of four stages.
 DENSE_MODEL = ("data.seq_len=128", "train.global_batch=64", "model.num_layers=8", "model.remat=full")
@@ -50,15 +49,9 @@ def _row(
     """Times a mesh and FSDP in one process; both have the overrides `shared`."""
     model = () if config else DENSE_MODEL
     overrides = merge_overrides((*model, *options.overrides, *mesh, *shared))
-    fsdp_overrides = merge_overrides((*model, *options.overrides, *FSDP, *shared))
-    times_s = call_in_process(
-        time_meshes,
-        emulation_env(NUM_DEVICES),
-        config or options.config,
-        overrides,
-        options.pairs,
-        fsdp_overrides=fsdp_overrides,
-    )
+    fsdp_overrides = merge_overrides((*model, *options.overrides, "mesh.fsdp=8", *shared))
+    env, path = emulation_env(NUM_DEVICES), config or options.config
+    times_s = call_in_process(time_meshes, env, path, overrides, fsdp_overrides, options.pairs)
     return {
         "case": case,
         "step_ms": 1e3 * median(times_s["mesh"]),

@@ -20,7 +20,7 @@ from jaxinfra.run import Run
 
 
 def first_step_s(command: Sequence[str], env: Mapping[str, str], log: Path) -> float:
-    """Returns the seconds until a command prints a line that begins with "step", and kills it."""
+    """Starts a command, kills it when it prints a line that begins with "step", and returns the seconds until then."""
     start_s = time.perf_counter()
     with (
         log.open("w") as stderr,

@@ -33,11 +33,11 @@ def describe_machine() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """The result of a benchmark; `measurements` has the numbers of `text` as JSON, `note` says how it was measured."""
+    """The result of a benchmark."""
 
-    text: str
-    note: str
-    measurements: Mapping[str, object]
+    text: str  # the table
+    note: str  # how it was measured
+    measurements: Mapping[str, object]  # the numbers of the table as JSON values
     environment: Mapping[str, str] = field(default_factory=describe_machine)
 
     def __str__(self) -> str:
@@ -47,12 +47,11 @@ class BenchmarkResult:
 def format_table(columns: Columns, rows: Iterable[TableRow]) -> str:
     """Formats a Markdown table with aligned columns; missing cells are blank."""
     cells = [[title for title, _ in columns.values()]]
-    cells += [
-        [_format_cell(row.get(key), number_format) for key, (_, number_format) in columns.items()] for row in rows
-    ]
+    for row in rows:
+        cells.append([_format_cell(row.get(key), number_format) for key, (_, number_format) in columns.items()])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
@@ -63,7 +62,7 @@ def _format_cell(value: str | float | None, number_format: str) -> str:
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the median ratio of the rounds: other load on the machine slows both sides of a round alike."""
+    """Returns the median of the ratios of the rounds: other load on the machine slows both sides of a round alike."""
     return median(a / b for a, b in zip(first, second, strict=True))
 
 

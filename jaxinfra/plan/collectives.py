@@ -40,44 +40,29 @@ _RESHAPING = ("bitcast", "convert", "copy", "copy-start", "copy-done", "reshape"
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective operation.
+    """One collective operation."""
 
-    Attributes:
-        kind: one of `KINDS`, or `ALL_REDUCE_SLICE`.
-        axes: mesh axes that its groups span, in the order of the mesh; empty if each group is one device.
-        link: "network" if a group spans several TPU slices or GPU hosts, else "local".
-        loops: number of while loops around it.
-        runs: how often it runs in one step.
-        array_bytes: size of each array on one device: after a gather, before a reduce-scatter. Between slices it
-            includes padding to the chip's tiles. A ragged all-to-all has no static number of rows: it counts as the
-            smaller of its input and its output buffer.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    link: Link
-    loops: int
-    runs: int
+    kind: str  # one of `KINDS`, or `ALL_REDUCE_SLICE`
+    axes: tuple[str, ...]  # mesh axes that its groups span, in the order of the mesh; empty if each group is one device
+    link: Link  # "network" if a group spans several TPU slices or GPU hosts
+    loops: int  # while loops around it
+    runs: int  # in one step
+    # Bytes of each array on one device: after a gather, before a reduce-scatter. Between slices they include padding to
+    # the chip's tiles. A ragged all-to-all, whose number of rows is not static, counts as its smaller buffer.
     array_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """All collectives of one kind over the same axes and links, at the same loop depth.
-
-    Attributes:
-        arrays: number of arrays in the text.
-        runs: number of arrays moved in one step.
-        bytes: bytes moved in one step, on one device.
-    """
+    """All collectives of one kind over the same axes and links, at the same loop depth."""
 
     loops: int
     kind: str
     axes: tuple[str, ...]
     link: Link
-    arrays: int
-    runs: int
-    bytes: int
+    arrays: int  # in the text
+    runs: int  # arrays moved in one step
+    bytes: int  # moved in one step, on one device
 
 
 def summarize(collectives: Sequence[Collective]) -> list[Traffic]:

@@ -66,65 +66,71 @@ def allowed(case: Case) -> bool:
 def pairs(case: Case) -> set[tuple[str, str]]:
     """Returns the pairs of choices of a case."""
     model, mesh = case.run.model, case.mesh
-    sizes = [(axis, size) for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1]
-    exact, above = [f"{axis}={size}" for axis, size in sizes], [axis for axis, _ in sizes]
+    sizes = {axis: size for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1}
     shared = [f"by {case.accumulate}", f"shuffled {case.shuffled}"]
     method = [f"method {model.context_attention}"] if mesh.context > 1 else []
     features = [f"remat {model.remat}", *([f"schedule {case.run.pipeline.schedule}"] if mesh.stage > 1 else [])]
     return {
-        *itertools.combinations(above, 2),
-        *itertools.product(exact, ["some case"]),
+        *itertools.combinations(sizes, 2),
+        *((f"{axis}={size}", "some case") for axis, size in sizes.items()),
         *itertools.combinations([*shared, *method, *features], 2),
-        *itertools.product([case.run.name], [*above, *shared, *method]),
-        *itertools.product([*shared, *method, *features], above),
+        *itertools.product([case.run.name], [*sizes, *shared, *method]),
+        *itertools.product([*shared, *method, *features], sizes),
         *itertools.product([kind(case.run)], features),
     }
 
 
-def _sample(mesh: MeshConfig, draw: random.Random) -> Case:
+def _sample(mesh: MeshConfig, rng: random.Random) -> Case:
     """Samples a combination on a mesh; choices without effect there keep their defaults."""
-    run = draw.choice(list(RUNS.values()) if mesh.stage <= 2 else [DEEP])
+    run = rng.choice(list(RUNS.values()) if mesh.stage <= 2 else [DEEP])
     if isinstance(run.data, ImageData):
-        model = replace(run.model, remat=draw.choice([remat for remat in REMATS if isinstance(remat, str)]))
+        model = replace(run.model, remat=rng.choice([remat for remat in REMATS if isinstance(remat, str)]))
     else:
-        model = replace(run.model, remat=draw.choice(REMATS), context_attention=draw.choice(METHODS))
-    pipeline = draw.choice(SCHEDULES) if mesh.stage > 1 else run.pipeline
+        model = replace(run.model, remat=rng.choice(REMATS), context_attention=rng.choice(METHODS))
+    pipeline = rng.choice(SCHEDULES) if mesh.stage > 1 else run.pipeline
     return Case(
         run=replace(run, model=model, pipeline=pipeline),
         mesh=mesh,
-        accumulate=draw.choice(ACCUMULATE),
-        shuffled=draw.random() < 0.5,
+        accumulate=rng.choice(ACCUMULATE),
+        shuffled=rng.random() < 0.5,
     )
 
 
 @functools.cache
 def candidates() -> list[Case]:
     """Returns a fixed sample of all valid combinations."""
-    draw = random.Random(0)
-    drawn = (_sample(mesh, draw) for mesh in all_meshes(8) for _ in range(DRAWS))
-    return [case for case in drawn if allowed(case)]
+    rng = random.Random(0)
+    samples = [_sample(mesh, rng) for mesh in all_meshes(8) for _ in range(DRAWS)]
+    return [case for case in samples if allowed(case)]
 
 
 def cost(case: Case) -> float:
     """Estimates the compile time in seconds, fitted to measurements: the effects of these features multiply."""
     model, staged = case.run.model, case.mesh.stage > 1
-    unlike = kind(case.run) == "several" or (kind(case.run) == "experts" and len(model.distinct_layer_types) > 1)
-    zero_bubble = staged and case.run.pipeline.schedule == "zero_bubble"
-    features = unlike, staged, zero_bubble, case.mesh.context > 1, kind(case.run) == "experts", model.remat in MIXED
+    has_images, has_experts = kind(case.run) == "images", kind(case.run) == "experts"
+    features = [
+        not has_images and len(model.distinct_layer_types) > 1,
+        has_experts,
+        staged,
+        staged and case.run.pipeline.schedule == "zero_bubble",
+        case.mesh.context > 1,
+        model.remat in MIXED,
+    ]
     return 8 + 4 ** sum(features) / 3
 
 
 @functools.cache
 def cover() -> list[Case]:
     """Returns the cases, most new pairs for their cost first; each has a pair that no other case has."""
-    left = [(case, pairs(case)) for case in candidates()]
-    every = set[tuple[str, str]]().union(*(found for _, found in left))
-    missing, chosen = set(every), dict[Case, set[tuple[str, str]]]()
+    pairs_of = {case: pairs(case) for case in candidates()}
+    all_pairs = set[tuple[str, str]]().union(*pairs_of.values())
+    missing, chosen = set(all_pairs), list[Case]()
     while missing:
-        case, found = max(left, key=lambda each: len(each[1] & missing) / cost(each[0]) ** 0.75)
-        chosen[case] = found
-        missing -= found
+        case = max(pairs_of, key=lambda case: len(pairs_of[case] & missing) / cost(case) ** 0.75)
+        chosen.append(case)
+        missing -= pairs_of[case]
     for case in sorted(chosen, key=cost, reverse=True):
-        if set[tuple[str, str]]().union(*(found for other, found in chosen.items() if other != case)) == every:
-            del chosen[case]
-    return list(chosen)
+        others = [other for other in chosen if other != case]
+        if set[tuple[str, str]]().union(*(pairs_of[other] for other in others)) == all_pairs:
+            chosen = others
+    return chosen
