@@ -9,12 +9,13 @@ V head dim of values.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.ops.logits import softcapped
 
 type Kernel = Literal["reference", "xla", "cudnn", "splash"]
 type Segments = tuple[jax.Array, jax.Array]
@@ -43,10 +44,18 @@ class AttentionSpec:
     softcap: float | None = None
     scale: float | None = None
 
+    def qk_scale(self, head_dim: int) -> float:
+        """Returns the factor on the dot products of queries and keys."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelInputs:
-    """The sizes and the dtype that decide whether a kernel can run."""
+    """The sizes and the dtype that decide whether a kernel can run.
+
+    Attributes:
+        explicit_positions: whether positions are arguments, instead of 0, 1, 2, ...
+    """
 
     q_len: int
     kv_len: int
@@ -58,19 +67,19 @@ class KernelInputs:
 
 def attention_mask(spec: AttentionSpec, positions: Positions, segments: Segments | None) -> jax.Array:
     """Returns the mask, bool `[B or 1, T, S]`: True where a query attends to a key."""
-    distance = positions[0][:, :, None] - positions[1][:, None, :]
+    q_positions, kv_positions = positions
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
     mask = jnp.ones_like(distance, bool)
     if spec.causal:
         mask &= distance >= 0
     if spec.window is not None:
         mask &= distance < spec.window
-    if segments is not None:
-        mask &= segments[0][:, :, None] == segments[1][:, None, :]
-    return mask
+    return mask if segments is None else mask & _same_document(segments)
 
 
-def _default_positions(q: jax.Array, k: jax.Array) -> Positions:
-    return jnp.arange(q.shape[1])[None], jnp.arange(k.shape[1])[None]
+def _same_document(segments: Segments) -> jax.Array:
+    q_ids, kv_ids = segments
+    return q_ids[:, :, None] == kv_ids[:, None, :]
 
 
 def reference(
@@ -89,16 +98,16 @@ def reference(
     G = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    scores_BGRTS *= K**-0.5 if spec.scale is None else spec.scale
-    if spec.softcap is not None:
-        scores_BGRTS = spec.softcap * jnp.tanh(scores_BGRTS / spec.softcap)
-    mask_BTS = attention_mask(spec, positions or _default_positions(q_BTHK, k_BSGK), segments)
+    scores_BGRTS = softcapped(scores_BGRTS * spec.qk_scale(K), spec.softcap)
+    if positions is None:
+        positions = jnp.arange(T)[None], jnp.arange(k_BSGK.shape[1])[None]
+    mask_BTS = attention_mask(spec, positions, segments)
     scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -1e30)
     weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGV.dtype)
     return jnp.einsum("bgrts,bsgv->btgrv", weights_BGRTS, v_BSGV).reshape(B, T, H, v_BSGV.shape[-1])
 
 
-def _jax_nn(
+def _jax_nn_attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
@@ -107,15 +116,13 @@ def _jax_nn(
     *,
     implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
-    mask = None
-    if segments is not None:
-        mask = attention_mask(AttentionSpec(causal=False), _default_positions(q_BTHK, k_BSGK), segments)[:, None]
+    # The numbers of keys before and after its own position that a query sees.
     window = None if spec.window is None else (spec.window - 1, 0 if spec.causal else k_BSGK.shape[1])
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BSGK,
         v_BSGK,
-        mask=mask,
+        mask=None if segments is None else _same_document(segments)[:, None],
         scale=spec.scale,
         is_causal=spec.causal,
         local_window_size=window,
@@ -123,7 +130,7 @@ def _jax_nn(
     )
 
 
-def _xla_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
+def _unsupported_by_xla(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if spec.softcap is not None:
         return "it has no soft cap"
     if inputs.value_dim != inputs.head_dim:
@@ -131,24 +138,22 @@ def _xla_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     return "it takes no explicit positions" if inputs.explicit_positions else None
 
 
-def _cudnn_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
-    if limit := _xla_limit(spec, inputs):
-        return limit
+def _unsupported_by_cudnn(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if inputs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not {jnp.dtype(inputs.dtype).name}"
     if inputs.head_dim % 8 or inputs.head_dim > 128:
         return f"its head_dim must be a multiple of 8 and at most 128, not {inputs.head_dim}"
     if spec.window is not None and not spec.causal:
         return "its window needs a causal mask"
-    return None
+    return _unsupported_by_xla(spec, inputs)
 
 
-def splash_block(length: int, largest: int = 512) -> int:
-    """Returns the largest multiple of 128, at most `largest`, that divides `length`; 0 if there is none.
+def splash_block(length: int) -> int:
+    """Returns the largest multiple of 128, at most 512, that divides `length`; 0 if there is none.
 
     512 compiles for every TPU from v5e on at length 8192; 1024 and above overflow the scratch memory of some.
     """
-    return next((block for block in range(largest, 0, -128) if length % block == 0), 0)
+    return next((block for block in (512, 384, 256, 128) if length % block == 0), 0)
 
 
 def _splash(
@@ -181,13 +186,11 @@ def _splash(
         residual_checkpoint_name=ATTENTION_RESIDUALS,
         interpret=interpret,
     )
-    scale = K**-0.5 if spec.scale is None else spec.scale
-    q_BGRTK = (q_BTHK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(q_BTHK.dtype)
+    q_BGRTK = (q_BTHK * spec.qk_scale(K)).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(q_BTHK.dtype)
     k_BGSK, v_BGSV = k_BSGK.transpose(0, 2, 1, 3), v_BSGV.transpose(0, 2, 1, 3)
     ids = None if segments is None else splash.SegmentIds(q=segments[0], kv=segments[1])
     over_kv_heads = jax.vmap(cast(Callable[..., jax.Array], kernel), in_axes=(0, 0, 0, None))
-    over_batch = jax.vmap(over_kv_heads, in_axes=(0, 0, 0, None if ids is None else 0))
-    out_BGRTV = over_batch(q_BGRTK, k_BGSK, v_BGSV, ids)
+    out_BGRTV = jax.vmap(over_kv_heads)(q_BGRTK, k_BGSK, v_BGSV, ids)
     return out_BGRTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, v_BSGV.shape[-1])
 
 
@@ -195,7 +198,7 @@ splash_interpreted = partial(_splash, interpret=True)
 """The splash kernel in Pallas' interpreter: the results of a TPU on any machine, but slow."""
 
 
-def _splash_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
+def _unsupported_by_splash(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     if inputs.explicit_positions:
         return "it takes no explicit positions"
     if not splash_block(inputs.q_len) or not splash_block(inputs.kv_len):
@@ -206,13 +209,19 @@ def _splash_limit(spec: AttentionSpec, inputs: KernelInputs) -> str | None:
     return None
 
 
-KERNELS: dict[Kernel, tuple[Callable[..., jax.Array], Callable[[AttentionSpec, KernelInputs], str | None]]] = {
-    "reference": (reference, lambda spec, inputs: None),
-    "xla": (partial(_jax_nn, implementation="xla"), _xla_limit),
-    "cudnn": (partial(_jax_nn, implementation="cudnn"), _cudnn_limit),
-    "splash": (_splash, _splash_limit),
+class Implementation(NamedTuple):
+    """A kernel, and a function that returns why it cannot run (for an error message), or None if it can."""
+
+    attend: Callable[..., jax.Array]
+    unsupported: Callable[[AttentionSpec, KernelInputs], str | None]
+
+
+KERNELS: dict[Kernel, Implementation] = {
+    "reference": Implementation(reference, lambda spec, inputs: None),
+    "xla": Implementation(partial(_jax_nn_attention, implementation="xla"), _unsupported_by_xla),
+    "cudnn": Implementation(partial(_jax_nn_attention, implementation="cudnn"), _unsupported_by_cudnn),
+    "splash": Implementation(_splash, _unsupported_by_splash),
 }
-"""Each kernel, with a function that returns why it cannot run, or None if it can."""
 
 FASTEST_FIRST: dict[str, tuple[Kernel, ...]] = {
     "tpu": ("splash", "xla", "reference"),
@@ -225,11 +234,13 @@ def choose_kernel(spec: AttentionSpec, inputs: KernelInputs, platform: str, kern
     """Returns `kernel`, or the fastest one of the platform that can run; ConfigError if `kernel` cannot."""
     candidates = FASTEST_FIRST[platform]
     if kernel is None:
-        return next(name for name in candidates if KERNELS[name][1](spec, inputs) is None)
-    limit = KERNELS[kernel][1](spec, inputs) if kernel in candidates else f"it does not run on {platform}"
-    if limit is not None:
+        return next(name for name in candidates if KERNELS[name].unsupported(spec, inputs) is None)
+    reason = f"it does not run on {platform}"
+    if kernel in candidates:
+        reason = KERNELS[kernel].unsupported(spec, inputs)
+    if reason is not None:
         raise ConfigError(
-            f"model.attention_kernel={kernel}: {limit}; use model.attention_kernel=none for the fastest that can run"
+            f"model.attention_kernel={kernel}: {reason}; use model.attention_kernel=none for the fastest that can run"
         )
     return kernel
 
@@ -268,12 +279,12 @@ def dot_product_attention(
         dtype=q_BTHK.dtype,
     )
     name = choose_kernel(spec, inputs, platform, kernel)
-    run, _ = KERNELS[name]
 
     def local(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, positions: Positions | None
     ) -> jax.Array:
-        return run(q, k, v, spec, segments, *([] if positions is None else [positions]))
+        explicit = {} if positions is None else {"positions": positions}  # most kernels lack this parameter
+        return KERNELS[name].attend(q, k, v, spec, segments, **explicit)
 
     arrays = (q_BTHK, k_BSGK, v_BSGV, segments, positions)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)

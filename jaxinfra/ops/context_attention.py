@@ -14,9 +14,10 @@ V head dim of values. Inside the `shard_map` heads come before positions (`[B, H
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,196 +26,184 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.ops.attention import AttentionSpec, Kernel, KernelInputs, choose_kernel
 from jaxinfra.ops.block_attention import (
     JAX_BLOCKS,
-    SPLASH_BLOCKS,
+    KV,
     BlockAttention,
     Gradients,
     OutputGradient,
     QKVBlock,
     SoftmaxPartial,
-    block_is_visible,
     empty_partial,
     merge_partials,
+    position_dim,
 )
-from jaxinfra.ops.context_cost import AttentionSizes, ContextMethod, RingPhase, choose_method, ring_phases
+from jaxinfra.ops.context_cost import AttentionSizes, ContextMethod, RingStep, choose_method, ring_steps
 from jaxinfra.parallel.context import SequenceSharding
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextSpec:
-    """The static parameters of context-parallel attention."""
+    """The static parameters of context-parallel attention; `block_len` counts the positions of a block."""
 
     sharding: SequenceSharding
     spec: AttentionSpec
     method: ContextMethod
     blocks: BlockAttention
+    block_len: int
 
+    def split[T](self, shard: T) -> list[T]:
+        """Splits the arrays of a shard into its blocks of consecutive positions."""
 
-class KVShard(NamedTuple):
-    """Keys `[B, G, T, K]`, values `[B, G, T, V]` and document ids `[B, T]` of one shard."""
+        def block(x: jax.Array, index: int) -> jax.Array:
+            start = index * self.block_len
+            return jax.lax.slice_in_dim(x, start, start + self.block_len, axis=position_dim(x))
 
-    k: jax.Array
-    v: jax.Array
-    ids: jax.Array | None
-
-
-type BackwardState = tuple[list[jax.Array], tuple[jax.Array, jax.Array]]
-"""Gradients of the shard's own queries, by block, and of the keys and values that the shard holds in this step."""
-
-
-def _position_dim(x: jax.Array) -> int:
-    return 1 if x.ndim == 2 else 2  # ids have no heads
-
-
-def _split[T](context: ContextSpec, shard: T) -> list[T]:
-    """Splits the arrays of a shard into its blocks of consecutive positions."""
-    leaves, tree = jax.tree.flatten(shard)
-    parts = [jnp.split(x, context.sharding.blocks_per_shard, axis=_position_dim(x)) for x in leaves]
-    return [tree.unflatten(block) for block in zip(*parts, strict=True)]
+        blocks = range(self.sharding.blocks_per_shard)
+        return [jax.tree.map(functools.partial(block, index=index), shard) for index in blocks]
 
 
 def _join[T](blocks: Sequence[T]) -> T:
+    """Reverses `ContextSpec.split`, for arrays with heads."""
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *blocks)
 
 
-def _qkv_block(q: jax.Array, q_ids: jax.Array | None, kv: KVShard, distance: jax.Array) -> QKVBlock:
-    """Pairs queries with keys; `distance` is the queries' block index minus the keys' block index."""
-    segments = None if q_ids is None or kv.ids is None else (q_ids, kv.ids)
-    return QKVBlock(q, kv.k, kv.v, segments, distance * q.shape[2])
+def _zeros(x: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x, jnp.float32)
 
 
-def _if_visible[S](context: ContextSpec, block: QKVBlock, always: bool, add: Callable[[S], S], total: S) -> S:
-    visible = block_is_visible(context.spec, block.offset, block.q.shape[2], block.k.shape[2])
-    return add(total) if always else jax.lax.cond(visible, add, lambda total: total, total)
+# Ring
 
 
-def _ring[S](
+def _ring[QSum, KVSum](
     context: ContextSpec,
-    step: Callable[[S, KVShard, jax.Array, RingPhase], S],
-    state: S,
-    kv: KVShard,
-) -> S:
-    """Runs `step(state, kv, source, phase)` for all steps of the ring; `source` is the shard that owns `kv`."""
-    sharding, source = context.sharding, jax.lax.axis_index(context.sharding.axes)
-    for phase in ring_phases(sharding, context.spec, kv.k.shape[2] // sharding.blocks_per_shard):
+    add: Callable[[int, QKVBlock, QSum, KVSum], tuple[QSum, KVSum]],
+    q: jax.Array,
+    kv: KV,
+    q_sums: list[QSum],
+    kv_sums: KVSum,
+) -> tuple[list[QSum], KVSum]:
+    """Sums over the keys of all shards, for each block of the shard's queries, and for its keys over all queries.
 
-        def body(
-            carry: tuple[S, KVShard, jax.Array], _: None, phase: RingPhase = phase
-        ) -> tuple[tuple[S, KVShard, jax.Array], None]:
-            state, kv, source = carry
-            # Sent before the step, so that the transfer overlaps with its computation.
-            next_kv = sharding.rotate(kv, phase.shift_out) if phase.shift_out else kv
-            state = step(state, kv, source, phase)
-            return (state, next_kv, (source - phase.shift_out) % sharding.num_shards), None
+    Args:
+        context: the static parameters.
+        add: `add(i, block, q_sum, kv_sum)` adds what block i of the queries and one block of keys contribute.
+        q: the shard's own queries.
+        kv: the shard's own keys and values.
+        q_sums: start of the sum for each block of queries.
+        kv_sums: start of the sums for the shard's keys: zeros. These sums move around the ring with their keys, and
+            return to their shard at the end. None if only queries need sums.
+    """
+    sharding, own_shard = context.sharding, jax.lax.axis_index(context.sharding.axes)
+    queries = context.split((q, kv.ids))
 
-        carry = (state, kv, source)
-        carry = body(carry, None)[0] if phase.steps == 1 else jax.lax.scan(body, carry, length=phase.steps)[0]
-        state, kv, source = carry
-    return state
+    def run_step(
+        state: tuple[list[QSum], KVSum, KV, jax.Array], _: None, step: RingStep
+    ) -> tuple[tuple[list[QSum], KVSum, KV, jax.Array], None]:
+        q_sums, kv_sums, kv, source = state  # `source` is the shard that the keys come from
+        # Both transfers overlap with the computation of this step, which needs neither result.
+        next_kv, kv_sums = sharding.rotate(kv, step.shift_out), sharding.rotate(kv_sums, step.shift_in)
+        q_sums, keys = list(q_sums), context.split(kv)
+        new_sums = context.split(jax.tree.map(jnp.zeros_like, kv_sums))
+        for i, j, always_visible in step.pairs:
+            distance = sharding.block_index(own_shard, i) - sharding.block_index(source, j)
+            block = QKVBlock(*queries[i], keys[j], distance * context.block_len)
+            add_block = functools.partial(add, i, block)
+            if always_visible:
+                sums = add_block(q_sums[i], new_sums[j])
+            else:
+                visible = block.is_visible(context.spec)
+                sums = jax.lax.cond(visible, add_block, lambda *sums: sums, q_sums[i], new_sums[j])
+            q_sums[i], new_sums[j] = sums
+        kv_sums = jax.tree.map(jnp.add, kv_sums, _join(new_sums))
+        return (q_sums, kv_sums, next_kv, (source - step.shift_out) % sharding.num_shards), None
 
-
-def _ring_forward(context: ContextSpec, q: jax.Array, kv: KVShard) -> SoftmaxPartial:
-    sharding, me = context.sharding, jax.lax.axis_index(context.sharding.axes)
-    queries = _split(context, (q, kv.ids))
-
-    def step(partials: list[SoftmaxPartial], kv: KVShard, source: jax.Array, phase: RingPhase) -> list[SoftmaxPartial]:
-        partials, keys = list(partials), _split(context, kv)
-        for i, j, always in phase.pairs:
-            block = _qkv_block(*queries[i], keys[j], sharding.block_index(me, i) - sharding.block_index(source, j))
-
-            def add(total: SoftmaxPartial, block: QKVBlock = block) -> SoftmaxPartial:
-                return merge_partials(total, context.blocks.forward(block, context.spec))
-
-            partials[i] = _if_visible(context, block, always, add, partials[i])
-        return partials
-
-    return _join(_ring(context, step, [empty_partial(block, kv.v.shape[-1]) for block, _ in queries], kv))
-
-
-def _ring_backward(context: ContextSpec, q: jax.Array, kv: KVShard, gradient: OutputGradient) -> Gradients:
-    sharding, me = context.sharding, jax.lax.axis_index(context.sharding.axes)
-    queries = _split(context, (q, kv.ids, gradient))
-
-    def zeros(x: jax.Array) -> jax.Array:
-        return jnp.zeros_like(x, jnp.float32)
-
-    def step(state: BackwardState, kv: KVShard, source: jax.Array, phase: RingPhase) -> BackwardState:
-        keys = _split(context, kv)
-        dq, dkv = list(state[0]), [(zeros(block.k), zeros(block.v)) for block in keys]
-        # Gradients travel around the ring with their keys and values. They arrive while this step computes its part.
-        dkv_of_others = sharding.rotate(state[1], phase.shift_in)
-        for i, j, always in phase.pairs:
-            q_block, ids, gradient_block = queries[i]
-            block = _qkv_block(q_block, ids, keys[j], sharding.block_index(me, i) - sharding.block_index(source, j))
-
-            def add(total: Gradients, block: QKVBlock = block, gradient: OutputGradient = gradient_block) -> Gradients:
-                new = context.blocks.backward(block, context.spec, gradient)
-                return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new)
-
-            dq[i], *dkv_block = _if_visible(context, block, always, add, (dq[i], *dkv[j]))
-            dkv[j] = (dkv_block[0], dkv_block[1])
-        return dq, jax.tree.map(jnp.add, dkv_of_others, _join(dkv))
-
-    dq, dkv = _ring(context, step, ([zeros(block) for block, *_ in queries], (zeros(kv.k), zeros(kv.v))), kv)
-    phases = ring_phases(sharding, context.spec, queries[0][0].shape[2])
-    # After the last step, the gradients return to the shard of their keys and values.
-    shift = sum(phase.shift_out * phase.steps for phase in phases)
-    return jnp.concatenate(dq, axis=2), *sharding.rotate(dkv, -shift)
+    state, steps = (q_sums, kv_sums, kv, own_shard), ring_steps(sharding, context.spec, context.block_len)
+    for step, equal_steps in itertools.groupby(steps):
+        body, length = functools.partial(run_step, step=step), len(list(equal_steps))
+        # A loop compiles equal steps only once.
+        state, _ = body(state, None) if length == 1 else jax.lax.scan(body, state, length=length)
+    q_sums, kv_sums, *_ = state
+    return q_sums, sharding.rotate(kv_sums, -sum(step.shift_out for step in steps))
 
 
-def _gather(context: ContextSpec, q: jax.Array, kv: KVShard) -> Iterator[QKVBlock]:
+def _ring_forward(context: ContextSpec, q: jax.Array, kv: KV) -> SoftmaxPartial:
+    def add(_: int, block: QKVBlock, total: SoftmaxPartial, kv_sum: None) -> tuple[SoftmaxPartial, None]:
+        return merge_partials(total, context.blocks.forward(block, context.spec)), kv_sum
+
+    empty = [empty_partial(block, kv.v.shape[-1]) for block in context.split(q)]
+    return _join(_ring(context, add, q, kv, empty, None)[0])
+
+
+type KVGradients = tuple[jax.Array, jax.Array]
+"""Float32 gradients of keys and values."""
+
+
+def _ring_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: OutputGradient) -> Gradients:
+    gradients = context.split(gradient)
+
+    def add(i: int, block: QKVBlock, dq: jax.Array, dkv: KVGradients) -> tuple[jax.Array, KVGradients]:
+        block_dq, *block_dkv = context.blocks.backward(block, context.spec, gradients[i])
+        new = (block_dq, tuple(block_dkv))
+        return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), (dq, dkv), new)
+
+    zeros = [_zeros(block) for block in context.split(q)]
+    dq, (dk, dv) = _ring(context, add, q, kv, zeros, (_zeros(kv.k), _zeros(kv.v)))
+    return _join(dq), dk, dv
+
+
+# All-gather
+
+
+def _gather(context: ContextSpec, q: jax.Array, kv: KV) -> Iterator[QKVBlock]:
     """Yields each block of the shard's queries with the keys of the whole sequence."""
     sharding = context.sharding
 
     def gather(x: jax.Array) -> jax.Array:
-        dim = _position_dim(x)
+        dim = position_dim(x)
         return sharding.to_natural_order(jax.lax.all_gather(x, sharding.axes, axis=dim, tiled=True), dim)
 
-    gathered, me = jax.tree.map(gather, kv), jax.lax.axis_index(sharding.axes)
-    for i, (q_block, ids) in enumerate(_split(context, (q, kv.ids))):
-        yield _qkv_block(q_block, ids, gathered, sharding.block_index(me, i))
+    gathered, own_shard = jax.tree.map(gather, kv), jax.lax.axis_index(sharding.axes)
+    for i, (q_block, ids) in enumerate(context.split((q, kv.ids))):
+        yield QKVBlock(q_block, ids, gathered, sharding.block_index(own_shard, i) * context.block_len)
 
 
-def _gather_forward(context: ContextSpec, q: jax.Array, kv: KVShard) -> SoftmaxPartial:
+def _gather_forward(context: ContextSpec, q: jax.Array, kv: KV) -> SoftmaxPartial:
     return _join([context.blocks.forward(block, context.spec) for block in _gather(context, q, kv)])
 
 
-def _gather_backward(context: ContextSpec, q: jax.Array, kv: KVShard, gradient: OutputGradient) -> Gradients:
+def _gather_backward(context: ContextSpec, q: jax.Array, kv: KV, gradient: OutputGradient) -> Gradients:
     sharding = context.sharding
-    blocks = zip(_gather(context, q, kv), _split(context, gradient), strict=True)
+    blocks = zip(_gather(context, q, kv), context.split(gradient), strict=True)
     dq, dk, dv = zip(*(context.blocks.backward(block, context.spec, part) for block, part in blocks), strict=True)
 
     def scatter(parts: tuple[jax.Array, ...]) -> jax.Array:
         total = sharding.to_shard_order(functools.reduce(jnp.add, parts).astype(kv.k.dtype), 2)
         return jax.lax.psum_scatter(total, sharding.axes, scatter_dimension=2, tiled=True)
 
-    return jnp.concatenate(dq, axis=2), scatter(dk), scatter(dv)
+    return _join(dq), scatter(dk), scatter(dv)
 
 
-type Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]
+type Saved = tuple[jax.Array, KV, jax.Array, jax.Array]
+"""Queries, keys and values, the output, and the log-sum-exp of scores."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
-    context: ContextSpec, q_BHTK: jax.Array, k_BGTK: jax.Array, v_BGTV: jax.Array, ids_BT: jax.Array | None
-) -> jax.Array:
-    return _forward(context, q_BHTK, k_BGTK, v_BGTV, ids_BT)[0]
+def _attention(context: ContextSpec, q_BHTK: jax.Array, kv: KV) -> jax.Array:
+    return _forward(context, q_BHTK, kv)[0]
 
 
-def _forward(
-    context: ContextSpec, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None
-) -> tuple[jax.Array, Saved]:
+def _forward(context: ContextSpec, q: jax.Array, kv: KV) -> tuple[jax.Array, Saved]:
     forward = _ring_forward if context.method == "ring" else _gather_forward
-    result = forward(context, q, KVShard(k, v, ids))
+    result = forward(context, q, kv)
     out = result.out.astype(q.dtype)
-    return out, (q, k, v, ids, out, result.lse)
+    return out, (q, kv, out, result.lse)
 
 
-def _backward(context: ContextSpec, saved: Saved, do: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, ids, out, lse = saved
+def _backward(context: ContextSpec, saved: Saved, do: jax.Array) -> tuple[jax.Array, KV]:
+    q, kv, out, lse = saved
     di = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
     backward = _ring_backward if context.method == "ring" else _gather_backward
-    dq, dk, dv = backward(context, q, KVShard(k, v, ids), OutputGradient(lse, di, do))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dq, dk, dv = backward(context, q, kv, OutputGradient(lse, di, do))
+    return dq.astype(q.dtype), KV(dk.astype(kv.k.dtype), dv.astype(kv.v.dtype), None)
 
 
 _attention.defvjp(_forward, _backward)
@@ -250,6 +239,7 @@ def context_parallel_attention(
     q_sharding = jax.typeof(q_BTHK).sharding
     batch, _, num_heads, head_dim = q_sharding.shard_shape(q_BTHK.shape)
     seq_len, value_dim = q_BTHK.shape[1], v_BTGV.shape[-1]
+    block_len = seq_len // (sharding.num_shards * sharding.blocks_per_shard)
     if method == "auto":
         sizes = AttentionSizes(
             batch=batch,
@@ -267,7 +257,6 @@ def context_parallel_attention(
                 "model.attention_kernel=cudnn: it does not support sequences that are sharded over devices "
                 "(mesh.context above 1); use model.attention_kernel=none for the fastest that can run"
             )
-        block_len = seq_len // (sharding.num_shards * sharding.blocks_per_shard)
         inputs = KernelInputs(
             q_len=block_len,
             kv_len=seq_len if method == "gather" else block_len,
@@ -276,13 +265,16 @@ def context_parallel_attention(
             explicit_positions=False,
             dtype=q_BTHK.dtype,
         )
-        blocks = SPLASH_BLOCKS if choose_kernel(spec, inputs, platform, kernel) == "splash" else JAX_BLOCKS
-    context = ContextSpec(sharding=sharding, spec=spec, method=method, blocks=blocks)
-    scale = head_dim**-0.5 if spec.scale is None else spec.scale
+        blocks = JAX_BLOCKS
+        if choose_kernel(spec, inputs, platform, kernel) == "splash":
+            from jaxinfra.ops.splash_blocks import SPLASH_BLOCKS
+
+            blocks = SPLASH_BLOCKS
+    context = ContextSpec(sharding=sharding, spec=spec, method=method, blocks=blocks, block_len=block_len)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * scale, k, v))
-        return _attention(context, q.astype(k.dtype), k, v, ids).transpose(0, 2, 1, 3)
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * spec.qk_scale(head_dim), k, v))
+        return _attention(context, q.astype(k.dtype), KV(k, v, ids)).transpose(0, 2, 1, 3)
 
     arrays = (q_BTHK, k_BTGK, v_BTGV, ids_BT)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, arrays)

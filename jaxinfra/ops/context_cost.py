@@ -29,79 +29,73 @@ BACKWARD_FLOPS = 2.5
 """FLOPs of attention's backward pass over those of its forward pass: five matmuls against two (Dao 2023, section 3)."""
 
 
-class RingPhase(NamedTuple):
-    """Consecutive equal steps of the ring.
+class RingStep(NamedTuple):
+    """One step of the ring.
 
     Attributes:
-        shift_in: how many shards the keys and values moved before each step.
-        shift_out: how many shards they move after each step; 0 after the last.
-        steps: number of steps.
-        pairs: the block pairs of each step: (block of queries, block of keys, whether it is visible on all shards).
+        shift_in: by how many shards the keys and values moved before the step; 0 before the first.
+        shift_out: by how many shards they move after the step; 0 after the last.
+        pairs: the pairs of blocks to compute, each `(block of queries, block of keys, visible on all shards)`. If the
+            last is False, the mask hides all keys from all queries on some shards.
     """
 
     shift_in: int
     shift_out: int
-    steps: int
     pairs: tuple[tuple[int, int, bool], ...]
 
 
-def ring_phases(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> list[RingPhase]:
-    """Returns the steps of the ring in which at least one shard has a visible pair; the others are skipped."""
-    steps: list[tuple[int, tuple[tuple[int, int, bool], ...]]] = []
-    for step in range(sharding.num_shards):
-        pairs = []
-        for q_block, kv_block in itertools.product(range(sharding.blocks_per_shard), repeat=2):
-            offsets = _offsets(sharding, block_len, step, q_block, kv_block)
-            visible = np.broadcast_to(block_is_visible(spec, offsets, block_len, block_len), sharding.num_shards)
-            if visible.any():
-                pairs.append((q_block, kv_block, bool(visible.all())))
-        if pairs:
-            steps.append((step, tuple(pairs)))
-    shifts = [after - before for (before, _), (after, _) in itertools.pairwise(steps)]
-    keys = zip([0, *shifts], [*shifts, 0], [pairs for _, pairs in steps], strict=True)
-    return [
-        RingPhase(shift_in, shift_out, len(list(equal)), pairs)
-        for (shift_in, shift_out, pairs), equal in itertools.groupby(keys)
-    ]
+def ring_steps(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> list[RingStep]:
+    """Returns the steps of the ring in which at least one shard has a visible pair; the others are skipped.
 
-
-def _offsets(sharding: SequenceSharding, block_len: int, step: int, q_block: int, kv_block: int) -> np.ndarray:
-    """Returns the first position of a shard's queries minus the first position of its current keys, `[shards]`.
-
-    In step s a shard holds the keys of the shard s places before it.
+    If a window reaches back by one shard, there are two steps: with a shard's own keys and with those before them.
     """
+    pairs_by_distance = {
+        distance: pairs
+        for distance in range(sharding.num_shards)
+        if (pairs := _visible_block_pairs(sharding, spec, block_len, distance))
+    }
+    shifts = [after - before for before, after in itertools.pairwise(pairs_by_distance)]
+    steps = zip([0, *shifts], [*shifts, 0], pairs_by_distance.values(), strict=True)
+    return [RingStep(*step) for step in steps]
+
+
+def _visible_block_pairs(
+    sharding: SequenceSharding, spec: AttentionSpec, block_len: int, distance: int
+) -> tuple[tuple[int, int, bool], ...]:
+    """Returns `RingStep.pairs` of the step in which every shard holds the keys of the shard `distance` before it."""
+    pairs = []
+    for q, kv in itertools.product(range(sharding.blocks_per_shard), repeat=2):
+        offsets = _offsets(sharding, block_len, distance, q, kv)
+        visible = np.broadcast_to(block_is_visible(spec, offsets, block_len, block_len), sharding.num_shards)
+        if visible.any():
+            pairs.append((q, kv, bool(visible.all())))
+    return tuple(pairs)
+
+
+def _offsets(sharding: SequenceSharding, block_len: int, distance: int, q: int, kv: int) -> np.ndarray:
+    """Returns each shard's `QKVBlock.offset`, `[shards]`, if it holds the keys of the shard `distance` before it."""
     shards = np.arange(sharding.num_shards)
-    return (
-        sharding.block_index(shards, q_block) - sharding.block_index((shards - step) % sharding.num_shards, kv_block)
-    ) * block_len
+    source = (shards - distance) % sharding.num_shards
+    return (sharding.block_index(shards, q) - sharding.block_index(source, kv)) * block_len
 
 
 def visible_pairs(spec: AttentionSpec, offset: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
-    """Counts the visible pairs of a query and a key; arguments as in `block_is_visible`."""
-
-    def up_to_diagonal(offset: np.ndarray) -> np.ndarray:
-        """Counts the pairs with a key at the query's position or before."""
-        return _sum_of_minima(offset + q_len, kv_len) - _sum_of_minima(offset, kv_len)
-
-    pairs = up_to_diagonal(offset) if spec.causal else np.full_like(offset, q_len * kv_len)
-    return pairs if spec.window is None else np.maximum(pairs - up_to_diagonal(offset - spec.window), 0)
-
-
-def _sum_of_minima(n: np.ndarray, limit: int) -> np.ndarray:
-    """Returns the sum of `min(j, limit)` for j from 1 to `n`; 0 if `n` is not positive."""
-    n = np.maximum(n, 0)
-    growing = np.minimum(n, limit)
-    return growing * (growing + 1) // 2 + (n - growing) * limit
+    """Counts the visible pairs of one query and one key; arguments as in `block_is_visible`."""
+    # Keys are numbered from 0. A query at position 5 with a window of 3 sees keys 3 to 5: 6 keys up to its own position
+    # minus 3 before its window, where only the keys from 0 to `kv_len - 1` exist.
+    position = offset[..., None] + np.arange(q_len)
+    up_to_own = np.clip(position + 1, 0, kv_len) if spec.causal else np.full_like(position, kv_len)
+    before_window = 0 if spec.window is None else np.clip(position + 1 - spec.window, 0, kv_len)
+    return (up_to_own - before_window).sum(axis=-1)
 
 
 def visible_pairs_by_step(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> np.ndarray:
     """Counts the visible pairs of queries and keys: `[steps of the ring, shards]`."""
-    blocks, step, by_step = range(sharding.blocks_per_shard), 0, []
-    for phase in ring_phases(sharding, spec, block_len):
-        for _ in range(phase.steps):
-            step += phase.shift_in
-            offsets = [_offsets(sharding, block_len, step, q, kv) for q, kv in itertools.product(blocks, blocks)]
-            by_step.append(sum(visible_pairs(spec, offset, block_len, block_len) for offset in offsets))
+    distance, by_step = 0, []
+    for step in ring_steps(sharding, spec, block_len):
+        distance += step.shift_in
+        offsets = [_offsets(sharding, block_len, distance, q, kv) for q, kv, _ in step.pairs]
+        by_step.append(visible_pairs(spec, np.stack(offsets), block_len, block_len).sum(axis=0))
     return np.stack(by_step)
 
 
@@ -155,19 +149,19 @@ def context_costs(
     """
     elements = sizes.head_elements(sharding.num_shards) * sizes.num_kv_heads
     kv, gradients = elements * sizes.itemsize, elements * 4
-    least_pairs = visible_pairs_by_step(
-        sharding, spec, sizes.seq_len // (sharding.num_shards * sharding.blocks_per_shard)
-    ).min(axis=1)
+    block_len = sizes.seq_len // (sharding.num_shards * sharding.blocks_per_shard)
+    least_pairs = visible_pairs_by_step(sharding, spec, block_len).min(axis=1)
     flops_per_pair = 2 * sizes.batch * sizes.num_heads * (sizes.head_dim + sizes.value_dim)
+    # Transfers overlap with all steps but the last.
     hidden = flops_per_pair * least_pairs[:-1] / FLOPS_PER_BYTE
-    steps = len(hidden)
+    transfers = len(hidden)
     forward = np.maximum(kv - hidden, 0).sum()
     backward = np.maximum(kv + gradients - BACKWARD_FLOPS * hidden, 0).sum()
-    last_gradients = gradients if steps else 0
+    last_gradients = gradients if transfers else 0
     gathered = 3 * (sharding.num_shards - 1) * kv
     return {
         "ring": ContextCost(
-            received_bytes=2 * steps * kv + steps * gradients + last_gradients,
+            received_bytes=2 * transfers * kv + transfers * gradients + last_gradients,
             exposed_bytes=int(forward + backward) + last_gradients,
             held_bytes=2 * kv,
         ),

@@ -1,4 +1,4 @@
-"""Logits that are not multiplied out: of a large vocabulary they are the largest array of a language model.
+"""Logits that are not multiplied out: with a large vocabulary they are the largest array of a language model.
 
 Shape suffixes: B batch, T length, D hidden size, V vocabulary.
 """

@@ -5,13 +5,9 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float = 0.0) -> jax.Array:
-    """Returns `x / rms(x) * (offset + scale)` over the last dimension.
+    """Returns `x / rms(x) * (offset + scale)` over the last dimension, for `x` `[..., D]` and `scale` `[D]`.
 
-    Args:
-        x: `[..., D]`.
-        scale: `[D]`.
-        eps: added to the mean square.
-        offset: 1 if weights are stored as their difference from one (Gemma).
+    `offset` is 1 if weights are stored as their difference from one (Gemma).
     """
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)

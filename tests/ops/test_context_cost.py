@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.ops.attention import AttentionSpec, attention_mask
-from jaxinfra.ops.block_attention import _mask_info, block_is_visible
+from jaxinfra.ops.block_attention import block_is_visible
 from jaxinfra.ops.context_cost import (
     FLOPS_PER_BYTE,
     AttentionSizes,
@@ -12,10 +12,11 @@ from jaxinfra.ops.context_cost import (
     ContextMethod,
     choose_method,
     context_costs,
-    ring_phases,
+    ring_steps,
     visible_pairs,
     visible_pairs_by_step,
 )
+from jaxinfra.ops.splash_blocks import mask_info
 from jaxinfra.parallel.context import SequenceSharding
 
 CAUSAL = AttentionSpec()
@@ -27,22 +28,20 @@ def shards_of(shards: int, *, zigzag: bool = True) -> SequenceSharding:
 
 def shifts(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> list[int]:
     """For each step, how many shards the keys have moved from their own."""
-    phases = ring_phases(sharding, spec, block_len)
-    return np.cumsum([phase.shift_in for phase in phases for _ in range(phase.steps)]).tolist()
+    return np.cumsum([step.shift_in for step in ring_steps(sharding, spec, block_len)]).tolist()
 
 
 def test_zigzag_order_halves_the_work_of_every_step() -> None:
     """Three of four pairs of blocks are visible in the first step, and two in each later one."""
-    first, middle, last = ring_phases(shards_of(8), CAUSAL, 4)
+    first, *later = ring_steps(shards_of(8), CAUSAL, 4)
     assert [on_all_shards for _, _, on_all_shards in first.pairs] == [True, True, True]
-    for phase in (middle, last):
-        assert phase.pairs == ((0, 0, False), (1, 0, True), (1, 1, False))
-    assert (first.steps, middle.steps, last.steps) == (1, 6, 1)
+    assert len(later) == 7
     shards = np.arange(8)
-    for step in range(1, 8):
-        source = (shards - step) % 8
+    for distance, step in enumerate(later, start=1):
+        assert step.pairs == ((0, 0, False), (1, 0, True), (1, 1, False))
+        source = (shards - distance) % 8
         visible = [
-            shards_of(8).block_index(shards, q) > shards_of(8).block_index(source, kv) for q, kv, _ in middle.pairs
+            shards_of(8).block_index(shards, q) > shards_of(8).block_index(source, kv) for q, kv, _ in step.pairs
         ]
         assert np.array(visible).sum(axis=0).tolist() == [2] * 8
 
@@ -82,20 +81,19 @@ def test_kernels_compute_equally_many_blocks_on_every_shard(shards: int, method:
     seq_len = 2 * shards * block_len
 
     def kernel_blocks(offset: np.ndarray, keys: int) -> int:
-        return int(np.asarray(_mask_info(CAUSAL, offset, block_len, keys, by_key=False).block_mask).sum())
+        return int(np.asarray(mask_info(CAUSAL, offset, block_len, keys, by_key=False).block_mask).sum())
 
     def blocks_of_shard(shard: int) -> int:
         starts = [zigzag.block_index(np.array(shard), piece) * block_len for piece in range(zigzag.blocks_per_shard)]
         if method == "gather":
             return sum(kernel_blocks(start, seq_len) for start in starts)
         total, source = 0, shard
-        for phase in ring_phases(zigzag, CAUSAL, block_len):
-            for _ in range(phase.steps):
-                for q, kv, _ in phase.pairs:
-                    offset = starts[q] - zigzag.block_index(np.array(source), kv) * block_len
-                    if block_is_visible(CAUSAL, offset, block_len, block_len):
-                        total += kernel_blocks(offset, block_len)
-                source = (source - phase.shift_out) % shards
+        for step in ring_steps(zigzag, CAUSAL, block_len):
+            for q, kv, _ in step.pairs:
+                offset = starts[q] - zigzag.block_index(np.array(source), kv) * block_len
+                if block_is_visible(CAUSAL, offset, block_len, block_len):
+                    total += kernel_blocks(offset, block_len)
+            source = (source - step.shift_out) % shards
         return total
 
     blocks = [blocks_of_shard(shard) for shard in range(shards)]
