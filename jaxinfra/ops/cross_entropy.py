@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfra.ops.dot import dot
+from jaxinfra.ops.logits import softcapped
 from jaxinfra.parallel.sharding import unreduced_zeros
 
 
@@ -44,8 +45,7 @@ def token_losses(
     logits_BTV: jax.Array, targets_BT: jax.Array, config: CrossEntropyConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Computes cross-entropy and z-loss of each token, both float32 `[B, T]`, from float32 logits."""
-    if config.softcap is not None:
-        logits_BTV = config.softcap * jnp.tanh(logits_BTV / config.softcap)
+    logits_BTV = softcapped(logits_BTV, config.softcap)
     largest_BT1 = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True))
     log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1)) + largest_BT1[..., 0]
     # A comparison instead of a gather also works with a sharded vocabulary.
@@ -55,7 +55,7 @@ def token_losses(
 
 
 def _split_chunks(num_chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Splits `[B, T, ...]` to `[num_chunks, B, C, ...]`; chunk j has the positions t with `t % num_chunks == j`.
+    """Splits `[B, T, ...]` to `[num_chunks, B, C, ...]`: for T = 6 and 2 chunks to positions 0, 2, 4 and 1, 3, 5.
 
     Chunks are interleaved so that a sharded length is sharded in the same way in every chunk.
     """
@@ -66,7 +66,7 @@ def _split_chunks(num_chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         B, T, *rest = x.shape
         return jnp.moveaxis(x.reshape(B, T // num_chunks, num_chunks, *rest), 2, 0)
 
-    return tuple(map(split, arrays))
+    return jax.tree.map(split, arrays)
 
 
 def _join_chunks(chunks: jax.Array) -> jax.Array:
@@ -83,6 +83,7 @@ def _loss_axes(w_DV: jax.Array) -> frozenset[str]:
 def _chunk_sums(
     x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, config: CrossEntropyConfig
 ) -> Sums:
+    # `jnp.sum` has no `out_sharding`, so einsum makes the partial sums.
     out = PartitionSpec(unreduced=_loss_axes(w_DV))
     entropy_BC, z_BC = token_losses(dot(x_BCD, w_DV).astype(jnp.float32), targets_BC, config)
     entropy = jnp.einsum("bc,bc->", entropy_BC, weights_BC, out_sharding=out)
@@ -90,8 +91,9 @@ def _chunk_sums(
     return entropy + z, (entropy, z)
 
 
-def _zero(w_DV: jax.Array) -> jax.Array:
-    return unreduced_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_loss_axes(w_DV)))
+def _zero_sums(w_DV: jax.Array) -> Sums:
+    zero = unreduced_zeros((), jnp.dtype("float32"), PartitionSpec(unreduced=_loss_axes(w_DV)))
+    return zero, (zero, zero)
 
 
 def chunked_token_cross_entropy(
@@ -109,8 +111,7 @@ def chunked_token_cross_entropy(
     if config.num_chunks == 1:
         return chunk_losses(x_BTD, w_DV, targets_BT)
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT)
-    _, losses = jax.lax.scan(lambda _, chunk: (None, chunk_losses(chunk[0], w_DV, chunk[1])), None, chunks)
-    return _join_chunks(losses)
+    return _join_chunks(jax.lax.map(lambda chunk: chunk_losses(chunk[0], w_DV, chunk[1]), chunks))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -133,12 +134,10 @@ def fused_cross_entropy(
 
     def body(sums: Sums, chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
         x, targets, weights = chunk
-        total, parts = _chunk_sums(x, w_DV, targets, weights, config)
-        return jax.tree.map(jnp.add, sums, (total, parts)), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(x, w_DV, targets, weights, config)), None
 
-    zero = _zero(w_DV)
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    return jax.lax.scan(body, (zero, (zero, zero)), chunks)[0]
+    return jax.lax.scan(body, _zero_sums(w_DV), chunks)[0]
 
 
 type Gradients = tuple[jax.Array, jax.Array]
@@ -149,30 +148,29 @@ def _forward(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: CrossEntropyConfig
 ) -> tuple[Sums, Gradients]:
     """Computes the sums, and the gradients of the first one, in one pass over the chunks."""
-    unit_cotangent = jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=_loss_axes(w_DV)))
+    loss_axes, w_spec = _loss_axes(w_DV), jax.typeof(w_DV).sharding.spec
+    # JAX's type of the cotangent of an *unreduced* value is *reduced*.
+    one = jnp.ones((), jnp.float32, out_sharding=PartitionSpec(reduced=loss_axes))
 
-    def gradients(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
+    def chunk_gradients(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[Sums, jax.Array, jax.Array]:
         def loss(x: jax.Array, w: jax.Array) -> Sums:
             return _chunk_sums(x, w, targets, weights, config)
 
         total, vjp, parts = jax.vjp(loss, x, w_DV, has_aux=True)
-        return (total, parts), *vjp(unit_cotangent)
+        return (total, parts), *vjp(one)
 
     if config.num_chunks == 1:
-        sums, dx_BTD, dw_DV = gradients(x_BTD, targets_BT, weights_BT)
+        sums, dx_BTD, dw_DV = chunk_gradients(x_BTD, targets_BT, weights_BT)
         return sums, (dx_BTD, dw_DV)
 
     def body(carry: tuple[Sums, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[tuple[Sums, jax.Array], jax.Array]:
-        sums, dx, dw = gradients(*chunk)
+        sums, dx, dw = chunk_gradients(*chunk)
         return jax.tree.map(jnp.add, carry, (sums, dw.astype(jnp.float32))), dx
 
-    zero = _zero(w_DV)
-    w_spec = jax.typeof(w_DV).sharding.spec
-    dw_zero = jnp.zeros(
-        w_DV.shape, jnp.float32, out_sharding=PartitionSpec(*w_spec.partitions, unreduced=_loss_axes(w_DV))
-    )
+    dw_spec = PartitionSpec(*w_spec.partitions, unreduced=loss_axes)
+    start = (_zero_sums(w_DV), jnp.zeros(w_DV.shape, jnp.float32, out_sharding=dw_spec))
     chunks = _split_chunks(config.num_chunks, x_BTD, targets_BT, weights_BT)
-    (sums, dw_DV), dx_chunks = jax.lax.scan(body, ((zero, (zero, zero)), dw_zero), chunks)
+    (sums, dw_DV), dx_chunks = jax.lax.scan(body, start, chunks)
     return sums, (_join_chunks(dx_chunks), dw_DV.astype(w_DV.dtype))
 
 
@@ -180,9 +178,9 @@ def _backward(
     config: CrossEntropyConfig, gradients: Gradients, cotangents: Sums
 ) -> tuple[jax.Array, jax.Array, None, None]:
     """Scales the gradients of `_forward` with the cotangent of the loss, a scalar."""
-    dx_BTD, dw_DV = gradients
-    g = cotangents[0]
-    # `dx` may be unreduced: each device multiplies its own part, and the product is a partial sum again.
+    (dx_BTD, dw_DV), g = gradients, cotangents[0]
+    # `dx` may be *unreduced*, and JAX multiplies partial sums only with *reduced* values. In a `shard_map` each device
+    # scales its own part, and the product is a partial sum again.
     x_spec, g_spec = jax.typeof(dx_BTD).sharding.spec, jax.typeof(g).sharding.spec
     g_for_x = jax.reshard(g, g_spec.update(reduced=g_spec.reduced | x_spec.unreduced))
     in_specs = (x_spec, jax.typeof(g_for_x).sharding.spec)

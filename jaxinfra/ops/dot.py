@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
@@ -24,14 +25,7 @@ from jaxinfra.parallel.sharding import axis_names, has_stage_dim
 
 
 class DotSpec(NamedTuple):
-    """The dimensions and number format of a matmul of `[*S, ..., *K]` and `[*S, *K, *N]`.
-
-    Attributes:
-        unreduced: mesh axes that shard K; the result is a partial sum over them.
-        in_dims: number of dimensions in K.
-        stage_dims: number of dimensions in S, 0 or 1.
-        quantize: number format of the operands.
-    """
+    """The options of `dot`, and `stage_dims`: 1 if both operands have a dimension of pipeline stages, else 0."""
 
     unreduced: frozenset[str]
     in_dims: int
@@ -59,28 +53,25 @@ def dot(
         flatten: whether to flatten the operands to rank 2.
         quantize: number format of the operands (see `ops.quantized`).
     """
-    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    stages = w.shape[:1] if has_stage_dim(w_spec) else ()
-    stage_dims = len(stages)
+    stage_dims = 1 if has_stage_dim(jax.typeof(w).sharding.spec) else 0
+    spec = DotSpec(unreduced, in_dims, stage_dims, quantize)
+    out = _out_sharding(x, w, spec)
     lead, out_shape = x.shape[: x.ndim - in_dims], w.shape[stage_dims + in_dims :]
     assert x.shape[x.ndim - in_dims :] == w.shape[stage_dims : stage_dims + in_dims], (x.shape, w.shape)
-    if stages:
-        x = _split_stages(x, *stages)
+    if stage_dims:
+        x = _split_stages(x, len(w))
     if flatten:
-        free = _merge_is_free(x, stage_dims, stage_dims + len(lead))
-        lead_groups = [len(lead)] if free else [1] * len(lead)
-        x = _merge(x, [*[1] * stage_dims, *lead_groups, in_dims])
-        w = _merge(w, [*[1] * stage_dims, in_dims, len(out_shape)])
-        y = _dot(x, w, DotSpec(unreduced, 1, stage_dims, quantize))
+        # With in_dims=2, [B, T, H, K] x [H, K, D] becomes [B * T, H * K] x [H * K, D].
+        stage_groups = [1] * stage_dims
+        lead_groups = [len(lead)] if _merge_is_free(x, stage_dims, stage_dims + len(lead)) else [1] * len(lead)
+        x = _merge(x, [*stage_groups, *lead_groups, in_dims])
+        w = _merge(w, [*stage_groups, in_dims, len(out_shape)])
+        y = _dot(x, w, spec._replace(in_dims=1))
     elif quantize == "none":
-        y = _dot_general(x, w, unreduced, in_dims, stage_dims)
+        y = _dot_general(x, w, spec)  # with JAX's own gradient
     else:
-        y = _dot(x, w, DotSpec(unreduced, in_dims, stage_dims, quantize))
-    if not (flatten or stages):
-        return y
-    out_dims = w_spec.partitions[stage_dims + in_dims :]
-    out = PartitionSpec(*x_spec.partitions[: len(lead)], *out_dims, unreduced=unreduced)
-    return y.reshape(*lead, *out_shape, out_sharding=out)
+        y = _dot(x, w, spec)
+    return y.reshape(*lead, *out_shape, out_sharding=out) if flatten or stage_dims else y
 
 
 def _split_stages(x: jax.Array, stages: int) -> jax.Array:
@@ -94,13 +85,16 @@ def _split_stages(x: jax.Array, stages: int) -> jax.Array:
 
 
 def _merge(x: jax.Array, groups: Sequence[int]) -> jax.Array:
-    """Merges consecutive dimensions in groups of these sizes; only the first of a group may be sharded."""
-    spec, shape, parts, at = jax.typeof(x).sharding.spec, [], [], 0
+    """Merges groups of consecutive dimensions: `[2, 3, 4, 5]` to `[6, 20]` for groups of 2 and 2.
+
+    Only the first dimension of a group may be sharded.
+    """
+    spec, shape, partitions, first = jax.typeof(x).sharding.spec, [], [], 0
     for size in groups:
-        shape.append(math.prod(x.shape[at : at + size]))
-        parts.append(spec.partitions[at])
-        at += size
-    return x.reshape(shape, out_sharding=spec.update(partitions=parts))
+        shape.append(math.prod(x.shape[first : first + size]))
+        partitions.append(spec.partitions[first])
+        first += size
+    return x.reshape(shape, out_sharding=spec.update(partitions=partitions))
 
 
 def _merge_is_free(x: jax.Array, first: int, last: int) -> bool:
@@ -112,20 +106,25 @@ def _merge_is_free(x: jax.Array, first: int, last: int) -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dot(x: jax.Array, w: jax.Array, spec: DotSpec) -> jax.Array:
     if spec.quantize == "none":
-        return _dot_general(x, w, spec.unreduced, spec.in_dims, spec.stage_dims)
-    return quantized.dot(x, w, *spec)
+        return _dot_general(x, w, spec)
+    return quantized.dot_general(x, w, _dimension_numbers(x, spec), _out_sharding(x, w, spec), spec.quantize)
 
 
-def _dot_general(
-    x: jax.Array, w: jax.Array, unreduced: frozenset[str], in_dims: int = 1, stage_dims: int = 0
-) -> jax.Array:
-    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    first = x.ndim - in_dims
-    out_dims = w_spec.partitions[stage_dims + in_dims :]
-    out = PartitionSpec(*x_spec.partitions[:first], *out_dims, unreduced=unreduced) if unreduced else None
-    contracted = (tuple(range(first, x.ndim)), tuple(range(stage_dims, stage_dims + in_dims)))
-    batch = tuple(range(stage_dims))
-    return jax.lax.dot_general(x, w, (contracted, (batch, batch)), out_sharding=out)
+def _dot_general(x: jax.Array, w: jax.Array, spec: DotSpec) -> jax.Array:
+    out = _out_sharding(x, w, spec) if spec.unreduced else None
+    return lax.dot_general(x, w, _dimension_numbers(x, spec), out_sharding=out)
+
+
+def _dimension_numbers(x: jax.Array, spec: DotSpec) -> lax.DotDimensionNumbers:
+    """Returns the dimensions to contract, and the batch dimensions, as `lax.dot_general` wants them."""
+    stages, w_in = range(spec.stage_dims), range(spec.stage_dims, spec.stage_dims + spec.in_dims)
+    return (tuple(range(x.ndim - spec.in_dims, x.ndim)), tuple(w_in)), (tuple(stages), tuple(stages))
+
+
+def _out_sharding(x: jax.Array, w: jax.Array, spec: DotSpec) -> PartitionSpec:
+    x_spec, w_spec = (jax.typeof(a).sharding.spec.partitions for a in (x, w))
+    lead, out_dims = x_spec[: x.ndim - spec.in_dims], w_spec[spec.stage_dims + spec.in_dims :]
+    return PartitionSpec(*lead, *out_dims, unreduced=spec.unreduced)
 
 
 def _forward(x: jax.Array, w: jax.Array, spec: DotSpec) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -134,17 +133,16 @@ def _forward(x: jax.Array, w: jax.Array, spec: DotSpec) -> tuple[jax.Array, tupl
 
 def _backward(spec: DotSpec, operands: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = operands
-    plain = functools.partial(_dot_general, unreduced=spec.unreduced, in_dims=spec.in_dims, stage_dims=spec.stage_dims)
     if spec.quantize == "none":
-        (dx,) = jax.vjp(lambda x: plain(x, w), x)[1](g)
+        (dx,) = jax.vjp(lambda x: _dot_general(x, w, spec), x)[1](g)
     else:
-        dx = quantized.input_gradient(x, w, g, spec.in_dims, spec.stage_dims, spec.quantize)
+        dx = quantized.input_gradient(x, w, g, _dimension_numbers(x, spec), spec.quantize)
     if x.ndim > 2 or w.ndim > 2:
-        (dw,) = jax.vjp(lambda w: plain(x, w), w)[1](g)
+        (dw,) = jax.vjp(lambda w: _dot_general(x, w, spec), w)[1](g)
         return dx, dw
     w_spec = jax.typeof(w).sharding.spec
     out = w_spec.update(unreduced=w_spec.reduced, reduced=w_spec.unreduced)
-    return dx, jax.lax.dot_general(_transpose(x), g, (((1,), (0,)), ((), ())), out_sharding=out)
+    return dx, lax.dot_general(_transpose(x), g, (((1,), (0,)), ((), ())), out_sharding=out)
 
 
 _dot.defvjp(_forward, _backward)
@@ -157,4 +155,4 @@ def _transpose(x_MK: jax.Array) -> jax.Array:
     one operand transposed in memory it uses a bfloat16 kernel, 2 to 4 times faster; float32 is a little faster too.
     """
     row_major = Layout(major_to_minor=(0, 1))
-    return jax.lax.platform_dependent(x_MK.T, cpu=lambda x: with_layout_constraint(x, row_major), default=lambda x: x)
+    return lax.platform_dependent(x_MK.T, cpu=lambda x: with_layout_constraint(x, row_major), default=lambda x: x)

@@ -63,8 +63,10 @@ def dropout(x_BTD: jax.Array, layer_bits_BT: jax.Array | None, site: int, rate: 
     features, dropped = x_BTD.shape[-1], min(round(rate * RATE_STEPS), RATE_STEPS - 1)
     calls = -(-features // 4)  # one call of the hash for four features, rounded up
     counters = jnp.arange(calls, dtype=jnp.uint32) + jnp.uint32(site * calls)
-    uniform = [half for word in _hash(bits[..., None], counters) for half in (word >> 16, word & (RATE_STEPS - 1))]
-    keep_BTD = jnp.concatenate(uniform, axis=-1)[..., :features] >= dropped
+    first, second = _hash(bits[..., None], counters)
+    low_bits = RATE_STEPS - 1
+    uniform = jnp.concatenate([first >> 16, first & low_bits, second >> 16, second & low_bits], axis=-1)
+    keep_BTD = uniform[..., :features] >= dropped
     return jnp.where(keep_BTD, x_BTD * (RATE_STEPS / (RATE_STEPS - dropped)), 0)
 
 

@@ -32,13 +32,16 @@ def grouped_dot(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, platfo
 
 
 class Blocks(NamedTuple):
-    """Blocks of consecutive rows, in order; the first `num_blocks` of the `E + M / R` entries are used.
+    """Blocks of consecutive rows, each within one group.
+
+    Groups of 3, 0 and 6 rows have three blocks of at most 4 rows: `group=[0, 2, 2]`, `start=[0, 3, 7]`,
+    `end=[3, 9, 9]`. The arrays have room for the most blocks that are possible, `E + M / R`.
 
     Attributes:
         group: the group of each block.
         start: the first row of each block.
-        end: the end of the rows of the block's group.
-        num_blocks: number of blocks, an int32 scalar.
+        end: one after the last row of the block's group.
+        num_blocks: how many entries are used, an int32 scalar.
     """
 
     group: jax.Array
@@ -47,46 +50,49 @@ class Blocks(NamedTuple):
     num_blocks: jax.Array
 
 
-def _blocks(sizes_E: jax.Array, rows: int, block: int) -> Blocks:
-    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // block)
+def _split_blocks(sizes_E: jax.Array, rows: int, block_rows: int) -> Blocks:
+    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // block_rows)
     block_ends_E = jnp.cumsum(blocks_E)
-    number = jnp.arange(len(sizes_E) + -(-rows // block), dtype=sizes_E.dtype)
-    group = jnp.minimum(jnp.searchsorted(block_ends_E, number, side="right"), len(sizes_E) - 1)
-    number_in_group = number - (block_ends_E - blocks_E)[group]
-    return Blocks(group, (ends_E - sizes_E)[group] + number_in_group * block, ends_E[group], block_ends_E[-1])
+    index = jnp.arange(len(sizes_E) + -(-rows // block_rows), dtype=sizes_E.dtype)
+    group = jnp.minimum(jnp.searchsorted(block_ends_E, index, side="right"), len(sizes_E) - 1)
+    index_in_group = index - (block_ends_E - blocks_E)[group]
+    start = (ends_E - sizes_E)[group] + index_in_group * block_rows
+    return Blocks(group, start, ends_E[group], block_ends_E[-1])
 
 
-def _pad(x_MK: jax.Array, block: int) -> jax.Array:
+def _pad(x_MK: jax.Array, block_rows: int) -> jax.Array:
     """Adds rows, so that a block may begin at any row."""
-    return jnp.pad(x_MK, ((0, block), (0, 0)))
+    return jnp.pad(x_MK, ((0, block_rows), (0, 0)))
 
 
 def _multiply(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, in_dim: int) -> jax.Array:
     """Contracts rows with dimension `in_dim` of the matrices: 1 for K, 2 for N."""
-    rows, block = len(x_MK), min(BLOCK_ROWS, len(x_MK))
-    blocks, padded = _blocks(sizes_E, rows, block), _pad(x_MK, block)
+    rows, block_rows = len(x_MK), min(BLOCK_ROWS, len(x_MK))
+    blocks, padded = _split_blocks(sizes_E, rows, block_rows), _pad(x_MK, block_rows)
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(w_EKN, blocks.group[i], keepdims=False)
-        x = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], block)
+        x = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], block_rows)
         product = jax.lax.dot_general(x, w, (((1,), (in_dim - 1,)), ((), ())))
         # A block may extend into the next group, whose own blocks overwrite these rows later.
         return jax.lax.dynamic_update_slice_in_dim(y, product, blocks.start[i], 0)
 
-    empty = jnp.zeros_like(padded, shape=(rows + block, w_EKN.shape[3 - in_dim]))
+    empty = jnp.zeros_like(padded, shape=(rows + block_rows, w_EKN.shape[3 - in_dim]))
     y = jax.lax.fori_loop(0, blocks.num_blocks, body, empty)[:rows]
     return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes_E), y, 0)
 
 
 def _weight_gradient(x_MK: jax.Array, dy_MN: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Sums the outer products of `x` and `dy` over the rows of each group, in float32."""
-    rows, block = len(x_MK), min(BLOCK_ROWS, len(x_MK))
-    blocks, xs, dys = _blocks(sizes_E, rows, block), _pad(x_MK, block), _pad(dy_MN, block)
+    rows, block_rows = len(x_MK), min(BLOCK_ROWS, len(x_MK))
+    blocks = _split_blocks(sizes_E, rows, block_rows)
+    padded_x, padded_dy = _pad(x_MK, block_rows), _pad(dy_MN, block_rows)
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         start, group = blocks.start[i], blocks.group[i]
-        x, dy = (jax.lax.dynamic_slice_in_dim(a, start, block) for a in (xs, dys))
-        x = jnp.where(jnp.arange(block)[:, None] < blocks.end[i] - start, x, 0)
+        x, dy = (jax.lax.dynamic_slice_in_dim(a, start, block_rows) for a in (padded_x, padded_dy))
+        # Rows of the next group count as zeros.
+        x = jnp.where(jnp.arange(block_rows)[:, None] < blocks.end[i] - start, x, 0)
         product = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         before = jax.lax.dynamic_index_in_dim(total, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total, before + product, group, 0)

@@ -12,11 +12,13 @@ In JAX's explicit sharding, *unreduced* means that each device holds a partial s
 *unreduced* gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxinfra.parallel.rules import Quantize
@@ -36,23 +38,20 @@ Here it is 127.
 """
 
 
-def dot(
-    x: jax.Array, w: jax.Array, unreduced: frozenset[str], in_dims: int, stage_dims: int, quantize: Quantize
+def dot_general(
+    x: jax.Array, w: jax.Array, dimension_numbers: lax.DotDimensionNumbers, out: PartitionSpec, quantize: Quantize
 ) -> jax.Array:
-    """Contracts quantized `x` `[*S, ..., *K]` and `w` `[*S, *K, *N]`, summed in int32 or float32.
+    """Multiplies like `lax.dot_general` with quantized operands, summed in int32 or float32; in the dtype of `x`.
 
-    The last four arguments are fields of `ops.dot.DotSpec`. Returns `[*S, ..., *N]` in the dtype of `x`.
+    `out` is the sharding of the result.
     """
     import qwix
 
-    x_spec, w_spec = (jax.typeof(a).sharding.spec for a in (x, w))
-    x_in, w_in = (tuple(range(first, first + in_dims)) for first in (x.ndim - in_dims, stage_dims))
-    out_dims = w_spec.partitions[stage_dims + in_dims :]
-    out = PartitionSpec(*x_spec.partitions[: x.ndim - in_dims], *out_dims, unreduced=unreduced)
+    (x_in, w_in), _ = dimension_numbers
     y = qwix.dot_general(
-        _with_reduced_scales(_quantize(x, x_in, quantize), unreduced),
-        _with_reduced_scales(_quantize(w, w_in, quantize), unreduced),
-        ((x_in, w_in), (range(stage_dims), range(stage_dims))),
+        _with_reduced_scales(_quantize(x, x_in, quantize), out.unreduced),
+        _with_reduced_scales(_quantize(w, w_in, quantize), out.unreduced),
+        dimension_numbers,
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
@@ -60,34 +59,35 @@ def dot(
 
 
 def input_gradient(
-    x: jax.Array, w: jax.Array, g: jax.Array, in_dims: int, stage_dims: int, quantize: Quantize
+    x: jax.Array, w: jax.Array, g: jax.Array, dimension_numbers: lax.DotDimensionNumbers, quantize: Quantize
 ) -> jax.Array:
-    """Computes the gradient of `x` in `dot` with quantized operands; `g` is the gradient of the result.
+    """Computes the gradient of `x` in `dot_general` with quantized operands; `g` is the gradient of the result.
 
     This matmul contracts the columns of the weight. Their scales are multiplied into `g` before it is quantized (as in
     AQT and qwix), so the quantized weight is exactly the one of the forward pass.
     """
     import qwix
 
+    (_, w_in), (batch, _) = dimension_numbers
     spec = jax.typeof(x).sharding.spec
     out = spec.update(reduced=spec.unreduced, unreduced=spec.reduced)
-    in_w = tuple(range(stage_dims, stage_dims + in_dims))
-    out_w = tuple(range(stage_dims + in_dims, w.ndim))
-    out_g = tuple(range(g.ndim - len(out_w), g.ndim))
-    weight = _quantize(w, in_w, quantize)
-    column_scales = jnp.expand_dims(weight.scale.squeeze(in_w), tuple(range(stage_dims, out_g[0])))
-    scaled_g = _quantize(_without_reduced(g).astype(jnp.float32) * column_scales, out_g, quantize)
+    w_out = tuple(dim for dim in range(w.ndim) if dim not in (*batch, *w_in))
+    g_out = tuple(range(g.ndim - len(w_out), g.ndim))
+    weight = _quantize(w, w_in, quantize)
+    # From [batch, columns] to [batch, 1, ..., columns], to broadcast against `g`.
+    column_scales = jnp.expand_dims(weight.scale.squeeze(w_in), tuple(range(len(batch), g_out[0])))
+    scaled_g = _quantize(_without_reduced(g).astype(jnp.float32) * column_scales, g_out, quantize)
     dx = qwix.dot_general(
         _with_reduced_scales(scaled_g, out.unreduced),
         weight.qvalue,
-        ((out_g, out_w), (range(stage_dims), range(stage_dims))),
+        ((g_out, w_out), (batch, batch)),
         preferred_element_type=jnp.float32,
         out_sharding=out,
     )
     return dx.astype(x.dtype)
 
 
-def _quantize(a: jax.Array, contracted: tuple[int, ...], quantize: Quantize) -> "QArray":
+def _quantize(a: jax.Array, contracted: Sequence[int], quantize: Quantize) -> "QArray":
     """Quantizes an array; elements along the contracted dimensions share a scale."""
     import qwix
 

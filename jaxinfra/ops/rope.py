@@ -27,6 +27,10 @@ class LinearScaling:
 
     factor: float = 8.0
 
+    def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the scaled frequencies."""
+        return freqs / self.factor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -43,6 +47,12 @@ class Llama3Scaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+
+    def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the scaled frequencies."""
+        turns = self.original_length * freqs / (2 * math.pi)
+        keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return freqs * (keep + (1 - keep) / self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +91,17 @@ class YarnScaling:
         return 1 + 0.1 * weight * math.log(self.factor)
 
     def scale(self, freqs: np.ndarray, theta: float) -> np.ndarray:
-        """Returns the scaled frequencies `[pairs]`; `theta` is their base."""
+        """Returns the scaled frequencies; `theta` is their base."""
         pairs = len(freqs)
 
         def pair_with(turns: float) -> float:
+            """Returns the index, not rounded, of the pair that turns this often: pair i has `theta ** (-i / pairs)`."""
             return pairs * math.log(self.original_length / (2 * math.pi * turns)) / math.log(theta)
 
         first = max(math.floor(pair_with(self.beta_fast)), 0)
         last = min(math.ceil(pair_with(self.beta_slow)), 2 * pairs - 1)
-        slow = np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
-        return freqs * (1 - slow + slow / self.factor)
+        divide = np.clip((np.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
+        return freqs * (1 - divide + divide / self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,24 +124,16 @@ class Rope:
             yield Problem(fields=("theta", "scaling"), message="theta must be above 1", fix="use theta=10000.0")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Returns radians per position, float64 `[rotated / 2]`, with `rotated = fraction * head_dim`."""
+        """Returns the radians per position of each pair, float64 `[rotated / 2]`; `rotated = fraction * head_dim`."""
         rotated = int(head_dim * self.fraction)
         freqs = self.theta ** -(np.arange(0, rotated, 2) / rotated)
-        match self.scaling:
-            case None:
-                return freqs
-            case LinearScaling(factor=factor):
-                return freqs / factor
-            case Llama3Scaling(low_freq_factor=low, high_freq_factor=high) as s:
-                keep = np.clip((s.original_length * freqs / (2 * math.pi) - low) / (high - low), 0, 1)
-                return freqs * (keep + (1 - keep) / s.factor)
-            case YarnScaling() as s:
-                return s.scale(freqs, self.theta)
+        return freqs if self.scaling is None else self.scaling.scale(freqs, self.theta)
 
     @property
     def score_scale(self) -> float:
         """Factor on attention scores, besides the factor on cosines and sines."""
-        return self.scaling.m(self.scaling.mscale_all_dim) ** 2 if isinstance(self.scaling, YarnScaling) else 1.0
+        s = self.scaling
+        return s.m(s.mscale_all_dim) ** 2 if isinstance(s, YarnScaling) else 1.0
 
     @property
     def table_scale(self) -> float:

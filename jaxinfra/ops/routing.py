@@ -96,6 +96,7 @@ def within_capacity(
         block_of = jnp.stack([sharding.block_index(shards, block) for block in blocks], axis=1)  # [shards, blocks]
         own_block = jnp.stack([sharding.block_index(me, block) for block in blocks])
         precedes = block_of[None] < own_block[:, None, None]  # [own blocks, shards, blocks]
+        # Adds the counts of all blocks p on all shards s that precede the own block q.
         earlier += jnp.einsum("bspe,qsp->bqe", counts, precedes.astype(jnp.int32))[:, :, None]
     earlier_BTE = earlier.reshape(mask_BTE.shape)
     return jnp.take_along_axis(earlier_BTE, experts_BTK, axis=2) < capacity
