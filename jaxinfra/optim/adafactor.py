@@ -34,11 +34,7 @@ def scale_by_factored_rms(
 ) -> optax.GradientTransformation:
     """Divides gradients by the root of their factored second moment (Algorithm 4).
 
-    Args:
-        specs: the `ParamSpec`s.
-        decay_power: update t (from 1) decays the moment by `1 - t ** -decay_power`.
-        min_factored_dim: matrices with fewer rows or columns are not factored.
-        clip_rms: limit on the root mean square of each matrix's update; None for no limit.
+    `specs` are the `ParamSpec`s; `optimizers.Adafactor` explains the other arguments.
     """
     factored = jax.tree.map(lambda spec: _is_factored(spec, min_factored_dim), specs, is_leaf=is_param_spec)
     dims_tree = jax.tree.map(matrix_dims, specs, is_leaf=is_param_spec)

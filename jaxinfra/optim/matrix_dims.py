@@ -12,7 +12,7 @@ from jaxinfra.parallel.spec import ParamSpec
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixDims:
-    """The dimensions of a parameter by their role.
+    """The dimensions of a parameter by their role: of `[layers, embed, heads, head_dim]` 0, 1, and 2 and 3.
 
     Attributes:
         batch: dimensions of independent matrices, such as stacked layers.
@@ -29,16 +29,6 @@ class MatrixDims:
         """The dimensions of one matrix."""
         return (*self.rows, *self.cols)
 
-    @property
-    def permutation(self) -> tuple[int, ...]:
-        """All dimensions in the order batch, rows, columns."""
-        return (*self.batch, *self.rows, *self.cols)
-
-    @property
-    def inverse_permutation(self) -> tuple[int, ...]:
-        """The permutation that undoes `permutation`."""
-        return tuple(self.permutation.index(dim) for dim in range(len(self.permutation)))
-
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Returns the rows and columns of one matrix of a parameter of this shape."""
         return math.prod(shape[dim] for dim in self.rows), math.prod(shape[dim] for dim in self.cols)
@@ -47,7 +37,7 @@ class MatrixDims:
 def matrix_dims(spec: ParamSpec) -> MatrixDims:
     """Returns the matrix dimensions of a parameter.
 
-    Without `in_dims` and `out_dims` the first dimension that is not stacked is the rows, and the rest are the columns.
+    If a parameter has no matmul, like an embedding, its first unstacked dimension is the rows, the rest the columns.
     """
     if spec.in_dims and spec.out_dims:
         rows, cols = spec.in_dims, spec.out_dims

@@ -28,9 +28,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 Source: Jordan et al. 2024.
 """
 
-# Keeps an all-zero matrix from dividing 0 by 0.
-_TINY_NORM = 1e-12
-
 
 def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
     """Moves the singular values of every matrix towards 1; B stands for any number of leading dimensions.
@@ -42,7 +39,7 @@ def newton_schulz(x_BMN: jax.Array, *, iterations: int) -> jax.Array:
     is_wide = x_BMN.shape[-2] <= x_BMN.shape[-1]
     x = x_BMN if is_wide else x_BMN.mT  # A is then the smaller of the two Gram matrices
     norm = jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True))
-    x = (x / (norm + _TINY_NORM)).astype(x_BMN.dtype)
+    x = (x / (norm + 1e-12)).astype(x_BMN.dtype)  # zero stays zero, instead of 0 / 0
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -54,16 +51,12 @@ def orthogonalize(
 ) -> optax.GradientTransformation:
     """Replaces updates by their orthogonalized matrices, scaled for their shape.
 
-    Args:
-        dims_tree: the `MatrixDims` of the updates, with the same masked nodes.
-        iterations: Newton-Schulz iterations.
-        scale: "rms" gives every update the usual root mean square of AdamW, about 0.2, so that both share one learning
-            rate (Liu et al. 2025, section 2.2); "width" multiplies by `sqrt(max(1, cols / rows))` (Jordan et al. 2024).
-        dtype: dtype of the matrix products and of the transfers between devices.
+    `dims_tree` has the `MatrixDims` of the updates; `optimizers.Muon` explains the other arguments.
     """
 
     def orthogonalize_param(update: jax.Array, dims: MatrixDims) -> jax.Array:
         rows, cols = dims.matrix_shape(update.shape)
+        # "rms" gives every update AdamW's usual root mean square, about 0.2 (Liu et al. 2025, section 2.2).
         factor = 0.2 * math.sqrt(max(rows, cols)) if scale == "rms" else math.sqrt(max(1.0, cols / rows))
         return factor * _orthogonalize(update.astype(dtype), dims, iterations).astype(update.dtype)
 
@@ -78,91 +71,87 @@ def _orthogonalize(x: jax.Array, dims: MatrixDims, iterations: int) -> jax.Array
         batch = x.shape[: -len(dims.matrix)]
         return newton_schulz(x.reshape(*batch, *matrix_shape), iterations=iterations).reshape(x.shape)
 
-    return _map_whole_matrices(solve, x.transpose(dims.permutation), len(dims.batch)).transpose(
-        dims.inverse_permutation
-    )
+    order = (*dims.batch, *dims.matrix)
+    y = _map_whole_matrices(solve, x.transpose(order), len(dims.batch))
+    return y.transpose([order.index(dim) for dim in range(x.ndim)])
 
 
 def _map_whole_matrices(solve: Callable[[jax.Array], jax.Array], x: jax.Array, num_batch: int) -> jax.Array:
-    """Applies `solve` with all dimensions after the first `num_batch` unsharded; the result is sharded like `x`."""
+    """Applies `solve` with all dimensions after the first `num_batch` unsharded; the result is sharded like `x`.
+
+    With mesh axes fsdp=4 and tensor=2, `f32[12, M@fsdp, N@tensor]` is padded to 16 layers, and `solve` gets two whole
+    matrices on each device: first `f32[16@fsdp, M, N@tensor]` and then `f32[16@(fsdp, tensor), M, N]`.
+    """
     sharding = jax.typeof(x).sharding
     sizes = dict(sharding.mesh.shape)
-    batch, matrix = tuple(sharding.spec[:num_batch]), tuple(sharding.spec[num_batch:])
+    matrix = tuple(sharding.spec[num_batch:])
     # The last axis of a dimension moves first: each step is then an all-to-all inside small groups.
     axes = [axis for entry in matrix for axis in reversed(axis_names(entry))]
     if not axes:
         return solve(x)
 
-    # Each batch dimension is split into (shards, layers per shard). The layers of a shard can then be padded and
-    # sharded without moving a matrix to another existing shard.
+    # An unstacked matrix is one layer.
+    batch, batch_shape = tuple(sharding.spec[:num_batch]) or (None,), x.shape[:num_batch] or (1,)
     shards = [_num_shards(axis_names(entry), sizes) for entry in batch]
-    layers = [length // count for length, count in zip(x.shape[:num_batch], shards, strict=True)]
-    dim, layer_axes = assign_shards(layers, axes, sizes)
+    local_shape = [length // count for length, count in zip(batch_shape, shards, strict=True)]
+    dim, layer_axes = assign_shards(local_shape, axes, sizes)
     specs = _reshard_steps(batch, matrix, axes, dim, layer_axes)
 
-    split = x.reshape(*_interleave(shards, layers), *x.shape[num_batch:], out_sharding=specs[0])
-    shape = split.shape
+    # The chosen dimension is split into (shards, layers per shard). So the layers of a shard can be padded and sharded
+    # further, and no matrix leaves its shard.
+    layers = local_shape[dim]
+    split_shape = (*batch_shape[:dim], shards[dim], layers, *batch_shape[dim + 1 :], *x.shape[num_batch:])
+    y = x.reshape(split_shape, out_sharding=specs[0])
     if layer_axes:
-        padding = [(0, 0)] * split.ndim
-        padding[2 * dim + 1] = (0, -layers[dim] % _num_shards(layer_axes, sizes))
-        split = jnp.pad(split, padding)
+        padding = [(0, 0)] * y.ndim
+        padding[dim + 1] = (0, -layers % _num_shards(layer_axes, sizes))
+        y = jnp.pad(y, padding)
     for spec in specs[1:]:
-        split = jax.reshard(split, spec)
-    split = solve(split)
+        y = jax.reshard(y, spec)
+    y = solve(y)
     for spec in reversed(specs[:-1]):
-        split = jax.reshard(split, spec)
-    split = split[tuple(slice(length) for length in shape)]
-    return split.reshape(x.shape, out_sharding=sharding.spec)
+        y = jax.reshard(y, spec)
+    return jax.lax.slice_in_dim(y, 0, layers, axis=dim + 1).reshape(x.shape, out_sharding=sharding.spec)
 
 
 def assign_shards(stack: Sequence[int], axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
     """Chooses a stacked dimension, and a subset of `axes` to shard it over, so that devices have whole matrices.
 
     The choice has the fewest matrices per device, and then the fewest shards: 32 layers on axes of 64 and 8 use the
-    axis of 64, and half of the devices have no matrix. With at most one layer, no axes are used.
+    axis of 64, and half of the devices have no matrix. With one layer, no axes are used.
 
-    Args:
-        stack: sizes of the stacked dimensions.
-        axes: mesh axes that shard the matrices.
-        sizes: size of every mesh axis.
+    `stack` has the sizes of the stacked dimensions, at least one; `axes` are the mesh axes that shard the matrices.
     """
-    best, best_cost = (0, ()), (math.prod(stack), 1)
-    for dim, length in enumerate(stack):
-        for count in range(1, len(axes) + 1):
-            for subset in itertools.combinations(axes, count):
-                shards = _num_shards(subset, sizes)
-                cost = (math.prod(stack) // length * math.ceil(length / shards), shards)
-                if cost < best_cost:
-                    best, best_cost = (dim, subset), cost
-    return best
+
+    def cost(choice: tuple[int, tuple[str, ...]]) -> tuple[int, int]:
+        dim, subset = choice
+        shards = _num_shards(subset, sizes)
+        matrices = math.prod(math.ceil(n / shards) if at == dim else n for at, n in enumerate(stack))
+        return matrices, shards
+
+    subsets = [subset for count in range(len(axes) + 1) for subset in itertools.combinations(axes, count)]
+    return min(itertools.product(range(len(stack)), subsets), key=cost)
 
 
 def _reshard_steps(
-    batch: Sequence[SpecEntry], matrix: Sequence[SpecEntry], axes: Sequence[str], dim: int, layer_axes: Sequence[str]
+    batch: Sequence[SpecEntry],
+    matrix: Sequence[SpecEntry],
+    axes: Sequence[str],
+    dim: int,
+    layer_axes: tuple[str, ...],
 ) -> list[PartitionSpec]:
     """Returns the sequence of shardings from sharded matrices to whole ones, one mesh axis per step.
 
     If two axes move at once, XLA's partitioner copies the whole array to every device.
     """
-    matrix_axes = [axis_names(entry) for entry in matrix]
-    moved: tuple[str, ...] = ()
-
-    def spec() -> PartitionSpec:
-        layers = [moved if at == dim else None for at in range(len(batch))]
-        return PartitionSpec(*_interleave(batch, layers), *matrix_axes)
-
-    steps = [spec()]
     # Axes that are only gathered come last, when a device has the least data.
-    for axis in sorted(axes, key=lambda axis: axis not in layer_axes):
-        matrix_axes = [tuple(name for name in names if name != axis) for names in matrix_axes]
-        moved = (*moved, axis) if axis in layer_axes else moved
-        steps.append(spec())
+    order = [*layer_axes, *(axis for axis in axes if axis not in layer_axes)]
+    steps = []
+    for moved in range(len(order) + 1):
+        matrix_axes = [tuple(axis for axis in axis_names(entry) if axis in order[moved:]) for entry in matrix]
+        steps.append(PartitionSpec(*batch[: dim + 1], layer_axes[:moved], *batch[dim + 1 :], *matrix_axes))
     return steps
 
 
 def _num_shards(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis in axes)
-
-
-def _interleave[T](first: Sequence[T], second: Sequence[T]) -> list[T]:
-    return [value for pair in zip(first, second, strict=True) for value in pair]

@@ -47,16 +47,15 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
         return _to_host(make(specs).init(params))
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, optax.OptState]:
-        layered = [name for name in specs if _is_stacked(specs[name], updates[name])]
-        others = [name for name in specs if name not in layered]
+        trees = (updates, state, params)
+        stacked = [name for name in specs if _is_stacked(specs[name], updates[name])]
+        others = [name for name in specs if name not in stacked]
         results = []
         if others:
-            tx = make(select(specs, others))
-            results.append(_update_at_once(tx, *(select(tree, others) for tree in (updates, state, params))))
-        for name in layered:  # stacks can differ in length
+            results.append(_update_at_once(make(select(specs, others)), *(select(tree, others) for tree in trees)))
+        for name in stacked:  # one by one, since they can differ in their number of layers
             layer_specs = jax.tree.map(lambda spec: replace(spec, shape=(1, *spec.shape[1:])), select(specs, [name]))
-            stacked = (select(tree, [name]) for tree in (updates, state, params))
-            results.append(_update_by_layer(make(layer_specs), *stacked))
+            results.append(_update_by_layer(make(layer_specs), *(select(tree, [name]) for tree in trees)))
         new_updates, states = zip(*results, strict=True)
         return merge(updates, *new_updates), merge(state, *states)
 
@@ -64,7 +63,7 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
 
 
 def _split(state: optax.OptState) -> tuple[optax.OptState, optax.OptState]:
-    """Splits a state into arrays and counters, each with None in place of the other."""
+    """Splits a state into its arrays and its counters (scalars), each with None in place of the other."""
     return jax.tree.map(lambda x: x if x.ndim else None, state), jax.tree.map(lambda x: None if x.ndim else x, state)
 
 
@@ -75,9 +74,7 @@ def _combine(arrays: optax.OptState, counters: optax.OptState) -> optax.OptState
 def _update_at_once(
     tx: optax.GradientTransformation, updates: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
-    arrays, counters = _split(state)
-    state = _combine(jax.device_put(arrays, jax.memory.Space.Device), counters)
-    updates, state = tx.update(updates, state, params)
+    updates, state = tx.update(updates, _to_device(state), params)
     return updates, _to_host(state)
 
 
@@ -98,9 +95,10 @@ def _update_by_layer(
     # carry are overwritten in place: updates reuse the memory of the gradients.
     def step(carry: tuple[PyTree, PyTree], layer: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
         updates, arrays = carry
-        state = _combine(jax.device_put(select(arrays, layer), jax.memory.Space.Device), counters)
+        state = _to_device(_combine(select(arrays, layer), counters))
         update, state = tx.update(select(updates, layer), state, select(params, layer))
-        return (write(updates, update, layer), write(arrays, _split(_to_host(state))[0], layer)), None
+        new_arrays, _ = _split(_to_host(state))
+        return (write(updates, update, layer), write(arrays, new_arrays, layer)), None
 
     (updates, arrays), _ = jax.lax.scan(step, (updates, all_arrays), jnp.arange(num_layers))
     return updates, _combine(arrays, counters)
@@ -108,6 +106,10 @@ def _update_by_layer(
 
 def _to_host(state: optax.OptState) -> optax.OptState:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, state)
+
+
+def _to_device(state: optax.OptState) -> optax.OptState:
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, state)
 
 
 def _is_stacked(specs: PyTree, arrays: PyTree) -> bool:

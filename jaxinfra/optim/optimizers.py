@@ -183,15 +183,10 @@ class Muon(Optimizer):
 
 
 def make_optimizer(optim: OptimConfig, *, steps: int, specs: PyTree) -> optax.GradientTransformation:
-    """Makes the optax chain of a run of `steps` steps, without clipping.
+    """Makes the optax chain of a run of `steps` steps, without clipping; `specs` are the `ParamSpec`s.
 
     `update` needs the parameters and returns float32 updates for `optax.apply_updates`. The state is sharded like the
     parameters, which may be abstract in `init`.
-
-    Args:
-        optim: the config.
-        steps: steps of the run, for the schedule.
-        specs: the `ParamSpec`s of the parameters.
     """
     rate = optax_schedule(optim.schedule, peak_lr=optim.peak_lr, steps=steps)
 

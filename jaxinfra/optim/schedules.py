@@ -8,16 +8,14 @@ The peak and the length of a run are arguments, so one schedule fits many runs. 
 - Beyond `steps` the rate is constant, except for `InverseSqrt`, which keeps falling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Literal, override
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxinfra.config import Problem
 from jaxinfra.config.limits import Fraction, NonNegativeInt, PositiveFraction
@@ -124,31 +122,29 @@ class InverseSqrt(Warmup):
         return xp.sqrt(first / xp.maximum(step, first))
 
 
-def optax_schedule(config: LRSchedule, *, peak_lr: float, steps: int) -> optax.Schedule:
-    """Returns the learning rate of a run of `steps` steps as an optax schedule."""
-    return partial(learning_rate, config, peak_lr=peak_lr, steps=steps)
-
-
-def learning_rate(
-    config: LRSchedule, step: jax.typing.ArrayLike, *, peak_lr: float, steps: int
-) -> jax.Array | np.ndarray:
-    """Returns the learning rate of `step`, an integer or an array, in a run of `steps` steps.
+def optax_schedule(config: LRSchedule, *, peak_lr: float, steps: int) -> Callable[[jax.typing.ArrayLike], Array]:
+    """Returns the learning rate of a run of `steps` steps as an `optax.Schedule`, a function of an integer or an array.
 
     JAX arrays, traced or not, give float32 JAX arrays. Anything else is computed in NumPy, in float64, without
     initializing a device.
     """
-    xp = jnp if isinstance(step, jax.Array) else np
-    t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
-    warmup = xp.minimum(t / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    with user_code(type(config), "optim.schedule"):
-        return peak_lr * warmup * config.multiplier(t, steps, xp)
+
+    def learning_rate(step: jax.typing.ArrayLike) -> Array:
+        xp = jnp if isinstance(step, jax.Array) else np
+        t = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
+        warmup = xp.minimum(t / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+        with user_code(type(config), "optim.schedule"):
+            return peak_lr * warmup * config.multiplier(t, steps, xp)
+
+    return learning_rate
 
 
 def lr_table(config: LRSchedule, *, peak_lr: float, steps: int, rows: int = 11) -> list[tuple[int, float]]:
     """Returns about `rows` pairs (step, learning rate) from the first step to the last, and the end of warmup."""
+    rate = optax_schedule(config, peak_lr=peak_lr, steps=steps)
     evenly_spaced = {round(at) for at in np.linspace(0, steps - 1, rows)}
     chosen = sorted(evenly_spaced | {min(config.warmup_steps, steps - 1)})
-    return [(at, float(learning_rate(config, at, peak_lr=peak_lr, steps=steps))) for at in chosen]
+    return [(at, float(rate(at))) for at in chosen]
 
 
 def _progress(step: Array, start: int, stop: int, xp: ModuleType) -> Array:

@@ -29,16 +29,10 @@ def _square_sum(x: jax.Array) -> jax.Array:
 
 
 def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array | int) -> PyTree:
-    """Updates the exponential moving average of the parameters.
+    """Updates the exponential moving average of the parameters, which starts as a copy, after update `step` (from 0).
 
     The decay is `min(decay, (1 + step) / (10 + step))`, so that the initial values are soon forgotten. Computes in
     float32; the average should be float32 as well, as bfloat16 would round away the changes of a large decay.
-
-    Args:
-        ema: the average; starts as a copy of the parameters.
-        params: the parameters after this step's update.
-        decay: the largest decay, in [0, 1).
-        step: number of updates before this one.
     """
     t = jnp.asarray(step).astype(jnp.float32)
     keep = jnp.minimum(decay, (1 + t) / (10 + t))

@@ -79,7 +79,6 @@ SIZES = {"fsdp": 64, "tensor": 8}
         ((4,), ("fsdp", "tensor"), (0, ("tensor",))),
         ((128,), ("fsdp", "tensor"), (0, ("fsdp", "tensor"))),
         ((1,), ("fsdp", "tensor"), (0, ())),
-        ((), ("fsdp", "tensor"), (0, ())),
         ((32,), (), (0, ())),
         ((32, 16), ("fsdp",), (0, ("fsdp",))),
         ((8, 128), ("fsdp", "tensor"), (1, ("fsdp", "tensor"))),

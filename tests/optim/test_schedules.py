@@ -12,7 +12,6 @@ from jaxinfra.optim.schedules import (
     Cosine,
     InverseSqrt,
     Linear,
-    learning_rate,
     lr_table,
     optax_schedule,
 )
@@ -46,7 +45,7 @@ def test_end_points(config):
 
 @pytest.mark.parametrize("kind", [Constant, Linear, Cosine, WSD, InverseSqrt])
 def test_without_warmup_step_0_has_the_peak(kind):
-    assert float(learning_rate(kind(), 0, peak_lr=PEAK, steps=STEPS)) == PEAK
+    assert float(optax_schedule(kind(), peak_lr=PEAK, steps=STEPS)(0)) == PEAK
 
 
 @pytest.mark.parametrize("config", ENDS, ids=repr)
@@ -72,7 +71,7 @@ def test_cosine_equals_that_of_optax():
 
 @pytest.mark.parametrize("config", ENDS, ids=repr)
 def test_run_of_one_step(config):
-    assert math.isfinite(float(learning_rate(config, 0, peak_lr=PEAK, steps=1)))
+    assert math.isfinite(float(optax_schedule(config, peak_lr=PEAK, steps=1)(0)))
 
 
 def test_lr_table_has_both_ends_and_the_end_of_warmup():
