@@ -18,6 +18,7 @@ def local_devices() -> Sequence[Device]:
 
     Raises ConfigError if the platform of JAX_PLATFORMS is unusable, or if there are several JAX processes.
     """
+    _require_one_process()
     with _capture_logs(_PLATFORM_LOGGER) as records:
         try:
             devices = jax.devices()
@@ -35,6 +36,20 @@ def local_devices() -> Sequence[Device]:
             "start one process on one host"
         )
     return devices
+
+
+def _require_one_process() -> None:
+    """Raises ConfigError if a scheduler has started several processes, which would all train the same run."""
+    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if tasks != "1":
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: multi-host training is not supported yet; start one task: srun --ntasks=1"
+        )
+    if "," in hosts:
+        raise ConfigError(
+            f"TPU_WORKER_HOSTNAMES={hosts}: multi-host training is not supported yet; use a slice of one host, such as "
+            "v5e-8 or v6e-8"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Turns SIGINT and SIGTERM into a request to stop after the current step."""
+"""Turns SIGINT, SIGTERM and SIGHUP into a request to stop after the current step."""
 
 import signal
 import threading
@@ -7,10 +7,11 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Within this context Ctrl-C (SIGINT) and SIGTERM set `reason` instead of ending the process.
+    """Within this context Ctrl-C (SIGINT), SIGTERM and SIGHUP set `reason` instead of ending the process.
 
-    The training loop reads `reason` after every step, saves and stops. A second Ctrl-C interrupts at once; further
-    SIGTERMs change nothing. The previous handlers are restored on exit. In other threads it does nothing.
+    SIGHUP comes when a terminal or an SSH connection closes; under nohup it stays ignored. The training loop reads
+    `reason` after every step, saves and stops. A second Ctrl-C interrupts at once; further SIGTERMs change nothing. The
+    previous handlers are restored on exit. In other threads it does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,8 +32,9 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread alone: this run cannot be asked to stop
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,7 +2,11 @@
 
 import logging
 
-from jaxinfra.runtime.devices import _capture_logs
+import pytest
+
+from jaxinfra.errors import ConfigError
+from jaxinfra.runtime.devices import _capture_logs, local_devices
+from tests.refusals import raises
 
 
 def test_unusable_plugin_is_one_line(caplog) -> None:
@@ -16,3 +20,13 @@ def test_unusable_plugin_is_one_line(caplog) -> None:
         assert len(records) == 1 and not caplog.records
     assert caplog.text.count("\n") == 1
     assert caplog.messages == ["plugin x failed: no such library"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("SLURM_STEP_NUM_TASKS", "8"), ("TPU_WORKER_HOSTNAMES", "t-0,t-1")])
+def test_several_processes_of_a_scheduler_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train the same run."""
+    monkeypatch.setenv(name, value)
+    with raises(ConfigError, f"{name}={value} not supported"):
+        local_devices()
+    monkeypatch.setenv(name, "1")
+    assert local_devices()

@@ -5,7 +5,7 @@ import pytest
 from jaxinfra.runtime.signals import StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_is_a_request(number: signal.Signals) -> None:
     with StopRequest() as stop:
         assert stop.reason is None
@@ -37,3 +37,13 @@ def test_previous_handlers_are_restored() -> None:
         assert signal.getsignal(signal.SIGTERM) != before[1]
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
