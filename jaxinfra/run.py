@@ -154,7 +154,7 @@ class Run:
                 message=f"the model reads {model.modality}s, the data has {data.modality}s",
                 fix=f"name a model of {data.modality}s or data of {model.modality}s",
             )
-            return
+            return  # the checks below rely on a model, an objective and data that go together
         with user_code(type(data), "data"):
             arrays = data.batch_spec(validation=False)
         if missing := [name for name in objective.batch_fields if name not in arrays]:

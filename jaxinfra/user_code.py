@@ -34,12 +34,15 @@ def user_code(owner: type, path: str) -> Iterator[None]:
 
 def innermost_place(error: BaseException) -> str | None:
     """Returns the innermost `FILE:LINE` of a traceback in a user's file; None if it is all in packages."""
-    places = [f"{frame.f_code.co_filename}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
-    own = [place for place in places if _is_users(place.rpartition(":")[0])]
-    return own[-1] if own else None
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):  # from the outermost call to the innermost
+        if _is_users(frame.f_code.co_filename):
+            place = f"{frame.f_code.co_filename}:{line}"
+    return place
 
 
 def _is_users(file: str) -> bool:
+    if file.startswith("<"):  # such as "<frozen importlib._bootstrap>"
+        return False
     resolved = Path(file).resolve()
-    installed = any(map(resolved.is_relative_to, _NOT_USERS)) or not _INSTALLED.isdisjoint(resolved.parts)
-    return not installed and not file.startswith("<")  # such as "<frozen importlib._bootstrap>"
+    return not any(map(resolved.is_relative_to, _NOT_USERS)) and _INSTALLED.isdisjoint(resolved.parts)

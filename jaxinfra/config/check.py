@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxinfra.config.schema import (
-    MISMATCH,
     MISSING,
     ConfigField,
     children,
@@ -16,15 +15,14 @@ from jaxinfra.config.schema import (
     describe,
     fields_of,
     is_config,
-    is_node,
-    match,
     smallest_allowed,
+    within_limits,
 )
 from jaxinfra.config.text import format_value, join, show
 from jaxinfra.errors import ConfigError
 from jaxinfra.storage.credentials import has_credentials
 
-# The first name of each `path=` in a text.
+# The first name of each `path=` in a text: `schedule` in "use schedule.warmup_steps=10".
 _ASSIGNED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?=(?:\.\w+)*=)")
 
 
@@ -57,7 +55,7 @@ def _validate(annotation: object, node: object, path: str) -> None:
                 f"{join(path, field.name)}={show(value)}: has credentials in it, which run.json would store; "
                 "set them in the environment or a profile"
             )
-        if not is_node(field.annotation, value) and match(field.annotation, value, within_limits=True) is MISMATCH:
+        if not within_limits(field.annotation, value):
             raise ConfigError(_limit_message(field, value, join(path, field.name)))
     for problem in getattr(node, "problems", tuple)():
         raise ConfigError(_problem_message(node, path, problem))
@@ -72,18 +70,20 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _limit_message(field: ConfigField, value: object, path: str) -> str:
-    allowed = match(field.annotation, field.make_default(), within_limits=True)
-    if allowed is MISMATCH:  # the default, if there is one, is not allowed either
-        allowed = smallest_allowed(field.annotation)
+    default = field.make_default()
+    allowed = default if within_limits(field.annotation, default) else smallest_allowed(field.annotation)
     fix = "" if allowed is MISSING else f"; use {path}={format_value(allowed)}"
     return f"{path}={show(value)}: expected {describe(field.annotation)}{fix}"
 
 
 def _problem_message(node: object, path: str, problem: Problem) -> str:
     values = ", ".join(f"{join(path, field)}={show(_value_at(node, field))}" for field in problem.fields)
-    # The fix may name fields of the object, which need their full path, and options of the command line, which do not.
-    own = {field.name for field in fields_of(type(node))}
-    fix = _ASSIGNED.sub(lambda match: join(path, match[1]) if match[1] in own else match[1], problem.fix)
+    own_fields = {field.name for field in fields_of(type(node))}
+
+    def with_full_path(name: re.Match[str]) -> str:
+        return join(path, name[1]) if name[1] in own_fields else name[1]  # else it is an option of a command
+
+    fix = _ASSIGNED.sub(with_full_path, problem.fix)
     return f"{values}: {problem.message}; {fix}"
 
 

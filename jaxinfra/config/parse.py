@@ -16,7 +16,8 @@ from typing import get_origin
 from jaxinfra.config.schema import MISMATCH, item_annotations, match, union_members
 
 _INT = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
-_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}", re.ASCII)
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d+)?[eE]\+?\d{1,2}", re.ASCII)  # `4e3`; two digits keep ints small
+# A quoted string, or one character.
 _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|.""", re.DOTALL)
 _CLOSING = {"(": ")", "[": "]"}
 _CONSTANTS = {"none": None, "null": None, "true": True, "false": False}
@@ -73,7 +74,7 @@ def _read_float(text: str) -> object:
 
 
 def _read_tuple(annotation: object, text: str, *, bare: bool) -> object:
-    """Parses a tuple; `bare` allows one without brackets."""
+    """Returns a tuple whose items may be `MISMATCH`; `bare` allows one without brackets."""
     parts = _split(text[1:-1]) if text and text[-1] == _CLOSING.get(text[0]) else None
     if parts is None and bare and text:
         parts = _split(text)
@@ -83,7 +84,7 @@ def _read_tuple(annotation: object, text: str, *, bare: bool) -> object:
 
 
 def _split(text: str) -> list[str] | None:
-    """Splits at the commas outside quotes and brackets; None if brackets do not match or an item is empty."""
+    """Splits `a, (b, c)` into `a` and `(b, c)`; None if brackets do not match or an item is empty."""
     parts, open_brackets = [""], []
     for token in _TOKEN.findall(text):
         if token in _CLOSING:

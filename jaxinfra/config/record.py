@@ -88,8 +88,9 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: format={version} is newer than {FORMAT}, which this version reads; upgrade jaxinfra"
         )
-    if missing := {"root", "config"} - content.keys():
-        raise ConfigError(f"{path}: not a run record, it has no {min(missing)}; restore the file")
+    for key in ("config", "root"):
+        if key not in content:
+            raise ConfigError(f"{path}: not a run record, it has no {key}; restore the file")
     return content
 
 

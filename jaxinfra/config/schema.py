@@ -130,6 +130,11 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[Any, Callable[[Any, Any],
             yield bound, *_LIMITS[type(each)]
 
 
+def within_limits(annotation: object, value: object) -> bool:
+    """Tells whether a leaf has an allowed type and lies within its limits; the parts of a node have their own."""
+    return is_node(annotation, value) or match(annotation, value, check_limits=True) is not MISMATCH
+
+
 def smallest_allowed(annotation: object) -> object:
     """Returns the smallest number or the shortest text that an annotation allows, for a message, or `MISSING`."""
     for _, metadata in _alternatives(annotation):
@@ -271,28 +276,28 @@ def conform(annotation: object, value: Any, path: str = "") -> Any:
     return matched
 
 
-def match(annotation: object, value: object, *, within_limits: bool = False) -> Any:
+def match(annotation: object, value: object, *, check_limits: bool = False) -> Any:
     """Returns a leaf value in the exact type of the annotation, or `MISMATCH`.
 
-    With `within_limits`, a value outside the limits of the annotation does not match.
+    With `check_limits`, a value outside the limits of the annotation does not match.
     """
     alternatives = list(_alternatives(annotation))
     for member, metadata in alternatives:
-        limits = _limits(metadata) if within_limits else ()
-        matched = _match_member(member, value, within_limits)
+        limits = _limits(metadata) if check_limits else ()
+        matched = _match_member(member, value, check_limits)
         if matched is not MISMATCH and all(test(matched, bound) for bound, test, _ in limits):
             return matched
     if type(value) is int and any(member is float for member, _ in alternatives):
-        return match(annotation, float(value), within_limits=within_limits)
+        return match(annotation, float(value), check_limits=check_limits)
     return MISMATCH
 
 
-def _match_member(member: object, value: object, within_limits: bool) -> object:
+def _match_member(member: object, value: object, check_limits: bool) -> object:
     if get_origin(member) is tuple and isinstance(value, tuple):
         items = item_annotations(member, len(value))
         if items is None:
             return MISMATCH
-        parts = tuple(match(item, part, within_limits=within_limits) for item, part in zip(items, value, strict=True))
+        parts = tuple(match(item, part, check_limits=check_limits) for item, part in zip(items, value, strict=True))
         return MISMATCH if MISMATCH in parts else _keep_unchanged(value, parts)
     if get_origin(member) is Literal:
         fits = any(type(value) is type(arg) and value == arg for arg in get_args(member))  # True is not 1

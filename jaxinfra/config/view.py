@@ -47,7 +47,8 @@ def dump(root: object) -> str:
 def diff(left: object, right: object, *, fingerprinted_only: bool = False) -> list[Difference]:
     """Returns the leaves that differ, in the order of the fields; see `leaves`."""
     lefts, rights = (leaves(each, fingerprinted_only=fingerprinted_only) for each in (left, right))
-    # All paths in the order of `left`; those only in `right` follow the path that precedes them there.
+    # All paths in the order of `left`; those only in `right` follow the path that precedes them there:
+    # [a, c] and [a, b] give [a, b, c].
     order, position = list(lefts), 0
     for path in rights:
         if path not in lefts:

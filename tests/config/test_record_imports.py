@@ -127,11 +127,13 @@ def test_errors_of_imports(write: Write, named: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 200_000, '{"format": ' + "9" * 6000 + "}"], ids=["too deep", "too long a number"]
+    "content",
+    [b"[" * 200_000, b'{"format": ' + b"9" * 6000 + b"}", b'{"format": "\xff"}'],
+    ids=["too deep", "too long a number", "not UTF-8"],
 )
-def test_hostile_json_is_refused_in_one_line(tmp_path, text):
+def test_hostile_json_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "run.json"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(ConfigError, match="not a run record") as refused:
         read_record(path)
     assert "\n" not in str(refused.value)

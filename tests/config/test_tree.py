@@ -245,6 +245,12 @@ def test_unsupported_annotations_are_refused():
     class Chooser:
         part: Kinded | None = None
 
+    @dataclass(frozen=True, kw_only=True)
+    class Tuples:
+        either: tuple[int, ...] | tuple[str, str] = ()
+
+    with raises(ConfigError, "Tuples.either: one tuple"):
+        leaves(Tuples())
     with raises(ConfigError, "Holder.table: dict"):
         leaves(Holder())
     with raises(ConfigError, "Chooser.part: Kinded, kind"):

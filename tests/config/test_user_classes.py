@@ -267,9 +267,6 @@ def test_a_resumed_run_decodes_its_record_with_the_classes_of_its_config(write: 
         decode_record("run.json", content, ClassFinder.from_config(run))
 
 
-# A record is data.
-
-
 # On the command line.
 
 
