@@ -32,7 +32,7 @@ from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
 
 _NOT_CONTENT = ("store", "shard_bytes", "work_dir")  # fields of a recipe that do not change what the store holds
-_MIN_JOBS, _MIN_SHARD_BYTES = 32, 64 * 1024
+_MIN_JOBS, _MIN_SHARD_BYTES = 32, 64 * 1024  # a small corpus gives enough jobs for all workers, but no tiny ones
 
 
 @dataclass(frozen=True, kw_only=True)

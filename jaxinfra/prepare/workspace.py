@@ -78,7 +78,9 @@ def make_empty_folder(path: Path) -> Path:
 
 
 def _root(store: ObjectStore, work_dir: str | None) -> Path:
-    if work_dir is None and store.folder is not None:
+    if work_dir is not None:
+        return Path(work_dir).expanduser().absolute() / digest_of(store.url)
+    if store.folder is not None:
         return store.folder / WORK_DIR
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxinfra" / "prepare"
-    return (cache if work_dir is None else Path(work_dir).expanduser().absolute()) / digest_of(store.url)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "jaxinfra" / "prepare" / digest_of(store.url)

@@ -61,8 +61,8 @@ def process_records[T](
                 raise DataError(f"{record.location}: {error}; {fix}") from None
             skipped.append((record.location, str(error)))
         else:
-            by_key = recipe.validation
-            is_drawn = isinstance(by_key, ByKey) and hash_to_unit(record.key) < by_key.fraction
+            config = recipe.validation
+            is_drawn = isinstance(config, ByKey) and hash_to_unit(record.key) < config.fraction
             yield "validation" if validation or is_drawn else "train", record.location, processed
 
 

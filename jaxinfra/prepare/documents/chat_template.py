@@ -60,8 +60,10 @@ class ChatTemplate:
         if missing := sorted(used & set(_TOKEN_NAMES) - tokens.keys()):
             raise ConfigError(f"template={name}: uses {missing[0]}; put the {_CONFIG_FILE} that defines it beside it")
         self.digest = hashlib.sha256(json.dumps([source, tokens], sort_keys=True).encode()).hexdigest()
-        by_name = [tokens[name] for name in sorted(used & tokens.keys())]  # others in a file cannot be recognized
-        self.special_tokens = tuple(by_name if self._from_file else dict.fromkeys(_SPECIAL_TOKEN.findall(source)))
+        if self._from_file:  # special tokens that it does not use by name cannot be recognized
+            self.special_tokens = tuple(tokens[token_name] for token_name in sorted(used & tokens.keys()))
+        else:
+            self.special_tokens = tuple(dict.fromkeys(_SPECIAL_TOKEN.findall(source)))  # without repetitions
         # `_Generation` turns each generation block into a call of itself.
         self._has_blocks = any(isinstance(call.node, nodes.ExtensionAttribute) for call in parsed.find_all(nodes.Call))
         self._variables = tokens | {"tools": None, "documents": None}
@@ -210,7 +212,8 @@ def _is_file(template: str) -> bool:
 def _read(name: str) -> tuple[str, dict[str, str]]:
     """Reads a template file, and the special tokens of the tokenizer_config.json in the same folder."""
     is_config = name.endswith(".json")
-    path = name if is_config else "".join((*name.rpartition("/")[:2], _CONFIG_FILE))
+    folder, slash, _ = name.rpartition("/")
+    path = name if is_config else f"{folder}{slash}{_CONFIG_FILE}"
     config = {}
     if is_config or file_exists(path):
         try:

@@ -49,7 +49,7 @@ class Signer:
     def __init__(self, dedup: Dedup):
         self.dedup = dedup
         self._empty: Any = None  # MinHash of no n-grams; copying it is faster than drawing its permutations again
-        if dedup.near:  # "affine32" has 32-bit hashes
+        if dedup.near:
             self._empty = _datasketch().MinHash(dedup.num_permutations, seed=_SEED, hashfunc=int, scheme="affine32")
 
     def exact(self, text: str) -> np.ndarray:
@@ -63,7 +63,8 @@ class Signer:
         words = word_hashes(_WORD.findall(text.lower()))
         if not len(words):
             words = self.exact(text)[:1]  # a text without words is near to itself only
-        ngrams = np.unique(ngram_hashes(words, min(self.dedup.ngram_size, len(words))) >> np.uint64(32))
+        ngrams = ngram_hashes(words, min(self.dedup.ngram_size, len(words)))
+        ngrams = np.unique(ngrams >> np.uint64(32))  # the scheme takes 32-bit hashes
         sketch = self._empty.copy()
         for start in range(0, len(ngrams), _BATCH_NGRAMS):
             sketch.update_batch(ngrams[start : start + _BATCH_NGRAMS].tolist())

@@ -36,8 +36,8 @@ _QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", 
 class _Spark:
     """A Spark context or session that was found or started."""
 
-    # Makes a Spark job of a function and its argument; calling the result runs it, and blocks until it is done.
-    prepare: Callable[[Callable[[Any], JobResult], Any], Callable[[], JobResult]]
+    # Makes a Spark job of a function and its argument; calling the Spark job runs it, and blocks until it is done.
+    make_spark_job: Callable[[Callable[[Any], JobResult], Any], Callable[[], JobResult]]
     cancel: Callable[[], object]  # cancels all running jobs
     parallelism: int  # tasks that run at once
 
@@ -58,7 +58,7 @@ def start_spark(workers: int | None) -> Iterator[Engine]:
 
             def submit[J](function: Callable[[J], object], job: J) -> Future[JobResult]:
                 with _ignore_pandas_warning():
-                    return threads.submit(spark.prepare(partial(run_job, function), job))
+                    return threads.submit(spark.make_spark_job(partial(run_job, function), job))
 
             try:
                 yield Engine(submit=submit, workers=limit)
@@ -79,11 +79,11 @@ def _use_context(context: "SparkContext") -> _Spark:
         context.addJobTag(tag)  # tags are set per thread
         return rows.collect()[0]
 
-    def prepare[J](function: Callable[[J], JobResult], job: J) -> Callable[[], JobResult]:
+    def make_spark_job[J](function: Callable[[J], JobResult], job: J) -> Callable[[], JobResult]:
         return partial(collect, context.parallelize([job], 1).map(function))
 
     cancel = partial(context.cancelJobsWithTag, tag)
-    return _Spark(prepare=prepare, cancel=cancel, parallelism=context.defaultParallelism)
+    return _Spark(make_spark_job=make_spark_job, cancel=cancel, parallelism=context.defaultParallelism)
 
 
 @contextmanager
@@ -133,11 +133,11 @@ def _connect_remote() -> Iterator[_Spark]:
     with _ignore_pandas_warning():
         session = sql.SparkSession.builder.getOrCreate()
 
-    def prepare[J](function: Callable[[J], JobResult], job: J) -> Callable[[], JobResult]:
+    def make_spark_job[J](function: Callable[[J], JobResult], job: J) -> Callable[[], JobResult]:
         table = session.range(0, 1, 1, 1).mapInArrow(partial(_run_in_arrow, function, job), "result binary")
         return lambda: pickle.loads(table.collect()[0][0])
 
-    yield _Spark(prepare=prepare, cancel=session.interruptAll, parallelism=available_cores())
+    yield _Spark(make_spark_job=make_spark_job, cancel=session.interruptAll, parallelism=available_cores())
 
 
 def _run_in_arrow[J](function: Callable[[J], JobResult], job: J, batches: Iterator[object]) -> Iterator[object]:

@@ -45,13 +45,13 @@ class ImageFolders(FileSource):
             place = f"a class folder of {display_url(self.root)}"
             raise ConfigError(f"pattern={self.pattern}: matches no image in {place}; use pattern=*/**/*")
         # A shard is a range of the sorted files of a class, because one shard per image would be too many.
-        files = map(_merge_files, classes, classes.values())
+        files = [_merge_files(name, images) for name, images in classes.items()]
         return split_files(files, lambda file: len(classes[file.name]), shard_bytes)
 
     @override
     def read(self, shard: SourceShard) -> Records:
         label = list_folders(self.root).index(shard.name)
-        first, _, rest = self.pattern.partition("/")  # replaces the pattern of the class folder by the shard's class
+        first, _, rest = self.pattern.partition("/")  # for the class cats, */*.png becomes cats/*.png
         pattern = f"{glob.escape(shard.name)}/{'**/' if first == '**' else ''}{rest}"
         files = _group_by_class(list_files(self.root, pattern)).get(shard.name, [])
         if _merge_files(shard.name, files).stamp != shard.stamp:

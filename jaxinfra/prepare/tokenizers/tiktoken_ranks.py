@@ -50,7 +50,8 @@ SPECIAL_TOKENS: dict[str, dict[str, int]] = {
 _EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 # Characters that stand for unprintable bytes in a byte-level vocabulary.
 _BYTE_CHARS = {byte: chr(256 + i) for i, byte in enumerate((*range(33), *range(127, 161), 173))}
-# Oniguruma, which `tokenizers` uses, does not read `X{n,m}+` as possessive, so it becomes the group `(?>X{n,m})`.
+# Oniguruma, which `tokenizers` uses, does not read `X{n,m}+` as possessive, so it becomes the group `(?>X{n,m})`. X is
+# an escape, a character class or a character.
 _ATOM = r"(\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|*+?])"
 _POSSESSIVE = re.compile(_ATOM + r"(\{\d+(?:,\d*)?\})\+")
 
