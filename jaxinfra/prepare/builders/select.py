@@ -42,8 +42,9 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     names = ["digest_D2"]
     if dedup is not None:
         names = ["exact_D2", "near_DP"] if dedup.near else ["exact_D2"]
-    sizes_V, validation = _read_columns(splits, "validation", names)
-    sizes_T, train = _read_columns(splits, "train", names)
+    # The sizes are the numbers of documents of the parts.
+    validation_sizes, validation = _read_columns(splits, "validation", names)
+    train_sizes, train = _read_columns(splits, "train", names)
     if dedup is None:
         overlap_V, keep_V, keep_T = _find_overlap(validation[0], train[0], per_record, recipe.on_overlap == "drop")
     else:  # all documents of a record have its signature, so the first one is enough
@@ -55,8 +56,8 @@ def select_documents(recipe: Recipe, splits: PartSplits, build: Path) -> tuple[K
     dropped = {"overlap_dropped" if dedup is None else "duplicates": num_dropped}
     counts = replace(counts, overlap=per_record * int(overlap_V.sum()), **dropped)
     keep: KeepMasks = {
-        "train": np.split(np.repeat(keep_T, per_record), np.cumsum(sizes_T)[:-1]),
-        "validation": np.split(np.repeat(keep_V, per_record), np.cumsum(sizes_V)[:-1]),
+        "train": np.split(np.repeat(keep_T, per_record), np.cumsum(train_sizes)[:-1]),
+        "validation": np.split(np.repeat(keep_V, per_record), np.cumsum(validation_sizes)[:-1]),
     }
     num_kept: dict[Split, int] = {split: sum(int(keep_D.sum()) for keep_D in keep[split]) for split in SPLITS}
     if not all(num_kept.values()):

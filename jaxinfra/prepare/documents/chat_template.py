@@ -142,7 +142,7 @@ class ChatTemplate:
         for block in _BLOCK.finditer(rendered):
             inside = [index for index, start in enumerate(starts) if block.start() < start < block.end()]
             before = [index for index, start in enumerate(starts) if start < block.start()]
-            for index in inside or before[-1:]:
+            for index in inside or before[-1:]:  # a block without a message belongs to the one before it
                 blocks.setdefault(index, []).append(block.span())
         for index in answers:
             if not any(first < starts[index] < last for first, last in blocks.get(index, ())):
@@ -166,7 +166,7 @@ class ChatTemplate:
         has_prompt = prompted != before
         longer = rendered
         if not has_prompt:  # the answer may be the last message, so `rendered` would not show how the text goes on
-            longer = self._render([*messages[: index + 1], {"role": "user", "content": "4f1c0e9d"}])
+            longer = self._render([*messages[: index + 1], {"role": "user", "content": "Go on."}])
         if not (after.startswith(before) and rendered.startswith(after) and longer.startswith(after)):
             raise RecordError(
                 f"the template {self._name} writes message {index + 1} or what comes before it differently if the "

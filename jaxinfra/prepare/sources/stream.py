@@ -72,14 +72,11 @@ class StreamSource(Source):
 
     @override
     def list_shards(self, shard_bytes: int) -> Sequence[SourceShard]:
-        raise self._endless()
+        raise ConfigError(f"source={self.name}: a stream has no end to prepare up to; add --follow")
 
     @override
     def read(self, shard: SourceShard) -> Records:
-        raise self._endless()
-
-    def _endless(self) -> ConfigError:
-        return ConfigError(f"source={self.name}: a stream has no end to prepare up to; add --follow")
+        raise AssertionError("a stream has no shards")
 
 
 def read_batches(
