@@ -1,6 +1,6 @@
 """Llama 3.1 70B on two slices of 128 TPU v5p chips.
 
-Sharded inside a slice; between the slices gradients meet once a step.
+Parameters are sharded inside a slice; gradients are summed over the two slices once a step.
 """
 
 from dataclasses import replace

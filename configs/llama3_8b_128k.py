@@ -1,4 +1,4 @@
-"""Llama 3.1 8B on sequences of 131,072 tokens, on 64 TPU v5p chips (4x4x4), four to a sequence."""
+"""Llama 3.1 8B on sequences of 131,072 tokens, on 64 TPU v5p chips (4x4x4), with four chips to a sequence."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from jaxinfra.models.zoo import shape
 def config() -> Run:
     return Run(
         name="llama3-8b-128k",
-        # As compiled for v5p, a ring takes 15 % more cycles here: it adds up its parts in float32.
+        # Compiled for v5p, ring attention takes 15 % more cycles, since it adds up its parts in float32.
         model=replace(shape("llama-3.1-8b"), remat="full", context_attention="gather"),
         data=TokenData(store="stores/text-llama3", recipe="configs/data/text_llama3.py", seq_len=131072),
         mesh=MeshConfig(fsdp=16, context=4),

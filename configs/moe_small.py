@@ -1,4 +1,4 @@
-"""The quickstart's model with experts in place of MLPs: each token passes two of eight, and a shared one.
+"""The quickstart's model with experts in place of MLPs: two of eight, and a shared one, process each token.
 
 A token costs as many FLOPs as in the quickstart, with twice the parameters. Biases balance the load of the experts.
 """

@@ -132,6 +132,7 @@ class Transformer(LayeredModule):
         learned, dense = config.learned_positions, config.num_dense_layers
         params, init = ParamFactory(partitioner=partitioner), normal(hidden**-0.5)
         param, tied = params.param, config.tie_embeddings
+        # Indices of the layers in `prefix`, which have an MLP in place of experts, and of those in `blocks`.
         self._dense_layers, self._stacked_layers = range(dense), range(dense, config.total_layers)
         self.embedding = param((vocab, hidden), ("vocab", "embed"), init, "embedding")
         self.positions = param((learned, hidden), (None, "embed"), normal(0.01), "embedding") if learned else None
@@ -194,7 +195,7 @@ class Transformer(LayeredModule):
             x, kv, _ = layer(block, x, ids, kv)
             return x, kv
 
-        x_BTD, new_kv = self._embed_tokens(tokens_BT, positions_1T), []
+        x_BTD, new_kv = self._embed_tokens(tokens_BT, positions_1T), []  # the caches of `prefix` and of `blocks`
         for blocks, layers in ((self.prefix, self._dense_layers), (self.blocks, self._stacked_layers)):
             if blocks is not None:
                 select = partial(jax.lax.slice_in_dim, start_index=layers.start, limit_index=layers.stop)

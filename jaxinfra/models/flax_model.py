@@ -137,14 +137,15 @@ class FlaxModule(Module):
 
     def _gather(self, values: Mapping[PathParts, jax.Array]) -> dict[PathParts, jax.Array]:
         """Casts parameters to the compute dtype and all-gathers them over the axes that shard the batch."""
-        # Otherwise the partitioner moves activations to the shards of the parameters: several times the bytes.
+        # Otherwise JAX's partitioner moves activations to the shards of the parameters: several times the bytes.
         gathered, batch_axes = {}, self.partitioner.mesh_axes("batch")
         for path, spec in self.structure.specs.items():
             dtype = jnp.dtype(spec.dtype) if spec.state == "buffer" else self.partitioner.compute_dtype
             stored = self.partitioner.stored_spec(_param_name(path), spec)
-            kept = (tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions)
-            used = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
-            gathered[path] = checkpoint_name(used, GATHERED_WEIGHT)
+            # P("fsdp", "tensor") becomes P(None, "tensor").
+            kept = [tuple(axis for axis in axis_names(entry) if axis not in batch_axes) for entry in stored.partitions]
+            value = jax.reshard(values[path].astype(dtype), PartitionSpec(*(axes or None for axes in kept)))
+            gathered[path] = checkpoint_name(value, GATHERED_WEIGHT)
         return gathered
 
     def _run(

@@ -35,8 +35,8 @@ class CausalLM(Objective):
     """
 
     batch_fields: ClassVar[tuple[str, ...]] = ("inputs", "targets")
-    by_position: ClassVar[bool] = True
-    partial_sums: ClassVar[bool] = True
+    by_position: ClassVar[bool] = True  # the loss is a sum over positions
+    partial_sums: ClassVar[bool] = True  # each device may return the sum over its own tokens
     loss_chunks: Annotated[PositiveInt | None, NOT_FINGERPRINTED] = None
     z_loss: NonNegativeFloat = 0.0
 

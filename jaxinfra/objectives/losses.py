@@ -22,7 +22,8 @@ from jaxinfra.ops.cross_entropy import (
 from jaxinfra.ops.logits import FactoredLogits
 
 CHUNK_TOKENS = 1024
-"""Most tokens per device whose logits exist at once: enough rows for matrix units; 0.5 GiB for a vocabulary of 128k."""
+"""The logits of at most this many tokens per device exist at once: enough rows for an efficient matmul, and 0.5 GiB for
+a vocabulary of 128k."""
 
 type Sums = dict[str, jax.Array]
 
@@ -64,7 +65,7 @@ def cross_entropy(
 
 
 def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Returns the log-probability of each target, float32 `[B, T]`; it is differentiable and chunked."""
+    """Returns the log-probability of each target, float32 `[B, T]`: differentiable, and without all logits in memory."""
     if not isinstance(logits, FactoredLogits):
         require_logits(logits, targets_BT)
         return -token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig())[0]

@@ -45,8 +45,8 @@ class Objective(Extensible, ABC):
 
     Attributes:
         batch_fields: names of arrays that the batch must have.
-        by_position: whether the loss is a sum over positions, in any order. Then context parallelism may reorder
-            positions to balance causal attention, and pipeline stages may split a sequence for the loss.
+        by_position: whether the loss is a sum over positions in any order. Then context parallelism may reorder
+            positions to balance causal attention, and pipeline stages may split the positions for the loss.
         uses_reference: whether `params` is a `WithReference`, with a frozen copy of the parameters of `Run.init`.
         partial_sums: whether `loss` returns partial sums if `apply.partial_sums` is true: fewer collectives. It is not
             inherited, since a subclass may override `loss` without support for it.
