@@ -65,7 +65,7 @@ def cross_entropy(
 
 
 def token_log_probs(logits: FactoredLogits | jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Returns the log-probability of each target, float32 `[B, T]`: differentiable, and without all logits in memory."""
+    """Returns the log-probability of each target, float32 `[B, T]`; differentiable, one chunk of logits at a time."""
     if not isinstance(logits, FactoredLogits):
         require_logits(logits, targets_BT)
         return -token_losses(logits.astype(jnp.float32), targets_BT, CrossEntropyConfig())[0]
