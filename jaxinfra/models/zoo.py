@@ -116,27 +116,10 @@ SHAPES: dict[str, TransformerConfig] = {
     "qwen3-8b": _qwen3_dense(num_layers=36, hidden_size=4096, num_heads=32, mlp_dim=12288),
     "qwen3-14b": _qwen3_dense(num_layers=40, hidden_size=5120, num_heads=40, mlp_dim=17408),
     "qwen3-32b": _qwen3_dense(num_layers=64, hidden_size=5120, num_heads=64, mlp_dim=25600),
-    "qwen3-30b-a3b": _qwen3(
-        num_layers=48,
-        hidden_size=2048,
-        num_heads=32,
-        num_kv_heads=4,
-        mlp_dim=6144,
-        moe=_qwen3_experts(expert_dim=768),
-    ),
-    "qwen3-235b-a22b": _qwen3(
-        num_layers=94,
-        hidden_size=4096,
-        num_heads=64,
-        num_kv_heads=4,
-        mlp_dim=12288,
-        moe=_qwen3_experts(expert_dim=1536),
-    ),
     "mistral-7b-v0.1": _mistral(
         vocab_size=32000, layer_types=("sliding",), sliding_window=4096, rope=Rope(theta=10000.0)
     ),
     "mistral-7b-v0.3": _mistral(vocab_size=32768),
-    "mixtral-8x7b": _mistral(vocab_size=32000, moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.02)),
     "gemma-2-2b": _gemma2(num_layers=26, hidden_size=2304, num_heads=8, num_kv_heads=4, mlp_dim=9216),
     "gemma-2-9b": _gemma2(num_layers=42, hidden_size=3584, num_heads=16, num_kv_heads=8, mlp_dim=14336),
     "gemma-2-27b": _gemma2(
@@ -159,6 +142,23 @@ SHAPES: dict[str, TransformerConfig] = {
         head_dim=128,
         mlp_dim=21504,
         query_scale=168**-0.5,
+    ),
+    "mixtral-8x7b": _mistral(vocab_size=32000, moe=MixtureOfExperts(num_experts=8, top_k=2, balance_loss=0.02)),
+    "qwen3-30b-a3b": _qwen3(
+        num_layers=48,
+        hidden_size=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        mlp_dim=6144,
+        moe=_qwen3_experts(expert_dim=768),
+    ),
+    "qwen3-235b-a22b": _qwen3(
+        num_layers=94,
+        hidden_size=4096,
+        num_heads=64,
+        num_kv_heads=4,
+        mlp_dim=12288,
+        moe=_qwen3_experts(expert_dim=1536),
     ),
     # deepseek-ai/DeepSeek-V3-Base, without its multi-token prediction module. Load balancing follows Liu et al. 2024,
     # "DeepSeek-V3 technical report", section 4.2.
