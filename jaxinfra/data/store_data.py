@@ -77,19 +77,19 @@ class StoreDataset[T: Store, S: StoreSamples]:
     """A `Dataset` of one store; subclasses add `format_rows` and `check`."""
 
     def __init__(
-        self, store: T, seed: int, samples: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
+        self, store: T, seed: int, open_split: Callable[[Split, int | None], S], curriculum: Curriculum | None = None
     ):
-        """Opens the training split; `samples(split, limit)` opens a split."""
-        self.store, self._seed, self._samples, self._curriculum = store, seed, samples, curriculum
+        """Opens the training split; `open_split(split, limit)` returns the samples of a split, or the first `limit`."""
+        self.store, self._seed, self._open_split, self._curriculum = store, seed, open_split, curriculum
         self.name, self.fingerprint = str(store), store.manifest.fingerprint
         self.versions: Sequence[str] = (self.fingerprint,)
         self.baselines = store.manifest.baselines
-        self.train = samples("train", None)
+        self.train = open_split("train", None)
         self.train_units = len(self.train)
 
     def validation(self, limit: int | None = None) -> S:
         """Returns the validation split, or its first `limit` samples; ConfigError if it is too short for one."""
-        return self._samples("validation", limit)
+        return self._open_split("validation", limit)
 
     def sample_ids(self, step: int, global_batch: int) -> np.ndarray:
         """Returns the training samples of the global batch of a step, int64[global_batch]."""

@@ -100,10 +100,10 @@ class TokenData(StoreData, TokenRows):
                 "use data.mask_documents=true"
             )
         if self.packing == "concat":
-            samples = partial(ConcatSamples, self, store)
+            open_split = partial(ConcatSamples, self, store)
         else:
-            samples = partial(PackedSamples, self, store, section=section)
-        dataset = TokenDataset(store, self.seed, samples, self.curriculum)
+            open_split = partial(PackedSamples, self, store, section=section)
+        dataset = TokenDataset(store, self.seed, open_split, self.curriculum)
         dataset.train_units = store.manifest.splits["train"].tokens
         return dataset
 

@@ -38,7 +38,7 @@ def normalize_url(url: str) -> str:
     if "://" not in url:
         return str(Path(url).expanduser().absolute())
     parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
+    host = parts.netloc.rpartition("@")[2]  # without the user and password
     safe_url = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
     if parts.scheme == "file" and host not in ("", "localhost"):
         raise ConfigError(f"{safe_url}: a file:// URL cannot name a host; use file:///{host}{parts.path}")

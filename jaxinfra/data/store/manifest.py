@@ -147,7 +147,8 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         for name, cls in (("splits", SplitInfo), ("packs", PackInfo), ("files", StoredFile)):
             tree[name] = {key: cls(**info) for key, info in tree[name].items()}
         tree["counts"] = Counts(**tree["counts"])
-        tree["tokenizer"] = tree["tokenizer"] and TokenizerInfo(**tree["tokenizer"])
+        if tree["tokenizer"] is not None:
+            tree["tokenizer"] = TokenizerInfo(**tree["tokenizer"])
         tree["shape"], tree["labels"] = tuple(tree["shape"]), tuple(tree["labels"])
         manifest = Manifest(**{field.name: tree[field.name] for field in fields(Manifest)})
         _check(manifest, tree["fingerprint"])
