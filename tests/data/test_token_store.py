@@ -1,7 +1,6 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxinfra.data.store import arrays
 from jaxinfra.data.store.manifest import digest_of
 from jaxinfra.data.store.store import TokenStore, token_dtype
 from jaxinfra.errors import ConfigError, DataError, StorageError
-from jaxinfra.prepare.builders import writers
+from jaxinfra.prepare.builders.writers import SplitWriter
 from jaxinfra.prepare.recipes.validation import hash_to_unit
 from tests.refusals import raises
 
@@ -67,10 +66,11 @@ def test_windows_outside_the_split_are_refused(store_path, start, length):
 
 
 def test_many_shards_hold_what_was_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "HashedArrayWriter", partial(writers.HashedArrayWriter, block=16, shard=64))
+    monkeypatch.setattr(arrays, "CHUNK", 16)
+    monkeypatch.setattr(arrays, "SHARD", 64)
     rng = np.random.default_rng(0)
     lengths = np.array([1, 2, 63, 64, 65, 201, 6])
-    writer = writers.SplitWriter(tmp_path / "train", np.dtype(np.uint32), masked=True)
+    writer = SplitWriter(tmp_path / "train", np.dtype(np.uint32), masked=True)
     tokens = [rng.integers(0, 100_000, length).astype(np.uint32) for length in lengths]
     masks = [rng.integers(0, 2, length).astype(np.uint8) for length in lengths]
     for length, own, mask in zip(lengths, tokens, masks, strict=True):
