@@ -9,6 +9,7 @@ gathered bytes. So short shards gather, and long ones use the ring. Gathering is
 values take no more memory than the queries and outputs of a shard.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -49,14 +50,11 @@ def ring_steps(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) 
 
     If a window reaches back by one shard, there are two steps: with a shard's own keys and with those before them.
     """
-    pairs_by_distance = {
-        distance: pairs
-        for distance in range(sharding.num_shards)
-        if (pairs := _visible_block_pairs(sharding, spec, block_len, distance))
-    }
-    shifts = [after - before for before, after in itertools.pairwise(pairs_by_distance)]
-    steps = zip([0, *shifts], [*shifts, 0], pairs_by_distance.values(), strict=True)
-    return [RingStep(*step) for step in steps]
+    pairs = {n: _visible_block_pairs(sharding, spec, block_len, n) for n in range(sharding.num_shards)}
+    distances = [distance for distance, visible in pairs.items() if visible]
+    shifts = [after - before for before, after in itertools.pairwise(distances)]
+    steps = zip([0, *shifts], [*shifts, 0], distances, strict=True)
+    return [RingStep(shift_in, shift_out, pairs[distance]) for shift_in, shift_out, distance in steps]
 
 
 def _visible_block_pairs(
@@ -89,6 +87,7 @@ def visible_pairs(spec: AttentionSpec, offset: np.ndarray, q_len: int, kv_len: i
     return (up_to_own - before_window).sum(axis=-1)
 
 
+@functools.cache  # takes a second for 64 shards of a million tokens, and a program asks once per traced layer
 def visible_pairs_by_step(sharding: SequenceSharding, spec: AttentionSpec, block_len: int) -> np.ndarray:
     """Counts the visible pairs of queries and keys: `[steps of the ring, shards]`."""
     distance, by_step = 0, []
