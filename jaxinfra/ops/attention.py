@@ -175,6 +175,7 @@ def _splash(
     else:
         mask = splash_mask.CausalMask((T, S)) if spec.causal else splash_mask.FullMask((T, S))
     bq, bk = splash_block(T), splash_block(S)
+    # The query heads of one key/value head; `vmap` adds key/value heads and the batch.
     kernel = splash.make_splash_mqa(
         splash_mask.MultiHeadMask([mask] * (H // G)),
         block_sizes=splash.BlockSizes(
