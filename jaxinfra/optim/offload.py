@@ -25,6 +25,7 @@ def store_state_on_host(make: OptimizerFactory, specs: dict[str, PyTree]) -> opt
     """
 
     def is_params(node: PyTree) -> bool:
+        """Returns whether a node of a state is a dict of all parameters, such as the first moments of Adam."""
         return isinstance(node, dict) and node.keys() == specs.keys()
 
     def select(tree: PyTree, names: list[str]) -> PyTree:

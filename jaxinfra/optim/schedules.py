@@ -27,7 +27,7 @@ type Array = jax.Array | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup(LRSchedule):
-    """The common field of all schedules.
+    """A schedule with linear warmup, the base of all schedules of this module.
 
     Attributes:
         warmup_steps: steps of linear warmup from 0.
