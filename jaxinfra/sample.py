@@ -62,6 +62,11 @@ class Sampler:
         self._tokenizer: Tokenizer = data.open().tokenizer
         self._mask_documents = data.mask_documents
 
+    @staticmethod
+    def check(run: Run) -> None:
+        """Raises ConfigError if a run trains no language model."""
+        require_text(run)
+
     @classmethod
     def from_run(cls, run_dir: str | Path, imports: Sequence[str] | ClassFinder = ()) -> Self:
         """Loads a language model from a run: its newest checkpoint, or the one of a step with `runs/NAME@STEP`.
@@ -78,8 +83,13 @@ class Sampler:
     @classmethod
     def from_params(cls, run: Run, params: Params) -> Self:
         """Copies parameters, which may be on any mesh, to the first device."""
-        program = sampling_program(run)
-        return cls(program, jax.device_put(params, jax.tree.map(lambda p: p.sharding, program.params)))
+        sampler = cls(sampling_program(run), params)
+        sampler.set_params(params)
+        return sampler
+
+    def set_params(self, params: Params) -> None:
+        """Copies other parameters of the same model, which may be on any mesh, to the first device."""
+        self._params = jax.device_put(params, jax.tree.map(lambda p: p.sharding, self._program.params))
 
     def stream(self, prompt: str, *, max_tokens: int, sampling: SamplingParams) -> Iterator[str]:
         """Yields the continuation in pieces of whole characters, as soon as they are decoded.

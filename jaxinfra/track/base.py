@@ -27,6 +27,9 @@ class Tracker:
         Raises OSError if they cannot be written now; they stay in memory, and the next call tries again.
         """
 
+    def log_sample(self, step: int, text: str) -> None:
+        """Receives a text that the model wrote after a step."""
+
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Receives the final values of the run; called at most once, before `close`."""
 

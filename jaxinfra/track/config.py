@@ -17,6 +17,8 @@ class TrackConfig:
         tensorboard: writes TensorBoard event files.
         console: "bar" draws a progress bar, "plain" prints a line every `log_every` steps, "auto" is "bar" on a
             terminal and "plain" elsewhere, "off" prints nothing.
+        sample_prompt: a text that a language model continues at each evaluation, for the report. The parameters are
+            copied to the first device for it, so the model must fit there. None samples nothing.
         trackers: your own trackers, besides these.
     """
 
@@ -24,6 +26,7 @@ class TrackConfig:
     jsonl: bool = True
     tensorboard: bool = True
     console: Literal["auto", "bar", "plain", "off"] = "auto"
+    sample_prompt: str | None = None
     trackers: tuple[TrackerConfig, ...] = ()
 
     def due(self, step: int, total_steps: int) -> bool:

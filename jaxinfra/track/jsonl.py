@@ -1,5 +1,6 @@
 """metrics.jsonl and summary.json: the metrics of a run, for other programs to read.
 
+samples.jsonl has a line `{"step": 12, "text": "..."}` for each text that the model wrote, if the run asks for some.
 summary.json has the final values, or "failed" and the error if an error ended the run. While a run goes on, and after a
 kill, there is none.
 
@@ -24,6 +25,7 @@ from jaxinfra.track.base import FileTracker, RunStatistics
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+SAMPLES_FILE = "samples.jsonl"
 
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -40,6 +42,9 @@ class JsonlTracker(FileTracker):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             (self._run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of the last stop: the run goes on
             elapsed_s = truncate_metrics(path, start_step)
+            if (samples := self._run_dir / SAMPLES_FILE).exists():
+                kept = [each for each in read_samples(samples) if each[0] < start_step]
+                write_bytes_atomic(samples, b"".join(map(_sample_line, kept)))
             self._file = Appender(path)  # FileTracker._append writes to it
         self._start_s = time.monotonic() - elapsed_s
 
@@ -47,6 +52,11 @@ class JsonlTracker(FileTracker):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         line = {"step": step, "time_s": round(time.monotonic() - self._start_s, 4), **_encode_nonfinite(metrics)}
         self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    @override
+    def log_sample(self, step: int, text: str) -> None:
+        with (self._run_dir / SAMPLES_FILE).open("ab") as file:
+            file.write(_sample_line((step, text)))
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -68,6 +78,24 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if None in rows[:-1]:
         raise StorageError(f"{path}:{rows.index(None) + 1}: not a JSON object with a step; delete this line")
     return [row for row in rows if row is not None]
+
+
+def read_samples(path: Path) -> list[tuple[int, str]]:
+    """Reads samples.jsonl: step and text of each sample; a kill may have torn the last line, which is then left out.
+
+    Raises StorageError if another line is not a JSON object with a step and a text.
+    """
+    samples, lines = [], _read_bytes(path).splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            samples.append((int(row["step"]), str(row["text"])))
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise StorageError(
+                    f"{path}:{number}: not a JSON object with step and text; delete this line"
+                ) from error
+    return samples
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -99,6 +127,11 @@ def truncate_metrics(path: Path, start_step: int) -> float:
     if new != old:
         write_bytes_atomic(path, new)
     return next((row["time_s"] for _, row in reversed(kept) if "time_s" in row), 0.0)
+
+
+def _sample_line(sample: tuple[int, str]) -> bytes:
+    step, text = sample
+    return json.dumps({"step": step, "text": text}).encode() + b"\n"
 
 
 def _parse_line(line: bytes) -> dict[str, float] | None:

@@ -5,6 +5,7 @@ be written during a run, after a kill, or on another machine, from:
     run.json: `command`; `config`, nested by field; `origins`, the source of each changed field; `derived`, the run
         statistics as [value, unit or formula]; `devices` and `host`; everything else is listed as the environment.
     metrics.jsonl, optional: see `jsonl`; "device_*_bytes" is device memory.
+    samples.jsonl, optional: texts that the model wrote.
     summary.json, optional: see `formatting.summary_rows`.
 """
 
@@ -33,6 +34,8 @@ MAX_RUNS = 8
 """Runs of a comparison: a chart has as many colors."""
 
 _OWN_SECTIONS = ("command", "config", "origins", "derived", "devices", "host", "baselines", "classes")
+_SAMPLES = "Samples at evaluations"
+_SHOWN_SAMPLES, _MAX_OLDER_SAMPLES = 3, 100
 _SCRIPTS = ("uPlot.iife.min.js", "report.js")
 
 
@@ -45,17 +48,19 @@ class RunFiles:
     record: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]]
+    samples: Sequence[tuple[int, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table of the page; the rows in `folded` are shown on demand."""
+    """One table of the page; the rows in `folded` are shown on demand, under `folded_title`."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     folded: Sequence[Sequence[str]] = ()
+    folded_title: str = ""
 
 
 def write_report(run_dir: Path, *, is_running: bool = False) -> Path:
@@ -75,8 +80,8 @@ def write_page(runs: Sequence[RunFiles], path: Path) -> Path:
 
 def read_run(run_dir: Path, *, is_running: bool) -> RunFiles:
     """Reads the files of a run; raises ConfigError without a run.json, StorageError if a file is damaged."""
-    record_file, summary_file, metrics_file = (
-        run_dir / name for name in ("run.json", jsonl.SUMMARY_FILE, jsonl.METRICS_FILE)
+    record_file, summary_file, metrics_file, samples_file = (
+        run_dir / name for name in ("run.json", jsonl.SUMMARY_FILE, jsonl.METRICS_FILE, jsonl.SAMPLES_FILE)
     )
     if not record_file.exists():
         raise ConfigError(f"{run_dir}: no run.json there; name the directory of a run, such as runs/quickstart")
@@ -90,6 +95,7 @@ def read_run(run_dir: Path, *, is_running: bool) -> RunFiles:
         record=record,
         summary=_last_values(rows) | {"baselines": record.get("baselines")} | summary,
         rows=rows,
+        samples=jsonl.read_samples(samples_file) if samples_file.exists() else [],
     )
 
 
@@ -167,6 +173,10 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[s
 def _own_tables(run: RunFiles) -> Iterator[Table]:
     """Yields the tables of the page of one run."""
     record = run.record
+    samples = [(f"step {step + 1:,}", text) for step, text in reversed(run.samples)]
+    older = samples[_SHOWN_SAMPLES:][:_MAX_OLDER_SAMPLES]
+    title = f"{len(older)} older samples"
+    yield Table(title=_SAMPLES, head=(), rows=samples[:_SHOWN_SAMPLES], folded=older, folded_title=title)
     yield Table(title="Hardware", head=(), rows=[*_texts(_hardware(run)).items()])
     derived = [(name, value, how) for name, (value, how) in _statistics(record).items()]
     yield Table(title="Run statistics", head=("statistic", "value", "unit or formula"), rows=derived)
@@ -180,6 +190,7 @@ def _own_tables(run: RunFiles) -> Iterator[Table]:
         rows=changed,
         note="" if changed or not config else "All fields have their defaults.",
         folded=[*config.items()],
+        folded_title=f"All {len(config)} fields",
     )
     yield Table(title="Environment", head=(), rows=[*_texts(_environment(record)).items()])
 
@@ -190,8 +201,10 @@ def _results(runs: Sequence[RunFiles]) -> Table:
 
 
 def _difference_tables(runs: Sequence[RunFiles]) -> Iterator[Table]:
-    """Yields the tables of a comparison: what differs between the runs."""
+    """Yields the tables of a comparison: newest samples, and what differs between the runs."""
     names = [run.name for run in runs]
+    samples = [(f"{run.name}, step {step + 1:,}", text) for run in runs for step, text in run.samples[-1:]]
+    yield Table(title=_SAMPLES, head=(), rows=samples)
     configs = [config_leaves({**run.record.get("config", {}), "name": None}) for run in runs]
     statistics = [{name: value for name, (value, _) in _statistics(run.record).items()} for run in runs]
     environments = [_texts(_hardware(run) | _environment(run.record)) for run in runs]

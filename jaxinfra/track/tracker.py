@@ -64,6 +64,10 @@ class MultiTracker(Tracker):
         return self
 
     @override
+    def log_sample(self, step: int, text: str) -> None:
+        self._each(lambda tracker: tracker.log_sample(step, text))
+
+    @override
     def log_error(self, error: BaseException) -> None:
         self._each(lambda tracker: tracker.log_error(error))
 

@@ -23,6 +23,7 @@ from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.command import COMMAND
 from jaxinfra.config import Loaded, diff, fingerprint, record, validate, write_record
 from jaxinfra.config.classes import ClassFinder
+from jaxinfra.config.text import error_prefix
 from jaxinfra.data.batches import BatchLoader, validation_batches
 from jaxinfra.data.interfaces import Batch, DataConfig, Dataset
 from jaxinfra.data.prefetch import Prefetcher, process_rows, to_global
@@ -36,7 +37,7 @@ from jaxinfra.runtime.devices import local_devices
 from jaxinfra.runtime.environment import git_state, host_state, package_versions
 from jaxinfra.runtime.peak_flops import peak_flops
 from jaxinfra.runtime.signals import StopRequest
-from jaxinfra.sample import Sampler
+from jaxinfra.sample import Sampler, SamplingParams
 from jaxinfra.storage.checks import check_space
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.memory import rss_bytes
@@ -53,6 +54,9 @@ DATA_REMEDIES = {
     "transfer": "use a smaller train.global_batch a process, or faster links to the devices",
 }
 """The fix to suggest for each slow stage of the input pipeline."""
+
+SAMPLE_TOKENS = 100
+"""Tokens that the model continues `track.sample_prompt` by."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -79,6 +83,9 @@ class Trainer:
             raise TypeError(f"expected a Run, or what jaxinfra.load returns, found {type(run).__name__}")
         self._loaded = run if isinstance(run, Loaded) else Loaded(run=run, source="python", origins={})
         validate(self._loaded.run)
+        if self._loaded.run.track.sample_prompt is not None:
+            with error_prefix("track.sample_prompt: "):
+                Sampler.check(self._loaded.run)
         devices = local_devices()
         self.run = with_mesh_size(self._loaded.run, len(devices))
         validate(self.run)
@@ -92,6 +99,7 @@ class Trainer:
         self._loader: Prefetcher[dict[str, jax.Array]] | None = None
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
+        self._sampler: Sampler | None = None  # of `track.sample_prompt`
         self._logged_wait_s = 0.0
         self._peak_flops, self._peak_source = math.nan, ""  # of one device
 
@@ -127,6 +135,7 @@ class Trainer:
                 write_record(self.run_dir.record, self._record)
                 start = {"start_step": self.completed_steps, "total_steps": steps}
                 self._trackers.start(self._record, statistics, **start)
+                self._sample()  # a prompt that cannot be used is an error now, not at the first evaluation
                 start_s = time.monotonic()
                 reason = self._fit_dataset(lambda: stop.reason)
                 self.save(force=True)
@@ -336,8 +345,23 @@ class Trainer:
 
     def _log_evaluation(self, step: int) -> None:
         self._eval_metrics = self.evaluate()
+        text = self._sample()
         self._timer.pause()
         self._trackers.log(step, self._eval_metrics)
+        if text is not None:
+            self._trackers.log_sample(step, text)
+
+    def _sample(self) -> str | None:
+        """Returns `track.sample_prompt` with the model's continuation; None without a prompt."""
+        prompt, state = self.run.track.sample_prompt, self.state
+        if prompt is None or state is None:
+            return None
+        with error_prefix("track.sample_prompt: "):
+            if self._sampler is None:
+                self._sampler = self.sampler()
+            else:
+                self._sampler.set_params(state.params if state.ema is None else state.ema)
+            return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:
         devices = {

@@ -3,8 +3,9 @@
 import fcntl
 import json
 import os
+from html import escape
 
-from jaxinfra.track.jsonl import JsonlTracker
+from jaxinfra.track.jsonl import JsonlTracker, read_samples
 from tests.refusals import refused
 from tests.tiny_run import Tiny, launch, summary
 from tests.track.test_report import make, record
@@ -66,3 +67,14 @@ def test_the_record_has_host_and_baselines(begun: Tiny, monkeypatch):
     record = json.loads((begun.directory() / "run.json").read_text())
     assert record["host"]["cores"] >= 1 and record["host"]["memory_bytes"] > 2**30 and record["host"]["cpu"]
     assert record["baselines"] == summary(begun.directory())["baselines"]
+
+
+def test_samples_at_evaluations(tiny: Tiny) -> None:
+    """Each continues the prompt; they are in the page, the newest first."""
+    assert tiny.launch("track.sample_prompt=w1 w8", "name=sampled").code == 0
+    samples = read_samples(tiny.directory("sampled") / "samples.jsonl")
+    assert [step for step, _ in samples] == [4, 9, 11]
+    assert all(text.startswith("w1 w8") and len(text) > len("w1 w8") for _, text in samples)
+    html = (tiny.directory("sampled") / "report.html").read_text()
+    assert html.index("step 12") < html.index("step 10<") < html.index("step 5<")
+    assert escape(samples[-1][1]) in html

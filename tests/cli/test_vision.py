@@ -152,6 +152,11 @@ def test_what_no_value_mends(seen: Tiny) -> None:
     assert not seen.runs.exists()
 
 
+def test_a_prompt_needs_a_language_model(seen: Tiny) -> None:
+    refused(seen.launch("track.sample_prompt=def"), "track.sample_prompt: language model")
+    assert not seen.runs.exists()
+
+
 def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with raises(ConfigError, "sklearn 'jaxinfra[digits]'"):

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from jaxinfra.errors import StorageError
-from jaxinfra.track.jsonl import JsonlTracker, read_metrics
+from jaxinfra.track.jsonl import JsonlTracker, read_metrics, read_samples
 from tests.refusals import raises
 from tests.track import demo
 from tests.track.test_tensorboard import events
@@ -132,3 +132,21 @@ def test_summary_replaces_the_file(tmp_path):
     tracker.close()
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found == {"steps": 2, "final_loss": "nan", "baselines": {"unigram": 4.5}}
+
+
+def test_samples_after_the_step_of_a_resume_are_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    tracker = start(tmp_path)
+    for step in (4, 9):
+        tracker.log_sample(step, f"after {step}\nsecond line")
+    tracker.close()
+    with path.open("a") as file:
+        file.write('{"step": 12, "te')
+    assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "after 9\nsecond line")]
+    tracker = start(tmp_path, 9)
+    tracker.log_sample(9, "again")
+    tracker.close()
+    assert read_samples(path) == [(4, "after 4\nsecond line"), (9, "again")]
+    path.write_text("{}\n" + path.read_text())
+    with raises(StorageError, f"{path}:1:"):
+        read_samples(path)

@@ -5,6 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const control = (id) => document.getElementById(id);
 const TIME_STEPS = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, ...[1, 2, 4, 6, 12, 24, 48, 120, 240].map((hours) => hours * 3600)];
+const WHOLE_STEPS = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
 const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3]];
 const HEIGHT = 220, FIRST_HEIGHT = 340;  // of the plots, in CSS pixels
 const PRINT_WIDTH = 300, FIRST_PRINT_WIDTH = 650;  // fits A4 and US letter
@@ -215,7 +216,7 @@ function options(chart, figure, lines, table) {
 
 function horizontalTicks() {
   const isTime = control("axis").value === "time";
-  return { values: (plot, ticks) => ticks.map(isTime ? formatTime : formatTick), ...(isTime ? { incrs: TIME_STEPS } : {}) };
+  return { values: (plot, ticks) => ticks.map(isTime ? formatTime : formatTick), incrs: isTime ? TIME_STEPS : WHOLE_STEPS };
 }
 
 function size(figure) {
