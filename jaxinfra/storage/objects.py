@@ -95,10 +95,6 @@ class ObjectStore:
             if call_storage(self.url_of(name), write.result, writing=True).generation:
                 return
 
-    def delete(self, name: str) -> None:
-        """Deletes an object if it exists."""
-        call_storage(self.url_of(name), self._objects.write(name, None).result, writing=True)
-
     def upload(self, folder: Path, *, last: Sequence[str] = (), resume: bool = False) -> None:
         """Copies all files of a local folder in parallel, and checks that each has arrived.
 

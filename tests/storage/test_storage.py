@@ -130,7 +130,7 @@ def url(request, tmp_path):
     return tmp_path / "store" if request.param == "folder" else request.getfixturevalue(request.param).new_url()
 
 
-def test_objects_are_written_read_listed_and_deleted(url):
+def test_objects_are_written_read_and_listed(url):
     storage = ObjectStore(url)
     assert storage.list_names() == [] and not storage.exists("x/y")
     storage.write("x/y", b"one")
@@ -140,11 +140,8 @@ def test_objects_are_written_read_listed_and_deleted(url):
     assert (storage.read("x/y"), storage.read("x/z")) == (b"two", b"")
     assert (storage.list_names(), storage.child("x").list_names()) == (["x/y", "x/z"], ["y", "z"])
     storage.check_sizes({"x/y": 3, "x/z": 0})
-    storage.delete("x/y")
-    storage.delete("x/y")
-    assert storage.list_names() == ["x/z"]
-    with raises(DataError, f"{storage.url}/x/y: "):
-        storage.read("x/y")
+    with raises(DataError, f"{storage.url}/x/gone: "):
+        storage.read("x/gone")
     storage.write("x/y", b"four")
     for sizes, named in [({"x/y": 4, "gone": 1}, "gone: missing"), ({"x/y": 3}, "x/y: 3"), ({"x/y": 9}, "x/y: 9")]:
         with raises(DataError, named):
@@ -240,7 +237,7 @@ def test_an_upload_that_failed_goes_on_with_what_is_missing(server, folder):
     store.upload(folder, last=["manifest.json"])
     assert len(sent) == len(FILES)
     for change, missing in [
-        (lambda: store.delete("a"), {"a"}),
+        (lambda: store._objects.write("a", None).result(), {"a"}),  # deletes it
         (lambda: store.write("deep/er/b", FILES["deep/er/b"][:-1] + b"?"), {"deep/er/b"}),
         (lambda: store.write("deep/er/b", b"short"), {"deep/er/b"}),
         (lambda: store.write("empty", b"not"), {"empty"}),
