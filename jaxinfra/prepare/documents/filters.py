@@ -186,6 +186,7 @@ def _fraction_of(parts: Sequence[str], predicate: Callable[[str], bool]) -> floa
 
 
 def _repeated(parts: Sequence[str], size: Callable[[Collection[str]], int]) -> float:
+    """Returns the fraction of parts that repeat an earlier one, by number (`size=len`) or characters (`_chars`)."""
     return _fraction(size(parts) - size(set(parts)), size(parts))
 
 
