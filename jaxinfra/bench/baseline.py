@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 type Params = dict[str, jax.Array]
 type TrainStep = Callable[[Params, optax.OptState, jax.Array], tuple[Params, optax.OptState, jax.Array]]
 
-UNSTACKED = ("embedding", "head", "norm")  # all other parameters are stacked over layers
+UNSTACKED = ("embedding", "head", "norm")  # all other parameters have a first dimension over layers
 # Sharded dimension of each parameter; norms are replicated.
 FSDP_DIMS = {"query": 1, "key": 1, "value": 1, "out": 3, "gate": 1, "up": 1, "down": 2, "embedding": 1, "head": 0}
 
@@ -57,10 +57,10 @@ def init_params(key: jax.Array, config: BaselineConfig) -> Params:
         "embedding": (config.vocab_size, D),
         "head": (D, config.vocab_size),
     }
-    keys = jax.random.split(key, len(shapes))
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
     weights = {
-        name: jax.random.normal(k, shape) * (F if name == "down" else D) ** -0.5
-        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: jax.random.normal(keys[name], shape) * (F if name == "down" else D) ** -0.5
+        for name, shape in shapes.items()
     }
     return weights | {"attention_norm": jnp.ones((L, D)), "mlp_norm": jnp.ones((L, D)), "norm": jnp.ones(D)}
 
@@ -97,7 +97,7 @@ def loss_fn(params: Params, tokens_BW: jax.Array, config: BaselineConfig, mesh: 
     dtype = jnp.dtype(config.compute_dtype)
     tensordot = jnp.tensordot if config.naive_matmul else tensordot_as_matmul
     half = config.hidden_size // config.num_heads // 2
-    angles = jnp.arange(config.seq_len)[:, None, None] * config.rope_theta ** -(jnp.arange(half) / half)
+    angles = jnp.arange(config.seq_len)[:, None, None] * config.rope_theta ** -(jnp.arange(half) / half)  # [T, 1, K/2]
     cos, sin = jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
     def shard(x_BTD: jax.Array) -> jax.Array:

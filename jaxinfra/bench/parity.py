@@ -8,11 +8,8 @@ import dataclasses
 import functools
 import itertools
 import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfra.bench.subprocesses import BenchmarkProcessError, worker_pool
 from jaxinfra.config import load, validate
-from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.errors import ConfigError
 from jaxinfra.language_model import require_text
 from jaxinfra.parallel.mesh import make_mesh, permute_devices
 from jaxinfra.parallel.mesh_config import AXES, MeshConfig
@@ -39,10 +37,6 @@ type PyTree = Any
 type Arrays = Mapping[str, np.ndarray]
 
 
-class ParityWorkerError(JaxinfraError):
-    """A worker process died while it compared meshes."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshDifference:
     """Relative differences of one mesh from one device."""
@@ -52,7 +46,7 @@ class MeshDifference:
     loss: float
     gradient: float  # the largest difference of all gradients
     parameter: str  # the parameter with this difference
-    permuted: float  # the largest difference with the devices in another order
+    permuted: float  # the largest difference, of loss and gradients, with the devices in another order
 
     @property
     def worst(self) -> float:
@@ -94,7 +88,7 @@ def random_batch(run: Run, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def make_program(run: Run, order: Sequence[int] | None = None) -> Program:
-    """Builds the program of a run on the first devices, in their own order or in another."""
+    """Builds the program of a run on the first devices; `order`, such as [1, 0, 3, 2], permutes them."""
     mesh = make_mesh(run.mesh, jax.devices()[: math.prod(run.mesh.sizes)])
     return Program(run, mesh if order is None else permute_devices(mesh, order))
 
@@ -147,8 +141,7 @@ def compare_in_processes(
 
     Raises ConfigError before the first if a config does not fit one of the meshes.
     """
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, spawn, initializer=_exit_with_parent)
+    pool = worker_pool(num_workers, env={})
     try:
         meshes = all_meshes(pool.submit(_num_devices).result())
         cases = [(config, tuple(overrides), mesh) for config in configs for mesh in meshes]
@@ -157,23 +150,11 @@ def compare_in_processes(
         for task in as_completed([pool.submit(compare_mesh, *case) for case in cases]):
             yield task.result()
     except BrokenProcessPool:
-        raise ParityWorkerError(
+        raise BenchmarkProcessError(
             "a parity worker died: see its last message above; without one, memory was probably too small: use --jobs 1"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _exit_with_parent() -> None:
-    """Lets a thread end this worker as soon as its parent process ends, even if that is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait_and_exit() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def _num_devices() -> int:

@@ -6,6 +6,7 @@ The number of emulated CPU devices is fixed when JAX starts, so each measurement
 import multiprocessing
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,14 +19,12 @@ type Times = dict[str, list[float]]
 
 
 class BenchmarkProcessError(JaxinfraError):
-    """A measuring process failed."""
+    """A process that measures, or compares meshes, failed."""
 
 
 def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a function in a new process that has these environment variables, too; exceptions reach the caller."""
-    spawn = multiprocessing.get_context("spawn")
-    # The initializer runs before the function's module, and with it JAX, is imported.
-    with ProcessPoolExecutor(1, spawn, initializer=_set_environment, initargs=(env,)) as pool:
+    with worker_pool(1, env) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool:
@@ -33,8 +32,23 @@ def call_in_process[**P, R](function: Callable[P, R], env: Mapping[str, str], *a
             raise BenchmarkProcessError(f"the process of {name} died: see its last message above") from None
 
 
-def _set_environment(env: Mapping[str, str]) -> None:
+def worker_pool(num_workers: int, env: Mapping[str, str]) -> ProcessPoolExecutor:
+    """Returns a pool of new processes that have these environment variables, too, and end when this process ends."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(env,))
+
+
+def _start_worker(env: Mapping[str, str]) -> None:
+    # Before the first function's module is imported, and JAX with it.
     os.environ.update(env)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def emulated_env(num_devices: int) -> dict[str, str]:

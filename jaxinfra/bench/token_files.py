@@ -37,14 +37,15 @@ def write_token_files(folder: Path, num_tokens: int, *, records: bool) -> TokenF
 def write_store(files: TokenFiles, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
     """Writes a store as `data prepare` does, but with random tokens in documents of random length."""
     root, splits, packs = files.store, {}, {}
-    sizes: dict[Split, int] = {"train": files.num_tokens, "validation": 2 * SEQ_LEN}
-    for split, size in sizes.items():
+    num_tokens: dict[Split, int] = {"train": files.num_tokens, "validation": 2 * SEQ_LEN}
+    for split, split_tokens in num_tokens.items():
         writer = SplitWriter(root / split, np.dtype(TOKEN_DTYPE), masked=False)
-        for start in range(0, size, arrays.SHARD):
-            tokens_N = rng.integers(0, tokenizer.eot_id, min(arrays.SHARD, size - start), TOKEN_DTYPE)
+        for start in range(0, split_tokens, arrays.SHARD):
+            tokens_N = rng.integers(0, tokenizer.eot_id, min(arrays.SHARD, split_tokens - start), TOKEN_DTYPE)
             # End-of-text tokens at random positions split the tokens into documents.
             tokens_N[rng.random(len(tokens_N)) < 1 / MEAN_DOCUMENT_TOKENS] = tokenizer.eot_id
             tokens_N[-1] = tokenizer.eot_id
+            # End-of-text tokens at 3 and 7 end documents of 4 and 4 tokens.
             lengths_D = np.diff(np.flatnonzero(tokens_N == tokenizer.eot_id), prepend=-1)
             writer.add(tokens_N, lengths_D, None, len(tokens_N))
         splits[split] = writer.close()
