@@ -94,7 +94,7 @@ def step_rows(options: argparse.Namespace, dtype: str, num_devices: int) -> Iter
 
 def against_rows(options: argparse.Namespace, dtype: str, num_devices: int, case: str) -> Iterator[TableRow]:
     """Times whole steps against the script of `--against`, each side in processes of its own."""
-    script, short_dtype = options.against, {"float32": "f32"}.get(dtype, "bf16")
+    script, short_dtype = options.against, "f32" if dtype == "float32" else "bf16"
     arguments = ["--devices", str(num_devices), "--fsdp", str(num_devices), "--dtype", short_dtype]
     medians_s: Times = {"jaxinfra": [], "baseline": [], "script": []}
     for _ in range(min(options.pairs, MAX_AGAINST_ROUNDS)):

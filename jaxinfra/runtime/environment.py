@@ -8,10 +8,8 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-_GIT_TIMEOUT_S = 5.0
 
-
-def git_state(directory: str | os.PathLike[str], timeout_s: float = _GIT_TIMEOUT_S) -> dict[str, str | bool | None]:
+def git_state(directory: str | os.PathLike[str], timeout_s: float = 5.0) -> dict[str, str | bool | None]:
     """Returns `{"commit": hash, "dirty": bool}` of the git working tree that contains `directory`.
 
     It is dirty if tracked files differ from the commit or untracked files exist. Both are None outside a working tree,
