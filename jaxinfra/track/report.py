@@ -27,7 +27,7 @@ from jaxinfra.storage.atomic import write_bytes_atomic
 from jaxinfra.storage.errors import storage_errors
 from jaxinfra.track import jsonl
 from jaxinfra.track.charts import make_charts, page_data, run_curves
-from jaxinfra.track.formatting import flatten, format_bytes, format_number, metric_label, summary_rows
+from jaxinfra.track.formatting import flatten, format_bytes, format_number, format_short, metric_label, summary_rows
 
 REPORT_FILE = "report.html"
 MAX_RUNS = 8
@@ -231,8 +231,11 @@ def _statistics(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _hardware(run: RunFiles) -> dict[str, Any]:
     leaves = flatten({key: run.record[key] for key in ("devices", "host") if key in run.record})
+    # An axis of size 1 is not used.
+    leaves = {key: value for key, value in leaves.items() if not (key.startswith("devices.mesh.") and value == 1)}
     if isinstance(peak := run.summary.get("peak_flops_per_device"), float):
-        leaves["peak of a device"] = f"{peak / 1e12:.4g} TFLOP/s, {run.summary.get('peak_source')}"
+        short = format_short(peak).replace("B", "G")  # the prefix of units
+        leaves["peak of a device"] = f"{short}FLOP/s, {run.summary.get('peak_source')}"
     return leaves
 
 

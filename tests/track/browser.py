@@ -26,7 +26,9 @@ def open_browser(profile: Path) -> Iterator["Page"]:
     commands, commands_end = os.pipe()
     answers, answers_end = os.pipe()
     # The shell gives the pipes the numbers that Chromium expects, whatever theirs are here.
-    options = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
+    options = (
+        f"--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --user-data-dir={profile}"
+    )
     shell = f'exec "{found}" {options} about:blank {_READ}<&{commands} {_WRITE}>&{answers_end}'
     process = subprocess.Popen(
         ["bash", "-c", shell], pass_fds=(commands, answers_end), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

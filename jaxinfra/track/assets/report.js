@@ -116,7 +116,7 @@ function seriesOf(line) {
     stroke: () => color(stroke) + (line.style === "faint" ? "66" : ""),
     width: { faint: 1, mean: 2.2 }[line.style] ?? 1.6,
     dash: DASHES[line.dash % DASHES.length],
-    points: line.style === "dots" ? { show: true, size: 6, fill: () => color(stroke) } : undefined,
+    points: { dots: { show: true, size: 6, fill: () => color(stroke) }, mean: { show: false } }[line.style],
     marker: `var(${stroke})`,
   };
 }
@@ -147,10 +147,13 @@ function drawNames(lines) {
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
     ctx.fillStyle = color("--soft");
     ctx.textAlign = "right";
-    ctx.textBaseline = "bottom";
-    for (const { label, y } of lines.filter((line) => line.level)) {
-      const top = plot.valToPos(y[0], "y", true);
-      if (top > bbox.top && top < bbox.top + bbox.height) ctx.fillText(label, bbox.left + bbox.width, top - devicePixelRatio);
+    let above = -Infinity;
+    for (const { label, y } of lines.filter((line) => line.level).sort((left, right) => right.y[0] - left.y[0])) {
+      const top = plot.valToPos(y[0], "y", true), isClose = top - above < 14 * devicePixelRatio;
+      above = top;
+      if (top < bbox.top || top > bbox.top + bbox.height) continue;
+      ctx.textBaseline = isClose ? "top" : "bottom";  // two names at nearly the same height: one below its line
+      ctx.fillText(label, bbox.left + bbox.width, top + (isClose ? 2 : -1) * devicePixelRatio);
     }
   };
 }
