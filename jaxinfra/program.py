@@ -381,18 +381,19 @@ class Program:
         optim = self.run.optim
         batch = self.with_dropout_bits(batch, state.step)
         grads, sums, stats = self._gradients(state.params, batch, state.reference)
-        grads, norm = clip_by_global_norm(grads, optim.clip_norm)
-        before = select_trainable(state.params, self.specs)
+        grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm)
+        trainable = select_trainable(state.params, self.specs)
         with user_code(type(optim.optimizer), "optim.optimizer"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, before)
-        check_update(type(optim.optimizer).__qualname__, before, updates, state.opt_state, opt_state)
-        after = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), before, updates)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trainable)
+        check_update(type(optim.optimizer).__qualname__, trainable, updates, state.opt_state, opt_state)
+        # In float32, also if parameters are stored in bfloat16.
+        trained = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), trainable, updates)
         model = self.model(state.params)
-        params = merge_trees(merge_trees(state.params, after), model.update_buffers(stats))
+        params = merge_trees(merge_trees(state.params, trained), model.update_buffers(stats))
         ema = state.ema if optim.ema_decay is None else ema_update(state.ema, params, optim.ema_decay, state.step)
         metrics = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
         metrics |= model.metrics(stats, sums["weight"])
-        metrics |= {"weight": sums["weight"], "grad_norm": norm, "lr": jnp.asarray(self._schedule(state.step))}
+        metrics |= {"weight": sums["weight"], "grad_norm": grad_norm, "lr": jnp.asarray(self._schedule(state.step))}
         return replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _eval_step(self, params: Params, batch: Batch, reference: Params | None = None) -> Sums:
@@ -416,20 +417,26 @@ def _dotted(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def check_update(name: str, params: PyTree, updates: PyTree, before: PyTree, after: PyTree) -> None:
-    """Raises ConfigError if updates are not like parameters, or an update changes the type of the optimizer state."""
+def check_update(name: str, params: PyTree, updates: PyTree, state: PyTree, new_state: PyTree) -> None:
+    """Raises ConfigError if updates are not like parameters, or an update changes the type of the optimizer state.
+
+    `name` is the class of the optimizer.
+    """
     if jax.tree.structure(updates) != jax.tree.structure(params):
         raise ConfigError(f"{name}: its updates are another tree than the parameters; return one array for each")
 
-    def types(state: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
-        return jax.tree.structure(state), [(a.shape, a.dtype) for a in jax.tree.leaves(state)]
+    def types(tree: PyTree) -> tuple[PyTree, list[tuple[tuple[int, ...], jnp.dtype]]]:
+        return jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
 
-    if types(before) != types(after):
+    if types(state) != types(new_state):
         raise ConfigError(f"{name}: an update changes the shapes or types of its state; keep those that init returns")
 
 
 def freeze(specs: ParamSpecs, paths: PyTree, patterns: Sequence[str]) -> ParamSpecs:
-    """Marks parameters as frozen if a pattern matches their path or a parent of it."""
+    """Marks parameters as frozen if a pattern matches their path or a parent of it: `blocks.mlp`, `*.bias`.
+
+    `paths` has the path of each parameter, in the same nested dict.
+    """
     all_paths = jax.tree.leaves(paths)
     for pattern in patterns:
         if not any(_matches(path, pattern) for path in all_paths):

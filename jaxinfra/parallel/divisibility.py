@@ -55,7 +55,10 @@ class MeshFit:
             yield from self._stage_problems()
 
     def loss_dim(self) -> int | None:
-        """Returns the dimension that stages shard for the loss: 0 (rows), else 1 (positions), None if neither fits."""
+        """Returns the dimension of a microbatch that stages shard for the head and the loss.
+
+        It is 0 (rows) if the rows divide evenly, else 1 (positions), or None if neither does.
+        """
         if self.global_batch % (self._batch_divisor() * self.mesh.stage) == 0:
             return 0
         shards = self._shards(self.rules.sequence) * self.mesh.stage

@@ -47,7 +47,7 @@ class ShardingRules:
 
     def problems(self) -> Iterable[Problem]:
         """Yields mesh axes that shard two dimensions of one activation, or a dimension that they must not shard."""
-        same_activation = (
+        same_activation = (  # logical axes of different dimensions of one activation
             *itertools.combinations(("batch", "sequence", "block_sequence"), 2),
             *itertools.product(("batch", "sequence"), ("heads", "mlp", "vocab")),
         )
@@ -56,7 +56,7 @@ class ShardingRules:
             if twice := [axis for axis in axes if axes.count(axis) > 1]:
                 message = f"mesh axis {twice[0]} shards two dimensions of one activation"
                 yield Problem(fields=names, message=message, fix=f"keep {twice[0]} in one of them")
-        reserved: tuple[tuple[MeshAxis, tuple[str, ...], str], ...] = (
+        reserved: tuple[tuple[MeshAxis, tuple[str, ...], str], ...] = (  # mesh axis, what it may shard, message
             ("stage", ("layers",), "mesh axis stage may shard only layers"),
             ("replica", ("batch", "sequence"), "mesh axis replica may shard only batch and sequence"),
         )

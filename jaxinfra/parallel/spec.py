@@ -67,7 +67,10 @@ type Params = dict[str, jax.Array | Params]
 
 
 def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
-    """Removes parameters that are not trained from a nested dict; `specs` are its `ParamSpec`s."""
+    """Removes parameters that are not trained from a nested dict; `specs` are its `ParamSpec`s.
+
+    A tree from which they were removed before stays the same.
+    """
     if isinstance(specs, ParamSpec):
         return tree
     return {
@@ -78,7 +81,7 @@ def select_trainable(tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def merge_trees(tree: PyTree, updates: PyTree) -> PyTree:
-    """Replaces leaves of a nested dict by the leaves of `updates`, which may have only some of them."""
+    """Replaces leaves of a nested dict: `{"a": 1, "b": 2}` with the updates `{"b": 3}` is `{"a": 1, "b": 3}`."""
     if not isinstance(tree, dict):
         return updates
     return {name: merge_trees(value, updates[name]) if name in updates else value for name, value in tree.items()}
