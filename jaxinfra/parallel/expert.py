@@ -69,7 +69,8 @@ class ExpertDispatch(NamedTuple):
 
     def dispatch(self, x_ND: jax.Array) -> jax.Array:
         """Maps tokens `[N, D]` to the rows of the device's own experts `[M, D]`, sorted by expert."""
-        return self.send(gather_rows(x_ND, self.choice_S, self.row_A, self.num_choices))
+        token_S = self.choice_S // self.num_choices  # `NO_ROW` stays -1
+        return self.send(gather_rows(x_ND, token_S, self.row_A, self.num_choices))
 
     def combine(self, y_MD: jax.Array) -> jax.Array:
         """Maps the experts' outputs `[M, D]` to one output per choice, `[N, K, D]`."""
@@ -133,20 +134,21 @@ def _gather_or_zero(x_RD: jax.Array, index_S: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gather_rows(x_RD: jax.Array, index_S: jax.Array, inverse: jax.Array, num_choices: int) -> jax.Array:
-    """Returns row `i // num_choices` of `x_RD` for each index i, and zeros for `NO_ROW`.
+    """Returns `x_RD[index_S]`, with zeros for `NO_ROW`; a row appears at most `num_choices` times.
 
-    So `num_choices` indices share a row, as the choices of one token do. No index appears twice. `inverse`
-    `[R * num_choices]` has the place of each index, which makes the gradient a gather: it sums over the indices of a
-    row in float32.
+    `inverse` `[R * num_choices]` has the places of each row in `index_S`. They make the gradient a gather, which is
+    summed over the places of a row in float32.
     """
-    return _gather_or_zero(x_RD, index_S // num_choices)
+    return _gather_or_zero(x_RD, index_S)
 
 
 def _gather_rows_forward(x_RD, index_S, inverse, num_choices):
-    return _gather_or_zero(x_RD, index_S // num_choices), inverse
+    return _gather_or_zero(x_RD, index_S), inverse
 
 
 def _gather_rows_backward(num_choices, inverse, dy_SD):
+    if num_choices == 1:
+        return _gather_or_zero(dy_SD, inverse), None, None
     dy_RKD = _gather_or_zero(dy_SD, inverse).reshape(-1, num_choices, dy_SD.shape[1])
     return jnp.sum(dy_RKD, axis=1, dtype=jnp.float32).astype(dy_SD.dtype), None, None
 
@@ -211,16 +213,21 @@ def _ragged_dispatch(
     # Where the rows of each sender for each expert start: among its own rows, and among the rows of the expert's shard.
     sent_from_PPO = _exclusive_cumsum(counts_PE, 1).reshape(counts_PPO.shape)
     sent_to_PPO = _exclusive_cumsum(jnp.sum(counts_PPO, axis=0), 1) + _exclusive_cumsum(counts_PPO, 0)
-    send_from, send_size, send_to = (x[shard].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
-    recv_from, recv_size, recv_to = (x[:, shard].reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
+    # Dimensions: sender, shard of experts, expert. This device is the sender of rows, and the shard of received ones.
+    select = partial(jax.lax.dynamic_index_in_dim, index=shard, keepdims=False)
+    send_from, send_size, send_to = (select(x, axis=0).reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
+    recv_from, recv_size, recv_to = (select(x, axis=1).reshape(-1) for x in (sent_from_PPO, counts_PPO, sent_to_PPO))
     sizes = AllToAllSizes(send_from, send_size, send_to, recv_size)
     reverse = AllToAllSizes(recv_to, recv_size, recv_from, send_size)
+    # Sliced from `counts_PE`: from `counts_PPO` the TPU compiler makes more temporaries.
+    experts = placement.experts_per_shard
+    counts_PO = jax.lax.dynamic_slice_in_dim(counts_PE, shard * experts, experts, axis=1)
     num_sent, num_received = len(choices.order), placement.num_shards * placement.max_rows
     return ExpertDispatch(
         num_choices,
         choices.order,
         choices.position,
-        jnp.sum(counts_PPO[:, shard], axis=0),
+        jnp.sum(counts_PO, axis=0),
         send=lambda x_SD: _ragged_exchange(placement.axes, num_received, x_SD, sizes, reverse),
         send_back=lambda y_MD: _ragged_exchange(placement.axes, num_sent, y_MD, reverse, sizes),
     )

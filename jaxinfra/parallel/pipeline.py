@@ -93,7 +93,7 @@ class Carry(NamedTuple):
     Attributes:
         activations: activations that each stage received from the previous stage, `[S * B, ...]`.
         grads: gradients that each stage received from the next stage, `[S * B, ...]`.
-        saved_inputs: received activations, kept for the backward pass, `[slots, S * B, ...]`.
+        saved_inputs: inputs of chunks, kept for the backward pass, `[slots, S * B, ...]`.
         saved_grads: gradients of chunks' outputs, kept for the weight gradients, `[slots, S * B, ...]`.
         weight_grads: gradients of the layers' weights, `[V, L, S, ...]`.
         shared_grads: gradients of all other parameters.
@@ -294,9 +294,8 @@ class Pipeline:
 
     def _forward(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
         weights = select_chunk(inputs.weights, tick.chunk)
-        (y, _), _ = self._apply_chunk(weights, inputs.shared, carry.activations, inputs.batch, tick)
-        # The first chunk has no input to save: it computes its embeddings again.
-        saved_inputs = write_slot(carry.saved_inputs, carry.activations, tick.slot)
+        (y, _), (x, _) = self._apply_chunk(weights, inputs.shared, carry.activations, inputs.batch, tick)
+        saved_inputs = write_slot(carry.saved_inputs, x, tick.slot)
         return carry._replace(activations=send_to_stage(y, 1), saved_inputs=saved_inputs)
 
     def _evaluate(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
@@ -308,21 +307,22 @@ class Pipeline:
     def _apply_chunk(
         self, weights: PyTree, shared: PyTree, received: jax.Array, batch: Batch, tick: Tick
     ) -> tuple[tuple[jax.Array, jax.Array | None], Sums]:
-        """Applies one chunk on every stage; returns `((output, aux_loss), stats)`, as `jax.vjp` expects them."""
+        """Applies one chunk on every stage; returns `((output, aux_loss), (input, stats))`, as `jax.vjp` expects it."""
         batch = select_microbatch(batch, tick.microbatch)
         x = receive(received, self.model.embed(shared, batch), tick, stage=0, chunk=0)
         y, stats = self.model.apply_layers(weights, x, batch, self._select_layers(tick))
         stats = mask_idle(stats, tick.microbatch)
-        return (y, self.model.aux_loss(stats)), stats
+        return (y, self.model.aux_loss(stats)), (x, stats)
 
     def _backward(self, inputs: StepInputs, carry: Carry, tick: Tick) -> Carry:
         """Computes the gradients of one chunk on every stage; those of its weights only if they have no own pass."""
         weights, received = select_chunk(inputs.weights, tick.chunk), read_slot(carry.saved_inputs, tick.slot)
         chunk = partial(self._apply_chunk, batch=inputs.batch, tick=tick)
         if self.schedule.weight_grad is None:
-            (y, aux_loss), chunk_vjp, stats = jax.vjp(chunk, weights, inputs.shared, received, has_aux=True)
+            (y, aux_loss), chunk_vjp, (_, stats) = jax.vjp(chunk, weights, inputs.shared, received, has_aux=True)
         else:
-            (y, aux_loss), chunk_vjp, stats = jax.vjp(partial(chunk, weights), inputs.shared, received, has_aux=True)
+            chunk = partial(chunk, weights)
+            (y, aux_loss), chunk_vjp, (_, stats) = jax.vjp(chunk, inputs.shared, received, has_aux=True)
         loss = partial(self._loss, batch=inputs.batch, tick=tick)
         total, loss_vjp, sums = jax.vjp(loss, inputs.shared, y, has_aux=True)
         head_grads, dy = loss_vjp(unit_cotangent(total))
@@ -370,7 +370,7 @@ class Pipeline:
         def shapes(inputs: StepInputs) -> tuple[jax.Array, Sums, Sums]:
             x = self.model.embed(inputs.shared, select_microbatch(inputs.batch, tick.microbatch))
             weights = select_chunk(inputs.weights, tick.chunk)
-            (y, _), stats = self._apply_chunk(weights, inputs.shared, x, inputs.batch, tick)
+            (y, _), (_, stats) = self._apply_chunk(weights, inputs.shared, x, inputs.batch, tick)
             _, sums = self._loss(inputs.shared, y, inputs.batch, tick)
             return x, sums, stats
 
