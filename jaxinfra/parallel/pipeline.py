@@ -306,7 +306,7 @@ class Pipeline:
 
     def _apply_chunk(
         self, weights: PyTree, shared: PyTree, received: jax.Array, batch: Batch, tick: Tick
-    ) -> tuple[tuple[jax.Array, jax.Array | None], Sums]:
+    ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, Sums]]:
         """Applies one chunk on every stage; returns `((output, aux_loss), (input, stats))`, as `jax.vjp` expects it."""
         batch = select_microbatch(batch, tick.microbatch)
         x = receive(received, self.model.embed(shared, batch), tick, stage=0, chunk=0)
