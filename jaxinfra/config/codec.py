@@ -69,13 +69,12 @@ def _encode(annotation: object, value: object, path: str) -> Any:
 
 
 def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -> Any:
-    if isinstance(coded, dict):
-        if is_choice(annotation):
-            fields = {name: part for name, part in coded.items() if name != KIND}
-            cls = _decode_kind(annotation, coded.get(KIND, MISSING), join(path, KIND), finder)
-            return _decode_fields(cls, fields, path, finder)
-        if is_config(cls := union_members(annotation)[0]):
-            return _decode_fields(cls, coded, path, finder)
+    first_type = union_members(annotation)[0]
+    if isinstance(coded, dict) and is_choice(annotation):
+        cls = _decode_kind(annotation, coded.get(KIND, MISSING), join(path, KIND), finder)
+        return _decode_fields(cls, {name: part for name, part in coded.items() if name != KIND}, path, finder)
+    if isinstance(coded, dict) and is_config(first_type):  # the only type, as the field is not a choice
+        return _decode_fields(first_type, coded, path, finder)
     if isinstance(coded, list) and (items := item_annotations(annotation, len(coded))) is not None:
         parts = enumerate(zip(items, coded, strict=True))
         return tuple(_decode(item, part, join(path, index), finder) for index, (item, part) in parts)
@@ -86,11 +85,14 @@ def _decode(annotation: object, coded: object, path: str, finder: ClassFinder) -
 
 
 def _decode_kind(annotation: object, kind: object, path: str, finder: ClassFinder) -> type:
-    with error_prefix(f"{path}: "):
-        if isinstance(kind, str) and (cls := choices(annotation).get(kind) or find_choice(annotation, kind, finder)):
-            return cls
-    problem = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
-    raise ConfigError(f"{path}{problem} expected {describe(annotation)}")
+    cls = None
+    if isinstance(kind, str):
+        with error_prefix(f"{path}: "):
+            cls = choices(annotation).get(kind) or find_choice(annotation, kind, finder)
+    if cls is None:
+        problem = ": missing;" if kind is MISSING else f"={_show_json(kind)}:"
+        raise ConfigError(f"{path}{problem} expected {describe(annotation)}")
+    return cls
 
 
 def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: ClassFinder) -> Any:
@@ -113,15 +115,16 @@ def _decode_fields(cls: type, coded: Mapping[str, object], path: str, finder: Cl
 
 def _decode_leaf(annotation: object, coded: object) -> object:
     """Returns the value of a JSON scalar, or `MISMATCH`; a string is a Literal, enum member, float or str."""
-    if isinstance(coded, str):
-        options = union_members(annotation)
-        if any(get_origin(option) is Literal and coded in get_args(option) for option in options):
-            return coded
-        for option in options:
-            if isinstance(option, enum.EnumType) and coded in option.__members__:
-                return option.__members__[coded]
-        if float in options and coded in _NOT_FINITE:
-            return _NOT_FINITE[coded]
+    if not isinstance(coded, str):
+        return match(annotation, coded)
+    options = union_members(annotation)
+    if any(get_origin(option) is Literal and coded in get_args(option) for option in options):
+        return coded
+    for option in options:
+        if isinstance(option, enum.EnumType) and coded in option.__members__:
+            return option.__members__[coded]
+    if float in options and coded in _NOT_FINITE:
+        return _NOT_FINITE[coded]
     return match(annotation, coded)
 
 

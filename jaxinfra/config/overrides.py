@@ -90,7 +90,7 @@ class _Assignment:
         for part_name, part_annotation, part in children(annotation, value):
             if part_name == name:
                 new = self.apply(part_annotation, part, rest, join(path, name))
-                if isinstance(value, tuple):
+                if isinstance(value, tuple):  # `name` is an index
                     return (*value[: int(name)], new, *value[int(name) + 1 :])
                 return self._build(dataclasses.replace, value, **{name: new})
         raise ConfigError(self._unknown_path(annotation, value, name, path))
@@ -160,7 +160,7 @@ class _Assignment:
     def _unknown_path(self, annotation: object, value: object, name: str, path: str) -> str:
         """Returns the message for a path whose `name` is no part of `value`, the node at `path`."""
         full = self.override.path
-        # Classes of the choice, other than the one of `value`, with this field.
+        # The classes of the choice that have this field; the class of `value` does not.
         owners = [kind for kind, cls in choices(annotation).items() if name in (each.name for each in fields_of(cls))]
         if owners:
             return f"{full}: {name} is a field of {' and of '.join(owners)}; choose it first with {path}={owners[0]}"

@@ -110,11 +110,16 @@ def _config_function(path: Path, module: ModuleType) -> Callable[[], object]:
 
 
 def _origins(run: object, before: Mapping[str, object], overridden: set[str], file: str) -> dict[str, str]:
-    """Returns the origin of each leaf that differs from its default; `before` has the leaves without the overrides.
+    """Returns the origin of each leaf of `run` that differs from its default.
 
-    If an override has switched a class, the leaves below it come from the command line, too.
+    Args:
+        run: the config with the overrides applied.
+        before: the leaves without the overrides.
+        overridden: the paths of the overrides.
+        file: the config file or record.
     """
     after = leaves(run)
+    # An override that switches a class changes leaves below its path, too.
     kept = {path for path in before.keys() & after.keys() - overridden if same(before[path], after[path])}
     changed = _not_default(type(run), run, MISSING, "")
     return {path: f"file:{file}" if path in kept else COMMAND_LINE for path in changed}

@@ -16,13 +16,14 @@ from jaxinfra.storage.credentials import mask_credentials
 
 # Where a word of a CamelCase name starts: `aB`, or the last capital of `ABc`.
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+# A string of these characters needs no quotes: `runs/base@500`, `gs://bucket/data`.
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
 _RESERVED = frozenset({"none", "null", "true", "false"})
 _SHOWN_CHARACTERS = 60
 
 
 def snake_case(cls: type | str) -> str:
-    """Returns the name of a class in overrides: `cosine_decay` for `CosineDecay`, `wsd` for `WSD`."""
+    """Returns the name of a class, or of its name, in overrides: `cosine_decay` for `CosineDecay`, `wsd` for `WSD`."""
     return _WORD_START.sub("_", cls if isinstance(cls, str) else cls.__name__).lower()
 
 
@@ -83,7 +84,8 @@ def one_of(words: Iterable[str]) -> str:
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the candidate most similar to `name`; None if the similarity (see `difflib`) of all is below `cutoff`."""
-    return next(iter(difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)), None)
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def _is_plain(text: str) -> bool:
