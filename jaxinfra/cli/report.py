@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jaxinfra.errors import ConfigError
@@ -15,6 +16,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if len(folders) > MAX_RUNS:
         raise ConfigError(f"report: {len(folders)} runs, a page compares up to {MAX_RUNS}; name fewer")
     runs = [read_run(folder, is_running=folder.is_dir() and is_locked(folder)) for folder in folders]
+    if len({each.name for each in runs}) < len(runs):  # such as runs of one config in two roots
+        runs = [replace(each, name=str(folder)) for each, folder in zip(runs, folders, strict=True)]
     default = folders[0] / REPORT_FILE if len(folders) == 1 else folders[0].parent / "comparison.html"
     path = write_page(runs, options.output or default)
     print(f"wrote {path}; open it in a browser")

@@ -36,6 +36,9 @@ def test_several_runs(tmp_path):
     assert launch("report", *runs, "--output", str(other)).code == 0
     assert other.read_text() == (tmp_path / "comparison.html").read_text()
     assert ">a, b</h1>" in other.read_text()
+    make(tmp_path / "again", 12, record(config={"name": "a"}))
+    assert launch("report", runs[0], str(tmp_path / "again"), "--output", str(other)).code == 0
+    assert f">{tmp_path / 'a'}, {tmp_path / 'again'}</h1>" in other.read_text()
 
 
 def test_bad_input(tmp_path):

@@ -78,6 +78,18 @@ def test_legends_by_keyboard_on_each_axis(tmp_path, page):
     assert page.evaluate(LEGEND)[0].endswith(" s")
 
 
+def test_zoom_is_the_same_in_all_charts(tmp_path, page):
+    make(tmp_path, 101)
+    page.open(tmp_path / "report.html")
+    ranges = "plots.map(({ plot }) => `${plot.scales.x.min} to ${plot.scales.x.max}`)"
+    assert set(page.evaluate(ranges)) == {"1 to 101"}
+    page.evaluate("document.getElementById('chart-0').focus()")
+    page.press("+")
+    assert set(page.evaluate(ranges)) == {"26 to 76"}
+    page.press("Escape")
+    assert set(page.evaluate(ranges)) == {"1 to 101"}
+
+
 @pytest.mark.parametrize("width", [400, 800, 1400])
 def test_nothing_is_wider_than_the_window(tmp_path, page, width):
     make(tmp_path, 100, record(config={"name": "n" * 200, "p" * 100: "v" * 100}, origins={"p" * 100: "x" * 100}))
