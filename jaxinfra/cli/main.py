@@ -17,7 +17,7 @@ from importlib.metadata import version
 from jaxinfra import __version__, user_code
 from jaxinfra.cli.arguments import ADD_ARGUMENTS, COMMANDS
 from jaxinfra.command import COMMAND
-from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.runtime import emulation, platforms
 
 EPILOG = f"""\
@@ -155,6 +155,9 @@ def _run_command(argv: Sequence[str]) -> int:
         set_compilation_cache()
         module = importlib.import_module(f"jaxinfra.cli.{options.command.replace(' ', '.')}")
         return module.run(options, argv)
+    except Preempted as error:  # asked for: no error
+        print(error, file=sys.stderr)
+        return error.exit_code
     except JaxinfraError as error:
         if "--debug" in argv:
             traceback.print_exc()

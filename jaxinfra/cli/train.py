@@ -1,26 +1,40 @@
 """`python -m launch CONFIG [KEY=VALUE ...]`: trains on the devices of this machine."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfra.cli import config_argument
+from jaxinfra.command import COMMAND
 from jaxinfra.track.jsonl import read_metrics
 from jaxinfra.track.terminal_plot import plot_curve
 from jaxinfra.train.trainer import Trainer
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Trains or resumes, and plots the loss."""
+    """Trains or resumes, plots the loss, and says what to do next."""
     command = ["python", "-m", "launch", *argv]
     loaded = config_argument.load_config(options)
     prepare = config_argument.prepare_command(options, loaded.run)
-    summary = Trainer(loaded, command=command, prepare_command=prepare).train()
+    trainer = Trainer(loaded, command=command, prepare_command=prepare)
+    summary, run_dir = trainer.train(), trainer.run_dir.path
     if summary["status"] == "finished before":
-        print(f"nothing to do: all {summary['steps']} steps are done, {summary.get('checkpoint', 'saved')}")
+        print(f"nothing to do: all {summary['steps']} steps of {run_dir} are done; train longer with train.steps=N")
     elif loaded.run.track.console != "off":
-        metrics = Path(summary["report"]).with_name("metrics.jsonl")
-        rows = read_metrics(metrics) if metrics.exists() else []
-        if losses := [(int(row["step"]) + 1, row["loss"]) for row in rows if "loss" in row]:
-            print(f"Training loss\n{plot_curve(losses)}")
+        _plot_loss(run_dir / "metrics.jsonl")
+    if loaded.run.track.console != "off":
+        print(f"next:\n  {COMMAND} runs {loaded.run.root}")
+        if loaded.run.data.modality == "token":
+            print(f'  {COMMAND} sample {run_dir} "PROMPT"')
+        print(f"  open {summary.get('report', run_dir / 'report.html')}")
     return 0
+
+
+def _plot_loss(metrics: Path) -> None:
+    """Plots the training loss, the mean over each logged interval; in ASCII where the terminal has no more."""
+    rows = read_metrics(metrics) if metrics.exists() else []
+    losses = [(int(row["step"]) + 1, row.get("loss_mean", row["loss"])) for row in rows if "loss" in row]
+    if losses:
+        is_ascii = "utf" not in (sys.stdout.encoding or "").lower()
+        print(f"Training loss\n{plot_curve(losses, ascii=is_ascii)}")

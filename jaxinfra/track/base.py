@@ -30,6 +30,12 @@ class Tracker:
     def log_sample(self, step: int, text: str) -> None:
         """Receives a text that the model wrote after a step."""
 
+    def finish_step(self, step: int) -> None:
+        """Is called after every step, logged or not; must return at once."""
+
+    def log_save(self, step: int) -> None:
+        """Is called when a checkpoint of the state after `step` is being written."""
+
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Receives the final values of the run; called at most once, before `close`."""
 

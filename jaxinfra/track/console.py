@@ -1,60 +1,98 @@
 """Prints run statistics, progress and the summary: as a progress bar on a terminal, as lines in a log file.
 
 `log` of the progress bar only stores the metrics; a thread draws them four times a second, whatever the step time.
+Lines for evaluations and saves stay above the bar.
 """
 
 import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, override
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
+from jaxinfra.command import COMMAND
+from jaxinfra.config.source import COMMAND_LINE
+from jaxinfra.config.text import format_value
 from jaxinfra.track.base import RunStatistics, Tracker
 from jaxinfra.track.formatting import (
+    flatten,
+    format_bytes,
     format_count,
     format_duration,
     format_number,
     format_percent,
+    format_short,
     metric_label,
     summary_rows,
 )
 
 _REFRESH_PER_S = 4
 _LOG_WIDTH = 110  # characters of a table in a log file
+_BAR_WIDTH = 40  # characters, if the terminal is wide enough
 _MIN_BAR_WIDTH = 12  # characters
+_HEADLINES = ("devices", "parameters", "{}s a step", "steps", "{}s", "epochs", "FLOPs", "state a device")
+"""Statistics that are printed at the start of a run; {} is the modality. `show` prints all."""
 
 # Format and column width of each metric; "_per_s" is the suffix of several.
 _COLUMNS = {
-    "loss": ("{:.4f}".format, 7),
+    "loss_mean": ("{:.4f}".format, 7),
     "lr": ("{:.1e}".format, 7),
     "grad_norm": ("{:.2f}".format, 5),
     "_per_s": (format_count, 9),
     "mfu": (format_percent, 5),
+    "device_in_use_bytes": (format_bytes, 10),
+    "rss_bytes": (format_bytes, 10),
 }
+_LABELS = {"loss_mean": "loss", "device_in_use_bytes": "memory", "rss_bytes": "host memory"}
+
+
+class _TrainingConsole(Console):
+    """A console whose closed pipe, as of `| head`, silences it but does not end the training."""
+
+    @override
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 def stdout_console() -> Console:
     """Returns a console on standard output; it is interactive on a terminal that supports cursor movement."""
     on_terminal = sys.stdout.isatty()
-    console = Console(width=None if on_terminal else _LOG_WIDTH, highlight=False)
+    console = _TrainingConsole(width=None if on_terminal else _LOG_WIDTH, highlight=False)
     console.is_interactive = on_terminal and not console.is_dumb_terminal
     return console
 
 
 def statistics_table(statistics: RunStatistics) -> RenderableType:
-    """Makes the table that is printed before the first step."""
+    """Makes the table of all statistics, for `show`."""
     table = titled_table("Run statistics", "statistic")
     table.add_column("value", justify="right")
     table.add_column("unit or formula", style="dim")
     for name, (value, unit) in statistics.items():
         table.add_row(Text(name), Text(format_number(value)), Text(unit))
+    return table
+
+
+def headline_table(statistics: RunStatistics) -> RenderableType:
+    """Makes the table that is printed before the first step: at most 8 rows of rounded numbers."""
+    modality = next((name.removesuffix("s a step") for name in statistics if name.endswith("s a step")), "token")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right", style="bold")
+    table.add_column(style="dim", overflow="ellipsis", no_wrap=True)
+    for name in (headline.format(modality) for headline in _HEADLINES):
+        if name in statistics:
+            value, note = statistics[name]
+            text = format_number(value) if isinstance(value, str) or abs(value) < 10_000 else format_short(value)
+            table.add_row(Text(name), Text(text), Text(note))
     return table
 
 
@@ -78,21 +116,33 @@ class RunProgress:
 
     def __init__(self, start_step: int, total_steps: int) -> None:
         self.total_steps = total_steps
-        self.completed_steps = start_step
+        self.completed_steps = self.start_step = start_step
         self.metrics: dict[str, float] = {}
-        self._first: tuple[int, float] | None = None  # completed steps and time at the first log
-        self._now_s = 0.0
+        self._start_s = self._now_s = time.monotonic()
+        self._first: tuple[int, float] | None = None  # completed steps and time at the end of the first step
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Stores the metrics of one step."""
+    def finish_step(self, step: int) -> None:
+        """Counts a step that ends now."""
         self.completed_steps = max(self.completed_steps, step + 1)
-        self.metrics = {**self.metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
         self._now_s = time.monotonic()
         if self._first is None:
             self._first = (self.completed_steps, self._now_s)  # after compilation, which is not part of the speed
 
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Stores metrics."""
+        self.metrics = {**self.metrics, **metrics}  # a new dict: the drawing thread may be reading the old one
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether no step has ended yet; the first step is compiled."""
+        return self._first is None
+
+    def elapsed_s(self) -> float:
+        """Returns the seconds since the start."""
+        return time.monotonic() - self._start_s
+
     def eta_s(self) -> float:
-        """Returns the remaining seconds at the mean speed since the first log; NaN until the second log."""
+        """Returns the remaining seconds at the mean speed since the first step; NaN until the second."""
         if self._first is None or self.completed_steps == self._first[0]:
             return math.nan
         s_per_step = (self._now_s - self._first[1]) / (self.completed_steps - self._first[0])
@@ -105,61 +155,84 @@ class RunProgress:
 
 
 class ConsoleTracker(Tracker):
-    """Prints run statistics at the start and the summary at the end."""
+    """Prints the run and its statistics at the start, evaluations and saves as lines, and the summary at the end."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, run_dir: Path) -> None:
+        self._console, self._run_dir = console, run_dir
         self._progress = RunProgress(0, 0)
 
     @override
     def start(self, record: Mapping[str, Any], statistics: RunStatistics, *, start_step: int, total_steps: int) -> None:
         self._progress = RunProgress(start_step, total_steps)
-        self._console.print(statistics_table(statistics))
+        self._console.print(Text(announcement(self._run_dir, record, start_step, total_steps), style="bold"))
+        self._console.print(headline_table(statistics))
+        self._console.print(Text(f"all numbers: {COMMAND} show {self._run_dir}", style="dim"))
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._progress.update(step, metrics)
+        self._progress.update(metrics)
+        if evaluation := {name: value for name, value in metrics.items() if name.startswith("eval/")}:
+            cells = [f"{metric_label(name.removeprefix('eval/'))} {value:.4f}" for name, value in evaluation.items()]
+            self._line(step + 1, ["validation", *cells], style="green")
+
+    @override
+    def finish_step(self, step: int) -> None:
+        self._progress.finish_step(step)
+
+    @override
+    def log_save(self, step: int) -> None:
+        self._line(step + 1, [f"saving {self._run_dir / 'checkpoints' / str(step + 1)}"], style="dim")
 
     @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self.close()
         self._console.print(summary_table(values))
 
+    def _line(self, completed_steps: int, cells: Iterable[str], style: str = "") -> None:
+        total = str(self._progress.total_steps)
+        text = "  ".join([f"step {completed_steps:>{len(total)}}/{total}", *cells])
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def announcement(run_dir: Path, record: Mapping[str, Any], start_step: int, total_steps: int) -> str:
+    """Returns "new run runs/x: train.steps=400" with what the command line has set, or "resuming runs/x at ..."."""
+    if start_step:
+        return f"resuming {run_dir} at step {start_step} of {total_steps}"
+    config = flatten(record.get("config", {}))
+    changed = [path for path, origin in record.get("origins", {}).items() if origin == COMMAND_LINE and path != "name"]
+    values = " ".join(f"{path}={format_value(config[path])}" for path in changed if path in config)
+    return f"new run {run_dir}{': ' if values else ''}{values}"
+
 
 class PlainTextTracker(ConsoleTracker):
     """Prints a line with fixed columns at the first step, every `log_every` steps, and the last step."""
 
-    def __init__(self, console: Console, log_every: int) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, run_dir: Path, log_every: int) -> None:
+        super().__init__(console, run_dir)
         self._log_every = log_every
-        self._printed = 0  # completed steps at the last line
-        self._first = True
+        self._printed: int | None = None  # completed steps at the last line
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log(step, metrics)
-        if any(name.startswith("eval/") for name in metrics):  # an evaluation has its own line
-            self._line(f"{name} {value:.4f}" for name, value in metrics.items())
-        elif self._due(step + 1):
-            self._first, self._printed = False, step + 1
-            self._line(self._columns())
+        if not any(name.startswith("eval/") for name in metrics) and self._due(step + 1):
+            self._printed = step + 1
+            self._line(step + 1, self._columns())
 
     def _due(self, completed: int) -> bool:
-        regular = completed % self._log_every == 0 or completed - self._printed >= self._log_every
-        return self._first or regular or completed == self._progress.total_steps
+        if self._printed is None or completed == self._progress.total_steps:
+            return True
+        # A run that logs at other steps than multiples of `log_every` prints after as many steps.
+        return completed % self._log_every == 0 or completed - self._printed >= self._log_every
 
     def _columns(self) -> list[str]:
         metrics = self._progress.metrics
-        cells = [
-            f"{metric_label(name)} {formatter(value):>{width}}"
-            for key, (formatter, width) in _COLUMNS.items()
-            for name, value in metrics.items()
-            if name == key or (key == "_per_s" and name.endswith(key))  # tokens_per_s, images_per_s
-        ]
+        cells = []
+        for key, (formatter, width) in _COLUMNS.items():
+            for name, value in metrics.items():
+                if name == key or (key == "_per_s" and name.endswith(key)):  # tokens_per_s, images_per_s
+                    cells.append(f"{_LABELS.get(name, metric_label(name))} {formatter(value):>{width}}")
         return [*cells, f"eta {format_duration(self._progress.eta_s()):>7}"]
-
-    def _line(self, cells: Iterable[str]) -> None:
-        print("  ".join([f"step {self._progress.steps()}", *cells]), file=self._console.file, flush=True)
 
 
 class ProgressBarTracker(ConsoleTracker):
@@ -182,27 +255,30 @@ class ProgressBarTracker(ConsoleTracker):
             live.stop()  # restores the cursor
 
     def _draw(self) -> RenderableType:
-        cells = [self._progress.steps(), *self._cells()]
+        progress = self._progress
+        if progress.is_compiling:
+            text = Text(f"compiling the train step  {format_duration(progress.elapsed_s())}")
+            return Spinner("dots", text)
+        cells = [progress.steps(), *self._cells()]
         available = self._console.width - _MIN_BAR_WIDTH
         while len(cells) > 1 and sum(len(cell) + 2 for cell in cells) > available:
             del cells[-1]
-        grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        grid.add_column(ratio=1)
-        for _ in cells:
-            grid.add_column(no_wrap=True)
-        bar = ProgressBar(total=max(self._progress.total_steps, 1), completed=self._progress.completed_steps)
-        grid.add_row(bar, *(Text(cell) for cell in cells))
+        used = sum(len(cell) + 2 for cell in cells)
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        width = min(_BAR_WIDTH, self._console.width - used - 2)
+        bar = ProgressBar(total=max(progress.total_steps, 1), completed=progress.completed_steps, width=width)
+        grid.add_row(bar, *(Text(cell, no_wrap=True) for cell in cells))
         return grid
 
     def _cells(self) -> list[str]:
         """Returns the cells after the bar; a narrow terminal drops the last ones."""
         metrics = self._progress.metrics
-        cells = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else ["compiling"]
+        cells = [f"loss {metrics['loss_mean']:.4f}"] if "loss_mean" in metrics else []
         cells.append(f"eta {format_duration(self._progress.eta_s())}")
         cells += [
             f"{format_count(value)} {metric_label(name)}" for name, value in metrics.items() if name.endswith("_per_s")
         ]
         if "mfu" in metrics:
             cells.append(f"mfu {format_percent(metrics['mfu'])}")
-        evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        return cells + [f"{metric_label(name.replace('/', ' '))} {value:.4f}" for name, value in evaluation.items()]
+        memory = metrics.get("device_in_use_bytes", metrics.get("rss_bytes"))
+        return cells if memory is None else [*cells, format_bytes(memory)]

@@ -40,6 +40,15 @@ class MultiTracker(Tracker):
         self._each(lambda tracker: tracker.log(step, metrics))
 
     @override
+    def finish_step(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.finish_step(step)
+
+    @override
+    def log_save(self, step: int) -> None:
+        self._each(lambda tracker: tracker.log_save(step))
+
+    @override
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log_summary(values))
 
@@ -108,9 +117,9 @@ def make_trackers(config: TrackConfig, run_dir: Path) -> MultiTracker:
         trackers.append(TensorBoardTracker(run_dir))
     console = stdout_console()
     if config.console == "bar" or (config.console == "auto" and console.is_interactive):
-        trackers.append(ProgressBarTracker(console))
+        trackers.append(ProgressBarTracker(console, run_dir))
     elif config.console != "off":
-        trackers.append(PlainTextTracker(console, config.log_every))
+        trackers.append(PlainTextTracker(console, run_dir, config.log_every))
     return MultiTracker([*trackers, *(_make_tracker(each, run_dir) for each in config.trackers)])
 
 

@@ -68,6 +68,10 @@ def run_statistics(program: Program, train_units: int | None = None) -> RunStati
         **tokens_per_parameter,
         f"FLOPs {a_modality}": (flops / units, "6 x matmul parameters + attention"),
         "FLOPs": (flops, "of the whole run"),
+        "state a device": (
+            gib(sum(per_device_bytes(tree) for tree in (state.params, gradients, state.opt_state))),
+            "parameters, gradients and optimizer state; activations come on top",
+        ),
         "parameters a device": (gib(per_device_bytes(state.params)), run.precision.params),
         "gradients a device": (gib(per_device_bytes(gradients)), "float32"),
         "optimizer state a device": (gib(per_device_bytes(state.opt_state)), run.optim.state_dtype),

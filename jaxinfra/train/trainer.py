@@ -100,6 +100,7 @@ class Trainer:
         self._record: dict[str, Any] = {}
         self._eval_metrics: dict[str, float] = {}
         self._sampler: Sampler | None = None  # of `track.sample_prompt`
+        self._interval_losses: list[jax.Array] = []  # since the last log
         self._logged_wait_s = 0.0
         self._peak_flops, self._peak_source = math.nan, ""  # of one device
 
@@ -181,9 +182,12 @@ class Trainer:
         """Waits for a step and logs its metrics if they are due; NonFiniteError if loss or gradient is not finite."""
         jax.block_until_ready(metrics)
         self._timer.finish_step()
+        self._trackers.finish_step(step)
+        self._interval_losses.append(metrics["loss"])
         if not self.run.track.due(step, self.run.train.steps):
             return
         values = require_finite(step, metrics)
+        values["loss_mean"], self._interval_losses = float(np.mean(jax.device_get(self._interval_losses))), []
         step_time_s = self._timer.read()
         if step_time_s is not None:
             values["step_time_s"] = step_time_s
@@ -234,7 +238,8 @@ class Trainer:
                     "use a lower optim.peak_lr, and check optim.optimizer and optim.schedule"
                 )
         try:
-            self._checkpoints.save(self.completed_steps, self.state, self._record, force=force)
+            if self._checkpoints.save(self.completed_steps, self.state, self._record, force=force):
+                self._trackers.log_save(self.completed_steps - 1)
         except StorageError as error:
             _log.error("%s", error)
             if force:  # the error may come from the save before, which runs in the background
