@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxinfra.config import validate
-from jaxinfra.errors import ConfigError, JaxinfraError
+from jaxinfra.errors import ConfigError, JaxinfraError, Preempted
 from jaxinfra.run import with_mesh_size
 
 
@@ -30,6 +30,12 @@ def raises(kind: type[Exception], *named: str) -> Iterator[pytest.ExceptionInfo[
         yield caught
     assert caught.type is kind
     names(str(caught.value), *named)
+
+
+def preempted(ended: Any, *named: str) -> str:
+    """Asserts that a command was stopped and has saved: exit code 75 and one line, which is no error; returns it."""
+    assert ended.code == Preempted.exit_code and not ended.err.startswith("error"), ended
+    return names(ended.err.removesuffix("\n"), *named)
 
 
 def refused(ended: Any, *named: str, code: int = ConfigError.exit_code) -> str:

@@ -17,7 +17,6 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
-from tests.refusals import refused
 from tests.tiny_run import STEPS, Tiny, contents, ended, summary
 
 RECIPES = {
@@ -74,7 +73,7 @@ def test_stop_and_go_on(tiny: Tiny, recipe: list[str], stop_after, monkeypatch: 
     stopped = tiny.launch(*recipe, "name=parts")
     monkeypatch.undo()
     # The signal comes while step 6 is reported and step 7 runs.
-    refused(stopped, f"{tiny.directory('parts')}: SIGTERM 8 {STEPS}", code=75)
+    preempted(stopped, f"{tiny.directory('parts')}: SIGTERM 8 {STEPS}")
     assert summary(tiny.directory("parts"))["status"] == "stopped"
     assert set(tiny.losses("parts")) == set(range(8))
     assert tiny.launch(*recipe, "name=parts").code == 0
@@ -176,7 +175,7 @@ def test_signals_to_a_process(tiny: Tiny) -> None:
         process.send_signal(number)
         found = ended(process)
         done = max(tiny.losses("long")) + 1
-        refused(found, f"{tiny.directory('long')}: {name} {done} 800", code=75)
+        preempted(found, f"{tiny.directory('long')}: {name} {done} 800")
         assert (tiny.directory("long") / "checkpoints" / str(done)).is_dir()
     assert done < 800
     assert ended(tiny.start(*LONG, "name=long"), 300).code == 0

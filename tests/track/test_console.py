@@ -39,15 +39,17 @@ def test_plain_lines_on_a_pipe(tmp_path):
     result = demo.start(demo.RUN, "auto", tmp_path, 40, 0)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
-    assert [line.split()[:2] for line in lines if "eval" not in line] == [
+    assert [line.split()[:2] for line in lines if "validation" not in line and "saving" not in line] == [
         ["step", "1/40"] if done == 1 else ["step", f"{done}/40"] for done in (1, 10, 20, 30, 40)
     ]
     expected = "step 10/40  loss  3.4100  lr 2.9e-04  grad norm  0.81  tokens/s    41,234  mfu 31.2%  eta    0:00"
     assert lines[1] == expected
-    assert len({len(line) for line in lines if "eval" not in line}) == 1, "columns must not move"
-    assert "step 20/40  eval/loss 3.2500  eval/bits_per_byte 1.5000" in lines
+    assert len({len(line) for line in lines if "lr" in line}) == 1, "columns must not move"
+    assert "step 20/40  validation  loss 3.2500  bits per byte 1.5000" in lines
+    assert f"step 20/40  saving {tmp_path}/checkpoints/20" in lines
+    assert f"new run {tmp_path}: a.b=1" in result.stdout
     assert "\x1b" not in result.stdout
-    assert re.search(r"parameters +12,345,678 +count", result.stdout)
+    assert re.search(r"parameters +12\.3 M +count", result.stdout)
     assert re.search(r"Validation bits per byte +1\.5000\s+unigram, bits per byte +4\.5000", result.stdout)
 
 
@@ -55,7 +57,7 @@ def test_bar_on_a_terminal(tmp_path):
     output = on_terminal(100, "auto", tmp_path, 40, 0.02)
     assert "\x1b[?25l" in output and output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
     assert re.search(r"\d+/40  loss 3\.\d{4}  eta \d+:\d\d  41,234 tokens/s  mfu 31\.2%", output)
-    assert "40/40" in output and "eval loss 3.2500" in output
+    assert "40/40" in output and "step 20/40  validation  loss 3.2500" in output  # stays above the bar
     assert "━" in output and "lr 2.9e-04" not in output
     assert "printed by the run" in output and "Summary" in output
     frames = output.count("41,234 tokens/s")
@@ -77,13 +79,13 @@ def test_off_prints_nothing(tmp_path):
     assert (result.stdout, result.stderr) == ("printed by the run\n", "")
 
 
-def test_log_draws_nothing(monkeypatch):
+def test_log_draws_nothing(monkeypatch, tmp_path):
     """A log call takes note; drawing is left to the thread of the bar, and to the lines that are due."""
     metrics = {"loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 4e4, "mfu": 0.3}
     terminal = Console(file=io.StringIO(), force_terminal=True)
     drew: list[int] = []
     monkeypatch.setattr(ProgressBarTracker, "_draw", lambda self: drew.append(threading.get_ident()) or "")
-    for tracker in (ProgressBarTracker(terminal), PlainTextTracker(terminal, 10_000)):
+    for tracker in (ProgressBarTracker(terminal, tmp_path), PlainTextTracker(terminal, tmp_path, 10_000)):
         tracker.start({}, {}, start_step=0, total_steps=10_000)
         drew.clear()
         tracker.log(0, metrics)  # Plain prints the first step, and then no other for a while
@@ -95,22 +97,24 @@ def test_log_draws_nothing(monkeypatch):
         tracker.close()
 
 
-def test_plain_prints_once_every_log_every_steps_however_often_it_is_told():
+def test_plain_prints_once_every_log_every_steps_however_often_it_is_told(tmp_path):
     for every, logged in ((10, range(1, 41)), (10, range(9, 40, 10)), (4, range(0, 41, 4))):
         console = Console(file=(out := io.StringIO()))
-        plain = PlainTextTracker(console, every)
+        plain = PlainTextTracker(console, tmp_path, every)
         plain.start({}, {}, start_step=0, total_steps=41)
         for step in logged:
             plain.log(step, {"loss": 1.0})
-        assert abs(out.getvalue().count("step ") - 41 / every) <= 2
+        assert abs(len(re.findall(r"^step +\d+/41", out.getvalue(), re.MULTILINE)) - 41 / every) <= 2
 
 
 def test_eta_counts_from_the_first_log_after_a_resume():
     progress = RunProgress(100, 200)
     assert math.isnan(progress.eta_s())
-    progress.update(100, {})
+    assert progress.is_compiling
+    progress.finish_step(100)
+    assert not progress.is_compiling
     assert math.isnan(progress.eta_s())
     time.sleep(0.02)
-    progress.update(101, {})
+    progress.finish_step(101)
     assert 0.02 * 98 <= progress.eta_s() < 20 * 98
     assert progress.steps() == "102/200"
