@@ -17,6 +17,7 @@ from jaxinfra.parallel.mesh import make_mesh
 from jaxinfra.program import Program
 from jaxinfra.run import with_mesh_size
 from jaxinfra.track.jsonl import JsonlTracker, read_metrics
+from tests.refusals import preempted
 from tests.tiny_run import STEPS, Tiny, contents, ended, summary
 
 RECIPES = {

@@ -16,7 +16,7 @@ def test_whole_run(tiny: Tiny) -> None:
     """It writes all that it promises; a second start says so and changes nothing."""
     ended = tiny.launch()
     assert (ended.code, ended.err) == (0, "")
-    assert "Run statistics" in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
+    assert "new run " in ended.out and "step 12/12" in ended.out and "Training loss" in ended.out
     directory = tiny.directory()
     assert {path.name for path in directory.iterdir()} == {
         "run.json",
@@ -52,9 +52,7 @@ def test_whole_run(tiny: Tiny) -> None:
     before = contents(tiny.runs)
     again = tiny.launch()
     assert again.code == 0 and contents(tiny.runs) == before
-    assert again.out.startswith(
-        f"nothing to do: all {STEPS} steps of {directory} are done; train longer with train.steps="
-    )
+    assert again.out.startswith(f"nothing to do: all {STEPS} steps of {directory} are done; train longer")
 
 
 def test_replay_reads_the_versions_of_the_record(tiny: Tiny, tiny_data: Path, tmp_path: Path) -> None:
