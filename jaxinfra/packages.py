@@ -1,6 +1,9 @@
 """Imports optional packages, and says what to install if one is missing."""
 
 import importlib
+import re
+import shlex
+from importlib.metadata import PackageNotFoundError, requires
 from types import ModuleType
 
 from jaxinfra.errors import ConfigError
@@ -10,7 +13,7 @@ def import_optional(module: str, *submodules: str, needed_by: str, install: str)
     """Imports a module of an optional package, and some of its submodules.
 
     If an import fails, the ConfigError names the field or file that the package is `needed_by`, and what to `install`
-    with pip, such as "jaxinfra[parquet]".
+    with pip: a requirement, or an extra such as "jaxinfra[parquet]".
     """
     try:
         for submodule in submodules:
@@ -18,4 +21,19 @@ def import_optional(module: str, *submodules: str, needed_by: str, install: str)
         return importlib.import_module(module)
     except ImportError as error:
         package, cause = module.partition(".")[0], str(error).partition("\n")[0]
-        raise ConfigError(f"{needed_by}: needs {package} ({cause}); run pip install '{install}'") from None
+        raise ConfigError(f"{needed_by}: needs {package} ({cause}); run {install_command(install)}") from None
+
+
+def install_command(requirement: str) -> str:
+    """Returns the pip command for a requirement; an extra of jaxinfra becomes the packages in it."""
+    extra = re.fullmatch(r"jaxinfra\[(\w+)\]", requirement)
+    packages = _packages_of(extra[1]) if extra else []
+    return f"pip install {shlex.join(packages or [requirement])}"
+
+
+def _packages_of(extra: str) -> list[str]:
+    try:
+        listed = requires("jaxinfra") or []
+    except PackageNotFoundError:  # run from a clone that is not installed
+        return []
+    return [name.partition(";")[0].strip() for name in listed if re.search(rf"extra == ['\"]{extra}['\"]", name)]

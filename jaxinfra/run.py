@@ -16,6 +16,7 @@ from jaxinfra.data.interfaces import DataConfig
 from jaxinfra.models.model import ModelConfig
 from jaxinfra.objectives.objective import Objective
 from jaxinfra.optim.config import OptimConfig
+from jaxinfra.packages import install_command
 from jaxinfra.parallel.divisibility import MeshFit
 from jaxinfra.parallel.mesh_config import MeshConfig
 from jaxinfra.parallel.rules import Quantize, ShardingRules
@@ -71,7 +72,7 @@ class Precision:
             yield Problem(
                 fields=("quantize",),
                 message="quantized matmuls need the package qwix, which is not installed",
-                fix="run pip install qwix, or install jaxinfra with its extra quantized",
+                fix=f"run {install_command('jaxinfra[quantized]')}",
             )
 
 

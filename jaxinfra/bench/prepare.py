@@ -105,7 +105,7 @@ def time_map(source: TextFiles, tokenizer_path: Path, num_workers: int) -> float
 
 def run(options: argparse.Namespace) -> BenchmarkResult:
     """Times all cases, round by round."""
-    source = TextFiles(root=options.text, pattern="**/*") if options.text else TextFiles()
+    source = TextFiles(root=options.text or "stdlib", pattern="**/*" if options.text else "**/*.py")
     texts = read_texts(source)
     n_bytes, num_rounds = sum(len(text.encode()) for text in texts), min(options.pairs, MAX_ROUNDS)
     times_s: dict[TokenizeCase, list[float]] = {case: [] for case in make_cases(options.only)}

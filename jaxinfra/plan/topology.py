@@ -17,11 +17,12 @@ from pathlib import Path
 import jax
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.packages import install_command
 from jaxinfra.parallel.mesh import Device
 from jaxinfra.plan.chips import CHIPS, Chip
 
 MAX_DEVICES = 65_536  # more than any slice has; devices are still laid out within seconds
-INSTALL_COMMAND = "pip install -e '.[compile]'"
+INSTALL_COMMAND = install_command("jaxinfra[compile]")
 _ENVIRONMENT = {  # by platform
     "tpu": {
         "TPU_SKIP_MDS_QUERY": "1",  # else libtpu queries a metadata server that only Google's machines have

@@ -24,9 +24,10 @@ from jaxinfra.prepare.engines import EngineName
 from jaxinfra.prepare.parts import PartMetadata
 from jaxinfra.prepare.recipes import Recipe
 from jaxinfra.prepare.recipes.corpus import SHARD_BYTES, Corpus
-from jaxinfra.prepare.recipes.validation import OtherStore, validation_source
+from jaxinfra.prepare.recipes.validation import ByKey, OtherStore, validation_source
 from jaxinfra.prepare.sources.any_source import AnySource
 from jaxinfra.prepare.sources.record import SourceShard
+from jaxinfra.prepare.sources.text import TextFiles
 from jaxinfra.prepare.workspace import make_empty_folder, open_workspace, require_store
 from jaxinfra.storage.checks import check_space
 from jaxinfra.storage.objects import ObjectStore
@@ -78,6 +79,7 @@ def prepare(
     store = ObjectStore(recipe.store)
     require_store(store)
     train_shards, validation_shards = _list_shards(recipe.source, recipe.shard_bytes), _list_validation_shards(recipe)
+    _require_two_documents(recipe, train_shards)
     builder: StoreBuilder[Any]
     builder = TextStoreBuilder(recipe) if isinstance(recipe, Corpus) else ImageStoreBuilder(recipe)
     source_digest = digest_of([vars(shard) for shard in (*train_shards, *validation_shards)])
@@ -187,6 +189,15 @@ def _list_validation_shards(recipe: Recipe) -> Sequence[SourceShard]:
     except ConfigError as error:  # messages of a source name its own fields, not where it is in the recipe
         message = str(error)
         raise ConfigError(message if message.startswith("validation.") else f"validation.{message}") from error
+
+
+def _require_two_documents(recipe: Recipe, shards: Sequence[SourceShard]) -> None:
+    """Raises ConfigError, before anything is tokenized, if one document would have to be in both splits."""
+    if isinstance(recipe.source, TextFiles) and isinstance(recipe.validation, ByKey) and len(shards) == 1:
+        raise ConfigError(
+            f"validation=by_key: {shards[0].name} is the only file, and whole files are drawn for validation; use "
+            "validation=tail, which takes the end of the text"
+        )
 
 
 def _check_unchanged(source: AnySource | OtherStore | None, shards: Sequence[SourceShard], shard_bytes: int) -> None:

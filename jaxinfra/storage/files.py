@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from jaxinfra.errors import ConfigError
+from jaxinfra.packages import install_command
 from jaxinfra.storage.credentials import mask_credentials
 from jaxinfra.storage.errors import storage_errors
 
@@ -155,7 +156,9 @@ def _file_system(root: str, *, field: str = "root=") -> tuple[fsspec.AbstractFil
         fs, path = fsspec.url_to_fs(root)
     except ImportError:
         extra = _EXTRAS.get(protocol)
-        fix = f"run pip install 'jaxinfra[{extra}]'" if extra else f"install the fsspec package for {protocol}://"
+        fix = (
+            f"run {install_command(f'jaxinfra[{extra}]')}" if extra else f"install the fsspec package for {protocol}://"
+        )
         raise ConfigError(f"{url}: no installed package reads {protocol}://; {fix}") from None
     except ValueError:
         raise ConfigError(f"{url}: {protocol}:// is unknown; use a path, s3:// or gs://") from None

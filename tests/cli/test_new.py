@@ -85,6 +85,16 @@ def test_parquet_and_a_hugging_face_folder_with_a_validation_split() -> None:
     assert isinstance(recipe("rows").source, Parquet)
 
 
+def test_one_file_that_cannot_be_split_is_refused_before_it_is_tokenized() -> None:
+    Path("book.txt").write_text(prose(9000))
+    assert main(["new", "book.txt"]) == 0
+    refused(launch("data", "prepare", "configs/data/book.py", "validation=by_key"), "book.txt validation=tail")
+    refused(
+        launch("data", "prepare", "configs/data/book.py", "source=hugging_face", "source.path=org/name"),
+        "path=org/name save_to_disk",
+    )
+
+
 def test_what_it_cannot_use_is_refused_and_nothing_written(folder: Path) -> None:
     Path("empty").mkdir()
     Path("binary").mkdir()

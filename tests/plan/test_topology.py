@@ -83,7 +83,7 @@ def test_missing_compiler_is_named(text: str, package: str, monkeypatch: pytest.
         return None if name in ("libtpu", "jax_plugins") else find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_plugins)
-    with raises(ConfigError, f"--on {text}: {package}, '.[compile]'"):
+    with raises(ConfigError, f"--on {text}: {package}, nvidia-nvvm"):
         set_up_compiler(parse_topology(text))
 
 
@@ -147,7 +147,7 @@ OOM = "RESOURCE_EXHAUSTED: "
             "vector CompileTimeScopedVmemOom: use model.attention_kernel=xla",
         ),
         ("cuDNN not found.", "cuDNN; use model.attention_kernel=xla, nvidia-cudnn-cu13"),
-        ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice use '.[compile]'"),
+        ("INTERNAL: libdevice not found at ./libdevice.10.bc", "ptxas libdevice use nvidia-nvvm"),
         ("INTERNAL: Mosaic failed\n  more", "Mosaic failed; --debug"),
     ],
     ids=["temporaries", "total", "unknown form", "vector memory", "cudnn", "cuda", "anything"],

@@ -47,8 +47,11 @@ from tests.refusals import problem, suggested
         (Bytes(special_tokens=("<a>", "<a>")), "special_tokens=", False),
         (Bytes(end_of_document=""), "end_of_document=", False),
         (TextFiles(root=""), "root=", False),
-        (TextFiles(min_bytes=-1), "min_bytes=-1", True),
-        *((TextFiles(pattern=pattern), f"pattern={pattern!r}", False) for pattern in ("", "/x/*", "../*", "a**")),
+        (TextFiles(root="x", min_bytes=-1), "min_bytes=-1", True),
+        *(
+            (TextFiles(root="x", pattern=pattern), f"pattern={pattern!r}", False)
+            for pattern in ("", "/x/*", "../*", "a**")
+        ),
         *((PythonSource(factory=factory), "factory=", False) for factory in ("a.b", "a:b.c")),
         (PythonSource(factory="a:b", num_shards=0), "num_shards=0", False),
         *((Synthetic(**{field: 0}), f"{field}=0", False) for field in ("num_documents", "mean_words", "vocab_size")),

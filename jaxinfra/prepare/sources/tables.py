@@ -110,6 +110,9 @@ class HuggingFace(Source):
     def _files(self) -> list[FileInfo]:
         """Lists the Arrow files of the split."""
         place, folder = display_url(self.path), ""
+        if is_local(self.path) and not os.path.isdir(local_path(self.path, "")):
+            fix = 'for a dataset of the Hub run load_dataset("NAME").save_to_disk("FOLDER") first, and use path=FOLDER'
+            raise ConfigError(f"path={place}: no such folder; {fix}")
         names = {file.name for file in list_files(self.path, "*.json")}
         if _DICT_FILE in names:
             splits = self._read_json(_DICT_FILE)["splits"]

@@ -22,7 +22,7 @@ from jaxinfra.errors import ConfigError
 from jaxinfra.prepare.sources.files import FileSource, damaged_file, split_files
 from jaxinfra.prepare.sources.record import BadRecord, Fields, Record, Records, SourceShard, parse_record
 from jaxinfra.storage.errors import cause_of
-from jaxinfra.storage.files import STDLIB, FileInfo, display_url, list_files, open_file
+from jaxinfra.storage.files import FileInfo, display_url, list_files, open_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -45,8 +45,8 @@ class TextFiles(FileSource):
     Files that end in .gz and .zst are decompressed.
     """
 
-    root: NonEmptyStr = STDLIB  # folder or URL; `stdlib` is the standard library of the running Python
-    pattern: str = "**/*.py"
+    root: NonEmptyStr = ""  # folder or URL; `stdlib` is the standard library of the running Python
+    pattern: str = "**/*.txt"
     min_bytes: NonNegativeInt = 1  # smaller files are left out
 
     @override
