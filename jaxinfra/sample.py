@@ -103,14 +103,24 @@ class Sampler:
         if rest := decoder.flush():
             yield rest
 
+    def room_after(self, prompt: str) -> int | None:
+        """Returns how many tokens fit after a prompt, at least 0; None if the model has no learned positions."""
+        max_positions = self._config.learned_positions
+        if max_positions is None:
+            return None
+        return max(0, max_positions - len(self._with_first_token(self._tokenizer.encode(prompt))))
+
+    def _with_first_token(self, prompt: list[int]) -> list[int]:
+        # In training, the end-of-document token of the previous document comes before a document, unless documents are
+        # masked from each other.
+        return prompt if prompt and self._mask_documents else [self._tokenizer.eot_id, *prompt]
+
     def tokens(self, prompt: list[int], *, max_tokens: int, sampling: SamplingParams) -> Iterator[int]:
         """Yields the token ids of the continuation, without the end-of-document token.
 
         Raises ConfigError if prompt and continuation are longer than the model's learned positions.
         """
-        # In training, the end-of-document token of the previous document comes before a document, unless documents are
-        # masked from each other.
-        ids = prompt if prompt and self._mask_documents else [self._tokenizer.eot_id, *prompt]
+        ids = self._with_first_token(prompt)
         slots = -(-len(ids) // PROMPT_BLOCK) * PROMPT_BLOCK
         max_positions = self._config.learned_positions
         if max_positions is not None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from jaxinfra.command import COMMAND
-from jaxinfra.config import Loaded, load
+from jaxinfra.config import Loaded, load_file
 from jaxinfra.run import Run, with_fingerprint_name
 
 _log = logging.getLogger(__name__)
@@ -13,11 +13,9 @@ _log = logging.getLogger(__name__)
 
 def load_config(options: argparse.Namespace) -> Loaded[Run]:
     """Loads the config and applies the overrides; a run whose results they change gets a name of its own."""
-    file = load(options.config, (), Run, options.imports)
-    if not options.overrides:
-        return file
+    file = load_file(options.config, Run, options.imports)
     overrides = [*options.overrides, *shorter_warmup(file.run, options.overrides)]
-    return with_fingerprint_name(load(options.config, overrides, Run, options.imports), file.run)
+    return with_fingerprint_name(file.with_overrides(overrides), file.run)
 
 
 def shorter_warmup(file: Run, overrides: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from jaxinfra.config.extensible import Extensible
 from jaxinfra.config.overrides import apply
 from jaxinfra.config.record import Loaded, read_record, record, write_record
 from jaxinfra.config.schema import NOT_FINGERPRINTED
-from jaxinfra.config.source import load
+from jaxinfra.config.source import load, load_file
 from jaxinfra.config.view import ABSENT, Difference, diff, dump, fingerprint, format_diff, leaves
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "format_diff",
     "leaves",
     "load",
+    "load_file",
     "read_record",
     "record",
     "validate",

@@ -7,6 +7,7 @@ types of a union, the narrowest one wins; `str` comes last.
 
 import ast
 import enum
+import math
 import re
 import types
 from collections.abc import Iterator
@@ -68,9 +69,11 @@ def _read_int(text: str, form: re.Pattern[str]) -> object:
 
 def _read_float(text: str) -> object:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return MISMATCH
+    is_too_large = math.isinf(value) and "inf" not in text.lower()  # `1e400`
+    return MISMATCH if is_too_large else value
 
 
 def _read_tuple(annotation: object, text: str, *, bare: bool) -> object:

@@ -288,7 +288,10 @@ def match(annotation: object, value: object, *, check_limits: bool = False) -> A
         if matched is not MISMATCH and all(test(matched, bound) for bound, test, _ in limits):
             return matched
     if type(value) is int and any(member is float for member, _ in alternatives):
-        return match(annotation, float(value), check_limits=check_limits)
+        try:
+            return match(annotation, float(value), check_limits=check_limits)
+        except OverflowError:  # more than 308 digits
+            return MISMATCH
     return MISMATCH
 
 

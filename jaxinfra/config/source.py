@@ -6,7 +6,7 @@ A config file is Python with `def config()`. It may import modules from its fold
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,28 @@ RECORD_FILE = "run.json"  # in the directory of a run
 COMMAND_LINE = "command line"  # the origin of a leaf that an override has set
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfigFile[C]:
+    """The config of a file or record, without overrides.
+
+    Attributes:
+        run: the config.
+        source: the file, as the user named it.
+        finder: finds the classes that overrides may name.
+    """
+
+    run: C
+    source: str
+    finder: ClassFinder
+
+    def with_overrides(self, overrides: Sequence[str]) -> Loaded[C]:
+        """Returns the config with overrides applied, `path=value` texts; raises ConfigError if one does not fit."""
+        run = apply(self.run, overrides, self.finder)
+        overridden = {override.path for override in read_overrides(overrides)}
+        origins = _origins(run, leaves(self.run), overridden, self.source)
+        return Loaded(run=run, source=self.source, origins=origins)
+
+
 def load[C](
     source: str | os.PathLike[str],
     overrides: Sequence[str] = (),
@@ -32,18 +54,28 @@ def load[C](
     *,
     same_sources: bool = True,
 ) -> Loaded[C]:
-    """Returns the config of a file, with overrides applied; it is not validated.
+    """Returns the config of a file, with overrides applied; arguments and errors as in `load_file`."""
+    return load_file(source, root, imports, same_sources=same_sources).with_overrides(overrides)
+
+
+def load_file[C](
+    source: str | os.PathLike[str],
+    root: type[C] | None = None,
+    imports: Sequence[str | os.PathLike[str]] | ClassFinder = (),
+    *,
+    same_sources: bool = True,
+) -> ConfigFile[C]:
+    """Runs a config file or reads a record; the config is not validated.
 
     Args:
         source: a config file, the `run.json` of a run, or the directory of a run.
-        overrides: `path=value` texts.
         root: the class that the config must be an instance of.
         imports: modules that a record may import classes from, or a finder of these classes; a file or a `folder/`
             allows all modules of its folder.
         same_sources: refuses a record if the file of one of its classes has changed since.
 
     Raises:
-        ConfigError: if the file is missing, raises or is not a config, or if an override does not fit.
+        ConfigError: if the file is missing, raises or is not a config.
         StorageError: if the file cannot be read.
     """
     path = Path(source)
@@ -62,10 +94,7 @@ def load[C](
         run = _run_config_file(folder, path)
     if root is not None and not isinstance(run, root):
         raise ConfigError(f"{path}: expected a config of class {root.__name__}, found {type(run).__name__}")
-    before = leaves(run)
-    run = apply(run, overrides, finder)
-    overridden = {override.path for override in read_overrides(overrides)}
-    return Loaded(run=run, source=os.fspath(source), origins=_origins(run, before, overridden, os.fspath(source)))
+    return ConfigFile(run=run, source=os.fspath(source), finder=finder)
 
 
 def _require_config_file(path: Path) -> None:

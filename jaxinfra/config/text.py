@@ -1,6 +1,6 @@
 """Formats config values and names for dumps, overrides and errors.
 
-`parse` turns a text of `format_value` back into the same value.
+`config.parse.parse` turns a text of `format_value` back into the same value.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _PLAIN = re.compile(r"[A-Za-z_/.~][\w./:@+~-]*", re.ASCII)
 _RESERVED = frozenset({"none", "null", "true", "false"})
 _SHOWN_CHARACTERS = 60
+_MAX_PRINTED_BITS = 14_000  # Python refuses to print ints of more than 4300 digits in base 10
 
 
 def snake_case(cls: type | str) -> str:
-    """Returns the name of a class, or of its name, in overrides: `cosine_decay` for `CosineDecay`, `wsd` for `WSD`."""
+    """Returns the name of a class in overrides: `cosine_decay` for `CosineDecay` (the class or this text)."""
     return _WORD_START.sub("_", cls if isinstance(cls, str) else cls.__name__).lower()
 
 
@@ -48,6 +49,8 @@ def format_value(value: object) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         has_import_path = isinstance(value, Extensible) and is_user_class(type(value))
         return class_name(type(value)) if has_import_path else snake_case(type(value))
+    if isinstance(value, int) and value.bit_length() > _MAX_PRINTED_BITS:
+        return hex(value)
     return repr(value)
 
 
@@ -93,7 +96,7 @@ def _is_plain(text: str) -> bool:
     if not _PLAIN.fullmatch(text) or text.lower() in _RESERVED:
         return False
     try:
-        float(text)
+        float(text)  # nan, inf and Infinity would be read as numbers
     except ValueError:
         return True
     return False

@@ -16,13 +16,15 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 NO_ESTIMATE = 2**63 - 1
 """Cycles that the TPU compiler writes for an instruction that it cannot estimate."""
 
 # `ENTRY %main (x: f32[8]) -> f32[8] {`
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$", re.DOTALL)
-# `  ROOT %sum = f32[] add(`; the operands that follow are parsed by `_parse_instruction`.
+# `  ROOT %sum = f32[] add(`; the operands that follow are parsed by `_parse_instruction`. The opcode is the first
+# lowercase word before a parenthesis; in a shape such as `(f32[8]{0:T(256)}, s32[])` no parenthesis follows one.
 _INSTRUCTION = re.compile(
     r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?) ?\b(?P<opcode>[a-z][a-z0-9-]*)\(", re.DOTALL
 )
@@ -102,6 +104,12 @@ class Computation:
             instruction = self.instructions[instruction.operands[0]]
         return instruction
 
+    def carried_index(self, instruction: Instruction) -> int | None:
+        """Returns which element of the computation's tuple parameter this is; None for any other value."""
+        if instruction.opcode != "get-tuple-element" or self.source(instruction.operands[0]).opcode != "parameter":
+            return None
+        return instruction.tuple_index
+
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
@@ -115,6 +123,13 @@ class Call:
 
 type CallCost = Callable[[Call], float]
 """Cost of a call; of a conditional, the branch with the highest cost is the one that counts."""
+
+
+class _Source(NamedTuple):
+    """The instruction that computes a value, and the computation that it is in."""
+
+    computation: Computation
+    instruction: Instruction
 
 
 class HloModule:
@@ -203,7 +218,7 @@ class HloModule:
         if comparison is None or initial.opcode != "tuple":
             return None
         index, limit = comparison
-        first = self._constant(computation, initial.operands[index])
+        first = self._constant(_Source(computation, computation.source(initial.operands[index])))
         increment = self._increment(self.computations[loop.callees["body"][0]], index)
         if first is None or increment is None or increment <= 0:
             return None
@@ -211,52 +226,59 @@ class HloModule:
 
     def _comparison(self, condition: Computation) -> tuple[int, int] | None:
         """Returns, for the condition `i < limit`, the index of i in the loop's tuple, and the limit."""
-        root = condition.instructions[condition.root]
-        compare, scope = self._fused_root(root, condition)
+        compare, operands = self._look_into_fusion(condition.instructions[condition.root], condition)
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
             return None
-        counter, limit = (scope.source(name) for name in compare.operands)
-        if scope is not condition:
-            # The compare is in a fusion, whose parameter n is operand n of the fusion.
-            counter, limit = (
-                condition.source(root.operands[int(each.literal)]) if each.opcode == "parameter" else each
-                for each in (counter, limit)
-            )
-        value = self._constant(condition if limit.name in condition.instructions else scope, limit.name)
-        return None if counter.tuple_index is None or value is None else (counter.tuple_index, value)
+        counter, limit = operands
+        index, value = counter.computation.carried_index(counter.instruction), self._constant(limit)
+        return None if index is None or value is None else (index, value)
 
     def _increment(self, body: Computation, index: int) -> int | None:
         """Returns the constant that a loop adds to its counter, element `index` of its tuple."""
-        root = body.instructions[body.root]
-        next_value = body.source(root.operands[index]) if root.opcode == "tuple" else root
-        add, scope = self._fused_root(next_value, body)
+        result = body.instructions[body.root]
+        if result.opcode != "tuple":
+            return None
+        add, operands = self._look_into_fusion(body.source(result.operands[index]), body)
         if add.opcode != "add":
             return None
-        constants = [value for name in add.operands if (value := self._constant(scope, name)) is not None]
-        return constants[0] if len(constants) == 1 else None
+        for counter, increment in (operands, reversed(operands)):
+            if counter.computation.carried_index(counter.instruction) == index:
+                return self._constant(increment)
+        return None
 
-    def _fused_root(self, instruction: Instruction, scope: Computation) -> tuple[Instruction, Computation]:
-        """Returns the root of a fusion, and its computation; any other instruction, and the `scope` that it is in."""
+    def _look_into_fusion(
+        self, instruction: Instruction, computation: Computation
+    ) -> tuple[Instruction, list[_Source]]:
+        """Returns an instruction, or the root of the fusion that it is, and the sources of its operands."""
         if instruction.opcode != "fusion":
-            return instruction, scope
+            return instruction, [_Source(computation, computation.source(name)) for name in instruction.operands]
         fused = self.computations[instruction.callees["calls"][0]]
-        return fused.instructions[fused.root], fused
+        root, sources = fused.instructions[fused.root], []
+        for source in map(fused.source, fused.instructions[fused.root].operands):
+            if source.opcode == "parameter":  # parameter n of the fusion is its operand n
+                outside = computation.source(instruction.operands[int(source.literal)])
+                sources.append(_Source(computation, outside))
+            else:
+                sources.append(_Source(fused, source))
+        return root, sources
 
-    def _constant(self, computation: Computation, name: str) -> int | None:
+    def _constant(self, source: _Source) -> int | None:
         """Returns the value of an integer constant, even if enclosing loops carry it unchanged; else None."""
-        source = computation.source(name)
-        if source.opcode == "constant":
-            return int(source.literal) if re.fullmatch(r"-?\d+", source.literal) else None
-        index = source.tuple_index
+        computation, instruction = source
+        if instruction.opcode == "constant":
+            return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+        index = computation.carried_index(instruction)
         if index is None or computation.name not in self._loop_of:
             return None
+        # An element of the tuple of the loop around: a constant if the loop starts from one and its body returns it.
         outer, loop = self._loop_of[computation.name]
         initial, body = outer.instructions[loop.operands[0]], self.computations[loop.callees["body"][0]]
         result = body.instructions[body.root]
         if initial.opcode != "tuple" or result.opcode != "tuple":
             return None
-        unchanged = body.source(result.operands[index]).tuple_index == index
-        return self._constant(outer, initial.operands[index]) if unchanged else None
+        if body.carried_index(body.source(result.operands[index])) != index:
+            return None
+        return self._constant(_Source(outer, outer.source(initial.operands[index])))
 
 
 def _cycles(call: Call) -> int:
@@ -304,7 +326,7 @@ def _parse_instruction(line: str, match: re.Match[str]) -> Instruction:
             break
         end += 1
     operands, rest = line[start:end], line[end + 1 :]
-    # Metadata and backend configs are long; without them the text can be freed.
+    # Without the metadata and backend config, which are long, as every instruction is kept.
     attributes = re.split(r", (?:metadata|backend_config)=", rest, maxsplit=1)[0]
     cycles, trip_count = _CYCLES.search(rest), _TRIP_COUNT.search(rest)
     literal = operands if len(operands) < 32 and match["opcode"] in ("constant", "parameter") else ""

@@ -366,6 +366,12 @@ class Trainer:
                 self._sampler = self.sampler()
             else:
                 self._sampler.set_params(state.params if state.ema is None else state.ema)
+            room = self._sampler.room_after(prompt)
+            if room is not None and room < SAMPLE_TOKENS:
+                raise ConfigError(
+                    f"{SAMPLE_TOKENS} tokens must fit after the prompt, but learned positions leave {room}; "
+                    "use track.sample_prompt=none, or a shorter prompt"
+                )
             return prompt + "".join(self._sampler.stream(prompt, max_tokens=SAMPLE_TOKENS, sampling=SamplingParams()))
 
     def _make_record(self, statistics: RunStatistics) -> dict[str, Any]:

@@ -101,6 +101,15 @@ def test_a_terminal_without_unicode_shows_question_marks(repo_root: Path, begun:
     assert ended.returncode == 0 and ended.stdout.isascii(), ended.stderr
 
 
+@pytest.mark.parametrize("overrides", [(), ("optim.peak_lr=1e-4", "train.steps=3")])
+def test_a_command_runs_the_config_file_once(tiny: Tiny, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    runs = tmp_path / "runs.txt"
+    counts = f"with open({str(runs)!r}, 'a') as file:\n    file.write('run\\n')\n"
+    tiny.config.write_text(counts + tiny.config.read_text())
+    assert main(["show", str(tiny.config), *overrides]) == 0
+    assert runs.read_text() == "run\n"
+
+
 def test_a_few_steps_shorten_the_warmup_of_the_file(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     config = tiny.config.read_text().replace("warmup_steps=2", "warmup_steps=8")
     tiny.config.write_text(config)

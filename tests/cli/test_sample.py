@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfra.checkpoint.manager import CheckpointManager
 from jaxinfra.sample import Sampler, SamplingParams, filter_top_k_top_p, sampling_program
-from tests.refusals import refused
+from tests.refusals import refused, suggested
 from tests.tiny_run import Tiny, contents, launch
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -129,6 +129,15 @@ def test_command(trained: Path) -> None:
     assert shown.out.startswith(PROMPT) and shown.out.endswith("\n") and len(shown.out) > len(PROMPT) + 1
     assert launch(*words).out == shown.out
     assert contents(trained) == before
+
+
+def test_the_prompt_of_a_run_must_leave_room(tiny: Tiny) -> None:
+    overrides = ("model.learned_positions=128", "model.rope=none", "train.steps=3", "track.console=off")
+    long = " ".join(["w1"] * 60)
+    line = refused(tiny.launch(*overrides, f"track.sample_prompt={long}"), "track.sample_prompt: positions prompt")
+    assert "--max-tokens" not in line
+    assert tiny.launch(*overrides, *suggested(line), "name=none").code == 0
+    assert tiny.launch(*overrides, "track.sample_prompt=w1", "name=short").code == 0
 
 
 def test_learned_positions_end(tiny: Tiny) -> None:

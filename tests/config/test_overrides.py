@@ -1,12 +1,12 @@
 """`apply`: the values of texts, the switch of a choice, and errors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from jaxinfra import config
-from jaxinfra.config import apply
+from jaxinfra.config import apply, validate
 from jaxinfra.errors import ConfigError
 from tests.refusals import raises
 
@@ -89,6 +89,9 @@ def test_text_is_read_by_the_annotation(path, text, expected):
         ("train.steps=1e-1", "int"),
         ("train.steps=", "int"),
         ("optim.peak_lr=fast", "float"),
+        ("optim.peak_lr=1e400", "float"),
+        ("optim.peak_lr=" + "9" * 309, "float"),
+        ("leaves.either=1e400", "int float"),
         ("leaves.flag=1", "true false"),
         ("leaves.flag=treu", "true?"),
         ("leaves.maybe=x", "int none"),
@@ -129,6 +132,13 @@ def test_errors(overrides, named):
     words = overrides.split()
     with raises(ConfigError, named, words[-1].partition("=")[0]):
         apply(BASE, words)
+
+
+@pytest.mark.parametrize("digits", [309, 5000])
+def test_an_int_too_large_for_a_float_field(digits):
+    too_large = replace(BASE, optim=replace(BASE.optim, peak_lr=10**digits))
+    with raises(ConfigError, "optim.peak_lr=", "float"):
+        validate(too_large)
 
 
 def test_a_switch_keeps_fields_of_the_same_name_and_type():

@@ -30,6 +30,13 @@ HloModule jit_step, is_scheduled=true, num_partitions=4
   ROOT %after = (s32[], f32[8], s32[]) tuple(%next, %x.1, %limit.2)
 }}
 
+%fused (unused: s32[], p: s32[]) -> s32[] {{
+  %unused = s32[] parameter(0)
+  %p = s32[] parameter(1)
+  %three.1 = s32[] constant(3)
+  ROOT %sum = s32[] add(%three.1, %p)
+}}
+
 ENTRY %main (x: f32[8]) -> f32[8] {{
   %x = f32[8] parameter(0)
   %zero = s32[] constant(0)
@@ -58,6 +65,10 @@ def trip_count(module: HloModule) -> int | None:
         (loop(condition="ROOT %more = pred[] compare(%i.1, %limit.1), direction=GT"), None),
         (loop(carried="%x, %x, %limit"), None),
         (loop(body="%next = s32[] multiply(%i, %one)"), None),
+        (loop(body="%next = s32[] add(%limit.2, %one)"), None),  # of another value than the counter
+        (loop(body="%next = s32[] add(%i, %limit.2)"), 1),  # of 20, which the loop carries unchanged
+        (loop(body="%next = s32[] fusion(%limit.2, %i), kind=kLoop, calls=%fused"), 4),
+        (loop(body="%next = s32[] fusion(%i, %limit.2), kind=kLoop, calls=%fused"), None),
         (loop(body="%down = s32[] constant(-1)\n  %next = s32[] add(%i, %down)"), None),
         (loop(carried="%limit, %x, %limit"), 0),
     ],

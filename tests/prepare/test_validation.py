@@ -1,8 +1,9 @@
 """Validation data of every kind: splits, overlap, and refused combinations."""
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import override
 
 import numpy as np
 import pytest
@@ -69,6 +70,21 @@ def test_the_tail_is_the_end_of_the_text_in_order(recipe):
     assert [info[split].bytes for split in info] == [len("".join(each).encode()) for each in (train, tail)]
     assert abs(info["validation"].bytes / (info["train"].bytes + info["validation"].bytes) - 0.25) < 0.001
     assert made.manifest.counts.records == 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoShards(Jsonl):
+    """A source that finds nothing to read."""
+
+    @override
+    def list_shards(self, shard_bytes):
+        return ()
+
+
+def test_the_tail_of_nothing(recipe, tmp_path):
+    source = NoShards(root=str(tmp_path))
+    with raises(ConfigError, "store= empty source"):
+        prepare(replace(recipe, source=source, validation=Tail()), workers=1)
 
 
 def book(folder, text):
